@@ -1,0 +1,74 @@
+"""What a bundle stores, and nothing of how that was decided: unit -> groups -> method.
+
+A unit is a block, or one tensor of it. Canonical, hashable, JSON. Bill, engine and manifest consume it; a cut of the
+order makes one, so do clustering, a pattern in the recipe, or a search.
+"""
+
+from dataclasses import dataclass
+
+from flexmerge_cli.allocation.plan_file import Plan
+
+Tasks = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Tasks that share one stored value of a unit."""
+
+    tasks: Tasks
+    """Ascending."""
+    method: int | None
+    """Index into the allocation's methods; None for a group of one, which is copied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Tensors that are stored alike."""
+
+    name: str
+    tensors: tuple[str, ...]
+    groups: tuple[Group, ...]
+    """A partition of the tasks, by smallest task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """All that decides what a bundle stores."""
+
+    methods: tuple[str, ...]
+    """As `NAME:key=value` with all arguments."""
+    units: tuple[Unit, ...]
+    dtype: str | None = None
+    """What floating tensors are cast to; None keeps theirs."""
+    merges: int = 0
+    undone: int = 0
+    fit: str = "none"
+    """How the cut was fitted; told in the manifest, of no effect."""
+
+
+def copies(plan: Plan, dtype: str | None = None) -> Allocation:
+    """Nothing merged: exact deduplication, or that with a cast."""
+    return from_groups(plan, [[(task,) for task in plan.all_tasks]] * len(plan.blocks), method=None, dtype=dtype)
+
+
+def from_groups(
+    plan: Plan,
+    groups: list[list[Tasks]],
+    *,
+    method: str | None,
+    dtype: str | None = None,
+    merges: int = 0,
+    undone: int = 0,
+    fit: str = "none",
+) -> Allocation:
+    """One method for all blocks; groups per block of the plan."""
+    units = tuple(
+        Unit(
+            name=block.name,
+            tensors=block.tensors,
+            groups=tuple(Group(tasks=group, method=0 if len(group) > 1 else None) for group in of_block),
+        )
+        for block, of_block in zip(plan.blocks, groups, strict=True)
+    )
+    methods = (method,) if method is not None else ()
+    return Allocation(methods=methods, units=units, dtype=dtype, merges=merges, undone=undone, fit=fit)

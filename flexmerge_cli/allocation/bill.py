@@ -1,0 +1,161 @@
+"""What a bundle will be, to the byte, before a weight is read: parts, files, headers, index files, manifest. Pure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
+from flexmerge_cli.allocation.files import WeightFile, weight_files
+from flexmerge_cli.allocation.manifest import Measured, SmallFile, manifest_bytes
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype, gain_parts, store_tensor, store_whole
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.registry import parse_call
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """All parts of an allocation, their files and their exact bytes."""
+
+    plan: Plan
+    allocation: Allocation
+    calls: tuple[Call, ...]
+    storages: Mapping[str, Storage]
+    """By aligned name, in the plan's order."""
+    files: tuple[WeightFile, ...]
+    indices: Mapping[int, bytes]
+    """Per task that ordinary loaders can read from the bundle: its index file."""
+    small: tuple[SmallFile, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Data stored: what factors and percentages count."""
+        return sum(part.num_bytes for file in self.files for part in file.parts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Every byte on disk: what a byte target counts."""
+        rest = sum(file.num_bytes for file in self.files) + sum(file.num_bytes for file in self.small)
+        return rest + len(self.manifest(Measured()))
+
+    def manifest(self, measured: Measured) -> bytes:
+        return manifest_bytes(self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured)
+
+    def served_bytes(self, task: int) -> int:
+        """Bytes of the files that one task reads."""
+        return sum(file.num_bytes for file in self.files if task in file.readers)
+
+
+class Pricer:
+    """Bills of one plan, with a memory for what allocations share: a cut tries many that differ in one block."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
+        self._files: dict[Any, list[WeightFile]] = {}
+        self._calls: dict[str, Call] = {}
+
+    def calls(self, methods: Sequence[str]) -> tuple[Call, ...]:
+        return tuple(self._calls.setdefault(text, parse_call(text)) for text in methods)
+
+    def unit(
+        self, unit: Unit, methods: tuple[str, ...], cast: str | None
+    ) -> tuple[tuple[Storage, ...], tuple[Part, ...]]:
+        """Storages of a unit's tensors, and all its parts."""
+        key = (unit, methods, cast)
+        found = self._units.get(key)
+        if found is None:
+            calls = self.calls(methods)
+            storages = tuple(
+                store_tensor(self.plan, self.plan.tensor(name), unit.groups, calls, cast) for name in unit.tensors
+            )
+            parts = [part for storage in storages for part in storage.parts]
+            found = self._units[key] = storages, tuple(parts + gain_parts(self.plan, unit, storages, calls))
+        return found
+
+    def unit_bytes(self, unit: Unit, methods: tuple[str, ...], cast: str | None) -> int:
+        return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
+
+    def whole(self, cast: str | None) -> tuple[Storage, ...]:
+        """Storages of all that does not merge."""
+        key = ("whole", cast)
+        if key not in self._units:
+            storages = tuple(
+                store_whole(self.plan, tensor, cast)
+                for tensor in self.plan.tensors
+                if tensor.class_ is not TensorClass.MERGEABLE
+            )
+            self._units[key] = storages, tuple(part for storage in storages for part in storage.parts)
+        return self._units[key][0]
+
+    def whole_bytes(self, cast: str | None) -> int:
+        return sum(storage.num_bytes for storage in self.whole(cast))
+
+    def tensor_bytes(self, allocation: Allocation) -> int:
+        """Data stored, without laying out files."""
+        return self.whole_bytes(allocation.dtype) + sum(
+            self.unit_bytes(unit, allocation.methods, allocation.dtype) for unit in allocation.units
+        )
+
+    def bill(self, allocation: Allocation) -> Bill:
+        plan, cast = self.plan, allocation.dtype
+        storages: dict[str, Storage] = {storage.tensor.name: storage for storage in self.whole(cast)}
+        parts = [part for storage in storages.values() for part in storage.parts]
+        for unit in allocation.units:
+            of_unit, unit_parts = self.unit(unit, allocation.methods, cast)
+            storages |= {storage.tensor.name: storage for storage in of_unit}
+            parts += unit_parts
+        storages = {tensor.name: storages[tensor.name] for tensor in plan.tensors}
+        by_readers: dict[Tasks, list[Part]] = {}
+        for part in parts:
+            by_readers.setdefault(part.readers, []).append(part)
+        files: list[WeightFile] = []
+        for readers in sorted(by_readers):
+            key = tuple(map(id, by_readers[readers]))
+            if key not in self._files:
+                self._files[key] = weight_files(readers, by_readers[readers], plan.task_names, plan.sha256)
+            files += self._files[key]
+        indices = {
+            task: index for task in plan.all_tasks if (index := _index(plan, task, storages, files, cast)) is not None
+        }
+        small = [
+            SmallFile(path=f"tasks/{task.name}/{name}", task=number, num_bytes=side.bytes)
+            for number, task in enumerate(plan.tasks)
+            for name, side in sorted(task.files.items())
+        ] + [
+            SmallFile(path=f"tasks/{plan.tasks[task].name}/{INDEX_NAME}", task=task, num_bytes=len(index))
+            for task, index in indices.items()
+        ]
+        return Bill(
+            plan=plan,
+            allocation=allocation,
+            calls=self.calls(allocation.methods),
+            storages=storages,
+            files=tuple(files),
+            indices=indices,
+            small=tuple(sorted(small, key=lambda file: file.path)),
+        )
+
+
+def _index(
+    plan: Plan, task: int, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
+) -> bytes | None:
+    """The task's index file; None where something must be decoded, renamed or cast, so that nothing is half-loaded."""
+    where = {part.name: file.path for file in files if task in file.readers for part in file.parts}
+    weight_map, size = {}, 0
+    for storage in storages.values():
+        tensor = storage.tensor
+        if task not in tensor.present or tensor.class_ is TensorClass.TIED:
+            continue
+        own = plan.own_name(task, tensor.name)
+        part = next((p for p in storage.parts if task in p.readers and p.array.role == "dense"), None)
+        if part is None or part.name != own or part.array.dtype != effective_dtype(tensor.dtype_of(task), cast):
+            return None
+        weight_map[own] = f"../../{where[own]}"
+        size += part.num_bytes
+    value = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,155 @@
+"""The merge order, a method and a size in; an allocation out. Pure: every price comes from the bill.
+
+A cut is the shortest prefix of the order that fits. With `tight`, merges are then undone where the bill still fits:
+blocks are coarse, and a prefix can jump far below the target.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, from_groups
+from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.size import Size
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.order.order import Merge
+
+# How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
+OVERHEAD_SLACK_BYTES = 1 << 20
+
+
+class Fit(StrEnum):
+    """How a prefix is fitted to a target."""
+
+    TIGHT = "tight"
+    PREFIX = "prefix"
+
+
+@dataclass(slots=True)
+class _State:
+    """Groups per block, and what they cost."""
+
+    groups: list[list[Tasks]]
+    block_bytes: list[int]
+    tensor_bytes: int
+
+
+class Cutter:
+    """Cuts of one plan for one method."""
+
+    def __init__(self, pricer: Pricer, method: str, dtype: str | None = None) -> None:
+        self.pricer, self.method, self.dtype = pricer, method, dtype
+        self.plan = pricer.plan
+        self.order = self.plan.merges()
+
+    def state(self, merges: Iterable[Merge] = ()) -> _State:
+        """All apart, then `merges` applied."""
+        groups: list[list[Tasks]] = [[(task,) for task in self.plan.all_tasks] for _ in self.plan.blocks]
+        prices = [self._price(block, of_block) for block, of_block in enumerate(groups)]
+        state = _State(groups, prices, self.pricer.whole_bytes(self.dtype) + sum(prices))
+        for merge in merges:
+            self._apply(state, merge.block, _joined(state.groups[merge.block], merge))
+        return state
+
+    def sizes(self) -> list[int]:
+        """Tensor bytes after 0, 1, … all merges."""
+        state = self.state()
+        sizes = [state.tensor_bytes]
+        for merge in self.order:
+            self._apply(state, merge.block, _joined(state.groups[merge.block], merge))
+            sizes.append(state.tensor_bytes)
+        return sizes
+
+    def smallest(self) -> Allocation:
+        """The smallest on the order; fewest merges among equals."""
+        sizes = self.sizes()
+        return self.prefix(sizes.index(min(sizes)))
+
+    def prefix(self, num_merges: int, fit: str = "prefix") -> Allocation:
+        if not 0 <= num_merges <= len(self.order):
+            raise UsageError(
+                f"--merges {num_merges} is outside 0 to {len(self.order)}", hint="this plan has no other number"
+            )
+        return self._allocation(self.state(self.order[:num_merges]), num_merges, 0, fit)
+
+    def cut(self, size: Size, fit: Fit = Fit.TIGHT) -> Allocation:
+        """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
+        sizes = self.sizes()
+        if size.all_merges and not any(call.method.masked for call in self.pricer.calls((self.method,))):
+            return self.prefix(len(self.order), fit)
+        state = self.state()
+        applied = 0
+        while not (sizes[applied] <= size.max_bytes and self._fits(state, size, applied, 0, fit)):
+            if applied == len(self.order):
+                self._refuse(size, sizes)
+            merge = self.order[applied]
+            self._apply(state, merge.block, _joined(state.groups[merge.block], merge))
+            applied += 1
+        kept = list(self.order[:applied])
+        if fit is Fit.TIGHT:
+            kept = self._undo(state, kept, size)
+        return self._allocation(state, len(kept), applied - len(kept), fit)
+
+    def _undo(self, state: _State, kept: list[Merge], size: Size) -> list[Merge]:
+        """Passes from the latest merge to the earliest, until none can be undone."""
+        applied = len(kept)
+        overhead = self._total(state, applied, 0, Fit.TIGHT) - state.tensor_bytes if size.on_disk else 0
+        again = True
+        while again:
+            again = False
+            for merge in reversed(kept.copy()):
+                result = tuple(sorted(merge.left + merge.right))
+                before = state.groups[merge.block]
+                if result not in before:
+                    continue  # a kept merge uses it
+                after = sorted([group for group in before if group != result] + [merge.left, merge.right])
+                self._apply(state, merge.block, after)
+                hopeless = state.tensor_bytes + max(0, overhead - OVERHEAD_SLACK_BYTES) > size.max_bytes
+                remaining = len(kept) - 1
+                if not hopeless and self._fits(state, size, remaining, applied - remaining, Fit.TIGHT):
+                    kept.remove(merge)
+                    again = True
+                else:
+                    self._apply(state, merge.block, before)
+        return kept
+
+    def _fits(self, state: _State, size: Size, merges: int, undone: int, fit: Fit) -> bool:
+        total = self._total(state, merges, undone, fit) if size.on_disk else state.tensor_bytes
+        return total <= size.max_bytes
+
+    def _total(self, state: _State, merges: int, undone: int, fit: Fit) -> int:
+        return self.pricer.bill(self._allocation(state, merges, undone, fit)).total_bytes
+
+    def _refuse(self, size: Size, sizes: Sequence[int]) -> None:
+        smallest = self.smallest()
+        bill = self.pricer.bill(smallest)
+        factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
+        raise GateError(
+            f"`{self.method}` does not reach {size.text}: its smallest is {factor:.4f}x, {bill.total_bytes}B on disk",
+            hint=f"--size {-(-bill.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
+            "another method, or --dtype bf16",
+        )
+
+    def _price(self, block: int, groups: Sequence[Tasks]) -> int:
+        record = self.plan.blocks[block]
+        unit = Unit(
+            name=record.name,
+            tensors=record.tensors,
+            groups=tuple(Group(tasks=group, method=0 if len(group) > 1 else None) for group in groups),
+        )
+        return self.pricer.unit_bytes(unit, (self.method,), self.dtype)
+
+    def _apply(self, state: _State, block: int, groups: list[Tasks]) -> None:
+        price = self._price(block, groups)
+        state.tensor_bytes += price - state.block_bytes[block]
+        state.groups[block], state.block_bytes[block] = groups, price
+
+    def _allocation(self, state: _State, merges: int, undone: int, fit: str) -> Allocation:
+        return from_groups(
+            self.plan, state.groups, method=self.method, dtype=self.dtype, merges=merges, undone=undone, fit=str(fit)
+        )
+
+
+def _joined(groups: list[Tasks], merge: Merge) -> list[Tasks]:
+    rest = [group for group in groups if group not in (merge.left, merge.right)]
+    return sorted([*rest, tuple(sorted(merge.left + merge.right))])

@@ -1,0 +1,100 @@
+"""Parts in, weight files out: which part lies in which file, in what order, and the exact bytes of every header. Pure.
+
+A part lies in the file of exactly the set of tasks that read it. In a file: larger items first, then by name, so that
+every part is aligned; headers are padded to 8 bytes. Files over SHARD_BYTES of data are split.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.version import VERSION
+
+SHARD_BYTES = 5_000_000_000  # what the Hub and transformers split at
+MAX_STEM_BYTES = 100  # most file systems take 255; an export or a partial file adds to it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightFile:
+    """One safetensors file of a bundle."""
+
+    path: str
+    """Relative to the bundle."""
+    readers: Tasks
+    parts: tuple[Part, ...]
+    """In order of their bytes."""
+    header: bytes
+    """Length prefix included."""
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(part.num_bytes for part in self.parts)
+
+    def offsets(self) -> list[int]:
+        """First byte of every part in the file."""
+        positions, position = [], len(self.header)
+        for part in self.parts:
+            positions.append(position)
+            position += part.num_bytes
+        return positions
+
+
+def file_stem(readers: Tasks, task_names: Sequence[str]) -> str:
+    """`all`, the names joined by +, or count and hash of the names where that is too long."""
+    if len(readers) == len(task_names):
+        return "all"
+    stem = "+".join(task_names[task] for task in readers)
+    if len(stem.encode()) <= MAX_STEM_BYTES:
+        return stem
+    return f"{len(readers)}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+
+
+def weight_files(
+    readers: Tasks, parts: Sequence[Part], task_names: Sequence[str], plan_sha256: str
+) -> list[WeightFile]:
+    """The file of one set of readers; more than one where it is over SHARD_BYTES."""
+    ordered = sorted(parts, key=lambda part: (-ITEM_BYTES[part.array.dtype], part.name))
+    names = [part.name for part in ordered]
+    if len(set(names)) < len(names) or "__metadata__" in names:
+        twice = next((name for name in names if names.count(name) > 1), "__metadata__")
+        raise DataError(f"two stored arrays would be called `{twice}`", hint="rename the tensor in the checkpoints")
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in ordered:
+        if shards[-1] and size + part.num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += part.num_bytes
+    stem = file_stem(readers, task_names)
+    return [
+        WeightFile(
+            path=f"weights/{stem}.safetensors"
+            if len(shards) == 1
+            else f"weights/{stem}-{number:05d}-of-{len(shards):05d}.safetensors",
+            readers=readers,
+            parts=tuple(shard),
+            header=safetensors_header(
+                {part.name: (part.array.dtype, part.array.shape, part.num_bytes) for part in shard},
+                {"flexmerge": VERSION, "format": "pt", "plan": plan_sha256},
+            ),
+        )
+        for number, shard in enumerate(shards, 1)
+    ]
+
+
+def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
+    """Length prefix and JSON of a file that holds `tensors` (name -> dtype, shape, bytes), in this order."""
+    entries: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        position += num_bytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,281 @@
+"""plan.json, `flexmerge.plan/1`: what one pass over a family measured. Canonical JSON, sorted keys, UTF-8, no times.
+
+sha256      of the file's bytes with these 64 digits set to 0; an edited plan is refused
+tasks       in code-point order of name; every list "per task" follows it
+tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`, and
+            `dtypes` and `shapes` where they differ; null where a task has none. `gram` of the mergeable: [M, M] float64
+blocks      in forward order; `order` refers to them by name
+settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
+Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
+
+FORMAT = "flexmerge.plan/1"
+NO_DIGEST = "0" * 64
+MAX_PLAN_BYTES = 4 << 30
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Shape = tuple[Count, ...]
+
+
+class Record(BaseModel):
+    """A frozen part of a file; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class SideFile(Record):
+    """A config, tokenizer, … beside a task's weights."""
+
+    bytes: Count
+    digest: Digest
+
+
+class PlanBase(Record):
+    source: str
+    fingerprint: Digest
+
+
+class PlanTask(Record):
+    name: str
+    source: str
+    fingerprint: Digest
+    bytes: Count
+    files: dict[str, SideFile]
+    names: dict[str, str]
+    """Aligned name -> own name, where they differ."""
+    config_base: str | None
+    """The model that its config says it comes from."""
+
+
+class PlanTensor(Record):
+    """One tensor of the family."""
+
+    name: str
+    class_: TensorClass = Field(alias="class")
+    reason: str
+    """Why private; the target of a tied one."""
+    dtype: str
+    """Of the first task that has it; of the base for what only that has."""
+    shape: Shape
+    base_dtype: str | None
+    dtypes: tuple[str | None, ...] | None
+    shapes: tuple[Shape | None, ...] | None
+    block: str | None
+    digests: tuple[Digest | None, ...]
+    base_digest: Digest | None
+    same: tuple[Count, ...]
+    is_base: tuple[bool, ...]
+    gram: tuple[tuple[float, ...], ...] | None
+    base_energy: float
+    agreement: tuple[tuple[Count, ...], ...] | None
+    finite: bool
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Tasks that have it."""
+        return tuple(task for task, digest in enumerate(self.digests) if digest is not None)
+
+    def dtype_of(self, task: int) -> str:
+        return (self.dtypes[task] if self.dtypes else None) or self.dtype
+
+    def shape_of(self, task: int) -> Shape:
+        shape = self.shapes[task] if self.shapes else None
+        return self.shape if shape is None else shape
+
+    def bytes_of(self, task: int) -> int:
+        return math.prod(self.shape_of(task)) * ITEM_BYTES[self.dtype_of(task)]
+
+    def group_dtype(self, tasks: tuple[int, ...]) -> str:
+        """What one value of several tasks is stored in."""
+        return promote([self.dtype_of(task) for task in tasks])
+
+
+class PlanBlock(Record):
+    name: str
+    tensors: tuple[str, ...]
+    elements: Count
+
+
+class PlanMerge(Record):
+    block: str
+    left: tuple[Count, ...]
+    right: tuple[Count, ...]
+    similarity: float
+
+
+class Settings(Record):
+    """What the classes, blocks and order were made with."""
+
+    blocks: str
+    rules: str | None
+    """Text of one's own rules.yaml."""
+    linkage: Linkage
+    strategy: Strategy
+    similarity: Similarity
+    seed: Count
+    private: tuple[str, ...]
+    merge_heads: bool
+
+
+class Plan(Record):
+    """All that a cut needs."""
+
+    format: Literal["flexmerge.plan/1"]
+    generator: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    one_model_bytes: Count
+    base: PlanBase
+    tasks: tuple[PlanTask, ...]
+    tensors: tuple[PlanTensor, ...]
+    blocks: tuple[PlanBlock, ...]
+    order: tuple[PlanMerge, ...]
+    settings: Settings
+    near_ties: Count
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        _check(self)
+        return self
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def all_tasks(self) -> tuple[int, ...]:
+        return tuple(range(len(self.tasks)))
+
+    def tensor(self, name: str) -> PlanTensor:
+        return self._by_name()[name]
+
+    def own_name(self, task: int, tensor: str) -> str:
+        return self.tasks[task].names.get(tensor, tensor)
+
+    def merges(self) -> tuple[Merge, ...]:
+        """The order with block indices."""
+        index = {block.name: place for place, block in enumerate(self.blocks)}
+        return tuple(
+            Merge(block=index[merge.block], left=merge.left, right=merge.right, similarity=merge.similarity)
+            for merge in self.order
+        )
+
+    def gram(self, tensor: PlanTensor) -> np.ndarray:
+        """[M, M] float64."""
+        return np.array(tensor.gram, np.float64)
+
+    def task_energy(self) -> np.ndarray:
+        """‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
+        total = np.zeros(len(self.tasks))
+        for tensor in self.tensors:
+            if tensor.class_ is TensorClass.MERGEABLE:
+                total += np.diag(self.gram(tensor))
+        return total
+
+    def _by_name(self) -> dict[str, PlanTensor]:
+        found: dict[str, PlanTensor] | None = self.__dict__.get("_index")
+        if found is None:
+            found = {tensor.name: tensor for tensor in self.tensors}
+            object.__setattr__(self, "_index", found)
+        return found
+
+
+def _check(plan: Plan) -> None:
+    """What types do not say. A sound sha256 does not make a plan consistent."""
+    count = len(plan.tasks)
+    names = [tensor.name for tensor in plan.tensors]
+    if len(set(names)) < len(names) or list(plan.task_names) != sorted(set(plan.task_names)) or not count:
+        raise ValueError("tensors or tasks are not unique, or out of order")
+    in_blocks = [name for block in plan.blocks for name in block.tensors]
+    mergeable = {tensor.name for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE}
+    if sorted(in_blocks) != sorted(mergeable) or len({block.name for block in plan.blocks}) < len(plan.blocks):
+        raise ValueError("blocks do not hold every mergeable tensor exactly once")
+    for tensor in plan.tensors:
+        lists: list[tuple[object, ...]] = [tensor.digests, tensor.same, tensor.is_base]
+        lists += [value for value in (tensor.dtypes, tensor.shapes, tensor.gram, tensor.agreement) if value is not None]
+        rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
+        if any(len(value) != count for value in [*lists, *rows]):
+            raise ValueError(f"tensor `{tensor.name}` has not one value per task")
+        dtypes = {tensor.dtype, *(tensor.dtypes or ()), tensor.base_dtype} - {None}
+        if not dtypes <= set(ITEM_BYTES) or any(leader > task for task, leader in enumerate(tensor.same)):
+            raise ValueError(f"tensor `{tensor.name}` has an unknown dtype or a wrong `same`")
+        if tensor.class_ is TensorClass.MERGEABLE and (
+            tensor.gram is None
+            or tensor.shapes
+            or tensor.base_dtype is None
+            or not dtypes <= set(FLOATING)
+            or None in tensor.digests
+        ):
+            raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
+        if tensor.class_ is TensorClass.TIED and tensor.reason not in names:
+            raise ValueError(f"tensor `{tensor.name}` is tied to one that is not there")
+    groups: dict[str, set[tuple[int, ...]]] = {block.name: {(task,) for task in range(count)} for block in plan.blocks}
+    for merge in plan.order:
+        block = groups.get(merge.block)
+        if block is None or not {merge.left, merge.right} <= block or merge.left == merge.right:
+            raise ValueError(f"a merge of block `{merge.block}` does not follow from those before it")
+        block -= {merge.left, merge.right}
+        block.add(tuple(sorted(merge.left + merge.right)))
+
+
+def plan_bytes(fields: dict[str, Any]) -> bytes:
+    """Canonical bytes of a plan, its sha256 filled in."""
+    empty = json.dumps(fields | {"sha256": NO_DIGEST}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(empty.encode()).hexdigest()
+    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode()
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write beside, then rename: the file is whole or not there."""
+    data = plan_bytes(plan.model_dump(mode="json", by_alias=True))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises UsageError if it is no plan, was edited, or is not consistent."""
+    again = "make it again with `flexmerge plan`"
+    if path.stat().st_size > MAX_PLAN_BYTES:
+        raise UsageError(f"{path} is too large for a plan", hint=again)
+    data = path.read_bytes()
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise UsageError(f"{path} is not a plan ({FORMAT})", hint=again)
+        claimed = str(fields.get("sha256"))
+        zeroed = data.replace(f'"sha256":"{claimed}"'.encode(), f'"sha256":"{NO_DIGEST}"'.encode(), 1)
+        if hashlib.sha256(zeroed).hexdigest() != claimed:
+            raise UsageError(f"{path} was edited: its sha256 does not fit its bytes", hint=again)
+        return Plan.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise UsageError(f"{path} is not a sound plan: {place}: {first['msg']}", hint=again) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not a plan: {error}", hint=again) from None

@@ -1,0 +1,188 @@
+"""One tensor of the family and its groups in, the arrays that hold it out. Pure; no weights, no files.
+
+Copies or a method is decided per tensor and group from k, shape and dtype alone: copies where they cost no more. Copies
+with the same bits are one part with more readers, whatever their groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
+from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.layout import Array, Kind, layout
+from flexmerge_cli.methods.method import Call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """One stored array and the tasks that need it."""
+
+    name: str
+    """In its file: the tensor's plain name if dense, else `<tensor>@<role>[.<task>]`."""
+    array: Array
+    readers: Tasks
+    tensor: str
+    """Aligned name; for `gamma` the unit's."""
+    task: int | None
+    """Whose residual it is."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.array.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoredGroup:
+    """How the tasks of one group of one tensor are stored."""
+
+    tasks: Tasks
+    kind: Kind
+    method: int | None
+    parts: tuple[Part, ...]
+    """What decodes it; of copies one part per distinct tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Storage:
+    """How one tensor is stored."""
+
+    tensor: PlanTensor
+    groups: tuple[StoredGroup, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+
+def effective_dtype(dtype: str, cast: str | None) -> str:
+    """What a tensor's values are stored in and given back as, after `--dtype`."""
+    return cast if cast is not None and dtype in FLOATING else dtype
+
+
+def store_whole(plan: Plan, tensor: PlanTensor, cast: str | None) -> Storage:
+    """A tensor that does not merge: constant or private. Tied and base-only ones store nothing."""
+    if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
+        return Storage(tensor=tensor, groups=(), parts=())
+    group = _copies(plan, tensor, [tensor.present], cast)
+    return Storage(tensor=tensor, groups=tuple(group), parts=tuple(dict.fromkeys(p for g in group for p in g.parts)))
+
+
+def store_tensor(
+    plan: Plan, tensor: PlanTensor, groups: Sequence[Group], calls: Sequence[Call], cast: str | None
+) -> Storage:
+    """A mergeable tensor under the groups of its unit."""
+    stored: list[StoredGroup] = []
+    copied: list[Tasks] = []
+    base_dtype = effective_dtype(str(tensor.base_dtype), cast)
+    base = Part(
+        name=f"{tensor.name}@base",
+        array=Array(role="base", dtype=base_dtype, shape=tensor.shape),
+        readers=(),
+        tensor=tensor.name,
+        task=None,
+    )
+    merged = [(group, _merged(plan, tensor, group, calls, cast, base)) for group in groups]
+    needs_base = tuple(sorted(task for _, found in merged if found and base in found.parts for task in found.tasks))
+    shared_base = Part(name=base.name, array=base.array, readers=needs_base, tensor=tensor.name, task=None)
+    for group, found in merged:
+        if found is None:
+            copied.append(group.tasks)
+        else:
+            parts = tuple(shared_base if part is base else part for part in found.parts)
+            stored.append(StoredGroup(tasks=found.tasks, kind=found.kind, method=found.method, parts=parts))
+    stored += _copies(plan, tensor, copied, cast)
+    stored.sort(key=lambda group: group.tasks)
+    parts = tuple(dict.fromkeys(part for group in stored for part in group.parts))
+    return Storage(tensor=tensor, groups=tuple(stored), parts=parts)
+
+
+def gain_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:
+    """`<unit>@gamma.<task>`, one float32 per task of every group that a masked method with a factor stores."""
+    masked = {group.tasks: group.method for storage in storages for group in storage.groups if group.kind == "masked"}
+    return [
+        Part(
+            name=f"{unit.name}@gamma.{plan.tasks[task].name}",
+            array=Array(role="gamma", dtype="F32", shape=(1,)),
+            readers=(task,),
+            tensor=unit.name,
+            task=task,
+        )
+        for tasks, method in masked.items()
+        if method is not None and calls[method].gain is not None
+        for task in tasks
+    ]
+
+
+def _merged(
+    plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
+) -> StoredGroup | None:
+    """The group under its method; None where copies are exact or cost no more."""
+    leaders = {tensor.same[task] for task in group.tasks}
+    if group.method is None or len(leaders) == 1:
+        return None
+    call = calls[group.method]
+    dtype = effective_dtype(tensor.group_dtype(group.tasks), cast)
+    found = layout(call, shape=tensor.shape, dtype=dtype)
+    as_copies = sum(
+        Array(role="dense", dtype=effective_dtype(tensor.dtype_of(task), cast), shape=tensor.shape).num_bytes
+        for task in group.tasks
+    )
+    if as_copies <= found.num_bytes(len(group.tasks), base.num_bytes):
+        return None
+    first = group.tasks[0]
+    parts = [
+        Part(
+            name=plan.own_name(first, tensor.name) if array.role == "dense" else f"{tensor.name}@{array.role}",
+            array=array,
+            readers=group.tasks,
+            tensor=tensor.name,
+            task=None,
+        )
+        for array in found.centre
+    ]
+    parts += [base] if found.base else []
+    parts += [
+        Part(
+            name=f"{tensor.name}@{array.role}.{plan.tasks[task].name}",
+            array=array,
+            readers=(task,),
+            tensor=tensor.name,
+            task=task,
+        )
+        for array in found.each
+        for task in group.tasks
+    ]
+    return StoredGroup(tasks=group.tasks, kind=found.kind, method=group.method, parts=tuple(parts))
+
+
+def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str | None) -> list[StoredGroup]:
+    """Dense copies: one part per distinct tensor, read by every task whose bits it holds."""
+    readers: dict[int, list[int]] = {}
+    for task in sorted(task for group in groups for task in group):
+        readers.setdefault(tensor.same[task], []).append(task)
+    parts = {
+        leader: Part(
+            name=plan.own_name(tasks[0], tensor.name),
+            array=Array(
+                role="dense",
+                dtype=effective_dtype(tensor.dtype_of(tasks[0]), cast),
+                shape=tensor.shape_of(tasks[0]),
+            ),
+            readers=tuple(tasks),
+            tensor=tensor.name,
+            task=None,
+        )
+        for leader, tasks in readers.items()
+    }
+    return [
+        StoredGroup(
+            tasks=tuple(group),
+            kind="copy",
+            method=None,
+            parts=tuple(dict.fromkeys(parts[tensor.same[task]] for task in group)),
+        )
+        for group in groups
+    ]

@@ -1,0 +1,80 @@
+"""The ways to store a family, one row each: bytes on disk, bytes when served, and the command that builds it. Pure."""
+
+from dataclasses import dataclass
+
+from flexmerge_cli.allocation.allocation import Allocation, copies
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
+
+COMMON = ("average", "task_arithmetic", "ties", "emr", "consensus")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One row."""
+
+    name: str
+    disk_bytes: int
+    """Σ st_size of all its files."""
+    served_bytes: int
+    """Memory with every task loaded: a value that tasks share counts once, what must be decoded once per task."""
+    tensor_bytes: int
+    command: str | None
+    """None for what is there already."""
+
+
+def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
+    """Copies as found, a cast, exact deduplication, and every method at its smallest on the order."""
+    plan = pricer.plan
+    found = sum(task.bytes for task in plan.tasks)
+    side = sum(file.bytes for task in plan.tasks for file in task.files.values())
+    command = f"flexmerge merge {plan_path}"
+    rows = [
+        Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
+        way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"),
+        way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"),
+    ]
+    for name in all_methods() if methods == "all" else COMMON:
+        call = parse_call(name)
+        text = format_call(call.method.name, call.args)
+        bill = pricer.bill(Cutter(pricer, text).smallest())
+        rows.append(way(name, bill, f"{command} --method {name} -o bundle/"))
+    return rows
+
+
+def way(name: str, bill: Bill, command: str) -> Way:
+    return Way(
+        name=name,
+        disk_bytes=bill.total_bytes,
+        served_bytes=served_bytes(bill),
+        tensor_bytes=bill.tensor_bytes,
+        command=command,
+    )
+
+
+def served_bytes(bill: Bill) -> int:
+    """Memory of all tasks at once."""
+    total = 0
+    for storage in bill.storages.values():
+        tensor = storage.tensor
+        if tensor.class_ is TensorClass.TIED:
+            continue
+        total += sum(part.num_bytes for part in storage.parts if part.array.role == "dense")
+        total += sum(
+            tensor.num_elements * ITEM_BYTES[bill.allocation.dtype or tensor.dtype_of(task)]
+            for group in storage.groups
+            if group.kind in ("masked", "residual")
+            for task in group.tasks
+        )
+    return total
+
+
+def all_merged(pricer: Pricer, method: str) -> Allocation:
+    """Every block one group: what a method reaches, from shapes alone."""
+    from flexmerge_cli.allocation.allocation import from_groups
+
+    plan = pricer.plan
+    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), method=method)

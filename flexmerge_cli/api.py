@@ -1,0 +1,131 @@
+"""The public API: what `from flexmerge_cli import …` gives. Thin over the modules that do the work."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexmerge_cli.allocation.plan_file import Plan, save_plan
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.verify import Verification
+from flexmerge_cli.bundle.verify import verify as _verify
+from flexmerge_cli.merge import MergeRequest
+from flexmerge_cli.merge import merge as _merge
+from flexmerge_cli.plan import OrderSettings, PlanRequest
+from flexmerge_cli.plan import load_plan as load_plan
+from flexmerge_cli.plan import make_plan as _make_plan
+
+if TYPE_CHECKING:
+    from flexmerge_cli.bundle.view import View
+
+
+class OpenBundle:
+    """A bundle to read from. Names of its tasks: `tasks`; all that its manifest tells: `manifest`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._bundle = Bundle.open(Path(path))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self._bundle.tasks
+
+    @property
+    def manifest(self) -> Any:
+        return self._bundle.manifest
+
+    def view(self, task: str, *, copy: bool = False) -> "View":
+        """Read-only mapping of a task's own names to tensors.
+
+        Where a group is dense a tensor lies on the mapped file, and tasks of one group share the storage: writing
+        into it is seen by the others (never by the file). copy=True gives one's own.
+        """
+        from flexmerge_cli.bundle.view import View
+
+        return View(self._bundle, task, copy=copy)
+
+    def model(self, task: str, **kwargs: Any) -> Any:
+        """The transformers model of the task's stored config, without a second copy of the weights."""
+        from flexmerge_cli.bundle.view import load_model
+
+        return load_model(self.view(task), **kwargs)
+
+
+def make_plan(
+    base: str | Path,
+    tasks: Mapping[str, str | Path],
+    *,
+    output: Path | str | None = None,
+    order: OrderSettings | None = None,
+    private: tuple[str, ...] = (),
+    merge_heads: bool = False,
+    **run: Any,
+) -> Plan:
+    """Read every weight once and keep all that a cut needs; with `output`, save it there.
+
+    base, tasks: paths, or `hf://org/name[@revision][:subfolder]`. run: device, threads, max_memory, on_progress.
+    Raises SourceError, DataError, UsageError.
+    """
+    request = PlanRequest(
+        base=str(base),
+        tasks={name: str(source) for name, source in tasks.items()},
+        order=order or OrderSettings(),
+        private=private,
+        merge_heads=merge_heads,
+    )
+    path = Path(output) if output is not None else None
+    plan = _make_plan(request, save_to=path, **run)
+    if path is not None:
+        save_plan(plan, path)
+    return plan
+
+
+def merge(
+    plan: Plan | Path | str,
+    output: Path | str,
+    *,
+    method: str | None = None,
+    size: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    sources_relative_to: Path | str | None = None,
+    **options: Any,
+) -> OpenBundle:
+    """Write the bundle and open it. `size` is `2.25x`, `40%` or `600MiB`; without a method nothing is merged.
+
+    sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
+    options: merges, fit, max_distance, relocate; device, threads, max_memory, on_progress.
+    """
+    path = None if isinstance(plan, Plan) else Path(plan)
+    folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
+    keys = ("merges", "fit", "max_distance", "relocate")
+    request = MergeRequest(
+        method=method, size=size, dtype=dtype, **{key: options.pop(key) for key in keys if key in options}
+    )
+    loaded = plan if isinstance(plan, Plan) else load_plan(plan)
+    _merge(loaded, request, Path(output), plan_folder=folder, force=force, **options)
+    return OpenBundle(output)
+
+
+def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
+    """Open a bundle; paths, headers and sizes are checked, with verify=True every digest, too.
+
+    Raises SourceError, DataError, IntegrityError.
+    """
+    if verify:
+        found = _verify(Path(path))
+        if found.bad:
+            from flexmerge_cli.errors import IntegrityError
+
+            raise IntegrityError(f"{path}: {found.bad}", hint="fetch the bundle again, or merge again")
+    return OpenBundle(path)
+
+
+def verify(path: Path | str, *, decode: bool = False) -> Verification:
+    """Compare every byte with the manifest, with decode=True every decoded tensor, too."""
+    return _verify(Path(path), decode=decode)
+
+
+def export(bundle: Path | str, task: str, output: Path | str, *, force: bool = False, link: bool = False) -> None:
+    """Write one task as an ordinary checkpoint folder."""
+    from flexmerge_cli.bundle.export import export_task
+
+    export_task(Bundle.open(Path(bundle)), task, Path(output), force=force, link=link)

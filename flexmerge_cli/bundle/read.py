@@ -1,0 +1,268 @@
+"""A bundle on disk: its manifest, its files' headers, and any task's tensors as numpy bits. Needs no torch.
+
+Opening checks paths, headers and sizes; digests only `verify.py` does. A part is mapped, never copied: two tasks that
+share a group get the same memory.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from pydantic import ValidationError
+
+from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest, TensorEntry, UnitEntry
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.safetensors import read_header
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, IntegrityError, SourceError
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.residuals import mask as masks
+
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
+HASH_BYTES = 4 << 20
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a manifest of this format."""
+    try:
+        with (path / MANIFEST_NAME).open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES)
+    except OSError:
+        return False
+    return f'"format":"{FORMAT}"'.encode() in data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An open bundle. Made by `Bundle.open`."""
+
+    path: Path
+    manifest: Manifest
+    parts: Mapping[str, Mapping[str, StoredTensor]]
+    """File -> part name -> where it lies."""
+    _units: dict[str, UnitEntry]
+    _tensors: dict[str, TensorEntry]
+    _dense: dict[str, dict[str, StoredTensor]]
+    """Task -> aligned name -> the dense part."""
+    _coded: dict[str, dict[str, StoredTensor]]
+    """Task -> part name -> part, of all parts on its route."""
+    _maps: dict[Path, np.ndarray] = field(default_factory=dict)
+
+    @staticmethod
+    def open(path: Path) -> "Bundle":
+        """Raises SourceError if there is none, DataError if malformed, IntegrityError if a file is missing or cut."""
+        manifest = read_manifest(path)
+        problems, parts = [], {}
+        for name, entry in manifest.files.items():
+            file = _inside(path, name)
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != entry.bytes:
+                problems.append(f"{name} has {file.stat().st_size:,} bytes, {entry.bytes:,} by the manifest")
+            elif name.startswith("weights/"):
+                parts[name] = read_header(file)[0]
+        if problems:
+            raise IntegrityError(
+                f"{path} is not whole:\n  " + "\n  ".join(problems), hint="fetch the bundle again, or merge again"
+            )
+        dense: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
+        coded: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
+        for name, found in parts.items():
+            readers = manifest.files[name].tasks
+            names = manifest.tasks[readers[0]].names  # dense parts have the names of the first reader
+            plain = {
+                tensor.name: found[own]
+                for tensor in manifest.tensors
+                if (own := names.get(tensor.name, tensor.name)) in found
+            }
+            for task in readers:
+                dense[task] |= plain
+                coded[task] |= found
+        bundle = Bundle(
+            path=path,
+            manifest=manifest,
+            parts=parts,
+            _units={name: unit for unit in manifest.units for name in unit.tensors},
+            _tensors={tensor.name: tensor for tensor in manifest.tensors},
+            _dense=dense,
+            _coded=coded,
+        )
+        bundle._check_routes()
+        return bundle
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.manifest.tasks)
+
+    def check_task(self, task: str) -> None:
+        if task not in self.manifest.tasks:
+            raise SourceError(f"no task `{task}` in {self.path}", hint=f"it has: {', '.join(self.tasks)}")
+
+    def route(self, task: str) -> list[str]:
+        """Weight files that a task reads."""
+        self.check_task(task)
+        return [name for name in self.parts if task in self.manifest.files[name].tasks]
+
+    def tensors_of(self, task: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Own name -> (dtype, shape), in the order of the base's files."""
+        self.check_task(task)
+        names = self.manifest.tasks[task].names
+        return {
+            names.get(tensor.name, tensor.name): (_dtype(tensor, task), _shape(tensor, task))
+            for tensor in self.manifest.tensors
+            if task in tensor.digests
+        }
+
+    def aligned_name(self, task: str, own: str) -> str:
+        """Raises KeyError."""
+        for aligned, name in self.manifest.tasks[task].names.items():
+            if name == own:
+                return aligned
+        if own in self._tensors and own not in self.manifest.tasks[task].names:
+            return own
+        raise KeyError(own)
+
+    def array(self, task: str, aligned: str) -> np.ndarray:
+        """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype. Of a dense part a view of the file."""
+        tensor = self._tensors[aligned]
+        if tensor.class_ is TensorClass.TIED and tensor.of is not None:
+            return self.array(task, tensor.of)
+        dtype, shape = _dtype(tensor, task), _shape(tensor, task)
+        dense = self._dense[task].get(aligned)
+        if dense is not None:
+            return _cast(self.bits(dense), dense.dtype, dtype).reshape(shape)
+        base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
+        packed = self._part(task, f"{aligned}@mask.{task}")
+        gamma = self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
+        factor = np.float32(1.0) if gamma is None else self.bits(gamma).view(np.float32)[0]
+        decoded = masks.apply(
+            to_float32(self.bits(base), base.dtype),
+            to_float32(self.bits(unified), unified.dtype),
+            masks.unpack(self.bits(packed), unified.num_elements),
+            factor,
+        )
+        return from_float32(decoded, dtype).reshape(shape)
+
+    def bits(self, part: StoredTensor) -> np.ndarray:
+        """A part's elements, one axis, mapped; private to this process where written to."""
+        if part.path not in self._maps:
+            self._maps[part.path] = np.memmap(part.path, np.uint8, mode="c")
+        data = self._maps[part.path][part.offset : part.offset + part.num_bytes]
+        return np.asarray(data).view(NUMPY[part.dtype])
+
+    def is_shared(self, task: str, aligned: str) -> bool:
+        """Whether `array` is a view of the file: a dense part in the task's own dtype."""
+        tensor = self._tensors[aligned]
+        dense = self._dense[task].get(tensor.of or aligned)
+        return dense is not None and dense.dtype == _dtype(tensor, task)
+
+    def _part(self, task: str, name: str) -> StoredTensor:
+        part = self._coded[task].get(name)
+        if part is None:
+            raise DataError(f"{self.path}: `{name}` is on no file of task `{task}`", hint="fetch the bundle again")
+        return part
+
+    def _check_routes(self) -> None:
+        """Every tensor of every task can be decoded: its parts are there, and of the size that its shape needs."""
+        for tensor in self.manifest.tensors:
+            target = self._tensors.get(tensor.of or tensor.name)
+            if target is None or target.of is not None:
+                raise DataError(f"{self.path}: `{tensor.name}` is tied to nothing", hint="fetch the bundle again")
+            for task in tensor.digests:
+                if task not in self.manifest.tasks or _dtype(tensor, task) not in ITEM_BYTES:
+                    raise DataError(f"{self.path}: `{tensor.name}` has an unknown task or dtype", hint="fetch it again")
+                count = math.prod(_shape(tensor, task))
+                dense = self._dense[task].get(target.name)
+                if dense is None and target.name not in self._units:
+                    raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
+                parts = {
+                    role: self._part(task, f"{target.name}@{role}")
+                    for role in ("base", "unified", f"mask.{task}")
+                    if dense is None
+                }
+                sizes = {role: part.num_elements for role, part in parts.items()}
+                wanted = {role: -(-count // 8) if role.startswith("mask") else count for role in parts}
+                if (dense is not None and dense.num_elements != count) or sizes != wanted:
+                    raise DataError(f"{self.path}: `{tensor.name}` of `{task}` has a wrong size", hint="fetch it again")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Checked against its schema and its own id; every path inside the folder."""
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise SourceError(f"no bundle at {path}: it has no {MANIFEST_NAME}", hint="give the folder that `merge` wrote")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise DataError(f"{file} is too large for a manifest", hint="check the file")
+    data = file.read_bytes()
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
+        claimed = str(fields.get("id"))
+        zeroed = data.replace(f'"id":"{claimed}"'.encode(), f'"id":"{NO_SHA256}"'.encode(), 1)
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise DataError(f"{file}: {place}: {first['msg']}", hint="fetch the bundle again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None
+    for name, entry in manifest.files.items():
+        _inside(path, name)
+        if not set(entry.tasks) <= set(manifest.tasks):
+            raise DataError(f"{file}: {name} is read by a task that is not there", hint="fetch the bundle again")
+    if hashlib.sha256(zeroed).hexdigest() != claimed:
+        raise IntegrityError(f"{file} was changed: its id does not fit its bytes", hint="fetch the bundle again")
+    return manifest
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of a manifest's path. Raises DataError if it leaves the folder, by name or by a link."""
+    pure = PurePosixPath(name)
+    bad = pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or ":" in name or "\0" in name
+    if bad or str(pure) != name or pure.parts[0] not in ("weights", "tasks"):
+        raise DataError(f"{folder}: the manifest points outside the bundle: `{name}`", hint="do not use this bundle")
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()) and not _in_hub_cache(folder, file):
+        raise DataError(f"{folder}: `{name}` is a link out of the bundle", hint="do not use this bundle")
+    return file
+
+
+def _in_hub_cache(folder: Path, file: Path) -> bool:
+    """The Hub's cache keeps files as links into the blobs of the same repository."""
+    for place in folder.resolve().parents:
+        if place.name == "snapshots":
+            return file.resolve().is_relative_to(place.parent / "blobs")
+    return folder.resolve().parent.name == "snapshots" and file.resolve().is_relative_to(
+        folder.resolve().parent.parent / "blobs"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dtype(tensor: TensorEntry, task: str) -> str:
+    return (tensor.dtypes or {}).get(task, tensor.dtype)
+
+
+def _shape(tensor: TensorEntry, task: str) -> tuple[int, ...]:
+    return (tensor.shapes or {}).get(task, tensor.shape)
+
+
+def _cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
+    if dtype == wanted:
+        return bits
+    if "F64" in (dtype, wanted):
+        return (
+            bits.astype(np.float64)
+            if wanted == "F64" and dtype != "BF16"
+            else from_float32(to_float32(bits, dtype), wanted)
+        )
+    return from_float32(to_float32(bits, dtype), wanted)

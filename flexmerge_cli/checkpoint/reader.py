@@ -1,0 +1,73 @@
+"""Positional reads of ranges of tensors into the caller's buffers. Thread-safe; keeps the files open."""
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.dtypes import NUMPY
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, SourceError
+
+
+class Reader:
+    """Open files of one or more checkpoints; a context manager."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Elements [start, stop) in C order into `buffer` (uint8, large enough); returns what of it was filled."""
+        filled = buffer[: (stop - start) * tensor.item_bytes]
+        if tensor.strides is not None:
+            # Only a .bin can hold a tensor that is not row-major; the map reads the pages of this range alone.
+            mapped = np.memmap(tensor.path, np.uint8, mode="r")[tensor.offset :]
+            items = np.lib.stride_tricks.as_strided(
+                mapped[: tensor.item_bytes].view(NUMPY[tensor.dtype]),
+                tensor.shape,
+                [stride * tensor.item_bytes for stride in tensor.strides],
+                writeable=False,
+            )
+            filled.view(NUMPY[tensor.dtype])[:] = items.flat[start:stop]
+            return filled
+        descriptor = self._open(tensor.path)
+        view, position = filled.data, tensor.offset + start * tensor.item_bytes
+        while len(view):
+            count = os.preadv(descriptor, [view], position)
+            if count == 0:
+                raise DataError(
+                    f"{tensor.path} ended at byte {position:,} while tensor `{tensor.name}` was read",
+                    hint="the file was changed or cut meanwhile: get a sound copy",
+                )
+            view, position = view[count:], position + count
+        return filled
+
+    def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
+        """Tell the kernel that these elements are read soon, so that the disk works while others compute."""
+        if tensor.strides is None and hasattr(os, "posix_fadvise"):
+            offset, length = tensor.offset + start * tensor.item_bytes, (stop - start) * tensor.item_bytes
+            os.posix_fadvise(self._open(tensor.path), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _open(self, path: Path) -> int:
+        descriptor = self._files.get(path)
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._files.get(path)
+                if descriptor is None:
+                    try:
+                        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    except OSError as error:
+                        raise SourceError(f"{path} cannot be read: {error.strerror}", hint="check the file") from None
+                    self._files[path] = descriptor
+        return descriptor

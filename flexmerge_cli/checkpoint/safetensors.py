@@ -1,0 +1,106 @@
+"""Header of one safetensors file: names, dtypes, shapes and where the bytes lie. Reads no weight.
+
+The `safetensors` package checks the same, but maps the file and tells no offsets, and positional reads into reused
+buffers need them. The rules are those of its format page: 8 bytes little-endian header size, JSON, then the data;
+ranges start at 0, follow each other without hole or overlap, and end where the file ends.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a header is read into memory before anything is known of it
+MAX_AXES = 64  # more than any framework allows
+BAD_COPY = "get a sound copy of the file"
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors by name, in file order of their bytes, and the file's `__metadata__`. Raises DataError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise DataError(f"{path} is truncated: {size} bytes, a safetensors file has at least 8", hint=BAD_COPY)
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+            raise DataError(
+                f"{path} is truncated or no safetensors file: its header claims {header_bytes:,} bytes, "
+                f"the file has {size:,}",
+                hint=BAD_COPY,
+            )
+        text = file.read(header_bytes)
+    entries = _parse(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DataError(f"{path}: `__metadata__` is not a map of strings", hint=BAD_COPY)
+    data_start = 8 + header_bytes
+    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes, tensor.name))
+    _check_ranges(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return seen
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the header is not valid JSON ({error})", hint=BAD_COPY) from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{path}: the header is not a JSON object", hint=BAD_COPY)
+    return entries
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: tensor {name!r} has a name that is not Unicode text", hint=BAD_COPY) from None
+    if "\0" in name:
+        raise DataError(f"{path}: tensor {name!r} has a NUL in its name", hint=BAD_COPY)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise DataError(f"{path}: tensor `{name}` must have dtype, shape and data_offsets, and no more", hint=BAD_COPY)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise DataError(
+            f"{path}: tensor `{name}` has dtype {str(dtype)[:40]}, which cannot be merged",
+            hint="dequantise the checkpoint to BF16, F16 or F32 first",
+        )
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
+        raise DataError(f"{path}: tensor `{name}` has an invalid shape {str(shape)[:80]}", hint=BAD_COPY)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise DataError(f"{path}: tensor `{name}` has invalid data_offsets {str(offsets)[:80]}", hint=BAD_COPY)
+    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != num_bytes:
+        raise DataError(
+            f"{path}: tensor `{name}` is {dtype} {shape}, {num_bytes:,} bytes, but its data_offsets span "
+            f"{offsets[1] - offsets[0]:,}",
+            hint=BAD_COPY,
+        )
+    return StoredTensor(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
+
+
+def _check_ranges(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
+            raise DataError(f"{path}: tensor `{tensor.name}` {what} (byte {tensor.offset - data_start})", hint=BAD_COPY)
+        position += tensor.num_bytes
+    if position != size:
+        what = "truncated" if position > size else "longer than its header says"
+        raise DataError(f"{path} is {what}: tensors end at byte {position:,}, the file at {size:,}", hint=BAD_COPY)

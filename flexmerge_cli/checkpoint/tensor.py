@@ -1,0 +1,35 @@
+"""One tensor of a checkpoint: what it is and where its bytes lie. No I/O."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor on disk."""
+
+    name: str
+    """As in its own file."""
+    dtype: str
+    """As safetensors spells it, a key of `ITEM_BYTES`."""
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    """First byte in the file."""
+    strides: tuple[int, ...] | None = None
+    """In elements; None if row-major without gaps, as everything in a safetensors file is."""
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.item_bytes

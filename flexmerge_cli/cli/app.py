@@ -1,0 +1,75 @@
+"""The program: its commands, and what becomes of an error."""
+
+import json
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli import eval as eval_command
+from flexmerge_cli.cli import export, inspect, merge, methods, plan
+from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.version import VERSION
+
+app = typer.Typer(
+    name="flexmerge",
+    help="Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (plan.plan, merge.merge, inspect.inspect, export.export, eval_command.evaluate, methods.methods):
+    app.command(name="eval" if command is eval_command.evaluate else command.__name__)(command)
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+) -> None:
+    """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them."""
+    if version:
+        print(VERSION)
+        raise typer.Exit
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of one run. Errors go to stderr, and as JSON to stdout where --json was asked for."""
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except FlexmergeError as error:
+        failure = error
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        failure = FlexmergeError("out of memory", hint="--max-memory limits what a run takes, --threads 1 halves it")
+    except OSError as error:
+        failure = FlexmergeError(f"{error.filename or 'I/O'}: {error.strerror or error}", hint="check path and disk")
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            if debug:
+                raise
+            failure = FlexmergeError(
+                f"{type(error).__name__}: {error}",
+                hint="this is a defect of flexmerge: report it, with --debug's output",
+            )
+        else:  # the parser's own errors: unknown option, missing value
+            failure = FlexmergeError(error.format_message(), hint="flexmerge COMMAND --help")
+            failure.exit_code = 2
+    if debug:
+        traceback.print_exc()
+    if as_json:
+        value = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
+        print(json.dumps({"error": value}))
+    print(f"error: {failure.message}", file=sys.stderr)
+    if failure.hint:
+        print(f"hint: {failure.hint}", file=sys.stderr)
+    return failure.exit_code

@@ -1,0 +1,73 @@
+"""`flexmerge merge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    FitOption,
+    ForceOption,
+    JsonOption,
+    MemoryOption,
+    MergesOption,
+    MethodOption,
+    QuietOption,
+    SizeOption,
+    ThreadsOption,
+    VerboseOption,
+)
+
+
+def merge(
+    source: Annotated[Path, typer.Argument(help="plan.json or recipe.yaml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
+    method: MethodOption = None,
+    size: SizeOption = None,
+    merges: MergesOption = None,
+    fit: FitOption = "tight",
+    dtype: DtypeOption = None,
+    max_distance: Annotated[
+        float | None, typer.Option("--max-distance", min=0, help="Publish only if every task is nearer than this.")
+    ] = None,
+    relocate: Annotated[list[str] | None, typer.Option("--relocate", help="OLD=NEW for sources that moved.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Keep a recipe's plan here, and reuse it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Files, exact bytes and memory; reads no weights.")
+    ] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_memory: MemoryOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a bundle of any size. Without method and size nothing is lost: exact deduplication.
+
+    Example: flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
+    """
+    from flexmerge_cli.cli import options
+    from flexmerge_cli.cli.packing import Packing
+    from flexmerge_cli.report.bundle import merge_summary, show_merge
+
+    chosen = {
+        "method": method,
+        "size": size,
+        "merges": merges,
+        "fit": options.fit_of(fit),
+        "dtype": options.dtype_of(dtype),
+        "max_distance": max_distance,
+    }
+    packing = Packing.of(source, chosen, relocate or [], plan_file)
+    run = {"device": device, "threads": threads, "max_memory": options.memory_of(max_memory)}
+    packing.check(output, force=force)
+    with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+        plan = packing.plan(output, on_progress=on_progress, **run)
+        bill, warnings = packing.bill(plan)
+        options.warn(warnings, quiet=quiet)
+        measured = None if dry_run else packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
+    value = merge_summary(bill, output, measured, warnings=warnings, threads=threads)
+    options.emit(value, as_json=as_json, show=show_merge)

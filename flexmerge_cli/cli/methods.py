@@ -1,0 +1,24 @@
+"""`flexmerge methods`."""
+
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli.options import JsonOption
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method to explain.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods, or explain one.
+
+    Example: flexmerge methods ties
+    """
+    from flexmerge_cli.cli.options import emit
+    from flexmerge_cli.report.methods import method_list, method_page, show_list, show_page
+
+    if name is None:
+        emit(method_list(), as_json=as_json, show=show_list)
+    else:
+        emit(method_page(name), as_json=as_json, show=show_page)

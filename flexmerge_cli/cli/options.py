@@ -1,0 +1,119 @@
+"""Options that several commands have, and how results, messages and progress are shown."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no messages.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Tell more, and where the time went.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: the cores.")]
+MemoryOption = Annotated[str | None, typer.Option("--max-memory", help="Anonymous memory of the run, e.g. 8GiB.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is stored: bf16, fp16 or fp32.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
+SizeOption = Annotated[str | None, typer.Option("--size", help="2.25x, 40%, 600MiB, 6GB or 123456B.")]
+MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N merges, instead of at a size.")]
+FitOption = Annotated[str, typer.Option("--fit", help="tight: undo merges that still fit; prefix: the paper's cut.")]
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+def dtype_of(text: str | None) -> str | None:
+    from flexmerge_cli.errors import UsageError
+
+    if text is not None and text not in DTYPES:
+        raise UsageError(f"--dtype {text} is not known", hint=f"one of: {', '.join(DTYPES)}")
+    return DTYPES[text] if text else None
+
+
+def fit_of(text: str) -> Any:
+    from flexmerge_cli.allocation.cut import Fit
+    from flexmerge_cli.errors import UsageError
+
+    if text not in list(Fit):
+        raise UsageError(f"--fit {text} is not known", hint=f"one of: {', '.join(Fit)}")
+    return Fit(text)
+
+
+def memory_of(text: str | None) -> int | None:
+    from flexmerge_cli.allocation.size import parse_bytes
+
+    return parse_bytes(text) if text else None
+
+
+def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
+    """A result: JSON, or what `show` prints."""
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+    else:
+        show(value)
+
+
+def warn(messages: list[str], *, quiet: bool = False) -> None:
+    for message in [] if quiet else messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def note(message: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        print(message, file=sys.stderr)
+
+
+@contextmanager
+def progress(*, quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on a terminal's stderr; nothing elsewhere. With verbose, the seconds of each stage."""
+    started: dict[str, float] = {}
+
+    def timed(what: str) -> None:
+        started.setdefault(what, time.perf_counter())
+
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, _done, _total: timed(what)
+    else:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+            shown: dict[str, Any] = {}
+
+            def update(what: str, done: int, total: int) -> None:
+                timed(what)
+                if what not in shown:
+                    shown[what] = bars.add_task(what, total=total)
+                bars.update(shown[what], completed=done)
+
+            yield update
+    if verbose and started:
+        ends = [*list(started.values())[1:], time.perf_counter()]
+        for (what, start), end in zip(started.items(), ends):
+            print(f"{end - start:8.2f} s  {what}", file=sys.stderr)
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Before any work: the place is free (or --force) and can be written."""
+    import os
+
+    from flexmerge_cli.errors import MachineError, UsageError
+
+    if path.exists() and (not force or path.is_dir()):
+        raise UsageError(f"{path} exists", hint="choose another place with -o, or replace it with --force")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"no folder {path.absolute().parent}", hint=f"mkdir -p {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise MachineError(f"{path.absolute().parent} is not writable", hint="choose another place with -o")

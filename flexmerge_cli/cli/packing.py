@@ -1,0 +1,107 @@
+"""What `merge` does with its source: a plan, or a recipe that is planned first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.bundle.publish import check_target
+from flexmerge_cli.bundle.read import is_bundle
+from flexmerge_cli.cli.sources import Given, plan_request
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.merge import MergeRequest, advice, allocate, merge
+from flexmerge_cli.plan import load_plan, make_plan
+from flexmerge_cli.recipe import Recipe, read_recipe
+
+
+@dataclass(slots=True, kw_only=True)
+class Packing:
+    """A source, and what was asked of it."""
+
+    source: Path
+    recipe: Recipe | None
+    request: MergeRequest
+    keep_plan: Path | None
+    plan_folder: Path = field(default_factory=Path)
+
+    @staticmethod
+    def of(source: Path, chosen: Mapping[str, Any], relocate: list[str], keep_plan: Path | None) -> "Packing":
+        if not source.is_file():
+            raise SourceError(f"no plan or recipe at {source}", hint="make a plan with `flexmerge plan`")
+        recipe = read_recipe(source) if source.suffix in (".yaml", ".yml") else None
+        if recipe is None and keep_plan is not None:
+            raise UsageError("--plan goes with a recipe", hint="give the plan itself: flexmerge merge plan.json")
+        fields = {name: value for name, value in chosen.items() if value is not None}
+        if recipe:
+            of_recipe = recipe.merge_fields()
+            if chosen["fit"] == MergeRequest().fit and "fit" in of_recipe:
+                fields.pop("fit")
+            if "size" in fields or "merges" in fields:
+                of_recipe.pop("size", None)
+                of_recipe.pop("merges", None)
+            fields = of_recipe | fields
+        return Packing(
+            source=source,
+            recipe=recipe,
+            request=MergeRequest(**fields, relocate=dict(_pair(item) for item in relocate)),
+            keep_plan=keep_plan,
+        )
+
+    def check(self, output: Path, *, force: bool) -> None:
+        """Before anything is read: the place of the bundle."""
+        check_target(output, force=force, replaceable=is_bundle)
+
+    def plan(self, output: Path, **run: Any) -> Plan:
+        """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""
+        if self.recipe is None:
+            self.plan_folder = self.source.absolute().parent
+            return load_plan(self.source)
+        given = plan_request(self.source, None, None, [], {}, (), False)
+        if self.keep_plan is None:
+            assert given.request is not None
+            self.plan_folder = output.absolute().parent
+            return make_plan(given.request, save_to=self.plan_folder / "plan.json", **run)
+        self.plan_folder = self.keep_plan.absolute().parent
+        if self.keep_plan.is_file():
+            plan = load_plan(self.keep_plan)
+            if _holds(plan, given, self.plan_folder):
+                return plan
+        return given.make(save_to=self.keep_plan, **run)
+
+    def bill(self, plan: Plan) -> tuple[Bill, list[str]]:
+        bill = allocate(plan, self.request)
+        return bill, advice(plan, bill, self.request)
+
+    def write(self, plan: Plan, bill: Bill, output: Path, *, force: bool, **run: Any) -> Measured:
+        return merge(plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, **run)[1]
+
+
+def _holds(plan: Plan, given: Given, folder: Path) -> bool:
+    """Whether a kept plan is of the recipe's sources and settings; their bytes are checked while they are merged."""
+    assert given.request is not None
+    request = given.request
+
+    def resolved(source: str, start: Path) -> str:
+        return source if "://" in source else str((start / source).resolve())
+
+    old = {task.name: resolved(task.source, folder) for task in plan.tasks} | {"": resolved(plan.base.source, folder)}
+    new = {name: resolved(source, request.relative_to) for name, source in request.tasks.items()}
+    new[""] = resolved(request.base, request.relative_to)
+    settings, order = plan.settings, request.order
+    same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed, settings.merge_heads) == (
+        order.linkage, order.strategy, order.similarity, order.seed, request.merge_heads,
+    )  # fmt: skip
+    rules = Path(order.blocks).read_text() if Path(order.blocks).is_file() else None
+    return (
+        old == new and same_order and settings.rules == rules and (rules is not None or settings.blocks == order.blocks)
+    )
+
+
+def _pair(item: str) -> tuple[str, str]:
+    old, equals, new = item.partition("=")
+    if not equals or not old or not new:
+        raise UsageError(f"--relocate {item} is not OLD=NEW", hint="--relocate /old/place=/new/place")
+    return old, new

@@ -1,0 +1,92 @@
+"""`flexmerge plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    FitOption,
+    ForceOption,
+    JsonOption,
+    MemoryOption,
+    MergesOption,
+    MethodOption,
+    QuietOption,
+    SizeOption,
+    ThreadsOption,
+    VerboseOption,
+)
+
+
+def plan(
+    source: Annotated[Path | None, typer.Argument(help="recipe.yaml, or a plan.json to make another from.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The pre-trained model.")] = None,
+    tasks: Annotated[Path | None, typer.Option("--tasks", help="Folder with one subfolder per fine-tune.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", help="component, layer, tensor, model, or rules.yaml.")
+    ] = None,
+    linkage: Annotated[str | None, typer.Option("--linkage", help="complete, average, single or centroid.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="greedy, left-to-right, right-to-left or random.")
+    ] = None,
+    similarity: Annotated[str | None, typer.Option("--similarity", help="cosine, euclidean or sign.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of --strategy random.")] = None,
+    private: Annotated[list[str] | None, typer.Option("--private", help="Keep tensors of this pattern apart.")] = None,
+    merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Merge task heads of equal shape.")] = False,
+    method: MethodOption = None,
+    size: SizeOption = None,
+    merges: MergesOption = None,
+    fit: FitOption = "tight",
+    dtype: DtypeOption = None,
+    methods: Annotated[str, typer.Option("--methods", help="Ways to store: common or all.")] = "common",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="From headers alone; reads no weights.")] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_memory: MemoryOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare fine-tuned models block by block, and write what any later cut needs.
+
+    Example: flexmerge plan --base base/ --tasks finetuned/ -o plan.json
+    """
+    from flexmerge_cli.cli import options
+    from flexmerge_cli.cli.sources import plan_request
+    from flexmerge_cli.errors import UsageError
+
+    chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
+    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads)
+    if output is None and not dry_run:
+        raise UsageError("no place for the plan", hint="-o plan.json")
+    if output is not None and not dry_run:
+        options.check_new_file(output, force=force)
+    from flexmerge_cli.merge import MergeRequest
+    from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
+
+    request = MergeRequest(
+        method=method, size=size, merges=merges, fit=options.fit_of(fit), dtype=options.dtype_of(dtype)
+    )
+    if given.ignored:
+        options.note(f"not checkpoints, left out: {', '.join(given.ignored)}", quiet=quiet)
+    if dry_run:
+        value = dry_summary(given, request)
+    else:
+        assert output is not None
+        with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+            found = given.make(
+                save_to=output,
+                device=device,
+                threads=threads,
+                max_memory=options.memory_of(max_memory),
+                on_progress=on_progress,
+            )
+        value = plan_summary(found, output, request, methods=methods)
+    options.warn(value["warnings"], quiet=quiet)
+    options.emit(value, as_json=as_json, show=show_plan)

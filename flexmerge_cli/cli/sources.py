@@ -1,0 +1,119 @@
+"""What the command line says of sources: recipe, plan, --base, --tasks, --task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexmerge_cli.allocation.plan_file import Plan, save_plan
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.family.family import find_tasks
+from flexmerge_cli.order.linkage import Linkage
+from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.plan import OrderSettings, PlanRequest, load_plan, make_plan, replan
+from flexmerge_cli.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Where a plan comes from: sources, or another plan."""
+
+    request: PlanRequest | None
+    plan: Plan | None
+    order: OrderSettings
+    ignored: tuple[str, ...]
+    """What lies in --tasks and is no checkpoint."""
+
+    def make(self, *, save_to: Path, **run: Any) -> Plan:
+        """The plan, saved."""
+        if self.request is not None:
+            plan = make_plan(self.request, save_to=save_to, **run)
+        else:
+            assert self.plan is not None
+            plan = replan(self.plan, self.order)
+        save_plan(plan, save_to)
+        return plan
+
+
+def plan_request(
+    source: Path | None,
+    base: str | None,
+    tasks: Path | None,
+    task: list[str],
+    order: Mapping[str, Any],
+    private: tuple[str, ...],
+    merge_heads: bool,
+) -> Given:
+    """Options win over the recipe."""
+    recipe: Recipe | None = None
+    plan: Plan | None = None
+    if source is not None:
+        if not source.is_file():
+            raise SourceError(f"no recipe or plan at {source}", hint="or give --base and --tasks")
+        if source.suffix in (".yaml", ".yml"):
+            recipe = read_recipe(source)
+        else:
+            plan = load_plan(source)
+    if plan is not None:
+        if base or tasks or task or private or merge_heads:
+            raise UsageError(
+                "a plan has its sources and classes already", hint="leave out --base, --tasks, --private …"
+            )
+        settings = plan.settings
+        old = {name: getattr(settings, name) for name in ("blocks", "linkage", "strategy", "similarity", "seed")}
+        if old["blocks"] == "rules" and not order.get("blocks"):
+            raise UsageError("the plan was made with rules of its own", hint="give them again: --blocks rules.yaml")
+        return Given(request=None, plan=plan, order=order_settings(order, old), ignored=())
+    named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
+    ignored: list[str] = []
+    if tasks is not None:
+        found, ignored = find_tasks(tasks)
+        named = {name: str(Path(path).absolute()) for name, path in found.items()}
+    for item in task:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise UsageError(f"--task {item} is not NAME=SOURCE", hint="--task sst2=finetuned/sst2")
+        if name in named and tasks is None and recipe is None:
+            raise UsageError(f"two tasks of one name: `{name}`", hint="rename one")
+        named[name] = path if "://" in path else str(Path(path).expanduser().absolute())
+    base_source = base if base is None or "://" in base else str(Path(base).expanduser().absolute())
+    base_source = base_source or (recipe.base if recipe else None)
+    if base_source is None:
+        raise UsageError("no base", hint="--base PATH, or a recipe")
+    if not named:
+        raise UsageError("no tasks", hint="--tasks DIR, or --task NAME=PATH")
+    request = PlanRequest(
+        base=base_source,
+        tasks=named,
+        order=order_settings(order, recipe.order_fields() if recipe else {}),
+        private=private or (tuple(recipe.private) if recipe else ()),
+        merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
+        relative_to=recipe.folder if recipe else Path(),
+    )
+    return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
+
+
+def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:
+    """What was chosen, else what the recipe or plan has, else the defaults. Raises UsageError for an unknown word."""
+    default = OrderSettings()
+    picked = {
+        name: next((v for v in (chosen.get(name), otherwise.get(name)) if v is not None), getattr(default, name))
+        for name in ("blocks", "linkage", "strategy", "similarity", "seed")
+    }
+    return OrderSettings(
+        blocks=picked["blocks"],
+        linkage=Linkage(_word(Linkage, picked["linkage"], "linkage")),
+        strategy=Strategy(_word(Strategy, picked["strategy"], "strategy")),
+        similarity=Similarity(_word(Similarity, picked["similarity"], "similarity")),
+        seed=picked["seed"],
+    )
+
+
+def _word(kind: "type[StrEnum]", value: str, option: str) -> str:
+    if value not in list(kind):
+        raise UsageError(f"--{option} {value} is not known", hint=f"one of: {', '.join(kind)}")
+    return value

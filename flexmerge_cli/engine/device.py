@@ -1,0 +1,48 @@
+"""Where the arithmetic runs, and raw bytes as tensors. Every operation is single-threaded: the pool has the threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from flexmerge_cli.checkpoint.dtypes import TO_TORCH
+from flexmerge_cli.errors import UsageError
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UsageError(f"no device `{wanted}`", hint="--device auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device `{wanted}` is not supported", hint="--device auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"no device `{wanted}`: torch sees {torch.cuda.device_count()}", hint="--device cpu")
+    return device
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """torch operations on one thread each, and exact float32 products, for the time of a run."""
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def as_tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
+    """Bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
+    return torch.from_numpy(raw).view(getattr(torch, TO_TORCH[dtype]))
+
+
+def to_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's bytes (uint8, one axis) on the CPU."""
+    return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()

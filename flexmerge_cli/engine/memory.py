@@ -1,0 +1,50 @@
+"""How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit."""
+
+from flexmerge_cli.engine.survey import CHUNK_ELEMENTS as SURVEY_CHUNK
+from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS
+from flexmerge_cli.errors import UsageError
+
+FIXED_BYTES = 48 << 20  # interpreter objects, plan, headers: measured on 200 tensors and 8 tasks, with room
+WIDEST_ITEM = 8
+
+
+def survey_bytes(num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4) -> int:
+    """Raw chunks of base and tasks, and one product's deltas, per thread."""
+    raw = (num_tasks + 1) * chunk_elements * item_bytes
+    deltas = (num_tasks + 2) * min(chunk_elements, PRODUCT_ELEMENTS) * 4
+    return FIXED_BYTES + threads * (raw + deltas)
+
+
+def survey_chunk(num_tasks: int, threads: int, max_memory: int | None) -> int:
+    """Elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
+    chunk = SURVEY_CHUNK
+    while max_memory is not None and survey_bytes(num_tasks, threads, chunk) > max_memory:
+        if chunk == PRODUCT_ELEMENTS:
+            raise too_little(max_memory, survey_bytes(num_tasks, threads, chunk), threads)
+        chunk //= 2
+    return chunk
+
+
+def materialise_bytes(num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4) -> int:
+    """Per thread: raw chunks, deltas, float64 sums, and what waits to be hashed."""
+    raw = (num_tasks + 1) * chunk_elements * item_bytes
+    work = (3 * num_tasks + 8) * chunk_elements * 4
+    waiting = (num_tasks + 1) * chunk_elements * item_bytes
+    return FIXED_BYTES + threads * (raw + work) + (threads + 1) * waiting
+
+
+def materialise_chunk(num_tasks: int, threads: int, max_memory: int | None, largest: int) -> int:
+    """Elements of one work item of `merge`; largest: the most that pays. Raises UsageError as above."""
+    chunk = largest
+    while max_memory is not None and materialise_bytes(num_tasks, threads, chunk) > max_memory:
+        if chunk <= 1 << 12:
+            raise too_little(max_memory, materialise_bytes(num_tasks, threads, chunk), threads)
+        chunk //= 2
+    return chunk
+
+
+def too_little(have: int, needed: int, threads: int) -> UsageError:
+    fewer = " or --threads 1" if threads > 1 else ""
+    return UsageError(
+        f"--max-memory {have} bytes is too little: {needed} bytes are needed", hint=f"--max-memory {needed}B{fewer}"
+    )

@@ -1,0 +1,119 @@
+"""Pre-sized weight files, positional writes into them, and their sha256 taken on the way."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from flexmerge_cli.allocation.files import WeightFile
+from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.errors import MachineError
+
+READ_BACK_BYTES = 4 << 20
+
+
+class Output:
+    """The weight files of a bundle being written; a context manager. `write` may be called from any thread."""
+
+    def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int) -> None:
+        self._folder, self._files, self._total_bytes = folder, files, total_bytes
+        self._descriptors: list[int] = []
+        self._hashes = [_FileHash(file.num_bytes) for file in files]
+        self._place: dict[Part, tuple[int, int]] = {
+            part: (number, offset)
+            for number, file in enumerate(files)
+            for part, offset in zip(file.parts, file.offsets(), strict=True)
+        }
+
+    def __enter__(self) -> "Output":
+        for number, file in enumerate(self._files):
+            path = self._folder / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+                if file.num_bytes and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._descriptors[-1], 0, file.num_bytes)
+            except OSError as error:
+                self.__exit__(None, None, None)
+                raise self._failed(error, path) from None
+            self._pwrite(number, np.frombuffer(file.header, np.uint8), 0)
+            self._hashes[number].add(self._descriptors[number], 0, np.frombuffer(file.header, np.uint8))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+    def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        """data: uint8, contiguous."""
+        number, offset = self._place[part]
+        self._pwrite(number, data, offset + start_byte)
+
+    def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        """What `write` wrote, told in order of the run, from one thread."""
+        number, offset = self._place[part]
+        self._hashes[number].add(self._descriptors[number], offset + start_byte, data)
+
+    def finish(self) -> dict[str, str]:
+        """Force everything to disk; sha256 by path."""
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+        return {
+            file.path: taken.finish(descriptor)
+            for file, taken, descriptor in zip(self._files, self._hashes, self._descriptors, strict=True)
+        }
+
+    def _pwrite(self, number: int, data: np.ndarray, offset: int) -> None:
+        view = data.data
+        while len(view):
+            try:
+                count = os.pwrite(self._descriptors[number], view, offset)
+            except OSError as error:
+                raise self._failed(error, self._folder / self._files[number].path) from None
+            view, offset = view[count:], offset + count
+
+    def _failed(self, error: OSError, path: Path) -> MachineError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return no_space(path, self._total_bytes)
+        return MachineError(f"{path} cannot be written: {error.strerror}", hint="check permissions and the disk")
+
+
+def no_space(path: Path, needed: int) -> MachineError:
+    return MachineError(
+        f"no space at {path}: the bundle needs {needed:,} bytes", hint="free some, or write to another disk"
+    )
+
+
+class _FileHash:
+    """sha256 of a file that is mostly written front to back; what comes early is read back when its turn comes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._hash = hashlib.sha256()
+        self._num_bytes = num_bytes
+        self._position = 0
+        self._early: dict[int, int] = {}
+
+    def add(self, descriptor: int, offset: int, data: np.ndarray) -> None:
+        if offset != self._position:
+            self._early[offset] = data.size
+            return
+        self._hash.update(data.data)
+        self._position += data.size
+        while self._position in self._early:
+            self._read_back(descriptor, self._early.pop(self._position))
+
+    def finish(self, descriptor: int) -> str:
+        assert self._position == self._num_bytes and not self._early, "a part was not written"
+        return self._hash.hexdigest()
+
+    def _read_back(self, descriptor: int, num_bytes: int) -> None:
+        end = self._position + num_bytes
+        while self._position < end:
+            data = os.pread(descriptor, min(READ_BACK_BYTES, end - self._position), self._position)
+            self._hash.update(data)
+            self._position += len(data)

@@ -1,0 +1,54 @@
+"""Ordered map over a bounded window of work: the one place with threads.
+
+Items are taken in order and results come back in order, so that what is summed or written does not depend on which
+thread was first. At most `threads + ahead` items exist at a time; that bounds memory.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def default_threads() -> int:
+    """The cores that this process may use; more than 16 do not pay against memory bandwidth."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def ordered_map(
+    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = 1
+) -> Iterator[Result]:
+    """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped."""
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) >= threads + ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class Buffers(threading.local):
+    """Reused byte buffers, each thread its own: what is read into one is gone with the thread's next item."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[object, np.ndarray] = {}
+
+    def get(self, key: object, num_bytes: int) -> np.ndarray:
+        """uint8, at least num_bytes long."""
+        array = self._arrays.get(key)
+        if array is None or array.size < num_bytes:
+            array = self._arrays[key] = np.empty(num_bytes, np.uint8)
+        return array

@@ -1,0 +1,233 @@
+"""The one pass of `plan`: every weight is read once, and all that a cut needs is measured.
+
+Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, and anything that is not
+finite. Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, whatever the size of the models.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexmerge_cli.checkpoint.digest import RangeDigest, TensorDigest, digest_range
+from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.device import as_tensor, single_threaded
+from flexmerge_cli.engine.pool import Buffers, ordered_map
+
+# Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
+PRODUCT_ELEMENTS = 1 << 16
+# Elements of one work item, per model: 2 MiB of float32, large enough for the disk, small enough for the cache.
+CHUNK_ELEMENTS = 1 << 19
+EQUALITY_PROBE_BYTES = 4096  # tensors that differ nearly always do so at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyItem:
+    """One tensor of the family, or of those tasks that hold it in one form."""
+
+    name: str
+    base: StoredTensor | None
+    """None: not read."""
+    tasks: tuple[tuple[int, StoredTensor], ...]
+    """(task index, tensor), all of one shape."""
+    gram: bool
+    """Whether task vectors are compared; needs the base and every task."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Measure:
+    """What the pass found of one item. Rows and columns are those of `SurveyItem.tasks`."""
+
+    digests: list[str]
+    base_digest: str | None
+    same: list[int]
+    """Position of the first task that holds the same bits."""
+    is_base: list[bool]
+    gram: np.ndarray | None
+    """[k, k] float64."""
+    agreement: np.ndarray | None
+    """[k, k] int64: elements of equal sign in {-1, 0, 1}."""
+    base_energy: float
+    """Σ θ_base²."""
+    not_finite: list[tuple[int, int]]
+    """(position, or -1 for the base; first index in C order)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one range adds."""
+
+    digests: list[RangeDigest]
+    classes: list[int]
+    """Per model, base last: first model with the same bits in this range."""
+    grams: np.ndarray | None
+    agreement: np.ndarray | None
+    base_energies: list[float]
+    not_finite: list[tuple[int, int]]
+
+
+def survey(
+    items: Sequence[SurveyItem],
+    *,
+    device: torch.device,
+    threads: int,
+    signs: bool = False,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    on_bytes: Callable[[int], None] = lambda _count: None,
+) -> list[Measure]:
+    """Measure all items. chunk_elements: a multiple of PRODUCT_ELEMENTS. on_bytes is told how many were read."""
+    assert chunk_elements % PRODUCT_ELEMENTS == 0
+    ranges = list(_ranges(items, chunk_elements))
+    buffers = Buffers()
+    measures = []
+    with Reader() as reader, single_threaded():
+
+        def work(place: int) -> _Part:
+            for ahead in ranges[place + threads + 1 : place + threads + 2]:
+                for tensor in _models(items[ahead[0]]):
+                    reader.will_need(tensor, ahead[1], ahead[2])
+            index, start, stop = ranges[place]
+            return _measure(items[index], start, stop, reader, buffers, device, signs)
+
+        parts: list[_Part] = []
+        for (index, start, stop), part in zip(ranges, ordered_map(range(len(ranges)), work, threads=threads)):
+            parts.append(part)
+            on_bytes(sum((stop - start) * tensor.item_bytes for tensor in _models(items[index])))
+            if stop == _models(items[index])[0].num_elements:
+                measures.append(_join(items[index], parts))
+                parts = []
+    return measures
+
+
+def _models(item: SurveyItem) -> list[StoredTensor]:
+    """All tensors of an item; the base, if read, last."""
+    return [tensor for _, tensor in item.tasks] + ([item.base] if item.base is not None else [])
+
+
+def _ranges(items: Sequence[SurveyItem], chunk_elements: int) -> Iterator[tuple[int, int, int]]:
+    for index, item in enumerate(items):
+        total = _models(item)[0].num_elements
+        for start in range(0, max(total, 1), chunk_elements):
+            yield index, start, min(start + chunk_elements, total)
+
+
+def _measure(
+    item: SurveyItem, start: int, stop: int, reader: Reader, buffers: Buffers, device: torch.device, signs: bool
+) -> _Part:
+    models = _models(item)
+    raw = [
+        reader.read(tensor, start, stop, buffers.get(position, (stop - start) * tensor.item_bytes))
+        for position, tensor in enumerate(models)
+    ]
+    digests = [digest_range(data, start * tensor.item_bytes) for data, tensor in zip(raw, models)]
+    classes = _classes(raw, [tensor.dtype for tensor in models])
+    if not item.gram:
+        floats = [position for position, tensor in enumerate(models) if tensor.dtype in FLOATING]
+        seen = [_first_bad(raw[position], models[position].dtype, position, start) for position in floats]
+        return _Part(digests, classes, None, None, [], [place for place in seen if place is not None])
+    values = [as_tensor(data, tensor.dtype) for data, tensor in zip(raw, models)]
+    grams, agreements, energies = [], [], []
+    deltas = torch.empty(len(values) - 1, min(PRODUCT_ELEMENTS, stop - start), device=device)
+    for low in range(0, stop - start, PRODUCT_ELEMENTS):
+        high = min(low + PRODUCT_ELEMENTS, stop - start)
+        base = values[-1][low:high].to(device, torch.float32)
+        block = deltas[:, : high - low]
+        for position, value in enumerate(values[:-1]):
+            torch.sub(value[low:high].to(device, torch.float32), base, out=block[position])
+        gram, energy = _products(block, base)
+        grams.append(gram)
+        energies.append(energy)
+        if signs:
+            agreements.append(_agreement(block))
+    stack = np.stack(grams) if grams else np.zeros((0, len(values) - 1, len(values) - 1))
+    bad: list[tuple[int, int]] = []
+    if not np.isfinite(stack).all() or not np.isfinite(energies).all():
+        found = [
+            _first_bad(data, tensor.dtype, position, start) for position, (data, tensor) in enumerate(zip(raw, models))
+        ]
+        bad = [(-1 if place[0] == len(models) - 1 else place[0], place[1]) for place in found if place is not None]
+    agreement = np.sum(agreements, axis=0) if agreements else None
+    return _Part(digests, classes, stack, agreement, energies, bad)
+
+
+def _products(deltas_kN: torch.Tensor, base_N: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Gram matrix of one product's elements, and the base's energy. float64 where it is short, or float32 overflows."""
+    if deltas_kN.shape[1] == PRODUCT_ELEMENTS:
+        gram = (deltas_kN @ deltas_kN.T).cpu().numpy().astype(np.float64)
+        energy = float(torch.dot(base_N, base_N))
+        if np.isfinite(gram).all() and np.isfinite(energy):
+            return gram, energy
+    wide, base = deltas_kN.double(), base_N.double()
+    return (wide @ wide.T).cpu().numpy(), float(torch.dot(base, base))
+
+
+def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:
+    """[k, k] counts: equal signs are both positive, both negative or both zero."""
+    total = np.zeros((len(deltas_kN), len(deltas_kN)), np.int64)
+    for of in (deltas_kN > 0, deltas_kN < 0, deltas_kN == 0):
+        signs = of.to(torch.float32)  # counts up to 2^16 are exact in float32
+        total += (signs @ signs.T).cpu().numpy().astype(np.int64)
+    return total
+
+
+def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
+    """Per model the first one with the same dtype and bytes."""
+    first: list[int] = []
+    for position, data in enumerate(raw):
+        for leader in dict.fromkeys(first):
+            other = raw[leader]
+            if (
+                dtypes[leader] == dtypes[position]
+                and np.array_equal(other[:EQUALITY_PROBE_BYTES], data[:EQUALITY_PROBE_BYTES])
+                and np.array_equal(other, data)
+            ):
+                first.append(leader)
+                break
+        else:
+            first.append(position)
+    return first
+
+
+def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple[int, int] | None:
+    finite = torch.isfinite(as_tensor(data, dtype))
+    return None if bool(finite.all()) else (position, start + int((~finite).nonzero()[0, 0]))
+
+
+def _join(item: SurveyItem, parts: list[_Part]) -> Measure:
+    models = _models(item)
+    digests = []
+    for position in range(len(models)):
+        whole = TensorDigest()
+        for part in parts:
+            whole.add(part.digests[position])
+        digests.append(whole.hexdigest())
+    # Same over all ranges: equal keys, a key being what a model is equal to in each range.
+    keys = [tuple(part.classes[position] for part in parts) for position in range(len(models))]
+    first = [keys.index(key) for key in keys]
+    count = len(item.tasks)
+    base_key = first[count] if item.base is not None else None
+    gram = None
+    if item.gram:
+        gram = np.zeros((count, count))
+        for part in parts:
+            for block in part.grams if part.grams is not None else ():
+                gram += block
+        gram = (gram + gram.T) / 2
+    agreement = [part.agreement for part in parts if part.agreement is not None]
+    bad: dict[int, int] = {}
+    for part in parts:
+        for position, index in part.not_finite:
+            bad.setdefault(position, index)
+    return Measure(
+        digests=digests[:count],
+        base_digest=digests[count] if item.base is not None else None,
+        same=first[:count],
+        is_base=[item.base is not None and key == base_key for key in first[:count]],
+        gram=gram,
+        agreement=np.sum(agreement, axis=0) if agreement else None,
+        base_energy=float(sum(energy for part in parts for energy in part.base_energies)),
+        not_finite=sorted(bad.items()),
+    )

@@ -1,0 +1,183 @@
+"""Names of tensors in, blocks out: which tensors merge as one, and in which order. No weights, no torch.
+
+`component` is the paper's: attention, MLP and each norm of a layer apart, each embedding and projection its own, by
+rules.yaml. What no rule matches is grouped by the deepest number and the module below it.
+
+Order: as computed. At each level of the names, siblings stand as their words do in the rules file, numbers as integers;
+a segment that is no word of the file (`model`, `bert`) stands where the first word below it does; the rest comes last,
+in natural order. So a layer's blocks stay together, and an encoder's before the decoder's. It does not depend on the
+order of the names.
+"""
+
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.rules import Rules, nearest, read_rules
+
+BLOCKS = ("component", "layer", "tensor", "model")
+
+# Parameters that are a module's own; any other parameter (`class_embedding`, `gamma`) is a thing of its own.
+OWN = ("weight", "bias", "weight_g", "weight_v")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Tensors that merge as one."""
+
+    name: str
+    """Dotted path its tensors share, e.g. `vision_model.encoder.layers.3.self_attn`. Where parts of an MLP lie loose in
+    their layer, the layer's path and `mlp`."""
+    tensors: tuple[str, ...]
+    """In the order given; never empty."""
+
+
+def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[Block, ...]:
+    """Put each name in exactly one block.
+
+    blocks: `component`; `layer`, where all of one layer is one block and what is in no layer stands as in `component`;
+    `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). What
+    its rules leave is grouped by number and module, as what the shipped rules leave is; those do not see it.
+    Returns blocks of unique names, in order of computation. Raises ValueError if a name comes twice, UsageError if
+    `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take about 3 s.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError("a tensor's name comes twice")
+    rules = _rules(blocks)
+    if blocks == "model":
+        return (Block(name="model", tensors=tuple(names)),) if names else ()
+    unmatched = _by_number_and_module(names)
+    components = _grouped({name: rules.block_of(name) or unmatched[name] for name in names})
+    order = _in_order(components, rules.rank)
+    if blocks == "layer":
+        layer_of = _layers(order)
+        component_of = {name: path for path in order for name in components[path]}
+        layers = _grouped({name: layer_of[component_of[name]] for name in names})
+        # A layer stands where the first of its components does.
+        return tuple(Block(name=path, tensors=layers[path]) for path in dict.fromkeys(layer_of.values()))
+    if blocks == "tensor":
+        return tuple(
+            Block(name=name, tensors=(name,)) for path in order for name in sorted(components[path], key=_natural)
+        )
+    return tuple(Block(name=path, tensors=components[path]) for path in order)
+
+
+def _rules(blocks: str | Path) -> Rules:
+    if isinstance(blocks, Path):
+        return read_rules(blocks)
+    if blocks in BLOCKS:
+        return _shipped_rules()
+    if blocks.lower().endswith((".yaml", ".yml")) or "/" in blocks or os.sep in blocks:
+        return read_rules(Path(blocks))
+    choices = ", ".join(f"`{word}`" for word in BLOCKS)
+    raise UsageError(f"unknown blocks `{blocks}`: neither {choices} nor a .yaml file", hint=nearest(blocks, BLOCKS))
+
+
+@cache
+def _shipped_rules() -> Rules:
+    return read_rules(Path(__file__).with_name("rules.yaml"))
+
+
+def _grouped(block_of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Block to its tensors, from tensor to its block; the order is kept."""
+    groups: dict[str, list[str]] = {}
+    for name, block in block_of.items():
+        groups.setdefault(block, []).append(name)
+    return {block: tuple(tensors) for block, tensors in groups.items()}
+
+
+def _by_number_and_module(names: Iterable[str]) -> dict[str, str]:
+    """`stages.0.blocks.11.mixer` for `stages.0.blocks.11.mixer.proj.weight`; in no layer, the module itself."""
+    modules = {name: name.split(".") for name in names}
+    for path in modules.values():
+        if len(path) > 1 and path[-1] in OWN:
+            path.pop()
+    blocks: dict[str, str] = {}
+    for name, length in _layer_lengths(modules).items():
+        path = modules[name]
+        if length:
+            in_part = len(path) > length + 2 and _is_part(path, length + 1)  # block.3 . layer.0.SelfAttention
+            path = path[: length + (3 if in_part else 1)]
+        blocks[name] = ".".join(path) or name
+    return blocks
+
+
+def _layers(components: Iterable[str]) -> dict[str, str]:
+    """`encoder.layers.3` for `encoder.layers.3.self_attn`; what is in no layer stays as it is."""
+    paths = {component: component.split(".") for component in components}
+    lengths = _layer_lengths(paths)
+    return {component: ".".join(path[: lengths[component]]) or component for component, path in paths.items()}
+
+
+def _layer_lengths(paths: Mapping[str, list[str]]) -> dict[str, int]:
+    """How many segments of each path name its layer: those to the deepest number with a module below it; 0 if none.
+
+    A number without is a place in an nn.Sequential: `blocks.11.ff.0` is in layer `blocks.11`. One that has layers below
+    it, in the same module or as the first segment, is a whole model's: with `0.vit.layers.3.mlp` about, `0.vit.pooler`
+    is in no layer.
+    """
+    lengths: dict[str, int] = {}
+    for key, path in paths.items():
+        lengths[key] = next((i + 1 for i in range(len(path) - 2, -1, -1) if _is_layer(path, i)), 0)
+    layers = sorted({".".join(path[: lengths[key]]) for key, path in paths.items()})
+    for key, path in paths.items():
+        above = ".".join(path[: 1 if lengths[key] == 1 else lengths[key] + 1]) + "."
+        first_below = bisect_left(layers, above)
+        if first_below < len(layers) and layers[first_below].startswith(above):
+            lengths[key] = 0
+    return lengths
+
+
+def _is_layer(path: list[str], i: int) -> bool:
+    return _is_numbered(path[i]) and not _is_digits(path[i + 1]) and not _is_part(path, i)
+
+
+def _is_part(path: list[str], i: int) -> bool:
+    """The numbers of `experts.5`, of T5's `block.3.layer.0` and of ResNet's `layers.1.layer.0` lie within a layer."""
+    if not i or not _is_numbered(path[i]):
+        return False
+    return path[i - 1] == "experts" or (path[i - 1] == "layer" and i > 1 and _is_numbered(path[i - 2]))
+
+
+def _in_order(paths: Iterable[str], rank: Mapping[str, int]) -> list[str]:
+    """Sort dotted paths by the place of their segments among siblings."""
+    unknown = len(rank)
+    nodes: dict[tuple[int, str], int] = {}  # (parent, segment) -> node; the root is 0
+    place: dict[int, int] = {}
+    trails: dict[str, list[tuple[str, int]]] = {}
+    for path in paths:
+        trail = trails[path] = []
+        node = 0
+        for segment in path.split("."):
+            node = nodes.setdefault((node, segment), len(nodes) + 1)
+            trail.append((segment, node))
+        first_below = unknown
+        for segment, node in reversed(trail):
+            first_below = first_below if _is_digits(segment) else rank.get(segment, first_below)
+            place[node] = min(place.get(node, unknown), first_below)
+
+    def key(path: str) -> list[tuple[object, ...]]:
+        return [(-1 if _is_digits(segment) else place[node], _natural(segment)) for segment, node in trails[path]]
+
+    return sorted(trails, key=key)
+
+
+def _natural(text: str) -> tuple[object, ...]:
+    """Runs of digits compare as integers, of any length; `01` and `1` by their text."""
+    runs = re.split(r"([0-9]+)", text)
+    numbers = [run.lstrip("0") for run in runs[1::2]]
+    return (*(x for run, number in zip(runs[::2], [*numbers, ""]) for x in (run, len(number), number)), text)
+
+
+def _is_numbered(segment: str) -> bool:
+    """What `N` of a rules file matches: a number, or a word that ends in `_` and one."""
+    return _is_digits(segment.rpartition("_")[2])
+
+
+def _is_digits(segment: str) -> bool:
+    return segment.isascii() and segment.isdigit()

@@ -1,0 +1,121 @@
+"""The five classes of tensors, as far as headers tell: base-only, tied, constant, private, mergeable.
+
+Constant needs the bits; a tensor that could be constant is settled by the survey. The rules are tried in that order.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+
+
+class TensorClass(StrEnum):
+    """What becomes of a tensor."""
+
+    BASE_ONLY = "base-only"
+    """In no task: not stored."""
+    TIED = "tied"
+    """Alias of another tensor of the same model: stored as its target."""
+    CONSTANT = "constant"
+    """Bit-identical in all of two or more tasks: stored once."""
+    PRIVATE = "private"
+    """A task's own: stored exactly, equal ones once."""
+    MERGEABLE = "mergeable"
+    """The rest: stored by block and group."""
+
+
+# First whole segments of what a fine-tune adds on top of the base.
+HEADS = (
+    "classifier", "classification_head", "classification_heads", "pre_classifier", "score", "scores", "qa_outputs",
+    "head", "heads", "head_dist", "regressor", "regression_head", "logits_proj", "summary", "sequence_summary",
+    "qa_classifier", "span_outputs", "v_head", "reward_head",
+)  # fmt: skip
+RESNET_MARKS = ("layer4", "conv1", "layer1")  # `fc` is the head of these, and nothing in particular elsewhere
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+INPUT_EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embed")
+
+
+def why_private(
+    name: str,
+    base: StoredTensor | None,
+    tasks: Sequence[StoredTensor | None],
+    *,
+    private: Iterable[str] = (),
+    merge_heads: bool = False,
+    resnet: bool = False,
+) -> str | None:
+    """The reason for which a tensor is private, in words; None if it is not. Tasks hold None where it is missing."""
+    present = [tensor for tensor in tasks if tensor is not None]
+    segments = name.split(".")
+    if segments[0] in ("model", "module") and len(segments) > 1:
+        segments = segments[1:]
+    if any(tensor.dtype not in FLOATING for tensor in present):
+        return "not floating point"
+    if base is None:
+        return "missing in the base"
+    if base.dtype not in FLOATING:
+        return "not floating point in the base"
+    if len(present) < len(tasks):
+        return "missing in a task"
+    if any(tensor.shape != base.shape for tensor in present):
+        return "of another shape"
+    if segments[-1] in RUNNING:
+        return "running statistic"
+    if not merge_heads and (segments[0] in HEADS or (segments[0] == "fc" and resnet)):
+        return "task head"
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in private):
+        return "asked for"
+    return None
+
+
+def is_resnet(names: Iterable[str]) -> bool:
+    firsts = {name.split(".")[0] for name in names}
+    return all(mark in firsts for mark in RESNET_MARKS)
+
+
+def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Alias -> target among the tensors of one model that share storage, as only a `.bin` can say."""
+    by_bytes: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.num_elements and tensor.path.suffix != ".safetensors":
+            key = (tensor.path, tensor.offset, tensor.dtype, tensor.shape, tensor.strides)
+            by_bytes.setdefault(key, []).append(name)
+    found = {}
+    for names in by_bytes.values():
+        target, *others = sorted(names, key=target_rank)
+        found.update(dict.fromkeys(others, target))
+    return found
+
+
+def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Output embedding -> input embedding of equal shape, where the config ties them: equal bits make it an alias."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+    if not config or not (config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)) if text else True):
+        return {}
+    inputs = sorted((name for name in tensors if _embeds(name)), key=target_rank)
+    outputs = [name for name in tensors if name.split(".")[-2:] in (["lm_head", "weight"], ["decoder", "weight"])]
+    outputs += [name for name in inputs if "shared.weight" in inputs and name.endswith("embed_tokens.weight")]
+    return {
+        output: next(name for name in inputs if _same_form(tensors[name], tensors[output]))
+        for output in outputs
+        if any(_same_form(tensors[name], tensors[output]) and name != output for name in inputs)
+    }
+
+
+def _embeds(name: str) -> bool:
+    return name.split(".")[-1] == "weight" and name.split(".")[-2] in INPUT_EMBEDDINGS if "." in name else False
+
+
+def _same_form(left: StoredTensor, right: StoredTensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
+def target_rank(name: str) -> tuple[int, str]:
+    """Order among aliases: input embeddings before output layers, so that the alias is the head and not the table."""
+    segments = name.split(".")
+    ranks = [INPUT_EMBEDDINGS.index(segment) for segment in segments if segment in INPUT_EMBEDDINGS]
+    return (min(ranks, default=len(INPUT_EMBEDDINGS)), name)

@@ -1,0 +1,156 @@
+"""M checkpoints side by side: every tensor of every file under one name, with its class. Headers only, no weights.
+
+Gathers all that does not fit, over all tasks, before it raises.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.family.align import Alignment, align, aligned_names
+from flexmerge_cli.family.classes import TensorClass, aliases, is_resnet, why_private
+
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyTensor:
+    """One tensor of the family, across its models."""
+
+    name: str
+    """As in the base; own name if the base has none."""
+    base: StoredTensor | None
+    tasks: tuple[StoredTensor | None, ...]
+    """In task order; None where the task has none."""
+    tensor_class: TensorClass
+    reason: str = ""
+    """Why private, or the target of a tied one."""
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        return tuple(index for index, tensor in enumerate(self.tasks) if tensor is not None)
+
+    @property
+    def could_be_constant(self) -> bool:
+        """In all of two or more tasks, with one shape and dtype: whether it is constant only the bits tell."""
+        forms = {(tensor.shape, tensor.dtype) if tensor else None for tensor in self.tasks}
+        return len(self.tasks) > 1 and len(forms) == 1 and None not in forms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A base and its fine-tunes, aligned."""
+
+    base: Checkpoint
+    task_names: tuple[str, ...]
+    """In code-point order."""
+    tasks: tuple[Checkpoint, ...]
+    tensors: tuple[FamilyTensor, ...]
+    """In the order of the base's files, then what the base has not, by name."""
+    own_names: tuple[dict[str, str], ...]
+    """Per task: aligned name -> own name, of the tensors that it has."""
+
+    @property
+    def one_model_bytes(self) -> int:
+        """Mean over tasks of the tensor bytes of a model, rounded to the nearest byte."""
+        return round(sum(task.num_bytes for task in self.tasks) / len(self.tasks))
+
+
+def check_task_names(names: Sequence[str]) -> None:
+    """Raises UsageError for a name that cannot be a file name everywhere, or that another task has."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not TASK_NAME.fullmatch(name) or name == "all":
+            raise UsageError(
+                f"`{name}` cannot be a task's name",
+                hint="start with a letter or digit, then letters, digits, `.`, `_`, `-`, at most 64; not `all`",
+            )
+        if name.lower() in seen:
+            raise UsageError(
+                f"two tasks of one name: `{seen[name.lower()]}` and `{name}` (case is ignored)", hint="rename one"
+            )
+        seen[name.lower()] = name
+
+
+def find_tasks(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Every immediate subfolder that holds a checkpoint, name -> path; and the names of what else is there."""
+    if not folder.is_dir():
+        raise SourceError(f"no folder {folder}", hint="--tasks takes a folder with one subfolder per fine-tuned model")
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    found = {child.name: str(child) for child in children if child.is_dir() and find_weights(child) is not None}
+    if not found:
+        raise SourceError(f"no checkpoint in any folder of {folder}", hint="give each task: --task NAME=PATH")
+    return found, [child.name for child in children if child.name not in found]
+
+
+def make_family(
+    base: Checkpoint,
+    tasks: Mapping[str, Checkpoint],
+    *,
+    private: Sequence[str] = (),
+    merge_heads: bool = False,
+) -> Family:
+    """Align names and classify what headers can classify. Raises DataError with every task that does not fit."""
+    check_task_names(list(tasks))
+    names = tuple(sorted(tasks))
+    checkpoints = tuple(tasks[name] for name in names)
+    alignments = [align(base.tensors, checkpoint.tensors) for checkpoint in checkpoints]
+    problems = [
+        _misfit(name, base, checkpoint, alignment)
+        for name, checkpoint, alignment in zip(names, checkpoints, alignments)
+        if 2 * alignment.num_matched < len(base.tensors)
+    ]
+    if problems:
+        raise DataError(
+            "not of one architecture:\n  " + "\n  ".join(problems),
+            hint="leave these tasks out, or give the base they were fine-tuned from",
+        )
+    own_to_aligned = [
+        aligned_names(alignment, base.tensors, checkpoint.tensors)
+        for alignment, checkpoint in zip(alignments, checkpoints)
+    ]
+    own_names = tuple({aligned: own for own, aligned in names.items()} for names in own_to_aligned)
+    others = sorted({aligned for task in own_names for aligned in task} - set(base.tensors))
+    resnet = is_resnet(base.tensors)
+    tied = [
+        {mapping[alias]: mapping[target] for alias, target in aliases(checkpoint.tensors).items()}
+        for mapping, checkpoint in zip(own_to_aligned, checkpoints)
+    ]
+    tensors = []
+    for name in [*base.tensors, *others]:
+        parts = tuple(
+            checkpoint.tensors[own[name]] if name in own else None for own, checkpoint in zip(own_names, checkpoints)
+        )
+        tensor = FamilyTensor(name=name, base=base.tensors.get(name), tasks=parts, tensor_class=TensorClass.MERGEABLE)
+        targets = {tied[index].get(name) for index in tensor.present}
+        if not tensor.present:
+            tensor = replace(tensor, tensor_class=TensorClass.BASE_ONLY)
+        elif len(targets) == 1 and None not in targets:
+            tensor = replace(tensor, tensor_class=TensorClass.TIED, reason=str(targets.pop()))
+        elif reason := why_private(name, tensor.base, parts, private=private, merge_heads=merge_heads, resnet=resnet):
+            tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason=reason)
+        tensors.append(tensor)
+    return Family(base=base, task_names=names, tasks=checkpoints, tensors=tuple(tensors), own_names=own_names)
+
+
+def _misfit(name: str, base: Checkpoint, task: Checkpoint, alignment: Alignment) -> str:
+    aligned = aligned_names(alignment, base.tensors, task.tensors)
+    found = {aligned[own]: tensor for own, tensor in task.tensors.items()}
+    kinds = [f"{model.config.get('model_type', '?')}" for model in (base, task)]
+    other = [
+        f"`{key}` is {list(found[key].shape)}, {list(tensor.shape)} in the base"
+        for key, tensor in base.tensors.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    missing = [f"`{key}` is missing" for key in base.tensors if key not in found]
+    examples = "; ".join((other + missing)[:3])
+    types = f" ({kinds[1]}, the base is {kinds[0]})" if kinds[0] != kinds[1] else ""
+    return (
+        f"task `{name}`{types}: {alignment.num_matched} of the base's {len(base.tensors)} tensors are in "
+        f"{task.path} with the same name and shape. {len(other)} have another shape, {len(missing)} are missing: "
+        f"{examples}"
+    )

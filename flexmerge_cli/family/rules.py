@@ -1,0 +1,254 @@
+"""Rules files: a YAML text in, compiled rules out. Knows nothing about models; `blocks.py` applies the rules.
+
+words   {set: [word, …]}, MAY be left out. A pattern names a set as `<set>`
+rules   [rule, …], the first that matches a name decides. A rule is a pattern, or
+        {match: pattern or [pattern, …], as: word}; `as` MAY be left out
+
+A pattern is segments with dots between them. It matches a run of whole segments anywhere in a name, the leftmost; what
+comes before (`model.`, `bert.`) and after (`q_proj.weight`) is free. A segment is a word, `<set>`, `N` (a number, or a
+word that ends in `_` and one, like `encoder_layer_3`), several of these with `|` between them, or `*` (any one).
+
+The block is the path from the start of the name to the end of the match. With `as` it is the path to the pattern's last
+`N`, or to the start of the match, and then that word: `N.fc1|fc2` as `mlp` is `layers.3.mlp`.
+
+Words are also the order of the blocks: see `blocks.py`. A word counts where it stands first in the file, a set in a
+pattern as its words.
+
+Files may come from strangers: other keys, aliases and anything over 64 KiB are refused, nothing is built from a tag,
+and every fault is a UsageError with file and line.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from flexmerge_cli.errors import MachineError, SourceError, UsageError
+
+# Bounds the time that PyYAML takes: 64 KiB of the worst, one-letter words, are 2 s. rules.yaml has 4 KiB.
+MAX_BYTES = 64 << 10
+# Bounds the expressions, since a set counts at each use. rules.yaml has about 50.
+MAX_CHOICES = 20_000
+# `rules`, rule, `match`, pattern: 4 levels. PyYAML recurses.
+MAX_DEPTH = 8
+
+NUMBERED = r"(?:[^.]*_)?[0-9]+"
+SPECIAL = set(".|<>*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One pattern, and the name its matches are given."""
+
+    pattern: re.Pattern[str]
+    """Group `kept` is the part of the match that stays in the block's name."""
+    rename: str | None
+    """The word that follows `kept`; None if nothing does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """A rules file, checked and compiled."""
+
+    rules: tuple[Rule, ...]
+    """In order of the file; a rule of several patterns is several here."""
+    rank: Mapping[str, int]
+    """Word to its place in the file."""
+
+    def block_of(self, name: str) -> str | None:
+        """The block of a tensor's name by the first rule that matches; None if none does."""
+        for rule in self.rules:
+            if found := rule.pattern.search(name):
+                kept = name[: found.end("kept")]
+                if rule.rename is None:
+                    return kept
+                # If nothing of the match stays, what stands before it ends with a dot, or is nothing.
+                return kept + ("" if found.end("kept") == found.start() else ".") + rule.rename
+        return None
+
+
+def read_rules(path: Path) -> Rules:
+    """The rules of a file. Missing: SourceError; not readable: MachineError; anything unsound in it: UsageError."""
+    if "\0" in str(path):
+        raise UsageError(f"no path of a rules file: {str(path)!r}")
+    try:
+        if not path.exists():
+            raise SourceError(f"no rules file at `{path}`", hint="`--blocks component` needs no file")
+        if not path.is_file():  # a pipe would block for ever, a device never end
+            raise UsageError(f"`{path}` is no file", hint="give a rules file, such as rules.yaml")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise MachineError(f"cannot read the rules file `{path}`: {error}") from error
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"the rules file `{path}` has more than {MAX_BYTES} bytes", hint="is it a rules file?")
+    try:
+        return parse_rules(raw.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"no UTF-8 at byte {error.start}\n  {path}, line {line}", hint="save it as UTF-8") from None
+
+
+def parse_rules(text: str, where: str) -> Rules:
+    """Compile the text of a rules file; `where` is what errors call it."""
+    return _Parser(where).parse(text)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A hint with the valid word that is most like `word`, or with all of them."""
+    valid = list(valid)
+    # difflib takes time in the product of the lengths.
+    close = difflib.get_close_matches(word[:64], [v for v in valid if len(v) <= 64], n=1)
+    return f"did you mean `{close[0]}`?" if close else "valid: " + (", ".join(f"`{v}`" for v in valid) or "none")
+
+
+class _Parser:
+    """The node tree of one file to Rules: nodes know their lines, and are never made into objects."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.words: dict[str, tuple[str, ...]] = {}
+        self.rank: dict[str, int] = {}
+        self.num_choices = 0
+
+    def parse(self, text: str) -> Rules:
+        top = self.mapping(self.compose(text), "a rules file", ("words", "rules"))
+        # Sets first: a pattern may stand above them. The order of words is that of the file.
+        if "words" in top:
+            sets = self.mapping(top["words"], "`words`")
+            self.words = {key: tuple(map(self.word, self.items(node, f"<{key}>"))) for key, node in sets.items()}
+        if "rules" not in top:
+            self.fault(1, "no `rules`", "list at least one pattern under `rules:`")
+        rules: list[Rule] = []
+        for key, node in top.items():
+            if key == "words":
+                self.place(itertools.chain.from_iterable(self.words.values()))
+            else:
+                rules += [rule for item in self.items(node, "`rules`") for rule in self.rule(item)]
+        return Rules(rules=tuple(rules), rank=self.rank)
+
+    def compose(self, text: str) -> yaml.Node:
+        depth, line = 0, 1
+        try:
+            for event in yaml.parse(text, Loader=yaml.SafeLoader):
+                line = event.start_mark.line + 1 if event.start_mark else line
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > MAX_DEPTH:
+                    self.fault(line, "too many levels", "no rules file has more than four")
+                if isinstance(event, yaml.AliasEvent):
+                    # A few aliases of aliases stand for more nodes than there is memory.
+                    self.fault(line, "an alias", "quote a pattern that starts with *; for a list, use a set of `words`")
+            node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            is_alias = error.context == "while scanning an alias"
+            hint = "quote a pattern that starts with *" if is_alias else None
+            self.fault(mark.line + 1 if mark else 1, f"no YAML: {error.problem or error.context}", hint)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: "\\UFFFFFFFF"
+            self.fault(line, f"no YAML: {error}", None)
+        if node is None:
+            self.fault(1, "nothing in it", "list at least one pattern under `rules:`")
+        return node
+
+    def rule(self, node: yaml.Node) -> list[Rule]:
+        """`pattern`, or {match, as}."""
+        if isinstance(node, yaml.ScalarNode):
+            return [self.pattern(node, None)]
+        fields = self.mapping(node, "a rule that is no pattern", ("match", "as"))
+        if "match" not in fields:
+            self.fault(node, "a rule without `match`", "write `match: layers.N.self_attn`")
+        match = fields["match"]
+        rename = self.word(fields["as"]) if "as" in fields else None
+        nodes = [match] if isinstance(match, yaml.ScalarNode) else self.items(match, "`match`")
+        rules = [self.pattern(item, rename) for item in nodes]
+        self.place([rename] if rename else [])
+        return rules
+
+    def pattern(self, node: yaml.Node, rename: str | None) -> Rule:
+        text = self.scalar(node, "a pattern")
+        segments = [self.segment(node, segment) for segment in text.split(".")]
+        kept = len(segments)
+        if rename is not None:
+            kept = max((i + 1 for i, segment in enumerate(segments) if segment == NUMBERED), default=0)
+        dot = re.escape(".")
+        head, tail = dot.join(segments[:kept]), dot.join(segments[kept:])
+        between = dot if head and tail else ""
+        expression = rf"(?:\A|(?<=\.))(?P<kept>{head}){between}{tail}(?=\.|\Z)"
+        return Rule(pattern=re.compile(expression), rename=rename)
+
+    def segment(self, node: yaml.Node, text: str) -> str:
+        """The expression of one segment; its words take their place in the order."""
+        self.num_choices += 1
+        if text == "*":
+            return "[^.]*"
+        choices: list[str] = []
+        for choice in text.split("|"):
+            if choice == "N":
+                choices.append(NUMBERED)
+            elif choice.startswith("<") and choice.endswith(">"):
+                if choice[1:-1] not in self.words:
+                    self.fault(node, f"no set {choice} in `words`", nearest(choice[1:-1], self.words))
+                self.place(self.words[choice[1:-1]])
+                choices += map(re.escape, self.words[choice[1:-1]])
+            elif not choice or SPECIAL & set(choice):
+                self.fault(node, f"`{text}` in a pattern", "a segment is a word, <set>, N, a|b, or * alone")
+            else:
+                self.place([choice])
+                choices.append(re.escape(choice))
+        self.num_choices += len(choices)
+        if self.num_choices > MAX_CHOICES:
+            self.fault(node, f"more than {MAX_CHOICES} words in patterns", "a set counts at each use")
+        return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
+
+    def place(self, words: Iterable[str]) -> None:
+        for word in words:
+            self.rank.setdefault(word, len(self.rank))
+
+    def word(self, node: yaml.Node) -> str:
+        text = self.scalar(node, "a word")
+        if not text.strip() or not text.isprintable() or SPECIAL & set(text) or text == "N":
+            self.fault(node, f"`{text}` as a word", "a word is one whole segment of a name, such as self_attn")
+        return text
+
+    def scalar(self, node: yaml.Node, what: str) -> str:
+        """As written: `no`, `on` and `1` are words too."""
+        if not isinstance(node, yaml.ScalarNode):
+            self.fault(node, f"{what} must be text, not {_kind(node)}", None)
+        return str(node.value)
+
+    def items(self, node: yaml.Node, what: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            self.fault(node, f"{what} must be a list with something in it", None)
+        return list(node.value)
+
+    def mapping(self, node: yaml.Node, what: str, valid: tuple[str, ...] | None = None) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            self.fault(node, f"{what} must be a mapping, not {_kind(node)}", None)
+        fields: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = self.scalar(key_node, "a key")
+            if key in fields:
+                self.fault(key_node, f"`{key}` twice in {what}", None)
+            if valid is not None and key not in valid:
+                self.fault(key_node, f"unknown key `{key}` in {what}", nearest(key, valid))
+            fields[key] = value
+        return fields
+
+    def fault(self, at: yaml.Node | int, message: str, hint: str | None) -> NoReturn:
+        line = at if isinstance(at, int) else at.start_mark.line + 1
+        raise UsageError(f"{_plain(message)}\n  {self.where}, line {line}", hint=hint and _plain(hint))
+
+
+def _kind(node: yaml.Node) -> str:
+    return {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}[type(node)]
+
+
+def _plain(text: str) -> str:
+    """No control characters of a stranger's file on the terminal, and not all of it."""
+    text = text if len(text) <= 300 else text[:300] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,244 @@
+"""`merge`: a plan, a method and a size in, a bundle out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexmerge_cli.allocation.allocation import Allocation, copies
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.cut import Cutter, Fit
+from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, GateError, UsageError
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
+
+if TYPE_CHECKING:
+    from flexmerge_cli.engine.materialise import Sources
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """What `merge` is asked, besides the plan."""
+
+    method: str | None = None
+    """`NAME:key=value`; None: nothing is merged."""
+    size: str | None = None
+    merges: int | None = None
+    fit: Fit = Fit.TIGHT
+    dtype: str | None = None
+    """F32, F16 or BF16: what floating tensors are cast to."""
+    max_distance: float | None = None
+    relocate: Mapping[str, str] = field(default_factory=dict)
+    """Prefix of a source as the plan has it -> what stands there now."""
+
+
+def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
+    """Choose what the bundle stores, and price it to the byte. Reads no weights. Raises UsageError, GateError."""
+    pricer = pricer or Pricer(plan)
+    if request.size is not None and request.merges is not None:
+        raise UsageError("--size and --merges both say where to cut", hint="give one of them")
+    size = (
+        parse_size(request.size, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        if request.size is not None
+        else None
+    )
+    if request.method is None:
+        if size is not None or request.merges is not None:
+            raise UsageError(
+                "a size was asked for and no method: what is lost must be chosen by name\n" + _offers(pricer, request),
+                hint="add --method NAME",
+            )
+        return pricer.bill(copies(plan, request.dtype))
+    call = parse_call(request.method)
+    cutter = Cutter(pricer, format_call(call.method.name, call.args), request.dtype)
+    allocation: Allocation
+    if request.merges is not None:
+        allocation = cutter.prefix(request.merges)
+    elif size is not None:
+        allocation = cutter.cut(size, request.fit)
+    else:
+        allocation = cutter.smallest()
+    return pricer.bill(allocation)
+
+
+def merge(
+    plan: Plan,
+    request: MergeRequest,
+    output: Path,
+    *,
+    plan_folder: Path,
+    force: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    bill: Bill | None = None,
+    on_progress: OnProgress = lambda _what, _done, _total: None,
+) -> tuple[Bill, Measured]:
+    """Write the bundle. plan_folder: what the plan's relative sources are relative to.
+
+    Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
+    """
+    from flexmerge_cli.bundle.write import check_output, write_bundle
+    from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+    from flexmerge_cli.engine.memory import materialise_chunk
+    from flexmerge_cli.engine.pool import default_threads
+
+    where = choose_device(device)
+    threads = threads or default_threads()
+    chunk = materialise_chunk(len(plan.tasks), threads, max_memory, CHUNK_ELEMENTS)
+    bill = bill or allocate(plan, request)
+    check_output(output, bill, force=force)
+    sources, side_files = open_sources(plan, plan_folder, request.relocate)
+    _apart(output, sources)
+    stage, done, total = "", 0, sum(task.bytes for task in plan.tasks)
+
+    def on_stage(name: str) -> None:
+        nonlocal stage, done
+        stage, done = name, 0
+        on_progress(stage, 0, total)
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(stage, done, total)
+
+    def accept(measured: Measured) -> None:
+        limit = request.max_distance
+        far = {
+            plan.tasks[task].name: distance
+            for task, distance in measured.task_distance.items()
+            if limit is not None and (distance is None or distance > limit)
+        }
+        if far:
+            told = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())
+            raise GateError(
+                f"distance over {limit} for {told}: the bundle is not published",
+                hint="a larger --size, or another method",
+            )
+
+    measured = write_bundle(
+        bill,
+        sources.located,
+        side_files,
+        output,
+        force=force,
+        device=where,
+        threads=threads,
+        chunk_elements=chunk,
+        accept=accept,
+        on_bytes=on_bytes,
+        on_stage=on_stage,
+    )
+    return bill, measured
+
+
+def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None = None) -> list[str]:
+    """Warnings about a choice: an exact or cast-only bundle that is no larger than the lossy one."""
+    if not bill.allocation.methods or bill.allocation.dtype is not None:
+        return []
+    pricer = pricer or Pricer(plan)
+    found = []
+    for dtype, what, command in ((None, "exact deduplication", ""), ("BF16", "a cast to bf16", " --dtype bf16")):
+        other = pricer.bill(copies(plan, dtype))
+        if other.total_bytes <= bill.total_bytes:
+            found.append(
+                f"{what} takes {other.total_bytes:,} bytes, no more than the {bill.total_bytes:,} of this bundle, and "
+                f"merges nothing: flexmerge merge PLAN{command} -o BUNDLE"
+            )
+            break
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSources:
+    """The plan's checkpoints, opened again."""
+
+    base: Checkpoint | None
+    tasks: tuple[Checkpoint, ...]
+    located: "Sources"
+
+
+def open_sources(plan: Plan, folder: Path, relocate: Mapping[str, str]) -> tuple["OpenSources", dict[str, Path]]:
+    """Open the plan's sources and find every tensor that it names. Raises DataError if headers are not the plan's."""
+    from flexmerge_cli.engine.materialise import Sources
+
+    def opened(source: str) -> Checkpoint:
+        moved = _relocated(source, folder, relocate)
+        return open_checkpoint(moved if moved is not None else source, relative_to=folder if moved is None else None)
+
+    needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
+    base = opened(plan.base.source) if needs_base else None
+    tasks = tuple(opened(task.source) for task in plan.tasks)
+    problems: list[str] = []
+
+    def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:
+        tensor = checkpoint.tensors.get(own)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != tuple(shape):
+            now = f"{tensor.dtype} {list(tensor.shape)}" if tensor else "missing"
+            problems.append(f"{who}: `{own}` was {dtype} {list(shape)}, now {now}")
+        return tensor
+
+    of_tasks: list[dict[str, StoredTensor]] = [{} for _ in tasks]
+    of_base: dict[str, StoredTensor] = {}
+    for tensor in plan.tensors:
+        if base is not None and tensor.class_ is TensorClass.MERGEABLE:
+            found = located(base, "the base", tensor.name, str(tensor.base_dtype), tensor.shape)
+            of_base |= {tensor.name: found} if found else {}
+        for task in tensor.present:
+            own = plan.own_name(task, tensor.name)
+            who = f"task `{plan.tasks[task].name}`"
+            found = located(tasks[task], who, own, tensor.dtype_of(task), tensor.shape_of(task))
+            of_tasks[task] |= {tensor.name: found} if found else {}
+    if problems:
+        raise DataError(
+            "sources have changed since the plan:\n  " + "\n  ".join(problems[:20]), hint="make the plan again"
+        )
+    side_files = {}
+    for record, checkpoint in zip(plan.tasks, tasks):
+        for name, side in record.files.items():
+            path = checkpoint.side_files.get(name)
+            if path is None or path.stat().st_size != side.bytes:
+                raise DataError(f"{checkpoint.path / name} has changed since the plan", hint="make the plan again")
+            side_files[f"tasks/{record.name}/{name}"] = path
+    names = (*(f"task `{task.name}`" for task in plan.tasks), "the base")
+    places = Sources(base=of_base, tasks=tuple(of_tasks), describe=names)
+    return OpenSources(base=base, tasks=tasks, located=places), side_files
+
+
+def _relocated(source: str, folder: Path, relocate: Mapping[str, str]) -> str | None:
+    """The source under its new place, if an OLD of --relocate is its beginning, as written in the plan or absolute."""
+    absolute = str((folder / source).resolve()) if not is_hub(source) else source
+    for old, new in relocate.items():
+        for written in (source, absolute):
+            if written == old or written.startswith(old.rstrip("/") + "/"):
+                return new + written[len(old.rstrip("/")) :]
+    return None
+
+
+def _apart(output: Path, sources: "OpenSources") -> None:
+    """The bundle never lies over, in or around an input."""
+    target = output.absolute().resolve()
+    for checkpoint in [*sources.tasks, *([sources.base] if sources.base else [])]:
+        place = checkpoint.path.resolve()
+        if target == place or target in place.parents or (checkpoint.path.is_dir() and place in target.parents):
+            raise UsageError(f"{output} and the input {checkpoint.path} lie in each other", hint="choose another place")
+
+
+def _offers(pricer: Pricer, request: MergeRequest) -> str:
+    """Methods and the smallest size each reaches."""
+    lines = []
+    for name in all_methods():
+        call = parse_call(name)
+        bill = pricer.bill(Cutter(pricer, format_call(call.method.name, call.args), request.dtype).smallest())
+        factor = bill.tensor_bytes / max(1, pricer.plan.one_model_bytes)
+        lines.append(f"  {name:18} down to {factor:.2f}x, {bill.total_bytes:,} bytes on disk")
+    return "\n".join(lines)

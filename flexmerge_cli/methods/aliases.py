@@ -1,0 +1,47 @@
+"""The names that mergekit has for methods, in our terms. No torch.
+
+mergekit's methods are ours with other defaults, or ours after a step. They differ from ours in detail even so: see the
+docstrings of ties, breadcrumbs, della, sce and model_stock.
+"""
+
+from typing import NamedTuple
+
+
+class Alias(NamedTuple):
+    """What to ask for instead."""
+
+    method: str
+    """`NAME[:key=value,…]`."""
+    steps: tuple[str, ...]
+    """Likewise, in order."""
+    message: str
+    """The same as options of the command line, and what an argument of mergekit's becomes."""
+
+
+_SUM = "task_arithmetic:form=sum,scale=1.0"
+_ELECT = "ties:K=1.0,merge=sum"
+
+# mergekit's defaults: weights are not normalised but in linear, ties and della; density is 1, so it is always given.
+_ALIASES = {
+    "linear": ("average", (), "with weights: weighted_average"),
+    "task_arithmetic": (_SUM, (), "equal weights become scale"),
+    "ties": ("ties:K=1.0,scope=tensor", (), "density becomes K"),
+    "dare_linear": (_SUM, ("dare",), "density d becomes dare:p=1-d"),
+    "dare_ties": (_ELECT, ("dare",), "density d becomes dare:p=1-d"),
+    "breadcrumbs": ("breadcrumbs:gamma=0.01,scale=1.0", (), "density becomes beta"),
+    "breadcrumbs_ties": (_ELECT, ("breadcrumbs:gamma=0.01",), "density becomes beta"),
+    "della": ("della", (), "density d becomes p=1-d, epsilon e becomes window=2e, lambda becomes scale"),
+    "della_linear": (_SUM, ("magprune",), "density d becomes magprune:p=1-d, epsilon e becomes window=2e"),
+    "model_stock": ("model_stock", (), "filter_wise becomes scope=row"),
+    "sce": ("sce:density=1.0", (), "select_topk becomes density"),
+}
+
+
+def resolve_alias(name: str) -> Alias | None:
+    """What mergekit's method of this name is here; None if we have nothing like it. Case and `-` do not matter."""
+    key = name.lower().replace("-", "_")
+    if key not in _ALIASES:
+        return None
+    method, steps, note = _ALIASES[key]
+    options = " ".join([f"--method {method}", *(f"--step {step}" for step in steps)])
+    return Alias(method, steps, f"mergekit's `{key}` is `{options}` here; {note}")

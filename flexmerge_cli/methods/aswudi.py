@@ -1,0 +1,71 @@
+"""ASWUDI: SWUDI with a rank that each matrix's own spectrum decides."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.method import Where, method
+from flexmerge_cli.methods.swudi import Init, solve
+
+Rule = Literal["participation_sqrt", "participation", "stable_rank", "entropy", "none", "gavish_donoho"]
+
+
+def rank(squares: Tensor, rule: Rule, m: int) -> int:
+    """How many of the n eigenvalues count, 1 to n. squares [n] float64, falling, above 0; m: the other side's size."""
+    n, total = len(squares), squares.sum()
+    if rule == "participation_sqrt":
+        found = math.ceil((squares.sqrt().sum().square() / total).item())
+    elif rule == "participation":
+        found = math.ceil((total.square() / squares.square().sum()).item())
+    elif rule == "stable_rank":
+        found = math.ceil((squares.square().sum() / squares[0].square()).item())
+    elif rule == "entropy":
+        p = (squares / total).clamp(min=1e-30)
+        found = math.ceil((-(p * p.log()).sum()).exp().item())
+    elif rule == "gavish_donoho":
+        values = squares.sqrt()
+        found = int((values > _threshold(min(m, n) / max(m, n)) * values.median()).sum())
+    else:
+        found = n
+    return min(n, max(1, found))
+
+
+def _threshold(beta: float) -> float:
+    """Times the median: Gavish and Donoho's for unknown noise, with the authors' approximation of the median."""
+    omega = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
+    return omega / (math.sqrt((1 - beta) ** 2 + beta) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3)))
+
+
+@method(
+    paper="Wei et al. 2026",
+    scope="tensor",
+    elementwise=is_other,
+    when="as swudi, without numbers to choose",
+)
+def aswudi(
+    deltas: Tensor,
+    where: Where,
+    *,
+    rule: Rule = "participation_sqrt",
+    init: Init = "sum",
+    scale: Scale = 1.0,
+    matrices: Matrices = "linear",
+) -> Tensor:
+    """WUDI's minimiser in as many of the largest directions as the rule says. [k, *shape] float32 -> [*shape].
+
+    rule: gavish_donoho is the authors' for full Llama deltas; none takes all, and divides by noise where the deltas are
+    of low rank. Directions left out keep `init`, as in swudi. Tensors that are no matrices get the mean.
+    Source: WalkerWorldPeace/MLLMerging, where float32 can put a rank off by one at exact integers.
+    """
+
+    def merge(tasks: Tensor) -> Tensor:
+        def weights(squares: Tensor) -> Tensor:
+            kept = torch.arange(len(squares), device=squares.device) < rank(squares, rule, tasks.shape[1])
+            return kept.to(squares.dtype)
+
+        return solve(tasks, init, weights)
+
+    return merge_matrices(deltas, where, matrices, merge, scale)

@@ -1,0 +1,230 @@
+"""Methods that store a centre per group and a few bits per task: which centre, which coder, which tensors stay copies.
+
+    @coded(paper="…", when="…")
+    def low_bit(*, bits: Bits = 2, centre: str = "average", …) -> Coded: ...
+
+A declaration: keyword arguments in, the same machinery as `@method`, no weights seen. The arithmetic is in residuals/.
+θ̂_k = centre + decode(residual_k), residual_k = θ_k - centre in float32, against the centre as it is stored.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Protocol
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.method import Call, Fraction, Method, Range, method
+from flexmerge_cli.residuals.bitdelta import BitDelta
+from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
+from flexmerge_cli.residuals.low_bit import LowBit, weight_code
+from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.sparse import Sparse
+
+CENTRE_BITS = (2, 3, 4, 8)
+
+Bits = Annotated[int, Range(least=1, most=8)]
+CentreBits = Annotated[int, Range(least=2, most=8)] | Literal["dense"]
+Rank = Annotated[int, Range(least=1)]
+
+
+class Vectors(StrEnum):
+    """What becomes of tensors that are one row by nature: biases, norms, scalars."""
+
+    COPIES = "copies"
+    """Exact copies, no centre: far below 1 % of a model, and they do not compress."""
+    BYTES = "bytes"
+    """8 bits on an 8-bit centre."""
+    CODED = "coded"
+    """As every other tensor."""
+
+
+class Residual(Protocol):
+    """Where the residual is not θ_k - centre: see methods/free.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How one tensor of one group is stored."""
+
+    matrix: Matrix
+    """(m, n) as which every coder here sees it."""
+    residual: Coder | None
+    """Of each task; None: exact copies of all tasks, and no centre."""
+    centre: Coder | None
+    """None: dense, or no centre at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """A coded method with its arguments: what a group stores, from shapes and dtypes alone."""
+
+    centre: Call | Literal["base", "none"]
+    """A method that makes one dense value; the base; or none, when each task's own weights are coded."""
+    centre_bits: int | Literal["dense"] = "dense"
+    coder: Callable[[int], Coder]
+    """Of the residuals, from the number of tasks of the group."""
+    view: View = View.FIRST_AXIS
+    vectors: Vectors = Vectors.COPIES
+    residual: Residual | None = None
+    """None: θ_k - centre."""
+
+    def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Form:
+        """How a tensor of a group is stored whose tasks have these dtypes, one each.
+
+        Copies where they are no larger than centre and residuals. The base costs nothing here: whether it is stored
+        anyway depends on other groups, and this rule must not.
+        """
+        matrix = self.view.matrix(shape)
+        copies = Form(matrix=matrix, residual=None, centre=None)
+        coder, centre_bits = self.coder(len(dtypes)), self.centre_bits
+        if self.view.is_vector(shape) and self.vectors is not Vectors.CODED:
+            if self.vectors is Vectors.COPIES:
+                return copies
+            coder, centre_bits = weight_code(8), 8
+        centre = None if centre_bits == "dense" else weight_code(centre_bits)
+        form = Form(matrix=matrix, residual=coder, centre=centre)
+        copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
+        return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
+
+    def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
+        """Of one group's centre; 0 for the base, which all groups share, and where there is none."""
+        if form.residual is None or isinstance(self.centre, str):
+            return 0
+        dtype = promote(dtypes)
+        dense = math.prod(form.matrix) * ITEM_BYTES[dtype]
+        return dense if form.centre is None else num_bytes(form.centre.parts(form.matrix, dtype))
+
+
+def residual_bytes(form: Form, dtypes: tuple[str, ...]) -> int:
+    """Of all tasks of a group; 0 where they are copies."""
+    if form.residual is None:
+        return 0
+    return sum(num_bytes(form.residual.parts(form.matrix, dtype)) for dtype in dtypes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedMethod(Method):
+    """A Method whose function takes arguments alone and returns a Coded; it is never called with deltas."""
+
+
+def declare(call: Call) -> Coded | None:
+    """What a call of a coded method stores; None if it is no coded method. Raises UsageError."""
+    return call.method.function(**call.args) if isinstance(call.method, CodedMethod) else None
+
+
+def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMethod]:
+    """Make a CodedMethod of a declaration; its name is the function's, its scope that of the coder for two tasks."""
+
+    def wrap(function: Callable[..., Coded]) -> CodedMethod:
+        def scope(**args: Any) -> Literal["row", "tensor"]:
+            return function(**args).coder(2).scope
+
+        def check(**args: Any) -> None:
+            function(**args)
+
+        plain = method(paper=paper, scope=scope, check=check, when=when)(function)
+        return CodedMethod(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+
+    return wrap
+
+
+def centre_of(text: str, name: str, *, none: bool = False) -> Call | Literal["base", "none"]:
+    """Read `centre=`: a method that stores one dense value per group, or a word. name: of the method that asks."""
+    from flexmerge_cli.methods.registry import parse_call  # which imports this module
+
+    if text == "base" or (text == "none" and none):
+        return "base" if text == "base" else "none"
+    call = parse_call(text)
+    if call.method.masked or isinstance(call.method, CodedMethod):
+        raise UsageError(
+            f"`{name}`: centre={text!r} stores more than one dense value",
+            hint="take `base`, `average`, or another method that merges a group into one model",
+        )
+    return call
+
+
+@coded(paper="Liu et al. 2024", when="many fine-tunes close to one base; a model is its base and one bit an element")
+def bitdelta(
+    *,
+    scale: Literal["tensor", "row"] = "tensor",
+    gain: Literal["none", "norm"] = "none",
+    centre: str = "base",
+) -> Coded:
+    """The sign of every element of the residual, and its mean magnitude.
+
+    scale: one for the tensor, as the authors have it, or one a row. gain: norm takes the root mean square of each row.
+    This is the authors' variant before distillation, which needs data.
+    """
+    coder = BitDelta(scale=scale, gain=gain)
+    return Coded(centre=centre_of(centre, "bitdelta"), coder=lambda num_tasks: coder)
+
+
+@coded(paper="own construction", when="a near-exact bundle at a fraction of the size")
+def low_bit(
+    *,
+    bits: Bits = 2,
+    levels: Literal["gauss", "empirical"] = "gauss",
+    gain: Literal["none", "norm"] = "none",
+    centre: str = "average",
+    centre_bits: CentreBits = "dense",
+    scales: Literal["float32", "bfloat16"] = "float32",
+    clip: Literal["none", "search"] = "none",
+) -> Coded:
+    """Residuals in 1 to 8 bits an element, one scale a row; on a dense centre, a coded one, or none.
+
+    levels: up to 3 bits, those of a normal distribution, or fitted to each tensor and stored. gain: norm keeps each
+    row's length. centre: base, none, or a merging method. centre_bits: 2, 3, 4, 8 or dense; coded centres have bfloat16
+    scales and at 4 bits a clip search, and vectors are then 8 bits on 8 bits. clip: search for the best cut at 4 bits.
+    """
+    if levels == "empirical" and bits > 3:
+        raise UsageError(f"`low_bit`: levels=empirical goes with at most 3 bits, not {bits}", hint="take levels=gauss")
+    if centre_bits != "dense" and centre_bits not in CENTRE_BITS:
+        raise UsageError(f"`low_bit`: centre_bits={centre_bits} is not one of 2, 3, 4, 8, dense")
+    if centre == "none" and (gain != "none" or centre_bits != "dense"):
+        raise UsageError("`low_bit`: gain and centre_bits say nothing with centre=none", hint="leave them out")
+    coder = LowBit(bits=bits, levels=levels, gain=gain, scales=scales, clip=clip)
+    # §11's view but for what `auto` may store too, so that a uniform plan and a choice of `auto` are the same bytes.
+    of_auto = centre == "none" or centre_bits != "dense"
+    return Coded(
+        centre=centre_of(centre, "low_bit", none=True),
+        centre_bits=centre_bits,
+        coder=lambda num_tasks: coder,
+        view=View.SQUEEZED if of_auto else View.FIRST_AXIS,
+        vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
+    )
+
+
+@coded(paper="Tang et al. 2024 (SMILE, with the task known and centre=base)", when="fine-tunes made with LoRA")
+def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, centre: str = "average") -> Coded:
+    """Residuals as two thin factors, by truncated singular value decomposition.
+
+    rank: of every matrix, at most its own; or fraction of min(m, n), 0.125 unless either is given.
+    """
+    if rank is not None and fraction is not None:
+        raise UsageError(f"`low_rank`: rank={rank} and fraction={fraction} are both given", hint="leave one out")
+    coder = LowRank(rank=rank, fraction=0.125 if fraction is None else fraction)
+    return Coded(centre=centre_of(centre, "low_rank"), coder=lambda num_tasks: coder)
+
+
+@coded(paper="Gargiulo et al. 2025 (TSV-Compress)", when="two models' worth of matrices, however many tasks")
+def tsv_c() -> Coded:
+    """Task vectors as two thin factors, of rank min(m, n) over the group's size, on the base.
+
+    The authors divide by all tasks instead, leave convolutions whole, and store U, Σ and V apart.
+    """
+    return Coded(centre="base", coder=lambda num_tasks: LowRank(shared_by=num_tasks))
+
+
+@coded(paper="magnitude pruning, as in FusionBench", when="residuals of few large elements")
+def sparse(
+    *, density: Fraction = 0.05, rescale: Literal["none", "l1", "l2"] = "none", centre: str = "average"
+) -> Coded:
+    """The largest elements of every residual, and where they are.
+
+    density: the fraction kept, at least one element a tensor. rescale: a factor on them that restores the residual's
+    norm; l2 keeps the length, l1 makes the error larger than none does.
+    """
+    coder = Sparse(density=density, rescale=rescale)
+    return Coded(centre=centre_of(centre, "sparse"), coder=lambda num_tasks: coder)

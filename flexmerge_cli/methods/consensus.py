@@ -1,0 +1,46 @@
+"""FlexMerge's Consensus: TALL masks on a mean, per task."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Centre, Fraction, Positive, Statistic, Where, method
+from flexmerge_cli.methods.reductions import mean_tasks
+from flexmerge_cli.methods.selection import Kept
+from flexmerge_cli.methods.tall_masks import Lam, near
+from flexmerge_cli.methods.ties import merge_agreeing, trim_statistics, trimmed
+
+
+def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"], **_: object) -> Statistic | None:
+    return trim_statistics(K=K, scope=scope) if on == "ties" else None
+
+
+@method(
+    paper="Wang et al. 2024, as FlexMerge uses it",
+    scope="element",
+    statistics=_statistics,
+    masked=True,
+    when="as emr, without its factor; robust where a group holds near-duplicates",
+)
+def consensus(
+    deltas: Tensor,
+    where: Where,
+    stats: Kept | None,
+    *,
+    on: Literal["ties", "task_arithmetic"] = "ties",
+    lam: Lam = 0.6,
+    K: Fraction = 1.0,
+    scale: Positive | None = None,
+    scope: Literal["model", "block", "tensor"] = "model",
+) -> Any:
+    """TIES (or the scaled mean) and per task a mask of where it is nearer to the task than lam allows. -> Centre.
+
+    Mask: |τ| > lam·|u - τ|, strict, with the untrimmed τ. lam: 0.6 as FlexMerge takes for all tasks. K: 1.0, untrimmed,
+    as the code released with the paper; its text says 0.1. scale: 1.0 on ties, 1.5 on task_arithmetic.
+    Although called Consensus there is no vote: the paper's own consensus is `consensus_original`.
+    """
+    if on == "ties":
+        unified = (1.0 if scale is None else scale) * merge_agreeing(trimmed(deltas, where, stats), "mean")
+    else:
+        unified = (1.5 if scale is None else scale) * mean_tasks(deltas)
+    return Centre(unified, lambda deltas, unified: near(deltas, unified, lam))

@@ -1,0 +1,47 @@
+"""Consensus: the sum of the tasks where at least kappa of them would take it."""
+
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Fraction, Positive, Range, Statistic, Where, method
+from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.methods.selection import Kept
+from flexmerge_cli.methods.tall_masks import Lam, near
+from flexmerge_cli.methods.ties import merge_agreeing, trim_statistics, trimmed
+
+
+def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"], **_: object) -> Statistic | None:
+    return trim_statistics(K=K, scope=scope) if on == "ties" else None
+
+
+@method(
+    paper="Wang et al. 2024",
+    scope="element",
+    statistics=_statistics,
+    when="one model; what a single task changed is noise",
+)
+def consensus_original(
+    deltas: Tensor,
+    where: Where,
+    stats: Kept | None,
+    unstepped: Tensor,
+    *,
+    on: Literal["task_arithmetic", "ties"] = "task_arithmetic",
+    lam: Lam = 0.4,
+    kappa: Annotated[int, Range(least=0)] = 2,
+    scale: Positive = 0.3,
+    K: Fraction = 0.2,
+    scope: Literal["model", "block", "tensor"] = "model",
+) -> Tensor:
+    """Scaled sum of the task vectors (or of what TIES leaves), where kappa masks of tall_masks agree. [k, n] -> [n].
+
+    Masks are of the unscaled sum and of the task vectors before any trimming or step; a group smaller than kappa asks
+    for all its votes. K, scope: of the trimming, with on=ties. scale: the authors tune it.
+    Near-duplicates: k equal tasks lose everything once lam (k - 1) >= 1.
+    Source: nik-dim/tall_masks, where lam is tuned per task and masks are read from disk.
+    """
+    total = merge_agreeing(trimmed(deltas, where, stats), "sum") if on == "ties" else sum_tasks(deltas)
+    votes = near(unstepped, total.to(torch.float32), lam).sum(0)
+    return scale * torch.where(votes >= min(kappa, len(deltas)), total, 0.0)

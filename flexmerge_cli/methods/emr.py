@@ -1,0 +1,41 @@
+"""EMR: elect a unified delta; per task a mask of where it agrees, and a factor."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Centre, Gain, method
+from flexmerge_cli.methods.reductions import elect
+
+
+def rescale(*, gamma: str) -> Gain:
+    """γ_k = Σ|τ_k| / Σ|m_k u| over the block, 0 if 0/0; `tensor_mean` sums the means of its tensors instead."""
+
+    def weighted(delta_kT: np.ndarray, masked_kT: np.ndarray, elements_T: np.ndarray) -> np.ndarray:
+        weight_T = np.ones_like(delta_kT[0]) if gamma == "weighted" else 1 / np.maximum(elements_T, 1)
+        above, below = (delta_kT * weight_T).sum(1), (masked_kT * weight_T).sum(1)
+        return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+    return weighted
+
+
+@method(
+    paper="Huang et al. 2024",
+    scope="element",
+    masked=True,
+    gain=rescale,
+    when="one bit per task and element buys much over any single merged model",
+)
+def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted") -> Any:
+    """The largest delta of the elected sign, masked per task where the task agrees, rescaled. [k, n] float32 -> Centre.
+
+    gamma: `weighted` counts all elements of a block alike; `tensor_mean` is the authors' eight-task form, in which a
+    bias weighs as much as a matrix. γ > 1 happens, for a task that loses most elections.
+    Source: harveyhuang18/EMR_Merging, which gives NaN for a zero task; here γ = 0.
+    """
+    elected = elect(deltas)
+    agrees = deltas * elected > 0
+    unified = elected * torch.where(agrees, deltas.abs(), 0.0).amax(0)
+    return Centre(unified, lambda _deltas, _unified: agrees)

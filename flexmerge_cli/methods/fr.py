@@ -1,0 +1,154 @@
+"""FR-Merging: task matrices without their lowest frequencies, added up with a weight each."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other
+from flexmerge_cli.methods.method import Range, StatisticScope, Where, method
+from flexmerge_cli.methods.reductions import mean_tasks, weigh_tasks
+from flexmerge_cli.methods.step import step
+from flexmerge_cli.methods.sums import Sums
+
+Variant = Literal["paper", "code"]
+Coef = Literal["eq3", "align", "uniform"]
+Cutoff = Annotated[float, Range(least=0, below=1.5)]
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """Σ|τ| of each task over a scope, [M] float64: means of |τ| up to a factor that all have."""
+
+    sums: np.ndarray
+
+    def take(self, tasks: list[int]) -> "Magnitudes":
+        return Magnitudes(self.sums[tasks])
+
+
+def magnitude_sums(scope: StatisticScope) -> Sums:
+    """The statistic of Magnitudes."""
+
+    def terms(deltas: Tensor, _where: Where) -> Iterable[Tensor]:
+        yield deltas.abs().double()
+
+    return Sums(scope=scope, terms=terms, then=Magnitudes)
+
+
+def pass_mask(height: int, width: int, variant: Variant = "paper", cutoff: float | None = None) -> Tensor:
+    """What each bin of an unshifted two-dimensional DFT is multiplied by: 0 or 1, with variant=code also 2. [H, W].
+
+    paper: bins at cutoff·min(H, W)/2 and more from frequency 0 pass (cutoff 0.016). code: those within min(H, W)//10 of
+    the Nyquist bin, plus those from there to cutoff·min(H, W) (cutoff 0.7). On squares both remove about the same
+    corner; on 3072 × 768 the code's rule removes two thirds of the spectrum.
+    """
+    rows, columns = (torch.arange(size, dtype=torch.float64) for size in (height, width))
+    if variant == "paper":
+        rows = torch.where(2 * rows < height, rows, rows - height)
+        columns = torch.where(2 * columns < width, columns, columns - width)
+        distance = (rows.square()[:, None] + columns.square()).sqrt()
+        return (distance >= (0.016 if cutoff is None else cutoff) * min(height, width) / 2).double()
+    distance = ((rows - height // 2).square()[:, None] + (columns - width // 2).square()).sqrt()
+    low, high = min(height, width) // 10, (0.7 if cutoff is None else cutoff) * min(height, width)
+    return (distance <= low).double() + ((distance >= low) & (distance <= high)).double()
+
+
+def filtered(matrices: Tensor, variant: Variant = "paper", cutoff: float | None = None) -> Tensor:
+    """G: each matrix with its spectrum multiplied by the mask, the real part. [*, m, n] -> the same, float64."""
+    if matrices.numel() == 0:
+        return matrices.double()
+    mask = pass_mask(matrices.shape[-2], matrices.shape[-1], variant, cutoff).to(matrices.device)
+    return torch.fft.ifft2(torch.fft.fft2(matrices.double()) * mask).real
+
+
+@step(name="fr", paper="Zheng & Wang 2025", scope="tensor", elementwise=is_other)
+def fr_step(
+    deltas: Tensor,
+    where: Where,
+    *,
+    variant: Variant = "paper",
+    cutoff: Cutoff | None = None,
+    matrices: Matrices = "linear",
+) -> Tensor:
+    """Take the lowest frequencies out of every task's matrices, before any method. [M, *shape] -> [M, *shape].
+
+    Arguments: as the method's. Other tensors stay as they are.
+    """
+    if not is_matrix(where.tensor, where.shape, matrices):
+        return deltas
+    return filtered(deltas.flatten(2), variant, cutoff).view(deltas.shape)
+
+
+def _coef(variant: Variant, coef: Coef | None) -> Coef:
+    return coef or ("eq3" if variant == "paper" else "align")
+
+
+def _statistics(
+    *, variant: Variant, coef: Coef | None, scope: Literal["block", "tensor", "model"], **_: object
+) -> Sums | None:
+    return magnitude_sums(scope) if _coef(variant, coef) == "eq3" else None
+
+
+def _elementwise(
+    tensor: str, shape: tuple[int, ...], *, variant: Variant, coef: Coef | None, matrices: Matrices, **_: object
+) -> bool:
+    return is_other(tensor, shape, matrices=matrices) and _coef(variant, coef) != "align"
+
+
+def _aligned(vectors: Tensor) -> list[float]:
+    """max E / E, E the mean magnitude; 0 where E = 0. [k, *]."""
+    sizes = vectors.double().abs().flatten(1).sum(1)
+    return torch.where(sizes > 0, sizes.max() / sizes, 0.0).tolist()
+
+
+@method(
+    paper="Zheng & Wang 2025",
+    scope="tensor",
+    elementwise=_elementwise,
+    statistics=_statistics,
+    when="the backbone of free; as a step before another method it is often better",
+)
+def fr(
+    deltas: Tensor,
+    where: Where,
+    stats: Magnitudes | None,
+    *,
+    variant: Variant = "paper",
+    cutoff: Cutoff | None = None,
+    coef: Coef | None = None,
+    scope: Literal["block", "tensor", "model"] = "block",
+    others: Literal["coef", "mean", "base"] | None = None,
+    scale: Scale | None = None,
+    matrices: Matrices = "linear",
+) -> Tensor:
+    """scale · Σ λ_i G(τ_i), G a filter that removes the lowest frequencies of a matrix. [k, *shape] -> [*shape].
+
+    cutoff: 0.016 for variant=paper, 0.7 for variant=code; what it does is told at pass_mask.
+    coef: eq3 (default of paper), λ_i the share of task i in the mean magnitudes over `scope`, which sums to 1; align
+    (default of code), λ_i = max E/E_i of the filtered tensor, so that small tasks grow; uniform, 1/k.
+    scale: 0.7 with align, else 1. others, the tensors that are no matrices: coef (default of paper) treats them alike
+    but for the filter, mean (default of code) ignores scale, base leaves them.
+    The filter sees the order of rows and columns, unlike every other method here.
+    Source: Zhengsh123/FREE-Merging. Its equation 3 is nowhere in its code, which moves no frequency to the middle
+    before it measures distance from there, and gives most other tensors the first task's delta.
+    """
+    coef = _coef(variant, coef)
+    others = others or ("coef" if variant == "paper" else "mean")
+    if scale is None:
+        scale = 0.7 if coef == "align" else 1.0
+    vectors = deltas
+    if is_matrix(where.tensor, where.shape, matrices):
+        vectors = filtered(deltas.flatten(2), variant, cutoff).view(deltas.shape)
+    elif others != "coef":
+        mean = mean_tasks(deltas)
+        return mean if others == "mean" else torch.zeros_like(mean)
+    if coef == "align":
+        weight_k = _aligned(vectors)
+    elif stats is not None and stats.sums.sum() > 0:
+        weight_k = (stats.sums / stats.sums.sum()).tolist()
+    else:
+        weight_k = [1 / len(deltas)] * len(deltas)
+    return scale * weigh_tasks(vectors, weight_k)

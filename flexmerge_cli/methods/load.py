@@ -1,0 +1,70 @@
+"""Methods of other people: from a file, `./my.py#my_method`, or from an installed package.
+
+A package offers them as entry points of the group `flexmerge.methods`, by name: `my_method = "my_package:my_method"`.
+Both are code that runs: the caller must have been told to by a person (registry.parse_call).
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.method import Method, Origin
+
+GROUP = "flexmerge.methods"
+
+
+def method_from_file(file: str | Path, name: str) -> Method:
+    """Run a Python file and take the method of this name. Its origin is the file's name and the sha256 of what was run.
+
+    Raises UsageError if it cannot be read, fails, or has no such method.
+    """
+    path = Path(file)
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read `{path}`: {error.strerror}", hint="write ./FILE.py#NAME") from None
+    digest = hashlib.sha256(source).hexdigest()
+    module = ModuleType(f"flexmerge_file_{digest[:16]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))
+    except Exception as error:
+        raise UsageError(f"`{path}` fails: {type(error).__name__}: {error}") from error
+    return replace(_method(vars(module).get(name), f"{path}#{name}"), origin=Origin(path.name, f"sha256:{digest}"))
+
+
+def packaged_methods() -> Mapping[str, EntryPoint]:
+    """Name -> entry point of the methods of installed packages; nothing is imported."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def method_from_package(name: str) -> Method | None:
+    """Import the method that an installed package offers under this name. None if none does.
+
+    Its origin is the distribution. Raises UsageError if the import fails or gives no method.
+    """
+    point = packaged_methods().get(name)
+    if point is None:
+        return None
+    source = point.dist.name if point.dist else point.module
+    try:
+        value = point.load()
+    except Exception as error:
+        raise UsageError(f"method `{name}` of `{source}` fails: {type(error).__name__}: {error}") from error
+    origin = Origin(source, point.dist.version if point.dist else "unknown")
+    return replace(_method(value, f"{name} of {source}"), name=name, origin=origin)
+
+
+def _method(value: Any, told: str) -> Method:
+    if isinstance(value, Method):
+        return value
+    hint = "write @method(paper=…, scope=…) above the function"
+    what = "is a plain function" if isinstance(value, FunctionType) else "is no method"
+    raise UsageError(f"`{told}` {what}", hint=hint)

@@ -1,0 +1,16 @@
+"""MagMax: of each element the largest change of any task."""
+
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Positive, method
+
+
+@method(paper="Marczak et al. 2024", scope="element", when="tasks that change different parts of the weights")
+def magmax(deltas: Tensor, *, scale: Positive = 1.0) -> Tensor:
+    """The delta of largest magnitude, element by element; of x and -x, x > 0. [k, n] float32 -> [n].
+
+    scale: the authors take 0.5 for independent fine-tunes.
+    Source: tanganke/fusion_bench, where of equal magnitudes the later task wins, so that the order of tasks shows.
+    """
+    highest, lowest = deltas.amax(0).double(), deltas.amin(0).double()
+    return scale * highest.where(highest >= -lowest, lowest)

@@ -1,0 +1,300 @@
+"""What a method is: a pure function of task vectors, its arguments, and what it declares to bill and engine.
+
+    @method(paper="Ilharco et al. 2023", scope="element")
+    def task_arithmetic(deltas: Tensor, *, scale: float = 1.5) -> Tensor: ...
+
+Keyword arguments are the arguments of `NAME:key=value`, with type, range and default. Knows no file, group or device.
+
+Scopes, and the deltas of a call (float32, k tasks of one group in task order):
+    element  [k, n]        any range of a tensor's elements, in C order
+    row      [k, r, n]     whole rows: everything under one index of axis 0; 0 or 1 axes make one row
+    tensor   [k, *shape]   a whole tensor
+    block    {name: [k, *shape]}   all mergeable tensors of a block, sorted by name; returns {name: [*shape]}
+
+What a method returns may be float64; the engine rounds it once. Steps and calibrations, before and after it: step.py.
+"""
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+
+from flexmerge_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Scope = Literal["element", "row", "tensor", "block"]
+StatisticScope = Literal["tensor", "block", "model"]
+Per = Literal["task", "group"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Which elements a call sees."""
+
+    tasks: tuple[str, ...]
+    """Names of the tasks, in the order of the deltas' first axis."""
+    tensor: str
+    """Name as in the base; with scope `block`, the block's."""
+    start: int
+    """Index of the first element in the whole tensor, in C order."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Centre:
+    """Of masked methods: a unified delta, and which of its elements each task takes.
+
+    mask(deltas, unified) -> bool [k, n]: deltas are the group's task vectors before any step, unified [n] is float32
+    after rounding to the dtype it is stored in. A mask of the stepped deltas ignores both.
+    """
+
+    delta: "Tensor"
+    mask: "Callable[[Tensor, Tensor], Tensor]"
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """One pass over a scope. Exact, of bounded memory, and independent of how the scope is cut into ranges."""
+
+    @property
+    def scope(self) -> StatisticScope: ...
+
+    @property
+    def per(self) -> Per:
+        """Whose it is: every task's own, measured once for all groups, or a group's."""
+
+    def measure(self, deltas: "Tensor", where: Where) -> Any:
+        """What one range adds. deltas [R, n] float32: of all tasks of the family, or (per group) of the group's."""
+
+    def combine(self, left: Any, right: Any) -> Any:
+        """Join what one range adds (right) to all that came before it; in order of elements, tensors by name."""
+
+    def finish(self, total: Any) -> Any:
+        """The next pass over the same scope, a Statistic; or the value: per task a PerTask, per group anything."""
+
+
+class PerTask(Protocol):
+    """A finished statistic of tasks."""
+
+    def take(self, tasks: list[int]) -> Any:
+        """That of the tasks at these places of the family's order."""
+
+
+Gain = Callable[["np.ndarray", "np.ndarray", "np.ndarray"], "np.ndarray"]
+"""(Σ|τ| [k, T], Σ|m u| [k, T], elements [T]) over the T tensors of a block, float64 -> factor per task [k]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bounds of a number, for `Annotated`. None: no bound."""
+
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = (
+            f"({self.above:g}" if self.above is not None else f"[{self.least:g}" if self.least is not None else "(-inf"
+        )
+        high = f"{self.below:g})" if self.below is not None else f"{self.most:g}]" if self.most is not None else "inf)"
+        return f"{low}, {high}"
+
+
+Fraction = Annotated[float, Range(above=0, most=1)]
+Positive = Annotated[float, Range(above=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One keyword argument."""
+
+    name: str
+    default: Any
+    kinds: tuple[type, ...]
+    """float, int, bool, str or dict."""
+    choices: tuple[str, ...]
+    """Words it takes."""
+    range: Range | None
+
+    def check(self, value: Any, method: str) -> Any:
+        """The value in its own type. Raises UsageError."""
+        if isinstance(value, str) and value in self.choices:
+            return value
+        for kind in self.kinds:
+            number = kind in (int, float) and type(value) in ((int, float) if kind is float else (int,))
+            if number and math.isfinite(value) and (self.range is None or self.range.holds(value)):
+                return kind(value)
+            if kind in (bool, dict, str) and type(value) is kind:
+                return value
+        raise UsageError(f"`{method}`: {self.name}={value!r} is not {self.wants()}", hint=f"flexmerge methods {method}")
+
+    def wants(self) -> str:
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a map {name: number}"}
+        numbers = [names[kind] + (f" in {self.range}" if self.range else "") for kind in self.kinds]
+        return " or ".join(([f"one of {', '.join(self.choices)}"] if self.choices else []) + numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a method that is not one of ours comes from."""
+
+    source: str
+    """Name of the file, or of the installed distribution."""
+    version: str
+    """`sha256:` and 64 digits of the file's bytes, or the distribution's version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A function with what it declares."""
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    scope: Scope | Callable[..., Scope]
+    """Of one call; where it depends on the arguments, a function of them."""
+    elementwise: Callable[..., bool]
+    """(name, shape, arguments) -> whether this tensor may be taken in chunks, as with scope `element`, all the same."""
+    statistics: Callable[..., Statistic | None]
+    """The first pass that the function needs, from its arguments."""
+    masked: bool
+    """Returns a Centre; stored as unified delta, base and masks."""
+    gain: Callable[..., Gain | None]
+    """The factor per task of a masked method, from its arguments."""
+    when: str
+    """When to use it, one line."""
+    check: Callable[..., None]
+    """Raises UsageError for arguments that do not go together."""
+    parameters: dict[str, Parameter]
+    wants_where: bool
+    wants_stats: bool
+    wants_unstepped: bool
+    origin: Origin | None = None
+    """None: ours."""
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A method with all its arguments: what `NAME:key=value` means."""
+
+    method: Method
+    args: Mapping[str, Any]
+
+    @property
+    def scope(self) -> Scope:
+        scope = self.method.scope
+        return scope(**self.args) if callable(scope) else scope
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        """Of this tensor: spectral methods take whole matrices, and of the other tensors any range."""
+        return "element" if self.method.elementwise(tensor, shape, **self.args) else self.scope
+
+    @property
+    def statistics(self) -> Statistic | None:
+        return self.method.statistics(**self.args)
+
+    @property
+    def gain(self) -> Gain | None:
+        return self.method.gain(**self.args)
+
+    def __call__(self, deltas: Any, where: Where, stats: Any = None, unstepped: Any = None) -> Any:
+        """unstepped: the group's task vectors before any step, where there are steps."""
+        extra = {"where": where} if self.method.wants_where else {}
+        extra |= {"stats": stats} if self.method.wants_stats else {}
+        extra |= {"unstepped": deltas if unstepped is None else unstepped} if self.method.wants_unstepped else {}
+        return self.method.function(deltas, **extra, **self.args)
+
+
+def nothing(**_args: Any) -> None:
+    """No statistics, no gain, nothing to check."""
+
+
+def nowhere(_tensor: str, _shape: tuple[int, ...], **_args: Any) -> bool:
+    return False
+
+
+def method(
+    *,
+    paper: str,
+    scope: Scope | Callable[..., Scope],
+    elementwise: Callable[..., bool] = nowhere,
+    statistics: Callable[..., Statistic | None] = nothing,
+    masked: bool = False,
+    gain: Callable[..., Gain | None] = nothing,
+    check: Callable[..., None] = nothing,
+    when: str = "",
+) -> Callable[[Callable[..., Any]], Method]:
+    """Make a Method of a function; its name is the function's."""
+
+    def wrap(function: Callable[..., Any]) -> Method:
+        return Method(
+            name=function.__name__,
+            function=function,
+            paper=paper,
+            scope=scope,
+            elementwise=elementwise,
+            statistics=statistics,
+            masked=masked,
+            gain=gain,
+            when=when,
+            check=check,
+            parameters=parameters_of(function),
+            wants_where=takes(function, "where"),
+            wants_stats=takes(function, "stats"),
+            wants_unstepped=takes(function, "unstepped"),
+        )
+
+    return wrap
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """The keyword-only arguments: what `NAME:key=value` can set."""
+    signature = inspect.signature(function, eval_str=True)
+    return {p.name: _parameter(p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _parameter(parameter: inspect.Parameter) -> Parameter:
+    annotation, bounds, choices, kinds = parameter.annotation, None, [], []
+    if parameter.default is inspect.Parameter.empty:
+        raise UsageError(f"argument `{parameter.name}` has no default", hint="a method must run without arguments")
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if union else [annotation]
+    for part in parts:
+        if typing.get_origin(part) is Annotated:
+            part, bounds = typing.get_args(part)
+        if typing.get_origin(part) is Literal:
+            choices += list(typing.get_args(part))
+        elif part is not type(None):
+            kinds.append(typing.get_origin(part) or part)
+    unknown = [kind for kind in kinds if kind not in (int, float, bool, str, dict)]
+    if unknown:
+        raise UsageError(
+            f"argument `{parameter.name}` has type {unknown[0]}", hint="use float, int, bool, str, Literal"
+        )
+    return Parameter(
+        name=parameter.name, default=parameter.default, kinds=tuple(kinds), choices=tuple(choices), range=bounds
+    )

@@ -1,0 +1,75 @@
+"""OPCM: tasks merged one after the other, each without what lies along the merge so far."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
+from flexmerge_cli.methods.method import Range, method
+from flexmerge_cli.methods.svd import svd
+
+
+def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
+    """task without its part along merged. [m, n] float64.
+
+    In the singular bases of merged: nothing in the leading corner, as large as holds more than alpha of the sum of
+    singular values, and nothing on the diagonal. Null directions of merged are left alone; 0 takes nothing away.
+    """
+    found = svd(merged)
+    if len(found.s) == 0:
+        return task
+    share = found.s.cumsum(0)
+    past = (share / share[-1] > alpha).nonzero()
+    corner = int(past[0]) if len(past) else len(found.s)
+    inside = found.u.T @ task @ found.vt.T
+    removed = torch.diag(inside.diagonal())
+    removed[:corner, :corner] = inside[:corner, :corner]
+    return task - found.u @ removed @ found.vt
+
+
+def _norm(tensors: dict[str, Tensor]) -> Tensor:
+    """Of all elements together."""
+    return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
+
+
+@method(
+    paper="Tang et al. 2025",
+    scope="block",
+    when="to compare with continual merging; the order of tasks shows",
+)
+def opcm(
+    deltas: dict[str, Tensor],
+    *,
+    alpha: Annotated[float, Range(least=0, most=1)] = 0.5,
+    scale: Scale = 1.0,
+    matrices: Matrices = "linear",
+) -> dict[str, Tensor]:
+    """Add the tasks in order, each projected off the merge so far, and keep the norm of a task.
+
+    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}; norms are over the block (authors: the model).
+    Tensors that are no matrices are added as they are. The order is that of the deltas; the authors shuffle it by a seed.
+    Source: tanganke/fusion_bench. alpha=1 means 0 there (argmax over no True); of a merge of low rank it zeroes a
+    diagonal in an arbitrary basis of the null space, which is left alone here.
+    """
+    names = [name for name in deltas if deltas[name][0].numel()]
+    tasks = [
+        {name: deltas[name][i].to(torch.float64) for name in names} for i in range(len(next(iter(deltas.values()))))
+    ]
+    empty = {name: deltas[name][0].to(torch.float64) for name in deltas if name not in names}
+    if not names:
+        return empty
+    merged, kept = tasks[0], torch.ones((), dtype=torch.float64)
+    norms = [_norm(tasks[0])]
+    for task in tasks[1:]:
+        norms.append(_norm(task))
+        total = {}
+        for name, delta in task.items():
+            added = delta
+            if is_matrix(name, tuple(delta.shape), matrices):
+                added = project(delta.flatten(1), merged[name].flatten(1), alpha).view(delta.shape)
+            total[name] = kept * merged[name] + added
+        size, mean = _norm(total), torch.stack(norms).mean()
+        kept = size / mean if size > 0 and mean > 0 else torch.ones_like(size)
+        merged = {name: tensor / kept for name, tensor in total.items()}
+    return empty | {name: scale * tensor for name, tensor in merged.items()}

@@ -1,0 +1,223 @@
+"""The values at given places of an ordered scope, of each row, exactly and in bounded memory.
+
+Keys are integers that order like the values: float32 magnitudes in 32 bits, float64 in 64. The key at a place is found
+from its top by digits of 16 bits: a pass counts one digit of the keys that agree so far, and where those are few it has
+gathered them all and needs no further pass. One pass for small scopes, else two for 32 bits and two to four for 64.
+Knows nothing of what the values are for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Per, StatisticScope, Where
+
+# R rows (tasks, or one), T places of each row, B bins of a digit, N elements
+
+DIGIT_BITS = 16
+BINS = 1 << DIGIT_BITS
+
+# Keys of a row that are gathered before they are counted: 2 MiB. The second pass over a block of seven million elements
+# gathers all that are left, and a tensor of fewer elements than this is done in one.
+GATHERED = 1 << 18
+
+
+def magnitude_keys(deltas: Tensor) -> Tensor:
+    """float32 -> int32 of the same shape, ordered like |x|; 0 for 0."""
+    return deltas.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def magnitudes(keys: np.ndarray) -> np.ndarray:
+    """The |x| of these keys, float32."""
+    return keys.astype(np.int32).view(np.float32)
+
+
+def value_keys(values: Tensor) -> Tensor:
+    """float64 -> int64 of the same shape, ordered like x; 0 for 0."""
+    bits = (values + 0.0).view(torch.int64)  # + 0.0: negative zero would come before zero
+    return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+
+
+def values(keys: np.ndarray) -> np.ndarray:
+    """The x of these keys, float64."""
+    keys = keys.astype(np.int64)
+    return (keys ^ ((keys >> 63) & 0x7FFFFFFFFFFFFFFF)).view(np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The keys at the places that were asked for. Place 0, before the first: the largest of all keys, quota 0."""
+
+    key_RT: np.ndarray
+    """int64."""
+    quota_RT: np.ndarray
+    """How many of the elements with this key are among the first ones up to the place."""
+    equal_RT: np.ndarray
+    """How many elements have this key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtPlaces:
+    """The first pass."""
+
+    scope: StatisticScope
+    per: Per = "task"
+    keys: Callable[[Tensor, Where], Tensor]
+    """float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
+    places: Callable[[int, int], tuple[int, ...]]
+    """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key."""
+    then: Callable[[Found], Any]
+    """What follows: the next statistic, or a value."""
+
+    def measure(self, deltas: Tensor, where: Where) -> "_Scope":
+        keys = self.keys(deltas, where)
+        bits = keys.element_size() * 8
+        tally = _tally(list(keys), bits, bits)
+        return _Scope(deltas.shape[1], (keys > 0).sum(1).cpu().numpy(), bits, tally)
+
+    def combine(self, left: "_Scope", right: "_Scope") -> "_Scope":
+        positive_R = left.positive_R + right.positive_R
+        return _Scope(left.size + right.size, positive_R, left.bits, left.tally.joined(right.tally))
+
+    def finish(self, total: "_Scope") -> Any:
+        place_RT = np.array([self.places(total.size, int(positive)) for positive in total.positive_R], np.int64)
+        rows = np.broadcast_to(np.arange(len(place_RT))[:, None], place_RT.shape)
+        return _narrow(self, np.zeros_like(place_RT), place_RT, rows, total.bits, total.bits, total.tally)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Narrowed:
+    """A later pass: the keys whose upper bits are the prefix."""
+
+    search: AtPlaces
+    prefix_RT: np.ndarray
+    quota_RT: np.ndarray
+    """Place among them."""
+    bits: int
+    shift: int
+    """Bits of a key below the prefix."""
+
+    @property
+    def scope(self) -> StatisticScope:
+        return self.search.scope
+
+    @property
+    def per(self) -> Per:
+        return self.search.per
+
+    def measure(self, deltas: Tensor, where: Where) -> "_Tally":
+        keys = self.search.keys(deltas, where)
+        left = [
+            row[(row >> self.shift) == int(prefix)]
+            for row, prefix_T in zip(keys, self.prefix_RT, strict=True)
+            for prefix in prefix_T
+        ]
+        return _tally(left, self.shift, self.bits)
+
+    def combine(self, left: "_Tally", right: "_Tally") -> "_Tally":
+        return left.joined(right)
+
+    def finish(self, total: "_Tally") -> Any:
+        own = np.arange(self.prefix_RT.size).reshape(self.prefix_RT.shape)
+        return _narrow(self.search, self.prefix_RT, self.quota_RT, own, self.bits, self.shift, total)
+
+
+def _narrow(
+    search: AtPlaces,
+    prefix_RT: np.ndarray,
+    quota_RT: np.ndarray,
+    list_RT: np.ndarray,
+    bits: int,
+    shift: int,
+    tally: "_Tally",
+) -> Any:
+    """What follows a pass. list_RT: which of the tally's lists a row and place looks into."""
+    if tally.counts_XB is None:
+        sorted_X = [np.sort(np.concatenate(keys))[::-1].astype(np.int64) for keys in tally.loose_X]
+        return search.then(_pick(sorted_X, list_RT, quota_RT))
+    digit_RT, above_RT, inside_RT = _locate(tally.counted()[list_RT], quota_RT)
+    prefix_RT = digit_RT - BINS // 2 if shift == bits else (prefix_RT << DIGIT_BITS) | digit_RT
+    quota_RT = quota_RT - above_RT
+    if shift == DIGIT_BITS:
+        return search.then(Found(key_RT=prefix_RT, quota_RT=quota_RT, equal_RT=inside_RT))
+    return _Narrowed(search=search, prefix_RT=prefix_RT, quota_RT=quota_RT, bits=bits, shift=shift - DIGIT_BITS)
+
+
+def _pick(sorted_X: list[np.ndarray], list_RT: np.ndarray, quota_RT: np.ndarray) -> Found:
+    key_RT, above_RT, equal_RT = (np.zeros_like(quota_RT) for _ in range(3))
+    for at, place in np.ndenumerate(quota_RT):
+        keys = sorted_X[list_RT[at]]
+        key = int(keys[place - 1]) if place else int(np.iinfo(np.int64).max)
+        key_RT[at], above_RT[at], equal_RT[at] = key, (keys > key).sum(), (keys == key).sum()
+    return Found(key_RT=key_RT, quota_RT=quota_RT - above_RT, equal_RT=equal_RT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What the first pass has seen."""
+
+    size: int
+    positive_R: np.ndarray
+    bits: int
+    tally: "_Tally"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """Keys of X lists: gathered while they are few, then counted by one digit."""
+
+    counts_XB: np.ndarray | None
+    loose_X: list[list[np.ndarray]]
+    size_X: np.ndarray
+    """Of the loose ones."""
+    shift: int
+    bits: int
+
+    def joined(self, other: "_Tally") -> "_Tally":
+        for loose, added in zip(self.loose_X, other.loose_X, strict=True):
+            loose.extend(added)
+        counts_XB = self.counts_XB
+        if other.counts_XB is not None:
+            counts_XB = other.counts_XB if counts_XB is None else counts_XB + other.counts_XB
+        joined = replace(self, counts_XB=counts_XB, size_X=self.size_X + other.size_X)
+        if joined.size_X.max(initial=0) <= GATHERED:
+            return joined
+        return replace(self, counts_XB=joined.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)
+
+    def counted(self) -> np.ndarray:
+        """Counts of all keys, int64 [X, BINS]."""
+        counts_XB = np.zeros((len(self.loose_X), BINS), np.int64) if self.counts_XB is None else self.counts_XB
+        for list_, loose in enumerate(self.loose_X):
+            if loose:
+                counts_XB[list_] += _count(torch.from_numpy(np.concatenate(loose)), self.shift, self.bits)
+        return counts_XB
+
+
+def _tally(rows: list[Tensor], shift: int, bits: int) -> _Tally:
+    """Of keys that agree above their lower `shift` bits."""
+    if any(len(row) > GATHERED for row in rows):
+        counts_XB = np.stack([_count(row, shift, bits) for row in rows])
+        return _Tally(counts_XB, [[] for _ in rows], np.zeros(len(rows), np.int64), shift, bits)
+    loose_X = [[row.cpu().numpy()] for row in rows]
+    return _Tally(None, loose_X, np.array([len(row) for row in rows]), shift, bits)
+
+
+def _count(keys: Tensor, shift: int, bits: int) -> np.ndarray:
+    """How often each digit occurs: the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
+    digits = keys >> (shift - DIGIT_BITS)
+    digits = digits + BINS // 2 if shift == bits else digits & (BINS - 1)  # keys are signed
+    return torch.bincount(digits, minlength=BINS).cpu().numpy()
+
+
+def _locate(counts_RTB: np.ndarray, place_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bin that holds the place from the top, how many elements are in the bins above it, and how many in it."""
+    from_top_RTB = counts_RTB[..., ::-1].cumsum(-1)
+    bin_RT = (from_top_RTB < place_RT[..., None]).sum(-1)
+    up_to_RT = np.take_along_axis(from_top_RTB, bin_RT[..., None], -1)[..., 0]
+    before_RT = np.take_along_axis(from_top_RTB, np.maximum(bin_RT - 1, 0)[..., None], -1)[..., 0]
+    above_RT = np.where(bin_RT > 0, before_RT, 0)
+    return BINS - 1 - bin_RT, above_RT, up_to_RT - above_RT

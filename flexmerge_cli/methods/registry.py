@@ -1,0 +1,210 @@
+"""All methods, steps and calibrations by name, and `NAME[:key=value,…]` read and written.
+
+One is known once its module is in MODULES; values are YAML flow: `ties:K=0.2,scope=block`. Methods of other people come
+from installed packages under their name, and from a file as `./my.py#NAME`: load.py.
+"""
+
+import difflib
+import functools
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import yaml
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.aliases import resolve_alias
+from flexmerge_cli.methods.load import method_from_file, method_from_package
+from flexmerge_cli.methods.method import Call, Method
+from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
+
+Named = TypeVar("Named", Method, Step, Calibration)
+
+# One file an idea; every Method in it is registered under its own name.
+MODULES = (
+    "linear",
+    "model_stock",
+    "magmax",
+    "ties",
+    "breadcrumbs",
+    "sce",
+    "pcb",
+    "dare",
+    "della",
+    "tsv_m",
+    "iso",
+    "wudi",
+    "swudi",
+    "aswudi",
+    "opcm",
+    "fr",
+    "svc",
+    "emr",
+    "tall_masks",
+    "consensus",
+    "consensus_original",
+)
+
+
+@functools.cache
+def all_methods() -> Mapping[str, Method]:
+    """Name -> method, in the order of MODULES. Imports torch."""
+    return dict(_named(Method))
+
+
+@functools.cache
+def all_steps() -> Mapping[str, Step]:
+    """Name -> step, likewise. A step may have the name of a method."""
+    return dict(_named(Step))
+
+
+@functools.cache
+def all_calibrations() -> Mapping[str, Calibration]:
+    """Name -> calibration, likewise."""
+    return dict(_named(Calibration))
+
+
+def parse_call(text: str, *, run_files: bool = False) -> Call:
+    """`NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
+
+    run_files: whether `./my.py#NAME` may be run, which is so where a person has typed it; never for what comes from a
+    bundle or a stranger's recipe.
+    """
+    name, args = split_call(text)
+    file, hash_, function = name.rpartition("#")
+    if hash_:
+        if not run_files:
+            raise UsageError(f"`{name}` would run a file", hint="give methods from files with --method")
+        if function in all_methods():
+            raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
+        return make_call(method_from_file(file, function), args)
+    method = all_methods().get(name) or method_from_package(name)
+    if method is None:
+        alias = resolve_alias(name)
+        if alias:
+            raise UsageError(f"no method `{name}`", hint=alias.message)
+        raise _unknown("method", name, all_methods())
+    return make_call(method, args)
+
+
+def parse_step(text: str) -> StepCall:
+    """`NAME[:key=value,…]` to a step with all its arguments. Raises UsageError."""
+    name, args = split_call(text)
+    if name not in all_steps():
+        raise _unknown("step", name, all_steps())
+    return make_step(all_steps()[name], args)
+
+
+def parse_calibrate(text: str) -> CalibrationCall:
+    """`NAME[:key=value,…]` to a calibration with all its arguments. Raises UsageError.
+
+    Whether it can follow a method: `require_after` of the result.
+    """
+    name, args = split_call(text)
+    if name not in all_calibrations():
+        raise _unknown("calibration", name, all_calibrations())
+    return make_calibration(all_calibrations()[name], args)
+
+
+def make_call(method: Method, args: Mapping[str, Any]) -> Call:
+    """Check the arguments and fill in the defaults."""
+    full = _complete(method, args)
+    method.check(**full)
+    return Call(method=method, args=full)
+
+
+def make_step(step: Step, args: Mapping[str, Any]) -> StepCall:
+    """Check the arguments and fill in the defaults."""
+    full = _complete(step, args)
+    step.check(**full)
+    return StepCall(step=step, args=full)
+
+
+def make_calibration(calibration: Calibration, args: Mapping[str, Any]) -> CalibrationCall:
+    """Check the arguments and fill in the defaults."""
+    return CalibrationCall(calibration=calibration, args=_complete(calibration, args))
+
+
+def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:
+    for module in MODULES:
+        for value in vars(importlib.import_module(f"flexmerge_cli.methods.{module}")).values():
+            if isinstance(value, kind):
+                yield value.name, value
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> UsageError:
+    near = difflib.get_close_matches(name, known, 1)
+    return UsageError(
+        f"no {kind} `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
+    )
+
+
+def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments, in the order of the signature; one that is null is the default."""
+    for key in args:
+        if key not in declared.parameters:
+            near = difflib.get_close_matches(key, declared.parameters, 1)
+            known = ", ".join(declared.parameters) or "none"
+            hint = f"did you mean `{near[0]}`?" if near else f"`{declared.name}` takes: {known}"
+            raise UsageError(f"`{declared.name}` has no argument `{key}`", hint=hint)
+    return {
+        key: parameter.default if args.get(key) is None else parameter.check(args[key], declared.name)
+        for key, parameter in declared.parameters.items()
+    }
+
+
+def split_call(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments as written, unchecked."""
+    name, colon, rest = text.strip().partition(":")
+    args: dict[str, Any] = {}
+    for item in _split(rest) if colon else ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or key.strip() in args:
+            raise UsageError(f"cannot read `{item.strip()}` in method `{text}`", hint="write NAME:key=value,key=value")
+        try:
+            args[key.strip()] = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise UsageError(f"`{value}` is no YAML value, in method `{text}`", hint="quote it: key='…'") from None
+    return name, args
+
+
+def format_call(name: str, args: Mapping[str, Any]) -> str:
+    """The text that `split_call` reads back."""
+    return name + (":" if args else "") + ",".join(f"{key}={_scalar(value)}" for key, value in args.items())
+
+
+class _Loader(yaml.SafeLoader):
+    """Numbers as in YAML 1.2: `1e-5` is one, which YAML 1.1 reads as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str) and yaml.load(value, _Loader) == value and not set(value) & set(",:={}[]'\""):
+        return value
+    return json.dumps(value)
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside quotes and brackets."""
+    items, depth, quote, current = [], 0, "", ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        if character == "," and not quote and depth == 0:
+            items.append(current)
+            current = ""
+        else:
+            current += character
+    return [*items, current]

@@ -1,0 +1,114 @@
+"""SCE: select the elements on which the tasks differ most, weigh each task by its energy there, erase the minority."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Fraction, Positive, Scope, Statistic, StatisticScope, Where, method
+from flexmerge_cli.methods.places import value_keys
+from flexmerge_cli.methods.reductions import elect, mean_tasks, sum_tasks
+from flexmerge_cli.methods.selection import Kept, keep_largest, places_of
+from flexmerge_cli.methods.sums import Sums, fold
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of a group: which elements are selected, and each task's weight."""
+
+    kept: Kept | None
+    """By variance, one row; None: all."""
+    weight_k: np.ndarray
+
+
+def variance(deltas: Tensor) -> Tensor:
+    """Over tasks, of the population. [k, *] -> [*] float64."""
+    mean = mean_tasks(deltas)
+    return sum_tasks((deltas.double() - mean).square()) / len(deltas)
+
+
+def _variance_keys(deltas: Tensor, _where: Where) -> Tensor:
+    return value_keys(variance(deltas))[None]
+
+
+def _select(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
+    if kept is None:
+        return deltas
+    return torch.where(kept.mask(_variance_keys(deltas, where), where), deltas, 0.0)
+
+
+def _weights(energy: np.ndarray) -> np.ndarray:
+    """Shares of the energy, [k, *]; equal ones where there is none."""
+    total = energy.sum(0)
+    return np.divide(energy, total, out=np.full_like(energy, 1 / len(energy)), where=total > 0)
+
+
+def _scope(*, scope: str, **_: object) -> Scope:
+    return "row" if scope == "row" else "element"
+
+
+def _statistics(*, density: float, scope: Literal["tensor", "block", "row"], **_: object) -> Statistic | None:
+    if scope == "row":
+        return None
+    if density == 1:
+        return _energies(None, scope)
+
+    def counts(num_elements: int, differing: int) -> tuple[int]:
+        return (max(1, int(differing * density)) if differing else num_elements,)
+
+    return keep_largest(
+        scope=scope, per="group", keys=_variance_keys, counts=counts, then=lambda kept: _energies(kept, scope)
+    )
+
+
+def _energies(kept: Kept | None, scope: StatisticScope) -> Sums:
+    def terms(deltas: Tensor, where: Where) -> Iterable[Tensor]:
+        yield _select(deltas, where, kept).double().square()
+
+    return Sums(scope=scope, per="group", terms=terms, then=lambda energy: Shares(kept, _weights(energy)))
+
+
+@method(
+    paper="Wan et al. 2024",
+    scope=_scope,
+    statistics=_statistics,
+    when="few tasks that disagree in a few places",
+)
+def sce(
+    deltas: Tensor,
+    where: Where,
+    stats: Shares | None,
+    *,
+    density: Fraction = 0.1,
+    scale: Positive = 1.0,
+    scope: Literal["tensor", "block", "row"] = "tensor",
+) -> Tensor:
+    """Weighted mean, of the elected sign, of the elements of largest variance over tasks. [k, n] float32 -> [n].
+
+    density: of the elements whose variance is not 0; 1 selects all (mergekit's default). A task's weight is its share
+    of the squares that are selected. Where no element differs, nothing is zeroed. scope=row: [k, r, n] -> [r, n].
+    Source: arcee-ai/mergekit. There squares that sum to less than 1e-6 give equal weights, which is the case for most
+    tensors of a language model, and a tensor on which all tasks agree returns to the base.
+    """
+    if stats is None:
+        deltas, weight = _rows(deltas, density)
+    else:
+        deltas = _select(deltas, where, stats.kept)
+        weight = torch.from_numpy(stats.weight_k).to(deltas.device)[:, None]
+    agreeing = torch.where(deltas * elect(deltas) > 0, weight, 0.0)
+    total = sum_tasks(agreeing)
+    return scale * torch.where(total > 0, sum_tasks(agreeing * deltas) / total, 0.0)
+
+
+def _rows(deltas: Tensor, density: float) -> tuple[Tensor, Tensor]:
+    """Selection and weights of each row, in memory. [k, r, n] -> the same, [k, r, 1]."""
+    if density < 1:
+        differences = variance(deltas)
+        differing = (differences > 0).sum(-1, keepdim=True)
+        count = (differing * density).double().trunc().clamp(min=1).where(differing > 0, deltas.shape[-1])
+        deltas = torch.where(places_of(value_keys(differences)) < count, deltas, 0.0)
+    energy = fold(deltas.double().square()).cpu().numpy()
+    return deltas, torch.from_numpy(_weights(energy)).to(deltas.device)[..., None]

@@ -1,0 +1,167 @@
+"""What goes before and after a method: steps change the task vectors, a calibration changes the merged one.
+
+    @step(paper="Yu et al. 2024", scope="element")
+    def dare(deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0) -> Tensor: ...
+
+Both are pure functions with keyword arguments, declared and written like methods (method.py). Steps see all tasks of
+the family, whatever the groups; the value of a step is rounded to float32. A step's scope and the shapes of its deltas
+are those of method.py, `block` excepted; statistics of a step, or of what follows it, are of deltas that the steps
+before have been through.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.method import (
+    Call,
+    Method,
+    Parameter,
+    Scope,
+    Statistic,
+    Where,
+    nothing,
+    nowhere,
+    parameters_of,
+    takes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """deltas -> deltas of the same shape."""
+
+    name: str
+    function: Callable[..., "Tensor"]
+    paper: str
+    scope: Scope | Callable[..., Scope]
+    elementwise: Callable[..., bool]
+    """As a method's."""
+    statistics: Callable[..., Statistic | None]
+    """Per task: a step knows no groups."""
+    check: Callable[..., None]
+    parameters: dict[str, Parameter]
+    wants_where: bool
+    wants_stats: bool
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCall:
+    """A step with all its arguments."""
+
+    step: Step
+    args: Mapping[str, Any]
+
+    @property
+    def scope(self) -> Scope:
+        scope = self.step.scope
+        return scope(**self.args) if callable(scope) else scope
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        """Of this tensor: a filter of matrices leaves the others alone."""
+        return "element" if self.step.elementwise(tensor, shape, **self.args) else self.scope
+
+    @property
+    def statistics(self) -> Statistic | None:
+        return self.step.statistics(**self.args)
+
+    def __call__(self, deltas: "Tensor", where: Where, stats: Any = None) -> "Tensor":
+        """float32 in, float32 out."""
+        extra: dict[str, Any] = {"where": where} if self.step.wants_where else {}
+        extra |= {"stats": stats} if self.step.wants_stats else {}
+        return self.step.function(deltas, **extra, **self.args).to(deltas.dtype)
+
+
+def step(
+    *,
+    paper: str,
+    scope: Scope | Callable[..., Scope],
+    name: str = "",
+    elementwise: Callable[..., bool] = nowhere,
+    statistics: Callable[..., Statistic | None] = nothing,
+    check: Callable[..., None] = nothing,
+) -> Callable[[Callable[..., "Tensor"]], Step]:
+    """Make a Step of a function; its name is the function's, or the one given where a method has that name too."""
+
+    def wrap(function: Callable[..., "Tensor"]) -> Step:
+        return Step(
+            name=name or function.__name__,
+            function=function,
+            paper=paper,
+            scope=scope,
+            elementwise=elementwise,
+            statistics=statistics,
+            check=check,
+            parameters=parameters_of(function),
+            wants_where=takes(function, "where"),
+            wants_stats=takes(function, "stats"),
+        )
+
+    return wrap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """(merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged."""
+
+    name: str
+    function: Callable[..., "Tensor"]
+    paper: str
+    elementwise: Callable[..., bool]
+    """(name, shape, arguments) -> whether it leaves this tensor as it is; the others it takes whole."""
+    refuse: Callable[[Method], str | None]
+    """Why it cannot follow a method; None: it can."""
+    parameters: dict[str, Parameter]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationCall:
+    """A calibration with all its arguments."""
+
+    calibration: Calibration
+    args: Mapping[str, Any]
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        return "element" if self.calibration.elementwise(tensor, shape, **self.args) else "tensor"
+
+    def require_after(self, call: Call) -> None:
+        """Raises UsageError where it cannot follow this method."""
+        reason = self.calibration.refuse(call.method)
+        if reason:
+            raise UsageError(f"`{self.calibration.name}` cannot follow `{call.method.name}`: {reason}")
+
+    def __call__(self, merged: "Tensor", unstepped: "Tensor", where: Where) -> "Tensor":
+        if self.calibration.elementwise(where.tensor, where.shape, **self.args):
+            return merged
+        return self.calibration.function(merged, unstepped, **self.args)
+
+
+def calibration(
+    *, paper: str, elementwise: Callable[..., bool] = nowhere, refuse: Callable[[Method], str | None]
+) -> Callable[[Callable[..., "Tensor"]], Calibration]:
+    """Make a Calibration of a function; its name is the function's."""
+
+    def wrap(function: Callable[..., "Tensor"]) -> Calibration:
+        return Calibration(
+            name=function.__name__,
+            function=function,
+            paper=paper,
+            elementwise=elementwise,
+            refuse=refuse,
+            parameters=parameters_of(function),
+        )
+
+    return wrap

@@ -1,0 +1,113 @@
+"""Sums over a scope in float64: the same bits for any chunks, threads and device.
+
+A tensor is cut into pieces of 2^16 elements, counted from its first. A piece is summed by halving (x[:h] + x[h:], so by
+elementwise additions alone), and the pieces are added in order, tensors by name. Ranges that end inside a piece carry
+its elements along until the piece is whole, so any ranges give the same bits; those cut at multiples of PIECE_ELEMENTS
+carry nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Per, StatisticScope, Where
+
+# R tasks, Q sums, N elements
+
+PIECE_ELEMENTS = 1 << 16
+
+
+def fold(terms: Tensor) -> Tensor:
+    """Sum of the last axis by halving. [*, N] float64 -> [*]; 0 where N = 0."""
+    size = 1 << max(0, terms.shape[-1] - 1).bit_length()
+    total = torch.nn.functional.pad(terms, (0, size - terms.shape[-1]))
+    while size > 1:
+        size //= 2
+        total = total[..., :size] + total[..., size:]
+    return total[..., 0]
+
+
+def gram(vectors: Tensor) -> Tensor:
+    """⟨x_i, x_j⟩ for i <= j, row by row of the triangle. [k, *, N] -> [k (k + 1) / 2, *] float64."""
+    vectors = vectors.to(torch.float64)
+    return torch.cat([fold(vectors[i] * vectors[i:]) for i in range(len(vectors))])
+
+
+def square(triangle: np.ndarray, k: int) -> np.ndarray:
+    """The symmetric [k, k] of a triangle as above."""
+    full = np.zeros((k, k))
+    full[np.triu_indices(k)] = triangle
+    return full + np.triu(full, 1).T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """One pass that sums terms of each element."""
+
+    scope: StatisticScope
+    per: Per = "task"
+    terms: Callable[[Tensor, Where], Iterable[Tensor]]
+    """float32 [R, N] -> tensors [*, N] float64, whose sums over N are strung together to Q numbers."""
+    then: Callable[[np.ndarray], Any]
+    """[Q] float64 -> what follows: the next statistic, or a value."""
+
+    def measure(self, deltas: Tensor, where: Where) -> "_Total":
+        parts: list[np.ndarray | _Part] = []
+        start, end = where.start, where.start + deltas.shape[1]
+        while start < end:
+            stop = min(end, (start // PIECE_ELEMENTS + 1) * PIECE_ELEMENTS)
+            part = _Part(deltas[:, start - where.start : stop - where.start], replace(where, start=start))
+            parts.append(self._sum(part) if part.is_whole else replace(part, deltas=part.deltas.clone()))
+            start = stop
+        return _Total(None, parts or [self._sum(_Part(deltas, where))])
+
+    def combine(self, left: "_Total", right: "_Total") -> "_Total":
+        return self._settle(_Total(left.sums, left.ahead + right.ahead))
+
+    def finish(self, total: "_Total") -> Any:
+        total = self._settle(total)
+        assert total.sums is not None and not total.ahead
+        return self.then(total.sums)
+
+    def _sum(self, part: "_Part") -> np.ndarray:
+        return torch.cat([fold(term).flatten() for term in self.terms(part.deltas, part.where)]).cpu().numpy()
+
+    def _settle(self, total: "_Total") -> "_Total":
+        sums, begun = total.sums, None
+        for item in total.ahead:
+            if isinstance(item, _Part):
+                if begun is not None:
+                    item = replace(begun, deltas=torch.cat([begun.deltas, item.deltas], 1))
+                begun = None if item.is_whole else item
+                if begun is not None:
+                    continue
+                item = self._sum(item)
+            sums = item if sums is None else sums + item
+        return _Total(sums, [] if begun is None else [begun])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A piece, or part of one."""
+
+    deltas: Tensor
+    where: Where
+
+    @property
+    def is_whole(self) -> bool:
+        end = self.where.start + self.deltas.shape[1]
+        at_end = end % PIECE_ELEMENTS == 0 or end == math.prod(self.where.shape)
+        return self.where.start % PIECE_ELEMENTS == 0 and at_end
+
+
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """The sums of the pieces so far, and what was not added yet, in order: sums of pieces, and parts of pieces."""
+
+    sums: np.ndarray | None
+    ahead: list["np.ndarray | _Part"]

@@ -1,0 +1,60 @@
+"""Singular value decompositions and polar factors in float64, by way of the smaller Gram matrix.
+
+eigh of A Aᵀ or Aᵀ A is two to three times as fast as a full decomposition, and in float64 better than one in float32
+while the condition number is under 1e5; singular values up to 1e-6 of the largest are dropped anyway. Signs of singular
+vectors, and bases of equal singular values, are LAPACK's choice; what is made of them here does not depend on signs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Singular values up to this part of the largest are noise: their vectors are what LAPACK returns for a null space.
+CUT = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Svd:
+    """Triples (u, s, v) by falling s, all above the cut: u [m, r], s [r], vt [r, n]. r = 0 for a zero matrix."""
+
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+
+    def first(self, rank: int) -> "Svd":
+        """The triples of the largest singular values; fewer where there are fewer."""
+        return Svd(self.u[:, :rank], self.s[:rank], self.vt[:rank])
+
+    def above(self, size: float) -> "Svd":
+        """Those with s > size."""
+        return self.first(int((self.s > size).sum()))
+
+    def product(self) -> Tensor:
+        """u diag(s) vt."""
+        return (self.u * self.s) @ self.vt
+
+
+def svd(matrix: Tensor) -> Svd:
+    """Thin decomposition of [m, n], computed in float64."""
+    a = matrix.to(torch.float64)
+    if a.shape[0] > a.shape[1]:
+        flipped = svd(a.T)
+        return Svd(flipped.vt.T, flipped.s, flipped.u.T)
+    if a.numel() == 0:
+        return Svd(a[:, :0], a.new_zeros(0), a.new_zeros(0, a.shape[1]))
+    squares, u = torch.linalg.eigh(a @ a.T)
+    s = squares.flip(0).clamp(min=0).sqrt()
+    kept = int((s > CUT * s[0]).sum())
+    u, s = u.flip(1)[:, :kept], s[:kept]
+    return Svd(u, s, (u.T @ a) / s[:, None])
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """U Vᵀ over the triples above the cut: the partial isometry nearest to [m, n]; 0 for 0. float64.
+
+    The orthogonal factor of a matrix of full rank. Where the rank is lower the null space stays empty; the U Vᵀ of a
+    full decomposition fills it with an arbitrary basis.
+    """
+    found = svd(matrix)
+    return found.u @ found.vt

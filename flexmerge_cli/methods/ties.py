@@ -1,0 +1,74 @@
+"""TIES: trim to the largest, elect a sign, merge what agrees. The worked example of a method with statistics."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.method import Fraction, Positive, Statistic, StatisticScope, Where, method
+from flexmerge_cli.methods.places import magnitude_keys
+from flexmerge_cli.methods.reductions import elect, sum_tasks
+from flexmerge_cli.methods.selection import Kept, keep_largest
+from flexmerge_cli.methods.step import step
+
+
+def trim_statistics(*, K: float, scope: StatisticScope, **_: object) -> Statistic | None:
+    """c = min(n, int(K·n) + 1) of n elements: the authors keep |x| >= the (n - int(K·n))-th smallest, one more."""
+    return None if K == 1 else keep_largest(scope=scope, counts=lambda n, _: (min(n, int(K * n) + 1),))
+
+
+def trimmed(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
+    """Zero all but the largest of each task. [k, n] float32 -> [k, n]."""
+    return deltas if kept is None else torch.where(kept.mask(magnitude_keys(deltas), where), deltas, 0.0)
+
+
+def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tensor:
+    """Mean, sum or largest of the deltas that agree with the elected sign; 0 where none does. [k, *] -> [*] float64."""
+    elected = elect(deltas)
+    agrees = deltas * elected > 0
+    if merge == "max":
+        return elected.double() * torch.where(agrees, deltas.abs(), 0.0).amax(0)
+    total = sum_tasks(torch.where(agrees, deltas, 0.0))
+    return total if merge == "sum" else total / agrees.sum(0).clamp(min=1)
+
+
+@method(
+    paper="Yadav et al. 2023",
+    scope="element",
+    statistics=trim_statistics,
+    when="many tasks whose changes conflict in sign",
+)
+def ties(
+    deltas: Tensor,
+    where: Where,
+    stats: Kept | None,
+    *,
+    K: Fraction = 0.1,
+    scale: Positive = 1.0,
+    scope: Literal["model", "block", "tensor"] = "model",
+    merge: Literal["mean", "sum", "max"] = "mean",
+) -> Tensor:
+    """Trim each task to its largest elements, elect a sign, merge the deltas that agree with it. [k, n] float32 -> [n].
+
+    K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge, whose paper and scripts differ
+    from the 0.2 of TIES. Groups of one keep the untrimmed model. Trimmed zeros are not counted in the mean.
+    Source: prateeky2806/ties-merging. It keeps all ties at the threshold and lets one sum of signs over the whole model
+    decide exact cancellations; here exactly c are kept, ties by index, and cancellation elects +.
+    """
+    return scale * merge_agreeing(trimmed(deltas, where, stats), merge)
+
+
+@step(paper="Yadav et al. 2023", scope="element", statistics=trim_statistics)
+def trim(
+    deltas: Tensor,
+    where: Where,
+    stats: Kept | None,
+    *,
+    K: Fraction = 0.2,
+    scope: Literal["model", "block", "tensor"] = "model",
+) -> Tensor:
+    """Zero all but the largest elements of each task, the first half of TIES, before any method. [M, n] -> [M, n].
+
+    K: fraction kept within `scope`, int(K·n) + 1 elements; 0.2 as in TIES.
+    """
+    return trimmed(deltas, where, stats)

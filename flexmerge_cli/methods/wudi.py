@@ -1,0 +1,65 @@
+"""WUDI: the matrix whose difference to each task is as orthogonal as can be to that task's rows, by Adam."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.method import Positive, Range, Where, method
+from flexmerge_cli.methods.reductions import sum_tasks
+
+
+def interference(tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """C = Σ τᵀτ/‖τ‖² [n, n] and D = Σ τ τᵀτ/‖τ‖² [m, n], tasks without norm left out. [k, m, n] float64.
+
+    The loss Σ ‖(θ - τ) τᵀ‖²/‖τ‖² has the gradient 2 (θ C - D).
+    """
+    _, m, n = tasks.shape
+    c, d = tasks.new_zeros(n, n), tasks.new_zeros(m, n)
+    for task in tasks:
+        square = task.square().sum()
+        if square > 0:
+            gram = task.T @ task / square
+            c += gram
+            d += task @ gram
+    return c, d
+
+
+def descend(tasks: Tensor, steps: int, lr: float) -> Tensor:
+    """Adam from the sum of the tasks, β = 0.9 and 0.999, ε = 1e-8. [k, m, n] float64 -> [m, n]."""
+    c, d = interference(tasks)
+    merged = sum_tasks(tasks)
+    first, second = torch.zeros_like(merged), torch.zeros_like(merged)
+    for step in range(1, steps + 1):
+        gradient = 2 * (merged @ c - d)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        slope = (second / (1 - 0.999**step)).sqrt() + 1e-8
+        merged = merged - lr * (first / (1 - 0.9**step)) / slope
+    return merged
+
+
+@method(
+    paper="Cheng et al. 2025",
+    scope="tensor",
+    elementwise=is_other,
+    when="to compare with; swudi is the same in closed form, and fast",
+)
+def wudi(
+    deltas: Tensor,
+    where: Where,
+    *,
+    steps: Annotated[int, Range(least=1)] = 300,
+    lr: Positive = 1e-5,
+    scale: Scale = 1.0,
+    matrices: Matrices = "linear",
+) -> Tensor:
+    """Least Σ ‖(θ - τ_i) τ_iᵀ‖²/‖τ_i‖² by a few hundred steps of Adam from Σ τ_i. [k, *shape] float32 -> [*shape].
+
+    lr: absolute, so an element moves about steps·lr at the most, and the result depends on the scale of the deltas.
+    Tensors that are no matrices get the mean. Minutes for matrices of 768 × 3072 on one core.
+    Source: nathanielyvo/WUDI-Merging, which leaves all but attention and MLP weights at the base; tanganke/fusion_bench
+    takes the mean as here, and 400 steps. A zero task gives NaN there.
+    """
+    return merge_matrices(deltas, where, matrices, lambda tasks: descend(tasks, steps, lr), scale)

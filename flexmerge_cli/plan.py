@@ -1,0 +1,409 @@
+"""`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, plan_bytes, read_plan
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.family.blocks import Block, partition
+from flexmerge_cli.family.classes import TensorClass, tied_by_config
+from flexmerge_cli.family.family import Family, FamilyTensor, make_family
+from flexmerge_cli.order.linkage import Linkage, check_settings
+from flexmerge_cli.order.order import Merge, Strategy, count_near_ties, merge_order
+from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparison_unit
+from flexmerge_cli.version import GENERATOR
+
+OnProgress = Callable[[str, int, int], None]
+"""(what, bytes done, bytes in all)"""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderSettings:
+    """How blocks are made and merged; DESIGN words."""
+
+    blocks: str = "component"
+    """component, layer, tensor, model, or a path to one's own rules.yaml."""
+    linkage: Linkage = Linkage.COMPLETE
+    strategy: Strategy = Strategy.GREEDY
+    similarity: Similarity = Similarity.COSINE
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What `plan` is asked."""
+
+    base: str
+    tasks: Mapping[str, str]
+    """Name -> source."""
+    order: OrderSettings = field(default_factory=OrderSettings)
+    private: tuple[str, ...] = ()
+    """Name patterns of tensors that stay apart."""
+    merge_heads: bool = False
+    relative_to: Path = field(default_factory=Path)
+    """Folder that relative sources are relative to."""
+
+
+def open_family(request: PlanRequest) -> Family:
+    """Open all sources and align them: headers only. Reports every source that is not there at once."""
+    checkpoints: dict[str, Checkpoint] = {}
+    problems: list[SourceError] = []
+    for name, source in [("", request.base), *request.tasks.items()]:
+        try:
+            checkpoints[name] = open_checkpoint(source, relative_to=request.relative_to)
+        except SourceError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise SourceError(
+            "\n  ".join(["sources that cannot be had:", *(e.message for e in problems)]), hint=problems[0].hint
+        )
+    base = checkpoints.pop("")
+    if not checkpoints:
+        raise UsageError("no tasks", hint="give --tasks DIR, or --task NAME=PATH")
+    return make_family(base, checkpoints, private=request.private, merge_heads=request.merge_heads)
+
+
+def make_plan(
+    request: PlanRequest,
+    *,
+    save_to: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    on_progress: OnProgress = silent,
+) -> Plan:
+    """Read every weight once and keep all that a cut needs. Writes nothing.
+
+    save_to: where the plan will be saved; sources are told relative to its folder.
+    Raises SourceError, DataError, UsageError.
+    """
+    from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.engine.memory import survey_chunk
+    from flexmerge_cli.engine.pool import default_threads
+    from flexmerge_cli.engine.survey import SurveyItem, survey
+
+    check_settings(request.order.linkage, request.order.similarity)
+    where = choose_device(device)
+    family = settle_ties(open_family(request))
+    _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
+    threads = threads or default_threads()
+    items: list[SurveyItem] = []
+    owners: list[FamilyTensor] = []
+    for tensor in family.tensors:
+        for item in _survey_items(tensor):
+            items.append(item)
+            owners.append(tensor)
+    total = sum(t.num_bytes for item in items for _, t in item.tasks) + sum(i.base.num_bytes for i in items if i.base)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress("compare", done, total)
+
+    measures = survey(
+        items,
+        device=where,
+        threads=threads,
+        signs=request.order.similarity is Similarity.SIGN,
+        chunk_elements=survey_chunk(len(family.tasks), threads, max_memory),
+        on_bytes=on_bytes,
+    )
+    tensors = _tensor_records(family, list(zip(owners, items, measures)))
+    return _finish(family, tensors, request, save_to)
+
+
+def provisional_plan(family: Family, request: PlanRequest) -> Plan:
+    """A plan from headers alone: no order, no digests, and whatever could be constant still as it seems. For prices."""
+    records = [
+        record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in _tensor_records(family, [])
+    ]
+    for record, tensor in zip(records, family.tensors):
+        record["digests"] = [NO_DIGEST[:32] if found is not None else None for found in tensor.tasks]
+        if tensor.tensor_class is not TensorClass.MERGEABLE:
+            record["gram"] = None
+    plan = _finish(family, records, request, None)
+    merged = [
+        {"block": block.name, "left": list(range(end)), "right": [end], "similarity": 0.0}
+        for block in plan.blocks
+        for end in range(1, len(plan.tasks))
+    ]
+    fields = plan.model_dump(mode="json", by_alias=True) | {"order": merged}
+    return Plan.model_validate_json(plan_bytes(fields))
+
+
+def replan(plan: Plan, order: OrderSettings) -> Plan:
+    """The same measurements with other blocks, linkage, strategy or similarity. Reads no weights."""
+    mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
+    blocks = partition([tensor.name for tensor in mergeable], order.blocks)
+    block_of = {name: block.name for block in blocks for name in block.tensors}
+    fields = plan.model_dump(mode="json", by_alias=True)
+    for tensor in fields["tensors"]:
+        tensor["block"] = block_of.get(tensor["name"])
+    fields |= _order_fields({tensor.name: tensor for tensor in mergeable}, blocks, order)
+    fields["settings"] |= _settings(order)
+    fields["generator"] = GENERATOR
+    return Plan.model_validate_json(plan_bytes(fields))
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read a plan.json. Raises UsageError if it is none or was edited, SourceError if it is not there."""
+    path = Path(path)
+    if not path.is_file():
+        raise SourceError(f"no plan at {path}", hint="make one with `flexmerge plan`")
+    return read_plan(path)
+
+
+def settle_ties(family: Family) -> Family:
+    """Class `tied` where the config ties two tensors and every task that has both has them bit by bit the same.
+
+    Compares only these pairs, and stops at the first byte that differs.
+    """
+    candidates: dict[str, list[str | None]] = {}
+    by_name = {tensor.name: tensor for tensor in family.tensors}
+    for task, checkpoint in enumerate(family.tasks):
+        aligned = {own: name for name, own in family.own_names[task].items()}
+        for alias, target in tied_by_config(checkpoint.config, checkpoint.tensors).items():
+            same = same_bits(checkpoint, alias, target)
+            candidates.setdefault(aligned[alias], [None] * len(family.tasks))[task] = aligned[target] if same else None
+    tied = {}
+    for alias, targets in candidates.items():
+        have = [targets[task] for task in by_name[alias].present]
+        if len(set(have)) == 1 and have[0] is not None and by_name[have[0]].present == by_name[alias].present:
+            tied[alias] = have[0]
+    tensors = tuple(
+        replace(tensor, tensor_class=TensorClass.TIED, reason=tied[tensor.name])
+        if tensor.name in tied and tied[tensor.name] not in tied
+        else tensor
+        for tensor in family.tensors
+    )
+    return replace(family, tensors=tensors)
+
+
+def same_bits(checkpoint: Checkpoint, left: str, right: str, chunk: int = 1 << 20) -> bool:
+    """Whether two tensors of one model, of one shape and dtype, hold the same bytes."""
+    from flexmerge_cli.checkpoint.reader import Reader
+
+    a, b = checkpoint.tensors[left], checkpoint.tensors[right]
+    buffers = [np.empty(chunk * a.item_bytes, np.uint8) for _ in range(2)]
+    with Reader() as reader:
+        for start in range(0, a.num_elements, chunk):
+            stop = min(start + chunk, a.num_elements)
+            if not np.array_equal(reader.read(a, start, stop, buffers[0]), reader.read(b, start, stop, buffers[1])):
+                return False
+    return True
+
+
+def _survey_items(tensor: FamilyTensor) -> list[Any]:
+    """What to read of a tensor: one item over base and tasks, or one per form (shape, dtype) of a private tensor."""
+    from flexmerge_cli.engine.survey import SurveyItem
+
+    tasks = [(index, found) for index, found in enumerate(tensor.tasks) if found is not None]
+    if tensor.tensor_class in (TensorClass.BASE_ONLY, TensorClass.TIED):
+        return []
+    if tensor.tensor_class is TensorClass.MERGEABLE:
+        return [SurveyItem(name=tensor.name, base=tensor.base, tasks=tuple(tasks), gram=True)]
+    forms: dict[Any, list[Any]] = {}
+    for index, found in tasks:
+        forms.setdefault((found.shape, found.dtype), []).append((index, found))
+    return [SurveyItem(name=tensor.name, base=None, tasks=tuple(of_form), gram=False) for of_form in forms.values()]
+
+
+def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]]) -> list[dict[str, Any]]:
+    """One record per tensor, its class settled by the bits. Raises DataError with every value that is not finite."""
+    count = len(family.tasks)
+    by_name: dict[str, list[tuple[Any, Any]]] = {}
+    for owner, item, measure in found:
+        by_name.setdefault(owner.name, []).append((item, measure))
+    records, bad = [], []
+    for tensor in family.tensors:
+        first = next((t for t in tensor.tasks if t is not None), tensor.base)
+        assert first is not None
+        digests: list[str | None] = [None] * count
+        same, is_base = list(range(count)), [False] * count
+        record: dict[str, Any] = {"gram": None, "agreement": None, "base_digest": None, "base_energy": 0.0}
+        finite = True
+        for item, measure in by_name.get(tensor.name, []):
+            tasks = [task for task, _ in item.tasks]
+            for position, task in enumerate(tasks):
+                digests[task] = measure.digests[position]
+                same[task] = tasks[measure.same[position]]
+                is_base[task] = measure.is_base[position]
+            finite &= not measure.not_finite
+            if measure.gram is not None:
+                record |= {"gram": measure.gram.tolist(), "base_digest": measure.base_digest}
+                record["base_energy"] = measure.base_energy
+                record["agreement"] = measure.agreement.tolist() if measure.agreement is not None else None
+        tensor_class, reason = tensor.tensor_class, tensor.reason
+        settled = tensor_class in (TensorClass.MERGEABLE, TensorClass.PRIVATE)
+        if settled and tensor.could_be_constant and set(same) == {0}:
+            tensor_class, reason = TensorClass.CONSTANT, ""
+            record |= {"gram": None, "agreement": None, "base_digest": None, "base_energy": 0.0}
+        if tensor_class is TensorClass.TIED:
+            digests = ["0" * 32 if found is not None else None for found in tensor.tasks]
+        if tensor_class is TensorClass.MERGEABLE and not finite:
+            bad += _not_finite(family, tensor, by_name[tensor.name])
+        dtypes = [found.dtype if found else None for found in tensor.tasks]
+        shapes = [list(found.shape) if found else None for found in tensor.tasks]
+        records.append(
+            record
+            | {
+                "name": tensor.name,
+                "class": tensor_class,
+                "reason": reason,
+                "dtype": first.dtype,
+                "shape": list(first.shape),
+                "base_dtype": tensor.base.dtype if tensor.base else None,
+                "dtypes": dtypes if set(dtypes) - {None, first.dtype} else None,
+                "shapes": shapes if any(s is not None and s != list(first.shape) for s in shapes) else None,
+                "block": None,
+                "digests": digests,
+                "same": same,
+                "is_base": is_base,
+                "finite": finite,
+            }
+        )
+    if bad:
+        raise DataError("not finite:\n  " + "\n  ".join(bad), hint="get sound copies, or leave these tasks out")
+    return records
+
+
+def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any, Any]]) -> list[str]:
+    lines = []
+    for item, measure in found:
+        for position, index in measure.not_finite:
+            stored = item.base if position < 0 else item.tasks[position][1]
+            who = "the base" if position < 0 else f"task `{family.task_names[item.tasks[position][0]]}`"
+            place = [int(axis) for axis in np.unravel_index(index, stored.shape)] if stored.shape else []
+            lines.append(f"{who} has NaN or Inf in `{stored.name}` at {place} ({stored.path})")
+    return lines
+
+
+def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest, save_to: Path | None) -> Plan:
+    """Blocks, order and names to the measurements: the plan."""
+    mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
+    blocks = partition([record["name"] for record in mergeable], request.order.blocks)
+    block_of = {name: block.name for block in blocks for name in block.tensors}
+    for record in records:
+        record["block"] = block_of.get(record["name"])
+    tensors = {record["name"]: PlanTensor.model_validate(record) for record in mergeable}
+    folder = (save_to.absolute().parent if save_to else Path.cwd()).resolve()
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "generator": GENERATOR,
+        "sha256": NO_DIGEST,
+        "one_model_bytes": family.one_model_bytes,
+        "base": {
+            "source": _relative(family.base, folder),
+            "fingerprint": _fingerprint(family.base, [(r["name"], r["base_digest"]) for r in records]),
+        },
+        "tasks": [
+            {
+                "name": name,
+                "source": _relative(checkpoint, folder),
+                "fingerprint": _fingerprint(checkpoint, [(r["name"], r["digests"][task]) for r in records]),
+                "bytes": checkpoint.num_bytes,
+                "files": _side_files(checkpoint),
+                "names": {a: own for a, own in family.own_names[task].items() if a != own},
+                "config_base": str(checkpoint.config["_name_or_path"])[:200]
+                if checkpoint.config.get("_name_or_path")
+                else None,
+            }
+            for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
+        ],
+        "tensors": records,
+        "settings": {
+            "private": list(request.private),
+            "merge_heads": request.merge_heads,
+            **_settings(request.order),
+        },
+        **_order_fields(tensors, blocks, request.order),
+    }
+    return Plan.model_validate_json(plan_bytes(fields))
+
+
+def _settings(order: OrderSettings) -> dict[str, Any]:
+    own = Path(order.blocks).is_file()
+    return {
+        "blocks": "rules" if own else order.blocks,
+        "rules": Path(order.blocks).read_text() if own else None,
+        "linkage": str(order.linkage),
+        "strategy": str(order.strategy),
+        "similarity": str(order.similarity),
+        "seed": order.seed,
+    }
+
+
+def _order_fields(tensors: Mapping[str, PlanTensor], blocks: Sequence[Block], order: OrderSettings) -> dict[str, Any]:
+    measures = [block_measure(block.name, [tensors[name] for name in block.tensors]) for block in blocks]
+    merges: tuple[Merge, ...] = merge_order(
+        measures, linkage=order.linkage, strategy=order.strategy, similarity=order.similarity, seed=order.seed
+    )
+    return {
+        "blocks": [
+            {"name": block.name, "tensors": list(block.tensors), "elements": measure.num_elements}
+            for block, measure in zip(blocks, measures)
+        ],
+        "order": [
+            {
+                "block": blocks[merge.block].name,
+                "left": list(merge.left),
+                "right": list(merge.right),
+                "similarity": merge.similarity,
+            }
+            for merge in merges
+        ],
+        "near_ties": count_near_ties(merges, unit=comparison_unit(measures, order.similarity)),
+    }
+
+
+def block_measure(name: str, tensors: Sequence[PlanTensor]) -> BlockMeasure:
+    """What the order needs to know of a block: its tensors' Gram matrices, added in the block's order."""
+    count = len(tensors[0].same)
+    gram, identical = np.zeros((count, count)), np.ones((count, count), bool)
+    agreement = np.zeros((count, count), np.int64) if all(t.agreement is not None for t in tensors) else None
+    for tensor in tensors:
+        gram = gram + np.array(tensor.gram, np.float64)
+        same = np.array(tensor.same)
+        identical &= same[:, None] == same[None, :]
+        if agreement is not None:
+            agreement += np.array(tensor.agreement, np.int64)
+    elements = sum(tensor.num_elements for tensor in tensors)
+    return BlockMeasure(name=name, gram=gram, num_elements=elements, identical=identical, agreement=agreement)
+
+
+def _blocks_of(family: Family, blocks: str) -> tuple[Block, ...]:
+    return partition([t.name for t in family.tensors if t.tensor_class is TensorClass.MERGEABLE], blocks)
+
+
+def _relative(checkpoint: Checkpoint, folder: Path) -> str:
+    if is_hub(checkpoint.source):
+        return checkpoint.source
+    return os.path.relpath(checkpoint.path.resolve() if checkpoint.path.is_dir() else checkpoint.path, folder)
+
+
+def _fingerprint(checkpoint: Checkpoint, digests: Sequence[tuple[str, str | None]]) -> str:
+    """Digest of every tensor's name and digest."""
+    return xxhash.xxh3_128_hexdigest("\n".join(f"{name} {digest}" for name, digest in digests if digest).encode())
+
+
+def _side_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"bytes": path.stat().st_size, "digest": digest_bytes(path.read_bytes())}
+        for name, path in checkpoint.side_files.items()
+    }

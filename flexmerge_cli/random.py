@@ -1,0 +1,74 @@
+"""Random numbers as a pure function of a key and a counter: no state, no global seed, no torch.
+
+The same numbers on every machine, for every chunk size and thread count, and whatever else is drawn (splitmix64).
+A key is made of a tag, the user's seed and names: `key64("flexmerge/drop/1", seed, task, tensor)`. Not for secrets.
+"""
+
+import hashlib
+
+import numpy as np
+
+# splitmix64 (Steele, Lea, Flood 2014): the step of its counter and the two multipliers of its finaliser.
+STEP, MULTIPLIER_1, MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+MASK = (1 << 64) - 1
+
+
+def key64(tag: str, seed: int, *names: str) -> int:
+    """The key of a stream: the first 8 bytes, little-endian, of SHA-256 of tag, decimal seed and names joined by NUL.
+
+    Raises ValueError if seed is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, not 0 or more")
+    text = "\0".join([tag, str(seed), *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def mix64(key: int, index: int) -> int:
+    """Output `index` (from 0) of the splitmix64 generator started at key, in [0, 2^64)."""
+    z = (key + (index + 1) * STEP) & MASK
+    z = ((z ^ (z >> 30)) * MULTIPLIER_1) & MASK
+    z = ((z ^ (z >> 27)) * MULTIPLIER_2) & MASK
+    return z ^ (z >> 31)
+
+
+def uniform(key: int, start: int, count: int) -> np.ndarray:
+    """Numbers start … start + count - 1 of the key's stream: [count] float64, multiples of 2^-53 in [0, 1).
+
+    Number i is the same whichever start it is reached from, so chunks may be drawn in any order.
+    """
+    z = np.arange(count, dtype=np.uint64)  # arrays of uint64 wrap in silence, as is wanted; scalars would warn
+    z += np.uint64((start + 1) & MASK)
+    z *= np.uint64(STEP)
+    z += np.uint64(key)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(MULTIPLIER_1)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(MULTIPLIER_2)
+    z ^= z >> np.uint64(31)
+    z >>= np.uint64(11)
+    return z * 2.0**-53
+
+
+class Stream:
+    """Scalar draws, one output of the key's stream each, counted from 0."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+        self._num_drawn = 0
+
+    def uniform(self) -> float:
+        """A float64 in [0, 1)."""
+        return self._draw() * 2.0**-53
+
+    def below(self, n: int) -> int:
+        """An integer in [0, n). Raises ValueError if n < 1."""
+        if n < 1:
+            raise ValueError(f"no integer is in [0, {n})")
+        return (self._draw() * n) >> 53
+
+    def _draw(self) -> int:
+        """53 bits."""
+        bits = mix64(self._key, self._num_drawn) >> 11
+        self._num_drawn += 1
+        return bits

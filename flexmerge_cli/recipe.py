@@ -1,0 +1,91 @@
+"""recipe.yaml, `flexmerge.recipe/1`: what the options of `plan` and `merge` say, in one file; paths relative to it.
+
+version  1
+base     source
+tasks    {name: source, or {source, revision}}
+blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads
+merge    {method, size or merges, fit, dtype, max_distance}
+Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.order.linkage import Linkage
+from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.yaml_file import read_yaml
+
+
+class TaskSource(Record):
+    source: str
+    revision: str | None = None
+
+
+class OrderRecord(Record):
+    linkage: Linkage | None = None
+    strategy: Strategy | None = None
+    similarity: Similarity | None = None
+    seed: int | None = Field(default=None, ge=0)
+
+
+class MergeRecord(Record):
+    method: str | None = None
+    size: str | None = None
+    merges: int | None = Field(default=None, ge=0)
+    fit: Literal["tight", "prefix"] | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    max_distance: float | None = Field(default=None, ge=0)
+
+
+class Recipe(Record):
+    """A checked recipe."""
+
+    version: Literal[1]
+    base: str
+    tasks: dict[str, str | TaskSource] = Field(min_length=1)
+    blocks: str | None = None
+    order: OrderRecord = OrderRecord()
+    private: tuple[str, ...] = ()
+    merge_heads: bool = False
+    merge: MergeRecord = MergeRecord()
+    folder: Path = Field(default_factory=Path, exclude=True)
+
+    def task_sources(self) -> dict[str, str]:
+        return {name: _source(value) for name, value in self.tasks.items()}
+
+    def order_fields(self) -> dict[str, Any]:
+        blocks = self.blocks
+        if blocks is not None and (blocks.endswith((".yaml", ".yml")) or "/" in blocks):
+            blocks = str(self.folder / blocks)
+        return {"blocks": blocks, **self.order.model_dump()}
+
+    def merge_fields(self) -> dict[str, Any]:
+        """As MergeRequest takes them."""
+        from flexmerge_cli.allocation.cut import Fit
+
+        fields = {name: value for name, value in self.merge.model_dump().items() if value is not None}
+        if "fit" in fields:
+            fields["fit"] = Fit(fields["fit"])
+        if "dtype" in fields:
+            fields["dtype"] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[fields["dtype"]]
+        return fields
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Raises UsageError with file, line and key. The method's own words are checked, too, before anything is read."""
+    from flexmerge_cli.methods.registry import parse_call
+
+    recipe = read_yaml(path, Recipe, "recipe").model_copy(update={"folder": path.absolute().parent})
+    if recipe.merge.method is not None:
+        parse_call(recipe.merge.method)
+    return recipe
+
+
+def _source(value: "str | TaskSource") -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value.source}@{value.revision}" if value.revision else value.source

@@ -1,0 +1,68 @@
+"""What `merge` tells: a value for --json, and the same as tables."""
+
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.ways import served_bytes
+from flexmerge_cli.report.text import human_bytes, table
+
+
+def merge_summary(
+    bill: Bill, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
+) -> dict[str, Any]:
+    """Files, bytes, memory; after a run the distances, too."""
+    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+    from flexmerge_cli.engine.memory import materialise_bytes
+    from flexmerge_cli.engine.pool import default_threads
+
+    plan = bill.plan
+    files = {file.path: file.num_bytes for file in bill.files} | {file.path: file.num_bytes for file in bill.small}
+    files["manifest.json"] = bill.total_bytes - sum(files.values())
+    return {
+        "bundle": str(output),
+        "written": measured is not None,
+        "methods": list(bill.allocation.methods),
+        "allocation": {
+            "merges": bill.allocation.merges,
+            "undone": bill.allocation.undone,
+            "fit": bill.allocation.fit,
+            "dtype": bill.allocation.dtype,
+        },
+        "factor": bill.tensor_bytes / max(1, plan.one_model_bytes),
+        "tensor_bytes": bill.tensor_bytes,
+        "total_bytes": bill.total_bytes,
+        "served_bytes": served_bytes(bill),
+        "files": files,
+        "tasks": {
+            task.name: {
+                "route_bytes": bill.served_bytes(index),
+                "distance": measured.task_distance.get(index) if measured else None,
+            }
+            for index, task in enumerate(plan.tasks)
+        },
+        "peak_memory_bytes": materialise_bytes(len(plan.tasks), threads or default_threads(), CHUNK_ELEMENTS),
+        "warnings": warnings,
+    }
+
+
+def show_merge(value: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{task['route_bytes']:,}", "" if not value["written"] else _distance(task["distance"]))
+        for name, task in value["tasks"].items()
+    ]
+    if not value["written"]:
+        table(["file", "bytes"], [(path, f"{size:,}") for path, size in sorted(value["files"].items())])
+        print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
+    table(["task", "route bytes", "distance"], rows)
+    verb = "wrote" if value["written"] else "would write"
+    allocation = value["allocation"]
+    print(
+        f"{verb} {value['bundle']}: {value['factor']:.4f}x, {value['total_bytes']:,} bytes on disk in "
+        f"{len(value['files'])} files, {allocation['merges']} merges ({allocation['undone']} undone)"
+    )
+
+
+def _distance(value: float | None) -> str:
+    return "null" if value is None else "exact" if value == 0 else f"{value:.4f}"

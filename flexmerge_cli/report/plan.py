@@ -1,0 +1,263 @@
+"""What `plan` tells: a value for --json, and the same as tables."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.allocation.ways import ways
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.merge import MergeRequest, allocate
+from flexmerge_cli.order.distance import linear_errors
+from flexmerge_cli.order.order import groups_after
+from flexmerge_cli.report.text import human_bytes, table
+
+if TYPE_CHECKING:
+    from flexmerge_cli.cli.sources import Given
+
+LINEAR = {"average": 1.0, "task_arithmetic": 1.5}
+FACTORS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 64, 80, 100)
+MANY_TASKS = 12  # more columns than this are summed up
+
+
+def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str = "common") -> dict[str, Any]:
+    """All that `plan` prints."""
+    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+    from flexmerge_cli.engine.memory import materialise_bytes
+    from flexmerge_cli.engine.pool import default_threads
+
+    pricer = Pricer(plan)
+    asked = allocate(plan, request, pricer) if request.method or request.dtype else None
+    rows = ways(pricer, str(path), methods=methods)
+    exact = next(row for row in rows if row.name == "exact deduplication")
+    return {
+        "plan": str(path),
+        "sha256": plan.sha256,
+        "one_model_bytes": plan.one_model_bytes,
+        "base": plan.base.source,
+        "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
+        "classes": classes(plan),
+        "blocks": len(plan.blocks),
+        "merges": len(plan.order),
+        "near_ties": plan.near_ties,
+        "exact_bytes": exact.tensor_bytes,
+        "sizes": size_rows(pricer),
+        "ways": [
+            {
+                "name": row.name,
+                "disk_bytes": row.disk_bytes,
+                "served_bytes": row.served_bytes,
+                "factor": row.tensor_bytes / max(1, plan.one_model_bytes),
+                "command": row.command,
+            }
+            for row in rows
+        ],
+        "cut": None
+        if asked is None
+        else {
+            "method": request.method,
+            "merges": asked.allocation.merges,
+            "undone": asked.allocation.undone,
+            "tensor_bytes": asked.tensor_bytes,
+            "factor": asked.tensor_bytes / max(1, plan.one_model_bytes),
+            "total_bytes": asked.total_bytes,
+        },
+        "peak_memory_bytes": materialise_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
+        "warnings": warnings(plan),
+    }
+
+
+def classes(plan: Plan) -> dict[str, Any]:
+    """Per class the number of tensors, their bytes over all tasks, and their names."""
+    found: dict[str, Any] = {}
+    for kind in TensorClass:
+        tensors = [tensor for tensor in plan.tensors if tensor.class_ is kind]
+        found[kind.value] = {
+            "tensors": len(tensors),
+            "bytes": sum(tensor.bytes_of(task) for tensor in tensors for task in tensor.present),
+            "names": [
+                {"name": tensor.name, "shape": list(tensor.shape), "why": tensor.reason}
+                for tensor in tensors
+                if kind is not TensorClass.MERGEABLE
+            ],
+        }
+    return found
+
+
+def size_rows(pricer: Pricer) -> list[dict[str, Any]]:
+    """The prefix of the order at 1x, 1.25x, … Mx, priced for one dense value per merged block."""
+    plan = pricer.plan
+    count = len(plan.tasks)
+    cutter = Cutter(pricer, "average")
+    sizes = cutter.sizes()
+    order, rows = plan.merges(), []
+    energy = plan.task_energy()
+    for factor in [f for f in FACTORS if f < count] + [count]:
+        size = parse_size(f"{factor}x", num_tasks=count, one_model_bytes=plan.one_model_bytes)
+        if size.all_merges:
+            merges = len(order)
+        else:
+            merges = next((n for n, bytes_ in enumerate(sizes) if bytes_ <= size.max_bytes), -1)
+        if merges < 0:
+            continue
+        groups = groups_after(len(plan.blocks), count, order[:merges])
+        rows.append(
+            {
+                "size": f"{factor}x",
+                "factor": sizes[merges] / max(1, plan.one_model_bytes),
+                "tensor_bytes": sizes[merges],
+                "merges": merges,
+                "groups": sum(len(of_block) for of_block in groups),
+                "distance": {name: linear_distances(plan, groups, scale, energy) for name, scale in LINEAR.items()},
+            }
+        )
+    return rows
+
+
+def linear_distances(
+    plan: Plan, groups: list[list[tuple[int, ...]]], scale: float, energy: np.ndarray
+) -> dict[str, float | None]:
+    """Per task ‖θ̂ - θ‖ / ‖τ‖ of scale · mean, from the Gram matrices: before any rounding."""
+    errors = np.zeros(len(plan.tasks))
+    for block, of_block in zip(plan.blocks, groups):
+        for name in block.tensors:
+            tensor = plan.tensor(name)
+            gram, same = plan.gram(tensor), np.array(tensor.same)
+            for group in of_block:
+                if len(group) > 1:
+                    errors[list(group)] += linear_errors(gram, group, scale, identical=same[:, None] == same[None, :])
+    return {
+        task.name: (
+            0.0 if errors[index] == 0 else None if energy[index] == 0 else math.sqrt(errors[index] / energy[index])
+        )
+        for index, task in enumerate(plan.tasks)
+    }
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What a user should know before merging."""
+    found = []
+    energy = plan.task_energy()
+    base = sum(tensor.base_energy for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE)
+    for task, squared in zip(plan.tasks, energy):
+        ratio = math.sqrt(squared / base) if base > 0 else 0.0
+        if ratio >= 0.5:
+            named = f"; its config names `{task.config_base}` as its base" if task.config_base else ""
+            found.append(
+                f"task `{task.name}` is probably no fine-tune of this base: its change has {ratio:.2f} of "
+                f"the base's norm{named}"
+            )
+        if squared == 0:
+            found.append(f"task `{task.name}` does not differ from the base in anything that merges")
+    damaged = [t.name for t in plan.tensors if not t.finite]
+    if damaged:
+        found.append(f"not finite, and stored as found: {', '.join(damaged[:10])}")
+    if plan.near_ties:
+        found.append(f"{plan.near_ties} merges are within 2^-18 of another: their order may differ between machines")
+    return found
+
+
+def dry_summary(given: "Given", request: MergeRequest) -> dict[str, Any]:
+    """What headers alone tell."""
+    from flexmerge_cli.engine.memory import survey_bytes
+    from flexmerge_cli.engine.pool import default_threads
+    from flexmerge_cli.engine.survey import CHUNK_ELEMENTS
+    from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.plan import open_family, provisional_plan
+
+    if given.request is None:
+        raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
+    plan = provisional_plan(open_family(given.request), given.request)
+    pricer = Pricer(plan)
+    return {
+        "one_model_bytes": plan.one_model_bytes,
+        "base": plan.base.source,
+        "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
+        "classes": classes(plan),
+        "blocks": len(plan.blocks),
+        "ways": [
+            {
+                "name": row.name,
+                "disk_bytes": row.disk_bytes,
+                "served_bytes": row.served_bytes,
+                "factor": row.tensor_bytes / max(1, plan.one_model_bytes),
+                "command": None,
+            }
+            for row in ways(pricer, "plan.json")
+            if row.name != "exact deduplication"
+        ],
+        "read_bytes": sum(task.bytes for task in plan.tasks),
+        "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
+        "warnings": [],
+    }
+
+
+def show_plan(value: dict[str, Any]) -> None:
+    """Tables on stdout."""
+    copies = sum(task["bytes"] for task in value["tasks"])
+    one = value["one_model_bytes"]
+    print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(copies)}; 1x = one model = {human_bytes(one)}")
+    table(
+        ["task", "source", "bytes"],
+        [(task["name"], task["source"], f"{task['bytes']:,}") for task in value["tasks"]],
+        left=2,
+    )
+    table(
+        ["class", "tensors", "bytes", "names"],
+        [
+            (kind, found["tensors"], f"{found['bytes']:,}", _names(found["names"]))
+            for kind, found in value["classes"].items()
+            if found["tensors"]
+        ],
+    )
+    if "sizes" in value:
+        _show_sizes(value)
+    table(
+        ["way to store them", "size", "on disk", "served", "command"],
+        [
+            (
+                row["name"],
+                f"{row['factor']:.2f}x",
+                f"{row['disk_bytes']:,}",
+                f"{row['served_bytes']:,}",
+                row["command"] or "",
+            )
+            for row in value["ways"]
+        ],
+    )
+    if value.get("cut"):
+        cut = value["cut"]
+        print(
+            f"asked for: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk, "
+            f"{cut['merges']} merges ({cut['undone']} undone)"
+        )
+    print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
+    if "plan" in value:
+        print(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")
+
+
+def _show_sizes(value: dict[str, Any]) -> None:
+    names = [task["name"] for task in value["tasks"]]
+    exact = value["exact_bytes"]
+    print(f"after exact deduplication: {exact:,} bytes, {exact / value['one_model_bytes']:.2f}x")
+    many = len(names) > MANY_TASKS
+    for method in LINEAR:
+        rows = []
+        for row in value["sizes"]:
+            distances = [row["distance"][method][name] for name in names]
+            known = [d for d in distances if d is not None]
+            shown = [sum(known) / len(known), max(known)] if many and known else distances
+            cells = ["null" if d is None else f"{d:.3f}" for d in shown]
+            rows.append((row["size"], f"{row['factor']:.2f}x", row["groups"], row["merges"], *cells))
+        columns = ["mean", "worst"] if many else names
+        table(["size", "is", "groups", "merges", *columns], rows, title=f"{method}: distance ≈ per task")
+
+
+def _names(found: list[dict[str, Any]]) -> str:
+    shown = [f"{item['name']}" + (f" ({item['why']})" if item["why"] else "") for item in found[:6]]
+    return ", ".join(shown) + (f", … {len(found) - 6} more" if len(found) > 6 else "")

@@ -1,0 +1,42 @@
+"""One bit per element and task: packed, unpacked, and applied to the unified delta. Numpy only.
+
+Element e of a tensor, in C order, is bit e mod 8 of byte e // 8, counted from the least significant; the bits behind
+the last element are 0. A range that starts at a multiple of 8 elements can therefore be packed and read on its own.
+Which elements a task takes is the method's business (methods/emr.py, methods/consensus.py).
+"""
+
+import numpy as np
+
+# n elements of one tensor, or of a range of it
+
+
+def packed_bytes(num_elements: int) -> int:
+    """Bytes of the mask of one tensor and one task."""
+    return -(-num_elements // 8)
+
+
+def pack(mask: np.ndarray) -> np.ndarray:
+    """bool [..., n] -> uint8 [..., ⌈n/8⌉]. Any leading axes, e.g. of tasks, stay."""
+    return np.packbits(mask, axis=-1, bitorder="little")
+
+
+def unpack(packed: np.ndarray, num_elements: int) -> np.ndarray:
+    """uint8 [..., ⌈n/8⌉] -> bool [..., n]; num_elements is n. The inverse of `pack`.
+
+    Raises ValueError if the bytes are not those of n elements, or a bit behind the last element is set.
+    """
+    if packed.dtype != np.uint8 or packed.shape[-1] != packed_bytes(num_elements):
+        raise ValueError(f"a mask of {num_elements} elements is not {packed.dtype} {list(packed.shape)}")
+    if num_elements % 8 and (packed[..., -1] >> (num_elements % 8)).any():
+        raise ValueError(f"a mask of {num_elements} elements has bits behind its end")
+    return np.unpackbits(packed, axis=-1, count=num_elements, bitorder="little").view(bool)
+
+
+def apply(base: np.ndarray, unified: np.ndarray, mask: np.ndarray, gamma: float | np.floating = 1.0) -> np.ndarray:
+    """base + gamma · mask · unified: one float32 product, then one float32 sum. -> float32 [n].
+
+    base, unified: float32 [n]; mask: bool [n]; gamma: rounded to float32, as it is stored. Elementwise, so any range of
+    a tensor gives the same bits. Elements that the task does not take are the base's, bit for bit.
+    """
+    shift = np.float32(gamma) * unified.astype(np.float32, copy=False)
+    return np.where(mask, base + shift, base).astype(np.float32, copy=False)

@@ -1,0 +1,99 @@
+"""YAML written by hand, checked against a schema: errors with file, line, key and the nearest valid name.
+
+Files may come from strangers: size and depth are bounded, aliases are refused (they expand without bound), and only
+plain scalars, lists and maps are built.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flexmerge_cli.errors import MachineError, SourceError, UsageError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Place = tuple[Any, ...]
+
+
+def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
+    """The file as a `schema`. what: `recipe`, `spec`, … for messages. Raises SourceError, UsageError."""
+    if not path.is_file():
+        raise SourceError(f"no {what} at {path}", hint="check the path")
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"{path} is larger than {MAX_BYTES} bytes", hint=f"is it a {what}?")
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise UsageError(f"{path}, line {line}: an alias (`*{event.anchor}`)", hint="write the value out")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[Place, int] = {}
+        _lines(path, node, (), lines)
+        value = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text", hint=f"is it a {what}?") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: {getattr(error, 'problem', None) or error}", hint="mend the YAML") from None
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror}", hint="check permissions") from None
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {str(error)[:100]}", hint=f"is it a {what}?") from None
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise _explained(path, error, schema, lines) from None
+
+
+def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None:
+    """Line of every key and item."""
+    if node is None:
+        return
+    lines.setdefault(place, node.start_mark.line + 1)
+    if len(place) > MAX_DEPTH:
+        raise UsageError(f"{path}, line {node.start_mark.line + 1}: nested too deeply", hint="flatten it")
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise UsageError(f"{path}, line {line}: `{key.value}` stands twice", hint="remove one")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+                lines[(*place, key.value)] = line
+                _lines(path, value, (*place, key.value), lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _lines(path, value, (*place, index), lines)
+
+
+def _explained(path: Path, error: ValidationError, schema: type[BaseModel], lines: dict[Place, int]) -> UsageError:
+    # The deepest error is the most precise one where a value could be of two types.
+    first = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
+    place = first["loc"]
+    line = next((lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines), 1)
+    key = ".".join(str(step) for step in place if not str(step)[:1].isupper()) or "the file"
+    if first["type"] == "extra_forbidden":
+        known = _keys(schema, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+        return UsageError(f"{path}, line {line}: unknown key `{key}`", hint=hint)
+    return UsageError(f"{path}, line {line}: {key}: {first['msg']}", hint="see the README")
+
+
+def _keys(schema: type[BaseModel], place: Place) -> list[str]:
+    current: Any = schema
+    for step in place:
+        fields = getattr(current, "model_fields", {})
+        if step in fields:
+            annotation = fields[step].annotation
+            options = [annotation, *getattr(annotation, "__args__", ())]
+            current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+    return [name for name, field in getattr(current, "model_fields", {}).items() if not field.exclude]
