@@ -8,8 +8,8 @@ from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.verify import Verification
 from flexmerge_cli.bundle.verify import verify as _verify
-from flexmerge_cli.merge import MergeRequest
-from flexmerge_cli.merge import merge as _merge
+from flexmerge_cli.merging import MergeRequest
+from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.plan import OrderSettings, PlanRequest
 from flexmerge_cli.plan import load_plan as load_plan
 from flexmerge_cli.plan import make_plan as _make_plan

@@ -11,9 +11,11 @@ Unknown keys are refused, with the line and the nearest valid name. Nothing of a
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
@@ -52,7 +54,12 @@ class Recipe(Record):
     private: tuple[str, ...] = ()
     merge_heads: bool = False
     merge: MergeRecord = MergeRecord()
-    folder: Path = Field(default_factory=Path, exclude=True)
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """Where the recipe lies: what its paths are relative to."""
+        return self._folder
 
     def task_sources(self) -> dict[str, str]:
         return {name: _source(value) for name, value in self.tasks.items()}
@@ -79,7 +86,8 @@ def read_recipe(path: Path) -> Recipe:
     """Raises UsageError with file, line and key. The method's own words are checked, too, before anything is read."""
     from flexmerge_cli.methods.registry import parse_call
 
-    recipe = read_yaml(path, Recipe, "recipe").model_copy(update={"folder": path.absolute().parent})
+    recipe = read_yaml(path, Recipe, "recipe")
+    recipe._folder = path.absolute().parent
     if recipe.merge.method is not None:
         parse_call(recipe.merge.method)
     return recipe
@@ -88,4 +96,10 @@ def read_recipe(path: Path) -> Recipe:
 def _source(value: "str | TaskSource") -> str:
     if isinstance(value, str):
         return value
-    return f"{value.source}@{value.revision}" if value.revision else value.source
+    if value.revision is None:
+        return value.source
+    if not is_hub(value.source):
+        raise UsageError(f"`{value.source}` is a path, and has no revision", hint="write hf://org/name, or no revision")
+    scheme, rest = value.source.split("://", 1)
+    repository, colon, folder = rest.partition(":")
+    return f"{scheme}://{repository}@{value.revision}{colon}{folder}"

@@ -22,9 +22,13 @@ Place = tuple[Any, ...]
 
 def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
     """The file as a `schema`. what: `recipe`, `spec`, … for messages. Raises SourceError, UsageError."""
-    if not path.is_file():
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:  # a path that no file can have
+        size = None
+    if size is None:
         raise SourceError(f"no {what} at {path}", hint="check the path")
-    if path.stat().st_size > MAX_BYTES:
+    if size > MAX_BYTES:
         raise UsageError(f"{path} is larger than {MAX_BYTES} bytes", hint=f"is it a {what}?")
     try:
         text = path.read_text(encoding="utf-8")
@@ -44,7 +48,8 @@ def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
         raise UsageError(f"{path}{where}: {getattr(error, 'problem', None) or error}", hint="mend the YAML") from None
     except OSError as error:
         raise MachineError(f"{path} cannot be read: {error.strerror}", hint="check permissions") from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # As PyYAML has it where a value is not of the type that its tag says: `!!bool maybe`, `!!timestamp soon`.
         raise UsageError(f"{path} cannot be read: {str(error)[:100]}", hint=f"is it a {what}?") from None
     try:
         return schema.model_validate(value)
@@ -63,12 +68,13 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
         seen = set()
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise UsageError(f"{path}, line {line}: a key that is no word", hint="mend the YAML")
             if key.value in seen:
                 raise UsageError(f"{path}, line {line}: `{key.value}` stands twice", hint="remove one")
-            if isinstance(key.value, str):
-                seen.add(key.value)
-                lines[(*place, key.value)] = line
-                _lines(path, value, (*place, key.value), lines)
+            seen.add(key.value)
+            lines[(*place, key.value)] = line
+            _lines(path, value, (*place, key.value), lines)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _lines(path, value, (*place, index), lines)
@@ -93,7 +99,13 @@ def _keys(schema: type[BaseModel], place: Place) -> list[str]:
     for step in place:
         fields = getattr(current, "model_fields", {})
         if step in fields:
-            annotation = fields[step].annotation
-            options = [annotation, *getattr(annotation, "__args__", ())]
-            current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), current)
+            current = _model_in(fields[step].annotation) or current
     return [name for name, field in getattr(current, "model_fields", {}).items() if not field.exclude]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The schema that a field's type holds, in whatever lists, maps and alternatives."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(inner) for inner in getattr(annotation, "__args__", ()))
+    return next((model for model in found if model is not None), None)

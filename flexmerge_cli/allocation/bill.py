@@ -3,11 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile, weight_files
-from flexmerge_cli.allocation.manifest import Measured, SmallFile, manifest_bytes
+from flexmerge_cli.allocation.manifest import (
+    Measured,
+    SmallFile,
+    canonical,
+    manifest_bytes,
+    manifest_frame,
+    tensor_entry,
+    unit_entry,
+)
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype, gain_parts, store_tensor, store_whole
 from flexmerge_cli.family.classes import TensorClass
@@ -17,7 +26,7 @@ from flexmerge_cli.methods.registry import parse_call
 INDEX_NAME = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Bill:
     """All parts of an allocation, their files and their exact bytes."""
 
@@ -30,20 +39,31 @@ class Bill:
     indices: Mapping[int, bytes]
     """Per task that ordinary loaders can read from the bundle: its index file."""
     small: tuple[SmallFile, ...]
+    entry_bytes: int
+    """Of the manifest's entries of units and tensors, which are most of it and of which most are in every bill."""
 
-    @property
+    @cached_property
     def tensor_bytes(self) -> int:
         """Data stored: what factors and percentages count."""
         return sum(part.num_bytes for file in self.files for part in file.parts)
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """Every byte on disk: what a byte target counts."""
         rest = sum(file.num_bytes for file in self.files) + sum(file.num_bytes for file in self.small)
-        return rest + len(self.manifest(Measured()))
+        return rest + len(canonical(self._frame(Measured()))) + self.entry_bytes
 
     def manifest(self, measured: Measured) -> bytes:
-        return manifest_bytes(self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured)
+        units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]
+        tensors = [
+            tensor_entry(self.plan, storage, self.allocation.dtype, measured)
+            for storage in self.storages.values()
+            if storage.tensor.class_ is not TensorClass.BASE_ONLY
+        ]
+        return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
+
+    def _frame(self, measured: Measured) -> dict[str, Any]:
+        return manifest_frame(self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured)
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the files that one task reads."""
@@ -58,9 +78,13 @@ class Pricer:
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._calls: dict[str, Call] = {}
+        self._entries: dict[Any, int] = {}
 
     def calls(self, methods: Sequence[str]) -> tuple[Call, ...]:
-        return tuple(self._calls.setdefault(text, parse_call(text)) for text in methods)
+        for text in methods:
+            if text not in self._calls:
+                self._calls[text] = parse_call(text)
+        return tuple(self._calls[text] for text in methods)
 
     def unit(
         self, unit: Unit, methods: tuple[str, ...], cast: str | None
@@ -119,9 +143,7 @@ class Pricer:
             if key not in self._files:
                 self._files[key] = weight_files(readers, by_readers[readers], plan.task_names, plan.sha256)
             files += self._files[key]
-        indices = {
-            task: index for task in plan.all_tasks if (index := _index(plan, task, storages, files, cast)) is not None
-        }
+        indices = _indices(plan, storages, files, cast)
         small = [
             SmallFile(path=f"tasks/{task.name}/{name}", task=number, num_bytes=side.bytes)
             for number, task in enumerate(plan.tasks)
@@ -138,24 +160,50 @@ class Pricer:
             files=tuple(files),
             indices=indices,
             small=tuple(sorted(small, key=lambda file: file.path)),
+            entry_bytes=self._entry_bytes(allocation, storages),
         )
 
+    def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:
+        """Length of the manifest's lists of units and tensors, without their brackets."""
+        lengths = []
+        for unit in allocation.units:
+            key = (unit, allocation.methods, allocation.dtype)
+            if key not in self._entries:
+                self._entries[key] = len(canonical(unit_entry(self.plan, unit, storages, Measured())))
+            lengths.append(self._entries[key])
+        key = ("tensors", allocation.dtype)
+        if key not in self._entries:
+            stored = [s for s in storages.values() if s.tensor.class_ is not TensorClass.BASE_ONLY]
+            entries = [tensor_entry(self.plan, storage, allocation.dtype, Measured()) for storage in stored]
+            self._entries[key] = len(canonical(entries)) - 2
+        return sum(lengths) + max(0, len(lengths) - 1) + self._entries[key]
 
-def _index(
-    plan: Plan, task: int, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
-) -> bytes | None:
-    """The task's index file; None where something must be decoded, renamed or cast, so that nothing is half-loaded."""
-    where = {part.name: file.path for file in files if task in file.readers for part in file.parts}
-    weight_map, size = {}, 0
+
+def _indices(
+    plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
+) -> dict[int, bytes]:
+    """Index files of the tasks of which nothing must be decoded, renamed or cast: the others have none, so that
+    nothing can be half-loaded."""
+    where = {part: file.path for file in files for part in file.parts}
+    weight_maps: dict[int, dict[str, str] | None] = {task: {} for task in plan.all_tasks}
+    sizes = dict.fromkeys(plan.all_tasks, 0)
     for storage in storages.values():
         tensor = storage.tensor
-        if task not in tensor.present or tensor.class_ is TensorClass.TIED:
+        if tensor.class_ is TensorClass.TIED:
             continue
-        own = plan.own_name(task, tensor.name)
-        part = next((p for p in storage.parts if task in p.readers and p.array.role == "dense"), None)
-        if part is None or part.name != own or part.array.dtype != effective_dtype(tensor.dtype_of(task), cast):
-            return None
-        weight_map[own] = f"../../{where[own]}"
-        size += part.num_bytes
-    value = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        dense = {task: part for part in storage.parts if part.array.role == "dense" for task in part.readers}
+        for task in tensor.present:
+            weight_map, part, own = weight_maps[task], dense.get(task), plan.own_name(task, tensor.name)
+            if weight_map is None:
+                continue
+            if part is None or part.name != own or part.array.dtype != effective_dtype(tensor.dtype_of(task), cast):
+                weight_maps[task] = None
+                continue
+            weight_map[own] = f"../../{where[part]}"
+            sizes[task] += part.num_bytes
+    found = {}
+    for task, weight_map in weight_maps.items():
+        if weight_map is not None:
+            value = {"metadata": {"total_size": sizes[task]}, "weight_map": weight_map}
+            found[task] = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return found

@@ -4,7 +4,7 @@ A cut is the shortest prefix of the order that fits. With `tight`, merges are th
 blocks are coarse, and a prefix can jump far below the target.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, 
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.order.order import Merge
+from flexmerge_cli.order.order import Merge, groups_after
 
 # How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
 OVERHEAD_SLACK_BYTES = 1 << 20
@@ -42,14 +42,11 @@ class Cutter:
         self.plan = pricer.plan
         self.order = self.plan.merges()
 
-    def state(self, merges: Iterable[Merge] = ()) -> _State:
-        """All apart, then `merges` applied."""
+    def state(self) -> _State:
+        """All apart."""
         groups: list[list[Tasks]] = [[(task,) for task in self.plan.all_tasks] for _ in self.plan.blocks]
         prices = [self._price(block, of_block) for block, of_block in enumerate(groups)]
-        state = _State(groups, prices, self.pricer.whole_bytes(self.dtype) + sum(prices))
-        for merge in merges:
-            self._apply(state, merge.block, _joined(state.groups[merge.block], merge))
-        return state
+        return _State(groups, prices, self.pricer.whole_bytes(self.dtype) + sum(prices))
 
     def sizes(self) -> list[int]:
         """Tensor bytes after 0, 1, … all merges."""
@@ -70,13 +67,16 @@ class Cutter:
             raise UsageError(
                 f"--merges {num_merges} is outside 0 to {len(self.order)}", hint="this plan has no other number"
             )
-        return self._allocation(self.state(self.order[:num_merges]), num_merges, 0, fit)
+        groups = groups_after(len(self.plan.blocks), len(self.plan.tasks), self.order[:num_merges])
+        return from_groups(
+            self.plan, groups, method=self.method, dtype=self.dtype, merges=num_merges, undone=0, fit=str(fit)
+        )
 
     def cut(self, size: Size, fit: Fit = Fit.TIGHT) -> Allocation:
         """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
-        sizes = self.sizes()
         if size.all_merges and not any(call.method.masked for call in self.pricer.calls((self.method,))):
             return self.prefix(len(self.order), fit)
+        sizes = self.sizes()
         state = self.state()
         applied = 0
         while not (sizes[applied] <= size.max_bytes and self._fits(state, size, applied, 0, fit)):

@@ -22,19 +22,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.plan_file import Digest, Plan, Record, Shape
 from flexmerge_cli.allocation.storage import Storage, effective_dtype
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.safetensors import MAX_AXES
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.version import GENERATOR
 
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64
 NO_DIGEST = "0" * 32
+MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,7 +106,13 @@ class TensorEntry(Record):
     dtypes: dict[str, str] | None = None
     shapes: dict[str, Shape] | None = None
     of: str | None = None
-    digests: dict[str, Digest]
+    digests: dict[str, Digest] = Field(min_length=1)
+
+    def dtype_of(self, task: str) -> str:
+        return (self.dtypes or {}).get(task, self.dtype)
+
+    def shape_of(self, task: str) -> Shape:
+        return (self.shapes or {}).get(task, self.shape)
 
 
 class AllocationEntry(Record):
@@ -125,6 +135,77 @@ class Manifest(Record):
     files: dict[str, FileEntry]
     units: tuple[UnitEntry, ...]
     tensors: tuple[TensorEntry, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        _check(self)
+        return self
+
+
+def _check(manifest: Manifest) -> None:
+    """What types do not say. A sound id does not make a manifest consistent: it may come from a stranger."""
+    tasks = set(manifest.tasks)
+    if not tasks or not are_task_names(list(manifest.tasks)):
+        raise ValueError("its tasks have no names, or none that can be a task's")  # they become folders
+    for path, file in manifest.files.items():
+        if not _stays_inside(path):
+            raise ValueError(f"it points outside the bundle: `{path}`")
+        folder, *below = path.split("/")
+        if not set(file.tasks) <= tasks:
+            raise ValueError(f"`{path}` is read by a task that is not there")
+        if folder == "tasks" and (len(below) != 2 or file.tasks != (below[0],)):
+            raise ValueError(f"`{path}` is not a file of its task")
+    for name, task in manifest.tasks.items():
+        if set(task.files) != {path for path, file in manifest.files.items() if name in file.tasks}:
+            raise ValueError(f"the files of task `{name}` are not those that it reads")
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    if len(tensors) < len(manifest.tensors):
+        raise ValueError("a tensor is there twice")
+    for tensor in manifest.tensors:
+        readers = set(tensor.digests)
+        if not readers <= tasks:
+            raise ValueError(f"`{tensor.name}` is of a task that is not there")
+        dtypes = {tensor.dtype_of(task) for task in readers}
+        if not dtypes <= set(ITEM_BYTES) or any(len(tensor.shape_of(task)) > MAX_AXES for task in readers):
+            raise ValueError(f"`{tensor.name}` has an unknown dtype, or too many axes")
+        target = tensors.get(tensor.of) if tensor.of is not None else None
+        if (tensor.class_ is TensorClass.TIED) != (tensor.of is not None):
+            raise ValueError(f"`{tensor.name}` is tied to nothing, or not tied")
+        if tensor.of is not None and not (
+            target is not None
+            and target.of is None
+            and all(
+                task in target.digests
+                and (target.dtype_of(task), target.shape_of(task)) == (tensor.dtype_of(task), tensor.shape_of(task))
+                for task in readers
+            )
+        ):
+            raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
+    for name, task in manifest.tasks.items():
+        own = [task.names.get(tensor.name, tensor.name) for tensor in manifest.tensors if name in tensor.digests]
+        if len(set(own)) < len(own):
+            raise ValueError(f"two tensors of task `{name}` have one name")
+    in_units = [name for unit in manifest.units for name in unit.tensors]
+    if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
+        raise ValueError("units do not hold tensors of the bundle, each once at most")
+    for unit in manifest.units:
+        members = [task for group in unit.groups for task in group.tasks]
+        if len(set(members)) < len(members) or not set(members) <= tasks:
+            raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
+        if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
+            raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
+
+
+def _stays_inside(path: str) -> bool:
+    """weights/FILE or tasks/NAME/…, of names that every disk can hold."""
+    folder, *below = path.split("/")
+    return (
+        folder in ("weights", "tasks")
+        and below != []
+        and not set(below) & {"", ".", ".."}
+        and not any(character in path for character in ("\\", ":", "\0"))
+        and all(len(name.encode()) <= MAX_NAME_BYTES for name in below)
+    )
 
 
 class _Number(str):
@@ -155,7 +236,7 @@ def _marked(value: Any) -> Any:
     return value
 
 
-def manifest_bytes(
+def manifest_frame(
     plan: Plan,
     allocation: Allocation,
     calls: Sequence[Call],
@@ -163,14 +244,15 @@ def manifest_bytes(
     files: Sequence[WeightFile],
     small: Sequence[SmallFile],
     measured: Measured,
-) -> bytes:
-    """The whole file, its id filled in."""
+) -> dict[str, Any]:
+    """The whole manifest but its units and tensors, with the id open."""
     names = plan.task_names
+    inexact = inexact_tasks(plan, storages, allocation.dtype)
     tasks = {
         task.name: {
             "source": task.source,
             "fingerprint": task.fingerprint,
-            "exact": is_exact(plan, storages, index, allocation.dtype),
+            "exact": index not in inexact,
             "distance": fixed(measured.task_distance.get(index, 0.0)),
             "names": task.names,
             "files": sorted(
@@ -185,7 +267,7 @@ def manifest_bytes(
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[file.task]]} for file in small}
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
-    value = {
+    return {
         "format": FORMAT,
         "id": NO_SHA256,
         "generator": GENERATOR,
@@ -203,26 +285,29 @@ def manifest_bytes(
         ],
         "tasks": tasks,
         "files": entries,
-        "units": [_unit(plan, unit, storages, measured) for unit in allocation.units],
-        "tensors": [
-            _tensor(plan, storage, allocation.dtype, measured)
-            for storage in storages.values()
-            if storage.tensor.class_ is not TensorClass.BASE_ONLY
-        ],
+        "units": [],
+        "tensors": [],
     }
+
+
+def manifest_bytes(value: dict[str, Any]) -> bytes:
+    """The file, its id filled in."""
     data = canonical(value)
     digest = hashlib.sha256(data).hexdigest()
     return data.replace(f'"id":"{NO_SHA256}"'.encode(), f'"id":"{digest}"'.encode(), 1)
 
 
-def is_exact(plan: Plan, storages: Mapping[str, Storage], task: int, cast: str | None) -> bool:
-    """Whether a task comes back bit by bit: all of it copies, and no cast that changes a dtype."""
-    return all(
-        effective_dtype(storage.tensor.dtype_of(task), cast) == storage.tensor.dtype_of(task)
-        and all(group.kind == "copy" for group in storage.groups if task in group.tasks)
-        for storage in storages.values()
-        if task in storage.tensor.present
-    )
+def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> set[int]:
+    """Tasks that do not come back bit by bit: something of them is no copy, or cast to another dtype."""
+    found: set[int] = set()
+    for storage in storages.values():
+        for group in storage.groups:
+            if group.kind != "copy":
+                found.update(group.tasks)
+        if cast is not None:
+            dtypes = {task: storage.tensor.dtype_of(task) for task in storage.tensor.present}
+            found.update(task for task, dtype in dtypes.items() if effective_dtype(dtype, cast) != dtype)
+    return found
 
 
 def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
@@ -231,7 +316,7 @@ def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
     return next(iter(kinds - {"copy"}), "copy")
 
 
-def _unit(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Measured) -> dict[str, Any]:
+def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Measured) -> dict[str, Any]:
     groups = []
     for group in unit.groups:
         kind = unit_kind(unit, storages, group.tasks)
@@ -247,7 +332,7 @@ def _unit(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Mea
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
 
 
-def _tensor(plan: Plan, storage: Storage, cast: str | None, measured: Measured) -> dict[str, Any]:
+def tensor_entry(plan: Plan, storage: Storage, cast: str | None, measured: Measured) -> dict[str, Any]:
     tensor = storage.tensor
     digests = measured.digests.get(tensor.name, {})
     dtypes = {plan.tasks[task].name: effective_dtype(tensor.dtype_of(task), cast) for task in tensor.present}

@@ -20,8 +20,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
+from flexmerge_cli.checkpoint.safetensors import MAX_AXES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
 
 FORMAT = "flexmerge.plan/1"
@@ -205,29 +207,20 @@ def _check(plan: Plan) -> None:
     names = [tensor.name for tensor in plan.tensors]
     if len(set(names)) < len(names) or list(plan.task_names) != sorted(set(plan.task_names)) or not count:
         raise ValueError("tensors or tasks are not unique, or out of order")
+    if not are_task_names(plan.task_names):
+        raise ValueError("a task has a name that cannot be a task's")  # it becomes a folder
     in_blocks = [name for block in plan.blocks for name in block.tensors]
     mergeable = {tensor.name for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE}
     if sorted(in_blocks) != sorted(mergeable) or len({block.name for block in plan.blocks}) < len(plan.blocks):
         raise ValueError("blocks do not hold every mergeable tensor exactly once")
+    if not all(block.tensors for block in plan.blocks):
+        raise ValueError("a block is empty")
     for tensor in plan.tensors:
-        lists: list[tuple[object, ...]] = [tensor.digests, tensor.same, tensor.is_base]
-        lists += [value for value in (tensor.dtypes, tensor.shapes, tensor.gram, tensor.agreement) if value is not None]
-        rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
-        if any(len(value) != count for value in [*lists, *rows]):
-            raise ValueError(f"tensor `{tensor.name}` has not one value per task")
-        dtypes = {tensor.dtype, *(tensor.dtypes or ()), tensor.base_dtype} - {None}
-        if not dtypes <= set(ITEM_BYTES) or any(leader > task for task, leader in enumerate(tensor.same)):
-            raise ValueError(f"tensor `{tensor.name}` has an unknown dtype or a wrong `same`")
-        if tensor.class_ is TensorClass.MERGEABLE and (
-            tensor.gram is None
-            or tensor.shapes
-            or tensor.base_dtype is None
-            or not dtypes <= set(FLOATING)
-            or None in tensor.digests
-        ):
-            raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
-        if tensor.class_ is TensorClass.TIED and tensor.reason not in names:
-            raise ValueError(f"tensor `{tensor.name}` is tied to one that is not there")
+        _check_tensor(plan, tensor, count)
+    for task, record in enumerate(plan.tasks):
+        own = [record.names.get(tensor.name, tensor.name) for tensor in plan.tensors if task in tensor.present]
+        if len(set(own)) < len(own):
+            raise ValueError(f"two tensors of task `{record.name}` have one name")
     groups: dict[str, set[tuple[int, ...]]] = {block.name: {(task,) for task in range(count)} for block in plan.blocks}
     for merge in plan.order:
         block = groups.get(merge.block)
@@ -235,6 +228,52 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"a merge of block `{merge.block}` does not follow from those before it")
         block -= {merge.left, merge.right}
         block.add(tuple(sorted(merge.left + merge.right)))
+
+
+def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
+    lists: list[tuple[object, ...]] = [tensor.digests, tensor.same, tensor.is_base]
+    lists += [value for value in (tensor.dtypes, tensor.shapes, tensor.gram, tensor.agreement) if value is not None]
+    rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
+    if any(len(value) != count for value in [*lists, *rows]):
+        raise ValueError(f"tensor `{tensor.name}` has not one value per task")
+    dtypes = {tensor.dtype, *(tensor.dtypes or ()), tensor.base_dtype} - {None}
+    shapes = [tensor.shape, *(shape for shape in tensor.shapes or () if shape is not None)]
+    if not dtypes <= set(ITEM_BYTES) or any(len(shape) > MAX_AXES for shape in shapes):
+        raise ValueError(f"tensor `{tensor.name}` has an unknown dtype, or too many axes")
+    for task in tensor.present:
+        first = tensor.same[task]
+        if (
+            first > task
+            or tensor.same[first] != first
+            or (tensor.digests[first], tensor.dtype_of(first), tensor.shape_of(first))
+            != (tensor.digests[task], tensor.dtype_of(task), tensor.shape_of(task))
+        ):
+            raise ValueError(f"tensor `{tensor.name}` has a wrong `same`")
+    if (tensor.class_ is TensorClass.BASE_ONLY) == bool(tensor.present):
+        raise ValueError(f"tensor `{tensor.name}` is in no task, or is not `base-only`")
+    if tensor.class_ is TensorClass.MERGEABLE and (
+        tensor.gram is None
+        or tensor.shapes
+        or tensor.base_dtype is None
+        or not dtypes <= set(FLOATING)
+        or None in tensor.digests
+    ):
+        raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
+    if tensor.class_ is TensorClass.TIED and not _is_tied(plan, tensor):
+        raise ValueError(f"tensor `{tensor.name}` is tied to nothing of its form")
+
+
+def _is_tied(plan: Plan, tensor: PlanTensor) -> bool:
+    target = plan._by_name().get(tensor.reason)
+    return (
+        target is not None
+        and target.class_ is not TensorClass.TIED
+        and set(tensor.present) <= set(target.present)
+        and all(
+            (target.dtype_of(task), target.shape_of(task)) == (tensor.dtype_of(task), tensor.shape_of(task))
+            for task in tensor.present
+        )
+    )
 
 
 def plan_bytes(fields: dict[str, Any]) -> bytes:

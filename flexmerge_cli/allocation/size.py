@@ -1,5 +1,6 @@
 """`2.25x`, `40%`, `600MiB`: how large a bundle may be."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -33,12 +34,14 @@ def parse_size(text: str, *, num_tasks: int, one_model_bytes: int) -> Size:
     if unit == "x":
         if not 0 < value <= num_tasks:
             raise UsageError(f"size {text} is outside (0x, {num_tasks}x]", hint=f"{num_tasks}x keeps all models apart")
-        return Size(text=text, max_bytes=value * one_model_bytes, on_disk=False, all_merges=value == 1)
+        # Mx is no limit: the mean of models of different sizes is rounded, and M times it may be less than they take.
+        max_bytes = math.inf if value == num_tasks else value * one_model_bytes
+        return Size(text=text, max_bytes=max_bytes, on_disk=False, all_merges=value == 1)
     if unit == "%":
         if not 0 < value <= 100:
             raise UsageError(f"size {text} is outside (0%, 100%]", hint="100% keeps all models apart")
-        copies = num_tasks * one_model_bytes
-        return Size(text=text, max_bytes=value / 100 * copies, on_disk=False, all_merges=False)
+        max_bytes = math.inf if value == 100 else value / 100 * num_tasks * one_model_bytes
+        return Size(text=text, max_bytes=max_bytes, on_disk=False, all_merges=False)
     if value <= 0:
         raise UsageError(f"size {text} is not positive", hint="write 600MiB, 6GB or 123456B")
     return Size(text=text, max_bytes=value * UNITS[unit], on_disk=True, all_merges=False)

@@ -8,10 +8,11 @@ from pathlib import Path
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.checkpoint import find_weights
+from flexmerge_cli.checkpoint.checkpoint import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.engine.output import no_space
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.version import VERSION
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,33 +23,68 @@ def export_task(bundle: Bundle, task: str, target: Path, *, force: bool = False,
 
     Raises UsageError if `link` is asked for and something must be decoded, renamed or cast.
     """
+    needed_bytes = check_export(bundle, task, target, force=force, link=link)
+    with publish(target, force=force, needed_bytes=needed_bytes) as folder:
+        prefix = f"tasks/{task}/"
+        for path in bundle.manifest.tasks[task].files:
+            if path.startswith(prefix) and path != f"{prefix}{INDEX_NAME}":
+                shutil.copyfile(bundle.path / path, folder / path.removeprefix(prefix))
+        if link:
+            _link(bundle, task, folder)
+        else:
+            _write(bundle, task, folder)
+
+
+def export_all(bundle: Bundle, target: Path, *, force: bool = False, link: bool = False) -> dict[str, Path]:
+    """Every task into a folder of its name below `target`, which is made; nothing is written if one is refused."""
+    places = {task: target / task for task in bundle.tasks}
+    new = not (target.exists() or target.is_symlink())
+    if new:
+        check_target(target, force=force, replaceable=is_export)
+        _guard(bundle, target)
+        target.mkdir()
+    elif not target.is_dir():
+        raise UsageError(f"{target} is no folder", hint="choose another place with -o")
+    try:
+        for task, place in places.items():
+            check_export(bundle, task, place, force=force, link=link)
+    except FlexmergeError:
+        if new:
+            target.rmdir()
+        raise
+    for task, place in places.items():
+        export_task(bundle, task, place, force=force, link=link)
+    return places
+
+
+def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: bool) -> int:
+    """Bytes that are needed. Refuses all that can be refused before anything is written."""
     bundle.check_task(task)
-    check_target(target, force=force, replaceable=lambda path: find_weights(path) is not None)
+    check_target(target, force=force, replaceable=is_export)
     _guard(bundle, target)
-    index = bundle.path / "tasks" / task / INDEX_NAME
-    if link and not index.is_file():
+    if link and _weight_map(bundle, task) is None:
         raise UsageError(
             f"task `{task}` cannot be linked: its tensors must be decoded, renamed or cast", hint="leave out --link"
         )
     size = 0 if link else sum(_num_bytes(*form) for form in bundle.tensors_of(task).values())
     if shutil.disk_usage(target.absolute().parent).free < size:
         raise no_space(target, size)
-    with publish(target, force=force) as folder:
-        prefix = f"tasks/{task}/"
-        for path in bundle.manifest.tasks[task].files:
-            if path.startswith(prefix) and path != f"{prefix}{INDEX_NAME}":
-                place = folder / path.removeprefix(prefix)
-                shutil.copyfile(bundle.path / path, place)
-        if link:
-            _link(bundle, index, folder)
-        else:
-            _write(bundle, task, folder)
+    return size
+
+
+def is_export(folder: Path) -> bool:
+    """Whether all weights of a folder are ours; a checkpoint that somebody trained is never replaced."""
+    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    try:
+        return bool(weights) and all("flexmerge" in read_header(path)[1] for path in weights)
+    except (FlexmergeError, OSError):
+        return False
 
 
 def _write(bundle: Bundle, task: str, folder: Path) -> None:
     """Tensors in the order of the source, in shards of at most SHARD_BYTES, streamed one tensor at a time."""
     forms = bundle.tensors_of(task)
-    aligned = {bundle.manifest.tasks[task].names.get(t.name, t.name): t for t in bundle.manifest.tensors}
+    aligned = _aligned(bundle, task)
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms, key=lambda name: (-ITEM_BYTES[forms[name][0]], name)):
@@ -65,7 +101,7 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
         with (folder / file_name).open("xb") as file:
             file.write(safetensors_header(header, metadata))
             for name in shard:
-                file.write(bundle.array(task, aligned[name].name).tobytes())
+                file.write(bundle.array(task, aligned[name]).tobytes())
                 weight_map[name] = file_name
             file.flush()
             os.fsync(file.fileno())
@@ -75,22 +111,42 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _link(bundle: Bundle, index: Path, folder: Path) -> None:
+def _link(bundle: Bundle, task: str, folder: Path) -> None:
     """The bundle's files under names that loaders and tools that glob a folder know as shards."""
-    weight_map = {name: Path(path).name for name, path in json.loads(index.read_bytes())["weight_map"].items()}
+    weight_map = _weight_map(bundle, task)
+    assert weight_map is not None
     files = sorted(set(weight_map.values()))
-    new_names = {name: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, name in enumerate(files, 1)}
-    for name, new in new_names.items():
+    new_names = {path: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
+    for path, new in new_names.items():
         try:
-            os.link(bundle.path / "weights" / name, folder / new)
+            os.link(path.resolve(), folder / new)  # resolved: in the Hub's cache it is a relative link
         except OSError:
-            _reflink(bundle.path / "weights" / name, folder / new)
-    total = json.loads(index.read_bytes())["metadata"]["total_size"]
+            _reflink(path, folder / new)
     value = {
-        "metadata": {"total_size": total},
-        "weight_map": {key: new_names[name] for key, name in weight_map.items()},
+        "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
+        "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
     (folder / INDEX_NAME).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:
+    """Own name -> the file that holds it as it is; tied ones are left to the loader. None if one is held otherwise."""
+    found = {}
+    for own, aligned in _aligned(bundle, task).items():
+        if not bundle.is_tied(aligned):
+            part = bundle.dense(task, aligned)
+            if part is None or (part.name, part.dtype) != (own, bundle.tensors_of(task)[own][0]):
+                return None
+            found[own] = part.path
+    return found
+
+
+def _aligned(bundle: Bundle, task: str) -> dict[str, str]:
+    """Own name -> aligned name of the task's tensors."""
+    names = bundle.manifest.tasks[task].names
+    return {
+        names.get(tensor.name, tensor.name): tensor.name for tensor in bundle.manifest.tensors if task in tensor.digests
+    }
 
 
 def _reflink(source: Path, target: Path) -> None:

@@ -8,13 +8,13 @@ systems without an atomic exchange), from where the next run puts it back.
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flexmerge_cli.engine.output import NO_SPACE, no_space
 from flexmerge_cli.errors import MachineError, UsageError
 
 RENAME_EXCHANGE = 2
@@ -37,8 +37,11 @@ def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], boo
 
 
 @contextlib.contextmanager
-def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """The folder to write into; it becomes `target` when the block ends well, and is gone when it does not."""
+def publish(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """The folder to write into; it becomes `target` when the block ends well, and is gone when it does not.
+
+    needed_bytes: what will be written, for the error of a full disk.
+    """
     target = target.absolute()
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     with _locked(target.with_name(f".{target.name}.lock"), target):
@@ -58,8 +61,8 @@ def publish(target: Path, *, force: bool = False) -> Iterator[Path]:
                 partial.rename(target)
             sync_folder(target.parent, deep=False)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise MachineError(f"no space at {partial}", hint="free some, or write to another disk") from None
+            if error.errno in NO_SPACE:
+                raise no_space(Path(error.filename or partial), needed_bytes) from None
             raise MachineError(f"{error.filename or partial}: {error.strerror}", hint="check the disk") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)

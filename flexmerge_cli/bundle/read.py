@@ -7,24 +7,23 @@ share a group get the same memory.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest, TensorEntry, UnitEntry
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
-from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.residuals import mask as masks
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
-HASH_BYTES = 4 << 20
 
 
 def is_bundle(path: Path) -> bool:
@@ -78,7 +77,7 @@ class Bundle:
             plain = {
                 tensor.name: found[own]
                 for tensor in manifest.tensors
-                if (own := names.get(tensor.name, tensor.name)) in found
+                if readers[0] in tensor.digests and (own := names.get(tensor.name, tensor.name)) in found
             }
             for task in readers:
                 dense[task] |= plain
@@ -113,7 +112,7 @@ class Bundle:
         self.check_task(task)
         names = self.manifest.tasks[task].names
         return {
-            names.get(tensor.name, tensor.name): (_dtype(tensor, task), _shape(tensor, task))
+            names.get(tensor.name, tensor.name): (tensor.dtype_of(task), tensor.shape_of(task))
             for tensor in self.manifest.tensors
             if task in tensor.digests
         }
@@ -130,21 +129,22 @@ class Bundle:
     def array(self, task: str, aligned: str) -> np.ndarray:
         """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype. Of a dense part a view of the file."""
         tensor = self._tensors[aligned]
-        if tensor.class_ is TensorClass.TIED and tensor.of is not None:
+        if tensor.of is not None:
             return self.array(task, tensor.of)
-        dtype, shape = _dtype(tensor, task), _shape(tensor, task)
+        dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
         dense = self._dense[task].get(aligned)
         if dense is not None:
             return _cast(self.bits(dense), dense.dtype, dtype).reshape(shape)
         base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
         packed = self._part(task, f"{aligned}@mask.{task}")
-        gamma = self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
-        factor = np.float32(1.0) if gamma is None else self.bits(gamma).view(np.float32)[0]
+        gamma = self._gamma(task, aligned)
+        factor = np.float32(1.0) if gamma is None else self.bits(gamma)[0]
+        try:
+            taken = masks.unpack(self.bits(packed), unified.num_elements)
+        except ValueError as error:
+            raise DataError(f"{self.path}: `{packed.name}`: {error}", hint="fetch the bundle again") from None
         decoded = masks.apply(
-            to_float32(self.bits(base), base.dtype),
-            to_float32(self.bits(unified), unified.dtype),
-            masks.unpack(self.bits(packed), unified.num_elements),
-            factor,
+            to_float32(self.bits(base), base.dtype), to_float32(self.bits(unified), unified.dtype), taken, factor
         )
         return from_float32(decoded, dtype).reshape(shape)
 
@@ -155,11 +155,18 @@ class Bundle:
         data = self._maps[part.path][part.offset : part.offset + part.num_bytes]
         return np.asarray(data).view(NUMPY[part.dtype])
 
+    def dense(self, task: str, aligned: str) -> StoredTensor | None:
+        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
+        return self._dense[task].get(aligned)
+
+    def is_tied(self, aligned: str) -> bool:
+        return self._tensors[aligned].of is not None
+
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether `array` is a view of the file: a dense part in the task's own dtype."""
         tensor = self._tensors[aligned]
         dense = self._dense[task].get(tensor.of or aligned)
-        return dense is not None and dense.dtype == _dtype(tensor, task)
+        return dense is not None and dense.dtype == tensor.dtype_of(task)
 
     def _part(self, task: str, name: str) -> StoredTensor:
         part = self._coded[task].get(name)
@@ -167,28 +174,37 @@ class Bundle:
             raise DataError(f"{self.path}: `{name}` is on no file of task `{task}`", hint="fetch the bundle again")
         return part
 
+    def _gamma(self, task: str, aligned: str) -> StoredTensor | None:
+        """The factor of a masked tensor, where its method has one."""
+        return self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
+
     def _check_routes(self) -> None:
-        """Every tensor of every task can be decoded: its parts are there, and of the size that its shape needs."""
+        """Every tensor of every task can be decoded: its parts are there, of the dtype and size that its form needs."""
         for tensor in self.manifest.tensors:
-            target = self._tensors.get(tensor.of or tensor.name)
-            if target is None or target.of is not None:
-                raise DataError(f"{self.path}: `{tensor.name}` is tied to nothing", hint="fetch the bundle again")
-            for task in tensor.digests:
-                if task not in self.manifest.tasks or _dtype(tensor, task) not in ITEM_BYTES:
-                    raise DataError(f"{self.path}: `{tensor.name}` has an unknown task or dtype", hint="fetch it again")
-                count = math.prod(_shape(tensor, task))
-                dense = self._dense[task].get(target.name)
-                if dense is None and target.name not in self._units:
+            for task in tensor.digests if tensor.of is None else ():
+                dense = self._dense[task].get(tensor.name)
+                if dense is None and tensor.name not in self._units:
                     raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
-                parts = {
-                    role: self._part(task, f"{target.name}@{role}")
-                    for role in ("base", "unified", f"mask.{task}")
-                    if dense is None
-                }
-                sizes = {role: part.num_elements for role, part in parts.items()}
-                wanted = {role: -(-count // 8) if role.startswith("mask") else count for role in parts}
-                if (dense is not None and dense.num_elements != count) or sizes != wanted:
-                    raise DataError(f"{self.path}: `{tensor.name}` of `{task}` has a wrong size", hint="fetch it again")
+                if not (self._casts(tensor, task, dense) if dense is not None else self._decodes(tensor, task)):
+                    raise DataError(
+                        f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
+                        hint="fetch it again",
+                    )
+
+    def _casts(self, tensor: TensorEntry, task: str, dense: StoredTensor) -> bool:
+        dtypes = {dense.dtype, tensor.dtype_of(task)}
+        return dense.num_elements == math.prod(tensor.shape_of(task)) and (len(dtypes) == 1 or dtypes <= set(FLOATING))
+
+    def _decodes(self, tensor: TensorEntry, task: str) -> bool:
+        base, unified = self._part(task, f"{tensor.name}@base"), self._part(task, f"{tensor.name}@unified")
+        mask, gamma = self._part(task, f"{tensor.name}@mask.{task}"), self._gamma(task, tensor.name)
+        count = math.prod(tensor.shape_of(task))
+        return (
+            {base.dtype, unified.dtype, tensor.dtype_of(task)} <= set(FLOATING)
+            and (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),))
+            and (base.num_elements, unified.num_elements) == (count, count)
+            and (gamma is None or (gamma.dtype, gamma.num_elements) == ("F32", 1))
+        )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -199,36 +215,37 @@ def read_manifest(path: Path) -> Manifest:
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise DataError(f"{file} is too large for a manifest", hint="check the file")
     data = file.read_bytes()
+    # The id first: a damaged manifest may be no JSON any more, or tell of anything.
+    claimed = re.search(rb'"id":"([0-9a-f]{64})"', data)
+    ours = f'"format":"{FORMAT}"'.encode() in data
+    if claimed is None and not ours:
+        raise DataError(f"{file} is not a manifest of {FORMAT}", hint="give the folder that `merge` wrote")
+    zeroed = data if claimed is None else data[: claimed.start(1)] + NO_SHA256.encode() + data[claimed.end(1) :]
+    if claimed is None or hashlib.sha256(zeroed).hexdigest().encode() != claimed[1]:
+        raise IntegrityError(f"{file} was changed: its id does not fit its bytes", hint="fetch the bundle again")
+    if not ours:
+        raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
     try:
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
-        claimed = str(fields.get("id"))
-        zeroed = data.replace(f'"id":"{claimed}"'.encode(), f'"id":"{NO_SHA256}"'.encode(), 1)
-        manifest = Manifest.model_validate(fields)
+        manifest = Manifest.model_validate(json.loads(data))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"])
+        place = "".join(f"{step}." for step in first["loc"])[:-1] or "the file"
         raise DataError(f"{file}: {place}: {first['msg']}", hint="fetch the bundle again") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None
-    for name, entry in manifest.files.items():
+    for name in manifest.files:
         _inside(path, name)
-        if not set(entry.tasks) <= set(manifest.tasks):
-            raise DataError(f"{file}: {name} is read by a task that is not there", hint="fetch the bundle again")
-    if hashlib.sha256(zeroed).hexdigest() != claimed:
-        raise IntegrityError(f"{file} was changed: its id does not fit its bytes", hint="fetch the bundle again")
     return manifest
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of a manifest's path. Raises DataError if it leaves the folder, by name or by a link."""
-    pure = PurePosixPath(name)
-    bad = pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or ":" in name or "\0" in name
-    if bad or str(pure) != name or pure.parts[0] not in ("weights", "tasks"):
-        raise DataError(f"{folder}: the manifest points outside the bundle: `{name}`", hint="do not use this bundle")
+    """The file of a manifest's path. Raises DataError if a link leads it out of the folder; no name does."""
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()) and not _in_hub_cache(folder, file):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve()) or _in_hub_cache(folder, file)
+    except (OSError, RuntimeError):  # a link that leads to itself
+        inside = False
+    if not inside:
         raise DataError(f"{folder}: `{name}` is a link out of the bundle", hint="do not use this bundle")
     return file
 
@@ -246,14 +263,6 @@ def _in_hub_cache(folder: Path, file: Path) -> bool:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _dtype(tensor: TensorEntry, task: str) -> str:
-    return (tensor.dtypes or {}).get(task, tensor.dtype)
-
-
-def _shape(tensor: TensorEntry, task: str) -> tuple[int, ...]:
-    return (tensor.shapes or {}).get(task, tensor.shape)
 
 
 def _cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:

@@ -33,6 +33,8 @@ class View(Mapping[str, Tensor]):
         if self.copy and self.bundle.is_shared(self.task, aligned):
             array = array.copy()
         dtype, shape = self._tensors[name]
+        if array.size == 0:  # numpy gives an empty range no stride that torch would view
+            return torch.empty(shape, dtype=getattr(torch, TO_TORCH[dtype]))
         flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         return flat.view(getattr(torch, TO_TORCH[dtype])).reshape(shape)
 

@@ -40,7 +40,7 @@ def write_bundle(
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> Measured:
     """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing."""
-    with publish(target, force=force) as folder:
+    with publish(target, force=force, needed_bytes=bill.total_bytes) as folder:
         measured = materialise(
             bill,
             sources,

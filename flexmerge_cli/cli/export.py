@@ -24,7 +24,7 @@ def export(
 
     Example: flexmerge export bundle/ --task sst2 -o sst2/
     """
-    from flexmerge_cli.bundle.export import export_task
+    from flexmerge_cli.bundle.export import export_all, export_task
     from flexmerge_cli.bundle.read import Bundle
     from flexmerge_cli.cli.options import emit
     from flexmerge_cli.errors import UsageError
@@ -32,14 +32,11 @@ def export(
     if (task is None) == (not every):
         raise UsageError("say which task", hint="--task NAME, or --all")
     opened = Bundle.open(bundle)
-    if every:
-        places = {name: output / name for name in opened.tasks}
-        output.mkdir(parents=True, exist_ok=True)
-    else:
-        assert task is not None
+    if task is not None:
+        export_task(opened, task, output, force=force, link=link)
         places = {task: output}
-    for name, place in places.items():
-        export_task(opened, name, place, force=force, link=link)
+    else:
+        places = export_all(opened, output, force=force, link=link)
     value = {"exported": {name: str(place) for name, place in places.items()}}
 
     def show(found: dict[str, dict[str, str]]) -> None:

@@ -12,7 +12,7 @@ from flexmerge_cli.bundle.publish import check_target
 from flexmerge_cli.bundle.read import is_bundle
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.merge import MergeRequest, advice, allocate, merge
+from flexmerge_cli.merging import MergeRequest, advice, allocate, merge
 from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
 

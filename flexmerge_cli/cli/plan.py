@@ -67,7 +67,7 @@ def plan(
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:
         options.check_new_file(output, force=force)
-    from flexmerge_cli.merge import MergeRequest
+    from flexmerge_cli.merging import MergeRequest
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
 
     request = MergeRequest(

@@ -40,6 +40,8 @@ def single_threaded() -> Iterator[None]:
 
 def as_tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
     """Bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
+    if raw.size == 0:  # numpy gives an empty range no stride that torch would view
+        return torch.empty(0, dtype=getattr(torch, TO_TORCH[dtype]))
     return torch.from_numpy(raw).view(getattr(torch, TO_TORCH[dtype]))
 
 

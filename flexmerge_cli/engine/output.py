@@ -14,6 +14,7 @@ from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.errors import MachineError
 
 READ_BACK_BYTES = 4 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Output:
@@ -78,15 +79,13 @@ class Output:
             view, offset = view[count:], offset + count
 
     def _failed(self, error: OSError, path: Path) -> MachineError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_SPACE:
             return no_space(path, self._total_bytes)
         return MachineError(f"{path} cannot be written: {error.strerror}", hint="check permissions and the disk")
 
 
 def no_space(path: Path, needed: int) -> MachineError:
-    return MachineError(
-        f"no space at {path}: the bundle needs {needed:,} bytes", hint="free some, or write to another disk"
-    )
+    return MachineError(f"no space at {path}: {needed:,} bytes are needed", hint="free some, or write to another disk")
 
 
 class _FileHash:

@@ -1,28 +1,31 @@
 """Passes over the weights for what a method must know before its first element: exact, out of core.
 
-A statistic is a task's own, so one pass serves every group. The engine knows nothing of what is measured.
+The engine knows nothing of what is measured. A job is one statistic over one domain (the model, a block, a tensor) and
+one set of tasks; all jobs that want a range of a tensor measure it in the same visit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from flexmerge_cli.engine.pool import ordered_map
+from flexmerge_cli.engine.spans import Span
 from flexmerge_cli.methods.method import Statistic, Where
 
-Span = tuple[str, int, int]
-"""Tensor, first element, end."""
-ReadDeltas = Callable[[Span], tuple[Tensor, Where]]
-"""All M tasks' deltas of a span, [M, n] float32."""
+Tasks = tuple[int, ...]
+Key = tuple[str, Tasks]
+"""Domain and tasks."""
+ReadDeltas = Callable[[Span, Tasks], Tensor]
+"""float32 [k, n] of these tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Domains:
-    """Where each tensor belongs, per scope of a statistic."""
+    """Which domain a tensor belongs to, per scope of a statistic."""
 
-    block_of: dict[str, str]
+    block_of: Mapping[str, str]
 
     def of(self, scope: str, tensor: str) -> str:
         return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
@@ -30,42 +33,55 @@ class Domains:
 
 def run_statistics(
     first: Statistic,
+    wanted: Mapping[str, Sequence[Tasks]],
     spans: Sequence[Span],
     domains: Domains,
     read: ReadDeltas,
+    where: Callable[[Span, Tasks], Where],
     *,
     threads: int,
     on_pass: Callable[[int], None] = lambda _number: None,
-) -> dict[str, Any]:
-    """Domain -> finished value. spans: of all mergeable tensors, tensors by name, then in order of elements."""
-    current: dict[str, Any] = {domains.of(first.scope, tensor): first for tensor, _, _ in spans}
+) -> dict[Key, Any]:
+    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element."""
+    jobs: dict[Key, Any] = {(domain, tasks): first for domain, sets in wanted.items() for tasks in sets}
     number = 0
-    while any(hasattr(value, "measure") for value in current.values()):
+    while any(isinstance(job, Statistic) for job in jobs.values()):
         number += 1
         on_pass(number)
-        current |= {
-            domain: current[domain].finish(total)
-            for domain, total in _pass(current, spans, domains, first.scope, read, threads)
-        }
-    return current
+        jobs |= _one_pass(jobs, first.scope, wanted, spans, domains, read, where, threads)
+    return jobs
 
 
-def _pass(
-    current: dict[str, Any],
+def _one_pass(
+    jobs: Mapping[Key, Any],
+    scope: str,
+    wanted: Mapping[str, Sequence[Tasks]],
     spans: Sequence[Span],
     domains: Domains,
-    scope: str,
     read: ReadDeltas,
+    where: Callable[[Span, Tasks], Where],
     threads: int,
-) -> Iterator[tuple[str, Any]]:
-    open_spans = [span for span in spans if hasattr(current[domains.of(scope, span[0])], "measure")]
+) -> dict[Key, Any]:
+    def keys(span: Span) -> list[Key]:
+        domain = domains.of(scope, span.tensor)
+        return [(domain, tasks) for tasks in wanted.get(domain, ()) if isinstance(jobs[domain, tasks], Statistic)]
 
-    def work(span: Span) -> Any:
-        deltas, where = read(span)
-        return current[domains.of(scope, span[0])].measure(deltas, where)
+    visits = [(span, found) for span in spans if (found := keys(span))]
 
-    totals: dict[str, Any] = {}
-    for span, part in zip(open_spans, ordered_map(open_spans, work, threads=threads)):
-        domain = domains.of(scope, span[0])
-        totals[domain] = current[domain].combine(totals[domain], part) if domain in totals else part
-    yield from totals.items()
+    def work(visit: tuple[Span, list[Key]]) -> list[Any]:
+        span, found = visit
+        needed = tuple(sorted({task for _, tasks in found for task in tasks}))
+        deltas = read(span, needed)
+        row = {task: index for index, task in enumerate(needed)}
+        return [
+            jobs[key].measure(
+                deltas if key[1] == needed else deltas[[row[task] for task in key[1]]], where(span, key[1])
+            )
+            for key in found
+        ]
+
+    totals: dict[Key, Any] = {}
+    for (_, found), parts in zip(visits, ordered_map(visits, work, threads=threads)):
+        for key, part in zip(found, parts):
+            totals[key] = jobs[key].combine(totals[key], part) if key in totals else part
+    return {key: jobs[key].finish(total) for key, total in totals.items()}

@@ -44,7 +44,7 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
     `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). What
     its rules leave is grouped by number and module, as what the shipped rules leave is; those do not see it.
     Returns blocks of unique names, in order of computation. Raises ValueError if a name comes twice, UsageError if
-    `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take about 3 s.
+    `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take a few seconds.
     """
     if len(set(names)) != len(names):
         raise ValueError("a tensor's name comes twice")

@@ -60,11 +60,16 @@ class Family:
         return round(sum(task.num_bytes for task in self.tasks) / len(self.tasks))
 
 
+def are_task_names(names: Sequence[str]) -> bool:
+    """Whether these can be the names of a family's tasks: for files, whose names may come from a stranger."""
+    return all(map(_is_task_name, names)) and len({name.lower() for name in names}) == len(names)
+
+
 def check_task_names(names: Sequence[str]) -> None:
     """Raises UsageError for a name that cannot be a file name everywhere, or that another task has."""
     seen: dict[str, str] = {}
     for name in names:
-        if not TASK_NAME.fullmatch(name) or name == "all":
+        if not _is_task_name(name):
             raise UsageError(
                 f"`{name}` cannot be a task's name",
                 hint="start with a letter or digit, then letters, digits, `.`, `_`, `-`, at most 64; not `all`",
@@ -74,6 +79,11 @@ def check_task_names(names: Sequence[str]) -> None:
                 f"two tasks of one name: `{seen[name.lower()]}` and `{name}` (case is ignored)", hint="rename one"
             )
         seen[name.lower()] = name
+
+
+def _is_task_name(name: str) -> bool:
+    # `all` in any case: a file system that ignores case would take ALL.safetensors for all.safetensors.
+    return TASK_NAME.fullmatch(name) is not None and name.lower() != "all"
 
 
 def find_tasks(folder: Path) -> tuple[dict[str, str], list[str]]:

@@ -22,7 +22,7 @@ _SUM = "task_arithmetic:form=sum,scale=1.0"
 _ELECT = "ties:K=1.0,merge=sum"
 
 # mergekit's defaults: weights are not normalised but in linear, ties and della; density is 1, so it is always given.
-_ALIASES = {
+ALIASES = {
     "linear": ("average", (), "with weights: weighted_average"),
     "task_arithmetic": (_SUM, (), "equal weights become scale"),
     "ties": ("ties:K=1.0,scope=tensor", (), "density becomes K"),
@@ -40,8 +40,8 @@ _ALIASES = {
 def resolve_alias(name: str) -> Alias | None:
     """What mergekit's method of this name is here; None if we have nothing like it. Case and `-` do not matter."""
     key = name.lower().replace("-", "_")
-    if key not in _ALIASES:
+    if key not in ALIASES:
         return None
-    method, steps, note = _ALIASES[key]
+    method, steps, note = ALIASES[key]
     options = " ".join([f"--method {method}", *(f"--step {step}" for step in steps)])
     return Alias(method, steps, f"mergekit's `{key}` is `{options}` here; {note}")

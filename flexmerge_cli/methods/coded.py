@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import UsageError
@@ -21,6 +21,10 @@ from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.sparse import Sparse
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 CENTRE_BITS = (2, 3, 4, 8)
 
@@ -40,8 +44,14 @@ class Vectors(StrEnum):
     """As every other tensor."""
 
 
-class Residual(Protocol):
-    """Where the residual is not θ_k - centre: see methods/free.py."""
+class Expert(Protocol):
+    """Where a residual is not θ_k - centre but made of the task vector: methods/free.py."""
+
+    def factors(self, group: Any) -> "np.ndarray":
+        """One number per task of a group, from its finished statistic: [k]."""
+
+    def residual(self, delta: "Tensor", base: "Tensor", centre: "Tensor", factor: float) -> "Tensor":
+        """All float32 [*shape]; centre as it is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +77,8 @@ class Coded:
     """Of the residuals, from the number of tasks of the group."""
     view: View = View.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
-    residual: Residual | None = None
-    """None: θ_k - centre."""
+    expert: Expert | None = None
+    """What makes residuals, itself a Statistic; None: they are θ_k - centre."""
 
     def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Form:
         """How a tensor of a group is stored whose tasks have these dtypes, one each.

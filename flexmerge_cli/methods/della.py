@@ -9,6 +9,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.dare import Seed, draws
 from flexmerge_cli.methods.method import Positive, Range, Scope, Where, method
 from flexmerge_cli.methods.places import magnitude_keys
+from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.methods.selection import places_of
 from flexmerge_cli.methods.step import step
 from flexmerge_cli.methods.ties import merge_agreeing
@@ -37,7 +38,7 @@ def pruned(
     The element of place j of n (0 is the largest) has q = p - window/2 + window·j/(n - 1), or p where n = 1.
     """
     keys = magnitude_keys(deltas)
-    places = places_of(keys if scope == "row" else keys.flatten(1)).view(deltas.shape)
+    places = places_of(keys if scope == "row" else flat(keys)).view(deltas.shape)
     size = deltas.shape[-1] if scope == "row" else deltas[0].numel()
     q = p - window / 2 + window * places.double() / (size - 1) if size > 1 else torch.full_like(deltas, p).double()
     return torch.where(draws(deltas, where, seed) < q, 0.0, deltas.double() / (1 - q) if rescale else deltas.double())

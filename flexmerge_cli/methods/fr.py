@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other
 from flexmerge_cli.methods.method import Range, StatisticScope, Where, method
-from flexmerge_cli.methods.reductions import mean_tasks, weigh_tasks
+from flexmerge_cli.methods.reductions import flat, mean_tasks, weigh_tasks
 from flexmerge_cli.methods.step import step
 from flexmerge_cli.methods.sums import Sums
 
@@ -100,7 +100,7 @@ def _elementwise(
 
 def _aligned(vectors: Tensor) -> list[float]:
     """max E / E, E the mean magnitude; 0 where E = 0. [k, *]."""
-    sizes = vectors.double().abs().flatten(1).sum(1)
+    sizes = flat(vectors.double().abs()).sum(1)
     return torch.where(sizes > 0, sizes.max() / sizes, 0.0).tolist()
 
 

@@ -47,8 +47,9 @@ def opcm(
 ) -> dict[str, Tensor]:
     """Add the tasks in order, each projected off the merge so far, and keep the norm of a task.
 
-    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}; norms are over the block (authors: the model).
-    Tensors that are no matrices are added as they are. The order is that of the deltas; the authors shuffle it by a seed.
+    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}; norms are over the block, the authors' over
+    the model. Tensors that are no matrices are added as they are. Tasks come in the order of the deltas; the authors
+    shuffle them by a seed.
     Source: tanganke/fusion_bench. alpha=1 means 0 there (argmax over no True); of a merge of low rank it zeroes a
     diagonal in an arbitrary basis of the null space, which is left alone here.
     """

@@ -69,7 +69,10 @@ class AtPlaces:
     keys: Callable[[Tensor, Where], Tensor]
     """float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
     places: Callable[[int, int], tuple[int, ...]]
-    """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key."""
+    """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key.
+
+    A place past the last one is the last.
+    """
     then: Callable[[Found], Any]
     """What follows: the next statistic, or a value."""
 
@@ -84,7 +87,8 @@ class AtPlaces:
         return _Scope(left.size + right.size, positive_R, left.bits, left.tally.joined(right.tally))
 
     def finish(self, total: "_Scope") -> Any:
-        place_RT = np.array([self.places(total.size, int(positive)) for positive in total.positive_R], np.int64)
+        places = [self.places(total.size, int(positive)) for positive in total.positive_R]
+        place_RT = np.minimum(np.array(places, np.int64), total.size)
         rows = np.broadcast_to(np.arange(len(place_RT))[:, None], place_RT.shape)
         return _narrow(self, np.zeros_like(place_RT), place_RT, rows, total.bits, total.bits, total.tally)
 

@@ -40,8 +40,9 @@ class Kept:
 
     def mask(self, keys: Tensor, where: Where, place: int = 0) -> Tensor:
         """Keys [R, *] of elements from where.start on -> bool [R, *]."""
-        flat = keys.flatten(1)
-        kept = flat >= torch.from_numpy(self.key_RT[:, place]).to(flat.device)[:, None]
+        flat = keys.reshape(len(keys), keys[0].numel())
+        key_R = np.minimum(self.key_RT[:, place], torch.iinfo(flat.dtype).max)
+        kept = flat >= torch.from_numpy(key_R).to(flat.device, flat.dtype)[:, None]
         for (row, column), (tensor, index) in self.last.items():
             if column == place and (where.tensor, where.start + flat.shape[1] - 1) > (tensor, index):
                 first = index + 1 - where.start if where.tensor == tensor else 0  # the first tie that is not kept

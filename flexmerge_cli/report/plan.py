@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.merge import MergeRequest, allocate
+from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.order.distance import linear_errors
 from flexmerge_cli.order.order import groups_after
 from flexmerge_cli.report.text import human_bytes, table

@@ -1,0 +1,182 @@
+"""`auto`: per tensor a centre and per task a residual, so that a budget of bytes costs the least predicted damage.
+
+Tables of all tensors come in, with a budget; choices come out, in milliseconds, from the plan alone: see auto_table.py.
+Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the bill's affair.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.allocation.auto_centres import CentreBits
+from flexmerge_cli.allocation.auto_hull import slopes
+from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics, weights
+from flexmerge_cli.allocation.auto_table import Choice, Limits, Table
+from flexmerge_cli.errors import GateError
+
+# T tensors, P points of one tensor's frontier
+
+# A target in bytes on disk is met by shrinking the budget by what it is exceeded by; names and headers hardly change.
+MAX_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What is stored of all tensors."""
+
+    choices: tuple[Choice, ...]
+    """By tensor name."""
+    num_bytes: int
+    cost: float
+    """Predicted Σ w·D, which ranks plans of one family; no estimate of accuracy."""
+
+
+class Search:
+    """The tables of a plan. Made once, then asked for any number of budgets."""
+
+    def __init__(self, tables: Iterable[Table]) -> None:
+        self.tables = sorted(tables, key=lambda table: table.tensor.name)
+        self._segments = self._sorted_segments()
+
+    @property
+    def smallest_bytes(self) -> int:
+        return sum(int(table.num_bytes[0]) for table in self.tables)
+
+    def solve(self, budget_bytes: int) -> Solution:
+        """Greatest saving per byte first, then the rest of the budget is filled. Never over the budget.
+
+        Raises GateError below the smallest size.
+        """
+        if budget_bytes < self.smallest_bytes:
+            raise GateError(
+                f"`auto` cannot store mergeable tensors in {budget_bytes:,} bytes; it needs {self.smallest_bytes:,}",
+                hint="raise the size",
+            )
+        points, left = self._prefix(budget_bytes)
+        self._fill(points, left)
+        return self._solution(points)
+
+    def solve_priced(self, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
+        """The same for a limit on what a bundle of the choices weighs, as `price` tells it. Never over the limit.
+
+        Raises GateError if even the smallest choices weigh more.
+        """
+        smallest = self.solve(self.smallest_bytes)
+        if price(smallest) > max_bytes:
+            raise GateError(
+                f"`auto` cannot reach {max_bytes:,.0f} bytes; its smallest bundle has {price(smallest):,.0f}",
+                hint="raise the size",
+            )
+        budget = int(max_bytes - (price(smallest) - smallest.num_bytes))
+        for _ in range(MAX_ROUNDS):
+            solution = self.solve(max(budget, self.smallest_bytes))
+            excess = price(solution) - max_bytes
+            if excess <= 0:
+                return solution
+            budget = solution.num_bytes - int(np.ceil(excess))
+        return smallest
+
+    def solve_distance(self, max_distance: float) -> Solution:
+        """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.
+
+        A task's distance is √(Σ D / Σ‖τ‖²) over all tensors. Exact copies reach any distance, so there is one.
+        """
+        energy = sum((np.diag(table.tensor.gram) for table in self.tables), np.zeros(1))
+        limit = max_distance**2 * np.maximum(energy, 0.0)
+        points = [int(table.vertices[0]) for table in self.tables]
+        lost_TM = np.array([table.choice(point).errors for table, point in zip(self.tables, points)])
+        for tensor, vertex in self._segments[0]:
+            if (lost_TM.sum(axis=0) <= limit).all():
+                break
+            points[tensor] = int(self.tables[tensor].vertices[vertex])
+            lost_TM[tensor] = self.tables[tensor].choice(points[tensor]).errors
+        return self._solution(points)
+
+    def uniform(self, *, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
+        """Bytes and cost of a plan without a search: all tasks in one group, one number of bits for all of them.
+
+        That is `low_bit:bits=…,centre=average,centre_bits=…` with the codes of `auto`; vectors are 8 bits on 8 bits.
+        """
+        prices = [table.uniform(centre_bits, bits) for table in self.tables]
+        return sum(num_bytes for num_bytes, _ in prices), sum(cost for _, cost in prices)
+
+    def _sorted_segments(self) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """Hull segments of all tensors, greatest saving per byte first: (tensor, vertex reached), and bytes added."""
+        owners, vertices, saved, added = [], [], [], []
+        for number, table in enumerate(self.tables):
+            num_bytes, cost = table.num_bytes[table.vertices], table.cost[table.vertices]
+            owners.append(np.full(len(num_bytes) - 1, number))
+            vertices.append(np.arange(1, len(num_bytes)))
+            saved.append(slopes(num_bytes, cost))
+            added.append(np.diff(num_bytes))
+        if not owners:
+            return [], np.zeros(0, np.int64)
+        order = np.argsort(-np.concatenate(saved), kind="stable")  # ties: tensor by name, then position
+        reached = zip(np.concatenate(owners)[order].tolist(), np.concatenate(vertices)[order].tolist())
+        return list(reached), np.concatenate(added)[order]
+
+    def _prefix(self, budget_bytes: int) -> tuple[list[int], int]:
+        """Segments until the first that does not fit: points of the frontiers, and bytes left."""
+        reached, added = self._segments
+        spent = np.cumsum(added)
+        count = int(np.searchsorted(spent, budget_bytes - self.smallest_bytes, side="right"))
+        points = [int(table.vertices[0]) for table in self.tables]
+        for tensor, vertex in reached[:count]:
+            points[tensor] = int(self.tables[tensor].vertices[vertex])
+        left = budget_bytes - self.smallest_bytes - (int(spent[count - 1]) if count else 0)
+        return points, left
+
+    def _fill(self, points: list[int], left: int) -> None:
+        """Take the greatest saving per byte among all points that fit, until none does. Changes `points`.
+
+        Points off a frontier are never better, so every step costs bytes. A tensor's best stays its best while it fits.
+        """
+        saved_T = np.empty(len(points))
+        added_T = np.empty(len(points), np.int64)
+        best_T = np.empty(len(points), np.int64)
+        stale: Iterable[int] = range(len(points))
+        while True:
+            for tensor in stale:
+                saved_T[tensor], added_T[tensor], best_T[tensor] = _best(self.tables[tensor], points[tensor], left)
+            # Greatest saving, then fewest bytes, then the first by name.
+            taken = int(np.lexsort((added_T, -saved_T))[0]) if len(points) else 0
+            if not len(points) or saved_T[taken] == 0:
+                return
+            points[taken] = int(best_T[taken])
+            left -= int(added_T[taken])
+            added_T[taken] = left + 1
+            stale = np.flatnonzero(added_T > left)
+
+    def _solution(self, points: list[int]) -> Solution:
+        return Solution(
+            choices=tuple(table.choice(point) for table, point in zip(self.tables, points)),
+            num_bytes=sum(int(table.num_bytes[point]) for table, point in zip(self.tables, points)),
+            cost=sum(float(table.cost[point]) for table, point in zip(self.tables, points)),
+        )
+
+
+def search(
+    tensors: Iterable[TensorStatistics],
+    block_of: Mapping[str, str],
+    levels: Mapping[str, Mapping[int, Groups]],
+    limits: Limits = Limits(),
+) -> Search:
+    """Make the tables of all mergeable tensors.
+
+    block_of: tensor -> block; levels: block -> `auto_statistics.partitions` of its part of the merge order.
+    """
+    tensors = list(tensors)
+    weight = weights(tensors, block_of)
+    return Search(Table(tensor, levels[block_of[tensor.name]], weight[tensor.name], limits) for tensor in tensors)
+
+
+def _best(table: Table, point: int, left: int) -> tuple[float, int, int]:
+    """The greatest saving per byte from a point of the frontier: (saving, bytes added, point). Saving 0: none fits."""
+    stop = int(np.searchsorted(table.num_bytes, table.num_bytes[point] + left, side="right"))
+    if stop <= point + 1:
+        return 0.0, 0, point
+    added = table.num_bytes[point + 1 : stop] - table.num_bytes[point]
+    saved = (table.cost[point] - table.cost[point + 1 : stop]) / added
+    best = int(saved.argmax())
+    return float(saved[best]), int(added[best]), point + 1 + best

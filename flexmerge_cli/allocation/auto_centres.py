@@ -1,0 +1,109 @@
+"""The rows of one tensor's table: every centre it may have, its bytes, and how far the tasks are from it. Numpy only.
+
+none      no centre; tasks are coded copies in 2, 3, 4 or 8 bits, or exact
+base      one centre, dense or in 2, 3, 4 or 8 bits; residuals of 1, 2, 3, 4 or 8 bits, or exact
+average   one centre per group of a level of the block's dendrogram; a class alone in its group is as under none
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics
+from flexmerge_cli.checkpoint.dtypes import promote
+from flexmerge_cli.residuals.coding_error import WEIGHT_BITS
+
+# M tasks, K classes of bit-identical tasks, C centres, G groups
+
+Kind = Literal["none", "base", "average"]
+CentreBits = int | Literal["dense"]
+
+CENTRE_BITS: tuple[CentreBits, ...] = (*WEIGHT_BITS, "dense")
+
+# Under what options a class falls: a coded copy of its own, a residual, or nothing since it is its centre.
+COPY, CODED, FREE = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Centre:
+    """One row of the table."""
+
+    kind: Kind
+    bits: CentreBits = "dense"
+    groups: Groups = ()
+    """Tasks that share a centre, of kind average; those of the same class together, by smallest task."""
+
+
+def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[Centre]:
+    """None, base, then levels from one group up; a level whose groups of classes an earlier one had is left out."""
+    found = [Centre(kind="none")] + [Centre(kind="base", bits=bits) for bits in CENTRE_BITS]
+    seen: set[Groups] = set()
+    for level in sorted(levels):
+        group_of = {task: number for number, group in enumerate(levels[level]) for task in group}
+        members: dict[int, list[int]] = {}
+        for task, first in enumerate(tensor.same):
+            members.setdefault(group_of[first], []).append(task)
+        groups = tuple(sorted(tuple(tasks) for tasks in members.values()))
+        if groups in seen or not any(tensor.num_classes(group) > 1 for group in groups):
+            continue
+        seen.add(groups)
+        found += [Centre(kind="average", bits=bits, groups=groups) for bits in CENTRE_BITS]
+    return found
+
+
+def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
+    """int64 [C], of all the centres that a row of the table stores."""
+    code_bytes = tensor.code_bytes
+    dense: dict[Groups, list[int]] = {}
+    num_bytes = []
+    for centre in centres:
+        if centre.kind == "average" and centre.groups not in dense:
+            shared = [group for group in centre.groups if tensor.num_classes(group) > 1]
+            dtypes = [promote([tensor.dtypes[task] for task in group]) for group in shared]
+            dense[centre.groups] = [tensor.dense_bytes(dtype) for dtype in dtypes]
+        own = [tensor.dense_bytes(tensor.base_dtype)] if centre.kind == "base" else dense.get(centre.groups, [])
+        num_bytes.append(sum(own) if centre.bits == "dense" else len(own) * code_bytes[centre.bits])
+    return np.array(num_bytes, np.int64)
+
+
+def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray, np.ndarray]:
+    """[C, K] each: under what options a class falls (COPY, CODED, FREE), and what their unit costs count, w apart.
+
+    A residual's count its energy: ‖τ - centre's τ‖² and what coding the centre lost. A copy's are errors already.
+    """
+    classes = tensor.classes
+    firsts = [tasks[0] for tasks in classes]
+    sizes_K = np.array([len(tasks) for tasks in classes], np.float64)
+    kind_CK = np.full((len(centres), len(classes)), COPY)
+    factor_CK = np.repeat(sizes_K[None], len(centres), axis=0)
+    distances: dict[Groups, tuple[np.ndarray, np.ndarray]] = {
+        (): (np.ones(len(classes), bool), np.diag(tensor.gram)[firsts])  # to the base
+    }
+    for row, centre in enumerate(centres):
+        if centre.kind == "none":
+            continue
+        if centre.groups not in distances:
+            distances[centre.groups] = _distances_to_mean(tensor, centre.groups, firsts)
+        shared_K, squared_K = distances[centre.groups]
+        errors = tensor.errors.base if centre.kind == "base" else tensor.errors.average
+        lost = 0.0 if centre.bits == "dense" else errors[centre.bits]
+        kind_CK[row, shared_K] = CODED
+        factor_CK[row, shared_K] = (sizes_K * (np.maximum(squared_K, 0.0) + lost))[shared_K]
+        if centre.kind == "base" and centre.bits == "dense":
+            same_K = np.array(tensor.is_base)[firsts]
+            kind_CK[row, same_K], factor_CK[row, same_K] = FREE, 0.0
+    return kind_CK, factor_CK
+
+
+def _distances_to_mean(tensor: TensorStatistics, groups: Groups, firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Per class: whether it shares its group with another, and ‖τ - mean of the group‖², below 0 by rounding alone."""
+    member_GM = np.zeros((len(groups), len(tensor.gram)))
+    for number, group in enumerate(groups):
+        member_GM[number, list(group)] = 1 / len(group)
+    own_K = member_GM[:, firsts].argmax(axis=0)
+    mean_GM = member_GM @ tensor.gram
+    within_G = (mean_GM * member_GM).sum(axis=1)
+    squared_K = np.diag(tensor.gram)[firsts] - 2 * mean_GM[own_K, firsts] + within_G[own_K]
+    return np.bincount(own_K, minlength=len(groups))[own_K] > 1, squared_K

@@ -1,0 +1,41 @@
+"""Points (bytes, cost) in, their lower convex hull and their frontier out. Numpy only; knows nothing of tensors."""
+
+import numpy as np
+
+# P points: bytes int64, cost float64
+
+
+def hull(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices of the vertices of the lower convex hull, bytes rising, cost falling: int64, at least one if P > 0.
+
+    Of equal points the first. A point on the line between two vertices is none, save by rounding.
+    Each is the cheapest state for some price of a byte, and they are all of those.
+    """
+    candidates = frontier(num_bytes, cost)
+    bytes_at, cost_at = num_bytes[candidates].tolist(), cost[candidates].tolist()
+    kept: list[int] = []
+    saved: list[float] = []  # per byte, from each vertex kept to the next
+    for point in range(len(candidates)):
+        while kept:
+            last = kept[-1]
+            slope = (cost_at[last] - cost_at[point]) / (bytes_at[point] - bytes_at[last])
+            if not saved or slope < saved[-1]:
+                saved.append(slope)
+                break
+            kept.pop()
+            saved.pop()
+        kept.append(point)
+    return candidates[kept]
+
+
+def frontier(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices of the points that cost less than all others of no more bytes, bytes rising. The first of equal ones."""
+    order = np.lexsort((cost, num_bytes))  # stable
+    sorted_cost = cost[order]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_cost)[:-1]]) if len(order) else sorted_cost
+    return order[sorted_cost < before]
+
+
+def slopes(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Cost saved per byte from each point to the next."""
+    return (cost[:-1] - cost[1:]) / np.diff(num_bytes)

@@ -1,0 +1,96 @@
+"""What `auto` knows of the tensors of a plan, and how much each counts. Numpy only; sees no weights.
+
+Everything comes from the one pass over the weights: Gram matrices, which bits are equal, and how well a tensor codes
+(residuals/coding_error.py); the groups are those of the merge order.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.residuals.coder import Matrix, View, num_bytes
+from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, CodingError
+from flexmerge_cli.residuals.low_bit import weight_code
+
+# M tasks
+
+Groups = tuple[tuple[int, ...], ...]
+"""A partition of the tasks, by smallest task."""
+
+# Parts of a name under which a tensor is an embedding table.
+TABLE_WORDS = ("wte", "shared")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorStatistics:
+    """What the plan knows of one mergeable tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    base_dtype: str
+    dtypes: tuple[str, ...]
+    """Per task."""
+    gram: np.ndarray
+    """[M, M] float64, ⟨τ_i, τ_j⟩."""
+    same: tuple[int, ...]
+    """Per task the first whose tensor has the same bits."""
+    is_base: tuple[bool, ...]
+    """Per task whether its bits are the base's."""
+    errors: CodingError
+
+    @property
+    def matrix(self) -> Matrix:
+        """The view that everything is coded in."""
+        return View.SQUEEZED.matrix(self.shape)
+
+    @property
+    def classes(self) -> list[list[int]]:
+        """Tasks with the same bits, by first task: they store theirs once."""
+        return [[k for k, first in enumerate(self.same) if first == leader] for leader in sorted(set(self.same))]
+
+    def num_classes(self, group: tuple[int, ...]) -> int:
+        return len({self.same[task] for task in group})
+
+    @property
+    def code_bytes(self) -> dict[int, int]:
+        """Bits -> bytes of the matrix in that code."""
+        return {bits: num_bytes(weight_code(bits).parts(self.matrix, "F32")) for bits in RESIDUAL_BITS}
+
+    def dense_bytes(self, dtype: str) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[dtype]
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether a residual of 0 bits is allowed: in embedding tables alone, most of whose rows have not moved.
+
+        Without this floor accuracy falls by up to 17 points at small sizes, and predicted errors do not see it.
+        """
+        m, n = self.matrix
+        words = self.name.lower().split(".")
+        return m >= 1000 and m >= 2 * n and any("embed" in word or word in TABLE_WORDS for word in words)
+
+
+def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, float]:
+    """w by tensor: 1/√(energy of the block · energy of the tensor), task vectors' mean; 0 where the tensor has none.
+
+    Unweighted errors starve tensors with small task vectors: 2 points of accuracy at the size of one model.
+    """
+    energy = {tensor.name: float(np.trace(tensor.gram)) / len(tensor.gram) for tensor in tensors}
+    of_block: dict[str, float] = {}
+    for name, value in energy.items():
+        of_block[block_of[name]] = of_block.get(block_of[name], 0.0) + value
+    return {name: 1 / math.sqrt(of_block[block_of[name]] * b) if b > 0 else 0.0 for name, b in energy.items()}
+
+
+def partitions(num_tasks: int, merges: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, Groups]:
+    """Number of groups -> groups, M - 1 … 1, after each merge of one block's dendrogram, (left, right) tasks."""
+    groups: dict[int, tuple[int, ...]] = {task: (task,) for task in range(num_tasks)}
+    levels: dict[int, Groups] = {}
+    for left, right in merges:
+        groups[min(left)] = tuple(sorted((*left, *right)))
+        del groups[min(right)]
+        levels[len(groups)] = tuple(groups[first] for first in sorted(groups))
+    return levels

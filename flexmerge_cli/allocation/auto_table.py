@@ -1,0 +1,175 @@
+"""One tensor's statistics in, every way `auto` may store it out: bytes and predicted cost. Numpy only; sees no weights.
+
+A tensor's choice is a centre and, per class of bit-identical tasks, an option. Cost is w · D, D the predicted squared
+error summed over tasks. Of the many combinations only the Lagrangian optima of each centre are listed: its *curve*.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from flexmerge_cli.allocation.auto_centres import Centre, CentreBits, Kind, centre_bytes, centres_of, factors
+from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
+from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics
+from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
+
+# K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
+
+Bits = int | Literal["exact"]
+"""Of what a task stores for itself: 0 is nothing, exact a dense copy."""
+
+Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
+"""The hull of what one class may store: labels, bytes, and cost in units of a factor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a search may choose; copies that are exact are always allowed."""
+
+    min_bits: int = 0
+    """Fewest bits of a residual or coded copy; 0 allows dropping residuals, in embedding tables alone."""
+    max_bits: int = 8
+    """Most bits of a residual or coded copy."""
+    centres: tuple[Kind, ...] = ("none", "base", "average")
+    """Where a tensor can have none of these, as an average of a single task, it has no centre."""
+
+    def allows(self, bits: int) -> bool:
+        return self.min_bits <= bits <= self.max_bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How one tensor is stored."""
+
+    tensor: str
+    centre: Centre
+    bits: tuple[Bits, ...]
+    """Per task; the tasks of a class store theirs once."""
+    num_bytes: int
+    errors: tuple[float, ...]
+    """Predicted squared error per task."""
+
+
+class Table:
+    """All curves of one tensor, the frontier of their points, and its hull."""
+
+    def __init__(
+        self, tensor: TensorStatistics, levels: Mapping[int, Groups], weight: float, limits: Limits = Limits()
+    ) -> None:
+        """levels: of the tensor's block, as `partitions` gives them; weight: w of the tensor."""
+        self.tensor = tensor
+        self.weight = weight
+        self._classes = tensor.classes
+        self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
+        self._set_options(limits)
+        self._set_curves()
+
+    def choice(self, point: int) -> Choice:
+        """What the point of the frontier stores."""
+        centre, position = divmod(int(self.points[point]), self._num_positions)
+        applied = self._order_CP[centre, :position]
+        taken_K = np.bincount(applied[applied >= 0], minlength=len(self._classes))
+        bits: dict[int, Bits] = {}
+        errors: dict[int, float] = {}
+        for number, (tasks, taken) in enumerate(zip(self._classes, taken_K)):
+            error = float(self._unit_cost_CKV[centre, number, taken] * self._factor_CK[centre, number]) / len(tasks)
+            label = self._labels[self._kind_CK[centre, number]][number][taken]
+            bits |= dict.fromkeys(tasks, label)
+            errors |= dict.fromkeys(tasks, error)
+        order = range(len(bits))
+        return Choice(
+            tensor=self.tensor.name,
+            centre=self.centres[centre],
+            bits=tuple(bits[task] for task in order),
+            num_bytes=int(self.num_bytes[point]),
+            errors=tuple(errors[task] for task in order),
+        )
+
+    def uniform(self, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
+        """Bytes and cost if all tasks share one average and have these bits; exact copies where those are smaller."""
+        tensor = self.tensor
+        if View.SQUEEZED.is_vector(tensor.shape):
+            centre_bits = bits = 8
+        centre = Centre(kind="average", bits=centre_bits, groups=(tuple(range(len(tensor.same))),))
+        dense = [tensor.dense_bytes(dtype) for dtype in tensor.dtypes]
+        shared = int(centre_bytes(tensor, [centre])[0])
+        if sum(dense) <= shared + len(dense) * tensor.code_bytes[bits] or len(self._classes) == 1:
+            return sum(dense[tasks[0]] for tasks in self._classes), 0.0
+        _, factor_CK = factors(tensor, [centre])
+        cost = self.weight * tensor.errors.ratio[bits] * float(factor_CK.sum())
+        return shared + len(self._classes) * tensor.code_bytes[bits], cost
+
+    def _set_options(self, limits: Limits) -> None:
+        """Per centre and class: the hull of its options, as unit costs times a factor, so that each is found once."""
+        tensor, firsts = self.tensor, [tasks[0] for tasks in self._classes]
+        allowed = (0, *RESIDUAL_BITS) if tensor.may_drop else RESIDUAL_BITS
+        ratio = {0: 1.0, **tensor.errors.ratio}
+        dtypes = dict.fromkeys(tensor.dtypes)
+        copy = {dtype: _options(tensor, dtype, tensor.errors.average, WEIGHT_BITS, limits) for dtype in dtypes}
+        coded = {dtype: _options(tensor, dtype, ratio, allowed, limits) for dtype in dtypes}
+        free: Options = ((0,), np.zeros(1, np.int64), np.zeros(1))
+        hulls = [[of_kind[tensor.dtypes[task]] for task in firsts] for of_kind in (copy, coded)] + [
+            [free] * len(firsts)
+        ]
+        self._labels = [[labels for labels, _, _ in of_kind] for of_kind in hulls]
+        num_vertices = max(len(labels) for of_kind in self._labels for labels in of_kind)
+        shape = (len(hulls), len(firsts), num_vertices)
+        bytes_3KV, cost_3KV = np.zeros(shape, np.int64), np.zeros(shape)
+        slope_3KS = np.full((*shape[:2], num_vertices - 1), -np.inf)
+        for kind, of_kind in enumerate(hulls):
+            for number, (labels, option_bytes, cost) in enumerate(of_kind):
+                bytes_3KV[kind, number, : len(labels)] = option_bytes
+                cost_3KV[kind, number, : len(labels)] = cost
+                slope_3KS[kind, number, : len(labels) - 1] = slopes(option_bytes, cost)
+        self._kind_CK, self._factor_CK = factors(tensor, self.centres)
+        each = self._kind_CK, np.arange(len(firsts))
+        self._bytes_CKV, self._unit_cost_CKV = bytes_3KV[each], cost_3KV[each]
+        # A factor of 0 leaves nothing to gain. Falling slopes stay falling: they are products with one number.
+        price_CK1 = (self.weight * self._factor_CK)[:, :, None]
+        self._slope_CKS = np.where(price_CK1 > 0, slope_3KS[each] * np.where(price_CK1 > 0, price_CK1, 1.0), -np.inf)
+
+    def _set_curves(self) -> None:
+        """Every state on the way of each centre, then what of them is worth keeping."""
+        num_centres, num_classes, num_segments = self._slope_CKS.shape
+        slope_CP = self._slope_CKS.reshape(num_centres, -1)
+        order_CP = np.argsort(-slope_CP, axis=1, kind="stable")  # ties: class, then position
+        is_segment_CP = np.take_along_axis(slope_CP, order_CP, axis=1) > -np.inf
+        self._order_CP = np.where(is_segment_CP, order_CP // max(1, num_segments), -1).astype(np.int32)
+        self._num_positions = self._order_CP.shape[1] + 1
+        shape = (num_centres, self._num_positions)
+
+        added_CP = np.take_along_axis(np.diff(self._bytes_CKV).reshape(num_centres, -1), order_CP, axis=1)
+        num_bytes = np.zeros(shape, np.int64)
+        np.cumsum(np.where(is_segment_CP, added_CP, 0), axis=1, out=num_bytes[:, 1:])
+        num_bytes += (centre_bytes(self.tensor, self.centres) + self._bytes_CKV[:, :, 0].sum(axis=1))[:, None]
+
+        # Costs are added up anew for every state, in class order: steps taken off one by one would not end at 0.
+        cost, taken = np.zeros(shape), np.zeros(shape, np.intp)
+        cost_KCV = (self._unit_cost_CKV * (self.weight * self._factor_CK)[:, :, None]).transpose(1, 0, 2).copy()
+        first_C1 = np.arange(num_centres)[:, None] * (num_segments + 1)
+        for number in range(num_classes):
+            np.cumsum(self._order_CP == number, axis=1, out=taken[:, 1:])
+            cost += cost_KCV[number].reshape(-1)[taken + first_C1]
+
+        self.points = frontier(num_bytes.reshape(-1), cost.reshape(-1))
+        """Points worth taking, as centre · positions + position; bytes rising, cost falling."""
+        self.num_bytes = num_bytes.reshape(-1)[self.points]
+        self.cost = cost.reshape(-1)[self.points]
+        self.vertices = hull(self.num_bytes, self.cost)
+        """Of the points those on the lower convex hull."""
+
+
+def _options(
+    tensor: TensorStatistics, dtype: str, unit: Mapping[int, float], allowed: tuple[int, ...], limits: Limits
+) -> Options:
+    """Of a class whose tasks have this dtype."""
+    code_bytes = {0: 0, **tensor.code_bytes}
+    labels: list[Bits] = [bits for bits in allowed if limits.allows(bits)]
+    option_bytes = np.array([*(code_bytes[int(b)] for b in labels), tensor.dense_bytes(dtype)], np.int64)
+    cost = np.array([*(unit[int(b)] for b in labels), 0.0])
+    labels.append("exact")
+    vertices = hull(option_bytes, cost)
+    return tuple(labels[v] for v in vertices), option_bytes[vertices], cost[vertices]

@@ -1,0 +1,58 @@
+"""Warnings for groups of near-duplicates, which sums multiply and masks of sums empty. Pure; no tensors.
+
+Grouping by similarity makes just such groups, so the methods that suffer from them are told before they run.
+"""
+
+from collections.abc import Sequence
+
+from flexmerge_cli.methods.method import Call
+
+# Smallest cosine of a group from which on its tasks count as near-duplicates, and the factor that is still tolerated.
+NEAR, TOLERATED = 0.9, 2.0
+
+
+def near_duplicate_warning(call: Call, tasks: Sequence[str], smallest_cosine: float) -> str | None:
+    """What this method does to a group whose tasks are nearly one, and what to take instead; None if nothing bad.
+
+    tasks: of the group. smallest_cosine: of all pairs of its task vectors.
+    """
+    name, args, k = call.method.name, call.args, len(tasks)
+    if smallest_cosine < NEAR or k < 2 or (call.method.masked and k == 2):
+        return None
+    group = f"{k} near-duplicates (smallest cosine {smallest_cosine:.2f}: {', '.join(tasks)})"
+    if name == "tall_masks" and args["lam"] * (k - 1) >= 1:
+        return f"`tall_masks`: nearly empty masks for {group}, which fall back to the base; take consensus"
+    if name == "consensus_original" and args["lam"] * (k - 1) >= 1 and args["kappa"] > 0:
+        return f"`consensus_original`: removes nearly everything from {group}; take consensus, or a smaller lam"
+    factor = copies_factor(call, tasks)
+    if factor > TOLERATED:
+        instead = INSTEAD.get(name, "a smaller scale")
+        return f"`{name}`: multiplies {group} by about {factor:.3g}; take {instead}"
+    return None
+
+
+INSTEAD = {
+    "task_arithmetic": "form=mean",
+    "weighted_average": "normalize=true",
+    "ties": "merge=mean",
+    "breadcrumbs": "merge=mean",
+    "della": "merge=mean",
+    "tall_masks": "consensus",
+}
+
+
+def copies_factor(call: Call, tasks: Sequence[str]) -> float:
+    """What a sum form makes of k copies of one task, in terms of that task; 1 for all else."""
+    name, args, k = call.method.name, call.args, len(tasks)
+    scale = 1.0 if args.get("scale") is None else args["scale"]
+    if name == "task_arithmetic" and args["form"] == "sum":
+        return k * (0.3 if args["scale"] is None else scale)
+    if name == "weighted_average" and not args["normalize"]:
+        return sum(float((args["weights"] or {}).get(task, 1)) for task in tasks)
+    if name == "breadcrumbs" and args["merge"] == "sum":
+        return k * (0.3 if args["scale"] is None else scale)
+    if name in ("ties", "della") and args["merge"] == "sum":
+        return k * scale
+    if name in ("tall_masks", "consensus_original"):
+        return k * scale
+    return 1.0

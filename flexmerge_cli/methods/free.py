@@ -1,0 +1,157 @@
+"""FREE-Merging: the FR backbone, and per task a sparse expert of its largest changes, made larger.
+
+Expert i is μ_i · τ_i on the top set of |τ_i|, for every tensor, vectors included. μ aims at the outputs of the merged
+model, not at its weights: experts may well raise the distance to θ_i. Stored as residuals/sparse.py has it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.methods.coded import Coded, Vectors, coded
+from flexmerge_cli.methods.fr import Coef, Cutoff, Variant, filtered
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
+from flexmerge_cli.methods.method import Fraction, Per, Positive, StatisticScope, Where
+from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.quantise import row_sums
+from flexmerge_cli.residuals.sparse import Sparse
+
+Mu = Literal["code", "paper"]
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """Over a scope, per task [k] float64: what the factors are made of."""
+
+    kept: np.ndarray
+    """Σ|τ| over the top sets."""
+    num_kept: np.ndarray
+    """Elements in them."""
+    whole: np.ndarray
+    """Σ|τ| over all elements."""
+    passed: np.ndarray
+    """Σ|G(τ)|, G the filter of `fr`; tensors that are no matrices as they are."""
+    num_elements: np.ndarray
+
+    def take(self, tasks: list[int]) -> "Magnitudes":
+        fields = (self.kept, self.num_kept, self.whole, self.passed, self.num_elements)
+        return Magnitudes(*(values[tasks] for values in fields))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """How a task's expert follows from its task vector. A Statistic whose calls see whole tensors, [R, numel]."""
+
+    top: Sparse
+    mu: Mu | float
+    scope: StatisticScope
+    """Over what the factor's means are taken."""
+    replaces: bool
+    """The top set is the base plus the expert, whatever the centre has there; else the expert is added."""
+    variant: Variant
+    cutoff: float | None
+    matrices: Matrices
+    per: Per = "task"
+
+    def measure(self, deltas: Tensor, where: Where) -> Magnitudes:
+        """What one tensor adds."""
+        size = deltas.double().abs()
+        keep = torch.stack([self._keep(delta.reshape(where.shape)) for delta in deltas]).reshape(deltas.shape)
+        passed = size
+        if is_matrix(where.tensor, where.shape, self.matrices):
+            matrix = deltas.reshape(len(deltas), *where.shape).flatten(2)
+            passed = filtered(matrix, self.variant, self.cutoff).abs().reshape(deltas.shape)
+        return Magnitudes(
+            kept=row_sums(size * keep).cpu().numpy(),
+            num_kept=keep.sum(1).double().cpu().numpy(),
+            whole=row_sums(size).cpu().numpy(),
+            passed=row_sums(passed).cpu().numpy(),
+            num_elements=np.full(len(deltas), float(size.shape[1])),
+        )
+
+    def combine(self, left: Magnitudes, right: Magnitudes) -> Magnitudes:
+        return Magnitudes(
+            left.kept + right.kept,
+            left.num_kept + right.num_kept,
+            left.whole + right.whole,
+            left.passed + right.passed,
+            left.num_elements + right.num_elements,
+        )
+
+    def finish(self, total: Magnitudes) -> Magnitudes:
+        return total
+
+    def factors(self, group: Magnitudes) -> np.ndarray:
+        """μ of the tasks of a group, [k] float64. 0/0 is 0."""
+        if isinstance(self.mu, float):
+            return np.full(len(group.kept), self.mu)
+        kept = _ratio(group.kept, group.num_kept)
+        if self.mu == "code":
+            return -math.log10(self.top.density) * _ratio(kept, _ratio(group.passed, group.num_elements))
+        mean = _ratio(group.whole, group.num_elements)
+        share = _ratio(mean, np.full_like(mean, mean.sum()))
+        return -math.log(self.top.density) * _ratio(kept, share * mean)
+
+    def residual(self, delta: Tensor, base: Tensor, centre: Tensor, factor: float) -> Tensor:
+        """What decodes on the centre as stored: float32 [*shape], 0 off the top set. All arguments float32 [*shape]."""
+        expert = (delta.double() * factor).float()
+        value = (base + expert) - centre if self.replaces else expert
+        return torch.where(self._keep(delta), value, 0.0)
+
+    def _keep(self, delta: Tensor) -> Tensor:
+        """bool [*shape]: the top set."""
+        return self.top.keep(delta.reshape(View.LAST_AXIS.matrix(tuple(delta.shape)))).reshape(delta.shape)
+
+
+@coded(paper="Zheng & Wang 2025", when="one merged model, and one percent of every task's own changes")
+def free(
+    *,
+    density: Fraction = 0.01,
+    select: Literal["tensor", "row"] = "tensor",
+    mu: Positive | Mu = "code",
+    mu_scope: Literal["block", "tensor", "model"] = "block",
+    combine: Literal["add", "replace"] = "add",
+    variant: Variant = "paper",
+    cutoff: Cutoff | None = None,
+    coef: Coef | None = None,
+    scope: Literal["block", "tensor", "model"] = "block",
+    others: Literal["coef", "mean", "base"] | None = None,
+    scale: Scale | None = None,
+    matrices: Matrices = "linear",
+) -> Coded:
+    """The `fr` merge, and per task its largest changes times a factor.
+
+    density: part of a tensor's elements that an expert has, at least one; select=row counts in every run of the last
+    axis, and may keep none. mu: the factor, a number or the rule of code or paper. With K the mean magnitude kept and
+    all means over mu_scope, code is -log10(density) · K / mean |G(τ)|, and paper -ln(density) · K / (λ · mean |τ|) with
+    λ the task's share of all magnitudes: larger by some 2.3 times the number of tasks. combine: add, as in the paper's
+    algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre.
+    Source: Zhengsh123/FREE-Merging.
+    """
+    from flexmerge_cli.methods.registry import all_methods, make_call  # which import this module
+
+    backbone = {"variant": variant, "cutoff": cutoff, "coef": coef, "scope": scope, "others": others, "scale": scale}
+    top = Sparse(density=density, select=select)
+    return Coded(
+        centre=make_call(all_methods()["fr"], {**backbone, "matrices": matrices}),
+        coder=lambda num_tasks: top,
+        view=View.LAST_AXIS,
+        vectors=Vectors.CODED,
+        expert=Expert(
+            top=top,
+            mu=mu,
+            scope=mu_scope,
+            replaces=combine == "replace",
+            variant=variant,
+            cutoff=cutoff,
+            matrices=matrices,
+        ),
+    )
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)

@@ -1,0 +1,113 @@
+"""One self-contained page: no network, no script but ours, all text escaped. Knows nothing of plans and bundles.
+
+Whatever comes from a file (names, sources) goes through `text` or `name`. The page's own policy refuses everything that
+it does not hold itself, should an escape ever be missing.
+"""
+
+import base64
+import hashlib
+import html
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flexmerge_cli.report.inspect_heat import NOTHING, RAMP, Colour, Scale, ink
+from flexmerge_cli.report.text import printable
+from flexmerge_cli.version import GENERATOR
+
+BREAK = re.compile(r"(?<=[^…][._/])(?=.)")
+NAME_CHARACTERS, NARROW_CHARACTERS = 34, 20  # of a block's name, on a wide page and on a narrow one
+
+
+def text(value: object) -> str:
+    """Escaped for text and for quoted attributes; control and direction marks spelled out."""
+    return html.escape(printable(str(value)), quote=True)
+
+
+def name(value: str, characters: int | None = None, *, breaks: bool = False) -> str:
+    """A name from a file, kept apart from the direction of the text around it; of a long one its end.
+
+    breaks: whether it may go over several lines, after a dot, a slash or an underscore.
+    """
+    shown = value if characters is None else tail(value, characters)
+    title = f' title="{text(value)}"' if shown != value else ""
+    escaped = text(shown)
+    return f"<bdi{title}>{BREAK.sub('<wbr>', escaped) if breaks else escaped}</bdi>"
+
+
+def block_name(value: str) -> str:
+    """A block's name as long as the page's width allows: the style sheet shows one of two."""
+    wide, narrow = (tail(value, characters) for characters in (NAME_CHARACTERS, NARROW_CHARACTERS))
+    if wide == narrow:
+        return name(value, NAME_CHARACTERS)
+    title = text(value)
+    return f'<bdi class=wide title="{title}">{text(wide)}</bdi><bdi class=narrow title="{title}">{text(narrow)}</bdi>'
+
+
+def tail(value: str, characters: int = NAME_CHARACTERS) -> str:
+    """The end of a dotted name, from a dot on where there is one: `…layers.3.mlp`."""
+    if len(value) <= characters:
+        return value
+    end = value[-(characters - 1) :]
+    dot = end.find(".")
+    return "…" + (end[dot + 1 :] if 0 <= dot < len(end) // 2 else end)
+
+
+def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
+    """The whole document. title: plain text; subtitle and sections: markup."""
+    css, script = (Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        f"<header><h1>{name(title)}</h1>{subtitle}</header>\n<main>\n"
+        + "\n".join(sections)
+        + f"\n</main>\n<footer>{text(GENERATOR)}</footer>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, *parts: str, note: str = "") -> str:
+    """note: one sentence that says how to read it."""
+    lead = f"<p class=note>{text(note)}</p>" if note else ""
+    return f"<section>\n<h2>{text(title)}</h2>\n{lead}{''.join(parts)}\n</section>"
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Term and value (markup), side by side."""
+    return "<dl>" + "".join(f"<div><dt>{text(term)}</dt><dd>{value}</dd></div>" for term, value in pairs) + "</dl>"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Cells are markup; the first `left` columns to the left, the rest to the right. Scrolls sideways where narrow."""
+    head = "".join(
+        f"<th scope=col{' class=l' if place < left else ''}>{text(c)}</th>" for place, c in enumerate(columns)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=l' if place < left else ''}>{cell}</td>" for place, cell in enumerate(row))
+        + "</tr>\n"
+        for row in rows
+    )
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
+
+
+def css_colour(colour: Colour | Sequence[float]) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in colour)
+
+
+def cell_style(scale: Scale, value: float) -> str:
+    paper = scale.colour(value)
+    return f"background:{css_colour(paper)};color:{css_colour(ink(paper))}"
+
+
+def legend(low: str, high: str, *, gaps: bool = False) -> str:
+    """The ramp, with its ends in words. gaps: whether some have no number."""
+    none = f'<span class=none><i style="background:{css_colour(NOTHING)}"></i> no number</span>' if gaps else ""
+    stops = ",".join(map(css_colour, RAMP))
+    return (
+        f"<p class=legend><span>{text(low)}</span>" + f'<i style="background:linear-gradient(to right,{stops})"></i>'
+        f"<span>{text(high)}</span>{none}</p>"
+    )

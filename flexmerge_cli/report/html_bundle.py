@@ -1,0 +1,167 @@
+"""A bundle as one page: who reads what, which tasks share a block, bytes along depth, how far off each task is."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from flexmerge_cli.allocation.manifest import UnitEntry
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text
+from flexmerge_cli.report.html import facts as fact_list
+from flexmerge_cli.report.inspect_bundle import ALONE, LEGEND, BundleFacts, bundle_value, is_exact, letters
+from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
+from flexmerge_cli.report.inspect_heat import Scale
+from flexmerge_cli.report.text import human_bytes
+
+TASK_CHARACTERS = 18
+
+
+def bundle_page(facts: BundleFacts) -> str:
+    """The whole document."""
+    bundle, value = facts.bundle, bundle_value(facts)
+    allocation = value["allocation"]
+    pairs = [
+        ("size", f"{value['factor']:.4f}x"),
+        ("tensors", f"{value['stored_bytes']:,} bytes"),
+        ("on disk", f"{value['total_bytes']:,} bytes in {len(value['files']):,} files"),
+        ("method", text(", ".join(facts.methods) or "none: nothing is merged")),
+        ("merges", f"{allocation['merges']:,} ({allocation['undone']:,} undone)"),
+        ("dtypes", text(allocation["dtype"] or "as found")),
+        ("id", f"<span class=path>{text(value['id'])}</span>"),
+    ]
+    sections = [_tasks(value)]
+    if bundle.manifest.units:
+        sections += [_routing(facts), _bytes(facts), _distance(facts)]
+    return page(f"{bundle.path.resolve().name}: bundle of {len(bundle.tasks)} tasks", fact_list(pairs), sections)
+
+
+def _tasks(value: dict[str, object]) -> str:
+    tasks = value["tasks"]
+    assert isinstance(tasks, dict)
+    rows = [
+        [
+            name(task, 40),
+            "bit by bit" if found["exact"] else f"{1 - found['approximated'] / max(1, found['parameters']):.1%}",
+            _number(found["distance"]),
+            f"{found['route_bytes']:,}",
+            f"{found['own_bytes']:,}",
+            f"{found['side_bytes']:,}",
+            "as it lies" if found["loads"] else "after export",
+        ]
+        for task, found in tasks.items()
+    ]
+    columns = ["task", "exact", "distance", "reads, bytes", "of it its own", "config and such", "transformers loads it"]
+    return section(
+        "Tasks",
+        table(columns, rows),
+        note="Exact: the share of its parameters that come back as they were. Distance: 0 is exact, 1 as far off as "
+        "the base; null where a task does not differ from the base and yet is not exact.",
+    )
+
+
+def _routing(facts: BundleFacts) -> str:
+    tasks = facts.bundle.tasks
+    scale = Scale(low=1.0, high=float(max(2, len(tasks))))
+
+    def row(unit: UnitEntry) -> str:
+        found, sharing = letters(unit), {task: len(group.tasks) for group in unit.groups for task in group.tasks}
+        kinds = {task: group.kind for group in unit.groups for task in group.tasks}
+        cells = []
+        for task in tasks:
+            letter = found.get(task, " ")
+            style = f' style="{cell_style(scale, sharing[task])}"' if letter not in (ALONE, " ") else " class=off"
+            title = text(f"{task}: {kinds.get(task, 'in no group')}")
+            cells.append(f'<td{style} title="{title}">{letter}</td>')
+        return "".join(cells)
+
+    rows = ((unit.name, row(unit)) for unit in facts.bundle.manifest.units)
+    return section(
+        "Which tasks share a block",
+        legend("1 task", f"{scale.high:.0f} tasks in a group"),
+        _grid(tasks, rows),
+        note=f"Blocks from top to bottom in order of depth; {LEGEND}.",
+    )
+
+
+def _bytes(facts: BundleFacts) -> str:
+    apart = _apart_bytes(facts)
+    most = max(1, *apart, *facts.unit_bytes)
+    rows = [
+        [
+            block_name(unit.name),
+            human_bytes(stored),
+            f"{stored / whole:.0%}" if whole else "",
+            f'<div class=bar><span style="width:{100 * whole / most:.2f}%"></span>'
+            f'<i style="width:{100 * stored / most:.2f}%"></i></div>',
+        ]
+        for unit, stored, whole in zip(facts.bundle.manifest.units, facts.unit_bytes, apart)
+    ]
+    markup = table(["block", "stored", "of copies", ""], rows)
+    return section(
+        "Bytes along depth",
+        markup,
+        note="Dark: what the bundle stores of a block. Grey: what a copy for every task would take.",
+    )
+
+
+def _distance(facts: BundleFacts) -> str:
+    tasks = facts.bundle.tasks
+    manifest = facts.bundle.manifest
+    found = np.array([_distances(unit, tasks) for unit in manifest.units], float).reshape(-1, len(tasks))
+    whole = [manifest.tasks[task].distance for task in tasks]
+    scale = Scale(low=0.0, high=float(np.nanmax(found, initial=0.0)) or 1.0)
+    numbered = len(tasks) <= NUMBERED_TASKS
+
+    def row(unit: UnitEntry, values: np.ndarray) -> str:
+        groups = {task: group for group in unit.groups for task in group.tasks}
+        cells = []
+        for task, value in zip(tasks, values.tolist()):
+            exact = task in groups and is_exact(groups[task], task)
+            shown = ("0" if exact else _number(value)) if numbered else ""
+            style = " class=off" if exact else f' style="{cell_style(scale, value)}"'
+            title = text(f"{task}: {_number(value)}")
+            cells.append(f'<td{style} title="{title}">{shown}</td>')
+        return "".join(cells)
+
+    total = "".join(f'<td title="{text(task)}">{_number(value)}</td>' for task, value in zip(tasks, whole))
+    rows = ((unit.name, row(unit, values)) for unit, values in zip(manifest.units, found))
+    return section(
+        "Distance of every block and task",
+        legend("0 exact", f"{scale.text(scale.high)} farthest", gaps=bool(np.isnan(found).any())),
+        _grid(tasks, rows, total=total if numbered else ""),
+        note="A block's distance is relative to the whole task's change, so the squares of a column add up to that "
+        "of the task's distance. White: exact.",
+    )
+
+
+def _grid(tasks: Iterable[str], rows: Iterable[tuple[str, str]], total: str = "") -> str:
+    """Blocks down, tasks across; the names of the tasks stand upright."""
+    head = "".join(f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
+    body = f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else ""
+    body += "".join(f"<tr><th scope=row>{block_name(unit)}</th>{cells}</tr>\n" for unit, cells in rows)
+    head = f"<thead><tr><th></th>{head}</tr></thead>"
+    return f"<div class=scroll><table class=cells>{head}<tbody>\n{body}</tbody></table></div>"
+
+
+def _distances(unit: UnitEntry, tasks: Iterable[str]) -> list[float]:
+    found = {task: distance for group in unit.groups for task, distance in group.distance.items()}
+    return [math.nan if found.get(task) is None else float(found[task] or 0.0) for task in tasks]
+
+
+def _apart_bytes(facts: BundleFacts) -> list[int]:
+    """Per unit the bytes of a copy for every task."""
+    tensors = {tensor.name: tensor for tensor in facts.bundle.manifest.tensors}
+    return [
+        sum(
+            math.prod((tensor.shapes or {}).get(task, tensor.shape))
+            * ITEM_BYTES[(tensor.dtypes or {}).get(task, tensor.dtype)]
+            for tensor in (tensors[part] for part in unit.tensors)
+            for task in tensor.digests
+        )
+        for unit in facts.bundle.manifest.units
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None or math.isnan(value) else f"{value:.3f}"

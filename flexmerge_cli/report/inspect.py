@@ -1,0 +1,174 @@
+"""What `inspect` was given, and what it tells of it: a value for --json, and the same as tables. Needs no torch.
+
+A checkpoint, a plan or a bundle is told by its files, never by its name. Only a `.bin` checkpoint needs torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
+from flexmerge_cli.checkpoint.checkpoint import WEIGHT_SUFFIXES, find_weights, open_checkpoint
+from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.errors import FlexmergeError, UsageError
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class Kind(StrEnum):
+    CHECKPOINT = "checkpoint"
+    PLAN = "plan"
+    BUNDLE = "bundle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A source, and what is wanted of it."""
+
+    source: str
+    """As the user wrote it."""
+    block: str | None = None
+    verify: bool = False
+    decode: bool = False
+    """With verify: the digests of decoded tensors, too."""
+    html: Path | None = None
+    every: bool = False
+    """Show all rows of long tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was found."""
+
+    value: dict[str, Any]
+    """For --json."""
+    show: Callable[[Any], None]
+    """Prints the same."""
+    error: FlexmergeError | None = None
+    """A bundle that was looked into, and is damaged."""
+
+
+def recognise(source: str) -> Kind:
+    """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
+    path = Path(source).expanduser()
+    if is_hub(source) or not path.exists():
+        return Kind.CHECKPOINT  # whose opening tells what is wrong
+    if path.is_dir():
+        # Also one whose manifest is missing or damaged: what is wrong with it is to be told.
+        if (path / "weights").is_dir() and ((path / MANIFEST_NAME).is_file() or (path / "tasks").is_dir()):
+            return Kind.BUNDLE
+        if is_bundle(path):
+            return Kind.BUNDLE
+        if find_weights(path) is None:
+            inside = sorted(str(child) for child in path.iterdir() if child.is_dir() and find_weights(child))
+            if inside:
+                raise UsageError(f"{source} holds {len(inside)} checkpoints", hint=f"flexmerge inspect {inside[0]}")
+        return Kind.CHECKPOINT
+    if path.suffix in WEIGHT_SUFFIXES:
+        return Kind.CHECKPOINT
+    if path.name == MANIFEST_NAME or path.name.endswith(".index.json"):
+        raise UsageError(f"{source} is a part of a folder", hint=f"flexmerge inspect {path.parent}")
+    if path.suffix in (".yaml", ".yml"):
+        raise UsageError(
+            f"{source} may be a recipe, and `inspect` shows plans", hint=f"flexmerge plan {source} -o plan.json"
+        )
+    with path.open("rb") as file:
+        if file.read(64).lstrip()[:1] != b"{":
+            raise UsageError(f"{source} is no checkpoint, plan or bundle", hint="give a folder or a plan.json")
+    return Kind.PLAN
+
+
+def check(asked: Asked) -> Kind:
+    """Before anything is read: what was given, and whether what is asked fits it. Raises UsageError."""
+    if asked.decode and not asked.verify:
+        raise UsageError("--decode says how to verify", hint="--verify --decode")
+    kind = recognise(asked.source)
+    what = f"{asked.source} is a {kind}"
+    if asked.verify and kind is not Kind.BUNDLE:
+        raise UsageError(f"--verify compares a bundle with its manifest, and {what}", hint="leave out --verify")
+    if asked.block is not None and kind is not Kind.PLAN:
+        raise UsageError(f"--block shows a block of a plan, and {what}", hint="leave out --block")
+    if asked.html is not None and kind is Kind.CHECKPOINT:
+        raise UsageError(f"--html shows a plan or a bundle, and {what}", hint="flexmerge plan, then inspect the plan")
+    if asked.html is not None and asked.verify:
+        raise UsageError("--html shows a bundle, --verify checks it", hint="one after the other")
+    if (
+        asked.html is not None
+        and kind is not Kind.CHECKPOINT
+        and _is_within(asked.html, Path(asked.source).expanduser())
+    ):
+        raise UsageError(f"{asked.html} is, or lies in, what is inspected", hint="choose another place with --html")
+    return kind
+
+
+def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
+    """Read, and write the page if one is wanted. Raises what reading raises."""
+    path = Path(asked.source).expanduser()
+    if kind is Kind.CHECKPOINT:
+        from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint
+
+        return Report(
+            value=checkpoint_value(open_checkpoint(asked.source)),
+            show=lambda value: show_checkpoint(value, every=asked.every),
+        )
+    if asked.verify:
+        return _verified(path, asked, on_progress)
+    page = None
+    if kind is Kind.PLAN:
+        from flexmerge_cli.report.inspect_plan import plan_facts, plan_value
+        from flexmerge_cli.report.inspect_plan_tables import show_plan
+
+        plan = plan_facts(path, asked.block)
+        if asked.html is not None:
+            from flexmerge_cli.report.html_plan import plan_page
+
+            page = plan_page(plan)
+        report = Report(value=plan_value(plan), show=lambda value: show_plan(plan, value, every=asked.every))
+    else:
+        from flexmerge_cli.report.inspect_bundle import bundle_facts, bundle_value, show_bundle
+
+        bundle = bundle_facts(path)
+        if asked.html is not None:
+            from flexmerge_cli.report.html_bundle import bundle_page
+
+            page = bundle_page(bundle)
+        report = Report(value=bundle_value(bundle), show=lambda value: show_bundle(bundle, value, every=asked.every))
+    if asked.html is not None and page is not None:
+        _write(page, asked.html)
+        report.value["html"] = str(asked.html)
+    return report
+
+
+def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
+    from flexmerge_cli.bundle.read import read_manifest
+    from flexmerge_cli.report.inspect_verify import failure, show_verification, verification
+
+    total = sum(file.bytes for file in read_manifest(path).files.values())
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress("verify", done, total)
+
+    value = verification(path, decode=asked.decode, on_bytes=on_bytes)
+    error = failure(value)
+    if error is not None:
+        value["error"] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    return Report(value=value, show=show_verification, error=error)
+
+
+def _write(page: str, path: Path) -> None:
+    """Beside, then renamed: a page is whole or not there."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_within(path: Path, place: Path) -> bool:
+    return path.resolve().is_relative_to(place.resolve())

@@ -1,0 +1,226 @@
+"""A bundle's manifest and headers in; who reads what, how large it is, and how far off each task comes back out."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.allocation.bill import INDEX_NAME
+from flexmerge_cli.allocation.manifest import GroupEntry, TensorEntry, UnitEntry
+from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.registry import format_call
+from flexmerge_cli.report import inspect_draw as draw
+from flexmerge_cli.report.text import printable, table
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ALONE = "·"
+LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones once; {ALONE}: a group of one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BundleFacts:
+    """What follows from manifest and headers."""
+
+    bundle: Bundle
+    unit_bytes: tuple[int, ...]
+    """Stored bytes of each unit, what is shared counted once."""
+    unit_elements: tuple[int, ...]
+    """Parameters of one task."""
+    class_bytes: Mapping[str, int]
+
+    @property
+    def methods(self) -> list[str]:
+        return [format_call(method.name, method.args) for method in self.bundle.manifest.methods]
+
+
+def bundle_facts(path: Path) -> BundleFacts:
+    """Raises SourceError, DataError, IntegrityError."""
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    place = {name: index for index, unit in enumerate(manifest.units) for name in (*unit.tensors, unit.name)}
+    kinds = {tensor.name: tensor.class_ for tensor in manifest.tensors}
+    unit_bytes, class_bytes = [0] * len(manifest.units), Counter[str]()
+    for file in bundle.parts:
+        for part, tensor in part_tensors(bundle, file).items():
+            num_bytes = bundle.parts[file][part].num_bytes
+            class_bytes[kinds.get(tensor, TensorClass.MERGEABLE).value] += num_bytes
+            if kinds.get(tensor, TensorClass.MERGEABLE) is TensorClass.MERGEABLE and tensor in place:
+                unit_bytes[place[tensor]] += num_bytes
+    sizes = {tensor.name: _elements(tensor) for tensor in manifest.tensors}
+    return BundleFacts(
+        bundle=bundle,
+        unit_bytes=tuple(unit_bytes),
+        unit_elements=tuple(sum(sizes[name] for name in unit.tensors) for unit in manifest.units),
+        class_bytes=class_bytes,
+    )
+
+
+def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
+    """Part of a file -> the aligned tensor that it is of; of a factor, the unit."""
+    manifest = bundle.manifest
+    names = manifest.tasks[manifest.files[file].tasks[0]].names  # dense parts have the names of the first reader
+    dense = {names.get(tensor.name, tensor.name): tensor.name for tensor in manifest.tensors}
+    return {part: dense.get(part) or part.rpartition("@")[0] for part in bundle.parts[file]}
+
+
+def bundle_value(facts: BundleFacts) -> dict[str, Any]:
+    """All that `inspect` tells of a bundle."""
+    bundle, manifest = facts.bundle, facts.bundle.manifest
+    manifest_bytes = (bundle.path / MANIFEST_NAME).stat().st_size
+    return {
+        "kind": "bundle",
+        "bundle": str(bundle.path),
+        "id": manifest.id,
+        "generator": manifest.generator,
+        "plan": manifest.plan,
+        "methods": facts.methods,
+        "allocation": manifest.allocation.model_dump(mode="json"),
+        "one_model_bytes": manifest.one_model_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "factor": manifest.stored_bytes / max(1, manifest.one_model_bytes),
+        "total_bytes": manifest_bytes + sum(file.bytes for file in manifest.files.values()),
+        "files": {path: file.bytes for path, file in manifest.files.items()} | {MANIFEST_NAME: manifest_bytes},
+        "tasks": {task: _task(facts, task) for task in bundle.tasks},
+        "classes": {
+            kind.value: {
+                "tensors": sum(tensor.class_ is kind for tensor in manifest.tensors),
+                "bytes": facts.class_bytes.get(kind.value, 0),
+            }
+            for kind in TensorClass
+            if kind is not TensorClass.BASE_ONLY
+        },
+        "units": [
+            {
+                "name": unit.name,
+                "tensors": list(unit.tensors),
+                "parameters": elements,
+                "bytes": num_bytes,
+                "groups": [group.model_dump(mode="json") for group in unit.groups],
+            }
+            for unit, elements, num_bytes in zip(manifest.units, facts.unit_elements, facts.unit_bytes)
+        ],
+    }
+
+
+def letters(unit: UnitEntry) -> dict[str, str]:
+    """Task -> letter of its group, as LEGEND says; past `z` `#`. A task in no group has none."""
+    found: dict[str, str] = {}
+    shared = 0
+    for group in unit.groups:
+        letter = ALONE
+        if len(group.tasks) > 1:
+            letter = LETTERS[shared] if shared < len(LETTERS) else "#"
+            letter = letter.upper() if group.kind == "copy" else letter
+            shared += 1
+        found.update(dict.fromkeys(group.tasks, letter))
+    return found
+
+
+def is_exact(group: GroupEntry, task: str) -> bool:
+    """Whether the task's values come back as they were."""
+    return group.kind == "copy" and group.distance.get(task) == 0
+
+
+def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> None:
+    """Tables on stdout."""
+    allocation = value["allocation"]
+    print(printable(f"{value['bundle']}: a bundle of {len(value['tasks'])} tasks, id {value['id']}"))
+    print(
+        printable(
+            f"{value['generator']}, plan {value['plan'][:16]}…; {', '.join(value['methods']) or 'nothing merged'}"
+        )
+    )
+    print(
+        f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
+        f"{len(value['files'])} files; {allocation['merges']} merges ({allocation['undone']} undone)"
+    )
+    if allocation["dtype"]:
+        print(f"floating-point tensors are stored as {allocation['dtype']}")
+    table(
+        ["task", "reads", "of it its own", "approximated", "distance", "transformers"],
+        [
+            (
+                name,
+                f"{task['route_bytes']:,}",
+                f"{task['own_bytes']:,}",
+                "nothing: exact" if task["exact"] else f"{task['approximated'] / max(1, task['parameters']):.1%}",
+                draw.number(task["distance"]),
+                "loads it" if task["loads"] else "after export",
+            )
+            for name, task in value["tasks"].items()
+        ],
+        title="approximated: share of its parameters; the rest comes back as it was",
+    )
+    table(
+        ["class", "tensors", "bytes"],
+        [
+            (kind, found["tensors"], f"{found['bytes']:,}")
+            for kind, found in value["classes"].items()
+            if found["tensors"]
+        ],
+    )
+    draw.long_table(
+        ["block", "groups by task", "parameters", "bytes", "groups", "stored as", "worst distance"],
+        [
+            _row(facts.bundle.tasks, *found)
+            for found in zip(facts.bundle.manifest.units, facts.unit_elements, facts.unit_bytes)
+        ],
+        every=every,
+        title="which tasks share a block",
+        left=2,
+    )
+    print(
+        printable("tasks from left to right: " + ", ".join(f"{n} {task}" for n, task in enumerate(value["tasks"], 1)))
+    )
+    print(LEGEND)
+
+
+def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int) -> tuple[str, ...]:
+    kinds = Counter(group.kind for group in unit.groups)
+    distances = [found for group in unit.groups for found in group.distance.values()]
+    known = [distance for distance in distances if distance is not None]
+    shared = letters(unit)
+    return (
+        unit.name,
+        " ".join(shared.get(task, " ") for task in tasks),
+        f"{elements:,}",
+        f"{num_bytes:,}",
+        str(len(unit.groups)),
+        ", ".join(f"{count} {PLURALS[kind] if count > 1 else kind}" for kind, count in kinds.items()),
+        "exact"
+        if known and max(known) == 0 and len(known) == len(distances)
+        else draw.number(max(known, default=None)),
+    )
+
+
+PLURALS = {"copy": "copies", "merged": "merged", "masked": "masked", "residual": "residual"}
+
+
+def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
+    bundle, manifest = facts.bundle, facts.bundle.manifest
+    entry, route = manifest.tasks[task], bundle.route(task)
+    approximated = sum(
+        elements
+        for unit, elements in zip(manifest.units, facts.unit_elements)
+        for group in unit.groups
+        if task in group.tasks and not is_exact(group, task)
+    )
+    return {
+        "source": entry.source,
+        "exact": entry.exact,
+        "distance": entry.distance,
+        "parameters": sum(_elements(tensor, task) for tensor in manifest.tensors if task in tensor.digests),
+        "approximated": approximated,
+        "route_bytes": sum(manifest.files[path].bytes for path in route),
+        "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
+        "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),
+        "files": list(entry.files),
+        "loads": f"tasks/{task}/{INDEX_NAME}" in entry.files,
+    }
+
+
+def _elements(tensor: TensorEntry, task: str = "") -> int:
+    return math.prod((tensor.shapes or {}).get(task, tensor.shape))

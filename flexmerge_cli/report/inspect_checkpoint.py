@@ -1,0 +1,114 @@
+"""A checkpoint's headers in; its parameters, dtypes, blocks and private candidates out. Reads no weight.
+
+One model alone does not tell what a family makes of it: what is constant, or missing or of another shape elsewhere,
+only `plan` knows.
+"""
+
+from typing import Any
+
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.family.blocks import partition
+from flexmerge_cli.family.classes import aliases, is_resnet, tied_by_config, why_private
+from flexmerge_cli.report.inspect_draw import long_table
+from flexmerge_cli.report.text import human_bytes, printable, table
+
+
+def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that `inspect` tells of a checkpoint."""
+    tensors = checkpoint.tensors
+    shared = aliases(tensors)
+    tied = tied_by_config(checkpoint.config, tensors) | shared
+    resnet = is_resnet(tensors)
+    private = {
+        name: why
+        for name, tensor in tensors.items()
+        if name not in shared and (why := why_private(name, tensor, [tensor], resnet=resnet)) is not None
+    }
+    merging = [name for name in tensors if name not in shared and name not in private]
+    return {
+        "kind": "checkpoint",
+        "source": checkpoint.source,
+        "path": str(checkpoint.path),
+        "model_type": _word(checkpoint.config.get("model_type")),
+        "architectures": [str(name) for name in _list(checkpoint.config.get("architectures"))],
+        "parameters": sum(tensor.num_elements for name, tensor in tensors.items() if name not in shared),
+        "bytes": sum(tensor.num_bytes for name, tensor in tensors.items() if name not in shared),
+        "files": [
+            {"path": str(path), "bytes": path.stat().st_size, "tensors": sum(t.path == path for t in tensors.values())}
+            for path in checkpoint.weight_paths()
+        ],
+        "side_files": list(checkpoint.side_files),
+        "ignored": list(checkpoint.ignored),
+        "dtypes": {
+            dtype: _sums([tensor for tensor in tensors.values() if tensor.dtype == dtype])
+            for dtype in sorted({tensor.dtype for tensor in tensors.values()})
+        },
+        "blocks": [
+            {"name": block.name, **_sums([tensors[name] for name in block.tensors])} for block in partition(merging)
+        ],
+        "private": [
+            {"name": name, "dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "why": why}
+            for name, why in private.items()
+        ],
+        "tied": [
+            {
+                "name": alias,
+                "of": target,
+                "why": "shared storage" if alias in shared else "by the config, if bit-identical",
+            }
+            for alias, target in tied.items()
+        ],
+    }
+
+
+def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
+    """Tables on stdout."""
+    what = ", ".join(value["architectures"]) or value["model_type"] or "no config.json"
+    print(printable(f"{value['source']}: a checkpoint ({what})"))
+    print(
+        f"{value['parameters']:,} parameters, {human_bytes(value['bytes'])} "
+        f"in {sum(file['tensors'] for file in value['files'])} tensors of {len(value['files'])} files"
+    )
+    if value["side_files"]:
+        print(printable(f"beside the weights: {', '.join(value['side_files'])}"))
+    if value["ignored"]:
+        print(printable(f"left where it is: {', '.join(value['ignored'])}"))
+    table(["dtype", *SUMS], [(dtype, *_cells(sums)) for dtype, sums in value["dtypes"].items()])
+    long_table(
+        ["block", *SUMS],
+        [(block["name"], *_cells(block)) for block in value["blocks"]],
+        every=every,
+        title=f"{len(value['blocks'])} blocks",
+    )
+    if value["private"]:
+        long_table(
+            ["private candidate", "why", "dtype", "shape"],
+            [(found["name"], found["why"], found["dtype"], found["shape"]) for found in value["private"]],
+            every=every,
+            left=2,
+        )
+    else:
+        print("no private candidates")
+    if value["tied"]:
+        table(["tied", "to", "why"], [(found["name"], found["of"], found["why"]) for found in value["tied"]], left=3)
+
+
+SUMS = ("tensors", "parameters", "bytes")
+
+
+def _sums(tensors: list[StoredTensor]) -> dict[str, int]:
+    counted = (len(tensors), sum(t.num_elements for t in tensors), sum(t.num_bytes for t in tensors))
+    return dict(zip(SUMS, counted))
+
+
+def _cells(sums: dict[str, Any]) -> list[str]:
+    return [f"{sums[key]:,}" for key in SUMS]
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

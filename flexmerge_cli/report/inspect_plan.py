@@ -1,0 +1,165 @@
+"""A plan in; its size curve, its blocks and how alike they are out. Needs no torch and no weights."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.order.order import Merge
+from flexmerge_cli.order.similarity import similarity
+from flexmerge_cli.plan import block_measure, load_plan
+from flexmerge_cli.report.inspect_curve import Curve, curve_of
+from flexmerge_cli.report.inspect_heat import Scale
+from flexmerge_cli.report.plan import classes
+
+# M tasks, B blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanFacts:
+    """What follows from a plan."""
+
+    plan: Plan
+    path: Path
+    curve: Curve
+    similarity: np.ndarray
+    """[B, M, M] float64, as the plan's settings compare."""
+    scale: Scale
+    """Of all blocks, so that their pictures compare; a task with itself does not count."""
+    merges: tuple[Merge, ...]
+    """The order, with block indices."""
+    positions: tuple[tuple[int, ...], ...]
+    """Per block the places of its merges in the order, from 1: `--merges N` makes all up to N."""
+    block: int | None
+    """The one that was asked for."""
+
+    def groups(self, block: int, merges: int) -> int:
+        """Groups of a block after so many merges."""
+        return len(self.plan.tasks) - sum(position <= merges for position in self.positions[block])
+
+    def pairs(self, block: int) -> dict[str, Any] | None:
+        """Mean similarity, and the most and the least similar pair; None of one task alone."""
+        rows, columns = np.triu_indices(len(self.plan.tasks), 1)
+        if not len(rows):
+            return None
+        values, names = self.similarity[block][rows, columns], self.plan.task_names
+
+        def pair(place: int) -> dict[str, Any]:
+            return {"similarity": float(values[place]), "tasks": [names[rows[place]], names[columns[place]]]}
+
+        return {"mean": float(values.mean()), "most": pair(int(values.argmax())), "least": pair(int(values.argmin()))}
+
+
+def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
+    """Raises UsageError if it is no sound plan, or has no such block."""
+    plan = load_plan(path)
+    chosen = None if block is None else _find(block, [found.name for found in plan.blocks])
+    try:
+        measures = [block_measure(b.name, [plan.tensor(name) for name in b.tensors]) for b in plan.blocks]
+        found = [similarity(measure, plan.settings.similarity) for measure in measures]
+        curve = curve_of(plan)
+    except ValueError as error:  # a sha256 shows that a plan is whole, not that its numbers make sense
+        raise UsageError(f"{path} is not a sound plan: {error}", hint="make it again with `flexmerge plan`") from None
+    merges = plan.merges()
+    positions: list[list[int]] = [[] for _ in plan.blocks]
+    for position, merge in enumerate(merges, 1):
+        positions[merge.block].append(position)
+    similarity_BMM = np.array(found).reshape(len(plan.blocks), len(plan.tasks), len(plan.tasks))
+    return PlanFacts(
+        plan=plan,
+        path=path,
+        curve=curve,
+        similarity=similarity_BMM,
+        scale=Scale.over(similarity_BMM[:, ~np.eye(len(plan.tasks), dtype=bool)]),
+        merges=merges,
+        positions=tuple(map(tuple, positions)),
+        block=chosen,
+    )
+
+
+def plan_value(facts: PlanFacts) -> dict[str, Any]:
+    """All that `inspect` tells of a plan; sizes as `plan --json` has them."""
+    plan, curve = facts.plan, facts.curve
+    value = {
+        "kind": "plan",
+        "plan": str(facts.path),
+        "sha256": plan.sha256,
+        "generator": plan.generator,
+        "settings": plan.settings.model_dump(mode="json"),
+        "base": plan.base.source,
+        "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
+        "one_model_bytes": plan.one_model_bytes,
+        "classes": classes(plan),
+        "merges": len(plan.order),
+        "near_ties": plan.near_ties,
+        "sizes": [_size(facts, name, merges) for name, merges in curve.named],
+        "curve": {"tensor_bytes": list(curve.tensor_bytes)},
+        "blocks": [
+            {
+                "name": block.name,
+                "tensors": len(block.tensors),
+                "parameters": block.elements,
+                "similarity": facts.pairs(index),
+                "merges": list(facts.positions[index]),
+                "groups": {name: facts.groups(index, merges) for name, merges in curve.named},
+            }
+            for index, block in enumerate(plan.blocks)
+        ],
+    }
+    if facts.block is not None:
+        value["block"] = _block(facts, facts.block)
+    return value
+
+
+def _block(facts: PlanFacts, index: int) -> dict[str, Any]:
+    plan, names = facts.plan, facts.plan.task_names
+    return {
+        "name": plan.blocks[index].name,
+        "tensors": list(plan.blocks[index].tensors),
+        "parameters": plan.blocks[index].elements,
+        "tasks": list(names),
+        "similarity": facts.similarity[index].tolist(),
+        "merges": [
+            {
+                "position": position,
+                "left": [names[task] for task in plan.order[position - 1].left],
+                "right": [names[task] for task in plan.order[position - 1].right],
+                "similarity": plan.order[position - 1].similarity,
+            }
+            for position in facts.positions[index]
+        ],
+    }
+
+
+def _size(facts: PlanFacts, name: str, merges: int) -> dict[str, Any]:
+    plan, curve = facts.plan, facts.curve
+    cut = curve.cuts.index(merges)
+    return {
+        "size": name,
+        "factor": curve.tensor_bytes[merges] / max(1, plan.one_model_bytes),
+        "tensor_bytes": curve.tensor_bytes[merges],
+        "merges": merges,
+        "groups": len(plan.blocks) * len(plan.tasks) - merges,
+        "distance": {
+            method: {
+                task: None if np.isnan(value) else float(value)
+                for task, value in zip(plan.task_names, distance_CM[cut])
+            }
+            for method, distance_CM in curve.distance.items()
+        },
+    }
+
+
+def _find(wanted: str, names: Sequence[str]) -> int:
+    if wanted in names:
+        return names.index(wanted)
+    near = [name for name in names if name.endswith(f".{wanted}")][:3] or difflib.get_close_matches(wanted, names, 3)
+    known = ", ".join(f"`{name}`" for name in near or names[:3])
+    raise UsageError(
+        f"the plan has no block `{wanted}`", hint=f"did you mean {known}?" if near else f"blocks are called {known}, …"
+    )

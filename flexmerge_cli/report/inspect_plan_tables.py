@@ -1,0 +1,110 @@
+"""What `inspect` tells of a plan, as tables and pictures on stdout."""
+
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.report import inspect_draw as draw
+from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.text import human_bytes, printable, table
+
+EXTREMES = 5  # most and least similar blocks that are listed
+SIZE_COLUMNS = 6  # of the blocks × groups table
+
+
+def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
+    """Tables and pictures on stdout."""
+    settings, one = value["settings"], value["one_model_bytes"]
+    print(printable(f"{value['plan']}: a plan of {len(value['tasks'])} tasks of {value['base']}"))
+    print(
+        f"{len(value['blocks'])} blocks ({settings['blocks']}), {value['merges']:,} merges: {settings['similarity']}, "
+        f"{settings['linkage']} linkage, {settings['strategy']}; 1x = one model = {human_bytes(one)}"
+    )
+    if "block" in value:
+        _show_block(facts, value["block"])
+        return
+    counted = [(kind, found["tensors"], f"{found['bytes']:,}") for kind, found in value["classes"].items()]
+    table(["class", "tensors", "bytes"], [row for row in counted if row[1]])
+    if value["merges"]:
+        _show_sizes(value)
+    else:
+        print("nothing to merge: " + ("no tensor merges" if len(value["tasks"]) > 1 else "there is one task"))
+    _show_blocks(value, every=every)
+    _show_extremes(value)
+
+
+def _show_sizes(value: dict[str, Any]) -> None:
+    sizes, one = value["curve"]["tensor_bytes"], max(1, value["one_model_bytes"])
+    print("size after each merge, one dense value per merged block")
+    labels = [f"{size / one:.2f}x {human_bytes(size):>7}" for size in (max(sizes), max(sizes) / 2, 0)]
+    draw.curve(sizes, labels, below=("0 merges", f"{value['merges']:,} merges"))
+    rows = []
+    for row in value["sizes"]:
+        cells = []
+        for distances in row["distance"].values():
+            known = [distance for distance in distances.values() if distance is not None]
+            cells += [draw.number(sum(known) / len(known)), draw.number(max(known))] if known else ["null", "null"]
+        rows.append(
+            (row["size"], f"{row['factor']:.2f}x", f"{row['tensor_bytes']:,}", row["merges"], row["groups"], *cells)
+        )
+    methods = value["sizes"][0]["distance"]
+    heads = [f"{method} {which}" for method in methods for which in ("mean", "worst")]
+    table(["size", "is", "bytes", "merges", "groups", *heads], rows, title="distance ≈ over the tasks")
+
+
+def _show_blocks(value: dict[str, Any], *, every: bool) -> None:
+    between = [row["size"] for row in value["sizes"] if 0 < row["merges"] < value["merges"]]
+    spread = np.linspace(0, len(between) - 1, min(SIZE_COLUMNS, len(between))).round().astype(int)
+    picked = [between[place] for place in spread]
+    rows = []
+    for block in value["blocks"]:
+        pairs = block["similarity"]
+        alike = [draw.number(pairs[which]["similarity"]) for which in ("least", "most")] if pairs else ["", ""]
+        groups = [block["groups"][size] for size in picked]
+        mean = draw.number(pairs["mean"]) if pairs else ""
+        rows.append((block["name"], f"{block['parameters']:,}", mean, *alike, *groups))
+    draw.long_table(
+        ["block", "parameters", "similarity", "least", "most", *picked],
+        rows,
+        every=every,
+        title=f"blocks × groups at a size ({len(value['tasks'])} groups before the first merge, 1 after the last)",
+    )
+
+
+def _show_extremes(value: dict[str, Any]) -> None:
+    ranked = sorted((b for b in value["blocks"] if b["similarity"]), key=lambda block: -block["similarity"]["mean"])
+    if not ranked:
+        return
+    most = ranked[: min(EXTREMES, (len(ranked) + 1) // 2)]
+    least = ranked[len(most) :][-EXTREMES:]
+    for title, which, blocks in (("most similar blocks", "most", most), ("least similar blocks", "least", least[::-1])):
+        rows = [
+            (b["name"], draw.number(b["similarity"]["mean"]), _pair(b["similarity"][which]), b["merges"][0])
+            for b in blocks
+        ]
+        table(["block", "similarity", f"{which} similar pair", "first merge"], rows, title=title)
+    print("one block: --block NAME; all of them as pictures: --html report.html")
+
+
+def _show_block(facts: PlanFacts, block: dict[str, Any]) -> None:
+    print(printable(f"block {block['name']}: {len(block['tensors'])} tensors, {block['parameters']:,} parameters"))
+    for name in block["tensors"]:
+        print(printable(f"  {name}"))
+    print("\nsimilarity of every two tasks; the eight heights span those of all blocks")
+    draw.heat_map(np.array(block["similarity"]), facts.plan.task_names, facts.scale)
+    rows = [
+        (
+            f"{merge['position']:,}",
+            facts.scale.text(merge["similarity"]),
+            " ".join(merge["left"]),
+            " ".join(merge["right"]),
+        )
+        for merge in block["merges"]
+    ]
+    table(
+        ["merge", "similarity", "of", "and"], rows, title=f"merges of the block, of {len(facts.plan.order):,}", left=4
+    )
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    return f"{pair['tasks'][0]}, {pair['tasks'][1]} {draw.number(pair['similarity'])}"

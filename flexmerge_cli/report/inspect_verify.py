@@ -1,0 +1,103 @@
+"""What `inspect --verify` tells: bad files, what in them is damaged, the tasks that break, those that are sound."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.bundle.read import Bundle, read_manifest
+from flexmerge_cli.bundle.verify import verify
+from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.errors import FlexmergeError, IntegrityError
+from flexmerge_cli.report.inspect_bundle import part_tensors
+from flexmerge_cli.report.text import printable
+
+SHOWN = 20  # damaged parts that are named per file
+
+
+def verification(path: Path, *, decode: bool, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    """Raises only if there is no sound manifest to compare with."""
+    manifest = read_manifest(path)
+    found = verify(path, decode=decode, on_bytes=on_bytes)
+    return {
+        "kind": "bundle",
+        "bundle": str(path),
+        "id": manifest.id,
+        "verification": {
+            "sound": not found.bad,
+            "files": found.num_files,
+            "tensors": found.num_tensors,
+            "bad": found.bad,
+            "damaged": damaged_parts(path, [name for name in found.bad if name in manifest.files]),
+            "broken_tasks": list(found.broken_tasks),
+            "sound_tasks": list(found.sound_tasks),
+            "unknown": list(found.unknown),
+        },
+    }
+
+
+def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
+    """Of bad files of the right size, the parts whose tensors no longer decode to what was written.
+
+    None of a file whose damage lies in its header or padding, or where the bundle cannot be opened.
+    """
+    try:
+        bundle = Bundle.open(path)
+    except FlexmergeError:
+        return {}
+    return {file: _damaged(bundle, file) for file in files if file in bundle.parts}
+
+
+def _damaged(bundle: Bundle, file: str) -> list[str]:
+    manifest = bundle.manifest
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    units = {unit.name: unit.tensors for unit in manifest.units}
+    found = []
+    for part, of in part_tensors(bundle, file).items():
+        names = [of] if of in tensors else units.get(of, ())
+        wanted = [
+            (name, task, tensors[name].digests[task])
+            for name in names
+            for task in manifest.files[file].tasks
+            if task in tensors[name].digests
+        ]
+        if any(_digest(bundle, name, task) != digest for name, task, digest in wanted):
+            found.append(part)
+    return found
+
+
+def _digest(bundle: Bundle, name: str, task: str) -> str:
+    return digest_bytes(np.ascontiguousarray(bundle.array(task, name)).reshape(-1).view(np.uint8))
+
+
+def failure(value: dict[str, Any]) -> IntegrityError | None:
+    """The error of a bundle that is not sound."""
+    found = value["verification"]
+    if found["sound"]:
+        return None
+    broken, sound = found["broken_tasks"], found["sound_tasks"]
+    hint = f"sound still: {', '.join(sound)}; " if sound else ""
+    return IntegrityError(
+        printable(f"{value['bundle']} is damaged: {len(found['bad'])} bad parts break {', '.join(broken)}"),
+        hint=printable(f"{hint}fetch the bundle again, or merge again"),
+    )
+
+
+def show_verification(value: dict[str, Any]) -> None:
+    found = value["verification"]
+    print(printable(f"{value['bundle']}: id {value['id']}"))
+    for name, problem in found["bad"].items():
+        print(printable(f"bad: {name}: {problem}"))
+        parts = found["damaged"].get(name, [])
+        for part in parts[:SHOWN]:
+            print(printable(f"     part {part}"))
+        if len(parts) > SHOWN:
+            print(f"     and {len(parts) - SHOWN} more parts")
+    for name in found["unknown"]:
+        print(printable(f"not of this bundle: {name}"))
+    decoded = f", {found['tensors']:,} decoded tensors" if found["tensors"] else ""
+    print(f"checked {found['files']} files{decoded}: {'sound' if found['sound'] else 'damaged'}")
+    if not found["sound"]:
+        print(printable(f"broken tasks: {', '.join(found['broken_tasks']) or 'none'}"))
+        print(printable(f"sound tasks: {', '.join(found['sound_tasks']) or 'none'}"))

@@ -1,0 +1,106 @@
+"""What a residual coder is, and the two ways in which a tensor is seen as a matrix. No torch, no files, no names.
+
+A coder turns a float32 matrix [m, n] into parts, arrays whose dtypes and shapes follow from m, n and the model's dtype
+alone: a bundle is priced without weights. What the matrix is (a residual, a centre, a copy) is its caller's affair.
+
+    low_bit.py    one scale a row, codes of b bits     scope row (levels=empirical: tensor)
+    bitdelta.py   signs, one scale a tensor or a row   scope tensor or row
+    low_rank.py   two factors                          scope tensor
+    sparse.py     largest elements and where they are  scope tensor (select=row: row)
+
+Reading needs numpy alone; encoders take torch tensors on any device.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Matrix = tuple[int, int]
+"""(m, n): rows and columns of a view."""
+
+Rows = tuple[int, int]
+"""Rows [first, stop) of a view."""
+
+Parts = Mapping[str, np.ndarray]
+"""Role -> bits, in the numpy type of `checkpoint.dtypes.NUMPY`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One array that is stored for one tensor and task, or for a centre."""
+
+    role: str
+    """`scale`, `codes`, …: what stands behind the `@` of its name."""
+    dtype: str
+    """As safetensors spells it."""
+    shape: tuple[int, ...]
+    by_row: bool
+    """Axis 0 is the view's rows, and rows [a, b) of the view need no more than this part's [a, b)."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class View(StrEnum):
+    """How a tensor is seen as a matrix. Always in C order, so elements keep their flat index."""
+
+    FIRST_AXIS = "first_axis"
+    """(first axis, the rest); tensors of 0 or 1 axes are one row."""
+    SQUEEZED = "squeezed"
+    """The same once leading axes of size 1 are dropped: [1, 17, 64] is 17 rows, [1, 1, 64] one. Of `auto`."""
+    LAST_AXIS = "last_axis"
+    """(the rest, last axis): every run of the last axis is a row."""
+
+    def matrix(self, shape: tuple[int, ...]) -> Matrix:
+        """(m, n) of a tensor; scalars are (1, 1)."""
+        shape = self._axes(shape)
+        if len(shape) < 2:
+            return 1, math.prod(shape)
+        if self is View.LAST_AXIS:
+            return math.prod(shape[:-1]), shape[-1]
+        return shape[0], math.prod(shape[1:])
+
+    def is_vector(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is one row by nature: fewer than two axes."""
+        return len(self._axes(shape)) < 2
+
+    def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self is not View.SQUEEZED:
+            return shape
+        leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
+        return shape[leading:]
+
+
+class Coder(Protocol):
+    """A way to store a matrix in few bytes. Frozen, compared by value."""
+
+    @property
+    def scope(self) -> Literal["row", "tensor"]:
+        """`row`: no row depends on another, so chunks of whole rows may be encoded one by one."""
+
+    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+        """All that is stored, in the order in which it is; dtype is the model's."""
+
+    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+        """float32 [m, n] -> every part. With scope `row` any chunk of whole rows, and every part is by_row."""
+
+    def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
+        """float32 [rows, n]. shape is the whole view's; by_row parts hold the rows asked for, all others everything.
+
+        rows: all of them if None. Raises ValueError where the content of a part cannot be.
+        """
+
+
+def num_bytes(parts: tuple[Part, ...]) -> int:
+    """What parts weigh, headers apart."""
+    return sum(part.num_bytes for part in parts)

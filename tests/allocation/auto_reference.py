@@ -1,0 +1,151 @@
+"""`auto` in the plainest way: every centre, class and option in loops, every state in dicts. Slow.
+
+States of a tensor are (bytes, cost, centre, options), options by class.
+"""
+
+import itertools
+import math
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.residuals.coder import View
+
+CENTRE_BITS = (2, 3, 4, 8, "dense")
+
+
+def code_bytes(shape, bits):
+    m, n = View.SQUEEZED.matrix(shape)
+    return 2 * m + m * -(-n * bits // 8) if bits else 0
+
+
+def dense_bytes(shape, dtype):
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def table(tensor, levels, w):
+    """[(centre, centre's bytes, [options of each class])], options [(bytes, cost, label)]."""
+    leaders = sorted(set(tensor.same))
+    members = {leader: [k for k, first in enumerate(tensor.same) if first == leader] for leader in leaders}
+
+    def exact(leader):
+        return dense_bytes(tensor.shape, tensor.dtypes[leader]), 0.0, "exact"
+
+    def copies(leader):
+        coded = [
+            (code_bytes(tensor.shape, b), w * len(members[leader]) * tensor.errors.average[b], b) for b in (2, 3, 4, 8)
+        ]
+        return [*coded, exact(leader)]
+
+    def residuals(leader, energy):
+        unit = w * len(members[leader]) * energy
+        coded = [(code_bytes(tensor.shape, b), unit * tensor.errors.ratio[b], b) for b in (1, 2, 3, 4, 8)]
+        return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(leader)]
+
+    rows = [(("none",), 0, [copies(leader) for leader in leaders])]
+    for bits in CENTRE_BITS:
+        lost = 0.0 if bits == "dense" else tensor.errors.base[bits]
+        size = dense_bytes(tensor.shape, tensor.base_dtype) if bits == "dense" else code_bytes(tensor.shape, bits)
+        options = [
+            [(0, 0.0, 0)]
+            if bits == "dense" and tensor.is_base[leader]
+            else residuals(leader, max(0.0, tensor.gram[leader][leader]) + lost)
+            for leader in leaders
+        ]
+        rows.append((("base", bits), size, options))
+    seen = []
+    for level in sorted(levels):
+        groups = [[leader for leader in leaders if leader in group] for group in levels[level]]
+        groups = sorted(group for group in groups if group)
+        if groups in seen or all(len(group) == 1 for group in groups):
+            continue
+        seen.append(groups)
+        for bits in CENTRE_BITS:
+            lost = 0.0 if bits == "dense" else tensor.errors.average[bits]
+            size, options = 0, {}
+            for group in groups:
+                tasks = sorted(k for leader in group for k in members[leader])
+                if len(group) == 1:
+                    options[group[0]] = copies(group[0])
+                    continue
+                dtype = promote([tensor.dtypes[k] for k in tasks])
+                size += dense_bytes(tensor.shape, dtype) if bits == "dense" else code_bytes(tensor.shape, bits)
+                within = sum(tensor.gram[i][j] for i in tasks for j in tasks) / len(tasks) ** 2
+                for k in group:
+                    cross = sum(tensor.gram[k][j] for j in tasks) / len(tasks)
+                    options[k] = residuals(k, max(0.0, tensor.gram[k][k] - 2 * cross + within) + lost)
+            rows.append((("average", len(groups), bits), size, [options[leader] for leader in leaders]))
+    return rows
+
+
+def hull(points):
+    """Lower convex hull of (bytes, cost, …)."""
+    kept = []
+    for point in sorted(points, key=lambda p: (p[0], p[1])):
+        if kept and point[1] >= kept[-1][1]:
+            continue
+        while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], point):
+            kept.pop()
+        kept.append(point)
+    return kept
+
+
+def slope(p, q):
+    return (p[1] - q[1]) / (q[0] - p[0])
+
+
+def curve(row):
+    """States of one centre, from every class at its first vertex."""
+    centre, size, options = row
+    hulls = [hull(of_class) for of_class in options]
+    segments = [(-slope(p, q), k, i) for k, h in enumerate(hulls) for i, (p, q) in enumerate(itertools.pairwise(h))]
+    at = [0] * len(hulls)
+    states = [state(centre, size, hulls, at)]
+    for _, k, _ in sorted(segments):
+        at[k] += 1
+        states.append(state(centre, size, hulls, at))
+    return states
+
+
+def state(centre, size, hulls, at):
+    chosen = [h[i] for h, i in zip(hulls, at)]
+    return size + sum(o[0] for o in chosen), sum(o[1] for o in chosen), centre, tuple(o[2] for o in chosen)
+
+
+def every_state(rows):
+    """All combinations of options of all centres."""
+    return [
+        (size + sum(o[0] for o in chosen), sum(o[1] for o in chosen), centre, tuple(o[2] for o in chosen))
+        for centre, size, options in rows
+        for chosen in itertools.product(*options)
+    ]
+
+
+def solve(tables, budget):
+    """States of all tensors, in order of the tables; None if even the smallest do not fit."""
+    curves = [[point for row in rows for point in curve(row)] for rows in tables]
+    hulls = [hull(points) for points in curves]
+    now = [h[0] for h in hulls]
+    left = budget - sum(point[0] for point in now)
+    if left < 0:
+        return None
+    segments = [(-slope(p, q), t, i) for t, h in enumerate(hulls) for i, (p, q) in enumerate(itertools.pairwise(h))]
+    for _, t, i in sorted(segments):
+        added = hulls[t][i + 1][0] - now[t][0]
+        if added > left:
+            break
+        now[t], left = hulls[t][i + 1], left - added
+    while True:
+        fits = [
+            (t, point)
+            for t, points in enumerate(curves)
+            for point in points
+            if point[1] < now[t][1] and point[0] <= now[t][0] + left
+        ]
+        free = [(now[t][1] - point[1], t, point) for t, point in fits if point[0] <= now[t][0]]
+        if free:
+            _, t, point = max(free, key=lambda item: item[0])
+        elif fits:
+            t, point = min(fits, key=lambda item: (-slope(now[item[0]], item[1]), item[1][0] - now[item[0]][0]))
+        else:
+            return now
+        left -= point[0] - now[t][0]
+        now[t] = point

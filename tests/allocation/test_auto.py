@@ -1,0 +1,345 @@
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmerge_cli.allocation.auto import Search, search
+from flexmerge_cli.allocation.auto_centres import CODED, Centre, factors
+from flexmerge_cli.allocation.auto_hull import frontier, hull
+from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
+from flexmerge_cli.allocation.auto_table import Limits, Table
+from flexmerge_cli.errors import GateError
+from flexmerge_cli.residuals.coding_error import NORMAL_RATIOS, CodingError
+
+from . import auto_reference as reference
+
+SHAPES = [(), (1,), (9,), (3, 4), (16, 7), (1, 5, 3), (64, 64), (2000, 64)]
+
+
+def tensor_of(name, shape, num_tasks, rng, *, dtypes="F32", same=None, is_base=()):
+    """Statistics as of random weights; tasks that are said to be equal have equal task vectors."""
+    same = tuple(same or range(num_tasks))
+    vectors = rng.standard_normal((num_tasks, 5)) * 10 ** rng.uniform(-2, 0, (num_tasks, 1))
+    vectors += rng.standard_normal(5) / 10
+    vectors = np.stack([vectors[first] for first in same])
+    for task in is_base:
+        vectors[task] = 0
+    energy = float(np.prod(shape)) * 10 ** rng.uniform(-3, -1)
+
+    def drawn(scale):
+        return {bits: scale * ratio * rng.uniform(0.7, 1.3) for bits, ratio in NORMAL_RATIOS.items()}
+
+    def weight_errors():
+        return {bits: error for bits, error in drawn(energy).items() if bits > 1}
+
+    return TensorStatistics(
+        name=name,
+        shape=shape,
+        base_dtype="F32",
+        dtypes=(dtypes,) * num_tasks if isinstance(dtypes, str) else tuple(dtypes),
+        gram=vectors @ vectors.T,
+        same=same,
+        is_base=tuple(task in is_base for task in range(num_tasks)),
+        errors=CodingError(base=weight_errors(), average=weight_errors(), ratio=drawn(1.0)),
+    )
+
+
+def random_levels(num_tasks, rng):
+    groups, merges = [(task,) for task in range(num_tasks)], []
+    while len(groups) > 1:
+        left, right = sorted(rng.choice(len(groups), 2, replace=False))
+        merges.append((groups[left], groups[right]))
+        groups[left] = tuple(sorted(groups[left] + groups.pop(right)))
+    return partitions(num_tasks, merges)
+
+
+@st.composite
+def families(draw, max_tasks=4, max_tensors=3):
+    """Tensors by block, and levels of the blocks; some tasks equal, some equal to the base, some in bfloat16."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_tasks = draw(st.integers(1, max_tasks))
+    tensors, block_of = [], {}
+    for number in range(draw(st.integers(1, max_tensors))):
+        leaders = [draw(st.integers(0, task)) for task in range(num_tasks)]
+        same = [first if leaders[first] == first else task for task, first in enumerate(leaders)]
+        base = draw(st.sampled_from([None, *range(num_tasks)]))
+        name = draw(st.sampled_from([f"layer.{number}", f"tok_embeddings.{number}", f"wte.{number}"]))
+        kinds = draw(st.lists(st.sampled_from(["F32", "BF16"]), min_size=num_tasks, max_size=num_tasks))
+        tensors.append(
+            tensor_of(
+                name,
+                draw(st.sampled_from(SHAPES)),
+                num_tasks,
+                rng,
+                dtypes=[kinds[first] for first in same],
+                same=same,
+                is_base=[] if base is None else [task for task in range(num_tasks) if same[task] == same[base]],
+            )
+        )
+        block_of[name] = f"block.{draw(st.integers(0, 1))}"
+    levels = {block: random_levels(num_tasks, rng) for block in sorted(set(block_of.values()))}
+    return tensors, block_of, levels
+
+
+def reference_tables(tensors, block_of, levels):
+    weight = weights(tensors, block_of)
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    return [reference.table(tensor, levels[block_of[tensor.name]], weight[tensor.name]) for tensor in ordered]
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.floats(0, 1.1))
+def test_it_equals_the_plain_reference(family, place):
+    found, tables = search(*family), reference_tables(*family)
+    most = sum(max(point[0] for row in rows for point in reference.curve(row)) for rows in tables)
+    budget = int(found.smallest_bytes + place * (most - found.smallest_bytes))
+    expected = reference.solve(tables, budget)
+    solution = found.solve(budget)
+    assert solution.num_bytes == sum(state[0] for state in expected)
+    assert solution.cost == pytest.approx(sum(state[1] for state in expected), rel=1e-9, abs=1e-12)
+    assert reference.solve(tables, found.smallest_bytes - 1) is None
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.sampled_from(["none", "base", "average"]))
+def test_the_curves_of_every_kind_of_centre_equal_the_plain_ones(family, kind):
+    found, tables = search(*family, Limits(centres=(kind,))), reference_tables(*family)
+    for table, rows in zip(found.tables, tables):
+        allowed = [row for row in rows if row[0][0] == kind] or rows[:1]
+        points = [point for row in allowed for point in reference.curve(row)]
+        kept = frontier_states(points)
+        assert table.num_bytes.tolist() == [point[0] for point in kept]
+        assert table.cost == pytest.approx(np.array([point[1] for point in kept]), rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(families(max_tasks=3, max_tensors=2))
+def test_no_combination_of_options_lies_below_the_hull(family):
+    found, tables = search(*family), reference_tables(*family)
+    for table, rows in zip(found.tables, tables):
+        num_bytes, cost = table.num_bytes[table.vertices], table.cost[table.vertices]
+        for state in reference.every_state(rows):
+            assert state[0] >= num_bytes[0]
+            below = np.interp(state[0], num_bytes, cost)
+            assert state[1] >= below * (1 - 1e-9) - 1e-12
+
+
+@settings(deadline=None, max_examples=10)
+@given(families(max_tasks=2, max_tensors=2))
+def test_what_no_fill_has_touched_is_optimal_for_its_bytes(family):
+    found, tables = search(*family), reference_tables(*family)
+    states = [frontier_states(reference.every_state(rows)) for rows in tables]
+    together = np.array([[sum(s[0] for s in c), sum(s[1] for s in c)] for c in itertools.product(*states)])
+    prefixes = np.cumsum(np.concatenate([[found.smallest_bytes], found._segments[1]]))
+    for budget in prefixes.astype(int).tolist():
+        solution = found.solve(budget)
+        assert solution.num_bytes == budget
+        within = together[together[:, 0] <= budget]
+        assert solution.cost == pytest.approx(within[:, 1].min(), rel=1e-9, abs=1e-12)
+
+
+def frontier_states(states):
+    num_bytes, cost = np.array([state[0] for state in states]), np.array([state[1] for state in states])
+    return [states[index] for index in frontier(num_bytes, cost)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.floats(0, 1))
+def test_what_is_left_buys_nothing_more(family, place):
+    found = search(*family)
+    most = sum(int(table.num_bytes[-1]) for table in found.tables)
+    budget = int(found.smallest_bytes + place * (most - found.smallest_bytes))
+    solution = found.solve(budget)
+    assert solution.num_bytes <= budget
+    left = budget - solution.num_bytes
+    for choice, rows in zip(solution.choices, reference_tables(*family)):
+        cost = next(table for table in found.tables if table.tensor.name == choice.tensor)
+        now = cost.cost[np.flatnonzero(cost.num_bytes == choice.num_bytes)[0]]
+        better = [p for row in rows for p in reference.curve(row) if p[1] < now * (1 - 1e-9) - 1e-15]
+        assert all(point[0] - choice.num_bytes > left for point in better)
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_choices_add_up_and_more_bytes_never_cost_more_at_the_vertices(family, places):
+    found = search(*family)
+    bought = np.concatenate([[found.smallest_bytes], found._segments[1]]).cumsum()
+    budgets = sorted({int(bought[int(place * (len(bought) - 1))]) for place in places})
+    solutions = [found.solve(budget) for budget in budgets]
+    weight = weights(family[0], family[1])
+    for solution in solutions:
+        assert solution.num_bytes == sum(choice.num_bytes for choice in solution.choices)
+        predicted = sum(weight[choice.tensor] * sum(choice.errors) for choice in solution.choices)
+        assert solution.cost == pytest.approx(predicted, rel=1e-9, abs=1e-12)
+    costs = [solution.cost for solution in solutions]
+    assert costs == sorted(costs, reverse=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.sampled_from([Limits(min_bits=2), Limits(max_bits=3), Limits(min_bits=4, max_bits=4)]))
+def test_limits_on_bits_are_kept(family, limits):
+    found = search(*family, limits)
+    for place in (0.0, 0.3, 1.0):
+        most = sum(int(table.num_bytes[-1]) for table in found.tables)
+        solution = found.solve(int(found.smallest_bytes + place * (most - found.smallest_bytes)))
+        for tensor, choice in zip(found.tables, solution.choices):
+            free = choice.centre.kind == "base" and choice.centre.bits == "dense"
+            for task, bits in enumerate(choice.bits):
+                is_centre = free and tensor.tensor.is_base[task]
+                assert bits == "exact" or limits.min_bits <= bits <= limits.max_bits or (is_centre and bits == 0)
+
+
+@pytest.mark.parametrize("kind", ["none", "base", "average"])
+def test_limits_on_centres_are_kept(kind):
+    rng = np.random.default_rng(0)
+    tensor = tensor_of("w", (64, 64), 4, rng)
+    found = search([tensor], {"w": "w"}, {"w": random_levels(4, rng)}, Limits(centres=(kind,)))
+    assert {found.solve(int(share * found.smallest_bytes)).choices[0].centre.kind for share in (1, 1.5, 4)} == {kind}
+
+
+def test_residuals_are_dropped_in_large_embedding_tables_alone():
+    rng = np.random.default_rng(0)
+    cases = {
+        "model.embed_tokens.weight": (1000, 500),
+        "transformer.wte.weight": (2000, 64),
+        "Shared.weight": (2000, 64),
+        "embed.small": (999, 64),
+        "embed.wide": (1000, 501),
+        "wtele.weight": (2000, 64),
+        "model.layers.0.weight": (2000, 64),
+    }
+    dropped = {name for name, shape in cases.items() if tensor_of(name, shape, 2, rng).may_drop}
+    assert dropped == {"model.embed_tokens.weight", "transformer.wte.weight", "Shared.weight"}
+
+
+def test_a_task_that_is_the_base_costs_nothing_on_a_dense_base():
+    tensor = tensor_of("w", (64, 64), 2, np.random.default_rng(0), is_base=(1,))
+    found = search([tensor], {"w": "w"}, {"w": partitions(2, [((0,), (1,))])}, Limits(centres=("base",)))
+    (choice,) = found.solve(10**6).choices
+    assert choice.bits[1] == 0
+    assert choice.errors == (0.0, 0.0)
+    assert choice.num_bytes == 2 * 4 * 64 * 64
+
+
+def test_a_distance_that_rounding_makes_negative_is_zero():
+    """Nearly equal tasks of large task vectors: the Gram matrix tells their distance no more."""
+    tensor = tensor_of("w", (64, 64), 2, np.random.default_rng(0))
+    tensor = replace(tensor, gram=np.array([[1.0, 1.0 + 1e-12], [1.0 + 1e-12, 1.0]]))
+    kinds, factors_CK = factors(tensor, [Centre(kind="average", groups=((0, 1),))])
+    assert kinds.tolist() == [[CODED, CODED]]
+    assert factors_CK.tolist() == [[0.0, 0.0]]
+
+
+def test_equal_tasks_are_paid_once():
+    tensor = tensor_of("w", (64, 64), 3, np.random.default_rng(0), same=(0, 1, 0))
+    found = search([tensor], {"w": "w"}, {"w": random_levels(3, np.random.default_rng(0))}, Limits(centres=("none",)))
+    (choice,) = found.solve(10**6).choices
+    assert choice.bits == ("exact",) * 3
+    assert choice.num_bytes == 2 * 4 * 64 * 64
+
+
+def test_a_tensor_that_no_task_has_moved_stays_at_its_smallest():
+    rng = np.random.default_rng(0)
+    still = tensor_of("still", (64, 64), 2, rng, is_base=(0, 1))
+    moved = tensor_of("moved", (64, 64), 2, rng)
+    levels = {"b": partitions(2, [((0,), (1,))])}
+    found = search([still, moved], {"still": "b", "moved": "b"}, levels)
+    choice = found.solve(10**6).choices[1]
+    assert choice.tensor == "still"
+    assert choice.num_bytes == found.tables[1].num_bytes[0]
+
+
+def test_a_budget_below_the_smallest_size_names_it():
+    tensor = tensor_of("w", (64, 64), 2, np.random.default_rng(0))
+    found = search([tensor], {"w": "w"}, {"w": partitions(2, [((0,), (1,))])})
+    with pytest.raises(GateError, match=f"{found.smallest_bytes:,}"):
+        found.solve(found.smallest_bytes - 1)
+
+
+def test_no_tensors_cost_nothing():
+    solution = Search([]).solve(0)
+    assert (solution.choices, solution.num_bytes, solution.cost) == ((), 0, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.floats(0, 1), st.integers(0, 999))
+def test_a_price_above_the_choices_is_never_exceeded(family, place, overhead):
+    found = search(*family)
+
+    def price(solution):
+        """Headers, say: something for every part, and a name that has one digit more or less."""
+        return solution.num_bytes + overhead + sum(len(str(choice.bits)) for choice in solution.choices)
+
+    smallest = price(found.solve(found.smallest_bytes))
+    limit = smallest + place * sum(int(table.num_bytes[-1]) for table in found.tables)
+    solution = found.solve_priced(limit, price)
+    assert price(solution) <= limit
+    with pytest.raises(GateError, match=f"{smallest:,}"):
+        found.solve_priced(smallest - 1, price)
+
+
+@settings(deadline=None, max_examples=40)
+@given(families(), st.sampled_from([0.0, 0.01, 0.1, 0.35, 2.0]))
+def test_predicted_distances_stay_under_a_limit_and_one_step_less_does_not(family, limit):
+    found = search(*family)
+    energy = sum(np.diag(tensor.gram) for tensor in family[0])
+
+    def holds(solution):
+        errors = np.sum([choice.errors for choice in solution.choices], axis=0)
+        return bool((errors <= limit**2 * energy).all())
+
+    solution = found.solve_distance(limit)
+    reached = np.concatenate([[found.smallest_bytes], found._segments[1]]).cumsum().tolist()
+    assert holds(solution) or solution.num_bytes == reached[-1]
+    if solution.num_bytes > found.smallest_bytes:
+        before = max(num_bytes for num_bytes in reached if num_bytes < solution.num_bytes)
+        assert not holds(found.solve(before))
+
+
+def test_a_uniform_plan_is_priced_from_the_same_table():
+    rng = np.random.default_rng(0)
+    matrix, vector = tensor_of("m", (64, 64), 3, rng), tensor_of("v", (64,), 3, rng)
+    levels = {"b": partitions(3, [((0,), (1,)), ((0, 1), (2,))])}
+    family = [matrix, vector], {"m": "b", "v": "b"}, levels
+    num_bytes, cost = search(*family).uniform(centre_bits=4, bits=1)
+    matrix_bytes = (2 * 64 + 64 * 32) + 3 * (2 * 64 + 64 * 8)
+    assert num_bytes == matrix_bytes + 4 * (2 + 64)
+    rows = {row[0]: row[2] for row in reference_tables(*family)[0]}
+    vector_rows = {row[0]: row[2] for row in reference_tables(*family)[1]}
+    expected = [options[0][1] for options in rows["average", 1, 4]]
+    expected += [options[4][1] for options in vector_rows["average", 1, 8]]
+    assert cost == pytest.approx(sum(expected))
+
+
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6).map(float)), max_size=12)  # many equal, many in line
+
+
+@settings(deadline=None, max_examples=300)
+@given(POINTS)
+def test_hull_and_frontier_equal_the_plain_ones(points):
+    num_bytes, cost = np.array([p[0] for p in points], np.int64), np.array([p[1] for p in points], np.float64)
+    assert [points[index] for index in hull(num_bytes, cost)] == [tuple(p) for p in reference.hull(points)]
+    kept = [points[index] for index in frontier(num_bytes, cost)]
+    assert kept == sorted({p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)})
+
+
+def test_of_equal_points_the_first_is_taken():
+    assert frontier(np.array([3, 3, 1, 1]), np.array([1.0, 1.0, 2.0, 2.0])).tolist() == [2, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_tensors", "num_tasks", "seconds"), [(100, 8, 2), (300, 30, 15)])
+def test_large_families_take_seconds(num_tensors, num_tasks, seconds):
+    rng = np.random.default_rng(0)
+    tensors = [tensor_of(f"t{number:03}", (768, 768), num_tasks, rng) for number in range(num_tensors)]
+    levels = random_levels(num_tasks, rng)
+    start = time.process_time()
+    tables = [Table(tensor, levels, 1.0) for tensor in tensors]
+    found = Search(tables)
+    for share in (1.0, 1.3, 2.0):
+        found.solve(int(share * found.smallest_bytes))
+    assert time.process_time() - start < seconds

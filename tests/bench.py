@@ -1,0 +1,221 @@
+"""`python -m tests.bench plan|merge`: our wall time and peak anonymous memory beside a bare loop, in one run.
+
+Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
+least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
+256 k-element chunk, two workers. For `merge` at 1x it reads the input and writes the output once. Imports are apart:
+each part runs in a process of its own and tells the time from after its imports. Files are read once before, so that
+all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NUM_TASKS = 8
+CHUNK_ELEMENTS = 1 << 18
+WORKERS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["plan", "merge", *PARTS])
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
+    parser.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.what in PARTS:
+        print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
+        return
+    make_family(arguments.folder)
+    if arguments.what == "merge":
+        run_part("our-plan", arguments.folder)
+    names = ["bare-plan", "our-plan"] if arguments.what == "plan" else ["bare-merge", "our-merge"]
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(arguments.repeat):
+        for name in names:
+            found = run_part(name, arguments.folder)
+            print(f"{name:12} {found['seconds']:6.2f} s  {found['peak_bytes'] / 1e6:6.0f} MB", flush=True)
+            if name not in best or found["seconds"] < best[name]["seconds"]:
+                best[name] = found
+    bare, ours = (best[name] for name in names)
+    print(f"ours / bare, best of {arguments.repeat}: {ours['seconds'] / bare['seconds']:.2f}x time", end=", ")
+    print(f"peak anonymous memory {ours['peak_bytes'] / 1e6:.0f} MB (bare loop {bare['peak_bytes'] / 1e6:.0f} MB)")
+
+
+def run_part(name: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench", name, "--folder", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(part: Callable[[Path], Callable[[], None]], folder: Path) -> dict[str, float]:
+    """Seconds of the part after its imports, and the peak of the process' anonymous memory."""
+    run = part(folder)
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    stop.set()
+    watcher.join()
+    return {"seconds": seconds, "peak_bytes": max(peak[0], anonymous_bytes())}
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+# Parts: each imports, and returns what is to be timed.
+
+
+def bare_plan(folder: Path) -> Callable[[], None]:
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    files, items = open_all(folder)
+
+    def run() -> None:
+        local = threading.local()
+
+        def work(item: tuple[int, int]) -> "np.ndarray":
+            offset, count = item
+            if not hasattr(local, "buffers"):
+                local.buffers = np.empty((NUM_TASKS + 1, CHUNK_ELEMENTS), np.float32)
+            chunk = local.buffers[:, :count]
+            for row, file in enumerate(files):
+                os.preadv(file, [chunk[row].data], offset)
+            deltas = torch.from_numpy(chunk[1:])
+            deltas -= torch.from_numpy(chunk[0])
+            return (deltas @ deltas.T).numpy()
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            gram = sum(pool.map(work, items))
+        assert np.isfinite(gram).all()
+
+    return run
+
+
+def bare_merge(folder: Path) -> Callable[[], None]:
+    import numpy as np
+
+    files, items = open_all(folder)
+    target = folder / "bare.out"
+    target.unlink(missing_ok=True)
+    out = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)
+    os.posix_fallocate(out, 0, os.fstat(files[0]).st_size)
+
+    def run() -> None:
+        local = threading.local()
+
+        def work(item: tuple[int, int]) -> None:
+            offset, count = item
+            if not hasattr(local, "buffers"):
+                local.buffers = np.empty((NUM_TASKS + 1, CHUNK_ELEMENTS), np.float32)
+            chunk = local.buffers[:, :count]
+            for row, file in enumerate(files):
+                os.preadv(file, [chunk[row].data], offset)
+            os.pwrite(out, chunk[0].data, offset)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(work, items))
+        os.fsync(out)
+
+    return run
+
+
+def our_plan(folder: Path) -> Callable[[], None]:
+    import torch
+
+    from flexmerge_cli import make_plan
+    from flexmerge_cli.engine import survey
+
+    torch.zeros(1), survey  # noqa: B018  imports apart
+    tasks = {path.name: path for path in sorted((folder / "tasks").iterdir())}
+    return lambda: make_plan(folder / "base", tasks, output=folder / "plan.json", device="cpu") and None
+
+
+def our_merge(folder: Path) -> Callable[[], None]:
+    from flexmerge_cli import merge
+    from flexmerge_cli.bundle import write
+
+    assert write
+    shutil.rmtree(folder / "bundle", ignore_errors=True)
+    options = {"method": "average", "size": "1x", "device": "cpu"}
+    return lambda: merge(folder / "plan.json", folder / "bundle", **options) and None
+
+
+PARTS = {"bare-plan": bare_plan, "our-plan": our_plan, "bare-merge": bare_merge, "our-merge": our_merge}
+
+
+def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]]]:
+    """Descriptors of base and tasks, and (byte, elements) of every chunk of every tensor."""
+    from safetensors import safe_open
+
+    paths = [folder / "base", *sorted((folder / "tasks").iterdir())]
+    files = [os.open(path / "model.safetensors", os.O_RDONLY) for path in paths]
+    header = int.from_bytes(os.pread(files[0], 8, 0), "little")
+    entries = json.loads(os.pread(files[0], header, 8))
+    assert safe_open
+    items = []
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            count = (end - start) // 4
+            for low in range(0, count, CHUNK_ELEMENTS):
+                items.append((8 + header + start + 4 * low, min(CHUNK_ELEMENTS, count - low)))
+    return files, sorted(items)
+
+
+def make_family(folder: Path) -> None:
+    """A base and NUM_TASKS fine-tunes with the names and shapes of CLIP's ViT-B/32 image tower."""
+    import torch
+    from safetensors.torch import save_file
+
+    if (folder / "done").exists():
+        for path in folder.rglob("model.safetensors"):
+            shutil.copyfile(path, os.devnull)
+        return
+    width, shapes = 768, {}
+    shapes["vision_model.embeddings.class_embedding"] = [width]
+    shapes["vision_model.embeddings.patch_embedding.weight"] = [width, 3, 32, 32]
+    shapes["vision_model.embeddings.position_embedding.weight"] = [50, width]
+    for layer in range(12):
+        prefix = f"vision_model.encoder.layers.{layer}."
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{prefix}{norm}.weight": [width], f"{prefix}{norm}.bias": [width]}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{prefix}self_attn.{name}.weight": [width, width], f"{prefix}self_attn.{name}.bias": [width]}
+        shapes |= {f"{prefix}mlp.fc1.weight": [4 * width, width], f"{prefix}mlp.fc1.bias": [4 * width]}
+        shapes |= {f"{prefix}mlp.fc2.weight": [width, 4 * width], f"{prefix}mlp.fc2.bias": [width]}
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"vision_model.{norm}.weight": [width], f"vision_model.{norm}.bias": [width]}
+    shapes["visual_projection.weight"] = [512, width]
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    for index in range(NUM_TASKS + 1):
+        place = folder / "base" if index == 0 else folder / "tasks" / f"task{index}"
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = base
+        if index:
+            tensors = {n: t + torch.randn(t.shape, generator=generator) * 0.001 for n, t in base.items()}
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    (folder / "done").touch()
+
+
+if __name__ == "__main__":
+    main()

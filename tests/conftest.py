@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from .families import ODD, Folders, plain, write_family
+from .program import succeeds
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """So that tests may run side by side, and sums of matrix products do not hang on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Folders:
+    """Four plain tasks. Read only: a test that changes a model writes a family of its own."""
+    return write_family(tmp_path_factory.mktemp("family"), plain())
+
+
+@pytest.fixture(scope="session")
+def plan(family):
+    """Its plan."""
+    path = family.root / "plan.json"
+    succeeds("plan", *family.arguments, "-o", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def odd_family(tmp_path_factory):
+    """Name of `ODD` -> that family on disk; read only."""
+    made: dict[str, Folders] = {}
+
+    def get(name: str) -> Folders:
+        if name not in made:
+            made[name] = write_family(tmp_path_factory.mktemp(name), ODD[name]())
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def odd_plan(odd_family):
+    """Name of `ODD` -> its plan.json."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = odd_family(name).root / "plan.json"
+            succeeds("plan", *odd_family(name).arguments, "-o", made[name])
+        return made[name]
+
+    return get

@@ -1,0 +1,103 @@
+"""`NAME[:key=value,…]`: what is read, what is refused and how, and the names that mergekit has."""
+
+import re
+
+import pytest
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
+from flexmerge_cli.methods.registry import all_methods, parse_calibrate, parse_call, parse_step
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "args"),
+    [
+        ("average", "average", {}),
+        ("ties:K=0.2,scope=block", "ties", {"K": 0.2, "scope": "block"}),
+        (" ties: K = 1 , merge = sum ", "ties", {"K": 1.0, "merge": "sum"}),
+        ("wudi:lr=1e-5,steps=20", "wudi", {"lr": 1e-5, "steps": 20}),
+        ("weighted_average:weights={a: 1e-3, b: 2},normalize=false", "weighted_average", {"normalize": False}),
+        ("task_arithmetic:scale=null", "task_arithmetic", {"scale": None, "form": "mean"}),
+        ("consensus_original:on=ties,kappa=0", "consensus_original", {"on": "ties", "kappa": 0}),
+    ],
+)
+def test_a_call_is_read(text, name, args):
+    call = parse_call(text)
+    assert call.method is all_methods()[name]
+    assert {key: call.args[key] for key in args} == args
+    assert list(call.args) == list(call.method.parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("tie", "no method `tie`", "did you mean `ties`"),
+        ("zzz", "no method `zzz`", "one of: average"),
+        ("ties:k=0.2", "no argument `k`", "did you mean `K`|takes: K"),
+        ("ties:K=0", "K=0 is not a number in \\(0, 1\\]", None),
+        ("ties:K=1.5", "K=1.5 is not", None),
+        ("ties:K=true", "K=True is not", None),
+        ("ties:K=.inf", "K=inf is not", None),
+        ("ties:K=.nan", "K=nan is not", None),
+        ("ties:merge=median", "merge='median' is not one of mean, sum, max", None),
+        ("ties:K", "cannot read `K`", "key=value"),
+        ("ties:K=1,K=0.5", "cannot read `K=0.5`", None),
+        ("ties:K={", "no YAML value", None),
+        ("wudi:steps=0", "steps=0 is not an integer in", None),
+        ("wudi:steps=2.5", "steps=2.5 is not an integer", None),
+        ("average:scale=1", "`average` has no argument `scale`", "takes: none"),
+        ("weighted_average:weights={a: -1}", "weight of `a` is -1", None),
+        ("weighted_average:weights={a: x}", "weight of `a` is 'x'", None),
+        ("weighted_average:weights=3", "weights=3 is not a map", None),
+        ("della:p=0.1,window=0.3", "window=0.3 does not fit p=0.1", "under 0.2"),
+        ("swudi:ratio=0", "ratio=0 is not", None),
+        ("fr:cutoff=1.5", "cutoff=1.5 is not a number in \\[0, 1.5\\)", None),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(text, message, hint):
+    with pytest.raises(UsageError, match=message) as raised:
+        parse_call(text)
+    assert hint is None or re.search(hint, raised.value.hint)
+
+
+def test_steps_and_calibrations_are_read_and_refused():
+    assert parse_step("dare:p=0.5,seed=7").args == {"p": 0.5, "seed": 7}
+    assert parse_step("breadcrumbs:scope=row").step.name == "breadcrumbs"
+    assert parse_calibrate("svc:alpha=1").args == {"alpha": 1.0, "matrices": "linear"}
+    with pytest.raises(UsageError, match="no step `average`"):
+        parse_step("average")
+    with pytest.raises(UsageError, match="p=1 is not a number in \\[0, 1\\)"):
+        parse_step("dare:p=1")
+    with pytest.raises(UsageError, match="window"):
+        parse_step("magprune:p=0.9,window=0.2")
+    with pytest.raises(UsageError, match="no calibration `svd`") as raised:
+        parse_calibrate("svd")
+    assert raised.value.hint == "did you mean `svc`?"
+
+
+def test_calibration_after_equal_singular_values_or_masks_is_refused_with_the_reason():
+    svc = parse_calibrate("svc")
+    svc.require_after(parse_call("tsv_m"))
+    for name in ("iso_c", "iso_cts"):
+        with pytest.raises(UsageError, match="singular values are equal") as raised:
+            svc.require_after(parse_call(name))
+        assert raised.value.exit_code == 2
+    with pytest.raises(UsageError, match="gives each task its own"):
+        svc.require_after(parse_call("emr"))
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_what_mergekit_calls_a_method_is_one_of_ours_after_steps(name):
+    alias = resolve_alias(name.replace("_", "-").upper())
+    parse_call(alias.method)
+    for step in alias.steps:
+        parse_step(step)
+    assert f"--method {alias.method}" in alias.message
+    assert all(f"--step {step}" in alias.message for step in alias.steps)
+
+
+def test_an_unknown_name_of_mergekit_is_a_hint():
+    assert resolve_alias("slerp") is None
+    with pytest.raises(UsageError, match="no method `dare_ties`") as raised:
+        parse_call("dare_ties")
+    assert "--step dare" in raised.value.hint
