@@ -1,11 +1,11 @@
 """`merge`: a plan, a method and a size in, a bundle out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexmerge_cli.allocation.allocation import Allocation, copies
+from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.manifest import Measured
@@ -16,7 +16,7 @@ from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
+from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.materialise import Sources
@@ -30,6 +30,12 @@ class MergeRequest:
 
     method: str | None = None
     """`NAME:key=value`; None: nothing is merged."""
+    steps: tuple[str, ...] = ()
+    """What changes the task vectors before the method: `dare:p=0.9`."""
+    calibrate: str | None = None
+    """What follows the method: `svc`."""
+    run_files: bool = False
+    """Whether `./my.py#NAME` may be run: only where a person has typed it."""
     size: str | None = None
     merges: int | None = None
     fit: Fit = Fit.TIGHT
@@ -40,11 +46,27 @@ class MergeRequest:
     """Prefix of a source as the plan has it -> what stands there now."""
 
 
+def check_request(request: MergeRequest, num_tasks: int) -> None:
+    """What is wrong whatever the weights are, so that it is told before they are read. Raises UsageError."""
+    if request.size is not None and request.merges is not None:
+        raise UsageError("--size and --merges both say where to cut", hint="give one of them")
+    if request.size is not None:
+        parse_size(request.size, num_tasks=num_tasks, one_model_bytes=1)
+    if request.method is not None:
+        parse_call(request.method)
+    elif request.size is not None or request.merges is not None:
+        raise UsageError(
+            "a size was asked for and no method: what is lost must be chosen by name",
+            hint="add --method NAME; `flexmerge methods` lists them",
+        )
+    if request.max_distance is not None and not request.max_distance >= 0:
+        raise UsageError(f"--max-distance {request.max_distance} is not a number of 0 or more", hint="write 0.5")
+
+
 def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
     """Choose what the bundle stores, and price it to the byte. Reads no weights. Raises UsageError, GateError."""
     pricer = pricer or Pricer(plan)
-    if request.size is not None and request.merges is not None:
-        raise UsageError("--size and --merges both say where to cut", hint="give one of them")
+    check_request(replace(request, method=request.method or "average"), len(plan.tasks))
     size = (
         parse_size(request.size, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
         if request.size is not None
@@ -57,8 +79,8 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
                 hint="add --method NAME",
             )
         return pricer.bill(copies(plan, request.dtype))
-    call = parse_call(request.method)
-    cutter = Cutter(pricer, format_call(call.method.name, call.args), request.dtype)
+    use = method_use(request)
+    cutter = Cutter(pricer, use, request.dtype)
     allocation: Allocation
     if request.merges is not None:
         allocation = cutter.prefix(request.merges)
@@ -139,6 +161,22 @@ def merge(
         on_stage=on_stage,
     )
     return bill, measured
+
+
+def method_use(request: MergeRequest) -> MethodUse:
+    """The method with all its arguments, steps and calibration, checked. Raises UsageError."""
+    assert request.method is not None
+    call = parse_call(request.method, run_files=request.run_files)
+    steps = tuple(parse_step(text) for text in request.steps)
+    calibrate = parse_calibrate(request.calibrate) if request.calibrate else None
+    if calibrate is not None:
+        calibrate.require_after(call)
+    name = request.method.partition(":")[0] if call.method.origin else call.method.name
+    return MethodUse(
+        text=format_call(name, call.args),
+        steps=tuple(format_call(step.step.name, step.args) for step in steps),
+        calibrate=format_call(calibrate.calibration.name, calibrate.args) if calibrate else None,
+    )
 
 
 def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None = None) -> list[str]:

@@ -11,6 +11,16 @@ from flexmerge_cli.allocation.plan_file import Plan
 Tasks = tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MethodUse:
+    """A method as it is used: texts of itself, of what goes before it and of what follows."""
+
+    text: str
+    """`NAME:key=value` with all arguments."""
+    steps: tuple[str, ...] = ()
+    calibrate: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Tasks that share one stored value of a unit."""
@@ -35,8 +45,7 @@ class Unit:
 class Allocation:
     """All that decides what a bundle stores."""
 
-    methods: tuple[str, ...]
-    """As `NAME:key=value` with all arguments."""
+    methods: tuple[MethodUse, ...]
     units: tuple[Unit, ...]
     dtype: str | None = None
     """What floating tensors are cast to; None keeps theirs."""
@@ -55,7 +64,7 @@ def from_groups(
     plan: Plan,
     groups: list[list[Tasks]],
     *,
-    method: str | None,
+    method: MethodUse | None,
     dtype: str | None = None,
     merges: int = 0,
     undone: int = 0,

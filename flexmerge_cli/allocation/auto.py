@@ -4,6 +4,7 @@ Tables of all tensors come in, with a budget; choices come out, in milliseconds,
 Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the bill's affair.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from flexmerge_cli.errors import GateError
 
 # T tensors, P points of one tensor's frontier
 
-# A target in bytes on disk is met by shrinking the budget by what it is exceeded by; names and headers hardly change.
-MAX_ROUNDS = 3
+# A target in bytes on disk is met by shrinking the budget by what it is exceeded by. Names and headers hardly change:
+# one round or two do. After this many the steps double, so that it ends.
+PLAIN_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Search:
     def __init__(self, tables: Iterable[Table]) -> None:
         self.tables = sorted(tables, key=lambda table: table.tensor.name)
         self._segments = self._sorted_segments()
+        energies = [np.maximum(np.diag(table.tensor.gram), 0.0) for table in self.tables]
+        self._energy_M: np.ndarray = np.sum(energies, axis=0)
 
     @property
     def smallest_bytes(self) -> int:
@@ -69,29 +73,35 @@ class Search:
                 hint="raise the size",
             )
         budget = int(max_bytes - (price(smallest) - smallest.num_bytes))
-        for _ in range(MAX_ROUNDS):
-            solution = self.solve(max(budget, self.smallest_bytes))
+        rounds = 0
+        while budget > self.smallest_bytes:
+            solution = self.solve(budget)
             excess = price(solution) - max_bytes
             if excess <= 0:
                 return solution
-            budget = solution.num_bytes - int(np.ceil(excess))
+            rounds += 1
+            budget = solution.num_bytes - math.ceil(excess) * 2 ** max(0, rounds - PLAIN_ROUNDS)
         return smallest
 
     def solve_distance(self, max_distance: float) -> Solution:
         """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.
 
-        A task's distance is √(Σ D / Σ‖τ‖²) over all tensors. Exact copies reach any distance, so there is one.
+        A task that is the base does not count: it has none. Exact copies reach any distance, so there are such choices.
         """
-        energy = sum((np.diag(table.tensor.gram) for table in self.tables), np.zeros(1))
-        limit = max_distance**2 * np.maximum(energy, 0.0)
+        limit_M = max_distance**2 * self._energy_M
         points = [int(table.vertices[0]) for table in self.tables]
         lost_TM = np.array([table.choice(point).errors for table, point in zip(self.tables, points)])
         for tensor, vertex in self._segments[0]:
-            if (lost_TM.sum(axis=0) <= limit).all():
+            if not ((lost_TM.sum(axis=0) > limit_M) & (self._energy_M > 0)).any():
                 break
             points[tensor] = int(self.tables[tensor].vertices[vertex])
             lost_TM[tensor] = self.tables[tensor].choice(points[tensor]).errors
         return self._solution(points)
+
+    def distances(self, solution: Solution) -> np.ndarray:
+        """Predicted ‖θ̂ - θ‖ / ‖τ‖ of every task, over all tensors searched: [M], nan for a task that is the base."""
+        lost_M = np.sum([choice.errors for choice in solution.choices], axis=0)
+        return np.sqrt(np.divide(lost_M, self._energy_M, out=np.full_like(lost_M, np.nan), where=self._energy_M > 0))
 
     def uniform(self, *, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
         """Bytes and cost of a plan without a search: all tasks in one group, one number of bits for all of them.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, MethodUse, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile, weight_files
 from flexmerge_cli.allocation.manifest import (
     Measured,
@@ -80,14 +80,14 @@ class Pricer:
         self._calls: dict[str, Call] = {}
         self._entries: dict[Any, int] = {}
 
-    def calls(self, methods: Sequence[str]) -> tuple[Call, ...]:
-        for text in methods:
-            if text not in self._calls:
-                self._calls[text] = parse_call(text)
-        return tuple(self._calls[text] for text in methods)
+    def calls(self, methods: Sequence[MethodUse]) -> tuple[Call, ...]:
+        for use in methods:
+            if use.text not in self._calls:
+                self._calls[use.text] = parse_call(use.text, run_files=True)  # they were typed, or parsed, before
+        return tuple(self._calls[use.text] for use in methods)
 
     def unit(
-        self, unit: Unit, methods: tuple[str, ...], cast: str | None
+        self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None
     ) -> tuple[tuple[Storage, ...], tuple[Part, ...]]:
         """Storages of a unit's tensors, and all its parts."""
         key = (unit, methods, cast)
@@ -101,7 +101,7 @@ class Pricer:
             found = self._units[key] = storages, tuple(parts + gain_parts(self.plan, unit, storages, calls))
         return found
 
-    def unit_bytes(self, unit: Unit, methods: tuple[str, ...], cast: str | None) -> int:
+    def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
         return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
 
     def whole(self, cast: str | None) -> tuple[Storage, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, from_groups
+from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit, from_groups
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.errors import GateError, UsageError
@@ -37,8 +37,9 @@ class _State:
 class Cutter:
     """Cuts of one plan for one method."""
 
-    def __init__(self, pricer: Pricer, method: str, dtype: str | None = None) -> None:
-        self.pricer, self.method, self.dtype = pricer, method, dtype
+    def __init__(self, pricer: Pricer, method: str | MethodUse, dtype: str | None = None) -> None:
+        self.pricer, self.dtype = pricer, dtype
+        self.method = method if isinstance(method, MethodUse) else MethodUse(method)
         self.plan = pricer.plan
         self.order = self.plan.merges()
 
@@ -125,7 +126,8 @@ class Cutter:
         bill = self.pricer.bill(smallest)
         factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
         raise GateError(
-            f"`{self.method}` does not reach {size.text}: its smallest is {factor:.4f}x, {bill.total_bytes}B on disk",
+            f"`{self.method.text}` does not reach {size.text}: its smallest is {factor:.4f}x, "
+            f"{bill.total_bytes}B on disk",
             hint=f"--size {-(-bill.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
             "another method, or --dtype bf16",
         )

@@ -83,6 +83,8 @@ class MethodEntry(Record):
     args: dict[str, Any]
     steps: tuple[str, ...]
     calibrate: str | None
+    origin: tuple[str, str] | None = None
+    """Of a method that is not flexmerge's own: file or package, and its sha256 or version."""
 
 
 class GroupEntry(Record):
@@ -281,7 +283,14 @@ def manifest_frame(
         "one_model_bytes": plan.one_model_bytes,
         "stored_bytes": sum(part.num_bytes for file in files for part in file.parts),
         "methods": [
-            {"name": call.method.name, "args": dict(call.args), "steps": [], "calibrate": None} for call in calls
+            {
+                "name": call.method.name,
+                "args": dict(call.args),
+                "steps": list(use.steps),
+                "calibrate": use.calibrate,
+                "origin": call.method.origin and [call.method.origin.source, call.method.origin.version],
+            }
+            for call, use in zip(calls, allocation.methods)
         ],
         "tasks": tasks,
         "files": entries,

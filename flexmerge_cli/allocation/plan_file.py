@@ -297,6 +297,18 @@ def save_plan(plan: Plan, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_plan(path: Path) -> bool:
+    """Whether a file is, or once was, a plan: what a new plan may replace."""
+    try:
+        return (
+            path.is_file()
+            and path.stat().st_size <= MAX_PLAN_BYTES
+            and f'"format":"{FORMAT}"'.encode() in path.read_bytes()
+        )
+    except OSError:
+        return False
+
+
 def read_plan(path: Path) -> Plan:
     """Raises UsageError if it is no plan, was edited, or is not consistent."""
     again = "make it again with `flexmerge plan`"

@@ -123,14 +123,9 @@ def _merged(
     leaders = {tensor.same[task] for task in group.tasks}
     if group.method is None or len(leaders) == 1:
         return None
-    call = calls[group.method]
-    dtype = effective_dtype(tensor.group_dtype(group.tasks), cast)
-    found = layout(call, shape=tensor.shape, dtype=dtype)
-    as_copies = sum(
-        Array(role="dense", dtype=effective_dtype(tensor.dtype_of(task), cast), shape=tensor.shape).num_bytes
-        for task in group.tasks
-    )
-    if as_copies <= found.num_bytes(len(group.tasks), base.num_bytes):
+    dtypes = tuple(effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks)
+    found = layout(calls[group.method], shape=tensor.shape, dtypes=dtypes, base_dtype=base.array.dtype)
+    if found is None:
         return None
     first = group.tasks[0]
     parts = [
@@ -152,8 +147,8 @@ def _merged(
             tensor=tensor.name,
             task=task,
         )
-        for array in found.each
-        for task in group.tasks
+        for task, arrays in zip(group.tasks, found.each)
+        for array in arrays
     ]
     return StoredGroup(tasks=group.tasks, kind=found.kind, method=group.method, parts=tuple(parts))
 

@@ -74,7 +74,7 @@ def served_bytes(bill: Bill) -> int:
 
 def all_merged(pricer: Pricer, method: str) -> Allocation:
     """Every block one group: what a method reaches, from shapes alone."""
-    from flexmerge_cli.allocation.allocation import from_groups
+    from flexmerge_cli.allocation.allocation import MethodUse, from_groups
 
     plan = pricer.plan
-    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), method=method)
+    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), method=MethodUse(method))

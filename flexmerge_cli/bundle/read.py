@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest, TensorEntry, UnitEntry
+from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, GroupEntry, Manifest, TensorEntry, UnitEntry
+from flexmerge_cli.bundle.residual import stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -135,6 +136,15 @@ class Bundle:
         dense = self._dense[task].get(aligned)
         if dense is not None:
             return _cast(self.bits(dense), dense.dtype, dtype).reshape(shape)
+        group = self._group(task, aligned)
+        if group.kind == "residual":
+            stored = stored_residual(self.manifest, tensor, group)
+
+            def part_bits(name: str) -> tuple[str, np.ndarray]:
+                part = self._part(task, name)
+                return part.dtype, self.bits(part)
+
+            return stored.decode(task, part_bits).reshape(shape)
         base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
         packed = self._part(task, f"{aligned}@mask.{task}")
         gamma = self._gamma(task, aligned)
@@ -195,7 +205,26 @@ class Bundle:
         dtypes = {dense.dtype, tensor.dtype_of(task)}
         return dense.num_elements == math.prod(tensor.shape_of(task)) and (len(dtypes) == 1 or dtypes <= set(FLOATING))
 
+    def _group(self, task: str, aligned: str) -> GroupEntry:
+        found = next((group for group in self._units[aligned].groups if task in group.tasks), None)
+        if found is None:
+            raise DataError(f"{self.path}: `{aligned}` has no group of task `{task}`", hint="fetch the bundle again")
+        return found
+
     def _decodes(self, tensor: TensorEntry, task: str) -> bool:
+        group = self._group(task, tensor.name)
+        if group.kind == "residual":
+            if not {tensor.dtype_of(name) for name in group.tasks} <= set(FLOATING):
+                return False
+            stored = stored_residual(self.manifest, tensor, group)
+            base_fits = True
+            if stored.layout.base:
+                base = self._part(task, f"{tensor.name}@base")
+                base_fits = base.dtype in FLOATING and base.num_elements == math.prod(tensor.shape_of(task))
+            return base_fits and all(
+                (self._part(task, name).dtype, self._part(task, name).shape) == (array.dtype, array.shape)
+                for name, array in stored.parts(task).items()
+            )
         base, unified = self._part(task, f"{tensor.name}@base"), self._part(task, f"{tensor.name}@unified")
         mask, gamma = self._part(task, f"{tensor.name}@mask.{task}"), self._gamma(task, tensor.name)
         count = math.prod(tensor.shape_of(task))

@@ -4,13 +4,14 @@ safetensors wins where a folder holds both formats. Knows nothing of other model
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flexmerge_cli.checkpoint.pickles import read_pickle
 from flexmerge_cli.checkpoint.safetensors import read_header
-from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
 from flexmerge_cli.errors import DataError, SourceError
 
 # In order of preference: one file, or an index of shards.
@@ -26,6 +27,7 @@ NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20
+MAX_NAME_BYTES = 255  # of one file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +66,11 @@ def open_checkpoint(source: str, *, relative_to: Path | None = None) -> Checkpoi
     """
     from flexmerge_cli.checkpoint.hub import is_hub, resolve_hub
 
-    path = resolve_hub(source) if is_hub(source) else (relative_to or Path()) / Path(source).expanduser()
+    path = resolve_hub(source) if is_hub(source) else (relative_to or Path()) / _expanded(source)
     path = path.absolute()
-    if not path.exists():
+    if not is_name(str(path)):
+        raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
+    if not _exists(path):
         looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
         raise SourceError(
             f"no checkpoint at {path}: it does not exist",
@@ -91,6 +95,21 @@ def open_checkpoint(source: str, *, relative_to: Path | None = None) -> Checkpoi
     return Checkpoint(
         source=source, path=path, tensors=tensors, config=_read_config(path), side_files=side, ignored=ignored
     )
+
+
+def _expanded(source: str) -> Path:
+    """`~` and `~user` are homes; where there is no such user, a name like another."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for the file system
+        return False
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -121,9 +140,10 @@ def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
     shards: dict[str, dict[str, StoredTensor]] = {}
     problems = []
     for shard in sorted({str(value) for value in weight_map.values()}):
-        if PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
+        if not _is_file_name(shard):
             raise DataError(
-                f"{index} points outside its folder: `{shard}`", hint="do not use this checkpoint: it may be hostile"
+                f"{index} points outside its folder: `{shard[:200]}`",
+                hint="do not use this checkpoint: it may be hostile",
             )
         if not (folder / shard).is_file():
             problems.append(f"shard {shard} is missing")
@@ -145,6 +165,12 @@ def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
             f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:20]), hint="download the checkpoint again"
         )
     return tensors
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names a file of the folder itself, as every file system has it."""
+    plain = PurePosixPath(name).name == name and name not in ("", "..") and "\\" not in name
+    return plain and is_name(name) and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -173,8 +199,9 @@ def _side_files(folder: Path, weights: set[Path]) -> tuple[dict[str, Path], tupl
         wanted = path.suffix in SIDE_SUFFIXES or path.name in SIDE_NAMES
         if path.name.startswith(".") or path in weights or path.name.endswith(".index.json"):
             continue
-        if not wanted or not path.is_file() or path.name in NOT_SIDE or path.stat().st_size > MAX_SIDE_BYTES:
-            ignored.append(path.name)
+        wanted = wanted and path.is_file() and path.name not in NOT_SIDE and is_name(path.name)
+        if not wanted or path.stat().st_size > MAX_SIDE_BYTES:
+            ignored.append(os.fsencode(path.name).decode(errors="replace"))
             continue
         _guard(folder, path)
         side[path.name] = path

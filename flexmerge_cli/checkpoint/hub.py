@@ -16,7 +16,7 @@ def is_hub(source: str) -> bool:
 def resolve_hub(source: str) -> Path:
     """Download the checkpoint into the Hub cache and return its folder there."""
     match = PATTERN.fullmatch(source)
-    if match is None or ".." in (match[3] or "").split("/"):
+    if match is None or ".." in [*(match[2] or "").split("/"), *(match[3] or "").split("/")]:
         raise UsageError(
             f"`{source}` is no source that flexmerge knows", hint="write hf://org/name[@revision][:folder]"
         )
@@ -25,6 +25,7 @@ def resolve_hub(source: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -36,6 +37,8 @@ def resolve_hub(source: str) -> Path:
         folder = snapshot_download(
             repository, revision=revision, allow_patterns=wanted, ignore_patterns=None if inside else ["*/*"]
         )
+    except HFValidationError as error:
+        raise UsageError(f"`{source}` cannot be a repository: {error}", hint="check the name") from None
     except GatedRepoError:
         hint = f"ask for access at huggingface.co/{repository}, then `hf auth login`"
         raise SourceError(f"{source} is gated", hint=hint) from None

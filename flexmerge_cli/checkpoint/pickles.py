@@ -5,15 +5,17 @@ into the file, so that the engine reads these files as it reads safetensors.
 """
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH
-from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
 from flexmerge_cli.errors import DataError
 
+CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks keep the weights
 
 
@@ -22,13 +24,35 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     if not zipfile.is_zipfile(path):
         raise DataError(
             f"{path} is truncated, or saved by torch older than 1.6: it cannot be memory-mapped",
-            hint="get a sound copy, or convert it: torch.save(torch.load(path, weights_only=True), path)",
+            hint=f"get a sound copy, or {CONVERT}",
         )
+    records = _records(path)
     state = _unwrap(path, _load(path))
-    size = path.stat().st_size
-    tensors = [_locate(path, name, tensor, size) for name, tensor in state.items()]
+    tensors = [_locate(path, name, tensor, records) for name, tensor in state.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes, tensor.name))
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _records(path: Path) -> dict[int, int]:
+    """First byte -> bytes of every record of the archive.
+
+    torch stores them as they are, in the machine's byte order. What another tool has compressed, torch.load reads too,
+    but its weights cannot be read where they lie.
+    """
+    records = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise DataError(f"{path} is compressed: it cannot be memory-mapped", hint=CONVERT)
+                if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
+                    raise DataError(f"{path} was saved on a big-endian machine", hint=CONVERT)
+                file.seek(record.header_offset)
+                name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(30))
+                records[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
+    except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError) as error:
+        raise DataError(f"{path} is damaged: {str(error)[:200]}", hint="get a sound copy of the file") from None
+    return records
 
 
 def _load(path: Path) -> Any:
@@ -74,7 +98,9 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _locate(path: Path, name: str, tensor: Any, size: int) -> StoredTensor:
+def _locate(path: Path, name: str, tensor: Any, records: Mapping[int, int]) -> StoredTensor:
+    if not is_name(name):
+        raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint="rename it")
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout is not _strided():
         raise DataError(
@@ -82,7 +108,7 @@ def _locate(path: Path, name: str, tensor: Any, size: int) -> StoredTensor:
             hint="dequantise the checkpoint to bfloat16, float16 or float32 first",
         )
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None:
+    if start is None or start not in records:
         raise DataError(f"{path}: tensor `{name}` has no bytes in the file", hint="get a sound copy of the file")
     located = StoredTensor(
         name=name,
@@ -93,9 +119,15 @@ def _locate(path: Path, name: str, tensor: Any, size: int) -> StoredTensor:
         strides=None if tensor.is_contiguous() else tuple(tensor.stride()),
     )
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
-    if located.offset + reach * located.item_bytes > size:
+    if located.offset + reach * located.item_bytes > start + records[start]:
         raise DataError(
-            f"{path} is truncated: tensor `{name}` ends after the file", hint="get a sound copy of the file"
+            f"{path} is truncated: tensor `{name}` ends after its record", hint="get a sound copy of the file"
+        )
+    if located.num_bytes > max(located.item_bytes, records[start]):
+        # An expanded tensor: a few bytes of file can claim more than any disk holds.
+        raise DataError(
+            f"{path}: tensor `{name}` {list(located.shape)} repeats what is stored once",
+            hint="save it as `tensor.contiguous()`",
         )
     return located
 

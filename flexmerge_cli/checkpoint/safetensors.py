@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
 from flexmerge_cli.errors import DataError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a header is read into memory before anything is known of it
@@ -66,12 +66,8 @@ def _is_size(value: object) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{path}: tensor {name!r} has a name that is not Unicode text", hint=BAD_COPY) from None
-    if "\0" in name:
-        raise DataError(f"{path}: tensor {name!r} has a NUL in its name", hint=BAD_COPY)
+    if not is_name(name):
+        raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint=BAD_COPY)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise DataError(f"{path}: tensor `{name}` must have dtype, shape and data_offsets, and no more", hint=BAD_COPY)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

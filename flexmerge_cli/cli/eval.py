@@ -5,14 +5,30 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import JsonOption
+from flexmerge_cli.cli.options import JsonOption, QuietOption
 
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    spec: Annotated[Path, typer.Option("--spec", help="eval.yaml: what to score each task on.")],
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Score every task of a bundle.
+    """Score every task of a bundle on its own model, beside the fine-tuned one.
 
     Example: flexmerge eval bundle/ --spec eval.yaml
     """
+    from flexmerge_cli.bundle.read import Bundle
+    from flexmerge_cli.cli.options import emit, note
+    from flexmerge_cli.evaluation.spec import read_spec
+
+    opened = Bundle.open(bundle)
+    checked = read_spec(spec, opened.tasks)
+
+    from flexmerge_cli.evaluation.evaluate import evaluate as score
+    from flexmerge_cli.report.evaluation import show_evaluation
+
+    def on_task(name: str, done: int, total: int) -> None:
+        note(f"scoring {name} ({done + 1} of {total})", quiet=quiet or as_json)
+
+    emit(score(opened, checked, on_task=on_task), as_json=as_json, show=show_evaluation)

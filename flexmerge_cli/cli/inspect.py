@@ -29,12 +29,12 @@ def inspect(
     Example: flexmerge inspect plan.json --html report.html
     """
     from flexmerge_cli.cli import options
-    from flexmerge_cli.report.inspect import Asked, check, look
+    from flexmerge_cli.report.inspect import Asked, check, is_page, look
 
     asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose)
     kind = check(asked)
     if html is not None:
-        options.check_new_file(html, force=force)
+        options.check_new_file(html, force=force, replaceable=is_page, what="a page")
     with options.progress(quiet=quiet or as_json) as on_progress:
         report = look(asked, kind, on_progress=on_progress)
     options.emit(report.value, as_json=as_json, show=report.show)

@@ -27,7 +27,7 @@ def merge(
     method: MethodOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
-    fit: FitOption = "tight",
+    fit: FitOption = None,
     dtype: DtypeOption = None,
     max_distance: Annotated[
         float | None, typer.Option("--max-distance", min=0, help="Publish only if every task is nearer than this.")
@@ -57,9 +57,9 @@ def merge(
         "method": method,
         "size": size,
         "merges": merges,
-        "fit": options.fit_of(fit),
         "dtype": options.dtype_of(dtype),
         "max_distance": max_distance,
+        **options.fit_of(fit),
     }
     packing = Packing.of(source, chosen, relocate or [], plan_file)
     run = {"device": device, "threads": threads, "max_memory": options.memory_of(max_memory)}

@@ -21,7 +21,9 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is s
 MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
 SizeOption = Annotated[str | None, typer.Option("--size", help="2.25x, 40%, 600MiB, 6GB or 123456B.")]
 MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N merges, instead of at a size.")]
-FitOption = Annotated[str, typer.Option("--fit", help="tight: undo merges that still fit; prefix: the paper's cut.")]
+FitOption = Annotated[
+    str | None, typer.Option("--fit", help="tight (default): undo merges that still fit; prefix: the paper's cut.")
+]
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -34,13 +36,14 @@ def dtype_of(text: str | None) -> str | None:
     return DTYPES[text] if text else None
 
 
-def fit_of(text: str) -> Any:
+def fit_of(text: str | None) -> dict[str, Any]:
+    """As a field of MergeRequest; empty where it was not chosen, so that a recipe's holds."""
     from flexmerge_cli.allocation.cut import Fit
     from flexmerge_cli.errors import UsageError
 
-    if text not in list(Fit):
+    if text is not None and text not in list(Fit):
         raise UsageError(f"--fit {text} is not known", hint=f"one of: {', '.join(Fit)}")
-    return Fit(text)
+    return {} if text is None else {"fit": Fit(text)}
 
 
 def memory_of(text: str | None) -> int | None:
@@ -105,15 +108,27 @@ def progress(*, quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, i
             print(f"{end - start:8.2f} s  {what}", file=sys.stderr)
 
 
-def check_new_file(path: Path, *, force: bool) -> None:
-    """Before any work: the place is free (or --force) and can be written."""
+def check_new_file(
+    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = Path.is_file, what: str = "a file"
+) -> None:
+    """Before any work: the place is free, or with force holds what may be replaced, and can be written."""
     import os
 
     from flexmerge_cli.errors import MachineError, UsageError
 
-    if path.exists() and (not force or path.is_dir()):
-        raise UsageError(f"{path} exists", hint="choose another place with -o, or replace it with --force")
+    if path.exists() or path.is_symlink():
+        if not force:
+            raise UsageError(f"{path} exists", hint="choose another place with -o, or replace it with --force")
+        if not replaceable(path):
+            raise UsageError(f"{path} is not {what}: it is not replaced", hint="choose another place")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"no folder {path.absolute().parent}", hint=f"mkdir -p {path.absolute().parent}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise MachineError(f"{path.absolute().parent} is not writable", hint="choose another place with -o")
+
+
+def check_plan_place(path: Path, *, force: bool) -> None:
+    """The same for a plan, which replaces nothing but a plan: with --force a slip must not cost a checkpoint."""
+    from flexmerge_cli.allocation.plan_file import is_plan
+
+    check_new_file(path, force=force, replaceable=is_plan, what="a plan of flexmerge")

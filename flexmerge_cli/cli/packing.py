@@ -10,9 +10,10 @@ from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import check_target
 from flexmerge_cli.bundle.read import is_bundle
+from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.merging import MergeRequest, advice, allocate, merge
+from flexmerge_cli.merging import MergeRequest, advice, allocate, check_request, merge
 from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
 
@@ -37,22 +38,20 @@ class Packing:
         fields = {name: value for name, value in chosen.items() if value is not None}
         if recipe:
             of_recipe = recipe.merge_fields()
-            if chosen["fit"] == MergeRequest().fit and "fit" in of_recipe:
-                fields.pop("fit")
             if "size" in fields or "merges" in fields:
                 of_recipe.pop("size", None)
                 of_recipe.pop("merges", None)
             fields = of_recipe | fields
-        return Packing(
-            source=source,
-            recipe=recipe,
-            request=MergeRequest(**fields, relocate=dict(_pair(item) for item in relocate)),
-            keep_plan=keep_plan,
-        )
+        request = MergeRequest(**fields, relocate=dict(_pair(item) for item in relocate))
+        if recipe:
+            check_request(request, len(recipe.tasks))
+        return Packing(source=source, recipe=recipe, request=request, keep_plan=keep_plan)
 
     def check(self, output: Path, *, force: bool) -> None:
-        """Before anything is read: the place of the bundle."""
+        """Before anything is read: the places of the bundle and of a kept plan."""
         check_target(output, force=force, replaceable=is_bundle)
+        if self.keep_plan is not None:
+            check_plan_place(self.keep_plan, force=True)
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""
@@ -91,12 +90,17 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     new = {name: resolved(source, request.relative_to) for name, source in request.tasks.items()}
     new[""] = resolved(request.base, request.relative_to)
     settings, order = plan.settings, request.order
-    same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed, settings.merge_heads) == (
-        order.linkage, order.strategy, order.similarity, order.seed, request.merge_heads,
+    same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed) == (
+        order.linkage, order.strategy, order.similarity, order.seed,
     )  # fmt: skip
+    same_classes = (settings.merge_heads, settings.private) == (request.merge_heads, request.private)
     rules = Path(order.blocks).read_text() if Path(order.blocks).is_file() else None
     return (
-        old == new and same_order and settings.rules == rules and (rules is not None or settings.blocks == order.blocks)
+        old == new
+        and same_order
+        and same_classes
+        and settings.rules == rules
+        and (rules is not None or settings.blocks == order.blocks)
     )
 
 

@@ -41,7 +41,7 @@ def plan(
     method: MethodOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
-    fit: FitOption = "tight",
+    fit: FitOption = None,
     dtype: DtypeOption = None,
     methods: Annotated[str, typer.Option("--methods", help="Ways to store: common or all.")] = "common",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="From headers alone; reads no weights.")] = False,
@@ -66,13 +66,14 @@ def plan(
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:
-        options.check_new_file(output, force=force)
-    from flexmerge_cli.merging import MergeRequest
+        options.check_plan_place(output, force=force)
+    from flexmerge_cli.merging import MergeRequest, check_request
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
 
     request = MergeRequest(
-        method=method, size=size, merges=merges, fit=options.fit_of(fit), dtype=options.dtype_of(dtype)
+        method=method, size=size, merges=merges, dtype=options.dtype_of(dtype), **options.fit_of(fit)
     )
+    check_request(request, given.num_tasks)
     if given.ignored:
         options.note(f"not checkpoints, left out: {', '.join(given.ignored)}", quiet=quiet)
     if dry_run:

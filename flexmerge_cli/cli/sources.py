@@ -28,6 +28,11 @@ class Given:
     ignored: tuple[str, ...]
     """What lies in --tasks and is no checkpoint."""
 
+    @property
+    def num_tasks(self) -> int:
+        named = self.request.tasks if self.request is not None else self.plan.tasks if self.plan is not None else ()
+        return len(named)
+
     def make(self, *, save_to: Path, **run: Any) -> Plan:
         """The plan, saved."""
         if self.request is not None:
@@ -73,15 +78,16 @@ def plan_request(
     if tasks is not None:
         found, ignored = find_tasks(tasks)
         named = {name: str(Path(path).absolute()) for name, path in found.items()}
+    given: set[str] = set()
     for item in task:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise UsageError(f"--task {item} is not NAME=SOURCE", hint="--task sst2=finetuned/sst2")
-        if name in named and tasks is None and recipe is None:
+        if name in given:
             raise UsageError(f"two tasks of one name: `{name}`", hint="rename one")
-        named[name] = path if "://" in path else str(Path(path).expanduser().absolute())
-    base_source = base if base is None or "://" in base else str(Path(base).expanduser().absolute())
-    base_source = base_source or (recipe.base if recipe else None)
+        given.add(name)
+        named[name] = _from_here(path, recipe)
+    base_source = _from_here(base, recipe) if base is not None else recipe.base if recipe else None
     if base_source is None:
         raise UsageError("no base", hint="--base PATH, or a recipe")
     if not named:
@@ -95,6 +101,11 @@ def plan_request(
         relative_to=recipe.folder if recipe else Path(),
     )
     return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
+
+
+def _from_here(source: str, recipe: Recipe | None) -> str:
+    """A source of the command line. A recipe's folder is not where it is typed; else it stays as it was typed."""
+    return source if recipe is None or "://" in source else str(Path(source).expanduser().absolute())
 
 
 def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:

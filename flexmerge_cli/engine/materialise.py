@@ -5,7 +5,8 @@ tensor over base and tasks (work.py); one thread takes hashes and sums, in order
 depend on threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine.device import single_threaded
+from flexmerge_cli.engine.encode import Encoder, Piece, array
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.engine.pool import ordered_map
-from flexmerge_cli.engine.spans import Span, cut, tiles
-from flexmerge_cli.engine.statistics import Domains, run_statistics
-from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Piece, Sources, Worker, array
+from flexmerge_cli.engine.spans import Span, cut, tiles, widest
+from flexmerge_cli.engine.statistics import Key, run_statistics
+from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Chain, Sources, Worker
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.method import Scope, Statistic
 
 # Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
 CHUNK_ELEMENTS = 1 << 19
@@ -51,9 +54,9 @@ def materialise(
     """
     assert chunk_elements % 8 == 0
     with Reader() as reader, single_threaded(), Output(folder, bill.files, bill.total_bytes) as output:
-        worker = Worker(bill, sources, reader, output, device)
+        worker = Worker(bill, sources, reader, device)
         worker.on_bytes = on_bytes
-        run = _Run(worker, threads, chunk_elements, on_stage)
+        run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
         run.statistics()
         run.gains()
         measured = run.write()
@@ -61,75 +64,125 @@ def materialise(
         return measured
 
 
+@dataclass(slots=True)
+class _Joined:
+    """What the pieces so far add up to."""
+
+    errors: dict[tuple[str, int], float] = field(default_factory=dict)
+    """(tensor, task) -> Σ (θ̂ - θ)²."""
+    sources: dict[int, TensorDigest] = field(default_factory=dict)
+    """Of the tensor that is being read."""
+    decoded: dict[int, TensorDigest] = field(default_factory=dict)
+
+
 class _Run:
     """One run: what is read when, and how pieces are joined."""
 
-    def __init__(self, worker: Worker, threads: int, chunk_elements: int, on_stage: Callable[[str], None]) -> None:
-        self.worker, self.bill, self.plan, self.output = worker, worker.bill, worker.plan, worker.output
+    def __init__(
+        self,
+        worker: Worker,
+        encoder: Encoder,
+        output: Output,
+        threads: int,
+        chunk_elements: int,
+        on_stage: Callable[[str], None],
+    ) -> None:
+        self.worker, self.encoder, self.output = worker, encoder, output
+        self.bill, self.plan = worker.bill, worker.plan
         self.threads, self.chunk_elements, self.on_stage = threads, chunk_elements, on_stage
 
-    def spans(self, name: str) -> list[Span]:
+    def spans(self, name: str, scope: Scope = "element") -> list[Span]:
         tensor = self.plan.tensor(name)
         # Private tensors may differ in shape; each task's own length is cut alike.
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in tensor.shapes or () if shape is not None]
-        return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, "element", self.chunk_elements)
+        return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
+
+    def scope(self, storage: Storage) -> Scope:
+        """What one visit must see of a tensor, for every group of it."""
+        tensor, scopes = storage.tensor, []
+        for group in storage.groups:
+            if group.kind == "copy":
+                continue
+            chain = self.worker.chain(group)
+            scopes.append(chain.scope_of(tensor.name, tensor.shape))
+            if chain.coded is not None:
+                dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
+                form = chain.coded.form(tensor.shape, dtypes)
+                scopes.append("tensor" if chain.coded.expert or form.residual is None else form.residual.scope)
+        return widest(scopes)
 
     # Before the first element
 
     def statistics(self) -> None:
-        """What methods must know of a whole scope, for every method that some group uses."""
-        domains = Domains({name: block.name for block in self.plan.blocks for name in block.tensors})
-        names = sorted(t.name for t in self.plan.tensors if t.class_ is TensorClass.MERGEABLE)
-        spans = [span for name in names for span in self.spans(name)]
-        finished: dict[int, dict[Any, Any]] = {}
-        scopes: dict[int, tuple[str, str]] = {}
-        for index, call in enumerate(self.bill.calls):
-            first = call.statistics
+        """What steps, methods and experts must know of a whole scope, for every method that some group uses."""
+        for index, chain in enumerate(self.worker.chains):
             groups = [
                 (storage.tensor.name, group)
                 for storage in self.bill.storages.values()
                 for group in storage.groups
                 if group.method == index and group.kind != "copy"
             ]
-            if first is None or not groups:
+            if not groups:
                 continue
-            per_group = getattr(first, "per", "task") == "group"
-            wanted: dict[str, list[Tasks]] = {}
-            for name, group in groups:
-                sets = wanted.setdefault(domains.of(first.scope, name), [])
-                tasks = group.tasks if per_group else self.plan.all_tasks
-                if tasks not in sets:
-                    sets.append(tasks)
+            name = self.bill.calls[index].method.name
+            for number, step in enumerate(chain.steps):
+                by_domain = None
+                if step.statistics is not None:
+                    found = self._measure(chain, step.statistics, groups, number, f"{step.step.name}: statistics")
+                    by_domain = {domain: value for (domain, _), value in found.items()}
+                chain.step_stats.append(by_domain)
+            if chain.call is not None and (first := chain.call.statistics) is not None:
+                found = self._measure(chain, first, groups, len(chain.steps), f"{name}: statistics")
+                chain.stats = self._lookup(first, found)
+            expert: Any = chain.coded.expert if chain.coded else None
+            if expert is not None:
+                found = self._measure(chain, expert, groups, 0, f"{name}: statistics of the experts", "tensor")
+                chain.expert_stats = self._lookup(expert, found)
 
-            def told(number: int, name: str = call.method.name) -> None:
-                self.on_stage(f"{name}: statistics, pass {number}")
+    def _measure(
+        self,
+        chain: Chain,
+        first: Statistic,
+        groups: Sequence[tuple[str, StoredGroup]],
+        num_steps: int,
+        what: str,
+        scope: Scope = "element",
+    ) -> dict[Key, Any]:
+        """Run one statistic of deltas that the first steps have been through."""
+        wanted: dict[str, list[Tasks]] = {}
+        for name, group in groups:
+            sets = wanted.setdefault(self.worker.domain(first.scope, name), [])
+            tasks = group.tasks if getattr(first, "per", "task") == "group" else self.plan.all_tasks
+            if tasks not in sets:
+                sets.append(tasks)
+        spans = []
+        for name in sorted(t.name for t in self.plan.tensors if t.class_ is TensorClass.MERGEABLE):
+            shape = self.plan.tensor(name).shape
+            scopes = [scope, *(step.scope_of(name, shape) for step in chain.steps[:num_steps])]
+            spans += self.spans(name, widest(scopes))
 
-            finished[index] = run_statistics(
-                first,
-                wanted,
-                spans,
-                domains,
-                self._read_deltas,
-                lambda span, tasks: self.worker.where(span, 0, tasks),
-                threads=self.threads,
-                on_pass=told,
-            )
-            scopes[index] = (first.scope, "group" if per_group else "task")
+        def read(span: Span, tasks: Tasks) -> torch.Tensor:
+            raw = self.worker.read(span, (*tasks, BASE))
+            deltas = self.worker.deltas(raw, tasks, 0, span.stop - span.start)
+            return self.worker.stepped(chain, deltas, self.worker.where(span, 0, tasks), tasks, num_steps)
 
-        def of_group(group: StoredGroup, tensor: str) -> Any:
-            if group.method not in finished:
-                return None
-            scope, per = scopes[group.method]
-            domain = domains.of(scope, tensor)
-            if per == "group":
-                return finished[group.method][domain, group.tasks]
-            return finished[group.method][domain, self.plan.all_tasks].take(list(group.tasks))
+        return run_statistics(
+            first,
+            wanted,
+            spans,
+            self.worker.domain,
+            read,
+            lambda span, tasks: self.worker.where(span, 0, tasks),
+            threads=self.threads,
+            on_pass=lambda number: self.on_stage(f"{what}, pass {number}"),
+        )
 
-        self.worker.statistics = of_group
-
-    def _read_deltas(self, span: Span, tasks: Tasks) -> torch.Tensor:
-        raw = self.worker.read(span, (*tasks, BASE))
-        return self.worker.deltas(raw, tasks, 0, span.stop - span.start)
+    def _lookup(self, first: Statistic, found: dict[Key, Any]) -> Callable[[Tasks, str], Any]:
+        """The finished value for a group's tasks and a tensor."""
+        if getattr(first, "per", "task") == "group":
+            return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), tasks]
+        everyone = self.plan.all_tasks
+        return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), everyone].take(list(tasks))
 
     def gains(self) -> None:
         """The factors of masked methods: sums over each unit, known before its masks are decoded."""
@@ -138,7 +191,7 @@ class _Run:
             for storage in self.bill.storages.values()
             for group in storage.groups
             if group.kind == "masked" and group.method is not None and self.bill.calls[group.method].gain is not None
-            for span in self.spans(storage.tensor.name)
+            for span in self.spans(storage.tensor.name, self.scope(storage))
         ]
         if not jobs:
             return
@@ -146,69 +199,117 @@ class _Run:
 
         def work(job: tuple[StoredGroup, Span]) -> np.ndarray:
             group, span = job
-            raw = self.worker.read(span, (*group.tasks, BASE))
+            raw, chain = self.worker.read(span, (*group.tasks, BASE)), self.worker.chain(group)
+            elementwise = chain.scope_of(span.tensor, self.plan.tensor(span.tensor).shape) == "element"
+            count = span.stop - span.start
             sums = np.zeros((2, len(group.tasks)))
-            for low, high in tiles(span.stop - span.start, TILE_ELEMENTS):
-                centre, deltas = self.worker.group_value(group, raw, low, high)
-                unified = self.worker.rounded(centre.delta, array(group, "unified").array.dtype)
+            for low, high in tiles(count, TILE_ELEMENTS if elementwise else max(1, count)):
+                centre, deltas = self.worker.value(group, raw, low, high)
+                unified = self.worker.rounded(centre.delta.flatten(), array(group, "unified").array.dtype)
                 taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
-                for kind, values in enumerate((deltas, taken)):
+                stepped = self.worker.stepped(chain, deltas, self.worker.where(span, low, group.tasks), group.tasks)
+                for kind, values in enumerate((stepped, taken)):
                     sums[kind] += [float(row.abs().sum(dtype=torch.float64)) for row in values]
             return sums
 
         sums: dict[tuple[str, Tasks, int], dict[str, np.ndarray]] = {}
-        for (group, span), part in zip(jobs, ordered_map(jobs, work, threads=self.threads)):
-            assert group.method is not None
-            per_tensor = sums.setdefault((self.worker.unit_of[span.tensor], group.tasks, group.method), {})
-            per_tensor[span.tensor] = per_tensor[span.tensor] + part if span.tensor in per_tensor else part
+        with ordered_map(jobs, work, threads=self.threads) as parts:
+            for (group, span), part in zip(jobs, parts):
+                assert group.method is not None
+                per_tensor = sums.setdefault((self.encoder.unit_of[span.tensor], group.tasks, group.method), {})
+                per_tensor[span.tensor] = per_tensor[span.tensor] + part if span.tensor in per_tensor else part
         for (unit, tasks, method), per_tensor in sums.items():
             gain = self.bill.calls[method].gain
             assert gain is not None
             delta_kT, masked_kT = np.stack(list(per_tensor.values()), axis=-1)
             sizes = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)
-            self.worker.gamma[unit, tasks] = gain(delta_kT, masked_kT, sizes).astype(np.float32)
+            self.encoder.gamma[unit, tasks] = gain(delta_kT, masked_kT, sizes).astype(np.float32)
 
     # The pass that writes
 
-    def write(self) -> Measured:
-        self.on_stage("merge")
-        measured = Measured()
+    def items(self) -> list[list[tuple[Storage, Span]]]:
+        """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit."""
         storages = [storage for storage in self.bill.storages.values() if storage.parts]
         # The order of parts in their files, so that files are mostly written, and hashed, front to back.
         storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
-        items = [(storage, span) for storage in storages for span in self.spans(storage.tensor.name)]
-        errors: dict[tuple[str, int], float] = {}
-        sources: dict[int, TensorDigest] = {}
-        decoded: dict[int, TensorDigest] = {}
+        scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
+        units: dict[str, list[tuple[Storage, Span]]] = {}
+        items: list[list[tuple[Storage, Span]]] = []
+        for storage in storages:
+            name = storage.tensor.name
+            spans = [(storage, span) for span in self.spans(name, scopes[name])]
+            if scopes[name] == "block":
+                together = units.setdefault(self.encoder.unit_of[name], [])
+                if not together:
+                    items.append(together)
+                together += spans
+            else:
+                items += [[pair] for pair in spans]
+        return items
 
-        def work(place: int) -> Piece:
-            for storage, span in items[place + self.threads + 1 : place + self.threads + 2]:
-                self.worker.will_need(storage, span)
-            return self.worker.piece(*items[place])
+    def _visit(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
+        if len(item) == 1 and self.scope(item[0][0]) != "block":
+            storage, span = item[0]
+            return [self.encoder.piece(storage, self.worker.read(span, self.worker.models(storage)))]
+        raws = {
+            span.tensor: self.worker.read(span, self.worker.models(storage), place)
+            for place, (storage, span) in enumerate(item)
+        }
+        values: dict[str, dict[Tasks, torch.Tensor]] = {name: {} for name in raws}
+        groups = {group.tasks: group for storage, _ in item for group in storage.groups if group.kind != "copy"}
+        for tasks, group in groups.items():
+            chain = self.worker.chain(group)
+            members = {
+                storage.tensor.name: raws[storage.tensor.name]
+                for storage, _ in item
+                if any(g.tasks == tasks and g.kind != "copy" for g in storage.groups)
+            }
+            if chain.call is not None and chain.call.scope == "block":
+                for name, value in self.worker.block_values(group, members).items():
+                    values[name][tasks] = value
+        return [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
 
-        for (storage, span), piece in zip(items, ordered_map(range(len(items)), work, threads=self.threads)):
-            for part, start_byte, data in piece.written:
-                self.output.hashed(part, start_byte, data)
-            for into, found in ((sources, piece.sources), (decoded, piece.decoded)):
-                for model, digest in found.items():
-                    into.setdefault(model, TensorDigest()).add(digest)
-            for task, error in piece.errors.items():
-                errors[span.tensor, task] = errors.get((span.tensor, task), 0.0) + error
-            if span.last:
-                self._check_sources(storage, sources)
-                measured.digests[span.tensor] = {
-                    task: decoded[task].hexdigest() if task in decoded else str(storage.tensor.digests[task])
-                    for task in storage.tensor.present
-                }
-                sources, decoded = {}, {}
+    def write(self) -> Measured:
+        self.on_stage("merge")
+        measured, items = Measured(), self.items()
+        joined = _Joined()
+
+        def work(place: int) -> list[Piece]:
+            for item in items[place + self.threads + 1 : place + self.threads + 2]:
+                for storage, span in item:
+                    self.worker.will_need(storage, span)
+            return self._visit(items[place])
+
+        with ordered_map(range(len(items)), work, threads=self.threads) as visits:
+            for item, pieces in zip(items, visits):
+                for (storage, span), piece in zip(item, pieces):
+                    self._join(storage, span, piece, joined, measured)
         self._write_gamma()
         for storage in self.bill.storages.values():
             tensor = storage.tensor
             if tensor.class_ is TensorClass.TIED:
                 target = measured.digests.get(tensor.reason, {})
                 measured.digests[tensor.name] = {task: target[task] for task in tensor.present}
-        self._distances(measured, errors)
+        self._distances(measured, joined.errors)
         return measured
+
+    def _join(self, storage: Storage, span: Span, piece: Piece, joined: "_Joined", measured: Measured) -> None:
+        """Take a piece's hashes and sums; at the end of its tensor, check and tell its digests."""
+        for part, start_byte, data in piece.written:
+            self.output.hashed(part, start_byte, data)
+        for into, found in ((joined.sources, piece.sources), (joined.decoded, piece.decoded)):
+            for model, digest in found.items():
+                into.setdefault(model, TensorDigest()).add(digest)
+        for task, error in piece.errors.items():
+            joined.errors[span.tensor, task] = joined.errors.get((span.tensor, task), 0.0) + error
+        if span.last:
+            self._check_sources(storage, joined.sources)
+            decoded = joined.decoded
+            measured.digests[span.tensor] = {
+                task: decoded[task].hexdigest() if task in decoded else str(storage.tensor.digests[task])
+                for task in storage.tensor.present
+            }
+            joined.sources, joined.decoded = {}, {}
 
     def _check_sources(self, storage: Storage, digests: dict[int, TensorDigest]) -> None:
         tensor = storage.tensor
@@ -227,7 +328,7 @@ class _Run:
             for part in file.parts
             if part.array.role == "gamma"
         }
-        for (unit, tasks), gamma in self.worker.gamma.items():
+        for (unit, tasks), gamma in self.encoder.gamma.items():
             for row, task in enumerate(tasks):
                 data = np.frombuffer(gamma[row : row + 1].tobytes(), np.uint8)
                 self.output.write(parts[unit, task], 0, data)

@@ -7,8 +7,9 @@ thread was first. At most `threads + ahead` items exist at a time; that bounds m
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
 
 import numpy as np
@@ -24,8 +25,18 @@ def default_threads() -> int:
 
 def ordered_map(
     items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = 1
-) -> Iterator[Result]:
-    """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped."""
+) -> closing[Generator[Result, None, None]]:
+    """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped.
+
+    To be used in a `with`: at its end no worker runs any more, whatever the reader of the results did. A generator left
+    to itself would live as long as the error's traceback, and its workers would write on, into files that are closed.
+    """
+    return closing(_results(items, work, threads, ahead))
+
+
+def _results(
+    items: Iterable[Item], work: Callable[[Item], Result], threads: int, ahead: int
+) -> Generator[Result, None, None]:
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge") as pool:
         try:

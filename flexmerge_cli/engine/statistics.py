@@ -5,7 +5,6 @@ one set of tasks; all jobs that want a range of a tensor measure it in the same 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,34 +20,27 @@ ReadDeltas = Callable[[Span, Tasks], Tensor]
 """float32 [k, n] of these tasks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Domains:
-    """Which domain a tensor belongs to, per scope of a statistic."""
-
-    block_of: Mapping[str, str]
-
-    def of(self, scope: str, tensor: str) -> str:
-        return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
-
-
 def run_statistics(
     first: Statistic,
     wanted: Mapping[str, Sequence[Tasks]],
     spans: Sequence[Span],
-    domains: Domains,
+    domain_of: Callable[[str, str], str],
     read: ReadDeltas,
     where: Callable[[Span, Tasks], Where],
     *,
     threads: int,
     on_pass: Callable[[int], None] = lambda _number: None,
 ) -> dict[Key, Any]:
-    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element."""
+    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element.
+
+    domain_of: (scope, tensor) -> the domain it belongs to.
+    """
     jobs: dict[Key, Any] = {(domain, tasks): first for domain, sets in wanted.items() for tasks in sets}
     number = 0
     while any(isinstance(job, Statistic) for job in jobs.values()):
         number += 1
         on_pass(number)
-        jobs |= _one_pass(jobs, first.scope, wanted, spans, domains, read, where, threads)
+        jobs |= _one_pass(jobs, first.scope, wanted, spans, domain_of, read, where, threads)
     return jobs
 
 
@@ -57,13 +49,13 @@ def _one_pass(
     scope: str,
     wanted: Mapping[str, Sequence[Tasks]],
     spans: Sequence[Span],
-    domains: Domains,
+    domain_of: Callable[[str, str], str],
     read: ReadDeltas,
     where: Callable[[Span, Tasks], Where],
     threads: int,
 ) -> dict[Key, Any]:
     def keys(span: Span) -> list[Key]:
-        domain = domains.of(scope, span.tensor)
+        domain = domain_of(scope, span.tensor)
         return [(domain, tasks) for tasks in wanted.get(domain, ()) if isinstance(jobs[domain, tasks], Statistic)]
 
     visits = [(span, found) for span in spans if (found := keys(span))]
@@ -81,7 +73,8 @@ def _one_pass(
         ]
 
     totals: dict[Key, Any] = {}
-    for (_, found), parts in zip(visits, ordered_map(visits, work, threads=threads)):
-        for key, part in zip(found, parts):
-            totals[key] = jobs[key].combine(totals[key], part) if key in totals else part
+    with ordered_map(visits, work, threads=threads) as measured:
+        for (_, found), parts in zip(visits, measured):
+            for key, part in zip(found, parts):
+                totals[key] = jobs[key].combine(totals[key], part) if key in totals else part
     return {key: jobs[key].finish(total) for key, total in totals.items()}

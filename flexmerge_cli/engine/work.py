@@ -1,6 +1,6 @@
-"""One range of one tensor: read, merge, encode, decode what was encoded, write. What the threads of `merge` run.
+"""What the threads of `merge` do with one range: read it, make task vectors of it, step and merge them.
 
-Knows nothing of order, sums over ranges, or files; materialise.py hands out the ranges and joins the pieces.
+Knows nothing of what is stored (encode.py), nor of order, sums over ranges or files (materialise.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,24 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.allocation import MethodUse, Tasks
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
-from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, TO_TORCH
+from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.device import as_tensor, to_bytes
-from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.device import as_tensor
 from flexmerge_cli.engine.pool import Buffers
-from flexmerge_cli.engine.spans import Span, tiles
-from flexmerge_cli.errors import DataError
-from flexmerge_cli.methods.method import Where
-from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.engine.spans import Span, row_elements, widest
+from flexmerge_cli.methods.coded import Coded, declare
+from flexmerge_cli.methods.method import Call, Scope, Where
+from flexmerge_cli.methods.registry import parse_calibrate, parse_step
+from flexmerge_cli.methods.step import CalibrationCall, StepCall
 
 # Elements that are merged at once: task vectors, sums and results of eight tasks stay in the second-level cache.
 # Repeat: python -m tests.bench merge
 TILE_ELEMENTS = 1 << 16
+# Squares that are added in float32: their sum is off by 1e-7, and thousands of such sums by less.
+SUM_ELEMENTS = 1 << 10
 
 BASE = -1
 
@@ -43,18 +44,37 @@ class Sources:
     """Per task, then the base: what to call it in an error."""
 
 
-@dataclass(slots=True)
-class Piece:
-    """What one range adds."""
+@dataclass(slots=True, kw_only=True)
+class Chain:
+    """A method as it is used: steps, the call that makes the value, calibration, and how residuals are coded."""
 
-    written: list[tuple[Part, int, np.ndarray]] = field(default_factory=list)
-    """(part, first byte, bytes)."""
-    sources: dict[int, RangeDigest] = field(default_factory=dict)
-    """Task, or BASE."""
-    decoded: dict[int, RangeDigest] = field(default_factory=dict)
-    """Task -> digest of what a reader will get; tasks whose bits are their source's are left out."""
-    errors: dict[int, float] = field(default_factory=dict)
-    """Task -> Σ (θ̂ - θ)², float64."""
+    steps: tuple[StepCall, ...]
+    call: Call | None
+    """What makes a group's one value: the method itself, or of a coded one its centre; None for the base, or none."""
+    calibrate: CalibrationCall | None
+    coded: Coded | None
+    step_stats: list[Any] = field(default_factory=list)
+    """Finished statistics of each step: domain -> value per task."""
+    stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
+    """Finished statistics of the call for a group's tasks and a tensor."""
+    expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
+
+    @staticmethod
+    def of(use: MethodUse, call: Call) -> "Chain":
+        coded = declare(call)
+        return Chain(
+            steps=tuple(parse_step(text) for text in use.steps),
+            call=coded.centre_call() if coded else call,
+            calibrate=parse_calibrate(use.calibrate) if use.calibrate else None,
+            coded=coded,
+        )
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        """What one call must see of a tensor."""
+        scopes: list[Scope] = [step.scope_of(tensor, shape) for step in self.steps]
+        scopes += [self.call.scope_of(tensor, shape)] if self.call else []
+        scopes += [self.calibrate.scope_of(tensor, shape)] if self.calibrate else []
+        return widest(scopes)
 
 
 @dataclass(slots=True)
@@ -71,16 +91,12 @@ class Raw:
 class Worker:
     """Reads and merges ranges. Thread-safe: what changes is the thread's own."""
 
-    def __init__(self, bill: Bill, sources: Sources, reader: Reader, output: Output, device: torch.device) -> None:
+    def __init__(self, bill: Bill, sources: Sources, reader: Reader, device: torch.device) -> None:
         self.bill, self.plan, self.sources = bill, bill.plan, sources
-        self.reader, self.output, self.device = reader, output, device
-        self.cast = bill.allocation.dtype
+        self.reader, self.device = reader, device
         self.buffers = Buffers()
-        self.unit_of = {name: unit.name for unit in bill.allocation.units for name in unit.tensors}
-        self.statistics: Callable[[StoredGroup, str], Any] = lambda _group, _tensor: None
-        """Finished statistics of a group's method for one tensor; set once they are."""
-        self.gamma: dict[tuple[str, Tasks], np.ndarray] = {}
-        """(unit, tasks) -> float32 [k]."""
+        self.chains = [Chain.of(use, call) for use, call in zip(bill.allocation.methods, bill.calls)]
+        self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
 
     # Reading
@@ -94,7 +110,8 @@ class Worker:
         merges = any(group.kind != "copy" for group in storage.groups)
         return (*leaders, BASE) if merges else tuple(leaders)
 
-    def read(self, span: Span, models: Sequence[int]) -> Raw:
+    def read(self, span: Span, models: Sequence[int], place: int = 0) -> Raw:
+        """place: which of the thread's buffers, where several tensors are read at once."""
         same = self.plan.tensor(span.tensor).same
         leaders = dict.fromkeys(model if model == BASE else same[model] for model in models)
         tensors = [self.source(span.tensor, leader) for leader in leaders]
@@ -102,7 +119,7 @@ class Worker:
         ranges = [(min(span.start, tensor.num_elements), min(span.stop, tensor.num_elements)) for tensor in tensors]
         sizes = [(high - low) * tensor.item_bytes for tensor, (low, high) in zip(tensors, ranges)]
         starts = [sum(-(-size // 64) * 64 for size in sizes[:row]) for row in range(len(sizes))]
-        buffer = self.buffers.get("raw", starts[-1] + sizes[-1])
+        buffer = self.buffers.get(("raw", place), starts[-1] + sizes[-1])
         bits = {}
         for leader, tensor, (low, high), start, size in zip(leaders, tensors, ranges, starts, sizes):
             found = self.reader.read(tensor, low, high, buffer[start : start + size])
@@ -120,10 +137,19 @@ class Worker:
     def own(self, raw: Raw, task: int) -> Tensor:
         return raw.bits[self.plan.tensor(raw.span.tensor).same[task]]
 
-    def deltas(self, raw: Raw, tasks: Sequence[int], low: int, high: int) -> Tensor:
+    def on_device(self, values: Tensor) -> Tensor:
+        return values.to(self.device, torch.float32)
+
+    def where(self, span: Span, low: int, tasks: Sequence[int]) -> Where:
+        names = tuple(self.plan.tasks[task].name for task in tasks)
+        return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=self.plan.tensor(span.tensor).shape)
+
+    # Merging
+
+    def deltas(self, raw: Raw, tasks: Sequence[int], low: int, high: int, place: int = 0) -> Tensor:
         """float32(θ_k) - float32(θ_base) of elements [low, high) of the range, [k, n]. Valid until the next call."""
-        buffer = self.buffers.get("deltas", len(tasks) * (high - low) * 4)[: len(tasks) * (high - low) * 4]
-        on_cpu = as_tensor(buffer, "F32").view(len(tasks), high - low)
+        size = len(tasks) * (high - low) * 4
+        on_cpu = as_tensor(self.buffers.get(("deltas", place), size)[:size], "F32").view(len(tasks), high - low)
         deltas = on_cpu if self.device.type == "cpu" else torch.empty_like(on_cpu, device=self.device)
         base = self.on_device(raw.bits[BASE][low:high])
         same, order = self.plan.tensor(raw.span.tensor).same, list(raw.bits)
@@ -135,162 +161,91 @@ class Worker:
             torch.sub(self.on_device(self.own(raw, task)[low:high]), base, out=deltas[row])
         return deltas
 
-    def on_device(self, values: Tensor) -> Tensor:
-        return values.to(self.device, torch.float32)
+    def stepped(
+        self, chain: Chain, deltas: Tensor, where: Where, tasks: Sequence[int], upto: int | None = None
+    ) -> Tensor:
+        """[k, n] after the first `upto` steps; the very tensor where there are none."""
+        for step, by_domain in zip(chain.steps[:upto], chain.step_stats):
+            stats = None
+            if by_domain is not None:
+                assert step.statistics is not None
+                stats = by_domain[self.domain(step.statistics.scope, where.tensor)].take(list(tasks))
+            shaped = shape_for(deltas, step.scope_of(where.tensor, where.shape), where)
+            deltas = step(shaped, where, stats).flatten(1)
+        return deltas
 
-    def where(self, span: Span, low: int, tasks: Sequence[int]) -> Where:
-        names = tuple(self.plan.tasks[task].name for task in tasks)
-        return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=self.plan.tensor(span.tensor).shape)
+    def value(self, group: StoredGroup, raw: Raw, low: int, high: int, whole: Any = None) -> tuple[Any, Tensor]:
+        """What the method makes of the group here (a flat tensor, or a Centre), and the unstepped task vectors.
 
-    # Merging
-
-    def piece(self, storage: Storage, span: Span) -> Piece:
-        """All that one range of a tensor stores."""
-        piece = Piece()
-        raw = self.read(span, self.models(storage))
-        for model, bits in raw.bits.items():
-            item_bytes = self.source(span.tensor, model).item_bytes
-            piece.sources[model] = digest_range(to_bytes(bits), span.start * item_bytes)
-        for group in storage.groups:
-            if group.kind == "copy":
-                self._copy(storage, group, raw, piece)
-            elif group.kind == "merged":
-                self._merge(storage, group, raw, piece)
-            else:
-                self._mask(storage, group, raw, piece)
-        base = next((part for part in storage.parts if part.array.role == "base"), None)
-        if base is not None:
-            # A copy: the buffer that was read into is the next item's, and the hash is taken later.
-            self._emit(base, span.start, cast(raw.bits[BASE], base.array.dtype).clone(), piece)
-        return piece
-
-    def group_value(self, group: StoredGroup, raw: Raw, low: int, high: int) -> tuple[Any, Tensor]:
-        """What the method makes of the group here, and the task vectors it was made from."""
-        assert group.method is not None
+        whole: what a method of scope `block` has made of this tensor.
+        """
+        chain = self.chain(group)
         deltas = self.deltas(raw, group.tasks, low, high)
+        if chain.call is None:
+            return torch.zeros(high - low, device=self.device), deltas
         where = self.where(raw.span, low, group.tasks)
-        return self.bill.calls[group.method](deltas, where, self.statistics(group, raw.span.tensor)), deltas
+        if whole is None:
+            stepped = self.stepped(chain, deltas, where, group.tasks)
+            scope = chain.call.scope_of(where.tensor, where.shape)
+            shaped = shape_for(stepped, scope, where)
+            unstepped = shaped if stepped is deltas else shape_for(deltas, scope, where)
+            whole = chain.call(shaped, where, chain.stats(group.tasks, where.tensor), unstepped)
+        if isinstance(whole, Tensor):
+            if chain.calibrate is not None and chain.calibrate.scope_of(where.tensor, where.shape) == "tensor":
+                vectors = shape_for(deltas, "tensor", where)
+                whole = chain.calibrate(whole.reshape(where.shape).double(), vectors, where)
+            whole = whole.flatten()
+        return whole, deltas
+
+    def block_values(self, group: StoredGroup, raws: Mapping[str, Raw]) -> dict[str, Tensor]:
+        """A method of scope `block` on all tensors of a unit: name -> merged task vector."""
+        chain = self.chain(group)
+        assert chain.call is not None
+        deltas = {}
+        for place, (name, raw) in enumerate(sorted(raws.items())):
+            where = self.where(raw.span, 0, group.tasks)
+            flat = self.deltas(raw, group.tasks, 0, raw.span.stop, place)
+            deltas[name] = shape_for(self.stepped(chain, flat, where, group.tasks), "tensor", where)
+        names = tuple(self.plan.tasks[task].name for task in group.tasks)
+        first = next(iter(raws))
+        where = Where(tasks=names, tensor=self.block_of[first], start=0, shape=())
+        found: dict[str, Tensor] = chain.call(deltas, where, chain.stats(group.tasks, first))
+        return found
+
+    def chain(self, group: StoredGroup) -> Chain:
+        assert group.method is not None
+        return self.chains[group.method]
+
+    def domain(self, scope: str, tensor: str) -> str:
+        """Of a statistic: the model, a block, a tensor."""
+        return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
 
     def rounded(self, delta: Tensor, dtype: str) -> Tensor:
         """float32 as it will be read back from `dtype`."""
-        return cast(delta.float(), dtype).float().add_(0.0)
+        return cast(delta.float(), dtype).float() + 0.0
 
-    def _copy(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-        for part in group.parts:
-            if part.readers[0] not in group.tasks:
-                continue  # written with the group of its first reader
-            values = self.own(raw, part.readers[0])
-            stored = cast(values, part.array.dtype)
-            data = self._emit(part, raw.span.start, stored.clone() if stored is values else stored, piece)
-            if stored is not values:
-                error = sum(
-                    float(self.squared((stored[low:high].float() - values[low:high].float())[None])[0])
-                    for low, high in tiles(len(values), TILE_ELEMENTS)
-                )
-                digest = digest_range(data, raw.span.start * ITEM_BYTES[part.array.dtype])
-                for task in part.readers:
-                    piece.errors[task], piece.decoded[task] = error, digest
+    def squared(self, lost_kN: Tensor, start: int) -> np.ndarray:
+        """Σ x² of each row of float32 [k, n], [k] float64; start: the first element's index in its tensor.
 
-    def _merge(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-        part = group.parts[0]
-        count = raw.span.stop - raw.span.start
-        stored = torch.empty(count, dtype=torch_dtype(part.array.dtype))
-        dtypes = [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
-        errors = np.zeros(len(group.tasks))
-        for low, high in tiles(count, TILE_ELEMENTS):
-            found, deltas = self.group_value(group, raw, low, high)
-            base = self.on_device(raw.bits[BASE][low:high])
-            # -0 is written as +0: adding 0 makes it so, before the sum and, where rounding can give it, after it.
-            stored[low:high].copy_(base + found.float().add_(0.0))
-            if stored.dtype is not torch.float32:
-                stored[low:high].add_(0.0)
-            for dtype in set(dtypes):
-                rows = [row for row, own in enumerate(dtypes) if own == dtype]
-                lost = deltas if len(rows) == len(dtypes) else deltas[rows]
-                # Of the task vectors, not of the weights: what is lost is as small as they are, or smaller.
-                lost.sub_(self.on_device(cast(stored[low:high], dtype)) - base)
-                errors[rows] += self.squared(lost)
-        self._check_finite(stored, group, raw.span)
-        data = self._emit(part, raw.span.start, stored, piece)
-        digests: dict[str, RangeDigest] = {}
-        for row, (task, dtype) in enumerate(zip(group.tasks, dtypes)):
-            if dtype not in digests:
-                mine = (
-                    data if dtype == part.array.dtype else to_bytes(self._finite(cast(stored, dtype), group, raw.span))
-                )
-                digests[dtype] = digest_range(mine, raw.span.start * ITEM_BYTES[dtype])
-            piece.decoded[task], piece.errors[task] = digests[dtype], float(errors[row])
-
-    def _mask(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-        unified_part, base_part = array(group, "unified"), array(group, "base")
-        mask_parts = {part.task: part for part in group.parts if part.array.role == "mask"}
-        count, start = raw.span.stop - raw.span.start, raw.span.start
-        stored = torch.empty(count, dtype=torch_dtype(unified_part.array.dtype))
-        dtypes = [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
-        decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
-        taken = np.empty((len(group.tasks), count), bool)
-        gamma = self.gamma.get((self.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
-        errors = [0.0] * len(group.tasks)
-        for low, high in tiles(count, TILE_ELEMENTS):
-            found, deltas = self.group_value(group, raw, low, high)
-            unified = self.rounded(found.delta, unified_part.array.dtype)
-            stored[low:high].copy_(unified)
-            base = cast(self.on_device(raw.bits[BASE][low:high]), base_part.array.dtype).float()
-            takes = found.mask(deltas, unified)
-            taken[:, low:high] = takes.cpu().numpy()
-            for row, task in enumerate(group.tasks):
-                # As residuals/mask.py decodes: one product, one sum, both float32.
-                shifted = base + unified * torch.tensor(gamma[row], device=self.device)
-                decoded[row][low:high].copy_(torch.where(takes[row], shifted, base))
-                lost = self.on_device(decoded[row][low:high]) - self.on_device(self.own(raw, task)[low:high])
-                errors[row] += self.squared(lost[None])[0]
-        self._emit(unified_part, start, self._finite(stored, group, raw.span), piece)
-        packed = masks.pack(taken)
-        for row, task in enumerate(group.tasks):
-            self._emit_bytes(mask_parts[task], start // 8, packed[row], piece)
-            mine = to_bytes(self._finite(decoded[row], group, raw.span))
-            piece.decoded[task] = digest_range(mine, start * ITEM_BYTES[dtypes[row]])
-            piece.errors[task] = float(errors[row])
-
-    def squared(self, lost_kN: Tensor) -> np.ndarray:
-        """Σ x² of each row of float32 [k, n], in float64: [k]."""
+        Sums of SUM_ELEMENTS in float32, counted from the tensor's first element, and these in float64: a third of the
+        time of float64 throughout. Where a range starts elsewhere the blocks would depend on it: float64.
+        """
+        k, n = lost_kN.shape
         if lost_kN.device.type != "cpu":
-            return lost_kN.double().square().sum(1).cpu().numpy()
-        size = lost_kN.numel() * 8
-        wide_kN = as_tensor(self.buffers.get("wide", size)[:size], "F64").view(lost_kN.shape).copy_(lost_kN)
-        return np.array([float(torch.dot(row, row)) for row in wide_kN])
-
-    def _finite(self, values: Tensor, group: StoredGroup, span: Span) -> Tensor:
-        self._check_finite(values, group, span)
-        return values
-
-    def _check_finite(self, values: Tensor, group: StoredGroup, span: Span) -> None:
-        # A sum is finite only if every term is, unless huge terms overflow; then the slow question decides.
-        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
-            return
-        assert group.method is not None
-        index = span.start + int((~torch.isfinite(values)).nonzero()[0, 0])
-        place = [int(axis) for axis in np.unravel_index(index, self.plan.tensor(span.tensor).shape)]
-        names = ", ".join(self.plan.tasks[task].name for task in group.tasks)
-        raise DataError(
-            f"`{self.bill.calls[group.method].method.name}` gives a value that is not finite in `{span.tensor}` at "
-            f"{place}, tasks {names}",
-            hint="use a smaller scale, or a wider dtype",
-        )
-
-    def _emit(self, part: Part, start: int, values: Tensor, piece: Piece) -> np.ndarray:
-        data = to_bytes(values)
-        self._emit_bytes(part, start * ITEM_BYTES[part.array.dtype], data, piece)
-        return data
-
-    def _emit_bytes(self, part: Part, start_byte: int, data: np.ndarray, piece: Piece) -> None:
-        if data.size:  # a private tensor may end before another task's
-            self.output.write(part, start_byte, data)
-            piece.written.append((part, start_byte, data))
+            squares: np.ndarray = lost_kN.double().square().sum(1).cpu().numpy()
+            return squares
+        lost, whole = lost_kN.numpy(), n // SUM_ELEMENTS * SUM_ELEMENTS if start % SUM_ELEMENTS == 0 else 0
+        blocks = lost[:, :whole].reshape(k, whole // SUM_ELEMENTS, SUM_ELEMENTS)
+        rest = lost[:, whole:].astype(np.float64)
+        sums: np.ndarray = np.einsum("kbn,kbn->kb", blocks, blocks).sum(1, dtype=np.float64)
+        return sums + np.einsum("kn,kn->k", rest, rest)
 
 
-def array(group: StoredGroup, role: str) -> Part:
-    return next(part for part in group.parts if part.array.role == role)
+def shape_for(deltas: Tensor, scope: Scope, where: Where) -> Tensor:
+    """[k, n] as methods of a scope take it."""
+    if scope == "row":
+        return deltas.view(len(deltas), -1, max(1, row_elements(where.shape)))
+    return deltas.view(len(deltas), *where.shape) if scope in ("tensor", "block") else deltas
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -12,6 +12,9 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 
+# Wrappers have one to three segments. Without a bound, one name of a million dots takes 10^12 steps.
+MAX_PREFIX_SEGMENTS = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
@@ -66,8 +69,12 @@ def aligned_names(alignment: Alignment, base: Tensors, task: Tensors) -> dict[st
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
-    """("", name), then every cut at a dot: ("a.", "b.c"), ("a.b.", "c")."""
-    cuts = [index + 1 for index, character in enumerate(name) if character == "."]
+    """("", name), then the cuts at its first dots: ("a.", "b.c"), ("a.b.", "c")."""
+    cuts: list[int] = []
+    position = name.find(".") + 1
+    while position and len(cuts) < MAX_PREFIX_SEGMENTS:
+        cuts.append(position)
+        position = name.find(".", position) + 1
     return [("", name)] + [(name[:cut], name[cut:]) for cut in cuts]
 
 

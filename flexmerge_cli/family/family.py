@@ -14,6 +14,8 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.align import Alignment, align, aligned_names
 from flexmerge_cli.family.classes import TensorClass, aliases, is_resnet, why_private
 
+# What bundles call the parts of a tensor (allocation/manifest.py): no tensor of a checkpoint may have such a name.
+PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -108,6 +110,16 @@ def make_family(
     check_task_names(list(tasks))
     names = tuple(sorted(tasks))
     checkpoints = tuple(tasks[name] for name in names)
+    taken = [
+        f"`{name}` of {checkpoint.path}"
+        for checkpoint in (base, *checkpoints)
+        for name in checkpoint.tensors
+        if PART_NAME.search(name)
+    ]
+    if taken:
+        raise DataError(
+            "tensors with names that bundles give to parts of one:\n  " + "\n  ".join(taken[:20]), hint="rename them"
+        )
     alignments = [align(base.tensors, checkpoint.tensors) for checkpoint in checkpoints]
     problems = [
         _misfit(name, base, checkpoint, alignment)

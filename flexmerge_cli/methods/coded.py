@@ -70,8 +70,8 @@ class Form:
 class Coded:
     """A coded method with its arguments: what a group stores, from shapes and dtypes alone."""
 
-    centre: Call | Literal["base", "none"]
-    """A method that makes one dense value; the base; or none, when each task's own weights are coded."""
+    centre: str
+    """`NAME:key=value` of a method that makes one dense value; `base`; or `none`: each task's own weights are coded."""
     centre_bits: int | Literal["dense"] = "dense"
     coder: Callable[[int], Coder]
     """Of the residuals, from the number of tasks of the group."""
@@ -98,9 +98,15 @@ class Coded:
         copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
+    def centre_call(self) -> Call | None:
+        """The method that makes the centre; None for the base, and for none."""
+        from flexmerge_cli.methods.registry import parse_call  # which imports this module, and torch
+
+        return None if self.centre in ("base", "none") else parse_call(self.centre)
+
     def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
         """Of one group's centre; 0 for the base, which all groups share, and where there is none."""
-        if form.residual is None or isinstance(self.centre, str):
+        if form.residual is None or self.centre in ("base", "none"):
             return 0
         dtype = promote(dtypes)
         dense = math.prod(form.matrix) * ITEM_BYTES[dtype]
@@ -132,7 +138,7 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
             return function(**args).coder(2).scope
 
         def check(**args: Any) -> None:
-            function(**args)
+            check_centre(function(**args), function.__name__)
 
         plain = method(paper=paper, scope=scope, check=check, when=when)(function)
         return CodedMethod(**{field.name: getattr(plain, field.name) for field in fields(plain)})
@@ -140,19 +146,16 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
     return wrap
 
 
-def centre_of(text: str, name: str, *, none: bool = False) -> Call | Literal["base", "none"]:
-    """Read `centre=`: a method that stores one dense value per group, or a word. name: of the method that asks."""
-    from flexmerge_cli.methods.registry import parse_call  # which imports this module
-
-    if text == "base" or (text == "none" and none):
-        return "base" if text == "base" else "none"
-    call = parse_call(text)
-    if call.method.masked or isinstance(call.method, CodedMethod):
+def check_centre(declared: Coded, name: str) -> None:
+    """`centre=` is `base`, for `low_bit` `none`, or a method with one dense value per group. Raises UsageError."""
+    if declared.centre == "none" and name != "low_bit":
+        raise UsageError(f"`{name}`: centre=none leaves nothing to be residual to", hint="take `base` or `average`")
+    call = declared.centre_call()
+    if call is not None and (call.method.masked or isinstance(call.method, CodedMethod)):
         raise UsageError(
-            f"`{name}`: centre={text!r} stores more than one dense value",
+            f"`{name}`: centre={declared.centre!r} stores more than one dense value",
             hint="take `base`, `average`, or another method that merges a group into one model",
         )
-    return call
 
 
 @coded(paper="Liu et al. 2024", when="many fine-tunes close to one base; a model is its base and one bit an element")
@@ -168,7 +171,7 @@ def bitdelta(
     This is the authors' variant before distillation, which needs data.
     """
     coder = BitDelta(scale=scale, gain=gain)
-    return Coded(centre=centre_of(centre, "bitdelta"), coder=lambda num_tasks: coder)
+    return Coded(centre=centre, coder=lambda num_tasks: coder)
 
 
 @coded(paper="own construction", when="a near-exact bundle at a fraction of the size")
@@ -198,7 +201,7 @@ def low_bit(
     # §11's view but for what `auto` may store too, so that a uniform plan and a choice of `auto` are the same bytes.
     of_auto = centre == "none" or centre_bits != "dense"
     return Coded(
-        centre=centre_of(centre, "low_bit", none=True),
+        centre=centre,
         centre_bits=centre_bits,
         coder=lambda num_tasks: coder,
         view=View.SQUEEZED if of_auto else View.FIRST_AXIS,
@@ -215,7 +218,7 @@ def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, cent
     if rank is not None and fraction is not None:
         raise UsageError(f"`low_rank`: rank={rank} and fraction={fraction} are both given", hint="leave one out")
     coder = LowRank(rank=rank, fraction=0.125 if fraction is None else fraction)
-    return Coded(centre=centre_of(centre, "low_rank"), coder=lambda num_tasks: coder)
+    return Coded(centre=centre, coder=lambda num_tasks: coder)
 
 
 @coded(paper="Gargiulo et al. 2025 (TSV-Compress)", when="two models' worth of matrices, however many tasks")
@@ -237,4 +240,4 @@ def sparse(
     norm; l2 keeps the length, l1 makes the error larger than none does.
     """
     coder = Sparse(density=density, rescale=rescale)
-    return Coded(centre=centre_of(centre, "sparse"), coder=lambda num_tasks: coder)
+    return Coded(centre=centre, coder=lambda num_tasks: coder)

@@ -132,12 +132,12 @@ def free(
     algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre.
     Source: Zhengsh123/FREE-Merging.
     """
-    from flexmerge_cli.methods.registry import all_methods, make_call  # which import this module
+    from flexmerge_cli.methods.registry import format_call  # which imports this module
 
     backbone = {"variant": variant, "cutoff": cutoff, "coef": coef, "scope": scope, "others": others, "scale": scale}
     top = Sparse(density=density, select=select)
     return Coded(
-        centre=make_call(all_methods()["fr"], {**backbone, "matrices": matrices}),
+        centre=format_call("fr", {**backbone, "matrices": matrices}),
         coder=lambda num_tasks: top,
         view=View.LAST_AXIS,
         vectors=Vectors.CODED,

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.methods.method import Call
+from flexmerge_cli.residuals.coder import Part
 
 Kind = Literal["copy", "merged", "masked", "residual"]
 
@@ -25,26 +27,52 @@ class Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Arrays of one group of k tasks."""
+    """Arrays of one group."""
 
     kind: Kind
     centre: tuple[Array, ...]
     """Read by all tasks of the group."""
     base: bool
     """Whether decoding needs the base's tensor too."""
-    each: tuple[Array, ...]
-    """Per task."""
-
-    def num_bytes(self, num_tasks: int, base_bytes: int) -> int:
-        """Price, the base in full: what decides between this and copies."""
-        each = sum(array.num_bytes for array in self.each)
-        return sum(array.num_bytes for array in self.centre) + num_tasks * each + (base_bytes if self.base else 0)
+    each: tuple[tuple[Array, ...], ...]
+    """Per task of the group."""
 
 
-def layout(call: Call, *, shape: tuple[int, ...], dtype: str) -> Layout:
-    """dtype: of the group's stored value."""
+def layout(call: Call, *, shape: tuple[int, ...], dtypes: tuple[str, ...], base_dtype: str) -> Layout | None:
+    """None: copies are no larger, and exact. dtypes: of the tasks of the group, as they are given back."""
+    coded = declare(call)
+    if coded is not None:
+        return residual_layout(coded, shape, dtypes)
+    dtype, count = promote(dtypes), math.prod(shape)
     if call.method.masked:
-        mask = Array(role="mask", dtype="U8", shape=((math.prod(shape) + 7) // 8,))
+        mask = Array(role="mask", dtype="U8", shape=((count + 7) // 8,))
         unified = Array(role="unified", dtype=dtype, shape=shape)
-        return Layout(kind="masked", centre=(unified,), base=True, each=(mask,))
-    return Layout(kind="merged", centre=(Array(role="dense", dtype=dtype, shape=shape),), base=False, each=())
+        found = Layout(kind="masked", centre=(unified,), base=True, each=((mask,),) * len(dtypes))
+    else:
+        dense = Array(role="dense", dtype=dtype, shape=shape)
+        found = Layout(kind="merged", centre=(dense,), base=False, each=((),) * len(dtypes))
+    stored = sum(array.num_bytes for array in found.centre) + sum(a.num_bytes for each in found.each for a in each)
+    base_bytes = count * ITEM_BYTES[base_dtype] if found.base else 0
+    return None if sum(count * ITEM_BYTES[own] for own in dtypes) <= stored + base_bytes else found
+
+
+def residual_layout(coded: Coded, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Layout | None:
+    """Of a method with residuals; None: copies are no larger. dtypes: of the tasks of the group."""
+    form, dtype = coded.form(shape, dtypes), promote(dtypes)
+    if form.residual is None:
+        return None
+    centre: tuple[Array, ...] = ()
+    if form.centre is not None and coded.centre != "none":
+        centre = _arrays(form.centre.parts(form.matrix, dtype))
+    elif coded.centre not in ("base", "none"):
+        centre = (Array(role="unified", dtype=dtype, shape=shape),)
+    return Layout(
+        kind="residual",
+        centre=centre,
+        base=coded.centre == "base" and form.centre is None,
+        each=tuple(_arrays(form.residual.parts(form.matrix, own)) for own in dtypes),
+    )
+
+
+def _arrays(parts: tuple[Part, ...]) -> tuple[Array, ...]:
+    return tuple(Array(role=part.role, dtype=part.dtype, shape=part.shape) for part in parts)

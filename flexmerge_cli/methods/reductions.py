@@ -25,7 +25,7 @@ def sum_tasks(deltas: Tensor) -> Tensor:
 
 def mean_tasks(deltas: Tensor) -> Tensor:
     """[k, *shape] -> [*shape] float64."""
-    return sum_tasks(deltas) / len(deltas)
+    return sum_tasks(deltas).div_(len(deltas))
 
 
 def weigh_tasks(deltas: Tensor, weights: list[float]) -> Tensor:

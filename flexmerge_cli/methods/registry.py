@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -19,6 +19,9 @@ from flexmerge_cli.methods.aliases import resolve_alias
 from flexmerge_cli.methods.load import method_from_file, method_from_package
 from flexmerge_cli.methods.method import Call, Method
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
+
+if TYPE_CHECKING:
+    from flexmerge_cli.methods.coded import Coded
 
 Named = TypeVar("Named", Method, Step, Calibration)
 
@@ -45,6 +48,8 @@ MODULES = (
     "tall_masks",
     "consensus",
     "consensus_original",
+    "coded",
+    "free",
 )
 
 
@@ -113,6 +118,23 @@ def make_call(method: Method, args: Mapping[str, Any]) -> Call:
     full = _complete(method, args)
     method.check(**full)
     return Call(method=method, args=full)
+
+
+def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
+    """What a method with residuals stores, from what a manifest has of it; None if it is no such method.
+
+    Its centre is not looked at, since decoding only needs what is stored: torch is not imported, save for `free`.
+    Raises UsageError.
+    """
+    from flexmerge_cli.methods import coded
+
+    found = getattr(coded, name, None)
+    if name == "free":
+        from flexmerge_cli.methods.free import free as found
+    if not isinstance(found, coded.CodedMethod):
+        return None
+    stored: Coded = found.function(**_complete(found, args))
+    return stored
 
 
 def make_step(step: Step, args: Mapping[str, Any]) -> StepCall:

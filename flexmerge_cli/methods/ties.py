@@ -64,11 +64,11 @@ def trim(
     where: Where,
     stats: Kept | None,
     *,
-    K: Fraction = 0.2,
+    K: Fraction = 0.1,
     scope: Literal["model", "block", "tensor"] = "model",
 ) -> Tensor:
     """Zero all but the largest elements of each task, the first half of TIES, before any method. [M, n] -> [M, n].
 
-    K: fraction kept within `scope`, int(K·n) + 1 elements; 0.2 as in TIES.
+    K: fraction kept within `scope`, int(K·n) + 1 elements; as in `ties`.
     """
     return trimmed(deltas, where, stats)

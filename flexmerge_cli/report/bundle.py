@@ -23,7 +23,7 @@ def merge_summary(
     return {
         "bundle": str(output),
         "written": measured is not None,
-        "methods": list(bill.allocation.methods),
+        "methods": [use.text for use in bill.allocation.methods],
         "allocation": {
             "merges": bill.allocation.merges,
             "undone": bill.allocation.undone,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flexmerge_cli.report.inspect_heat import NOTHING, RAMP, Colour, Scale, ink
-from flexmerge_cli.report.text import printable
+from flexmerge_cli.report.text import printable, tail
 from flexmerge_cli.version import GENERATOR
 
 BREAK = re.compile(r"(?<=[^…][._/])(?=.)")
@@ -42,15 +42,6 @@ def block_name(value: str) -> str:
         return name(value, NAME_CHARACTERS)
     title = text(value)
     return f'<bdi class=wide title="{title}">{text(wide)}</bdi><bdi class=narrow title="{title}">{text(narrow)}</bdi>'
-
-
-def tail(value: str, characters: int = NAME_CHARACTERS) -> str:
-    """The end of a dotted name, from a dot on where there is one: `…layers.3.mlp`."""
-    if len(value) <= characters:
-        return value
-    end = value[-(characters - 1) :]
-    dot = end.find(".")
-    return "…" + (end[dot + 1 :] if 0 <= dot < len(end) // 2 else end)
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flexmerge_cli.report.html import facts as fact_list
-from flexmerge_cli.report.html import legend, name, page, section, table, tail, text
+from flexmerge_cli.report.html import legend, name, page, section, table, text
 from flexmerge_cli.report.html_block import heat_picture, one_block
 from flexmerge_cli.report.html_chart import Tick, band, chart, dots, fraction, line, nice_ticks
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.inspect_plan import PlanFacts
-from flexmerge_cli.report.text import human_bytes
+from flexmerge_cli.report.text import human_bytes, tail
 
 BINS = 32  # colours of the dots
 LABELLED_BLOCKS = 60  # with more, not every row has its name

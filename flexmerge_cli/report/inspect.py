@@ -160,6 +160,15 @@ def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
     return Report(value=value, show=show_verification, error=error)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page: what --html may replace. A slip must not cost a checkpoint."""
+    try:
+        with path.open("rb") as file:
+            return file.read(15).lower() == b"<!doctype html>"
+    except OSError:
+        return False
+
+
 def _write(page: str, path: Path) -> None:
     """Beside, then renamed: a page is whole or not there."""
     partial = path.with_name(f".{path.name}.partial")

@@ -13,8 +13,9 @@ from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.report import inspect_draw as draw
-from flexmerge_cli.report.text import printable, table
+from flexmerge_cli.report.text import line_columns, printable, table
 
+WIDE = 110  # characters of a line that has room for all columns
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALONE = "·"
 LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones once; {ALONE}: a group of one"
@@ -140,7 +141,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     if allocation["dtype"]:
         print(f"floating-point tensors are stored as {allocation['dtype']}")
     table(
-        ["task", "reads", "of it its own", "approximated", "distance", "transformers"],
+        ["task", "reads", "of it\nits own", "approximated", "distance", "transformers"],
         [
             (
                 name,
@@ -162,12 +163,17 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
             if found["tensors"]
         ],
     )
+    if not facts.bundle.manifest.units:
+        return
+    rows = [
+        _row(facts.bundle.tasks, *found)
+        for found in zip(facts.bundle.manifest.units, facts.unit_elements, facts.unit_bytes)
+    ]
+    columns = ["block", "groups by task", "bytes", "worst\ndistance", "stored as", "parameters"]
+    shown = len(columns) if line_columns() >= WIDE else 4
     draw.long_table(
-        ["block", "groups by task", "parameters", "bytes", "groups", "stored as", "worst distance"],
-        [
-            _row(facts.bundle.tasks, *found)
-            for found in zip(facts.bundle.manifest.units, facts.unit_elements, facts.unit_bytes)
-        ],
+        columns[:shown],
+        [row[:shown] for row in rows],
         every=every,
         title="which tasks share a block",
         left=2,
@@ -182,17 +188,15 @@ def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int) -
     kinds = Counter(group.kind for group in unit.groups)
     distances = [found for group in unit.groups for found in group.distance.values()]
     known = [distance for distance in distances if distance is not None]
+    is_all_exact = len(known) == len(distances) and max(known, default=0) == 0
     shared = letters(unit)
     return (
         unit.name,
-        " ".join(shared.get(task, " ") for task in tasks),
-        f"{elements:,}",
+        (" " if len(tasks) <= draw.NUMBERED_TASKS else "").join(shared.get(task, " ") for task in tasks),
         f"{num_bytes:,}",
-        str(len(unit.groups)),
+        "exact" if is_all_exact else draw.number(max(known, default=None)),
         ", ".join(f"{count} {PLURALS[kind] if count > 1 else kind}" for kind, count in kinds.items()),
-        "exact"
-        if known and max(known) == 0 and len(known) == len(distances)
-        else draw.number(max(known, default=None)),
+        f"{elements:,}",
     )
 
 

@@ -68,7 +68,7 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
     print(printable(f"{value['source']}: a checkpoint ({what})"))
     print(
         f"{value['parameters']:,} parameters, {human_bytes(value['bytes'])} "
-        f"in {sum(file['tensors'] for file in value['files'])} tensors of {len(value['files'])} files"
+        f"in {sum(file['tensors'] for file in value['files'])} tensors; weight files: {len(value['files'])}"
     )
     if value["side_files"]:
         print(printable(f"beside the weights: {', '.join(value['side_files'])}"))

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.report.inspect_heat import LEVELS, Scale, ink
-from flexmerge_cli.report.text import printable, table
+from flexmerge_cli.report.text import PADDING, line_columns, printable, table, tail
 
 MANY_ROWS = 40  # a longer table is shortened to its two ends
 CHART_COLUMNS, CHART_ROWS = 64, 9
+SHORTEST_NAME = 20
 NUMBERED_TASKS = 12  # with more, a heat map has no numbers
 
 
@@ -58,11 +59,19 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
 def long_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, every: bool, title: str = "", left: int = 1
 ) -> None:
-    """A table; of a long one its two ends, unless every row is wanted."""
+    """A table; of a long one its two ends, unless every row is wanted.
+
+    Names stand first, and are cut short from the front where the line has no room for them.
+    """
     if len(rows) > MANY_ROWS and not every:
         half = MANY_ROWS // 2
         gap = [f"… {len(rows) - 2 * half} more: -v shows all", *[""] * (len(columns) - 1)]
         rows = [*rows[:half], gap, *rows[-half:]]
+    widths = [max(map(len, column.split("\n"))) for column in columns]
+    for row in rows:
+        widths = [max(width, len(str(cell))) for width, cell in zip(widths, row)]
+    room = line_columns() - sum(width + PADDING for width in widths[1:]) - PADDING
+    rows = [(tail(printable(str(first)), max(room, SHORTEST_NAME)), *rest) for first, *rest in rows]
     table(columns, rows, title=title, left=left)
 
 

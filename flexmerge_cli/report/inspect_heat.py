@@ -67,9 +67,10 @@ class Scale:
 
 
 def ink(colour: Colour) -> Colour:
-    """Black or white, whichever is legible on it."""
-    luminance = sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), colour))
-    return (0, 0, 0) if luminance > 125 else (255, 255, 255)
+    """Black or white, whichever stands out more from it: 4.5 to 1 or better, as WCAG asks of text."""
+    linear = [part / 3294.6 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
 def png(pixels: np.ndarray) -> str:

@@ -6,9 +6,10 @@ import numpy as np
 
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
-from flexmerge_cli.report.text import human_bytes, printable, table
+from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
 
 EXTREMES = 5  # most and least similar blocks that are listed
+WIDE = 110  # characters of a line that has room for all columns
 SIZE_COLUMNS = 6  # of the blocks × groups table
 
 
@@ -29,7 +30,8 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
         _show_sizes(value)
     else:
         print("nothing to merge: " + ("no tensor merges" if len(value["tasks"]) > 1 else "there is one task"))
-    _show_blocks(value, every=every)
+    if value["blocks"]:
+        _show_blocks(value, every=every)
     _show_extremes(value)
 
 
@@ -38,33 +40,33 @@ def _show_sizes(value: dict[str, Any]) -> None:
     print("size after each merge, one dense value per merged block")
     labels = [f"{size / one:.2f}x {human_bytes(size):>7}" for size in (max(sizes), max(sizes) / 2, 0)]
     draw.curve(sizes, labels, below=("0 merges", f"{value['merges']:,} merges"))
-    rows = []
+    rows, wide = [], line_columns() >= WIDE
     for row in value["sizes"]:
         cells = []
         for distances in row["distance"].values():
             known = [distance for distance in distances.values() if distance is not None]
             cells += [draw.number(sum(known) / len(known)), draw.number(max(known))] if known else ["null", "null"]
-        rows.append(
-            (row["size"], f"{row['factor']:.2f}x", f"{row['tensor_bytes']:,}", row["merges"], row["groups"], *cells)
-        )
+        counts = [f"{row['factor']:.2f}x", f"{row['groups']:,}"] if wide else []
+        rows.append((row["size"], f"{row['merges']:,}", f"{row['tensor_bytes']:,}", *counts, *cells))
     methods = value["sizes"][0]["distance"]
-    heads = [f"{method} {which}" for method in methods for which in ("mean", "worst")]
-    table(["size", "is", "bytes", "merges", "groups", *heads], rows, title="distance ≈ over the tasks")
+    heads = [f"{method}\n{which}".replace("_", "_\n") for method in methods for which in ("mean", "worst")]
+    counted = ["is", "groups"] if wide else []
+    table(["size", "merges", "bytes", *counted, *heads], rows, title="distance ≈ over the tasks")
 
 
 def _show_blocks(value: dict[str, Any], *, every: bool) -> None:
     between = [row["size"] for row in value["sizes"] if 0 < row["merges"] < value["merges"]]
-    spread = np.linspace(0, len(between) - 1, min(SIZE_COLUMNS, len(between))).round().astype(int)
+    wide = line_columns() >= WIDE
+    spread = np.linspace(0, len(between) - 1, min(SIZE_COLUMNS if wide else 3, len(between))).round().astype(int)
     picked = [between[place] for place in spread]
     rows = []
     for block in value["blocks"]:
         pairs = block["similarity"]
-        alike = [draw.number(pairs[which]["similarity"]) for which in ("least", "most")] if pairs else ["", ""]
-        groups = [block["groups"][size] for size in picked]
-        mean = draw.number(pairs["mean"]) if pairs else ""
-        rows.append((block["name"], f"{block['parameters']:,}", mean, *alike, *groups))
+        alike = [pairs["mean"], *(pairs[which]["similarity"] for which in ("least", "most"))] if pairs else [None] * 3
+        similar = [draw.number(found) if pairs else "" for found in (alike if wide else alike[:1])]
+        rows.append((block["name"], f"{block['parameters']:,}", *similar, *(block["groups"][size] for size in picked)))
     draw.long_table(
-        ["block", "parameters", "similarity", "least", "most", *picked],
+        ["block", "parameters", "similarity", *(("least", "most") if wide else ()), *picked],
         rows,
         every=every,
         title=f"blocks × groups at a size ({len(value['tasks'])} groups before the first merge, 1 after the last)",
@@ -82,7 +84,7 @@ def _show_extremes(value: dict[str, Any]) -> None:
             (b["name"], draw.number(b["similarity"]["mean"]), _pair(b["similarity"][which]), b["merges"][0])
             for b in blocks
         ]
-        table(["block", "similarity", f"{which} similar pair", "first merge"], rows, title=title)
+        draw.long_table(["block", "similarity", f"{which} similar pair", "first merge"], rows, every=True, title=title)
     print("one block: --block NAME; all of them as pictures: --html report.html")
 
 

@@ -5,7 +5,7 @@ if (pick) {
   pick.addEventListener("change", () => {
     const place = scrollY;
     location.replace("#" + pick.value);
-    scrollTo({ top: place, behavior: "instant" });
+    scrollTo(scrollX, place);
   });
   const follow = () => {
     if (location.hash.startsWith("#block-")) pick.value = location.hash.slice(1);

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+PADDING = 3  # of a column
+LEAST_FOLDED = 12  # characters of a column that is folded
+
 
 def human_bytes(count: float) -> str:
     """`1.3 GB`; powers of ten, as disks and the Hub count."""
@@ -18,18 +21,43 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def tail(name: str, characters: int) -> str:
+    """The end of a dotted name, from a dot on where there is one: `…layers.3.mlp`."""
+    if len(name) <= characters:
+        return name
+    end = name[-(characters - 1) :]
+    dot = end.find(".")
+    return "…" + (end[dot + 1 :] if 0 <= dot < len(end) // 2 else end)
+
+
+def line_columns() -> int:
+    """Characters of a line: the terminal's, and 200 where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal else 200
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", left: int = 1) -> None:
-    """Print a table to stdout; the first `left` columns to the left, the rest to the right."""
+    """Print a table to stdout; the first `left` columns to the left, the rest to the right.
+
+    Only the left ones are folded where the line is short: half a number is a wrong number. A head may have line breaks.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    heads = ["\n".join(map(printable, column.split("\n"))) for column in columns]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     shown = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
-    for index, column in enumerate(columns):
-        shown.add_column(printable(column), justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*(printable(str(cell)) for cell in row))
+    needed = 0
+    for index, head in enumerate(heads):
+        is_left = index < left
+        shown.add_column(head, justify="left" if is_left else "right", overflow="fold", no_wrap=not is_left)
+        widest = max(map(len, [*head.split("\n"), *(row[index] for row in cells)]))
+        needed += PADDING + (min(widest, LEAST_FOLDED) if is_left else widest)
+    for row in cells:
+        shown.add_row(*row)
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 200
+    console.width = max(line_columns(), needed)
     console.print(shown)

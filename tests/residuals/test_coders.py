@@ -120,3 +120,13 @@ def test_zero_decodes_to_zero(coder, matrix):
 def test_views(view, shape, matrix, is_vector):
     assert view.matrix(shape) == matrix
     assert view.is_vector(shape) == is_vector
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("coder", [coder for coder in CODERS if not isinstance(coder, LowRank)], ids=repr)
+def test_a_cuda_device_gives_the_bytes_of_the_cpu(coder):
+    matrix = torch.randn(200, 301, generator=torch.Generator().manual_seed(0))
+    parts, on_device = coder.encode(matrix, "BF16"), coder.encode(matrix.cuda(), "BF16")
+    for role, part in parts.items():
+        assert part.tobytes() == on_device[role].tobytes()

@@ -1,0 +1,257 @@
+"""One range of one tensor, as it is stored: copied, merged, masked or with residuals; and what a reader will get of it.
+
+Every value is decoded again as the reader decodes it, so that digests and distances are of what was written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
+from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.engine.device import to_bytes
+from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.spans import tiles
+from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Raw, Worker, cast, torch_dtype
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.residuals.coder import Coder, Matrix
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one range adds."""
+
+    written: list[tuple[Part, int, np.ndarray]] = field(default_factory=list)
+    """(part, first byte, bytes)."""
+    sources: dict[int, RangeDigest] = field(default_factory=dict)
+    """Task, or BASE."""
+    decoded: dict[int, RangeDigest] = field(default_factory=dict)
+    """Task -> digest of what a reader will get; tasks whose bits are their source's are left out."""
+    errors: dict[int, float] = field(default_factory=dict)
+    """Task -> Σ (θ̂ - θ)², float64."""
+
+
+class Encoder:
+    """Writes what the worker merges."""
+
+    def __init__(self, worker: Worker, output: Output) -> None:
+        self.worker, self.output = worker, output
+        self.plan, self.cast = worker.plan, worker.bill.allocation.dtype
+        self.unit_of = {name: unit.name for unit in worker.bill.allocation.units for name in unit.tensors}
+        self.gamma: dict[tuple[str, Tasks], np.ndarray] = {}
+        """(unit, tasks) -> float32 [k]: factors of masks."""
+
+    def piece(self, storage: Storage, raw: Raw, values: Mapping[Tasks, Tensor] | None = None) -> Piece:
+        """All that one range of a tensor stores. values: what methods of scope `block` made of it, by group."""
+        piece, span = Piece(), raw.span
+        for model, bits in raw.bits.items():
+            item_bytes = self.worker.source(span.tensor, model).item_bytes
+            piece.sources[model] = digest_range(to_bytes(bits), span.start * item_bytes)
+        for group in storage.groups:
+            whole = (values or {}).get(group.tasks)
+            if group.kind == "copy":
+                self._copy(group, raw, piece)
+            elif group.kind == "merged":
+                self._merge(storage, group, raw, piece, whole)
+            elif group.kind == "masked":
+                self._mask(storage, group, raw, piece)
+            else:
+                self._residuals(storage, group, raw, piece, whole)
+        base = next((part for part in storage.parts if part.array.role == "base"), None)
+        if base is not None:
+            # A copy: the buffer that was read into is the next item's, and the hash is taken later.
+            self._emit(base, span.start, cast(raw.bits[BASE], base.array.dtype).clone(), piece)
+        return piece
+
+    def _copy(self, group: StoredGroup, raw: Raw, piece: Piece) -> None:
+        worker, start = self.worker, raw.span.start
+        for part in group.parts:
+            if part.readers[0] not in group.tasks:
+                continue  # written with the group of its first reader
+            values = worker.own(raw, part.readers[0])
+            stored = cast(values, part.array.dtype)
+            data = self._emit(part, start, stored.clone() if stored is values else stored, piece)
+            if stored is not values:
+                lost = stored.float() - values.float()
+                error = sum(
+                    float(worker.squared(lost[None, low:high], start + low)[0])
+                    for low, high in tiles(len(lost), TILE_ELEMENTS)
+                )
+                digest = digest_range(data, start * ITEM_BYTES[part.array.dtype])
+                for task in part.readers:
+                    piece.errors[task], piece.decoded[task] = error, digest
+
+    def _merge(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None) -> None:
+        worker, part, count = self.worker, group.parts[0], raw.span.stop - raw.span.start
+        stored = torch.empty(count, dtype=torch_dtype(part.array.dtype))
+        dtypes = self._dtypes(storage, group)
+        errors = np.zeros(len(group.tasks))
+        for low, high in self._tiles(storage, group, count, whole):
+            found, deltas = worker.value(group, raw, low, high, whole)
+            base = worker.on_device(raw.bits[BASE][low:high])
+            # -0 is written as +0: adding 0 makes it so, before the sum and, where rounding can give it, after it.
+            stored[low:high].copy_(base + (found.float() + 0.0))
+            if stored.dtype is not torch.float32:
+                stored[low:high].add_(0.0)
+            for dtype in set(dtypes):
+                rows = [row for row, own in enumerate(dtypes) if own == dtype]
+                lost = deltas if len(rows) == len(dtypes) else deltas[rows]
+                # Of the task vectors, not of the weights: what is lost is as small as they are, or smaller.
+                lost.sub_(worker.on_device(cast(stored[low:high], dtype)) - base)
+                errors[rows] += worker.squared(lost, raw.span.start + low)
+        self._check_finite(stored, group, raw)
+        data = self._emit(part, raw.span.start, stored, piece)
+        digests: dict[str, RangeDigest] = {}
+        for row, (task, dtype) in enumerate(zip(group.tasks, dtypes)):
+            if dtype not in digests:
+                mine = data if dtype == part.array.dtype else to_bytes(self._finite(cast(stored, dtype), group, raw))
+                digests[dtype] = digest_range(mine, raw.span.start * ITEM_BYTES[dtype])
+            piece.decoded[task], piece.errors[task] = digests[dtype], float(errors[row])
+
+    def _mask(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
+        worker, start, count = self.worker, raw.span.start, raw.span.stop - raw.span.start
+        unified_part, base_part = array(group, "unified"), array(group, "base")
+        mask_parts = {part.task: part for part in group.parts if part.array.role == "mask"}
+        stored = torch.empty(count, dtype=torch_dtype(unified_part.array.dtype))
+        dtypes = self._dtypes(storage, group)
+        decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
+        taken = np.empty((len(group.tasks), count), bool)
+        gamma = self.gamma.get((self.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
+        errors = np.zeros(len(group.tasks))
+        for low, high in self._tiles(storage, group, count, None):
+            found, deltas = worker.value(group, raw, low, high)
+            unified = worker.rounded(found.delta.flatten(), unified_part.array.dtype)
+            stored[low:high].copy_(unified)
+            base = cast(worker.on_device(raw.bits[BASE][low:high]), base_part.array.dtype).float()
+            takes = found.mask(deltas, unified)
+            taken[:, low:high] = takes.cpu().numpy()
+            for row, task in enumerate(group.tasks):
+                # As residuals/mask.py decodes: one product, one sum, both float32.
+                shifted = base + unified * torch.tensor(gamma[row], device=worker.device)
+                decoded[row][low:high].copy_(torch.where(takes[row], shifted, base))
+                lost = worker.on_device(decoded[row][low:high]) - worker.on_device(worker.own(raw, task)[low:high])
+                errors[row] += worker.squared(lost[None], start + low)[0]
+        self._emit(unified_part, start, self._finite(stored, group, raw), piece)
+        packed = masks.pack(taken)
+        for row, task in enumerate(group.tasks):
+            self._emit_bytes(mask_parts[task], start // 8, packed[row], piece)
+            self._decoded(task, decoded[row], dtypes[row], group, raw, piece)
+            piece.errors[task] = float(errors[row])
+
+    def _residuals(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None) -> None:
+        """A centre as it is stored, and per task what is missing to it, coded."""
+        worker, span = self.worker, raw.span
+        chain, dtypes = worker.chain(group), self._dtypes(storage, group)
+        coded = chain.coded
+        assert coded is not None
+        form = coded.form(storage.tensor.shape, tuple(dtypes))
+        assert form.residual is not None
+        columns = form.matrix[1]
+        rows = (span.start // columns, span.stop // columns) if columns else (0, form.matrix[0])
+        found, deltas = worker.value(group, raw, 0, span.stop - span.start, whole)
+        base = worker.on_device(raw.bits[BASE])
+        plain = base if chain.call is None else base + (found.float() + 0.0)
+        shared = {part.array.role: part for part in group.parts if part.task is None}
+        dtype = promote(dtypes)
+        if coded.centre == "none":
+            centre = torch.zeros_like(base)
+        elif form.centre is not None:
+            decoded = self._code(form.centre, plain, form.matrix, rows, dtype, shared, piece)
+            centre = torch.from_numpy(decoded).to(worker.device)
+        elif coded.centre == "base":
+            centre = cast(base, shared["base"].array.dtype).float()
+        else:
+            stored = cast(plain, shared["unified"].array.dtype) + 0.0
+            self._emit(shared["unified"], span.start, self._finite(stored, group, raw).cpu(), piece)
+            centre = stored.float()
+        factors = None
+        if coded.expert is not None:
+            factors = coded.expert.factors(chain.expert_stats(group.tasks, span.tensor))
+        for row, task in enumerate(group.tasks):
+            own = worker.on_device(worker.own(raw, task))
+            residual = own if coded.centre == "none" else own - centre
+            if coded.expert is not None and factors is not None:
+                shape = storage.tensor.shape
+                vectors = (deltas[row].view(shape), base.view(shape), centre.view(shape))
+                residual = coded.expert.residual(*vectors, float(factors[row])).flatten()
+            mine = {part.array.role: part for part in group.parts if part.task == task}
+            back = self._code(form.residual, residual, form.matrix, rows, dtypes[row], mine, piece)
+            value = torch.from_numpy(back) if coded.centre == "none" else centre.cpu() + torch.from_numpy(back)
+            decoded_task = cast(value, dtypes[row])
+            self._decoded(task, decoded_task, dtypes[row], group, raw, piece)
+            lost = decoded_task.float() - own.cpu()
+            piece.errors[task] = sum(
+                float(worker.squared(lost[None, low:high], span.start + low)[0])
+                for low, high in tiles(len(lost), TILE_ELEMENTS)
+            )
+
+    def _code(
+        self,
+        coder: Coder,
+        values: Tensor,
+        matrix: Matrix,
+        rows: tuple[int, int],
+        dtype: str,
+        parts: Mapping[str, Part],
+        piece: Piece,
+    ) -> np.ndarray:
+        """Encode whole rows, write them, and decode them again: float32, flat."""
+        chunk = values.view(rows[1] - rows[0], matrix[1])
+        encoded = coder.encode(chunk, dtype)
+        by_row = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
+        for role, bits in encoded.items():
+            data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+            per_row = data.size // max(1, rows[1] - rows[0])
+            self._emit_bytes(parts[role], rows[0] * per_row if by_row[role] else 0, data, piece)
+        return coder.decode(encoded, matrix, dtype, rows=rows).reshape(-1)
+
+    def _decoded(self, task: int, value: Tensor, dtype: str, group: StoredGroup, raw: Raw, piece: Piece) -> None:
+        data = to_bytes(self._finite(value, group, raw))
+        piece.decoded[task] = digest_range(data, raw.span.start * ITEM_BYTES[dtype])
+
+    def _dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:
+        return [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
+
+    def _tiles(self, storage: Storage, group: StoredGroup, count: int, whole: Any) -> list[tuple[int, int]]:
+        tensor = storage.tensor
+        elementwise = self.worker.chain(group).scope_of(tensor.name, tensor.shape) == "element" and whole is None
+        return tiles(count, TILE_ELEMENTS if elementwise else max(1, count))
+
+    def _finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> Tensor:
+        self._check_finite(values, group, raw)
+        return values
+
+    def _check_finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> None:
+        # A sum is finite only if every term is, unless huge terms overflow; then the slow question decides.
+        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+            return
+        assert group.method is not None
+        index = raw.span.start + int((~torch.isfinite(values)).nonzero()[0, 0])
+        place = [int(axis) for axis in np.unravel_index(index, self.plan.tensor(raw.span.tensor).shape)]
+        names = ", ".join(self.plan.tasks[task].name for task in group.tasks)
+        method = self.worker.bill.calls[group.method].method.name
+        raise DataError(
+            f"`{method}` gives a value that is not finite in `{raw.span.tensor}` at {place}, tasks {names}",
+            hint="use a smaller scale, or a wider dtype",
+        )
+
+    def _emit(self, part: Part, start: int, values: Tensor, piece: Piece) -> np.ndarray:
+        data = to_bytes(values)
+        self._emit_bytes(part, start * ITEM_BYTES[part.array.dtype], data, piece)
+        return data
+
+    def _emit_bytes(self, part: Part, start_byte: int, data: np.ndarray, piece: Piece) -> None:
+        if data.size:  # a private tensor may end before another task's
+            self.output.write(part, start_byte, data)
+            piece.written.append((part, start_byte, data))
+
+
+def array(group: StoredGroup, role: str) -> Part:
+    return next(part for part in group.parts if part.array.role == role)

@@ -1,0 +1,58 @@
+import hashlib
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexmerge_cli.allocation.files import weight_files
+from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.engine.output import Output
+from flexmerge_cli.errors import MachineError
+from flexmerge_cli.methods.layout import Array
+
+
+def part(name, num_bytes):
+    return Part(
+        name=name, array=Array(role="dense", dtype="U8", shape=(num_bytes,)), readers=(0,), tensor=name, task=None
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_sha256_is_that_of_the_file_whatever_the_order_of_writing(tmp_path_factory, sizes, random):
+    """Ranges of all parts in any order: those that come early are read back."""
+    folder = tmp_path_factory.mktemp("output")
+    parts = [part(f"p{number}", size) for number, size in enumerate(sizes)]
+    (file,) = weight_files((0,), parts, ["a"], "0" * 64)
+    ranges = [(p, start, min(start + 7, p.num_bytes)) for p in parts for start in range(0, p.num_bytes, 7)]
+    random.shuffle(ranges)
+    with Output(folder, [file], 1000) as output:
+        for p, start, stop in ranges:
+            data = np.frombuffer(os.urandom(stop - start), np.uint8)
+            output.write(p, start, data)
+            output.hashed(p, start, data)
+        found = output.finish()
+    data = (folder / file.path).read_bytes()
+    assert len(data) == file.num_bytes
+    assert found == {file.path: hashlib.sha256(data).hexdigest()}
+
+
+def test_a_part_that_was_not_written_is_noticed(tmp_path):
+    (file,) = weight_files((0,), [part("a", 5), part("b", 5)], ["t"], "0" * 64)
+    with Output(tmp_path, [file], 10) as output:
+        data = np.zeros(5, np.uint8)
+        output.write(file.parts[1], 0, data)
+        output.hashed(file.parts[1], 0, data)
+        with pytest.raises(AssertionError):
+            output.finish()
+
+
+def test_a_file_that_is_there_is_never_written_over(tmp_path):
+    (file,) = weight_files((0,), [part("a", 5)], ["t"], "0" * 64)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / file.path).write_bytes(b"mine")
+    with pytest.raises(MachineError), Output(tmp_path, [file], 10):
+        pass
+    assert (tmp_path / file.path).read_bytes() == b"mine"

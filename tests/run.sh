@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All checks, from nothing: makes .venv (or $FLEXMERGE_VENV), installs, then ruff, mypy, import contracts and pytest.
+# Arguments go to pytest: tests/run.sh tests/order -k linkage
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${FLEXMERGE_VENV:-.venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+export PATH="$PWD/$venv/bin:$PATH"
+case $venv in /*) export PATH="$venv/bin:$PATH" ;; esac
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+python -m pytest --numprocesses "${FLEXMERGE_TEST_PROCESSES:-2}" "$@"
