@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter, Fit
@@ -16,7 +18,10 @@ from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step
+from flexmerge_cli.order.similarity import Similarity, similarity
+from flexmerge_cli.plan import block_measure
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.materialise import Sources
@@ -34,6 +39,8 @@ class MergeRequest:
     """What changes the task vectors before the method: `dare:p=0.9`."""
     calibrate: str | None = None
     """What follows the method: `svc`."""
+    method_for: tuple[str, ...] = ()
+    """`PATTERN=METHOD` for blocks of these names; METHOD `keep` merges nothing there."""
     run_files: bool = False
     """Whether `./my.py#NAME` may be run: only where a person has typed it."""
     size: str | None = None
@@ -79,8 +86,8 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
                 hint="add --method NAME",
             )
         return pricer.bill(copies(plan, request.dtype))
-    use = method_use(request)
-    cutter = Cutter(pricer, use, request.dtype)
+    elsewhere = [_method_for(item, request) for item in request.method_for]
+    cutter = Cutter(pricer, method_use(request, request.method), request.dtype, elsewhere=elsewhere)
     allocation: Allocation
     if request.merges is not None:
         allocation = cutter.prefix(request.merges)
@@ -163,15 +170,21 @@ def merge(
     return bill, measured
 
 
-def method_use(request: MergeRequest) -> MethodUse:
-    """The method with all its arguments, steps and calibration, checked. Raises UsageError."""
-    assert request.method is not None
-    call = parse_call(request.method, run_files=request.run_files)
+def _method_for(item: str, request: MergeRequest) -> tuple[str, MethodUse | None]:
+    pattern, equals, text = item.partition("=")
+    if not equals or not pattern or not text:
+        raise UsageError(f"`{item}` is not PATTERN=METHOD", hint="--method-for '*.self_attn=ties:K=0.2'")
+    return pattern, None if text == "keep" else method_use(request, text)
+
+
+def method_use(request: MergeRequest, text: str) -> MethodUse:
+    """A method with all its arguments, steps and calibration, checked. Raises UsageError."""
+    call = parse_call(text, run_files=request.run_files)
     steps = tuple(parse_step(text) for text in request.steps)
     calibrate = parse_calibrate(request.calibrate) if request.calibrate else None
     if calibrate is not None:
         calibrate.require_after(call)
-    name = request.method.partition(":")[0] if call.method.origin else call.method.name
+    name = text.partition(":")[0] if call.method.origin else call.method.name
     return MethodUse(
         text=format_call(name, call.args),
         steps=tuple(format_call(step.step.name, step.args) for step in steps),
@@ -181,10 +194,12 @@ def method_use(request: MergeRequest) -> MethodUse:
 
 def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None = None) -> list[str]:
     """Warnings about a choice: an exact or cast-only bundle that is no larger than the lossy one."""
-    if not bill.allocation.methods or bill.allocation.dtype is not None:
+    if not bill.allocation.methods:
         return []
+    found = near_duplicates(plan, bill)
+    if bill.allocation.dtype is not None:
+        return found
     pricer = pricer or Pricer(plan)
-    found = []
     for dtype, what, command in ((None, "exact deduplication", ""), ("BF16", "a cast to bf16", " --dtype bf16")):
         other = pricer.bill(copies(plan, dtype))
         if other.total_bytes <= bill.total_bytes:
@@ -194,6 +209,24 @@ def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None 
             )
             break
     return found
+
+
+def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
+    """Groups of near-identical tasks that a sum form multiplies, or whose masks stay empty: told once a method."""
+    told: dict[int, list[str]] = {}
+    for block, unit in zip(plan.blocks, bill.allocation.units):
+        groups = [group for group in unit.groups if group.method is not None]
+        if not groups:
+            continue
+        cosines = similarity(block_measure(block.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)
+        for group in groups:
+            assert group.method is not None
+            smallest = float(cosines[np.ix_(group.tasks, group.tasks)].min())
+            names = [plan.tasks[task].name for task in group.tasks]
+            text = near_duplicate_warning(bill.calls[group.method], names, smallest)
+            if text:
+                told.setdefault(group.method, []).append(f"{text} (block {unit.name})")
+    return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in told.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

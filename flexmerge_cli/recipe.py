@@ -4,7 +4,7 @@ version  1
 base     source
 tasks    {name: source, or {source, revision}}
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads
-merge    {method, size or merges, fit, dtype, max_distance}
+merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, dtype, max_distance}
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
 """
 
@@ -36,6 +36,9 @@ class OrderRecord(Record):
 
 class MergeRecord(Record):
     method: str | None = None
+    steps: tuple[str, ...] | None = None
+    calibrate: str | None = None
+    method_for: dict[str, str] | None = None
     size: str | None = None
     merges: int | None = Field(default=None, ge=0)
     fit: Literal["tight", "prefix"] | None = None
@@ -75,6 +78,8 @@ class Recipe(Record):
         from flexmerge_cli.allocation.cut import Fit
 
         fields = {name: value for name, value in self.merge.model_dump().items() if value is not None}
+        if "method_for" in fields:
+            fields["method_for"] = tuple(f"{pattern}={method}" for pattern, method in fields["method_for"].items())
         if "fit" in fields:
             fields["fit"] = Fit(fields["fit"])
         if "dtype" in fields:

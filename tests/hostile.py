@@ -1,7 +1,6 @@
-"""Hypothesis strategies that damage files: bytes flipped, cut, doubled; JSON whose values are exchanged for odd ones."""
+"""Hypothesis strategies that damage files: bytes flipped, cut, doubled; JSON with odd values for sound ones."""
 
 import json
-import random
 from typing import Any
 
 from hypothesis import HealthCheck
@@ -42,7 +41,7 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def json_values(draw: st.DrawFn, value: Any, *, changes: int = 3) -> Any:
-    """The value after 1 to `changes` changes: a part replaced by an odd value or by another part, removed, or doubled."""
+    """The value after 1 to `changes` changes: a part replaced by an odd value or another part, removed, or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, changes))):
         places = list(_places(value))
@@ -72,8 +71,3 @@ def _places(value: Any) -> Any:
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
             yield from _places(value[key])
-
-
-def shuffled(items: list[Any], seed: int) -> list[Any]:
-    """In an order of its own."""
-    return random.Random(seed).sample(items, len(items))

@@ -4,6 +4,7 @@ A unit is a block, or one tensor of it. Canonical, hashable, JSON. Bill, engine 
 order makes one, so do clustering, a pattern in the recipe, or a search.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmerge_cli.allocation.plan_file import Plan
@@ -57,27 +58,30 @@ class Allocation:
 
 def copies(plan: Plan, dtype: str | None = None) -> Allocation:
     """Nothing merged: exact deduplication, or that with a cast."""
-    return from_groups(plan, [[(task,) for task in plan.all_tasks]] * len(plan.blocks), method=None, dtype=dtype)
+    return from_groups(plan, [[(task,) for task in plan.all_tasks]] * len(plan.blocks), methods=(), dtype=dtype)
 
 
 def from_groups(
     plan: Plan,
     groups: list[list[Tasks]],
     *,
-    method: MethodUse | None,
+    methods: tuple[MethodUse, ...],
+    method_of: Sequence[int | None] | None = None,
     dtype: str | None = None,
     merges: int = 0,
     undone: int = 0,
     fit: str = "none",
 ) -> Allocation:
-    """One method for all blocks; groups per block of the plan."""
+    """Groups per block of the plan. method_of: per block the index of its method; by default the first for all."""
     units = tuple(
         Unit(
             name=block.name,
             tensors=block.tensors,
-            groups=tuple(Group(tasks=group, method=0 if len(group) > 1 else None) for group in of_block),
+            groups=tuple(
+                Group(tasks=group, method=(method_of[index] if method_of else 0) if len(group) > 1 else None)
+                for group in of_block
+            ),
         )
-        for block, of_block in zip(plan.blocks, groups, strict=True)
+        for index, (block, of_block) in enumerate(zip(plan.blocks, groups, strict=True))
     )
-    methods = (method,) if method is not None else ()
     return Allocation(methods=methods, units=units, dtype=dtype, merges=merges, undone=undone, fit=fit)

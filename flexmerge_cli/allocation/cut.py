@@ -4,6 +4,7 @@ A cut is the shortest prefix of the order that fits. With `tight`, merges are th
 blocks are coarse, and a prefix can jump far below the target.
 """
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,7 @@ from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Ta
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.order.order import Merge, groups_after
 
 # How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
@@ -35,13 +37,33 @@ class _State:
 
 
 class Cutter:
-    """Cuts of one plan for one method."""
+    """Cuts of one plan for one method, or for several by block."""
 
-    def __init__(self, pricer: Pricer, method: str | MethodUse, dtype: str | None = None) -> None:
-        self.pricer, self.dtype = pricer, dtype
-        self.method = method if isinstance(method, MethodUse) else MethodUse(method)
-        self.plan = pricer.plan
-        self.order = self.plan.merges()
+    def __init__(
+        self,
+        pricer: Pricer,
+        method: str | MethodUse,
+        dtype: str | None = None,
+        *,
+        elsewhere: Sequence[tuple[str, MethodUse | None]] = (),
+    ) -> None:
+        """elsewhere: (pattern of block names, its method, or None to keep its tasks apart); the first match holds.
+
+        Raises UsageError for a pattern that no block matches.
+        """
+        self.pricer, self.dtype, self.plan = pricer, dtype, pricer.plan
+        first = method if isinstance(method, MethodUse) else MethodUse(method)
+        self.methods = tuple(dict.fromkeys([first, *(use for _, use in elsewhere if use is not None)]))
+        self.method_of: list[int | None] = []
+        for block in self.plan.blocks:
+            found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
+            use = found[0] if found else first
+            self.method_of.append(None if use is None else self.methods.index(use))
+        for pattern, _ in elsewhere:
+            if not any(fnmatch.fnmatchcase(block.name, pattern) for block in self.plan.blocks):
+                some = ", ".join(block.name for block in self.plan.blocks[:3])
+                raise UsageError(f"no block matches `{pattern}`", hint=f"blocks are {some}, …")
+        self.order = tuple(merge for merge in self.plan.merges() if self.method_of[merge.block] is not None)
 
     def state(self) -> _State:
         """All apart."""
@@ -70,12 +92,18 @@ class Cutter:
             )
         groups = groups_after(len(self.plan.blocks), len(self.plan.tasks), self.order[:num_merges])
         return from_groups(
-            self.plan, groups, method=self.method, dtype=self.dtype, merges=num_merges, undone=0, fit=str(fit)
+            self.plan,
+            groups,
+            methods=self.methods,
+            method_of=self.method_of,
+            dtype=self.dtype,
+            merges=num_merges,
+            fit=str(fit),
         )
 
     def cut(self, size: Size, fit: Fit = Fit.TIGHT) -> Allocation:
         """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
-        if size.all_merges and not any(call.method.masked for call in self.pricer.calls((self.method,))):
+        if size.all_merges and not any(call.method.masked or declare(call) for call in self.pricer.calls(self.methods)):
             return self.prefix(len(self.order), fit)
         sizes = self.sizes()
         state = self.state()
@@ -126,7 +154,7 @@ class Cutter:
         bill = self.pricer.bill(smallest)
         factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
         raise GateError(
-            f"`{self.method.text}` does not reach {size.text}: its smallest is {factor:.4f}x, "
+            f"`{self.methods[0].text}` does not reach {size.text}: its smallest is {factor:.4f}x, "
             f"{bill.total_bytes}B on disk",
             hint=f"--size {-(-bill.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
             "another method, or --dtype bf16",
@@ -137,9 +165,11 @@ class Cutter:
         unit = Unit(
             name=record.name,
             tensors=record.tensors,
-            groups=tuple(Group(tasks=group, method=0 if len(group) > 1 else None) for group in groups),
+            groups=tuple(
+                Group(tasks=group, method=self.method_of[block] if len(group) > 1 else None) for group in groups
+            ),
         )
-        return self.pricer.unit_bytes(unit, (self.method,), self.dtype)
+        return self.pricer.unit_bytes(unit, self.methods, self.dtype)
 
     def _apply(self, state: _State, block: int, groups: list[Tasks]) -> None:
         price = self._price(block, groups)
@@ -148,7 +178,14 @@ class Cutter:
 
     def _allocation(self, state: _State, merges: int, undone: int, fit: str) -> Allocation:
         return from_groups(
-            self.plan, state.groups, method=self.method, dtype=self.dtype, merges=merges, undone=undone, fit=str(fit)
+            self.plan,
+            state.groups,
+            methods=self.methods,
+            method_of=self.method_of,
+            dtype=self.dtype,
+            merges=merges,
+            undone=undone,
+            fit=str(fit),
         )
 
 

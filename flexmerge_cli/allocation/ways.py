@@ -77,4 +77,4 @@ def all_merged(pricer: Pricer, method: str) -> Allocation:
     from flexmerge_cli.allocation.allocation import MethodUse, from_groups
 
     plan = pricer.plan
-    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), method=MethodUse(method))
+    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), methods=(MethodUse(method),))

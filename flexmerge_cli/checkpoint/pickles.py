@@ -6,6 +6,7 @@ into the file, so that the engine reads these files as it reads safetensors.
 
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def _records(path: Path) -> dict[int, int]:
                 file.seek(record.header_offset)
                 name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(30))
                 records[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
-    except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError, OSError) as error:
         raise DataError(f"{path} is damaged: {str(error)[:200]}", hint="get a sound copy of the file") from None
     return records
 
@@ -60,7 +61,8 @@ def _load(path: Path) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of odd pickles is for those who write them
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "not a pickle of weights"

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flexmerge_cli.cli.options import (
+    CalibrateOption,
     DeviceOption,
     DtypeOption,
     FitOption,
@@ -13,9 +14,11 @@ from flexmerge_cli.cli.options import (
     JsonOption,
     MemoryOption,
     MergesOption,
+    MethodForOption,
     MethodOption,
     QuietOption,
     SizeOption,
+    StepOption,
     ThreadsOption,
     VerboseOption,
 )
@@ -25,6 +28,9 @@ def merge(
     source: Annotated[Path, typer.Argument(help="plan.json or recipe.yaml.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
     method: MethodOption = None,
+    step: StepOption = None,
+    calibrate: CalibrateOption = None,
+    method_for: MethodForOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
     fit: FitOption = None,
@@ -55,6 +61,10 @@ def merge(
 
     chosen = {
         "method": method,
+        "steps": tuple(step) if step else None,
+        "calibrate": calibrate,
+        "method_for": tuple(method_for) if method_for else None,
+        "run_files": True if method else None,
         "size": size,
         "merges": merges,
         "dtype": options.dtype_of(dtype),

@@ -19,6 +19,12 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Wor
 MemoryOption = Annotated[str | None, typer.Option("--max-memory", help="Anonymous memory of the run, e.g. 8GiB.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is stored: bf16, fp16 or fp32.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
+StepOption = Annotated[list[str] | None, typer.Option("--step", help="Before the method, e.g. dare:p=0.9; repeatable.")]
+CalibrateOption = Annotated[str | None, typer.Option("--calibrate", help="After the method: svc.")]
+MethodForOption = Annotated[
+    list[str] | None,
+    typer.Option("--method-for", help="PATTERN=METHOD for blocks; `keep` merges nothing there."),
+]
 SizeOption = Annotated[str | None, typer.Option("--size", help="2.25x, 40%, 600MiB, 6GB or 123456B.")]
 MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N merges, instead of at a size.")]
 FitOption = Annotated[

@@ -34,7 +34,14 @@ class BundleFacts:
 
     @property
     def methods(self) -> list[str]:
-        return [format_call(method.name, method.args) for method in self.bundle.manifest.methods]
+        """Each with its steps, its calibration, and where it comes from if it is not flexmerge's own."""
+        found = []
+        for method in self.bundle.manifest.methods:
+            parts = [format_call(method.name, method.args), *(f"step {step}" for step in method.steps)]
+            parts += [f"calibrate {method.calibrate}"] if method.calibrate else []
+            parts += [f"from {' '.join(method.origin)}"] if method.origin else []
+            found.append(" + ".join(parts))
+        return found
 
 
 def bundle_facts(path: Path) -> BundleFacts:

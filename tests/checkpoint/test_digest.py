@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import xxhash
@@ -27,7 +29,7 @@ def test_a_digest_does_not_depend_on_how_the_tensor_was_cut(size, cuts):
     data = noise(size)
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
     whole = TensorDigest()
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in itertools.pairwise(edges):
         whole.add(digest_range(data[start:stop], start))
     assert whole.hexdigest() == digest_bytes(data)
 

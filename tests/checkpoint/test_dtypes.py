@@ -13,13 +13,13 @@ def torch_dtype(name):
     return getattr(torch, TO_TORCH[name])
 
 
-@pytest.mark.parametrize("pair", itertools.combinations_with_replacement(FLOATING, 2))
+@pytest.mark.parametrize("pair", list(itertools.combinations_with_replacement(FLOATING, 2)))
 def test_promotion_is_that_of_torch(pair):
     for order in (pair, pair[::-1]):
         assert torch_dtype(promote(order)) == torch.promote_types(*map(torch_dtype, order))
 
 
-@pytest.mark.parametrize("three", itertools.product(FLOATING, repeat=3))
+@pytest.mark.parametrize("three", list(itertools.product(FLOATING, repeat=3)))
 def test_promotion_of_three_does_not_depend_on_their_order(three):
     expected = torch.promote_types(torch.promote_types(*map(torch_dtype, three[:2])), torch_dtype(three[2]))
     assert torch_dtype(promote(three)) == expected
@@ -49,7 +49,7 @@ def test_rounding_is_that_of_torch(dtype):
     halfway = (halfway << 16) + torch.tensor([0x7FFF, 0x8000, 0x8001], dtype=torch.int32).repeat(1 << 15)
     numbers = torch.cat([
         halfway.view(torch.float32), -halfway.view(torch.float32), normal(0, 1000) * 1e-6, normal(1, 1000) * 1e5,
-        torch.tensor([0.0, -0.0, 65504, 65519.99, 65520, 3.4e38, float("inf"), -float("inf"), 2.0**-25, 2.0**-24 * 1.5]),
+        torch.tensor([0.0, -0.0, 65504, 65519.99, 65520, 3.4e38, float("inf"), -float("inf"), 2.0**-25]),
     ])  # fmt: skip
     numbers = numbers[~numbers.isnan()]
     ours = np.ascontiguousarray(from_float32(numbers.numpy(), dtype))

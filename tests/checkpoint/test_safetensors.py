@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -162,6 +162,3 @@ def test_what_the_package_reads_we_read_alike(tmp_path, tensors):
     }
     if not any(dtype == "C64" for dtype, _ in tensors.values()):
         assert accepted_by_the_package(tmp_path / "x.safetensors") == set(tensors)
-
-
-_ = HealthCheck
