@@ -92,11 +92,12 @@ def merge(
     """Write the bundle and open it. `size` is `2.25x`, `40%` or `600MiB`; without a method nothing is merged.
 
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: merges, fit, max_distance, relocate; device, threads, max_memory, on_progress.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, relocate, as MergeRequest has them;
+    device, threads, max_memory, on_progress.
     """
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
-    keys = ("merges", "fit", "max_distance", "relocate")
+    keys = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance", "relocate")
     request = MergeRequest(
         method=method, size=size, dtype=dtype, **{key: options.pop(key) for key in keys if key in options}
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
 from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.clusters import Cluster, cluster_channels, clusters_of_size, require_tensor_scope
 from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
@@ -19,7 +20,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
-from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step
+from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.plan import block_measure
 
@@ -46,6 +47,10 @@ class MergeRequest:
     size: str | None = None
     merges: int | None = None
     fit: Fit = Fit.TIGHT
+    cluster: Cluster | None = None
+    """Groups by clustering, `size` of them, instead of by a cut of the order."""
+    seed: int | None = None
+    """Of what `cluster` draws; None: 0."""
     dtype: str | None = None
     """F32, F16 or BF16: what floating tensors are cast to."""
     max_distance: float | None = None
@@ -59,8 +64,14 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
         raise UsageError("--size and --merges both say where to cut", hint="give one of them")
     if request.size is not None:
         parse_size(request.size, num_tasks=num_tasks, one_model_bytes=1)
+    if request.cluster is not None:
+        _check_cluster(request, num_tasks)
+    elif request.seed is not None:
+        raise UsageError("--seed is of what --cluster draws", hint="--cluster channels, or leave it out")
     if request.method is not None:
-        parse_call(request.method)
+        call = parse_call(resolve(request.method).method, run_files=request.run_files)
+        if request.cluster is not None:
+            require_tensor_scope(call)
     elif request.size is not None or request.merges is not None:
         raise UsageError(
             "a size was asked for and no method: what is lost must be chosen by name",
@@ -86,6 +97,9 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
                 hint="add --method NAME",
             )
         return pricer.bill(copies(plan, request.dtype))
+    if request.cluster is not None:
+        count, use = clusters_of_size(request.size, len(plan.tasks)), method_use(request, request.method)
+        return pricer.bill(cluster_channels(plan, count, use, seed=request.seed or 0, dtype=request.dtype))
     elsewhere = [_method_for(item, request) for item in request.method_for]
     cutter = Cutter(pricer, method_use(request, request.method), request.dtype, elsewhere=elsewhere)
     allocation: Allocation
@@ -170,6 +184,13 @@ def merge(
     return bill, measured
 
 
+def _check_cluster(request: MergeRequest, num_tasks: int) -> None:
+    clusters_of_size(request.size, num_tasks)
+    of_an_order = {"--fit prefix": request.fit is not Fit.TIGHT, "--method-for": bool(request.method_for)}
+    for option in (option for option, given in of_an_order.items() if given):
+        raise UsageError(f"{option} is of a cut of the order, and --cluster makes none", hint="leave one of them out")
+
+
 def _method_for(item: str, request: MergeRequest) -> tuple[str, MethodUse | None]:
     pattern, equals, text = item.partition("=")
     if not equals or not pattern or not text:
@@ -178,9 +199,16 @@ def _method_for(item: str, request: MergeRequest) -> tuple[str, MethodUse | None
 
 
 def method_use(request: MergeRequest, text: str) -> MethodUse:
-    """A method with all its arguments, steps and calibration, checked. Raises UsageError."""
+    """A method with all its arguments, steps and calibration, checked. Raises UsageError.
+
+    A name of mergekit's is what we have for it, and its steps come last; one that was asked for by itself counts.
+    """
+    found = resolve(text)
+    text = found.method
     call = parse_call(text, run_files=request.run_files)
-    steps = tuple(parse_step(text) for text in request.steps)
+    steps = [parse_step(step) for step in request.steps]
+    asked = {step.step.name for step in steps}
+    steps += [step for step in map(parse_step, found.steps) if step.step.name not in asked]
     calibrate = parse_calibrate(request.calibrate) if request.calibrate else None
     if calibrate is not None:
         calibrate.require_after(call)
@@ -190,6 +218,12 @@ def method_use(request: MergeRequest, text: str) -> MethodUse:
         steps=tuple(format_call(step.step.name, step.args) for step in steps),
         calibrate=format_call(calibrate.calibration.name, calibrate.args) if calibrate else None,
     )
+
+
+def resolutions(request: MergeRequest) -> list[str]:
+    """What the names that mergekit has are taken for, to be told."""
+    methods = [request.method or "", *(item.partition("=")[2] for item in request.method_for)]
+    return [message for message in dict.fromkeys(resolve(text).message for text in methods) if message]
 
 
 def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None = None) -> list[str]:
@@ -214,18 +248,18 @@ def advice(plan: Plan, bill: Bill, request: MergeRequest, pricer: Pricer | None 
 def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
     """Groups of near-identical tasks that a sum form multiplies, or whose masks stay empty: told once a method."""
     told: dict[int, list[str]] = {}
-    for block, unit in zip(plan.blocks, bill.allocation.units):
+    for unit in bill.allocation.units:
         groups = [group for group in unit.groups if group.method is not None]
         if not groups:
             continue
-        cosines = similarity(block_measure(block.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)
+        cosines = similarity(block_measure(unit.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)
         for group in groups:
             assert group.method is not None
             smallest = float(cosines[np.ix_(group.tasks, group.tasks)].min())
             names = [plan.tasks[task].name for task in group.tasks]
             text = near_duplicate_warning(bill.calls[group.method], names, smallest)
             if text:
-                told.setdefault(group.method, []).append(f"{text} (block {unit.name})")
+                told.setdefault(group.method, []).append(f"{text} (in {unit.name})")
     return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in told.values()]
 
 

@@ -4,7 +4,8 @@ version  1
 base     source
 tasks    {name: source, or {source, revision}}
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads
-merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, dtype, max_distance}
+merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
+         max_distance}
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
 
+from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import Record
 from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.errors import UsageError
@@ -42,6 +44,8 @@ class MergeRecord(Record):
     size: str | None = None
     merges: int | None = Field(default=None, ge=0)
     fit: Literal["tight", "prefix"] | None = None
+    cluster: Cluster | None = None
+    seed: int | None = Field(default=None, ge=0)
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = Field(default=None, ge=0)
 
@@ -89,12 +93,12 @@ class Recipe(Record):
 
 def read_recipe(path: Path) -> Recipe:
     """Raises UsageError with file, line and key. The method's own words are checked, too, before anything is read."""
-    from flexmerge_cli.methods.registry import parse_call
+    from flexmerge_cli.methods.registry import parse_call, resolve
 
     recipe = read_yaml(path, Recipe, "recipe")
     recipe._folder = path.absolute().parent
     if recipe.merge.method is not None:
-        parse_call(recipe.merge.method)
+        parse_call(resolve(recipe.merge.method).method)
     return recipe
 
 

@@ -34,7 +34,7 @@ NUM_TRAIN = 1100
 BATCH = 64
 MASKED_FRACTION = 0.4
 PRETRAIN_STEPS, PRETRAIN_RATE = 4000, 1e-3
-TUNE_STEPS, TUNE_RATE, HEAD_RATE = 400, 1.5e-4, 6e-4
+TUNE_STEPS, TUNE_RATE, LAYER_DECAY = 400, 3e-4, 0.65
 MIN_POINTS = 20.0
 
 BODY = {
@@ -208,5 +208,8 @@ def fine_tune(base: Path, task: Task, images: Images, digits: Labels, rng: np.ra
             seen, labels = task.make(images[items], digits[items], rng)
             yield model(pixels(jitter(seen, rng)), labels=torch.from_numpy(labels)).loss
 
-    train({model.vit: TUNE_RATE, model.classifier: HEAD_RATE}, losses(), TUNE_STEPS)
+    # From the head down each layer learns less, as usual after masked pre-training: early layers stay mergeable.
+    modules = [model.classifier, model.vit.layernorm, *reversed(model.vit.layers), model.vit.embeddings]
+    rates = {module: TUNE_RATE * LAYER_DECAY ** max(0, depth - 2) for depth, module in enumerate(modules)}
+    train(rates, losses(), TUNE_STEPS)
     return model.bfloat16()

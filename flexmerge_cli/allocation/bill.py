@@ -18,7 +18,19 @@ from flexmerge_cli.allocation.manifest import (
     unit_entry,
 )
 from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype, gain_parts, store_tensor, store_whole
+from flexmerge_cli.allocation.storage import (
+    GAMMA_BYTES,
+    GroupPrice,
+    Part,
+    Storage,
+    base_array,
+    copy_bytes,
+    effective_dtype,
+    gain_parts,
+    group_price,
+    store_tensor,
+    store_whole,
+)
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import parse_call
@@ -79,6 +91,7 @@ class Pricer:
         self._files: dict[Any, list[WeightFile]] = {}
         self._calls: dict[str, Call] = {}
         self._entries: dict[Any, int] = {}
+        self._groups: dict[Any, GroupPrice | None] = {}
 
     def calls(self, methods: Sequence[MethodUse]) -> tuple[Call, ...]:
         for use in methods:
@@ -102,7 +115,28 @@ class Pricer:
         return found
 
     def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
-        return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
+        """What `unit` comes to, without making the parts: a cut asks for thousands."""
+        calls = self.calls(methods)
+        total, gains = 0, set()
+        for name in unit.tensors:
+            tensor = self.plan.tensor(name)
+            copied: set[int] = set()
+            needs_base = False
+            for group in unit.groups:
+                key = (name, group, methods, cast)
+                if key not in self._groups:
+                    self._groups[key] = group_price(tensor, group, calls, cast)
+                price = self._groups[key]
+                if price is None:
+                    copied.update(tensor.same[task] for task in group.tasks)
+                    continue
+                total += price.num_bytes
+                needs_base |= price.base
+                if price.gain:
+                    gains.add(group.tasks)
+            total += sum(copy_bytes(tensor, leader, cast) for leader in copied)
+            total += base_array(tensor, cast).num_bytes if needs_base else 0
+        return total + GAMMA_BYTES * sum(map(len, gains))
 
     def whole(self, cast: str | None) -> tuple[Storage, ...]:
         """Storages of all that does not merge."""
@@ -167,7 +201,7 @@ class Pricer:
         """Length of the manifest's lists of units and tensors, without their brackets."""
         lengths = []
         for unit in allocation.units:
-            key = (unit, allocation.methods, allocation.dtype)
+            key: Any = (unit, allocation.methods, allocation.dtype)
             if key not in self._entries:
                 self._entries[key] = len(canonical(unit_entry(self.plan, unit, storages, Measured())))
             lengths.append(self._entries[key])

@@ -110,7 +110,7 @@ class Cutter:
         applied = 0
         while not (sizes[applied] <= size.max_bytes and self._fits(state, size, applied, 0, fit)):
             if applied == len(self.order):
-                self._refuse(size, sizes)
+                self._refuse(size, sizes, fit)
             merge = self.order[applied]
             self._apply(state, merge.block, _joined(state.groups[merge.block], merge))
             applied += 1
@@ -149,8 +149,8 @@ class Cutter:
     def _total(self, state: _State, merges: int, undone: int, fit: Fit) -> int:
         return self.pricer.bill(self._allocation(state, merges, undone, fit)).total_bytes
 
-    def _refuse(self, size: Size, sizes: Sequence[int]) -> None:
-        smallest = self.smallest()
+    def _refuse(self, size: Size, sizes: Sequence[int], fit: Fit) -> None:
+        smallest = self.prefix(sizes.index(min(sizes)), fit)
         bill = self.pricer.bill(smallest)
         factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
         raise GateError(

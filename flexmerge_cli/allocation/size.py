@@ -50,6 +50,6 @@ def parse_size(text: str, *, num_tasks: int, one_model_bytes: int) -> Size:
 def parse_bytes(text: str) -> int:
     """`8GiB` to bytes. Raises UsageError."""
     match = PATTERN.fullmatch(text.strip())
-    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+    if match is None or match[2] not in UNITS or not 0 < float(match[1]) < math.inf:
         raise UsageError(f"`{text}` is not an amount of memory", hint="write 8GiB, 500MB")
     return int(float(match[1]) * UNITS[match[2]])

@@ -4,14 +4,15 @@ Copies or a method is decided per tensor and group from k, shape and dtype alone
 with the same bits are one part with more readers, whatever their groups.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
 from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
-from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.layout import Array, Kind, layout
+from flexmerge_cli.methods.layout import Array, Kind, Layout, layout
 from flexmerge_cli.methods.method import Call
 
 
@@ -57,6 +58,9 @@ class Storage:
         return sum(part.num_bytes for part in self.parts)
 
 
+GAMMA_BYTES = 4  # one float32
+
+
 def effective_dtype(dtype: str, cast: str | None) -> str:
     """What a tensor's values are stored in and given back as, after `--dtype`."""
     return cast if cast is not None and dtype in FLOATING else dtype
@@ -76,10 +80,9 @@ def store_tensor(
     """A mergeable tensor under the groups of its unit."""
     stored: list[StoredGroup] = []
     copied: list[Tasks] = []
-    base_dtype = effective_dtype(str(tensor.base_dtype), cast)
     base = Part(
         name=f"{tensor.name}@base",
-        array=Array(role="base", dtype=base_dtype, shape=tensor.shape),
+        array=base_array(tensor, cast),
         readers=(),
         tensor=tensor.name,
         task=None,
@@ -116,15 +119,49 @@ def gain_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Seque
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class GroupPrice:
+    """What a group of one tensor stores under its method."""
+
+    num_bytes: int
+    """Without the base, which all groups of the tensor share, and without factors, which are the unit's."""
+    base: bool
+    gain: bool
+
+
+def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupPrice | None:
+    """None where copies are exact, or cost no more."""
+    found = group_layout(tensor, group, calls, cast)
+    if found is None or group.method is None:
+        return None
+    arrays = [*found.centre, *(array for each in found.each for array in each)]
+    gain = found.kind == "masked" and calls[group.method].gain is not None
+    return GroupPrice(sum(array.num_bytes for array in arrays), found.base, gain)
+
+
+def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> Layout | None:
+    """Arrays of a group under its method; None where copies are exact, or cost no more."""
+    if group.method is None or len({tensor.same[task] for task in group.tasks}) == 1:
+        return None
+    dtypes = tuple(effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks)
+    return layout(calls[group.method], shape=tensor.shape, dtypes=dtypes, base_dtype=base_array(tensor, cast).dtype)
+
+
+def base_array(tensor: PlanTensor, cast: str | None) -> Array:
+    """The base's tensor, as `@base` stores it."""
+    return Array(role="base", dtype=effective_dtype(str(tensor.base_dtype), cast), shape=tensor.shape)
+
+
+def copy_bytes(tensor: PlanTensor, task: int, cast: str | None) -> int:
+    dtype = effective_dtype(tensor.dtype_of(task), cast)
+    return math.prod(tensor.shape_of(task)) * ITEM_BYTES[dtype]
+
+
 def _merged(
     plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
 ) -> StoredGroup | None:
     """The group under its method; None where copies are exact or cost no more."""
-    leaders = {tensor.same[task] for task in group.tasks}
-    if group.method is None or len(leaders) == 1:
-        return None
-    dtypes = tuple(effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks)
-    found = layout(calls[group.method], shape=tensor.shape, dtypes=dtypes, base_dtype=base.array.dtype)
+    found = group_layout(tensor, group, calls, cast)
     if found is None:
         return None
     first = group.tasks[0]

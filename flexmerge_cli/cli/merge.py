@@ -7,6 +7,7 @@ import typer
 
 from flexmerge_cli.cli.options import (
     CalibrateOption,
+    ClusterOption,
     DeviceOption,
     DtypeOption,
     FitOption,
@@ -34,6 +35,8 @@ def merge(
     size: SizeOption = None,
     merges: MergesOption = None,
     fit: FitOption = None,
+    cluster: ClusterOption = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of --cluster.")] = None,
     dtype: DtypeOption = None,
     max_distance: Annotated[
         float | None, typer.Option("--max-distance", min=0, help="Publish only if every task is nearer than this.")
@@ -57,6 +60,7 @@ def merge(
     """
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
+    from flexmerge_cli.merging import resolutions
     from flexmerge_cli.report.bundle import merge_summary, show_merge
 
     chosen = {
@@ -67,6 +71,8 @@ def merge(
         "run_files": True if method else None,
         "size": size,
         "merges": merges,
+        "cluster": options.cluster_of(cluster),
+        "seed": seed,
         "dtype": options.dtype_of(dtype),
         "max_distance": max_distance,
         **options.fit_of(fit),
@@ -74,6 +80,8 @@ def merge(
     packing = Packing.of(source, chosen, relocate or [], plan_file)
     run = {"device": device, "threads": threads, "max_memory": options.memory_of(max_memory)}
     packing.check(output, force=force)
+    for message in resolutions(packing.request):
+        options.note(message, quiet=quiet)
     with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)
         bill, warnings = packing.bill(plan)

@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from flexmerge_cli.allocation.clusters import Cluster
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -30,6 +33,9 @@ MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N 
 FitOption = Annotated[
     str | None, typer.Option("--fit", help="tight (default): undo merges that still fit; prefix: the paper's cut.")
 ]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", help="channels: group tasks by k-means in every tensor; goes with --size Kx.")
+]
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -50,6 +56,16 @@ def fit_of(text: str | None) -> dict[str, Any]:
     if text is not None and text not in list(Fit):
         raise UsageError(f"--fit {text} is not known", hint=f"one of: {', '.join(Fit)}")
     return {} if text is None else {"fit": Fit(text)}
+
+
+def cluster_of(text: str | None) -> "Cluster | None":
+    from flexmerge_cli.allocation.clusters import Cluster
+    from flexmerge_cli.errors import UsageError
+
+    if text is not None and text not in list(Cluster):
+        hint = "one of: channels; whole models: flexmerge plan PLAN --blocks model --linkage average -o OTHER"
+        raise UsageError(f"--cluster {text} is not known", hint=hint)
+    return None if text is None else Cluster(text)
 
 
 def memory_of(text: str | None) -> int | None:

@@ -28,7 +28,12 @@ def plan(
     task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
     blocks: Annotated[
-        str | None, typer.Option("--blocks", help="component, layer, tensor, model, or rules.yaml.")
+        str | None,
+        typer.Option(
+            "--blocks",
+            help="component, layer, tensor, model, or rules.yaml; model with --linkage average clusters whole models, "
+            "to be merged at --size Kx.",
+        ),
     ] = None,
     linkage: Annotated[str | None, typer.Option("--linkage", help="complete, average, single or centroid.")] = None,
     strategy: Annotated[
@@ -67,13 +72,20 @@ def plan(
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:
         options.check_plan_place(output, force=force)
-    from flexmerge_cli.merging import MergeRequest, check_request
+    from flexmerge_cli.merging import MergeRequest, check_request, resolutions
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
 
     request = MergeRequest(
-        method=method, size=size, merges=merges, dtype=options.dtype_of(dtype), **options.fit_of(fit)
+        method=method,
+        run_files=method is not None,
+        size=size,
+        merges=merges,
+        dtype=options.dtype_of(dtype),
+        **options.fit_of(fit),
     )
     check_request(request, given.num_tasks)
+    for message in resolutions(request):
+        options.note(message, quiet=quiet)
     if given.ignored:
         options.note(f"not checkpoints, left out: {', '.join(given.ignored)}", quiet=quiet)
     if dry_run:

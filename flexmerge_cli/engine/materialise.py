@@ -5,6 +5,7 @@ tensor over base and tasks (work.py); one thread takes hashes and sums, in order
 depend on threads.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece, array
 from flexmerge_cli.engine.output import Output
-from flexmerge_cli.engine.pool import ordered_map
+from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.spans import Span, cut, tiles, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
 from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Chain, Sources, Worker
@@ -269,6 +270,10 @@ class _Run:
                     values[name][tasks] = value
         return [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
 
+    def _visit_on_cpu(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
+        with self.worker.on_cpu():
+            return self._visit(item)
+
     def write(self) -> Measured:
         self.on_stage("merge")
         measured, items = Measured(), self.items()
@@ -278,7 +283,9 @@ class _Run:
             for item in items[place + self.threads + 1 : place + self.threads + 2]:
                 for storage, span in item:
                     self.worker.will_need(storage, span)
-            return self._visit(items[place])
+            return with_fallback(
+                lambda: self._visit(items[place]), lambda: self._visit_on_cpu(items[place]), warnings.warn
+            )
 
         with ordered_map(range(len(items)), work, threads=self.threads) as visits:
             for item, pieces in zip(items, visits):

@@ -51,6 +51,18 @@ def _results(
                 future.cancel()
 
 
+def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_warning: Callable[[str], None]) -> Result:
+    """`run`, or on the CPU where the GPU has no memory left for it: slower, and the same elementwise bytes."""
+    import torch
+
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        on_warning("the GPU is out of memory: part of the work runs on the CPU")
+        return on_cpu()
+
+
 class Buffers(threading.local):
     """Reused byte buffers, each thread its own: what is read into one is gone with the thread's next item."""
 

@@ -4,6 +4,7 @@ Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits,
 finite. Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, whatever the size of the models.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded
-from flexmerge_cli.engine.pool import Buffers, ordered_map
+from flexmerge_cli.engine.pool import Buffers, ordered_map, with_fallback
 
 # Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
 PRODUCT_ELEMENTS = 1 << 16
@@ -93,7 +94,12 @@ def survey(
                 for tensor in _models(items[ahead[0]]):
                     reader.will_need(tensor, ahead[1], ahead[2])
             index, start, stop = ranges[place]
-            return _measure(items[index], start, stop, reader, buffers, device, signs)
+            item, cpu = items[index], torch.device("cpu")
+            return with_fallback(
+                lambda: _measure(item, start, stop, reader, buffers, device, signs),
+                lambda: _measure(item, start, stop, reader, buffers, cpu, signs),
+                warnings.warn,
+            )
 
         parts: list[_Part] = []
         with ordered_map(range(len(ranges)), work, threads=threads) as found:

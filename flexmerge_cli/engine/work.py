@@ -3,7 +3,9 @@
 Knows nothing of what is stored (encode.py), nor of order, sums over ranges or files (materialise.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,11 +95,27 @@ class Worker:
 
     def __init__(self, bill: Bill, sources: Sources, reader: Reader, device: torch.device) -> None:
         self.bill, self.plan, self.sources = bill, bill.plan, sources
-        self.reader, self.device = reader, device
+        self.reader = reader
+        self._device, self._here = device, threading.local()
         self.buffers = Buffers()
         self.chains = [Chain.of(use, call) for use, call in zip(bill.allocation.methods, bill.calls)]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this thread computes."""
+        found: torch.device = getattr(self._here, "device", self._device)
+        return found
+
+    @contextmanager
+    def on_cpu(self) -> Iterator[None]:
+        """This thread computes on the CPU for a while."""
+        self._here.device = torch.device("cpu")
+        try:
+            yield
+        finally:
+            del self._here.device
 
     # Reading
 

@@ -93,8 +93,9 @@ def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
 
 def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Output embedding -> input embedding of equal shape, where the config ties them: equal bits make it an alias."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
-    if not config or not (config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)) if text else True):
+    text = config.get("text_config")
+    default = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
+    if not config or not config.get("tie_word_embeddings", default):
         return {}
     inputs = sorted((name for name in tensors if _embeds(name)), key=target_rank)
     outputs = [name for name in tensors if name.split(".")[-2:] in (["lm_head", "weight"], ["decoder", "weight"])]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.aliases import resolve_alias
-from flexmerge_cli.methods.load import method_from_file, method_from_package
+from flexmerge_cli.methods.aliases import Alias, resolve_alias
+from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
 from flexmerge_cli.methods.method import Call, Method
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
 
@@ -92,6 +92,17 @@ def parse_call(text: str, *, run_files: bool = False) -> Call:
             raise UsageError(f"no method `{name}`", hint=alias.message)
         raise _unknown("method", name, all_methods())
     return make_call(method, args)
+
+
+def resolve(text: str) -> Alias:
+    """What `NAME[:key=value,…]` asks for: itself, or for a name that only mergekit has ours, with steps and a message.
+
+    One with arguments is left as it is, since they mean other things there: `parse_call` refuses it and says which.
+    """
+    itself = Alias(text, (), "")
+    name, args = split_call(text)
+    ours = {name, name.lower().replace("-", "_")} & {*all_methods(), *packaged_methods()}
+    return itself if args or ours else resolve_alias(name) or itself
 
 
 def parse_step(text: str) -> StepCall:

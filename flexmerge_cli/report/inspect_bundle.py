@@ -10,12 +10,12 @@ from typing import Any
 from flexmerge_cli.allocation.bill import INDEX_NAME
 from flexmerge_cli.allocation.manifest import GroupEntry, TensorEntry, UnitEntry
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.text import line_columns, printable, table
 
-WIDE = 110  # characters of a line that has room for all columns
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALONE = "·"
 LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones once; {ALONE}: a group of one"
@@ -58,6 +58,9 @@ def bundle_facts(path: Path) -> BundleFacts:
             if kinds.get(tensor, TensorClass.MERGEABLE) is TensorClass.MERGEABLE and tensor in place:
                 unit_bytes[place[tensor]] += num_bytes
     sizes = {tensor.name: _elements(tensor) for tensor in manifest.tensors}
+    for unit in manifest.units:
+        if unknown := [name for name in unit.tensors if name not in sizes]:
+            raise DataError(f"{path}: `{unit.name}` holds no tensor `{unknown[0]}`", hint="fetch the bundle again")
     return BundleFacts(
         bundle=bundle,
         unit_bytes=tuple(unit_bytes),
@@ -177,7 +180,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         for found in zip(facts.bundle.manifest.units, facts.unit_elements, facts.unit_bytes)
     ]
     columns = ["block", "groups by task", "bytes", "worst\ndistance", "stored as", "parameters"]
-    shown = len(columns) if line_columns() >= WIDE else 4
+    shown = len(columns) if line_columns() >= draw.WIDE else 4
     draw.long_table(
         columns[:shown],
         [row[:shown] for row in rows],

@@ -15,9 +15,12 @@ from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.order.distance import weighted_errors
-from flexmerge_cli.report.plan import FACTORS, LINEAR
 
 # M tasks, C cuts
+
+# Linear methods and their scale of the mean.
+LINEAR = {"average": 1.0, "task_arithmetic": 1.5}
+FACTORS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 64, 80, 100)
 
 MAX_CUTS = 160  # as many as a chart shows
 
@@ -107,11 +110,13 @@ def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> li
                 current[group] = weighted_errors(gram_kk, np.full(len(group), scale / len(group)))
                 errors[first:end] += current
     energy_M = plan.task_energy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return [
-            np.where(errors == 0, 0.0, np.where(energy_M > 0, np.sqrt(errors / energy_M), np.nan))
-            for errors in errors_CM
-        ]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        found = [np.sqrt(errors / energy_M) for errors in errors_CM]
+    # Infinite only where a plan's numbers make no sense, or the task vector is zero.
+    return [
+        np.where(errors == 0, 0.0, np.where(np.isfinite(distance), distance, np.nan))
+        for errors, distance in zip(errors_CM, found)
+    ]
 
 
 def named_cuts(plan: Plan, sizes: Sequence[int]) -> list[tuple[str, int]]:

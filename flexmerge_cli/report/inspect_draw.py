@@ -11,6 +11,7 @@ from flexmerge_cli.report.text import PADDING, line_columns, printable, table, t
 MANY_ROWS = 40  # a longer table is shortened to its two ends
 CHART_COLUMNS, CHART_ROWS = 64, 9
 SHORTEST_NAME = 20
+WIDE = 110  # characters of a line that has room for all columns
 NUMBERED_TASKS = 12  # with more, a heat map has no numbers
 
 

@@ -9,7 +9,6 @@ from flexmerge_cli.report.inspect_plan import PlanFacts
 from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
 
 EXTREMES = 5  # most and least similar blocks that are listed
-WIDE = 110  # characters of a line that has room for all columns
 SIZE_COLUMNS = 6  # of the blocks × groups table
 
 
@@ -40,7 +39,7 @@ def _show_sizes(value: dict[str, Any]) -> None:
     print("size after each merge, one dense value per merged block")
     labels = [f"{size / one:.2f}x {human_bytes(size):>7}" for size in (max(sizes), max(sizes) / 2, 0)]
     draw.curve(sizes, labels, below=("0 merges", f"{value['merges']:,} merges"))
-    rows, wide = [], line_columns() >= WIDE
+    rows, wide = [], line_columns() >= draw.WIDE
     for row in value["sizes"]:
         cells = []
         for distances in row["distance"].values():
@@ -56,7 +55,7 @@ def _show_sizes(value: dict[str, Any]) -> None:
 
 def _show_blocks(value: dict[str, Any], *, every: bool) -> None:
     between = [row["size"] for row in value["sizes"] if 0 < row["merges"] < value["merges"]]
-    wide = line_columns() >= WIDE
+    wide = line_columns() >= draw.WIDE
     spread = np.linspace(0, len(between) - 1, min(SIZE_COLUMNS if wide else 3, len(between))).round().astype(int)
     picked = [between[place] for place in spread]
     rows = []

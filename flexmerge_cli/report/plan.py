@@ -1,27 +1,23 @@
 """What `plan` tells: a value for --json, and the same as tables."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import MergeRequest, allocate
-from flexmerge_cli.order.distance import linear_errors
-from flexmerge_cli.order.order import groups_after
+from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, table
 
 if TYPE_CHECKING:
     from flexmerge_cli.cli.sources import Given
 
-LINEAR = {"average": 1.0, "task_arithmetic": 1.5}
-FACTORS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 64, 80, 100)
 MANY_TASKS = 12  # more columns than this are summed up
 
 
@@ -32,6 +28,8 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
     from flexmerge_cli.engine.pool import default_threads
 
     pricer = Pricer(plan)
+    if request.method is None and (request.size is not None or request.merges is not None):
+        request = replace(request, method="average")  # any method with one dense value per block is cut alike
     asked = allocate(plan, request, pricer) if request.method or request.dtype else None
     rows = ways(pricer, str(path), methods=methods)
     exact = next(row for row in rows if row.name == "exact deduplication")
@@ -46,7 +44,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "merges": len(plan.order),
         "near_ties": plan.near_ties,
         "exact_bytes": exact.tensor_bytes,
-        "sizes": size_rows(pricer),
+        "sizes": size_rows(plan),
         "ways": [
             {
                 "name": row.name,
@@ -89,54 +87,33 @@ def classes(plan: Plan) -> dict[str, Any]:
     return found
 
 
-def size_rows(pricer: Pricer) -> list[dict[str, Any]]:
+def size_rows(plan: Plan) -> list[dict[str, Any]]:
     """The prefix of the order at 1x, 1.25x, … Mx, priced for one dense value per merged block."""
-    plan = pricer.plan
-    count = len(plan.tasks)
-    cutter = Cutter(pricer, "average")
-    sizes = cutter.sizes()
-    order, rows = plan.merges(), []
-    energy = plan.task_energy()
-    for factor in [f for f in FACTORS if f < count] + [count]:
-        size = parse_size(f"{factor}x", num_tasks=count, one_model_bytes=plan.one_model_bytes)
-        if size.all_merges:
-            merges = len(order)
-        else:
-            merges = next((n for n, bytes_ in enumerate(sizes) if bytes_ <= size.max_bytes), -1)
-        if merges < 0:
-            continue
-        groups = groups_after(len(plan.blocks), count, order[:merges])
+    sizes = dense_sizes(plan)
+    named = named_cuts(plan, sizes)
+    # Larger sizes need fewer merges; equal ones are one cut.
+    cuts = sorted({merges for _, merges in named})
+    distances = distances_at(plan, cuts, list(LINEAR.values()))
+    rows = []
+    for size, merges in named:
+        at = cuts.index(merges)
         rows.append(
             {
-                "size": f"{factor}x",
+                "size": size,
                 "factor": sizes[merges] / max(1, plan.one_model_bytes),
                 "tensor_bytes": sizes[merges],
                 "merges": merges,
-                "groups": sum(len(of_block) for of_block in groups),
-                "distance": {name: linear_distances(plan, groups, scale, energy) for name, scale in LINEAR.items()},
+                "groups": len(plan.blocks) * len(plan.tasks) - merges,
+                "distance": {
+                    method: {
+                        task: None if np.isnan(value) else float(value)
+                        for task, value in zip(plan.task_names, distance[at])
+                    }
+                    for method, distance in zip(LINEAR, distances)
+                },
             }
         )
     return rows
-
-
-def linear_distances(
-    plan: Plan, groups: list[list[tuple[int, ...]]], scale: float, energy: np.ndarray
-) -> dict[str, float | None]:
-    """Per task ‖θ̂ - θ‖ / ‖τ‖ of scale · mean, from the Gram matrices: before any rounding."""
-    errors = np.zeros(len(plan.tasks))
-    for block, of_block in zip(plan.blocks, groups):
-        for name in block.tensors:
-            tensor = plan.tensor(name)
-            gram, same = plan.gram(tensor), np.array(tensor.same)
-            for group in of_block:
-                if len(group) > 1:
-                    errors[list(group)] += linear_errors(gram, group, scale, identical=same[:, None] == same[None, :])
-    return {
-        task.name: (
-            0.0 if errors[index] == 0 else None if energy[index] == 0 else math.sqrt(errors[index] / energy[index])
-        )
-        for index, task in enumerate(plan.tasks)
-    }
 
 
 def warnings(plan: Plan) -> list[str]:

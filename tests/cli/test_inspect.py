@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.plan_file import save_plan
 from flexmerge_cli.bundle.read import read_manifest
 from flexmerge_cli.cli.app import run
@@ -73,7 +72,7 @@ def test_a_checkpoint_tells_blocks_and_what_would_stay_private(
 
 def test_a_plan_tells_the_sizes_that_plan_tells(capsys: pytest.CaptureFixture[str]) -> None:
     value, plan = inspect(plan_path(), capsys), load_plan(plan_path())
-    for found, wanted in zip(value["sizes"], size_rows(Pricer(plan)), strict=True):
+    for found, wanted in zip(value["sizes"], size_rows(plan), strict=True):
         for method, distances in wanted["distance"].items():
             assert found["distance"].pop(method) == pytest.approx(distances, abs=1e-7)
         wanted["distance"] = {}

@@ -41,7 +41,7 @@ def test_methods_run_without_arguments_and_tell_what_they_are(method):
         (coded.low_bit, {"centre": "none", "centre_bits": 4}, "say nothing with centre=none"),
         (coded.low_bit, {"centre": "emr"}, "more than one dense value"),
         (coded.low_bit, {"centre": "averag"}, "no method `averag`"),
-        (coded.bitdelta, {"centre": "none"}, "no method `none`"),
+        (coded.bitdelta, {"centre": "none"}, "centre=none leaves nothing"),
         (coded.low_rank, {"rank": 3, "fraction": 0.5}, "both given"),
         (coded.low_rank, {"rank": 0}, "rank=0 is not"),
         (coded.sparse, {"density": 0}, "density=0 is not"),

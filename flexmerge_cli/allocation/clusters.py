@@ -1,0 +1,158 @@
+"""Clusters of tasks instead of a merge order: the baselines of the FlexMerge paper. Gram matrices in, an allocation out.
+
+channels      spherical k-means in every tensor by itself, after channel merging (Zhang et al. 2025): here
+whole models  agglomerative clustering: an order of one block, `plan --blocks model --linkage average`, cut at `Kx`: cut.py
+
+Pure, and without a second pass over the weights: a row is a task vector made 1 long, a centre the mean of rows made 1
+long, so all that k-means compares follows from the inner products that a plan has. Where the authors' code differs: it
+takes the mean of the unnormalised rows, so that large task vectors decide; it begins every layer at the same task.
+"""
+
+import re
+from enum import StrEnum
+
+import numpy as np
+
+from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Unit
+from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.method import Call, Statistic
+from flexmerge_cli.methods.registry import format_call
+from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparable, cosine, similarity
+from flexmerge_cli.random import Stream, key64
+
+MAX_ITERATIONS = 100
+# Squared length of a mean of rows that counts as 0: rounding alone leaves up to 1e-15 where rows cancel.
+NO_LENGTH = 1e-14
+
+# M tasks, C clusters
+
+
+class Cluster(StrEnum):
+    """What is clustered, in place of a merge order."""
+
+    CHANNELS = "channels"
+    """Every tensor by itself, all into equally many clusters."""
+
+
+def cluster_channels(
+    plan: Plan, num_clusters: int, method: MethodUse, *, seed: int = 0, dtype: str | None = None
+) -> Allocation:
+    """One unit per tensor, its groups the clusters; num_clusters in [1, M]. O(M^3) a tensor at worst.
+
+    `method` must see no more than one tensor: `require_tensor_scope`.
+    """
+    units = []
+    for name in (name for block in plan.blocks for name in block.tensors):
+        stream = Stream(key64("flexmerge/kmeans/1", seed, name))
+        labels = spherical_kmeans(unit_gram(plan, plan.tensor(name)), num_clusters, stream)
+        members = [tuple(np.flatnonzero(labels == label).tolist()) for label in range(labels.max() + 1)]
+        groups = tuple(Group(tasks=tasks, method=0 if len(tasks) > 1 else None) for tasks in members)
+        units.append(Unit(name=name, tensors=(name,), groups=groups))
+    merges = sum(len(plan.tasks) - len(unit.groups) for unit in units)
+    return Allocation(methods=(method,), units=tuple(units), dtype=dtype, merges=merges, fit=Cluster.CHANNELS.value)
+
+
+def clusters_of_size(text: str | None, num_tasks: int) -> int:
+    """`3x` -> 3. Raises UsageError for what is no whole number of models in [1, M]."""
+    match = re.fullmatch(r"([1-9]\d*)x", (text or "").strip())
+    if match is None or int(match[1]) > num_tasks:
+        told = f"--size {text} is not one" if text else "no --size is given"
+        raise UsageError(
+            f"--cluster makes a whole number of models of {num_tasks}, and {told}", hint=f"--size 1x … {num_tasks}x"
+        )
+    return int(match[1])
+
+
+def require_tensor_scope(call: Call) -> None:
+    """Clusters of one tensor are no clusters of another. Raises UsageError for a method that must see a block."""
+    coded = declare(call)
+    made_by = coded.centre_call() if coded else call
+    statistics: list[Statistic | None] = [made_by.statistics if made_by else None]
+    statistics += [coded.expert] if coded and isinstance(coded.expert, Statistic) else []
+    scopes = {statistic.scope for statistic in statistics if statistic} | ({made_by.scope} if made_by else set())
+    wide = sorted(scopes & {"block", "model"})
+    if wide:
+        parameters = call.method.parameters
+        narrow = {name: "tensor" for name, p in parameters.items() if "tensor" in p.choices and call.args[name] in wide}
+        given = {name: value for name, value in call.args.items() if value != parameters[name].default}
+        hint = f"--method {format_call(call.method.name, given | narrow)}" if narrow else "--method task_arithmetic"
+        raise UsageError(
+            f"`{call.method.name}` looks at a whole {wide[0]}, and --cluster groups every tensor by itself", hint=hint
+        )
+
+
+def unit_gram(plan: Plan, tensor: PlanTensor) -> np.ndarray:
+    """⟨row_i, row_j⟩ of task vectors 1 long, [M, M] float64; a zero vector stays 0."""
+    same_M = np.array(tensor.same)
+    measure = BlockMeasure(
+        name=tensor.name,
+        gram=plan.gram(tensor),
+        num_elements=tensor.num_elements,
+        identical=same_M[:, None] == same_M[None, :],
+    )
+    zero_M = measure.gram.diagonal() <= 0
+    return np.where(zero_M[:, None] | zero_M, 0.0, similarity(measure, Similarity.COSINE))
+
+
+def spherical_kmeans(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> np.ndarray:
+    """Label of every row, [M], numbered by first appearance; num_clusters of them, and M rows alone if fewer.
+
+    unit_MM: inner products of rows of length 1 or 0. Distance is 1 - cosine, 0 between two zeros and 1 from a zero to
+    all else, of cosines as the merge order compares them: to the nearest 2^-20, so that rounding elsewhere moves no
+    task. Ties: the lowest centre, the lowest task. An empty cluster takes the task that is farthest from its centre.
+    """
+    num_tasks = len(unit_MM)
+    if num_clusters >= num_tasks:
+        return np.arange(num_tasks)
+    labels_M: np.ndarray | None = None
+    weights_CM = np.eye(num_tasks)[_first_centres(unit_MM, num_clusters, stream)]
+    for _ in range(MAX_ITERATIONS):
+        distances_MC = _distances(unit_MM, weights_CM)
+        found_M = distances_MC.argmin(axis=1)
+        _fill_empty(found_M, distances_MC)
+        if labels_M is not None and np.array_equal(found_M, labels_M):
+            break
+        labels_M = found_M
+        members_CM = labels_M == np.arange(num_clusters)[:, None]
+        weights_CM = members_CM / members_CM.sum(axis=1, keepdims=True)
+    assert labels_M is not None
+    return _by_first_appearance(labels_M)
+
+
+def _first_centres(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> list[int]:
+    """Tasks, none twice: one at random, then each as likely as its squared distance to the nearest so far."""
+    num_tasks = len(unit_MM)
+    distances_MM = _distances(unit_MM, np.eye(num_tasks))
+    chosen = [stream.below(num_tasks)]
+    while len(chosen) < num_clusters:
+        weight_M = distances_MM[:, chosen].min(axis=1) ** 2
+        drawn = stream.uniform() * weight_M.sum()
+        if weight_M.sum() == 0:
+            chosen.append(min(set(range(num_tasks)) - set(chosen)))
+        else:
+            chosen.append(int(np.argmax(np.cumsum(weight_M) > drawn)))
+    return chosen
+
+
+def _distances(unit_MM: np.ndarray, weights_CM: np.ndarray) -> np.ndarray:
+    """Of every row to centres that are weighted sums of rows, [M, C]."""
+    squared_C = np.einsum("ci,ij,cj->c", weights_CM, unit_MM, weights_CM)
+    squared_C[squared_C < NO_LENGTH] = 0.0
+    return 1.0 - comparable(cosine(unit_MM @ weights_CM.T, unit_MM.diagonal()[:, None], squared_C), 1.0)
+
+
+def _fill_empty(labels_M: np.ndarray, distances_MC: np.ndarray) -> None:
+    """In place, one empty cluster after another."""
+    tasks = np.arange(len(labels_M))
+    for centre in range(distances_MC.shape[1]):
+        sizes_C = np.bincount(labels_M, minlength=distances_MC.shape[1])
+        if sizes_C[centre] == 0:
+            own_M = np.where(sizes_C[labels_M] > 1, distances_MC[tasks, labels_M], -np.inf)
+            labels_M[own_M.argmax()] = centre
+
+
+def _by_first_appearance(labels_M: np.ndarray) -> np.ndarray:
+    _, first, inverse = np.unique(labels_M, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]

@@ -1,0 +1,45 @@
+"""Sums over a tensor's elements that do not show how it was cut: of runs first, and these one after another.
+
+A run is RUN_ELEMENTS elements, counted from the tensor's first, or a row where whole rows are visited (spans.py); no
+span and no tile ends inside one.
+"""
+
+import numpy as np
+from torch import Tensor
+
+# Squares of a run are added in float32: their sum is off by 1e-7, and that of thousands of runs by less.
+RUN_ELEMENTS = 1 << 10
+
+
+def squares(values_kN: Tensor, run: int) -> np.ndarray:
+    """Σ x² of each run of float32 [k, n], [k, ⌈n/run⌉] float64; the last run may be shorter.
+
+    In float32 up to RUN_ELEMENTS, a fifth of the time of float64.
+    """
+    if values_kN.device.type != "cpu":
+        return _sums(values_kN.double().square().cpu().numpy(), run)
+    values = values_kN.numpy()
+    if run > RUN_ELEMENTS:
+        return _sums(np.square(values, dtype=np.float64), run)
+    whole = values.shape[1] // run * run
+    blocks, rest = values[:, :whole].reshape(len(values), -1, run), values[:, whole:]
+    sums: np.ndarray = np.einsum("kbn,kbn->kb", blocks, blocks).astype(np.float64)
+    return np.concatenate([sums, _sums(np.square(rest, dtype=np.float64), run)], axis=1)
+
+
+def sizes(values_kN: Tensor, run: int) -> np.ndarray:
+    """Σ|x| likewise, float64 throughout."""
+    return _sums(values_kN.double().abs().cpu().numpy(), run)
+
+
+def added(total: float, sums: np.ndarray) -> float:
+    """total + sums, strictly one after another, whatever ranges they come in. [R] float64."""
+    return float(np.add.accumulate(np.concatenate([[total], sums]))[-1])
+
+
+def _sums(values_kN: np.ndarray, run: int) -> np.ndarray:
+    """Of each run, float64 [k, n]."""
+    k, n = values_kN.shape
+    whole = n // run * run
+    sums: np.ndarray = values_kN[:, :whole].reshape(k, whole // run, run).sum(2)
+    return sums if whole == n else np.concatenate([sums, values_kN[:, whole:].sum(1, keepdims=True)], axis=1)

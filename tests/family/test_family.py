@@ -1,0 +1,298 @@
+"""A family on disk and its plan: every tensor of every file in exactly one class, and listed."""
+
+import pytest
+import torch
+
+from flexmerge_cli import load_plan, make_plan, open_bundle
+from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.family.family import check_task_names, find_tasks
+from flexmerge_cli.plan import PlanRequest, open_family
+
+from ..families import ODD, Models, encoder, normal, plain, same_bits, tuned, write_checkpoint, write_family
+from ..program import fails, succeeds
+
+HEAD = {"classifier.weight": "private", "classifier.bias": "private"}
+
+# Of each odd family: what is not mergeable.
+CLASSES = {
+    "plain": {}, "bf16": {}, "fp16": {}, "bf16_of_fp32": {}, "mixed_dtypes": {}, "doubles": {}, "duplicates": {},
+    "zero_task": {}, "one_task": {}, "two_tasks": {}, "small_shapes": {}, "outliers": {},
+    "heads": HEAD, "wrapped_tasks": HEAD, "wrapped_base": HEAD,
+    "buffers": {"embeddings.position_ids": "constant", "encoder.count": "private", "encoder.mask": "private"},
+    "running_statistics": {
+        "bn1.running_mean": "private", "bn1.running_var": "private", "bn1.num_batches_tracked": "constant",
+        "fc.weight": "private", "fc.bias": "private",
+    },
+    "resized_vocabulary": {"embeddings.word_embeddings.weight": "private"},
+    "constants": {"embeddings.word_embeddings.weight": "constant", "pooler.dense.weight": "constant"},
+    "base_only": {"lm_predictions.dense.weight": "base-only"},
+    "all_zero": dict.fromkeys(encoder(), "constant"),
+    "private_only": dict.fromkeys(encoder(), "constant") | HEAD | {"position_ids": "private"},
+    "confusing_names": {"model.pooler.dense.weight": "private"},
+    "tied": {"lm_head.weight": "tied"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_tensor_is_in_its_class(name, odd_family, odd_plan):
+    expected = dict(CLASSES[name])
+    if name == "small_shapes":
+        # An empty tensor is the same in every task.
+        expected = {"blocks.0.mlp.bias": "constant", "blocks.1.attn.weight": "constant"}
+    found = load_plan(odd_plan(name))
+    assert {t.name: t.class_ for t in found.tensors if t.class_ != "mergeable"} == expected
+    models = odd_family(name).models
+    for task, (label, state) in enumerate(sorted(models.tasks.items())):
+        assert {found.own_name(task, t.name) for t in found.tensors if task in t.present} == set(state), label
+    names = {t.name for t in found.tensors}
+    assert set(models.base) <= names
+
+
+def test_what_the_plan_prints_counts_and_lists_every_class(odd_family, tmp_path):
+    folders = odd_family("running_statistics")
+    result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json", "--json").json["classes"]
+    assert {kind: found["tensors"] for kind, found in result.items()} == {
+        "base-only": 0, "tied": 0, "constant": 1, "private": 4, "mergeable": 5,
+    }  # fmt: skip
+    listed = {item["name"]: item["why"] for item in result["private"]["names"]}
+    assert listed == {
+        "bn1.running_mean": "running statistic", "bn1.running_var": "running statistic",
+        "fc.weight": "task head", "fc.bias": "task head",
+    }  # fmt: skip
+    assert sum(found["bytes"] for found in result.values()) == sum(
+        value.numel() * value.element_size() for state in folders.models.tasks.values() for value in state.values()
+    )
+    text = succeeds("plan", *folders.arguments, "-o", tmp_path / "again.json").out
+    assert "bn1.running_mean (running statistic)" in text
+
+
+def test_heads_merge_where_that_is_asked_for(tmp_path):
+    models = plain(num_tasks=3)
+    for number, state in enumerate([models.base, *models.tasks.values()]):
+        state["classifier.weight"] = normal(number, 3, 8)
+    folders = write_family(tmp_path, models)
+    for options, expected in (
+        ((), "private"),
+        (("--merge-heads",), "mergeable"),
+        (("--private", "classifier*"), "private"),
+    ):
+        succeeds("plan", *folders.arguments, *options, "-o", tmp_path / "plan.json", "--force")
+        assert load_plan(tmp_path / "plan.json").tensor("classifier.weight").class_ == expected
+
+
+def test_private_patterns_keep_tensors_apart(tmp_path):
+    folders = write_family(tmp_path, plain(num_tasks=3))
+    succeeds(
+        "plan",
+        *folders.arguments,
+        "--private",
+        "encoder.layer.1.*",
+        "--private",
+        "pooler*",
+        "-o",
+        tmp_path / "plan.json",
+    )
+    private = {t.name for t in load_plan(tmp_path / "plan.json").tensors if t.class_ == "private"}
+    assert private == {name for name in encoder() if name.startswith(("encoder.layer.1.", "pooler"))}
+
+
+def tied_in_bin(shared):
+    """Whether embedding and head share storage, per task."""
+    base = encoder() | {"lm_head.weight": normal(5, 11, 8)}
+    tasks = {}
+    for number, is_shared in enumerate(shared):
+        state = tuned(base, number + 1)
+        state["lm_head.weight"] = state["embeddings.word_embeddings.weight"]
+        if not is_shared:
+            state["lm_head.weight"] = state["lm_head.weight"].clone()
+        tasks[f"task{number}"] = state
+    return Models(base=base, tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"), [((True, True), "tied"), ((True, False), "mergeable"), ((False, False), "mergeable")]
+)
+def test_shared_storage_of_a_bin_is_tied_if_it_is_so_in_every_task(shared, expected, tmp_path):
+    models = tied_in_bin(shared)
+    folders = write_family(tmp_path, models, layout="bin")
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json").tensor("lm_head.weight").class_ == expected
+    for method in ((), ("--method", "average")):
+        bundle = tmp_path / f"bundle{len(method)}"
+        succeeds("merge", tmp_path / "plan.json", *method, "-o", bundle)
+        view = open_bundle(bundle).view("task1")
+        same = same_bits(view["lm_head.weight"], view["embeddings.word_embeddings.weight"])
+        assert same == (expected == "tied" or not method)
+        if expected == "tied":
+            assert view["lm_head.weight"].data_ptr() == view["embeddings.word_embeddings.weight"].data_ptr()
+
+
+def test_a_head_that_the_config_ties_is_so_only_if_its_bits_are(tmp_path):
+    models = ODD["tied"]()
+    models.tasks["task2"]["lm_head.weight"][3, 3] += 1e-6
+    folders = write_family(tmp_path, models)
+    made = make_plan(folders.base, folders.sources)
+    assert made.tensor("lm_head.weight").class_ == "mergeable"
+
+
+def test_a_head_that_the_config_ties_may_be_absent(tmp_path):
+    models = ODD["tied"]()
+    for state in models.tasks.values():
+        del state["lm_head.weight"]
+    folders = write_family(tmp_path, models)
+    assert make_plan(folders.base, folders.sources).tensor("lm_head.weight").class_ == "base-only"
+
+
+# What does not fit.
+
+
+def test_a_fine_tune_of_another_architecture_is_refused_and_all_of_them_at_once(tmp_path):
+    models = plain(num_tasks=4)
+    models.tasks["task1"] = {f"other.{name}": normal(0, 3, 3) for name in models.base}
+    models.tasks["task3"] = encoder(width=16)
+    models.configs = {"task1": {"model_type": "gpt2"}}
+    folders = write_family(tmp_path, models)
+    result = fails(3, "plan", *folders.arguments, "-o", tmp_path / "plan.json", says="not of one architecture")
+    assert "task `task1` (gpt2, the base is ?): 0 of the base's 15 tensors are in" in result.err
+    assert "15 are missing" in result.err
+    assert "task `task3`" in result.err and "is [11, 16], [11, 8] in the base" in result.err
+    assert "task0" not in result.err.replace(str(tmp_path), "") and "task2" not in result.err
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_half_of_the_bases_tensors_are_enough_and_fewer_are_not(tmp_path):
+    base = {f"layer.{n}.mlp.weight": normal(n, 3) for n in range(4)}
+    for count, code in ((2, 0), (1, 3)):
+        models = Models(base=base, tasks={"a": {name: value + 1 for name, value in list(base.items())[:count]}})
+        folders = write_family(tmp_path / str(count), models)
+        if code:
+            fails(code, "plan", *folders.arguments, "-o", tmp_path / str(count) / "plan.json", says="1 of the base's 4")
+        else:
+            succeeds("plan", *folders.arguments, "-o", tmp_path / str(count) / "plan.json")
+
+
+@pytest.mark.parametrize("role", ["base", "unified", "mask.task0", "gamma", "codes.x", "rows"])
+def test_names_of_parts_are_refused(role, tmp_path):
+    """`w@mask.task0` beside a masked `w`: a reader could not tell them apart."""
+    models = plain(num_tasks=2)
+    models.tasks["task1"][f"pooler.dense.weight@{role}"] = normal(0, 2)
+    folders = write_family(tmp_path, models)
+    fails(3, "plan", *folders.arguments, "-o", tmp_path / "plan.json", says=f"`pooler.dense.weight@{role}` of")
+
+
+def test_an_at_sign_alone_is_a_name_like_another(tmp_path):
+    models = plain(num_tasks=2)
+    for number, state in enumerate([models.base, *models.tasks.values()]):
+        state["layer.0.mlp@masked.weight"] = normal(number, 20)
+    folders = write_family(tmp_path, models)
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+
+
+# NaN and Inf.
+
+
+@pytest.mark.parametrize("where", ["base", "task1"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_with_its_place(where, bad, tmp_path):
+    models = plain(num_tasks=3)
+    state = models.base if where == "base" else models.tasks[where]
+    state["encoder.layer.1.output.dense.weight"][3, 7] = bad
+    models.tasks["task2"]["pooler.dense.weight"][0, 0] = bad
+    folders = write_family(tmp_path, models)
+    who = "the base" if where == "base" else "task `task1`"
+    fails(
+        3, "plan", *folders.arguments, "-o", tmp_path / "plan.json",
+        says=(
+            f"{who} has NaN or Inf in `encoder.layer.1.output.dense.weight` at [3, 7]",
+            "task `task2` has NaN or Inf in `pooler.dense.weight` at [0, 0]",
+        ),
+    )  # fmt: skip
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_nan_in_a_tensor_that_all_share_is_a_constant_and_listed(tmp_path):
+    models = plain(num_tasks=3)
+    for state in models.tasks.values():
+        state["pooler.dense.weight"] = torch.full((8, 8), float("nan"))
+    folders = write_family(tmp_path, models)
+    result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    assert "not finite, and stored as found: pooler.dense.weight" in result.err
+
+
+# Names of tasks.
+
+
+@pytest.mark.parametrize("name", [
+    "../x", "a/b", "", ".", "..", ".hidden", "-x", "_x", "a b", "all", "ALL", "All", "x" * 65, "ä", "a\n",
+    "a\0", "a:b", "a+b",
+])  # fmt: skip
+def test_a_name_that_cannot_be_a_file_everywhere_is_refused(name):
+    with pytest.raises(UsageError, match="cannot be a task's name"):
+        check_task_names([name])
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-d", "x" * 64, "1.0", "all2", "base"])
+def test_plain_names_are_taken(name):
+    check_task_names([name])
+
+
+def test_two_tasks_of_one_name_are_refused_whatever_their_case():
+    with pytest.raises(UsageError, match="two tasks of one name: `sst2` and `SST2`"):
+        check_task_names(["sst2", "cola", "SST2"])
+
+
+def test_a_folder_of_tasks_names_what_else_is_there(tmp_path):
+    write_checkpoint(tmp_path / "b", encoder())
+    write_checkpoint(tmp_path / "a", encoder(), layout="bin")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / ".git").mkdir()
+    found, ignored = find_tasks(tmp_path)
+    assert list(found) == ["a", "b"]
+    assert ignored == ["logs", "notes.txt"]
+    with pytest.raises(SourceError, match="no checkpoint in any folder"):
+        find_tasks(tmp_path / "logs")
+    with pytest.raises(SourceError, match="no folder"):
+        find_tasks(tmp_path / "nowhere")
+
+
+def test_all_missing_sources_are_told_at_once(tmp_path):
+    with pytest.raises(SourceError) as raised:
+        open_family(PlanRequest(base="nobase", tasks={"a": "noa", "b": "nob"}, relative_to=tmp_path))
+    assert all(name in raised.value.message for name in ("nobase", "noa", "nob"))
+
+
+def test_tasks_are_in_code_point_order_of_name(tmp_path):
+    models = plain(num_tasks=3)
+    models.tasks = {"b": models.tasks["task0"], "B": models.tasks["task1"], "10": models.tasks["task2"]}
+    folders = write_family(tmp_path, models)
+    models.tasks["c"] = models.tasks.pop("b")
+    with pytest.raises(UsageError):  # b and B
+        make_plan(folders.base, folders.sources)
+    folders = write_family(tmp_path / "other", models)
+    assert make_plan(folders.base, folders.sources).task_names == ("10", "B", "c")
+
+
+def test_a_task_that_is_no_fine_tune_of_the_base_is_warned_of(tmp_path):
+    models = plain(num_tasks=3)
+    models.tasks["task1"] = encoder(seed=9)
+    models.configs = {"task1": {"_name_or_path": "org/true-base"}}
+    folders = write_family(tmp_path, models)
+    result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    assert "task `task1` is probably no fine-tune of this base" in result.err and "`org/true-base`" in result.err
+    assert "task `task0` is probably" not in result.err
+
+
+def test_nothing_is_read_of_weights_before_headers_fit(tmp_path, monkeypatch):
+    """A misfit is told from headers: weights that are a hole in a file of terabytes do not matter."""
+    models = plain(num_tasks=2)
+    folders = write_family(tmp_path, models)
+    models.tasks["task1"] = {"other.weight": normal(0, 3)}
+    write_checkpoint(folders.tasks["task1"], models.tasks["task1"])
+
+    def never(*_arguments):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("flexmerge_cli.checkpoint.reader.Reader.read", never)
+    with pytest.raises(DataError, match="not of one architecture"):
+        make_plan(folders.base, folders.sources)

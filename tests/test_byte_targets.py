@@ -1,0 +1,47 @@
+"""A byte target is kept to the byte by what lies on disk, and nothing that would still have fitted was given up."""
+
+import random
+
+import pytest
+
+from flexmerge_cli import load_plan
+from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.cut import Cutter
+
+from .allocation.test_cut import cost, cut, undos
+from .families import Models, encoder, normal, tuned, write_family
+from .program import succeeds
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Ten blocks, four tasks with heads of their own."""
+    base = encoder(layers=1, width=6)
+    tasks = {f"task{n}": tuned(base, n + 1) | {"classifier.bias": normal(n, n + 2)} for n in range(4)}
+    folders = write_family(tmp_path_factory.mktemp("small"), Models(base=base, tasks=tasks))
+    succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
+    return folders.root / "plan.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "ties", "emr"])
+def test_fifty_random_byte_targets_are_kept(method, small, tmp_path):
+    pricer = Pricer(load_plan(small))
+    made = Cutter(pricer, method)
+    least, most = (pricer.bill(allocation).total_bytes for allocation in (made.smallest(), made.prefix(0)))
+    draw = random.Random(method)
+    seen = set()
+    for number in range(50):
+        target = draw.randint(least, most)
+        options = ["--method", method, "--size", f"{target}B", "-o", tmp_path / str(number), "--json"]
+        said = succeeds("merge", small, *options, "--dry-run").json
+        succeeds("merge", small, *options)
+        on_disk = sum(path.stat().st_size for path in (tmp_path / str(number)).rglob("*") if path.is_file())
+        assert on_disk == said["total_bytes"] <= target
+        assert on_disk == sum(said["files"].values())
+        allocation, size = cut(pricer, method, f"{target}B")
+        assert (allocation.merges, allocation.undone) == (said["allocation"]["merges"], said["allocation"]["undone"])
+        for fewer in undos(pricer, allocation):
+            assert cost(pricer, fewer, size) > target
+        seen.add((allocation.merges, allocation.undone))
+    assert len(seen) > 5 and any(undone for _, undone in seen)
