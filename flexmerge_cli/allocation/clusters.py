@@ -1,7 +1,7 @@
-"""Clusters of tasks instead of a merge order: the baselines of the FlexMerge paper. Gram matrices in, an allocation out.
+"""Clusters of tasks instead of a merge order: baselines of the FlexMerge paper. Gram matrices in, an allocation out.
 
 channels      spherical k-means in every tensor by itself, after channel merging (Zhang et al. 2025): here
-whole models  agglomerative clustering: an order of one block, `plan --blocks model --linkage average`, cut at `Kx`: cut.py
+whole models  agglomerative clustering: an order of one block, cut at `Kx`: `plan --blocks model --linkage average`
 
 Pure, and without a second pass over the weights: a row is a task vector made 1 long, a centre the mean of rows made 1
 long, so all that k-means compares follows from the inner products that a plan has. Where the authors' code differs: it
@@ -77,7 +77,11 @@ def require_tensor_scope(call: Call) -> None:
         parameters = call.method.parameters
         narrow = {name: "tensor" for name, p in parameters.items() if "tensor" in p.choices and call.args[name] in wide}
         given = {name: value for name, value in call.args.items() if value != parameters[name].default}
-        hint = f"--method {format_call(call.method.name, given | narrow)}" if narrow else "--method task_arithmetic"
+        hint = (
+            f"--method {format_call(call.method.name, given | narrow)}"
+            if narrow
+            else "a method that needs no more than a tensor: --method task_arithmetic"
+        )
         raise UsageError(
             f"`{call.method.name}` looks at a whole {wide[0]}, and --cluster groups every tensor by itself", hint=hint
         )

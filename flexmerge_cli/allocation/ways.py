@@ -1,15 +1,25 @@
 """The ways to store a family, one row each: bytes on disk, bytes when served, and the command that builds it. Pure."""
 
+import shlex
 from dataclasses import dataclass
 
-from flexmerge_cli.allocation.allocation import Allocation, copies
+from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
 
-COMMON = ("average", "task_arithmetic", "ties", "emr", "consensus")
+_CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=search"
+
+# Name of a row -> method.
+COMMON = {
+    **{name: name for name in ("average", "task_arithmetic", "ties", "emr", "consensus")},
+    "mean + 2 bits per task": "low_bit:bits=2",
+    "mean at 8 bits + 2 bits per task": f"low_bit:bits=2,{_CODED_MEAN}",
+    "mean at 8 bits + 1 bit per task": f"low_bit:bits=1,{_CODED_MEAN}",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,22 +36,28 @@ class Way:
     """None for what is there already."""
 
 
+def check_methods(choice: str) -> None:
+    """Raises UsageError."""
+    if choice not in ("common", "all"):
+        raise UsageError(f"--methods {choice} is not known", hint="one of: common, all")
+
+
 def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
-    """Copies as found, a cast, exact deduplication, and every method at its smallest on the order."""
+    """Copies as found, a cast, exact deduplication, and methods at their smallest on the order: `common` or `all`."""
     plan = pricer.plan
     found = sum(task.bytes for task in plan.tasks)
     side = sum(file.bytes for task in plan.tasks for file in task.files.values())
-    command = f"flexmerge merge {plan_path}"
+    command = f"flexmerge merge {shlex.quote(plan_path)}"
     rows = [
         Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
         way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"),
         way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"),
     ]
-    for name in all_methods() if methods == "all" else COMMON:
-        call = parse_call(name)
-        text = format_call(call.method.name, call.args)
-        bill = pricer.bill(Cutter(pricer, text).smallest())
-        rows.append(way(name, bill, f"{command} --method {name} -o bundle/"))
+    rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
+    for name, method in (COMMON | rest).items():
+        call = parse_call(method)
+        bill = pricer.bill(Cutter(pricer, format_call(call.method.name, call.args)).smallest())
+        rows.append(way(name, bill, f"{command} --method {shlex.quote(method)} -o bundle/"))
     return rows
 
 
@@ -70,11 +86,3 @@ def served_bytes(bill: Bill) -> int:
             for task in group.tasks
         )
     return total
-
-
-def all_merged(pricer: Pricer, method: str) -> Allocation:
-    """Every block one group: what a method reaches, from shapes alone."""
-    from flexmerge_cli.allocation.allocation import MethodUse, from_groups
-
-    plan = pricer.plan
-    return from_groups(plan, [[plan.all_tasks]] * len(plan.blocks), methods=(MethodUse(method),))

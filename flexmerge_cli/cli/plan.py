@@ -62,10 +62,12 @@ def plan(
 
     Example: flexmerge plan --base base/ --tasks finetuned/ -o plan.json
     """
+    from flexmerge_cli.allocation.ways import check_methods
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.sources import plan_request
     from flexmerge_cli.errors import UsageError
 
+    check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
     given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads)
     if output is None and not dry_run:

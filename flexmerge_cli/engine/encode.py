@@ -17,8 +17,9 @@ from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.engine.device import to_bytes
 from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.runs import squares
 from flexmerge_cli.engine.spans import tiles
-from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Raw, Worker, cast, torch_dtype
+from flexmerge_cli.engine.work import BASE, Raw, Worker, cast, torch_dtype
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Coder, Matrix
@@ -34,8 +35,8 @@ class Piece:
     """Task, or BASE."""
     decoded: dict[int, RangeDigest] = field(default_factory=dict)
     """Task -> digest of what a reader will get; tasks whose bits are their source's are left out."""
-    errors: dict[int, float] = field(default_factory=dict)
-    """Task -> Σ (θ̂ - θ)², float64."""
+    errors: dict[int, np.ndarray] = field(default_factory=dict)
+    """Task -> Σ (θ̂ - θ)² of each run."""
 
 
 class Encoder:
@@ -79,11 +80,7 @@ class Encoder:
             stored = cast(values, part.array.dtype)
             data = self._emit(part, start, stored.clone() if stored is values else stored, piece)
             if stored is not values:
-                lost = stored.float() - values.float()
-                error = sum(
-                    float(worker.squared(lost[None, low:high], start + low)[0])
-                    for low, high in tiles(len(lost), TILE_ELEMENTS)
-                )
+                error = _lost(stored.float() - values.float(), raw.span.run)
                 digest = digest_range(data, start * ITEM_BYTES[part.array.dtype])
                 for task in part.readers:
                     piece.errors[task], piece.decoded[task] = error, digest
@@ -92,8 +89,8 @@ class Encoder:
         worker, part, count = self.worker, group.parts[0], raw.span.stop - raw.span.start
         stored = torch.empty(count, dtype=torch_dtype(part.array.dtype))
         dtypes = self._dtypes(storage, group)
-        errors = np.zeros(len(group.tasks))
-        for low, high in self._tiles(storage, group, count, whole):
+        run, errors = raw.span.run, _errors(len(group.tasks), raw)
+        for low, high in self._tiles(storage, group, raw, whole):
             found, deltas = worker.value(group, raw, low, high, whole)
             base = worker.on_device(raw.bits[BASE][low:high])
             # -0 is written as +0: adding 0 makes it so, before the sum and, where rounding can give it, after it.
@@ -105,7 +102,7 @@ class Encoder:
                 lost = deltas if len(rows) == len(dtypes) else deltas[rows]
                 # Of the task vectors, not of the weights: what is lost is as small as they are, or smaller.
                 lost.sub_(worker.on_device(cast(stored[low:high], dtype)) - base)
-                errors[rows] += worker.squared(lost, raw.span.start + low)
+                errors[rows, low // run : -(-high // run)] = squares(lost, run)
         self._check_finite(stored, group, raw)
         data = self._emit(part, raw.span.start, stored, piece)
         digests: dict[str, RangeDigest] = {}
@@ -113,7 +110,7 @@ class Encoder:
             if dtype not in digests:
                 mine = data if dtype == part.array.dtype else to_bytes(self._finite(cast(stored, dtype), group, raw))
                 digests[dtype] = digest_range(mine, raw.span.start * ITEM_BYTES[dtype])
-            piece.decoded[task], piece.errors[task] = digests[dtype], float(errors[row])
+            piece.decoded[task], piece.errors[task] = digests[dtype], errors[row]
 
     def _mask(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
         worker, start, count = self.worker, raw.span.start, raw.span.stop - raw.span.start
@@ -124,8 +121,8 @@ class Encoder:
         decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
         taken = np.empty((len(group.tasks), count), bool)
         gamma = self.gamma.get((self.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
-        errors = np.zeros(len(group.tasks))
-        for low, high in self._tiles(storage, group, count, None):
+        run, errors = raw.span.run, _errors(len(group.tasks), raw)
+        for low, high in self._tiles(storage, group, raw, None):
             found, deltas = worker.value(group, raw, low, high)
             unified = worker.rounded(found.delta.flatten(), unified_part.array.dtype)
             stored[low:high].copy_(unified)
@@ -137,13 +134,13 @@ class Encoder:
                 shifted = base + unified * torch.tensor(gamma[row], device=worker.device)
                 decoded[row][low:high].copy_(torch.where(takes[row], shifted, base))
                 lost = worker.on_device(decoded[row][low:high]) - worker.on_device(worker.own(raw, task)[low:high])
-                errors[row] += worker.squared(lost[None], start + low)[0]
+                errors[row, low // run : -(-high // run)] = squares(lost[None], run)[0]
         self._emit(unified_part, start, self._finite(stored, group, raw), piece)
         packed = masks.pack(taken)
         for row, task in enumerate(group.tasks):
             self._emit_bytes(mask_parts[task], start // 8, packed[row], piece)
             self._decoded(task, decoded[row], dtypes[row], group, raw, piece)
-            piece.errors[task] = float(errors[row])
+            piece.errors[task] = errors[row]
 
     def _residuals(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None) -> None:
         """A centre as it is stored, and per task what is missing to it, coded."""
@@ -186,11 +183,7 @@ class Encoder:
             value = torch.from_numpy(back) if coded.centre == "none" else centre.cpu() + torch.from_numpy(back)
             decoded_task = cast(value, dtypes[row])
             self._decoded(task, decoded_task, dtypes[row], group, raw, piece)
-            lost = decoded_task.float() - own.cpu()
-            piece.errors[task] = sum(
-                float(worker.squared(lost[None, low:high], span.start + low)[0])
-                for low, high in tiles(len(lost), TILE_ELEMENTS)
-            )
+            piece.errors[task] = _lost(decoded_task.float() - own.cpu(), span.run)
 
     def _code(
         self,
@@ -216,13 +209,17 @@ class Encoder:
         data = to_bytes(self._finite(value, group, raw))
         piece.decoded[task] = digest_range(data, raw.span.start * ITEM_BYTES[dtype])
 
+    def dtype_of(self, tensor: str, group: StoredGroup) -> str:
+        """In which a group's one value of a tensor is stored."""
+        return promote(self._dtypes(self.worker.bill.storages[tensor], group))
+
     def _dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:
         return [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
 
-    def _tiles(self, storage: Storage, group: StoredGroup, count: int, whole: Any) -> list[tuple[int, int]]:
-        tensor = storage.tensor
+    def _tiles(self, storage: Storage, group: StoredGroup, raw: Raw, whole: Any) -> list[tuple[int, int]]:
+        tensor, count = storage.tensor, raw.span.stop - raw.span.start
         elementwise = self.worker.chain(group).scope_of(tensor.name, tensor.shape) == "element" and whole is None
-        return tiles(count, TILE_ELEMENTS if elementwise else max(1, count))
+        return tiles(count, raw.span.run) if elementwise else [(0, count)]
 
     def _finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> Tensor:
         self._check_finite(values, group, raw)
@@ -255,3 +252,13 @@ class Encoder:
 
 def array(group: StoredGroup, role: str) -> Part:
     return next(part for part in group.parts if part.array.role == role)
+
+
+def _errors(num_tasks: int, raw: Raw) -> np.ndarray:
+    """Room for the errors of a span: of each task and run."""
+    return np.zeros((num_tasks, -(-(raw.span.stop - raw.span.start) // raw.span.run)))
+
+
+def _lost(lost: Tensor, run: int) -> np.ndarray:
+    """Σ x² of each run, tile by tile."""
+    return np.concatenate([squares(lost[None, low:high], run)[0] for low, high in tiles(len(lost), run)])

@@ -22,12 +22,13 @@ from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine.device import single_threaded
-from flexmerge_cli.engine.encode import Encoder, Piece, array
+from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, added, sizes
 from flexmerge_cli.engine.spans import Span, cut, tiles, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
-from flexmerge_cli.engine.work import BASE, TILE_ELEMENTS, Chain, Sources, Worker
+from flexmerge_cli.engine.work import BASE, Chain, Sources, Worker
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope, Statistic
@@ -51,9 +52,9 @@ def materialise(
 ) -> Measured:
     """Write the bill's weight files below `folder`. Raises DataError if a source is not what the plan saw.
 
-    chunk_elements: a multiple of 8. on_bytes is told the source bytes read.
+    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is told the source bytes read.
     """
-    assert chunk_elements % 8 == 0
+    assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), Output(folder, bill.files, bill.total_bytes) as output:
         worker = Worker(bill, sources, reader, device)
         worker.on_bytes = on_bytes
@@ -116,23 +117,26 @@ class _Run:
 
     def statistics(self) -> None:
         """What steps, methods and experts must know of a whole scope, for every method that some group uses."""
+        mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
         for index, chain in enumerate(self.worker.chains):
-            groups = [
-                (storage.tensor.name, group)
-                for storage in self.bill.storages.values()
-                for group in storage.groups
-                if group.method == index and group.kind != "copy"
-            ]
-            if not groups:
+            used = self._used(index)
+            if not used:
                 continue
             name = self.bill.calls[index].method.name
+            first = chain.call.statistics if chain.call is not None else None
+            after = [step.statistics for step in chain.steps] + [first]
             for number, step in enumerate(chain.steps):
                 by_domain = None
                 if step.statistics is not None:
-                    found = self._measure(chain, step.statistics, groups, number, f"{step.step.name}: statistics")
+                    # What follows may measure stepped tensors that this method does not merge.
+                    wide = any(later is not None and later.scope != "tensor" for later in after[number + 1 :])
+                    places = mergeable if wide else [tensor for tensor, _ in used]
+                    everyone = [(tensor, self.plan.all_tasks) for tensor in places]
+                    found = self._measure(chain, step.statistics, everyone, number, f"{step.step.name}: statistics")
                     by_domain = {domain: value for (domain, _), value in found.items()}
                 chain.step_stats.append(by_domain)
-            if chain.call is not None and (first := chain.call.statistics) is not None:
+            groups = [(tensor, group.tasks) for tensor, group in used]
+            if first is not None:
                 found = self._measure(chain, first, groups, len(chain.steps), f"{name}: statistics")
                 chain.stats = self._lookup(first, found)
             expert: Any = chain.coded.expert if chain.coded else None
@@ -140,20 +144,31 @@ class _Run:
                 found = self._measure(chain, expert, groups, 0, f"{name}: statistics of the experts", "tensor")
                 chain.expert_stats = self._lookup(expert, found)
 
+    def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
+        """Tensors and groups of a method; tensors of their units that are copied count in its sums all the same."""
+        found = []
+        for unit in self.bill.allocation.units:
+            storages = [self.bill.storages[name] for name in unit.tensors]
+            groups = {
+                g.tasks: g for storage in storages for g in storage.groups if g.kind != "copy" and g.method == index
+            }
+            found += [(name, group) for group in groups.values() for name in unit.tensors]
+        return found
+
     def _measure(
         self,
         chain: Chain,
         first: Statistic,
-        groups: Sequence[tuple[str, StoredGroup]],
+        groups: Sequence[tuple[str, Tasks]],
         num_steps: int,
         what: str,
         scope: Scope = "element",
     ) -> dict[Key, Any]:
         """Run one statistic of deltas that the first steps have been through."""
         wanted: dict[str, list[Tasks]] = {}
-        for name, group in groups:
+        for name, of_group in groups:
             sets = wanted.setdefault(self.worker.domain(first.scope, name), [])
-            tasks = group.tasks if getattr(first, "per", "task") == "group" else self.plan.all_tasks
+            tasks = of_group if getattr(first, "per", "task") == "group" else self.plan.all_tasks
             if tasks not in sets:
                 sets.append(tasks)
         spans = []
@@ -189,10 +204,10 @@ class _Run:
         """The factors of masked methods: sums over each unit, known before its masks are decoded."""
         jobs = [
             (group, span)
-            for storage in self.bill.storages.values()
-            for group in storage.groups
-            if group.kind == "masked" and group.method is not None and self.bill.calls[group.method].gain is not None
-            for span in self.spans(storage.tensor.name, self.scope(storage))
+            for index, call in enumerate(self.bill.calls)
+            if call.gain is not None
+            for name, group in self._used(index)
+            for span in self.spans(name, self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape))
         ]
         if not jobs:
             return
@@ -202,29 +217,30 @@ class _Run:
             group, span = job
             raw, chain = self.worker.read(span, (*group.tasks, BASE)), self.worker.chain(group)
             elementwise = chain.scope_of(span.tensor, self.plan.tensor(span.tensor).shape) == "element"
-            count = span.stop - span.start
-            sums = np.zeros((2, len(group.tasks)))
-            for low, high in tiles(count, TILE_ELEMENTS if elementwise else max(1, count)):
+            count, dtype = span.stop - span.start, self.encoder.dtype_of(span.tensor, group)
+            sums = []
+            for low, high in tiles(count, span.run) if elementwise else [(0, count)]:
                 centre, deltas = self.worker.value(group, raw, low, high)
-                unified = self.worker.rounded(centre.delta.flatten(), array(group, "unified").array.dtype)
+                unified = self.worker.rounded(centre.delta.flatten(), dtype)
                 taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
                 stepped = self.worker.stepped(chain, deltas, self.worker.where(span, low, group.tasks), group.tasks)
-                for kind, values in enumerate((stepped, taken)):
-                    sums[kind] += [float(row.abs().sum(dtype=torch.float64)) for row in values]
-            return sums
+                sums.append(np.stack([sizes(stepped, span.run), sizes(taken, span.run)]))
+            return np.concatenate(sums, axis=2)
 
-        sums: dict[tuple[str, Tasks, int], dict[str, np.ndarray]] = {}
+        totals: dict[tuple[str, Tasks, int], dict[str, np.ndarray]] = {}
         with ordered_map(jobs, work, threads=self.threads) as parts:
-            for (group, span), part in zip(jobs, parts):
+            for (group, span), part_2kR in zip(jobs, parts):
                 assert group.method is not None
-                per_tensor = sums.setdefault((self.encoder.unit_of[span.tensor], group.tasks, group.method), {})
-                per_tensor[span.tensor] = per_tensor[span.tensor] + part if span.tensor in per_tensor else part
-        for (unit, tasks, method), per_tensor in sums.items():
+                per_tensor = totals.setdefault((self.encoder.unit_of[span.tensor], group.tasks, group.method), {})
+                total_2k = per_tensor.setdefault(span.tensor, np.zeros(part_2kR.shape[:2]))
+                for place in np.ndindex(total_2k.shape):
+                    total_2k[place] = added(float(total_2k[place]), part_2kR[place])
+        for (unit, tasks, method), per_tensor in totals.items():
             gain = self.bill.calls[method].gain
             assert gain is not None
             delta_kT, masked_kT = np.stack(list(per_tensor.values()), axis=-1)
-            sizes = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)
-            self.encoder.gamma[unit, tasks] = gain(delta_kT, masked_kT, sizes).astype(np.float32)
+            elements_T = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)
+            self.encoder.gamma[unit, tasks] = gain(delta_kT, masked_kT, elements_T).astype(np.float32)
 
     # The pass that writes
 
@@ -308,7 +324,7 @@ class _Run:
             for model, digest in found.items():
                 into.setdefault(model, TensorDigest()).add(digest)
         for task, error in piece.errors.items():
-            joined.errors[span.tensor, task] = joined.errors.get((span.tensor, task), 0.0) + error
+            joined.errors[span.tensor, task] = added(joined.errors.get((span.tensor, task), 0.0), error)
         if span.last:
             self._check_sources(storage, joined.sources)
             decoded = joined.decoded

@@ -4,7 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.methods.method import Scope
+
+# Elements that are merged at once: task vectors, sums and results of eight tasks stay in the second-level cache.
+# Repeat: python -m tests.bench merge
+TILE_ELEMENTS = 1 << 16
 
 ORDER: tuple[Scope, ...] = ("element", "row", "tensor", "block")
 
@@ -18,6 +23,8 @@ class Span:
     stop: int
     last: bool
     """Whether the tensor ends here."""
+    run: int
+    """Elements that are summed together (runs.py): spans and tiles start at multiples of it."""
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:
@@ -32,21 +39,20 @@ def row_elements(shape: tuple[int, ...]) -> int:
 
 def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> list[Span]:
     """Spans of about chunk_elements. Rows come in multiples of eight, so that packed masks start on a byte."""
-    step = chunk_elements
+    step, run = chunk_elements, RUN_ELEMENTS
     if scope in ("tensor", "block"):
         step = num_elements
     elif scope == "row":
-        row = max(1, row_elements(shape))
-        step = max(8, chunk_elements // row // 8 * 8) * row
+        run = max(1, row_elements(shape))
+        step = max(8, chunk_elements // run // 8 * 8) * run
     starts: Sequence[int] = range(0, num_elements, max(1, step)) if num_elements else (0,)
     return [
-        Span(tensor, start, min(start + step, num_elements), start + step >= num_elements or num_elements == 0)
+        Span(tensor, start, min(start + step, num_elements), start + step >= num_elements or num_elements == 0, run)
         for start in starts
     ]
 
 
-def tiles(num_elements: int, tile_elements: int) -> list[tuple[int, int]]:
-    """[low, high) within a span: small enough for the cache."""
-    return [(low, min(low + tile_elements, num_elements)) for low in range(0, num_elements, max(1, tile_elements))] or [
-        (0, 0)
-    ]
+def tiles(num_elements: int, run: int) -> list[tuple[int, int]]:
+    """[low, high) within a span, whole runs: small enough for the cache."""
+    step = max(1, TILE_ELEMENTS // run) * run
+    return [(low, min(low + step, num_elements)) for low in range(0, num_elements, step)] or [(0, 0)]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +25,6 @@ from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.methods.method import Call, Scope, Where
 from flexmerge_cli.methods.registry import parse_calibrate, parse_step
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
-
-# Elements that are merged at once: task vectors, sums and results of eight tasks stay in the second-level cache.
-# Repeat: python -m tests.bench merge
-TILE_ELEMENTS = 1 << 16
-# Squares that are added in float32: their sum is off by 1e-7, and thousands of such sums by less.
-SUM_ELEMENTS = 1 << 10
 
 BASE = -1
 
@@ -241,22 +234,6 @@ class Worker:
     def rounded(self, delta: Tensor, dtype: str) -> Tensor:
         """float32 as it will be read back from `dtype`."""
         return cast(delta.float(), dtype).float() + 0.0
-
-    def squared(self, lost_kN: Tensor, start: int) -> np.ndarray:
-        """Σ x² of each row of float32 [k, n], [k] float64; start: the first element's index in its tensor.
-
-        Sums of SUM_ELEMENTS in float32, counted from the tensor's first element, and these in float64: a third of the
-        time of float64 throughout. Where a range starts elsewhere the blocks would depend on it: float64.
-        """
-        k, n = lost_kN.shape
-        if lost_kN.device.type != "cpu":
-            squares: np.ndarray = lost_kN.double().square().sum(1).cpu().numpy()
-            return squares
-        lost, whole = lost_kN.numpy(), n // SUM_ELEMENTS * SUM_ELEMENTS if start % SUM_ELEMENTS == 0 else 0
-        blocks = lost[:, :whole].reshape(k, whole // SUM_ELEMENTS, SUM_ELEMENTS)
-        rest = lost[:, whole:].astype(np.float64)
-        sums: np.ndarray = np.einsum("kbn,kbn->kb", blocks, blocks).sum(1, dtype=np.float64)
-        return sums + np.einsum("kn,kn->k", rest, rest)
 
 
 def shape_for(deltas: Tensor, scope: Scope, where: Where) -> Tensor:

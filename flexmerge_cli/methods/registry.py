@@ -88,7 +88,7 @@ def parse_call(text: str, *, run_files: bool = False) -> Call:
     method = all_methods().get(name) or method_from_package(name)
     if method is None:
         alias = resolve_alias(name)
-        if alias:
+        if alias and _same_word(name) not in all_methods():
             raise UsageError(f"no method `{name}`", hint=alias.message)
         raise _unknown("method", name, all_methods())
     return make_call(method, args)
@@ -101,7 +101,7 @@ def resolve(text: str) -> Alias:
     """
     itself = Alias(text, (), "")
     name, args = split_call(text)
-    ours = {name, name.lower().replace("-", "_")} & {*all_methods(), *packaged_methods()}
+    ours = {name, _same_word(name)} & {*all_methods(), *packaged_methods()}
     return itself if args or ours else resolve_alias(name) or itself
 
 
@@ -167,8 +167,13 @@ def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:
                 yield value.name, value
 
 
+def _same_word(name: str) -> str:
+    """As names are written here."""
+    return name.lower().replace("-", "_")
+
+
 def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> UsageError:
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(_same_word(name), known, 1)
     return UsageError(
         f"no {kind} `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
     )

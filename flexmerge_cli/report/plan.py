@@ -195,18 +195,16 @@ def show_plan(value: dict[str, Any]) -> None:
     if "sizes" in value:
         _show_sizes(value)
     table(
-        ["way to store them", "size", "on disk", "served", "command"],
+        ["way to store them", "size", "on disk", "served"],
         [
-            (
-                row["name"],
-                f"{row['factor']:.2f}x",
-                f"{row['disk_bytes']:,}",
-                f"{row['served_bytes']:,}",
-                row["command"] or "",
-            )
+            (row["name"], f"{row['factor']:.2f}x", f"{row['disk_bytes']:,}", f"{row['served_bytes']:,}")
             for row in value["ways"]
         ],
     )
+    widest = max(len(row["name"]) for row in value["ways"])
+    for row in value["ways"]:
+        if row["command"]:
+            print(f"{row['name']:{widest}}  {row['command']}")
     if value.get("cut"):
         cut = value["cut"]
         print(

@@ -66,6 +66,18 @@ def sample_rows(tensor: str, shape: Matrix) -> np.ndarray:
     return edges[:-1] + np.floor(draws * np.diff(edges)).astype(np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowErrors:
+    """What some rows of a tensor add."""
+
+    weights: np.ndarray
+    """[2, bits, r] float64: of base and average, each of WEIGHT_BITS, row by row."""
+    lost: np.ndarray
+    """[bits, sampled rows · tasks]: of residuals, each of RESIDUAL_BITS."""
+    energy: np.ndarray
+    """[sampled rows · tasks]."""
+
+
 class CodingErrorSum:
     """Add the rows of one tensor in order, in chunks of any size, then `finish`. The sums do not show the chunks."""
 
@@ -76,36 +88,40 @@ class CodingErrorSum:
         self._lost = np.zeros(len(RESIDUAL_BITS))
         self._energy = 0.0
 
-    def add(self, first_row: int, base: "Tensor", average: "Tensor", tasks: "Sequence[Tensor]") -> None:
-        """Rows first_row … of the view, float32 [r, n] each; tasks: the models' own, all M of them."""
-        for which, rows in enumerate((base, average)):
-            for index, bits in enumerate(WEIGHT_BITS):
-                self._weights[which, index] = _add(self._weights[which, index], _errors(rows, bits))
-        begin, end = np.searchsorted(self.sampled, [first_row, first_row + len(average)])
-        if begin == end:
-            return
+    def measure(self, first_row: int, base: "Tensor", average: "Tensor", tasks: "Sequence[Tensor]") -> RowErrors:
+        """Rows first_row … of the view, float32 [r, n]; tasks: the models' own, of any float dtype, all M of them.
+
+        Changes nothing here: it may run in any thread.
+        """
         import torch
 
         from flexmerge_cli.residuals.quantise import row_sums
+        from flexmerge_cli.residuals.row_errors import row_errors
 
-        rows = torch.from_numpy(self.sampled[begin:end] - first_row).to(average.device)
-        centre = average[rows]
-        residuals = torch.stack([task[rows] - centre for task in tasks], dim=1)  # row by row, then task by task
+        weights = np.stack([row_errors(base, WEIGHT_BITS), row_errors(average, WEIGHT_BITS)])
+        begin, end = np.searchsorted(self.sampled, [first_row, first_row + len(average)])
+        if begin == end:
+            return RowErrors(weights, np.zeros((len(RESIDUAL_BITS), 0)), np.zeros(0))
+        rows = torch.from_numpy(self.sampled[begin:end] - first_row)
+        centre = average[rows.to(average.device)]
+        own = [task[rows.to(task.device)].to(centre.device, torch.float32) for task in tasks]
+        residuals = torch.stack([values - centre for values in own], dim=1)  # row by row, then task by task
         residuals = residuals.reshape(-1, average.shape[1])
-        self._energy = _add(self._energy, row_sums(residuals.double().square()).cpu().numpy())
-        for index, bits in enumerate(RESIDUAL_BITS):
-            self._lost[index] = _add(self._lost[index], _errors(residuals, bits))
+        energy = row_sums(residuals.double().square()).cpu().numpy()
+        return RowErrors(weights, row_errors(residuals, RESIDUAL_BITS), energy)
+
+    def add(self, found: RowErrors) -> None:
+        """The rows that follow those that were added before."""
+        for which, index in np.ndindex(*self._weights.shape):
+            self._weights[which, index] = _add(self._weights[which, index], found.weights[which, index])
+        for index, terms in enumerate(found.lost):
+            self._lost[index] = _add(self._lost[index], terms)
+        self._energy = _add(self._energy, found.energy)
 
     def finish(self) -> CodingError:
         base, average = (dict(zip(WEIGHT_BITS, map(float, row))) for row in self._weights)
         ratio = dict(zip(RESIDUAL_BITS, map(float, self._lost / self._energy))) if self._energy > 0 else NORMAL_RATIOS
         return CodingError(base=base, average=average, ratio=ratio)
-
-
-def _errors(rows: "Tensor", bits: int) -> np.ndarray:
-    from flexmerge_cli.residuals.quantise import squared_errors
-
-    return squared_errors(rows, weight_code(bits)).cpu().numpy()
 
 
 def _add(total: float, terms: np.ndarray) -> float:

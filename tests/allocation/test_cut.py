@@ -118,15 +118,18 @@ def test_1x_is_the_whole_order_and_4x_none_of_it(pricer):
 
 
 def test_an_unreachable_size_names_the_smallest_and_that_is_reached(pricer):
+    """The smallest in tensor data. Where masks are stored the manifest may yet shrink by undoing a merge."""
     for method, fit in itertools.product(METHODS, Fit):
         made = cutter(pricer, method)
         with pytest.raises(GateError, match="its smallest is") as raised:
             cut(pricer, method, "1B", fit)
         least = int(raised.value.message.split(", ")[1].split("B on disk")[0])
         allocation, size = cut(pricer, method, f"{least}B", fit)
-        assert cost(pricer, allocation, size) == least
-        with pytest.raises(GateError):
-            cut(pricer, method, f"{least - 1}B", fit)
+        assert cost(pricer, allocation, size) <= least
+        if method in ("average", "ties"):
+            assert cost(pricer, allocation, size) == least
+            with pytest.raises(GateError):
+                cut(pricer, method, f"{least - 1}B", fit)
         factor = raised.value.hint.split()[1].removesuffix(",")
         allocation, size = cut(pricer, method, factor, fit)
         assert cost(pricer, allocation, size) == pricer.bill(made.smallest()).tensor_bytes

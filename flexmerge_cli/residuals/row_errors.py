@@ -1,0 +1,162 @@
+"""What coding rows loses, at several numbers of bits in one go: the fast way of quantise.squared_errors. Torch.
+
+For `auto`'s statistics alone, which code every weight eight times: magnitudes only, since levels are symmetric; float32
+in blocks that stay in the cache; no codes. The plain way is its test's reference: sums over tensors agree within 1e-6.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, half_range, weight_code
+from flexmerge_cli.residuals.quantise import CLIP_FACTORS, squared_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# m rows, n columns, k rows of a block, w columns of a piece, P pieces, T trials
+
+# Elements at a time on the CPU: fewer, and calls cost more than the arithmetic; more, and nothing stays in the cache.
+# Repeat: python -m tests.residuals.benchmark_row_errors
+BLOCK_ELEMENTS = 1 << 16
+GPU_BLOCK_ELEMENTS = 1 << 24
+
+# Rows of fewer elements are coded the plain way: there the error itself may be a matter of rounding.
+FEWEST_COLUMNS = 8
+# So are rows whose largest magnitude lies outside these: their squares might leave float32.
+SMALLEST, LARGEST = 2.0**-40, 2.0**40
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """Every row coded with one scale."""
+
+    bits: int
+    unit_m: "Tensor"
+    """float64: magnitudes are taken in units of it."""
+    stored_m: "Tensor"
+    """float64: the scale as it is stored; up to 3 bits thresholds are taken at the exact one."""
+
+
+def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
+    """Per number of bits and row Σ (x - decoded x)² under `weight_code`: float32 [m, n] -> float64 [bits, m]."""
+    import torch
+
+    m, n = matrix.shape
+    errors = np.zeros((len(bits), m))
+    if 0 in (m, n):
+        return errors
+    if n < FEWEST_COLUMNS:
+        return _plain(matrix, bits)
+    blocks = _Blocks(matrix)
+    largest_m, root_m = blocks.measure()
+    trials = [trial for number in bits for trial in _trials(number, largest_m.double(), root_m)]
+    of_trial = blocks.squares(trials) * torch.stack([trial.unit_m for trial in trials]).square()
+    for row, number in enumerate(bits):
+        mine = [place for place, trial in enumerate(trials) if trial.bits == number]
+        errors[row] = of_trial[mine].amin(0).cpu().numpy()
+    largest = largest_m.cpu().numpy()
+    errors[:, largest == 0] = 0
+    odd = np.flatnonzero(~((largest == 0) | ((largest > SMALLEST) & (largest < LARGEST))))
+    if len(odd):
+        rows = matrix[torch.from_numpy(odd).to(matrix.device)]
+        errors[:, odd] = _plain(rows, bits)
+    return errors
+
+
+def _plain(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
+    return np.stack([squared_errors(matrix, weight_code(number)).cpu().numpy() for number in bits])
+
+
+def _trials(bits: int, largest_m: "Tensor", root_m: "Tensor") -> list[_Trial]:
+    if bits <= 3:
+        return [_Trial(bits, root_m, _bfloat16(root_m))]
+    scales = [_bfloat16(factor * largest_m / half_range(bits)) for factor in (CLIP_FACTORS if bits == 4 else (1.0,))]
+    return [_Trial(bits, scale, scale) for scale in scales]
+
+
+class _Blocks:
+    """A matrix in blocks of whole rows; wider rows are visited in pieces. Its buffers are reused."""
+
+    def __init__(self, matrix: "Tensor") -> None:
+        import torch
+
+        m, n = matrix.shape
+        block = BLOCK_ELEMENTS if matrix.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+        self.matrix = matrix
+        self.step, self.width = max(1, block // n), min(n, block)
+        self.lows = range(0, n, self.width)
+        self.buffers = torch.empty(4, min(self.step, m) * self.width, device=matrix.device)
+
+    def measure(self) -> "tuple[Tensor, Tensor]":
+        """Largest magnitude, float32 [m], and root mean square, float64 [m], of every row."""
+        import torch
+
+        m, n = self.matrix.shape
+        largest_Pm = torch.empty(len(self.lows), m, device=self.matrix.device)
+        energy_Pm = torch.empty_like(largest_Pm)
+        for first in range(0, m, self.step):
+            for piece, low in enumerate(self.lows):
+                a, square, *_ = self._piece(first, low)
+                torch.amax(a, 1, out=largest_Pm[piece, first : first + self.step])
+                torch.sum(torch.mul(a, a, out=square), 1, out=energy_Pm[piece, first : first + self.step])
+        return largest_Pm.amax(0), (energy_Pm.double().sum(0) / n).sqrt()
+
+    def squares(self, trials: "Sequence[_Trial]") -> "Tensor":
+        """Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
+        import torch
+
+        m = len(self.matrix)
+        # Within a piece sums are float32: torch adds up a row in one order, however many rows there are.
+        sums_PTm = torch.empty(len(self.lows), len(trials), m, device=self.matrix.device)
+        inverse_Tm = torch.stack([1 / trial.unit_m for trial in trials]).float()
+        minus_Tm = -torch.stack([trial.stored_m / trial.unit_m for trial in trials]).float()
+        for first in range(0, m, self.step):
+            rows = slice(first, first + self.step)
+            inverse_Tk1, minus_Tk1 = inverse_Tm[:, rows, None].unbind(), minus_Tm[:, rows, None].unbind()
+            for piece, low in enumerate(self.lows):
+                a, error, *spare = self._piece(first, low)
+                sums_Tk = sums_PTm[piece, :, rows].unbind()
+                for trial, inverse_k1, minus_k1, sums_k in zip(trials, inverse_Tk1, minus_Tk1, sums_Tk):
+                    if trial.bits <= 3:
+                        _gauss(trial.bits, torch.mul(a, inverse_k1, out=error), minus_k1, *spare)
+                    else:
+                        torch.mul(a, inverse_k1, out=spare[0])
+                        torch.round(spare[0], out=error).clamp_(max=half_range(trial.bits)).sub_(spare[0])
+                    torch.sum(error.mul_(error), 1, out=sums_k)
+        return sums_PTm.double().sum(0)
+
+    def _piece(self, first: int, low: int) -> "tuple[Tensor, ...]":
+        """Magnitudes [k, w], and buffers like it."""
+        import torch
+
+        rows = self.matrix[first : first + self.step, low : low + self.width]
+        a, *buffers = self.buffers[:, : rows.numel()].view(len(self.buffers), *rows.shape).unbind()
+        return torch.abs(rows, out=a), *buffers
+
+
+def _gauss(bits: int, value: "Tensor", minus_k1: "Tensor", level: "Tensor", above: "Tensor") -> None:
+    """Magnitudes in units of the root mean square, less their levels at the stored scale. Changes `value`."""
+    import torch
+
+    levels, thresholds = GAUSS_LEVELS[bits], GAUSS_THRESHOLDS[bits]
+    if not thresholds:
+        value.add_(minus_k1, alpha=levels[0])
+        return
+    for number, threshold in enumerate(thresholds):
+        step = levels[number + 1] - levels[number]
+        # Of one dtype in and out a comparison gives 0 and 1.
+        if number == 0:
+            torch.ge(value, threshold, out=level).mul_(step).add_(levels[0])
+        else:
+            level.add_(torch.ge(value, threshold, out=above), alpha=step)
+    value.addcmul_(level, minus_k1)
+
+
+def _bfloat16(scale: "Tensor") -> "Tensor":
+    """float64, as it is stored."""
+    import torch
+
+    return scale.float().to(torch.bfloat16).double()
