@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, plan_bytes, read_plan
+from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, Statistics, plan_bytes, read_plan
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.hub import is_hub
@@ -53,6 +53,8 @@ class PlanRequest:
     private: tuple[str, ...] = ()
     """Name patterns of tensors that stay apart."""
     merge_heads: bool = False
+    statistics: Statistics = "all"
+    """`gram` leaves out what `--method auto` needs."""
     relative_to: Path = field(default_factory=Path)
     """Folder that relative sources are relative to."""
 
@@ -106,7 +108,7 @@ def make_plan(
     owners: list[FamilyTensor] = []
     for tensor in family.tensors:
         for item in _survey_items(tensor):
-            items.append(item)
+            items.append(replace(item, codes=item.gram and request.statistics == "all"))
             owners.append(tensor)
     total = sum(t.num_bytes for item in items for _, t in item.tasks) + sum(i.base.num_bytes for i in items if i.base)
     done = 0
@@ -121,7 +123,7 @@ def make_plan(
         device=where,
         threads=threads,
         signs=request.order.similarity is Similarity.SIGN,
-        chunk_elements=survey_chunk(len(family.tasks), threads, max_memory),
+        chunk_elements=survey_chunk(len(family.tasks), threads, max_memory, longest_row(items)),
         on_bytes=on_bytes,
     )
     tensors = _tensor_records(family, list(zip(owners, items, measures)))
@@ -137,7 +139,7 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
         record["digests"] = [NO_DIGEST[:32] if found is not None else None for found in tensor.tasks]
         if tensor.tensor_class is not TensorClass.MERGEABLE:
             record["gram"] = None
-    plan = _finish(family, records, request, None)
+    plan = _finish(family, records, replace(request, statistics="gram"), None)
     merged = [
         {"block": block.name, "left": list(range(end)), "right": [end], "similarity": 0.0}
         for block in plan.blocks
@@ -224,6 +226,13 @@ def _survey_items(tensor: FamilyTensor) -> list[Any]:
     return [SurveyItem(name=tensor.name, base=None, tasks=tuple(of_form), gram=False) for of_form in forms.values()]
 
 
+def longest_row(items: Sequence[Any]) -> int | None:
+    """Elements of the longest row that is coded; None if none is."""
+    from flexmerge_cli.engine.survey_codes import view_of
+
+    return max((view_of(item.base.shape)[1] for item in items if item.codes), default=None)
+
+
 def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]]) -> list[dict[str, Any]]:
     """One record per tensor, its class settled by the bits. Raises DataError with every value that is not finite."""
     count = len(family.tasks)
@@ -236,7 +245,8 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
         assert first is not None
         digests: list[str | None] = [None] * count
         same, is_base = list(range(count)), [False] * count
-        record: dict[str, Any] = {"gram": None, "agreement": None, "base_digest": None, "base_energy": 0.0}
+        unmeasured = {"gram": None, "agreement": None, "base_digest": None, "base_energy": 0.0, "coding": None}
+        record: dict[str, Any] = dict(unmeasured)
         finite = True
         for item, measure in by_name.get(tensor.name, []):
             tasks = [task for task, _ in item.tasks]
@@ -248,12 +258,13 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
             if measure.gram is not None:
                 record |= {"gram": measure.gram.tolist(), "base_digest": measure.base_digest}
                 record["base_energy"] = measure.base_energy
+                record["coding"] = measure.coding.to_dict() if measure.coding is not None else None
                 record["agreement"] = measure.agreement.tolist() if measure.agreement is not None else None
         tensor_class, reason = tensor.tensor_class, tensor.reason
         settled = tensor_class in (TensorClass.MERGEABLE, TensorClass.PRIVATE)
         if settled and tensor.could_be_constant and set(same) == {0}:
             tensor_class, reason = TensorClass.CONSTANT, ""
-            record |= {"gram": None, "agreement": None, "base_digest": None, "base_energy": 0.0}
+            record |= unmeasured
         if tensor_class is TensorClass.TIED:
             digests = ["0" * 32 if found is not None else None for found in tensor.tasks]
         if tensor_class is TensorClass.MERGEABLE and not finite:
@@ -330,6 +341,7 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
         "settings": {
             "private": list(request.private),
             "merge_heads": request.merge_heads,
+            "statistics": request.statistics,
             **_settings(request.order),
         },
         **_order_fields(tensors, blocks, request.order),

@@ -221,6 +221,7 @@ def main() -> None:
     out = parser.parse_args().out
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # sums of one order whatever the machine, and as fast on tensors this small
     torch.manual_seed(0)
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8), digits.target.astype(np.int64)
@@ -241,7 +242,8 @@ def main() -> None:
 
 def finish(out: Path) -> None:
     """Write the spec, score what was written, and tell the scores. Exits 1 if a task is too near its base."""
-    spec = ["# flexmerge.eval-spec/1: what each task is scored on, beside its fine-tuned model", "version: 1", "tasks:"]
+    spec = ["# flexmerge.eval-spec/1: what each task is scored on, beside its fine-tuned model", "version: 1"]
+    spec += ["dtype: float32  # several times faster than bfloat16 on most CPUs", "tasks:"]
     spec += [f"  {n}: {{kind: image-classification, data: test/{n}.npz, checkpoint: tasks/{n}}}" for n in sorted(TASKS)]
     (out / "eval.yaml").write_text("\n".join(spec) + "\n")
     rows, near = [], []

@@ -22,3 +22,7 @@ run flexmerge merge "$work/plan.json" --method task_arithmetic:scale=1.5 --size 
 run flexmerge inspect "$work/bundle"
 run flexmerge export "$work/bundle" --task digit -o "$work/digit" --force
 run flexmerge eval "$work/bundle" --spec samples/digits/eval.yaml
+# The same bytes spent otherwise: one mean in 8 bits, and 2 bits per task and weight.
+run flexmerge merge "$work/plan.json" --method low_bit:bits=2,gain=norm,centre_bits=8,scales=bfloat16,clip=search \
+  --size 2.25x -o "$work/residuals" --force
+run flexmerge eval "$work/residuals" --spec samples/digits/eval.yaml

@@ -1,10 +1,16 @@
 """Read any flexmerge bundle with numpy and json alone: `python read_bundle.py BUNDLE [TASK]` checks every tensor.
 
-`read_task(bundle, task)` gives {name: (dtype, array)}; bfloat16 comes as float32 values. The format is on one page:
+`read_task(bundle, task)` gives {name: (dtype, array)}; bfloat16 comes as its bits. The format is on one page:
 manifest.json says which files a task reads; a part is stored once, in the file of exactly the tasks that read it. A
-tensor under its plain name is dense. Otherwise it is decoded from `<tensor>@<role>[.<task>]`:
+tensor under its plain name is dense. Otherwise it is decoded from `<tensor>@<role>[.<task>]`, as its group's kind says:
 
-    masked    base + gamma · mask · unified     mask: one bit per element, least significant first; gamma may be absent
+    masked     base + gamma · mask · unified     mask: one bit an element; gamma, of the unit, may be absent
+    residual   centre + residual, both float32   centre: base, unified, codes and scale, or none at all
+               scale · levels[codes]             low_bit, bitdelta: codes of b bits, every row from a new byte on
+               left · right                      low_rank, tsv_c: a float64 product
+               values at index                   sparse, free: ascending positions, a bitmap or Elias–Fano
+
+Bits are counted from the least significant of a byte.
 """
 
 import json
@@ -15,6 +21,9 @@ import numpy as np
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8"}  # fmt: skip
+CODED = ("base", "unified", "codes", "scale", "levels", "left", "right", "index", "values")
+GAUSS = {1: [0.797884560803], 2: [0.452780034636, 1.510417608499],
+         3: [0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537]}  # fmt: skip
 
 
 def read_file(path):
@@ -23,15 +32,17 @@ def read_file(path):
     size = int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8 : 8 + size].tobytes())
     header.pop("__metadata__", None)
-    start = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
-    end = {name: 8 + size + entry["data_offsets"][1] for name, entry in header.items()}
-    return {n: (e["dtype"], data[start[n] : end[n]].view(NUMPY[e["dtype"]])) for n, e in header.items()}
+    rest, parts = data[8 + size :], {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        parts[name] = entry["dtype"], rest[start:end].view(NUMPY[entry["dtype"]]).reshape(entry["shape"])
+    return parts
 
 
-def floats(part):
-    """Bits as float32."""
+def floats(part, precision=np.float32):
+    """Bits as float32, or as float64."""
     dtype, bits = part
-    return (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else bits.astype(np.float32)
+    return ((bits.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else bits).astype(precision)
 
 
 def bits_of(values, dtype):
@@ -42,31 +53,81 @@ def bits_of(values, dtype):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
+def numbers(packed, count, width):
+    """uint8 [..., bytes] -> count numbers of so many bits, [..., count]."""
+    bits = np.unpackbits(packed, axis=-1, bitorder="little", count=count * width)
+    return bits.reshape(*bits.shape[:-1], count, width) @ (1 << np.arange(width))
+
+
+def positions(blob, size, count):
+    """Where the kept elements are, ascending in [0, size)."""
+    low = max(0, (size // max(1, count)).bit_length() - 1)
+    low_bytes, high_bits = -(-count * low // 8), count + (size - 1 >> low) + 1
+    if not count or -(-size // 8) <= low_bytes + -(-high_bits // 8):
+        return np.flatnonzero(np.unpackbits(blob, bitorder="little"))
+    high = np.flatnonzero(np.unpackbits(blob[low_bytes:], bitorder="little")) - np.arange(count)
+    return (high << low) + numbers(blob[:low_bytes], count, low)
+
+
+def decode(parts, size, bits, levels=None):
+    """{role: (dtype, bits)} to float32 [size]; levels: what a code stands for, where that is not stored."""
+    if "index" in parts:
+        values = np.zeros(size, np.float32)
+        values[positions(parts["index"][1], size, parts["values"][1].size)] = floats(parts["values"])
+    elif "left" in parts:
+        values = floats(parts["left"], np.float64) @ floats(parts["right"], np.float64)
+    else:
+        if "levels" in parts:
+            levels = parts["levels"][1]
+        elif levels is None and bits > 3:  # evenly spaced; else those of a normal distribution
+            levels = np.arange(1 << bits) - ((1 << bits - 1) - 1)
+        elif levels is None:
+            levels = [-level for level in GAUSS[bits][::-1]] + GAUSS[bits]
+        codes = parts["codes"][1]
+        values = np.float32(levels)[numbers(codes, size // len(codes), bits)] * floats(parts["scale"])[:, None]
+    return values.astype(np.float32).reshape(-1)
+
+
+def decode_residual(parts, name, task, size, method):
+    """centre + residual of one tensor and task, float32 [size]. parts: all that the task reads."""
+    shared = {role: parts[f"{name}@{role}"] for role in CODED if f"{name}@{role}" in parts}
+    own = {role: parts[f"{name}@{role}.{task}"] for role in CODED if f"{name}@{role}.{task}" in parts}
+    bits, centre_bits = method["args"].get("bits", 1), method["args"].get("centre_bits")
+    if "codes" in shared and len(shared["codes"][1]) == 1:  # a vector: 8 bits on 8 bits
+        bits = centre_bits = 8
+    residual = decode(own, size, bits, [-1, 1] if method["name"] == "bitdelta" else None)
+    if "codes" in shared:
+        return decode(shared, size, centre_bits) + residual
+    centre = shared.get("base", shared.get("unified"))
+    return residual if centre is None else floats(centre).reshape(-1) + residual
+
+
 def read_task(bundle, task):
     """{own name: (dtype, bits in the task's shape)}."""
     manifest = json.loads((Path(bundle) / "manifest.json").read_bytes())
     names = {name: record["names"] for name, record in manifest["tasks"].items()}
-    dense, coded = {}, {}
-    for path in manifest["tasks"][task]["files"]:
-        if path.startswith("weights/"):
-            found = read_file(Path(bundle) / path)
-            coded |= found
-            first = names[manifest["files"][path]["tasks"][0]]  # a dense part has its first reader's name
-            plain = {tensor["name"]: first.get(tensor["name"], tensor["name"]) for tensor in manifest["tensors"]}
-            dense |= {name: found[own] for name, own in plain.items() if own in found}
-    unit_of = {tensor: unit["name"] for unit in manifest["units"] for tensor in unit["tensors"]}
-    tensors = {}
+    dense, coded, tensors = {}, {}, {}
+    for path in (path for path in manifest["tasks"][task]["files"] if path.startswith("weights/")):
+        found = read_file(Path(bundle) / path)
+        coded |= found
+        first = names[manifest["files"][path]["tasks"][0]]  # a dense part has its first reader's name
+        plain = {tensor["name"]: first.get(tensor["name"], tensor["name"]) for tensor in manifest["tensors"]}
+        dense |= {name: found[own] for name, own in plain.items() if own in found}
+    places = {name: (unit["name"], group) for unit in manifest["units"] for group in unit["groups"]
+              for name in unit["tensors"] if task in group["tasks"]}  # fmt: skip
     for tensor in (t for t in manifest["tensors"] if task in t["digests"]):
-        dtype = tensor.get("dtypes", {}).get(task, tensor["dtype"])
+        name, dtype = tensor.get("of", tensor["name"]), tensor.get("dtypes", {}).get(task, tensor["dtype"])
         shape = tensor.get("shapes", {}).get(task, tensor["shape"])
-        name = tensor.get("of", tensor["name"])
         if name in dense:
-            part = dense[name]
-            bits = part[1] if part[0] == dtype else bits_of(floats(part), dtype)
+            stored, bits = dense[name]
+            bits = bits if stored == dtype else bits_of(floats(dense[name]), dtype)
+        elif places[name][1]["kind"] == "residual":
+            method = manifest["methods"][places[name][1]["method"]]
+            bits = bits_of(decode_residual(coded, name, task, int(np.prod(shape)), method), dtype)
         else:
             base, unified = floats(coded[f"{name}@base"]), floats(coded[f"{name}@unified"])
-            mask = np.unpackbits(coded[f"{name}@mask.{task}"][1], count=base.size, bitorder="little").astype(bool)
-            gamma = coded.get(f"{unit_of[name]}@gamma.{task}", ("F32", np.ones(1, np.float32)))[1][0]
+            mask = numbers(coded[f"{name}@mask.{task}"][1], base.size, 1).reshape(base.shape)
+            gamma = coded.get(f"{places[name][0]}@gamma.{task}", ("F32", np.ones(1, np.float32)))[1][0]
             bits = bits_of(np.where(mask, base + gamma * unified, base), dtype)
         tensors[names[task].get(tensor["name"], tensor["name"])] = dtype, bits.reshape(shape)
     return tensors

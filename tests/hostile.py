@@ -1,5 +1,6 @@
 """Hypothesis strategies that damage files: bytes flipped, cut, doubled; JSON with odd values for sound ones."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -71,3 +72,12 @@ def _places(value: Any) -> Any:
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
             yield from _places(value[key])
+
+
+def sealed(value: Any, key: str) -> bytes:
+    """JSON with its own sha256 right, under `key`: what a stranger would write who knows the format."""
+    zero = "0" * 64
+    if isinstance(value, dict) and key in value:
+        value = value | {key: zero}
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return text.replace(f'"{key}":"{zero}"', f'"{key}":"{hashlib.sha256(text.encode()).hexdigest()}"', 1).encode()

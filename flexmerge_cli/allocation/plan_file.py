@@ -3,7 +3,8 @@
 sha256      of the file's bytes with these 64 digits set to 0; an edited plan is refused
 tasks       in code-point order of name; every list "per task" follows it
 tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`, and
-            `dtypes` and `shapes` where they differ; null where a task has none. `gram` of the mergeable: [M, M] float64
+            `dtypes` and `shapes` where they differ; null where a task has none. `gram` of the mergeable: [M, M] float64;
+            `coding`, how well they code in few bits, if `settings.statistics` is `all`: what `--method auto` needs
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
@@ -25,6 +26,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
+from flexmerge_cli.residuals.coding_error import CodingError
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
@@ -33,6 +35,8 @@ MAX_PLAN_BYTES = 4 << 30
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Shape = tuple[Count, ...]
+Statistics = Literal["all", "gram"]
+"""What the pass measures: all, or no more than a merge order needs."""
 
 
 class Record(BaseModel):
@@ -65,6 +69,21 @@ class PlanTask(Record):
     """The model that its config says it comes from."""
 
 
+class CodedWeights(Record):
+    """Bits -> squared error of the whole tensor coded: of the base's, and of the average of all tasks."""
+
+    base: dict[str, float]
+    average: dict[str, float]
+
+
+class CodingRecord(Record):
+    """What residuals/coding_error.py measured of a tensor."""
+
+    weights: CodedWeights
+    residuals: dict[str, float]
+    """Bits -> lost part of a residual's energy."""
+
+
 class PlanTensor(Record):
     """One tensor of the family."""
 
@@ -87,6 +106,13 @@ class PlanTensor(Record):
     base_energy: float
     agreement: tuple[tuple[Count, ...], ...] | None
     finite: bool
+    coding: CodingRecord | None = None
+    """null where it was not taken, and of what does not merge."""
+
+    @property
+    def coding_error(self) -> CodingError | None:
+        """Raises ValueError where a number is missing."""
+        return CodingError.from_dict(self.coding.model_dump()) if self.coding is not None else None
 
     @property
     def num_elements(self) -> int:
@@ -137,6 +163,7 @@ class Settings(Record):
     seed: Count
     private: tuple[str, ...]
     merge_heads: bool
+    statistics: Statistics = "gram"
 
 
 class Plan(Record):
@@ -217,6 +244,13 @@ def _check(plan: Plan) -> None:
         raise ValueError("a block is empty")
     for tensor in plan.tensors:
         _check_tensor(plan, tensor, count)
+        taken = plan.settings.statistics == "all" and tensor.class_ is TensorClass.MERGEABLE
+        if (tensor.coding is not None) != taken:
+            raise ValueError(f"tensor `{tensor.name}` has coding errors where the plan has none, or none where it has")
+        try:
+            tensor.coding_error
+        except (KeyError, ValueError):
+            raise ValueError(f"the coding errors of tensor `{tensor.name}` are not sound") from None
     for task, record in enumerate(plan.tasks):
         own = [record.names.get(tensor.name, tensor.name) for tensor in plan.tensors if task in tensor.present]
         if len(set(own)) < len(own):
@@ -236,6 +270,9 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
     rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
     if any(len(value) != count for value in [*lists, *rows]):
         raise ValueError(f"tensor `{tensor.name}` has not one value per task")
+    for matrix in (tensor.gram, tensor.agreement):
+        if matrix is not None and (list(zip(*matrix)) != list(matrix) or any(matrix[k][k] < 0 for k in range(count))):
+            raise ValueError(f"tensor `{tensor.name}` has a `gram` or `agreement` that is not symmetric")
     dtypes = {tensor.dtype, *(tensor.dtypes or ()), tensor.base_dtype} - {None}
     shapes = [tensor.shape, *(shape for shape in tensor.shapes or () if shape is not None)]
     if not dtypes <= set(ITEM_BYTES) or any(len(shape) > MAX_AXES for shape in shapes):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from flexmerge_cli.errors import UsageError
 
 UNITS = {
-    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
 }  # fmt: skip
-PATTERN = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*(x|%|[KMGT]?i?B)")
+PATTERN = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*(x|%|[kKMGT]?i?B)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,24 +3,32 @@
 from flexmerge_cli.engine.survey import CHUNK_ELEMENTS as SURVEY_CHUNK
 from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
 
 FIXED_BYTES = 48 << 20  # interpreter objects, plan, headers: measured on 200 tensors and 8 tasks, with room
 WIDEST_ITEM = 8
 
 
-def survey_bytes(num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4) -> int:
-    """Raw chunks of base and tasks, and one product's deltas, per thread."""
-    raw = (num_tasks + 1) * chunk_elements * item_bytes
-    deltas = (num_tasks + 2) * min(chunk_elements, PRODUCT_ELEMENTS) * 4
-    return FIXED_BYTES + threads * (raw + deltas)
+def survey_bytes(
+    num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4, row_elements: int | None = None
+) -> int:
+    """Raw chunks of base and tasks, and one product's deltas, per thread.
+
+    row_elements: of the longest row that is coded for `auto`; None: nothing is.
+    """
+    raw = (num_tasks + 1) * (chunk_elements + (row_elements or 0)) * item_bytes
+    deltas = (num_tasks + 4) * min(chunk_elements, PRODUCT_ELEMENTS) * 4
+    # The average, a base in float32, and what row_errors.py holds; sampled rows are far fewer.
+    codes = 0 if row_elements is None else (3 * (chunk_elements + row_elements) + 4 * ROW_BLOCK) * 4
+    return FIXED_BYTES + threads * (raw + deltas + codes)
 
 
-def survey_chunk(num_tasks: int, threads: int, max_memory: int | None) -> int:
+def survey_chunk(num_tasks: int, threads: int, max_memory: int | None, row_elements: int | None = None) -> int:
     """Elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
     chunk = SURVEY_CHUNK
-    while max_memory is not None and survey_bytes(num_tasks, threads, chunk) > max_memory:
+    while max_memory is not None and survey_bytes(num_tasks, threads, chunk, 4, row_elements) > max_memory:
         if chunk == PRODUCT_ELEMENTS:
-            raise too_little(max_memory, survey_bytes(num_tasks, threads, chunk), threads)
+            raise too_little(max_memory, survey_bytes(num_tasks, threads, chunk, 4, row_elements), threads)
         chunk //= 2
     return chunk
 

@@ -1,7 +1,8 @@
 """The one pass of `plan`: every weight is read once, and all that a cut needs is measured.
 
-Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, and anything that is not
-finite. Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, whatever the size of the models.
+Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, anything that is not finite,
+and how well it codes in few bits (survey_codes.py). Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, and a row,
+whatever the size of the models.
 """
 
 import warnings
@@ -17,6 +18,8 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded
 from flexmerge_cli.engine.pool import Buffers, ordered_map, with_fallback
+from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows, view_of
+from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
 
 # Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
 PRODUCT_ELEMENTS = 1 << 16
@@ -39,6 +42,8 @@ class SurveyItem:
     """(task index, tensor), all of one shape."""
     gram: bool
     """Whether task vectors are compared; needs the base and every task."""
+    codes: bool = False
+    """Whether it is coded, too, for `auto`; needs `gram`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +63,7 @@ class Measure:
     """Σ θ_base²."""
     not_finite: list[tuple[int, int]]
     """(position, or -1 for the base; first index in C order)."""
+    coding: CodingError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class _Part:
     agreement: np.ndarray | None
     base_energies: list[float]
     not_finite: list[tuple[int, int]]
+    rows: RowErrors | None = None
 
 
 def survey(
@@ -86,6 +93,7 @@ def survey(
     assert chunk_elements % PRODUCT_ELEMENTS == 0
     ranges = list(_ranges(items, chunk_elements))
     buffers = Buffers()
+    sums = [CodingErrorSum(i.name, view_of(_models(i)[0].shape)) if i.codes else None for i in items]
     measures = []
     with Reader() as reader, single_threaded():
 
@@ -94,10 +102,10 @@ def survey(
                 for tensor in _models(items[ahead[0]]):
                     reader.will_need(tensor, ahead[1], ahead[2])
             index, start, stop = ranges[place]
-            item, cpu = items[index], torch.device("cpu")
+            item, of_item, cpu = items[index], sums[index], torch.device("cpu")
             return with_fallback(
-                lambda: _measure(item, start, stop, reader, buffers, device, signs),
-                lambda: _measure(item, start, stop, reader, buffers, cpu, signs),
+                lambda: _measure(item, of_item, start, stop, reader, buffers, device, signs),
+                lambda: _measure(item, of_item, start, stop, reader, buffers, cpu, signs),
                 warnings.warn,
             )
 
@@ -105,9 +113,12 @@ def survey(
         with ordered_map(range(len(ranges)), work, threads=threads) as found:
             for (index, start, stop), part in zip(ranges, found):
                 parts.append(part)
+                of_item = sums[index]
+                if of_item is not None and part.rows is not None:
+                    of_item.add(part.rows)
                 on_bytes(sum((stop - start) * tensor.item_bytes for tensor in _models(items[index])))
                 if stop == _models(items[index])[0].num_elements:
-                    measures.append(_join(items[index], parts))
+                    measures.append(_join(items[index], parts, of_item.finish() if of_item is not None else None))
                     parts = []
     return measures
 
@@ -125,28 +136,54 @@ def _ranges(items: Sequence[SurveyItem], chunk_elements: int) -> Iterator[tuple[
 
 
 def _measure(
-    item: SurveyItem, start: int, stop: int, reader: Reader, buffers: Buffers, device: torch.device, signs: bool
+    item: SurveyItem,
+    sums: CodingErrorSum | None,
+    start: int,
+    stop: int,
+    reader: Reader,
+    buffers: Buffers,
+    device: torch.device,
+    signs: bool,
 ) -> _Part:
     models = _models(item)
-    raw = [
-        reader.read(tensor, start, stop, buffers.get(position, (stop - start) * tensor.item_bytes))
+    rows = RowRange.starting_in(view_of(models[0].shape), start, stop) if sums is not None else RowRange(0, 0, 0)
+    end = max(stop, rows.end)
+    longer = [
+        reader.read(tensor, start, end, buffers.get(position, (end - start) * tensor.item_bytes))
         for position, tensor in enumerate(models)
     ]
+    raw = [data[: (stop - start) * tensor.item_bytes] for data, tensor in zip(longer, models)]
     digests = [digest_range(data, start * tensor.item_bytes) for data, tensor in zip(raw, models)]
     classes = _classes(raw, [tensor.dtype for tensor in models])
     if not item.gram:
         floats = [position for position, tensor in enumerate(models) if tensor.dtype in FLOATING]
         seen = [_first_bad(raw[position], models[position].dtype, position, start) for position in floats]
         return _Part(digests, classes, None, None, [], [place for place in seen if place is not None])
-    values = [as_tensor(data, tensor.dtype) for data, tensor in zip(raw, models)]
+    values = [as_tensor(data, tensor.dtype) for data, tensor in zip(longer, models)]
+
+    def new_array(key: object, count: int) -> torch.Tensor:
+        return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")
+
     grams, agreements, energies = [], [], []
-    deltas = torch.empty(len(values) - 1, min(PRODUCT_ELEMENTS, stop - start), device=device)
-    for low in range(0, stop - start, PRODUCT_ELEMENTS):
-        high = min(low + PRODUCT_ELEMENTS, stop - start)
+    deltas = torch.empty(len(values) - 1, min(PRODUCT_ELEMENTS, end - start), device=device)
+    average = total = torch.empty(0)
+    if rows.stop > rows.first:
+        count = end - start
+        average = new_array("average", count) if device.type == "cpu" else torch.empty(count, device=device)
+        total = torch.empty(deltas.shape[1], dtype=torch.float64, device=device)
+    # Elements behind `stop` belong to the last row alone.
+    lows = [*range(0, stop - start, PRODUCT_ELEMENTS), *range(stop - start, end - start, PRODUCT_ELEMENTS)]
+    for low in lows:
+        is_own = low < stop - start
+        high = min(low + PRODUCT_ELEMENTS, stop - start if is_own else end - start)
         base = values[-1][low:high].to(device, torch.float32)
         block = deltas[:, : high - low]
         for position, value in enumerate(values[:-1]):
             torch.sub(value[low:high].to(device, torch.float32), base, out=block[position])
+        if len(average):
+            average_into(average[low:high], base, block, total)
+        if not is_own:
+            continue
         gram, energy = _products(block, base)
         grams.append(gram)
         energies.append(energy)
@@ -161,7 +198,10 @@ def _measure(
         bad = [(-1 if place[0] == len(models) - 1 else place[0], place[1]) for place in found if place is not None]
     counts = np.sum(agreements, axis=0) if agreements else np.zeros(stack.shape[1:], np.int64)
     agreement = counts if signs else None
-    return _Part(digests, classes, stack, agreement, energies, bad)
+    coded = None
+    if sums is not None and rows.stop > rows.first:
+        coded = measure_rows(sums, rows, start, values, average, device, new_array)
+    return _Part(digests, classes, stack, agreement, energies, bad, coded)
 
 
 def _products(deltas_kN: torch.Tensor, base_N: torch.Tensor) -> tuple[np.ndarray, float]:
@@ -208,7 +248,7 @@ def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple
     return None if bool(finite.all()) else (position, start + int((~finite).nonzero()[0, 0]))
 
 
-def _join(item: SurveyItem, parts: list[_Part]) -> Measure:
+def _join(item: SurveyItem, parts: list[_Part], coding: CodingError | None) -> Measure:
     models = _models(item)
     digests = []
     for position in range(len(models)):
@@ -242,4 +282,5 @@ def _join(item: SurveyItem, parts: list[_Part]) -> Measure:
         agreement=np.sum(agreement, axis=0) if agreement else None,
         base_energy=float(sum(energy for part in parts for energy in part.base_energies)),
         not_finite=sorted(bad.items()),
+        coding=coding,
     )

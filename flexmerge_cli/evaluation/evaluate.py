@@ -33,13 +33,13 @@ def evaluate(
     for done, (name, task) in enumerate(spec.tasks.items()):
         on_task(name, done, len(spec.tasks))
         images, labels = read_images(spec.data_path(name), task.limit)
-        model = load_model(View(bundle, name))
+        model = _computing_in(spec.dtype, load_model(View(bundle, name)))
         merged = hits(model, bundle.path / "tasks" / name, images, labels, spec.batch_size)
         del model
         record = {"metric": "accuracy", "n": len(labels), **_score("merged", merged), "fine_tuned": None}
         path = spec.checkpoint_path(name)
         if path is not None:
-            own = _fine_tuned(path)
+            own = _computing_in(spec.dtype, _fine_tuned(path))
             record |= _score("fine_tuned", hits(own, path, images, labels, spec.batch_size))
             record["normalised"] = record["merged"] / record["fine_tuned"] if record["fine_tuned"] else None
         record["route_bytes"] = sum(bundle.manifest.files[file].bytes for file in bundle.route(name))
@@ -65,6 +65,13 @@ def _fine_tuned(path: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     model_class = getattr(transformers, (config.architectures or ["AutoModelForImageClassification"])[0])
     return model_class.from_pretrained(path).eval()
+
+
+def _computing_in(dtype: str | None, model: Any) -> Any:
+    """bfloat16 on a CPU that cannot compute in it is several times slower than float32."""
+    import torch
+
+    return model if dtype is None else model.to(getattr(torch, dtype))
 
 
 def _score(name: str, hit: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,7 @@ data     .npz with `images` [n, channels, height, width] and `labels` [n], int
 checkpoint  the fine-tuned model, scored beside the bundle's; MAY be left out
 limit    first n examples only
 batch_size  examples at a time
+dtype    float32, bfloat16 or float16: what models compute in; by default what they are stored in
 """
 
 from pathlib import Path
@@ -32,6 +33,7 @@ class EvalSpec(Record):
     version: Literal[1]
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     batch_size: int = Field(default=256, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     folder: Path = Field(default_factory=Path, exclude=True)
 
     def data_path(self, task: str) -> Path:

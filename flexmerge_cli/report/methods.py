@@ -1,53 +1,149 @@
-"""What `methods` tells: every method with paper, arguments and what it stores; or one of them, explained."""
+"""What `methods` tells: every method, step and calibration with paper, arguments, bytes and use; or one, explained."""
 
 import inspect
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexmerge_cli.methods.method import Method
-from flexmerge_cli.methods.registry import all_methods, parse_call
+from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
+from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.load import packaged_methods
+from flexmerge_cli.methods.method import Call, Parameter
+from flexmerge_cli.methods.registry import (
+    all_calibrations,
+    all_methods,
+    all_steps,
+    make_calibration,
+    make_step,
+    parse_call,
+    resolve,
+    split_call,
+)
+from flexmerge_cli.methods.step import CalibrationCall, StepCall
+from flexmerge_cli.report.stored import stored
 from flexmerge_cli.report.text import table
 
-STORED = {
-    False: ("one dense value", "s·n"),
-    True: ("unified delta, base, one mask per task", "s·n + s·n(base) + k·⌈n/8⌉"),
+LEGEND = (
+    "Bytes are of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each.\n"
+    "Groups of one, and whatever copies store in no more bytes, are copies. The base is there once\n"
+    "for all groups."
+)
+TITLES = {
+    "model": "One model per group: one dense value, s·n bytes",
+    "masks": "A model per group, and a mask per task",
+    "residuals": "A centre per group, and a residual per task",
 }
 
 
 def method_list() -> dict[str, Any]:
-    return {"methods": [_record(method) for method in all_methods().values()]}
+    return {
+        "methods": [_method(parse_call(name)) for name in all_methods()],
+        "steps": [_step(make_step(step, {})) for step in all_steps().values()],
+        "calibrations": [_calibration(make_calibration(found, {})) for found in all_calibrations().values()],
+        "installed": sorted(packaged_methods()),
+        "mergekit": [_alias(name) for name in ALIASES],
+    }
 
 
-def method_page(name: str) -> dict[str, Any]:
-    """Raises UsageError for a name that is not known."""
-    method = parse_call(name).method
-    return _record(method) | {"text": inspect.getdoc(method.function) or ""}
+def method_page(text: str) -> dict[str, Any]:
+    """All that goes by a name: a method (of `NAME:key=value` with these arguments), a step, a calibration, mergekit's.
+
+    Raises UsageError for a name that is not known.
+    """
+    name, args = split_call(text)
+    found = []
+    if name in all_steps():
+        found.append(_step(make_step(all_steps()[name], {} if name in all_methods() else args)))
+    if name in all_calibrations():
+        found.append(_calibration(make_calibration(all_calibrations()[name], args)))
+    mergekit = _alias(name) if resolve_alias(name) else None
+    if name in all_methods() or (not found and not resolve(text).message):
+        found.insert(0, _method(parse_call(text, run_files=True)))  # a person has typed it
+    return {"name": name, "found": found, "mergekit": mergekit}
 
 
 def show_list(value: dict[str, Any]) -> None:
-    rows = [
-        (m["name"], m["paper"], ", ".join(f"{a['name']}={a['default']}" for a in m["arguments"]), m["size"], m["when"])
-        for m in value["methods"]
-    ]
-    table(["method", "paper", "arguments", "bytes of a group", "when"], rows, left=5)
-    print("k tasks in the group, n elements, s bytes per element. One explained: flexmerge methods NAME")
+    for kind, title in TITLES.items():
+        rows = [method for method in value["methods"] if method["kind"] == kind]
+        _show_rows(title, "when", rows, with_stored=kind != "model")
+    _show_rows("Steps, before a method: --step NAME", "does", value["steps"])
+    _show_rows("Calibrations, after a method: --calibrate NAME", "does", value["calibrations"])
+    print(LEGEND)
+    if value["installed"]:
+        print(f"From installed packages: {', '.join(value['installed'])}")
+    print(textwrap.fill(f"Names of mergekit: {', '.join(alias['name'] for alias in value['mergekit'])}", 100))
+    print("One explained: flexmerge methods NAME")
 
 
 def show_page(value: dict[str, Any]) -> None:
-    print(f"{value['name']} ({value['paper']})\n\n{value['text']}\n")
-    table(["argument", "takes", "default"], [(a["name"], a["takes"], a["default"]) for a in value["arguments"]], left=3)
-    print(f"stores: {value['stored']}; bytes of a group: {value['size']}; scope: {value['scope']}")
+    for one in value["found"]:
+        print(f"{one['what']} {one['name']} ({one['paper']})\n\n{one['text']}\n")
+        if one["arguments"]:
+            rows = [(a["name"], a["takes"], _written(a["default"])) for a in one["arguments"]]
+            table(["argument", "takes", "default"], rows, left=3)
+        if one["what"] == "method":
+            print(f"when:   {one['when']}\nstores: {one['stored']}\nbytes:  {one['size']}")
+        print(f"scope:  {one['scope']}\n")
+        if one["what"] == "method":
+            print(f"{LEGEND}\n")
+    if value["mergekit"]:
+        print(value["mergekit"]["message"])
 
 
-def _record(method: Method) -> dict[str, Any]:
-    stored, size = STORED[method.masked]
-    call = parse_call(method.name)
+def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]], *, with_stored: bool = False) -> None:
+    columns = ["name", "arguments", *(["stored: bytes"] if with_stored else []), "paper", last]
+    cells = [
+        (
+            row["name"],
+            ", ".join(f"{a['name']}={_written(a['default'])}" for a in row["arguments"]),
+            *([f"{row['stored']}: {row['size']}"] if with_stored else []),
+            row["paper"],
+            row["when"] if last == "when" else row["summary"].split(" [")[0],  # without shapes
+        )
+        for row in rows
+    ]
+    table(columns, cells, title=title, left=len(columns))
+
+
+def _method(call: Call) -> dict[str, Any]:
+    found, method = stored(call), call.method
     return {
-        "name": method.name,
-        "paper": method.paper,
-        "summary": method.summary,
+        "what": "method",
+        "kind": "residuals" if declare(call) else "masks" if method.masked else "model",
+        **_common(method, call.scope),
         "when": method.when,
-        "scope": call.scope,
-        "stored": stored + (", one factor per task and block" if call.gain else ""),
-        "size": size + (" + 4k" if call.gain else ""),
-        "arguments": [{"name": p.name, "takes": p.wants(), "default": p.default} for p in method.parameters.values()],
+        "stored": found.parts,
+        "size": found.num_bytes,
     }
+
+
+def _step(call: StepCall) -> dict[str, Any]:
+    return {"what": "step", **_common(call.step, call.scope)}
+
+
+def _calibration(call: CalibrationCall) -> dict[str, Any]:
+    return {"what": "calibration", **_common(call.calibration, "tensor")}
+
+
+def _common(declared: Any, scope: str) -> dict[str, Any]:
+    """Of a method, step or calibration."""
+    parameters: Mapping[str, Parameter] = declared.parameters
+    return {
+        "name": declared.name,
+        "paper": declared.paper,
+        "summary": declared.summary,
+        "text": inspect.getdoc(declared.function) or "",
+        "scope": scope,
+        "arguments": [{"name": p.name, "takes": p.wants(), "default": p.default} for p in parameters.values()],
+    }
+
+
+def _alias(name: str) -> dict[str, Any]:
+    alias = resolve_alias(name)
+    assert alias is not None
+    return {"name": name, "method": alias.method, "steps": list(alias.steps), "message": alias.message}
+
+
+def _written(default: Any) -> str:
+    return default if isinstance(default, str) else json.dumps(default)

@@ -43,7 +43,7 @@ class CodingError:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "CodingError":
-        """The inverse. Raises ValueError where a number is missing, negative or not finite."""
+        """The inverse. Raises KeyError where a number is missing, ValueError where one is negative or not finite."""
         weights = data["weights"]
         return CodingError(
             base=_numbers(weights["base"], WEIGHT_BITS),
@@ -95,7 +95,6 @@ class CodingErrorSum:
         """
         import torch
 
-        from flexmerge_cli.residuals.quantise import row_sums
         from flexmerge_cli.residuals.row_errors import row_errors
 
         weights = np.stack([row_errors(base, WEIGHT_BITS), row_errors(average, WEIGHT_BITS)])
@@ -107,7 +106,7 @@ class CodingErrorSum:
         own = [task[rows.to(task.device)].to(centre.device, torch.float32) for task in tasks]
         residuals = torch.stack([values - centre for values in own], dim=1)  # row by row, then task by task
         residuals = residuals.reshape(-1, average.shape[1])
-        energy = row_sums(residuals.double().square()).cpu().numpy()
+        energy = residuals.double().square_().sum(1).cpu().numpy()
         return RowErrors(weights, row_errors(residuals, RESIDUAL_BITS), energy)
 
     def add(self, found: RowErrors) -> None:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 # m rows, n columns, k rows of a block, w columns of a piece, P pieces, T trials
 
-# Elements at a time on the CPU: fewer, and calls cost more than the arithmetic; more, and nothing stays in the cache.
+# Elements at a time on the CPU: of fewer, calls cost more than the arithmetic; more do not stay in the cache.
 # Repeat: python -m tests.residuals.benchmark_row_errors
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 1 << 18
 GPU_BLOCK_ELEMENTS = 1 << 24
 
 # Rows of fewer elements are coded the plain way: there the error itself may be a matter of rounding.
@@ -86,9 +86,9 @@ class _Blocks:
         m, n = matrix.shape
         block = BLOCK_ELEMENTS if matrix.device.type == "cpu" else GPU_BLOCK_ELEMENTS
         self.matrix = matrix
-        self.step, self.width = max(1, block // n), min(n, block)
+        self.step, self.width = max(1, min(m, block // n)), min(n, block)
         self.lows = range(0, n, self.width)
-        self.buffers = torch.empty(4, min(self.step, m) * self.width, device=matrix.device)
+        self.buffers = [torch.empty(self.step, self.width, device=matrix.device) for _ in range(4)]
 
     def measure(self) -> "tuple[Tensor, Tensor]":
         """Largest magnitude, float32 [m], and root mean square, float64 [m], of every row."""
@@ -108,32 +108,35 @@ class _Blocks:
         """Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
         import torch
 
-        m = len(self.matrix)
-        # Within a piece sums are float32: torch adds up a row in one order, however many rows there are.
-        sums_PTm = torch.empty(len(self.lows), len(trials), m, device=self.matrix.device)
-        inverse_Tm = torch.stack([1 / trial.unit_m for trial in trials]).float()
-        minus_Tm = -torch.stack([trial.stored_m / trial.unit_m for trial in trials]).float()
-        for first in range(0, m, self.step):
-            rows = slice(first, first + self.step)
-            inverse_Tk1, minus_Tk1 = inverse_Tm[:, rows, None].unbind(), minus_Tm[:, rows, None].unbind()
+        # Views cost as much as the arithmetic on a small block: few of them, and all of one trial in one go.
+        inverse = [(1 / trial.unit_m).float()[:, None].split(self.step) for trial in trials]
+        minus = [
+            (-trial.stored_m / trial.unit_m).float()[:, None].split(self.step) if trial.bits <= 3 else None
+            for trial in trials
+        ]
+        sums: list[list[list[Tensor]]] = [[[] for _ in self.lows] for _ in trials]
+        for block, first in enumerate(range(0, len(self.matrix), self.step)):
             for piece, low in enumerate(self.lows):
                 a, error, *spare = self._piece(first, low)
-                sums_Tk = sums_PTm[piece, :, rows].unbind()
-                for trial, inverse_k1, minus_k1, sums_k in zip(trials, inverse_Tk1, minus_Tk1, sums_Tk):
-                    if trial.bits <= 3:
-                        _gauss(trial.bits, torch.mul(a, inverse_k1, out=error), minus_k1, *spare)
+                for trial, inverse_k1, minus_k1, of_trial in zip(trials, inverse, minus, sums):
+                    if minus_k1 is not None:
+                        _gauss(trial.bits, torch.mul(a, inverse_k1[block], out=error), minus_k1[block], *spare)
                     else:
-                        torch.mul(a, inverse_k1, out=spare[0])
+                        torch.mul(a, inverse_k1[block], out=spare[0])
                         torch.round(spare[0], out=error).clamp_(max=half_range(trial.bits)).sub_(spare[0])
-                    torch.sum(error.mul_(error), 1, out=sums_k)
-        return sums_PTm.double().sum(0)
+                    # float32 within a piece: torch adds up a row in one order, however many rows there are.
+                    of_trial[piece].append(error.mul_(error).sum(1))
+        return torch.stack([torch.stack([torch.cat(p) for p in t]).double().sum(0) for t in sums])
 
     def _piece(self, first: int, low: int) -> "tuple[Tensor, ...]":
         """Magnitudes [k, w], and buffers like it."""
         import torch
 
         rows = self.matrix[first : first + self.step, low : low + self.width]
-        a, *buffers = self.buffers[:, : rows.numel()].view(len(self.buffers), *rows.shape).unbind()
+        a, *buffers = self.buffers
+        if rows.shape != a.shape:
+            k, w = rows.shape
+            a, *buffers = (buffer[:k, :w] for buffer in self.buffers)
         return torch.abs(rows, out=a), *buffers
 
 

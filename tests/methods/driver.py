@@ -5,7 +5,7 @@ of at most `chunk` elements in order of tensor name and index, and so do methods
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +57,12 @@ def merge(
     calibrate: CalibrationCall | None = None,
     chunk: int = 1 << 30,
     bypass: bool = True,
+    stored: Callable[[str], torch.dtype] = lambda _tensor: torch.float32,
 ) -> dict[str, Merged]:
-    """One group (all tasks unless told) of each of these blocks (all unless told), by tensor."""
+    """One group (all tasks unless told) of each of these blocks (all unless told), by tensor.
+
+    stored: of a tensor, what the unified delta of a masked method is rounded to before it is masked.
+    """
     group = tuple(family.tasks if group is None else group)
     rows = [family.tasks.index(task) for task in group]
     run = _Run(family=family, deltas=dict(family.deltas), chunk=chunk)
@@ -74,9 +78,10 @@ def merge(
         results = run.call(call, block, group, deltas, unstepped)
         if calibrate is not None:
             results = {
-                name: calibrate(result, unstepped[name], run.where(group, name)) for name, result in results.items()
+                name: calibrate(result.double(), unstepped[name], run.where(group, name))
+                for name, result in results.items()
             }
-        merged |= _per_task(call, results, deltas, unstepped, group)
+        merged |= _per_task(call, results, deltas, unstepped, group, stored)
         for name, deltas_of in unstepped.items():
             if bypass and all(_same_bits(deltas_of[0], row) for row in deltas_of):
                 merged[name] = Merged(unified=deltas_of[0], tasks=dict(zip(group, deltas_of)))
@@ -190,13 +195,16 @@ def _shaped(deltas: Tensor, scope: str, start: int, end: int) -> Tensor:
     return part.reshape(len(deltas), (end - start) // row if row else 0, row)
 
 
-def _per_task(call: Call, results: Any, deltas: Any, unstepped: Any, group: Any) -> dict[str, Merged]:
+def _per_task(
+    call: Call, results: Any, deltas: Any, unstepped: Any, group: Any, stored: Callable[[str], torch.dtype]
+) -> dict[str, Merged]:
     if not call.method.masked:
         rounded = {name: result.to(torch.float32) + 0.0 for name, result in results.items()}
         return {name: Merged(unified=u, tasks=dict.fromkeys(group, u)) for name, u in rounded.items()}
     unified, masks = {}, {}
     for name, parts in results.items():
-        unified[name] = torch.cat([centre.delta.to(torch.float32) + 0.0 for _, _, centre in parts])
+        made = torch.cat([centre.delta.to(torch.float32) for _, _, centre in parts])
+        unified[name] = made.to(stored(name)).to(torch.float32) + 0.0
         masks[name] = torch.cat([_mask(part, flat(unstepped[name]), unified[name]) for part in parts], 1)
     gain = np.ones(len(group))
     if call.gain is not None:

@@ -1,0 +1,83 @@
+"""The part of the survey that `auto` needs: how well base and average code, and residuals of some rows.
+
+A range of elements codes the rows that start in it, and reads on to the end of the last of them. So every row is coded
+once, whole, and the sums do not depend on how tensors are cut.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors
+
+NewArray = Callable[[object, int], torch.Tensor]
+"""(what for, elements) -> float32 memory of this thread, used again for its next range."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows [first, stop) of a view: those that start within some elements."""
+
+    first: int
+    stop: int
+    columns: int
+
+    @staticmethod
+    def starting_in(matrix: Matrix, start: int, stop: int) -> "RowRange":
+        columns = matrix[1]
+        if not columns:
+            return RowRange(0, 0, 0)
+        return RowRange(-(-start // columns), -(-stop // columns), columns)
+
+    @property
+    def end(self) -> int:
+        """Element behind the last row; no more than `stop` rounded up to a row."""
+        return self.stop * self.columns if self.stop > self.first else 0
+
+
+def view_of(shape: tuple[int, ...]) -> Matrix:
+    """The rows that `auto` codes."""
+    return View.SQUEEZED.matrix(shape)
+
+
+def average_into(average: torch.Tensor, base: torch.Tensor, deltas_kN: torch.Tensor, total: torch.Tensor) -> None:
+    """θ_0 + mean τ: the mean as `mean_tasks` has it, in float64, rounded once, then a float32 sum.
+
+    total: float64, as long as a block, used again and again: fresh memory of this size takes longer than the sum.
+    """
+    total = total[: len(base)].copy_(deltas_kN[0])
+    for delta in deltas_kN[1:]:
+        if total.device.type == "cpu":
+            np.add(total.numpy(), delta.numpy(), out=total.numpy())  # in 0.65 of torch's time
+        else:
+            total.add_(delta)
+    average.copy_(total.div_(len(deltas_kN))).add_(base)
+
+
+def measure_rows(
+    sums: CodingErrorSum,
+    rows: RowRange,
+    start: int,
+    values: list[torch.Tensor],
+    average: torch.Tensor,
+    device: torch.device,
+    new_array: NewArray,
+) -> RowErrors:
+    """values: the tasks' elements start … in their own dtypes, and the base's, last; average: float32, from the same."""
+    at = slice(rows.first * rows.columns - start, rows.end - start)
+
+    def matrix(flat: torch.Tensor) -> torch.Tensor:
+        return flat[at].view(rows.stop - rows.first, rows.columns)
+
+    base = matrix(values[-1])
+    if base.dtype is not torch.float32 and device.type == "cpu":
+        base = new_array("base", base.numel()).view(base.shape).copy_(base)
+    return sums.measure(
+        rows.first,
+        base.to(device, torch.float32),
+        matrix(average),
+        [matrix(value) for value in values[:-1]],
+    )

@@ -1,0 +1,152 @@
+"""Small families, plans and allocations of them, and bundles: what the engine's tests of methods have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmerge_cli import load_plan
+from flexmerge_cli.allocation.allocation import from_groups
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.bundle.write import write_bundle
+from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+from flexmerge_cli.merging import MergeRequest, method_use, open_sources
+from flexmerge_cli.methods.registry import all_methods, format_call
+
+from ..families import Folders, Models, State, encoder, normal, tuned, write_family
+from ..methods.variants import FASTER, arguments
+from ..program import succeeds
+
+WHOLE = 1 << 24  # elements of a chunk that every tensor here fits in
+
+DEFAULTS = {name: format_call(name, FASTER.get(name, {})) for name in all_methods()}
+WORDS = {
+    format_call(name, args): format_call(name, {**FASTER.get(name, {}), **args})
+    for name, method in all_methods().items()
+    for args in arguments(method.parameters)
+    if args
+}
+"""Every method at every word it takes; made from the declarations, so a method is tested the day its file appears."""
+
+NUMBERS = (
+    "average", "ties:K=0.3,scope=block", "pcb:K=0.3,scope=model", "emr:gamma=tensor_mean", "consensus:K=0.3",
+    "bitdelta:centre=average", "bitdelta:centre=della",
+    *(f"low_bit:bits={bits},centre=none" for bits in range(1, 9)),
+    "low_bit:bits=1,gain=norm", "low_bit:bits=3,levels=empirical", "low_bit:bits=4,clip=search", "low_bit:centre=base",
+    "low_bit:bits=1,centre_bits=2", "low_bit:bits=2,centre_bits=3,scales=bfloat16", "low_bit:bits=5,centre_bits=4",
+    "low_bit:bits=1,centre_bits=8,gain=norm,centre=base", "low_bit:centre='ties:K=0.3'", "low_bit:centre=tsv_m",
+    "low_bit:centre=opcm", "low_bit:centre=della", "low_rank:rank=2,centre=base", "low_rank:fraction=0.5,centre=iso_c",
+    "sparse:density=0.4", "sparse:density=1.0,centre=base", "sparse:centre=base,rescale=l2", "sparse:centre=opcm",
+    "free:density=0.3,select=row", "free:density=0.2,mu=2.5,combine=replace", "free:mu=paper,mu_scope=model",
+)  # fmt: skip
+"""Numbers and centres that take other ways through the engine."""
+
+EVERY = tuple(dict.fromkeys([*DEFAULTS.values(), *WORDS.values(), *NUMBERS]))
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embeddings.patch_embedding.weight": (4, 3, 2, 2),
+    "embeddings.scale": (),
+    "encoder.layer.0.attention.self.key.weight": (1, 17),
+    "encoder.layer.0.attention.self.value.weight": (0, 4),
+    "encoder.layer.1.attention.self.value.bias": (0,),
+    "encoder.layer.1.attention.self.key.bias": (1,),
+}
+"""Odd ones, beside those of an encoder."""
+
+
+def base_of(dtype: torch.dtype = torch.float32) -> State:
+    odd = {name: normal(50 + i, *shape, dtype=dtype) for i, (name, shape) in enumerate(SHAPES.items())}
+    return encoder(dtype=dtype, width=12) | odd
+
+
+def fine_tunes(dtype: torch.dtype = torch.float32, *, num_tasks: int = 8) -> Models:
+    """Some near each other, tensors that are bit-identical in some tasks or not changed, and a head of its own size."""
+    base = base_of(dtype)
+    common = tuned(base, 100)
+    tasks = {}
+    for number in range(num_tasks):
+        start = {name: common[name] if number % 3 else value for name, value in base.items()}
+        tasks[f"task{number}"] = tuned(start, number + 1, dtype=dtype)
+        tasks[f"task{number}"]["encoder.layer.1.output.LayerNorm.weight"] = base[
+            "encoder.layer.1.output.LayerNorm.weight"
+        ].clone()
+        tasks[f"task{number}"]["classifier.weight"] = normal(number, 2 + number % 2, 3, dtype=dtype)
+    for name in ("task1", "task2"):
+        tasks[name]["pooler.dense.weight"] = common["pooler.dense.weight"].clone()
+        tasks[name]["encoder.layer.0.attention.self.query.bias"] = common["encoder.layer.0.attention.self.query.bias"]
+    return Models(base=base, tasks=dict(list(tasks.items())[:num_tasks]))
+
+
+def mixed() -> Models:
+    """A dtype a task, tensors of two dtypes in one task, and a base in float32."""
+    models = fine_tunes()
+    for number, (name, state) in enumerate(models.tasks.items()):
+        dtype = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16)[number % 4]
+        models.tasks[name] = {
+            key: value.half() if number == 7 and "attention" in key else value.to(dtype) for key, value in state.items()
+        }
+    return models
+
+
+FAMILIES = {
+    "float32": fine_tunes,
+    "bfloat16": lambda: fine_tunes(torch.bfloat16),
+    "float16": lambda: fine_tunes(torch.float16),
+    "mixed": mixed,
+}
+
+PARTITIONS = ((8,), (1, 7), (2, 6), (3, 5), (4, 4), (1, 2, 5), (2, 3, 3), (1,) * 8)
+"""Sizes of groups of eight tasks."""
+
+
+def planned(root: Path, models: Models, *options: object) -> Folders:
+    """On disk, with `root/plan.json`."""
+    folders = write_family(root, models)
+    succeeds("plan", *folders.arguments, *options, "-o", root / "plan.json")
+    return folders
+
+
+def plan_of(folders: Folders) -> Plan:
+    return load_plan(folders.root / "plan.json")
+
+
+def groups_of(num_tasks: int, index: int) -> list[tuple[int, ...]]:
+    """The index-th partition of eight tasks, now of neighbours, now of tasks that lie apart; of fewer, all of them."""
+    if num_tasks != 8:
+        return [tuple(range(num_tasks))]
+    order = list(range(8)) if index % 2 else [task * 3 % 8 for task in range(8)]
+    ends = [sum(PARTITIONS[index % len(PARTITIONS)][: count + 1]) for count in range(len(PARTITIONS[index % 8]))]
+    groups = [tuple(sorted(order[low:high])) for low, high in zip([0, *ends], ends)]
+    return sorted(groups)
+
+
+def billed(
+    plan: Plan,
+    *methods: str,
+    groups: Sequence[list[tuple[int, ...]]] | None = None,
+    dtype: str | None = None,
+    **request: Any,
+) -> Bill:
+    """Of groups by block, the partitions in turn unless told; several methods take turns, too."""
+    uses = tuple(method_use(MergeRequest(method=text, **request), text) for text in methods)
+    if groups is None:
+        groups = [groups_of(len(plan.tasks), index) for index in range(len(plan.blocks))]
+    turns = [index % len(uses) for index in range(len(plan.blocks))]
+    return Pricer(plan).bill(from_groups(plan, list(groups), methods=uses, method_of=turns, dtype=dtype))
+
+
+def write(
+    folders: Folders, bill: Bill, target: Path, *, threads: int = 1, chunk_elements: int = CHUNK_ELEMENTS
+) -> Path:
+    sources, side_files = open_sources(bill.plan, folders.root, {})
+    write_bundle(
+        bill, sources.located, side_files, target,
+        force=False, device=torch.device("cpu"), threads=threads, chunk_elements=chunk_elements,
+    )  # fmt: skip
+    return target
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
