@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.bundle.read import Bundle
@@ -57,11 +57,13 @@ def make_plan(
     order: OrderSettings | None = None,
     private: tuple[str, ...] = (),
     merge_heads: bool = False,
+    statistics: Literal["all", "gram"] = "all",
     **run: Any,
 ) -> Plan:
     """Read every weight once and keep all that a cut needs; with `output`, save it there.
 
-    base, tasks: paths, or `hf://org/name[@revision][:subfolder]`. run: device, threads, max_memory, on_progress.
+    base, tasks: paths, or `hf://org/name[@revision][:subfolder]`. statistics: `gram` leaves out what the method `auto`
+    needs. run: device, threads, max_memory, on_progress.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -70,6 +72,7 @@ def make_plan(
         order=order or OrderSettings(),
         private=private,
         merge_heads=merge_heads,
+        statistics=statistics,
     )
     path = Path(output) if output is not None else None
     plan = _make_plan(request, save_to=path, **run)

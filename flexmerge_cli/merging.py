@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
+from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Auto, Found, auto
+from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.clusters import Cluster, cluster_channels, clusters_of_size, require_tensor_scope
 from flexmerge_cli.allocation.cut import Cutter, Fit
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from flexmerge_cli.engine.materialise import Sources
 
 OnProgress = Callable[[str, int, int], None]
+
+# Of --max-distance that `auto` aims at where it has no size: what is measured may be a little more than predicted.
+PREDICTED_PART = 0.98
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +73,9 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
         _check_cluster(request, num_tasks)
     elif request.seed is not None:
         raise UsageError("--seed is of what --cluster draws", hint="--cluster channels, or leave it out")
-    if request.method is not None:
+    if request.method is not None and parse_auto(request.method) is not None:
+        _check_auto(request)
+    elif request.method is not None:
         call = parse_call(resolve(request.method).method, run_files=request.run_files)
         if request.cluster is not None:
             require_tensor_scope(call)
@@ -97,6 +104,9 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
                 hint="add --method NAME",
             )
         return pricer.bill(copies(plan, request.dtype))
+    found = auto_found(pricer, request)
+    if found is not None:
+        return found[1].bill
     if request.cluster is not None:
         count, use = clusters_of_size(request.size, len(plan.tasks)), method_use(request, request.method)
         return pricer.bill(cluster_channels(plan, count, use, seed=request.seed or 0, dtype=request.dtype))
@@ -189,6 +199,36 @@ def _check_cluster(request: MergeRequest, num_tasks: int) -> None:
     of_an_order = {"--fit prefix": request.fit is not Fit.TIGHT, "--method-for": bool(request.method_for)}
     for option in (option for option, given in of_an_order.items() if given):
         raise UsageError(f"{option} is of a cut of the order, and --cluster makes none", hint="leave one of them out")
+
+
+def _check_auto(request: MergeRequest) -> None:
+    for option, value in {
+        "--merges": request.merges, "--cluster": request.cluster, "--step": request.steps or None,
+        "--calibrate": request.calibrate,
+    }.items():  # fmt: skip
+        if value is not None:
+            raise UsageError(f"{option} says nothing to `auto`, which merges by no order", hint="leave it out")
+
+
+def auto_of(pricer: Pricer, request: MergeRequest) -> Auto | None:
+    """The search that a request asks for, made once a pricer; None if its method is another."""
+    limits = parse_auto(request.method) if request.method is not None else None
+    if limits is None:
+        return None
+    return auto(pricer, limits, request.dtype, tuple(_method_for(item, request) for item in request.method_for))
+
+
+def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Auto, Found] | None:
+    """And what it finds for the size; without one, the smallest whose predicted distance stays under the limit."""
+    search = auto_of(pricer, request)
+    if search is None:
+        return None
+    if request.size is not None:
+        plan = pricer.plan
+        size = parse_size(request.size, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        return search, search.cut(size)
+    limit = MAX_DISTANCE if request.max_distance is None else request.max_distance * PREDICTED_PART
+    return search, search.within(limit)
 
 
 def _method_for(item: str, request: MergeRequest) -> tuple[str, MethodUse | None]:

@@ -20,6 +20,7 @@ from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.order.linkage import Linkage, check_settings
 from flexmerge_cli.order.order import Merge, Strategy, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparison_unit
+from flexmerge_cli.text import is_text
 from flexmerge_cli.version import GENERATOR
 
 OnProgress = Callable[[str, int, int], None]
@@ -149,14 +150,19 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     return Plan.model_validate_json(plan_bytes(fields))
 
 
-def replan(plan: Plan, order: OrderSettings) -> Plan:
-    """The same measurements with other blocks, linkage, strategy or similarity. Reads no weights."""
+def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:
+    """The same measurements with other blocks, linkage, strategy or similarity. Reads no weights.
+
+    without_statistics: without those that `auto` needs, for a smaller file.
+    """
     mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
     blocks = partition([tensor.name for tensor in mergeable], order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
     fields = plan.model_dump(mode="json", by_alias=True)
     for tensor in fields["tensors"]:
         tensor["block"] = block_of.get(tensor["name"])
+        tensor["coding"] = None if without_statistics else tensor["coding"]
+    fields["settings"] |= {"statistics": "gram"} if without_statistics else {}
     fields |= _order_fields({tensor.name: tensor for tensor in mergeable}, blocks, order)
     fields["settings"] |= _settings(order)
     fields["generator"] = GENERATOR
@@ -331,9 +337,7 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
                 "bytes": checkpoint.num_bytes,
                 "files": _side_files(checkpoint),
                 "names": {a: own for a, own in family.own_names[task].items() if a != own},
-                "config_base": str(checkpoint.config["_name_or_path"])[:200]
-                if checkpoint.config.get("_name_or_path")
-                else None,
+                "config_base": _config_base(checkpoint),
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],
@@ -412,6 +416,12 @@ def _relative(checkpoint: Checkpoint, folder: Path) -> str:
 def _fingerprint(checkpoint: Checkpoint, digests: Sequence[tuple[str, str | None]]) -> str:
     """Digest of every tensor's name and digest."""
     return xxhash.xxh3_128_hexdigest("\n".join(f"{name} {digest}" for name, digest in digests if digest).encode())
+
+
+def _config_base(checkpoint: Checkpoint) -> str | None:
+    """What the config names as the model it comes from, where it does so in text."""
+    named = checkpoint.config.get("_name_or_path")
+    return named[:200] if isinstance(named, str) and named and is_text(named) else None
 
 
 def _side_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

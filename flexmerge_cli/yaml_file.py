@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flexmerge_cli.errors import MachineError, SourceError, UsageError
+from flexmerge_cli.text import holds_text
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -51,6 +52,8 @@ def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
     except (RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
         # As PyYAML has it where a value is not of the type that its tag says: `!!bool maybe`, `!!timestamp soon`.
         raise UsageError(f"{path} cannot be read: {str(error)[:100]}", hint=f"is it a {what}?") from None
+    if not holds_text(value):
+        raise UsageError(f"{path} holds text that no file can hold", hint=f"is it a {what}?")
     try:
         return schema.model_validate(value)
     except ValidationError as error:

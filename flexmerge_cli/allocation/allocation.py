@@ -6,10 +6,13 @@ order makes one, so do clustering, a pattern in the recipe, or a search.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from flexmerge_cli.allocation.plan_file import Plan
 
 Tasks = tuple[int, ...]
+Bits = int | Literal["exact"]
+"""Of what a task stores for itself: 0 is nothing, exact a dense copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,9 @@ class Group:
     """Ascending."""
     method: int | None
     """Index into the allocation's methods; None for a group of one, which is copied."""
+    bits: tuple[Bits, ...] | None = None
+    """Per task, where the method is `low_bit` and they differ by task, as those of `auto` do: these decide, and all is
+    coded as algorithms-3 says. None: as the method says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

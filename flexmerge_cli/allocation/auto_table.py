@@ -6,10 +6,9 @@ error summed over tasks. Of the many combinations only the Lagrangian optima of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
+from flexmerge_cli.allocation.allocation import Bits
 from flexmerge_cli.allocation.auto_centres import Centre, CentreBits, Kind, centre_bytes, centres_of, factors
 from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
 from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics
@@ -17,9 +16,6 @@ from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
 
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
-
-Bits = int | Literal["exact"]
-"""Of what a task stores for itself: 0 is nothing, exact a dense copy."""
 
 Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
 """The hull of what one class may store: labels, bytes, and cost in units of a factor."""

@@ -92,6 +92,8 @@ class Pricer:
         self._calls: dict[str, Call] = {}
         self._entries: dict[Any, int] = {}
         self._groups: dict[Any, GroupPrice | None] = {}
+        self.searches: dict[Any, object] = {}
+        """Of auto_allocation.py."""
 
     def calls(self, methods: Sequence[MethodUse]) -> tuple[Call, ...]:
         for use in methods:
@@ -116,6 +118,8 @@ class Pricer:
 
     def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
         """What `unit` comes to, without making the parts: a cut asks for thousands."""
+        if any(group.bits is not None for group in unit.groups):
+            return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
         calls = self.calls(methods)
         total, gains = 0, set()
         for name in unit.tensors:

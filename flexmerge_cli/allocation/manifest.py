@@ -10,6 +10,10 @@ tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` pe
 A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
 how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
+`bits` of a group are those of each task, where they differ; 0 reads the centre alone, and a task that is stored exactly
+has its plain name and is left out. Such a group codes as `low_bit:scales=bfloat16,clip=search` of its centre, whatever
+`bits` of the method says, every tensor as rows of its first axis once leading axes of 1 are dropped. There tasks with
+equal bits may share one part, `<tensor>@<role>.<first of them>`: the only such part on the route is the task's own.
 Measured numbers have 12 characters, so that the size is known before the run.
 Written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown keys.
 """
@@ -92,6 +96,7 @@ class GroupEntry(Record):
     kind: Literal["copy", "merged", "masked", "residual"]
     method: int | None
     distance: dict[str, float | None]
+    bits: dict[str, Literal[0, 1, 2, 3, 4, 8]] | None = None
 
 
 class UnitEntry(Record):
@@ -196,6 +201,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
         if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
             raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
+        if any(group.bits is not None and not set(group.bits) <= set(group.tasks) for group in unit.groups):
+            raise ValueError(f"a group of unit `{unit.name}` has bits of a task that is not in it")
 
 
 def _stays_inside(path: str) -> bool:
@@ -311,8 +318,7 @@ def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None)
     found: set[int] = set()
     for storage in storages.values():
         for group in storage.groups:
-            if group.kind != "copy":
-                found.update(group.tasks)
+            found.update(group.coded_tasks)
         if cast is not None:
             dtypes = {task: storage.tensor.dtype_of(task) for task in storage.tensor.present}
             found.update(task for task, dtype in dtypes.items() if effective_dtype(dtype, cast) != dtype)
@@ -330,14 +336,16 @@ def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured
     for group in unit.groups:
         kind = unit_kind(unit, storages, group.tasks)
         distances = measured.group_distance.get((unit.name, group.tasks), {})
-        groups.append(
-            {
-                "tasks": [plan.tasks[task].name for task in group.tasks],
-                "kind": kind,
-                "method": None if kind == "copy" else group.method,
-                "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
-            }
-        )
+        names = [plan.tasks[task].name for task in group.tasks]
+        entry: dict[str, Any] = {
+            "tasks": names,
+            "kind": kind,
+            "method": None if kind == "copy" else group.method,
+            "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
+        }
+        if group.bits is not None and kind != "copy":
+            entry["bits"] = {name: bits for name, bits in zip(names, group.bits) if bits != "exact"}
+        groups.append(entry)
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
 
 

@@ -6,13 +6,14 @@ with the same bits are one part with more readers, whatever their groups.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Bits, Group, Tasks, Unit
 from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
-from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.layout import Array, Kind, Layout, layout
+from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.layout import Array, Kind, Layout, bits_arrays, centre_arrays, layout
 from flexmerge_cli.methods.method import Call
 
 
@@ -43,6 +44,15 @@ class StoredGroup:
     method: int | None
     parts: tuple[Part, ...]
     """What decodes it; of copies one part per distinct tensor."""
+    bits: tuple[Bits, ...] | None = None
+    """Per task, where each has its own: `Group.bits`. Parts of equal tasks are one, named by the first."""
+
+    @property
+    def coded_tasks(self) -> Tasks:
+        """All but those of exact copies."""
+        if self.kind == "copy":
+            return ()
+        return tuple(t for t, b in zip(self.tasks, self.bits or (0,) * len(self.tasks)) if b != "exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,16 +97,28 @@ def store_tensor(
         tensor=tensor.name,
         task=None,
     )
-    merged = [(group, _merged(plan, tensor, group, calls, cast, base)) for group in groups]
-    needs_base = tuple(sorted(task for _, found in merged if found and base in found.parts for task in found.tasks))
+    merged = [
+        (group, (_merged if group.bits is None else _of_bits)(plan, tensor, group, calls, cast, base))
+        for group in groups
+    ]
+    needs_base = tuple(
+        sorted(task for _, found in merged if found and base in found.parts for task in found.coded_tasks)
+    )
     shared_base = Part(name=base.name, array=base.array, readers=needs_base, tensor=tensor.name, task=None)
     for group, found in merged:
         if found is None:
             copied.append(group.tasks)
         else:
             parts = tuple(shared_base if part is base else part for part in found.parts)
-            stored.append(StoredGroup(tasks=found.tasks, kind=found.kind, method=found.method, parts=parts))
-    stored += _copies(plan, tensor, copied, cast)
+            stored.append(replace(found, parts=parts))
+    exact = [tuple(task for task in group.tasks if task not in group.coded_tasks) for group in stored]
+    copies = _copies(plan, tensor, [*copied, *exact], cast)
+    dense = {task: part for group in copies for part in group.parts for task in part.readers}
+    stored = [
+        replace(group, parts=tuple(dict.fromkeys((*group.parts, *(dense[task] for task in tasks)))))
+        for group, tasks in zip(stored, exact)
+    ]
+    stored += copies[: len(copied)]
     stored.sort(key=lambda group: group.tasks)
     parts = tuple(dict.fromkeys(part for group in stored for part in group.parts))
     return Storage(tensor=tensor, groups=tuple(stored), parts=parts)
@@ -188,6 +210,42 @@ def _merged(
         for array in arrays
     ]
     return StoredGroup(tasks=group.tasks, kind=found.kind, method=group.method, parts=tuple(parts))
+
+
+def _of_bits(
+    plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
+) -> StoredGroup | None:
+    """The group where each task has bits of its own, without the exact ones' copies; None where all are exact."""
+    assert group.bits is not None and group.method is not None
+    coded = declare(calls[group.method])
+    assert coded is not None
+    bits_of = {task: bits for task, bits in zip(group.tasks, group.bits) if bits != "exact"}
+    if not bits_of or not tensor.num_elements:
+        return None
+    dtypes = [effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks]
+    parts = [
+        Part(name=f"{tensor.name}@{array.role}", array=array, readers=tuple(bits_of), tensor=tensor.name, task=None)
+        for array in centre_arrays(coded, tensor.shape, promote(dtypes))
+    ]
+    is_dense_base = coded.centre == "base" and coded.centre_bits == "dense"
+    parts += [base] if is_dense_base else []
+    classes: dict[tuple[int, Bits], list[int]] = {}
+    for task, bits in bits_of.items():
+        classes.setdefault((tensor.same[task], bits), []).append(task)
+    for (_, bits), tasks in classes.items():
+        parts += [
+            Part(
+                name=f"{tensor.name}@{array.role}.{plan.tasks[tasks[0]].name}",
+                array=array,
+                readers=tuple(tasks),
+                tensor=tensor.name,
+                task=tasks[0],
+            )
+            for array in bits_arrays(coded, tensor.shape, int(bits), effective_dtype(tensor.dtype_of(tasks[0]), cast))
+        ]
+    return StoredGroup(
+        tasks=group.tasks, kind="residual", method=group.method, parts=tuple(parts), bits=group.bits
+    )
 
 
 def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str | None) -> list[StoredGroup]:

@@ -22,6 +22,7 @@ from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
 from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.text import holds_text
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
@@ -138,13 +139,13 @@ class Bundle:
             return _cast(self.bits(dense), dense.dtype, dtype).reshape(shape)
         group = self._group(task, aligned)
         if group.kind == "residual":
-            stored = stored_residual(self.manifest, tensor, group)
+            stored = stored_residual(self.manifest, tensor, group, task, self._coded[task])
 
             def part_bits(name: str) -> tuple[str, np.ndarray]:
                 part = self._part(task, name)
                 return part.dtype, self.bits(part)
 
-            return stored.decode(task, part_bits).reshape(shape)
+            return stored.decode(part_bits).reshape(shape)
         base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
         packed = self._part(task, f"{aligned}@mask.{task}")
         gamma = self._gamma(task, aligned)
@@ -216,14 +217,14 @@ class Bundle:
         if group.kind == "residual":
             if not {tensor.dtype_of(name) for name in group.tasks} <= set(FLOATING):
                 return False
-            stored = stored_residual(self.manifest, tensor, group)
+            stored = stored_residual(self.manifest, tensor, group, task, self._coded[task])
             base_fits = True
-            if stored.layout.base:
+            if stored.base:
                 base = self._part(task, f"{tensor.name}@base")
                 base_fits = base.dtype in FLOATING and base.num_elements == math.prod(tensor.shape_of(task))
             return base_fits and all(
                 (self._part(task, name).dtype, self._part(task, name).shape) == (array.dtype, array.shape)
-                for name, array in stored.parts(task).items()
+                for name, array in stored.parts().items()
             )
         base, unified = self._part(task, f"{tensor.name}@base"), self._part(task, f"{tensor.name}@unified")
         mask, gamma = self._part(task, f"{tensor.name}@mask.{task}"), self._gamma(task, tensor.name)
@@ -255,7 +256,10 @@ def read_manifest(path: Path) -> Manifest:
     if not ours:
         raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
     try:
-        manifest = Manifest.model_validate(json.loads(data))
+        fields = json.loads(data)
+        if not holds_text(fields):
+            raise DataError(f"{file} holds text that no file can hold", hint="do not use this bundle")
+        manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{step}." for step in first["loc"])[:-1] or "the file"

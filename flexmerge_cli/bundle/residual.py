@@ -3,16 +3,18 @@
 θ̂ = centre + decode(residual), each float32, decoded by whole rows so that memory beyond the result is bounded.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import json
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from flexmerge_cli.allocation.manifest import GroupEntry, Manifest, TensorEntry
-from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, promote, to_float32
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.coded import Coded, Form
-from flexmerge_cli.methods.layout import Array, Layout, residual_layout
+from flexmerge_cli.methods.layout import Array, bits_arrays, centre_arrays, residual_layout
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.coder import Coder, Parts
 
@@ -22,69 +24,101 @@ BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredResidual:
-    """How one tensor of one group is stored."""
+    """How one tensor of one task is stored."""
 
     tensor: TensorEntry
+    task: str
     coded: Coded
     form: Form
-    layout: Layout
-    group: GroupEntry
+    centre: tuple[Array, ...]
+    base: bool
+    """Whether decoding needs the base's tensor."""
+    own: tuple[Array, ...]
+    """Of the task; none where it is its centre."""
+    owner: str
+    """Whose name its own parts have: of tasks that share them the first's."""
 
-    def parts(self, task: str) -> dict[str, Array]:
+    def parts(self) -> dict[str, Array]:
         """Part name -> what it must be; the base's dtype is free."""
         name = self.tensor.name
-        found = {f"{name}@{array.role}": array for array in self.layout.centre}
-        each = self.layout.each[self.group.tasks.index(task)]
-        return found | {f"{name}@{array.role}.{task}": array for array in each}
+        found = {f"{name}@{array.role}": array for array in self.centre}
+        return found | {f"{name}@{array.role}.{self.owner}": array for array in self.own}
 
-    def decode(self, task: str, bits: Callable[[str], tuple[str, np.ndarray]]) -> np.ndarray:
+    def decode(self, bits: Callable[[str], tuple[str, np.ndarray]]) -> np.ndarray:
         """Bits in the task's own dtype, one axis. bits: part name -> dtype and elements, one axis."""
-        name, (m, n), dtype = self.tensor.name, self.form.matrix, self.tensor.dtype_of(task)
-        residual = self.form.residual
-        assert residual is not None
-        arrays = self.parts(task)
-
-        def read(suffix: str, coder: Coder) -> dict[str, np.ndarray]:
-            roles = [part.role for part in coder.parts((m, n), dtype)]
-            return {
-                role: bits(f"{name}@{role}{suffix}")[1].reshape(arrays[f"{name}@{role}{suffix}"].shape)
-                for role in roles
-            }
-
-        own = read(f".{task}", residual)
-        coded_centre = (
-            read("", self.form.centre) if self.form.centre is not None and self.coded.centre != "none" else {}
-        )
-        dense = None
-        if not coded_centre and self.coded.centre != "none":
-            dense = bits(f"{name}@base" if self.layout.base else f"{name}@unified")
+        name, (m, n), dtype = self.tensor.name, self.form.matrix, self.tensor.dtype_of(self.task)
+        residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
+        own = {a.role: bits(f"{name}@{a.role}.{self.owner}")[1].reshape(a.shape) for a in self.own}
+        dense, coded_centre = None, {}
+        if centre is not None:
+            coded_centre = {a.role: bits(f"{name}@{a.role}")[1].reshape(a.shape) for a in self.centre}
+        elif self.coded.centre != "none":
+            dense = bits(f"{name}@base" if self.base else f"{name}@unified")
         out = np.empty(m * n, NUMPY[dtype])
-        step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual.scope == "row" else max(1, m)
+        step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual is None or residual.scope == "row" else max(1, m)
         for first in range(0, m, step):
             rows = (first, min(m, first + step))
             at = slice(rows[0] * n, rows[1] * n)
-            value = _rows(residual, own, (m, n), dtype, rows)
-            if coded_centre and self.form.centre is not None:
-                value = _rows(self.form.centre, coded_centre, (m, n), dtype, rows) + value
+            value = None if residual is None else _rows(residual, own, (m, n), dtype, rows)
+            shared = None
+            if centre is not None:
+                shared = _rows(centre, coded_centre, (m, n), dtype, rows)
             elif dense is not None:
-                value = to_float32(dense[1][at], dense[0]) + value
+                shared = to_float32(dense[1][at], dense[0])
+            if shared is not None:
+                value = shared if value is None else np.add(shared, value, out=value)
+            assert value is not None
             out[at] = from_float32(value, dtype)
         return out
 
 
-def stored_residual(manifest: Manifest, tensor: TensorEntry, group: GroupEntry) -> StoredResidual:
-    """Raises DataError if the manifest's method does not store this tensor so."""
-    dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
+def stored_residual(
+    manifest: Manifest, tensor: TensorEntry, group: GroupEntry, task: str, route: Container[str]
+) -> StoredResidual:
+    """route: names of all parts that the task reads. Raises DataError if the manifest does not store this tensor so."""
+    dtypes = tuple(tensor.dtype_of(name) for name in group.tasks)
     shape = tensor.shape_of(group.tasks[0])
     method = manifest.methods[group.method] if group.method is not None else None
     try:
-        coded = declared(method.name, method.args) if method else None
+        coded = _declared(method.name, json.dumps(method.args)) if method else None
     except UsageError as error:
         raise DataError(f"the manifest's method is not sound: {error.message}", hint="fetch the bundle again") from None
-    layout = residual_layout(coded, shape, dtypes) if coded else None
-    if coded is None or layout is None:
-        raise DataError(f"the manifest does not tell how `{tensor.name}` is stored", hint="fetch the bundle again")
-    return StoredResidual(tensor=tensor, coded=coded, form=coded.form(shape, dtypes), layout=layout, group=group)
+    unknown = DataError(f"the manifest does not tell how `{tensor.name}` is stored", hint="fetch the bundle again")
+    if coded is None:
+        raise unknown
+    if group.bits is not None:
+        bits = group.bits.get(task)
+        if bits is None or (bits == 0 and coded.centre == "none"):
+            raise unknown
+        return StoredResidual(
+            tensor=tensor,
+            task=task,
+            coded=coded,
+            form=coded.form_of_bits(shape, bits),
+            centre=centre_arrays(coded, shape, promote(dtypes)),
+            base=coded.centre == "base" and coded.centre_bits == "dense",
+            own=bits_arrays(coded, shape, bits, tensor.dtype_of(task)),
+            owner=next((name for name in group.tasks if f"{tensor.name}@codes.{name}" in route), task),
+        )
+    layout = residual_layout(coded, shape, dtypes)
+    if layout is None:
+        raise unknown
+    return StoredResidual(
+        tensor=tensor,
+        task=task,
+        coded=coded,
+        form=coded.form(shape, dtypes),
+        centre=layout.centre,
+        base=layout.base,
+        own=layout.each[group.tasks.index(task)],
+        owner=task,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(name: str, args: str) -> Coded | None:
+    """Asked for every tensor of every task; args: JSON."""
+    return declared(name, json.loads(args))
 
 
 def _rows(coder: Coder, parts: Parts, matrix: tuple[int, int], dtype: str, rows: tuple[int, int]) -> np.ndarray:

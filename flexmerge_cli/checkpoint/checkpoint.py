@@ -11,8 +11,9 @@ from typing import Any
 
 from flexmerge_cli.checkpoint.pickles import read_pickle
 from flexmerge_cli.checkpoint.safetensors import read_header
-from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
+from flexmerge_cli.text import is_text
 
 # In order of preference: one file, or an index of shards.
 WEIGHT_FILES = (
@@ -68,7 +69,7 @@ def open_checkpoint(source: str, *, relative_to: Path | None = None) -> Checkpoi
 
     path = resolve_hub(source) if is_hub(source) else (relative_to or Path()) / _expanded(source)
     path = path.absolute()
-    if not is_name(str(path)):
+    if not is_text(str(path)):
         raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
     if not _exists(path):
         looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
@@ -170,7 +171,7 @@ def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
 def _is_file_name(name: str) -> bool:
     """Whether it names a file of the folder itself, as every file system has it."""
     plain = PurePosixPath(name).name == name and name not in ("", "..") and "\\" not in name
-    return plain and is_name(name) and len(name.encode()) <= MAX_NAME_BYTES
+    return plain and is_text(name) and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _side_files(folder: Path, weights: set[Path]) -> tuple[dict[str, Path], tupl
         wanted = path.suffix in SIDE_SUFFIXES or path.name in SIDE_NAMES
         if path.name.startswith(".") or path in weights or path.name.endswith(".index.json"):
             continue
-        wanted = wanted and path.is_file() and path.name not in NOT_SIDE and is_name(path.name)
+        wanted = wanted and path.is_file() and path.name not in NOT_SIDE and is_text(path.name)
         if not wanted or path.stat().st_size > MAX_SIDE_BYTES:
             ignored.append(os.fsencode(path.name).decode(errors="replace"))
             continue

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH
-from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.text import is_text
 
 CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks keep the weights
@@ -101,7 +102,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _locate(path: Path, name: str, tensor: Any, records: Mapping[int, int]) -> StoredTensor:
-    if not is_name(name):
+    if not is_text(name):
         raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint="rename it")
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout is not _strided():

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.checkpoint.tensor import StoredTensor, is_name
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.text import is_text
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a header is read into memory before anything is known of it
 MAX_AXES = 64  # more than any framework allows
@@ -66,7 +67,7 @@ def _is_size(value: object) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    if not is_name(name):
+    if not is_text(name):
         raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint=BAD_COPY)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise DataError(f"{path}: tensor `{name}` must have dtype, shape and data_offsets, and no more", hint=BAD_COPY)

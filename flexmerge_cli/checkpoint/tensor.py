@@ -7,11 +7,6 @@ from pathlib import Path
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 
 
-def is_name(name: str) -> bool:
-    """Whether every file that we write can hold the name: Unicode text, without NUL and lone surrogates."""
-    return "\0" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """A tensor on disk."""

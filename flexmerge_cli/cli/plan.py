@@ -43,6 +43,9 @@ def plan(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of --strategy random.")] = None,
     private: Annotated[list[str] | None, typer.Option("--private", help="Keep tensors of this pattern apart.")] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Merge task heads of equal shape.")] = False,
+    statistics: Annotated[
+        str | None, typer.Option("--statistics", help="all (default); gram leaves out what --method auto needs.")
+    ] = None,
     method: MethodOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
@@ -69,7 +72,7 @@ def plan(
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
-    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads)
+    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics)
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from flexmerge_cli.allocation.plan_file import Plan, save_plan
+from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.family import find_tasks
 from flexmerge_cli.order.linkage import Linkage
@@ -27,6 +27,10 @@ class Given:
     order: OrderSettings
     ignored: tuple[str, ...]
     """What lies in --tasks and is no checkpoint."""
+    statistics: Statistics | None = None
+    """What the plan is to hold; None: as the other plan."""
+    folder: Path = Path()
+    """Of the other plan."""
 
     @property
     def num_tasks(self) -> int:
@@ -39,7 +43,11 @@ class Given:
             plan = make_plan(self.request, save_to=save_to, **run)
         else:
             assert self.plan is not None
-            plan = replan(self.plan, self.order)
+            plan = replan(self.plan, self.order, without_statistics=self.statistics == "gram")
+            if self.statistics == "all":
+                from flexmerge_cli.measuring import add_statistics
+
+                plan = add_statistics(plan, self.folder, **run)
         save_plan(plan, save_to)
         return plan
 
@@ -52,8 +60,11 @@ def plan_request(
     order: Mapping[str, Any],
     private: tuple[str, ...],
     merge_heads: bool,
+    statistics: str | None = None,
 ) -> Given:
     """Options win over the recipe."""
+    if statistics not in (None, "all", "gram"):
+        raise UsageError(f"--statistics {statistics} is not known", hint="one of: all, gram")
     recipe: Recipe | None = None
     plan: Plan | None = None
     if source is not None:
@@ -72,7 +83,15 @@ def plan_request(
         old = {name: getattr(settings, name) for name in ("blocks", "linkage", "strategy", "similarity", "seed")}
         if old["blocks"] == "rules" and not order.get("blocks"):
             raise UsageError("the plan was made with rules of its own", hint="give them again: --blocks rules.yaml")
-        return Given(request=None, plan=plan, order=order_settings(order, old), ignored=())
+        assert source is not None
+        return Given(
+            request=None,
+            plan=plan,
+            order=order_settings(order, old),
+            ignored=(),
+            statistics=cast(Statistics | None, statistics),
+            folder=source.absolute().parent,
+        )
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
     ignored: list[str] = []
     if tasks is not None:
@@ -98,6 +117,7 @@ def plan_request(
         order=order_settings(order, recipe.order_fields() if recipe else {}),
         private=private or (tuple(recipe.private) if recipe else ()),
         merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
+        statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
         relative_to=recipe.folder if recipe else Path(),
     )
     return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))

@@ -21,6 +21,7 @@ from flexmerge_cli.engine.runs import squares
 from flexmerge_cli.engine.spans import tiles
 from flexmerge_cli.engine.work import BASE, Raw, Worker, cast, torch_dtype
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.methods.coded import Form
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Coder, Matrix
 
@@ -63,6 +64,8 @@ class Encoder:
                 self._merge(storage, group, raw, piece, whole)
             elif group.kind == "masked":
                 self._mask(storage, group, raw, piece)
+            elif group.bits is not None:
+                self._bits(storage, group, raw, piece)
             else:
                 self._residuals(storage, group, raw, piece, whole)
         base = next((part for part in storage.parts if part.array.role == "base"), None)
@@ -74,6 +77,8 @@ class Encoder:
     def _copy(self, group: StoredGroup, raw: Raw, piece: Piece) -> None:
         worker, start = self.worker, raw.span.start
         for part in group.parts:
+            if part.array.role != "dense":
+                continue
             if part.readers[0] not in group.tasks:
                 continue  # written with the group of its first reader
             values = worker.own(raw, part.readers[0])
@@ -150,8 +155,7 @@ class Encoder:
         assert coded is not None
         form = coded.form(storage.tensor.shape, tuple(dtypes))
         assert form.residual is not None
-        columns = form.matrix[1]
-        rows = (span.start // columns, span.stop // columns) if columns else (0, form.matrix[0])
+        rows = _rows(form.matrix, raw)
         found, deltas = worker.value(group, raw, 0, span.stop - span.start, whole)
         base = worker.on_device(raw.bits[BASE])
         plain = base if chain.call is None else base + (found.float() + 0.0)
@@ -159,15 +163,8 @@ class Encoder:
         dtype = promote(dtypes)
         if coded.centre == "none":
             centre = torch.zeros_like(base)
-        elif form.centre is not None:
-            decoded = self._code(form.centre, plain, form.matrix, rows, dtype, shared, piece)
-            centre = torch.from_numpy(decoded).to(worker.device)
-        elif coded.centre == "base":
-            centre = cast(base, shared["base"].array.dtype).float()
         else:
-            stored = cast(plain, shared["unified"].array.dtype) + 0.0
-            self._emit(shared["unified"], span.start, self._finite(stored, group, raw).cpu(), piece)
-            centre = stored.float()
+            centre = self._centre(form, plain, shared, dtype, group, raw, piece)
         factors = None
         if coded.expert is not None:
             factors = coded.expert.factors(chain.expert_stats(group.tasks, span.tensor))
@@ -184,6 +181,65 @@ class Encoder:
             decoded_task = cast(value, dtypes[row])
             self._decoded(task, decoded_task, dtypes[row], group, raw, piece)
             piece.errors[task] = _lost(decoded_task.float() - own.cpu(), span.run)
+
+    def _bits(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
+        """The same where each task has bits of its own, 0 and exact copies among them; equal tasks are coded once."""
+        worker, dtypes = self.worker, self._dtypes(storage, group)
+        chain, shape = worker.chain(group), storage.tensor.shape
+        coded, bits_of = chain.coded, dict(zip(group.tasks, group.bits or ()))
+        assert coded is not None
+        self._copy(group, raw, piece)
+        shared = {part.array.role: part for part in group.parts if part.task is None and part.array.role != "dense"}
+        centre = None
+        if coded.centre != "none":
+            plain = worker.on_device(raw.bits[BASE])
+            if chain.call is not None:
+                plain = plain + (worker.value(group, raw, 0, raw.span.stop - raw.span.start)[0].float() + 0.0)
+            form = coded.form_of_bits(shape, 0)
+            centre = self._centre(form, plain, shared, promote(dtypes), group, raw, piece)
+        found: dict[tuple[int, Any], tuple[RangeDigest, np.ndarray]] = {}
+        for task, dtype in zip(group.tasks, dtypes):
+            bits = bits_of[task]
+            if bits == "exact":
+                continue
+            key = storage.tensor.same[task], bits
+            if key not in found:
+                own = worker.on_device(worker.own(raw, task))
+                form = coded.form_of_bits(shape, bits)
+                value = None if centre is None else centre.cpu()
+                if form.residual is not None:
+                    mine = {part.array.role: part for part in group.parts if part.task == task}
+                    residual = own if centre is None else own - centre
+                    back = self._code(form.residual, residual, form.matrix, _rows(form.matrix, raw), dtype, mine, piece)
+                    value = torch.from_numpy(back) if value is None else value + torch.from_numpy(back)
+                assert value is not None
+                decoded = cast(value, dtype)
+                self._decoded(task, decoded, dtype, group, raw, piece)
+                found[key] = piece.decoded[task], _lost(decoded.float() - own.cpu(), raw.span.run)
+            piece.decoded[task], piece.errors[task] = found[key]
+
+    def _centre(
+        self,
+        form: Form,
+        plain: Tensor,
+        shared: Mapping[str, Part],
+        dtype: str,
+        group: StoredGroup,
+        raw: Raw,
+        piece: Piece,
+    ) -> Tensor:
+        """Write what residuals are taken against, and give it as it is read back: float32, on the device.
+
+        plain: float32, before it is coded or rounded; shared: its parts, by role.
+        """
+        if form.centre is not None:
+            decoded = self._code(form.centre, plain, form.matrix, _rows(form.matrix, raw), dtype, shared, piece)
+            return torch.from_numpy(decoded).to(self.worker.device)
+        if "base" in shared:  # written once, for all groups
+            return cast(plain, shared["base"].array.dtype).float()
+        stored = cast(plain, shared["unified"].array.dtype) + 0.0
+        self._emit(shared["unified"], raw.span.start, self._finite(stored, group, raw).cpu(), piece)
+        return stored.float()
 
     def _code(
         self,
@@ -252,6 +308,12 @@ class Encoder:
 
 def array(group: StoredGroup, role: str) -> Part:
     return next(part for part in group.parts if part.array.role == role)
+
+
+def _rows(matrix: Matrix, raw: Raw) -> tuple[int, int]:
+    """Whole rows of a view that a range is."""
+    m, n = matrix
+    return (raw.span.start // n, raw.span.stop // n) if n else (0, m)
 
 
 def _errors(num_tasks: int, raw: Raw) -> np.ndarray:

@@ -107,7 +107,9 @@ class _Run:
                 continue
             chain = self.worker.chain(group)
             scopes.append(chain.scope_of(tensor.name, tensor.shape))
-            if chain.coded is not None:
+            if group.bits is not None:
+                scopes.append("row")
+            elif chain.coded is not None:
                 dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
                 form = chain.coded.form(tensor.shape, dtypes)
                 scopes.append("tensor" if chain.coded.expert or form.residual is None else form.residual.scope)

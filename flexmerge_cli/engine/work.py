@@ -118,8 +118,13 @@ class Worker:
     def models(self, storage: Storage) -> tuple[int, ...]:
         """What has to be read of a tensor: of equal tasks the first, and the base if something merges."""
         leaders = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
-        merges = any(group.kind != "copy" for group in storage.groups)
-        return (*leaders, BASE) if merges else tuple(leaders)
+        return (*leaders, BASE) if any(self._needs_base(group) for group in storage.groups) else tuple(leaders)
+
+    def _needs_base(self, group: StoredGroup) -> bool:
+        if group.kind == "copy" or group.bits is None:
+            return group.kind != "copy"
+        coded = self.chain(group).coded
+        return coded is not None and coded.centre != "none"
 
     def read(self, span: Span, models: Sequence[int], place: int = 0) -> Raw:
         """place: which of the thread's buffers, where several tensors are read at once."""

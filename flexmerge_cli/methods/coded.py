@@ -18,7 +18,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.method import Call, Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
-from flexmerge_cli.residuals.low_bit import LowBit, weight_code
+from flexmerge_cli.residuals.low_bit import LowBit, residual_code, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.sparse import Sparse
 
@@ -97,6 +97,18 @@ class Coded:
         form = Form(matrix=matrix, residual=coder, centre=centre)
         copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
+
+    def form_of_bits(self, shape: tuple[int, ...], bits: int) -> Form:
+        """How a tensor is stored for a task that has bits of its own: as `auto` does, vectors like all else.
+
+        bits: 0 stores nothing beside the centre, and then `residual` is None.
+        """
+        code = weight_code if self.centre == "none" else residual_code
+        return Form(
+            matrix=View.SQUEEZED.matrix(shape),
+            residual=code(bits) if bits else None,
+            centre=None if self.centre == "none" or self.centre_bits == "dense" else weight_code(self.centre_bits),
+        )
 
     def centre_call(self) -> Call | None:
         """The method that makes the centre; None for the base, and for none."""

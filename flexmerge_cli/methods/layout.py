@@ -74,5 +74,19 @@ def residual_layout(coded: Coded, shape: tuple[int, ...], dtypes: tuple[str, ...
     )
 
 
+def centre_arrays(coded: Coded, shape: tuple[int, ...], dtype: str) -> tuple[Array, ...]:
+    """What tasks that have bits of their own share, the base apart. dtype: of their one value."""
+    form = coded.form_of_bits(shape, 0)
+    if form.centre is not None:
+        return _arrays(form.centre.parts(form.matrix, dtype))
+    return () if coded.centre in ("base", "none") else (Array(role="unified", dtype=dtype, shape=shape),)
+
+
+def bits_arrays(coded: Coded, shape: tuple[int, ...], bits: int, dtype: str) -> tuple[Array, ...]:
+    """What such a task has for itself."""
+    form = coded.form_of_bits(shape, bits)
+    return _arrays(form.residual.parts(form.matrix, dtype)) if form.residual is not None else ()
+
+
 def _arrays(parts: tuple[Part, ...]) -> tuple[Array, ...]:
     return tuple(Array(role=part.role, dtype=part.dtype, shape=part.shape) for part in parts)

@@ -1,5 +1,6 @@
 """Small families, plans and allocations of them, and bundles: what the engine's tests of methods have in common."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,8 @@ WHOLE = 1 << 24  # elements of a chunk that every tensor here fits in
 
 DEFAULTS = {name: format_call(name, FASTER.get(name, {})) for name in all_methods()}
 WORDS = {
-    format_call(name, args): format_call(name, {**FASTER.get(name, {}), **args})
+    name: tuple(format_call(name, {**FASTER.get(name, {}), **args}) for args in arguments(method.parameters) if args)
     for name, method in all_methods().items()
-    for args in arguments(method.parameters)
-    if args
 }
 """Every method at every word it takes; made from the declarations, so a method is tested the day its file appears."""
 
@@ -43,22 +42,26 @@ NUMBERS = (
 )  # fmt: skip
 """Numbers and centres that take other ways through the engine."""
 
-EVERY = tuple(dict.fromkeys([*DEFAULTS.values(), *WORDS.values(), *NUMBERS]))
+TOGETHER = [(text,) for text in NUMBERS] + [
+    words[first : first + 3] for words in WORDS.values() for first in range(0, len(words), 3)
+]
+"""Methods that take turns in one bundle."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embeddings.patch_embedding.weight": (4, 3, 2, 2),
     "embeddings.scale": (),
     "encoder.layer.0.attention.self.key.weight": (1, 17),
     "encoder.layer.0.attention.self.value.weight": (0, 4),
-    "encoder.layer.1.attention.self.value.bias": (0,),
+    "encoder.layer.0.attention.self.value.bias": (0,),
     "encoder.layer.1.attention.self.key.bias": (1,),
+    "encoder.layer.1.intermediate.dense.weight": (9, 14),
 }
 """Odd ones, beside those of an encoder."""
 
 
 def base_of(dtype: torch.dtype = torch.float32) -> State:
     odd = {name: normal(50 + i, *shape, dtype=dtype) for i, (name, shape) in enumerate(SHAPES.items())}
-    return encoder(dtype=dtype, width=12) | odd
+    return encoder(dtype=dtype, width=12, layers=1) | odd
 
 
 def fine_tunes(dtype: torch.dtype = torch.float32, *, num_tasks: int = 8) -> Models:
@@ -69,9 +72,8 @@ def fine_tunes(dtype: torch.dtype = torch.float32, *, num_tasks: int = 8) -> Mod
     for number in range(num_tasks):
         start = {name: common[name] if number % 3 else value for name, value in base.items()}
         tasks[f"task{number}"] = tuned(start, number + 1, dtype=dtype)
-        tasks[f"task{number}"]["encoder.layer.1.output.LayerNorm.weight"] = base[
-            "encoder.layer.1.output.LayerNorm.weight"
-        ].clone()
+        name = "encoder.layer.0.output.LayerNorm.weight"
+        tasks[f"task{number}"][name] = base[name].clone()
         tasks[f"task{number}"]["classifier.weight"] = normal(number, 2 + number % 2, 3, dtype=dtype)
     for name in ("task1", "task2"):
         tasks[name]["pooler.dense.weight"] = common["pooler.dense.weight"].clone()
@@ -116,10 +118,9 @@ def groups_of(num_tasks: int, index: int) -> list[tuple[int, ...]]:
     """The index-th partition of eight tasks, now of neighbours, now of tasks that lie apart; of fewer, all of them."""
     if num_tasks != 8:
         return [tuple(range(num_tasks))]
-    order = list(range(8)) if index % 2 else [task * 3 % 8 for task in range(8)]
-    ends = [sum(PARTITIONS[index % len(PARTITIONS)][: count + 1]) for count in range(len(PARTITIONS[index % 8]))]
-    groups = [tuple(sorted(order[low:high])) for low, high in zip([0, *ends], ends)]
-    return sorted(groups)
+    order = [task * (1 if index % 2 else 3) % 8 for task in range(8)]
+    ends = list(itertools.accumulate(PARTITIONS[index % len(PARTITIONS)]))
+    return sorted(tuple(sorted(order[low:high])) for low, high in zip([0, *ends], ends))
 
 
 def billed(

@@ -40,7 +40,8 @@ def given_back(models: Models, bill: Bill) -> dict[str, State]:
         },
         blocks={block.name: tuple(sorted(block.tensors)) for block in plan.blocks},
     )
-    back = {}
+    back: dict[str, State] = {}
+    experts: dict[Any, Any] = {}
     for number, task in enumerate(plan.task_names):
         own = {tensor.name: tensor.dtype_of(number) for tensor in plan.tensors if number in tensor.present}
         back[task] = {
@@ -48,13 +49,15 @@ def given_back(models: Models, bill: Bill) -> dict[str, State]:
         }
     for unit in bill.allocation.units:
         for group in unit.groups:
-            for task, name, value in _group(models, bill, family, unit, group):
+            for task, name, value in _group(models, bill, family, experts, unit, group):
                 back[task][name] = value.view(back[task][name].shape)
     return back
 
 
-def _group(models: Models, bill: Bill, family: Family, unit: Unit, group: Group) -> list[tuple[str, str, Tensor]]:
-    """(task, tensor, value) of all that is not copied."""
+def _group(
+    models: Models, bill: Bill, family: Family, experts: dict[Any, Any], unit: Unit, group: Group
+) -> list[tuple[str, str, Tensor]]:
+    """(task, tensor, value) of all that is not copied. experts: statistics that were taken before."""
     stored = [
         name
         for name in unit.tensors
@@ -96,7 +99,8 @@ def _group(models: Models, bill: Bill, family: Family, unit: Unit, group: Group)
         )
         value = base + merged[name].unified.flatten() + 0.0 if maker is not None else base
         if coded is not None:
-            found = _residuals(models, family, coded, name, names, dtypes[name], value, kept_base.float().flatten())
+            kept = kept_base.float().flatten()
+            found = _residuals(models, family, experts, coded, name, names, dtypes[name], value, kept)
         elif call.method.masked:
             taken = [merged[name].tasks[task].flatten() for task in names]
             kept = kept_base.float().flatten()
@@ -104,7 +108,8 @@ def _group(models: Models, bill: Bill, family: Family, unit: Unit, group: Group)
         else:
             found = [value.to(torch_dtype(promote(dtypes[name])))] * len(names)
         values += [
-            (task, name, one.to(torch_dtype(dtype))) for task, dtype, one in zip(names, dtypes[name], found, strict=True)
+            (task, name, one.to(torch_dtype(dtype)))
+            for task, dtype, one in zip(names, dtypes[name], found, strict=True)
         ]
     return values
 
@@ -112,6 +117,7 @@ def _group(models: Models, bill: Bill, family: Family, unit: Unit, group: Group)
 def _residuals(
     models: Models,
     family: Family,
+    experts: dict[Any, Any],
     coded: Coded,
     name: str,
     names: Sequence[str],
@@ -135,8 +141,10 @@ def _residuals(
     if coded.expert is not None:
         expert: Any = coded.expert
         domain = {"model": tuple(family.deltas), "block": family.blocks[family.block_of(name)], "tensor": (name,)}
-        stats = measure(expert, family.deltas, domain[expert.scope], family.tasks, 1 << 30)
-        factors = expert.factors(stats.take([family.tasks.index(task) for task in names]))
+        tensors = domain[expert.scope]
+        if (expert, tensors) not in experts:
+            experts[expert, tensors] = measure(expert, family.deltas, tensors, family.tasks, 1 << 30)
+        factors = expert.factors(experts[expert, tensors].take([family.tasks.index(task) for task in names]))
     found = []
     for row, task in enumerate(names):
         own = models.tasks[task][name].float().flatten()

@@ -11,7 +11,7 @@ from flexmerge_cli.methods.registry import parse_call
 
 from ..families import same_bits
 from ..program import ROOT
-from .merges import DEFAULTS, EVERY, FAMILIES, billed, disk_bytes, plan_of, planned, write
+from .merges import DEFAULTS, FAMILIES, TOGETHER, billed, disk_bytes, plan_of, planned, write
 from .reference import given_back
 
 SPECTRAL_RESIDUALS = ("low_rank", "tsv_c")
@@ -63,22 +63,24 @@ def family(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"),
-    [(method, dtype) for method in EVERY for dtype in FAMILIES if dtype == "mixed" or method in DEFAULTS.values()],
+    ("methods", "dtype"),
+    [((method,), dtype) for method in DEFAULTS.values() for dtype in FAMILIES]
+    + [(methods, "mixed") for methods in TOGETHER],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_bundle_holds_what_was_priced_and_gives_back_what_the_method_makes(
-    method, dtype, family, sample_reader, tmp_path
+    methods, dtype, family, sample_reader, tmp_path
 ):
     """Groups of one to eight tasks. What is not the default of a method is tried on the mixed family alone."""
     folders = family(dtype)
-    bill = billed(plan_of(folders), method)
+    bill = billed(plan_of(folders), *methods)
     bundle = write(folders, bill, tmp_path / "bundle")
     assert disk_bytes(bundle) == bill.total_bytes
     assert sum(part.num_bytes for file in bill.files for part in file.parts) == bill.tensor_bytes
     checked = verify(bundle, decode=True)
     assert checked.bad == {}
     assert sample_reader(bundle) == checked.num_tensors
-    opened, near = open_bundle(bundle), parse_call(method).method.name in SPECTRAL_RESIDUALS
+    opened, near = open_bundle(bundle), parse_call(methods[0]).method.name in SPECTRAL_RESIDUALS
     for task, state in given_back(folders.models, bill).items():
         view = opened.view(task)
         assert sorted(view) == sorted(state)

@@ -1,0 +1,199 @@
+"""`--method auto`: a plan and a size in, an allocation out, by the search of auto.py. Pure; reads no weights.
+
+The search has every mergeable tensor, one unit each, but those of blocks that `--method-for` names: these are stored by
+their method with all tasks in one group, or, with `keep`, as copies, and what they take is subtracted first.
+"""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, MethodUse, Tasks, Unit
+from flexmerge_cli.allocation.auto import Search, Solution, search
+from flexmerge_cli.allocation.auto_centres import CentreBits, Kind
+from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
+from flexmerge_cli.allocation.auto_table import Choice, Limits
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.plan_file import Plan, PlanBlock, PlanTensor
+from flexmerge_cli.allocation.size import Size
+from flexmerge_cli.allocation.storage import effective_dtype
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.methods.registry import format_call, parse_call
+
+# About two bits a weight: where a first user need not know a number.
+MAX_DISTANCE = 0.35
+
+Elsewhere = tuple[tuple[str, MethodUse | None], ...]
+"""(pattern of block names, its method, or None for copies); the first match holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What the search chose, and what storing it takes."""
+
+    solution: Solution
+    bill: Bill
+
+
+class Auto:
+    """Searches of one plan: any number of sizes from one table."""
+
+    def __init__(self, pricer: Pricer, limits: Limits, dtype: str | None = None, elsewhere: Elsewhere = ()) -> None:
+        """Raises UsageError if the plan lacks the statistics, or for a pattern that no block matches."""
+        plan = pricer.plan
+        if plan.settings.statistics != "all" and plan.blocks:
+            raise UsageError(
+                "`auto` needs to know how well tensors code, and the plan was made without",
+                hint="flexmerge plan plan.json --statistics all -o with-statistics.json",
+            )
+        self.pricer, self.plan, self.dtype = pricer, plan, dtype
+        self._kept = {block.name: self._unit_elsewhere(block, elsewhere) for block in plan.blocks}
+        self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
+        self.search = self._search(limits)
+        self._fixed_bytes = pricer.tensor_bytes(self._allocation(()))
+
+    def cut(self, size: Size) -> Found:
+        """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
+        if size.on_disk:
+            smallest = self.smallest()
+            if smallest.bill.total_bytes > size.max_bytes:
+                self._refuse(size, smallest)
+            return self._found(self.search.solve_priced(size.max_bytes, lambda s: self._found(s).bill.total_bytes))
+        budget = self._budget(size.max_bytes)
+        if budget < self.search.smallest_bytes:
+            self._refuse(size, self.smallest())
+        return self._found(self.search.solve(budget))
+
+    def smallest(self) -> Found:
+        return self._found(self.search.solve(self.search.smallest_bytes))
+
+    def within(self, max_distance: float) -> Found:
+        """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
+        return self._found(self.search.solve_distance(max_distance))
+
+    def _budget(self, max_bytes: float) -> int:
+        """For the tensors of the search, of bytes of tensor data."""
+        most = sum(int(table.num_bytes[-1]) for table in self.search.tables)
+        return min(most, math.floor(max_bytes) - self._fixed_bytes) if math.isfinite(max_bytes) else most
+
+    def _refuse(self, size: Size, smallest: Found) -> None:
+        one, bill = max(1, self.plan.one_model_bytes), smallest.bill
+        raise GateError(
+            f"`auto` does not reach {size.text}: its smallest is {bill.tensor_bytes / one:.4f}x, "
+            f"{bill.total_bytes}B on disk",
+            hint=f"--size {smallest_factor(bill):g}x, or --dtype bf16",
+        )
+
+    def _found(self, solution: Solution) -> Found:
+        return Found(solution=solution, bill=self.pricer.bill(self._allocation(solution.choices)))
+
+    def _search(self, limits: Limits) -> Search:
+        merges: dict[str, list[tuple[Tasks, Tasks]]] = {}
+        for merge in self.plan.order:
+            merges.setdefault(merge.block, []).append((merge.left, merge.right))
+        count = len(self.plan.tasks)
+        return search(
+            [
+                self._statistics(self.plan.tensor(name))
+                for block in self.searched
+                for name in block.tensors
+                if self.plan.tensor(name).num_elements
+            ],
+            {name: block.name for block in self.searched for name in block.tensors},
+            {block.name: partitions(count, merges.get(block.name, [])) for block in self.searched},
+            limits,
+        )
+
+    def _statistics(self, tensor: PlanTensor) -> TensorStatistics:
+        errors = tensor.coding_error
+        assert errors is not None
+        return TensorStatistics(
+            name=tensor.name,
+            shape=tensor.shape,
+            base_dtype=effective_dtype(str(tensor.base_dtype), self.dtype),
+            dtypes=tuple(effective_dtype(tensor.dtype_of(task), self.dtype) for task in tensor.present),
+            gram=self.plan.gram(tensor),
+            same=tensor.same,
+            is_base=tensor.is_base,
+            errors=errors,
+        )
+
+    def _unit_elsewhere(self, block: PlanBlock, elsewhere: Elsewhere) -> tuple[MethodUse | None] | None:
+        for pattern, _ in elsewhere:
+            if not any(fnmatch.fnmatchcase(other.name, pattern) for other in self.plan.blocks):
+                some = ", ".join(other.name for other in self.plan.blocks[:3])
+                raise UsageError(f"no block matches `{pattern}`", hint=f"blocks are {some}, …")
+        found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
+        return (found[0],) if found else None
+
+    def _allocation(self, choices: Sequence[Choice]) -> Allocation:
+        """Choices of all tensors of the search; without any they are left out, for the price of the rest."""
+        plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
+        uses = dict.fromkeys(kept[0] for kept in self._kept.values() if kept is not None and kept[0] is not None)
+        uses |= dict.fromkeys(use for choice in choices for use, _, _ in _groups(choice, plan) if use is not None)
+        methods = {use: index for index, use in enumerate(uses)}
+        everyone = plan.all_tasks
+        units = []
+        for block in plan.blocks:
+            kept = self._kept[block.name]
+            if kept is not None:
+                apart = [((task,), None) for task in everyone]
+                groups = apart if kept[0] is None else [(everyone, methods[kept[0]] if len(everyone) > 1 else None)]
+                found = tuple(Group(tasks=tasks, method=method) for tasks, method in groups)
+                units.append(Unit(name=block.name, tensors=block.tensors, groups=found))
+            for name in block.tensors if kept is None and choices else ():
+                if name in of_tensor:
+                    found = tuple(
+                        Group(tasks=tasks, method=None if use is None else methods[use], bits=bits)
+                        for use, tasks, bits in _groups(of_tensor[name], plan)
+                    )
+                else:  # without an element
+                    found = tuple(Group(tasks=(task,), method=None) for task in everyone)
+                units.append(Unit(name=name, tensors=(name,), groups=found))
+        return Allocation(methods=tuple(uses), units=tuple(units), dtype=self.dtype)
+
+
+def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, elsewhere: Elsewhere = ()) -> Auto:
+    """Made once a pricer: its tables take longer than any size asked of them."""
+    key = (limits, dtype, elsewhere)
+    if key not in pricer.searches:
+        pricer.searches[key] = Auto(pricer, limits, dtype, elsewhere)
+    found = pricer.searches[key]
+    assert isinstance(found, Auto)
+    return found
+
+
+def smallest_factor(bill: Bill) -> float:
+    """A size that a bill fits, in four decimals."""
+    return -(-bill.tensor_bytes * 10000 // max(1, bill.plan.one_model_bytes)) / 10000
+
+
+def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
+    """(method, tasks, bits) by smallest task; tasks of one class are together, and a class alone has no centre."""
+    same = plan.tensor(choice.tensor).same
+    members: dict[int, list[int]] = {}
+    for task, first in enumerate(same):
+        members.setdefault(first, []).append(task)
+    everyone = tuple(range(len(same)))
+    found: list[tuple[Kind, Tasks]] = []
+    for group in {"none": (), "base": (everyone,), "average": choice.centre.groups}[choice.centre.kind]:
+        shares = choice.centre.kind == "base" or len({same[task] for task in group}) > 1
+        found.append((choice.centre.kind if shares else "none", group))
+    if choice.centre.kind == "none":
+        found += [("none", tuple(tasks)) for tasks in members.values()]
+    groups: list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]] = []
+    for kind, tasks in found:
+        bits = tuple(choice.bits[task] for task in tasks)
+        if set(bits) == {"exact"}:
+            groups += [(None, tuple(members[first]), None) for first in dict.fromkeys(same[task] for task in tasks)]
+        else:
+            groups.append((_use(kind, choice.centre.bits), tasks, bits))
+    return sorted(groups, key=lambda group: group[1])
+
+
+def _use(kind: Kind, centre_bits: CentreBits) -> MethodUse:
+    """`bits` are the group's own; those of the text are of no effect."""
+    centre = "" if kind == "none" else f",centre_bits={centre_bits}"
+    call = parse_call(f"low_bit:centre={kind}{centre},scales=bfloat16,clip=search")
+    return MethodUse(format_call(call.method.name, call.args))

@@ -1,0 +1,19 @@
+"""Which texts every file that we write, and every path, can hold: Unicode, without NUL and without lone surrogates.
+
+JSON, YAML and pickles can all tell of others, and so can names on a disk; they are refused where they come in.
+"""
+
+from typing import Any
+
+
+def is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def holds_text(value: Any) -> bool:
+    """Whether all texts of a JSON value are, keys too. Recursive: for what a parser of bounded depth has made."""
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, dict):
+        return all(is_text(str(key)) and holds_text(item) for key, item in value.items())
+    return not isinstance(value, list) or all(map(holds_text, value))
