@@ -119,7 +119,11 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
         if found.bad:
             from flexmerge_cli.errors import IntegrityError
 
-            raise IntegrityError(f"{path}: {found.bad}", hint="fetch the bundle again, or merge again")
+            lines = [f"{name}: {problem}" for name, problem in found.bad.items()]
+            lines.append(f"broken: {', '.join(found.broken_tasks)}; sound: {', '.join(found.sound_tasks) or 'none'}")
+            raise IntegrityError(
+                f"{path} is damaged:\n  " + "\n  ".join(lines), hint="fetch the bundle again, or merge again"
+            )
     return OpenBundle(path)
 
 

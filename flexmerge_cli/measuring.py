@@ -60,7 +60,9 @@ def add_statistics(
         on_bytes=on_bytes,
     )
     for tensor, measure in zip(tensors, measures):
-        for model, (now, then) in enumerate(zip([*measure.digests, measure.base_digest], [*tensor.digests, tensor.base_digest])):
+        for model, (now, then) in enumerate(
+            zip([*measure.digests, measure.base_digest], [*tensor.digests, tensor.base_digest])
+        ):
             if now != then:
                 who = located.describe[model]
                 raise DataError(f"{who} has changed since the plan: `{tensor.name}`", hint="make the plan again")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 
 # Of --max-distance that `auto` aims at where it has no size: what is measured may be a little more than predicted.
-PREDICTED_PART = 0.98
+PREDICTED_PART = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +141,14 @@ def merge(
     """
     from flexmerge_cli.bundle.write import check_output, write_bundle
     from flexmerge_cli.engine.device import choose_device
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, whole_elements
     from flexmerge_cli.engine.memory import materialise_chunk
     from flexmerge_cli.engine.pool import default_threads
 
     where = choose_device(device)
     threads = threads or default_threads()
-    chunk = materialise_chunk(len(plan.tasks), threads, max_memory, CHUNK_ELEMENTS)
     bill = bill or allocate(plan, request)
+    chunk = materialise_chunk(len(plan.tasks), threads, max_memory, CHUNK_ELEMENTS, whole_elements(bill))
     check_output(output, bill, force=force)
     sources, side_files = open_sources(plan, plan_folder, request.relocate)
     _apart(output, sources)
@@ -289,7 +289,7 @@ def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
     """Groups of near-identical tasks that a sum form multiplies, or whose masks stay empty: told once a method."""
     told: dict[int, list[str]] = {}
     for unit in bill.allocation.units:
-        groups = [group for group in unit.groups if group.method is not None]
+        groups = [group for group in unit.groups if group.method is not None and group.bits is None]
         if not groups:
             continue
         cosines = similarity(block_measure(unit.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)

@@ -95,11 +95,12 @@ class Recipe(Record):
 
 def read_recipe(path: Path) -> Recipe:
     """Raises UsageError with file, line and key. The method's own words are checked, too, before anything is read."""
+    from flexmerge_cli.allocation.auto_options import parse_auto
     from flexmerge_cli.methods.registry import parse_call, resolve
 
     recipe = read_yaml(path, Recipe, "recipe")
     recipe._folder = path.absolute().parent
-    if recipe.merge.method is not None:
+    if recipe.merge.method is not None and parse_auto(recipe.merge.method) is None:
         parse_call(resolve(recipe.merge.method).method)
     return recipe
 

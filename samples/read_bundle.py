@@ -88,13 +88,19 @@ def decode(parts, size, bits, levels=None):
     return values.astype(np.float32).reshape(-1)
 
 
-def decode_residual(parts, name, task, size, method):
+def decode_residual(parts, name, task, size, method, group):
     """centre + residual of one tensor and task, float32 [size]. parts: all that the task reads."""
     shared = {role: parts[f"{name}@{role}"] for role in CODED if f"{name}@{role}" in parts}
-    own = {role: parts[f"{name}@{role}.{task}"] for role in CODED if f"{name}@{role}.{task}" in parts}
+    # Tasks with bits of their own: equal ones share a part, named by the first of them.
+    own = {role: parts[f"{name}@{role}.{who}"] for who in group["tasks"] for role in CODED
+           if f"{name}@{role}.{who}" in parts}  # fmt: skip
     bits, centre_bits = method["args"].get("bits", 1), method["args"].get("centre_bits")
-    if "codes" in shared and len(shared["codes"][1]) == 1:  # a vector: 8 bits on 8 bits
+    if "bits" in group:
+        bits = group["bits"][task]
+    elif "codes" in shared and len(shared["codes"][1]) == 1:  # a vector: 8 bits on 8 bits
         bits = centre_bits = 8
+    if not own:  # 0 bits: the centre alone
+        return decode(shared, size, centre_bits) if "codes" in shared else floats(*shared.values()).reshape(-1)
     residual = decode(own, size, bits, [-1, 1] if method["name"] == "bitdelta" else None)
     if "codes" in shared:
         return decode(shared, size, centre_bits) + residual
@@ -122,8 +128,9 @@ def read_task(bundle, task):
             stored, bits = dense[name]
             bits = bits if stored == dtype else bits_of(floats(dense[name]), dtype)
         elif places[name][1]["kind"] == "residual":
-            method = manifest["methods"][places[name][1]["method"]]
-            bits = bits_of(decode_residual(coded, name, task, int(np.prod(shape)), method), dtype)
+            group = places[name][1]
+            method = manifest["methods"][group["method"]]
+            bits = bits_of(decode_residual(coded, name, task, int(np.prod(shape)), method, group), dtype)
         else:
             base, unified = floats(coded[f"{name}@base"]), floats(coded[f"{name}@unified"])
             mask = numbers(coded[f"{name}@mask.{task}"][1], base.size, 1).reshape(base.shape)

@@ -6,6 +6,7 @@ error summed over tasks. Of the many combinations only the Lagrangian optima of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Bits

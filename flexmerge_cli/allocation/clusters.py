@@ -1,7 +1,8 @@
 """Clusters of tasks instead of a merge order: baselines of the FlexMerge paper. Gram matrices in, an allocation out.
 
 channels      spherical k-means in every tensor by itself, after channel merging (Zhang et al. 2025): here
-whole models  agglomerative clustering: an order of one block, cut at `Kx`: `plan --blocks model --linkage average`
+whole models  agglomerative clustering: an order of one block, cut at `Kx`: `plan --blocks model --linkage average`.
+              Private tensors come on top of K models: where there are some, say `--merges M-K` instead
 
 Pure, and without a second pass over the weights: a row is a task vector made 1 long, a centre the mean of rows made 1
 long, so all that k-means compares follows from the inner products that a plan has. Where the authors' code differs: it

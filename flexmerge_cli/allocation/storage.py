@@ -219,7 +219,7 @@ def _of_bits(
     assert group.bits is not None and group.method is not None
     coded = declare(calls[group.method])
     assert coded is not None
-    bits_of = {task: bits for task, bits in zip(group.tasks, group.bits) if bits != "exact"}
+    bits_of: dict[int, int] = {task: bits for task, bits in zip(group.tasks, group.bits) if bits != "exact"}
     if not bits_of or not tensor.num_elements:
         return None
     dtypes = [effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks]
@@ -229,10 +229,11 @@ def _of_bits(
     ]
     is_dense_base = coded.centre == "base" and coded.centre_bits == "dense"
     parts += [base] if is_dense_base else []
-    classes: dict[tuple[int, Bits], list[int]] = {}
+    classes: dict[tuple[int, int], list[int]] = {}
     for task, bits in bits_of.items():
         classes.setdefault((tensor.same[task], bits), []).append(task)
-    for (_, bits), tasks in classes.items():
+    for (_, number), tasks in classes.items():
+        own = bits_arrays(coded, tensor.shape, number, effective_dtype(tensor.dtype_of(tasks[0]), cast))
         parts += [
             Part(
                 name=f"{tensor.name}@{array.role}.{plan.tasks[tasks[0]].name}",
@@ -241,11 +242,9 @@ def _of_bits(
                 tensor=tensor.name,
                 task=tasks[0],
             )
-            for array in bits_arrays(coded, tensor.shape, int(bits), effective_dtype(tensor.dtype_of(tasks[0]), cast))
+            for array in own
         ]
-    return StoredGroup(
-        tasks=group.tasks, kind="residual", method=group.method, parts=tuple(parts), bits=group.bits
-    )
+    return StoredGroup(tasks=group.tasks, kind="residual", method=group.method, parts=tuple(parts), bits=group.bits)
 
 
 def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str | None) -> list[StoredGroup]:

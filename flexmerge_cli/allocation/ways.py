@@ -4,12 +4,17 @@ import shlex
 from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import copies
+from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
+from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
+
+AUTO_SIZES = (0.75, 1, 1.5, 2)
 
 _CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=search"
 
@@ -43,12 +48,14 @@ def check_methods(choice: str) -> None:
 
 
 def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
-    """Copies as found, a cast, exact deduplication, and methods at their smallest on the order: `common` or `all`."""
+    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
+    their smallest on the order: `common` or `all`."""
     plan = pricer.plan
     found = sum(task.bytes for task in plan.tasks)
     side = sum(file.bytes for task in plan.tasks for file in task.files.values())
     command = f"flexmerge merge {shlex.quote(plan_path)}"
-    rows = [
+    rows = _auto(pricer, command)
+    rows += [
         Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
         way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"),
         way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"),
@@ -58,6 +65,23 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
         call = parse_call(method)
         bill = pricer.bill(Cutter(pricer, format_call(call.method.name, call.args)).smallest())
         rows.append(way(name, bill, f"{command} --method {shlex.quote(method)} -o bundle/"))
+    return rows
+
+
+def _auto(pricer: Pricer, command: str) -> list[Way]:
+    """At its smallest, if that is more than the first size, then at all sizes that it reaches."""
+    plan = pricer.plan
+    if plan.settings.statistics != "all" or not plan.blocks:
+        return []
+    search = auto(pricer, Limits())
+    smallest, one = search.smallest().bill, max(1, plan.one_model_bytes)
+    sizes = [f"{size}x" for size in AUTO_SIZES if smallest.tensor_bytes <= size * one and size <= len(plan.tasks)]
+    if smallest.tensor_bytes > AUTO_SIZES[0] * one and smallest_factor(smallest) <= len(plan.tasks):
+        sizes.insert(0, f"{smallest_factor(smallest):g}x")
+    rows = []
+    for text in sizes:
+        size = parse_size(text, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        rows.append(way(f"auto at {text}", search.cut(size).bill, f"{command} --method auto --size {text} -o bundle/"))
     return rows
 
 

@@ -61,6 +61,7 @@ def merge(
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.merging import resolutions
+    from flexmerge_cli.report.auto import show_auto
     from flexmerge_cli.report.bundle import merge_summary, show_merge
 
     chosen = {
@@ -86,6 +87,9 @@ def merge(
         plan = packing.plan(output, on_progress=on_progress, **run)
         bill, warnings = packing.bill(plan)
         options.warn(warnings, quiet=quiet)
+        chosen_by_auto = packing.auto()
+        if chosen_by_auto is not None and not as_json:
+            show_auto(chosen_by_auto)
         measured = None if dry_run else packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
     value = merge_summary(bill, output, measured, warnings=warnings, threads=threads)
-    options.emit(value, as_json=as_json, show=show_merge)
+    options.emit(value | ({"auto": chosen_by_auto} if chosen_by_auto else {}), as_json=as_json, show=show_merge)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import check_target
@@ -13,9 +13,10 @@ from flexmerge_cli.bundle.read import is_bundle
 from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.merging import MergeRequest, advice, allocate, check_request, merge
+from flexmerge_cli.merging import MergeRequest, advice, allocate, auto_found, check_request, merge
 from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
+from flexmerge_cli.report.auto import auto_summary
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Packing:
     request: MergeRequest
     keep_plan: Path | None
     plan_folder: Path = field(default_factory=Path)
+    pricer: Pricer | None = None
 
     @staticmethod
     def of(source: Path, chosen: Mapping[str, Any], relocate: list[str], keep_plan: Path | None) -> "Packing":
@@ -71,8 +73,15 @@ class Packing:
         return given.make(save_to=self.keep_plan, **run)
 
     def bill(self, plan: Plan) -> tuple[Bill, list[str]]:
-        bill = allocate(plan, self.request)
-        return bill, advice(plan, bill, self.request)
+        self.pricer = Pricer(plan)
+        bill = allocate(plan, self.request, self.pricer)
+        return bill, advice(plan, bill, self.request, self.pricer)
+
+    def auto(self) -> dict[str, Any] | None:
+        """What `auto` tells of its choice, after `bill`; None for other methods."""
+        assert self.pricer is not None
+        found = auto_found(self.pricer, self.request)
+        return None if found is None else auto_summary(*found)
 
     def write(self, plan: Plan, bill: Bill, output: Path, *, force: bool, **run: Any) -> Measured:
         return merge(plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, **run)[1]
@@ -99,6 +108,7 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
         old == new
         and same_order
         and same_classes
+        and settings.statistics in ("all", request.statistics)
         and settings.rules == rules
         and (rules is not None or settings.blocks == order.blocks)
     )

@@ -66,6 +66,37 @@ def materialise(
         return measured
 
 
+def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
+    """What one visit must see of a tensor, for every group of it."""
+    tensor = storage.tensor
+    scopes: list[Scope] = []
+    for group in storage.groups:
+        if group.kind == "copy" or group.method is None:
+            continue
+        chain = chains[group.method]
+        scopes.append(chain.scope_of(tensor.name, tensor.shape))
+        if group.bits is not None:
+            scopes.append("row")
+        elif chain.coded is not None:
+            dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
+            form = chain.coded.form(tensor.shape, dtypes)
+            scopes.append("tensor" if chain.coded.expert or form.residual is None else form.residual.scope)
+    return widest(scopes)
+
+
+def whole_elements(bill: Bill) -> int:
+    """Elements of the largest item that cannot be cut: a tensor, or all tensors of a unit; 0 where all can."""
+    chains = [Chain.of(use, call) for use, call in zip(bill.allocation.methods, bill.calls)]
+    largest = 0
+    for unit in bill.allocation.units:
+        together = 0
+        for storage in (bill.storages[name] for name in unit.tensors):
+            scope = visit_scope(chains, storage)
+            together += storage.tensor.num_elements if scope == "block" else 0
+            largest = max(largest, together, storage.tensor.num_elements if scope == "tensor" else 0)
+    return largest
+
+
 @dataclass(slots=True)
 class _Joined:
     """What the pieces so far add up to."""
@@ -100,20 +131,7 @@ class _Run:
         return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
 
     def scope(self, storage: Storage) -> Scope:
-        """What one visit must see of a tensor, for every group of it."""
-        tensor, scopes = storage.tensor, []
-        for group in storage.groups:
-            if group.kind == "copy":
-                continue
-            chain = self.worker.chain(group)
-            scopes.append(chain.scope_of(tensor.name, tensor.shape))
-            if group.bits is not None:
-                scopes.append("row")
-            elif chain.coded is not None:
-                dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
-                form = chain.coded.form(tensor.shape, dtypes)
-                scopes.append("tensor" if chain.coded.expert or form.residual is None else form.residual.scope)
-        return widest(scopes)
+        return visit_scope(self.worker.chains, storage)
 
     # Before the first element
 

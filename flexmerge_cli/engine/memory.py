@@ -33,20 +33,28 @@ def survey_chunk(num_tasks: int, threads: int, max_memory: int | None, row_eleme
     return chunk
 
 
-def materialise_bytes(num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4) -> int:
-    """Per thread: raw chunks, deltas, float64 sums, and what waits to be hashed."""
+def materialise_bytes(
+    num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4, whole_elements: int = 0
+) -> int:
+    """Per thread: raw chunks, deltas, float64 sums, and what waits to be hashed.
+
+    whole_elements: of the largest tensor or block that a method must see at once.
+    """
+    chunk_elements = max(chunk_elements, whole_elements)
     raw = (num_tasks + 1) * chunk_elements * item_bytes
     work = (3 * num_tasks + 8) * chunk_elements * 4
     waiting = (num_tasks + 1) * chunk_elements * item_bytes
     return FIXED_BYTES + threads * (raw + work) + (threads + 1) * waiting
 
 
-def materialise_chunk(num_tasks: int, threads: int, max_memory: int | None, largest: int) -> int:
+def materialise_chunk(
+    num_tasks: int, threads: int, max_memory: int | None, largest: int, whole_elements: int = 0
+) -> int:
     """Elements of one work item of `merge`; largest: the most that pays. Raises UsageError as above."""
     chunk = largest
-    while max_memory is not None and materialise_bytes(num_tasks, threads, chunk) > max_memory:
-        if chunk <= 1 << 12:
-            raise too_little(max_memory, materialise_bytes(num_tasks, threads, chunk), threads)
+    while max_memory is not None and materialise_bytes(num_tasks, threads, chunk, 4, whole_elements) > max_memory:
+        if chunk <= max(1 << 12, whole_elements // 2):
+            raise too_little(max_memory, materialise_bytes(num_tasks, threads, chunk, 4, whole_elements), threads)
         chunk //= 2
     return chunk
 

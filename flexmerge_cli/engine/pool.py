@@ -38,7 +38,7 @@ def _results(
     items: Iterable[Item], work: Callable[[Item], Result], threads: int, ahead: int
 ) -> Generator[Result, None, None]:
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="flexmerge", initializer=_start) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
@@ -49,6 +49,16 @@ def _results(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _start() -> None:
+    """Of a worker's life the first: torch takes over its number of threads when it is asked for it.
+
+    Until then a thread's matrix products run on all cores, and give other bits than on the one that the engine set.
+    """
+    import torch
+
+    torch.get_num_threads()
 
 
 def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_warning: Callable[[str], None]) -> Result:

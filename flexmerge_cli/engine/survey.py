@@ -1,8 +1,8 @@
 """The one pass of `plan`: every weight is read once, and all that a cut needs is measured.
 
-Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, anything that is not finite,
-and how well it codes in few bits (survey_codes.py). Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, and a row,
-whatever the size of the models.
+Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, anything that is not
+finite, and how well it codes in few bits (survey_codes.py). Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, and
+a row, whatever the size of the models.
 """
 
 import warnings

@@ -66,7 +66,7 @@ def measure_rows(
     device: torch.device,
     new_array: NewArray,
 ) -> RowErrors:
-    """values: the tasks' elements start … in their own dtypes, and the base's, last; average: float32, from the same."""
+    """values: the tasks' elements start … in their own dtypes, and the base's, last; average: float32, of the same."""
     at = slice(rows.first * rows.columns - start, rows.end - start)
 
     def matrix(flat: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ import numpy as np
 
 from flexmerge_cli.random import key64, uniform
 from flexmerge_cli.residuals.coder import Matrix
-from flexmerge_cli.residuals.low_bit import weight_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,10 +110,10 @@ class CodingErrorSum:
 
     def add(self, found: RowErrors) -> None:
         """The rows that follow those that were added before."""
-        for which, index in np.ndindex(*self._weights.shape):
-            self._weights[which, index] = _add(self._weights[which, index], found.weights[which, index])
+        for place in np.ndindex(*self._weights.shape):
+            self._weights[place] = _add(float(self._weights[place]), found.weights[place])
         for index, terms in enumerate(found.lost):
-            self._lost[index] = _add(self._lost[index], terms)
+            self._lost[index] = _add(float(self._lost[index]), terms)
         self._energy = _add(self._energy, found.energy)
 
     def finish(self) -> CodingError:

@@ -114,6 +114,10 @@ INCONSISTENT = {
     "no tasks": (lambda f: f.update(tasks=[]), "out of order"),
     "a tensor twice": (lambda f: f["tensors"].append(f["tensors"][0]), "not unique"),
     "one digest too few": (lambda f: f["tensors"][0]["digests"].pop(), "has not one value per task"),
+    "a gram that is not symmetric": (lambda f: f["tensors"][0]["gram"][1].__setitem__(0, 0.5), "is not symmetric"),
+    "a negative energy": (lambda f: f["tensors"][0]["gram"][1].__setitem__(1, -0.5), "is not symmetric"),
+    "text that no file can hold": (lambda f: f["base"].update(source="a\0b"), "no file can hold"),
+    "half a character": (lambda f: f["tasks"][0]["names"].update(a=chr(0xD800)), "no file can hold"),
     "a gram that is not square": (lambda f: f["tensors"][0]["gram"][1].pop(), "has not one value per task"),
     "an unknown dtype": (lambda f: f["tensors"][0].update(dtype="F8_E4M3"), "unknown dtype"),
     "too many axes": (lambda f: f["tensors"][0].update(shape=[1] * 100), "too many axes"),
@@ -149,7 +153,7 @@ def test_a_plan_that_does_not_fit_together_is_refused(what, odd_plan, tmp_path):
     change, says = INCONSISTENT[what]
     fields = json.loads(odd_plan("heads").read_bytes())
     change(fields)
-    fails(2, "merge", seal(fields, tmp_path / "plan.json"), "-o", tmp_path / "b", says=("is not a sound plan", says))
+    fails(2, "merge", seal(fields, tmp_path / "plan.json"), "-o", tmp_path / "b", says=(says, "make it again"))
     assert not (tmp_path / "b").exists()
 
 
@@ -189,6 +193,8 @@ def tiny(tmp_path_factory):
 @given(st.data())
 def test_mutated_plans_end_in_a_clean_error_or_are_plans(tiny, tmp_path, data):
     """Read, priced, planned again and merged; nothing is ever written outside the bundle's place."""
+    shutil.rmtree(tiny.root / "made", ignore_errors=True)
+    (tiny.root / "other.json").unlink(missing_ok=True)
     path = tiny.root / "mutated.json"
     sound = (tiny.root / "plan.json").read_bytes()
     if data.draw(st.integers(0, 3)) == 0:
@@ -204,13 +210,10 @@ def test_mutated_plans_end_in_a_clean_error_or_are_plans(tiny, tmp_path, data):
         ("plan", path, "--linkage", "average", "-o", tiny.root / "other.json"),
         ("merge", path, *method, "-o", tiny.root / "made"),
     ):
-        assert flexmerge(*arguments).code in (0, 2, 3, 4, 6)
+        result = flexmerge(*arguments)
+        assert result.code in (0, 2, 3, 4, 6) or "no space at" in result.err
     written = set(tree(tiny.root)) - before
     assert all(name == "other.json" or name.startswith("made/") for name in written), written
-    for name in written:
-        (tiny.root / name).unlink()
-    if (tiny.root / "made").exists():
-        shutil.rmtree(tiny.root / "made")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW_FILES)

@@ -2,6 +2,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from flexmerge_cli.engine.pool import Buffers, ordered_map
 
@@ -14,6 +15,19 @@ def test_results_come_in_the_order_of_the_items(threads):
 
     with ordered_map(range(23), work, threads=threads) as results:
         assert list(results) == [item * item for item in range(23)]
+
+
+def test_a_worker_multiplies_matrices_as_its_caller_does():
+    """A new thread knew nothing of torch's one thread: products of it had other last bits until something told it."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((33, 37), (530, 701))]
+
+    def gram(matrix):
+        return matrix @ matrix.T
+
+    for threads in range(1, 5):
+        with ordered_map(matrices, gram, threads=threads) as results:
+            assert all(torch.equal(found, gram(matrix)) for matrix, found in zip(matrices, results))
 
 
 def test_nothing_comes_of_nothing():

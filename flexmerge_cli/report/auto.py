@@ -1,0 +1,132 @@
+"""What `--method auto` tells before it writes: where bytes and distortion go, and what other bytes would buy."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.allocation.auto import Solution
+from flexmerge_cli.allocation.auto_allocation import Auto, Found
+from flexmerge_cli.allocation.auto_centres import CentreBits
+from flexmerge_cli.allocation.auto_table import Choice
+from flexmerge_cli.report.text import table
+
+UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
+"""(bits of the mean, bits of each task)."""
+
+
+def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
+    """For --json; distortion is Σ w·D over the tensors searched, which ranks plans of one family."""
+    solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
+    fixed = found.bill.tensor_bytes - solution.num_bytes
+    uniform = []
+    for centre_bits, bits in UNIFORM:
+        num_bytes, cost = search.uniform(centre_bits=centre_bits, bits=bits)
+        if num_bytes <= solution.num_bytes:
+            uniform.append(
+                {
+                    "centre_bits": centre_bits,
+                    "bits": bits,
+                    "factor": (num_bytes + fixed) / one,
+                    "distortion": cost,
+                }
+            )
+    most = sum(int(table.num_bytes[-1]) for table in search.tables)
+    twice = search.solve(max(search.smallest_bytes, min(most, 2 * found.bill.tensor_bytes - fixed)))
+    return {
+        "factor": found.bill.tensor_bytes / one,
+        "smallest_factor": (search.smallest_bytes + fixed) / one,
+        "searched_bytes": solution.num_bytes,
+        "distortion": solution.cost,
+        "distance": _distances(auto, solution),
+        "kinds": _kinds(auto, solution),
+        "uniform": uniform,
+        "doubled": {
+            "factor": (twice.num_bytes + fixed) / one,
+            "distortion": twice.cost,
+            "distance": _distances(auto, twice),
+        },
+    }
+
+
+def show_auto(value: dict[str, Any]) -> None:
+    """A table, and two sentences, on stdout."""
+    rows = [
+        (
+            kind["kind"],
+            kind["tensors"],
+            f"{kind['bits']:.2f}",
+            kind["centres"],
+            f"{kind['bytes']:,}",
+            f"{kind['distortion_share']:.1%}",
+        )
+        for kind in value["kinds"]
+    ]
+    title = "chosen by auto; bits a weight and task, of all that is stored"
+    table(["kind", "tensors", "bits", "centres", "bytes", "of predicted\ndistortion"], rows, title=title)
+    cost = value["distortion"]
+    for row in value["uniform"]:
+        centre = f"mean in {row['centre_bits']} bits + {row['bits']} {'bit' if row['bits'] == 1 else 'bits'} per task"
+        print(f"{centre}, {row['factor']:.2f}x: {_times(row['distortion'], cost)} the predicted distortion")
+    twice = value["doubled"]
+    if twice["factor"] > value["factor"]:
+        print(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['distortion'], cost)} of it; {_range(twice)}")
+    print(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
+
+
+def kind_of(block: str) -> str:
+    """The last word of a block's name: attention, mlp, layer_norm1, …"""
+    words = [word for word in block.split(".") if not word.isdigit()]
+    named = [word for word in words if word not in ("weight", "bias")]
+    return (named or words or [block])[-1]
+
+
+def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
+    """By kind, most bytes first."""
+    kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
+    choices: dict[str, list[tuple[Choice, float]]] = {}
+    for choice, table_ in zip(solution.choices, auto.search.tables):
+        choices.setdefault(kind[choice.tensor], []).append((choice, table_.weight * sum(choice.errors)))
+    total = sum(cost for of_kind in choices.values() for _, cost in of_kind)
+    rows = []
+    for name, of_kind in choices.items():
+        num_bytes = sum(choice.num_bytes for choice, _ in of_kind)
+        weights = sum(auto.plan.tensor(choice.tensor).num_elements for choice, _ in of_kind) * len(auto.plan.tasks)
+        rows.append(
+            {
+                "kind": name,
+                "tensors": len(of_kind),
+                "bits": 8 * num_bytes / weights,
+                "centres": _centres(choice for choice, _ in of_kind),
+                "bytes": num_bytes,
+                "distortion_share": sum(cost for _, cost in of_kind) / total if total > 0 else 0.0,
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["bytes"], row["kind"]))
+
+
+def _centres(choices: Iterable[Choice]) -> str:
+    """`average 8 bits ×12, none ×3`: most frequent first."""
+    told: Counter[str] = Counter()
+    for centre in (choice.centre for choice in choices):
+        bits = "" if centre.kind == "none" else " dense" if centre.bits == "dense" else f" {centre.bits} bits"
+        told[f"{centre.kind}{bits}"] += 1
+    found = sorted(told.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ×{count}" if len(told) > 1 else name for name, count in found[:3]]
+    return ", ".join(shown + ["…"] * (len(found) > 3))
+
+
+def _distances(auto: Auto, solution: Solution) -> dict[str, float | None]:
+    """Predicted, per task; null for one that is the base."""
+    found = auto.search.distances(solution) if solution.choices else np.full(len(auto.plan.tasks), np.nan)
+    return {name: None if np.isnan(x) else float(x) for name, x in zip(auto.plan.task_names, found)}
+
+
+def _range(value: dict[str, Any]) -> str:
+    known = [distance for distance in value["distance"].values() if distance is not None]
+    return f"distance ≈ {min(known):.3f} to {max(known):.3f}" if known else "no task differs from the base"
+
+
+def _times(cost: float, of: float) -> str:
+    return f"{cost / of:.3g} times" if of > 0 else ("equal" if cost == 0 else "more than")

@@ -1,0 +1,32 @@
+"""Bundles for the tests of reading, in a copy of their own each; and manifests changed and sealed again."""
+
+import json
+import shutil
+from pathlib import Path
+
+from ..families import ODD, write_family
+from ..hostile import sealed
+from ..program import succeeds
+
+
+def make(root: Path, *options: object, name: str = "heads", layout: str = "file") -> Path:
+    """A bundle of one of the odd families; the plan beside it."""
+    folders = write_family(root, ODD[name](), layout=layout)
+    succeeds("plan", *folders.arguments, "-o", root / "plan.json")
+    succeeds("merge", root / "plan.json", *options, "-o", root / "bundle")
+    return root / "bundle"
+
+
+def copy(bundle: Path, target: Path) -> Path:
+    """With hard links of its own, as they were."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(bundle, target, symlinks=True)
+    return target
+
+
+def manifest_of(bundle: Path) -> dict:
+    return json.loads((bundle / "manifest.json").read_bytes())
+
+
+def seal(bundle: Path, fields: object) -> None:
+    (bundle / "manifest.json").write_bytes(sealed(fields, "id"))
