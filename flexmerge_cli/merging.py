@@ -21,6 +21,7 @@ from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
@@ -251,7 +252,14 @@ def method_use(request: MergeRequest, text: str) -> MethodUse:
     steps += [step for step in map(parse_step, found.steps) if step.step.name not in asked]
     calibrate = parse_calibrate(request.calibrate) if request.calibrate else None
     if calibrate is not None:
-        calibrate.require_after(call)
+        coded = declare(call)
+        maker = call if coded is None else coded.centre_call()
+        if maker is None:
+            raise UsageError(
+                f"`{calibrate.calibration.name}` cannot follow `{text}`: it merges nothing",
+                hint="leave --calibrate out, or take centre=average",
+            )
+        calibrate.require_after(maker)
     name = text.partition(":")[0] if call.method.origin else call.method.name
     return MethodUse(
         text=format_call(name, call.args),

@@ -94,14 +94,23 @@ class Recipe(Record):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises UsageError with file, line and key. The method's own words are checked, too, before anything is read."""
+    """Raises UsageError with file, line and key. The words of methods and steps are checked before anything is read.
+
+    Here, and not where they are used: a file that a stranger's recipe names must not run because a method was typed.
+    """
     from flexmerge_cli.allocation.auto_options import parse_auto
-    from flexmerge_cli.methods.registry import parse_call, resolve
+    from flexmerge_cli.methods.registry import parse_calibrate, parse_call, parse_step, resolve
 
     recipe = read_yaml(path, Recipe, "recipe")
     recipe._folder = path.absolute().parent
-    if recipe.merge.method is not None and parse_auto(recipe.merge.method) is None:
-        parse_call(resolve(recipe.merge.method).method)
+    merge = recipe.merge
+    for text in (merge.method, *(merge.method_for or {}).values()):
+        if text not in (None, "keep") and parse_auto(text) is None:
+            parse_call(resolve(text).method)
+    for step in merge.steps or ():
+        parse_step(step)
+    if merge.calibrate is not None:
+        parse_calibrate(merge.calibrate)
     return recipe
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Eight fine-tuned models into one bundle of 2.25x, a look into it, one of them back, and what they score.
+# Eight fine-tuned models into bundles of 2.25x and of the size of one model, a look into one, a model back, and scores.
 # Makes a virtual environment (build/quickstart/venv, or $FLEXMERGE_VENV) and writes below build/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,3 +26,6 @@ run flexmerge eval "$work/bundle" --spec samples/digits/eval.yaml
 run flexmerge merge "$work/plan.json" --method low_bit:bits=2,gain=norm,centre_bits=8,scales=bfloat16,clip=search \
   --size 2.25x -o "$work/residuals" --force
 run flexmerge eval "$work/residuals" --spec samples/digits/eval.yaml
+# The least predicted loss that fits into the bytes of one model, chosen per tensor.
+run flexmerge merge "$work/plan.json" --method auto --size 1x -o "$work/auto" --force
+run flexmerge eval "$work/auto" --spec samples/digits/eval.yaml

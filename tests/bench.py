@@ -41,10 +41,8 @@ def main() -> None:
     for _ in range(arguments.repeat):
         for name in names:
             found = run_part(name, arguments.folder)
-            print(
-                f"{name:12} {found['seconds']:6.2f} s  {found['cpu']:6.2f} s of CPU  {found['peak_bytes'] / 1e6:6.0f} MB",
-                flush=True,
-            )
+            seconds = f"{found['seconds']:6.2f} s  {found['cpu']:6.2f} s of CPU"
+            print(f"{name:12} {seconds}  {found['peak_bytes'] / 1e6:6.0f} MB", flush=True)
             if name not in best or found["cpu"] < best[name]["cpu"]:
                 best[name] = found
     bare, ours = (best[name] for name in names)

@@ -3,8 +3,8 @@
 sha256      of the file's bytes with these 64 digits set to 0; an edited plan is refused
 tasks       in code-point order of name; every list "per task" follows it
 tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`, and
-            `dtypes` and `shapes` where they differ; null where a task has none. Of the mergeable: `gram`, [M, M] float64;
-            `coding`, if `settings.statistics` is `all`: how well they code in few bits, which `auto` needs
+            `dtypes` and `shapes` where they differ; null where a task has none. Of the mergeable: `gram`, [M, M]
+            float64; `coding`, if `settings.statistics` is `all`: how well they code in few bits, which `auto` needs
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.

@@ -69,7 +69,7 @@ def merge(
         "steps": tuple(step) if step else None,
         "calibrate": calibrate,
         "method_for": tuple(method_for) if method_for else None,
-        "run_files": True if method else None,
+        "run_files": True if method or method_for else None,
         "size": size,
         "merges": merges,
         "cluster": options.cluster_of(cluster),

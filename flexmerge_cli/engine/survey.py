@@ -165,12 +165,16 @@ def _measure(
         return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")
 
     grams, agreements, energies = [], [], []
-    deltas = torch.empty(len(values) - 1, min(PRODUCT_ELEMENTS, end - start), device=device)
+    width = min(PRODUCT_ELEMENTS, end - start)
+    deltas = new_array("deltas", (len(values) - 1) * width).view(len(values) - 1, width)
     average = total = torch.empty(0)
+    if device.type != "cpu":
+        deltas = torch.empty_like(deltas, device=device)
     if rows.stop > rows.first:
         count = end - start
         average = new_array("average", count) if device.type == "cpu" else torch.empty(count, device=device)
-        total = torch.empty(deltas.shape[1], dtype=torch.float64, device=device)
+        on_cpu = as_tensor(buffers.get("total", 8 * width)[: 8 * width], "F64")
+        total = on_cpu if device.type == "cpu" else torch.empty_like(on_cpu, device=device)
     # Elements behind `stop` belong to the last row alone.
     lows = [*range(0, stop - start, PRODUCT_ELEMENTS), *range(stop - start, end - start, PRODUCT_ELEMENTS)]
     for low in lows:

@@ -23,6 +23,7 @@ from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.spans import Span, row_elements, widest
 from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.methods.method import Call, Scope, Where
+from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.methods.registry import parse_calibrate, parse_step
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 
@@ -187,7 +188,7 @@ class Worker:
                 assert step.statistics is not None
                 stats = by_domain[self.domain(step.statistics.scope, where.tensor)].take(list(tasks))
             shaped = shape_for(deltas, step.scope_of(where.tensor, where.shape), where)
-            deltas = step(shaped, where, stats).flatten(1)
+            deltas = flat(step(shaped, where, stats))
         return deltas
 
     def value(self, group: StoredGroup, raw: Raw, low: int, high: int, whole: Any = None) -> tuple[Any, Tensor]:

@@ -14,6 +14,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.coded import CodedMethod
 from flexmerge_cli.methods.method import Method, Origin
 
 GROUP = "flexmerge.methods"
@@ -63,6 +64,11 @@ def method_from_package(name: str) -> Method | None:
 
 
 def _method(value: Any, told: str) -> Method:
+    if isinstance(value, CodedMethod):
+        raise UsageError(
+            f"`{told}` declares residuals, which a reader of the bundle could not decode",
+            hint="write a @method that returns one merged task vector",
+        )
     if isinstance(value, Method):
         return value
     hint = "write @method(paper=…, scope=…) above the function"

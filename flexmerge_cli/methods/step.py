@@ -141,7 +141,10 @@ class CalibrationCall:
         """Raises UsageError where it cannot follow this method."""
         reason = self.calibration.refuse(call.method)
         if reason:
-            raise UsageError(f"`{self.calibration.name}` cannot follow `{call.method.name}`: {reason}")
+            raise UsageError(
+                f"`{self.calibration.name}` cannot follow `{call.method.name}`: {reason}",
+                hint="leave --calibrate out, or take another method",
+            )
 
     def __call__(self, merged: "Tensor", unstepped: "Tensor", where: Where) -> "Tensor":
         if self.calibration.elementwise(where.tensor, where.shape, **self.args):

@@ -4,6 +4,7 @@ For `auto`'s statistics alone, which code every weight eight times: magnitudes o
 in blocks that stay in the cache; no codes. The plain way is its test's reference: sums over tensors agree within 1e-6.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, half
 from flexmerge_cli.residuals.quantise import CLIP_FACTORS, squared_errors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # m rows, n columns, k rows of a block, w columns of a piece, P pieces, T trials
@@ -88,7 +90,7 @@ class _Blocks:
         self.matrix = matrix
         self.step, self.width = max(1, min(m, block // n)), min(n, block)
         self.lows = range(0, n, self.width)
-        self.buffers = [torch.empty(self.step, self.width, device=matrix.device) for _ in range(4)]
+        self.buffers = _buffers(self.step, self.width, matrix.device)
 
     def measure(self) -> "tuple[Tensor, Tensor]":
         """Largest magnitude, float32 [m], and root mean square, float64 [m], of every row."""
@@ -110,22 +112,24 @@ class _Blocks:
 
         # Views cost as much as the arithmetic on a small block: few of them, and all of one trial in one go.
         inverse = [(1 / trial.unit_m).float()[:, None].split(self.step) for trial in trials]
-        minus = [
-            (-trial.stored_m / trial.unit_m).float()[:, None].split(self.step) if trial.bits <= 3 else None
+        ratio = [
+            (trial.stored_m / trial.unit_m).float()[:, None].split(self.step) if trial.bits <= 3 else None
             for trial in trials
         ]
         sums: list[list[list[Tensor]]] = [[[] for _ in self.lows] for _ in trials]
         for block, first in enumerate(range(0, len(self.matrix), self.step)):
             for piece, low in enumerate(self.lows):
-                a, error, *spare = self._piece(first, low)
-                for trial, inverse_k1, minus_k1, of_trial in zip(trials, inverse, minus, sums):
-                    if minus_k1 is not None:
-                        _gauss(trial.bits, torch.mul(a, inverse_k1[block], out=error), minus_k1[block], *spare)
+                a, value, level, spare = self._piece(first, low)
+                for trial, inverse_k1, ratio_k1, of_trial in zip(trials, inverse, ratio, sums):
+                    torch.mul(a, inverse_k1[block], out=value)
+                    if ratio_k1 is not None:
+                        _gauss_levels(trial.bits, value, level, spare).mul_(ratio_k1[block])
                     else:
-                        torch.mul(a, inverse_k1[block], out=spare[0])
-                        torch.round(spare[0], out=error).clamp_(max=half_range(trial.bits)).sub_(spare[0])
+                        torch.round(value, out=level).clamp_(max=half_range(trial.bits))
+                    # The square of a difference, 0 being no reduction, in one pass instead of two.
+                    torch.ops.aten.mse_loss.out(value, level, 0, out=spare)
                     # float32 within a piece: torch adds up a row in one order, however many rows there are.
-                    of_trial[piece].append(error.mul_(error).sum(1))
+                    of_trial[piece].append(spare.sum(1))
         return torch.stack([torch.stack([torch.cat(p) for p in t]).double().sum(0) for t in sums])
 
     def _piece(self, first: int, low: int) -> "tuple[Tensor, ...]":
@@ -140,14 +144,13 @@ class _Blocks:
         return torch.abs(rows, out=a), *buffers
 
 
-def _gauss(bits: int, value: "Tensor", minus_k1: "Tensor", level: "Tensor", above: "Tensor") -> None:
-    """Magnitudes in units of the root mean square, less their levels at the stored scale. Changes `value`."""
+def _gauss_levels(bits: int, value: "Tensor", level: "Tensor", above: "Tensor") -> "Tensor":
+    """Of magnitudes in units of the root mean square: `level`, filled."""
     import torch
 
     levels, thresholds = GAUSS_LEVELS[bits], GAUSS_THRESHOLDS[bits]
     if not thresholds:
-        value.add_(minus_k1, alpha=levels[0])
-        return
+        return level.fill_(levels[0])
     for number, threshold in enumerate(thresholds):
         step = levels[number + 1] - levels[number]
         # Of one dtype in and out a comparison gives 0 and 1.
@@ -155,7 +158,22 @@ def _gauss(bits: int, value: "Tensor", minus_k1: "Tensor", level: "Tensor", abov
             torch.ge(value, threshold, out=level).mul_(step).add_(levels[0])
         else:
             level.add_(torch.ge(value, threshold, out=above), alpha=step)
-    value.addcmul_(level, minus_k1)
+    return level
+
+
+_kept = threading.local()
+
+
+def _buffers(rows: int, columns: int, device: "torch.device") -> "list[Tensor]":
+    """Four of [rows, columns]. On the CPU always the same memory of a thread: fresh pages cost more than the coding."""
+    import torch
+
+    if device.type != "cpu":
+        return [torch.empty(rows, columns, device=device) for _ in range(4)]
+    flat: list[Tensor] = getattr(_kept, "flat", [])
+    if not flat or len(flat[0]) < rows * columns:
+        flat = _kept.flat = [torch.empty(max(rows * columns, BLOCK_ELEMENTS)) for _ in range(4)]
+    return [buffer[: rows * columns].view(rows, columns) for buffer in flat]
 
 
 def _bfloat16(scale: "Tensor") -> "Tensor":
