@@ -146,7 +146,7 @@ def our_plan(folder: Path) -> Callable[[], None]:
     from flexmerge_cli import make_plan
     from flexmerge_cli.engine import survey
 
-    torch.zeros(1), survey  # noqa: B018  imports apart
+    torch.zeros(1), survey
     tasks = {path.name: path for path in sorted((folder / "tasks").iterdir())}
     return lambda: make_plan(folder / "base", tasks, output=folder / "plan.json", device="cpu") and None
 

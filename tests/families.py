@@ -323,7 +323,7 @@ def write_family(root: Path, models: Models, *, layout: str = "file", side_files
 
 
 def write_checkpoint(folder: Path, state: State, *, layout: str = "file") -> None:
-    """`file` is one safetensors, `shards` three of them; `bin` and `pt` what torch.save writes, `bin-shards` two bins."""
+    """`file` is one safetensors, `shards` three; `bin` and `pt` what torch.save writes, `bin-shards` two bins."""
     folder.mkdir(parents=True, exist_ok=True)
     dense = {name: value.contiguous() for name, value in state.items()}
     match layout:

@@ -1,4 +1,4 @@
-"""The program as a user runs it: arguments in; exit code, stdout and stderr out. In this process, where that is enough."""
+"""The program as a user runs it: arguments in; exit code, stdout and stderr out. In this process where that will do."""
 
 import contextlib
 import io

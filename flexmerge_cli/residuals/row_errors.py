@@ -83,7 +83,6 @@ class _Blocks:
     """A matrix in blocks of whole rows; wider rows are visited in pieces. Its buffers are reused."""
 
     def __init__(self, matrix: "Tensor") -> None:
-        import torch
 
         m, n = matrix.shape
         block = BLOCK_ELEMENTS if matrix.device.type == "cpu" else GPU_BLOCK_ELEMENTS

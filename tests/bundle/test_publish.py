@@ -281,7 +281,7 @@ def test_an_unwritable_place_is_told_before_anything_is_read(tmp_path):
         ):
             process = start(*arguments, preexec_fn=as_nobody, env={"HOME": "/nonexistent"})
             _, err = process.communicate()
-            if "No module named" in err or "Permission denied" in err and "closed" not in err:
+            if "No module named" in err or ("Permission denied" in err and "closed" not in err):
                 pytest.skip("another user cannot run the program here")
             assert process.returncode == 1, err
             assert "is not writable" in err and "hint: " in err and "Traceback" not in err
