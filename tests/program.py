@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
-import subprocess
+import select
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +58,44 @@ def fails(code: int, *arguments: object, says: str | tuple[str, ...] = ()) -> Re
     return result
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """The same in a process of its own, to be killed, limited or interrupted."""
-    command = [sys.executable, "-m", "flexmerge_cli", *(str(argument) for argument in arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
+class Child:
+    """The same in a process of its own, to be killed, limited or interrupted. Forked: torch is imported already."""
+
+    def __init__(self, *arguments: object, before: Callable[[], None] = lambda: None) -> None:
+        """before: run in the child, before the program."""
+        self._read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                os.dup2(write, 1)
+                os.dup2(write, 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                before()
+                code = run([str(argument) for argument in arguments])
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)  # nothing of the test run's own goes on in the child
+        os.close(write)
+
+    def is_running(self) -> bool:
+        """Whether it has not ended; `wait` has to follow."""
+        return not select.select([self._read], [], [], 0)[0]
+
+    def wait_for(self, path: Path) -> None:
+        """Until something is there, or the program has said something, or has ended."""
+        while not path.exists() and self.is_running():
+            time.sleep(0.0005)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code (of a signal: minus its number), and all that was printed."""
+        with os.fdopen(self._read, "rb") as file:
+            printed = file.read().decode()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), printed
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -94,7 +94,7 @@ def plan(
     if given.ignored:
         options.note(f"not checkpoints, left out: {', '.join(given.ignored)}", quiet=quiet)
     if dry_run:
-        value = dry_summary(given, request)
+        value = dry_summary(given.request, request)
     else:
         assert output is not None
         with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexmerge_cli.allocation.auto_options import auto
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.load import packaged_methods
@@ -15,6 +16,7 @@ from flexmerge_cli.methods.registry import (
     all_methods,
     all_steps,
     make_calibration,
+    make_call,
     make_step,
     parse_call,
     resolve,
@@ -30,6 +32,7 @@ LEGEND = (
     "for all groups."
 )
 TITLES = {
+    "search": "Chosen for a size, from the plan alone",
     "model": "One model per group: one dense value, s·n bytes",
     "masks": "A model per group, and a mask per task",
     "residuals": "A centre per group, and a residual per task",
@@ -38,7 +41,7 @@ TITLES = {
 
 def method_list() -> dict[str, Any]:
     return {
-        "methods": [_method(parse_call(name)) for name in all_methods()],
+        "methods": [_auto(make_call(auto, {})), *(_method(parse_call(name)) for name in all_methods())],
         "steps": [_step(make_step(step, {})) for step in all_steps().values()],
         "calibrations": [_calibration(make_calibration(found, {})) for found in all_calibrations().values()],
         "installed": sorted(packaged_methods()),
@@ -58,7 +61,9 @@ def method_page(text: str) -> dict[str, Any]:
     if name in all_calibrations():
         found.append(_calibration(make_calibration(all_calibrations()[name], args)))
     mergekit = _alias(name) if resolve_alias(name) else None
-    if name in all_methods() or (not found and not resolve(text).message):
+    if name == auto.name:
+        found.append(_auto(make_call(auto, args)))
+    elif name in all_methods() or (not found and not resolve(text).message):
         found.insert(0, _method(parse_call(text, run_files=True)))  # a person has typed it
     return {"name": name, "found": found, "mergekit": mergekit}
 
@@ -115,6 +120,17 @@ def _method(call: Call) -> dict[str, Any]:
         "when": method.when,
         "stored": found.parts,
         "size": found.num_bytes,
+    }
+
+
+def _auto(call: Call) -> dict[str, Any]:
+    return {
+        "what": "method",
+        "kind": "search",
+        **_common(call.method, "model"),
+        "when": call.method.when,
+        "stored": "per tensor a coded or dense centre, or none; per task 1 to 8 bits, nothing, or a copy",
+        "size": "what --size says",
     }
 
 

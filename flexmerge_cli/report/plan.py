@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.plan import PlanRequest
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, table
-
-if TYPE_CHECKING:
-    from flexmerge_cli.cli.sources import Given
 
 MANY_TASKS = 12  # more columns than this are summed up
 
@@ -139,7 +137,7 @@ def warnings(plan: Plan) -> list[str]:
     return found
 
 
-def dry_summary(given: "Given", request: MergeRequest) -> dict[str, Any]:
+def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str, Any]:
     """What headers alone tell."""
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
@@ -147,9 +145,9 @@ def dry_summary(given: "Given", request: MergeRequest) -> dict[str, Any]:
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.plan import open_family, provisional_plan
 
-    if given.request is None:
+    if sources is None:
         raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
-    plan = provisional_plan(open_family(given.request), given.request)
+    plan = provisional_plan(open_family(sources), sources)
     pricer = Pricer(plan)
     return {
         "one_model_bytes": plan.one_model_bytes,

@@ -5,9 +5,12 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,7 @@ from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.errors import MachineError, UsageError
 
 from ..families import Models, encoder, normal, plain, tuned, write_family
-from ..program import fails, flexmerge, start, succeeds, tree
+from ..program import Child, fails, flexmerge, succeeds, tree
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +36,22 @@ def merge_arguments(folders, target, *options):
     return ("merge", folders.root / "plan.json", "--method", "emr", "-o", target, "--threads", 1, *options)
 
 
-def wait_for(path, process):
-    """Until something is there, or the process has ended."""
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.001)
-
-
-@pytest.mark.slow
 def test_killed_at_any_moment_a_merge_leaves_no_bundle_or_a_whole_one(large, tmp_path):
     """The next run succeeds with the same bytes, and leaves nothing beside the bundle."""
+    started = time.perf_counter()
     succeeds(*merge_arguments(large, tmp_path / "expected"))
+    took = time.perf_counter() - started
     expected = tree(tmp_path / "expected")
     draw = random.Random(1)
     seen = set()
-    for number in range(10):
+    for number in range(12):
         place = tmp_path / str(number)
         place.mkdir()
-        process = start(*merge_arguments(large, place / "b"))
-        wait_for(place / ".b.lock", process)
-        time.sleep(draw.uniform(0, 0.4))
-        process.kill()
-        process.communicate()
-        seen.add(process.returncode)
+        child = Child(*merge_arguments(large, place / "b"))
+        child.wait_for(place / ".b.lock")
+        time.sleep(draw.uniform(0, took))
+        child.send(signal.SIGKILL)
+        seen.add(child.wait()[0])
         if (place / "b").exists():
             assert tree(place / "b") == expected
             assert flexmerge(*merge_arguments(large, place / "b")).code == 2
@@ -66,19 +63,20 @@ def test_killed_at_any_moment_a_merge_leaves_no_bundle_or_a_whole_one(large, tmp
     assert -signal.SIGKILL in seen
 
 
-@pytest.mark.slow
 def test_killed_while_it_replaces_a_bundle_the_old_or_the_new_one_is_there(large, tmp_path):
+    started = time.perf_counter()
     succeeds(*merge_arguments(large, tmp_path / "b"))
+    took = time.perf_counter() - started
     new = tree(tmp_path / "b")
     succeeds("merge", large.root / "plan.json", "-o", tmp_path / "b", "--force")
     old = tree(tmp_path / "b")
     draw = random.Random(2)
     for _ in range(5):
-        process = start(*merge_arguments(large, tmp_path / "b", "--force"))
-        wait_for(tmp_path / ".b.lock", process)
-        time.sleep(draw.uniform(0, 0.5))
-        process.kill()
-        process.communicate()
+        child = Child(*merge_arguments(large, tmp_path / "b", "--force"))
+        child.wait_for(tmp_path / ".b.lock")
+        time.sleep(draw.uniform(0, took))
+        child.send(signal.SIGKILL)
+        child.wait()
         assert tree(tmp_path / "b") in (old, new)
         succeeds("merge", large.root / "plan.json", "-o", tmp_path / "b", "--force")
         assert tree(tmp_path / "b") == old
@@ -86,23 +84,21 @@ def test_killed_while_it_replaces_a_bundle_the_old_or_the_new_one_is_there(large
 
 
 def test_an_interrupted_merge_exits_with_130_and_leaves_nothing(large, tmp_path):
-    process = start(*merge_arguments(large, tmp_path / "b"))
-    wait_for(tmp_path / ".b.partial", process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert (process.returncode, out) == (130, "")
-    assert "Traceback" not in err
+    child = Child(*merge_arguments(large, tmp_path / "b"))
+    child.wait_for(tmp_path / ".b.partial")
+    child.send(signal.SIGINT)
+    code, printed = child.wait()
+    assert code == 130 and "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_plan_exits_with_130_and_leaves_nothing(large, tmp_path):
-    process = start("plan", *large.arguments, "-o", tmp_path / "plan.json")
-    time.sleep(0.8)
-    while process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    assert process.returncode in (130, 0, -signal.SIGINT)
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["plan.json"])
+def test_a_plan_that_is_interrupted_exits_with_130_and_leaves_nothing(large, tmp_path):
+    child = Child("plan", *large.arguments, "--threads", 1, "-o", tmp_path / "plan.json")
+    time.sleep(0.05)
+    child.send(signal.SIGINT)
+    code, printed = child.wait()
+    assert code == 130 and "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 # Full disks.
@@ -132,7 +128,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(large, tmp_
         assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("free_pages", [0, 1, 2, 5, 10, 15])
+@pytest.mark.parametrize("free_pages", [0, 1, 3, 5, 7])
 def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(free_pages, tmp_path):
     """The bytes would fit; their blocks do not, be it in the weights, a side file or the manifest."""
     folders = write_family(tmp_path / "family", plain(num_tasks=3))
@@ -165,10 +161,9 @@ def test_a_file_that_may_not_grow_is_told_with_the_bytes_needed(large, tmp_path)
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    process = start(*merge_arguments(large, tmp_path / "b"), preexec_fn=limit)
-    _, err = process.communicate()
-    assert process.returncode == 1
-    assert "no space at" in err and f"{needed:,} bytes are needed" in err and "Traceback" not in err
+    code, printed = Child(*merge_arguments(large, tmp_path / "b"), before=limit).wait()
+    assert code == 1
+    assert "no space at" in printed and f"{needed:,} bytes are needed" in printed and "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,34 +252,27 @@ def test_an_input_inside_the_bundle_that_would_be_replaced_is_safe(tmp_path):
 
 
 def as_nobody():
+    """Root may write anywhere."""
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
 
 
-@pytest.mark.skipif(os.getuid() == 0 and not os.access("/proc/self", os.R_OK), reason="no other user here")
-def test_an_unwritable_place_is_told_before_anything_is_read(tmp_path):
-    """As a user who is not root, since root may write anywhere."""
-    import shutil
-    import tempfile
-    from pathlib import Path
-
+def test_an_unwritable_place_is_told_before_anything_is_read():
     root = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     try:
         root.chmod(0o755)
         folders = write_family(root / "family", plain(num_tasks=2))
         succeeds("plan", *folders.arguments, "-o", root / "plan.json")
+        succeeds("merge", root / "plan.json", "-o", root / "b")
         (root / "closed").mkdir(mode=0o555)
         for arguments in (
             ("merge", root / "plan.json", "-o", root / "closed/b"),
             ("plan", *folders.arguments, "-o", root / "closed/plan.json"),
+            ("export", root / "b", "--task", "task0", "-o", root / "closed/task0"),
         ):
-            process = start(*arguments, preexec_fn=as_nobody, env={"HOME": "/nonexistent"})
-            _, err = process.communicate()
-            if "No module named" in err or ("Permission denied" in err and "closed" not in err):
-                pytest.skip("another user cannot run the program here")
-            assert process.returncode == 1, err
-            assert "is not writable" in err and "hint: " in err and "Traceback" not in err
+            code, printed = Child(*arguments, before=as_nobody).wait()
+            assert code == 1 and "closed is not writable\nhint: " in printed, printed
         assert list((root / "closed").iterdir()) == []
     finally:
         shutil.rmtree(root)
@@ -294,13 +282,12 @@ def test_an_unwritable_place_is_told_before_anything_is_read(tmp_path):
 
 
 def test_of_two_merges_to_one_place_one_is_told_and_the_other_succeeds(large, tmp_path):
-    processes = [start(*merge_arguments(large, tmp_path / "b")) for _ in range(2)]
-    results = sorted((process.communicate()[1], process.returncode) for process in processes)
-    codes = sorted(code for _, code in results)
-    assert codes in ([0, 1], [0, 2])
-    (message,) = [err for err, code in results if code]
-    assert "is being written by another process" in message or "exists" in message or "appeared meanwhile" in message
-    assert "Traceback" not in message
+    children = [Child(*merge_arguments(large, tmp_path / "b")) for _ in range(2)]
+    results = [child.wait() for child in children]
+    assert sorted(code for code, _ in results) in ([0, 1], [0, 2])
+    (printed,) = [printed for code, printed in results if code]
+    assert any(words in printed for words in ("is being written by another process", "b exists", "appeared meanwhile"))
+    assert "Traceback" not in printed
     assert verify(tmp_path / "b").bad == {}
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
