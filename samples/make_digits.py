@@ -117,9 +117,20 @@ def occluded(images: Images, digits: Labels, rng: np.random.Generator) -> tuple[
 def shifted(images: Images, digits: Labels, rng: np.random.Generator) -> tuple[Images, Labels]:
     """One pixel up, right, down, left, or not at all; what leaves is lost."""
     labels = rng.integers(5, size=len(images))
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
-    corners = [(2, 1), (1, 0), (0, 1), (1, 2), (1, 1)]
-    return np.stack([padded[i, r : r + 8, c : c + 8] for i, (r, c) in enumerate(corners[k] for k in labels)]), labels
+    return shift(images, labels, 1), labels
+
+
+def shifted_far(images: Images, digits: Labels, rng: np.random.Generator) -> tuple[Images, Labels]:
+    """Two pixels up, right, down or left: what the base is pre-trained on instead, so that one pixel is new to it."""
+    labels = rng.integers(4, size=len(images))
+    return shift(images, labels, 2), labels
+
+
+def shift(images: Images, directions: np.ndarray, by: int) -> Images:
+    """directions [N] in 0..4: up, right, down, left, stay. by: pixels."""
+    padded = np.pad(images, ((0, 0), (by, by), (by, by)))
+    corners = by * np.array([(2, 1), (1, 0), (0, 1), (1, 2), (1, 1)])
+    return np.stack([padded[i, r : r + 8, c : c + 8] for i, (r, c) in enumerate(corners[directions])])
 
 
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
@@ -180,7 +191,7 @@ def pretrain(images: Images, digits: Labels, rng: np.random.Generator) -> ViTFor
     """
     model = ViTForMaskedImageModeling(ViTConfig(**BODY))
     draw = nn.Linear(BODY["hidden_size"], 64)
-    makers = [task.make for task in TASKS.values()]
+    makers = [shifted_far if name == "shifted" else task.make for name, task in TASKS.items()]
 
     def losses() -> Iterator[Tensor]:
         for items in batches(len(images), PRETRAIN_STEPS, rng):

@@ -1,8 +1,10 @@
-"""`python -m tests.bench plan|merge`: our wall time and peak anonymous memory beside a bare loop, in one run.
+"""`python -m tests.bench plan|merge|serve`: our wall time and peak anonymous memory beside a bare loop, in one run.
 
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
-256 k-element chunk, two workers. For `merge` at 1x it reads the input and writes the output once. Imports are apart:
+256 k-element chunk, two workers. For `merge` at 1x it reads the input and writes the output once. For `serve` it loads
+one task's own checkpoint with safetensors and copies it out of the mapped file; ours decodes it of a bundle that the
+method `auto` has made at 1x, which is built once and takes minutes. Imports are apart:
 each part runs in a process of its own and tells the time from after its imports. Files are read once before, so that
 all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
 """
@@ -26,7 +28,7 @@ WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["plan", "merge", *PARTS])
+    parser.add_argument("what", choices=["plan", "merge", "serve", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -34,9 +36,11 @@ def main() -> None:
         print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
         return
     make_family(arguments.folder)
-    if arguments.what == "merge":
+    if arguments.what == "merge" or (arguments.what == "serve" and not (arguments.folder / "auto").exists()):
         run_part("our-plan", arguments.folder)
-    names = ["bare-plan", "our-plan"] if arguments.what == "plan" else ["bare-merge", "our-merge"]
+    if arguments.what == "serve" and not (arguments.folder / "auto").exists():
+        print(f"merge --method auto at 1x: {run_part('our-auto', arguments.folder)}", flush=True)
+    names = [f"bare-{arguments.what}", f"our-{arguments.what}"]
     best: dict[str, dict[str, float]] = {}
     for _ in range(arguments.repeat):
         for name in names:
@@ -161,7 +165,39 @@ def our_merge(folder: Path) -> Callable[[], None]:
     return lambda: merge(folder / "plan.json", folder / "bundle", **options) and None
 
 
-PARTS = {"bare-plan": bare_plan, "our-plan": our_plan, "bare-merge": bare_merge, "our-merge": our_merge}
+def our_auto(folder: Path) -> Callable[[], None]:
+    from flexmerge_cli import merge
+    from flexmerge_cli.bundle import write
+
+    assert write
+    return lambda: merge(folder / "plan.json", folder / "auto", method="auto", size="1x", device="cpu") and None
+
+
+def bare_serve(folder: Path) -> Callable[[], None]:
+    from safetensors.torch import load_file
+
+    path = folder / "tasks" / "task1" / "model.safetensors"
+    return lambda: {name: value.clone() for name, value in load_file(path).items()} and None
+
+
+def our_serve(folder: Path) -> Callable[[], None]:
+    from flexmerge_cli import open_bundle
+    from flexmerge_cli.bundle import view
+    from flexmerge_cli.methods import coded
+
+    assert view and coded
+    return lambda: dict(open_bundle(folder / "auto").view("task1")) and None
+
+
+PARTS = {
+    "bare-plan": bare_plan,
+    "our-plan": our_plan,
+    "bare-merge": bare_merge,
+    "our-merge": our_merge,
+    "our-auto": our_auto,
+    "bare-serve": bare_serve,
+    "our-serve": our_serve,
+}
 
 
 def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]]]:

@@ -87,7 +87,6 @@ def test_reading_needs_no_method(four, tmp_path):
         # What comes in may be given back: the engine keeps its own memory apart.
         ("tensor", "def own(deltas): return deltas[1]", lambda _, d: d[1].double()),
         ("block", "def own(deltas): return {name: d[1] for name, d in deltas.items()}", lambda _, d: d[1].double()),
-        ("block", "def own(deltas): return {name: d[-1] for name, d in deltas.items()}", lambda _, d: d[-1].double()),
         ("element", "def own(deltas, where): return deltas[where.tasks.index('task2')]", lambda _, d: d[2].double()),
     ],
 )
@@ -96,16 +95,27 @@ def test_every_scope_works(scope, body, merge, four, tmp_path):
     assert_merged(merged(four, tmp_path / "bundle", f"{path}#own"), four, merge)
 
 
-def test_a_block_method_sees_the_task_vectors_before_steps_too(four, tmp_path):
+def test_what_a_block_method_gives_back_outlives_the_next_group(four, tmp_path):
+    """Groups of one block are merged one after the other in the same memory."""
     path = own(
-        tmp_path,
-        "@method(paper='', scope='block')\n"
-        "def own(deltas, unstepped): return {name: unstepped[name].mean(0, dtype=float) for name in deltas}\n".replace(
-            "dtype=float", "dtype=__import__('torch').float64"
-        ),
+        tmp_path, "@method(paper='', scope='block')\ndef own(deltas): return {n: d[1] for n, d in deltas.items()}"
     )
-    bundle = merged(four, tmp_path / "bundle", f"{path}#own", "--step", "dare:p=0.9")
-    assert_merged(bundle, four, lambda _, deltas: deltas.double().mean(0))
+    succeeds("merge", four.root / "plan.json", "--method", f"{path}#own", "--merges", 2, "-o", tmp_path / "bundle")
+    bundle = open_bundle(tmp_path / "bundle")
+    (unit,) = bundle.manifest.units
+    assert sorted(len(group.tasks) for group in unit.groups) == [2, 2]
+    for group in unit.groups:
+        for name, value in four.models.base.items():
+            expected = value + (four.models.tasks[group.tasks[1]][name] - value)
+            assert torch.equal(bundle.view(group.tasks[0])[name], expected), name
+
+
+def test_a_block_method_sees_the_task_vectors_before_steps_too(four, tmp_path):
+    body = (
+        "@method(paper='', scope='block')\ndef own(deltas, unstepped): return {n: d[1] for n, d in unstepped.items()}\n"
+    )
+    bundle = merged(four, tmp_path / "bundle", f"{own(tmp_path, body)}#own", "--step", "dare:p=0.9")
+    assert_merged(bundle, four, lambda _, deltas: deltas[1].double())
 
 
 def test_it_goes_by_block_pattern_and_after_steps(four, tmp_path):

@@ -218,16 +218,18 @@ class Worker:
         """A method of scope `block` on all tensors of a unit: name -> merged task vector."""
         chain = self.chain(group)
         assert chain.call is not None
-        deltas = {}
+        deltas, unstepped = {}, {}
         for place, (name, raw) in enumerate(sorted(raws.items())):
             where = self.where(raw.span, 0, group.tasks)
-            flat = self.deltas(raw, group.tasks, 0, raw.span.stop, place)
-            deltas[name] = shape_for(self.stepped(chain, flat, where, group.tasks), "tensor", where)
+            flat_kn = self.deltas(raw, group.tasks, 0, raw.span.stop, place)
+            deltas[name] = shape_for(self.stepped(chain, flat_kn, where, group.tasks), "tensor", where)
+            unstepped[name] = shape_for(flat_kn, "tensor", where)
         names = tuple(self.plan.tasks[task].name for task in group.tasks)
         first = next(iter(raws))
         where = Where(tasks=names, tensor=self.block_of[first], start=0, shape=())
-        found: dict[str, Tensor] = chain.call(deltas, where, chain.stats(group.tasks, first))
-        return found
+        found: dict[str, Tensor] = chain.call(deltas, where, chain.stats(group.tasks, first), unstepped)
+        # A method may give back what it got, which is this thread's buffer and the next group's.
+        return {name: value.clone() for name, value in found.items()}
 
     def chain(self, group: StoredGroup) -> Chain:
         assert group.method is not None

@@ -5,14 +5,15 @@ model, not at its weights: experts may well raise the distance to θ_i. Stored a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.coded import Coded, Vectors, coded
+from flexmerge_cli.methods import experts
+from flexmerge_cli.methods.coded import Coded, coded
 from flexmerge_cli.methods.fr import Coef, Cutoff, Variant, filtered
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
 from flexmerge_cli.methods.method import Fraction, Per, Positive, StatisticScope, Where
@@ -135,14 +136,11 @@ def free(
     from flexmerge_cli.methods.registry import format_call  # which imports this module
 
     backbone = {"variant": variant, "cutoff": cutoff, "coef": coef, "scope": scope, "others": others, "scale": scale}
-    top = Sparse(density=density, select=select)
-    return Coded(
+    return replace(
+        experts.free.function(density=density, select=select),
         centre=format_call("fr", {**backbone, "matrices": matrices}),
-        coder=lambda num_tasks: top,
-        view=View.LAST_AXIS,
-        vectors=Vectors.CODED,
         expert=Expert(
-            top=top,
+            top=Sparse(density=density, select=select),
             mu=mu,
             scope=mu_scope,
             replaces=combine == "replace",

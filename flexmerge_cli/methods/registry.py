@@ -134,14 +134,14 @@ def make_call(method: Method, args: Mapping[str, Any]) -> Call:
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
     """What a method with residuals stores, from what a manifest has of it; None if it is no such method.
 
-    Its centre is not looked at, since decoding only needs what is stored: torch is not imported, save for `free`.
-    Raises UsageError.
+    Its centre is not looked at, since decoding only needs what is stored: torch is not imported. Raises UsageError.
     """
-    from flexmerge_cli.methods import coded
+    from flexmerge_cli.methods import coded, experts
 
     found = getattr(coded, name, None)
     if name == "free":
-        from flexmerge_cli.methods.free import free as found
+        found = experts.free
+        args = {key: value for key, value in args.items() if key in found.parameters}
     if not isinstance(found, coded.CodedMethod):
         return None
     stored: Coded = found.function(**_complete(found, args))

@@ -41,7 +41,8 @@ TITLES = {
 
 def method_list() -> dict[str, Any]:
     return {
-        "methods": [_auto(make_call(auto, {})), *(_method(parse_call(name)) for name in all_methods())],
+        "search": [_auto(make_call(auto, {}))],
+        "methods": [_method(parse_call(name)) for name in all_methods()],
         "steps": [_step(make_step(step, {})) for step in all_steps().values()],
         "calibrations": [_calibration(make_calibration(found, {})) for found in all_calibrations().values()],
         "installed": sorted(packaged_methods()),
@@ -70,7 +71,7 @@ def method_page(text: str) -> dict[str, Any]:
 
 def show_list(value: dict[str, Any]) -> None:
     for kind, title in TITLES.items():
-        rows = [method for method in value["methods"] if method["kind"] == kind]
+        rows = [method for method in (*value["search"], *value["methods"]) if method["kind"] == kind]
         _show_rows(title, "when", rows, with_stored=kind != "model")
     _show_rows("Steps, before a method: --step NAME", "does", value["steps"])
     _show_rows("Calibrations, after a method: --calibrate NAME", "does", value["calibrations"])

@@ -142,6 +142,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS
+    from flexmerge_cli.engine.survey_codes import view_of
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.plan import open_family, provisional_plan
 
@@ -149,6 +150,10 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
     plan = provisional_plan(open_family(sources), sources)
     pricer = Pricer(plan)
+    row = None
+    if sources.statistics == "all":
+        mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
+        row = max((view_of(tensor.shape)[1] for tensor in mergeable), default=None)
     return {
         "one_model_bytes": plan.one_model_bytes,
         "base": plan.base.source,
@@ -167,7 +172,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
             if row.name != "exact deduplication"
         ],
         "read_bytes": sum(task.bytes for task in plan.tasks),
-        "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
+        "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS, row_elements=row),
         "warnings": [],
     }
 

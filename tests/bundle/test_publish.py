@@ -25,7 +25,7 @@ from ..program import Child, fails, flexmerge, succeeds, tree
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Large enough that a merge takes a while after it began to write."""
-    base = encoder() | {f"encoder.layer.{n}.mlp.weight": normal(n, 600, 500) for n in range(6)}
+    base = encoder() | {f"encoder.layer.{n}.mlp.weight": normal(n, 500, 400) for n in range(5)}
     models = Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(4)})
     folders = write_family(tmp_path_factory.mktemp("large"), models)
     succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
@@ -44,7 +44,7 @@ def test_killed_at_any_moment_a_merge_leaves_no_bundle_or_a_whole_one(large, tmp
     expected = tree(tmp_path / "expected")
     draw = random.Random(1)
     seen = set()
-    for number in range(12):
+    for number in range(10):
         place = tmp_path / str(number)
         place.mkdir()
         child = Child(*merge_arguments(large, place / "b"))
@@ -58,7 +58,10 @@ def test_killed_at_any_moment_a_merge_leaves_no_bundle_or_a_whole_one(large, tmp
         else:
             succeeds(*merge_arguments(large, place / "b"))
         assert tree(place / "b") == expected
-        succeeds(*merge_arguments(large, place / "b", "--force"))
+        if (
+            place / ".b.lock"
+        ).exists():  # it was killed after the bundle had appeared: the next to write here cleans up
+            succeeds(*merge_arguments(large, place / "b", "--force"))
         assert [path.name for path in place.iterdir()] == ["b"]
     assert -signal.SIGKILL in seen
 

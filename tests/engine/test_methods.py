@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from flexmerge_cli import open_bundle, verify
+from flexmerge_cli import open_bundle
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.methods.registry import parse_call
 
 from ..families import same_bits
@@ -17,36 +18,57 @@ from .reference import given_back
 SPECTRAL_RESIDUALS = ("low_rank", "tsv_c")
 """Float64 products, rounded once: promised by their parts, not by their bits."""
 
-# The sample reads folder after folder from stdin, where neither this package nor torch can be imported.
-ALONE = """
+# Both read folder after folder from stdin: the sample where neither this package nor torch can be imported, and
+# `inspect --verify --decode` where torch cannot.
+SAMPLE = """
 import json, sys
 sys.modules["flexmerge_cli"] = sys.modules["torch"] = None
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[1] + "/samples")
 import read_bundle
 for line in sys.stdin:
     folder = line.strip()
     tasks = json.load(open(folder + "/manifest.json"))["tasks"]
     print(sum(read_bundle.check(folder, task) for task in tasks), flush=True)
 """
+VERIFY = """
+import sys
+from pathlib import Path
+sys.modules["torch"] = None
+sys.path.insert(0, sys.argv[1])
+from flexmerge_cli.bundle.verify import verify
+for line in sys.stdin:
+    found = verify(Path(line.strip()), decode=True)
+    assert found.bad == {}, found.bad
+    print(found.num_tensors, flush=True)
+"""
 
 
-@pytest.fixture(scope="module")
-def sample_reader():
-    """Folder -> number of tensors that samples/read_bundle.py decodes and finds sound."""
+def in_a_process(code):
+    """Folder -> the number of tensors that were decoded there and found sound."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ALONE, str(ROOT / "samples")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
     def read(folder):
         process.stdin.write(f"{folder}\n")
         process.stdin.flush()
         answer = process.stdout.readline()
-        assert answer, f"the sample cannot read {folder}"
+        assert answer, f"{folder} cannot be read"
         return int(answer)
 
     yield read
     process.stdin.close()
     process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def sample_reader():
+    yield from in_a_process(SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def verified():
+    yield from in_a_process(VERIFY)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +91,16 @@ def family(tmp_path_factory):
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_bundle_holds_what_was_priced_and_gives_back_what_the_method_makes(
-    methods, dtype, family, sample_reader, tmp_path
+    methods, dtype, family, sample_reader, verified, tmp_path
 ):
     """Groups of one to eight tasks. What is not the default of a method is tried on the mixed family alone."""
     folders = family(dtype)
     bill = billed(plan_of(folders), *methods)
     bundle = write(folders, bill, tmp_path / "bundle")
     assert disk_bytes(bundle) == bill.total_bytes
-    assert sum(part.num_bytes for file in bill.files for part in file.parts) == bill.tensor_bytes
-    checked = verify(bundle, decode=True)
-    assert checked.bad == {}
-    assert sample_reader(bundle) == checked.num_tensors
+    stored = [part.num_bytes for file in Bundle.open(bundle).parts.values() for part in file.values()]
+    assert sum(stored) == bill.tensor_bytes
+    assert sample_reader(bundle) == verified(bundle) > 0
     opened, near = open_bundle(bundle), parse_call(methods[0]).method.name in SPECTRAL_RESIDUALS
     for task, state in given_back(folders.models, bill).items():
         view = opened.view(task)

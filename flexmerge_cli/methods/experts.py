@@ -1,0 +1,15 @@
+"""How the experts of `free` are stored: all that reading them takes, and no torch. What is in them: free.py."""
+
+from typing import Literal
+
+from flexmerge_cli.methods.coded import Coded, Vectors, coded
+from flexmerge_cli.methods.method import Fraction
+from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.sparse import Sparse
+
+
+@coded(paper="Zheng & Wang 2025", when="as part of free")
+def free(*, density: Fraction = 0.01, select: Literal["tensor", "row"] = "tensor") -> Coded:
+    """The largest elements of every tensor, vectors too, on the `fr` merge. Arguments: as there."""
+    top = Sparse(density=density, select=select)
+    return Coded(centre="fr", coder=lambda num_tasks: top, view=View.LAST_AXIS, vectors=Vectors.CODED)
