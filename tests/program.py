@@ -5,6 +5,7 @@ import io
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -71,6 +72,7 @@ class Child:
                 os.dup2(write, 1)
                 os.dup2(write, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in background
                 before()
                 code = run([str(argument) for argument in arguments])
                 sys.stdout.flush()

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES, promote
 from flexmerge_cli.engine.device import to_bytes
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.engine.runs import squares
@@ -83,6 +83,8 @@ class Encoder:
                 continue  # written with the group of its first reader
             values = worker.own(raw, part.readers[0])
             stored = cast(values, part.array.dtype)
+            if stored is not values:
+                self._check_cast(values, stored, part, raw)
             data = self._emit(part, start, stored.clone() if stored is values else stored, piece)
             if stored is not values:
                 error = _lost(stored.float() - values.float(), raw.span.run)
@@ -277,13 +279,26 @@ class Encoder:
         elementwise = self.worker.chain(group).scope_of(tensor.name, tensor.shape) == "element" and whole is None
         return tiles(count, raw.span.run) if elementwise else [(0, count)]
 
+    def _check_cast(self, values: Tensor, stored: Tensor, part: Part, raw: Raw) -> None:
+        """What was not finite stays as it is; what becomes so would be data that nobody wrote."""
+        if all_finite(stored):
+            return
+        lost = torch.isfinite(values) & ~torch.isfinite(stored)
+        if bool(lost.any()):
+            index = raw.span.start + int(lost.nonzero()[0, 0])
+            place = [int(axis) for axis in np.unravel_index(index, part.array.shape)]
+            raise DataError(
+                f"task `{self.plan.tasks[part.readers[0]].name}` has a value in `{part.tensor}` at {place} that "
+                f"{part.array.dtype} cannot hold",
+                hint="cast to bf16, or leave out --dtype",
+            )
+
     def _finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> Tensor:
         self._check_finite(values, group, raw)
         return values
 
     def _check_finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> None:
-        # A sum is finite only if every term is, unless huge terms overflow; then the slow question decides.
-        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+        if all_finite(values):
             return
         assert group.method is not None
         index = raw.span.start + int((~torch.isfinite(values)).nonzero()[0, 0])
@@ -291,7 +306,8 @@ class Encoder:
         names = ", ".join(self.plan.tasks[task].name for task in group.tasks)
         method = self.worker.bill.calls[group.method].method.name
         raise DataError(
-            f"`{method}` gives a value that is not finite in `{raw.span.tensor}` at {place}, tasks {names}",
+            f"`{method}` gives a value that is not finite as {FROM_TORCH[str(values.dtype).removeprefix('torch.')]} in "
+            f"`{raw.span.tensor}` at {place}, tasks {names}",
             hint="use a smaller scale, or a wider dtype",
         )
 
@@ -304,6 +320,11 @@ class Encoder:
         if data.size:  # a private tensor may end before another task's
             self.output.write(part, start_byte, data)
             piece.written.append((part, start_byte, data))
+
+
+def all_finite(values: Tensor) -> bool:
+    # A sum is finite only if every term is, unless huge terms overflow; then the slow question decides.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def array(group: StoredGroup, role: str) -> Part:

@@ -75,7 +75,7 @@ def fine_tunes(dtype: torch.dtype = torch.float32, *, num_tasks: int = 8) -> Mod
         name = "encoder.layer.0.output.LayerNorm.weight"
         tasks[f"task{number}"][name] = base[name].clone()
         tasks[f"task{number}"]["classifier.weight"] = normal(number, 2 + number % 2, 3, dtype=dtype)
-    for name in ("task1", "task2"):
+    for name in sorted(tasks.keys() & {"task1", "task2"}):
         tasks[name]["pooler.dense.weight"] = common["pooler.dense.weight"].clone()
         tasks[name]["encoder.layer.0.attention.self.query.bias"] = common["encoder.layer.0.attention.self.query.bias"]
     return Models(base=base, tasks=dict(list(tasks.items())[:num_tasks]))
@@ -151,3 +151,49 @@ def write(
 
 def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def edges() -> Models:
+    """Everything odd at once: a task that is the base, one that another is too, constant rows, signs that cancel."""
+    models = fine_tunes(num_tasks=5)
+    base, names = models.base, list(models.tasks)
+    models.tasks[names[1]] = {**models.tasks[names[1]], **{name: value.clone() for name, value in base.items()}}
+    models.tasks[names[3]] = {**models.tasks[names[3]], **{name: models.tasks[names[2]][name].clone() for name in base}}
+    for name, value in base.items():
+        if value.ndim > 1 and len(value):
+            for number, task in enumerate(names):
+                models.tasks[task][name][0] = value[0] + 0.25 * (-1) ** number
+                models.tasks[task][name][-1] = value[-1]
+    return models
+
+
+def vectors() -> Models:
+    """Nothing but one axis: no matrix for any method to decompose."""
+    base = {
+        "embeddings.scale": normal(1),
+        "encoder.layer.0.attention.bias": normal(2, 99),
+        "encoder.layer.0.mlp.bias": normal(3, 1),
+        "encoder.layer.1.attention.bias": normal(4, 0),
+        "encoder.layer.1.mlp.bias": normal(5, 17),
+    }
+    return Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(4)})
+
+
+def equals() -> Models:
+    """All task vectors are one, but for one element that only some have."""
+    base = base_of()
+    models = Models(base=base, tasks={f"task{n}": tuned(base, 1) for n in range(3)})
+    for name in base:
+        if base[name].numel():
+            models.tasks["task2"][name].view(-1)[0] = base[name].view(-1)[0]
+    return models
+
+
+EDGES = {
+    "edges": edges,
+    "vectors": vectors,
+    "equals": equals,
+    "zeros": lambda: Models(base=base_of(), tasks={f"task{n}": dict(base_of()) for n in range(3)}),
+    "one": lambda: fine_tunes(num_tasks=1),
+    "two": lambda: fine_tunes(num_tasks=2),
+}

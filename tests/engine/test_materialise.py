@@ -210,7 +210,7 @@ def test_a_method_that_overflows_is_an_error_with_its_place(tmp_path):
     succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json", "--force")
     fails(
         3, "merge", tmp_path / "plan.json", "--method", "task_arithmetic:scale=1.5", "-o", tmp_path / "b",
-        says=("`task_arithmetic` gives a value that is not finite in `pooler.dense.weight` at [2, 3]",),
+        says=("`task_arithmetic` gives a value that is not finite as F32 in `pooler.dense.weight` at [2, 3]",),
     )  # fmt: skip
 
 

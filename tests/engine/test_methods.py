@@ -1,5 +1,6 @@
 """Every method of the registry through the engine: bytes as priced, values as the method makes them, read by anyone."""
 
+import json
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.methods.registry import parse_call
 
 from ..families import same_bits
-from ..program import ROOT
-from .merges import DEFAULTS, FAMILIES, TOGETHER, billed, disk_bytes, plan_of, planned, write
+from ..program import ROOT, succeeds
+from .merges import DEFAULTS, EDGES, FAMILIES, TOGETHER, billed, disk_bytes, plan_of, planned, write
 from .reference import given_back
 
 SPECTRAL_RESIDUALS = ("low_rank", "tsv_c")
@@ -112,3 +113,37 @@ def test_a_bundle_holds_what_was_priced_and_gives_back_what_the_method_makes(
                 assert torch.allclose(view[name].double(), expected.double(), rtol=step, atol=step)
             else:
                 assert same_bits(view[name], expected), (task, name)
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = planned(tmp_path_factory.mktemp(name), EDGES[name]())
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("method", DEFAULTS.values())
+def test_no_family_is_too_odd_for_a_method(method, name, edge, tmp_path):
+    """As a user merges all that the method can: priced by a dry run, finite, and sound when read back."""
+    folders = edge(name)
+    arguments = ("merge", folders.root / "plan.json", "--method", method, "-o", tmp_path / "bundle", "--json")
+    priced = succeeds(*arguments, "--dry-run").json
+    told = succeeds(*arguments).json
+    assert priced["total_bytes"] == told["total_bytes"] == disk_bytes(tmp_path / "bundle")
+    assert json.loads(succeeds("inspect", tmp_path / "bundle", "--verify", "--decode", "--json").out)
+    bundle = open_bundle(tmp_path / "bundle")
+    for task, state in folders.models.tasks.items():
+        view = bundle.view(task)
+        assert {key: value.shape for key, value in view.items()} == {key: value.shape for key, value in state.items()}
+        assert all(bool(torch.isfinite(value).all()) for value in view.values())
+        distance = bundle.manifest.tasks[task].distance
+        moved = any(not torch.equal(state[key], value) for key, value in folders.models.base.items())
+        assert distance is None or 0 <= distance < 100 if not moved else 0 <= distance < 100
+        if name in ("one", "zeros"):
+            assert all(same_bits(view[key], value) for key, value in state.items())
