@@ -253,7 +253,9 @@ def _check(plan: Plan) -> None:
         except (KeyError, ValueError):
             raise ValueError(f"the coding errors of tensor `{tensor.name}` are not sound") from None
     for task, record in enumerate(plan.tasks):
-        own = [record.names.get(tensor.name, tensor.name) for tensor in plan.tensors if task in tensor.present]
+        own = [
+            record.names.get(tensor.name, tensor.name) for tensor in plan.tensors if tensor.digests[task] is not None
+        ]
         if len(set(own)) < len(own):
             raise ValueError(f"two tensors of task `{record.name}` have one name")
     groups: dict[str, set[tuple[int, ...]]] = {block.name: {(task,) for task in range(count)} for block in plan.blocks}

@@ -11,12 +11,17 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 
+# Of one advice. The kernel looks at every page: telling it of each range anew cost 3 % of a merge from the page cache.
+AHEAD_BYTES = 4 << 20
+
 
 class Reader:
     """Open files of one or more checkpoints; a context manager."""
 
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
+        self._told: dict[Path, tuple[int, int]] = {}
+        """Bytes of a file of which the kernel was told last."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Reader":
@@ -55,9 +60,14 @@ class Reader:
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Tell the kernel that these elements are read soon, so that the disk works while others compute."""
-        if tensor.strides is None and hasattr(os, "posix_fadvise"):
-            offset, length = tensor.offset + start * tensor.item_bytes, (stop - start) * tensor.item_bytes
-            os.posix_fadvise(self._open(tensor.path), offset, length, os.POSIX_FADV_WILLNEED)
+        if tensor.strides is not None or not hasattr(os, "posix_fadvise"):
+            return
+        low, high = tensor.offset + start * tensor.item_bytes, tensor.offset + stop * tensor.item_bytes
+        told = self._told.get(tensor.path, (0, 0))
+        if not (told[0] <= low and high <= told[1]):
+            high = max(high, low + AHEAD_BYTES)
+            self._told[tensor.path] = (low, high)  # threads may tell twice: no harm
+            os.posix_fadvise(self._open(tensor.path), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: Path) -> int:
         descriptor = self._files.get(path)

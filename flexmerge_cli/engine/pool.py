@@ -24,7 +24,7 @@ def default_threads() -> int:
 
 
 def ordered_map(
-    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = 1
+    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = 2
 ) -> closing[Generator[Result, None, None]]:
     """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped.
 

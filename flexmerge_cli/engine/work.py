@@ -21,6 +21,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.spans import Span, row_elements, widest
+from flexmerge_cli.engine.together import read_together
 from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.methods.method import Call, Scope, Where
 from flexmerge_cli.methods.reductions import flat
@@ -134,17 +135,12 @@ class Worker:
         tensors = [self.source(span.tensor, leader) for leader in leaders]
         # Private tensors of other shapes: each ends where it ends.
         ranges = [(min(span.start, tensor.num_elements), min(span.stop, tensor.num_elements)) for tensor in tensors]
-        sizes = [(high - low) * tensor.item_bytes for tensor, (low, high) in zip(tensors, ranges)]
-        starts = [sum(-(-size // 64) * 64 for size in sizes[:row]) for row in range(len(sizes))]
-        buffer = self.buffers.get(("raw", place), starts[-1] + sizes[-1])
-        bits = {}
-        for leader, tensor, (low, high), start, size in zip(leaders, tensors, ranges, starts, sizes):
-            found = self.reader.read(tensor, low, high, buffer[start : start + size])
-            bits[leader] = as_tensor(found, tensor.dtype)
-            self.on_bytes(size)
-        rows = None
-        if len({tensor.dtype for tensor in tensors}) == 1 and len(set(sizes)) == 1 and sizes[0] % 64 == 0:
-            rows = as_tensor(buffer[: starts[-1] + sizes[-1]], tensors[0].dtype).view(len(sizes), -1)
+        found, together = read_together(tensors, ranges, self.reader, self.buffers, ("raw", place))
+        bits = {
+            leader: as_tensor(data, tensor.dtype) for leader, data, tensor in zip(leaders, found, tensors, strict=True)
+        }
+        self.on_bytes(sum(data.size for data in found))
+        rows = as_tensor(together, tensors[0].dtype).view(len(tensors), -1) if together is not None else None
         return Raw(span, bits, rows)
 
     def will_need(self, storage: Storage, span: Span) -> None:

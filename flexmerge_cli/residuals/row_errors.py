@@ -32,39 +32,40 @@ SMALLEST, LARGEST = 2.0**-40, 2.0**40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Trial:
-    """Every row coded with one scale."""
+class _Trials:
+    """Every row coded with some scales, one after another."""
 
-    bits: int
-    unit_m: "Tensor"
+    bits: tuple[int, ...]
+    """Of each trial; 4 bits have several."""
+    unit_Tm: "Tensor"
     """float64: magnitudes are taken in units of it."""
-    stored_m: "Tensor"
-    """float64: the scale as it is stored; up to 3 bits thresholds are taken at the exact one."""
+    ratio_Tm: "Tensor"
+    """float64: the scale as it is stored, in that unit. Up to 3 bits thresholds are taken at the exact scale."""
 
 
 def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
-    """Per number of bits and row Σ (x - decoded x)² under `weight_code`: float32 [m, n] -> float64 [bits, m]."""
-    import torch
+    """Per number of bits and row Σ (x - decoded x)² under `weight_code`: float32 [m, n] -> float64 [bits, m].
 
+    bits: ascending.
+    """
     m, n = matrix.shape
-    errors = np.zeros((len(bits), m))
     if 0 in (m, n):
-        return errors
+        return np.zeros((len(bits), m))
     if n < FEWEST_COLUMNS:
         return _plain(matrix, bits)
     blocks = _Blocks(matrix)
     largest_m, root_m = blocks.measure()
-    trials = [trial for number in bits for trial in _trials(number, largest_m.double(), root_m)]
-    of_trial = blocks.squares(trials) * torch.stack([trial.unit_m for trial in trials]).square()
-    for row, number in enumerate(bits):
-        mine = [place for place, trial in enumerate(trials) if trial.bits == number]
-        errors[row] = of_trial[mine].amin(0).cpu().numpy()
+    trials = _trials(bits, largest_m.double(), root_m)
+    squares_Tm = (blocks.squares(trials) * trials.unit_Tm.square()).cpu().numpy()
+    firsts = [trials.bits.index(number) for number in bits]
+    errors: np.ndarray = np.minimum.reduceat(squares_Tm, firsts)
     largest = largest_m.cpu().numpy()
     errors[:, largest == 0] = 0
     odd = np.flatnonzero(~((largest == 0) | ((largest > SMALLEST) & (largest < LARGEST))))
     if len(odd):
-        rows = matrix[torch.from_numpy(odd).to(matrix.device)]
-        errors[:, odd] = _plain(rows, bits)
+        import torch
+
+        errors[:, odd] = _plain(matrix[torch.from_numpy(odd).to(matrix.device)], bits)
     return errors
 
 
@@ -72,11 +73,17 @@ def _plain(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
     return np.stack([squared_errors(matrix, weight_code(number)).cpu().numpy() for number in bits])
 
 
-def _trials(bits: int, largest_m: "Tensor", root_m: "Tensor") -> list[_Trial]:
-    if bits <= 3:
-        return [_Trial(bits, root_m, _bfloat16(root_m))]
-    scales = [_bfloat16(factor * largest_m / half_range(bits)) for factor in (CLIP_FACTORS if bits == 4 else (1.0,))]
-    return [_Trial(bits, scale, scale) for scale in scales]
+def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Trials:
+    """largest_m, root_m: float64. In one go for all trials: there are many, and rows are few."""
+    import torch
+
+    gauss = [number for number in bits if number <= 3]
+    spaced = [(number, factor) for number in bits if number > 3 for factor in (CLIP_FACTORS if number == 4 else (1.0,))]
+    scales = [root_m] * len(gauss) + [factor * largest_m / half_range(number) for number, factor in spaced]
+    exact_Tm = torch.stack(scales)
+    stored_Tm = exact_Tm.float().to(torch.bfloat16).double()
+    unit_Tm = torch.cat([exact_Tm[: len(gauss)], stored_Tm[len(gauss) :]])
+    return _Trials((*gauss, *(number for number, _ in spaced)), unit_Tm, stored_Tm / unit_Tm)
 
 
 class _Blocks:
@@ -105,31 +112,35 @@ class _Blocks:
                 torch.sum(torch.mul(a, a, out=square), 1, out=energy_Pm[piece, first : first + self.step])
         return largest_Pm.amax(0), (energy_Pm.double().sum(0) / n).sqrt()
 
-    def squares(self, trials: "Sequence[_Trial]") -> "Tensor":
+    def squares(self, trials: _Trials) -> "Tensor":
         """Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
         import torch
 
-        # Views cost as much as the arithmetic on a small block: few of them, and all of one trial in one go.
-        inverse = [(1 / trial.unit_m).float()[:, None].split(self.step) for trial in trials]
-        ratio = [
-            (trial.stored_m / trial.unit_m).float()[:, None].split(self.step) if trial.bits <= 3 else None
-            for trial in trials
-        ]
-        sums: list[list[list[Tensor]]] = [[[] for _ in self.lows] for _ in trials]
-        for block, first in enumerate(range(0, len(self.matrix), self.step)):
-            for piece, low in enumerate(self.lows):
+        inverse_Tm1 = (1 / trials.unit_Tm).float()[:, :, None]
+        ratio_Tm1 = trials.ratio_Tm.float()[:, :, None]
+        found = []
+        for first in range(0, len(self.matrix), self.step):
+            rows = slice(first, first + self.step)
+            inverse, ratio = inverse_Tm1[:, rows].unbind(), ratio_Tm1[:, rows].unbind()
+            total = None
+            for low in self.lows:
                 a, value, level, spare = self._piece(first, low)
-                for trial, inverse_k1, ratio_k1, of_trial in zip(trials, inverse, ratio, sums):
-                    torch.mul(a, inverse_k1[block], out=value)
-                    if ratio_k1 is not None:
-                        _gauss_levels(trial.bits, value, level, spare).mul_(ratio_k1[block])
+                sums = []
+                for bits, inverse_k1, ratio_k1 in zip(trials.bits, inverse, ratio):
+                    torch.mul(a, inverse_k1, out=value)
+                    if bits <= 3:
+                        _gauss_levels(bits, value, level, spare).mul_(ratio_k1)
                     else:
-                        torch.round(value, out=level).clamp_(max=half_range(trial.bits))
+                        torch.round(value, out=level).clamp_(max=half_range(bits))
                     # The square of a difference, 0 being no reduction, in one pass instead of two.
-                    torch.ops.aten.mse_loss.out(value, level, 0, out=spare)
+                    torch.ops.aten.mse_loss.out(value, level, 0, out=level)
                     # float32 within a piece: torch adds up a row in one order, however many rows there are.
-                    of_trial[piece].append(spare.sum(1))
-        return torch.stack([torch.stack([torch.cat(p) for p in t]).double().sum(0) for t in sums])
+                    sums.append(level.sum(1))
+                of_piece = torch.stack(sums).double()
+                total = of_piece if total is None else total + of_piece
+            assert total is not None
+            found.append(total)
+        return torch.cat(found, dim=1)
 
     def _piece(self, first: int, low: int) -> "tuple[Tensor, ...]":
         """Magnitudes [k, w], and buffers like it."""
@@ -173,10 +184,3 @@ def _buffers(rows: int, columns: int, device: "torch.device") -> "list[Tensor]":
     if not flat or len(flat[0]) < rows * columns:
         flat = _kept.flat = [torch.empty(max(rows * columns, BLOCK_ELEMENTS)) for _ in range(4)]
     return [buffer[: rows * columns].view(rows, columns) for buffer in flat]
-
-
-def _bfloat16(scale: "Tensor") -> "Tensor":
-    """float64, as it is stored."""
-    import torch
-
-    return scale.float().to(torch.bfloat16).double()

