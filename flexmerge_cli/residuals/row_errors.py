@@ -33,14 +33,16 @@ SMALLEST, LARGEST = 2.0**-40, 2.0**40
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Trials:
-    """Every row coded with some scales, one after another."""
+    """Every row coded with some scales, one after another. Magnitudes are taken in units of the stored scale."""
 
     bits: tuple[int, ...]
-    """Of each trial; 4 bits have several."""
+    """Of each trial, ascending; 4 bits have several."""
+    clips: tuple[bool, ...]
+    """Whether magnitudes may lie above the last level."""
     unit_Tm: "Tensor"
-    """float64: magnitudes are taken in units of it."""
-    ratio_Tm: "Tensor"
-    """float64: the scale as it is stored, in that unit. Up to 3 bits thresholds are taken at the exact scale."""
+    """float64: the scale as it is stored."""
+    exact_m: "Tensor"
+    """float64: of up to 3 bits, whose thresholds are taken at the exact scale, this scale in units of the stored one."""
 
 
 def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
@@ -80,10 +82,14 @@ def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Tria
     gauss = [number for number in bits if number <= 3]
     spaced = [(number, factor) for number in bits if number > 3 for factor in (CLIP_FACTORS if number == 4 else (1.0,))]
     scales = [root_m] * len(gauss) + [factor * largest_m / half_range(number) for number, factor in spaced]
-    exact_Tm = torch.stack(scales)
-    stored_Tm = exact_Tm.float().to(torch.bfloat16).double()
-    unit_Tm = torch.cat([exact_Tm[: len(gauss)], stored_Tm[len(gauss) :]])
-    return _Trials((*gauss, *(number for number, _ in spaced)), unit_Tm, stored_Tm / unit_Tm)
+    unit_Tm = torch.stack(scales).float().to(torch.bfloat16).double()
+    return _Trials(
+        bits=(*gauss, *(number for number, _ in spaced)),
+        # bfloat16 is within 2^-9 of the scale: too near for the largest magnitude to be rounded to another level.
+        clips=(*(False for _ in gauss), *(factor < 1 for _, factor in spaced)),
+        unit_Tm=unit_Tm,
+        exact_m=root_m / unit_Tm[0],
+    )
 
 
 class _Blocks:
@@ -117,23 +123,27 @@ class _Blocks:
         import torch
 
         inverse_Tm1 = (1 / trials.unit_Tm).float()[:, :, None]
-        ratio_Tm1 = trials.ratio_Tm.float()[:, :, None]
+        exact_m1 = trials.exact_m.float()[:, None]
         found = []
         for first in range(0, len(self.matrix), self.step):
             rows = slice(first, first + self.step)
-            inverse, ratio = inverse_Tm1[:, rows].unbind(), ratio_Tm1[:, rows].unbind()
+            inverse, exact = inverse_Tm1[:, rows].unbind(), exact_m1[rows]
             total = None
             for low in self.lows:
                 a, value, level, spare = self._piece(first, low)
                 sums = []
-                for bits, inverse_k1, ratio_k1 in zip(trials.bits, inverse, ratio):
-                    torch.mul(a, inverse_k1, out=value)
-                    if bits <= 3:
-                        _gauss_levels(bits, value, level, spare).mul_(ratio_k1)
-                    else:
-                        torch.round(value, out=level).clamp_(max=half_range(bits))
+                for trial, (bits, inverse_k1) in enumerate(zip(trials.bits, inverse)):
+                    if trial == 0 or bits > 3:  # up to 3 bits have one scale
+                        torch.mul(a, inverse_k1, out=value)
                     # The square of a difference, 0 being no reduction, in one pass instead of two.
-                    torch.ops.aten.mse_loss.out(value, level, 0, out=level)
+                    if bits <= 3:
+                        lowest = _above_lowest(bits, value, exact, level, spare)
+                        torch.ops.aten.mse_loss.out(level, lowest, 0, out=level)
+                    else:
+                        torch.round(value, out=level)
+                        if trials.clips[trial]:
+                            level.clamp_(max=half_range(bits))
+                        torch.ops.aten.mse_loss.out(value, level, 0, out=level)
                     # float32 within a piece: torch adds up a row in one order, however many rows there are.
                     sums.append(level.sum(1))
                 of_piece = torch.stack(sums).double()
@@ -154,21 +164,20 @@ class _Blocks:
         return torch.abs(rows, out=a), *buffers
 
 
-def _gauss_levels(bits: int, value: "Tensor", level: "Tensor", above: "Tensor") -> "Tensor":
-    """Of magnitudes in units of the root mean square: `level`, filled."""
+def _above_lowest(bits: int, value: "Tensor", exact_m1: "Tensor", level: "Tensor", above: "Tensor") -> "Tensor":
+    """Fill `level` with magnitudes less what their level lies above the lowest one; returns the lowest, as large."""
     import torch
 
     levels, thresholds = GAUSS_LEVELS[bits], GAUSS_THRESHOLDS[bits]
-    if not thresholds:
-        return level.fill_(levels[0])
+    rest = value
     for number, threshold in enumerate(thresholds):
         step = levels[number + 1] - levels[number]
         # Of one dtype in and out a comparison gives 0 and 1.
-        if number == 0:
-            torch.ge(value, threshold, out=level).mul_(step).add_(levels[0])
-        else:
-            level.add_(torch.ge(value, threshold, out=above), alpha=step)
-    return level
+        torch.ge(value, threshold * exact_m1, out=above)
+        rest = torch.add(rest, above, alpha=-step, out=level)
+    if not thresholds:
+        level.copy_(value)
+    return level.new_tensor(levels[0]).expand_as(level)
 
 
 _kept = threading.local()
