@@ -73,6 +73,9 @@ def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_wa
         return on_cpu()
 
 
+ALIGNMENT = 64  # bytes: of a cache line, and of the widest vector registers
+
+
 class Buffers(threading.local):
     """Reused byte buffers, each thread its own: what is read into one is gone with the thread's next item."""
 
@@ -80,8 +83,10 @@ class Buffers(threading.local):
         self._arrays: dict[object, np.ndarray] = {}
 
     def get(self, key: object, num_bytes: int) -> np.ndarray:
-        """uint8, at least num_bytes long."""
+        """uint8, at least num_bytes long, aligned."""
         array = self._arrays.get(key)
         if array is None or array.size < num_bytes:
-            array = self._arrays[key] = np.empty(num_bytes, np.uint8)
+            # BLAS adds up in another order where memory is aligned in another way: then threads would show in the sums.
+            array = np.empty(num_bytes + ALIGNMENT, np.uint8)
+            array = self._arrays[key] = array[-array.ctypes.data % ALIGNMENT :][:num_bytes]
         return array

@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded
-from flexmerge_cli.engine.pool import Buffers, ordered_map, with_fallback
+from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows, view_of
 from flexmerge_cli.engine.together import read_together
 from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
@@ -172,7 +172,7 @@ def _measure(
         return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")
 
     grams, agreements, energies = [], [], []
-    width = min(TILE_ELEMENTS, end - start)
+    width = -(-min(TILE_ELEMENTS, end - start) // ALIGNMENT) * ALIGNMENT  # each task's begin aligned
     # Where nothing needs the tasks' own values any more the deltas take their place: a third less memory to go through.
     in_place = rows_kN is not None and sums is None and device.type == "cpu" and rows_kN.dtype is torch.float32
     deltas = new_array("deltas", 0 if in_place else (len(values) - 1) * width).view(

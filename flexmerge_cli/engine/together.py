@@ -6,9 +6,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.pool import Buffers
-
-ALIGNMENT = 64  # bytes: of a cache line, and of the widest vector registers
+from flexmerge_cli.engine.pool import ALIGNMENT, Buffers
 
 
 def read_together(

@@ -42,7 +42,7 @@ class _Trials:
     unit_Tm: "Tensor"
     """float64: the scale as it is stored."""
     exact_m: "Tensor"
-    """float64: of up to 3 bits, whose thresholds are taken at the exact scale, this scale in units of the stored one."""
+    """float64: the exact scale of up to 3 bits, at which thresholds are taken, in units of the stored one."""
 
 
 def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
