@@ -32,7 +32,8 @@ def bundle_page(facts: BundleFacts) -> str:
     ]
     sections = [_tasks(value)]
     if bundle.manifest.units:
-        sections += [_routing(facts), _bytes(facts), _distance(facts)]
+        chosen = any(group.bits for unit in bundle.manifest.units for group in unit.groups)
+        sections += [_routing(facts), _bytes(facts), *([_bits(facts)] if chosen else []), _distance(facts)]
     return page(f"{bundle.path.resolve().name}: bundle of {len(bundle.tasks)} tasks", fact_list(pairs), sections)
 
 
@@ -102,6 +103,30 @@ def _bytes(facts: BundleFacts) -> str:
         "Bytes along depth",
         markup,
         note="Dark: what the bundle stores of a block. Grey: what a copy for every task would take.",
+    )
+
+
+def _bits(facts: BundleFacts) -> str:
+    """Of bundles that `auto` made."""
+    tasks, scale = facts.bundle.tasks, Scale(low=0.0, high=8.0)
+
+    def row(unit: UnitEntry) -> str:
+        groups = {task: group for group in unit.groups for task in group.tasks}
+        cells = []
+        for task in tasks:
+            group = groups.get(task)
+            bits = (group.bits or {}).get(task) if group is not None else None
+            style = " class=off" if bits is None else f' style="{cell_style(scale, bits)}"'
+            title = text(f"{task}: {'exact' if bits is None else f'{bits} bits'}")
+            cells.append(f'<td{style} title="{title}">{"=" if bits is None else bits}</td>')
+        return "".join(cells)
+
+    rows = ((unit.name, row(unit)) for unit in facts.bundle.manifest.units)
+    return section(
+        "Bits along depth",
+        legend("0 bits", "8 bits"),
+        _grid(tasks, rows),
+        note="Bits a weight of what is stored of a task alone, beside its group's centre; =: an exact copy.",
     )
 
 
