@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flexmerge_cli.allocation.plan_file import Plan, plan_bytes
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import open_sources
@@ -16,6 +18,7 @@ def add_statistics(
     folder: Path,
     *,
     relocate: Mapping[str, str] | None = None,
+    access: Access = ONLINE,
     device: str = "auto",
     threads: int | None = None,
     max_memory: int | None = None,
@@ -29,7 +32,8 @@ def add_statistics(
 
     if plan.settings.statistics == "all":
         return plan
-    sources, _ = open_sources(plan, folder, relocate or {})
+    sources, _ = open_sources(plan, folder, relocate or {}, access)
+    fetch(sources.to_fetch(), access, on_progress)
     located = sources.located
     tensors = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
     items = [

@@ -1,6 +1,6 @@
 """`merge`: a plan, a method and a size in, a bundle out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,11 @@ from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
@@ -62,6 +65,7 @@ class MergeRequest:
     max_distance: float | None = None
     relocate: Mapping[str, str] = field(default_factory=dict)
     """Prefix of a source as the plan has it -> what stands there now."""
+    access: Access = ONLINE
 
 
 def check_request(request: MergeRequest, num_tasks: int) -> None:
@@ -151,8 +155,9 @@ def merge(
     bill = bill or allocate(plan, request)
     chunk = materialise_chunk(len(plan.tasks), threads, max_memory, CHUNK_ELEMENTS, whole_elements(bill))
     check_output(output, bill, force=force)
-    sources, side_files = open_sources(plan, plan_folder, request.relocate)
+    sources, side_files = open_sources(plan, plan_folder, request.relocate, request.access)
     _apart(output, sources)
+    fetch(sources.to_fetch(), request.access, on_progress)
     stage, done, total = "", 0, sum(task.bytes for task in plan.tasks)
 
     def on_stage(name: str) -> None:
@@ -319,18 +324,34 @@ class OpenSources:
     tasks: tuple[Checkpoint, ...]
     located: "Sources"
 
+    def to_fetch(self) -> list[RemoteFile]:
+        """Files of the Hub that are not on this disk, and hold a tensor of the plan."""
+        remote: dict[Path, RemoteFile] = {}
+        for checkpoint in [*self.tasks, *([self.base] if self.base else [])]:
+            remote |= checkpoint.remote
+        read = [tensor for found in (self.located.base, *self.located.tasks) for tensor in found.values()]
+        return [remote[path] for path in dict.fromkeys(tensor.path for tensor in read) if path in remote]
 
-def open_sources(plan: Plan, folder: Path, relocate: Mapping[str, str]) -> tuple["OpenSources", dict[str, Path]]:
+
+def open_sources(
+    plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access = ONLINE
+) -> tuple["OpenSources", dict[str, Path]]:
     """Open the plan's sources and find every tensor that it names. Raises DataError if headers are not the plan's."""
     from flexmerge_cli.engine.materialise import Sources
 
-    def opened(source: str) -> Checkpoint:
+    def opened(source: str, side_files: Collection[str]) -> Checkpoint:
         moved = _relocated(source, folder, relocate)
-        return open_checkpoint(moved if moved is not None else source, relative_to=folder if moved is None else None)
+        return open_checkpoint(
+            moved if moved is not None else source,
+            relative_to=folder if moved is None else None,
+            access=access,
+            needs=side_files,
+            side_files=bool(side_files),
+        )
 
     needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
-    base = opened(plan.base.source) if needs_base else None
-    tasks = tuple(opened(task.source) for task in plan.tasks)
+    base = opened(plan.base.source, ()) if needs_base else None
+    tasks = tuple(opened(task.source, task.files) for task in plan.tasks)
     problems: list[str] = []
 
     def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:

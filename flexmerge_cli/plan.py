@@ -10,9 +10,12 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, Statistics, plan_bytes, read_plan
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.blocks import Block, partition
 from flexmerge_cli.family.classes import TensorClass, tied_by_config
@@ -58,6 +61,7 @@ class PlanRequest:
     """`gram` leaves out what `--method auto` needs."""
     relative_to: Path = field(default_factory=Path)
     """Folder that relative sources are relative to."""
+    access: Access = ONLINE
 
 
 def open_family(request: PlanRequest) -> Family:
@@ -66,7 +70,7 @@ def open_family(request: PlanRequest) -> Family:
     problems: list[SourceError] = []
     for name, source in [("", request.base), *request.tasks.items()]:
         try:
-            checkpoints[name] = open_checkpoint(source, relative_to=request.relative_to)
+            checkpoints[name] = open_checkpoint(source, relative_to=request.relative_to, access=request.access)
         except SourceError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -102,8 +106,10 @@ def make_plan(
 
     check_settings(request.order.linkage, request.order.similarity)
     where = choose_device(device)
-    family = settle_ties(open_family(request))
+    family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
+    fetch(_to_fetch(family), request.access, on_progress)
+    family = settle_ties(family)
     threads = threads or default_threads()
     items: list[SurveyItem] = []
     owners: list[FamilyTensor] = []
@@ -175,6 +181,16 @@ def load_plan(path: Path | str) -> Plan:
     if not path.is_file():
         raise SourceError(f"no plan at {path}", hint="make one with `flexmerge plan`")
     return read_plan(path)
+
+
+def _to_fetch(family: Family) -> list[RemoteFile]:
+    """Files of the Hub that hold a tensor which is compared or stored."""
+    remote: dict[Path, RemoteFile] = {}
+    for checkpoint in (family.base, *family.tasks):
+        remote |= checkpoint.remote
+    read = [task for tensor in family.tensors for task in tensor.tasks if task is not None]
+    read += [t.base for t in family.tensors if t.base is not None and t.tensor_class is TensorClass.MERGEABLE]
+    return [remote[path] for path in dict.fromkeys(tensor.path for tensor in read) if path in remote]
 
 
 def settle_ties(family: Family) -> Family:

@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from .checkpoint.hub_server import hub
 from .families import ODD, Folders, plain, write_family
 from .program import succeeds
+
+__all__ = ["hub"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,5 +1,6 @@
 """Hypothesis strategies that damage files: bytes flipped, cut, doubled; JSON with odd values for sound ones."""
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -51,7 +52,7 @@ def json_values(draw: st.DrawFn, value: Any, *, changes: int = 3) -> Any:
         holder, key = draw(st.sampled_from(places))
         kind = draw(st.sampled_from(["replace", "other", "remove", "add", "small"]))
         if kind == "replace":
-            holder[key] = draw(st.sampled_from(ODD_VALUES))
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
         elif kind == "other":
             other, other_key = draw(st.sampled_from(places))
             holder[key] = json.loads(json.dumps(other[other_key]))
@@ -60,9 +61,9 @@ def json_values(draw: st.DrawFn, value: Any, *, changes: int = 3) -> Any:
         elif kind == "small" and type(holder[key]) is int:
             holder[key] += draw(st.integers(-2, 2))
         elif isinstance(holder, dict):
-            holder[draw(st.sampled_from(["extra", "a", "names", "../x", ""]))] = holder[key]
+            holder[draw(st.sampled_from(["extra", "a", "names", "../x", ""]))] = copy.deepcopy(holder[key])
         else:
-            holder.append(holder[key])
+            holder.append(copy.deepcopy(holder[key]))
     return value
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.checkpoint import WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.engine.output import no_space

@@ -5,26 +5,21 @@ safetensors wins where a folder holds both formats. Knows nothing of other model
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES, choose_weights, is_side_file
+from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.pickles import read_pickle
+from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 from flexmerge_cli.text import is_text
 
-# In order of preference: one file, or an index of shards.
-WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "open_clip_pytorch_model.bin",
-)  # fmt: skip
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# What makes a folder of weights usable: config, tokenizer, processor, licence. Training state and code stay behind.
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml")
-SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20
@@ -33,20 +28,24 @@ MAX_NAME_BYTES = 255  # of one file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One model on disk."""
+    """One model's files: on this disk, or on the Hub and to be fetched."""
 
     source: str
-    """As the user wrote it."""
+    """As the user wrote it; of the Hub pinned to a commit."""
     path: Path
     """Absolute; a folder or one file."""
     tensors: dict[str, StoredTensor]
     """By own name, in the order of the files and of the bytes in them."""
+    weight_bytes: dict[Path, int]
+    """Of each weight file."""
     config: dict[str, Any] = field(default_factory=dict)
     """config.json, or empty."""
     side_files: dict[str, Path] = field(default_factory=dict)
     """What lies beside the weights and belongs to the model, by file name, sorted."""
     ignored: tuple[str, ...] = ()
     """What lies beside the weights and is left there."""
+    remote: dict[Path, RemoteFile] = field(default_factory=dict)
+    """Weight files that are not on this disk yet; `fetch` (hub.py) brings them to these paths."""
 
     @property
     def num_bytes(self) -> int:
@@ -60,15 +59,26 @@ class Checkpoint:
         return list(dict.fromkeys(tensor.path for tensor in self.tensors.values()))
 
 
-def open_checkpoint(source: str, *, relative_to: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str,
+    *,
+    relative_to: Path | None = None,
+    access: Access = ONLINE,
+    needs: Collection[str] | None = None,
+    side_files: bool = True,
+) -> Checkpoint:
     """Read the headers of the model at `source`: a folder, a weight file, or `hf://org/name[@revision][:subfolder]`.
 
-    A path without a scheme never touches the network. Raises SourceError if there is nothing, DataError if unsound.
+    A path without a scheme never touches the network. Of the Hub config, index and (with side_files) what else belongs
+    to the model is fetched; of weights only the headers, by range. needs: names of side files that suffice.
+    Raises SourceError if there is nothing, DataError if unsound.
     """
-    from flexmerge_cli.checkpoint.hub import is_hub, resolve_hub
+    from flexmerge_cli.checkpoint.hub import is_hub, open_hub
 
-    path = resolve_hub(source) if is_hub(source) else (relative_to or Path()) / _expanded(source)
-    path = path.absolute()
+    if is_hub(source):
+        place = open_hub(source, access, needs)
+        return _open_folder(place.source, place.folder, place.file, side_files=side_files)
+    path = ((relative_to or Path()) / _expanded(source)).absolute()
     if not is_text(str(path)):
         raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
     if not _exists(path):
@@ -78,24 +88,51 @@ def open_checkpoint(source: str, *, relative_to: Path | None = None) -> Checkpoi
             hint=f"for the Hub write hf://{source}" if looks_like_hub else "check the path",
         )
     if path.is_file():
-        if path.suffix not in WEIGHT_SUFFIXES:
-            raise SourceError(
-                f"{path} is no weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
-                hint="give a checkpoint folder or a weight file",
-            )
-        return Checkpoint(source=source, path=path, tensors=_read_file(path))
-    weights = find_weights(path)
+        return _open_folder(source, _FileFolder(path.parent), path.name)
+    return _open_folder(source, LocalFolder(path), None)
+
+
+class _FileFolder(LocalFolder):
+    """Of a file that was named itself, which may be a link to anywhere."""
+
+    def local(self, name: str) -> Path:
+        return self.path / name
+
+
+def _open_folder(source: str, folder: Folder, file: str | None, *, side_files: bool = True) -> Checkpoint:
+    """file: the one that was named; None: the folder's weights, with all that belongs to them."""
+    path = folder.path if file is None else folder.path / file
+    if file is not None and not file.endswith(WEIGHT_SUFFIXES):
+        raise SourceError(
+            f"{path} is no weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
+            hint="give a checkpoint folder or a weight file",
+        )
+    weights = file if file is not None else choose_weights(_files(folder))
     if weights is None:
         raise SourceError(
             f"no checkpoint in {path}: none of {', '.join(WEIGHT_FILES[:5])} there",
             hint="give the folder that holds the weights",
         )
-    _guard(path, weights)
-    tensors = _read_index(path, weights) if weights.suffix == ".json" else _read_file(weights)
-    side, ignored = _side_files(path, {tensor.path for tensor in tensors.values()})
-    return Checkpoint(
-        source=source, path=path, tensors=tensors, config=_read_config(path), side_files=side, ignored=ignored
+    tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
+    names = sorted({tensor.path.name for tensor in tensors.values()})
+    remote = {folder.path / name: found for name in names if (found := folder.remote(name)) is not None}
+    checkpoint = Checkpoint(
+        source=source,
+        path=path,
+        tensors=tensors,
+        weight_bytes={folder.path / name: folder.size(name) for name in names},
+        remote=remote,
     )
+    if file is not None:
+        return checkpoint
+    side, ignored = _side_files(folder, set(names))
+    if side_files or isinstance(folder, LocalFolder):
+        folder.bring(list(side))
+    return replace(checkpoint, config=_read_config(folder), side_files=side, ignored=ignored)
+
+
+def _files(folder: Folder) -> list[str]:
+    return [name for name in folder.entries() if folder.is_file(name)]
 
 
 def _expanded(source: str) -> Path:
@@ -115,26 +152,22 @@ def _exists(path: Path) -> bool:
 
 def find_weights(folder: Path) -> Path | None:
     """The weight file or index of a folder; None if it is no checkpoint."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    # A lone file of any name, as `save_model` and training scripts leave it.
-    for suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        found = [path for path in sorted(folder.glob(f"*{suffix}")) if path.name != "training_args.bin"]
-        if len(found) == 1 and "adapter" not in found[0].name:
-            return found[0]
-    return None
+    name = choose_weights(_files(LocalFolder(folder)))
+    return None if name is None else folder / name
 
 
-def _read_file(path: Path) -> dict[str, StoredTensor]:
-    tensors = read_header(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+def _read_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
+    path, remote = folder.path / name, folder.remote(name)
+    file = RangeFile(remote) if remote is not None else None
+    tensors = read_header(path, file)[0] if path.suffix == ".safetensors" else read_pickle(path, file)
     if not tensors:
         raise DataError(f"{path} holds no tensors", hint="get a sound copy of the file")
     return tensors
 
 
-def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
     """Tensors of a sharded checkpoint; every shard there, every tensor where the index says."""
+    index = folder.local(name)
     weight_map = _read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} has no `weight_map`", hint="get a sound copy of the file")
@@ -146,26 +179,33 @@ def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 f"{index} points outside its folder: `{shard[:200]}`",
                 hint="do not use this checkpoint: it may be hostile",
             )
-        if not (folder / shard).is_file():
+        if not folder.is_file(shard):
             problems.append(f"shard {shard} is missing")
             continue
-        _guard(folder, folder / shard)
-        shards[shard] = _read_file(folder / shard)
+        shards[shard] = _read_file(folder, shard)
     tensors = {}
-    for name, shard in sorted(weight_map.items(), key=lambda item: str(item[1])):
-        if str(shard) in shards and name not in shards[str(shard)]:
-            problems.append(f"tensor `{name}` is not in {shard}")
+    for tensor_name, shard in sorted(weight_map.items(), key=lambda item: str(item[1])):
+        if str(shard) in shards and tensor_name not in shards[str(shard)]:
+            problems.append(f"tensor `{tensor_name}` is not in {shard}")
     for shard, found in shards.items():
-        for name, tensor in found.items():
-            if weight_map.get(name) == shard:
-                tensors[name] = tensor
+        for tensor_name, tensor in found.items():
+            if weight_map.get(tensor_name) == shard:
+                tensors[tensor_name] = tensor
             else:
-                problems.append(f"tensor `{name}` of {shard} is not where the index says ({weight_map.get(name)})")
+                said = weight_map.get(tensor_name)
+                problems.append(f"tensor `{tensor_name}` of {shard} is not where the index says ({said})")
     if problems:
-        raise DataError(
-            f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:20]), hint="download the checkpoint again"
-        )
+        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:20]))
     return tensors
+
+
+def missing_shards(folder: Folder, weights: str) -> list[str]:
+    """Shards that an index names and that are not there; none of a single file."""
+    if not weights.endswith(".json"):
+        return []
+    weight_map = _read_json(folder.local(weights), MAX_INDEX_BYTES).get("weight_map")
+    shards = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
+    return [shard for shard in dict.fromkeys(shards) if not _is_file_name(shard) or not folder.is_file(shard)]
 
 
 def _is_file_name(name: str) -> bool:
@@ -174,12 +214,8 @@ def _is_file_name(name: str) -> bool:
     return plain and is_text(name) and len(name.encode()) <= MAX_NAME_BYTES
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    _guard(folder, path)
-    return _read_json(path, MAX_CONFIG_BYTES)
+def _read_config(folder: Folder) -> dict[str, Any]:
+    return _read_json(folder.local("config.json"), MAX_CONFIG_BYTES) if folder.is_file("config.json") else {}
 
 
 def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -194,28 +230,13 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-def _side_files(folder: Path, weights: set[Path]) -> tuple[dict[str, Path], tuple[str, ...]]:
+def _side_files(folder: Folder, weights: set[str]) -> tuple[dict[str, Path], tuple[str, ...]]:
     side, ignored = {}, []
-    for path in sorted(folder.iterdir()):
-        wanted = path.suffix in SIDE_SUFFIXES or path.name in SIDE_NAMES
-        if path.name.startswith(".") or path in weights or path.name.endswith(".index.json"):
+    for name in folder.entries():
+        if name.startswith(".") or name in weights or name.endswith(".index.json"):
             continue
-        wanted = wanted and path.is_file() and path.name not in NOT_SIDE and is_text(path.name)
-        if not wanted or path.stat().st_size > MAX_SIDE_BYTES:
-            ignored.append(os.fsencode(path.name).decode(errors="replace"))
-            continue
-        _guard(folder, path)
-        side[path.name] = path
+        if is_side_file(name) and folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES:
+            side[name] = folder.path / name
+        else:
+            ignored.append(os.fsencode(name).decode(errors="replace"))
     return side, tuple(ignored)
-
-
-def _guard(folder: Path, path: Path) -> None:
-    """No symlink is followed out of the folder, save into the blobs of the same repository in the Hub's cache."""
-    if not path.is_symlink():
-        return
-    target, home = path.resolve(), folder.resolve()
-    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise DataError(
-            f"{path} is a link to {target}, outside its folder", hint="copy the file into the folder if it is trusted"
-        )

@@ -1,11 +1,120 @@
-"""`hf://org/name[@revision][:subfolder]`: the files of a Hub repository, in the normal Hub cache."""
+"""`hf://org/name[@revision][:folder]`: the files of a Hub repository, those that are needed in the normal Hub cache.
+
+A source is pinned to a commit when it is opened; small files are fetched then, headers of weights read by range, and
+weights come with `fetch` (fetch.py). What the cache holds is never asked for again.
+"""
 
 import re
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, choose_weights
+from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
+from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
+from flexmerge_cli.checkpoint.ranges import http_error, read_range
+from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
+from flexmerge_cli.text import is_text
 
 PATTERN = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES_AT_ONCE = 8
+METADATA_TIMEOUT = 30  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubPlace:
+    """A source string, taken apart."""
+
+    repository: str
+    revision: str | None
+    """Branch, tag or commit; None: the default branch."""
+    subfolder: str
+    """With the file's name, if one is named; empty for the whole repository."""
+
+    @staticmethod
+    def of(source: str) -> "HubPlace":
+        """Raises UsageError."""
+        match = PATTERN.fullmatch(source)
+        if match is None or ".." in [*(match[2] or "").split("/"), *(match[3] or "").split("/")]:
+            raise UsageError(
+                f"`{source}` is no source that flexmerge knows", hint="write hf://org/name[@revision][:folder]"
+            )
+        return HubPlace(repository=match[1], revision=match[2], subfolder=(match[3] or "").strip("/"))
+
+    @property
+    def source(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repository}{at}{f':{self.subfolder}' if self.subfolder else ''}"
+
+    @property
+    def unpinned(self) -> str:
+        return replace(self, revision=None).source
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+    @property
+    def file(self) -> str | None:
+        """The weight file that is named instead of a folder."""
+        name = self.subfolder.rpartition("/")[2]
+        return name if name.endswith(WEIGHT_SUFFIXES) else None
+
+    @property
+    def folder(self) -> str:
+        return self.subfolder if self.file is None else self.subfolder.rpartition("/")[0]
+
+    @property
+    def storage(self) -> Path:
+        """What the Hub's cache has of the repository."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+        return cache / repo_folder_name(repo_id=self.repository, repo_type="model")
+
+    @property
+    def snapshot(self) -> Path:
+        """Of a pinned place: where its files lie, or will."""
+        assert self.revision is not None
+        return self.storage / "snapshots" / self.revision / self.folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPlace:
+    """A source that was found."""
+
+    source: str
+    """Pinned to a commit."""
+    folder: Folder
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFile:
+    """A file of a repository that is not on this disk."""
+
+    place: HubPlace
+    """Pinned."""
+    name: str
+    """Path in the repository."""
+    size: int
+    etag: str
+    """Its name among the blobs of the cache: sha256 of an LFS file, else git's sha1."""
+    path: Path
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        with hub_errors(self.place):
+            return read_range(self.url(), start, stop)
+
+    def url(self) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.place.repository, self.name, revision=self.place.revision)
 
 
 def is_hub(source: str) -> bool:
@@ -13,41 +122,177 @@ def is_hub(source: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
 
 
-def resolve_hub(source: str) -> Path:
-    """Download the checkpoint into the Hub cache and return its folder there."""
-    match = PATTERN.fullmatch(source)
-    if match is None or ".." in [*(match[2] or "").split("/"), *(match[3] or "").split("/")]:
-        raise UsageError(
-            f"`{source}` is no source that flexmerge knows", hint="write hf://org/name[@revision][:folder]"
-        )
-    repository, revision, subfolder = match.groups()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def is_offline(access: Access) -> bool:
+    from huggingface_hub import constants
 
-    inside = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [inside + pattern for pattern in ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.bin")]
-    try:
-        folder = snapshot_download(
-            repository, revision=revision, allow_patterns=wanted, ignore_patterns=None if inside else ["*/*"]
-        )
-    except HFValidationError as error:
-        raise UsageError(f"`{source}` cannot be a repository: {error}", hint="check the name") from None
-    except GatedRepoError:
-        hint = f"ask for access at huggingface.co/{repository}, then `hf auth login`"
-        raise SourceError(f"{source} is gated", hint=hint) from None
-    except RevisionNotFoundError:
-        raise SourceError(f"{source}: no revision `{revision}`", hint="check the revision") from None
-    except RepositoryNotFoundError:
-        hint = "check the name; for a private repository run `hf auth login`"
-        raise SourceError(f"{source}: no such repository", hint=hint) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        hint = f"go online once and run `hf download {repository}`"
-        raise SourceError(f"{source} cannot be fetched: {str(error)[:200]}", hint=hint) from None
-    return Path(folder) / (subfolder or "")
+    return access.offline or bool(constants.HF_HUB_OFFLINE)
+
+
+def open_hub(source: str, access: Access, needs: Collection[str] | None = None) -> OpenPlace:
+    """Find the commit and its files. needs: names of small files with which a pinned snapshot on this disk is whole."""
+    place = HubPlace.of(source)
+    with hub_errors(place):
+        if is_offline(access):
+            return _cached(place)
+        if place.is_pinned and needs is not None and _suffices(place, needs):
+            return OpenPlace(source=place.source, folder=CachedFolder(place), file=place.file)
+        try:
+            pinned = pin(place)
+            return OpenPlace(source=pinned.source, folder=HubFolder(pinned, list_files(pinned)), file=place.file)
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            try:
+                found = _cached(place)
+            except SourceError:
+                raise error from None
+            access.on_message(f"the Hub cannot be reached; what the cache has is used: {found.source}")
+            return found
+
+
+def pin(place: HubPlace) -> HubPlace:
+    """The same at the commit that its revision names now. Raises what the Hub's client raises."""
+    from huggingface_hub import HfApi
+
+    if place.is_pinned:
+        return place
+    info = HfApi().model_info(place.repository, revision=place.revision, timeout=METADATA_TIMEOUT)
+    assert info.sha is not None
+    _remember(place, info.sha)
+    return replace(place, revision=info.sha)
+
+
+def pinned_source(source: str, access: Access) -> str:
+    """A Hub source at its commit now."""
+    place = HubPlace.of(source)
+    with hub_errors(place):
+        return (_cached(place).source) if is_offline(access) else pin(place).source
+
+
+def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
+    """What lies in the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().list_repo_tree(
+        place.repository, path_in_repo=place.folder or None, revision=place.revision, recursive=recursive
+    )
+    return list(found)
+
+
+def hub_file(place: HubPlace, listed: Any) -> HubFile:
+    """listed: a RepoFile of `list_files`."""
+    inside = f"{place.folder}/" if place.folder else ""
+    etag = listed.lfs.sha256 if listed.lfs is not None else listed.blob_id
+    path = place.snapshot / listed.path.removeprefix(inside)
+    return HubFile(place=place, name=listed.path, size=listed.size, etag=etag, path=path)
+
+
+class HubFolder:
+    """A folder of a repository, at one commit."""
+
+    def __init__(self, place: HubPlace, listed: list[Any]) -> None:
+        inside = f"{place.folder}/" if place.folder else ""
+        names = {entry.path.removeprefix(inside): entry for entry in listed}
+        unsound = [name for name in names if "/" in name or name in ("", ".", "..") or not is_text(name)]
+        if unsound:
+            raise DataError(f"{place.source} lists `{unsound[0][:200]!r}`", hint="do not use this repository")
+        self._place, self._names = place, sorted(names)
+        self._files = {name: hub_file(place, entry) for name, entry in names.items() if hasattr(entry, "blob_id")}
+
+    @property
+    def path(self) -> Path:
+        return self._place.snapshot
+
+    def entries(self) -> list[str]:
+        return self._names
+
+    def is_file(self, name: str) -> bool:
+        return name in self._files
+
+    def size(self, name: str) -> int:
+        return self._files[name].size
+
+    def remote(self, name: str) -> HubFile | None:
+        file = self._files.get(name)
+        if file is None:
+            raise SourceError(
+                f"{self._place.source}: no file `{name}`",
+                hint=f"flexmerge inspect {replace(self._place, subfolder='').source}",
+            )
+        return None if file.path.is_file() else file
+
+    def local(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        file = self._files[name]
+        if not file.path.is_file():
+            with hub_errors(self._place):
+                hf_hub_download(self._place.repository, file.name, revision=self._place.revision)
+        return file.path
+
+    def bring(self, names: list[str]) -> None:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            for _ in pool.map(self.local, names):
+                pass
+
+    def incomplete(self, message: str) -> FlexmergeError:
+        return DataError(message, hint=f"the repository is not whole: take another revision of {self._place.unpinned}")
+
+
+class CachedFolder(LocalFolder):
+    """What the Hub's cache holds of a repository."""
+
+    def __init__(self, place: HubPlace) -> None:
+        super().__init__(place.snapshot)
+        self._place = place
+
+    def incomplete(self, message: str) -> FlexmergeError:
+        return offline(self._place, f"is not whole in the Hub's cache: {message}")
+
+
+def _cached(place: HubPlace) -> OpenPlace:
+    """From the cache alone."""
+    pinned = place
+    if not place.is_pinned:
+        reference = place.storage / "refs" / (place.revision or "main")
+        if not reference.is_file():
+            raise offline(place, "is not in the Hub's cache")
+        pinned = replace(place, revision=reference.read_text().strip())
+    if not pinned.is_pinned or not pinned.snapshot.is_dir():
+        raise offline(place, "is not in the Hub's cache")
+    folder = CachedFolder(pinned)
+    if pinned.file is not None and not folder.is_file(pinned.file):
+        raise offline(place, "is not in the Hub's cache")
+    if pinned.file is None and choose_weights([name for name in folder.entries() if folder.is_file(name)]) is None:
+        raise offline(place, "has no weights in the Hub's cache")
+    return OpenPlace(source=pinned.source, folder=folder, file=pinned.file)
+
+
+def _suffices(place: HubPlace, needs: Collection[str]) -> bool:
+    """Whether the snapshot on this disk holds weights, index and shards, and these files."""
+    from flexmerge_cli.checkpoint.checkpoint import missing_shards
+
+    snapshot = place.snapshot
+    if not snapshot.is_dir() or not all((snapshot / name).is_file() for name in needs):
+        return False
+    folder = CachedFolder(place)
+    if place.file is not None:
+        return folder.is_file(place.file)
+    weights = choose_weights([name for name in folder.entries() if folder.is_file(name)])
+    return weights is not None and not missing_shards(folder, weights)
+
+
+def _remember(place: HubPlace, commit: str) -> None:
+    """Note in the cache what a branch names, as its own downloads do, so that it is known offline."""
+    reference = place.storage / "refs" / (place.revision or "main")
+    if not (reference.is_file() and reference.read_text() == commit):
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """No answer at all, or one that the Hub is down."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return bool(status >= 500)
+    return isinstance(error, (http_error(), OSError)) and not isinstance(error, FlexmergeError)

@@ -13,29 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH
+from flexmerge_cli.checkpoint.remote import RangeFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, SourceError
 from flexmerge_cli.text import is_text
 
 CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
+LOCAL_HEADER_BYTES = 30  # of a record, before its name
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks keep the weights
 
 
-def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """Tensors by name, in file order of their bytes. Raises DataError."""
-    if not zipfile.is_zipfile(path):
-        raise DataError(
-            f"{path} is truncated, or saved by torch older than 1.6: it cannot be memory-mapped",
-            hint=f"get a sound copy, or {CONVERT}",
-        )
-    records = _records(path)
-    state = _unwrap(path, _load(path))
+def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, StoredTensor]:
+    """Tensors by name, in file order of their bytes. Raises DataError.
+
+    remote: the file, where it is not on this disk; `path` is then where it will lie.
+    """
+    with remote or path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise DataError(
+                f"{path} is truncated, or saved by torch older than 1.6: it cannot be memory-mapped",
+                hint=f"get a sound copy, or {CONVERT}",
+            )
+        records = _records(path, file)
+        file.seek(0)
+        state = _unwrap(path, _load(path, file if remote is not None else path))
     tensors = [_locate(path, name, tensor, records) for name, tensor in state.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes, tensor.name))
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _records(path: Path) -> dict[int, int]:
+def _records(path: Path, file: Any) -> dict[int, int]:
     """First byte -> bytes of every record of the archive.
 
     torch stores them as they are, in the machine's byte order. What another tool has compressed, torch.load reads too,
@@ -43,34 +50,39 @@ def _records(path: Path) -> dict[int, int]:
     """
     records = {}
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            if isinstance(file, RangeFile):
+                heads = [record.header_offset for record in archive.infolist()]
+                file.prefetch((start, start + LOCAL_HEADER_BYTES) for start in heads)
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise DataError(f"{path} is compressed: it cannot be memory-mapped", hint=CONVERT)
                 if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
                     raise DataError(f"{path} was saved on a big-endian machine", hint=CONVERT)
                 file.seek(record.header_offset)
-                name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(30))
-                records[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
+                name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(LOCAL_HEADER_BYTES))
+                records[record.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes] = record.file_size
     except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError, OSError) as error:
         raise DataError(f"{path} is damaged: {str(error)[:200]}", hint="get a sound copy of the file") from None
     return records
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, file: Any) -> Any:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of odd pickles is for those who write them
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "not a pickle of weights"
         raise DataError(
             f"{path} is more than weights, and loading it would run code of the file: {reason[:200]}",
             hint="convert it to safetensors where it is trusted",
         ) from None
+    except SourceError:
+        raise
     except Exception as error:  # whatever a damaged or hostile archive raises inside torch
         raise DataError(
             f"{path} cannot be read as a torch checkpoint: {type(error).__name__}: {str(error)[:200]}",

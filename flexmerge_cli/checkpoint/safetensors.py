@@ -7,10 +7,12 @@ ranges start at 0, follow each other without hole or overlap, and end where the 
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.remote import RangeFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.text import is_text
@@ -20,10 +22,14 @@ MAX_AXES = 64  # more than any framework allows
 BAD_COPY = "get a sound copy of the file"
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors by name, in file order of their bytes, and the file's `__metadata__`. Raises DataError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors by name, in file order of their bytes, and the file's `__metadata__`. Raises DataError.
+
+    remote: the file, where it is not on this disk; `path` is then where it will lie.
+    """
+    with remote or path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         prefix = file.read(8)
         if len(prefix) < 8:
             raise DataError(f"{path} is truncated: {size} bytes, a safetensors file has at least 8", hint=BAD_COPY)

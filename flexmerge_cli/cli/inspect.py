@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import ForceOption, JsonOption, QuietOption
+from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, QuietOption
 
 
 def inspect(
@@ -18,6 +18,7 @@ def inspect(
     ] = False,
     decode: Annotated[bool, typer.Option("--decode", help="With --verify: every decoded tensor, too.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page on a plan or a bundle.")] = None,
+    offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -31,7 +32,8 @@ def inspect(
     from flexmerge_cli.cli import options
     from flexmerge_cli.report.inspect import Asked, check, is_page, look
 
-    asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose)
+    access = options.access_of(offline=offline, quiet=quiet)
+    asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose, access=access)
     kind = check(asked)
     if html is not None:
         options.check_new_file(html, force=force, replaceable=is_page, what="a page")

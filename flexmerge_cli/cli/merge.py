@@ -17,6 +17,7 @@ from flexmerge_cli.cli.options import (
     MergesOption,
     MethodForOption,
     MethodOption,
+    OfflineOption,
     QuietOption,
     SizeOption,
     StepOption,
@@ -49,6 +50,7 @@ def merge(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
+    offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -76,6 +78,7 @@ def merge(
         "seed": seed,
         "dtype": options.dtype_of(dtype),
         "max_distance": max_distance,
+        "access": options.access_of(offline=offline, quiet=quiet),
         **options.fit_of(fit),
     }
     packing = Packing.of(source, chosen, relocate or [], plan_file)

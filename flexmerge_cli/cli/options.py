@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from flexmerge_cli.allocation.clusters import Cluster
+    from flexmerge_cli.checkpoint.access import Access
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -21,6 +22,9 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: the cores.")]
 MemoryOption = Annotated[str | None, typer.Option("--max-memory", help="Anonymous memory of the run, e.g. 8GiB.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is stored: bf16, fp16 or fp32.")]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Of the Hub use what its cache holds, as with HF_HUB_OFFLINE=1.")
+]
 MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
 StepOption = Annotated[list[str] | None, typer.Option("--step", help="Before the method, e.g. dare:p=0.9; repeatable.")]
 CalibrateOption = Annotated[str | None, typer.Option("--calibrate", help="After the method: svc.")]
@@ -72,6 +76,13 @@ def memory_of(text: str | None) -> int | None:
     from flexmerge_cli.allocation.size import parse_bytes
 
     return parse_bytes(text) if text else None
+
+
+def access_of(*, offline: bool, quiet: bool) -> "Access":
+    """How sources are had; what is fetched is told on stderr."""
+    from flexmerge_cli.checkpoint.access import Access
+
+    return Access(offline=offline, on_message=lambda message: note(message, quiet=quiet))
 
 
 def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:

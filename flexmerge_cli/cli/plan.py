@@ -14,6 +14,7 @@ from flexmerge_cli.cli.options import (
     MemoryOption,
     MergesOption,
     MethodOption,
+    OfflineOption,
     QuietOption,
     SizeOption,
     ThreadsOption,
@@ -56,6 +57,7 @@ def plan(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
+    offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -72,7 +74,8 @@ def plan(
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
-    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics)
+    access = options.access_of(offline=offline, quiet=quiet)
+    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics, access)
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.family import find_tasks
 from flexmerge_cli.order.linkage import Linkage
@@ -31,6 +32,7 @@ class Given:
     """What the plan is to hold; None: as the other plan."""
     folder: Path = Path()
     """Of the other plan."""
+    access: Access = ONLINE
 
     @property
     def num_tasks(self) -> int:
@@ -47,7 +49,7 @@ class Given:
             if self.statistics == "all":
                 from flexmerge_cli.measuring import add_statistics
 
-                plan = add_statistics(plan, self.folder, **run)
+                plan = add_statistics(plan, self.folder, access=self.access, **run)
         save_plan(plan, save_to)
         return plan
 
@@ -61,6 +63,7 @@ def plan_request(
     private: tuple[str, ...],
     merge_heads: bool,
     statistics: str | None = None,
+    access: Access = ONLINE,
 ) -> Given:
     """Options win over the recipe."""
     if statistics not in (None, "all", "gram"):
@@ -91,6 +94,7 @@ def plan_request(
             ignored=(),
             statistics=cast(Statistics | None, statistics),
             folder=source.absolute().parent,
+            access=access,
         )
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
     ignored: list[str] = []
@@ -119,6 +123,7 @@ def plan_request(
         merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
         statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
         relative_to=recipe.folder if recipe else Path(),
+        access=access,
     )
     return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
 

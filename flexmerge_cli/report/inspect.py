@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
-from flexmerge_cli.checkpoint.checkpoint import WEIGHT_SUFFIXES, find_weights, open_checkpoint
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.errors import FlexmergeError, UsageError
 
@@ -36,6 +38,7 @@ class Asked:
     html: Path | None = None
     every: bool = False
     """Show all rows of long tables."""
+    access: Access = ONLINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
         from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint
 
         return Report(
-            value=checkpoint_value(open_checkpoint(asked.source)),
+            value=checkpoint_value(open_checkpoint(asked.source, access=asked.access, side_files=False)),
             show=lambda value: show_checkpoint(value, every=asked.every),
         )
     if asked.verify:

@@ -35,7 +35,11 @@ def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(tensor.num_elements for name, tensor in tensors.items() if name not in shared),
         "bytes": sum(tensor.num_bytes for name, tensor in tensors.items() if name not in shared),
         "files": [
-            {"path": str(path), "bytes": path.stat().st_size, "tensors": sum(t.path == path for t in tensors.values())}
+            {
+                "path": str(path),
+                "bytes": checkpoint.weight_bytes[path],
+                "tensors": sum(t.path == path for t in tensors.values()),
+            }
             for path in checkpoint.weight_paths()
         ],
         "side_files": list(checkpoint.side_files),

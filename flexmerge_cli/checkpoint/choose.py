@@ -1,0 +1,49 @@
+"""Which files of a folder are the model: its weights, and what makes them usable. Names in, names out; no I/O.
+
+The first of the names that libraries write is taken, safetensors before pickles, one file before shards; else a lone
+weight file of any name, as `save_model` and training scripts leave it.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from flexmerge_cli.text import is_text
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# In order of preference: transformers and timm, open_clip, diffusers; one file, or an index of shards.
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "open_clip_pytorch_model.bin",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
+)  # fmt: skip
+# What training leaves beside a model: state of the optimiser, not weights.
+NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*")
+# What makes a folder of weights usable: config, tokenizer, processor, licence. Training state and code stay behind.
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml")
+SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
+
+
+def choose_weights(names: Sequence[str]) -> str | None:
+    """The weight file or index among the files of a folder; None if there is none, or no telling which."""
+    found = [name for name in WEIGHT_FILES if name in names]
+    if found:
+        return found[0]
+    for suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        lone = [name for name in weight_files(names) if name.endswith(suffix)]
+        if len(lone) == 1 and "adapter" not in lone[0]:
+            return lone[0]
+    return None
+
+
+def weight_files(names: Sequence[str]) -> list[str]:
+    """All that hold weights by their names."""
+    return [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.fullmatch(name)]
+
+
+def is_side_file(name: str) -> bool:
+    """Whether it belongs to the model, beside its weights."""
+    wanted = PurePosixPath(name).suffix in SIDE_SUFFIXES or name in SIDE_NAMES
+    return wanted and name not in NOT_SIDE and is_text(name)

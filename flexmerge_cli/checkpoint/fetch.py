@@ -1,0 +1,161 @@
+"""Weight files of the Hub into its normal cache: in parallel, told beforehand, resumed where an earlier run broke off.
+
+A file grows as `blobs/<etag>.incomplete` under the lock that the Hub's own client takes, and is renamed when it is
+whole. What a killed run leaves is gone on with by the next one: the name says which bytes they are. The client itself
+then links the blob into the snapshot. Where its Xet storage serves a file, the client fetches it, as it does always.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.hub import HubFile
+from flexmerge_cli.checkpoint.hub_errors import hub_errors
+from flexmerge_cli.checkpoint.ranges import stream_range
+from flexmerge_cli.checkpoint.remote import RemoteFile
+from flexmerge_cli.errors import MachineError, SourceError
+
+FILES_AT_ONCE = 4
+SHA256 = re.compile(r"[0-9a-f]{64}")
+OnProgress = Callable[[str, int, int], None]
+
+
+def fetch(
+    files: Iterable[RemoteFile], access: Access, on_progress: OnProgress = lambda _what, _done, _total: None
+) -> None:
+    """Bring files to this disk. Raises SourceError, MachineError if they do not fit."""
+    wanted = list({file.path: file for file in files if isinstance(file, HubFile)}.values())
+    if not wanted:
+        return
+    blobs = {file.path: file.place.storage / "blobs" / file.etag for file in wanted}
+    have = {path: _bytes_there(blob) for path, blob in blobs.items()}
+    total = sum(file.size for file in wanted)
+    left = sum(max(0, file.size - have[file.path]) for file in wanted)
+    cache = wanted[0].place.storage.parent
+    _check_disk(cache, left)
+    if left:
+        parts = f" ({total - left:,} bytes of them are there already)" if left < total else ""
+        access.on_message(f"fetching {left:,} bytes in {len(wanted)} files from the Hub into {cache}{parts}")
+    counter = _Counter(total, on_progress)
+    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="flexmerge-fetch") as pool, _no_bars():
+        futures = [pool.submit(_fetch, file, blobs[file.path], counter) for file in wanted]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            counter.stop = True
+            for future in futures:
+                future.cancel()
+            raise
+
+
+class _Counter:
+    """Bytes so far, over all files; where a run is given up, the end of every file."""
+
+    def __init__(self, total: int, on_progress: OnProgress) -> None:
+        self._total, self._on_progress, self._lock = total, on_progress, threading.Lock()
+        self._done = 0
+        self.stop = False
+
+    def add(self, count: int) -> None:
+        if self.stop:
+            raise SourceError("another file could not be fetched", hint="run the command again")
+        with self._lock:
+            self._done += count
+            self._on_progress("fetch", self._done, self._total)
+
+
+def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download
+    from huggingface_hub.utils import WeakFileLock
+
+    place, counted = file.place, False
+    with hub_errors(place):
+        if not blob.exists():
+            metadata = get_hf_file_metadata(file.url(), retry_on_errors=True)
+            if metadata.etag == file.etag and not _is_xet(metadata):
+                lock = place.storage.parent / ".locks" / place.storage.name / f"{file.etag}.lock"
+                for folder in (lock.parent, blob.parent):
+                    folder.mkdir(parents=True, exist_ok=True)
+                with WeakFileLock(lock):
+                    if not blob.exists():
+                        _download(file, blob, counter)
+                        counted = True
+        hf_hub_download(place.repository, file.name, revision=place.revision)
+    if not file.path.is_file():
+        raise SourceError(f"{place.source}: {file.name} is not at {file.path}", hint="run the command again")
+    if not counted:
+        counter.add(file.size)
+
+
+def _download(file: HubFile, blob: Path, counter: _Counter) -> None:
+    """The bytes of a blob, from where an earlier run broke off."""
+    partial = blob.with_name(f"{file.etag}.incomplete")
+    with partial.open("ab") as opened:
+        if opened.tell() > file.size:
+            opened.truncate(0)
+        earlier = opened.seek(0, os.SEEK_END)
+        counter.add(earlier)
+
+        def write(data: bytes) -> None:
+            counter.add(len(data))
+            opened.write(data)
+
+        stream_range(file.url(), earlier, file.size, write, or_whole=True)
+    if earlier and SHA256.fullmatch(file.etag) and _sha256(partial) != file.etag:
+        partial.unlink()  # a machine that lost its power may have kept the length of a file and not its bytes
+        raise SourceError(f"{file.place.source}: what was kept of {file.name} is damaged", hint="run the command again")
+    partial.replace(blob)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_xet(metadata: object) -> bool:
+    """Whether the client would take a file from Xet storage."""
+    from huggingface_hub import constants
+
+    has = getattr(metadata, "xet_file_data", None) is not None
+    return has and find_spec("hf_xet") is not None and not constants.HF_HUB_DISABLE_XET
+
+
+def _bytes_there(blob: Path) -> int:
+    for path in (blob, blob.with_name(f"{blob.name}.incomplete")):
+        if path.is_file():
+            return path.stat().st_size
+    return 0
+
+
+def _check_disk(cache: Path, needed_bytes: int) -> None:
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise MachineError(
+            f"{cache} has {free:,} bytes free, {needed_bytes:,} are to be fetched",
+            hint="make room, or set HF_HOME to a larger disk",
+        )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The client's own progress bars stay away while ours runs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

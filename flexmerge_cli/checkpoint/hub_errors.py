@@ -1,0 +1,82 @@
+"""What the Hub's client raises, told as errors of ours: what is wrong, and the command to run next. Exit 4, mostly."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flexmerge_cli.checkpoint.ranges import OF_THIS_MACHINE, http_error
+from flexmerge_cli.errors import FlexmergeError, MachineError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from flexmerge_cli.checkpoint.hub import HubPlace
+
+
+@contextmanager
+def hub_errors(place: "HubPlace") -> Iterator[None]:
+    """Raises SourceError for whatever goes wrong between us and the Hub, UsageError for a name that cannot be."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except FlexmergeError:
+        raise
+    except (errors.HFValidationError, http_error(), OSError, ValueError, errors.EntryNotFoundError) as error:
+        raise told(place, error) from None
+
+
+def told(place: "HubPlace", error: Exception) -> FlexmergeError:
+    from huggingface_hub import constants, errors, get_token
+
+    source, repository = place.source, place.repository
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    match error:
+        case errors.HFValidationError():
+            return UsageError(f"`{source}` cannot be a repository: {error}", hint="check the name")
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{repository}"
+            if get_token() is None:
+                return SourceError(f"{source} is gated", hint=f"ask for access at {page}, then run `hf auth login`")
+            return SourceError(
+                f"{source} is gated, and the token in use has no access to it",
+                hint=f"ask for access at {page}; to use another token run `hf auth login`",
+            )
+        case errors.RevisionNotFoundError():
+            return SourceError(
+                f"{source}: no revision `{place.revision}`",
+                hint=f"leave it out for the newest: flexmerge inspect {place.unpinned}",
+            )
+        case errors.RepositoryNotFoundError():
+            return SourceError(
+                f"{source}: no such repository", hint="check the name; for a private repository run `hf auth login`"
+            )
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return offline(place, "is not in the Hub's cache")
+        case errors.EntryNotFoundError():
+            return SourceError(
+                f"{source}: a file is not there: {_line(error)}",
+                hint=f"see {constants.ENDPOINT}/{repository}/tree/main",
+            )
+    if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
+        return MachineError(
+            f"{error.filename or 'the cache'}: {error.strerror}",
+            hint="make room, or set HF_HOME to another place",
+        )
+    if status == 401:
+        return SourceError(f"{source}: the Hub does not accept the token", hint="run `hf auth login` for another one")
+    return SourceError(
+        f"{source} cannot be fetched: {_line(error)}",
+        hint="run the command again: what was fetched is kept and not fetched twice",
+    )
+
+
+def offline(place: "HubPlace", what: str) -> SourceError:
+    return SourceError(
+        f"{place.source} {what}, and the Hub is not asked: offline",
+        hint=f"run it once without --offline and HF_HUB_OFFLINE, or `hf download {place.repository}"
+        + (f" --revision {place.revision}`" if place.revision else "`"),
+    )
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,84 @@
+"""Ranges of a file over HTTP, with the Hub's own client: its session, its headers, its waiting between tries."""
+
+import errno
+import re
+import time
+from collections.abc import Callable
+
+from flexmerge_cli.errors import FlexmergeError, SourceError
+
+OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT)
+TRIES = 5  # without a byte in between
+WAIT_SECONDS = 0.5  # before the second; doubled each time
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) at a Hub address. Raises as `stream_range`."""
+    data = bytearray()
+    stream_range(url, start, stop, data.extend)
+    return bytes(data)
+
+
+def stream_range(url: str, start: int, stop: int, write: Callable[[bytes], object], *, or_whole: bool = False) -> None:
+    """Hand over bytes [start, stop) at a Hub address as they come, in order, each once.
+
+    A connection that breaks off or stalls is taken up where it broke off, at the address of the Hub itself: a signed
+    one that it redirects to may have expired. or_whole: a server that knows no ranges may send all of the file.
+    Raises what the Hub's client raises, SourceError if the server sends anything but what was asked for.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    position, tries = start, 0
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    while position < stop:
+        asked = headers | {"Range": f"bytes={position}-{stop - 1}"}
+        try:
+            with http_stream_backoff(
+                "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
+            ) as response:
+                hf_raise_for_status(response)
+                at = _first_byte(response, url, position, or_whole=or_whole)
+                for chunk in response.iter_bytes():
+                    wanted = chunk[max(0, position - at) :]
+                    at += len(chunk)
+                    if at > stop:
+                        raise SourceError(f"{url} sent more than was asked for", hint="run the command again")
+                    write(wanted)
+                    position += len(wanted)
+                    tries = 0
+        except Exception as error:
+            tries += 1
+            if tries >= TRIES or not is_transient(error):
+                raise
+            time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
+
+
+def _first_byte(response: object, url: str, position: int, *, or_whole: bool) -> int:
+    """Where in the file an answer begins."""
+    status, headers = getattr(response, "status_code", 0), getattr(response, "headers", {})
+    told = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
+    if status == 206 and told is not None and int(told[1]) == position:
+        return position
+    if status == 200 and or_whole:
+        return 0
+    raise SourceError(
+        f"{url} does not answer requests for a range (status {status})",
+        hint="fetch the repository with `hf download`, and give its folder",
+    )
+
+
+def is_transient(error: Exception) -> bool:
+    """A connection that broke or stalled; not an answer, whose retries are the client's."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    answered = isinstance(error, (FlexmergeError, HfHubHTTPError, OfflineModeIsEnabled))
+    answered |= isinstance(error, OSError) and error.errno in OF_THIS_MACHINE
+    return isinstance(error, (http_error(), OSError)) and not answered
+
+
+def http_error() -> type[Exception]:
+    """The base of all errors of the http library that the Hub's client uses: versions differ in which that is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__[1:] if issubclass(kind, Exception))
