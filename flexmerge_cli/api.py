@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexmerge_cli.allocation.plan_file import Plan, save_plan
-from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.verify import Verification
 from flexmerge_cli.bundle.verify import verify as _verify
 from flexmerge_cli.merging import MergeRequest
@@ -22,7 +22,7 @@ class OpenBundle:
     """A bundle to read from. Names of its tasks: `tasks`; all that its manifest tells: `manifest`."""
 
     def __init__(self, path: Path | str) -> None:
-        self._bundle = Bundle.open(Path(path))
+        self._bundle = locate(str(path)).open()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -110,12 +110,12 @@ def merge(
 
 
 def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
-    """Open a bundle; paths, headers and sizes are checked, with verify=True every digest, too.
+    """Open a bundle, a folder or `hf://org/name`; paths, headers and sizes are checked, with verify=True digests, too.
 
     Raises SourceError, DataError, IntegrityError.
     """
     if verify:
-        found = _verify(Path(path))
+        found = _verify(locate(str(path)).path)
         if found.bad:
             from flexmerge_cli.errors import IntegrityError
 
@@ -129,11 +129,11 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
 
 def verify(path: Path | str, *, decode: bool = False) -> Verification:
     """Compare every byte with the manifest, with decode=True every decoded tensor, too."""
-    return _verify(Path(path), decode=decode)
+    return _verify(locate(str(path)).path, decode=decode)
 
 
 def export(bundle: Path | str, task: str, output: Path | str, *, force: bool = False, link: bool = False) -> None:
-    """Write one task as an ordinary checkpoint folder."""
+    """Write one task as an ordinary checkpoint folder; of a bundle on the Hub its files alone are fetched."""
     from flexmerge_cli.bundle.export import export_task
 
-    export_task(Bundle.open(Path(bundle)), task, Path(output), force=force, link=link)
+    export_task(locate(str(bundle), tasks=[task]).open(), task, Path(output), force=force, link=link)

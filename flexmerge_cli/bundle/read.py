@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, GroupEntry, Manifest, TensorEntry, UnitEntry
 from flexmerge_cli.bundle.residual import stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.folder import hub_blobs
+from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
@@ -55,13 +57,25 @@ class Bundle:
     _maps: dict[Path, np.ndarray] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: Path) -> "Bundle":
-        """Raises SourceError if there is none, DataError if malformed, IntegrityError if a file is missing or cut."""
+    def open(
+        path: Path, *, tasks: Collection[str] | None = None, remote: Mapping[str, RemoteFile] | None = None
+    ) -> "Bundle":
+        """Raises SourceError if there is none, DataError if malformed, IntegrityError if a file is missing or cut.
+
+        tasks: whose files are needed; None: of all. remote: files that are not on this disk, of which headers alone
+        are read: such a bundle can be looked at, and not read from.
+        """
         manifest = read_manifest(path)
+        tasks, remote = manifest.tasks if tasks is None else tasks, remote or {}
         problems, parts = [], {}
         for name, entry in manifest.files.items():
             file = _inside(path, name)
-            if not file.is_file():
+            if not set(tasks) & set(entry.tasks):
+                continue
+            if name in remote:
+                if name.startswith("weights/"):
+                    parts[name] = read_header(file, RangeFile(remote[name]))[0]
+            elif not file.is_file():
                 problems.append(f"{name} is missing")
             elif file.stat().st_size != entry.bytes:
                 problems.append(f"{name} has {file.stat().st_size:,} bytes, {entry.bytes:,} by the manifest")
@@ -93,7 +107,7 @@ class Bundle:
             _dense=dense,
             _coded=coded,
         )
-        bundle._check_routes()
+        bundle._check_routes(tasks)
         return bundle
 
     @property
@@ -189,10 +203,10 @@ class Bundle:
         """The factor of a masked tensor, where its method has one."""
         return self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
 
-    def _check_routes(self) -> None:
-        """Every tensor of every task can be decoded: its parts are there, of the dtype and size that its form needs."""
+    def _check_routes(self, tasks: Collection[str]) -> None:
+        """Every tensor of these tasks can be decoded: its parts are there, of the dtype and size that it needs."""
         for tensor in self.manifest.tensors:
-            for task in tensor.digests if tensor.of is None else ():
+            for task in [name for name in tensor.digests if name in tasks] if tensor.of is None else ():
                 dense = self._dense[task].get(tensor.name)
                 if dense is None and tensor.name not in self._units:
                     raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
@@ -275,22 +289,13 @@ def _inside(folder: Path, name: str) -> Path:
     """The file of a manifest's path. Raises DataError if a link leads it out of the folder; no name does."""
     file = folder / name
     try:
-        inside = file.resolve().is_relative_to(folder.resolve()) or _in_hub_cache(folder, file)
+        target = file.resolve()
+        inside = any(target.is_relative_to(place) for place in (folder.resolve(), *hub_blobs(folder)))
     except (OSError, RuntimeError):  # a link that leads to itself
         inside = False
     if not inside:
         raise DataError(f"{folder}: `{name}` is a link out of the bundle", hint="do not use this bundle")
     return file
-
-
-def _in_hub_cache(folder: Path, file: Path) -> bool:
-    """The Hub's cache keeps files as links into the blobs of the same repository."""
-    for place in folder.resolve().parents:
-        if place.name == "snapshots":
-            return file.resolve().is_relative_to(place.parent / "blobs")
-    return folder.resolve().parent.name == "snapshots" and file.resolve().is_relative_to(
-        folder.resolve().parent.parent / "blobs"
-    )
 
 
 def sha256_of(path: Path) -> str:

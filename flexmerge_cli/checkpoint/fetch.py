@@ -36,15 +36,15 @@ def fetch(
     if not wanted:
         return
     blobs = {file.path: file.place.storage / "blobs" / file.etag for file in wanted}
-    have = {path: _bytes_there(blob) for path, blob in blobs.items()}
-    total = sum(file.size for file in wanted)
-    left = sum(max(0, file.size - have[file.path]) for file in wanted)
+    sizes = {blobs[file.path]: file.size for file in wanted}  # equal files are one blob, and fetched once
+    total = sum(sizes.values())
+    left = sum(max(0, size - _bytes_there(blob)) for blob, size in sizes.items())
     cache = wanted[0].place.storage.parent
     _check_disk(cache, left)
     if left:
         parts = f" ({total - left:,} bytes of them are there already)" if left < total else ""
         access.on_message(f"fetching {left:,} bytes in {len(wanted)} files from the Hub into {cache}{parts}")
-    counter = _Counter(total, on_progress)
+    counter = _Counter(sum(file.size for file in wanted), on_progress)
     with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="flexmerge-fetch") as pool, _no_bars():
         futures = [pool.submit(_fetch, file, blobs[file.path], counter) for file in wanted]
         try:

@@ -5,11 +5,11 @@ weights come with `fetch` (fetch.py). What the cache holds is never asked for ag
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, choose_weights
@@ -140,14 +140,69 @@ def open_hub(source: str, access: Access, needs: Collection[str] | None = None) 
             pinned = pin(place)
             return OpenPlace(source=pinned.source, folder=HubFolder(pinned, list_files(pinned)), file=place.file)
         except Exception as error:
-            if not _is_unreachable(error):
-                raise
-            try:
-                found = _cached(place)
-            except SourceError:
-                raise error from None
-            access.on_message(f"the Hub cannot be reached; what the cache has is used: {found.source}")
-            return found
+            return _or_cached(error, lambda: _cached(place), access)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubTree:
+    """All files below a folder of a repository, at one commit."""
+
+    source: str
+    """Pinned."""
+    path: Path
+    """Where they lie, or will."""
+    files: dict[str, HubFile]
+    """By path below the folder; empty where the Hub was not asked."""
+
+    def local(self, name: str) -> Path:
+        """A small file, brought to this disk if need be."""
+        from huggingface_hub import hf_hub_download
+
+        if not (self.path / name).is_file():
+            file = self.files[name]
+            with hub_errors(file.place):
+                hf_hub_download(file.place.repository, file.name, revision=file.place.revision)
+        return self.path / name
+
+
+def list_names(source: str, access: Access) -> list[str]:
+    """Files and folders directly in a folder of a repository; none of a file that is named."""
+    place = HubPlace.of(source)
+    if place.file is not None:
+        return []
+
+    def cached() -> OpenPlace:
+        pinned = _cached_place(place)
+        return OpenPlace(source=pinned.source, folder=CachedFolder(pinned), file=None)
+
+    with hub_errors(place):
+        if is_offline(access):
+            return cached().folder.entries()
+        try:
+            pinned = pin(place)
+            return HubFolder(pinned, list_files(pinned)).entries()
+        except Exception as error:
+            return _or_cached(error, cached, access).folder.entries()
+
+
+def open_tree(source: str, access: Access) -> HubTree:
+    """List a repository with all of its folders."""
+    place = HubPlace.of(source)
+
+    def cached() -> HubTree:
+        pinned = _cached_place(place)
+        return HubTree(source=pinned.source, path=pinned.snapshot, files={})
+
+    with hub_errors(place):
+        if is_offline(access):
+            return cached()
+        try:
+            pinned = pin(place)
+            found = [hub_file(pinned, listed) for listed in list_files(pinned, recursive=True) if _is_file(listed)]
+        except Exception as error:
+            return _or_cached(error, cached, access)
+    names = {str(file.path.relative_to(pinned.snapshot)): file for file in found if _is_inside(pinned, file)}
+    return HubTree(source=pinned.source, path=pinned.snapshot, files=names)
 
 
 def pin(place: HubPlace) -> HubPlace:
@@ -197,7 +252,7 @@ class HubFolder:
         if unsound:
             raise DataError(f"{place.source} lists `{unsound[0][:200]!r}`", hint="do not use this repository")
         self._place, self._names = place, sorted(names)
-        self._files = {name: hub_file(place, entry) for name, entry in names.items() if hasattr(entry, "blob_id")}
+        self._files = {name: hub_file(place, entry) for name, entry in names.items() if _is_file(entry)}
 
     @property
     def path(self) -> Path:
@@ -252,6 +307,17 @@ class CachedFolder(LocalFolder):
 
 def _cached(place: HubPlace) -> OpenPlace:
     """From the cache alone."""
+    pinned = _cached_place(place)
+    folder = CachedFolder(pinned)
+    if pinned.file is not None and not folder.is_file(pinned.file):
+        raise offline(place, "is not in the Hub's cache")
+    if pinned.file is None and choose_weights([name for name in folder.entries() if folder.is_file(name)]) is None:
+        raise offline(place, "has no weights in the Hub's cache")
+    return OpenPlace(source=pinned.source, folder=folder, file=pinned.file)
+
+
+def _cached_place(place: HubPlace) -> HubPlace:
+    """Pinned to what the cache knows of its revision."""
     pinned = place
     if not place.is_pinned:
         reference = place.storage / "refs" / (place.revision or "main")
@@ -260,12 +326,31 @@ def _cached(place: HubPlace) -> OpenPlace:
         pinned = replace(place, revision=reference.read_text().strip())
     if not pinned.is_pinned or not pinned.snapshot.is_dir():
         raise offline(place, "is not in the Hub's cache")
-    folder = CachedFolder(pinned)
-    if pinned.file is not None and not folder.is_file(pinned.file):
-        raise offline(place, "is not in the Hub's cache")
-    if pinned.file is None and choose_weights([name for name in folder.entries() if folder.is_file(name)]) is None:
-        raise offline(place, "has no weights in the Hub's cache")
-    return OpenPlace(source=pinned.source, folder=folder, file=pinned.file)
+    return pinned
+
+
+Found = TypeVar("Found", OpenPlace, HubTree)
+
+
+def _or_cached(error: Exception, cached: Callable[[], Found], access: Access) -> Found:
+    """What the cache has where the Hub cannot be reached; the error for all others."""
+    if not _is_unreachable(error):
+        raise error
+    try:
+        found = cached()
+    except SourceError:
+        raise error from None
+    access.on_message(f"the Hub cannot be reached; what the cache has is used: {found.source}")
+    return found
+
+
+def _is_file(listed: Any) -> bool:
+    return hasattr(listed, "blob_id")
+
+
+def _is_inside(place: HubPlace, file: HubFile) -> bool:
+    """Whether a listed path stays in its folder."""
+    return is_text(file.name) and ".." not in file.name.split("/") and file.path.is_relative_to(place.snapshot)
 
 
 def _suffices(place: HubPlace, needs: Collection[str]) -> bool:

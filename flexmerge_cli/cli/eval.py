@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import JsonOption, QuietOption
+from flexmerge_cli.cli.options import JsonOption, OfflineOption, QuietOption
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
     spec: Annotated[Path, typer.Option("--spec", help="eval.yaml: what to score each task on.")],
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -18,11 +19,12 @@ def evaluate(
 
     Example: flexmerge eval bundle/ --spec eval.yaml
     """
-    from flexmerge_cli.bundle.read import Bundle
-    from flexmerge_cli.cli.options import emit, note
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.cli.options import access_of, emit, note, progress
     from flexmerge_cli.evaluation.spec import read_spec
 
-    opened = Bundle.open(bundle)
+    with progress(quiet=quiet or as_json) as on_progress:
+        opened = locate(bundle, access_of(offline=offline, quiet=quiet), on_progress=on_progress).open()
     checked = read_spec(spec, opened.tasks)
 
     from flexmerge_cli.evaluation.evaluate import evaluate as score

@@ -5,17 +5,18 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import ForceOption, JsonOption, QuietOption
+from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, QuietOption
 
 
 def export(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder to write; with --all one folder per task in it.")
     ],
     task: Annotated[str | None, typer.Option("--task", help="The task to give back.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard links or reflinks; nothing must need decoding.")] = False,
+    offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -23,15 +24,19 @@ def export(
     """Give a task back as an ordinary checkpoint folder.
 
     Example: flexmerge export bundle/ --task sst2 -o sst2/
+    Example: flexmerge export hf://org/bundle --task sst2 -o sst2/
     """
     from flexmerge_cli.bundle.export import export_all, export_task
-    from flexmerge_cli.bundle.read import Bundle
-    from flexmerge_cli.cli.options import emit
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
 
     if (task is None) == (not every):
         raise UsageError("say which task", hint="--task NAME, or --all")
-    opened = Bundle.open(bundle)
+    with progress(quiet=quiet or as_json) as on_progress:
+        access = access_of(offline=offline, quiet=quiet)
+        located = locate(bundle, access, tasks=[task] if task is not None else None, on_progress=on_progress)
+    opened = located.open()
     if task is not None:
         export_task(opened, task, output, force=force, link=link)
         places = {task: output}

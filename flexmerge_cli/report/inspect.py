@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.bundle.locate import holds_bundle, locate
 from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
@@ -53,10 +54,12 @@ class Report:
     """A bundle that was looked into, and is damaged."""
 
 
-def recognise(source: str) -> Kind:
+def recognise(source: str, access: Access = ONLINE) -> Kind:
     """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
     path = Path(source).expanduser()
-    if is_hub(source) or not path.exists():
+    if is_hub(source):
+        return Kind.BUNDLE if holds_bundle(source, access) else Kind.CHECKPOINT
+    if not path.exists():
         return Kind.CHECKPOINT  # whose opening tells what is wrong
     if path.is_dir():
         # Also one whose manifest is missing or damaged: what is wrong with it is to be told.
@@ -87,7 +90,7 @@ def check(asked: Asked) -> Kind:
     """Before anything is read: what was given, and whether what is asked fits it. Raises UsageError."""
     if asked.decode and not asked.verify:
         raise UsageError("--decode says how to verify", hint="--verify --decode")
-    kind = recognise(asked.source)
+    kind = recognise(asked.source, asked.access)
     what = f"{asked.source} is a {kind}"
     if asked.verify and kind is not Kind.BUNDLE:
         raise UsageError(f"--verify compares a bundle with its manifest, and {what}", hint="leave out --verify")
@@ -117,7 +120,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
             show=lambda value: show_checkpoint(value, every=asked.every),
         )
     if asked.verify:
-        return _verified(path, asked, on_progress)
+        return _verified(locate(asked.source, asked.access, on_progress=on_progress).path, asked, on_progress)
     page = None
     if kind is Kind.PLAN:
         from flexmerge_cli.report.inspect_plan import plan_facts, plan_value
@@ -132,7 +135,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
     else:
         from flexmerge_cli.report.inspect_bundle import bundle_facts, bundle_value, show_bundle
 
-        bundle = bundle_facts(path)
+        bundle = bundle_facts(locate(asked.source, asked.access, headers_only=True))
         if asked.html is not None:
             from flexmerge_cli.report.html_bundle import bundle_page
 

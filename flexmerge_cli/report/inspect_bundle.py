@@ -4,11 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.allocation.bill import INDEX_NAME
 from flexmerge_cli.allocation.manifest import GroupEntry, TensorEntry, UnitEntry
+from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
@@ -44,9 +44,9 @@ class BundleFacts:
         return found
 
 
-def bundle_facts(path: Path) -> BundleFacts:
+def bundle_facts(located: Located) -> BundleFacts:
     """Raises SourceError, DataError, IntegrityError."""
-    bundle = Bundle.open(path)
+    path, bundle = located.path, located.open()
     manifest = bundle.manifest
     place = {name: index for index, unit in enumerate(manifest.units) for name in (*unit.tensors, unit.name)}
     kinds = {tensor.name: tensor.class_ for tensor in manifest.tensors}

@@ -1,5 +1,6 @@
 import pytest
 
+from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.report.html_bundle import bundle_page
 from flexmerge_cli.report.inspect_bundle import bundle_facts
 from tests.report.examples import bundle_path
@@ -8,7 +9,7 @@ from tests.report.pages import Page, check_self_contained
 
 @pytest.mark.parametrize(("method", "size"), [("average", "3x"), ("emr", "3x"), (None, None)])
 def test_page_routes_every_task_through_every_block(method: str | None, size: str | None) -> None:
-    facts = bundle_facts(bundle_path(method, size))
+    facts = bundle_facts(Located(path=bundle_path(method, size)))
     page = Page(bundle_page(facts))
     check_self_contained(page)
     cells = [cell for cell in page.all("td") if (cell.get("title") or "").startswith("sun397: ")]
@@ -18,7 +19,7 @@ def test_page_routes_every_task_through_every_block(method: str | None, size: st
 
 
 def test_page_shows_the_bits_that_auto_chose() -> None:
-    facts = bundle_facts(bundle_path("auto", "1x"))
+    facts = bundle_facts(Located(path=bundle_path("auto", "1x")))
     page = Page(bundle_page(facts))
     check_self_contained(page)
     units = facts.bundle.manifest.units
