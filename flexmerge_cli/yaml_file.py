@@ -5,6 +5,8 @@ plain scalars, lists and maps are built.
 """
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +23,42 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Place = tuple[Any, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A file's plain values, and the line of each."""
+
+    path: Path
+    value: Any
+    lines: Mapping[Place, int]
+    """Keys and indices from the top -> line, from 1."""
+
+    def line(self, place: Place) -> int:
+        """Of the key, or of what it would stand in."""
+        return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
+
+    def error(self, place: Place, message: str, *, hint: str) -> UsageError:
+        """What is wrong at a key."""
+        key = ".".join(map(str, place)) or "the file"
+        return UsageError(f"{self.path}, line {self.line(place)}: {key}: {message}", hint=hint)
+
+    def check(self, schema: type[Schema], place: Place = ()) -> Schema:
+        """What stands at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""
+        value = self.value
+        for step in place:
+            value = value[step]
+        try:
+            return schema.model_validate(value)
+        except ValidationError as error:
+            raise _explained(self, error, schema, place) from None
+
+
 def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
     """The file as a `schema`. what: `recipe`, `spec`, … for messages. Raises SourceError, UsageError."""
+    return read_document(path, what).check(schema)
+
+
+def read_document(path: Path, what: str) -> Document:
+    """Its plain values, bounded in size and depth, not yet checked. Raises SourceError, UsageError."""
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:  # a path that no file can have
@@ -54,10 +90,7 @@ def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
         raise UsageError(f"{path} cannot be read: {str(error)[:100]}", hint=f"is it a {what}?") from None
     if not holds_text(value):
         raise UsageError(f"{path} holds text that no file can hold", hint=f"is it a {what}?")
-    try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        raise _explained(path, error, schema, lines) from None
+    return Document(path=path, value=value, lines=lines)
 
 
 def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None:
@@ -83,18 +116,18 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
             _lines(path, value, (*place, index), lines)
 
 
-def _explained(path: Path, error: ValidationError, schema: type[BaseModel], lines: dict[Place, int]) -> UsageError:
+def _explained(document: Document, error: ValidationError, schema: type[BaseModel], inside: Place) -> UsageError:
     # The deepest error is the most precise one where a value could be of two types.
     first = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
-    place = first["loc"]
-    line = next((lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines), 1)
-    key = ".".join(str(step) for step in place if not str(step)[:1].isupper()) or "the file"
+    place = (*inside, *first["loc"])
+    where = f"{document.path}, line {document.line(place)}"
+    key = ".".join(str(step) for step in place if not str(step)[:1].isupper() or step in inside) or "the file"
     if first["type"] == "extra_forbidden":
-        known = _keys(schema, place[:-1])
+        known = _keys(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(place[-1]), known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-        return UsageError(f"{path}, line {line}: unknown key `{key}`", hint=hint)
-    return UsageError(f"{path}, line {line}: {key}: {first['msg']}", hint="see the README")
+        return UsageError(f"{where}: unknown key `{key}`", hint=hint)
+    return UsageError(f"{where}: {key}: {first['msg']}", hint="see the README")
 
 
 def _keys(schema: type[BaseModel], place: Place) -> list[str]:

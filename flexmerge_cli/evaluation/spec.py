@@ -1,62 +1,117 @@
-"""eval.yaml, `flexmerge.eval-spec/1`: what to score each task on; paths relative to the file. Nothing of it is run.
+"""eval.yaml, `flexmerge.eval-spec/1`: what to score each task on; paths relative to the file.
 
 version  1
-tasks    {name: {kind, data, checkpoint, limit}}
-kind     image-classification
-data     .npz with `images` [n, channels, height, width] and `labels` [n], int
-checkpoint  the fine-tuned model, scored beside the bundle's; MAY be left out
-limit    first n examples only
-batch_size  examples at a time
-dtype    float32, bfloat16 or float16: what models compute in; by default what they are stored in
+tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each kind in kinds/
+limit, batch_size, dtype, seed, device   of all tasks that do not say otherwise
+base     the base, scored with each task's own head
+Nothing of it is run, but what `python` and `command` name, with --allow-exec. Readers refuse unknown keys; a change of
+meaning makes it /2.
 """
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.yaml_file import read_yaml
+from flexmerge_cli.evaluation.kinds.kind import Kind, Place
+from flexmerge_cli.evaluation.kinds.registry import KINDS
+from flexmerge_cli.evaluation.task_spec import Dtype, TaskSpec
+from flexmerge_cli.yaml_file import Document, read_document
 
-
-class TaskSpec(Record):
-    kind: Literal["image-classification"]
-    data: str
-    checkpoint: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+COMMON = ("limit", "batch_size", "dtype", "seed", "device")
+BATCH_SIZE = 256
 
 
 class EvalSpec(Record):
     """A checked spec."""
 
     version: Literal[1]
-    tasks: dict[str, TaskSpec] = Field(min_length=1)
-    batch_size: int = Field(default=256, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    folder: Path = Field(default_factory=Path, exclude=True)
+    tasks: dict[str, SerializeAsAny[TaskSpec]] = Field(min_length=1)
+    base: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    dtype: Dtype | None = None
+    seed: int | None = Field(default=None, ge=0)
+    device: str | None = None
+    _document: Document = PrivateAttr()
 
-    def data_path(self, task: str) -> Path:
-        return self.folder / self.tasks[task].data
+    @property
+    def document(self) -> Document:
+        return self._document
 
-    def checkpoint_path(self, task: str) -> Path | None:
-        found = self.tasks[task].checkpoint
-        return None if found is None else self.folder / found
+    @property
+    def folder(self) -> Path:
+        """What its paths are relative to."""
+        return self.document.path.absolute().parent
+
+    def kind(self, task: str) -> Kind:
+        return KINDS[self.tasks[task].kind]
+
+    def place(self, task: str, side: Path) -> Place:
+        """side: folder of the task's config, tokenizer, processor."""
+        return Place(document=self.document, task=task, side=side)
+
+    def settled(self, task: str) -> TaskSpec:
+        """The task's own keys, and the spec's where it has none."""
+        own = self.tasks[task]
+        return own.model_copy(update={key: getattr(self, key) for key in COMMON if getattr(own, key) is None})
 
 
-def read_spec(path: Path, tasks: tuple[str, ...]) -> EvalSpec:
-    """Check it before any weight is read: its form, that its tasks are the bundle's, that its files are there."""
-    spec = read_yaml(path, EvalSpec, "spec").model_copy(update={"folder": path.absolute().parent})
-    unknown = [name for name in spec.tasks if name not in tasks]
+class _Outer(EvalSpec):
+    """The file before its tasks are checked, each by its kind."""
+
+    tasks: dict[str, Any] = Field(min_length=1)
+
+
+def read_spec(path: Path, tasks: tuple[str, ...], *, allow_exec: bool = False) -> EvalSpec:
+    """Check its form, that its tasks are these, and that its checkpoints are there; data are checked by `prepare`.
+
+    Raises UsageError with file, line and key, SourceError.
+    """
+    document = read_document(path, "spec")
+    outer = document.check(_Outer)
+    found = {name: _task(document, name, value, allow_exec) for name, value in outer.tasks.items()}
+    fields = {name: getattr(outer, name) for name in EvalSpec.model_fields if name != "tasks"}
+    spec = EvalSpec.model_construct(tasks=found, **fields)
+    spec._document = document
+    unknown = [name for name in found if name not in tasks]
     if unknown:
-        raise UsageError(
-            f"{path} scores tasks that the bundle has not: {', '.join(unknown)}", hint=f"it has: {', '.join(tasks)}"
+        raise document.error(
+            ("tasks", unknown[0]), f"no such task: {', '.join(unknown)}", hint=f"there are: {', '.join(tasks)}"
         )
-    for name, task in spec.tasks.items():
-        if not spec.data_path(name).is_file():
-            raise SourceError(f"{path}, task `{name}`: no data at {spec.data_path(name)}", hint="check `data`")
-        if task.checkpoint is not None and not (spec.folder / task.checkpoint).is_dir():
-            raise SourceError(
-                f"{path}, task `{name}`: no checkpoint at {spec.folder / task.checkpoint}", hint="check it"
-            )
+    for name, task in found.items():
+        _check_there(spec, ("tasks", name, "checkpoint"), task.checkpoint)
+    _check_there(spec, ("base",), spec.base)
     return spec
+
+
+def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSpec:
+    place = ("tasks", name)
+    if not isinstance(value, Mapping):
+        raise document.error(place, "a task is keys and values", hint="kind: image-classification, data: test.npz")
+    kind = value.get("kind")
+    if kind is None:
+        raise document.error(place, "no `kind`", hint=f"one of: {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        near = difflib.get_close_matches(str(kind), KINDS, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(KINDS)}"
+        raise document.error((*place, "kind"), f"unknown kind `{kind}`", hint=hint)
+    if KINDS[kind].runs_code and not allow_exec:
+        raise document.error(
+            (*place, "kind"), f"`{kind}` runs code that the spec names", hint="read it, then --allow-exec"
+        )
+    return document.check(KINDS[kind].schema, place)
+
+
+def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:
+    if source is not None and not is_hub(source) and not (spec.folder / source).exists():
+        said = spec.document.error(place, f"no checkpoint at {spec.folder / source}", hint="check the path")
+        raise SourceError(said.message, hint=said.hint)
+
+
+__all__ = ["COMMON", "BATCH_SIZE", "EvalSpec", "TaskSpec", "UsageError", "read_spec"]

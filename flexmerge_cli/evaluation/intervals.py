@@ -1,0 +1,131 @@
+"""How sure a score is: 95 % intervals, and the paired difference of two models on the same examples.
+
+Proportions: Wilson's interval as Brown, Cai and DasGupta (2001) mend it. The plain one covers less than 90 % where
+about half an example is expected (np = 0.55); with one-sided Poisson limits for up to 2 hits or misses (3 where
+n > 50) it does not, and nothing else changes. All else: percentiles of a seeded bootstrap over examples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.evaluation.paired import absolute_limit, mean_limit, relative_limit, relative_mean_limit
+from flexmerge_cli.evaluation.scored import Scored
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+SEED = 0
+
+
+def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
+    """(low, high), 95 %. The number itself, twice, where it came from outside without one."""
+    if scored.given is not None:
+        return scored.given.interval or (scored.given.value, scored.given.value)
+    outcomes = scored.outcomes
+    if outcomes is not None and np.isin(outcomes, (0.0, 1.0)).all():
+        return proportion(int(outcomes.sum()), len(outcomes))
+    if outcomes is not None:
+        values = np.array([outcomes[examples].mean() for examples in resamples(scored.n, seed)])
+    else:
+        measure = METRICS[scored.metric].value
+        values = np.array(
+            [measure(scored.predictions[rows], scored.labels[rows]) for rows in resamples(scored.n, seed)]
+        )
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def proportion(hits: int, n: int) -> tuple[float, float]:
+    """(low, high) of a share of which `hits` of n >= 1 were seen; in [0, 1]."""
+    from scipy.stats import binomtest, chi2
+
+    low, high = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
+    few = 2 if n <= 50 else 3
+    if 0 < hits <= few:
+        low = min(low, chi2.ppf(1 - CONFIDENCE, 2 * hits) / 2 / n)
+    if 0 < n - hits <= few:
+        high = max(high, 1 - chi2.ppf(1 - CONFIDENCE, 2 * (n - hits)) / 2 / n)
+    return float(low), float(high)
+
+
+def resamples(n: int, seed: int = SEED, count: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """`count` draws of n examples with repetition; the same for the same n and seed, so that models are paired."""
+    rng = np.random.default_rng([seed, n])
+    for _ in range(count):
+        yield rng.integers(n, size=n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedBound:
+    """How much worse a model is than its reference, on the same n examples. Below 0 it is better."""
+
+    drop: float
+    """In the metric's own unit, or as a part of the reference's score."""
+    low: float
+    """The drop is above it, with 95 % (one-sided)."""
+    high: float
+    """The drop is below it, with 95 % (one-sided): what a gate goes by."""
+    n: int
+
+    def decides(self, limit: float) -> bool | None:
+        """True: the drop is within the limit. False: it is not. None: n is too small to tell."""
+        return True if self.high <= limit else False if self.low > limit else None
+
+    def n_that_decides(self, limit: float) -> int | None:
+        """Examples with which a drop like this one would be told from the limit; None if it is the limit itself.
+
+        The width of the interval falls as 1/√n.
+        """
+        room = abs(limit - self.drop)
+        width = self.high - self.drop if self.drop <= limit else self.drop - self.low
+        if room == 0 or not np.isfinite(width):
+            return None
+        return max(self.n, int(np.ceil(self.n * (width / room) ** 2)))
+
+
+def paired_bound(
+    merged: Scored, reference: Scored, *, relative: bool, same_weights: bool = False, seed: int = SEED
+) -> PairedBound | None:
+    """One-sided 95 % bounds of how much `merged` is below `reference`; None where a number came from outside.
+
+    relative: as a part of the reference's score. same_weights: both are one model (equal digests), so the drop is 0.
+    Hits and misses: score intervals of Tango (1998) and Tang, Tang and Chan (2003). Other means: Student's t, by the
+    delta method where relative. No means: bootstrap over examples. Raises ValueError if the examples differ in number.
+    """
+    if merged.given is not None or reference.given is not None:
+        return None
+    if merged.n != reference.n or merged.metric != reference.metric:
+        raise ValueError(f"{merged.metric} of {merged.n} examples beside {reference.metric} of {reference.n}")
+    if same_weights:
+        return PairedBound(drop=0.0, low=0.0, high=0.0, n=merged.n)
+    sign = 1.0 if merged.higher_is_better else -1.0
+    drop = _drop(merged.value, reference.value, sign, relative)
+    ours, theirs = merged.outcomes, reference.outcomes
+    if ours is None or theirs is None:
+        measure = METRICS[merged.metric].value
+        draws = [
+            _drop(
+                measure(merged.predictions[rows], merged.labels[rows]),
+                measure(reference.predictions[rows], reference.labels[rows]),
+                sign,
+                relative,
+            )
+            for rows in resamples(merged.n, seed)
+        ]
+        low, high = (float(np.quantile(draws, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
+    elif np.isin([ours, theirs], (0.0, 1.0)).all():
+        limit = relative_limit if relative else absolute_limit
+        low, high = (limit(ours, theirs, CONFIDENCE, upper=upper) for upper in (False, True))
+    else:
+        mean = relative_mean_limit if relative else mean_limit
+        low, high = (sign * mean(ours, theirs, CONFIDENCE, upper=upper) for upper in (sign < 0, sign > 0))
+    return PairedBound(drop=drop, low=min(low, drop), high=max(high, drop), n=merged.n)
+
+
+def _drop(merged: float, reference: float, sign: float, relative: bool) -> float:
+    drop = sign * (reference - merged)
+    if not relative:
+        return drop
+    return drop / reference if reference > 0 else (0.0 if drop <= 0 else float("inf"))

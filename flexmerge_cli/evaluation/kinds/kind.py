@@ -1,0 +1,102 @@
+"""What a kind of task is: its keys in a spec, how its examples are made ready, and how a model is scored on them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.evaluation.scored import Scored, TaskModel
+from flexmerge_cli.evaluation.task_spec import TaskSpec
+from flexmerge_cli.yaml_file import Document
+
+AGREEMENT = "agreement"
+"""The metric that needs no labels: a model beside the task's own fine-tuned one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a task stands: in which file, and beside which side files."""
+
+    document: Document
+    task: str
+    side: Path
+    """Folder of the task's config, tokenizer, processor."""
+
+    @property
+    def folder(self) -> Path:
+        """What paths of the spec are relative to."""
+        return self.document.path.absolute().parent
+
+    def error(self, key: str, message: str, *, hint: str) -> UsageError:
+        """key: below the task, dotted."""
+        return self.document.error(("tasks", self.task, *filter(None, key.split("."))), message, hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """A task's data, checked and ready. What `items` is, the kind knows."""
+
+    items: Any
+    n: int
+    digest: str
+    """Of the data as read."""
+    split: str | None = None
+    metrics: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How to compute."""
+
+    device: str = "cpu"
+    dtype: str | None = None
+    """What the model computes in; None: what it is stored in."""
+    batch_size: int = 256
+    on_example: Callable[[int, int], None] = field(default=lambda _done, _total: None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of task."""
+
+    name: str
+    schema: type[TaskSpec]
+    metrics: tuple[str, ...]
+    """That it can give, `recall@k` for any k; the first is the one that it gives unasked."""
+    prepare: Callable[[Any, Place], Examples]
+    """Read and check the data against the spec and the side files. Reads no weight. Raises UsageError, DataError."""
+    score: Callable[[TaskModel, Any, Examples, Run], Sequence[Scored]]
+    """(model, task of the spec, examples, run) -> one Scored per metric. For `agreement` the labels are left empty."""
+    runs_code: bool = False
+    """Whether the spec names code, which needs --allow-exec."""
+
+
+def chosen_metrics(
+    task: TaskSpec, place: Place, known: Sequence[str], *, num_classes: int | None = None
+) -> tuple[str, ...]:
+    """The metrics of a task, checked against what its kind gives. Raises UsageError."""
+    names = task.metrics or (known[0],)
+    for name in names:
+        family = "recall@k" if name.startswith("recall@") else name
+        if family not in known or (family == "recall@k" and not _is_metric(name)):
+            raise place.error("metric", f"{task.kind} has no metric `{name}`", hint=f"one of: {', '.join(known)}")
+        if family != "recall@k" and name in METRICS and METRICS[name].only_two_classes and (num_classes or 2) != 2:
+            raise place.error(
+                "metric", f"`{name}` is of two classes, and the model has {num_classes}", hint=f"{name}_macro"
+            )
+    if len(set(names)) < len(names):
+        raise place.error("metric", "a metric stands twice", hint="remove one")
+    if AGREEMENT in names and len(names) > 1:
+        raise place.error("metric", "`agreement` goes without other metrics", hint="make it a task of its own")
+    return tuple(names)
+
+
+def _is_metric(name: str) -> bool:
+    try:
+        METRICS[name]
+    except KeyError:
+        return False
+    return True

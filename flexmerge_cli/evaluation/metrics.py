@@ -1,0 +1,184 @@
+"""Metrics by name: predictions and labels in, one number out. Values are scikit-learn's and scipy's.
+
+A metric that is a mean over examples has `outcomes`: the numbers it is the mean of. From them follow Wilson intervals
+and paired bounds; where there are none (F1, correlations, perplexity), intervals come from resampling. numpy only
+until a value is asked for; no models, no files.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+Measure = Callable[[np.ndarray, np.ndarray], float]
+Outcomes = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Takes(StrEnum):
+    """What the predictions of n examples are; the labels are what they are compared with."""
+
+    CLASSES = "classes"
+    """int [n]: a class, -1 where the output names none. Labels: int [n]."""
+    SCORES = "scores"
+    """float [n, classes], higher is likelier. Labels: int [n], or scores of another model."""
+    NUMBERS = "numbers"
+    """float [n], NaN where the output is no number. Labels: float [n]."""
+    TEXTS = "texts"
+    """str [n]. Labels: str [n]."""
+    LIKELIHOODS = "likelihoods"
+    """float [n]: sum of the log likelihoods of an example's tokens. Labels: int [n], how many tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric."""
+
+    name: str
+    takes: Takes
+    value: Measure
+    higher_is_better: bool = True
+    outcomes: Outcomes | None = None
+    """[n] numbers whose mean is the value; None where the value is no mean."""
+    percent: bool = True
+    """Whether it is told in percent: a share, or a correlation."""
+    only_two_classes: bool = False
+
+
+def _sklearn(name: str, **options: Any) -> Measure:
+    def value(predictions: np.ndarray, labels: np.ndarray) -> float:
+        import sklearn.metrics
+
+        with warnings.catch_warnings():  # a class that a resample lacks
+            warnings.simplefilter("ignore")
+            return float(getattr(sklearn.metrics, name)(labels, predictions, **options))
+
+    return value
+
+
+def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.asarray(predictions == labels, np.float64)
+
+
+def _agrees(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return _hits(predictions.argmax(-1), labels.argmax(-1))
+
+
+def _mean_of(outcomes: Outcomes) -> Measure:
+    return lambda predictions, labels: float(np.mean(outcomes(predictions, labels)))
+
+
+def _correlation(predictions: np.ndarray, labels: np.ndarray, *, ranked: bool) -> float:
+    """Pearson's, or of ranks. NaN adds nothing to the covariance: it stands at the mean. 0 where nothing varies."""
+    import scipy.stats
+
+    known = np.isfinite(predictions)
+    if not known.any():
+        return 0.0
+    x, y = np.array(predictions, np.float64), np.asarray(labels, np.float64)
+    if ranked:
+        x[known], y = scipy.stats.rankdata(x[known]), scipy.stats.rankdata(y)
+    x[~known] = x[known].mean()
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    if known.all():
+        measure = scipy.stats.spearmanr if ranked else scipy.stats.pearsonr
+        return float(measure(predictions, labels).statistic)
+    return float(scipy.stats.pearsonr(x, y).statistic)
+
+
+def _perplexity(predictions: np.ndarray, labels: np.ndarray) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(-predictions.sum(dtype=np.float64) / max(1, labels.sum())))
+
+
+def _divergence(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """KL(labels' model || predictions' model) in nats, [n]."""
+    from scipy.special import log_softmax
+
+    theirs, ours = log_softmax(labels.astype(np.float64), -1), log_softmax(predictions.astype(np.float64), -1)
+    return np.maximum(0.0, (np.exp(theirs) * (theirs - ours)).sum(-1))
+
+
+def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """F1 of the words of each text, counted as often as they occur, [n]; two empty texts agree."""
+    from collections import Counter
+
+    found = []
+    for ours, theirs in zip(predictions, labels):
+        left, right = Counter(str(ours).split()), Counter(str(theirs).split())
+        total = sum(left.values()) + sum(right.values())
+        found.append(2 * sum((left & right).values()) / total if total else 1.0)
+    return np.array(found)
+
+
+def _recall_at(k: int) -> Metric:
+    """Whether the label is among the k likeliest classes. Of equal ones the later is first, as scikit-learn has it."""
+
+    def outcomes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        best = np.argsort(predictions, axis=1, kind="stable")[:, ::-1][:, :k]
+        return np.asarray((best == labels[:, None]).any(1), np.float64)
+
+    def value(predictions: np.ndarray, labels: np.ndarray) -> float:
+        classes = predictions.shape[1]
+        if classes < 3 or k >= classes:  # two classes are another problem to scikit-learn, and k of k always holds
+            return float(outcomes(predictions, labels).mean())
+        from sklearn.metrics import top_k_accuracy_score
+
+        return float(top_k_accuracy_score(labels, predictions, k=k, labels=np.arange(classes)))
+
+    return Metric(name=f"recall@{k}", takes=Takes.SCORES, value=value, outcomes=outcomes)
+
+
+class _Metrics(dict[str, Metric]):
+    """By name; `recall@k` for any k."""
+
+    def __missing__(self, name: str) -> Metric:
+        match = re.fullmatch(r"recall@([1-9]\d{0,5})", name)
+        if match is None:
+            raise KeyError(name)
+        return self.setdefault(name, _recall_at(int(match[1])))
+
+
+def _all() -> list[Metric]:
+    classes, numbers, texts, scores = Takes.CLASSES, Takes.NUMBERS, Takes.TEXTS, Takes.SCORES
+    return [
+        Metric(name="accuracy", takes=classes, value=_sklearn("accuracy_score"), outcomes=_hits),
+        Metric(name="balanced_accuracy", takes=classes, value=_sklearn("balanced_accuracy_score")),
+        Metric(
+            name="f1",
+            takes=classes,
+            value=_sklearn("f1_score", average="macro", labels=[1], zero_division=0.0),
+            only_two_classes=True,
+        ),
+        Metric(name="f1_macro", takes=classes, value=_sklearn("f1_score", average="macro", zero_division=0.0)),
+        Metric(name="matthews", takes=classes, value=_sklearn("matthews_corrcoef")),
+        Metric(name="pearson", takes=numbers, value=lambda p, y: _correlation(p, y, ranked=False)),
+        Metric(name="spearman", takes=numbers, value=lambda p, y: _correlation(p, y, ranked=True)),
+        Metric(name="exact_match", takes=texts, value=_mean_of(_hits), outcomes=_hits),
+        Metric(name="word_f1", takes=texts, value=_mean_of(_shared_words), outcomes=_shared_words),
+        Metric(name="perplexity", takes=Takes.LIKELIHOODS, value=_perplexity, higher_is_better=False, percent=False),
+        Metric(name="agreement", takes=scores, value=_mean_of(_agrees), outcomes=_agrees),
+        Metric(
+            name="kl_divergence",
+            takes=scores,
+            value=_mean_of(_divergence),
+            higher_is_better=False,
+            outcomes=_divergence,
+            percent=False,
+        ),
+        *map(_recall_at, (1, 5, 10)),
+    ]
+
+
+METRICS: dict[str, Metric] = _Metrics({metric.name: metric for metric in _all()})
+"""f1 is of class 1, of two; f1_macro the mean over classes. exact_match and word_f1 compare texts."""
+
+
+def normalised(value: float, reference: float, *, higher_is_better: bool) -> float | None:
+    """Part of the fine-tuned model's score that is kept; 1 is as good. None where the reference is not above 0."""
+    above, below = (value, reference) if higher_is_better else (reference, value)
+    return above / below if below > 0 and np.isfinite(above / below) else None

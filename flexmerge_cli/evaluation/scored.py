@@ -1,0 +1,96 @@
+"""What is scored, and what came of it. Values only: no files, no models."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from flexmerge_cli.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskModel:
+    """One task's weights, ready to be scored: from a bundle's view, a source, or a plan's cut in memory."""
+
+    task: str
+    weights: "Mapping[str, Tensor]"
+    """Own names -> tensors, made when asked for."""
+    folder: Path
+    """Its side files: config.json, tokenizer, preprocessor."""
+    digest: str
+    """Of the weights: `weights_digest`."""
+    num_bytes: int | None = None
+    """Of tensors that this task reads, where they are stored as such."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A number that came from outside, with nothing beside it to resample."""
+
+    value: float
+    n: int | None
+    interval: tuple[float, float] | None = None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What one model did on one task's data: enough for the value, its interval and paired differences."""
+
+    metric: str
+    """Name in METRICS; any name with `given`."""
+    predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[n, ...] per example, what the metric takes."""
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[n, ...]"""
+    notes: tuple[str, ...] = ()
+    """E.g. `3 of 200 outputs are no number`."""
+    given: Given | None = None
+    """Of `python`, `command` and `lm-eval`: then predictions and labels are empty, and there is no paired bound."""
+    others: "tuple[Scored, ...]" = ()
+    """Further metrics of the same run."""
+
+    @property
+    def n(self) -> int:
+        """Examples; 0 where a number from outside does not tell."""
+        return (self.given.n or 0) if self.given is not None else len(self.predictions)
+
+    @property
+    def value(self) -> float:
+        if self.given is not None:
+            return self.given.value
+        return METRICS[self.metric].value(self.predictions, self.labels)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.given.higher_is_better if self.given is not None else METRICS[self.metric].higher_is_better
+
+    @property
+    def outcomes(self) -> np.ndarray | None:
+        """[n] numbers whose mean is the value, or None."""
+        outcomes = None if self.given is not None else METRICS[self.metric].outcomes
+        return None if outcomes is None else outcomes(self.predictions, self.labels)
+
+    def take(self, examples: np.ndarray) -> "Scored":
+        """The same of some examples, in that order, with repetition: a half, or a resample. [k] indices."""
+        return replace(
+            self,
+            predictions=self.predictions[examples],
+            labels=self.labels[examples],
+            others=tuple(other.take(examples) for other in self.others),
+        )
+
+
+def weights_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """One digest of (own name, dtype, shape, digest of the bytes) of every tensor; their order does not show.
+
+    Equal for equal weights, whether they come from a bundle, a source or a plan's cut: the key of the score cache.
+    """
+    lines = sorted(f"{name} {dtype} {list(shape)} {digest}" for name, dtype, shape, digest in tensors)
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
