@@ -85,6 +85,18 @@ class Bundle:
             raise IntegrityError(
                 f"{path} is not whole:\n  " + "\n  ".join(problems), hint="fetch the bundle again, or merge again"
             )
+        bundle = Bundle.of(path, manifest, parts)
+        bundle._check_routes(tasks)
+        return bundle
+
+    @staticmethod
+    def of(
+        path: Path,
+        manifest: Manifest,
+        parts: Mapping[str, Mapping[str, StoredTensor]],
+        maps: dict[Path, np.ndarray] | None = None,
+    ) -> "Bundle":
+        """Of a manifest and parts that are known to fit. maps: bytes of files that need not be on disk."""
         dense: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
         coded: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
         for name, found in parts.items():
@@ -98,7 +110,7 @@ class Bundle:
             for task in readers:
                 dense[task] |= plain
                 coded[task] |= found
-        bundle = Bundle(
+        return Bundle(
             path=path,
             manifest=manifest,
             parts=parts,
@@ -106,9 +118,8 @@ class Bundle:
             _tensors={tensor.name: tensor for tensor in manifest.tensors},
             _dense=dense,
             _coded=coded,
+            _maps={} if maps is None else maps,
         )
-        bundle._check_routes(tasks)
-        return bundle
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, is_bundle, sha256_of
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
-from flexmerge_cli.engine.output import no_space
+from flexmerge_cli.engine.output import Output, no_space
 from flexmerge_cli.errors import DataError, IntegrityError
 
 
@@ -44,7 +44,7 @@ def write_bundle(
         measured = materialise(
             bill,
             sources,
-            folder,
+            Output(folder, bill.files, bill.total_bytes),
             device=device,
             threads=threads,
             chunk_elements=chunk_elements,

@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effecti
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES, promote
 from flexmerge_cli.engine.device import to_bytes
-from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.runs import squares
 from flexmerge_cli.engine.spans import tiles
 from flexmerge_cli.engine.work import BASE, Raw, Worker, cast, torch_dtype
@@ -43,7 +43,7 @@ class Piece:
 class Encoder:
     """Writes what the worker merges."""
 
-    def __init__(self, worker: Worker, output: Output) -> None:
+    def __init__(self, worker: Worker, output: Sink) -> None:
         self.worker, self.output = worker, output
         self.plan, self.cast = worker.plan, worker.bill.allocation.dtype
         self.unit_of = {name: unit.name for unit in worker.bill.allocation.units for name in unit.tensors}

@@ -8,7 +8,6 @@ depend on threads.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece
-from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added, sizes
 from flexmerge_cli.engine.spans import Span, cut, tiles, widest
@@ -42,7 +41,7 @@ __all__ = ["CHUNK_ELEMENTS", "Sources", "materialise"]
 def materialise(
     bill: Bill,
     sources: Sources,
-    folder: Path,
+    output: Sink,
     *,
     device: torch.device,
     threads: int,
@@ -50,12 +49,13 @@ def materialise(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> Measured:
-    """Write the bill's weight files below `folder`. Raises DataError if a source is not what the plan saw.
+    """Write the bill's parts to `output`. Raises DataError if a source is not what the plan saw.
 
-    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is told the source bytes read.
+    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is told the source bytes read. The bill may be of some of its
+    units and groups only, as in evaluation/in_memory.py: what they store does not depend on the rest.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
-    with Reader() as reader, single_threaded(), Output(folder, bill.files, bill.total_bytes) as output:
+    with Reader() as reader, single_threaded(), output:
         worker = Worker(bill, sources, reader, device)
         worker.on_bytes = on_bytes
         run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
@@ -115,7 +115,7 @@ class _Run:
         self,
         worker: Worker,
         encoder: Encoder,
-        output: Output,
+        output: Sink,
         threads: int,
         chunk_elements: int,
         on_stage: Callable[[str], None],

@@ -1,20 +1,64 @@
-"""Pre-sized weight files, positional writes into them, and their sha256 taken on the way."""
+"""Where parts go: pre-sized weight files, with their sha256 taken on the way, or memory."""
 
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
 
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.engine.pool import aligned
 from flexmerge_cli.errors import MachineError
 
 READ_BACK_BYTES = 4 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Sink(Protocol):
+    """What the engine writes to; a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+    def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        """data: uint8, contiguous. May be called from any thread."""
+
+    def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        """What `write` wrote, told in order of the run, from one thread."""
+
+    def finish(self) -> dict[str, str]:
+        """After the last byte; sha256 by path of what is a file."""
+
+
+class MemoryOutput:
+    """Some parts in memory, uint8 each; what is written of others is dropped."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.arrays = {part: aligned(part.num_bytes) for part in parts}
+
+    def __enter__(self) -> "MemoryOutput":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        if part in self.arrays:
+            self.arrays[part][start_byte : start_byte + data.size] = data
+
+    def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
+        pass
+
+    def finish(self) -> dict[str, str]:
+        return {}
 
 
 class Output:

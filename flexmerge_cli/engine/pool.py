@@ -86,7 +86,11 @@ class Buffers(threading.local):
         """uint8, at least num_bytes long, aligned."""
         array = self._arrays.get(key)
         if array is None or array.size < num_bytes:
-            # BLAS adds up in another order where memory is aligned in another way: then threads would show in the sums.
-            array = np.empty(num_bytes + ALIGNMENT, np.uint8)
-            array = self._arrays[key] = array[-array.ctypes.data % ALIGNMENT :][:num_bytes]
+            array = self._arrays[key] = aligned(num_bytes)
         return array
+
+
+def aligned(num_bytes: int) -> np.ndarray:
+    """uint8, not set. BLAS adds up in another order where memory is aligned in another way: it would show in sums."""
+    array = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    return array[-array.ctypes.data % ALIGNMENT :][:num_bytes]

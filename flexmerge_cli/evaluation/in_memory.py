@@ -1,0 +1,268 @@
+"""Bundles that are never written: a bill in, any task's weights out, bit for bit those of `merge` and a view.
+
+The engine writes its parts to memory and the reader of bundles decodes them from there, so nothing is done in two ways.
+A part is known by what decides its bits: the tensor, its group with the method, and the cast. It is made once, however
+many bills store it, until `keep_only` lets it go. Copies that are not cast stay in their source's file, mapped; their
+digest is compared with the plan's before their first use.
+"""
+
+from collections.abc import Collection, Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flexmerge_cli.allocation.allocation import Tasks, Unit
+from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.files import WeightFile
+from flexmerge_cli.allocation.manifest import Manifest, Measured
+from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
+from flexmerge_cli.engine.output import MemoryOutput
+from flexmerge_cli.engine.work import BASE
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.family.classes import TensorClass
+
+Key = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class _Bills:
+    """What one bill's parts and tasks are known by."""
+
+    part: dict[Part, Key]
+    tensor: dict[tuple[str, int], Key]
+    """(aligned name, task) -> what decides the task's bits of it."""
+    made_by: dict[Part, tuple[str, Tasks | None]]
+    """Of a unit's part the unit and the group's tasks; of others the tensor and None."""
+    copies: set[Part]
+    """What may be some source's bits as they are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class MemoryBundles:
+    """Parts of one plan's bills in memory. To be used from one thread."""
+
+    sources: Sources
+    device: torch.device
+    threads: int
+    chunk_elements: int = CHUNK_ELEMENTS
+    places: dict[Key, Path] = field(default_factory=dict)
+    """Of the parts in memory: names of no files, by which they are found."""
+    digests: dict[Key, dict[int, str]] = field(default_factory=dict)
+    """Of what a reader gets of a tensor, by its key and task."""
+    num_made: int = 0
+    """Parts that were made so far."""
+    _files: dict[Path, np.ndarray] = field(default_factory=dict)
+    """uint8: mapped sources, and parts by their places."""
+    _sound: set[tuple[str, int]] = field(default_factory=set)
+    """(tensor, model) whose source was compared with the plan."""
+    _last: tuple[Bill, _Bills] | None = None
+
+    def identity(self, bill: Bill, task: int) -> Key:
+        """Equal for two bills of one plan only if the task's weights are, bit for bit; makes nothing."""
+        tensors = self._keys(bill).tensor
+        return tuple(tensors[name, task] for name, storage in bill.storages.items() if (name, task) in tensors)
+
+    def keys(self, bill: Bill, tasks: Collection[int]) -> set[Key]:
+        """Of all parts that these tasks read."""
+        keys = self._keys(bill).part
+        return {keys[part] for part in _parts(bill, tasks)}
+
+    def keep_only(self, keys: Collection[Key]) -> None:
+        """Forget all other parts, and their memory."""
+        for key in [key for key in self.places if key not in keys]:
+            del self._files[self.places.pop(key)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all parts."""
+        return sum(self._files[place].size for place in self.places.values())
+
+    def bundle(self, bill: Bill, tasks: Collection[int]) -> Bundle:
+        """As `Bundle.open` of what `merge` would write, for these tasks alone; makes what is not there yet.
+
+        Parts stay alive with the bundle. Raises DataError as `merge` does.
+        """
+        keys = self._keys(bill)
+        missing = [part for part in _parts(bill, tasks) if not self._is_here(bill, part, keys)]
+        if missing:
+            self._make(bill, missing, keys)
+        parts: dict[str, dict[str, StoredTensor]] = {file.path: {} for file in bill.files}
+        for file in bill.files:
+            for part in file.parts:
+                if any(reader in tasks for reader in part.readers):
+                    parts[file.path][part.name] = self._stored(bill, part, keys)
+        manifest = Manifest.model_validate_json(bill.manifest(Measured(digests=self._digests(bill, tasks, keys))))
+        return Bundle.of(Path("memory"), manifest, parts, self._files)
+
+    # What parts are known by
+
+    def _keys(self, bill: Bill) -> _Bills:
+        if self._last is None or self._last[0] is not bill:
+            self._last = bill, _keys_of(bill)
+        return self._last[1]
+
+    # Where they are
+
+    def _is_here(self, bill: Bill, part: Part, keys: _Bills) -> bool:
+        return keys.part[part] in self.places or self._copied(bill, part, keys) is not None
+
+    def _copied(self, bill: Bill, part: Part, keys: _Bills) -> tuple[StoredTensor, int] | None:
+        """The source that holds these very bytes, and whose it is."""
+        if part not in keys.copies:
+            return None
+        model = BASE if part.array.role == "base" else bill.plan.tensor(part.tensor).same[part.readers[0]]
+        source = (self.sources.base if model == BASE else self.sources.tasks[model]).get(part.tensor)
+        fits = source is not None and (source.dtype, source.shape) == (part.array.dtype, part.array.shape)
+        return (source, model) if source is not None and fits and source.strides is None else None
+
+    def _stored(self, bill: Bill, part: Part, keys: _Bills) -> StoredTensor:
+        copied = self._copied(bill, part, keys)
+        if copied is not None:
+            self._check(bill, part.tensor, *copied)
+            return replace(copied[0], name=part.name)
+        place = self.places[keys.part[part]]
+        return StoredTensor(name=part.name, dtype=part.array.dtype, shape=part.array.shape, path=place, offset=0)
+
+    def _check(self, bill: Bill, tensor: str, source: StoredTensor, model: int) -> None:
+        if (tensor, model) in self._sound:
+            return
+        record = bill.plan.tensor(tensor)
+        expected = record.base_digest if model == BASE else record.digests[model]
+        if source.path not in self._files:
+            self._files[source.path] = np.memmap(source.path, np.uint8, mode="c")
+        data = np.asarray(self._files[source.path][source.offset : source.offset + source.num_bytes])
+        if data.size != source.num_bytes or digest_bytes(data) != expected:
+            raise DataError(
+                f"{self.sources.describe[model]} has changed since the plan: `{source.name}` of {source.path}",
+                hint="make the plan again",
+            )
+        self._sound.add((tensor, model))
+
+    def _digests(self, bill: Bill, tasks: Collection[int], keys: _Bills) -> dict[str, dict[int, str]]:
+        """Aligned name -> task -> digest."""
+        found: dict[str, dict[int, str]] = {}
+        for name, storage in bill.storages.items():
+            tensor = storage.tensor
+            if tensor.class_ is TensorClass.TIED:
+                target = found.get(tensor.reason, {})
+                found[name] = {task: target[task] for task in tensor.present if task in target}
+                continue
+            found[name] = {
+                task: self.digests.get(keys.tensor[name, task], {}).get(task) or str(tensor.digests[task])
+                for task in tensor.present
+                if task in tasks
+            }
+        return found
+
+    # Making them
+
+    def _make(self, bill: Bill, missing: list[Part], keys: _Bills) -> None:
+        """The groups that store what is missing, over all tensors of their units, in one run of the engine."""
+        wanted = {keys.made_by[part] for part in missing}
+        some = _restricted(bill, wanted)
+        output = MemoryOutput(missing)
+        measured = materialise(
+            some, self.sources, output, device=self.device, threads=self.threads, chunk_elements=self.chunk_elements
+        )
+        for part, array in output.arrays.items():
+            self.num_made += 1
+            place = self.places[keys.part[part]] = Path("memory") / str(self.num_made)
+            self._files[place] = array
+        for name, storage in some.storages.items():
+            readers = {task for group in storage.groups for task in group.tasks}
+            readers |= {task for part in storage.parts if part.array.role == "dense" for task in part.readers}
+            for task in readers:
+                self.digests.setdefault(keys.tensor[name, task], {})[task] = measured.digests[name][task]
+
+
+def _keys_of(bill: Bill) -> _Bills:
+    cast, found = bill.allocation.dtype, _Bills({}, {}, {}, set())
+    in_units = {name: unit for unit in bill.allocation.units for name in unit.tensors}
+    for name, storage in bill.storages.items():
+        unit = in_units.get(name)
+        if unit is None:
+            found.part.update({part: ("whole", part.name, part.readers, cast) for part in storage.parts})
+            found.made_by.update(dict.fromkeys(storage.parts, (name, None)))
+            found.copies.update(part for part in storage.parts if part.array.role == "dense")
+            found.tensor.update({(name, task): ("whole", name, cast) for task in storage.tensor.present})
+        else:
+            _add_unit_tensor(found, bill, unit, storage)
+    for part in (part for file in bill.files for part in file.parts if part.array.role == "gamma"):
+        unit = next(unit for unit in bill.allocation.units if unit.name == part.tensor)
+        group = next(group for group in unit.groups if part.task in group.tasks)
+        assert group.method is not None
+        found.part[part] = ("gamma", part.task, _group_key(bill, unit, group.tasks, group.method, None))
+        found.made_by[part] = unit.name, group.tasks
+    return found
+
+
+def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) -> None:
+    name, cast = storage.tensor.name, bill.allocation.dtype
+
+    def copy_key(task: int) -> Key:
+        return "copy", name, storage.tensor.same[task], cast
+
+    for group in storage.groups:
+        for task in group.tasks:
+            found.tensor[name, task] = copy_key(task)
+        if group.method is not None and group.kind != "copy":
+            key = _group_key(bill, unit, group.tasks, group.method, group.bits)
+            found.tensor.update({(name, task): (name, key) for task in group.coded_tasks})
+        for part in group.parts:
+            if part.array.role == "base":
+                found.part[part] = "base", name, cast
+                found.copies.add(part)
+                found.made_by.setdefault(part, (unit.name, group.tasks))
+            elif _is_copy_of(group, part):
+                found.part[part] = copy_key(part.readers[0])
+                found.copies.add(part)
+                if part.readers[0] in group.tasks:  # with which the engine writes it
+                    found.made_by[part] = unit.name, group.tasks
+            else:
+                found.part[part] = name, part.array.role, part.task, key
+                found.made_by[part] = unit.name, group.tasks
+
+
+def _group_key(bill: Bill, unit: Unit, tasks: Tasks, method: int, bits: object) -> Key:
+    return unit.name, unit.tensors, tasks, bill.allocation.methods[method], bits, bill.allocation.dtype
+
+
+def _is_copy_of(group: StoredGroup, part: Part) -> bool:
+    return part.array.role == "dense" and group.kind != "merged"
+
+
+def _parts(bill: Bill, tasks: Collection[int]) -> Iterable[Part]:
+    return (part for file in bill.files for part in file.parts if any(reader in tasks for reader in part.readers))
+
+
+def _restricted(bill: Bill, wanted: Collection[tuple[str, Tasks | None]]) -> Bill:
+    """The bill of these groups of units, and of these tensors outside of units, alone."""
+    groups: dict[str, set[Tasks]] = {}
+    for name, tasks in wanted:
+        if tasks is not None:
+            groups.setdefault(name, set()).add(tasks)
+    units, storages = [], {name: bill.storages[name] for name, tasks in sorted(wanted, key=str) if tasks is None}
+    for unit in bill.allocation.units:
+        chosen = groups.get(unit.name)
+        if chosen is None:
+            continue
+        units.append(replace(unit, groups=tuple(group for group in unit.groups if group.tasks in chosen)))
+        for storage in (bill.storages[name] for name in unit.tensors):
+            of_tensor = tuple(group for group in storage.groups if group.tasks in chosen)
+            parts = tuple(dict.fromkeys(part for group in of_tensor for part in group.parts))
+            storages[storage.tensor.name] = replace(storage, groups=of_tensor, parts=parts)
+    parts = tuple(part for file in bill.files for part in file.parts)
+    return replace(
+        bill,
+        allocation=replace(bill.allocation, units=tuple(units)),
+        storages=storages,
+        files=(WeightFile(path="", readers=(), parts=parts, header=b""),),
+        indices={},
+        small=(),
+    )

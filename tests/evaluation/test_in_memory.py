@@ -1,0 +1,178 @@
+"""Bundles in memory against bundles on disk: the same weights and digests, whatever was made before."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.view import View
+from flexmerge_cli.errors import DataError, GateError
+from flexmerge_cli.evaluation.in_memory import MemoryBundles
+from flexmerge_cli.merging import MergeRequest, allocate, open_sources
+
+from ..engine.merges import EDGES, FAMILIES, billed, groups_of, plan_of, planned, write
+from ..families import ODD, Folders, assert_same_state, write_family
+from ..program import succeeds
+
+METHODS = {
+    "dense": {"method": "task_arithmetic"},
+    "statistics of the model": {"method": "ties:K=0.3,scope=model"},
+    "a block at once": {"method": "pcb"},
+    "masked": {"method": "emr"},
+    "masked by another": {"method": "consensus"},
+    "residuals": {"method": "low_bit:bits=2,centre_bits=8"},
+    "no centre": {"method": "low_bit:bits=3,centre=none"},
+    "against the base": {"method": "low_bit:bits=2,centre=base"},
+    "steps": {"method": "average", "steps": ("dare:p=0.5",)},
+    "calibrated": {"method": "task_arithmetic", "calibrate": "svc"},
+    "two methods": {"method": "ties", "method_for": ("*.attention=emr", "pooler.*=keep")},
+    "auto": {"method": "auto"},
+    "cast": {"method": "average", "dtype": "BF16"},
+    "nothing merged": {},
+    "only cast": {"dtype": "F16"},
+}
+SIZES = ("4x", "3x", "2x", "1.2x", "1x")
+
+
+def in_memory(folders: Folders, **options: int) -> MemoryBundles:
+    sources, _ = open_sources(plan_of(folders), folders.root, {})
+    return MemoryBundles(sources=sources.located, device=torch.device("cpu"), threads=1, **options)
+
+
+def assert_same_bundle(found: Bundle, expected: Bundle, tasks: list[str]) -> None:
+    for task in tasks:
+        assert_same_state(dict(View(found, task)), dict(View(expected, task)))
+        assert digests_of(found, task) == digests_of(expected, task)
+
+
+def digests_of(bundle: Bundle, task: str) -> dict[str, str]:
+    return {tensor.name: tensor.digests[task] for tensor in bundle.manifest.tensors if task in tensor.digests}
+
+
+def bills(folders: Folders, request: dict) -> list[Bill]:
+    """Of all sizes that the method reaches, and its smallest."""
+    plan, found = plan_of(folders), []
+    pricer = Pricer(plan)
+    for size in (*SIZES, None) if "method" in request else (None,):
+        try:
+            found.append(allocate(plan, MergeRequest(size=size, **request), pricer))
+        except GateError:
+            continue
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_are_those_of_the_bundle_as_the_cut_moves(family, plan, tmp_path, name):
+    made = in_memory(family)
+    for number, bill in enumerate(bills(family, METHODS[name])):
+        tasks = range(len(bill.plan.tasks))
+        written = write(family, bill, tmp_path / str(number))
+        assert_same_bundle(made.bundle(bill, tasks), Bundle.open(written), list(bill.plan.task_names))
+
+
+@pytest.fixture(scope="module")
+def planned_family(tmp_path_factory):
+    made: dict[str, Folders] = {}
+
+    def get(name: str) -> Folders:
+        if name not in made:
+            models = (FAMILIES | EDGES | ODD)[name]()
+            made[name] = planned(tmp_path_factory.mktemp("planned"), models)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", [None, "BF16"])
+@pytest.mark.parametrize(
+    "name", ["mixed", "edges", "zeros", "tied", "heads", "duplicates", "wrapped_tasks", "outliers"]
+)
+def test_weights_are_those_of_the_bundle_of_odd_families(planned_family, tmp_path, name, dtype):
+    folders = planned_family(name)
+    made = in_memory(folders)
+    plan = plan_of(folders)
+    for shift in range(2):
+        count = len(plan.blocks)
+        groups = [groups_of(len(plan.tasks), index + shift) for index in range(count)]
+        bill = billed(plan, "average", "emr", "low_bit:bits=2", "low_bit:centre=none", groups=groups, dtype=dtype)
+        written = write(folders, bill, tmp_path / f"{shift}")
+        assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(written), list(plan.task_names))
+
+
+def test_one_task_at_a_time_gives_the_same(family, plan, tmp_path):
+    bill = bills(family, METHODS["two methods"])[2]
+    written, made = Bundle.open(write(family, bill, tmp_path / "bundle")), in_memory(family)
+    for task in reversed(bill.plan.all_tasks):
+        assert_same_bundle(made.bundle(bill, [task]), written, [bill.plan.task_names[task]])
+
+
+def test_a_part_is_made_once_and_only_those_of_new_groups(family, plan):
+    made, cuts = in_memory(family), bills(family, METHODS["dense"])
+    everyone = cuts[0].plan.all_tasks
+    seen: set = set()
+    for bill in cuts:
+        before = made.num_made
+        new = {key for key in made.keys(bill, everyone) - seen if key[0] not in ("copy", "whole", "base")}
+        made.bundle(bill, everyone)
+        assert made.num_made - before == len(new)
+        seen |= made.keys(bill, everyone)
+    assert made.num_made > 0
+
+
+def test_what_is_forgotten_is_made_again(family, plan, tmp_path):
+    made, bill = in_memory(family), bills(family, METHODS["masked"])[-1]
+    everyone = bill.plan.all_tasks
+    made.bundle(bill, everyone)
+    assert made.num_bytes > 0
+    made.keep_only(set())
+    assert made.num_bytes == 0
+    written = write(family, bill, tmp_path / "bundle")
+    assert_same_bundle(made.bundle(bill, everyone), Bundle.open(written), list(bill.plan.task_names))
+
+
+@pytest.mark.parametrize("name", ["dense", "masked", "auto", "two methods"])
+def test_identity_tells_which_tasks_changed(family, plan, name):
+    """Equal identities have equal digests."""
+    made = in_memory(family)
+    found: dict = {}
+    for bill in bills(family, METHODS[name]):
+        bundle = made.bundle(bill, bill.plan.all_tasks)
+        for task, of_task in enumerate(bill.plan.task_names):
+            digests = digests_of(bundle, of_task)
+            assert found.setdefault((task, made.identity(bill, task)), digests) == digests
+
+
+def test_a_merge_changes_the_identity_of_its_tasks_alone(family, plan):
+    loaded, made = plan_of(family), in_memory(family)
+    pricer = Pricer(loaded)
+    one, two = (allocate(loaded, MergeRequest(method="average", merges=n), pricer) for n in (3, 4))
+    merge = loaded.merges()[3]
+    for task in loaded.all_tasks:
+        same = made.identity(one, task) == made.identity(two, task)
+        assert same == (task not in merge.left + merge.right)
+
+
+def test_chunks_and_forgetting_do_not_show(planned_family):
+    folders = planned_family("float32")
+    bill = billed(plan_of(folders), "emr", "low_bit:bits=2", "ties:scope=model")
+    everyone = bill.plan.all_tasks
+    whole, cut = in_memory(folders), in_memory(folders, chunk_elements=1 << 10)
+    assert_same_bundle(whole.bundle(bill, everyone), cut.bundle(bill, everyone), list(bill.plan.task_names))
+
+
+def test_a_source_that_changed_is_refused(tmp_path):
+    folders = write_family(tmp_path, ODD["heads"]())
+    succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
+    file = next(Path(folders.tasks[name]) for name in sorted(folders.tasks)) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    plan = plan_of(folders)
+    bill, made = allocate(plan, MergeRequest()), in_memory(folders)
+    with pytest.raises(DataError, match="has changed since the plan"):
+        for task in itertools.chain(plan.all_tasks):
+            made.bundle(bill, [task])
