@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexmerge_cli import native
 from flexmerge_cli.residuals.coder import Matrix, View
 from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors
 
@@ -48,7 +49,13 @@ def average_into(average: torch.Tensor, base: torch.Tensor, deltas_kN: torch.Ten
 
     total: float64, as long as a block, used again and again: fresh memory of this size takes longer than the sum.
     """
-    total = total[: len(base)].copy_(deltas_kN[0])
+    count = len(base)
+    rows_are_whole = deltas_kN.stride(1) == base.stride(0) == average.stride(0) == 1 or count < 2
+    if native.lib is not None and deltas_kN.device.type == "cpu" and rows_are_whole:
+        pointers = base.data_ptr(), deltas_kN.data_ptr()
+        native.lib.flexmerge_average(*pointers, len(deltas_kN), count, deltas_kN.stride(0), average.data_ptr())
+        return
+    total = total[:count].copy_(deltas_kN[0])
     for delta in deltas_kN[1:]:
         if total.device.type == "cpu":
             np.add(total.numpy(), delta.numpy(), out=total.numpy())  # in 0.65 of torch's time

@@ -4,6 +4,7 @@ For `auto`'s statistics alone, which code every weight eight times: magnitudes o
 in blocks that stay in the cache; no codes. The plain way is its test's reference: sums over tensors agree within 1e-6.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, half_range, weight_code
 from flexmerge_cli.residuals.quantise import CLIP_FACTORS, squared_errors
 
@@ -55,7 +57,7 @@ def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
         return np.zeros((len(bits), m))
     if n < FEWEST_COLUMNS:
         return _plain(matrix, bits)
-    blocks = _Blocks(matrix)
+    blocks = _Blocks(matrix) if native.lib is None or matrix.device.type != "cpu" else _Native(matrix)
     largest_m, root_m = blocks.measure()
     trials = _trials(bits, largest_m.double(), root_m)
     squares_Tm = (blocks.squares(trials) * trials.unit_Tm.square()).cpu().numpy()
@@ -90,6 +92,45 @@ def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Tria
         unit_Tm=unit_Tm,
         exact_m=root_m / unit_Tm[0],
     )
+
+
+class _Native:
+    """What `_Blocks` finds, by native.c: a row is loaded once, and stays in the cache for all trials."""
+
+    def __init__(self, matrix: "Tensor") -> None:
+        self.matrix = matrix.contiguous()
+
+    def measure(self) -> "tuple[Tensor, Tensor]":
+        import torch
+
+        assert native.lib is not None
+        m, n = self.matrix.shape
+        largest_m, energy_m = torch.empty(m), torch.empty(m, dtype=torch.float64)
+        native.lib.flexmerge_measure_rows(
+            self.matrix.data_ptr(), m, n, largest_m.data_ptr(), energy_m.data_ptr()
+        )  # fmt: skip
+        return largest_m, (energy_m / n).sqrt()
+
+    def squares(self, trials: _Trials) -> "Tensor":
+        import torch
+
+        assert native.lib is not None
+        m, n = self.matrix.shape
+        inverse_Tm, exact_m = (1 / trials.unit_Tm).float(), trials.exact_m.float()
+        last_T = torch.tensor([0.0 if bits <= 3 else half_range(bits) for bits in trials.bits])
+        tables_T7 = torch.tensor([_table(bits) for bits in trials.bits])
+        found_Tm = torch.empty(len(trials.bits), m, dtype=torch.float64)
+        arrays = inverse_Tm, last_T, tables_T7, exact_m, found_Tm
+        native.lib.flexmerge_row_errors(
+            self.matrix.data_ptr(), m, n, len(trials.bits), *(array.data_ptr() for array in arrays)
+        )
+        return found_Tm
+
+
+def _table(bits: int) -> list[float]:
+    """Four levels and three thresholds; those that there are not begin nowhere."""
+    levels, thresholds = GAUSS_LEVELS.get(bits, (0.0,)), GAUSS_THRESHOLDS.get(bits, ())
+    return [*levels, *[levels[-1]] * (4 - len(levels)), *thresholds, *[math.inf] * (3 - len(thresholds))]
 
 
 class _Blocks:

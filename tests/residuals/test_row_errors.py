@@ -2,11 +2,21 @@ import numpy as np
 import pytest
 import torch
 
+from flexmerge_cli import native
 from flexmerge_cli.residuals.low_bit import weight_code
 from flexmerge_cli.residuals.quantise import squared_errors
 from flexmerge_cli.residuals.row_errors import row_errors
 
 BITS = (1, 2, 3, 4, 8)
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways, where there are two."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "lib", None)
+    elif native.lib is None:
+        pytest.skip("not built: no compiler")
 
 
 def drawn(*shape):

@@ -1,0 +1,66 @@
+"""The loops in C give what the plain ways give. Skipped where there was no compiler."""
+
+import numpy as np
+import pytest
+import torch
+
+from flexmerge_cli import native
+from flexmerge_cli.engine.survey_codes import average_into
+from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.residuals.row_errors import row_errors
+
+pytestmark = pytest.mark.skipif(native.lib is None, reason="not built: no compiler")
+
+SIZES = [0, 1, 2, 31, 32, 33, 99, 1023, 1024, 1025, 5000]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tasks", [1, 2, 8])
+def test_sums_have_the_same_bits(size, tasks, monkeypatch):
+    for deltas in (normal(tasks, size), normal(tasks, size + 7)[:, :size], normal(size, tasks).T):
+        found = sum_tasks(deltas)
+        with monkeypatch.context() as plain:
+            plain.setattr(native, "lib", None)
+            expected = sum_tasks(deltas)
+        assert found.dtype is torch.float64 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 3e38, 1e-45])
+def test_sums_of_odd_numbers_have_the_same_bits(value, monkeypatch):
+    deltas = normal(3, 40)
+    deltas[:, 5] = value
+    found = sum_tasks(deltas)
+    monkeypatch.setattr(native, "lib", None)
+    assert found.numpy().tobytes() == sum_tasks(deltas).numpy().tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_averages_have_the_same_bits(size, tasks, monkeypatch):
+    base, deltas = normal(size), 0.01 * normal(tasks, size + 3, seed=1)[:, :size]
+    found, expected, total = torch.empty(size), torch.empty(size), torch.empty(size, dtype=torch.float64)
+    average_into(found, base, deltas, total)
+    monkeypatch.setattr(native, "lib", None)
+    average_into(expected, base, deltas, total)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [8, 9, 31, 64, 1023, 1500])
+def test_errors_of_rows_are_the_plain_ones(rows, columns, monkeypatch):
+    matrix = normal(rows, columns) * torch.logspace(-3, 3, rows)[:, None]
+    matrix[0, 3] = 40 * matrix[0].abs().max()  # an outlier
+    found = row_errors(matrix, (1, 2, 3, 4, 8))
+    monkeypatch.setattr(native, "lib", None)
+    np.testing.assert_allclose(found, row_errors(matrix, (1, 2, 3, 4, 8)), rtol=2e-5)
+
+
+def test_a_matrix_that_lies_otherwise_in_memory_is_measured_too(monkeypatch):
+    matrix = normal(50, 20).T
+    found = row_errors(matrix, (2, 4))
+    monkeypatch.setattr(native, "lib", None)
+    np.testing.assert_allclose(found, row_errors(matrix, (2, 4)), rtol=2e-5)
