@@ -60,7 +60,7 @@ def add_statistics(
         items,
         device=choose_device(device),
         threads=threads,
-        chunk_elements=survey_chunk(len(plan.tasks), threads, max_memory, longest_row(items)),
+        chunk_elements=survey_chunk(len(plan.tasks), threads, access.memory_left(max_memory), longest_row(items)),
         on_bytes=on_bytes,
     )
     for tensor, measure in zip(tensors, measures):

@@ -19,7 +19,7 @@ from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
@@ -153,7 +153,8 @@ def merge(
     where = choose_device(device)
     threads = threads or default_threads()
     bill = bill or allocate(plan, request)
-    chunk = materialise_chunk(len(plan.tasks), threads, max_memory, CHUNK_ELEMENTS, whole_elements(bill))
+    memory = request.access.memory_left(max_memory)
+    chunk = materialise_chunk(len(plan.tasks), threads, memory, CHUNK_ELEMENTS, whole_elements(bill))
     check_output(output, bill, force=force)
     sources, side_files = open_sources(plan, plan_folder, request.relocate, request.access)
     _apart(output, sources)
@@ -390,7 +391,7 @@ def open_sources(
 
 def _relocated(source: str, folder: Path, relocate: Mapping[str, str]) -> str | None:
     """The source under its new place, if an OLD of --relocate is its beginning, as written in the plan or absolute."""
-    absolute = str((folder / source).resolve()) if not is_hub(source) else source
+    absolute = str((folder / source).resolve()) if not is_remote(source) else source
     for old, new in relocate.items():
         for written in (source, absolute):
             if written == old or written.startswith(old.rstrip("/") + "/"):

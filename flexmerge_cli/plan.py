@@ -14,7 +14,7 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.blocks import Block, partition
@@ -125,12 +125,13 @@ def make_plan(
         done += count
         on_progress("compare", done, total)
 
+    memory = request.access.memory_left(max_memory)
     measures = survey(
         items,
         device=where,
         threads=threads,
         signs=request.order.similarity is Similarity.SIGN,
-        chunk_elements=survey_chunk(len(family.tasks), threads, max_memory, longest_row(items)),
+        chunk_elements=survey_chunk(len(family.tasks), threads, memory, longest_row(items)),
         on_bytes=on_bytes,
     )
     tensors = _tensor_records(family, list(zip(owners, items, measures)))
@@ -424,7 +425,7 @@ def _blocks_of(family: Family, blocks: str) -> tuple[Block, ...]:
 
 
 def _relative(checkpoint: Checkpoint, folder: Path) -> str:
-    if is_hub(checkpoint.source):
+    if is_remote(checkpoint.source):
         return checkpoint.source
     return os.path.relpath(checkpoint.path.resolve() if checkpoint.path.is_dir() else checkpoint.path, folder)
 

@@ -11,9 +11,9 @@ from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, read_manifest
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import is_hub, list_names, open_tree
+from flexmerge_cli.checkpoint.hub import is_hub, is_remote, list_names, open_tree
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.errors import IntegrityError, SourceError
+from flexmerge_cli.errors import IntegrityError, SourceError, UsageError
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -44,6 +44,8 @@ def locate(
 
     Raises SourceError, IntegrityError if the repository has not what its manifest tells of.
     """
+    if is_remote(source) and not is_hub(source):
+        raise UsageError(f"{source}: a bundle is a folder, or of the Hub", hint="copy it to this disk")
     if not is_hub(source):
         return Located(path=Path(source).expanduser())
     tree = open_tree(source, access)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flexmerge_cli.checkpoint.stream import StreamPool
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
@@ -10,8 +12,15 @@ class Access:
 
     offline: bool = False
     """Nothing but what the Hub's cache holds."""
+    stream: StreamPool | None = None
+    """Read weights that are not on this disk where they are, through this; None: fetch them."""
     on_message: Callable[[str], None] = lambda _message: None
     """Told before bytes are fetched: how many, and where they will lie."""
+
+    def memory_left(self, max_memory: int | None) -> int | None:
+        """Of --max-memory, beside what is held of streamed files."""
+        held = self.stream.max_bytes if self.stream is not None else 0
+        return None if max_memory is None else max(0, max_memory - held)
 
 
 ONLINE = Access()

@@ -16,8 +16,9 @@ from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.pickles import read_pickle
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
+from flexmerge_cli.checkpoint.stream import StreamedFile, StreamPool
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.errors import DataError, SourceError
+from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.text import is_text
 
 MAX_SIDE_BYTES = 256 << 20
@@ -67,17 +68,22 @@ def open_checkpoint(
     needs: Collection[str] | None = None,
     side_files: bool = True,
 ) -> Checkpoint:
-    """Read the headers of the model at `source`: a folder, a weight file, or `hf://org/name[@revision][:subfolder]`.
+    """Read the headers of the model at `source`: a folder, a weight file, `hf://org/name[@revision][:folder]`, a URL.
 
     A path without a scheme never touches the network. Of the Hub config, index and (with side_files) what else belongs
     to the model is fetched; of weights only the headers, by range. needs: names of side files that suffice.
     Raises SourceError if there is nothing, DataError if unsound.
     """
-    from flexmerge_cli.checkpoint.hub import is_hub, open_hub
+    from flexmerge_cli.checkpoint.hub import is_hub, is_remote, open_hub
 
     if is_hub(source):
         place = open_hub(source, access, needs)
-        return _open_folder(place.source, place.folder, place.file, side_files=side_files)
+        return _open_folder(place.source, place.folder, place.file, access, side_files=side_files)
+    if is_remote(source):
+        from flexmerge_cli.checkpoint.urls import open_url
+
+        address, file = open_url(source, access)
+        return _open_folder(source, address, file, access, side_files=side_files)
     path = ((relative_to or Path()) / _expanded(source)).absolute()
     if not is_text(str(path)):
         raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
@@ -88,8 +94,8 @@ def open_checkpoint(
             hint=f"for the Hub write hf://{source}" if looks_like_hub else "check the path",
         )
     if path.is_file():
-        return _open_folder(source, _FileFolder(path.parent), path.name)
-    return _open_folder(source, LocalFolder(path), None)
+        return _open_folder(source, _FileFolder(path.parent), path.name, access)
+    return _open_folder(source, LocalFolder(path), None, access)
 
 
 class _FileFolder(LocalFolder):
@@ -99,7 +105,9 @@ class _FileFolder(LocalFolder):
         return self.path / name
 
 
-def _open_folder(source: str, folder: Folder, file: str | None, *, side_files: bool = True) -> Checkpoint:
+def _open_folder(
+    source: str, folder: Folder, file: str | None, access: Access, *, side_files: bool = True
+) -> Checkpoint:
     """file: the one that was named; None: the folder's weights, with all that belongs to them."""
     path = folder.path if file is None else folder.path / file
     if file is not None and not file.endswith(WEIGHT_SUFFIXES):
@@ -116,6 +124,8 @@ def _open_folder(source: str, folder: Folder, file: str | None, *, side_files: b
     tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
     names = sorted({tensor.path.name for tensor in tensors.values()})
     remote = {folder.path / name: found for name in names if (found := folder.remote(name)) is not None}
+    if access.stream is not None and remote:
+        tensors = _streamed(tensors, remote, access.stream)
     checkpoint = Checkpoint(
         source=source,
         path=path,
@@ -129,6 +139,25 @@ def _open_folder(source: str, folder: Folder, file: str | None, *, side_files: b
     if side_files or isinstance(folder, LocalFolder):
         folder.bring(list(side))
     return replace(checkpoint, config=_read_config(folder), side_files=side, ignored=ignored)
+
+
+def _streamed(
+    tensors: dict[str, StoredTensor], remote: dict[Path, RemoteFile], pool: StreamPool
+) -> dict[str, StoredTensor]:
+    """The same, those of remote files to be read where they are."""
+    odd = [tensor for tensor in tensors.values() if tensor.path in remote and tensor.strides is not None]
+    if odd:
+        raise UsageError(
+            f"`{odd[0].name}` of {remote[odd[0].path].name} is not stored row by row, and cannot be streamed",
+            hint="leave out --stream",
+        )
+    extents: dict[Path, list[tuple[int, int]]] = {path: [] for path in remote}
+    for tensor in tensors.values():
+        if tensor.path in remote:
+            extents[tensor.path].append((tensor.offset, tensor.offset + tensor.num_bytes))
+    files = {path: StreamedFile(remote[path], found) for path, found in extents.items()}
+    pool.add(files.values())
+    return {name: replace(tensor, stream=files.get(tensor.path)) for name, tensor in tensors.items()}
 
 
 def _files(folder: Folder) -> list[str]:

@@ -21,7 +21,7 @@ from flexmerge_cli.checkpoint.hub import HubFile
 from flexmerge_cli.checkpoint.hub_errors import hub_errors
 from flexmerge_cli.checkpoint.ranges import stream_range
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.errors import MachineError, SourceError
+from flexmerge_cli.errors import MachineError, SourceError, UsageError
 
 FILES_AT_ONCE = 4
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -31,10 +31,14 @@ OnProgress = Callable[[str, int, int], None]
 def fetch(
     files: Iterable[RemoteFile], access: Access, on_progress: OnProgress = lambda _what, _done, _total: None
 ) -> None:
-    """Bring files to this disk. Raises SourceError, MachineError if they do not fit."""
-    wanted = list({file.path: file for file in files if isinstance(file, HubFile)}.values())
-    if not wanted:
+    """Bring files to this disk, unless they are streamed. Raises SourceError, MachineError if they do not fit."""
+    named = {file.path: file for file in files}
+    if access.stream is not None or not named:
         return
+    wanted = [file for file in named.values() if isinstance(file, HubFile)]
+    if len(wanted) < len(named):
+        other = next(file for file in named.values() if not isinstance(file, HubFile))
+        raise UsageError(f"{other.name} is read where it is, and never stored here", hint="add --stream")
     blobs = {file.path: file.place.storage / "blobs" / file.etag for file in wanted}
     sizes = {blobs[file.path]: file.size for file in wanted}  # equal files are one blob, and fetched once
     total = sum(sizes.values())

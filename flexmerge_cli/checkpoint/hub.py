@@ -117,9 +117,13 @@ class HubFile:
         return hf_hub_url(self.place.repository, self.name, revision=self.place.revision)
 
 
-def is_hub(source: str) -> bool:
+def is_remote(source: str) -> bool:
     """Whether the string has a scheme; without one it is a path, always."""
     return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
+
+
+def is_hub(source: str) -> bool:
+    return source.startswith("hf://")
 
 
 def is_offline(access: Access) -> bool:
@@ -218,7 +222,9 @@ def pin(place: HubPlace) -> HubPlace:
 
 
 def pinned_source(source: str, access: Access) -> str:
-    """A Hub source at its commit now."""
+    """A Hub source at its commit now; any other as it is."""
+    if not is_hub(source):
+        return source
     place = HubPlace.of(source)
     with hub_errors(place):
         return (_cached(place).source) if is_offline(access) else pin(place).source

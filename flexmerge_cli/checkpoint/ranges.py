@@ -8,8 +8,12 @@ from collections.abc import Callable
 from flexmerge_cli.errors import FlexmergeError, SourceError
 
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT)
+EXPIRED = (401, 403, 404, 410)  # of a signed address
 TRIES = 5  # without a byte in between
 WAIT_SECONDS = 0.5  # before the second; doubled each time
+
+# Address at the Hub -> the signed one that it redirects to: half the requests, and the Hub counts its own.
+_signed: dict[str, str] = {}
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -22,22 +26,28 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 def stream_range(url: str, start: int, stop: int, write: Callable[[bytes], object], *, or_whole: bool = False) -> None:
     """Hand over bytes [start, stop) at a Hub address as they come, in order, each once.
 
-    A connection that breaks off or stalls is taken up where it broke off, at the address of the Hub itself: a signed
-    one that it redirects to may have expired. or_whole: a server that knows no ranges may send all of the file.
+    A connection that breaks off or stalls is taken up where it broke off; a signed address that has expired meanwhile
+    is asked for anew. or_whole: a server that knows no ranges may send all of the file.
     Raises what the Hub's client raises, SourceError if the server sends anything but what was asked for.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     position, tries = start, 0
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     while position < stop:
-        asked = headers | {"Range": f"bytes={position}-{stop - 1}"}
+        at_url = _signed.get(url, url)
+        # A signed address is of another origin: the token must not go there.
+        headers = build_hf_headers() if at_url == url else build_hf_headers(token=False)
+        headers |= {"Accept-Encoding": "identity", "Range": f"bytes={position}-{stop - 1}"}
         try:
             with http_stream_backoff(
-                "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
+                "GET", at_url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
             ) as response:
+                if response.status_code in EXPIRED and at_url != url:
+                    _signed.pop(url, None)
+                    continue
                 hf_raise_for_status(response)
+                _signed[url] = str(response.url)
                 at = _first_byte(response, url, position, or_whole=or_whole)
                 for chunk in response.iter_bytes():
                     wanted = chunk[max(0, position - at) :]

@@ -1,4 +1,7 @@
-"""Positional reads of ranges of tensors into the caller's buffers. Thread-safe; keeps the files open."""
+"""Positional reads of ranges of tensors into the caller's buffers. Thread-safe; keeps the files open.
+
+Tensors that are streamed are read from where they are (stream.py), into the same buffers.
+"""
 
 import os
 import threading
@@ -46,6 +49,10 @@ class Reader:
             )
             filled.view(NUMPY[tensor.dtype])[:] = items.flat[start:stop]
             return filled
+        if tensor.stream is not None:
+            first = tensor.offset + start * tensor.item_bytes
+            tensor.stream.read_into(first, first + len(filled), filled.data)
+            return filled
         descriptor = self._open(tensor.path)
         view, position = filled.data, tensor.offset + start * tensor.item_bytes
         while len(view):
@@ -59,10 +66,13 @@ class Reader:
         return filled
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
-        """Tell the kernel that these elements are read soon, so that the disk works while others compute."""
+        """Tell the kernel that these elements are read soon, so that disk or network work while others compute."""
+        low, high = tensor.offset + start * tensor.item_bytes, tensor.offset + stop * tensor.item_bytes
+        if tensor.stream is not None:
+            tensor.stream.will_need(low, high)
+            return
         if tensor.strides is not None or not hasattr(os, "posix_fadvise"):
             return
-        low, high = tensor.offset + start * tensor.item_bytes, tensor.offset + stop * tensor.item_bytes
         told = self._told.get(tensor.path, (0, 0))
         if not (told[0] <= low and high <= told[1]):
             high = max(high, low + AHEAD_BYTES)

@@ -19,7 +19,11 @@ class RemoteFile(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it lies once it is fetched; what it is called in messages."""
+        """Where it lies once it is fetched."""
+
+    @property
+    def name(self) -> str:
+        """Its path or address, as messages call it."""
 
     @property
     def size(self) -> int: ...

@@ -21,6 +21,7 @@ from flexmerge_cli.cli.options import (
     QuietOption,
     SizeOption,
     StepOption,
+    StreamOption,
     ThreadsOption,
     VerboseOption,
 )
@@ -51,6 +52,7 @@ def merge(
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
     offline: OfflineOption = False,
+    stream: StreamOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -66,6 +68,7 @@ def merge(
     from flexmerge_cli.report.auto import show_auto
     from flexmerge_cli.report.bundle import merge_summary, show_merge
 
+    memory = options.memory_of(max_memory)
     chosen = {
         "method": method,
         "steps": tuple(step) if step else None,
@@ -78,11 +81,13 @@ def merge(
         "seed": seed,
         "dtype": options.dtype_of(dtype),
         "max_distance": max_distance,
-        "access": options.access_of(offline=offline, quiet=quiet),
+        "access": options.access_of(
+            offline=offline, quiet=quiet, stream=stream, max_memory=options.memory_of(max_memory)
+        ),
         **options.fit_of(fit),
     }
     packing = Packing.of(source, chosen, relocate or [], plan_file)
-    run = {"device": device, "threads": threads, "max_memory": options.memory_of(max_memory)}
+    run = {"device": device, "threads": threads, "max_memory": memory}
     packing.check(output, force=force)
     for message in resolutions(packing.request):
         options.note(message, quiet=quiet)

@@ -25,6 +25,12 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is s
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Of the Hub use what its cache holds, as with HF_HUB_OFFLINE=1.")
 ]
+StreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream", help="Read weights of hf://, s3://, gs:// and https:// sources where they are; store none of them."
+    ),
+]
 MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
 StepOption = Annotated[list[str] | None, typer.Option("--step", help="Before the method, e.g. dare:p=0.9; repeatable.")]
 CalibrateOption = Annotated[str | None, typer.Option("--calibrate", help="After the method: svc.")]
@@ -78,11 +84,13 @@ def memory_of(text: str | None) -> int | None:
     return parse_bytes(text) if text else None
 
 
-def access_of(*, offline: bool, quiet: bool) -> "Access":
+def access_of(*, offline: bool, quiet: bool, stream: bool = False, max_memory: int | None = None) -> "Access":
     """How sources are had; what is fetched is told on stderr."""
     from flexmerge_cli.checkpoint.access import Access
+    from flexmerge_cli.checkpoint.stream import MAX_BYTES, StreamPool
 
-    return Access(offline=offline, on_message=lambda message: note(message, quiet=quiet))
+    pool = StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3)) if stream else None
+    return Access(offline=offline, stream=pool, on_message=lambda message: note(message, quiet=quiet))
 
 
 def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:

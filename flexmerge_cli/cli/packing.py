@@ -10,7 +10,7 @@ from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import check_target
 from flexmerge_cli.bundle.read import is_bundle
-from flexmerge_cli.checkpoint.hub import is_hub, pinned_source
+from flexmerge_cli.checkpoint.hub import is_remote, pinned_source
 from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
@@ -94,7 +94,7 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     request = given.request
 
     def resolved(source: str, start: Path) -> str:
-        return pinned_source(source, request.access) if is_hub(source) else str((start / source).resolve())
+        return pinned_source(source, request.access) if is_remote(source) else str((start / source).resolve())
 
     old = {task.name: resolved(task.source, folder) for task in plan.tasks} | {"": resolved(plan.base.source, folder)}
     new = {name: resolved(source, request.relative_to) for name, source in request.tasks.items()}

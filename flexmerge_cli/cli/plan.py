@@ -17,6 +17,7 @@ from flexmerge_cli.cli.options import (
     OfflineOption,
     QuietOption,
     SizeOption,
+    StreamOption,
     ThreadsOption,
     VerboseOption,
 )
@@ -58,6 +59,7 @@ def plan(
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
     offline: OfflineOption = False,
+    stream: StreamOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -74,7 +76,7 @@ def plan(
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
-    access = options.access_of(offline=offline, quiet=quiet)
+    access = options.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=options.memory_of(max_memory))
     given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics, access)
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")

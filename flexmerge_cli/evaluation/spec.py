@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.plan_file import Record
-from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
 from flexmerge_cli.evaluation.kinds.registry import KINDS
@@ -109,7 +109,7 @@ def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSp
 
 
 def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:
-    if source is not None and not is_hub(source) and not (spec.folder / source).exists():
+    if source is not None and not is_remote(source) and not (spec.folder / source).exists():
         said = spec.document.error(place, f"no checkpoint at {spec.folder / source}", hint="check the path")
         raise SourceError(said.message, hint=said.hint)
 

@@ -14,7 +14,7 @@ from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
-from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.hub import is_hub, is_remote
 from flexmerge_cli.errors import FlexmergeError, UsageError
 
 OnProgress = Callable[[str, int, int], None]
@@ -57,8 +57,8 @@ class Report:
 def recognise(source: str, access: Access = ONLINE) -> Kind:
     """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
     path = Path(source).expanduser()
-    if is_hub(source):
-        return Kind.BUNDLE if holds_bundle(source, access) else Kind.CHECKPOINT
+    if is_remote(source):
+        return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
         return Kind.CHECKPOINT  # whose opening tells what is wrong
     if path.is_dir():

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import HubPlace, is_hub
+from flexmerge_cli.checkpoint.hub import HubPlace, is_remote
 from flexmerge_cli.errors import DataError, MachineError, SourceError, UsageError
 
 from ..families import LAYOUTS, encoder, write_checkpoint
@@ -35,11 +35,11 @@ def publish(hub, folder: Path, state=STATE, name=REPOSITORY, layout="file", **mo
     ("/hf://x", False), ("C:/x", False), ("HF://x/y", False),
 ])  # fmt: skip
 def test_only_a_scheme_is_no_path(source, has_scheme):
-    assert is_hub(source) == has_scheme
+    assert is_remote(source) == has_scheme
 
 
 @pytest.mark.parametrize("source", [
-    "hf://name", "hf://", "http://org/name", "hf://org/name:../x", "hf://org/name:a/../../x", "hf://org/name@../../x",
+    "hf://name", "hf://", "hx://org/name", "hf://org/name:../x", "hf://org/name:a/../../x", "hf://org/name@../../x",
     "hf://../name", "hf://a..b/c", "hf://org/name@", "hf://org/na me", "hf://org/name:a@b",
 ])  # fmt: skip
 def test_what_cannot_be_a_repository_is_refused_without_a_request(source, hub):

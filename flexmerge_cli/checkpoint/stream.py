@@ -1,0 +1,145 @@
+"""Weights that are read where they are: the engine's small reads in order become few large requests, in bounded memory.
+
+A file is cut into pieces of about one request: a large tensor into its own, small neighbours into one together. A piece
+that is read is kept until others need its room, so that each is fetched once where files are read front to back; pieces
+that will be read soon are fetched meanwhile. Knows nothing of who serves the files (remote.py).
+"""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flexmerge_cli.checkpoint.remote import RemoteFile
+
+MAX_BYTES = 512 << 20
+MAX_REQUEST_BYTES = 8 << 20  # larger ones gain nothing over the Hub's, and one that breaks off costs more
+MIN_REQUEST_BYTES = 1 << 18
+PIECES_PER_MODEL = 4  # that is read by the threads, is read next, and comes meanwhile
+REQUESTS_AT_ONCE = 16
+
+
+class StreamPool:
+    """Pieces of remote files, at most max_bytes of them at a time. Thread-safe."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.most_bytes = 0
+        """That were held at one time."""
+        self._models = 0
+        self._held: OrderedDict[tuple[StreamedFile, int], Future[bytes]] = OrderedDict()
+        self._bytes, self._lock = 0, threading.Lock()
+        self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="flexmerge-stream")
+
+    def add(self, files: Iterable["StreamedFile"]) -> None:
+        """One more model that is read beside the others."""
+        self._models += 1
+        for file in files:
+            file.pool = self
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of one request, so that every model has its pieces."""
+        share = self.max_bytes // (PIECES_PER_MODEL * max(1, self._models))
+        return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, share))
+
+    def get(self, file: "StreamedFile", piece: int) -> "Future[bytes]":
+        """Soon the bytes of a piece."""
+        with self._lock:
+            return self._submit(file, piece)
+
+    def will_need(self, file: "StreamedFile", piece: int) -> None:
+        """Fetch a piece meanwhile, where there is room for it."""
+        with self._lock:
+            if (file, piece) not in self._held and self._make_room(file.piece_bytes(piece)):
+                self._submit(file, piece)
+
+    def _submit(self, file: "StreamedFile", piece: int) -> "Future[bytes]":
+        key = (file, piece)
+        found = self._held.get(key)
+        if found is not None and not (found.done() and found.exception() is not None):
+            self._held.move_to_end(key)
+            return found
+        if found is None:
+            self._make_room(file.piece_bytes(piece))
+            self._bytes += file.piece_bytes(piece)
+            self.most_bytes = max(self.most_bytes, self._bytes)
+        self._held[key] = self._threads.submit(file.fetch, piece)
+        return self._held[key]
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Drop what was longest not asked for; whether num_bytes fit now. What is still coming stays."""
+        for key in [key for key, found in self._held.items() if found.done()]:
+            if self._bytes + num_bytes <= self.max_bytes:
+                break
+            del self._held[key]
+            self._bytes -= key[0].piece_bytes(key[1])
+        return self._bytes + num_bytes <= self.max_bytes
+
+
+class StreamedFile:
+    """A remote file of weights, in pieces."""
+
+    def __init__(self, remote: RemoteFile, extents: Iterable[tuple[int, int]]) -> None:
+        """extents: [start, stop) of its tensors."""
+        self.remote = remote
+        self.pool: StreamPool | None = None
+        self._extents = sorted(set(extents))
+        self._bounds: list[int] | None = None
+        self._lock = threading.Lock()
+
+    def read_into(self, start: int, stop: int, view: memoryview) -> None:
+        """Bytes [start, stop), which lie in tensors. Raises SourceError."""
+        assert self.pool is not None
+        first, last = self._pieces(start, stop)
+        coming = [self.pool.get(self, piece) for piece in range(first, last + 1)]
+        for piece, found in zip(range(first, last + 1), coming):
+            data, low = found.result(), self.bounds[piece]
+            begin, end = max(start, low), min(stop, low + len(data))
+            view[begin - start : end - start] = data[begin - low : end - low]
+
+    def will_need(self, start: int, stop: int) -> None:
+        assert self.pool is not None
+        if start < stop:
+            first, last = self._pieces(start, stop)
+            for piece in range(first, last + 1):
+                self.pool.will_need(self, piece)
+
+    @property
+    def bounds(self) -> list[int]:
+        """First byte of each piece, and the end of the last."""
+        with self._lock:
+            if self._bounds is None:
+                assert self.pool is not None
+                self._bounds = cut(self._extents, self.pool.request_bytes)
+            return self._bounds
+
+    def piece_bytes(self, piece: int) -> int:
+        return self.bounds[piece + 1] - self.bounds[piece]
+
+    def fetch(self, piece: int) -> bytes:
+        return self.remote.read_range(self.bounds[piece], self.bounds[piece + 1])
+
+    def _pieces(self, start: int, stop: int) -> tuple[int, int]:
+        return bisect_right(self.bounds, start) - 1, bisect_right(self.bounds, stop - 1) - 1
+
+
+def cut(extents: Iterable[tuple[int, int]], request_bytes: int) -> list[int]:
+    """Bounds of pieces of at most request_bytes: none ends within a small tensor, none of a large one holds another's.
+
+    extents: [start, stop) of tensors, sorted by start; they may share bytes, and have gaps, which belong to the piece
+    before them.
+    """
+    bounds: list[int] = []
+    end, is_whole = 0, True
+    for start, stop in extents:
+        if stop <= end or start == stop:
+            continue  # shares the storage of one before it
+        start = max(start, end)
+        if is_whole or stop - start > request_bytes or stop - bounds[-1] > request_bytes:
+            count = -(-(stop - start) // request_bytes)
+            bounds += range(start, stop, -(-(stop - start) // count))
+            is_whole = count > 1
+        end = stop
+    return [*bounds, end] if bounds else [0, 0]

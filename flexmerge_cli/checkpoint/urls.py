@@ -1,0 +1,199 @@
+"""`s3://`, `gs://`, `https://` and whatever else fsspec knows: checkpoints whose weights are read where they are.
+
+Small files are copied into a folder that goes with the process; weights are never stored. What serves a scheme is an
+optional dependency (`pip install 'flexmerge-cli[stream]'`).
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS
+from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
+from flexmerge_cli.text import is_text
+
+# Of a web server that lists no folders: what is looked for beside the weights.
+USUAL_NAMES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "spiece.model", "README.md", "LICENSE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UrlFile:
+    """A file that fsspec reaches."""
+
+    name: str
+    """Its address."""
+    size: int
+    path: Path
+    files: Any
+    """fsspec's file system."""
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        tries = 0
+        while True:
+            try:
+                data = self.files.cat_file(self.name, start=start, end=stop)
+                break
+            except (FileNotFoundError, PermissionError) as error:
+                raise told(self.name, error) from None
+            except Exception as error:  # every backend has errors of its own
+                tries += 1
+                if tries >= TRIES:
+                    raise told(self.name, error) from None
+                time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
+        if len(data) != stop - start:
+            raise SourceError(
+                f"{self.name} does not answer requests for a range: {stop - start:,} bytes were asked for, "
+                f"{len(data):,} came",
+                hint="copy the checkpoint to this disk, and give its folder",
+            )
+        return bytes(data)
+
+
+class UrlFolder:
+    """What lies at an address."""
+
+    def __init__(self, url: str, files: Any) -> None:
+        self._url, self._files = url.rstrip("/"), files
+        scheme, _, rest = self._url.partition("://")
+        segments = [part for part in re.split(r"[/\\]", rest) if part not in ("", ".", "..")]
+        self._path = Path(_temporary().name, scheme, *segments)
+        self._sizes: dict[str, int | None] = {}
+        """Of the files that are known to be there; None where the size is not known yet."""
+        self._folders: list[str] = []
+        with url_errors(self._url):
+            self._list()
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def entries(self) -> list[str]:
+        return sorted([*self._sizes, *self._folders])
+
+    def is_file(self, name: str) -> bool:
+        return name in self._sizes or self._look(name)
+
+    def size(self, name: str) -> int:
+        size = self._sizes.get(name)
+        if size is None and self._look(name):
+            size = self._sizes[name]
+        if size is None:
+            raise SourceError(f"{self._url}/{name}: its size is not told", hint="copy the checkpoint to this disk")
+        return size
+
+    def remote(self, name: str) -> UrlFile:
+        if not self.is_file(name):
+            raise SourceError(f"{self._url}: no file `{name}`", hint="check the address")
+        return UrlFile(name=f"{self._url}/{name}", size=self.size(name), path=self._path / name, files=self._files)
+
+    def local(self, name: str) -> Path:
+        path = self._path / name
+        if not path.is_file():
+            with url_errors(f"{self._url}/{name}"):
+                data = self._files.cat_file(f"{self._url}/{name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return path
+
+    def bring(self, names: list[str]) -> None:
+        for name in names:
+            self.local(name)
+
+    def incomplete(self, message: str) -> FlexmergeError:
+        return DataError(message, hint=f"what lies at {self._url} is not whole: upload it again")
+
+    def _list(self) -> None:
+        try:
+            found = self._files.ls(self._url, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            found = []
+        for entry in found:
+            name = str(entry["name"]).rstrip("/").rpartition("/")[2]
+            if not is_text(name) or "\\" in name or name in ("", ".", ".."):
+                continue
+            if entry.get("type") == "directory":
+                self._folders.append(name)
+            else:
+                self._sizes[name] = entry.get("size")
+        if not found:
+            for name in (*WEIGHT_FILES, *USUAL_NAMES):
+                self._look(name)
+
+    def _look(self, name: str) -> bool:
+        """Whether a file is there that no listing has told of."""
+        try:
+            with url_errors(f"{self._url}/{name}", missing=FileNotFoundError):
+                info = self._files.info(f"{self._url}/{name}")
+        except FileNotFoundError:
+            return False
+        if info.get("type") == "directory":
+            return False
+        if info.get("partial") is False:
+            raise SourceError(
+                f"{self._url}/{name}: its server answers no requests for a range", hint="copy it to this disk"
+            )
+        self._sizes[name] = info.get("size")
+        return True
+
+
+def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
+    """The folder, and the weight file that is named. Raises SourceError, UsageError for a scheme that nobody knows."""
+    if access.offline:
+        raise SourceError(f"{source} is not on this disk, and nothing is asked: offline", hint="leave out --offline")
+    if not is_text(source):
+        raise UsageError(f"{source!r} is no address", hint="write s3://bucket/folder")
+    from fsspec.core import url_to_fs
+
+    try:
+        files, _ = url_to_fs(source)
+    except ImportError as error:
+        raise SourceError(f"{source}: {error}", hint="pip install 'flexmerge-cli[stream]'") from None
+    except ValueError as error:
+        raise UsageError(
+            f"`{source}` is no source that flexmerge knows: {error}", hint="write hf://org/name[@revision][:folder]"
+        ) from None
+    except Exception as error:  # a backend that finds no credentials, or no such host
+        raise told(source, error) from None
+    name = source.rstrip("/").rpartition("/")[2]
+    if name.endswith(WEIGHT_SUFFIXES):
+        return UrlFolder(source.rstrip("/").rpartition("/")[0], files), name
+    return UrlFolder(source, files), None
+
+
+@contextmanager
+def url_errors(url: str, missing: type[Exception] | None = None) -> Iterator[None]:
+    """Whatever a backend raises, as SourceError; `missing` goes through."""
+    try:
+        yield
+    except FlexmergeError:
+        raise
+    except Exception as error:  # every backend has errors of its own
+        if missing is not None and isinstance(error, missing):
+            raise
+        raise told(url, error) from None
+
+
+def told(url: str, error: Exception) -> SourceError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, FileNotFoundError):
+        return SourceError(f"nothing at {url}", hint="check the address")
+    hint = "check address and credentials" if isinstance(error, PermissionError) else "check the connection, try again"
+    return SourceError(f"{url} cannot be read: {type(error).__name__}: {lines[0][:200]}", hint=hint)
+
+
+@cache
+def _temporary() -> "TemporaryDirectory[str]":
+    """Where small files lie until the process ends."""
+    return TemporaryDirectory(prefix="flexmerge-")
