@@ -150,6 +150,56 @@ EXPORTED void flexmerge_row_errors(const float *x, int64_t m, int64_t n, int64_t
         }
 }
 
+/* Σ x² of each of `runs` runs of k rows: LANES sums in float32, which are then added up in float64. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_squares(const float *x, int64_t k, int64_t runs, int64_t stride, double *out,
+                                                    int64_t out_stride)
+{
+    for (int64_t row = 0; row < k; row++)
+        for (int64_t run = 0; run < runs; run++) {
+            const float *from = x + row * stride + run * RUN;
+            float sum[LANES] = {0};
+            double total = 0;
+            for (int64_t i = 0; i < RUN; i += LANES)
+                for (int j = 0; j < LANES; j++) sum[j] += from[i + j] * from[i + j];
+            for (int j = 0; j < LANES; j++) total += sum[j];
+            out[row * out_stride + run] = total;
+        }
+}
+
+/* scale · Σ (x[·] - base) / divisor in float64, rounded once; stored = base + that. And what k tasks lose: Σ of
+ * ((x - base) - (stored - base))² of each run, as flexmerge_squares adds up. A run stays in the cache meanwhile. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const float *base, const float *x, int64_t k, int64_t runs,
+                                                  int64_t stride, double divisor, double scale, float *stored,
+                                                  double *errors, int64_t errors_stride)
+{
+    for (int64_t run = 0; run < runs; run++) {
+        const float *b = base + run * RUN;
+        float *s = stored + run * RUN;
+        for (int64_t i = 0; i < RUN; i += LANES) {
+            double sum[LANES];
+            for (int j = 0; j < LANES; j++) sum[j] = x[run * RUN + i + j] - b[i + j];
+            for (int64_t row = 1; row < k; row++) {
+                const float *from = x + row * stride + run * RUN + i;
+                for (int j = 0; j < LANES; j++) sum[j] += from[j] - b[i + j];
+            }
+            /* Adding 0 makes +0 of -0. */
+            for (int j = 0; j < LANES; j++) s[i + j] = b[i + j] + ((float)(scale * (sum[j] / divisor)) + 0.0f);
+        }
+        for (int64_t row = 0; row < k; row++) {
+            const float *from = x + row * stride + run * RUN;
+            float lost[LANES] = {0};
+            double total = 0;
+            for (int64_t i = 0; i < RUN; i += LANES)
+                for (int j = 0; j < LANES; j++) {
+                    const float d = (from[i + j] - b[i + j]) - (s[i + j] - b[i + j]);
+                    lost[j] += d * d;
+                }
+            for (int j = 0; j < LANES; j++) total += lost[j];
+            errors[row * errors_stride + run] = total;
+        }
+    }
+}
+
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, NULL, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

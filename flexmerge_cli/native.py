@@ -12,9 +12,13 @@ _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "flexmerge_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_average": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
+    "flexmerge_squares": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT),
+    "flexmerge_merge": (
+        _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, ctypes.c_double, ctypes.c_double, _POINTER, _POINTER, _COUNT,
+    ),
     "flexmerge_measure_rows": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
     "flexmerge_row_errors": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-}
+}  # fmt: skip
 
 
 def _load() -> ctypes.CDLL | None:

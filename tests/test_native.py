@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from flexmerge_cli import native
+from flexmerge_cli import make_plan, merge, native
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
 from flexmerge_cli.engine.survey_codes import average_into
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.residuals.row_errors import row_errors
+
+from .families import Models, write_family
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="not built: no compiler")
 
@@ -64,3 +67,37 @@ def test_a_matrix_that_lies_otherwise_in_memory_is_measured_too(monkeypatch):
     found = row_errors(matrix, (2, 4))
     monkeypatch.setattr(native, "lib", None)
     np.testing.assert_allclose(found, row_errors(matrix, (2, 4)), rtol=2e-5)
+
+
+@pytest.mark.parametrize("count", [0, 5, 1023, 1024, 1025, 4096, 70_000])
+def test_squares_of_runs_have_the_same_bits(count, monkeypatch):
+    values = normal(3, count + 9)[:, :count]
+    found = squares(values, RUN_ELEMENTS)
+    monkeypatch.setattr(native, "lib", None)
+    assert np.array_equal(found, squares(values, RUN_ELEMENTS))
+
+
+@pytest.mark.parametrize(
+    "method", ["average", "task_arithmetic", "task_arithmetic:form=sum", "task_arithmetic:scale=0.7"]
+)
+def test_bundles_are_the_same_with_and_without(method, tmp_path, monkeypatch):
+    """Equal tensors, two dtypes, tails of runs, groups of a cut: the manifest, digests and distances, too."""
+    base = {"a.weight": normal(70, 1100), "b.weight": normal(33), "c.weight": normal(64, 64).bfloat16()}
+    tasks: dict[str, dict[str, torch.Tensor]] = {f"t{k}": {} for k in range(1, 5)}
+    for k, state in enumerate(tasks.values()):
+        for name, value in base.items():
+            state[name] = (value.float() + 0.01 * normal(*value.shape, seed=k + 1)).to(value.dtype)
+    tasks["t4"]["a.weight"] = tasks["t2"]["a.weight"].clone()
+    folders = write_family(tmp_path, Models(base=base, tasks=tasks))
+    made = {}
+    for way in ("c", "torch"):
+        if way == "torch":
+            monkeypatch.setattr(native, "lib", None)
+        make_plan(folders.base, folders.tasks, output=tmp_path / "plan.json", statistics="gram")
+        for size in ("1x", "2x"):
+            folder = tmp_path / f"{way}-{size}"
+            merge(tmp_path / "plan.json", folder, method=method, size=size, device="cpu")
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            made[way, size] = {path.relative_to(folder): path.read_bytes() for path in files}
+        (tmp_path / "plan.json").unlink()
+    assert made["c", "1x"] == made["torch", "1x"] and made["c", "2x"] == made["torch", "2x"]

@@ -27,7 +27,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
 from flexmerge_cli.residuals.coding_error import CodingError
-from flexmerge_cli.text import holds_text
+from flexmerge_cli.text import json_holds_text
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
@@ -363,7 +363,7 @@ def read_plan(path: Path) -> Plan:
         zeroed = data.replace(f'"sha256":"{claimed}"'.encode(), f'"sha256":"{NO_DIGEST}"'.encode(), 1)
         if hashlib.sha256(zeroed).hexdigest() != claimed:
             raise UsageError(f"{path} was edited: its sha256 does not fit its bytes", hint=again)
-        if not holds_text(fields):
+        if not json_holds_text(data, fields):
             raise UsageError(f"{path} holds text that no file can hold", hint=again)
         return Plan.model_validate(fields)
     except ValidationError as error:

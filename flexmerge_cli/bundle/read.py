@@ -24,7 +24,7 @@ from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
 from flexmerge_cli.residuals import mask as masks
-from flexmerge_cli.text import holds_text
+from flexmerge_cli.text import json_holds_text
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
@@ -282,7 +282,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
     try:
         fields = json.loads(data)
-        if not holds_text(fields):
+        if not json_holds_text(data, fields):
             raise DataError(f"{file} holds text that no file can hold", hint="do not use this bundle")
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:

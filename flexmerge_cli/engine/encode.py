@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli import native
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES, promote
 from flexmerge_cli.engine.device import to_bytes
 from flexmerge_cli.engine.output import Sink
-from flexmerge_cli.engine.runs import squares
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
 from flexmerge_cli.engine.spans import tiles
 from flexmerge_cli.engine.work import BASE, Raw, Worker, cast, torch_dtype
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.coded import Form
+from flexmerge_cli.methods.linear import scaled_sum
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Coder, Matrix
 
@@ -52,10 +54,7 @@ class Encoder:
 
     def piece(self, storage: Storage, raw: Raw, values: Mapping[Tasks, Tensor] | None = None) -> Piece:
         """All that one range of a tensor stores. values: what methods of scope `block` made of it, by group."""
-        piece, span = Piece(), raw.span
-        for model, bits in raw.bits.items():
-            item_bytes = self.worker.source(span.tensor, model).item_bytes
-            piece.sources[model] = digest_range(to_bytes(bits), span.start * item_bytes)
+        piece, span = Piece(sources=raw.digests), raw.span
         for group in storage.groups:
             whole = (values or {}).get(group.tasks)
             if group.kind == "copy":
@@ -97,7 +96,11 @@ class Encoder:
         stored = torch.empty(count, dtype=torch_dtype(part.array.dtype))
         dtypes = self._dtypes(storage, group)
         run, errors = raw.span.run, _errors(len(group.tasks), raw)
+        done = self._merge_runs(group, raw, dtypes, stored, errors) if whole is None else 0
         for low, high in self._tiles(storage, group, raw, whole):
+            low = max(low, done)
+            if low >= high:
+                continue
             found, deltas = worker.value(group, raw, low, high, whole)
             base = worker.on_device(raw.bits[BASE][low:high])
             # -0 is written as +0: adding 0 makes it so, before the sum and, where rounding can give it, after it.
@@ -118,6 +121,27 @@ class Encoder:
                 mine = data if dtype == part.array.dtype else to_bytes(self._finite(cast(stored, dtype), group, raw))
                 digests[dtype] = digest_range(mine, raw.span.start * ITEM_BYTES[dtype])
             piece.decoded[task], piece.errors[task] = digests[dtype], errors[row]
+
+    def _merge_runs(self, group: StoredGroup, raw: Raw, dtypes: list[str], stored: Tensor, errors: np.ndarray) -> int:
+        """Merge whole runs of a linear method in one go through memory, where native.c can; returns how many elements.
+
+        The bits, and the errors, are those of the way that all methods go.
+        """
+        chain, run = self.worker.chain(group), raw.span.run
+        rows = self.worker.rows_of(raw, group.tasks)
+        plain = chain.call is not None and not chain.steps and chain.calibrate is None and chain.coded is None
+        if native.lib is None or self.worker.device.type != "cpu" or not plain or rows is None or run != RUN_ELEMENTS:
+            return 0
+        assert chain.call is not None
+        linear = scaled_sum(chain.call, len(group.tasks))
+        if linear is None or {*dtypes} != {"F32"} or raw.bits[BASE].dtype is not torch.float32:
+            return 0
+        runs, base = len(stored) // run, raw.bits[BASE]
+        native.lib.flexmerge_merge(
+            base.data_ptr(), rows.data_ptr(), len(rows), runs, rows.stride(0), *linear,
+            stored.data_ptr(), errors.ctypes.data, errors.shape[1],
+        )  # fmt: skip
+        return runs * run
 
     def _mask(self, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
         worker, start, count = self.worker, raw.span.start, raw.span.stop - raw.span.start

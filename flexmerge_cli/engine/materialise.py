@@ -287,9 +287,9 @@ class _Run:
     def _visit(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
         if len(item) == 1 and self.scope(item[0][0]) != "block":
             storage, span = item[0]
-            return [self.encoder.piece(storage, self.worker.read(span, self.worker.models(storage)))]
+            return [self.encoder.piece(storage, self.worker.read(span, self.worker.models(storage), digests=True))]
         raws = {
-            span.tensor: self.worker.read(span, self.worker.models(storage), place)
+            span.tensor: self.worker.read(span, self.worker.models(storage), place, digests=True)
             for place, (storage, span) in enumerate(item)
         }
         values: dict[str, dict[Tasks, torch.Tensor]] = {name: {} for name in raws}

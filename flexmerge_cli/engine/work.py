@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexmerge_cli.allocation.allocation import MethodUse, Tasks
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -83,6 +85,8 @@ class Raw:
     """In the source's dtype, one axis, on the CPU: valid until this thread reads again."""
     rows: Tensor | None
     """[models, n], in the order of `bits`, where all have one dtype and length; the same memory."""
+    digests: dict[int, RangeDigest]
+    """Of the bits, where they were asked for."""
 
 
 class Worker:
@@ -128,20 +132,26 @@ class Worker:
         coded = self.chain(group).coded
         return coded is not None and coded.centre != "none"
 
-    def read(self, span: Span, models: Sequence[int], place: int = 0) -> Raw:
-        """place: which of the thread's buffers, where several tensors are read at once."""
+    def read(self, span: Span, models: Sequence[int], place: int = 0, *, digests: bool = False) -> Raw:
+        """place: which of the thread's buffers, where several tensors are read at once. digests: take them, too."""
         same = self.plan.tensor(span.tensor).same
         leaders = dict.fromkeys(model if model == BASE else same[model] for model in models)
         tensors = [self.source(span.tensor, leader) for leader in leaders]
         # Private tensors of other shapes: each ends where it ends.
         ranges = [(min(span.start, tensor.num_elements), min(span.stop, tensor.num_elements)) for tensor in tensors]
-        found, together = read_together(tensors, ranges, self.reader, self.buffers, ("raw", place))
+        taken: list[RangeDigest] = []
+
+        def on_read(tensor: StoredTensor, data: np.ndarray) -> None:
+            if digests:  # while the bytes are in the cache
+                taken.append(digest_range(data, span.start * tensor.item_bytes))
+
+        found, together = read_together(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
         bits = {
             leader: as_tensor(data, tensor.dtype) for leader, data, tensor in zip(leaders, found, tensors, strict=True)
         }
         self.on_bytes(sum(data.size for data in found))
         rows = as_tensor(together, tensors[0].dtype).view(len(tensors), -1) if together is not None else None
-        return Raw(span, bits, rows)
+        return Raw(span, bits, rows, dict(zip(leaders, taken)))
 
     def will_need(self, storage: Storage, span: Span) -> None:
         for model in self.models(storage):
@@ -157,6 +167,14 @@ class Worker:
         names = tuple(self.plan.tasks[task].name for task in tasks)
         return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=self.plan.tensor(span.tensor).shape)
 
+    def rows_of(self, raw: Raw, tasks: Sequence[int]) -> Tensor | None:
+        """The tasks' bits as one matrix [k, n], where they lie like that."""
+        if raw.rows is None:
+            return None
+        order = list(raw.bits)
+        first = order.index(self.plan.tensor(raw.span.tensor).same[tasks[0]])
+        return raw.rows[first : first + len(tasks)] if order[first : first + len(tasks)] == list(tasks) else None
+
     # Merging
 
     def deltas(self, raw: Raw, tasks: Sequence[int], low: int, high: int, place: int = 0) -> Tensor:
@@ -165,11 +183,10 @@ class Worker:
         on_cpu = as_tensor(self.buffers.get(("deltas", place), size)[:size], "F32").view(len(tasks), high - low)
         deltas = on_cpu if self.device.type == "cpu" else torch.empty_like(on_cpu, device=self.device)
         base = self.on_device(raw.bits[BASE][low:high])
-        same, order = self.plan.tensor(raw.span.tensor).same, list(raw.bits)
-        first = order.index(same[tasks[0]])
-        if raw.rows is not None and order[first : first + len(tasks)] == list(tasks):
+        rows = self.rows_of(raw, tasks)
+        if rows is not None:
             # One operation for all tasks takes a third of the time of one for each.
-            return torch.sub(self.on_device(raw.rows[first : first + len(tasks), low:high]), base, out=deltas)
+            return torch.sub(self.on_device(rows[:, low:high]), base, out=deltas)
         for row, task in enumerate(tasks):
             torch.sub(self.on_device(self.own(raw, task)[low:high]), base, out=deltas[row])
         return deltas

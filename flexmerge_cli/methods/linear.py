@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.method import Positive, Where, method
+from flexmerge_cli.methods.method import Call, Positive, Where, method
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 
 
@@ -60,3 +60,18 @@ def weighted_average(
             hint="give one of these tasks a weight, or set normalize=false",
         )
     return weigh_tasks(deltas, weight_k) / sum(weight_k)
+
+
+def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:
+    """(divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None of all others.
+
+    What native.c needs to know of it: its loop gives the same bits as the functions above.
+    """
+    if call.method is average:
+        return float(num_tasks), 1.0
+    if call.method is task_arithmetic:
+        scale = call.args.get("scale")
+        if call.args.get("form", "mean") == "sum":
+            return 1.0, 0.3 if scale is None else float(scale)
+        return float(num_tasks), 1.5 if scale is None else float(scale)
+    return None
