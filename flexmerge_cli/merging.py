@@ -340,6 +340,8 @@ def open_sources(
     """Open the plan's sources and find every tensor that it names. Raises DataError if headers are not the plan's."""
     from flexmerge_cli.engine.materialise import Sources
 
+    access = replace(access, variant=plan.settings.variant)
+
     def opened(source: str, side_files: Collection[str]) -> Checkpoint:
         moved = _relocated(source, folder, relocate)
         return open_checkpoint(

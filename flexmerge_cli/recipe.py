@@ -4,7 +4,7 @@ version  1
 base     source
 tasks    {name: source, or {source, revision}}
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads;
-         statistics  as --statistics
+         statistics  as --statistics;  variant  as --variant
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
@@ -61,6 +61,7 @@ class Recipe(Record):
     order: OrderRecord = OrderRecord()
     private: tuple[str, ...] = ()
     merge_heads: bool = False
+    variant: str | None = None
     statistics: Literal["all", "gram"] | None = None
     merge: MergeRecord = MergeRecord()
     _folder: Path = PrivateAttr(default=Path())

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)  # fmt: skip
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.safetensors import MAX_AXES
@@ -165,6 +173,13 @@ class Settings(Record):
     private: tuple[str, ...]
     merge_heads: bool
     statistics: Statistics = "gram"
+    variant: str | None = None
+    """Of the weights, e.g. `fp16`, where sources have several; left out where it is null."""
+
+    @model_serializer(mode="wrap")
+    def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "variant" or value is not None}
 
 
 class Plan(Record):

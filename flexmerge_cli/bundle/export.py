@@ -94,8 +94,10 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
         shards[-1].append(name)
         size += _num_bytes(*forms[name])
     weight_map = {}
+    stem = _stem(bundle, task)
     for number, shard in enumerate(shards, 1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file_name = f"{stem}{part}.safetensors"
         header = {name: (*forms[name], _num_bytes(*forms[name])) for name in shard}
         metadata = {"bundle": bundle.manifest.id, "flexmerge": VERSION, "format": "pt"}
         with (folder / file_name).open("xb") as file:
@@ -108,7 +110,17 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
     if len(shards) > 1:
         total = sum(_num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index_name = f"{stem}.safetensors.index.json"
+        (folder / index_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _stem(bundle: Bundle, task: str) -> str:
+    """Of the weight files, as the library that the task's config is of looks for them."""
+    folder = bundle.path / "tasks" / task
+    config = folder / "config.json"
+    if config.is_file() and b'"_diffusers_version"' in config.read_bytes():
+        return "diffusion_pytorch_model"
+    return "open_clip_model" if not config.is_file() and (folder / "open_clip_config.json").is_file() else "model"
 
 
 def _link(bundle: Bundle, task: str, folder: Path) -> None:
@@ -116,7 +128,8 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
     weight_map = _weight_map(bundle, task)
     assert weight_map is not None
     files = sorted(set(weight_map.values()))
-    new_names = {path: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
+    stem = _stem(bundle, task)
+    new_names = {path: f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
     for path, new in new_names.items():
         try:
             os.link(path.resolve(), folder / new)  # resolved: in the Hub's cache it is a relative link
@@ -126,7 +139,7 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
         "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
         "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
-    (folder / INDEX_NAME).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:

@@ -12,6 +12,8 @@ class Access:
 
     offline: bool = False
     """Nothing but what the Hub's cache holds."""
+    variant: str | None = None
+    """Of weights that lie in several, e.g. `fp16`; taken where a source has it."""
     stream: StreamPool | None = None
     """Read weights that are not on this disk where they are, through this; None: fetch them."""
     on_message: Callable[[str], None] = lambda _message: None

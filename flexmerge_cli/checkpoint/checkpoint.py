@@ -11,13 +11,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES, choose_weights, is_side_file
+from flexmerge_cli.checkpoint.choose import INDEX, WEIGHT_SUFFIXES, choose_weights, is_side_file, variants
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.pickles import read_pickle
+from flexmerge_cli.checkpoint.quantised import HINT, by_config, by_names
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.stream import StreamedFile, StreamPool
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.unclear import no_weights
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.text import is_text
 
@@ -115,13 +117,13 @@ def _open_folder(
             f"{path} is no weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
             hint="give a checkpoint folder or a weight file",
         )
-    weights = file if file is not None else choose_weights(_files(folder))
-    if weights is None:
-        raise SourceError(
-            f"no checkpoint in {path}: none of {', '.join(WEIGHT_FILES[:5])} there",
-            hint="give the folder that holds the weights",
-        )
+    weights = file if file is not None else _choose(source, folder, access)
+    config = _read_config(folder) if file is None else {}
+    if scheme := by_config(config):
+        raise DataError(f"{path} is quantised: its config.json says {scheme}", hint=HINT)
     tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
+    if shown := by_names(tensors):
+        raise DataError(f"{path} is quantised by {shown[0]}: it holds `{shown[1]}`", hint=HINT)
     names = sorted({tensor.path.name for tensor in tensors.values()})
     remote = {folder.path / name: found for name in names if (found := folder.remote(name)) is not None}
     if access.stream is not None and remote:
@@ -138,7 +140,19 @@ def _open_folder(
     side, ignored = _side_files(folder, set(names))
     if side_files or isinstance(folder, LocalFolder):
         folder.bring(list(side))
-    return replace(checkpoint, config=_read_config(folder), side_files=side, ignored=ignored)
+    return replace(checkpoint, config=config, side_files=side, ignored=ignored)
+
+
+def _choose(source: str, folder: Folder, access: Access) -> str:
+    """The weights of a folder. Raises SourceError if there are none, UsageError if there is no telling which."""
+    files, variant = _files(folder), access.variant
+    weights = choose_weights(files, variant)
+    if weights is None:
+        folders = [name for name in folder.entries() if name not in files]
+        raise no_weights(source, str(folder.path), files, folders, variant)
+    if variant is not None and variant not in variants(files):
+        access.on_message(f"{source} has no variant {variant}: its plain weights are taken")
+    return weights
 
 
 def _streamed(
@@ -181,7 +195,8 @@ def _exists(path: Path) -> bool:
 
 def find_weights(folder: Path) -> Path | None:
     """The weight file or index of a folder; None if it is no checkpoint."""
-    name = choose_weights(_files(LocalFolder(folder)))
+    files = _files(LocalFolder(folder))
+    name = choose_weights(files) or next((found[0] for found in variants(files).values()), None)
     return None if name is None else folder / name
 
 
@@ -262,7 +277,7 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 def _side_files(folder: Folder, weights: set[str]) -> tuple[dict[str, Path], tuple[str, ...]]:
     side, ignored = {}, []
     for name in folder.entries():
-        if name.startswith(".") or name in weights or name.endswith(".index.json"):
+        if name.startswith(".") or name in weights or INDEX.fullmatch(name):
             continue
         if is_side_file(name) and folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES:
             side[name] = folder.path / name

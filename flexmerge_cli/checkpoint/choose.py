@@ -1,7 +1,8 @@
 """Which files of a folder are the model: its weights, and what makes them usable. Names in, names out; no I/O.
 
-The first of the names that libraries write is taken, safetensors before pickles, one file before shards; else a lone
-weight file of any name, as `save_model` and training scripts leave it.
+The first of the names that libraries write is taken, safetensors before pickles, one file before shards. Where none is
+there, a variant (`model.fp16.safetensors`), if there is one and no more; else a lone weight file of any name, as
+`save_model` and training scripts leave it. What is ambiguous is never guessed.
 """
 
 import re
@@ -20,22 +21,48 @@ WEIGHT_FILES = (
 )  # fmt: skip
 # What training leaves beside a model: state of the optimiser, not weights.
 NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*")
+VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # no shard's number
+INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
+NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of names that are known without them
 # What makes a folder of weights usable: config, tokenizer, processor, licence. Training state and code stay behind.
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
 
 
-def choose_weights(names: Sequence[str]) -> str | None:
-    """The weight file or index among the files of a folder; None if there is none, or no telling which."""
-    found = [name for name in WEIGHT_FILES if name in names]
+def choose_weights(names: Sequence[str], variant: str | None = None) -> str | None:
+    """The weight file or index among the files of a folder; None if there is none, or no telling which.
+
+    variant: taken where it is there; else the plain weights are.
+    """
+    found = variants(names)
+    if variant is not None and variant in found:
+        return found[variant][0]
+    plain = [name for name in WEIGHT_FILES if name in names]
+    if plain:
+        return plain[0]
     if found:
-        return found[0]
+        return next(iter(found.values()))[0] if len(found) == 1 and variant is None else None
     for suffix in (".safetensors", ".pt", ".pth", ".bin"):
         lone = [name for name in weight_files(names) if name.endswith(suffix)]
         if len(lone) == 1 and "adapter" not in lone[0]:
             return lone[0]
     return None
+
+
+def variants(names: Sequence[str]) -> dict[str, list[str]]:
+    """Variant -> its weight files and indices, in order of preference.
+
+    The known names with one more part between dots: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in sorted(names):
+        parts = name.split(".")
+        for place in range(1, len(parts) - 1):
+            rest = ".".join(parts[:place] + parts[place + 1 :])
+            if rest in WEIGHT_FILES and VARIANT.fullmatch(parts[place]) and parts[place] not in NO_VARIANTS:
+                found.setdefault(parts[place], []).append((WEIGHT_FILES.index(rest), name))
+    return {variant: [name for _, name in sorted(files)] for variant, files in sorted(found.items())}
 
 
 def weight_files(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint.access import Access
-from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, choose_weights
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, choose_weights, variants
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.ranges import http_error, read_range
@@ -137,14 +137,14 @@ def open_hub(source: str, access: Access, needs: Collection[str] | None = None) 
     place = HubPlace.of(source)
     with hub_errors(place):
         if is_offline(access):
-            return _cached(place)
-        if place.is_pinned and needs is not None and _suffices(place, needs):
+            return _cached(place, access)
+        if place.is_pinned and needs is not None and _suffices(place, needs, access):
             return OpenPlace(source=place.source, folder=CachedFolder(place), file=place.file)
         try:
             pinned = pin(place)
             return OpenPlace(source=pinned.source, folder=HubFolder(pinned, list_files(pinned)), file=place.file)
         except Exception as error:
-            return _or_cached(error, lambda: _cached(place), access)
+            return _or_cached(error, lambda: _cached(place, access), access)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +227,7 @@ def pinned_source(source: str, access: Access) -> str:
         return source
     place = HubPlace.of(source)
     with hub_errors(place):
-        return (_cached(place).source) if is_offline(access) else pin(place).source
+        return _cached_place(place).source if is_offline(access) else pin(place).source
 
 
 def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
@@ -311,13 +311,14 @@ class CachedFolder(LocalFolder):
         return offline(self._place, f"is not whole in the Hub's cache: {message}")
 
 
-def _cached(place: HubPlace) -> OpenPlace:
+def _cached(place: HubPlace, access: Access) -> OpenPlace:
     """From the cache alone."""
     pinned = _cached_place(place)
     folder = CachedFolder(pinned)
     if pinned.file is not None and not folder.is_file(pinned.file):
         raise offline(place, "is not in the Hub's cache")
-    if pinned.file is None and choose_weights([name for name in folder.entries() if folder.is_file(name)]) is None:
+    names = [name for name in folder.entries() if folder.is_file(name)]
+    if pinned.file is None and choose_weights(names, access.variant) is None and not variants(names):
         raise offline(place, "has no weights in the Hub's cache")
     return OpenPlace(source=pinned.source, folder=folder, file=pinned.file)
 
@@ -359,7 +360,7 @@ def _is_inside(place: HubPlace, file: HubFile) -> bool:
     return is_text(file.name) and ".." not in file.name.split("/") and file.path.is_relative_to(place.snapshot)
 
 
-def _suffices(place: HubPlace, needs: Collection[str]) -> bool:
+def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
     """Whether the snapshot on this disk holds weights, index and shards, and these files."""
     from flexmerge_cli.checkpoint.checkpoint import missing_shards
 
@@ -369,7 +370,10 @@ def _suffices(place: HubPlace, needs: Collection[str]) -> bool:
     folder = CachedFolder(place)
     if place.file is not None:
         return folder.is_file(place.file)
-    weights = choose_weights([name for name in folder.entries() if folder.is_file(name)])
+    names = [name for name in folder.entries() if folder.is_file(name)]
+    if access.variant is not None and access.variant not in variants(names):
+        return False  # it may be there, and not here
+    weights = choose_weights(names, access.variant)
     return weights is not None and not missing_shards(folder, weights)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH
+from flexmerge_cli.checkpoint.quantised import HINT, is_fp8
 from flexmerge_cli.checkpoint.remote import RangeFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
@@ -20,6 +21,7 @@ from flexmerge_cli.text import is_text
 
 CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
 LOCAL_HEADER_BYTES = 30  # of a record, before its name
+MAX_WRAPPERS = 3  # {"model": {"state_dict": …}}
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks keep the weights
 
 
@@ -92,10 +94,11 @@ def _load(path: Path, file: Any) -> Any:
 
 def _unwrap(path: Path, loaded: Any) -> Mapping[str, Any]:
     """The state dict, which frameworks wrap in a dict of their own and prefix with `module.`."""
-    for key in WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    for _ in range(MAX_WRAPPERS):
+        keys = [key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)]
+        if not keys:
             break
+        loaded = loaded[keys[0]]
     names = list(loaded) if isinstance(loaded, Mapping) else []
     if not names or not all(isinstance(name, str) and _is_tensor(loaded[name]) for name in names):
         raise DataError(
@@ -116,6 +119,10 @@ def _is_tensor(value: Any) -> bool:
 def _locate(path: Path, name: str, tensor: Any, records: Mapping[int, int]) -> StoredTensor:
     if not is_text(name):
         raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint="rename it")
+    if is_fp8(str(tensor.dtype)):
+        raise DataError(
+            f"{path}: tensor `{name}` has dtype {tensor.dtype}, which cannot be merged: it is quantised", hint=HINT
+        )
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout is not _strided():
         raise DataError(

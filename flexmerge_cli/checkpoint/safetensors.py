@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.quantised import HINT, is_fp8
 from flexmerge_cli.checkpoint.remote import RangeFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
@@ -79,6 +80,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise DataError(f"{path}: tensor `{name}` must have dtype, shape and data_offsets, and no more", hint=BAD_COPY)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        if isinstance(dtype, str) and is_fp8(dtype):
+            raise DataError(
+                f"{path}: tensor `{name}` has dtype {dtype[:40]}, which cannot be merged: it is quantised", hint=HINT
+            )
         raise DataError(
             f"{path}: tensor `{name}` has dtype {str(dtype)[:40]}, which cannot be merged",
             hint="dequantise the checkpoint to BF16, F16 or F32 first",

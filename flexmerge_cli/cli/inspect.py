@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, QuietOption
+from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, QuietOption, VariantOption
 
 
 def inspect(
@@ -19,6 +19,7 @@ def inspect(
     decode: Annotated[bool, typer.Option("--decode", help="With --verify: every decoded tensor, too.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page on a plan or a bundle.")] = None,
     offline: OfflineOption = False,
+    variant: VariantOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -32,7 +33,7 @@ def inspect(
     from flexmerge_cli.cli import options
     from flexmerge_cli.report.inspect import Asked, check, is_page, look
 
-    access = options.access_of(offline=offline, quiet=quiet)
+    access = options.access_of(offline=offline, quiet=quiet, variant=variant)
     asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose, access=access)
     kind = check(asked)
     if html is not None:

@@ -25,6 +25,10 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is s
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Of the Hub use what its cache holds, as with HF_HUB_OFFLINE=1.")
 ]
+VariantOption = Annotated[
+    str | None,
+    typer.Option("--variant", help="Weights of this variant where a source has it, e.g. fp16: model.fp16.safetensors."),
+]
 StreamOption = Annotated[
     bool,
     typer.Option(
@@ -84,13 +88,20 @@ def memory_of(text: str | None) -> int | None:
     return parse_bytes(text) if text else None
 
 
-def access_of(*, offline: bool, quiet: bool, stream: bool = False, max_memory: int | None = None) -> "Access":
+def access_of(
+    *,
+    offline: bool,
+    quiet: bool,
+    variant: str | None = None,
+    stream: bool = False,
+    max_memory: int | None = None,
+) -> "Access":
     """How sources are had; what is fetched is told on stderr."""
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.checkpoint.stream import MAX_BYTES, StreamPool
 
     pool = StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3)) if stream else None
-    return Access(offline=offline, stream=pool, on_message=lambda message: note(message, quiet=quiet))
+    return Access(offline=offline, variant=variant, stream=pool, on_message=lambda message: note(message, quiet=quiet))
 
 
 def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:

@@ -103,12 +103,14 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed) == (
         order.linkage, order.strategy, order.similarity, order.seed,
     )  # fmt: skip
+    same_files = settings.variant == request.access.variant
     same_classes = (settings.merge_heads, settings.private) == (request.merge_heads, request.private)
     rules = Path(order.blocks).read_text() if Path(order.blocks).is_file() else None
     return (
         old == new
         and same_order
         and same_classes
+        and same_files
         and settings.statistics in ("all", request.statistics)
         and settings.rules == rules
         and (rules is not None or settings.blocks == order.blocks)

@@ -19,6 +19,7 @@ from flexmerge_cli.cli.options import (
     SizeOption,
     StreamOption,
     ThreadsOption,
+    VariantOption,
     VerboseOption,
 )
 
@@ -60,6 +61,7 @@ def plan(
     max_memory: MemoryOption = None,
     offline: OfflineOption = False,
     stream: StreamOption = False,
+    variant: VariantOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -76,7 +78,8 @@ def plan(
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
-    access = options.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=options.memory_of(max_memory))
+    memory = options.memory_of(max_memory)
+    access = options.access_of(offline=offline, quiet=quiet, variant=variant, stream=stream, max_memory=memory)
     given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics, access)
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
@@ -107,7 +110,7 @@ def plan(
                 save_to=output,
                 device=device,
                 threads=threads,
-                max_memory=options.memory_of(max_memory),
+                max_memory=memory,
                 on_progress=on_progress,
             )
         value = plan_summary(found, output, request, methods=methods)

@@ -1,7 +1,7 @@
 """What the command line says of sources: recipe, plan, --base, --tasks, --task."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -123,7 +123,7 @@ def plan_request(
         merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
         statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
         relative_to=recipe.folder if recipe else Path(),
-        access=access,
+        access=replace(access, variant=access.variant or (recipe.variant if recipe else None)),
     )
     return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
 

@@ -48,9 +48,11 @@ def bits(value):
     lambda state: {"model": state, "optimizer": {"lr": 0.1}},
     lambda state: {f"module.{name}": value for name, value in state.items()},
     lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    lambda state: {"model": {"state_dict": state}, "args": {"lr": 0.1}},
+    lambda state: {"epoch": 1, "module": {f"module.{name}": value for name, value in state.items()}},
     collections.OrderedDict,
     lambda state: {name: torch.nn.Parameter(value) for name, value in state.items()},
-], ids=["plain", "state_dict", "model", "module", "both", "ordered", "parameters"])  # fmt: skip
+], ids=["plain", "state_dict", "model", "module", "both", "nested", "deepspeed", "ordered", "parameters"])  # fmt: skip
 def test_every_byte_is_where_it_is_said_to_be(wrap, tmp_path):
     state = ODD["plain"]().base
     torch.save(wrap(state), tmp_path / "x.bin")

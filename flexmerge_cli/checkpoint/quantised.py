@@ -1,0 +1,60 @@
+"""Checkpoints that are quantised already: told by their config or their tensors, and refused by name.
+
+Their weights are packed codes of a scheme of their own: to average or subtract them means nothing. Headers in, no I/O.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# What `quantization_config.quant_method` says -> what people call it.
+METHODS = {
+    "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "fp8", "fbgemm_fp8": "fp8 (FBGEMM)",
+    "compressed-tensors": "compressed-tensors", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ",
+    "quanto": "quanto", "torchao": "torchao", "higgs": "HIGGS", "vptq": "VPTQ", "spqr": "SpQR", "bitnet": "BitNet",
+    "auto-round": "AutoRound",
+}  # fmt: skip
+PACKED_EXPERTS = re.compile(r"experts\..*_proj_(blocks|scales)\Z")  # gpt-oss
+HINT = (
+    "give the checkpoint it was quantised from, and quantise what is exported; or dequantise it: in transformers "
+    "model.dequantize(), then model.save_pretrained(FOLDER)"
+)
+
+
+def by_config(config: Mapping[str, Any]) -> str | None:
+    """The scheme that config.json names; None if none."""
+    told = config.get("quantization_config")
+    if not isinstance(told, Mapping) or not told:
+        return None
+    method = told.get("quant_method")
+    if method is None and (told.get("load_in_4bit") or told.get("load_in_8bit")):
+        method = "bitsandbytes"
+    return METHODS.get(str(method), str(method)[:40]) if method is not None else None
+
+
+def by_names(names: Collection[str]) -> tuple[str, str] | None:
+    """(scheme, the tensor that shows it); None if all are ordinary."""
+    last: dict[str, str] = {}
+    for name in names:
+        last.setdefault(name.rpartition(".")[2], name)
+    if "qweight" in last and "qzeros" in last:
+        # AutoGPTQ stores the group of every input row; AWQ has none.
+        return ("GPTQ" if "g_idx" in last else "AWQ"), last["qweight"]
+    for name in names:
+        if ".quant_state.bitsandbytes__" in name:
+            return "bitsandbytes (4 bits)", name
+    if "SCB" in last:
+        return "bitsandbytes (8 bits)", last["SCB"]
+    if "weight_packed" in last:
+        return "compressed-tensors", last["weight_packed"]
+    if "weight_scale_inv" in last:
+        return "fp8", last["weight_scale_inv"]
+    if "W_q" in last:
+        return "HQQ", last["W_q"]
+    packed = [name for name in names if PACKED_EXPERTS.search(name)]
+    return ("MXFP4", packed[0]) if packed else None
+
+
+def is_fp8(dtype: str) -> bool:
+    """A dtype as safetensors or torch spell it."""
+    return dtype.startswith(("F8_", "F6_", "F4", "float8_", "torch.float8_", "torch.float4_", "torch.float6_"))
