@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from flexmerge_cli.checkpoint.stream import StreamPool
 
 
+def silent(_message: str) -> None:
+    """Says nothing; by name, so that it can be sent to another process."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
     """What a run was asked of its sources, and where it tells what it fetches."""
@@ -16,7 +20,7 @@ class Access:
     """Of weights that lie in several, e.g. `fp16`; taken where a source has it."""
     stream: StreamPool | None = None
     """Read weights that are not on this disk where they are, through this; None: fetch them."""
-    on_message: Callable[[str], None] = lambda _message: None
+    on_message: Callable[[str], None] = silent
     """Told before bytes are fetched: how many, and where they will lie."""
 
     def memory_left(self, max_memory: int | None) -> int | None:

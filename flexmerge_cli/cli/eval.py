@@ -5,32 +5,109 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import JsonOption, OfflineOption, QuietOption
+from flexmerge_cli.cli.options import (
+    CalibrateOption,
+    DeviceOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    MethodForOption,
+    OfflineOption,
+    QuietOption,
+    StepOption,
+    ThreadsOption,
+)
 
 
 def evaluate(
-    bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
-    spec: Annotated[Path, typer.Option("--spec", help="eval.yaml: what to score each task on.")],
+    bundle: Annotated[str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.")] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", help="eval.yaml: what to score each task on.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Instead of a bundle: a plan, cut at --sizes by --methods in memory.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option("--sizes", help="0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: own sizes.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="'auto;emr;low_bit:bits=2', or all; default: task_arithmetic.")
+    ] = None,
+    step: StepOption = None,
+    calibrate: CalibrateOption = None,
+    method_for: MethodForOption = None,
+    dtype: DtypeOption = None,
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="Score every task at every size, also where its weights are known.")
+    ] = False,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Models scored at once, each in a process.")] = 1,
+    csv: Annotated[Path | None, typer.Option("--csv", help="One row per point and task.")] = None,
+    allow_exec: Annotated[
+        bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
+    ] = False,
     offline: OfflineOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score every task of a bundle on its own model, beside the fine-tuned one.
+    """Score every task of a bundle on its own model; or of a plan at every size, without writing bundles.
 
-    Example: flexmerge eval bundle/ --spec eval.yaml
+    Examples: flexmerge eval bundle/ --spec eval.yaml
+
+    flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --csv curve.csv
     """
-    from flexmerge_cli.bundle.locate import locate
     from flexmerge_cli.cli.options import access_of, emit, note, progress
-    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.errors import UsageError
 
+    if spec is None:
+        raise UsageError("no --spec: what to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
+    if (bundle is None) == (plan is None):
+        raise UsageError("give a bundle, or --plan and no bundle", hint="flexmerge eval bundle/ --spec eval.yaml")
+    of_a_curve = {
+        "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
+        "--dtype": dtype, "--no-reuse": no_reuse, "--csv": csv,
+    }  # fmt: skip
+    if plan is not None:
+        from flexmerge_cli.cli.evaluating import CurveOptions, checked
+        from flexmerge_cli.report.curve import show_curve
+
+        drawn = checked(
+            CurveOptions(
+                plan=plan,
+                spec=spec,
+                sizes=sizes,
+                methods=methods,
+                steps=tuple(step or ()),
+                calibrate=calibrate,
+                method_for=tuple(method_for or ()),
+                dtype=dtype,
+                reuse=not no_reuse,
+                parallel=parallel,
+                device=device,
+                threads=threads,
+                allow_exec=allow_exec,
+                outputs={"csv": csv} if csv else {},
+                force=force,
+            )
+        )
+        with progress(quiet=quiet or as_json, counts=True) as on_score:
+            value = drawn.run(on_score)
+        emit(value, as_json=as_json, show=show_curve)
+        return
+
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.cli.evaluating import require_curve_options
+    from flexmerge_cli.evaluation.evaluate import evaluate as score
+    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.report.evaluation import show_evaluation
+
+    assert bundle is not None
+    require_curve_options(of_a_curve)
     with progress(quiet=quiet or as_json) as on_progress:
         opened = locate(bundle, access_of(offline=offline, quiet=quiet), on_progress=on_progress).open()
-    checked = read_spec(spec, opened.tasks)
-
-    from flexmerge_cli.evaluation.evaluate import evaluate as score
-    from flexmerge_cli.report.evaluation import show_evaluation
+    checked_spec = read_spec(spec, opened.tasks, allow_exec=allow_exec)
 
     def on_task(name: str, done: int, total: int) -> None:
         note(f"scoring {name} ({done + 1} of {total})", quiet=quiet or as_json)
 
-    emit(score(opened, checked, on_task=on_task), as_json=as_json, show=show_evaluation)
+    emit(score(opened, checked_spec, on_task=on_task), as_json=as_json, show=show_evaluation)

@@ -123,8 +123,11 @@ def note(message: str, *, quiet: bool = False) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage on a terminal's stderr; nothing elsewhere. With verbose, the seconds of each stage."""
+def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on a terminal's stderr; nothing elsewhere. With verbose, the seconds of each stage.
+
+    counts: what is done are things, not bytes.
+    """
     started: dict[str, float] = {}
 
     def timed(what: str) -> None:
@@ -137,13 +140,16 @@ def progress(*, quiet: bool, verbose: bool = False) -> Iterator[Callable[[str, i
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+        columns += [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
             shown: dict[str, Any] = {}
 

@@ -1,0 +1,97 @@
+"""What `eval --plan` does with its options: a curve drawn, and told in every way that was asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.cli.options import check_new_file, dtype_of
+from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
+from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+from flexmerge_cli.merging import MergeRequest
+from flexmerge_cli.plan import load_plan
+
+DEFAULT_METHODS = "task_arithmetic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveOptions:
+    """As typed."""
+
+    plan: Path
+    spec: Path
+    sizes: str | None = None
+    methods: str | None = None
+    steps: tuple[str, ...] = ()
+    calibrate: str | None = None
+    method_for: tuple[str, ...] = ()
+    dtype: str | None = None
+    reuse: bool = True
+    parallel: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    allow_exec: bool = False
+    outputs: dict[str, Path] = field(default_factory=dict)
+    """`csv`, `html`, `png` -> where."""
+    force: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Drawn:
+    """A checked request."""
+
+    plan: Plan
+    spec: EvalSpec
+    request: CurveRequest
+    options: CurveOptions
+
+    def run(self, on_score: OnScore) -> dict[str, Any]:
+        """The document; what was asked for as files is written."""
+        curve = draw(self.plan, self.options.plan, self.spec, self.request, on_score=on_score)
+        record = curve_record(self.plan, self.spec, curve)
+        write_outputs(record, self.options.outputs)
+        return record
+
+
+def checked(options: CurveOptions) -> Drawn:
+    """Everything that can be refused before a weight is read."""
+    for path in options.outputs.values():
+        check_new_file(path, force=options.force)
+    if not options.plan.is_file():
+        raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
+    plan = load_plan(options.plan)
+    spec = read_spec(options.spec, plan.task_names, allow_exec=options.allow_exec)
+    common = MergeRequest(
+        steps=options.steps,
+        calibrate=options.calibrate,
+        method_for=options.method_for,
+        dtype=dtype_of(options.dtype),
+        run_files=True,
+    )
+    sizes: tuple[str, ...] = ()
+    if options.sizes is not None:
+        sizes = parse_sizes(options.sizes, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+    request = CurveRequest(
+        methods=parse_methods(options.methods or DEFAULT_METHODS, plan),
+        sizes=sizes,
+        common=common,
+        reuse=options.reuse,
+        parallel=options.parallel,
+        device=options.device,
+        threads=options.threads,
+    )
+    return Drawn(plan=plan, spec=spec, request=request, options=options)
+
+
+def write_outputs(record: dict[str, Any], outputs: dict[str, Path]) -> None:
+    if "csv" in outputs:
+        outputs["csv"].write_text(curve_csv(record), encoding="utf-8")
+
+
+def require_curve_options(given: dict[str, Any]) -> None:
+    """Options that only a plan takes. Raises UsageError."""
+    for option, value in given.items():
+        if value:
+            raise UsageError(f"{option} is of a plan's curve", hint="flexmerge eval --plan plan.json --spec eval.yaml")

@@ -1,0 +1,159 @@
+"""Accuracy against bytes: bills of a plan in, a score per bill and task out, without writing a bundle.
+
+A bill's tasks are scored again only where their weights changed: known by what decides their bits before anything is
+made, and by their digest after that, so that also two methods that come to the same weights are scored once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
+from flexmerge_cli.evaluation.models import bundle_model
+from flexmerge_cli.evaluation.scored import Scored, TaskModel
+from flexmerge_cli.evaluation.scoring import Scorer
+
+OnScore = Callable[[str, int, int], None]
+"""(what, evaluations done or saved, of how many)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A bill to be scored, and how it was asked for."""
+
+    method: str
+    """As it was asked for."""
+    sizes: tuple[str, ...]
+    """That came to this bill; empty where it is the method's own."""
+    bill: Bill
+    command: str
+    """That writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A scored bill; without the bill, so that it is small."""
+
+    method: str
+    sizes: tuple[str, ...]
+    tensor_bytes: int
+    total_bytes: int
+    """Of every file, as an upload counts."""
+    merges: int
+    undone: int
+    command: str
+    scores: Mapping[str, Scored]
+    """By task."""
+    digests: Mapping[str, str]
+    """Of each task's weights."""
+    num_scored: int
+    """Evaluations that were run for it; the others were known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreached:
+    """A size that a method does not come down to."""
+
+    method: str
+    size: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """All that was drawn."""
+
+    points: tuple[Point, ...]
+    alternatives: tuple[Point, ...]
+    """Copies in fewer bits."""
+    unreached: tuple[Unreached, ...]
+    fine_tuned: dict[str, Scored]
+    base: dict[str, Scored]
+    models: dict[str, dict[str, TaskModel]]
+    """Task -> `fine_tuned`, `base` -> what was scored as such."""
+
+    @property
+    def num_evaluations(self) -> int:
+        return sum(len(point.scores) for point in (*self.points, *self.alternatives))
+
+    @property
+    def num_scored(self) -> int:
+        return sum(point.num_scored for point in (*self.points, *self.alternatives))
+
+
+@dataclass(kw_only=True)
+class CurveScorer:
+    """Scores bills of one plan. To be used from one thread; one model at a time."""
+
+    memory: MemoryBundles
+    scorer: Scorer
+    folders: Mapping[str, Path]
+    """Task -> its side files."""
+    references: Mapping[str, TaskModel]
+    """Task -> its fine-tuned model, for metrics that compare with it."""
+    reuse: bool = True
+    _by_identity: dict[tuple[str, Key], tuple[str, Scored]] = field(default_factory=dict)
+    _by_digest: dict[tuple[str, str], Scored] = field(default_factory=dict)
+
+    def known(self, task: str, digest: str, scored: Scored) -> None:
+        """Tell a score that is known already, as the fine-tuned model's is."""
+        self._by_digest[task, digest] = scored
+
+    def points(self, cuts: Sequence[Cut], on_score: OnScore = lambda *_step: None) -> Iterator[Point]:
+        """From the largest to the smallest, so that few groups change from one to the next.
+
+        What no later bill stores is forgotten before the next is made.
+        """
+        ordered = sorted(cuts, key=lambda cut: -cut.bill.tensor_bytes)
+        tasks = list(self.scorer.spec.tasks)
+        numbers = {task.name: number for number, task in enumerate(ordered[0].bill.plan.tasks)} if ordered else {}
+        wanted = [numbers[task] for task in tasks]
+        needed = [self.memory.keys(cut.bill, wanted) for cut in ordered]
+        for place in reversed(range(len(needed) - 1)):
+            needed[place] |= needed[place + 1]
+        for place, cut in enumerate(ordered):
+            self.memory.keep_only(needed[place])
+
+            def on_task(number: int, place: int = place, cut: Cut = cut) -> None:
+                on_score(f"{cut.method} at {told_size(cut)}", place * len(tasks) + number, len(ordered) * len(tasks))
+
+            yield self._point(cut, tasks, numbers, on_task)
+
+    def _point(
+        self, cut: Cut, tasks: Sequence[str], numbers: Mapping[str, int], on_task: Callable[[int], None]
+    ) -> Point:
+        bill, num_scored = cut.bill, 0
+        identities = {task: (task, self.memory.identity(bill, numbers[task])) for task in tasks}
+        found = {
+            task: self._by_identity[key] for task, key in identities.items() if self.reuse and key in self._by_identity
+        }
+        new = [task for task in tasks if task not in found]
+        bundle = self.memory.bundle(bill, [numbers[task] for task in new]) if new else None
+        for task in new:
+            assert bundle is not None
+            on_task(tasks.index(task))
+            model = replace(bundle_model(bundle, task), folder=self.folders[task])
+            scored = self._by_digest.get((task, model.digest)) if self.reuse else None
+            if scored is None:
+                scored = self.scorer.score(model, reference=self.references.get(task))
+                num_scored += 1
+            found[task] = self._by_identity[identities[task]] = model.digest, scored
+            self._by_digest[task, model.digest] = scored
+        on_task(len(tasks))
+        return Point(
+            method=cut.method,
+            sizes=cut.sizes,
+            tensor_bytes=bill.tensor_bytes,
+            total_bytes=bill.total_bytes,
+            merges=bill.allocation.merges,
+            undone=bill.allocation.undone,
+            command=cut.command,
+            scores={task: found[task][1] for task in tasks},
+            digests={task: found[task][0] for task in tasks},
+            num_scored=num_scored,
+        )
+
+
+def told_size(cut: Cut | Point) -> str:
+    return cut.sizes[0] if cut.sizes else "its own size"

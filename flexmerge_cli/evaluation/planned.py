@@ -1,0 +1,65 @@
+"""The references of a curve: each task's fine-tuned model and the base, from the sources of a plan.
+
+The base is scored as every task's model with the base's values of all that merges, and the task's own heads.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.work import BASE, Sources
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation.models import StoredWeights
+from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
+from flexmerge_cli.family.classes import TensorClass
+
+
+def planned_models(
+    plan: Plan, sources: Sources, folders: Mapping[str, Path], tasks: Sequence[str]
+) -> tuple[dict[str, TaskModel], dict[str, TaskModel]]:
+    """Fine-tuned and base, by task; weights are mapped. Reads them once, for their digests.
+
+    Raises DataError if a source has changed since the plan.
+    """
+    fine_tuned: dict[str, TaskModel] = {}
+    base: dict[str, TaskModel] = {}
+    sound: set[tuple[str, int]] = set()
+    for number, task in ((plan.task_names.index(name), name) for name in tasks):
+        own, with_base = {}, {}
+        for tensor in plan.tensors:
+            if number not in tensor.present:
+                continue
+            name = plan.own_name(number, tensor.name)
+            own[name] = sources.tasks[number][tensor.name], str(tensor.digests[number]), number
+            if tensor.class_ is TensorClass.MERGEABLE:
+                with_base[name] = sources.base[tensor.name], str(tensor.base_digest), BASE
+            else:
+                with_base[name] = own[name]
+        for found, into in ((own, fine_tuned), (with_base, base)):
+            weights = StoredWeights({name: stored for name, (stored, _, _) in found.items()})
+            for stored, expected, model in found.values():
+                if (stored.name, model) not in sound:
+                    _check(weights, stored, expected, sources.describe[model])
+                    sound.add((stored.name, model))
+            into[task] = TaskModel(
+                task=task,
+                weights=weights,
+                folder=folders[task],
+                digest=weights_digest(
+                    (name, stored.dtype, stored.shape, digest) for name, (stored, digest, _) in found.items()
+                ),
+                num_bytes=sum(stored.num_bytes for stored, _, _ in found.values()),
+            )
+    return fine_tuned, base
+
+
+def _check(weights: StoredWeights, stored: StoredTensor, expected: str, who: str) -> None:
+    data = np.ascontiguousarray(weights.array(stored)).reshape(-1).view(np.uint8)
+    if digest_bytes(data) != expected:
+        raise DataError(
+            f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="make the plan again"
+        )

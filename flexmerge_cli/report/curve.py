@@ -1,0 +1,52 @@
+"""A curve on the terminal: the references, mean score of every method at every size, and what was saved."""
+
+from typing import Any
+
+from flexmerge_cli.report.text import human_bytes, table
+
+
+def show_curve(value: dict[str, Any]) -> None:
+    tasks = value["tasks"]
+    rows = [
+        (name, record["metric"], record["n"], told(record["fine_tuned"]), told(record["base"]))
+        for name, record in tasks.items()
+    ]
+    rows.append(("mean", "", "", told(value["mean"]["fine_tuned"]), told(value["mean"]["base"])))
+    table(["task", "metric", "n", "fine-tuned", "base"], rows)
+    table(
+        ["method", "size", "tensors", "on disk", "mean", "95 %", "of fine-tuned", "worst task"],
+        [_row(point) for point in (*value["points"], *value["alternatives"])],
+    )
+    unreached: dict[str, list[str]] = {}
+    for item in value["unreached"]:
+        unreached.setdefault(item["method"], []).append(item["size"])
+    for method, sizes in unreached.items():
+        print(f"{method} does not reach {', '.join(sizes)}")
+    if value["data_dependent"]:
+        print(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
+    counts = value["evaluations"]
+    print(
+        f"{counts['scored']} of {counts['asked']} evaluations were run; {counts['saved']} were saved: weights that had "
+        "been scored before"
+    )
+
+
+def told(score: float | None) -> str:
+    return "" if score is None else f"{score:.4f}"
+
+
+def _row(point: dict[str, Any]) -> tuple[object, ...]:
+    mean = point["mean"]
+    low, high = mean["interval"]
+    worst = min(point["tasks"], key=lambda name: point["tasks"][name]["normalised"] or 0.0)
+    part = point["tasks"][worst]["normalised"]
+    return (
+        point["method"],
+        f"{point['factor']:.2f}x",
+        human_bytes(point["bytes"]),
+        human_bytes(point["total_bytes"]),
+        told(mean["value"]),
+        f"{low:.4f} … {high:.4f}",
+        "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
+        worst + ("" if part is None else f" {100 * part:.1f} %"),
+    )

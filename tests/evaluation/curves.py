@@ -1,0 +1,53 @@
+"""The digits sample for tests of curves: a plan of three of its tasks, and a spec of two with few images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from flexmerge_cli import load_plan
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+
+from ..program import ROOT, succeeds
+
+DIGITS = ROOT / "samples/digits"
+TASKS = ("digit", "parity", "rotation")
+SCORED = ("digit", "rotation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    folder: Path
+
+    @property
+    def plan_path(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def plan(self) -> Plan:
+        return load_plan(self.plan_path)
+
+    @property
+    def spec_path(self) -> Path:
+        return self.folder / "eval.yaml"
+
+    @property
+    def spec(self) -> EvalSpec:
+        return read_spec(self.spec_path, TASKS)
+
+
+def write_spec(path: Path, tasks: Sequence[str] = SCORED, *, limit: int = 30, **more: object) -> Path:
+    fields = {
+        task: {"kind": "image-classification", "data": str(DIGITS / f"test/{task}.npz"), **more} for task in tasks
+    }
+    path.write_text(yaml.safe_dump({"version": 1, "dtype": "float32", "limit": limit, "tasks": fields}))
+    return path
+
+
+def digits(folder: Path) -> Digits:
+    sources = [word for task in TASKS for word in ("--task", f"{task}={DIGITS / 'tasks' / task}")]
+    succeeds("plan", "--base", DIGITS / "base", *sources, "-o", folder / "plan.json")
+    write_spec(folder / "eval.yaml")
+    return Digits(folder=folder)

@@ -1,0 +1,202 @@
+"""Curves drawn in memory against bundles that are written and scored one by one."""
+
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+
+from flexmerge_cli import merge
+from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.curve import CurveRequest, Drawing, cuts_of, draw, parse_methods, parse_sizes
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.curve import Cut
+from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
+from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.merging import MergeRequest, allocate
+
+from ..program import fails, succeeds
+from .curves import SCORED, Digits
+
+METHODS = ("task_arithmetic", "emr", "low_bit:bits=2", "auto")
+SIZES = ("1.2x", "2.3x", "2.8x")
+
+
+@pytest.fixture(scope="module")
+def request_() -> CurveRequest:
+    return CurveRequest(methods=METHODS, sizes=SIZES, threads=1)
+
+
+@pytest.fixture(scope="module")
+def curve(sample: Digits, request_):
+    return draw(sample.plan, sample.plan_path, sample.spec, request_)
+
+
+def test_moving_the_cut_scores_as_bundles_that_are_written_do(sample, curve, tmp_path):
+    for number, point in enumerate(curve.points):
+        size = point.sizes[0] if point.sizes else None
+        path = tmp_path / str(number)
+        merge(sample.plan_path, path, method=point.method, size=size)
+        bundle = Bundle.open(path)
+        found = evaluate(bundle, sample.spec)["tasks"]
+        assert {task: scored.value for task, scored in point.scores.items()} == {
+            task: record["merged"] for task, record in found.items()
+        }
+        for task in SCORED:
+            assert point.digests[task] == found[task]["scores"]["merged"]["weights"]
+        assert point.tensor_bytes == bundle.manifest.stored_bytes
+        assert point.total_bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert {point.method for point in curve.points} == set(METHODS)
+    assert sum(bool(point.sizes) for point in curve.points) >= 9
+
+
+def test_without_reuse_the_results_are_the_same_and_more_is_scored(sample, curve, request_):
+    again = draw(sample.plan, sample.plan_path, sample.spec, replace(request_, reuse=False))
+    assert again.num_scored == again.num_evaluations == curve.num_evaluations
+    assert curve.num_scored < curve.num_evaluations
+    first, second = (curve_record(sample.plan, sample.spec, one) for one in (curve, again))
+    assert first.pop("evaluations") != second.pop("evaluations")
+    assert first == second
+
+
+def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
+    """Two cuts that differ in one merge: the task that it leaves alone is known."""
+    plan = sample.plan
+    merges = plan.merges()
+    number = next(n for n, merge in enumerate(merges) if not {0, 2} <= set(merge.left + merge.right))
+
+    drawing = Drawing(
+        plan=plan, plan_path=sample.plan_path, spec=sample.spec, request=CurveRequest(methods=("average",), threads=1)
+    )
+    cuts = [
+        Cut(
+            method="average",
+            sizes=(str(n),),
+            bill=allocate(plan, MergeRequest(method="average", merges=n), drawing.pricer),
+            command="",
+        )
+        for n in (number, number + 1)
+    ]
+    scored = [point.num_scored for point in drawing.scorer.points(cuts)]
+    touched = {0, 2} & set(merges[number].left + merges[number].right)
+    assert scored[1] == len(touched) < len(SCORED)
+
+
+def test_nothing_merged_is_the_fine_tuned_models_and_is_not_scored_again(sample):
+    curve = draw(
+        sample.plan, sample.plan_path, sample.spec,
+        CurveRequest(methods=("ties",), sizes=("3x",), alternatives=False, threads=1),
+    )  # fmt: skip
+    (point,) = curve.points
+    assert point.num_scored == 0
+    for task in SCORED:
+        assert point.digests[task] == curve.models[task]["fine_tuned"].digest
+        assert point.scores[task] is curve.fine_tuned[task]
+
+
+def test_in_processes_the_results_are_the_same(sample, curve, request_):
+    again = draw(
+        sample.plan,
+        sample.plan_path,
+        sample.spec,
+        replace(request_, parallel=2, methods=METHODS[:2], alternatives=False),
+    )
+    one, two = (curve_record(sample.plan, sample.spec, found)["points"] for found in (curve, again))
+    assert two == [point for point in one if point["method"] in METHODS[:2]]
+
+
+def test_sizes_of_one_allocation_are_one_point(sample):
+    request = CurveRequest(methods=("average",), sizes=("1x", "1.001x", "3x", "100%"))
+    cuts, unreached = cuts_of(Pricer(sample.plan), request, "average", "plan.json")
+    assert [cut.sizes for cut in cuts] == [("1x",), ("3x", "100%")]
+    assert [item.size for item in unreached] == ["1.001x"]
+
+
+def test_what_a_method_cannot_reach_is_told_and_its_own_size_is_there(sample, curve):
+    unreached = {(item.method, item.size) for item in curve.unreached}
+    assert ("emr", "1.2x") in unreached and ("auto", "1.2x") not in unreached
+    own = [point.method for point in curve.points if not point.sizes]
+    assert own == ["emr", "low_bit:bits=2"]
+
+
+def test_commands_build_what_was_scored(sample):
+    request = CurveRequest(
+        methods=("ties",), sizes=("2.8x",), common=MergeRequest(steps=("dare:p=0.5",), method_for=("*.mlp=keep",))
+    )
+    cut = cuts_of(Pricer(sample.plan), request, "ties", "my plan.json")[0][0]
+    options = "--method ties --size 2.8x --step dare:p=0.5 --method-for '*.mlp=keep'"
+    assert cut.command == f"flexmerge merge 'my plan.json' {options} -o bundle/"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0.75x:1.5x:0.25x", ("0.75x", "1x", "1.25x", "1.5x")),
+        ("1x:2.9x:1x", ("1x", "2x")),
+        ("10%:30%:10%", ("10%", "20%", "30%")),
+        ("1x, 600MiB,2x:2.2x:0.1x", ("1x", "600MiB", "2x", "2.1x", "2.2x")),
+        ("1x,1x", ("1x",)),
+    ],
+)
+def test_sizes_are_ranges_and_lists(text, expected):
+    assert parse_sizes(text, num_tasks=8, one_model_bytes=1000) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1x:2x", "2x:1x:1x", "1x:2x:0x", "1x:2:1x", "1x:9x:1x", "0x:1x:1x", "x", "1x:8x:0.001x"]
+)
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_sizes(text, num_tasks=8, one_model_bytes=1000)
+
+
+def test_all_methods_are_every_one_and_auto(sample):
+    found = parse_methods("all;ties:K=0.1", sample.plan)
+    assert found[0] == "auto" and {"emr", "low_bit", "tsv_m", "ties:K=0.1"} <= set(found)
+
+
+def test_csv_has_a_row_per_point_and_task(sample, curve):
+    record = curve_record(sample.plan, sample.spec, curve)
+    rows = list(csv.DictReader(io.StringIO(curve_csv(record))))
+    points = record["points"] + record["alternatives"]
+    assert len(rows) == len(points) * len(SCORED)
+    assert [float(row["value"]) for row in rows] == [
+        point["tasks"][task]["value"] for point in points for task in SCORED
+    ]
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+
+
+def test_the_command_tells_what_was_saved(sample, tmp_path):
+    arguments = [
+        "eval",
+        "--plan",
+        sample.plan_path,
+        "--spec",
+        sample.spec_path,
+        "--methods",
+        "average",
+        "--sizes",
+        "3x",
+    ]
+    result = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--json")
+    assert result.json["evaluations"]["saved"] >= 2
+    assert (tmp_path / "rows.csv").read_text().startswith("method,")
+    assert "were saved" in succeeds(*arguments).out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--plan", "PLAN", "--methods", "tiess"], "ties"),
+        (["--plan", "PLAN", "--sizes", "9x"], "9x"),
+        (["--plan", "PLAN", "--method-for", "ties"], "PATTERN=METHOD"),
+        (["--plan", "PLAN", "--methods", "average", "--calibrate", "nothing"], "nothing"),
+        (["BUNDLE", "--plan", "PLAN"], "--plan"),
+        ([], "--plan"),
+        (["BUNDLE", "--sizes", "1x"], "--sizes"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(sample, arguments, says):
+    words = [sample.plan_path if word == "PLAN" else word for word in arguments]
+    fails(2, "eval", *words, "--spec", sample.spec_path, says=says)
