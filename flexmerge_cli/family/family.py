@@ -12,6 +12,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.align import Alignment, align, aligned_names
+from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, aliases, is_resnet, why_private
 
 # What bundles call the parts of a tensor (allocation/manifest.py): no tensor of a checkpoint may have such a name.
@@ -121,16 +122,7 @@ def make_family(
             "tensors with names that bundles give to parts of one:\n  " + "\n  ".join(taken[:20]), hint="rename them"
         )
     alignments = [align(base.tensors, checkpoint.tensors) for checkpoint in checkpoints]
-    problems = [
-        _misfit(name, base, checkpoint, alignment)
-        for name, checkpoint, alignment in zip(names, checkpoints, alignments)
-        if 2 * alignment.num_matched < len(base.tensors)
-    ]
-    if problems:
-        raise DataError(
-            "not of one architecture:\n  " + "\n  ".join(problems),
-            hint="leave these tasks out, or give the base they were fine-tuned from",
-        )
+    _check_architecture(base, dict(zip(names, zip(checkpoints, alignments))))
     own_to_aligned = [
         aligned_names(alignment, base.tensors, checkpoint.tensors)
         for alignment, checkpoint in zip(alignments, checkpoints)
@@ -157,6 +149,21 @@ def make_family(
             tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason=reason)
         tensors.append(tensor)
     return Family(base=base, task_names=names, tasks=checkpoints, tensors=tuple(tensors), own_names=own_names)
+
+
+def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:
+    """Raises DataError with every task whose config differs; those whose tensors do not fit, where no config tells."""
+    by_config, by_tensors = [], []
+    for name, (checkpoint, alignment) in tasks.items():
+        if told := differences(base.config, checkpoint.config):
+            by_config.append(f"task `{name}`: {'; '.join(told)} ({checkpoint.path}, {base.path})")
+        elif 2 * alignment.num_matched < len(base.tensors):
+            by_tensors.append(_misfit(name, base, checkpoint, alignment))
+    if by_config or by_tensors:
+        raise DataError(
+            "not of one architecture:\n  " + "\n  ".join([*by_config, *by_tensors]),
+            hint="leave these tasks out, or give the base they were fine-tuned from",
+        )
 
 
 def _misfit(name: str, base: Checkpoint, task: Checkpoint, alignment: Alignment) -> str:
