@@ -1,9 +1,8 @@
-"""A task's examples as a table: columns of equal length, and a digest of what was read. Knows nothing of kinds.
+"""A task's examples as a table: the columns that its kind needs, of the examples that the spec asks for.
 
-npz, safetensors  arrays of one first axis, by name
+Which file has them and how: readers.py. What they mean: the kinds.
 """
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,71 +11,132 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.checkpoint.digest import digest_bytes
-from flexmerge_cli.errors import DataError, SourceError
+from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.kinds.kind import Place
+from flexmerge_cli.evaluation.readers import Source, guess_format, open_hub, open_source
 from flexmerge_cli.evaluation.task_spec import TaskSpec
 
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".npz": "npz",
-    ".safetensors": "safetensors",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """What a kind wants of the data."""
+
+    name: str | None
+    """As the spec has it; None: the first of `usual` that is there."""
+    usual: tuple[str, ...] = ()
+    optional: bool = False
+    """Not told in the spec and none of `usual` there: left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """n examples."""
+    """n examples, n at least 1."""
 
     columns: Mapping[str, Sequence[Any]]
+    """By role: `text`, `label`, …; all of one length."""
+    names: Mapping[str, str]
+    """Role -> name in the data."""
     source: str
-    """For messages."""
+    """For messages: the path, as in the spec."""
+    folder: Path
+    """What paths in the data are relative to."""
     digest: str
     """Of the bytes as read, and of the choice of examples."""
-    split: str | None = None
-    rows: np.ndarray | None = None
+    split: str | None
+    rows: np.ndarray | None
     """Which of the source's examples these are, from 0; None: all, in order."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
+        return len(next(iter(self.columns.values())))
 
-    def row(self, index: int) -> int:
-        """Of the source, from 1, as editors count."""
-        return int(index if self.rows is None else self.rows[index]) + 1
+    def row(self, index: int) -> str:
+        """`row 3 of test.jsonl`, from 1, headers not counted."""
+        return f"row {int(index if self.rows is None else self.rows[index]) + 1} of {self.source}"
+
+    def texts(self, role: str, place: Place) -> list[str]:
+        """A column of texts. Raises UsageError."""
+        column = list(self.columns[role])
+        strange = next((index for index, value in enumerate(column) if not isinstance(value, str)), None)
+        if strange is not None:
+            found = type(column[strange]).__name__
+            raise place.error(
+                f"columns.{role}", f"`{self.names[role]}` in {self.row(strange)} is no text: {found}", hint="check it"
+            )
+        return [str(value) for value in column]
+
+    def numbers(self, role: str, place: Place) -> np.ndarray:
+        """A column of finite numbers, float64 [n]; texts are parsed. Raises UsageError."""
+        found = np.full(len(self), np.nan)
+        for index, value in enumerate(self.columns[role]):
+            try:
+                found[index] = float(value)
+            except (TypeError, ValueError):
+                pass
+        strange = np.flatnonzero(~np.isfinite(found))
+        if len(strange):
+            value = str(self.columns[role][strange[0]])[:60]
+            raise place.error(
+                f"columns.{role}",
+                f"`{self.names[role]}` in {self.row(strange[0])} is no number: {value!r}",
+                hint="check it",
+            )
+        return found
 
 
-def read_table(task: TaskSpec, place: Place, columns: Mapping[str, str | None]) -> Table:
+def read_table(task: TaskSpec, place: Place, columns: Mapping[str, Column]) -> Table:
     """The columns that a task needs, of the examples that it asks for.
 
-    columns: key of the spec below `columns` -> name in the data; None: not needed. Raises UsageError with file, line
-    and key for a missing column and for no examples, SourceError for missing data, DataError for malformed data.
+    Raises UsageError with file, line and key for a missing column and for no examples, SourceError for missing data,
+    DataError for malformed data.
     """
     data = task.data_spec
     if data is None:
-        raise place.error("data", "no data", hint="data: test.jsonl")
-    path = place.folder / data.path
-    found, digest = _read(path, data.format or SUFFIXES.get(path.suffix.lower(), ""), place)
-    wanted = {key: name for key, name in columns.items() if name is not None}
-    for key, name in wanted.items():
-        if name not in found:
-            known = ", ".join(map(str, found)) or "none"
-            raise place.error(f"columns.{key}", f"{data.path} has no column `{name}`", hint=f"its columns: {known}")
-    kept: dict[str, Any] = {name: found[name] for name in wanted.values()}
-    count = min((len(column) for column in kept.values()), default=0)
-    if any(len(column) != count for column in kept.values()):
-        sizes = ", ".join(f"`{name}` {len(column)}" for name, column in kept.items())
-        raise place.error("data", f"the columns of {data.path} differ in length: {sizes}", hint="check the data")
+        raise place.error("", "no `data`", hint="data: test.jsonl")
+    source = _open(place, data.path, data.format, data.split)
+    names = {role: name for role, column in columns.items() if (name := _found(role, column, source, place, data.path))}
+    kept: dict[str, Any] = {role: source.get(name) for role, name in names.items()}
+    sizes = {name: len(kept[role]) for role, name in names.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
+        raise place.error("data", f"the columns of {data.path} differ in length: {told}", hint="check the data")
+    count = next(iter(sizes.values()), 0)
     if count == 0:
-        raise place.error("data", f"{data.path} has no examples", hint="check the data")
-    rows = _chosen(count, task.limit, task.seed)
+        of_split = f", split `{data.split}`," if data.split else ""
+        raise place.error("data", f"{data.path}{of_split} has no examples", hint="check the data")
+    digest, rows = source.digest, _chosen(count, task.limit, task.seed)
     if rows is not None:
-        kept = {name: _taken(column, rows) for name, column in kept.items()}
+        kept = {role: _taken(column, rows) for role, column in kept.items()}
         digest = xxhash.xxh3_128_hexdigest(f"{digest} {task.limit} {task.seed}".encode())
-    return Table(columns=kept, source=data.path, digest=digest, split=data.split, rows=rows)
+    folder = (place.folder / data.path).parent
+    return Table(columns=kept, names=names, source=data.path, folder=folder, digest=digest, split=data.split, rows=rows)
+
+
+def _open(place: Place, written: str, kind: str | None, split: str | None) -> Source:
+    try:
+        if is_remote(written):
+            return open_hub(written, split)
+        path = place.folder / written
+        if not path.exists():
+            raise SourceError(f"no data at {path}", hint="check the path")
+        kind = kind or guess_format(path)
+        if kind is None:
+            raise UsageError(f"{path.name} is of no format that its name tells", hint="data: {path: …, format: jsonl}")
+        return open_source(path, kind, split)
+    except (UsageError, SourceError) as error:
+        told = place.error("data", error.message, hint=error.hint or "check `data`")
+        raise type(error)(told.message, hint=told.hint) from None
+
+
+def _found(role: str, column: Column, source: Source, place: Place, path: str) -> str | None:
+    name = column.name or next((usual for usual in column.usual if usual in source.names), None)
+    if name is None and column.optional:
+        return None
+    if name is None or name not in source.names:
+        wanted = f"`{name}`" if name else f"for {role}"
+        known = ", ".join(source.names) or "none"
+        raise place.error(f"columns.{role}", f"{path} has no column {wanted}", hint=f"its columns: {known}")
+    return name
 
 
 def _chosen(count: int, limit: int | None, seed: int | None) -> np.ndarray | None:
@@ -87,24 +147,4 @@ def _chosen(count: int, limit: int | None, seed: int | None) -> np.ndarray | Non
 
 
 def _taken(column: Sequence[Any], rows: np.ndarray) -> Any:
-    return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
-
-
-def _read(path: Path, kind: str, place: Place) -> tuple[Mapping[str, Any], str]:
-    if not path.exists():
-        raise SourceError(
-            f"{place.document.path}, line {place.document.line(('tasks', place.task, 'data'))}: "
-            f"tasks.{place.task}.data: no data at {path}",
-            hint="check `data`",
-        )
-    if kind != "npz":
-        raise place.error("data", f"{path.name} is of no known format", hint="npz")
-    return _read_npz(path), digest_bytes(path.read_bytes())
-
-
-def _read_npz(path: Path) -> Mapping[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path} is no sound .npz: {error}", hint="write it with numpy.savez") from None
+    return column[rows] if isinstance(column, np.ndarray) else [column[int(row)] for row in rows]

@@ -64,7 +64,16 @@ def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _agrees(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return _hits(predictions.argmax(-1), labels.argmax(-1))
+    """Likeliest classes that are the same; of texts, the texts."""
+    return _hits(*((found.argmax(-1) if found.ndim == 2 else found) for found in (predictions, labels)))
+
+
+def _macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over classes; an output that names none (-1) is a miss, and no class."""
+    from sklearn.metrics import f1_score
+
+    classes = np.union1d(predictions, labels)
+    return float(f1_score(labels, predictions, labels=classes[classes >= 0], average="macro", zero_division=0.0))
 
 
 def _mean_of(outcomes: Outcomes) -> Measure:
@@ -154,7 +163,7 @@ def _all() -> list[Metric]:
             value=_sklearn("f1_score", average="macro", labels=[1], zero_division=0.0),
             only_two_classes=True,
         ),
-        Metric(name="f1_macro", takes=classes, value=_sklearn("f1_score", average="macro", zero_division=0.0)),
+        Metric(name="f1_macro", takes=classes, value=_macro_f1),
         Metric(name="matthews", takes=classes, value=_sklearn("matthews_corrcoef")),
         Metric(name="pearson", takes=numbers, value=lambda p, y: _correlation(p, y, ranked=False)),
         Metric(name="spearman", takes=numbers, value=lambda p, y: _correlation(p, y, ranked=True)),

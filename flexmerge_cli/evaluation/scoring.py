@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Run
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.spec import BATCH_SIZE, EvalSpec
+from flexmerge_cli.evaluation.spec import EvalSpec
 
 OnExample = Callable[[int, int], None]
 
@@ -41,7 +41,7 @@ class Scorer:
 
         settled = self.spec.settled(task)
         device = str(choose_device(self.device or settled.device or "auto"))
-        size = settled.batch_size or BATCH_SIZE
+        size = settled.batch_size or self.spec.kind(task).batch_size
         return Run(device=device, dtype=settled.dtype, batch_size=size, on_example=on_example)
 
     def score(

@@ -17,14 +17,13 @@ from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.plan_file import Record
 from flexmerge_cli.checkpoint.hub import is_remote
-from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.errors import SourceError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
-from flexmerge_cli.evaluation.kinds.registry import KINDS
+from flexmerge_cli.evaluation.kinds.registry import KINDS, kind_of
 from flexmerge_cli.evaluation.task_spec import Dtype, TaskSpec
 from flexmerge_cli.yaml_file import Document, read_document
 
 COMMON = ("limit", "batch_size", "dtype", "seed", "device")
-BATCH_SIZE = 256
 
 
 class EvalSpec(Record):
@@ -50,7 +49,9 @@ class EvalSpec(Record):
         return self.document.path.absolute().parent
 
     def kind(self, task: str) -> Kind:
-        return KINDS[self.tasks[task].kind]
+        kind = kind_of(self.tasks[task].kind)
+        assert kind is not None  # checked when the spec was read
+        return kind
 
     def place(self, task: str, side: Path) -> Place:
         """side: folder of the task's config, tokenizer, processor."""
@@ -94,24 +95,22 @@ def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSp
     place = ("tasks", name)
     if not isinstance(value, Mapping):
         raise document.error(place, "a task is keys and values", hint="kind: image-classification, data: test.npz")
-    kind = value.get("kind")
-    if kind is None:
+    written = value.get("kind")
+    if written is None:
         raise document.error(place, "no `kind`", hint=f"one of: {', '.join(KINDS)}")
-    if not isinstance(kind, str) or kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, 1)
+    kind = kind_of(written) if isinstance(written, str) else None
+    if kind is None:
+        near = difflib.get_close_matches(str(written), KINDS, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(KINDS)}"
-        raise document.error((*place, "kind"), f"unknown kind `{kind}`", hint=hint)
-    if KINDS[kind].runs_code and not allow_exec:
-        raise document.error(
-            (*place, "kind"), f"`{kind}` runs code that the spec names", hint="read it, then --allow-exec"
-        )
-    return document.check(KINDS[kind].schema, place)
+        raise document.error((*place, "kind"), f"unknown kind `{written}`", hint=hint)
+    key = "kind" if kind.runs_code else next((key for key in kind.code_keys if key in value), None)
+    if key is not None and not allow_exec:
+        said = f"`{written}` runs code that the spec names" if key == "kind" else "it can name code, which would be run"
+        raise document.error((*place, key), said, hint="read it, and then add --allow-exec")
+    return document.check(kind.schema, place)
 
 
 def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:
     if source is not None and not is_remote(source) and not (spec.folder / source).exists():
         said = spec.document.error(place, f"no checkpoint at {spec.folder / source}", hint="check the path")
         raise SourceError(said.message, hint=said.hint)
-
-
-__all__ = ["COMMON", "BATCH_SIZE", "EvalSpec", "TaskSpec", "UsageError", "read_spec"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.evaluation.data import Table
+from flexmerge_cli.evaluation.data import Column, Table
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Place
 from flexmerge_cli.evaluation.loading import read_config
 from flexmerge_cli.evaluation.metrics import METRICS, Takes
@@ -17,16 +17,32 @@ DEFAULT_LABELS = 2  # of a config that names none, as transformers has it
 
 
 def num_classes(task: TaskSpec, place: Place, head: str) -> int:
-    """Of the model, by its config, whose architecture must have such a head. Raises UsageError."""
+    """Outputs of the head, by the config, whose architecture must have such a head. Raises UsageError."""
+    check_architecture(task, place, head)
+    return label_count(read_config(place.side))
+
+
+def check_architecture(task: TaskSpec, place: Place, *endings: str) -> str | None:
+    """The config's architecture; None where it names none. Raises UsageError if it has none of the heads."""
     config = read_config(place.side)
     architecture = next(iter(config.get("architectures") or ()), None)
-    if architecture is not None and not str(architecture).endswith(head):
+    if architecture is not None and not str(architecture).endswith(endings):
+        wanted = " or ".join(f"…{ending}" for ending in endings)
         raise place.error(
             "kind",
-            f"{task.kind} needs a model …{head}, and {place.side}/config.json names {architecture}",
+            f"{task.kind} needs a model {wanted}, and {place.side}/config.json names {architecture}",
             hint="choose the kind that fits the model's head",
         )
-    return label_count(config)
+    return architecture
+
+
+def label_names(config: dict[str, Any]) -> list[str]:
+    """id2label in order of id; empty where there is none, or none that is sound."""
+    names = config.get("id2label")
+    try:
+        return [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
+    except ValueError:
+        return []
 
 
 def label_count(config: dict[str, Any]) -> int:
@@ -38,28 +54,28 @@ def label_count(config: dict[str, Any]) -> int:
     return count if isinstance(count, int) and count > 0 else DEFAULT_LABELS
 
 
-def class_labels(table: Table, column: str, names: Sequence[str] | None, classes: int, place: Place) -> np.ndarray:
-    """int64 [n], each in [0, classes). Texts are looked up in `labels` of the spec, else in the config's label2id."""
-    raw = table.columns[column]
+def label_column(name: str | None) -> Column:
+    return Column(name=name, usual=("label", "labels", "target", "class"))
+
+
+def class_labels(table: Table, names: Sequence[str] | None, classes: int, place: Place) -> np.ndarray:
+    """The column `label`, int64 [n], each in [0, classes).
+
+    Texts are looked up in `labels` of the spec, else in the config's label2id; texts of digits are numbers where they
+    are no names. Raises UsageError.
+    """
+    raw = table.columns["label"]
     if names is not None and len(names) > classes:
         raise place.error("labels", f"{len(names)} labels, and the model has {classes} classes", hint="check `labels`")
     labels = np.asarray(raw)
-    if labels.ndim != 1 or labels.dtype.kind not in "iubUSO" or (labels.dtype.kind == "O" and not _simple(raw)):
+    if labels.ndim == 1 and labels.dtype.kind in "USO" and all(isinstance(value, str) for value in raw):
+        labels = _numbers_of(raw, names, table, place)
+    if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise place.error(
             "columns.label",
-            f"`{column}` of {table.source} is {labels.dtype} {list(labels.shape)}",
+            f"`{table.names['label']}` of {table.source} is {labels.dtype} {list(labels.shape)}",
             hint="labels are integers or names, one an example",
         )
-    if labels.dtype.kind not in "iub":
-        known = {name: number for number, name in enumerate(names)} if names is not None else _label_ids(place)
-        strange = next((index for index, name in enumerate(raw) if str(name) not in known), None)
-        if strange is not None:
-            raise place.error(
-                "labels" if names is not None else "columns.label",
-                f"row {table.row(strange)} of {table.source} has label {str(raw[strange])[:60]!r}",
-                hint=f"known: {', '.join(map(repr, list(known)[:20]))}; name the classes by `labels`, in their order",
-            )
-        labels = np.array([known[str(name)] for name in raw])
     labels = labels.astype(np.int64)
     count = len(names) if names is not None else classes
     outside = np.flatnonzero((labels < 0) | (labels >= count))
@@ -67,15 +83,24 @@ def class_labels(table: Table, column: str, names: Sequence[str] | None, classes
         whose = "`labels` names" if names is not None else "the model has"
         row, label = table.row(int(outside[0])), labels[outside[0]]
         raise place.error(
-            "columns.label",
-            f"row {row} of {table.source} has label {label}, {whose} {count} classes",
-            hint=f"labels are 0 to {count - 1}",
+            "columns.label", f"{row} has label {label}, {whose} {count} classes", hint=f"labels are 0 to {count - 1}"
         )
     return labels
 
 
-def _simple(raw: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) for value in raw)
+def _numbers_of(raw: Sequence[str], names: Sequence[str] | None, table: Table, place: Place) -> np.ndarray:
+    known = {name: number for number, name in enumerate(names)} if names is not None else _label_ids(place)
+    unknown = [index for index, name in enumerate(raw) if name not in known]
+    if unknown and all(name.strip().isdecimal() for name in raw):
+        return np.array([int(name) for name in raw])
+    if unknown:
+        seen = ", ".join(sorted(set(raw))[:20])
+        raise place.error(
+            "labels" if names is not None else "columns.label",
+            f"{table.row(unknown[0])} has label {raw[unknown[0]][:60]!r}, known are {', '.join(list(known)[:20])}",
+            hint=f"name the classes in the model's order: labels: [{seen}]",
+        )
+    return np.array([known[name] for name in raw])
 
 
 def _label_ids(place: Place) -> dict[str, int]:
@@ -83,8 +108,7 @@ def _label_ids(place: Place) -> dict[str, int]:
     found = config.get("label2id")
     if isinstance(found, dict):
         return {str(name): int(number) for name, number in found.items()}
-    found = config.get("id2label")
-    return {str(name): int(number) for number, name in found.items()} if isinstance(found, dict) else {}
+    return {name: number for number, name in enumerate(label_names(config))}
 
 
 def class_scores(logits: np.ndarray, labels: np.ndarray | None, metrics: Sequence[str]) -> list[Scored]:

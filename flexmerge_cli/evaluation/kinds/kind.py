@@ -1,6 +1,6 @@
 """What a kind of task is: its keys in a spec, how its examples are made ready, and how a model is scored on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Examples:
     """Of the data as read."""
     split: str | None = None
     metrics: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    rest: Callable[[], str] = field(default=lambda: "")
+    """What else the scores depend on, as a digest; asked for after everything is checked, since it may read weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,15 @@ class Run:
     device: str = "cpu"
     dtype: str | None = None
     """What the model computes in; None: what it is stored in."""
-    batch_size: int = 256
+    batch_size: int = 32
     on_example: Callable[[int, int], None] = field(default=lambda _done, _total: None)
+
+    def batches(self, n: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each; tells the progress."""
+        for start in range(0, n, self.batch_size):
+            stop = min(start + self.batch_size, n)
+            yield start, stop
+            self.on_example(stop, n)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +78,14 @@ class Kind:
     """Read and check the data against the spec and the side files. Reads no weight. Raises UsageError, DataError."""
     score: Callable[[TaskModel, Any, Examples, Run], Sequence[Scored]]
     """(model, task of the spec, examples, run) -> one Scored per metric. For `agreement` the labels are left empty."""
+    batch_size: int = 32
+    """Examples at a time, where the spec does not say."""
     runs_code: bool = False
     """Whether the spec names code, which needs --allow-exec."""
+    code_keys: tuple[str, ...] = ()
+    """Keys that need it, where the kind as such does not."""
+    cached: bool = True
+    """Whether a score depends on nothing but weights, data, side files and settings."""
 
 
 def chosen_metrics(

@@ -1,6 +1,24 @@
 """The kinds by name."""
 
-from flexmerge_cli.evaluation.kinds import image_classification
+from flexmerge_cli.evaluation.kinds import (
+    causal_lm,
+    command,
+    image_classification,
+    lm_eval,
+    python,
+    regression,
+    text2text,
+    text_classification,
+    zero_shot,
+)
 from flexmerge_cli.evaluation.kinds.kind import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (image_classification.KIND,)}
+_MODULES = (
+    image_classification, zero_shot, text_classification, regression, text2text, causal_lm, lm_eval, python, command,
+)  # fmt: skip
+KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in _MODULES}
+
+
+def kind_of(written: str) -> Kind | None:
+    """`python:module:function` is of the kind `python`; None for what is no kind."""
+    return KINDS.get("python" if written.startswith("python:") else written)

@@ -1,0 +1,130 @@
+"""Images as the kinds see them: arrays of pixels, or pictures that the task's own image processor makes into pixels.
+
+Arrays are scaled and normalised as preprocessor_config.json says, and not resized. Pictures (files, their bytes, or
+what `datasets` has) are opened a batch at a time.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation.data import Column, Table
+from flexmerge_cli.evaluation.kinds.kind import Place
+from flexmerge_cli.evaluation.loading import quiet_transformers, read_config, require
+from flexmerge_cli.evaluation.readers import DATA_EXTRA, file_digest
+
+USUAL = ("image", "images", "img", "pixel_values")
+PROCESSOR = "preprocessor_config.json"
+
+
+def image_column(name: str | None) -> Column:
+    return Column(name=name, usual=USUAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """n images of one task."""
+
+    arrays: np.ndarray | None = None
+    """Numbers [n, channels, height, width]."""
+    pictures: Sequence[Any] = ()
+    """Paths, bytes, {bytes, path}, or PIL images; where arrays is None."""
+
+    def pixels(self, start: int, stop: int, side: Path) -> Any:
+        """float32 tensor [batch, channels, height, width]. side: folder of preprocessor_config.json."""
+        import torch
+
+        if self.arrays is not None:
+            scale, mean, std = _preprocessing(side, self.arrays.shape[1])
+            return torch.from_numpy((self.arrays[start:stop].astype(np.float32) * scale - mean) / std)
+        processor = quiet_transformers().AutoImageProcessor.from_pretrained(side, local_files_only=True)
+        mode = "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
+        batch = [opened(self.pictures[index]).convert(mode) for index in range(start, min(stop, len(self.pictures)))]
+        return processor(images=batch, return_tensors="pt")["pixel_values"].float()
+
+
+def images_of(table: Table, place: Place) -> tuple[Images, str]:
+    """The column `image`, and a digest of what it points to. Raises UsageError, DataError."""
+    column = table.columns["image"]
+    if isinstance(column, np.ndarray):
+        if column.ndim != 4 or column.dtype.kind not in "uif":
+            raise place.error(
+                "columns.image",
+                f"`{table.names['image']}` of {table.source} is {column.dtype} {list(column.shape)}",
+                hint="images are numbers [n, channels, height, width]",
+            )
+        _check_size(column.shape[1:], place)
+        return Images(arrays=column), table.digest
+    require("PIL", extra=DATA_EXTRA)
+    if not (place.side / PROCESSOR).is_file():
+        raise place.error("data", f"pictures, and no {PROCESSOR} in {place.side}", hint="give pixels, as an .npz")
+    pictures = [_picture(value, table, place, index) for index, value in enumerate(column)]
+    digest = xxhash.xxh3_128(table.digest.encode())
+    for picture in pictures:
+        if isinstance(picture, Path):
+            digest.update(file_digest(picture).encode())
+    return Images(pictures=pictures), digest.hexdigest()
+
+
+def opened(picture: Any) -> Any:
+    """A PIL image. Raises DataError."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(picture, Path | bytes):
+        return picture
+    try:
+        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+        image.load()
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        where = picture if isinstance(picture, Path) else f"{len(picture)} bytes"
+        raise DataError(f"{where} is no sound picture: {error}", hint="get a sound copy of it") from None
+    return image
+
+
+def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
+    """A path that is there, bytes, or a PIL image."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = table.folder / value
+    if isinstance(value, Path) and not value.is_file():
+        raise place.error("columns.image", f"{table.row(index)}: no picture at {value}", hint="check the path")
+    if not isinstance(value, Path | bytes) and not hasattr(value, "convert"):
+        raise place.error(
+            "columns.image",
+            f"`{table.names['image']}` in {table.row(index)} is no picture: {type(value).__name__}",
+            hint="a path, or the bytes of a file",
+        )
+    return value
+
+
+def _check_size(shape: tuple[int, ...], place: Place) -> None:
+    """Channels, height and width, where the config says them."""
+    config = read_config(place.side)
+    config = config.get("vision_config", config) if isinstance(config.get("vision_config"), dict) else config
+    size, channels = config.get("image_size"), config.get("num_channels", shape[0])
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else shape[1:]
+    if (channels, *sides) != tuple(shape):
+        raise place.error(
+            "columns.image",
+            f"images of {list(shape)}, and the model takes {[channels, *sides]} by {place.side}/config.json",
+            hint="channels, height, width: resize the images",
+        )
+
+
+def _preprocessing(folder: Path, channels: int) -> tuple[np.float32, np.ndarray, np.ndarray]:
+    path = folder / PROCESSOR
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    scale = config.get("rescale_factor", 1.0) if config.get("do_rescale", True) else 1.0
+    normalise = config.get("do_normalize", True)
+    shape = (1, channels, 1, 1)
+    mean = np.array(config.get("image_mean", [0.0] * channels) if normalise else [0.0] * channels, np.float32)
+    std = np.array(config.get("image_std", [1.0] * channels) if normalise else [1.0] * channels, np.float32)
+    return np.float32(scale), mean.reshape(shape), std.reshape(shape)

@@ -1,0 +1,60 @@
+"""What the two kinds with a head over a whole text share: texts or pairs in, the head's outputs out."""
+
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.evaluation.data import Column, Table
+from flexmerge_cli.evaluation.kinds.kind import Place, Run
+from flexmerge_cli.evaluation.kinds.tokens import load_tokenizer, max_length
+from flexmerge_cli.evaluation.loading import build_model
+from flexmerge_cli.evaluation.scored import TaskModel
+
+HEAD = "ForSequenceClassification"
+TEXT = ("text", "sentence", "sentence1", "premise", "question", "input")
+
+
+def text_columns(text: str | None, pair: str | None) -> dict[str, Column]:
+    return {"text": Column(name=text, usual=TEXT)} | ({"pair": Column(name=pair)} if pair is not None else {})
+
+
+def tokenised(table: Table, place: Place, wanted_length: int | None) -> Any:
+    """Encodings of the texts, or pairs of texts, cut to the model's length; with the tokenizer, which pads them."""
+    tokenizer = load_tokenizer(place)
+    length = max_length(tokenizer, place.side, wanted_length)
+    texts = [table.texts(role, place) for role in ("text", "pair") if role in table.columns]
+    encoded = tokenizer(*texts, truncation=length is not None, max_length=length)
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
+    rows = [{name: encoded[name][index] for name in names} for index in range(len(table))]
+    empty = next((index for index, row in enumerate(rows) if not row["input_ids"]), None)
+    if empty is not None:
+        raise place.error("columns.text", f"{table.row(empty)} has no token", hint="leave empty texts out")
+    return tokenizer, rows
+
+
+def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
+    """float32 [n, outputs of the head]."""
+    import torch
+
+    tokenizer, rows = items
+    built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}")
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A decoder finds the last token by the padding's id; one that has none takes a text at a time.
+    alone = tokenizer.pad_token is None or built.config.pad_token_id is None
+    size = 1 if alone and not built.config.is_encoder_decoder and _is_decoder(built) else run.batch_size
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            inputs = {name: torch.tensor([batch[0][name]]) for name in batch[0]} if len(batch) == 1 else None
+            inputs = inputs or dict(tokenizer.pad(batch, padding=True, return_tensors="pt"))
+            inputs = {name: value.to(built.device) for name, value in inputs.items()}
+            found.append(built(**inputs).logits.float().cpu().numpy())
+            run.on_example(min(start + size, len(rows)), len(rows))
+    return np.concatenate(found)
+
+
+def _is_decoder(built: Any) -> bool:
+    """Whether its head reads the last token, as those of GPT-2 and Llama do."""
+    return hasattr(built, "score")

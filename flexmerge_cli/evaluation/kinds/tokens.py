@@ -1,0 +1,56 @@
+"""A task's own tokenizer, and batches of token ids made from it. Knows no metric."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.evaluation.kinds.kind import Place
+from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
+         "sentencepiece.bpe.model")  # fmt: skip
+UNBOUNDED = 1_000_000  # what a tokenizer without a length says is far above
+OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}  # positions that these keep for padding
+
+
+def load_tokenizer(place: Place) -> Any:
+    """From the task's side files. Raises UsageError."""
+    if not any((place.side / name).is_file() for name in FILES):
+        raise place.error("kind", f"no tokenizer in {place.side}", hint="put the tokenizer's files beside the weights")
+    return open_tokenizer(place.side, place)
+
+
+def open_tokenizer(side: Path, place: Place) -> Any:
+    transformers = quiet_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(side, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of transformers, tokenizers and JSON, for files that are not what they should be
+        said = str(error).split("\n")[0][:200]
+        raise place.error("kind", f"the tokenizer in {side} cannot be opened: {said}", hint="check its files") from None
+
+
+def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
+    """Tokens of one input: as asked for, else the tokenizer's, else the config's; None: no limit."""
+    if wanted is not None:
+        return wanted
+    if tokenizer.model_max_length < UNBOUNDED:
+        return int(tokenizer.model_max_length)
+    config = read_config(side)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int) or positions <= 0 or config.get("model_type") == "t5":
+        return None
+    return positions - OFFSET.get(str(config.get("model_type")), 0)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Any, Any]:
+    """Token ids and attention mask, int64 [batch, longest], padded to the right."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = np.full((len(rows), longest), fill, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
