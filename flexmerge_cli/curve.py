@@ -18,6 +18,7 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import PATTERN, parse_size
 from flexmerge_cli.checkpoint.access import ONLINE
+from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -179,7 +180,10 @@ class Drawing:
 
         request = self.request
         self.pricer = Pricer(self.plan)
-        sources, _ = open_sources(self.plan, self.plan_path.absolute().parent, request.common.relocate)
+        sources, _ = open_sources(
+            self.plan, self.plan_path.absolute().parent, request.common.relocate, request.common.access
+        )
+        fetch(sources.to_fetch(), request.common.access)
         folders = {
             task.name: source.path if source.path.is_dir() else source.path.parent
             for task, source in zip(self.plan.tasks, sources.tasks)

@@ -17,7 +17,7 @@ from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
@@ -342,7 +342,8 @@ def open_sources(
 
     access = replace(access, variant=plan.settings.variant)
 
-    def opened(source: str, side_files: Collection[str]) -> Checkpoint:
+    def opened(named: tuple[str, Collection[str]]) -> Checkpoint:
+        source, side_files = named
         moved = _relocated(source, folder, relocate)
         return open_checkpoint(
             moved if moved is not None else source,
@@ -353,8 +354,9 @@ def open_sources(
         )
 
     needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
-    base = opened(plan.base.source, ()) if needs_base else None
-    tasks = tuple(opened(task.source, task.files) for task in plan.tasks)
+    base = opened((plan.base.source, ())) if needs_base else None
+    named = [(task.source, task.files) for task in plan.tasks]
+    tasks = tuple(each_opened(opened, named, [source for source, _ in named]))
     problems: list[str] = []
 
     def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:

@@ -11,7 +11,7 @@ import xxhash
 
 from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, Statistics, plan_bytes, read_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
@@ -66,19 +66,23 @@ class PlanRequest:
 
 def open_family(request: PlanRequest) -> Family:
     """Open all sources and align them: headers only. Reports every source that is not there at once."""
-    checkpoints: dict[str, Checkpoint] = {}
-    problems: list[SourceError] = []
-    for name, source in [("", request.base), *request.tasks.items()]:
+
+    def opened(source: str) -> Checkpoint | SourceError:
         try:
-            checkpoints[name] = open_checkpoint(source, relative_to=request.relative_to, access=request.access)
+            return open_checkpoint(source, relative_to=request.relative_to, access=request.access)
         except SourceError as error:
-            problems.append(error)
+            return error
+
+    sources = {"": request.base, **request.tasks}
+    found = dict(zip(sources, each_opened(opened, list(sources.values()), sources.values())))
+    problems = [error for error in found.values() if isinstance(error, SourceError)]
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise SourceError(
             "\n  ".join(["sources that cannot be had:", *(e.message for e in problems)]), hint=problems[0].hint
         )
+    checkpoints = {name: checkpoint for name, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
     base = checkpoints.pop("")
     if not checkpoints:
         raise UsageError("no tasks", hint="give --tasks DIR, or --task NAME=PATH")
@@ -108,7 +112,7 @@ def make_plan(
     where = choose_device(device)
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
-    fetch(_to_fetch(family), request.access, on_progress)
+    fetch(to_fetch(family), request.access, on_progress)
     family = settle_ties(family)
     threads = threads or default_threads()
     items: list[SurveyItem] = []
@@ -184,7 +188,7 @@ def load_plan(path: Path | str) -> Plan:
     return read_plan(path)
 
 
-def _to_fetch(family: Family) -> list[RemoteFile]:
+def to_fetch(family: Family) -> list[RemoteFile]:
     """Files of the Hub that hold a tensor which is compared or stored."""
     remote: dict[Path, RemoteFile] = {}
     for checkpoint in (family.base, *family.tasks):

@@ -5,10 +5,11 @@ safetensors wins where a folder holds both formats. Knows nothing of other model
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.choose import INDEX, WEIGHT_SUFFIXES, choose_weights, is_side_file, variants
@@ -27,6 +28,10 @@ MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20
 MAX_NAME_BYTES = 255  # of one file
+SOURCES_AT_ONCE = 8
+
+Source = TypeVar("Source")
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,16 @@ def open_checkpoint(
     if path.is_file():
         return _open_folder(source, _FileFolder(path.parent), path.name, access)
     return _open_folder(source, LocalFolder(path), None, access)
+
+
+def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], names: Iterable[str]) -> list[Opened]:
+    """`opened` of each, in order; several at once where one of the names is of a source elsewhere, and has to wait."""
+    from flexmerge_cli.checkpoint.hub import is_remote
+
+    if not any(map(is_remote, names)):
+        return [opened(source) for source in sources]
+    with ThreadPoolExecutor(SOURCES_AT_ONCE, thread_name_prefix="flexmerge-open") as pool:
+        return list(pool.map(opened, sources))
 
 
 class _FileFolder(LocalFolder):

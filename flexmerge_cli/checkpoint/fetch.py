@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.hub import HubFile
@@ -108,21 +109,30 @@ def _download(file: HubFile, blob: Path, counter: _Counter) -> None:
             opened.truncate(0)
         earlier = opened.seek(0, os.SEEK_END)
         counter.add(earlier)
+        digest = _sha256(partial, earlier)
 
         def write(data: bytes) -> None:
             counter.add(len(data))
+            digest.update(data)
             opened.write(data)
 
         stream_range(file.url(), earlier, file.size, write, or_whole=True)
-    if earlier and SHA256.fullmatch(file.etag) and _sha256(partial) != file.etag:
-        partial.unlink()  # a machine that lost its power may have kept the length of a file and not its bytes
-        raise SourceError(f"{file.place.source}: what was kept of {file.name} is damaged", hint="run the command again")
+    if SHA256.fullmatch(file.etag) and digest.hexdigest() != file.etag:
+        # A machine that lost its power may have kept the length of a file and not its bytes.
+        partial.unlink()
+        raise SourceError(
+            f"{file.place.source}: the bytes of {file.name} are not those that the Hub lists",
+            hint="run the command again",
+        )
     partial.replace(blob)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, num_bytes: int) -> Any:
+    """Of what is there already, to be gone on with."""
+    if not num_bytes:
+        return hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256")
 
 
 def _is_xet(metadata: object) -> bool:

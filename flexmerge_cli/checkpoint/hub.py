@@ -4,9 +4,12 @@ A source is pinned to a commit when it is opened; small files are fetched then, 
 weights come with `fetch` (fetch.py). What the cache holds is never asked for again.
 """
 
+import os
 import re
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -380,9 +383,12 @@ def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
 def _remember(place: HubPlace, commit: str) -> None:
     """Note in the cache what a branch names, as its own downloads do, so that it is known offline."""
     reference = place.storage / "refs" / (place.revision or "main")
-    if not (reference.is_file() and reference.read_text() == commit):
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(commit)
+    with suppress(OSError):  # a cache that can only be read may hold all that is needed
+        if not (reference.is_file() and reference.read_text() == commit):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            partial = reference.with_name(f"{reference.name}.{os.getpid()}-{threading.get_ident()}")
+            partial.write_text(commit)
+            partial.replace(reference)
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -34,7 +34,8 @@ class StreamPool:
 
     def add(self, files: Iterable["StreamedFile"]) -> None:
         """One more model that is read beside the others."""
-        self._models += 1
+        with self._lock:
+            self._models += 1
         for file in files:
             file.pool = self
 

@@ -88,6 +88,7 @@ def evaluate(
                 allow_exec=allow_exec,
                 outputs={"csv": csv} if csv else {},
                 force=force,
+                access=access_of(offline=offline, quiet=quiet),
             )
         )
         with progress(quiet=quiet or as_json, counts=True) as on_score:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.cli.options import check_new_file, dtype_of
 from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
 from flexmerge_cli.errors import SourceError, UsageError
@@ -36,6 +37,7 @@ class CurveOptions:
     outputs: dict[str, Path] = field(default_factory=dict)
     """`csv`, `html`, `png` -> where."""
     force: bool = False
+    access: Access = ONLINE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +71,7 @@ def checked(options: CurveOptions) -> Drawn:
         method_for=options.method_for,
         dtype=dtype_of(options.dtype),
         run_files=True,
+        access=options.access,
     )
     sizes: tuple[str, ...] = ()
     if options.sizes is not None:

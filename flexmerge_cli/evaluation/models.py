@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.access import ONLINE
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY, TO_TORCH
+from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
 
@@ -71,7 +73,9 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
 
 def source_model(task: str, source: str, *, relative_to: Path | None = None) -> TaskModel:
     """A checkpoint as it is. Reads its weights once, for their digest. Raises SourceError, DataError."""
-    return checkpoint_model(task, open_checkpoint(source, relative_to=relative_to))
+    checkpoint = open_checkpoint(source, relative_to=relative_to)
+    fetch(checkpoint.remote.values(), ONLINE)
+    return checkpoint_model(task, checkpoint)
 
 
 def checkpoint_model(task: str, checkpoint: Checkpoint) -> TaskModel:

@@ -144,11 +144,12 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS
     from flexmerge_cli.engine.survey_codes import view_of
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.plan import open_family, provisional_plan
+    from flexmerge_cli.plan import open_family, provisional_plan, to_fetch
 
     if sources is None:
         raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
-    plan = provisional_plan(open_family(sources), sources)
+    family = open_family(sources)
+    plan = provisional_plan(family, sources)
     pricer = Pricer(plan)
     row = None
     if sources.statistics == "all":
@@ -172,6 +173,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
             if row.name != "exact deduplication"
         ],
         "read_bytes": sum(task.bytes for task in plan.tasks),
+        "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS, row_elements=row),
         "warnings": [],
     }
@@ -214,6 +216,8 @@ def show_plan(value: dict[str, Any]) -> None:
             f"asked for: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk, "
             f"{cut['merges']} merges ({cut['undone']} undone)"
         )
+    if value.get("fetch_bytes"):
+        print(f"to be fetched: {value['fetch_bytes']:,} bytes of weights")
     print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
     if "plan" in value:
         print(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")

@@ -1,15 +1,17 @@
 """`hf://` on the command line: what inspect, a dry run, plan and merge transfer, say and refuse."""
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ..families import plain, write_checkpoint, write_family
-from ..program import fails, flexmerge, succeeds, tree
+from ..families import Models, normal, plain, write_checkpoint, write_family
+from ..program import Child, fails, flexmerge, succeeds, tree
 
 
 @pytest.fixture
@@ -56,6 +58,8 @@ def test_inspect_and_a_dry_run_read_headers_and_no_weight(hub, published):
     hub.forget()
     priced = succeeds("plan", *remote(published), "--dry-run", "--json").json
     assert hub.weights_sent() == headers(published)
+    assert priced["fetch_bytes"] == weights(published)
+    assert f"to be fetched: {weights(published):,} bytes" in succeeds("plan", *remote(published), "--dry-run").out
     here = succeeds("plan", *published.arguments, "--dry-run", "--json").json
     # Not the bytes on disk: a manifest holds the names of its sources.
     for key in ("name", "served_bytes", "factor"):
@@ -177,6 +181,37 @@ def test_a_process_of_its_own_is_driven_by_the_environment(hub, published, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert hub.requests == []
+
+
+def test_a_killed_run_is_gone_on_with(hub, tmp_path):
+    made = Models(base={"a.weight": normal(0, 400, 500)}, tasks={"x": {"a.weight": normal(1, 400, 500)}})
+    folders = write_family(tmp_path / "made", made)
+    for name, folder in {"base": folders.base, **folders.tasks}.items():
+        hub.add(f"org/{name}", folder)
+    key = "org/x/model.safetensors"
+    data = (folders.tasks["x"] / "model.safetensors").read_bytes()
+    size, digest = len(data), hashlib.sha256(data).hexdigest()
+    header = size - 400 * 500 * 4
+    hub.pauses[key] = [0, 0, 60.0]  # of the header's two parts, and then in the middle of the weights
+    child = Child("plan", *remote(folders), "-o", tmp_path / "plan.json")
+    partial = tmp_path / "hub-cache/models--org--x/blobs" / f"{digest}.incomplete"
+    base = tmp_path / "hub-cache/models--org--base/snapshots"
+    while not (partial.exists() and partial.stat().st_size >= size // 3 and list(base.glob("*/*.safetensors"))):
+        assert child.is_running()
+    child.send(signal.SIGKILL)
+    child.wait()
+    there = partial.stat().st_size
+    hub.forget()
+    said = succeeds("plan", *remote(folders), "-o", tmp_path / "plan.json").err
+    assert hub.sent[key] == header + size - there, "what was there was not fetched twice"
+    assert f"({there:,} bytes of them are there already)" in said
+
+
+def test_sources_of_an_evaluation_are_fetched(hub, published):
+    from flexmerge_cli.evaluation.models import source_model
+
+    ours = source_model("task0", "hf://org/task0")
+    assert ours.digest == source_model("task0", str(published.tasks["task0"])).digest
 
 
 def test_help_needs_neither_torch_nor_the_hubs_client():
