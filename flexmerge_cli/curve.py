@@ -20,6 +20,7 @@ from flexmerge_cli.allocation.size import PATTERN, parse_size
 from flexmerge_cli.checkpoint.access import ONLINE
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
@@ -189,10 +190,11 @@ class Drawing:
             for task, source in zip(self.plan.tasks, sources.tasks)
         }
         tasks = list(self.spec.tasks)
-        self.fine_tuned, self.base = planned_models(self.plan, sources.located, folders, tasks)
-        scorer = Scorer(spec=self.spec, device=None if request.device == "auto" else request.device)
-        for task in tasks:
+        device = None if request.device == "auto" else request.device
+        scorer = Scorer(spec=self.spec, device=device, cache=ScoreCache() if request.reuse else None)
+        for task in tasks:  # what does not fit is told before a weight is read
             scorer.examples(task, folders[task])
+        self.fine_tuned, self.base = planned_models(self.plan, sources.located, folders, tasks)
         threads = request.threads or (1 if request.parallel > 1 else default_threads())
         memory = MemoryBundles(sources=sources.located, device=choose_device(request.device), threads=threads)
         self.scorer = CurveScorer(

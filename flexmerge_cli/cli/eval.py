@@ -23,7 +23,11 @@ def evaluate(
     bundle: Annotated[str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.")] = None,
     spec: Annotated[Path | None, typer.Option("--spec", help="eval.yaml: what to score each task on.")] = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="Instead of a bundle: a plan, cut at --sizes by --methods in memory.")
+        Path | None,
+        typer.Option(
+            "--plan",
+            help="A plan, cut at --sizes by --methods; with a bundle or --sources: whose sources to compare with.",
+        ),
     ] = None,
     sizes: Annotated[
         str | None, typer.Option("--sizes", help="0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: own sizes.")
@@ -31,12 +35,18 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option("--methods", help="'auto;emr;low_bit:bits=2', or all; default: task_arithmetic.")
     ] = None,
+    sources: Annotated[
+        bool,
+        typer.Option("--sources", help="Score the fine-tuned models and the base: what normalised scores refer to."),
+    ] = False,
+    init: Annotated[bool, typer.Option("--init", help="Write a starter spec for a bundle to -o.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Of --init: eval.yaml.")] = None,
     step: StepOption = None,
     calibrate: CalibrateOption = None,
     method_for: MethodForOption = None,
     dtype: DtypeOption = None,
     no_reuse: Annotated[
-        bool, typer.Option("--no-reuse", help="Score every task at every size, also where its weights are known.")
+        bool, typer.Option("--no-reuse", help="Score everything anew, also where weights and data are known.")
     ] = False,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="Models scored at once, each in a process.")] = 1,
     csv: Annotated[Path | None, typer.Option("--csv", help="One row per point and task.")] = None,
@@ -52,22 +62,35 @@ def evaluate(
 ) -> None:
     """Score every task of a bundle on its own model; or of a plan at every size, without writing bundles.
 
-    Examples: flexmerge eval bundle/ --spec eval.yaml
+    Examples: flexmerge eval --init bundle/ -o eval.yaml
+
+    flexmerge eval bundle/ --spec eval.yaml
+
+    flexmerge eval --sources --plan plan.json --spec eval.yaml
 
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --csv curve.csv
     """
-    from flexmerge_cli.cli.options import access_of, emit, note, progress
+    from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
 
+    if init:
+        from flexmerge_cli.cli.scored import write_starter
+
+        if bundle is None or spec is not None:
+            raise UsageError("--init takes a bundle, and no --spec", hint="flexmerge eval --init bundle/ -o eval.yaml")
+        write_starter(bundle, output, force=force, offline=offline, quiet=quiet)
+        return
+    if output is not None:
+        raise UsageError("-o is where --init writes", hint="flexmerge eval --init bundle/ -o eval.yaml")
     if spec is None:
         raise UsageError("no --spec: what to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
-    if (bundle is None) == (plan is None):
-        raise UsageError("give a bundle, or --plan and no bundle", hint="flexmerge eval bundle/ --spec eval.yaml")
+    if bundle is None and plan is None:
+        raise UsageError("give a bundle, or --plan", hint="flexmerge eval bundle/ --spec eval.yaml")
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
-        "--dtype": dtype, "--no-reuse": no_reuse, "--csv": csv,
+        "--dtype": dtype, "--csv": csv,
     }  # fmt: skip
-    if plan is not None:
+    if plan is not None and bundle is None and not sources:
         from flexmerge_cli.cli.evaluating import CurveOptions, checked
         from flexmerge_cli.report.curve import show_curve
 
@@ -96,19 +119,23 @@ def evaluate(
         emit(value, as_json=as_json, show=show_curve)
         return
 
-    from flexmerge_cli.bundle.locate import locate
     from flexmerge_cli.cli.evaluating import require_curve_options
-    from flexmerge_cli.evaluation.evaluate import evaluate as score
-    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.cli.scored import ScoreOptions, score_bundle
     from flexmerge_cli.report.evaluation import show_evaluation
 
-    assert bundle is not None
     require_curve_options(of_a_curve)
-    with progress(quiet=quiet or as_json) as on_progress:
-        opened = locate(bundle, access_of(offline=offline, quiet=quiet), on_progress=on_progress).open()
-    checked_spec = read_spec(spec, opened.tasks, allow_exec=allow_exec)
-
-    def on_task(name: str, done: int, total: int) -> None:
-        note(f"scoring {name} ({done + 1} of {total})", quiet=quiet or as_json)
-
-    emit(score(opened, checked_spec, on_task=on_task), as_json=as_json, show=show_evaluation)
+    value = score_bundle(
+        ScoreOptions(
+            bundle=bundle,
+            plan=plan,
+            spec=spec,
+            sources=sources,
+            device=device,
+            reuse=not no_reuse,
+            parallel=parallel,
+            allow_exec=allow_exec,
+            offline=offline,
+            quiet=quiet or as_json,
+        )
+    )
+    emit(value, as_json=as_json, show=show_evaluation)

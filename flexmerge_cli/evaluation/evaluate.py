@@ -3,11 +3,14 @@
 `flexmerge.eval/1`, one JSON document:
 tasks  {name: {kind, metric, higher_is_better, n, split, merged, fine_tuned, base, normalised, …_interval, scores}};
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
-mean   of merged scores, and of normalised ones where every task has one
-data   {task: digest of its examples}
+mean   of merged, fine-tuned, base and normalised scores, each where every task has one
+bundle, stored_bytes, factor   of the bundle, if there is one
+evaluations  {computed, reused}: models that were run, and scores that were known
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,43 +18,75 @@ import numpy as np
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.metrics import normalised
-from flexmerge_cli.evaluation.models import bundle_model, source_model
+from flexmerge_cli.evaluation.models import bundle_model
+from flexmerge_cli.evaluation.references import References, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 FORMAT = "flexmerge.eval/1"
-OnTask = Callable[[str, int, int], None]
+OnStep = Callable[[str, int, int], None]
+"""(which model of which task, examples done, of how many)."""
 
 
 def evaluate(
-    bundle: Bundle, spec: EvalSpec, *, scorer: Scorer | None = None, on_task: OnTask = lambda *_step: None
+    bundle: Bundle | None,
+    spec: EvalSpec,
+    *,
+    scorer: Scorer | None = None,
+    references: References | None = None,
+    on_step: OnStep = lambda *_step: None,
 ) -> dict[str, Any]:
-    """One record per task. One model is in memory at a time.
+    """One record per task; without a bundle of its references alone. One model is in memory at a time.
 
-    Raises UsageError before a weight is read where spec, data or side files do not fit, DataError for weights that
-    do not.
+    references: by default those that the spec names. Raises UsageError before a weight is read where spec, data or
+    side files do not fit, DataError for weights that do not.
     """
     scorer = scorer or Scorer(spec=spec)
-    for name in spec.tasks:
-        scorer.examples(name, bundle.path / "tasks" / name)
-    records: dict[str, Any] = {}
-    for done, name in enumerate(spec.tasks):
-        on_task(name, done, len(spec.tasks))
-        models = {"merged": bundle_model(bundle, name)}
-        source = spec.tasks[name].checkpoint
-        if source is not None:
-            models["fine_tuned"] = source_model(name, source, relative_to=spec.folder)
-        found = {who: scorer.score(model, reference=models.get("fine_tuned")) for who, model in models.items()}
-        records[name] = task_record(spec, name, models, found)
-    return {
-        "format": FORMAT,
+    if references is None:
+        references = spec_references(spec, bundle) if bundle is not None else References()
+    folders = {task: bundle.path / "tasks" / task for task in spec.tasks} if bundle is not None else references.folders
+    for task in spec.tasks:
+        scorer.examples(task, folders[task])
+    records = {task: _score_task(bundle, spec, task, scorer, references, folders[task], on_step) for task in spec.tasks}
+    found: dict[str, Any] = {"format": FORMAT, "tasks": records, "mean": means(records)}
+    found["evaluations"] = {"computed": scorer.num_computed, "reused": scorer.num_reused}
+    if bundle is None:
+        return found
+    return found | {
         "bundle": bundle.manifest.id,
         "stored_bytes": bundle.manifest.stored_bytes,
         "factor": bundle.manifest.stored_bytes / max(1, bundle.manifest.one_model_bytes),
-        "tasks": records,
-        "mean": means(records),
     }
+
+
+def _score_task(
+    bundle: Bundle | None,
+    spec: EvalSpec,
+    task: str,
+    scorer: Scorer,
+    references: References,
+    folder: Path,
+    on_step: OnStep,
+) -> dict[str, Any]:
+    openers = dict(references.of(task))
+    if bundle is not None:
+        openers = {"merged": lambda: bundle_model(bundle, task)} | openers
+    if not openers:
+        raise spec.place(task, folder).error("", "nothing to score", hint="checkpoint: path/of/the/fine-tuned/model")
+    fine_tuned = openers["fine_tuned"]() if "fine_tuned" in openers else None
+    models, found = {}, {}
+    for who, opened in openers.items():
+        model = fine_tuned if who == "fine_tuned" and fine_tuned is not None else opened()
+        # The side files are the bundle's copies of the task's own: examples are made ready with them once.
+        model = replace(model, folder=folder)
+
+        def on_example(done: int, total: int, who: str = who) -> None:
+            on_step(f"{task}, {who.replace('_', '-')}", done, total)
+
+        on_example(0, scorer.examples(task, folder).n)
+        models[who], found[who] = model, scorer.score(model, reference=fine_tuned, on_example=on_example)
+    return task_record(spec, task, models, found)
 
 
 def task_record(spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored]) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """Models to be scored: a bundle's task, or a checkpoint, as `TaskModel`s. Weights are mapped, and read when used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.access import ONLINE
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY, TO_TORCH
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
+from flexmerge_cli.family.classes import TensorClass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,17 +76,74 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
 
 def source_model(task: str, source: str, *, relative_to: Path | None = None) -> TaskModel:
     """A checkpoint as it is. Reads its weights once, for their digest. Raises SourceError, DataError."""
-    checkpoint = open_checkpoint(source, relative_to=relative_to)
-    fetch(checkpoint.remote.values(), ONLINE)
-    return checkpoint_model(task, checkpoint)
+    return checkpoint_model(task, fetched(open_checkpoint(source, relative_to=relative_to)))
+
+
+def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:
+    """The base as a task's model: its values of all that merges, and the task's own heads, from the bundle.
+
+    digests: own name -> digest of the base's tensors that were digested already; what is new is added.
+    Raises DataError if the base has not what the bundle's tasks share.
+    """
+    from flexmerge_cli.bundle.view import View
+
+    names = bundle.manifest.tasks[task].names
+    weights, view = StoredWeights(base.tensors), View(bundle, task)
+    found: dict[str, Callable[[], Tensor]] = {}
+    lines, lacking = [], []
+    for tensor in bundle.manifest.tensors:
+        if task not in tensor.digests:
+            continue
+        own, stored = names.get(tensor.name, tensor.name), base.tensors.get(tensor.name)
+        if tensor.class_ is not TensorClass.MERGEABLE:
+            found[own] = partial(view.__getitem__, own)
+            lines.append((own, tensor.dtype_of(task), tensor.shape_of(task), tensor.digests[task]))
+        elif stored is None or stored.shape != tensor.shape_of(task):
+            lacking.append(tensor.name)
+        else:
+            if stored.name not in digests:
+                digests[stored.name] = _digest(weights, stored)
+            found[own] = partial(weights.__getitem__, tensor.name)
+            lines.append((own, stored.dtype, stored.shape, digests[stored.name]))
+    if lacking:
+        raise DataError(
+            f"{base.path} is not the base of {bundle.path}: it has no {', '.join(lacking[:5])}", hint="check `base`"
+        )
+    return TaskModel(
+        task=task, weights=Lazy(found), folder=bundle.path / "tasks" / task, digest=weights_digest(lines),
+        num_bytes=base.num_bytes,
+    )  # fmt: skip
+
+
+class Lazy(Mapping[str, "Tensor"]):
+    """Name -> tensor, made by a function when asked for."""
+
+    def __init__(self, made: "Mapping[str, Callable[[], Tensor]]") -> None:
+        self.made = made
+
+    def __getitem__(self, name: str) -> "Tensor":
+        return self.made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def fetched(checkpoint: Checkpoint, access: Access = ONLINE) -> Checkpoint:
+    """The same, its weight files on this disk."""
+    fetch(checkpoint.remote.values(), access)
+    return checkpoint
+
+
+def _digest(weights: StoredWeights, stored: StoredTensor) -> str:
+    return digest_bytes(np.ascontiguousarray(weights.array(stored)).reshape(-1).view(np.uint8))
 
 
 def checkpoint_model(task: str, checkpoint: Checkpoint) -> TaskModel:
     weights = StoredWeights(checkpoint.tensors)
-    digests = {
-        name: digest_bytes(np.ascontiguousarray(weights.array(stored)).reshape(-1).view(np.uint8))
-        for name, stored in checkpoint.tensors.items()
-    }
+    digests = {name: _digest(weights, stored) for name, stored in checkpoint.tensors.items()}
     return TaskModel(
         task=task,
         weights=weights,

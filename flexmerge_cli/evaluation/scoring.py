@@ -1,17 +1,24 @@
 """One task's model on one task's data: the one entry into the kinds.
 
-`Scorer` prepares a task's examples once, and scores any number of models on them; `score` is one of each.
+`Scorer` prepares a task's examples once, and scores any number of models on them; `score` is one of each. Scores are
+kept on disk (cache.py) by weights, data and settings: what is known is not computed again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from flexmerge_cli.evaluation.cache import ScoreCache, key_of
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Run
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
+from flexmerge_cli.evaluation.side_files import side_digest
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 OnExample = Callable[[int, int], None]
+
+NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype"}
+"""Keys of a spec that are told otherwise, or do not change a score."""
 
 
 @dataclass(kw_only=True)
@@ -21,6 +28,12 @@ class Scorer:
     spec: EvalSpec
     device: str | None = None
     """Instead of the spec's; `auto` where neither says."""
+    cache: ScoreCache | None = field(default_factory=ScoreCache)
+    """None: nothing is looked up, and nothing kept."""
+    num_computed: int = 0
+    """Models that were run on a task's examples."""
+    num_reused: int = 0
+    """Scores that were known."""
     _examples: dict[tuple[str, Path], Examples] = field(default_factory=dict)
     _references: dict[tuple[str, str], Scored] = field(default_factory=dict)
     """(task, digest) -> a fine-tuned model's outputs, for agreement."""
@@ -68,17 +81,51 @@ class Scorer:
         return _agreement(self._computed(model, examples, on_example), self._references[key])
 
     def _computed(self, model: TaskModel, examples: Examples, on_example: OnExample) -> Scored:
-        task = self.spec.settled(model.task)
-        first, *others = self.spec.kind(model.task).score(model, task, examples, self.run(model.task, on_example))
-        return replace(first, others=tuple(others))
+        kind, task, run = self.spec.kind(model.task), self.spec.settled(model.task), self.run(model.task, on_example)
+        cache = self.cache if kind.cached else None
+        key = key_of(self._settings(model, examples, run)) if cache is not None else ""
+        known = cache.get(key) if cache is not None else None
+        if known is not None:
+            self.num_reused += 1
+            return known
+        first, *others = kind.score(model, task, examples, run)
+        scored = replace(first, others=tuple(others))
+        self.num_computed += 1
+        if cache is not None:
+            cache.put(key, scored)
+        return scored
+
+    def _settings(self, model: TaskModel, examples: Examples, run: Run) -> Mapping[str, Any]:
+        """All that a score depends on."""
+        import torch
+        import transformers
+
+        return {
+            "weights": model.digest,
+            "data": examples.digest,
+            "rest": examples.rest(),
+            "side": side_digest(model.folder),
+            "task": self.spec.settled(model.task).model_dump(mode="json", exclude=NOT_OF_A_SCORE),
+            "metrics": examples.metrics,
+            "dtype": run.dtype,
+            "batch_size": run.batch_size,
+            "device": run.device.split(":")[0],
+            "versions": [torch.__version__, transformers.__version__],
+        }
 
 
 def score(
-    spec: EvalSpec, task: str, model: TaskModel, *, device: str | None = None, reference: TaskModel | None = None
+    spec: EvalSpec,
+    task: str,
+    model: TaskModel,
+    *,
+    device: str | None = None,
+    reference: TaskModel | None = None,
+    cache: ScoreCache | None = None,
 ) -> Scored:
-    """Score one model on one task of a spec."""
+    """Score one model on one task of a spec; without a cache nothing is looked up or kept."""
     assert model.task == task
-    return Scorer(spec=spec, device=device).score(model, reference=reference)
+    return Scorer(spec=spec, device=device, cache=cache).score(model, reference=reference)
 
 
 def _agreement(outputs: Scored, reference: Scored) -> Scored:

@@ -48,6 +48,10 @@ class EvalSpec(Record):
         """What its paths are relative to."""
         return self.document.path.absolute().parent
 
+    def only(self, *tasks: str) -> "EvalSpec":
+        """The same spec of some of its tasks."""
+        return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}})
+
     def kind(self, task: str) -> Kind:
         kind = kind_of(self.tasks[task].kind)
         assert kind is not None  # checked when the spec was read

@@ -26,8 +26,9 @@ from flexmerge_cli.evaluation.kinds.images import image_column, images_of
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Kind, Place, Run, chosen_metrics
 from flexmerge_cli.evaluation.kinds.tokens import open_tokenizer
 from flexmerge_cli.evaluation.loading import build_model, read_config
-from flexmerge_cli.evaluation.models import checkpoint_model
+from flexmerge_cli.evaluation.models import checkpoint_model, fetched
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
+from flexmerge_cli.evaluation.side_files import side_digest
 from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 TEMPLATES = ("a photo of a {}.",)
@@ -63,8 +64,12 @@ class Classes:
     def model(self) -> TaskModel:
         """Reads the weights, once, for their digest."""
         if self._model is None:
-            self._model = checkpoint_model("text model", self.checkpoint)
+            self._model = checkpoint_model("text model", fetched(self.checkpoint))
         return self._model
+
+    def digest(self) -> str:
+        """Of all that the embeddings depend on."""
+        return f"{self.model.digest} {side_digest(self.checkpoint.path)} {self.prompts}"
 
     def embedded(self, run: Run) -> tuple[Any, Any, Any]:
         """Embeddings [classes, d] float32, scale of the logits, and the text model's projection of images."""
@@ -95,7 +100,7 @@ def prepare(task: ZeroShot, place: Place) -> Examples:
         digest=digest,
         split=table.split,
         metrics=metrics,
-        rest=lambda: classes.model.digest,
+        rest=classes.digest,
     )
 
 

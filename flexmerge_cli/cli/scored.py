@@ -1,0 +1,79 @@
+"""What `eval BUNDLE`, `eval --sources` and `eval --init` do with their options."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.bundle.locate import locate
+from flexmerge_cli.cli.options import access_of, check_new_file, note, progress
+from flexmerge_cli.cli.scoring_progress import scoring_progress
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.spec import read_spec
+from flexmerge_cli.plan import load_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOptions:
+    """As typed."""
+
+    bundle: str | None
+    plan: Path | None
+    spec: Path
+    sources: bool
+    device: str
+    reuse: bool
+    parallel: int
+    allow_exec: bool
+    offline: bool
+    quiet: bool
+
+
+def score_bundle(options: ScoreOptions) -> dict[str, Any]:
+    """The document. Everything that can be refused is refused before a weight is read."""
+    from flexmerge_cli.scores import ScoreRequest, scores
+
+    access = access_of(offline=options.offline, quiet=options.quiet)
+    path: Path | None = None
+    tasks: tuple[str, ...] = ()
+    if options.plan is not None and not options.plan.is_file():
+        raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
+    if options.bundle is not None:
+        with progress(quiet=options.quiet) as on_progress:
+            located = locate(options.bundle, access, on_progress=on_progress)
+        path, tasks = located.path, located.open().tasks
+    elif options.plan is not None:
+        tasks = load_plan(options.plan).task_names
+    spec = read_spec(options.spec, tasks, allow_exec=options.allow_exec)
+    request = ScoreRequest(
+        spec=spec,
+        bundle=path,
+        plan=options.plan,
+        sources=options.sources,
+        device=None if options.device == "auto" else options.device,
+        reuse=options.reuse,
+        parallel=options.parallel,
+        access=access,
+    )
+    with scoring_progress(len(spec.tasks) * _models_of(request), quiet=options.quiet) as on_step:
+        return scores(request, on_step=on_step)
+
+
+def _models_of(request: Any) -> int:
+    """Of each task; where the spec says it for some, at most so many."""
+    if request.parallel > 1 and len(request.spec.tasks) > 1:
+        return 1  # a step a task
+    named = any(task.checkpoint is not None for task in request.spec.tasks.values())
+    both = 2 if request.plan is not None else named + (request.spec.base is not None)
+    return int(both) if request.sources else 1 + int(both)
+
+
+def write_starter(bundle: str, output: Path | None, *, force: bool, offline: bool, quiet: bool) -> None:
+    """A starter spec; its side files are all that is looked at."""
+    from flexmerge_cli.evaluation.init import starter_spec
+
+    if output is None:
+        raise UsageError("no -o: where the spec goes", hint="flexmerge eval --init bundle/ -o eval.yaml")
+    check_new_file(output, force=force)
+    located = locate(bundle, access_of(offline=offline, quiet=quiet))
+    output.write_text(starter_spec(located.open(), output.absolute().parent), encoding="utf-8")
+    note(f"wrote {output}: name the data of each task in it", quiet=quiet)

@@ -1,0 +1,41 @@
+"""Progress of `eval`: the model that is being scored, how far it is, and what remains; on a terminal's stderr alone."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from flexmerge_cli.cli.options import note
+
+OnStep = Callable[[str, int, int], None]
+
+
+@contextmanager
+def scoring_progress(total: int, *, quiet: bool) -> Iterator[OnStep]:
+    """Takes (model and task, examples done, of how many). total: models that are to be scored.
+
+    Without a terminal a line a model, unless quiet.
+    """
+    seen: dict[str, None] = {}
+    if quiet or not sys.stderr.isatty():
+
+        def tell(what: str, _done: int, _total: int) -> None:
+            if what not in seen:
+                seen[what] = None
+                note(f"scoring {what} ({len(seen)} of {total})", quiet=quiet)
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        whole, model = bars.add_task("models", total=total), bars.add_task("")
+
+        def update(what: str, done: int, of: int) -> None:
+            if what not in seen:
+                bars.update(whole, completed=len(seen))
+                seen[what] = None
+            bars.update(model, description=what, completed=done, total=of)
+
+        yield update

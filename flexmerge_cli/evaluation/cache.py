@@ -1,0 +1,123 @@
+"""Scores on disk, `flexmerge.score/1`: one .npz a model and task, named by what the score depends on.
+
+key     xxh3-128 of weights digest, data digest and settings, as canonical JSON
+header  {format, key, scores: [{metric, notes, given}]}, JSON as uint8; further metrics after the first
+p0, l0, p1, …   predictions and labels of each
+Below $XDG_CACHE_HOME/flexmerge/scores, else ~/.cache. A file is written beside and renamed, so it is whole or not
+there. What cannot be read as such is no entry, and is written anew; a folder that cannot be written to keeps nothing.
+It may be removed at any time.
+"""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.evaluation.scored import Given, Scored
+
+FORMAT = "flexmerge.score/1"
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, AttributeError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
+"""What numpy, zipfile and json raise of bytes that are no entry."""
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    # As the XDG specification has it, a relative one is no folder.
+    return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "flexmerge" / "scores"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """parts: all that a score depends on, as JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreCache:
+    """Entries by key."""
+
+    folder: Path = field(default_factory=cache_folder)
+
+    def get(self, key: str) -> Scored | None:
+        """None where there is none, or none that is sound."""
+        try:
+            data = self._path(key).read_bytes()
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                header = json.loads(file["header"].tobytes())
+                if (header["format"], header["key"]) != (FORMAT, key):
+                    return None
+                found = [_scored(entry, file[f"p{n}"], file[f"l{n}"]) for n, entry in enumerate(header["scores"])]
+        except UNREADABLE:
+            return None
+        return replace(found[0], others=tuple(found[1:])) if found else None
+
+    def put(self, key: str, scored: Scored) -> None:
+        everything = (scored, *scored.others)
+        header = {"format": FORMAT, "key": key, "scores": [_entry(item) for item in everything]}
+        arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        for number, item in enumerate(everything):
+            arrays |= {f"p{number}": item.predictions, f"l{number}": item.labels}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        self._write(self._path(key), buffer.getvalue())
+
+    def get_note(self, key: str) -> dict[str, Any] | None:
+        """What `put_note` left under a key."""
+        try:
+            value = json.loads(self._path(key, ".json").read_bytes())
+        except UNREADABLE:
+            return None
+        return value if isinstance(value, dict) and value.get("key") == key else None
+
+    def put_note(self, key: str, value: Mapping[str, Any]) -> None:
+        self._write(self._path(key, ".json"), json.dumps({**value, "key": key}).encode())
+
+    def _path(self, key: str, suffix: str = ".npz") -> Path:
+        return self.folder / key[:2] / f"{key}{suffix}"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Whole or not at all. A disk that takes nothing costs the next run its time, and this one nothing."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(data)
+                Path(name).replace(path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError:
+            pass
+
+
+def _entry(scored: Scored) -> dict[str, Any]:
+    given = asdict(scored.given) if scored.given is not None else None
+    return {"metric": scored.metric, "notes": list(scored.notes), "given": given}
+
+
+def _scored(entry: Mapping[str, Any], predictions: np.ndarray, labels: np.ndarray) -> Scored:
+    """Raises KeyError, TypeError or ValueError for an entry that is none."""
+    given = entry["given"]
+    if given is not None:
+        interval = given["interval"]
+        given = Given(**{**given, "interval": tuple(interval) if interval is not None else None})
+    else:
+        METRICS[entry["metric"]]
+        if len(labels) and len(labels) != len(predictions):
+            raise ValueError("predictions and labels differ in number")
+    return Scored(
+        metric=str(entry["metric"]), predictions=predictions, labels=labels, notes=tuple(entry["notes"]), given=given
+    )
