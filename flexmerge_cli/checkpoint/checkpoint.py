@@ -164,7 +164,8 @@ def _choose(source: str, folder: Folder, access: Access) -> str:
     weights = choose_weights(files, variant)
     if weights is None:
         folders = [name for name in folder.entries() if name not in files]
-        raise no_weights(source, str(folder.path), files, folders, variant)
+        where = str(folder.path) if isinstance(folder, LocalFolder) else source
+        raise no_weights(source, where, files, folders, variant)
     if variant is not None and variant not in variants(files):
         access.on_message(f"{source} has no variant {variant}: its plain weights are taken")
     return weights

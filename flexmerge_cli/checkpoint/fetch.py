@@ -20,7 +20,7 @@ from typing import Any
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.hub import HubFile
 from flexmerge_cli.checkpoint.hub_errors import hub_errors
-from flexmerge_cli.checkpoint.ranges import stream_range
+from flexmerge_cli.checkpoint.ranges import patiently, stream_range
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import MachineError, SourceError, UsageError
 
@@ -79,20 +79,22 @@ class _Counter:
 
 
 def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
+    """blob: where the listing says that its bytes are kept; the file's own head has the last word."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
     place, counted = file.place, False
     with hub_errors(place):
         if not blob.exists():
-            metadata = get_hf_file_metadata(file.url(), retry_on_errors=True)
-            if metadata.etag == file.etag and not _is_xet(metadata):
-                lock = place.storage.parent / ".locks" / place.storage.name / f"{file.etag}.lock"
+            head = patiently(lambda: get_hf_file_metadata(file.url()))
+            if head.etag is not None and not _is_xet(head):
+                blob = blob.with_name(head.etag)
+                lock = place.storage.parent / ".locks" / place.storage.name / f"{head.etag}.lock"
                 for folder in (lock.parent, blob.parent):
                     folder.mkdir(parents=True, exist_ok=True)
                 with WeakFileLock(lock):
                     if not blob.exists():
-                        _download(file, blob, counter)
+                        _download(file, file.size if head.size is None else head.size, blob, counter)
                         counted = True
         hf_hub_download(place.repository, file.name, revision=place.revision)
     if not file.path.is_file():
@@ -101,11 +103,11 @@ def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
         counter.add(file.size)
 
 
-def _download(file: HubFile, blob: Path, counter: _Counter) -> None:
+def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
     """The bytes of a blob, from where an earlier run broke off."""
-    partial = blob.with_name(f"{file.etag}.incomplete")
+    partial = blob.with_name(f"{blob.name}.incomplete")
     with partial.open("ab") as opened:
-        if opened.tell() > file.size:
+        if opened.tell() > size:
             opened.truncate(0)
         earlier = opened.seek(0, os.SEEK_END)
         counter.add(earlier)
@@ -116,8 +118,8 @@ def _download(file: HubFile, blob: Path, counter: _Counter) -> None:
             digest.update(data)
             opened.write(data)
 
-        stream_range(file.url(), earlier, file.size, write, or_whole=True)
-    if SHA256.fullmatch(file.etag) and digest.hexdigest() != file.etag:
+        stream_range(file.url(), earlier, size, write, max_passed_bytes=size)
+    if SHA256.fullmatch(blob.name) and digest.hexdigest() != blob.name:
         # A machine that lost its power may have kept the length of a file and not its bytes.
         partial.unlink()
         raise SourceError(

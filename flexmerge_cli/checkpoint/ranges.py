@@ -4,13 +4,17 @@ import errno
 import re
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from flexmerge_cli.errors import FlexmergeError, SourceError
 
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT)
+MAX_PASSED_BYTES = 1 << 20
 EXPIRED = (401, 403, 404, 410)  # of a signed address
 TRIES = 5  # without a byte in between
 WAIT_SECONDS = 0.5  # before the second; doubled each time
+
+Answer = TypeVar("Answer")
 
 # Address at the Hub -> the signed one that it redirects to: half the requests, and the Hub counts its own.
 _signed: dict[str, str] = {}
@@ -23,12 +27,14 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return bytes(data)
 
 
-def stream_range(url: str, start: int, stop: int, write: Callable[[bytes], object], *, or_whole: bool = False) -> None:
+def stream_range(
+    url: str, start: int, stop: int, write: Callable[[bytes], object], *, max_passed_bytes: int = MAX_PASSED_BYTES
+) -> None:
     """Hand over bytes [start, stop) at a Hub address as they come, in order, each once.
 
     A connection that breaks off or stalls is taken up where it broke off; a signed address that has expired meanwhile
-    is asked for anew. or_whole: a server that knows no ranges may send all of the file.
-    Raises what the Hub's client raises, SourceError if the server sends anything but what was asked for.
+    is asked for anew. A server that knows no ranges sends the file from its beginning: what is before is passed over.
+    Raises what the Hub's client raises, SourceError if that would be more than max_passed_bytes.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -48,15 +54,15 @@ def stream_range(url: str, start: int, stop: int, write: Callable[[bytes], objec
                     continue
                 hf_raise_for_status(response)
                 _signed[url] = str(response.url)
-                at = _first_byte(response, url, position, or_whole=or_whole)
+                at = _first_byte(response, url, position, whole=start <= max_passed_bytes)
                 for chunk in response.iter_bytes():
-                    wanted = chunk[max(0, position - at) :]
+                    wanted = chunk[max(0, position - at) : stop - at]
                     at += len(chunk)
-                    if at > stop:
-                        raise SourceError(f"{url} sent more than was asked for", hint="run the command again")
                     write(wanted)
                     position += len(wanted)
                     tries = 0
+                    if position >= stop:
+                        break
         except Exception as error:
             tries += 1
             if tries >= TRIES or not is_transient(error):
@@ -64,18 +70,30 @@ def stream_range(url: str, start: int, stop: int, write: Callable[[bytes], objec
             time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
 
 
-def _first_byte(response: object, url: str, position: int, *, or_whole: bool) -> int:
-    """Where in the file an answer begins."""
-    status, headers = getattr(response, "status_code", 0), getattr(response, "headers", {})
-    told = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
-    if status == 206 and told is not None and int(told[1]) == position:
+def _first_byte(response: Any, url: str, position: int, *, whole: bool) -> int:
+    """Where in the file an answer begins. whole: whether all of it may be sent."""
+    told = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if response.status_code == 206 and (told is None or int(told[1]) == position):
         return position
-    if status == 200 and or_whole:
+    if response.status_code == 200 and whole:
         return 0
     raise SourceError(
-        f"{url} does not answer requests for a range (status {status})",
+        f"{url} does not answer requests for a range (status {response.status_code})",
         hint="fetch the repository with `hf download`, and give its folder",
     )
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """`ask`, a few times where the connection breaks."""
+    tries = 0
+    while True:
+        try:
+            return ask()
+        except Exception as error:
+            tries += 1
+            if tries >= TRIES or not is_transient(error):
+                raise
+            time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
 
 
 def is_transient(error: Exception) -> bool:

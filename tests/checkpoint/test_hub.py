@@ -237,17 +237,22 @@ def test_an_address_that_expires_while_a_file_is_fetched_is_asked_for_anew(hub, 
     assert path.read_bytes() == (tmp_path / "made/model.safetensors").read_bytes()
 
 
-def test_a_server_without_ranges_serves_whole_files_and_no_headers(hub, tmp_path, quick):
+def test_a_server_without_ranges_serves_whole_files_and_headers(hub, tmp_path, quick):
+    hub.ranges = False
     publish(hub, tmp_path / "made", BIG)
     found = open_checkpoint(SOURCE)
-    hub.ranges = False
+    assert set(found.tensors) == set(BIG)
     hub.cuts[KEY] = [100_000]
     fetch(found.remote.values(), Access())
     (path,) = found.weight_bytes
     assert path.read_bytes() == (tmp_path / "made/model.safetensors").read_bytes()
-    publish(hub, tmp_path / "other", name="org/other")
+
+
+def test_a_server_without_ranges_is_not_read_to_its_end_for_the_directory_of_an_archive(hub, tmp_path):
+    hub.ranges = False
+    publish(hub, tmp_path / "made", {"a.weight": torch.randn(700, 700)}, layout="bin")
     with pytest.raises(SourceError, match="requests for a range"):
-        open_checkpoint("hf://org/other")
+        open_checkpoint(SOURCE)
 
 
 def test_a_header_whose_connection_breaks_is_read_to_its_end(hub, tmp_path, quick):
