@@ -14,13 +14,14 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.clusters import Cluster, cluster_channels, clusters_of_size, require_tensor_scope
 from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.manifest import Measured
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
+from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
@@ -368,14 +369,20 @@ def open_sources(
 
     of_tasks: list[dict[str, StoredTensor]] = [{} for _ in tasks]
     of_base: dict[str, StoredTensor] = {}
-    for tensor in plan.tensors:
+    for tensor in plan.stored:
+        name, vocabulary = tensor.name.removesuffix(ROWS_SUFFIX), plan.vocabulary(tensor.name)
         if base is not None and tensor.class_ is TensorClass.MERGEABLE:
-            found = located(base, "the base", tensor.name, str(tensor.base_dtype), tensor.shape)
-            of_base |= {tensor.name: found} if found else {}
+            shape = tensor.shape if vocabulary is None else (vocabulary.base.rows, *tensor.shape[1:])
+            found = located(base, "the base", name, str(tensor.base_dtype), shape)
+            if found is not None:
+                of_base[name] = found if vocabulary is None else found.take(vocabulary.base.common)
         for task in tensor.present:
-            own = plan.own_name(task, tensor.name)
+            own = plan.own_name(task, name)
             who = f"task `{plan.tasks[task].name}`"
-            found = located(tasks[task], who, own, tensor.dtype_of(task), tensor.shape_of(task))
+            found = located(tasks[task], who, own, tensor.dtype_of(task), plan.whole_shape(tensor, task))
+            if found is not None and vocabulary is not None:
+                rows = vocabulary.tasks[task]
+                found = found.take(rows.common if name == tensor.name else other_rows(rows.common, rows.rows))
             of_tasks[task] |= {tensor.name: found} if found else {}
     if problems:
         raise DataError(

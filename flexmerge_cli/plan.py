@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.blocks import Block, partition
 from flexmerge_cli.family.classes import TensorClass, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
+from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.order.linkage import Linkage, check_settings
 from flexmerge_cli.order.order import Merge, Strategy, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparison_unit
@@ -113,11 +114,11 @@ def make_plan(
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
     fetch(to_fetch(family), request.access, on_progress)
-    family = settle_ties(family)
+    family = split_vocabularies(settle_ties(family))
     threads = threads or default_threads()
     items: list[SurveyItem] = []
     owners: list[FamilyTensor] = []
-    for tensor in family.tensors:
+    for tensor in family.stored:
         for item in _survey_items(tensor):
             items.append(replace(item, codes=item.gram and request.statistics == "all"))
             owners.append(tensor)
@@ -144,10 +145,11 @@ def make_plan(
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     """A plan from headers alone: no order, no digests, and whatever could be constant still as it seems. For prices."""
+    family = split_vocabularies(family)
     records = [
         record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in _tensor_records(family, [])
     ]
-    for record, tensor in zip(records, family.tensors):
+    for record, tensor in zip(records, family.stored):
         record["digests"] = [NO_DIGEST[:32] if found is not None else None for found in tensor.tasks]
         if tensor.tensor_class is not TensorClass.MERGEABLE:
             record["gram"] = None
@@ -267,7 +269,7 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
     for owner, item, measure in found:
         by_name.setdefault(owner.name, []).append((item, measure))
     records, bad = [], []
-    for tensor in family.tensors:
+    for tensor in family.stored:
         first = next((t for t in tensor.tasks if t is not None), tensor.base)
         assert first is not None
         digests: list[str | None] = [None] * count
@@ -362,7 +364,9 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],
-        "tensors": records,
+        "tensors": records[: len(family.tensors)],
+        "rows": records[len(family.tensors) :],
+        "vocabularies": [asdict(vocabulary) for vocabulary in family.vocabularies],
         "settings": {
             "private": list(request.private),
             "merge_heads": request.merge_heads,

@@ -10,7 +10,8 @@ tensor under its plain name is dense. Otherwise it is decoded from `<tensor>@<ro
                left · right                      low_rank, tsv_c: a float64 product
                values at index                   sparse, free: ascending positions, a bitmap or Elias–Fano
 
-Bits are counted from the least significant of a byte.
+Where models differ in their vocabularies, a tensor is the rows that all have, at the places that `vocabularies` gives
+as runs, and `<tensor>@rows` at the others. Bits are counted from the least significant of a byte.
 """
 
 import json
@@ -108,8 +109,8 @@ def decode_residual(parts, name, task, size, method, group):
     return residual if centre is None else floats(centre).reshape(-1) + residual
 
 
-def read_task(bundle, task):
-    """{own name: (dtype, bits in the task's shape)}."""
+def read_stored(bundle, task):
+    """{aligned name: (dtype, bits)} of all that has a digest."""
     manifest = json.loads((Path(bundle) / "manifest.json").read_bytes())
     names = {name: record["names"] for name, record in manifest["tasks"].items()}
     dense, coded, tensors = {}, {}, {}
@@ -117,11 +118,12 @@ def read_task(bundle, task):
         found = read_file(Path(bundle) / path)
         coded |= found
         first = names[manifest["files"][path]["tasks"][0]]  # a dense part has its first reader's name
-        plain = {tensor["name"]: first.get(tensor["name"], tensor["name"]) for tensor in manifest["tensors"]}
+        plain = {tensor["name"]: first.get(tensor["name"], tensor["name"])
+                 for tensor in manifest["tensors"] + manifest.get("rows", [])}  # fmt: skip
         dense |= {name: found[own] for name, own in plain.items() if own in found}
     places = {name: (unit["name"], group) for unit in manifest["units"] for group in unit["groups"]
               for name in unit["tensors"] if task in group["tasks"]}  # fmt: skip
-    for tensor in (t for t in manifest["tensors"] if task in t["digests"]):
+    for tensor in (t for t in manifest["tensors"] + manifest.get("rows", []) if task in t["digests"]):
         name, dtype = tensor.get("of", tensor["name"]), tensor.get("dtypes", {}).get(task, tensor["dtype"])
         shape = tensor.get("shapes", {}).get(task, tensor["shape"])
         if name in dense:
@@ -136,8 +138,25 @@ def read_task(bundle, task):
             mask = numbers(coded[f"{name}@mask.{task}"][1], base.size, 1).reshape(base.shape)
             gamma = coded.get(f"{places[name][0]}@gamma.{task}", ("F32", np.ones(1, np.float32)))[1][0]
             bits = bits_of(np.where(mask, base + gamma * unified, base), dtype)
-        tensors[names[task].get(tensor["name"], tensor["name"])] = dtype, bits.reshape(shape)
+        tensors[tensor["name"]] = dtype, bits.reshape(shape)
     return tensors
+
+
+def read_task(bundle, task):
+    """{own name: (dtype, bits in the task's shape)}."""
+    manifest, stored = json.loads((Path(bundle) / "manifest.json").read_bytes()), read_stored(bundle, task)
+    own, joined = manifest["tasks"][task]["names"], {}
+    for tensor in (t for t in manifest["tensors"] if task in t["digests"]):
+        name, (dtype, bits) = tensor["name"], stored[tensor["name"]]
+        for rows in (v["tasks"][task] for v in manifest.get("vocabularies", [])
+                     if name in v["tensors"] and task in v["tasks"]):  # fmt: skip
+            common = np.concatenate([np.arange(first, first + count) for first, count in rows["common"]])
+            others = np.setdiff1d(np.arange(rows["rows"]), common)
+            if len(others):
+                bits = np.concatenate([bits, stored[f"{tensor.get('of', name)}@rows"][1]])
+            bits = bits[np.argsort(np.concatenate([common, others]))]
+        joined[own.get(name, name)] = dtype, bits
+    return joined
 
 
 def check(bundle, task):
@@ -145,9 +164,9 @@ def check(bundle, task):
     import xxhash
 
     manifest = json.loads((Path(bundle) / "manifest.json").read_bytes())
-    own, tensors = manifest["tasks"][task]["names"], read_task(bundle, task)
-    for tensor in (t for t in manifest["tensors"] if task in t["digests"]):
-        data = tensors[own.get(tensor["name"], tensor["name"])][1].tobytes()
+    tensors = read_stored(bundle, task)
+    for tensor in (t for t in manifest["tensors"] + manifest.get("rows", []) if task in t["digests"]):
+        data = tensors[tensor["name"]][1].tobytes()
         pieces = [xxhash.xxh3_128_digest(data[at : at + 2**20]) for at in range(0, len(data), 2**20)]
         if xxhash.xxh3_128_hexdigest(b"".join(pieces)) != tensor["digests"][task]:
             sys.exit(f"{task}: {tensor['name']} is damaged")

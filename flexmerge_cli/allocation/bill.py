@@ -69,7 +69,7 @@ class Bill:
         units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]
         tensors = [
             tensor_entry(self.plan, storage, self.allocation.dtype, measured)
-            for storage in self.storages.values()
+            for storage in (self.storages[tensor.name] for tensor in self.plan.tensors)
             if storage.tensor.class_ is not TensorClass.BASE_ONLY
         ]
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
@@ -148,7 +148,7 @@ class Pricer:
         if key not in self._units:
             storages = tuple(
                 store_whole(self.plan, tensor, cast)
-                for tensor in self.plan.tensors
+                for tensor in self.plan.stored
                 if tensor.class_ is not TensorClass.MERGEABLE
             )
             self._units[key] = storages, tuple(part for storage in storages for part in storage.parts)
@@ -171,7 +171,7 @@ class Pricer:
             of_unit, unit_parts = self.unit(unit, allocation.methods, cast)
             storages |= {storage.tensor.name: storage for storage in of_unit}
             parts += unit_parts
-        storages = {tensor.name: storages[tensor.name] for tensor in plan.tensors}
+        storages = {tensor.name: storages[tensor.name] for tensor in plan.stored}
         by_readers: dict[Tasks, list[Part]] = {}
         for part in parts:
             by_readers.setdefault(part.readers, []).append(part)
@@ -211,7 +211,7 @@ class Pricer:
             lengths.append(self._entries[key])
         key = ("tensors", allocation.dtype)
         if key not in self._entries:
-            stored = [s for s in storages.values() if s.tensor.class_ is not TensorClass.BASE_ONLY]
+            stored = [storages[t.name] for t in self.plan.tensors if t.class_ is not TensorClass.BASE_ONLY]
             entries = [tensor_entry(self.plan, storage, allocation.dtype, Measured()) for storage in stored]
             self._entries[key] = len(canonical(entries)) - 2
         return sum(lengths) + max(0, len(lengths) - 1) + self._entries[key]
@@ -220,10 +220,11 @@ class Pricer:
 def _indices(
     plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
 ) -> dict[int, bytes]:
-    """Index files of the tasks of which nothing must be decoded, renamed or cast: the others have none, so that
-    nothing can be half-loaded."""
+    """Index files of the tasks of which nothing must be decoded, renamed, cast or put together: the others have none,
+    so that nothing can be half-loaded."""
     where = {part: file.path for file in files for part in file.parts}
-    weight_maps: dict[int, dict[str, str] | None] = {task: {} for task in plan.all_tasks}
+    joined = plan.joined_tasks()
+    weight_maps: dict[int, dict[str, str] | None] = {task: None if task in joined else {} for task in plan.all_tasks}
     sizes = dict.fromkeys(plan.all_tasks, 0)
     for storage in storages.values():
         tensor = storage.tensor

@@ -7,6 +7,10 @@ tasks     {name: {…, names, files}}: `names` maps aligned to own names where t
 units     which tasks share what, how (kind), and each task's distance there
 tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ), and per
           task that has it the digest of what a reader gets; `of` is the target of a tied one
+vocabularies, rows   where not all models have the same rows of some tensors: these are entered with the rows that all
+          have; `rows` enters `<tensor>@rows`, what a task has besides. `common` are runs (first row, how many) of the
+          task's own tensor, of `rows` rows, where the common ones stand, in their order; the others are its `@rows`,
+          ascending. A task that is left out has the common rows alone, as they are. Neither is there if there is none
 A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
 how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
@@ -30,9 +34,10 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
-from flexmerge_cli.allocation.plan_file import Digest, Plan, Record, Shape
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Plan, Record, Runs, Shape
 from flexmerge_cli.allocation.storage import Storage, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import MAX_AXES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
@@ -122,6 +127,21 @@ class TensorEntry(Record):
         return (self.shapes or {}).get(task, self.shape)
 
 
+class RowsEntry(Record):
+    rows: int = Field(ge=0)
+    common: Runs
+
+    @property
+    def has_own(self) -> bool:
+        """Whether some rows are the task's alone."""
+        return num_rows(self.common) < self.rows
+
+
+class VocabularyEntry(Record):
+    tensors: tuple[str, ...] = Field(min_length=1)
+    tasks: dict[str, RowsEntry]
+
+
 class AllocationEntry(Record):
     merges: int
     undone: int
@@ -142,6 +162,13 @@ class Manifest(Record):
     files: dict[str, FileEntry]
     units: tuple[UnitEntry, ...]
     tensors: tuple[TensorEntry, ...]
+    rows: tuple[TensorEntry, ...] = ()
+    vocabularies: tuple[VocabularyEntry, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """All that is stored by itself: tensors, and rows of vocabularies."""
+        return self.tensors + self.rows
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -165,10 +192,11 @@ def _check(manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         if set(task.files) != {path for path, file in manifest.files.items() if name in file.tasks}:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
-    tensors = {tensor.name: tensor for tensor in manifest.tensors}
-    if len(tensors) < len(manifest.tensors):
+    tensors = {tensor.name: tensor for tensor in manifest.stored}
+    if len(tensors) < len(manifest.stored):
         raise ValueError("a tensor is there twice")
-    for tensor in manifest.tensors:
+    _check_vocabularies(manifest, tensors)
+    for tensor in manifest.stored:
         readers = set(tensor.digests)
         if not readers <= tasks:
             raise ValueError(f"`{tensor.name}` is of a task that is not there")
@@ -203,6 +231,38 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
         if any(group.bits is not None and not set(group.bits) <= set(group.tasks) for group in unit.groups):
             raise ValueError(f"a group of unit `{unit.name}` has bits of a task that is not in it")
+
+
+def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) -> None:
+    """Every row of a task's tensor is a common one or its own, and stored."""
+    seen: set[str] = set()
+    own: set[tuple[str, str, Shape]] = set()
+    for vocabulary in manifest.vocabularies:
+        names = set(vocabulary.tensors)
+        if not set(vocabulary.tasks) <= set(manifest.tasks):
+            raise ValueError("a vocabulary is of a task that is not there")
+        if seen & names or len(names) < len(vocabulary.tensors) or not names <= set(tensors):
+            raise ValueError("vocabularies do not hold tensors of the bundle, each once at most")
+        seen |= names
+        for name in names:
+            tensor = tensors[name]
+            for task in tensor.digests:
+                shape, rows = tensor.shape_of(task), vocabulary.tasks.get(task)
+                if rows is None:
+                    continue
+                if not shape or not are_runs(rows.common, rows.rows) or num_rows(rows.common) != shape[0]:
+                    raise ValueError(f"the rows of `{name}` of task `{task}` are not sound")
+                if rows.has_own and tensor.of is None:
+                    own.add((f"{name}{ROWS_SUFFIX}", task, (rows.rows - shape[0], *shape[1:])))
+            if tensor.of is not None and tensor.of not in names:
+                raise ValueError(f"`{name}` has other rows than what it is tied to")
+    for tensor in manifest.tensors:
+        if tensor.of in seen and tensor.name not in seen:
+            raise ValueError(f"`{tensor.name}` has other rows than what it is tied to")
+    if {(t.name, task, t.shape_of(task)) for t in manifest.rows for task in t.digests} != own or any(
+        tensor.of is not None for tensor in manifest.rows
+    ):
+        raise ValueError("the rows of vocabularies are not those that are stored")
 
 
 def _stays_inside(path: str) -> bool:
@@ -276,7 +336,7 @@ def manifest_frame(
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[file.task]]} for file in small}
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
-    return {
+    return _vocabulary_entries(plan, storages, allocation.dtype, measured) | {
         "format": FORMAT,
         "id": NO_SHA256,
         "generator": GENERATOR,
@@ -304,6 +364,25 @@ def manifest_frame(
         "units": [],
         "tensors": [],
     }
+
+
+def _vocabulary_entries(
+    plan: Plan, storages: Mapping[str, Storage], cast: str | None, measured: Measured
+) -> dict[str, Any]:
+    """`vocabularies` and `rows`; nothing where all models have the same rows."""
+    found = [
+        {
+            "tensors": list(vocabulary.tensors),
+            "tasks": {
+                task.name: {"rows": rows.rows, "common": rows.common}
+                for task, rows in zip(plan.tasks, vocabulary.tasks)
+                if not rows.is_plain
+            },
+        }
+        for vocabulary in plan.vocabularies
+    ]
+    rows = [tensor_entry(plan, storages[tensor.name], cast, measured) for tensor in plan.rows]
+    return ({"vocabularies": found} if found else {}) | ({"rows": rows} if rows else {})
 
 
 def manifest_bytes(value: dict[str, Any]) -> bytes:

@@ -5,6 +5,8 @@ tasks       in code-point order of name; every list "per task" follows it
 tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`, and
             `dtypes` and `shapes` where they differ; null where a task has none. Of the mergeable: `gram`, [M, M]
             float64; `coding`, if `settings.statistics` is `all`: how well they code in few bits, which `auto` needs
+rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
+vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
@@ -29,6 +31,7 @@ from pydantic import (
 )  # fmt: skip
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
+from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import MAX_AXES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
@@ -40,10 +43,12 @@ from flexmerge_cli.text import json_holds_text
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
 MAX_PLAN_BYTES = 4 << 30
+ROWS_SUFFIX = "@rows"
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Shape = tuple[Count, ...]
+Runs = tuple[tuple[Count, Count], ...]
 Statistics = Literal["all", "gram"]
 """What the pass measures: all, or no more than a merge order needs."""
 
@@ -147,6 +152,30 @@ class PlanTensor(Record):
         return promote([self.dtype_of(task) for task in tasks])
 
 
+class PlanRows(Record):
+    """At which rows of one model's tensor those stand that all models have."""
+
+    rows: Count
+    """Of the whole tensor."""
+    common: Runs
+    """In the base's order."""
+    leading: str
+    """Why rows were compared by their place, not by their token; empty if they were."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model has no other rows, and these in the base's order."""
+        return self.common == ((0, self.rows),)
+
+
+class PlanVocabulary(Record):
+    """Tensors of which not all models have the same rows."""
+
+    tensors: tuple[str, ...]
+    base: PlanRows
+    tasks: tuple[PlanRows, ...]
+
+
 class PlanBlock(Record):
     name: str
     tensors: tuple[str, ...]
@@ -196,6 +225,8 @@ class Plan(Record):
     order: tuple[PlanMerge, ...]
     settings: Settings
     near_ties: Count
+    rows: tuple[PlanTensor, ...] = ()
+    vocabularies: tuple[PlanVocabulary, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
@@ -210,8 +241,28 @@ class Plan(Record):
     def all_tasks(self) -> tuple[int, ...]:
         return tuple(range(len(self.tasks)))
 
+    @property
+    def stored(self) -> tuple[PlanTensor, ...]:
+        """All that is stored by itself: tensors, and rows of vocabularies."""
+        return self.tensors + self.rows
+
     def tensor(self, name: str) -> PlanTensor:
         return self._by_name()[name]
+
+    def vocabulary(self, tensor: str) -> PlanVocabulary | None:
+        """Of a tensor, or of its `@rows`; None if all models have the same rows."""
+        name = tensor.removesuffix(ROWS_SUFFIX)
+        return next((found for found in self.vocabularies if name in found.tensors), None)
+
+    def whole_shape(self, tensor: PlanTensor, task: int) -> Shape:
+        """As the task's own file has it."""
+        vocabulary = self.vocabulary(tensor.name)
+        shape = tensor.shape_of(task)
+        return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])
+
+    def joined_tasks(self) -> set[int]:
+        """Tasks of which some tensor is put together from rows that are stored apart."""
+        return {task for found in self.vocabularies for task, rows in enumerate(found.tasks) if not rows.is_plain}
 
     def own_name(self, task: int, tensor: str) -> str:
         return self.tasks[task].names.get(tensor, tensor)
@@ -239,7 +290,7 @@ class Plan(Record):
     def _by_name(self) -> dict[str, PlanTensor]:
         found: dict[str, PlanTensor] | None = self.__dict__.get("_index")
         if found is None:
-            found = {tensor.name: tensor for tensor in self.tensors}
+            found = {tensor.name: tensor for tensor in self.stored}
             object.__setattr__(self, "_index", found)
         return found
 
@@ -247,7 +298,7 @@ class Plan(Record):
 def _check(plan: Plan) -> None:
     """What types do not say. A sound sha256 does not make a plan consistent."""
     count = len(plan.tasks)
-    names = [tensor.name for tensor in plan.tensors]
+    names = [tensor.name for tensor in plan.stored]
     if len(set(names)) < len(names) or list(plan.task_names) != sorted(set(plan.task_names)) or not count:
         raise ValueError("tensors or tasks are not unique, or out of order")
     if not are_task_names(plan.task_names):
@@ -258,7 +309,8 @@ def _check(plan: Plan) -> None:
         raise ValueError("blocks do not hold every mergeable tensor exactly once")
     if not all(block.tensors for block in plan.blocks):
         raise ValueError("a block is empty")
-    for tensor in plan.tensors:
+    _check_vocabularies(plan, count)
+    for tensor in plan.stored:
         _check_tensor(plan, tensor, count)
         taken = plan.settings.statistics == "all" and tensor.class_ is TensorClass.MERGEABLE
         if (tensor.coding is not None) != taken:
@@ -280,6 +332,30 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"a merge of block `{merge.block}` does not follow from those before it")
         block -= {merge.left, merge.right}
         block.add(tuple(sorted(merge.left + merge.right)))
+
+
+def _check_vocabularies(plan: Plan, count: int) -> None:
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    names = [name for vocabulary in plan.vocabularies for name in vocabulary.tensors]
+    if len(set(names)) < len(names) or not set(names) <= set(by_name):
+        raise ValueError("vocabularies do not hold tensors of the plan, each once at most")
+    expected: set[tuple[str, int, Shape]] = set()
+    for vocabulary in plan.vocabularies:
+        for rows in (vocabulary.base, *vocabulary.tasks):
+            if not are_runs(rows.common, rows.rows) or len(vocabulary.tasks) != count:
+                raise ValueError("the rows of a vocabulary are not sound")
+        for tensor in map(by_name.__getitem__, vocabulary.tensors):
+            shape = tensor.shape
+            if not shape or tensor.shapes or {num_rows(r.common) for r in vocabulary.tasks} != {shape[0]}:
+                raise ValueError(f"tensor `{tensor.name}` has not the rows of its vocabulary")
+            if tensor.class_ is TensorClass.MERGEABLE and num_rows(vocabulary.base.common) != shape[0]:
+                raise ValueError(f"tensor `{tensor.name}` has not the base's rows of its vocabulary")
+            if tensor.class_ is not TensorClass.TIED:
+                more = {task: rows.rows - shape[0] for task, rows in enumerate(vocabulary.tasks)}
+                expected |= {(f"{tensor.name}{ROWS_SUFFIX}", k, (n, *shape[1:])) for k, n in more.items() if n}
+    found = {(tensor.name, task, tensor.shape_of(task)) for tensor in plan.rows for task in tensor.present}
+    if found != expected or any(t.class_ in (TensorClass.TIED, TensorClass.MERGEABLE) for t in plan.rows):
+        raise ValueError("the rows of vocabularies are not those that are stored")
 
 
 def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
@@ -304,6 +380,8 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
             != (tensor.digests[task], tensor.dtype_of(task), tensor.shape_of(task))
         ):
             raise ValueError(f"tensor `{tensor.name}` has a wrong `same`")
+    if tensor.class_ is TensorClass.TIED and plan.vocabulary(tensor.name) is not plan.vocabulary(tensor.reason):
+        raise ValueError(f"tensor `{tensor.name}` has other rows than what it is tied to")
     if (tensor.class_ is TensorClass.BASE_ONLY) == bool(tensor.present):
         raise ValueError(f"tensor `{tensor.name}` is in no task, or is not `base-only`")
     if tensor.class_ is TensorClass.MERGEABLE and (

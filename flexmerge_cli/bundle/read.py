@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, GroupEntry, Manifest, TensorEntry, UnitEntry
+from flexmerge_cli.allocation.manifest import (
+    FORMAT,
+    NO_SHA256,
+    GroupEntry,
+    Manifest,
+    RowsEntry,
+    TensorEntry,
+    UnitEntry,
+)
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.residual import stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.folder import hub_blobs
@@ -24,6 +33,7 @@ from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
 from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.residuals.rows import join
 from flexmerge_cli.text import json_holds_text
 
 MANIFEST_NAME = "manifest.json"
@@ -50,6 +60,8 @@ class Bundle:
     """File -> part name -> where it lies."""
     _units: dict[str, UnitEntry]
     _tensors: dict[str, TensorEntry]
+    _rows: dict[tuple[str, str], RowsEntry]
+    """(task, aligned name) of tensors that are put together from rows."""
     _dense: dict[str, dict[str, StoredTensor]]
     """Task -> aligned name -> the dense part."""
     _coded: dict[str, dict[str, StoredTensor]]
@@ -104,7 +116,7 @@ class Bundle:
             names = manifest.tasks[readers[0]].names  # dense parts have the names of the first reader
             plain = {
                 tensor.name: found[own]
-                for tensor in manifest.tensors
+                for tensor in manifest.stored
                 if readers[0] in tensor.digests and (own := names.get(tensor.name, tensor.name)) in found
             }
             for task in readers:
@@ -115,7 +127,13 @@ class Bundle:
             manifest=manifest,
             parts=parts,
             _units={name: unit for unit in manifest.units for name in unit.tensors},
-            _tensors={tensor.name: tensor for tensor in manifest.tensors},
+            _tensors={tensor.name: tensor for tensor in manifest.stored},
+            _rows={
+                (task, name): rows
+                for vocabulary in manifest.vocabularies
+                for task, rows in vocabulary.tasks.items()
+                for name in vocabulary.tensors
+            },
             _dense=dense,
             _coded=coded,
             _maps={} if maps is None else maps,
@@ -139,7 +157,7 @@ class Bundle:
         self.check_task(task)
         names = self.manifest.tasks[task].names
         return {
-            names.get(tensor.name, tensor.name): (tensor.dtype_of(task), tensor.shape_of(task))
+            names.get(tensor.name, tensor.name): (tensor.dtype_of(task), self._shape(tensor, task))
             for tensor in self.manifest.tensors
             if task in tensor.digests
         }
@@ -153,11 +171,24 @@ class Bundle:
             return own
         raise KeyError(own)
 
+    def _shape(self, tensor: TensorEntry, task: str) -> tuple[int, ...]:
+        rows = self._rows.get((task, tensor.name))
+        return tensor.shape_of(task) if rows is None else (rows.rows, *tensor.shape_of(task)[1:])
+
     def array(self, task: str, aligned: str) -> np.ndarray:
         """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype. Of a dense part a view of the file."""
         tensor = self._tensors[aligned]
+        rows = self._rows.get((task, aligned))
+        if rows is None:
+            return self.stored(task, aligned)
+        own = self.stored(task, f"{tensor.of or aligned}{ROWS_SUFFIX}") if rows.has_own else None
+        return join(self.stored(task, aligned), own, rows.common, rows.rows)
+
+    def stored(self, task: str, aligned: str) -> np.ndarray:
+        """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
+        tensor = self._tensors[aligned]
         if tensor.of is not None:
-            return self.array(task, tensor.of)
+            return self.stored(task, tensor.of)
         dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
         dense = self._dense[task].get(aligned)
         if dense is not None:
@@ -192,8 +223,8 @@ class Bundle:
         return np.asarray(data).view(NUMPY[part.dtype])
 
     def dense(self, task: str, aligned: str) -> StoredTensor | None:
-        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
-        return self._dense[task].get(aligned)
+        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
+        return self._dense[task].get(aligned) if (task, aligned) not in self._rows else None
 
     def is_tied(self, aligned: str) -> bool:
         return self._tensors[aligned].of is not None
@@ -201,7 +232,7 @@ class Bundle:
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether `array` is a view of the file: a dense part in the task's own dtype."""
         tensor = self._tensors[aligned]
-        dense = self._dense[task].get(tensor.of or aligned)
+        dense = self.dense(task, tensor.of or aligned)
         return dense is not None and dense.dtype == tensor.dtype_of(task)
 
     def _part(self, task: str, name: str) -> StoredTensor:

@@ -70,11 +70,11 @@ def _decode(path: Path, tasks: set[str]) -> tuple[dict[tuple[str, str], str], in
     except FlexmergeError:
         return {}, 0  # some file is bad, and named already
     found, count = {}, 0
-    for tensor in bundle.manifest.tensors:
+    for tensor in bundle.manifest.stored:
         for task, digest in tensor.digests.items():
             if task in tasks:
                 count += 1
-                bits = np.ascontiguousarray(bundle.array(task, tensor.name))
+                bits = np.ascontiguousarray(bundle.stored(task, tensor.name))
                 if digest_bytes(bits.reshape(-1).view(np.uint8)) != digest:
                     found[task, tensor.name] = "decodes to other bits than were written"
     return found, count

@@ -97,7 +97,7 @@ def _check_written(bill: Bill, folder: Path) -> None:
     bundle = Bundle.open(folder)
     for number, task in enumerate(bill.plan.tasks):
         expected = {
-            bill.plan.own_name(number, tensor.name): list(tensor.shape_of(number))
+            bill.plan.own_name(number, tensor.name): list(bill.plan.whole_shape(tensor, number))
             for tensor in bill.plan.tensors
             if number in tensor.present
         }

@@ -5,6 +5,7 @@ Tensors that are streamed are read from where they are (stream.py), into the sam
 
 import os
 import threading
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +17,7 @@ from flexmerge_cli.errors import DataError, SourceError
 
 # Of one advice. The kernel looks at every page: telling it of each range anew cost 3 % of a merge from the page cache.
 AHEAD_BYTES = 4 << 20
+MAX_ADVICES = 8  # of one range of picked rows, which may be thousands of runs
 
 
 class Reader:
@@ -38,6 +40,11 @@ class Reader:
     def read(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements [start, stop) in C order into `buffer` (uint8, large enough); returns what of it was filled."""
         filled = buffer[: (stop - start) * tensor.item_bytes]
+        if tensor.selection is not None:
+            done = 0
+            for low, high in tensor.selection.ranges(start, stop):
+                done += self.read(tensor.selection.of, low, high, filled[done:]).size
+            return filled
         if tensor.strides is not None:
             # Only a .bin can hold a tensor that is not row-major; the map reads the pages of this range alone.
             mapped = np.memmap(tensor.path, np.uint8, mode="r")[tensor.offset :]
@@ -67,6 +74,10 @@ class Reader:
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Tell the kernel that these elements are read soon, so that disk or network work while others compute."""
+        if tensor.selection is not None:
+            for low, high in islice(tensor.selection.ranges(start, stop), MAX_ADVICES):
+                self.will_need(tensor.selection.of, low, high)
+            return
         low, high = tensor.offset + start * tensor.item_bytes, tensor.offset + stop * tensor.item_bytes
         if tensor.stream is not None:
             tensor.stream.will_need(low, high)

@@ -119,7 +119,7 @@ class MemoryBundles:
         model = BASE if part.array.role == "base" else bill.plan.tensor(part.tensor).same[part.readers[0]]
         source = (self.sources.base if model == BASE else self.sources.tasks[model]).get(part.tensor)
         fits = source is not None and (source.dtype, source.shape) == (part.array.dtype, part.array.shape)
-        return (source, model) if source is not None and fits and source.strides is None else None
+        return (source, model) if source is not None and fits and source.is_contiguous else None
 
     def _stored(self, bill: Bill, part: Part, keys: _Bills) -> StoredTensor:
         copied = self._copied(bill, part, keys)

@@ -62,7 +62,7 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
     from flexmerge_cli.bundle.view import View
 
     names = bundle.manifest.tasks[task].names
-    tensors = [tensor for tensor in bundle.manifest.tensors if task in tensor.digests]
+    tensors = [tensor for tensor in bundle.manifest.stored if task in tensor.digests]
     return TaskModel(
         task=task,
         weights=View(bundle, task),

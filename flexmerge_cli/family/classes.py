@@ -5,6 +5,7 @@ Constant needs the bits; a tensor that could be constant is settled by the surve
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -36,7 +37,10 @@ HEADS = (
 RESNET_MARKS = ("layer4", "conv1", "layer1")  # `fc` is the head of these, and nothing in particular elsewhere
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
-INPUT_EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embed")
+INPUT_EMBEDDINGS = (
+    "shared", "embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "token_embedding",
+    "token_embeddings", "embed_in", "embeddings", "embed", "emb",
+)  # fmt: skip
 
 
 def why_private(
@@ -72,6 +76,21 @@ def why_private(
     return None
 
 
+def is_resized(
+    name: str, base: StoredTensor | None, tasks: Sequence[StoredTensor | None], *, resnet: bool, **asked: Any
+) -> bool:
+    """Whether nothing but the number of its rows keeps a tensor from merging. asked: as of `why_private`."""
+    if base is None or not base.shape or any(tensor is None for tensor in tasks):
+        return False
+    present = [tensor for tensor in tasks if tensor is not None]
+    if all(tensor.shape == base.shape for tensor in present):
+        return False
+    like_base = [replace(tensor, shape=base.shape) for tensor in present]
+    return all(len(tensor.shape) == len(base.shape) and tensor.shape[1:] == base.shape[1:] for tensor in present) and (
+        why_private(name, base, like_base, resnet=resnet, **asked) is None
+    )
+
+
 def is_resnet(names: Iterable[str]) -> bool:
     firsts = {name.split(".")[0] for name in names}
     return all(mark in firsts for mark in RESNET_MARKS)
@@ -97,7 +116,7 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     default = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
     if not config or not config.get("tie_word_embeddings", default):
         return {}
-    inputs = sorted((name for name in tensors if _embeds(name)), key=target_rank)
+    inputs = sorted((name for name in tensors if embeds(name)), key=target_rank)
     outputs = [name for name in tensors if name.split(".")[-2:] in (["lm_head", "weight"], ["decoder", "weight"])]
     outputs += [name for name in inputs if "shared.weight" in inputs and name.endswith("embed_tokens.weight")]
     return {
@@ -107,7 +126,7 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     }
 
 
-def _embeds(name: str) -> bool:
+def embeds(name: str) -> bool:
     return name.split(".")[-1] == "weight" and name.split(".")[-2] in INPUT_EMBEDDINGS if "." in name else False
 
 

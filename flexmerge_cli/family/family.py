@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
+from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.align import Alignment, align, aligned_names
 from flexmerge_cli.family.architecture import differences
-from flexmerge_cli.family.classes import TensorClass, aliases, is_resnet, why_private
+from flexmerge_cli.family.classes import TensorClass, aliases, is_resized, is_resnet, why_private
 
 # What bundles call the parts of a tensor (allocation/manifest.py): no tensor of a checkpoint may have such a name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
@@ -32,6 +33,8 @@ class FamilyTensor:
     tensor_class: TensorClass
     reason: str = ""
     """Why private, or the target of a tied one."""
+    resized: bool = False
+    """Private for no more than another number of rows: of a vocabulary, perhaps."""
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -42,6 +45,28 @@ class FamilyTensor:
         """In all of two or more tasks, with one shape and dtype: whether it is constant only the bits tell."""
         forms = {(tensor.shape, tensor.dtype) if tensor else None for tensor in self.tasks}
         return len(self.tasks) > 1 and len(forms) == 1 and None not in forms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMap:
+    """Where one model has the rows that all have."""
+
+    rows: int
+    """Of its whole tensor."""
+    common: Runs
+    """Of these, those that base and all tasks have, in the base's order."""
+    leading: str = ""
+    """Why rows were compared by their place, not by their token; empty if they were."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Tensors with one row a token, of which not all models have the same ones, or not in the same place."""
+
+    tensors: tuple[str, ...]
+    """Embeddings, output layers and their biases."""
+    base: RowMap
+    tasks: tuple[RowMap, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +81,15 @@ class Family:
     """In the order of the base's files, then what the base has not, by name."""
     own_names: tuple[dict[str, str], ...]
     """Per task: aligned name -> own name, of the tensors that it has."""
+    vocabularies: tuple[Vocabulary, ...] = ()
+    """Where rows are not the same tokens in all models (vocabulary.py)."""
+    rows: tuple[FamilyTensor, ...] = ()
+    """What is not common to all of such tensors, as `<tensor>@rows`: a part of them, stored as a tensor of its own."""
+
+    @property
+    def stored(self) -> tuple[FamilyTensor, ...]:
+        """All that is stored by itself."""
+        return self.tensors + self.rows
 
     @property
     def one_model_bytes(self) -> int:
@@ -146,7 +180,8 @@ def make_family(
         elif len(targets) == 1 and None not in targets:
             tensor = replace(tensor, tensor_class=TensorClass.TIED, reason=str(targets.pop()))
         elif reason := why_private(name, tensor.base, parts, private=private, merge_heads=merge_heads, resnet=resnet):
-            tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason=reason)
+            resized = is_resized(name, tensor.base, parts, private=private, merge_heads=merge_heads, resnet=resnet)
+            tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason=reason, resized=resized)
         tensors.append(tensor)
     return Family(base=base, task_names=names, tasks=checkpoints, tensors=tuple(tensors), own_names=own_names)
 

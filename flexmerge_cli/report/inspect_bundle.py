@@ -49,7 +49,7 @@ def bundle_facts(located: Located) -> BundleFacts:
     path, bundle = located.path, located.open()
     manifest = bundle.manifest
     place = {name: index for index, unit in enumerate(manifest.units) for name in (*unit.tensors, unit.name)}
-    kinds = {tensor.name: tensor.class_ for tensor in manifest.tensors}
+    kinds = {tensor.name: tensor.class_ for tensor in manifest.stored}
     unit_bytes, class_bytes = [0] * len(manifest.units), Counter[str]()
     for file in bundle.parts:
         for part, tensor in part_tensors(bundle, file).items():
@@ -73,7 +73,7 @@ def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
     """Part of a file -> the aligned tensor that it is of; of a factor, the unit."""
     manifest = bundle.manifest
     names = manifest.tasks[manifest.files[file].tasks[0]].names  # dense parts have the names of the first reader
-    dense = {names.get(tensor.name, tensor.name): tensor.name for tensor in manifest.tensors}
+    dense = {names.get(tensor.name, tensor.name): tensor.name for tensor in manifest.stored}
     return {part: dense.get(part) or part.rpartition("@")[0] for part in bundle.parts[file]}
 
 
@@ -226,7 +226,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "source": entry.source,
         "exact": entry.exact,
         "distance": entry.distance,
-        "parameters": sum(_elements(tensor, task) for tensor in manifest.tensors if task in tensor.digests),
+        "parameters": sum(math.prod(shape) for _, shape in bundle.tensors_of(task).values()),
         "approximated": approximated,
         "route_bytes": sum(manifest.files[path].bytes for path in route),
         "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
@@ -236,5 +236,5 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
     }
 
 
-def _elements(tensor: TensorEntry, task: str = "") -> int:
-    return math.prod((tensor.shapes or {}).get(task, tensor.shape))
+def _elements(tensor: TensorEntry) -> int:
+    return math.prod(tensor.shape)

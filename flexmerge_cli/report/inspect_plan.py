@@ -16,6 +16,7 @@ from flexmerge_cli.plan import block_measure, load_plan
 from flexmerge_cli.report.inspect_curve import Curve, curve_of
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.plan import classes
+from flexmerge_cli.report.vocabulary import vocabularies
 
 # M tasks, B blocks
 
@@ -95,6 +96,7 @@ def plan_value(facts: PlanFacts) -> dict[str, Any]:
         "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
         "one_model_bytes": plan.one_model_bytes,
         "classes": classes(plan),
+        "vocabularies": vocabularies(plan),
         "merges": len(plan.order),
         "near_ties": plan.near_ties,
         "sizes": [_size(facts, name, merges) for name, merges in curve.named],

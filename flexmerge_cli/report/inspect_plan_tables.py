@@ -7,6 +7,7 @@ import numpy as np
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
 from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
+from flexmerge_cli.report.vocabulary import show_vocabularies
 
 EXTREMES = 5  # most and least similar blocks that are listed
 SIZE_COLUMNS = 6  # of the blocks × groups table
@@ -25,6 +26,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
         return
     counted = [(kind, found["tensors"], f"{found['bytes']:,}") for kind, found in value["classes"].items()]
     table(["class", "tensors", "bytes"], [row for row in counted if row[1]])
+    show_vocabularies(value["vocabularies"])
     if value["merges"]:
         _show_sizes(value)
     else:

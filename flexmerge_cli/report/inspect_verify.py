@@ -51,7 +51,7 @@ def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
 
 def _damaged(bundle: Bundle, file: str) -> list[str]:
     manifest = bundle.manifest
-    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    tensors = {tensor.name: tensor for tensor in manifest.stored}
     units = {unit.name: unit.tensors for unit in manifest.units}
     found = []
     for part, of in part_tensors(bundle, file).items():
@@ -68,7 +68,7 @@ def _damaged(bundle: Bundle, file: str) -> list[str]:
 
 
 def _digest(bundle: Bundle, name: str, task: str) -> str:
-    return digest_bytes(np.ascontiguousarray(bundle.array(task, name)).reshape(-1).view(np.uint8))
+    return digest_bytes(np.ascontiguousarray(bundle.stored(task, name)).reshape(-1).view(np.uint8))
 
 
 def failure(value: dict[str, Any]) -> IntegrityError | None:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
 from flexmerge_cli.allocation.ways import ways
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.plan import PlanRequest
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, table
+from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings
 
 MANY_TASKS = 12  # more columns than this are summed up
 
@@ -38,6 +40,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "base": plan.base.source,
         "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
         "classes": classes(plan),
+        "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
         "merges": len(plan.order),
         "near_ties": plan.near_ties,
@@ -69,13 +72,16 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
 
 
 def classes(plan: Plan) -> dict[str, Any]:
-    """Per class the number of tensors, their bytes over all tasks, and their names."""
+    """Per class the number of tensors, their bytes over all tasks, and their names.
+
+    A vocabulary's tensor counts by its common rows; its other rows are private, in bytes alone.
+    """
     found: dict[str, Any] = {}
     for kind in TensorClass:
         tensors = [tensor for tensor in plan.tensors if tensor.class_ is kind]
         found[kind.value] = {
             "tensors": len(tensors),
-            "bytes": sum(tensor.bytes_of(task) for tensor in tensors for task in tensor.present),
+            "bytes": sum(_bytes(plan, t, k) for t in plan.stored if t.class_ is kind for k in t.present),
             "names": [
                 {"name": tensor.name, "shape": list(tensor.shape), "why": tensor.reason}
                 for tensor in tensors
@@ -83,6 +89,13 @@ def classes(plan: Plan) -> dict[str, Any]:
             ],
         }
     return found
+
+
+def _bytes(plan: Plan, tensor: PlanTensor, task: int) -> int:
+    """What is tied has no rows stored apart."""
+    is_whole = tensor.class_ is TensorClass.TIED
+    shape = plan.whole_shape(tensor, task) if is_whole else tensor.shape_of(task)
+    return math.prod(shape) * ITEM_BYTES[tensor.dtype_of(task)]
 
 
 def size_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -129,7 +142,8 @@ def warnings(plan: Plan) -> list[str]:
             )
         if squared == 0:
             found.append(f"task `{task.name}` does not differ from the base in anything that merges")
-    damaged = [t.name for t in plan.tensors if not t.finite]
+    found += vocabulary_warnings(plan)
+    damaged = [t.name for t in plan.stored if not t.finite]
     if damaged:
         found.append(f"not finite, and stored as found: {', '.join(damaged[:10])}")
     if plan.near_ties:
@@ -160,6 +174,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "base": plan.base.source,
         "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
         "classes": classes(plan),
+        "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
         "ways": [
             {
@@ -175,7 +190,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "read_bytes": sum(task.bytes for task in plan.tasks),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS, row_elements=row),
-        "warnings": [],
+        "warnings": vocabulary_warnings(plan),
     }
 
 
@@ -197,6 +212,7 @@ def show_plan(value: dict[str, Any]) -> None:
             if found["tensors"]
         ],
     )
+    show_vocabularies(value["vocabularies"])
     if "sizes" in value:
         _show_sizes(value)
     table(

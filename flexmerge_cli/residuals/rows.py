@@ -1,26 +1,21 @@
-"""The rows that one task has more than the base: of a vocabulary that was enlarged. Stored as they are.
+"""The rows of a vocabulary that one task has for itself, beside those that base and all tasks have. Stored as they are.
 
-The rows that both have are an ordinary tensor of the base's shape; only axis 0 may differ.
+The rows that all have are an ordinary tensor, in the base's order; a task's map says at which of its rows they stand.
+Its other rows, ascending, are what is stored for it alone.
 """
 
 import numpy as np
 
-from flexmerge_cli.residuals.coder import Part
+from flexmerge_cli.checkpoint.rows import Runs, other_rows
 
 
-def extra_rows(shape: tuple[int, ...], base_shape: tuple[int, ...]) -> int:
-    """How many rows a task's tensor has more. 0 if its shape differs in any other way, or not at all."""
-    if len(shape) != len(base_shape) or not shape or shape[1:] != base_shape[1:]:
-        return 0
-    return max(0, shape[0] - base_shape[0])
-
-
-def parts(shape: tuple[int, ...], base_shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
-    """One part in the task's dtype; nothing where there are no extra rows."""
-    extra = extra_rows(shape, base_shape)
-    return (Part(role="rows", dtype=dtype, shape=(extra, *shape[1:]), by_row=True),) if extra else ()
-
-
-def join(shared: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The task's whole tensor, of the rows that the base has too and the extra ones."""
-    return np.concatenate([shared, rows])
+def join(shared: np.ndarray, own: np.ndarray | None, common: Runs, rows: int) -> np.ndarray:
+    """The task's whole tensor. shared, own: [·, …]; own None: no rows. common: where `shared` stands. -> [rows, …]."""
+    whole = np.empty((rows, *shared.shape[1:]), shared.dtype)
+    for part, runs in ((shared, common), (own, other_rows(common, rows))):
+        position = 0
+        for first, count in runs:
+            assert part is not None
+            whole[first : first + count] = part[position : position + count]
+            position += count
+    return whole

@@ -23,7 +23,7 @@ CLASSES = {
         "bn1.running_mean": "private", "bn1.running_var": "private", "bn1.num_batches_tracked": "constant",
         "fc.weight": "private", "fc.bias": "private",
     },
-    "resized_vocabulary": {"embeddings.word_embeddings.weight": "private"},
+    "resized_vocabulary": {},
     "constants": {"embeddings.word_embeddings.weight": "constant", "pooler.dense.weight": "constant"},
     "base_only": {"lm_predictions.dense.weight": "base-only"},
     "all_zero": dict.fromkeys(encoder(), "constant"),

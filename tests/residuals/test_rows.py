@@ -1,23 +1,34 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from flexmerge_cli.checkpoint.rows import are_runs, num_rows, other_rows, runs_of
 from flexmerge_cli.residuals import rows
 
 
-@pytest.mark.parametrize(
-    ("shape", "extra"),
-    [((12, 4), 2), ((10, 4), 0), ((9, 4), 0), ((12, 5), 0), ((12,), 0), ((12, 4, 1), 0)],
-)
-def test_only_rows_at_the_end_are_extra(shape, extra):
-    assert rows.extra_rows(shape, (10, 4)) == extra
-    assert [part.shape for part in rows.parts(shape, (10, 4), "BF16")] == ([(extra, 4)] if extra else [])
+@given(st.integers(0, 40).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.integers(0, n))))
+def test_any_rows_in_any_order_are_joined_again(drawn):
+    order, count = drawn
+    whole = np.arange(4 * len(order), dtype=np.uint16).reshape(len(order), 4)
+    common = runs_of(order[:count])
+    assert are_runs(common, len(order)) and num_rows(common) == count
+    others = [row for first, many in other_rows(common, len(order)) for row in range(first, first + many)]
+    assert others == sorted(order[count:])
+    own = whole[others] if others else None
+    assert (rows.join(whole[list(order[:count])], own, common, len(order)) == whole).all()
 
 
-def test_extra_rows_are_priced_in_the_tasks_dtype():
-    (part,) = rows.parts((12, 4), (10, 4), "BF16")
-    assert part.num_bytes == 16
+def test_added_rows_are_one_run():
+    assert runs_of(range(12)) == ((0, 12),)
+    assert other_rows(((0, 12),), 14) == ((12, 2),)
+    assert runs_of([3, 4, 2, 7, 8]) == ((3, 2), (2, 1), (7, 2))
 
 
-def test_joining_gives_every_bit_back():
-    whole = np.arange(48, dtype=np.uint16).reshape(12, 4)
-    assert (rows.join(whole[:10], whole[10:]) == whole).all()
+@pytest.mark.parametrize("runs", [((0, 0),), ((0, 3), (2, 1)), ((9, 2),), ((-1, 2),), ((0, -1),), ((4, 1), (4, 1))])
+def test_runs_that_are_none(runs):
+    assert not are_runs(runs, 10)
+
+
+def test_vectors_are_joined_as_matrices_are():
+    assert rows.join(np.array([1, 2]), np.array([9]), ((1, 2),), 3).tolist() == [9, 1, 2]

@@ -1,0 +1,45 @@
+"""Rows of a tensor, picked and put in order, as runs: (first row, how many), each row at most once. No I/O, no tensors.
+
+A vocabulary that was enlarged is one run; one whose tokens were shuffled may be as many runs as it has rows.
+"""
+
+from collections.abc import Iterable
+
+Runs = tuple[tuple[int, int], ...]
+
+
+def runs_of(rows: Iterable[int]) -> Runs:
+    """Neighbours that follow each other are one run."""
+    found: list[list[int]] = []
+    for row in rows:
+        if found and found[-1][0] + found[-1][1] == row:
+            found[-1][1] += 1
+        else:
+            found.append([row, 1])
+    return tuple((first, count) for first, count in found)
+
+
+def num_rows(runs: Runs) -> int:
+    return sum(count for _, count in runs)
+
+
+def other_rows(runs: Runs, total: int) -> Runs:
+    """The rows of [0, total) that are in none, ascending."""
+    found, position = [], 0
+    for first, count in sorted(runs):
+        if first > position:
+            found.append((position, first - position))
+        position = first + count
+    if position < total:
+        found.append((position, total - position))
+    return tuple(found)
+
+
+def are_runs(runs: Runs, total: int) -> bool:
+    """Whether they are runs of [0, total), none empty and none over another."""
+    position = 0
+    for first, count in sorted(runs):
+        if first < position or count < 1 or first + count > total:
+            return False
+        position = first + count
+    return True

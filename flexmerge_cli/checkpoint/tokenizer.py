@@ -1,0 +1,133 @@
+"""Which row of an embedding is which token: a checkpoint's tokenizer files in, token -> row out.
+
+Read: `tokenizer.json`; else `vocab.json` or `vocab.txt`, with what `added_tokens.json` and `tokenizer_config.json` add.
+Files that are not sound, or of another format (sentencepiece), are as good as none, and told.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The largest in use, of 256,000 tokens with their merges, have 34 MB.
+MAX_BYTES = 128 << 20
+MAX_ROW = 1 << 31
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+OTHER_FORMATS = (".model", ".spm", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What a model's tokenizer says of its rows."""
+
+    rows: Mapping[str, int] | None
+    """None: nothing that could be read."""
+    why: str = ""
+    """Then: why."""
+
+
+class _Unsound(Exception):
+    """Of a file, with what is wrong."""
+
+
+def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
+    """side_files: name -> path, of one checkpoint."""
+    try:
+        if "tokenizer.json" in side_files:
+            return Tokens(rows=_tokenizer_json(_json(side_files["tokenizer.json"])))
+        if "vocab.json" in side_files:
+            rows = _rows(_json(side_files["vocab.json"]), "vocab.json")
+        elif "vocab.txt" in side_files:
+            rows = {token: row for row, token in enumerate(_lines(side_files["vocab.txt"]))}
+        else:
+            other = [name for name in side_files if name.endswith(OTHER_FORMATS)]
+            return Tokens(rows=None, why=f"{other[0]} is of a format that is not read" if other else "no tokenizer")
+        if "added_tokens.json" in side_files:
+            rows |= _rows(_json(side_files["added_tokens.json"]), "added_tokens.json")
+        if "tokenizer_config.json" in side_files:
+            rows |= _added_by_config(_json(side_files["tokenizer_config.json"]))
+        return Tokens(rows=rows)
+    except _Unsound as error:
+        return Tokens(rows=None, why=str(error))
+
+
+def is_one_tokenizer(left: Mapping[str, Path], right: Mapping[str, Path]) -> bool:
+    """Whether two models have the same files, byte by byte: most fine-tunes have their base's."""
+    return all(
+        (name in left) == (name in right) and (name not in left or _same_bytes(left[name], right[name]))
+        for name in FILES
+    )
+
+
+def _same_bytes(left: Path, right: Path) -> bool:
+    return left.stat().st_size == right.stat().st_size and left.read_bytes() == right.read_bytes()
+
+
+def _tokenizer_json(value: Mapping[str, Any]) -> dict[str, int]:
+    """`model.vocab` is token -> row, or a list of [token, score] (Unigram); `added_tokens` are {content, id}."""
+    model = value.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):
+        pieces = [piece[0] if isinstance(piece, list) and piece else piece for piece in vocabulary]
+        rows = _rows({piece: row for row, piece in enumerate(pieces)} if _are_texts(pieces) else None, "tokenizer.json")
+    else:
+        rows = _rows(vocabulary, "tokenizer.json")
+    added = value.get("added_tokens") or []
+    if not isinstance(added, list) or not all(map(_is_added, added)):
+        raise _Unsound("tokenizer.json has no sound `added_tokens`")
+    return rows | _rows({token["content"]: token.get("id") for token in added}, "tokenizer.json")
+
+
+def _added_by_config(value: Mapping[str, Any]) -> dict[str, int]:
+    """`added_tokens_decoder` is row -> {content}; rows are text there."""
+    added = value.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(
+        row.isascii() and row.isdigit() and len(row) <= 10 and _is_added(token) for row, token in added.items()
+    ):
+        raise _Unsound("tokenizer_config.json has no sound `added_tokens_decoder`")
+    return _rows({token["content"]: int(row) for row, token in added.items()}, "tokenizer_config.json")
+
+
+def _is_added(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str)
+
+
+def _rows(value: Any, file: str) -> dict[str, int]:
+    if not isinstance(value, dict) or not _are_texts(value):
+        raise _Unsound(f"{file} has no sound vocabulary")
+    if not all(type(row) is int and 0 <= row < MAX_ROW for row in value.values()):
+        raise _Unsound(f"{file} has a token whose id is no row")
+    return value
+
+
+def _are_texts(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_bytes(path))
+    except (ValueError, RecursionError):
+        raise _Unsound(f"{path.name} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise _Unsound(f"{path.name} is not a JSON object")
+    return value
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = _bytes(path).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise _Unsound(f"{path.name} is not UTF-8") from None
+    # Not splitlines, which splits at tokens, too: U+0085, U+2028.
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _Unsound(f"{path.name} is too large for a tokenizer")
+        return path.read_bytes()
+    except OSError as error:
+        raise _Unsound(f"{path.name} cannot be read: {error.strerror}") from None
