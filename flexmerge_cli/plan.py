@@ -196,7 +196,11 @@ def to_fetch(family: Family) -> list[RemoteFile]:
     for checkpoint in (family.base, *family.tasks):
         remote |= checkpoint.remote
     read = [task for tensor in family.tensors for task in tensor.tasks if task is not None]
-    read += [t.base for t in family.tensors if t.base is not None and t.tensor_class is TensorClass.MERGEABLE]
+    read += [
+        tensor.base
+        for tensor in family.tensors
+        if tensor.base is not None and (tensor.tensor_class is TensorClass.MERGEABLE or tensor.resized)
+    ]
     return [remote[path] for path in dict.fromkeys(tensor.path for tensor in read) if path in remote]
 
 

@@ -9,6 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from flexmerge_cli import load_plan, open_bundle, verify
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
+from flexmerge_cli.evaluation.models import base_model
+from flexmerge_cli.evaluation.planned import planned_models
+from flexmerge_cli.merging import open_sources
 
 from .families import LAYOUTS, Models, assert_same_state, encoder, normal, same_bits, tuned, write_checkpoint
 from .program import ROOT, fails, flexmerge, succeeds
@@ -408,3 +413,31 @@ def test_plans_of_a_plan_keep_their_vocabularies(tmp_path):
     for task, state in models.tasks.items():
         assert_same_state(open_bundle(merged(tmp_path, "--threads", len(task))).view(task), state)
         break
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_references_of_an_evaluation_are_whole(tied, tmp_path):
+    """The fine-tuned model is the source's; the base has its own rows where the task has a row of its own."""
+    words = CASES["permuted and added"]
+    models = family(tmp_path, words)
+    if tied:
+        for name, state in {"base": models.base, **models.tasks}.items():
+            state[OUTPUT] = state[EMBEDDING].clone()
+            folder = tmp_path / "base" if name == "base" else tmp_path / "tasks" / name
+            write_checkpoint(folder, state)
+            (folder / "config.json").write_text('{"model_type": "test", "tie_word_embeddings": true}')
+    plan = planned(tmp_path)
+    assert plan.tensor(OUTPUT).class_ == ("tied" if tied else "mergeable")
+    sources, _ = open_sources(plan, tmp_path, {})
+    folders = {name: tmp_path / "tasks" / name for name in models.tasks}
+    fine_tuned, base = planned_models(plan, sources.located, folders, list(models.tasks))
+    for task, state in models.tasks.items():
+        assert_same_state(fine_tuned[task].weights, state)
+        for row, word in enumerate(words[task]):
+            expected = models.base[EMBEDDING][WORDS.index(word)] if word in WORDS else state[EMBEDDING][row]
+            assert same_bits(base[task].weights[EMBEDDING][row], expected), (task, word)
+    assert len({model.digest for model in fine_tuned.values()}) == len(models.tasks)
+    bundle = Bundle.open(merged(tmp_path, "--method", "average", "--size", "1x"))
+    for task in models.tasks:
+        found = base_model(bundle, task, open_checkpoint(str(tmp_path / "base")), {})
+        assert_same_state(found.weights, base[task].weights)

@@ -10,7 +10,8 @@ tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` pe
 vocabularies, rows   where not all models have the same rows of some tensors: these are entered with the rows that all
           have; `rows` enters `<tensor>@rows`, what a task has besides. `common` are runs (first row, how many) of the
           task's own tensor, of `rows` rows, where the common ones stand, in their order; the others are its `@rows`,
-          ascending. A task that is left out has the common rows alone, as they are. Neither is there if there is none
+          ascending. A task that is left out has the common rows alone, as they are. `base` says where these stand in
+          the base. Neither key is there without such tensors
 A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
 how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
@@ -139,6 +140,8 @@ class RowsEntry(Record):
 
 class VocabularyEntry(Record):
     tensors: tuple[str, ...] = Field(min_length=1)
+    base: RowsEntry
+    """Where the base has the common rows; it is not in the bundle."""
     tasks: dict[str, RowsEntry]
 
 
@@ -244,6 +247,8 @@ def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) 
         if seen & names or len(names) < len(vocabulary.tensors) or not names <= set(tensors):
             raise ValueError("vocabularies do not hold tensors of the bundle, each once at most")
         seen |= names
+        if not are_runs(vocabulary.base.common, vocabulary.base.rows):
+            raise ValueError("the base's rows of a vocabulary are not sound")
         for name in names:
             tensor = tensors[name]
             for task in tensor.digests:
@@ -373,6 +378,7 @@ def _vocabulary_entries(
     found = [
         {
             "tensors": list(vocabulary.tensors),
+            "base": {"rows": vocabulary.base.rows, "common": vocabulary.base.common},
             "tasks": {
                 task.name: {"rows": rows.rows, "common": rows.common}
                 for task, rows in zip(plan.tasks, vocabulary.tasks)

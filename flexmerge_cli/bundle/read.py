@@ -247,7 +247,7 @@ class Bundle:
 
     def _check_routes(self, tasks: Collection[str]) -> None:
         """Every tensor of these tasks can be decoded: its parts are there, of the dtype and size that it needs."""
-        for tensor in self.manifest.tensors:
+        for tensor in self.manifest.stored:
             for task in [name for name in tensor.digests if name in tasks] if tensor.of is None else ():
                 dense = self._dense[task].get(tensor.name)
                 if dense is None and tensor.name not in self._units:

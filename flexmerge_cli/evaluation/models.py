@@ -13,34 +13,51 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY, TO_TORCH
 from flexmerge_cli.checkpoint.fetch import fetch
+from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.residuals.rows import join
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class StoredWeights(Mapping[str, "Tensor"]):
-    """Own name -> tensor on the mapped file. Written to by nobody: what is written the file does not get."""
+    """Own name -> tensor on the mapped file. Written to by nobody: what is written the file does not get.
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.tensors = tensors
+    joined: own name -> of a vocabulary's tensor (residuals/rows.py) other rows, places of these here, rows in all.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        joined: Mapping[str, tuple[StoredTensor | None, Runs, int]] | None = None,
+    ) -> None:
+        self.tensors, self.joined = tensors, joined or {}
         self._maps: dict[Path, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> "Tensor":
+        return self.tensor(self.tensors[name], self.joined.get(name))
+
+    def tensor(self, stored: StoredTensor, joined: tuple[StoredTensor | None, Runs, int] | None = None) -> "Tensor":
         import torch
 
-        stored = self.tensors[name]
         array = self.array(stored)
+        if joined is not None:
+            own, common, rows = joined
+            array = join(array, self.array(own) if own is not None else None, common, rows)
         if array.size == 0:
-            return torch.empty(stored.shape, dtype=getattr(torch, TO_TORCH[stored.dtype]))
+            return torch.empty(array.shape, dtype=getattr(torch, TO_TORCH[stored.dtype]))
         flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return flat.view(getattr(torch, TO_TORCH[stored.dtype])).reshape(stored.shape)
+        return flat.view(getattr(torch, TO_TORCH[stored.dtype])).reshape(array.shape)
 
     def array(self, stored: StoredTensor) -> np.ndarray:
         """Its bits (`NUMPY[dtype]`), in its shape; strided where the file has it so."""
+        if stored.selection is not None:
+            whole = self.array(stored.selection.of)
+            return np.concatenate([whole[first : first + count] for first, count in stored.selection.runs])
         if stored.path not in self._maps:
             self._maps[stored.path] = np.memmap(stored.path, np.uint8, mode="c")
         mapped = self._maps[stored.path][stored.offset :]
@@ -91,10 +108,15 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
     weights, view = StoredWeights(base.tensors), View(bundle, task)
     found: dict[str, Callable[[], Tensor]] = {}
     lines, lacking = [], []
-    for tensor in bundle.manifest.tensors:
-        if task not in tensor.digests:
+    entries = {tensor.name: tensor for tensor in bundle.manifest.tensors}
+    for entry in entries.values():
+        if task not in entry.digests:
             continue
-        own, stored = names.get(tensor.name, tensor.name), base.tensors.get(tensor.name)
+        own, tensor = names.get(entry.name, entry.name), entries[entry.of] if entry.of is not None else entry
+        stored = base.tensors.get(tensor.name)
+        vocabulary = next((v for v in bundle.manifest.vocabularies if tensor.name in v.tensors), None)
+        if vocabulary is not None and stored is not None and stored.shape[:1] == (vocabulary.base.rows,):
+            stored = stored.take(vocabulary.base.common)
         if tensor.class_ is not TensorClass.MERGEABLE:
             found[own] = partial(view.__getitem__, own)
             lines.append((own, tensor.dtype_of(task), tensor.shape_of(task), tensor.digests[task]))
@@ -103,7 +125,10 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
         else:
             if stored.name not in digests:
                 digests[stored.name] = _digest(weights, stored)
-            found[own] = partial(weights.__getitem__, tensor.name)
+            rows = vocabulary.tasks.get(task) if vocabulary is not None else None
+            found[own] = partial(weights.tensor, stored)
+            if rows is not None:
+                found[own] = partial(_with_rows, found[own], partial(view.__getitem__, own), rows.common)
             lines.append((own, stored.dtype, stored.shape, digests[stored.name]))
     if lacking:
         raise DataError(
@@ -113,6 +138,15 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
         task=task, weights=Lazy(found), folder=bundle.path / "tasks" / task, digest=weights_digest(lines),
         num_bytes=base.num_bytes,
     )  # fmt: skip
+
+
+def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", places: Runs) -> "Tensor":
+    """The task's tensor with other values in the rows that all models have."""
+    value, rows, position = whole().clone(), common(), 0
+    for first, count in places:
+        value[first : first + count] = rows[position : position + count]
+        position += count
+    return value
 
 
 class Lazy(Mapping[str, "Tensor"]):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.work import BASE, Sources
@@ -29,22 +29,30 @@ def planned_models(
     base: dict[str, TaskModel] = {}
     sound: set[tuple[str, int]] = set()
     for number, task in ((plan.task_names.index(name), name) for name in tasks):
-        own, with_base = {}, {}
+        own, with_base, rows, joined = {}, {}, {}, {}
         for tensor in plan.tensors:
             if number not in tensor.present:
                 continue
             name = plan.own_name(number, tensor.name)
-            own[name] = sources.tasks[number][tensor.name], str(tensor.digests[number]), number
-            if tensor.class_ is TensorClass.MERGEABLE:
-                with_base[name] = sources.base[tensor.name], str(tensor.base_digest), BASE
+            stored_as = plan.tensor(tensor.reason) if tensor.class_ is TensorClass.TIED else tensor
+            own[name] = sources.tasks[number][stored_as.name], str(stored_as.digests[number]), number
+            if stored_as.class_ is TensorClass.MERGEABLE:
+                with_base[name] = sources.base[stored_as.name], str(stored_as.base_digest), BASE
             else:
                 with_base[name] = own[name]
-        for found, into in ((own, fine_tuned), (with_base, base)):
-            weights = StoredWeights({name: stored for name, (stored, _, _) in found.items()})
-            for stored, expected, model in found.values():
-                if (stored.name, model) not in sound:
+            vocabulary = plan.vocabulary(tensor.name)
+            if vocabulary is not None and not vocabulary.tasks[number].is_plain:
+                of_rows = f"{stored_as.name}{ROWS_SUFFIX}"
+                has, places = sources.tasks[number].get(of_rows), vocabulary.tasks[number]
+                joined[name] = has, places.common, places.rows
+                if has is not None:
+                    rows[f"{name}{ROWS_SUFFIX}"] = has, str(plan.tensor(of_rows).digests[number]), number
+        for found, into in ((own | rows, fine_tuned), (with_base | rows, base)):
+            weights = StoredWeights({name: found[name][0] for name in own}, joined)
+            for name, (stored, expected, model) in found.items():
+                if (name, model) not in sound:
                     _check(weights, stored, expected, sources.describe[model])
-                    sound.add((stored.name, model))
+                    sound.add((name, model))
             into[task] = TaskModel(
                 task=task,
                 weights=weights,
