@@ -8,6 +8,8 @@ from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.verify import Verification
 from flexmerge_cli.bundle.verify import verify as _verify
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.plan import OrderSettings, PlanRequest
@@ -58,12 +60,16 @@ def make_plan(
     private: tuple[str, ...] = (),
     merge_heads: bool = False,
     statistics: Literal["all", "gram"] = "all",
+    offline: bool = False,
+    stream: bool = False,
+    variant: str | None = None,
     **run: Any,
 ) -> Plan:
     """Read every weight once and keep all that a cut needs; with `output`, save it there.
 
-    base, tasks: paths, or `hf://org/name[@revision][:subfolder]`. statistics: `gram` leaves out what the method `auto`
-    needs. run: device, threads, max_memory, on_progress.
+    base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` leaves out what `auto` needs.
+    offline: nothing but what the Hub's cache holds. stream: weights are read where they are, and none is stored.
+    variant: e.g. `fp16`. run: device, threads, max_memory, on_progress.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -73,6 +79,7 @@ def make_plan(
         private=private,
         merge_heads=merge_heads,
         statistics=statistics,
+        access=_access(offline, stream, run.get("max_memory"), variant),
     )
     path = Path(output) if output is not None else None
     plan = _make_plan(request, save_to=path, **run)
@@ -90,19 +97,25 @@ def merge(
     dtype: str | None = None,
     force: bool = False,
     sources_relative_to: Path | str | None = None,
+    offline: bool = False,
+    stream: bool = False,
     **options: Any,
 ) -> OpenBundle:
     """Write the bundle and open it. `size` is `2.25x`, `40%` or `600MiB`; without a method nothing is merged.
 
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
     options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, relocate, as MergeRequest has them;
-    device, threads, max_memory, on_progress.
+    device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
     """
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
     keys = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance", "relocate")
     request = MergeRequest(
-        method=method, size=size, dtype=dtype, **{key: options.pop(key) for key in keys if key in options}
+        method=method,
+        size=size,
+        dtype=dtype,
+        access=_access(offline, stream, options.get("max_memory")),
+        **{key: options.pop(key) for key in keys if key in options},
     )
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     _merge(loaded, request, Path(output), plan_folder=folder, force=force, **options)
@@ -137,3 +150,8 @@ def export(bundle: Path | str, task: str, output: Path | str, *, force: bool = F
     from flexmerge_cli.bundle.export import export_task
 
     export_task(locate(str(bundle), tasks=[task]).open(), task, Path(output), force=force, link=link)
+
+
+def _access(offline: bool, stream: bool, max_memory: int | None, variant: str | None = None) -> Access:
+    pool = StreamPool.within(max_memory) if stream else None
+    return Access(offline=offline, stream=pool, variant=variant)

@@ -32,6 +32,11 @@ class StreamPool:
         self._bytes, self._lock = 0, threading.Lock()
         self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="flexmerge-stream")
 
+    @staticmethod
+    def within(max_memory: int | None) -> "StreamPool":
+        """A third of --max-memory; the rest is the engine's."""
+        return StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3))
+
     def add(self, files: Iterable["StreamedFile"]) -> None:
         """One more model that is read beside the others."""
         with self._lock:

@@ -98,9 +98,9 @@ def access_of(
 ) -> "Access":
     """How sources are had; what is fetched is told on stderr."""
     from flexmerge_cli.checkpoint.access import Access
-    from flexmerge_cli.checkpoint.stream import MAX_BYTES, StreamPool
+    from flexmerge_cli.checkpoint.stream import StreamPool
 
-    pool = StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3)) if stream else None
+    pool = StreamPool.within(max_memory) if stream else None
     return Access(offline=offline, variant=variant, stream=pool, on_message=lambda message: note(message, quiet=quiet))
 
 
