@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
-from flexmerge_cli.checkpoint.hub import HubFile
+from flexmerge_cli.checkpoint.hub import HubFile, is_etag
 from flexmerge_cli.checkpoint.hub_errors import hub_errors
 from flexmerge_cli.checkpoint.ranges import patiently, stream_range
 from flexmerge_cli.checkpoint.remote import RemoteFile
@@ -87,8 +87,8 @@ def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
     with hub_errors(place):
         if not blob.exists():
             head = patiently(lambda: get_hf_file_metadata(file.url()))
-            if head.etag is not None and not _is_xet(head):
-                blob = blob.with_name(head.etag)
+            if is_etag(head.etag) and not _is_xet(head):
+                blob = blob.with_name(str(head.etag))
                 lock = place.storage.parent / ".locks" / place.storage.name / f"{head.etag}.lock"
                 for folder in (lock.parent, blob.parent):
                     folder.mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,8 @@ def pin(place: HubPlace) -> HubPlace:
     if place.is_pinned:
         return place
     info = HfApi().model_info(place.repository, revision=place.revision, timeout=METADATA_TIMEOUT)
-    assert info.sha is not None
+    if info.sha is None or not COMMIT.fullmatch(info.sha):
+        raise ValueError(f"the answer names no commit, but {info.sha!r}")
     _remember(place, info.sha)
     return replace(place, revision=info.sha)
 
@@ -247,8 +248,15 @@ def hub_file(place: HubPlace, listed: Any) -> HubFile:
     """listed: a RepoFile of `list_files`."""
     inside = f"{place.folder}/" if place.folder else ""
     etag = listed.lfs.sha256 if listed.lfs is not None else listed.blob_id
+    if type(listed.size) is not int or listed.size < 0 or not is_etag(etag):
+        raise ValueError(f"the listing of {listed.path[:200]!r} is malformed")
     path = place.snapshot / listed.path.removeprefix(inside)
     return HubFile(place=place, name=listed.path, size=listed.size, etag=etag, path=path)
+
+
+def is_etag(text: object) -> bool:
+    """Whether it can name a blob of the cache."""
+    return isinstance(text, str) and re.fullmatch(r"[\w-]{1,128}", text) is not None
 
 
 class HubFolder:

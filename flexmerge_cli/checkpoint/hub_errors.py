@@ -20,7 +20,8 @@ def hub_errors(place: "HubPlace") -> Iterator[None]:
         yield
     except FlexmergeError:
         raise
-    except (errors.HFValidationError, http_error(), OSError, ValueError, errors.EntryNotFoundError) as error:
+    except (http_error(), OSError, ValueError, LookupError, TypeError, errors.EntryNotFoundError) as error:
+        # The last three and ValueError: an answer that is none of the Hub's, as a proxy's page.
         raise told(place, error) from None
 
 

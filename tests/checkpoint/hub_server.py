@@ -57,6 +57,8 @@ class Hub:
     """`org/name/path` -> seconds for which each of the next answers stops in its middle."""
     failures: dict[str, list[int]] = field(default_factory=dict)
     """`org/name/path` -> status of each of the next answers."""
+    answers: dict[str, bytes] = field(default_factory=dict)
+    """End of a path of the API -> what is answered instead."""
     signature: int = 0
     """Of addresses at the second origin; older ones are refused."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -159,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
         parts = urlsplit(self.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
+        for end, answer in self.hub.answers.items():
+            if path.endswith(end):
+                return self._send(200, answer, {"Content-Type": "application/json"})
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"), query)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):

@@ -12,7 +12,7 @@ from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import HubPlace, is_remote
-from flexmerge_cli.errors import DataError, MachineError, SourceError, UsageError
+from flexmerge_cli.errors import DataError, FlexmergeError, MachineError, SourceError, UsageError
 
 from ..families import LAYOUTS, encoder, write_checkpoint
 
@@ -411,6 +411,25 @@ def test_where_the_hub_cannot_be_reached_the_cache_is_used_and_said(hub, tmp_pat
     assert said == [f"the Hub cannot be reached; what the cache has is used: {found.source}"]
     with pytest.raises(SourceError, match="cannot be fetched"):
         open_checkpoint("hf://org/other")
+
+
+@pytest.mark.parametrize("answer", [
+    b"<html>log in</html>", b"[]", b"{}", b"null", b'{"id": "org/name", "sha": null}', b'{"id": "a", "sha": "../.."}',
+    b'[{"type": "file", "path": "model.safetensors", "size": "x", "oid": "y"}]', b'[{"type": "file"}]', b"[3]",
+    b'[{"type": "file", "path": "model.safetensors", "size": 9, "oid": "../../x"}]',
+    b'[{"type": "file", "path": "model.safetensors", "size": -1, "oid": "abc"}]',
+])  # fmt: skip
+@pytest.mark.parametrize("what", ["info", "tree"])
+def test_answers_that_are_none_of_the_hubs_are_clean_errors(answer, what, hub, tmp_path):
+    """As a proxy's page, or a server that is no Hub."""
+    commit = publish(hub, tmp_path / "made")
+    hub.answers["/revision/main" if what == "info" else f"/tree/{commit}"] = answer
+    try:
+        open_checkpoint(f"{SOURCE}@main")
+    except FlexmergeError as error:
+        assert error.exit_code in (3, 4)
+    else:
+        pytest.fail("taken for an answer")
 
 
 @pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "a\\..\\b.json"])
