@@ -10,6 +10,7 @@ from flexmerge_cli.bundle.verify import Verification
 from flexmerge_cli.bundle.verify import verify as _verify
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.stream import StreamPool
+from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.plan import OrderSettings, PlanRequest
@@ -63,13 +64,16 @@ def make_plan(
     offline: bool = False,
     stream: bool = False,
     variant: str | None = None,
+    adapters: Adapters = "keep",
+    assume_base: bool = False,
     **run: Any,
 ) -> Plan:
     """Read every weight once and keep all that a cut needs; with `output`, save it there.
 
     base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` leaves out what `auto` needs.
     offline: nothing but what the Hub's cache holds. stream: weights are read where they are, and none is stored.
-    variant: e.g. `fp16`. run: device, threads, max_memory, on_progress.
+    variant: e.g. `fp16`. adapters: what becomes of tasks that are PEFT adapters; assume_base: whatever they name as
+    their base. run: device, threads, max_memory, on_progress.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -80,6 +84,8 @@ def make_plan(
         merge_heads=merge_heads,
         statistics=statistics,
         access=_access(offline, stream, run.get("max_memory"), variant),
+        adapters=adapters,
+        assume_base=assume_base,
     )
     path = Path(output) if output is not None else None
     plan = _make_plan(request, save_to=path, **run)
@@ -145,11 +151,22 @@ def verify(path: Path | str, *, decode: bool = False) -> Verification:
     return _verify(locate(str(path)).path, decode=decode)
 
 
-def export(bundle: Path | str, task: str, output: Path | str, *, force: bool = False, link: bool = False) -> None:
-    """Write one task as an ordinary checkpoint folder; of a bundle on the Hub its files alone are fetched."""
+def export(
+    bundle: Path | str,
+    task: str,
+    output: Path | str,
+    *,
+    force: bool = False,
+    link: bool = False,
+    merged: bool = False,
+) -> None:
+    """Write one task as an ordinary checkpoint folder; of a bundle on the Hub its files alone are fetched.
+
+    merged: of an adapter that was kept, the model that it makes, and not its own folder.
+    """
     from flexmerge_cli.bundle.export import export_task
 
-    export_task(locate(str(bundle), tasks=[task]).open(), task, Path(output), force=force, link=link)
+    export_task(locate(str(bundle), tasks=[task]).open(), task, Path(output), force=force, link=link, merged=merged)
 
 
 def _access(offline: bool, stream: bool, max_memory: int | None, variant: str | None = None) -> Access:

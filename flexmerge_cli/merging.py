@@ -7,23 +7,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexmerge_cli import keeping
 from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
 from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Auto, Found, auto
 from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.clusters import Cluster, cluster_channels, clusters_of_size, require_tensor_scope
 from flexmerge_cli.allocation.cut import Cutter, Fit
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest import BASE_FOLDER, Measured
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME, Adapter
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
+from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
@@ -97,9 +100,9 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
 def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
     """Choose what the bundle stores, and price it to the byte. Reads no weights. Raises UsageError, GateError."""
     pricer = pricer or Pricer(plan)
-    check_request(replace(request, method=request.method or "average"), len(plan.tasks))
+    check_request(replace(request, method=request.method or "average"), len(plan.reader_names))
     size = (
-        parse_size(request.size, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        parse_size(request.size, num_tasks=len(plan.reader_names), one_model_bytes=plan.one_model_bytes)
         if request.size is not None
         else None
     )
@@ -233,7 +236,7 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Auto, Found] | No
         return None
     if request.size is not None:
         plan = pricer.plan
-        size = parse_size(request.size, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        size = parse_size(request.size, num_tasks=len(plan.reader_names), one_model_bytes=plan.one_model_bytes)
         return search, search.cut(size)
     limit = MAX_DISTANCE if request.max_distance is None else request.max_distance * PREDICTED_PART
     return search, search.within(limit)
@@ -324,7 +327,9 @@ class OpenSources:
 
     base: Checkpoint | None
     tasks: tuple[Checkpoint, ...]
+    """Kept adapters after those that merge."""
     located: "Sources"
+    kept: tuple[KeptAdapter, ...] = ()
 
     def to_fetch(self) -> list[RemoteFile]:
         """Files of the Hub that are not on this disk, and hold a tensor of the plan."""
@@ -332,7 +337,9 @@ class OpenSources:
         for checkpoint in [*self.tasks, *([self.base] if self.base else [])]:
             remote |= checkpoint.remote
         read = [tensor for found in (self.located.base, *self.located.tasks) for tensor in found.values()]
-        return [remote[path] for path in dict.fromkeys(tensor.path for tensor in read) if path in remote]
+        paths = [path for tensor in read for path in tensor.paths]
+        paths += [path for each in self.kept for path in each.adapter.checkpoint.weight_paths()]
+        return [remote[path] for path in dict.fromkeys(paths) if path in remote]
 
 
 def open_sources(
@@ -354,10 +361,23 @@ def open_sources(
             side_files=bool(side_files),
         )
 
-    needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
-    base = opened((plan.base.source, ())) if needs_base else None
-    named = [(task.source, task.files) for task in plan.tasks]
-    tasks = tuple(each_opened(opened, named, [source for source, _ in named]))
+    needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors) or bool(plan.adapters)
+    needs_base = needs_base or any(task.adapter is not None for task in plan.tasks)
+    merged = [name for task in plan.tasks if task.adapter is not None for name in task.files]
+    base = opened((plan.base.source, [*plan.base.files, *merged])) if needs_base else None
+    named: list[tuple[str, Collection[str]]] = []
+    for record in plan.tasks:
+        named.append((record.source, [CONFIG_NAME] if record.adapter else record.files))
+    named += [(each.source, each.files) for each in plan.adapters]
+    sources = dict(zip(plan.reader_names, each_opened(opened, named, [source for source, _ in named])))
+    tasks = tuple(sources[name] for name in plan.task_names)
+    kept: list[KeptAdapter] = []
+    if base is not None:
+        adapters = adapters_of(base, sources, assume_base=plan.settings.assume_base)
+        models = models_of(base, sources, adapters)
+        _same_kinds(plan, adapters)
+        kept = [keep(base, each.name, adapters[each.name], models[each.name]) for each in plan.adapters]
+        tasks = tuple(models[name] for name in plan.task_names)
     problems: list[str] = []
 
     def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:
@@ -371,9 +391,12 @@ def open_sources(
     of_base: dict[str, StoredTensor] = {}
     for tensor in plan.stored:
         name, vocabulary = tensor.name.removesuffix(ROWS_SUFFIX), plan.vocabulary(tensor.name)
-        if base is not None and tensor.class_ is TensorClass.MERGEABLE:
-            shape = tensor.shape if vocabulary is None else (vocabulary.base.rows, *tensor.shape[1:])
-            found = located(base, "the base", name, str(tensor.base_dtype), shape)
+        if base is not None and (tensor.class_ is TensorClass.MERGEABLE or plan.base_readers(tensor)):
+            assert tensor.base_form is not None
+            dtype, shape = tensor.base_form
+            if vocabulary is not None:
+                shape = (vocabulary.base.rows, *shape[1:])
+            found = located(base, "the base", name, dtype, shape)
             if found is not None:
                 of_base[name] = found if vocabulary is None else found.take(vocabulary.base.common)
         for task in tensor.present:
@@ -395,9 +418,28 @@ def open_sources(
             if path is None or path.stat().st_size != side.bytes:
                 raise DataError(f"{checkpoint.path / name} has changed since the plan", hint="make the plan again")
             side_files[f"tasks/{record.name}/{name}"] = path
+    if base is not None and kept:
+        side_files |= keeping.located(plan, kept)
+        there = keeping.base_side_files(base)
+        for name, side in plan.base.files.items():
+            if name not in there or there[name].stat().st_size != side.bytes:
+                raise DataError(f"{base.path / name} has changed since the plan", hint="make the plan again")
+            side_files[f"{BASE_FOLDER}/{name}"] = there[name]
     names = (*(f"task `{task.name}`" for task in plan.tasks), "the base")
     places = Sources(base=of_base, tasks=tuple(of_tasks), describe=names)
-    return OpenSources(base=base, tasks=tasks, located=places), side_files
+    everyone = (*tasks, *(each.model for each in kept))
+    return OpenSources(base=base, tasks=everyone, located=places, kept=tuple(kept)), side_files
+
+
+def _same_kinds(plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+    told = {task.name: task.adapter for task in plan.tasks} | {each.name: each.kind for each in plan.adapters}
+    for name, kind in told.items():
+        now = adapters[name].kind.value if name in adapters else None
+        if now != kind:
+            raise DataError(
+                f"task `{name}` was {kind or 'no adapter'} by the plan, and is {now or 'no adapter'}",
+                hint="make the plan again",
+            )
 
 
 def _relocated(source: str, folder: Path, relocate: Mapping[str, str]) -> str | None:

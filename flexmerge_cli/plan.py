@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from flexmerge_cli import keeping
 from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, Statistics, plan_bytes, read_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
@@ -17,6 +18,7 @@ from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.family.adapters import Adapters, adapters_of, keep, models_of
 from flexmerge_cli.family.blocks import Block, partition
 from flexmerge_cli.family.classes import TensorClass, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
@@ -60,6 +62,10 @@ class PlanRequest:
     merge_heads: bool = False
     statistics: Statistics = "all"
     """`gram` leaves out what `--method auto` needs."""
+    adapters: Adapters = "keep"
+    """What becomes of tasks that are PEFT adapters."""
+    assume_base: bool = False
+    """Take the base for an adapter's own even if it names another."""
     relative_to: Path = field(default_factory=Path)
     """Folder that relative sources are relative to."""
     access: Access = ONLINE
@@ -87,7 +93,12 @@ def open_family(request: PlanRequest) -> Family:
     base = checkpoints.pop("")
     if not checkpoints:
         raise UsageError("no tasks", hint="give --tasks DIR, or --task NAME=PATH")
-    return make_family(base, checkpoints, private=request.private, merge_heads=request.merge_heads)
+    adapters = adapters_of(base, checkpoints, assume_base=request.assume_base)
+    models = models_of(base, checkpoints, adapters)
+    kept = [
+        keep(base, name, adapter, models.pop(name)) for name, adapter in adapters.items() if request.adapters == "keep"
+    ]
+    return make_family(base, models, private=request.private, merge_heads=request.merge_heads, kept=kept)
 
 
 def make_plan(
@@ -113,6 +124,7 @@ def make_plan(
     where = choose_device(device)
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
+    keeping.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = split_vocabularies(settle_ties(family))
     threads = threads or default_threads()
@@ -122,7 +134,9 @@ def make_plan(
         for item in _survey_items(tensor):
             items.append(replace(item, codes=item.gram and request.statistics == "all"))
             owners.append(tensor)
-    total = sum(t.num_bytes for item in items for _, t in item.tasks) + sum(i.base.num_bytes for i in items if i.base)
+    of_base, of_adapters = keeping.base_items(family), keeping.change_items(family)
+    every = [*items, *of_base, *of_adapters]
+    total = sum(t.num_bytes for item in every for _, t in item.tasks) + sum(i.base.num_bytes for i in every if i.base)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -132,7 +146,7 @@ def make_plan(
 
     memory = request.access.memory_left(max_memory)
     measures = survey(
-        items,
+        every,
         device=where,
         threads=threads,
         signs=request.order.similarity is Similarity.SIGN,
@@ -140,7 +154,13 @@ def make_plan(
         on_bytes=on_bytes,
     )
     tensors = _tensor_records(family, list(zip(owners, items, measures)))
-    return _finish(family, tensors, request, save_to)
+    if family.kept:
+        digests = {item.name: measure.base_digest for item, measure in zip(items, measures) if item.base is not None}
+        digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, measures[len(items) :])}
+        for record in tensors:
+            record["base_digest"] = digests.get(record["name"])
+    made = keeping.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
+    return _finish(family, tensors, request, save_to, made)
 
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
@@ -153,6 +173,8 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
         record["digests"] = [NO_DIGEST[:32] if found is not None else None for found in tensor.tasks]
         if tensor.tensor_class is not TensorClass.MERGEABLE:
             record["gram"] = None
+        if family.kept and tensor.base is not None:
+            record["base_digest"] = NO_DIGEST[:32]
     plan = _finish(family, records, replace(request, statistics="gram"), None)
     merged = [
         {"block": block.name, "left": list(range(end)), "right": [end], "similarity": 0.0}
@@ -193,7 +215,7 @@ def load_plan(path: Path | str) -> Plan:
 def to_fetch(family: Family) -> list[RemoteFile]:
     """Files of the Hub that hold a tensor which is compared or stored."""
     remote: dict[Path, RemoteFile] = {}
-    for checkpoint in (family.base, *family.tasks):
+    for checkpoint in (family.base, *family.tasks, *(kept.model for kept in family.kept)):
         remote |= checkpoint.remote
     read = [task for tensor in family.tensors for task in tensor.tasks if task is not None]
     read += [
@@ -201,7 +223,8 @@ def to_fetch(family: Family) -> list[RemoteFile]:
         for tensor in family.tensors
         if tensor.base is not None and (tensor.tensor_class is TensorClass.MERGEABLE or tensor.resized)
     ]
-    return [remote[path] for path in dict.fromkeys(tensor.path for tensor in read) if path in remote]
+    read += [tensor for kept in family.kept for tensor in kept.model.tensors.values()]
+    return [remote[path] for path in dict.fromkeys(path for tensor in read for path in tensor.paths) if path in remote]
 
 
 def settle_ties(family: Family) -> Family:
@@ -219,6 +242,8 @@ def settle_ties(family: Family) -> Family:
     tied = {}
     for alias, targets in candidates.items():
         have = [targets[task] for task in by_name[alias].present]
+        if family.kept and by_name[alias].base is not None:
+            continue  # what the tasks tie the base need not, and adapters have the base's
         if len(set(have)) == 1 and have[0] is not None and by_name[have[0]].present == by_name[alias].present:
             tied[alias] = have[0]
     tensors = tuple(
@@ -320,6 +345,9 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
                 "same": same,
                 "is_base": is_base,
                 "finite": finite,
+                "base_shape": list(tensor.base.shape)
+                if family.kept and tensor.base is not None and tensor.base.shape != first.shape
+                else None,
             }
         )
     if bad:
@@ -338,8 +366,14 @@ def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any,
     return lines
 
 
-def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest, save_to: Path | None) -> Plan:
-    """Blocks, order and names to the measurements: the plan."""
+def _finish(
+    family: Family,
+    records: list[dict[str, Any]],
+    request: PlanRequest,
+    save_to: Path | None,
+    made: Mapping[tuple[int, str], str] | None = None,
+) -> Plan:
+    """Blocks, order and names to the measurements: the plan. made: digests of what kept adapters make."""
     mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
     blocks = partition([record["name"] for record in mergeable], request.order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
@@ -347,6 +381,8 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
         record["block"] = block_of.get(record["name"])
     tensors = {record["name"]: PlanTensor.model_validate(record) for record in mergeable}
     folder = (save_to.absolute().parent if save_to else Path.cwd()).resolve()
+    base_fingerprint = _fingerprint(family.base, [(r["name"], r["base_digest"]) for r in records])
+    of_base = keeping.base_side_files(family.base) if family.kept else {}
     fields: dict[str, Any] = {
         "format": FORMAT,
         "generator": GENERATOR,
@@ -354,7 +390,8 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
         "one_model_bytes": family.one_model_bytes,
         "base": {
             "source": _relative(family.base, folder),
-            "fingerprint": _fingerprint(family.base, [(r["name"], r["base_digest"]) for r in records]),
+            "fingerprint": base_fingerprint,
+            "files": _side_files(of_base),
         },
         "tasks": [
             {
@@ -362,16 +399,22 @@ def _finish(family: Family, records: list[dict[str, Any]], request: PlanRequest,
                 "source": _relative(checkpoint, folder),
                 "fingerprint": _fingerprint(checkpoint, [(r["name"], r["digests"][task]) for r in records]),
                 "bytes": checkpoint.num_bytes,
-                "files": _side_files(checkpoint),
+                "files": _side_files(checkpoint.side_files),
                 "names": {a: own for a, own in family.own_names[task].items() if a != own},
                 "config_base": _config_base(checkpoint),
+                "adapter": checkpoint.adapter,
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],
+        "adapters": keeping.adapter_records(
+            family, made or {}, base_fingerprint, [_relative(kept.model, folder) for kept in family.kept]
+        ),
         "tensors": records[: len(family.tensors)],
         "rows": records[len(family.tensors) :],
         "vocabularies": [asdict(vocabulary) for vocabulary in family.vocabularies],
         "settings": {
+            "adapters": request.adapters,
+            "assume_base": request.assume_base,
             "private": list(request.private),
             "merge_heads": request.merge_heads,
             "statistics": request.statistics,
@@ -454,8 +497,7 @@ def _config_base(checkpoint: Checkpoint) -> str | None:
     return named[:200] if isinstance(named, str) and named and is_text(named) else None
 
 
-def _side_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def _side_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return {
-        name: {"bytes": path.stat().st_size, "digest": digest_bytes(path.read_bytes())}
-        for name, path in checkpoint.side_files.items()
+        name: {"bytes": path.stat().st_size, "digest": digest_bytes(path.read_bytes())} for name, path in files.items()
     }

@@ -4,7 +4,7 @@ version  1
 base     source
 tasks    {name: source, or {source, revision}}
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads;
-         statistics  as --statistics;  variant  as --variant
+         statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
@@ -19,6 +19,7 @@ from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import Record
 from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
@@ -63,6 +64,8 @@ class Recipe(Record):
     merge_heads: bool = False
     variant: str | None = None
     statistics: Literal["all", "gram"] | None = None
+    adapters: Adapters | None = None
+    assume_base: bool = False
     merge: MergeRecord = MergeRecord()
     _folder: Path = PrivateAttr(default=Path())
 

@@ -10,6 +10,8 @@ tensor under its plain name is dense. Otherwise it is decoded from `<tensor>@<ro
                left · right                      low_rank, tsv_c: a float64 product
                values at index                   sparse, free: ascending positions, a bitmap or Elias–Fano
 
+A task with `adapter` is the base, `<tensor>@base` or a plain name with the same bits, and what its own file adds: a
+value, scale · left · right summed term by term in float64, or · vector along an axis; `changes` says where it lies.
 Where models differ in their vocabularies, a tensor is the rows that all have, at the places that `vocabularies` gives
 as runs, and `<tensor>@rows` at the others. Bits are counted from the least significant of a byte.
 """
@@ -109,9 +111,36 @@ def decode_residual(parts, name, task, size, method, group):
     return residual if centre is None else floats(centre).reshape(-1) + residual
 
 
+def place(file, at):
+    """An array of an adapter's file: (dtype, bits)."""
+    kind = np.dtype(NUMPY[at["dtype"]])
+    strides = [step * kind.itemsize for step in at["strides"]] if "strides" in at else None
+    return at["dtype"], np.ndarray(at["shape"], kind, file, at["offset"], strides)
+
+
+def adapt(part, change, file):
+    """(dtype, bits) of what an adapter makes of a base's part."""
+    dtype, bits = part = place(file, change["value"]) if "value" in change else part
+    if "left" not in change and "vector" not in change:
+        return part
+    values = floats(part, np.float64 if dtype == "F64" else np.float32).reshape(bits.shape[0], -1)
+    if "left" in change:
+        left, right = (floats(place(file, change[side]), np.float64) for side in ("left", "right"))
+        total = left[:, :1] * right[:1]
+        for k in range(1, len(right)):
+            total += left[:, k, None] * right[k]
+        values = values + (total * change["scale"]).astype(np.float32)
+    else:
+        vector = floats(place(file, change["vector"]))[0]
+        values = values * (vector[:, None] if change["axis"] == 0 else vector.repeat(values.shape[1] // len(vector)))
+    return dtype, bits_of(values, dtype)
+
+
 def read_stored(bundle, task):
     """{aligned name: (dtype, bits)} of all that has a digest."""
     manifest = json.loads((Path(bundle) / "manifest.json").read_bytes())
+    adapter = manifest["tasks"][task].get("adapter")
+    weights = np.memmap(Path(bundle) / "tasks" / task / adapter["weights"], np.uint8, mode="r") if adapter else None
     names = {name: record["names"] for name, record in manifest["tasks"].items()}
     dense, coded, tensors = {}, {}, {}
     for path in (path for path in manifest["tasks"][task]["files"] if path.startswith("weights/")):
@@ -126,7 +155,10 @@ def read_stored(bundle, task):
     for tensor in (t for t in manifest["tensors"] + manifest.get("rows", []) if task in t["digests"]):
         name, dtype = tensor.get("of", tensor["name"]), tensor.get("dtypes", {}).get(task, tensor["dtype"])
         shape = tensor.get("shapes", {}).get(task, tensor["shape"])
-        if name in dense:
+        if adapter:
+            base = coded.get(f"{name}@base", dense.get(name))
+            dtype, bits = adapt(base, adapter["changes"].get(name, {}), weights)
+        elif name in dense:
             stored, bits = dense[name]
             bits = bits if stored == dtype else bits_of(floats(dense[name]), dtype)
         elif places[name][1]["kind"] == "residual":

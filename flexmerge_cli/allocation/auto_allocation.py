@@ -17,7 +17,7 @@ from flexmerge_cli.allocation.auto_table import Choice, Limits
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan, PlanBlock, PlanTensor
 from flexmerge_cli.allocation.size import Size
-from flexmerge_cli.allocation.storage import effective_dtype
+from flexmerge_cli.allocation.storage import base_array, effective_dtype
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.registry import format_call, parse_call
 
@@ -51,7 +51,7 @@ class Auto:
         self._kept = {block.name: self._unit_elsewhere(block, elsewhere) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
-        self._fixed_bytes = pricer.tensor_bytes(self._allocation(()))
+        self._fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
 
     def cut(self, size: Size) -> Found:
         """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
@@ -76,6 +76,11 @@ class Auto:
         """For the tensors of the search, of bytes of tensor data."""
         most = sum(int(table.num_bytes[-1]) for table in self.search.tables)
         return min(most, math.floor(max_bytes) - self._fixed_bytes) if math.isfinite(max_bytes) else most
+
+    def _base_bytes(self) -> int:
+        """Of what kept adapters need of the base in the blocks of the search."""
+        tensors = [self.plan.tensor(name) for block in self.searched for name in block.tensors]
+        return sum(base_array(tensor, None).num_bytes for tensor in tensors if self.plan.base_readers(tensor))
 
     def _refuse(self, size: Size, smallest: Found) -> None:
         one, bill = max(1, self.plan.one_model_bytes), smallest.bill

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexmerge_cli.allocation.allocation import Allocation, MethodUse, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile, weight_files
 from flexmerge_cli.allocation.manifest import (
+    BASE_FOLDER,
     Measured,
     SmallFile,
     canonical,
+    has_entry,
     manifest_bytes,
     manifest_frame,
+    own_entries,
     tensor_entry,
     unit_entry,
 )
@@ -56,8 +59,9 @@ class Bill:
 
     @cached_property
     def tensor_bytes(self) -> int:
-        """Data stored: what factors and percentages count."""
-        return sum(part.num_bytes for file in self.files for part in file.parts)
+        """Data stored: what factors and percentages count; kept adapters' own tensors among it."""
+        own = sum(adapter.tensor_bytes for adapter in self.plan.adapters)
+        return own + sum(part.num_bytes for file in self.files for part in file.parts)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -70,16 +74,18 @@ class Bill:
         tensors = [
             tensor_entry(self.plan, storage, self.allocation.dtype, measured)
             for storage in (self.storages[tensor.name] for tensor in self.plan.tensors)
-            if storage.tensor.class_ is not TensorClass.BASE_ONLY
-        ]
+            if has_entry(self.plan, storage.tensor)
+        ] + own_entries(self.plan)
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
         return manifest_frame(self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured)
 
     def served_bytes(self, task: int) -> int:
-        """Bytes of the files that one task reads."""
-        return sum(file.num_bytes for file in self.files if task in file.readers)
+        """Bytes of the weight files that one task, or kept adapter, reads."""
+        adapter = self.plan.adapter(task)
+        own = adapter.files[adapter.weights].bytes if adapter is not None else 0
+        return own + sum(file.num_bytes for file in self.files if task in file.readers)
 
 
 class Pricer:
@@ -92,6 +98,7 @@ class Pricer:
         self._calls: dict[str, Call] = {}
         self._entries: dict[Any, int] = {}
         self._groups: dict[Any, GroupPrice | None] = {}
+        self._based: dict[Any, tuple[int, tuple[Tasks, ...]]] = {}
         self.searches: dict[Any, object] = {}
         """Of auto_allocation.py."""
 
@@ -121,9 +128,13 @@ class Pricer:
         if any(group.bits is not None for group in unit.groups):
             return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
         calls = self.calls(methods)
-        total, gains = 0, set()
+        total = 0
+        gains: set[Tasks] = set()
         for name in unit.tensors:
             tensor = self.plan.tensor(name)
+            if self.plan.base_readers(tensor):  # who shares the base's bits only the parts tell
+                total += self._with_base_bytes(name, unit.groups, methods, cast, gains)
+                continue
             copied: set[int] = set()
             needs_base = False
             for group in unit.groups:
@@ -142,6 +153,21 @@ class Pricer:
             total += base_array(tensor, cast).num_bytes if needs_base else 0
         return total + GAMMA_BYTES * sum(map(len, gains))
 
+    def _with_base_bytes(
+        self, name: str, groups: tuple[Group, ...], methods: tuple[MethodUse, ...], cast: str | None, gains: set[Tasks]
+    ) -> int:
+        key = (name, groups, methods, cast)
+        if key not in self._based:
+            calls = self.calls(methods)
+            storage = store_tensor(self.plan, self.plan.tensor(name), groups, calls, cast)
+            masked = [
+                g.tasks for g in storage.groups if g.kind == "masked" and g.method is not None and calls[g.method].gain
+            ]
+            self._based[key] = storage.num_bytes, tuple(masked)
+        num_bytes, masked_groups = self._based[key]
+        gains.update(masked_groups)
+        return num_bytes
+
     def whole(self, cast: str | None) -> tuple[Storage, ...]:
         """Storages of all that does not merge."""
         key = ("whole", cast)
@@ -155,7 +181,9 @@ class Pricer:
         return self._units[key][0]
 
     def whole_bytes(self, cast: str | None) -> int:
-        return sum(storage.num_bytes for storage in self.whole(cast))
+        """Of all that does not merge, kept adapters' own tensors among it."""
+        own = sum(adapter.tensor_bytes for adapter in self.plan.adapters)
+        return own + sum(storage.num_bytes for storage in self.whole(cast))
 
     def tensor_bytes(self, allocation: Allocation) -> int:
         """Data stored, without laying out files."""
@@ -179,16 +207,21 @@ class Pricer:
         for readers in sorted(by_readers):
             key = tuple(map(id, by_readers[readers]))
             if key not in self._files:
-                self._files[key] = weight_files(readers, by_readers[readers], plan.task_names, plan.sha256)
+                self._files[key] = weight_files(readers, by_readers[readers], plan.reader_names, plan.sha256)
             files += self._files[key]
         indices = _indices(plan, storages, files, cast)
         small = [
-            SmallFile(path=f"tasks/{task.name}/{name}", task=number, num_bytes=side.bytes)
-            for number, task in enumerate(plan.tasks)
+            SmallFile(path=f"tasks/{task.name}/{name}", readers=(number,), num_bytes=side.bytes)
+            for number, task in enumerate(plan.readers)
             for name, side in sorted(task.files.items())
         ] + [
-            SmallFile(path=f"tasks/{plan.tasks[task].name}/{INDEX_NAME}", task=task, num_bytes=len(index))
+            SmallFile(path=f"tasks/{plan.tasks[task].name}/{INDEX_NAME}", readers=(task,), num_bytes=len(index))
             for task, index in indices.items()
+        ]
+        adapters = tuple(range(len(plan.tasks), len(plan.reader_names)))
+        small += [
+            SmallFile(path=f"{BASE_FOLDER}/{name}", readers=adapters, num_bytes=side.bytes)
+            for name, side in plan.base.files.items()
         ]
         return Bill(
             plan=plan,
@@ -211,8 +244,9 @@ class Pricer:
             lengths.append(self._entries[key])
         key = ("tensors", allocation.dtype)
         if key not in self._entries:
-            stored = [storages[t.name] for t in self.plan.tensors if t.class_ is not TensorClass.BASE_ONLY]
+            stored = [storages[tensor.name] for tensor in self.plan.tensors if has_entry(self.plan, tensor)]
             entries = [tensor_entry(self.plan, storage, allocation.dtype, Measured()) for storage in stored]
+            entries += own_entries(self.plan)
             self._entries[key] = len(canonical(entries)) - 2
         return sum(lengths) + max(0, len(lengths) - 1) + self._entries[key]
 
@@ -231,7 +265,7 @@ def _indices(
         if tensor.class_ is TensorClass.TIED:
             continue
         dense = {task: part for part in storage.parts if part.array.role == "dense" for task in part.readers}
-        for task in tensor.present:
+        for task in tensor.present:  # kept adapters are none of these: theirs is an adapter's folder
             weight_map, part, own = weight_maps[task], dense.get(task), plan.own_name(task, tensor.name)
             if weight_map is None:
                 continue

@@ -12,6 +12,10 @@ vocabularies, rows   where not all models have the same rows of some tensors: th
           task's own tensor, of `rows` rows, where the common ones stand, in their order; the others are its `@rows`,
           ascending. A task that is left out has the common rows alone, as they are. `base` says where these stand in
           the base. Neither key is there without such tensors
+A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
+bit by bit; `changes` says where in its weight file lies what it makes of a tensor (kept.py). What they leave is the
+base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the base's
+config and tokenizer, for the model that an adapter makes.
 A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
 how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
@@ -35,7 +39,8 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Plan, Record, Runs, Shape
+from flexmerge_cli.allocation.kept import ChangeRecord
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Plan, PlanTensor, Record, Runs, Shape
 from flexmerge_cli.allocation.storage import Storage, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
@@ -48,6 +53,7 @@ from flexmerge_cli.version import GENERATOR
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64
 NO_DIGEST = "0" * 32
+BASE_FOLDER = "base"
 MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
 
 
@@ -66,10 +72,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFile:
-    """A file of one task: config, tokenizer, index."""
+    """A file of one task, or of the base for all kept adapters: config, tokenizer, index, an adapter's weights."""
 
     path: str
-    task: int
+    readers: Tasks
     num_bytes: int
 
 
@@ -79,6 +85,13 @@ class FileEntry(Record):
     tasks: tuple[str, ...] = Field(min_length=1)
 
 
+class AdapterEntry(Record):
+    kind: Literal["lora", "ia3"]
+    weights: str
+    """File name, in tasks/NAME."""
+    changes: dict[str, ChangeRecord]
+
+
 class TaskEntry(Record):
     source: str
     fingerprint: Digest
@@ -86,6 +99,7 @@ class TaskEntry(Record):
     distance: float | None
     names: dict[str, str]
     files: tuple[str, ...]
+    adapter: AdapterEntry | None = None
 
 
 class MethodEntry(Record):
@@ -192,6 +206,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"`{path}` is read by a task that is not there")
         if folder == "tasks" and (len(below) != 2 or file.tasks != (below[0],)):
             raise ValueError(f"`{path}` is not a file of its task")
+        if folder == BASE_FOLDER and len(below) != 1:
+            raise ValueError(f"`{path}` is not a file of the base")
     for name, task in manifest.tasks.items():
         if set(task.files) != {path for path, file in manifest.files.items() if name in file.tasks}:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
@@ -223,12 +239,16 @@ def _check(manifest: Manifest) -> None:
         own = [task.names.get(tensor.name, tensor.name) for tensor in manifest.tensors if name in tensor.digests]
         if len(set(own)) < len(own):
             raise ValueError(f"two tensors of task `{name}` have one name")
+    for name, task in manifest.tasks.items():
+        if task.adapter is not None:
+            _check_adapter(manifest, name, task.adapter)
     in_units = [name for unit in manifest.units for name in unit.tensors]
     if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
         raise ValueError("units do not hold tensors of the bundle, each once at most")
     for unit in manifest.units:
         members = [task for group in unit.groups for task in group.tasks]
-        if len(set(members)) < len(members) or not set(members) <= tasks:
+        merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
+        if len(set(members)) < len(members) or not set(members) <= merging:
             raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
         if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
             raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
@@ -270,11 +290,22 @@ def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) 
         raise ValueError("the rows of vocabularies are not those that are stored")
 
 
+def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry) -> None:
+    file = manifest.files.get(f"tasks/{name}/{adapter.weights}")
+    if file is None:
+        raise ValueError(f"adapter `{name}` has no weights")
+    tensors = {tensor.name: tensor for tensor in manifest.tensors if name in tensor.digests}
+    if not set(adapter.changes) <= set(tensors):
+        raise ValueError(f"adapter `{name}` changes a tensor that is not there")
+    for key, change in adapter.changes.items():
+        change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)
+
+
 def _stays_inside(path: str) -> bool:
-    """weights/FILE or tasks/NAME/…, of names that every disk can hold."""
+    """weights/FILE, tasks/NAME/… or base/FILE, of names that every disk can hold."""
     folder, *below = path.split("/")
     return (
-        folder in ("weights", "tasks")
+        folder in ("weights", "tasks", BASE_FOLDER)
         and below != []
         and not set(below) & {"", ".", ".."}
         and not any(character in path for character in ("\\", ":", "\0"))
@@ -320,7 +351,7 @@ def manifest_frame(
     measured: Measured,
 ) -> dict[str, Any]:
     """The whole manifest but its units and tensors, with the id open."""
-    names = plan.task_names
+    names = plan.reader_names
     inexact = inexact_tasks(plan, storages, allocation.dtype)
     tasks = {
         task.name: {
@@ -329,16 +360,27 @@ def manifest_frame(
             "exact": index not in inexact,
             "distance": fixed(measured.task_distance.get(index, 0.0)),
             "names": task.names,
-            "files": sorted(
-                [file.path for file in files if index in file.readers]
-                + [file.path for file in small if file.task == index]
-            ),
+            "files": _files_of(index, files, small),
         }
         for index, task in enumerate(plan.tasks)
     }
+    for index, adapter in enumerate(plan.adapters, len(plan.tasks)):
+        tasks[adapter.name] = {
+            "source": adapter.source,
+            "fingerprint": adapter.fingerprint,
+            "exact": True,
+            "distance": fixed(0.0),
+            "names": adapter.names,
+            "files": _files_of(index, files, small),
+            "adapter": {
+                "kind": adapter.kind,
+                "weights": adapter.weights,
+                "changes": {name: change.dump() for name, change in adapter.changes.items()},
+            },
+        }
     entries = {
         file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in files
-    } | {file.path: {"bytes": file.num_bytes, "tasks": [names[file.task]]} for file in small}
+    } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
     return _vocabulary_entries(plan, storages, allocation.dtype, measured) | {
@@ -353,7 +395,8 @@ def manifest_frame(
             "dtype": allocation.dtype,
         },
         "one_model_bytes": plan.one_model_bytes,
-        "stored_bytes": sum(part.num_bytes for file in files for part in file.parts),
+        "stored_bytes": sum(part.num_bytes for file in files for part in file.parts)
+        + sum(adapter.tensor_bytes for adapter in plan.adapters),
         "methods": [
             {
                 "name": call.method.name,
@@ -389,6 +432,11 @@ def _vocabulary_entries(
     ]
     rows = [tensor_entry(plan, storages[tensor.name], cast, measured) for tensor in plan.rows]
     return ({"vocabularies": found} if found else {}) | ({"rows": rows} if rows else {})
+
+
+def _files_of(reader: int, files: Sequence[WeightFile], small: Sequence[SmallFile]) -> list[str]:
+    found: list[WeightFile | SmallFile] = [*files, *small]
+    return sorted(file.path for file in found if reader in file.readers)
 
 
 def manifest_bytes(value: dict[str, Any]) -> bytes:
@@ -434,23 +482,60 @@ def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
 
 
+def has_entry(plan: Plan, tensor: PlanTensor) -> bool:
+    """Whether some task has it; of what only the base has, whether a kept adapter needs it."""
+    return tensor.class_ is not TensorClass.BASE_ONLY or bool(plan.adapters)
+
+
+def own_entries(plan: Plan) -> list[dict[str, Any]]:
+    """Of what kept adapters hold and neither the base nor a task has."""
+    known = {tensor.name for tensor in plan.tensors}
+    names = sorted({name for adapter in plan.adapters for name in adapter.changes} - known)
+    return [_entry(plan, name, "private", {}, {}, {}) for name in names]
+
+
 def tensor_entry(plan: Plan, storage: Storage, cast: str | None, measured: Measured) -> dict[str, Any]:
     tensor = storage.tensor
     digests = measured.digests.get(tensor.name, {})
-    dtypes = {plan.tasks[task].name: effective_dtype(tensor.dtype_of(task), cast) for task in tensor.present}
-    shapes = {plan.tasks[task].name: list(tensor.shape_of(task)) for task in tensor.present}
-    first = plan.tasks[tensor.present[0]].name
+    entry = _entry(
+        plan,
+        tensor.name,
+        tensor.class_.value,
+        {plan.tasks[task].name: effective_dtype(tensor.dtype_of(task), cast) for task in tensor.present},
+        {plan.tasks[task].name: list(tensor.shape_of(task)) for task in tensor.present},
+        {plan.tasks[task].name: digests.get(task, NO_DIGEST) for task in tensor.present},
+    )
+    if tensor.class_ is TensorClass.TIED:
+        entry["of"] = tensor.reason
+    return entry
+
+
+def _entry(
+    plan: Plan, name: str, kind: str, dtypes: dict[str, str], shapes: dict[str, list[int]], digests: dict[str, str]
+) -> dict[str, Any]:
+    """dtypes, shapes, digests: of the tasks that merge; those of kept adapters are told by the plan."""
+    tensor = plan.find(name)
+    form = tensor.base_form if tensor is not None else None
+    for adapter in plan.adapters:
+        change = adapter.changes.get(name)
+        if change is not None and change.value is not None:
+            found: tuple[str, Sequence[int], str | None] = (change.value.dtype, change.value.shape, change.digest)
+        elif tensor is not None and form is not None:
+            found = (*form, change.digest if change is not None else tensor.base_digest)
+        else:
+            continue
+        dtypes[adapter.name], shapes[adapter.name] = found[0], list(found[1])
+        digests[adapter.name] = str(found[2])
+    first = next(iter(dtypes))
     entry: dict[str, Any] = {
-        "name": tensor.name,
-        "class": tensor.class_.value,
+        "name": name,
+        "class": kind,
         "dtype": dtypes[first],
         "shape": shapes[first],
-        "digests": {plan.tasks[task].name: digests.get(task, NO_DIGEST) for task in tensor.present},
+        "digests": digests,
     }
     if len(set(dtypes.values())) > 1:
         entry["dtypes"] = dtypes
     if any(shape != shapes[first] for shape in shapes.values()):
         entry["shapes"] = shapes
-    if tensor.class_ is TensorClass.TIED:
-        entry["of"] = tensor.reason
     return entry

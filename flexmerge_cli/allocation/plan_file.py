@@ -7,6 +7,7 @@ tensors     every tensor of every file. Per task: `digests`, `same` (first task 
             float64; `coding`, if `settings.statistics` is `all`: how well they code in few bits, which `auto` needs
 rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
 vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
+adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see kept.py
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
@@ -30,10 +31,12 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import MAX_AXES
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
@@ -69,18 +72,45 @@ class SideFile(Record):
 class PlanBase(Record):
     source: str
     fingerprint: Digest
+    files: dict[str, SideFile] = {}
+    """What kept adapters need of it besides its tensors: config, tokenizer, …"""
 
 
-class PlanTask(Record):
+class PlanReader(Record):
+    """What tasks that merge and kept adapters have in common."""
+
     name: str
     source: str
     fingerprint: Digest
+    """Of an adapter: of its files and of the base."""
     bytes: Count
+    """Of the tensors of the model; of an adapter of the one that it makes."""
     files: dict[str, SideFile]
     names: dict[str, str]
     """Aligned name -> own name, where they differ."""
+
+
+class PlanTask(PlanReader):
     config_base: str | None
     """The model that its config says it comes from."""
+    adapter: Literal["lora", "ia3"] | None = None
+    """Of a task that is an adapter merged into the base, or one of a pool."""
+
+
+class PlanAdapter(PlanReader):
+    """A task that is kept as an adapter of the base: it is in no group."""
+
+    kind: Literal["lora", "ia3"]
+    tensor_bytes: Count
+    """Of its own tensors."""
+    weights: str
+    """Its weight file, one of `files`."""
+    changes: dict[str, ChangeRecord]
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Tensors that it holds whole: modules_to_save, resized embeddings, biases."""
+        return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
 
 
 class CodedWeights(Record):
@@ -122,6 +152,15 @@ class PlanTensor(Record):
     finite: bool
     coding: CodingRecord | None = None
     """null where it was not taken, and of what does not merge."""
+    base_shape: Shape | None = None
+    """The base's, where it is another; told where adapters are kept."""
+
+    @property
+    def base_form(self) -> tuple[str, Shape] | None:
+        """dtype and shape in the base."""
+        if self.base_dtype is None:
+            return None
+        return self.base_dtype, self.shape if self.base_shape is None else self.base_shape
 
     @property
     def coding_error(self) -> CodingError | None:
@@ -202,6 +241,8 @@ class Settings(Record):
     private: tuple[str, ...]
     merge_heads: bool
     statistics: Statistics = "gram"
+    adapters: Adapters = "keep"
+    assume_base: bool = False
     variant: str | None = None
     """Of the weights, e.g. `fp16`, where sources have several; left out where it is null."""
 
@@ -220,6 +261,7 @@ class Plan(Record):
     one_model_bytes: Count
     base: PlanBase
     tasks: tuple[PlanTask, ...]
+    adapters: tuple[PlanAdapter, ...] = ()
     tensors: tuple[PlanTensor, ...]
     blocks: tuple[PlanBlock, ...]
     order: tuple[PlanMerge, ...]
@@ -239,6 +281,7 @@ class Plan(Record):
 
     @property
     def all_tasks(self) -> tuple[int, ...]:
+        """Those that merge; kept adapters are numbered after them."""
         return tuple(range(len(self.tasks)))
 
     @property
@@ -246,8 +289,34 @@ class Plan(Record):
         """All that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
+    @property
+    def readers(self) -> tuple[PlanReader, ...]:
+        """All that read a bundle: the tasks, then the kept adapters."""
+        return (*self.tasks, *self.adapters)
+
+    @property
+    def reader_names(self) -> tuple[str, ...]:
+        return tuple(reader.name for reader in self.readers)
+
+    def adapter(self, reader: int) -> PlanAdapter | None:
+        return self.adapters[reader - len(self.tasks)] if reader >= len(self.tasks) else None
+
+    def base_readers(self, tensor: PlanTensor) -> tuple[int, ...]:
+        """The kept adapters that need a tensor of the base."""
+        if tensor.base_dtype is None or not self.adapters:
+            return ()
+        found: dict[str, tuple[int, ...]] = self.__dict__.setdefault("_base_readers", {})
+        if tensor.name not in found:
+            changes = [adapter.changes.get(tensor.name) for adapter in self.adapters]
+            needs = [change is None or change.value is None for change in changes]
+            found[tensor.name] = tuple(len(self.tasks) + place for place, need in enumerate(needs) if need)
+        return found[tensor.name]
+
     def tensor(self, name: str) -> PlanTensor:
         return self._by_name()[name]
+
+    def find(self, name: str) -> PlanTensor | None:
+        return self._by_name().get(name)
 
     def vocabulary(self, tensor: str) -> PlanVocabulary | None:
         """Of a tensor, or of its `@rows`; None if all models have the same rows."""
@@ -299,9 +368,11 @@ def _check(plan: Plan) -> None:
     """What types do not say. A sound sha256 does not make a plan consistent."""
     count = len(plan.tasks)
     names = [tensor.name for tensor in plan.stored]
-    if len(set(names)) < len(names) or list(plan.task_names) != sorted(set(plan.task_names)) or not count:
+    kept = [adapter.name for adapter in plan.adapters]
+    in_order = list(plan.task_names) == sorted(set(plan.task_names)) and kept == sorted(set(kept))
+    if len(set(names)) < len(names) or not in_order or not count + len(kept):
         raise ValueError("tensors or tasks are not unique, or out of order")
-    if not are_task_names(plan.task_names):
+    if not are_task_names(plan.reader_names):
         raise ValueError("a task has a name that cannot be a task's")  # it becomes a folder
     in_blocks = [name for block in plan.blocks for name in block.tensors]
     mergeable = {tensor.name for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE}
@@ -312,6 +383,8 @@ def _check(plan: Plan) -> None:
     _check_vocabularies(plan, count)
     for tensor in plan.stored:
         _check_tensor(plan, tensor, count)
+        if plan.adapters and tensor.base_dtype is not None and tensor.base_digest is None:
+            raise ValueError(f"tensor `{tensor.name}` has no digest of the base's, which adapters need")
         taken = plan.settings.statistics == "all" and tensor.class_ is TensorClass.MERGEABLE
         if (tensor.coding is not None) != taken:
             raise ValueError(f"tensor `{tensor.name}` has coding errors where the plan has none, or none where it has")
@@ -325,6 +398,8 @@ def _check(plan: Plan) -> None:
         ]
         if len(set(own)) < len(own):
             raise ValueError(f"two tensors of task `{record.name}` have one name")
+    for adapter in plan.adapters:
+        _check_adapter(plan, adapter)
     groups: dict[str, set[tuple[int, ...]]] = {block.name: {(task,) for task in range(count)} for block in plan.blocks}
     for merge in plan.order:
         block = groups.get(merge.block)
@@ -394,6 +469,20 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
         raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
     if tensor.class_ is TensorClass.TIED and not _is_tied(plan, tensor):
         raise ValueError(f"tensor `{tensor.name}` is tied to nothing of its form")
+
+
+def _check_adapter(plan: Plan, adapter: PlanAdapter) -> None:
+    if adapter.weights not in adapter.files:
+        raise ValueError(f"adapter `{adapter.name}` has no weights")
+    in_base = {tensor.name: tensor.base_form for tensor in plan.tensors if tensor.base_form is not None}
+    for name, change in adapter.changes.items():
+        form = in_base.get(name) if change.value is None else (change.value.dtype, change.value.shape)
+        if form is None:
+            raise ValueError(f"adapter `{adapter.name}` changes `{name}`, which the base has not")
+        change.check(*form, adapter.files[adapter.weights].bytes)
+    own = [adapter.names.get(name, name) for name in {*in_base, *adapter.changes}]
+    if len(set(own)) < len(own):
+        raise ValueError(f"two tensors of adapter `{adapter.name}` have one name")
 
 
 def _is_tied(plan: Plan, tensor: PlanTensor) -> bool:

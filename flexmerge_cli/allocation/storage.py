@@ -79,9 +79,11 @@ def effective_dtype(dtype: str, cast: str | None) -> str:
 def store_whole(plan: Plan, tensor: PlanTensor, cast: str | None) -> Storage:
     """A tensor that does not merge: constant or private. Tied and base-only ones store nothing."""
     if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
-        return Storage(tensor=tensor, groups=(), parts=())
-    group = _copies(plan, tensor, [tensor.present], cast)
-    return Storage(tensor=tensor, groups=tuple(group), parts=tuple(dict.fromkeys(p for g in group for p in g.parts)))
+        return with_base(plan, Storage(tensor=tensor, groups=(), parts=()))
+    group = tuple(_copies(plan, tensor, [tensor.present], cast))
+    return with_base(
+        plan, Storage(tensor=tensor, groups=group, parts=tuple(dict.fromkeys(p for g in group for p in g.parts)))
+    )
 
 
 def store_tensor(
@@ -121,7 +123,41 @@ def store_tensor(
     stored += copies[: len(copied)]
     stored.sort(key=lambda group: group.tasks)
     parts = tuple(dict.fromkeys(part for group in stored for part in group.parts))
-    return Storage(tensor=tensor, groups=tuple(stored), parts=parts)
+    return with_base(plan, Storage(tensor=tensor, groups=tuple(stored), parts=parts))
+
+
+def with_base(plan: Plan, storage: Storage) -> Storage:
+    """The same with what kept adapters need of the base: a part that has its bits gets more readers, or one is added.
+
+    Where tasks have bits of their own the part is always added: what `auto` reckons with must not depend on its choice.
+    """
+    tensor, readers = storage.tensor, plan.base_readers(storage.tensor)
+    if not readers or tensor.base_form is None:
+        return storage
+    dtype, shape = tensor.base_form
+    found = None
+    if not any(group.bits is not None for group in storage.groups):
+        copies = [part for group in storage.groups if group.kind == "copy" for part in group.parts]
+        bases = [part for part in storage.parts if part.array.role == "base"]
+        found = next((part for part in [*bases, *copies] if _holds_base(tensor, part, dtype)), None)
+    if found is None:
+        array = Array(role="base", dtype=dtype, shape=shape)
+        part = Part(name=f"{tensor.name}@base", array=array, readers=readers, tensor=tensor.name, task=None)
+        return replace(storage, parts=(*storage.parts, part))
+    wider = replace(found, readers=(*found.readers, *readers))
+    groups = tuple(
+        replace(group, parts=tuple(wider if part is found else part for part in group.parts))
+        for group in storage.groups
+    )
+    return replace(storage, groups=groups, parts=tuple(wider if part is found else part for part in storage.parts))
+
+
+def _holds_base(tensor: PlanTensor, part: Part, dtype: str) -> bool:
+    """Whether the base, or a copy of a task's tensor, has the base's own bits."""
+    if part.array.dtype != dtype:
+        return False
+    own = [task for task in part.readers if task < len(tensor.is_base)]
+    return part.array.role == "base" or any(tensor.is_base[k] and tensor.dtype_of(k) == dtype for k in own)
 
 
 def gain_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:

@@ -1,5 +1,6 @@
 """The ways to store a family, one row each: bytes on disk, bytes when served, and the command that builds it. Pure."""
 
+import math
 import shlex
 from dataclasses import dataclass
 
@@ -51,8 +52,9 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
     """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
     their smallest on the order: `common` or `all`."""
     plan = pricer.plan
-    found = sum(task.bytes for task in plan.tasks)
-    side = sum(file.bytes for task in plan.tasks for file in task.files.values())
+    found = sum(task.bytes for task in plan.tasks) + sum(adapter.tensor_bytes for adapter in plan.adapters)
+    weights = sum(adapter.files[adapter.weights].bytes for adapter in plan.adapters)
+    side = sum(file.bytes for task in plan.readers for file in task.files.values()) - weights
     command = f"flexmerge merge {shlex.quote(plan_path)}"
     rows = _auto(pricer, command)
     rows += [
@@ -60,6 +62,8 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
         way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"),
         way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"),
     ]
+    if not plan.tasks:  # adapters alone: nothing to cast or merge
+        return [row for row in rows if row.name != "cast to bf16"]
     rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
     for name, method in (COMMON | rest).items():
         call = parse_call(method)
@@ -75,12 +79,13 @@ def _auto(pricer: Pricer, command: str) -> list[Way]:
         return []
     search = auto(pricer, Limits())
     smallest, one = search.smallest().bill, max(1, plan.one_model_bytes)
-    sizes = [f"{size}x" for size in AUTO_SIZES if smallest.tensor_bytes <= size * one and size <= len(plan.tasks)]
-    if smallest.tensor_bytes > AUTO_SIZES[0] * one and smallest_factor(smallest) <= len(plan.tasks):
+    count = len(plan.reader_names)
+    sizes = [f"{size}x" for size in AUTO_SIZES if smallest.tensor_bytes <= size * one and size <= count]
+    if smallest.tensor_bytes > AUTO_SIZES[0] * one and smallest_factor(smallest) <= count:
         sizes.insert(0, f"{smallest_factor(smallest):g}x")
     rows = []
     for text in sizes:
-        size = parse_size(text, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+        size = parse_size(text, num_tasks=count, one_model_bytes=plan.one_model_bytes)
         rows.append(way(f"auto at {text}", search.cut(size).bill, f"{command} --method auto --size {text} -o bundle/"))
     return rows
 
@@ -102,7 +107,15 @@ def served_bytes(bill: Bill) -> int:
         tensor = storage.tensor
         if tensor.class_ is TensorClass.TIED:
             continue
-        total += sum(part.num_bytes for part in storage.parts if part.array.role == "dense")
+        adapters = bill.plan.base_readers(tensor)
+        total += sum(
+            part.num_bytes
+            for part in storage.parts
+            if part.array.role == "dense" or (adapters and adapters[0] in part.readers)
+        )
+        if tensor.base_form is not None:
+            changed = sum(tensor.name in adapter.changes for adapter in bill.plan.adapters)
+            total += changed * math.prod(tensor.base_form[1]) * ITEM_BYTES[tensor.base_form[0]]
         total += sum(
             tensor.num_elements * ITEM_BYTES[bill.allocation.dtype or tensor.dtype_of(task)]
             for group in storage.groups

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
+from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.bundle.publish import check_target, publish
-from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.read import Bundle, sha256_of
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.engine.output import no_space
 from flexmerge_cli.errors import FlexmergeError, UsageError
@@ -18,24 +20,33 @@ from flexmerge_cli.version import VERSION
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def export_task(bundle: Bundle, task: str, target: Path, *, force: bool = False, link: bool = False) -> None:
+def export_task(
+    bundle: Bundle, task: str, target: Path, *, force: bool = False, link: bool = False, merged: bool = False
+) -> None:
     """Write config, tokenizer and weights; `link` makes the weights hard links or reflinks of the bundle's files.
 
+    A kept adapter is given back as the folder it was, byte by byte, or, if `merged`, as the model that it makes.
     Raises UsageError if `link` is asked for and something must be decoded, renamed or cast.
     """
-    needed_bytes = check_export(bundle, task, target, force=force, link=link)
+    needed_bytes = check_export(bundle, task, target, force=force, link=link, merged=merged)
+    adapter = bundle.manifest.tasks[task].adapter
     with publish(target, force=force, needed_bytes=needed_bytes) as folder:
-        prefix = f"tasks/{task}/"
-        for path in bundle.manifest.tasks[task].files:
-            if path.startswith(prefix) and path != f"{prefix}{INDEX_NAME}":
-                shutil.copyfile(bundle.path / path, folder / path.removeprefix(prefix))
+        for path, name in _side_files(bundle, task, merged=merged).items():
+            if link and adapter is not None:
+                _link_file(bundle.path / path, folder / name)
+            else:
+                shutil.copyfile(bundle.path / path, folder / name)
+        if adapter is not None and not merged:
+            return
         if link:
             _link(bundle, task, folder)
         else:
             _write(bundle, task, folder)
 
 
-def export_all(bundle: Bundle, target: Path, *, force: bool = False, link: bool = False) -> dict[str, Path]:
+def export_all(
+    bundle: Bundle, target: Path, *, force: bool = False, link: bool = False, merged: bool = False
+) -> dict[str, Path]:
     """Every task into a folder of its name below `target`, which is made; nothing is written if one is refused."""
     places = {task: target / task for task in bundle.tasks}
     new = not (target.exists() or target.is_symlink())
@@ -47,26 +58,50 @@ def export_all(bundle: Bundle, target: Path, *, force: bool = False, link: bool 
         raise UsageError(f"{target} is no folder", hint="choose another place with -o")
     try:
         for task, place in places.items():
-            check_export(bundle, task, place, force=force, link=link)
+            check_export(bundle, task, place, force=force, link=link, merged=_makes_model(bundle, task, merged))
     except FlexmergeError:
         if new:
             target.rmdir()
         raise
     for task, place in places.items():
-        export_task(bundle, task, place, force=force, link=link)
+        export_task(bundle, task, place, force=force, link=link, merged=_makes_model(bundle, task, merged))
     return places
 
 
-def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: bool) -> int:
+def _makes_model(bundle: Bundle, task: str, merged: bool) -> bool:
+    """With --all, `merged` is of those that are adapters."""
+    return merged and bundle.manifest.tasks[task].adapter is not None
+
+
+def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
+    """Path in the bundle -> name in the export, of all but weights and index."""
+    prefix, adapter = f"tasks/{task}/", bundle.manifest.tasks[task].adapter
+    own = {path: path.removeprefix(prefix) for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
+    own.pop(f"{prefix}{INDEX_NAME}", None)
+    if adapter is None or not merged:
+        return own
+    own = {path: name for path, name in own.items() if name not in (adapter.weights, CONFIG_NAME, "README.md")}
+    of_base = {path for path in bundle.manifest.tasks[task].files if path.startswith(f"{BASE_FOLDER}/")}
+    names = {path: path.removeprefix(f"{BASE_FOLDER}/") for path in sorted(of_base)}
+    return own | {path: name for path, name in names.items() if name not in own.values()}
+
+
+def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: bool, merged: bool = False) -> int:
     """Bytes that are needed. Refuses all that can be refused before anything is written."""
     bundle.check_task(task)
-    check_target(target, force=force, replaceable=is_export)
+    check_target(target, force=force, replaceable=lambda folder: is_export(folder) or _is_same(bundle, task, folder))
     _guard(bundle, target)
-    if link and _weight_map(bundle, task) is None:
+    adapter = bundle.manifest.tasks[task].adapter
+    if merged and adapter is None:
+        raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
+    as_adapter = adapter is not None and not merged
+    if link and not as_adapter and _weight_map(bundle, task) is None:
         raise UsageError(
             f"task `{task}` cannot be linked: its tensors must be decoded, renamed or cast", hint="leave out --link"
         )
     size = 0 if link else sum(_num_bytes(*form) for form in bundle.tensors_of(task).values())
+    if as_adapter and not link:
+        size = sum(bundle.manifest.files[path].bytes for path in _side_files(bundle, task, merged=False))
     if shutil.disk_usage(target.absolute().parent).free < size:
         raise no_space(target, size)
     return size
@@ -79,6 +114,15 @@ def is_export(folder: Path) -> bool:
         return bool(weights) and all("flexmerge" in read_header(path)[1] for path in weights)
     except (FlexmergeError, OSError):
         return False
+
+
+def _is_same(bundle: Bundle, task: str, folder: Path) -> bool:
+    """Whether a folder's weights are those of this very adapter, which bear no mark of ours."""
+    adapter = bundle.manifest.tasks[task].adapter
+    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
+    if adapter is None or [path.name for path in weights] != [adapter.weights]:
+        return False
+    return sha256_of(weights[0]) == bundle.manifest.files[f"tasks/{task}/{adapter.weights}"].sha256
 
 
 def _write(bundle: Bundle, task: str, folder: Path) -> None:
@@ -131,15 +175,19 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
     stem = _stem(bundle, task)
     new_names = {path: f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
     for path, new in new_names.items():
-        try:
-            os.link(path.resolve(), folder / new)  # resolved: in the Hub's cache it is a relative link
-        except OSError:
-            _reflink(path, folder / new)
+        _link_file(path, folder / new)
     value = {
         "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
         "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _link_file(path: Path, target: Path) -> None:
+    try:
+        os.link(path.resolve(), target)  # resolved: in the Hub's cache it is a relative link
+    except OSError:
+        _reflink(path, target)
 
 
 def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:

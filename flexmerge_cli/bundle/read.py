@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from flexmerge_cli.allocation.manifest import (
     FORMAT,
     NO_SHA256,
+    AdapterEntry,
     GroupEntry,
     Manifest,
     RowsEntry,
@@ -28,6 +29,7 @@ from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.residual import stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.folder import hub_blobs
+from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -187,6 +189,9 @@ class Bundle:
     def stored(self, task: str, aligned: str) -> np.ndarray:
         """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
         tensor = self._tensors[aligned]
+        adapter = self.manifest.tasks[task].adapter
+        if adapter is not None:
+            return self._adapted(task, tensor, adapter)
         if tensor.of is not None:
             return self.stored(task, tensor.of)
         dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
@@ -224,7 +229,8 @@ class Bundle:
 
     def dense(self, task: str, aligned: str) -> StoredTensor | None:
         """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
-        return self._dense[task].get(aligned) if (task, aligned) not in self._rows else None
+        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
+        return None if is_apart else self._dense[task].get(aligned)
 
     def is_tied(self, aligned: str) -> bool:
         return self._tensors[aligned].of is not None
@@ -232,8 +238,34 @@ class Bundle:
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether `array` is a view of the file: a dense part in the task's own dtype."""
         tensor = self._tensors[aligned]
+        adapter = self.manifest.tasks[task].adapter
+        if adapter is not None:
+            return aligned not in adapter.changes
         dense = self.dense(task, tensor.of or aligned)
         return dense is not None and dense.dtype == tensor.dtype_of(task)
+
+    def adapter_file(self, task: str) -> Path | None:
+        """The weight file of a kept adapter."""
+        adapter = self.manifest.tasks[task].adapter
+        return None if adapter is None else _inside(self.path, f"tasks/{task}/{adapter.weights}")
+
+    def _adapted(self, task: str, tensor: TensorEntry, adapter: AdapterEntry) -> np.ndarray:
+        """What a kept adapter makes of a tensor; the base's bits, mapped, where it leaves it."""
+        change, shape = adapter.changes.get(tensor.name), tensor.shape_of(task)
+        weights = self.adapter_file(task)
+        assert weights is not None
+        if change is None:
+            return self.bits(self._base(task, tensor)).reshape(shape)
+        base = None if change.value is not None else self._base(task, tensor)
+        stored = replace(change.tensor(base, weights), shape=shape)
+        with Reader() as reader:
+            data = reader.read(stored, 0, stored.num_elements, np.empty(stored.num_bytes, np.uint8))
+        return data.view(NUMPY[stored.dtype]).reshape(shape)
+
+    def _base(self, task: str, tensor: TensorEntry) -> StoredTensor:
+        """The base's bits on an adapter's route."""
+        own = self._coded[task].get(f"{tensor.name}@base") or self._dense[task].get(tensor.name)
+        return own or self._part(task, f"{tensor.name}@base")
 
     def _part(self, task: str, name: str) -> StoredTensor:
         part = self._coded[task].get(name)
@@ -249,6 +281,10 @@ class Bundle:
         """Every tensor of these tasks can be decoded: its parts are there, of the dtype and size that it needs."""
         for tensor in self.manifest.stored:
             for task in [name for name in tensor.digests if name in tasks] if tensor.of is None else ():
+                adapter = self.manifest.tasks[task].adapter
+                if adapter is not None:
+                    self._check_adapted(tensor, task, adapter)
+                    continue
                 dense = self._dense[task].get(tensor.name)
                 if dense is None and tensor.name not in self._units:
                     raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
@@ -257,6 +293,17 @@ class Bundle:
                         f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
                         hint="fetch it again",
                     )
+
+    def _check_adapted(self, tensor: TensorEntry, task: str, adapter: AdapterEntry) -> None:
+        change = adapter.changes.get(tensor.name)
+        if change is not None and change.value is not None:
+            return  # the manifest's own check has its place in the file
+        base = self._base(task, tensor)
+        if (base.dtype, base.num_elements) != (tensor.dtype_of(task), math.prod(tensor.shape_of(task))):
+            raise DataError(
+                f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
+                hint="fetch it again",
+            )
 
     def _casts(self, tensor: TensorEntry, task: str, dense: StoredTensor) -> bool:
         dtypes = {dense.dtype, tensor.dtype_of(task)}

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.errors import DataError, UsageError
@@ -56,6 +57,9 @@ def load_model(view: View, **kwargs: Any) -> Any:
     except ImportError:
         raise UsageError("transformers is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
     folder = view.bundle.path / "tasks" / view.task
+    adapter = view.bundle.manifest.tasks[view.task].adapter
+    if adapter is not None and not (folder / "config.json").is_file():
+        folder = view.bundle.path / BASE_FOLDER  # an adapter's folder has seldom a config of the whole model
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"task `{view.task}` has no config.json in the bundle", hint="use bundle.view and your own code"

@@ -1,5 +1,6 @@
 """A bill and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -8,13 +9,16 @@ from pathlib import Path
 import torch
 
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest import BASE_FOLDER, Measured
+from flexmerge_cli.allocation.plan_file import PlanAdapter
 from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, is_bundle, sha256_of
-from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output, no_space
 from flexmerge_cli.errors import DataError, IntegrityError
+
+COPY_BYTES = 4 << 20
 
 
 def check_output(target: Path, bill: Bill, *, force: bool) -> None:
@@ -65,28 +69,32 @@ def write_bundle(
 
 def _write_small(bill: Bill, side_files: dict[str, Path], folder: Path, measured: Measured) -> None:
     """Side and index files; equal ones are hard links where that works."""
-    written: dict[bytes, Path] = {}
+    written: dict[str, Path] = {}
+    digests = {
+        f"tasks/{task.name}/{name}": side.digest for task in bill.plan.readers for name, side in task.files.items()
+    } | {f"{BASE_FOLDER}/{name}": side.digest for name, side in bill.plan.base.files.items()}
     indices = {f"tasks/{bill.plan.tasks[task].name}/": data for task, data in bill.indices.items()}
     for small in bill.small:
         source = side_files.get(small.path)
-        data = source.read_bytes() if source is not None else indices[small.path.rpartition("/")[0] + "/"]
-        if source is not None:
-            task = bill.plan.tasks[small.task]
-            if digest_bytes(data) != task.files[source.name].digest:
-                raise DataError(f"{source} has changed since the plan", hint="make the plan again")
         path = folder / small.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = written.setdefault(data, path)
-        if first is not path:
-            try:
-                os.link(first, path)
-            except OSError:
-                first = path
-        if first is path:
-            with path.open("xb") as file:
-                file.write(data)
-                os.fsync(file.fileno())
+        with path.open("xb") as file:
+            if source is None:
+                file.write(indices[small.path.rpartition("/")[0] + "/"])
+            else:
+                with source.open("rb") as read:  # an adapter's weights may be large
+                    shutil.copyfileobj(read, file, COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        if source is not None and digest_file(path) != digests[small.path]:
+            raise DataError(f"{source} has changed since the plan", hint="make the plan again")
         measured.sha256[small.path] = sha256_of(path)
+        first = written.setdefault(measured.sha256[small.path], path)
+        if first is not path:
+            link = path.with_name(f".{path.name}.link")
+            with contextlib.suppress(OSError):
+                os.link(first, link)
+                link.replace(path)
 
 
 def _check_written(bill: Bill, folder: Path) -> None:
@@ -95,12 +103,17 @@ def _check_written(bill: Bill, folder: Path) -> None:
     if total != bill.total_bytes:
         raise IntegrityError(f"{total:,} bytes were written, {bill.total_bytes:,} were planned", hint="report this")
     bundle = Bundle.open(folder)
-    for number, task in enumerate(bill.plan.tasks):
-        expected = {
-            bill.plan.own_name(number, tensor.name): list(bill.plan.whole_shape(tensor, number))
-            for tensor in bill.plan.tensors
-            if number in tensor.present
-        }
+    for number, task in enumerate(bill.plan.readers):
+        if isinstance(task, PlanAdapter):
+            forms = {t.name: list(t.base_form[1]) for t in bill.plan.tensors if t.base_form is not None}
+            forms |= {name: list(change.value.shape) for name, change in task.changes.items() if change.value}
+            expected = {task.names.get(name, name): shape for name, shape in forms.items()}
+        else:
+            expected = {
+                bill.plan.own_name(number, tensor.name): list(bill.plan.whole_shape(tensor, number))
+                for tensor in bill.plan.tensors
+                if number in tensor.present
+            }
         found = {name: list(shape) for name, (_, shape) in bundle.tensors_of(task.name).items()}
         if found != expected:
             missing = sorted(set(expected) ^ set(found))[:5]

@@ -54,6 +54,10 @@ class Checkpoint:
     """What lies beside the weights and is left there."""
     remote: dict[Path, RemoteFile] = field(default_factory=dict)
     """Weight files that are not on this disk yet; `fetch` (hub.py) brings them to these paths."""
+    private: frozenset[str] = frozenset()
+    """Own names of tensors that are this model's alone, whatever others hold: what an adapter saved whole."""
+    adapter: str | None = None
+    """Kind of the adapter that makes this model of a base."""
 
     @property
     def num_bytes(self) -> int:

@@ -12,12 +12,13 @@ from pathlib import PurePosixPath
 from flexmerge_cli.text import is_text
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# In order of preference: transformers and timm, open_clip, diffusers; one file, or an index of shards.
+# In order of preference: transformers and timm, open_clip, diffusers, last peft; one file, or an index of shards.
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "open_clip_pytorch_model.bin",
     "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
+    "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
 # What training leaves beside a model: state of the optimiser, not weights.
 NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*")

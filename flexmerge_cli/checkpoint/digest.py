@@ -5,6 +5,7 @@ range is joined with the neighbours' ends in order. So the digest does not depen
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -61,4 +62,14 @@ def digest_bytes(data: np.ndarray | bytes) -> str:
     """Digest of a whole tensor's (or file's) bytes."""
     whole = TensorDigest()
     whole.add(digest_range(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data, 0))
+    return whole.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The same of a file, read in pieces."""
+    whole, position = TensorDigest(), 0
+    with path.open("rb") as file:
+        while data := file.read(PIECE_BYTES):
+            whole.add(digest_range(np.frombuffer(data, np.uint8), position))
+            position += len(data)
     return whole.hexdigest()

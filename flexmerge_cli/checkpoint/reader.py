@@ -3,15 +3,18 @@
 Tensors that are streamed are read from where they are (stream.py), into the same buffers.
 """
 
+import math
 import os
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import NUMPY
+from flexmerge_cli.checkpoint.change import LowRank, add_product, multiply
+from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 
@@ -39,6 +42,8 @@ class Reader:
 
     def read(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements [start, stop) in C order into `buffer` (uint8, large enough); returns what of it was filled."""
+        if tensor.change is not None:
+            return self._changed(tensor, start, stop, buffer)
         filled = buffer[: (stop - start) * tensor.item_bytes]
         if tensor.selection is not None:
             done = 0
@@ -71,6 +76,34 @@ class Reader:
                 )
             view, position = view[count:], position + count
         return filled
+
+    def _changed(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """The base's range, and what an adapter does to it: float32, rounded once. Needs the factors beside it."""
+        filled = self.read(replace(tensor, change=None), start, stop, buffer)
+        change, bits = tensor.change, filled.view(NUMPY[tensor.dtype])
+        values = bits if tensor.dtype == "F64" else to_float32(bits, tensor.dtype)
+        columns = math.prod(tensor.shape[1:])
+        if not len(values):
+            return filled
+        if isinstance(change, LowRank):
+            left = self._floats(change.left, start // columns, -(-stop // columns))
+            right = self._floats(change.right, 0, change.right.shape[0])
+            add_product(values, start, columns, left.astype(np.float64), right.astype(np.float64), change.scale)
+        elif change is not None:
+            multiply(values, start, columns, self._floats(change.vector, 0, 1)[0], change.axis)
+        if values is not bits:
+            bits[:] = from_float32(values, tensor.dtype)
+        return filled
+
+    def _floats(self, factor: StoredTensor, first: int, stop: int) -> np.ndarray:
+        """Rows [first, stop) of a matrix, float32."""
+        width = factor.shape[1]
+        if factor.strides is not None and factor.stream is not None:  # transposed: whole, as its file has it
+            plain = replace(factor, shape=factor.shape[::-1], strides=None)
+            return np.ascontiguousarray(self._floats(plain, 0, width).T[first:stop])
+        buffer = np.empty((stop - first) * width * factor.item_bytes, np.uint8)
+        bits = self.read(factor, first * width, stop * width, buffer).view(NUMPY[factor.dtype])
+        return to_float32(bits, factor.dtype).reshape(stop - first, width)
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Tell the kernel that these elements are read soon, so that disk or network work while others compute."""

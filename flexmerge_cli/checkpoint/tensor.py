@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: what it is and where its bytes lie. No I/O."""
+"""One tensor of a checkpoint: what it is and where its bytes lie, or what it is computed from. No I/O."""
 
 import math
 from bisect import bisect_right
@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexmerge_cli.checkpoint.change import Change
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import Runs, num_rows
 
@@ -33,6 +34,14 @@ class StoredTensor:
     """Where its bytes are read from instead of from `path`."""
     selection: "Selection | None" = None
     """Of rows that were picked out of another tensor, which the other fields but `shape` are of."""
+    change: Change | None = None
+    """What is done to these bytes on reading: the tensor of a model that an adapter makes."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that reading takes."""
+        change = self.selection.of.change if self.selection is not None else self.change
+        return (self.path, *(factor.path for factor in (change.factors if change is not None else ())))
 
     @property
     def num_elements(self) -> int:
@@ -49,7 +58,7 @@ class StoredTensor:
     @property
     def is_contiguous(self) -> bool:
         """Whether its bytes lie in the file one after another, from `offset` on."""
-        return self.strides is None and self.selection is None
+        return self.strides is None and self.selection is None and self.change is None
 
     def take(self, runs: Runs) -> "StoredTensor":
         """Rows of axis 0, in this order, as a tensor of their own. runs: as rows.py has them."""
@@ -58,7 +67,7 @@ class StoredTensor:
             first = runs[0][0] if runs else 0
             return replace(self, shape=shape, offset=self.offset + first * math.prod(shape[1:]) * self.item_bytes)
         ends = tuple(accumulate(count for _, count in runs))
-        return replace(self, shape=shape, selection=Selection(of=self, runs=runs, ends=ends))
+        return replace(self, shape=shape, change=None, selection=Selection(of=self, runs=runs, ends=ends))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,9 @@ def export(
     task: Annotated[str | None, typer.Option("--task", help="The task to give back.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard links or reflinks; nothing must need decoding.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of an adapter that was kept: the model it makes, not its own folder.")
+    ] = False,
     offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -38,10 +41,10 @@ def export(
         located = locate(bundle, access, tasks=[task] if task is not None else None, on_progress=on_progress)
     opened = located.open()
     if task is not None:
-        export_task(opened, task, output, force=force, link=link)
+        export_task(opened, task, output, force=force, link=link, merged=merged)
         places = {task: output}
     else:
-        places = export_all(opened, output, force=force, link=link)
+        places = export_all(opened, output, force=force, link=link, merged=merged)
     value = {"exported": {name: str(place) for name, place in places.items()}}
 
     def show(found: dict[str, dict[str, str]]) -> None:

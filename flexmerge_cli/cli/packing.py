@@ -96,7 +96,7 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     def resolved(source: str, start: Path) -> str:
         return pinned_source(source, request.access) if is_remote(source) else str((start / source).resolve())
 
-    old = {task.name: resolved(task.source, folder) for task in plan.tasks} | {"": resolved(plan.base.source, folder)}
+    old = {task.name: resolved(task.source, folder) for task in plan.readers} | {"": resolved(plan.base.source, folder)}
     new = {name: resolved(source, request.relative_to) for name, source in request.tasks.items()}
     new[""] = resolved(request.base, request.relative_to)
     settings, order = plan.settings, request.order
@@ -104,7 +104,9 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
         order.linkage, order.strategy, order.similarity, order.seed,
     )  # fmt: skip
     same_files = settings.variant == request.access.variant
-    same_classes = (settings.merge_heads, settings.private) == (request.merge_heads, request.private)
+    same_classes = (settings.merge_heads, settings.private, settings.adapters, settings.assume_base) == (
+        request.merge_heads, request.private, request.adapters, request.assume_base,
+    )  # fmt: skip
     rules = Path(order.blocks).read_text() if Path(order.blocks).is_file() else None
     return (
         old == new

@@ -49,6 +49,17 @@ def plan(
     statistics: Annotated[
         str | None, typer.Option("--statistics", help="all (default); gram leaves out what --method auto needs.")
     ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            "--adapters",
+            help="Tasks that are PEFT adapters: keep (default) them as they are over the base, or merge each into it "
+            "and treat it as any fine-tune.",
+        ),
+    ] = None,
+    assume_base: Annotated[
+        bool, typer.Option("--assume-base", help="The base is the adapters' own, whatever they name as theirs.")
+    ] = False,
     method: MethodOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
@@ -80,7 +91,10 @@ def plan(
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
     memory = options.memory_of(max_memory)
     access = options.access_of(offline=offline, quiet=quiet, variant=variant, stream=stream, max_memory=memory)
-    given = plan_request(source, base, tasks, task or [], chosen, tuple(private or ()), merge_heads, statistics, access)
+    apart = tuple(private or ())
+    given = plan_request(
+        source, base, tasks, task or [], chosen, apart, merge_heads, statistics, access, adapters, assume_base
+    )
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:

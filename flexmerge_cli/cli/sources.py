@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
@@ -64,8 +65,12 @@ def plan_request(
     merge_heads: bool,
     statistics: str | None = None,
     access: Access = ONLINE,
+    adapters: str | None = None,
+    assume_base: bool = False,
 ) -> Given:
     """Options win over the recipe."""
+    if adapters not in (None, *get_args(Adapters)):
+        raise UsageError(f"--adapters {adapters} is not known", hint=f"one of: {', '.join(get_args(Adapters))}")
     if statistics not in (None, "all", "gram"):
         raise UsageError(f"--statistics {statistics} is not known", hint="one of: all, gram")
     recipe: Recipe | None = None
@@ -78,7 +83,7 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        if base or tasks or task or private or merge_heads:
+        if base or tasks or task or private or merge_heads or adapters or assume_base:
             raise UsageError(
                 "a plan has its sources and classes already", hint="leave out --base, --tasks, --private …"
             )
@@ -121,6 +126,8 @@ def plan_request(
         order=order_settings(order, recipe.order_fields() if recipe else {}),
         private=private or (tuple(recipe.private) if recipe else ()),
         merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
+        adapters=cast(Adapters, adapters or (recipe.adapters if recipe else None) or "keep"),
+        assume_base=assume_base or bool(recipe and recipe.assume_base),
         statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
         relative_to=recipe.folder if recipe else Path(),
         access=replace(access, variant=access.variant or (recipe.variant if recipe else None)),

@@ -67,8 +67,7 @@ class Encoder:
                 self._bits(storage, group, raw, piece)
             else:
                 self._residuals(storage, group, raw, piece, whole)
-        base = next((part for part in storage.parts if part.array.role == "base"), None)
-        if base is not None:
+        for base in (part for part in storage.parts if part.array.role == "base"):
             # A copy: the buffer that was read into is the next item's, and the hash is taken later.
             self._emit(base, span.start, cast(raw.bits[BASE], base.array.dtype).clone(), piece)
         return piece

@@ -127,7 +127,8 @@ class _Run:
     def spans(self, name: str, scope: Scope = "element") -> list[Span]:
         tensor = self.plan.tensor(name)
         # Private tensors may differ in shape; each task's own length is cut alike.
-        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in tensor.shapes or () if shape is not None]
+        shapes = [*(tensor.shapes or ()), tensor.base_shape]
+        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes if shape is not None]
         return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
 
     def scope(self, storage: Storage) -> Scope:

@@ -124,7 +124,9 @@ class Worker:
     def models(self, storage: Storage) -> tuple[int, ...]:
         """What has to be read of a tensor: of equal tasks the first, and the base if something merges."""
         leaders = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
-        return (*leaders, BASE) if any(self._needs_base(group) for group in storage.groups) else tuple(leaders)
+        needs_base = any(self._needs_base(group) for group in storage.groups)
+        needs_base = needs_base or any(part.array.role == "base" for part in storage.parts)
+        return (*leaders, BASE) if needs_base else tuple(leaders)
 
     def _needs_base(self, group: StoredGroup) -> bool:
         if group.kind == "copy" or group.bits is None:

@@ -101,7 +101,7 @@ def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     by_bytes: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.num_elements and tensor.path.suffix != ".safetensors":
-            key = (tensor.path, tensor.offset, tensor.dtype, tensor.shape, tensor.strides)
+            key = (tensor.path, tensor.offset, tensor.dtype, tensor.shape, tensor.strides, tensor.change)
             by_bytes.setdefault(key, []).append(name)
     found = {}
     for names in by_bytes.values():

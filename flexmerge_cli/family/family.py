@@ -12,6 +12,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.family.adapters import KeptAdapter
 from flexmerge_cli.family.align import Alignment, align, aligned_names
 from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, aliases, is_resized, is_resnet, why_private
@@ -85,6 +86,8 @@ class Family:
     """Where rows are not the same tokens in all models (vocabulary.py)."""
     rows: tuple[FamilyTensor, ...] = ()
     """What is not common to all of such tensors, as `<tensor>@rows`: a part of them, stored as a tensor of its own."""
+    kept: tuple[KeptAdapter, ...] = ()
+    """Tasks that stay adapters of the base, in code-point order; they are in no list above."""
 
     @property
     def stored(self) -> tuple[FamilyTensor, ...]:
@@ -93,8 +96,9 @@ class Family:
 
     @property
     def one_model_bytes(self) -> int:
-        """Mean over tasks of the tensor bytes of a model, rounded to the nearest byte."""
-        return round(sum(task.num_bytes for task in self.tasks) / len(self.tasks))
+        """Mean over tasks of the tensor bytes of a model, rounded to the nearest byte; of an adapter what it makes."""
+        models = [*self.tasks, *(kept.model for kept in self.kept)]
+        return round(sum(model.num_bytes for model in models) / len(models))
 
 
 def are_task_names(names: Sequence[str]) -> bool:
@@ -140,14 +144,15 @@ def make_family(
     *,
     private: Sequence[str] = (),
     merge_heads: bool = False,
+    kept: Sequence[KeptAdapter] = (),
 ) -> Family:
     """Align names and classify what headers can classify. Raises DataError with every task that does not fit."""
-    check_task_names(list(tasks))
+    check_task_names([*tasks, *(adapter.name for adapter in kept)])
     names = tuple(sorted(tasks))
     checkpoints = tuple(tasks[name] for name in names)
     taken = [
         f"`{name}` of {checkpoint.path}"
-        for checkpoint in (base, *checkpoints)
+        for checkpoint in (base, *checkpoints, *(adapter.model for adapter in kept))
         for name in checkpoint.tensors
         if PART_NAME.search(name)
     ]
@@ -177,13 +182,22 @@ def make_family(
         targets = {tied[index].get(name) for index in tensor.present}
         if not tensor.present:
             tensor = replace(tensor, tensor_class=TensorClass.BASE_ONLY)
-        elif len(targets) == 1 and None not in targets:
+        elif len(targets) == 1 and None not in targets and not (kept and tensor.base is not None):
             tensor = replace(tensor, tensor_class=TensorClass.TIED, reason=str(targets.pop()))
+        elif any(part.name in checkpoint.private for part, checkpoint in zip(parts, checkpoints) if part is not None):
+            tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason="saved whole by an adapter")
         elif reason := why_private(name, tensor.base, parts, private=private, merge_heads=merge_heads, resnet=resnet):
             resized = is_resized(name, tensor.base, parts, private=private, merge_heads=merge_heads, resnet=resnet)
             tensor = replace(tensor, tensor_class=TensorClass.PRIVATE, reason=reason, resized=resized)
         tensors.append(tensor)
-    return Family(base=base, task_names=names, tasks=checkpoints, tensors=tuple(tensors), own_names=own_names)
+    return Family(
+        base=base,
+        task_names=names,
+        tasks=checkpoints,
+        tensors=tuple(tensors),
+        own_names=own_names,
+        kept=tuple(sorted(kept, key=lambda adapter: adapter.name)),
+    )
 
 
 def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:

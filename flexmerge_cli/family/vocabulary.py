@@ -31,8 +31,11 @@ Sizes = tuple[int, ...]
 
 
 def split_vocabularies(family: Family) -> Family:
-    """Reads tokenizer files, if a tensor of the family is a vocabulary's. Ties must be settled."""
-    members = _members(family)
+    """Reads tokenizer files, if a tensor of the family is a vocabulary's. Ties must be settled.
+
+    Where adapters are kept nothing is split: what they need of the base is its tensors, whole.
+    """
+    members = {} if family.kept else _members(family)
     if not members:
         return family
     tokens = _tokens(family)

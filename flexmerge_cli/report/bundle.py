@@ -38,9 +38,9 @@ def merge_summary(
         "tasks": {
             task.name: {
                 "route_bytes": bill.served_bytes(index),
-                "distance": measured.task_distance.get(index) if measured else None,
+                "distance": measured.task_distance.get(index, 0.0) if measured else None,
             }
-            for index, task in enumerate(plan.tasks)
+            for index, task in enumerate(plan.readers)
         },
         "peak_memory_bytes": materialise_bytes(
             len(plan.tasks), threads or default_threads(), CHUNK_ELEMENTS, whole_elements=whole_elements(bill)

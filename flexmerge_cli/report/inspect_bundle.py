@@ -101,7 +101,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
                 "bytes": facts.class_bytes.get(kind.value, 0),
             }
             for kind in TensorClass
-            if kind is not TensorClass.BASE_ONLY
+            if kind is not TensorClass.BASE_ONLY or facts.class_bytes.get(kind.value, 0)
         },
         "units": [
             {
@@ -159,7 +159,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
                 f"{task['own_bytes']:,}",
                 "nothing: exact" if task["exact"] else f"{task['approximated'] / max(1, task['parameters']):.1%}",
                 draw.number(task["distance"]),
-                "loads it" if task["loads"] else "after export",
+                "peft does" if "adapter" in task else "loads it" if task["loads"] else "after export",
             )
             for name, task in value["tasks"].items()
         ],
@@ -216,6 +216,8 @@ PLURALS = {"copy": "copies", "merged": "merged", "masked": "masked", "residual":
 def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
     bundle, manifest = facts.bundle, facts.bundle.manifest
     entry, route = manifest.tasks[task], bundle.route(task)
+    if entry.adapter is not None:
+        route = [*route, f"tasks/{task}/{entry.adapter.weights}"]
     approximated = sum(
         elements
         for unit, elements in zip(manifest.units, facts.unit_elements)
@@ -228,6 +230,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "distance": entry.distance,
         "parameters": sum(math.prod(shape) for _, shape in bundle.tensors_of(task).values()),
         "approximated": approximated,
+        **({"adapter": entry.adapter.kind} if entry.adapter is not None else {}),
         "route_bytes": sum(manifest.files[path].bytes for path in route),
         "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
         "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),

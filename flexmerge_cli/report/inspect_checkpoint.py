@@ -7,7 +7,9 @@ only `plan` knows.
 from typing import Any
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
+from flexmerge_cli.checkpoint.peft import is_adapter, read_adapter
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.blocks import partition
 from flexmerge_cli.family.classes import aliases, is_resnet, tied_by_config, why_private
 from flexmerge_cli.report.inspect_draw import long_table
@@ -28,6 +30,7 @@ def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
     merging = [name for name in tensors if name not in shared and name not in private]
     return {
         "kind": "checkpoint",
+        **({"adapter": _adapter(checkpoint)} if is_adapter(checkpoint) else {}),
         "source": checkpoint.source,
         "path": str(checkpoint.path),
         "model_type": _word(checkpoint.config.get("model_type")),
@@ -70,6 +73,10 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
     """Tables on stdout."""
     what = ", ".join(value["architectures"]) or value["model_type"] or "no config.json"
     print(printable(f"{value['source']}: a checkpoint ({what})"))
+    if "adapter" in value:
+        adapter = value["adapter"]
+        what = f"{adapter['kind']} of {adapter['modules']} modules" if adapter["kind"] else adapter["refused"]
+        print(printable(f"a PEFT adapter: {what}; trained on {adapter['base'] or 'a base it does not name'}"))
     print(
         f"{value['parameters']:,} parameters, {human_bytes(value['bytes'])} "
         f"in {sum(file['tensors'] for file in value['files'])} tensors; weight files: {len(value['files'])}"
@@ -96,6 +103,20 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
         print("no private candidates")
     if value["tied"]:
         table(["tied", "to", "why"], [(found["name"], found["of"], found["why"]) for found in value["tied"]], left=3)
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of what kind, or why it is none that flexmerge reads."""
+    try:
+        adapter = read_adapter(checkpoint)
+    except DataError as error:
+        return {"kind": None, "refused": error.message, "base": None, "modules": 0, "ranks": []}
+    return {
+        "kind": adapter.kind.value,
+        "base": adapter.base_name,
+        "modules": len(adapter.factors) + len(adapter.vectors),
+        "ranks": sorted({factors.a.shape[0] for factors in adapter.factors.values()}),
+    }
 
 
 SUMS = ("tensors", "parameters", "bytes")

@@ -51,7 +51,7 @@ def curve_of(plan: Plan) -> Curve:
 
 def dense_sizes(plan: Plan) -> list[int]:
     """Tensor bytes after 0, 1, … all merges: what `Cutter.sizes` has for `average`, at a hundredth of the time."""
-    prices = {name: _Price(plan.tensor(name), plan.all_tasks) for block in plan.blocks for name in block.tensors}
+    prices = {name: _Price(plan, plan.tensor(name)) for block in plan.blocks for name in block.tensors}
     sizes = [Pricer(plan).tensor_bytes(copies(plan))]
     for merge in plan.merges():
         tensors = [prices[name] for name in plan.blocks[merge.block].tensors]
@@ -60,17 +60,27 @@ def dense_sizes(plan: Plan) -> list[int]:
 
 
 class _Price:
-    """What one tensor stores: distinct copies, and one value per group for which copies would cost more."""
+    """What one tensor stores: distinct copies, and one value per group for which copies would cost more; and for kept
+    adapters the base's, where it is no copy."""
 
-    def __init__(self, tensor: PlanTensor, tasks: Tasks) -> None:
+    def __init__(self, plan: Plan, tensor: PlanTensor) -> None:
         self.tensor = tensor
         self.num_elements = tensor.num_elements
-        self.copies = Counter(tensor.same[task] for task in tasks)
+        self.copies = Counter(tensor.same[task] for task in plan.all_tasks)
         """Leader -> groups that hold a copy of it."""
+        self.base_bytes = self.num_elements * ITEM_BYTES[str(tensor.base_dtype)] if plan.base_readers(tensor) else 0
+        self.base_leader = next(
+            (k for k in plan.all_tasks if tensor.is_base[k] and tensor.dtype_of(k) == tensor.base_dtype), None
+        )
 
     def merge(self, left: Tasks, right: Tasks) -> int:
         """By how many bytes it changes."""
-        return self._put(left, -1) + self._put(right, -1) + self._put(tuple(sorted(left + right)), 1)
+        before = self._base()
+        change = self._put(left, -1) + self._put(right, -1) + self._put(tuple(sorted(left + right)), 1)
+        return change + self._base() - before
+
+    def _base(self) -> int:
+        return 0 if self.base_leader is not None and self.copies[self.base_leader] else self.base_bytes
 
     def _put(self, group: Tasks, sign: int) -> int:
         leaders = {self.tensor.same[task] for task in group}
@@ -121,7 +131,7 @@ def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> li
 
 def named_cuts(plan: Plan, sizes: Sequence[int]) -> list[tuple[str, int]]:
     """`1x`, `1.25x`, … `Mx` and the number of merges that reaches each; what nothing reaches is left out."""
-    count = len(plan.tasks)
+    count = len(plan.reader_names)
     found = []
     for factor in [factor for factor in FACTORS if factor < count] + [count]:
         size = parse_size(f"{factor}x", num_tasks=count, one_model_bytes=plan.one_model_bytes)

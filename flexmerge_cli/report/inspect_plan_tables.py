@@ -6,6 +6,7 @@ import numpy as np
 
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.plan import adapter_words
 from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
 from flexmerge_cli.report.vocabulary import show_vocabularies
 
@@ -21,6 +22,9 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
         f"{len(value['blocks'])} blocks ({settings['blocks']}), {value['merges']:,} merges: {settings['similarity']}, "
         f"{settings['linkage']} linkage, {settings['strategy']}; 1x = one model = {human_bytes(one)}"
     )
+    for task in value["tasks"]:
+        if "adapter" in task:
+            print(printable(f"{task['name']}: {adapter_words(task)}"))
     if "block" in value:
         _show_block(facts, value["block"])
         return
@@ -33,7 +37,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
         print("nothing to merge: " + ("no tensor merges" if len(value["tasks"]) > 1 else "there is one task"))
     if value["blocks"]:
         _show_blocks(value, every=every)
-    _show_extremes(value)
+        _show_extremes(value)
 
 
 def _show_sizes(value: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "sha256": plan.sha256,
         "one_model_bytes": plan.one_model_bytes,
         "base": plan.base.source,
-        "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
+        "tasks": task_rows(plan),
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
@@ -69,6 +69,29 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "peak_memory_bytes": materialise_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
         "warnings": warnings(plan),
     }
+
+
+def task_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Every task; `adapter` of one that is, or was, an adapter."""
+    found: list[dict[str, Any]] = [
+        {"name": task.name, "source": task.source, "bytes": task.bytes}
+        | ({"adapter": {"kind": task.adapter, "becomes": plan.settings.adapters}} if task.adapter else {})
+        for task in plan.tasks
+    ]
+    return found + [
+        {"name": each.name, "source": each.source, "bytes": each.bytes}
+        | {"adapter": {"kind": each.kind, "becomes": "keep", "bytes": each.tensor_bytes}}
+        for each in plan.adapters
+    ]
+
+
+def adapter_words(row: dict[str, Any]) -> str:
+    """Of a task's row: `lora, kept in 12,345 bytes`."""
+    adapter = row.get("adapter")
+    if adapter is None:
+        return ""
+    becomes = {"keep": "kept in", "merge": "merged into the base", "pool": "pooled"}[adapter["becomes"]]
+    return f"{adapter['kind']}, {becomes}" + (f" {adapter['bytes']:,} bytes" if "bytes" in adapter else "")
 
 
 def classes(plan: Plan) -> dict[str, Any]:
@@ -146,8 +169,22 @@ def warnings(plan: Plan) -> list[str]:
     damaged = [t.name for t in plan.stored if not t.finite]
     if damaged:
         found.append(f"not finite, and stored as found: {', '.join(damaged[:10])}")
+    found += adapter_warnings(plan)
     if plan.near_ties:
         found.append(f"{plan.near_ties} merges are within 2^-18 of another: their order may differ between machines")
+    return found
+
+
+def adapter_warnings(plan: Plan) -> list[str]:
+    """What engines refuse of the adapters that are kept."""
+    found = []
+    for each in plan.adapters:
+        if each.whole:
+            some = ", ".join(each.whole[:3]) + (", …" if len(each.whole) > 3 else "")
+            found.append(
+                f"adapter `{each.name}` holds whole tensors ({some}), which vLLM and other engines do not load in an "
+                "adapter: they need `flexmerge export --merged`"
+            )
     return found
 
 
@@ -172,7 +209,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     return {
         "one_model_bytes": plan.one_model_bytes,
         "base": plan.base.source,
-        "tasks": [{"name": task.name, "source": task.source, "bytes": task.bytes} for task in plan.tasks],
+        "tasks": task_rows(plan),
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
@@ -187,10 +224,10 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
             for row in ways(pricer, "plan.json")
             if row.name != "exact deduplication"
         ],
-        "read_bytes": sum(task.bytes for task in plan.tasks),
+        "read_bytes": sum(task.bytes for task in plan.readers),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS, row_elements=row),
-        "warnings": vocabulary_warnings(plan),
+        "warnings": vocabulary_warnings(plan) + adapter_warnings(plan),
     }
 
 
@@ -199,11 +236,12 @@ def show_plan(value: dict[str, Any]) -> None:
     copies = sum(task["bytes"] for task in value["tasks"])
     one = value["one_model_bytes"]
     print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(copies)}; 1x = one model = {human_bytes(one)}")
-    table(
-        ["task", "source", "bytes"],
-        [(task["name"], task["source"], f"{task['bytes']:,}") for task in value["tasks"]],
-        left=2,
-    )
+    adapters = any("adapter" in task for task in value["tasks"])
+    rows = [
+        (task["name"], task["source"], *([adapter_words(task)] if adapters else []), f"{task['bytes']:,}")
+        for task in value["tasks"]
+    ]
+    table(["task", "source", *(["adapter"] if adapters else []), "bytes"], rows, left=3 if adapters else 2)
     table(
         ["class", "tensors", "bytes", "names"],
         [
@@ -213,7 +251,7 @@ def show_plan(value: dict[str, Any]) -> None:
         ],
     )
     show_vocabularies(value["vocabularies"])
-    if "sizes" in value:
+    if "sizes" in value and value["blocks"]:
         _show_sizes(value)
     table(
         ["way to store them", "size", "on disk", "served"],
@@ -240,7 +278,7 @@ def show_plan(value: dict[str, Any]) -> None:
 
 
 def _show_sizes(value: dict[str, Any]) -> None:
-    names = [task["name"] for task in value["tasks"]]
+    names = [task["name"] for task in value["tasks"] if task.get("adapter", {}).get("becomes") != "keep"]
     exact = value["exact_bytes"]
     print(f"after exact deduplication: {exact:,} bytes, {exact / value['one_model_bytes']:.2f}x")
     many = len(names) > MANY_TASKS

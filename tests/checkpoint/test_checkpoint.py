@@ -43,7 +43,7 @@ def test_safetensors_win_where_both_lie(tmp_path):
     assert list(open_checkpoint(str(tmp_path)).tensors) == ["new"]
 
 
-def test_a_lone_file_of_any_name_is_found_and_an_adapter_is_not(tmp_path):
+def test_a_lone_file_of_any_name_is_found_and_an_adapter_by_its_own(tmp_path):
     assert find_weights(tmp_path) is None
     torch.save({}, tmp_path / "training_args.bin")
     assert find_weights(tmp_path) is None
@@ -53,7 +53,12 @@ def test_a_lone_file_of_any_name_is_found_and_an_adapter_is_not(tmp_path):
     assert find_weights(tmp_path) is None
     (tmp_path / "adapter").mkdir()
     save_file(STATE, tmp_path / "adapter" / "adapter_model.safetensors")
-    assert find_weights(tmp_path / "adapter") is None
+    assert find_weights(tmp_path / "adapter") == tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(STATE, tmp_path / "adapter" / "model.safetensors")
+    assert find_weights(tmp_path / "adapter") == tmp_path / "adapter" / "model.safetensors"
+    (tmp_path / "other").mkdir()
+    save_file(STATE, tmp_path / "other" / "my_adapter.safetensors")
+    assert find_weights(tmp_path / "other") is None
 
 
 def test_side_files_are_what_makes_the_weights_usable(tmp_path):

@@ -34,7 +34,7 @@ STATE = encoder()
     (["epoch3.safetensors"], "epoch3.safetensors"),
     (["epoch3.pt", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"], "epoch3.pt"),
     (["epoch3.safetensors", "epoch4.safetensors"], None),
-    (["adapter_model.safetensors"], None),
+    (["adapter_model.safetensors"], "adapter_model.safetensors"),
     (["training_args.bin", "optimizer.bin"], None),
     (["config.json"], None),
     ([], None),

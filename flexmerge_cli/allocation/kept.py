@@ -1,0 +1,127 @@
+"""A kept adapter, as plan and manifest tell of it: where in its weight file the factors of each tensor lie. Pure.
+
+changes   {aligned name: {digest, and some of: value; left, right, scale; vector, axis}}; the rest is the base's.
+          θ̂ = value, or the base's bits; + scale · left · right, or · vector along the axis; float32, rounded once.
+          left [m, r], right [r, n] of the tensor seen as [first axis, the rest]; vector [1, length of the axis].
+          A sum over r is of float64, term by term, times scale, and rounded: no library's product has the same bits
+places    {offset, dtype, shape, strides}: bytes of the weight file, which is the adapter's own, bit by bit
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class Place(_Record):
+    """An array in the adapter's weight file."""
+
+    offset: Count
+    dtype: str
+    shape: tuple[Count, ...] = Field(max_length=8)
+    strides: tuple[Count, ...] | None = None
+    """In elements; None if row-major."""
+
+    @staticmethod
+    def of(tensor: StoredTensor) -> "Place":
+        return Place(offset=tensor.offset, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides)
+
+    def stored(self, path: Path) -> StoredTensor:
+        fields = {"dtype": self.dtype, "shape": self.shape, "offset": self.offset, "strides": self.strides}
+        return StoredTensor(name="", path=path, **fields)  # type: ignore[arg-type]
+
+    def check(self, num_bytes: int) -> None:
+        """Raises ValueError if it is not within a file of so many bytes."""
+        if self.dtype not in ITEM_BYTES or (self.strides is not None and len(self.strides) != len(self.shape)):
+            raise ValueError("a part of an adapter has no sound form")
+        elements = math.prod(self.shape)
+        reach = elements
+        if self.strides is not None and elements:
+            reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides)) + 1
+        if self.offset + max(reach, elements) * ITEM_BYTES[self.dtype] > num_bytes:
+            raise ValueError("a part of an adapter lies outside its file")
+
+
+class ChangeRecord(_Record):
+    """What an adapter makes of one tensor."""
+
+    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Of the result."""
+    value: Place | None = None
+    """The whole tensor, where the adapter holds it."""
+    left: Place | None = None
+    right: Place | None = None
+    scale: float | None = None
+    vector: Place | None = None
+    axis: Literal[0, 1] | None = None
+
+    @staticmethod
+    def of(tensor: StoredTensor, weights: Path, digest: str) -> "ChangeRecord":
+        """weights: the adapter's file; a tensor that lies there is whole."""
+        value = Place.of(tensor) if tensor.path == weights else None
+        match tensor.change:
+            case LowRank(left=left, right=right, scale=scale):
+                return ChangeRecord(digest=digest, value=value, left=Place.of(left), right=Place.of(right), scale=scale)
+            case Scaled(vector=vector, axis=axis):
+                along: Literal[0, 1] = 1 if axis else 0
+                return ChangeRecord(digest=digest, value=value, vector=Place.of(vector), axis=along)
+        return ChangeRecord(digest=digest, value=value)
+
+    def tensor(self, base: StoredTensor | None, weights: Path) -> StoredTensor:
+        """What is read for it. base: where the base's bits lie, if they are needed."""
+        change: Change | None = None
+        if self.left is not None and self.right is not None:
+            change = LowRank(
+                left=self.left.stored(weights), right=self.right.stored(weights), scale=float(self.scale or 0.0)
+            )
+        elif self.vector is not None:
+            change = Scaled(vector=self.vector.stored(weights), axis=int(self.axis or 0))
+        source = base if self.value is None else self.value.stored(weights)
+        assert source is not None
+        return replace(source, change=change)
+
+    def check(self, dtype: str, shape: tuple[int, ...], num_bytes: int) -> None:
+        """Raises ValueError if it does not make a tensor of this form from a file of so many bytes."""
+        places = [place for place in (self.value, self.left, self.right, self.vector) if place is not None]
+        for place in places:
+            place.check(num_bytes)
+        kinds = ((self.left, self.right, self.scale), (self.vector, self.axis))
+        told = [any(item is not None for item in kind) for kind in kinds]
+        whole = [all(item is not None for item in kind) for kind in kinds]
+        if told != whole or sum(told) > 1 or not (any(told) or self.value is not None):
+            raise ValueError("a change of an adapter is not whole")
+        if self.value is not None and (self.value.dtype, self.value.shape) != (dtype, shape):
+            raise ValueError("a tensor of an adapter has another form than it is given")
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+        fits = dtype in FLOATING and rows * columns > 0 if any(told) else True
+        if self.left is not None and self.right is not None:
+            fits = fits and len(self.left.shape) == len(self.right.shape) == 2
+            fits = fits and (self.left.shape[0], self.right.shape[1]) == (rows, columns)
+            fits = fits and self.left.shape[1] == self.right.shape[0] and self.left.dtype in FLOATING
+            fits = fits and self.right.dtype in FLOATING
+        if self.vector is not None and self.axis is not None:
+            length = shape[self.axis] if self.axis < len(shape) else 0
+            fits = fits and self.vector.shape == (1, length) and self.vector.dtype in FLOATING
+        if not fits:
+            raise ValueError("the factors of an adapter do not fit their tensor")
+
+    def dump(self) -> dict[str, Any]:
+        """For JSON, without what is not there."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+Changes = Mapping[str, ChangeRecord]
+"""By aligned name."""

@@ -1,0 +1,85 @@
+"""The PEFT adapters among a family's tasks, and the models that they make of its base. Headers and configs only.
+
+Gathers all that does not fit, over all tasks, before it raises.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from flexmerge_cli.checkpoint.adapted import adapted, names_other_base
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME, WEIGHT_NAMES, Adapter, is_adapter, read_adapter
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.family.align import align, aligned_names
+
+Adapters = Literal["keep", "merge", "pool"]
+"""What becomes of tasks that are adapters: kept as they are over the base, merged into it and then treated as any
+fine-tune, or merged among themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptAdapter:
+    """A task that stays an adapter."""
+
+    name: str
+    adapter: Adapter
+    model: Checkpoint
+    """What it makes of the base."""
+    names: dict[str, str]
+    """The base's name (own name of what the base has not) -> own name."""
+
+
+def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
+    """Task -> its adapter, of those that are one. Raises DataError with every one that cannot be read, or names another
+    base; with assume_base that does not matter."""
+    found: dict[str, Adapter] = {}
+    problems: list[DataError] = []
+    others: list[str] = []
+    for task, checkpoint in tasks.items():
+        if {path.name for path in checkpoint.weight_paths()} <= set(WEIGHT_NAMES) and not is_adapter(checkpoint):
+            missing = f"task `{task}`: {checkpoint.path} holds an adapter's weights and no {CONFIG_NAME}"
+            problems.append(DataError(missing, hint="get the whole folder"))
+            continue
+        if not is_adapter(checkpoint):
+            continue
+        try:
+            found[task] = read_adapter(checkpoint)
+        except DataError as error:
+            problems.append(DataError(f"task `{task}`: {error.message}", hint=error.hint))
+            continue
+        other = None if assume_base else names_other_base(found[task], base)
+        if other is not None:
+            others.append(f"task `{task}` was trained on `{other[:200]}`, the base is {base.source} ({base.path})")
+    if others:
+        hint = "give that base with --base, or --assume-base if it is the same model"
+        problems.append(DataError("adapters of another base:\n  " + "\n  ".join(others), hint=hint))
+    if is_adapter(base):
+        hint = "give the model it was trained on as the base, and the adapter as a task"
+        problems.append(DataError(f"the base {base.path} is an adapter", hint=hint))
+    if problems:
+        raise DataError("\n".join(error.message for error in problems), hint=problems[0].hint)
+    return found
+
+
+def models_of(
+    base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
+) -> dict[str, Checkpoint]:
+    """Every task's model: an adapter's on the base, others as they are. Raises DataError with all that do not fit."""
+    models: dict[str, Checkpoint] = {}
+    problems: list[DataError] = []
+    for task, checkpoint in tasks.items():
+        try:
+            models[task] = adapted(adapters[task], base) if task in adapters else checkpoint
+        except DataError as error:
+            problems.append(DataError(f"task `{task}`: {error.message}", hint=error.hint))
+    if problems:
+        raise DataError("\n".join(error.message for error in problems), hint=problems[0].hint)
+    return models
+
+
+def keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
+    """Align the names of the model that an adapter makes: a prefix is all that can differ."""
+    alignment = align(base.tensors, model.tensors)
+    names = {aligned: own for own, aligned in aligned_names(alignment, base.tensors, model.tensors).items()}
+    return KeptAdapter(name=name, adapter=adapter, model=model, names=names)

@@ -1,0 +1,163 @@
+"""Kept adapters between sources and plan: what must be read of them, what the plan tells, and where they lie again.
+
+What an adapter makes is computed once, by `plan`, for its digests; `merge` copies its files, and of the base what it
+needs.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from flexmerge_cli.allocation.kept import ChangeRecord
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
+from flexmerge_cli.checkpoint.digest import digest_file
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.family.adapters import KeptAdapter
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import Family
+
+if TYPE_CHECKING:
+    from flexmerge_cli.engine.survey import Measure, SurveyItem
+
+NO_DIGEST = "0" * 32
+
+
+def base_items(family: Family) -> "list[SurveyItem]":
+    """The base's tensors that are not read beside tasks; each as a task of its own."""
+    from flexmerge_cli.engine.survey import SurveyItem
+
+    return [
+        SurveyItem(name=tensor.name, base=None, tasks=((0, tensor.base),), gram=False)
+        for tensor in family.tensors
+        if family.kept and tensor.base is not None and tensor.tensor_class is not TensorClass.MERGEABLE
+    ]
+
+
+def change_items(family: Family) -> "list[SurveyItem]":
+    """What the adapters make, tensor by tensor: those of one form together, tasks being the adapters' numbers."""
+    from flexmerge_cli.engine.survey import SurveyItem
+
+    forms: dict[Any, list[tuple[int, StoredTensor]]] = {}
+    for number, kept in enumerate(family.kept):
+        for name, tensor in _changed(kept).items():
+            forms.setdefault((name, tensor.shape, tensor.dtype), []).append((number, tensor))
+    return [SurveyItem(name=key[0], base=None, tasks=tuple(found), gram=False) for key, found in forms.items()]
+
+
+def digests_of_changes(
+    family: Family, items: "Sequence[SurveyItem]", measures: "Sequence[Measure]"
+) -> dict[tuple[int, str], str]:
+    """(adapter, aligned name) -> digest. Raises DataError with every value that is not finite, save what is whole."""
+    bad, found = [], {}
+    for item, measure in zip(items, measures, strict=True):
+        for position, (number, _) in enumerate(item.tasks):
+            found[number, item.name] = measure.digests[position]
+        for position, index in measure.not_finite:
+            number, tensor = item.tasks[position]
+            if tensor.change is not None:
+                place = [int(axis) for axis in np.unravel_index(index, tensor.shape)]
+                weights = _weights(family.kept[number])
+                bad.append(
+                    f"adapter `{family.kept[number].name}` makes NaN or Inf of `{item.name}` at {place} ({weights})"
+                )
+    if bad:
+        raise DataError("not finite:\n  " + "\n  ".join(bad[:20]), hint="get sound copies, or leave these tasks out")
+    return found
+
+
+def adapter_records(
+    family: Family, digests: Mapping[tuple[int, str], str], base_fingerprint: str, sources: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The plan's records. digests: empty for a plan from headers alone."""
+    records = []
+    for number, (kept, source) in enumerate(zip(family.kept, sources, strict=True)):
+        checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
+        files = {
+            name: {"bytes": size, "digest": digest_file(path) if digests else NO_DIGEST}
+            for name, (path, size) in sorted(_files(kept).items())
+        }
+        told = "\n".join(f"{name} {files[name]['digest']}" for name in (CONFIG_NAME, weights.name))
+        changes = {
+            name: ChangeRecord.of(tensor, weights, digests.get((number, name), NO_DIGEST)).dump()
+            for name, tensor in _changed(kept).items()
+        }
+        records.append(
+            {
+                "name": kept.name,
+                "source": source,
+                "fingerprint": xxhash.xxh3_128_hexdigest(f"{told}\n{base_fingerprint}".encode()),
+                "kind": kept.adapter.kind.value,
+                "bytes": kept.model.num_bytes,
+                "tensor_bytes": checkpoint.num_bytes,
+                "weights": weights.name,
+                "files": files,
+                "names": {aligned: own for aligned, own in kept.names.items() if aligned != own},
+                "changes": changes,
+            }
+        )
+    return records
+
+
+def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[str, Path]:
+    """Path in the bundle -> source, of the adapters' files. Raises DataError if an adapter is not what the plan saw."""
+    check_on_disk(kept)
+    files, problems = {}, []
+    for record, found in zip(plan.adapters, kept, strict=True):
+        weights = _weights(found)
+        now = {name: ChangeRecord.of(tensor, weights, NO_DIGEST) for name, tensor in _changed(found).items()}
+        then = {name: change.model_copy(update={"digest": NO_DIGEST}) for name, change in record.changes.items()}
+        if now != then or found.names != {name: record.names.get(name, name) for name in found.names}:
+            problems.append(f"adapter `{record.name}`: {found.adapter.checkpoint.path}")
+            continue
+        there = _files(found)
+        for name, file in record.files.items():
+            path, size = there.get(name, (weights, -1))
+            if size != file.bytes:
+                problems.append(f"adapter `{record.name}`: {found.adapter.checkpoint.path / name}")
+            else:
+                files[f"tasks/{record.name}/{name}"] = path
+    if problems:
+        raise DataError("changed since the plan:\n  " + "\n  ".join(problems), hint="make the plan again")
+    return files
+
+
+def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
+    """Raises UsageError for adapters that are streamed: their files go into the bundle as they are."""
+    streamed = [each.name for each in kept if any(t.stream for t in each.adapter.checkpoint.tensors.values())]
+    if streamed:
+        raise UsageError(
+            f"adapters are kept as the files that they are, and --stream stores none: {', '.join(streamed)}",
+            hint="leave out --stream, or --adapters merge",
+        )
+
+
+def base_side_files(base: Checkpoint) -> dict[str, Path]:
+    """What a merged model takes from the base."""
+    return {name: path for name, path in base.side_files.items() if name != "README.md"}
+
+
+def _files(kept: KeptAdapter) -> dict[str, tuple[Path, int]]:
+    """Name -> path and bytes of all that makes the adapter's folder; weights may not be on this disk yet."""
+    checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
+    side = {name: (path, path.stat().st_size) for name, path in checkpoint.side_files.items()}
+    return side | {weights.name: (weights, checkpoint.weight_bytes[weights])}
+
+
+def _weights(kept: KeptAdapter) -> Path:
+    return kept.adapter.checkpoint.weight_paths()[0]
+
+
+def _changed(kept: KeptAdapter) -> dict[str, StoredTensor]:
+    """Aligned name -> what is read for it, of all that is not the base's own."""
+    weights = _weights(kept)
+    return {
+        aligned: kept.model.tensors[own]
+        for aligned, own in kept.names.items()
+        if kept.model.tensors[own].change is not None or kept.model.tensors[own].path == weights
+    }
