@@ -50,6 +50,8 @@ def evaluate(
     ] = False,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="Models scored at once, each in a process.")] = 1,
     csv: Annotated[Path | None, typer.Option("--csv", help="One row per point and task.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="One page with the curve; needs no network.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="A picture of the curve.")] = None,
     allow_exec: Annotated[
         bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
     ] = False,
@@ -68,7 +70,7 @@ def evaluate(
 
     flexmerge eval --sources --plan plan.json --spec eval.yaml
 
-    flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --csv curve.csv
+    flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
     from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
@@ -88,7 +90,7 @@ def evaluate(
         raise UsageError("give a bundle, or --plan", hint="flexmerge eval bundle/ --spec eval.yaml")
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
-        "--dtype": dtype, "--csv": csv,
+        "--dtype": dtype, "--csv": csv, "--html": html, "--png": png,
     }  # fmt: skip
     if plan is not None and bundle is None and not sources:
         from flexmerge_cli.cli.evaluating import CurveOptions, checked
@@ -109,7 +111,7 @@ def evaluate(
                 device=device,
                 threads=threads,
                 allow_exec=allow_exec,
-                outputs={"csv": csv} if csv else {},
+                outputs={kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path},
                 force=force,
                 access=access_of(offline=offline, quiet=quiet),
             )

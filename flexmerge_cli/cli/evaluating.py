@@ -13,6 +13,7 @@ from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
+from flexmerge_cli.report.curve_png import require_matplotlib
 
 DEFAULT_METHODS = "task_arithmetic"
 
@@ -61,6 +62,8 @@ def checked(options: CurveOptions) -> Drawn:
     """Everything that can be refused before a weight is read."""
     for path in options.outputs.values():
         check_new_file(path, force=options.force)
+    if "png" in options.outputs:
+        require_matplotlib()
     if not options.plan.is_file():
         raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
     plan = load_plan(options.plan)
@@ -91,6 +94,14 @@ def checked(options: CurveOptions) -> Drawn:
 def write_outputs(record: dict[str, Any], outputs: dict[str, Path]) -> None:
     if "csv" in outputs:
         outputs["csv"].write_text(curve_csv(record), encoding="utf-8")
+    if "html" in outputs:
+        from flexmerge_cli.report.html_eval import curve_page
+
+        outputs["html"].write_text(curve_page(record), encoding="utf-8")
+    if "png" in outputs:
+        from flexmerge_cli.report.curve_png import write_png
+
+        write_png(record, outputs["png"])
 
 
 def require_curve_options(given: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Whether scores are near enough to the fine-tuned models' to be released: limits and paired scores in, a verdict out.
+
+A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (of perplexity and divergence its own units). A
+task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop is beyond it with the
+same certainty, and is undecided otherwise: then more examples are needed, and how many is told. Pure.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.evaluation.intervals import CONFIDENCE, PairedBound, paired_bound
+from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.evaluation.resampling import mean_drops
+from flexmerge_cli.evaluation.scored import Scored
+
+LIMIT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(%|pt)")
+MEAN = "the mean"
+
+
+class Outcome(StrEnum):
+    """Of a task, and of all."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much may be lost."""
+
+    text: str
+    value: float
+    """A part of the fine-tuned score where relative, else in the metric's unit."""
+    relative: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """Limits of each task, and of the mean over tasks."""
+
+    max_drop: Limit | None = None
+    max_mean_drop: Limit | None = None
+
+    def __bool__(self) -> bool:
+        return self.max_drop is not None or self.max_mean_drop is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskVerdict:
+    """One task, or the mean, beside its limit."""
+
+    name: str
+    outcome: Outcome
+    limit: str
+    drop: float | None
+    low: float | None
+    high: float | None
+    """95 % one-sided bounds of the drop; None where a number came from outside without them."""
+    n: int
+    needed: int | None
+    """Examples that would decide, where it is undecided; None if no number would."""
+
+    @property
+    def told(self) -> str:
+        """One line."""
+        if self.drop is None or self.high is None or self.low is None:
+            return f"{self.name}: {self.outcome} (a number from outside has no paired bound)"
+        unit = "%" if self.limit.endswith("%") else "pt"
+        shown = f"{self.name}: lost {100 * self.drop:.2f}{unit}, at most {100 * self.high:.2f}{unit} with 95 %"
+        if self.outcome is Outcome.FAIL:
+            shown = f"{self.name}: lost {100 * self.drop:.2f}{unit}, at least {100 * self.low:.2f}{unit} with 95 %"
+        if self.outcome is Outcome.UNDECIDED:
+            more = "no number of examples decides" if self.needed is None else f"about {self.needed:,} would decide"
+            shown += f"; n = {self.n:,} is too small: {more}"
+        return shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """All of them."""
+
+    tasks: tuple[TaskVerdict, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Fail before undecided: more data would not help."""
+        found = {task.outcome for task in self.tasks}
+        return next((o for o in (Outcome.FAIL, Outcome.UNDECIDED) if o in found), Outcome.PASS)
+
+    @property
+    def message(self) -> str:
+        bad = [task for task in self.tasks if task.outcome is not Outcome.PASS]
+        if not bad:
+            return f"pass: all of {', '.join(sorted({task.limit for task in self.tasks}))}"
+        return f"{self.outcome}: " + "; ".join(f"{task.told} (limit {task.limit})" for task in bad)
+
+    def require(self, what: str) -> None:
+        """Raises GateError that names the tasks unless all pass."""
+        bad = [task for task in self.tasks if task.outcome is not Outcome.PASS]
+        if bad:
+            lines = "\n  ".join(f"{task.outcome}: {task.told}, limit {task.limit}" for task in bad)
+            undecided = self.outcome is Outcome.UNDECIDED
+            raise GateError(
+                f"{what} does not pass the gate:\n  {lines}",
+                hint="score more examples (`limit`)" if undecided else "a larger --size, or another method",
+            )
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "outcome": str(self.outcome),
+            "message": self.message,
+            "tasks": {
+                task.name: {
+                    "outcome": str(task.outcome), "limit": task.limit, "drop": task.drop, "low": task.low,
+                    "high": task.high, "n": task.n, "n_needed": task.needed,
+                }
+                for task in self.tasks
+            },
+        }  # fmt: skip
+
+
+def parse_limit(text: str, option: str) -> Limit:
+    """`1%` or `0.5pt`. Raises UsageError."""
+    match = LIMIT.fullmatch(text.strip())
+    if match is None or not 0 <= float(match[1]) <= 100:
+        raise UsageError(
+            f"{option} `{text}` is not a drop", hint=f"{option} 1% of the fine-tuned score, or 1pt: points of the metric"
+        )
+    return Limit(text=text.strip(), value=float(match[1]) / 100, relative=match[2] == "%")
+
+
+def judge(
+    merged: Mapping[str, Scored], references: Mapping[str, Scored], gate: Gate, same: Mapping[str, bool] | None = None
+) -> Verdict:
+    """references: of the fine-tuned models, on the same examples. same: tasks whose weights are the fine-tuned ones."""
+    found: list[TaskVerdict] = []
+    if gate.max_drop is not None:
+        found += [
+            _of_task(task, scored, references[task], gate.max_drop, same is not None and same.get(task, False))
+            for task, scored in merged.items()
+        ]
+    if gate.max_mean_drop is not None:
+        found.append(_of_mean(merged, references, gate.max_mean_drop))
+    return Verdict(tasks=tuple(found))
+
+
+def _of_task(task: str, merged: Scored, reference: Scored, limit: Limit, same: bool) -> TaskVerdict:
+    bound = paired_bound(merged, reference, relative=limit.relative, same_weights=same)
+    if bound is None:
+        return TaskVerdict(
+            name=task, outcome=Outcome.UNDECIDED, limit=limit.text, drop=None, low=None, high=None, n=merged.n,
+            needed=None,
+        )  # fmt: skip
+    metric = METRICS[merged.metric]
+    value = limit.value if limit.relative or metric.percent else 100 * limit.value
+    return _verdict(task, bound, value, limit)
+
+
+def _of_mean(merged: Mapping[str, Scored], references: Mapping[str, Scored], limit: Limit) -> TaskVerdict:
+    """Of the mean drop over tasks, by a paired bootstrap of every task's examples."""
+    smallest = min((scored.n for scored in merged.values()), default=0)
+    if any(scored.given is not None for scored in (*merged.values(), *references.values())):
+        return TaskVerdict(
+            name=MEAN, outcome=Outcome.UNDECIDED, limit=limit.text, drop=None, low=None, high=None, n=smallest,
+            needed=None,
+        )  # fmt: skip
+    drop, draws_R = mean_drops(merged, references, relative=limit.relative)
+    low, high = (float(np.quantile(draws_R, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
+    bound = PairedBound(drop=drop, low=min(low, drop), high=max(high, drop), n=smallest)
+    return _verdict(MEAN, bound, limit.value, limit)
+
+
+def _verdict(name: str, bound: PairedBound, value: float, limit: Limit) -> TaskVerdict:
+    decided = bound.decides(value)
+    outcome = {True: Outcome.PASS, False: Outcome.FAIL, None: Outcome.UNDECIDED}[decided]
+    return TaskVerdict(
+        name=name, outcome=outcome, limit=limit.text, drop=bound.drop, low=bound.low, high=bound.high, n=bound.n,
+        needed=bound.n_that_decides(value) if decided is None else None,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""The curve as a picture, by matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.errors import MachineError, UsageError
+from flexmerge_cli.report.curve_series import axes_of, factor_ticks, series_of
+from flexmerge_cli.report.text import human_bytes, printable
+
+DASHES = {"": "-", "7 3": "--", "2 3": ":", "9 3 2 3": "-."}
+
+
+def require_matplotlib() -> None:
+    """Raises UsageError."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("matplotlib is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
+
+
+def write_png(record: dict[str, Any], path: Path) -> None:
+    """1800 pixels wide. Raises UsageError without matplotlib, MachineError where it cannot be written."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    one = max(1, record["one_model_bytes"])
+    everything = [*record["points"], *record["alternatives"]]
+    means = [(*point["mean"]["interval"], point["mean"]["value"]) for point in everything]
+    lines = [value for value in (record["mean"]["fine_tuned"], record["mean"]["base"]) if value is not None]
+    axes = axes_of(everything, [(low, value, high) for low, high, value in means], lines)
+    figure = Figure(figsize=(9, 5.6), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    plot = figure.add_subplot()
+    for one_line in sorted(series_of(record), key=lambda series: not series.is_grey):
+        across = [point["bytes"] for point in one_line.points]
+        values = [point["mean"]["value"] for point in one_line.points]
+        style, grey = one_line.style, one_line.is_grey
+        plot.plot(
+            across, values, color=style.colour, marker=style.png_marker, markersize=3 if grey else 5.5,
+            linestyle=DASHES[style.dash], linewidth=0.8 if grey else 1.6, zorder=1 if grey else 3,
+            label=None if grey else printable(one_line.method),
+        )  # fmt: skip
+        if not grey:
+            ends = [point["mean"]["interval"] for point in one_line.points]
+            plot.fill_between(
+                across, [low for low, _ in ends], [high for _, high in ends], color=style.colour, alpha=0.1, linewidth=0
+            )
+    greys = [series for series in series_of(record) if series.is_grey]
+    if greys:
+        plot.plot([], [], color=greys[0].style.colour, linewidth=0.8, label=f"{len(greys)} other methods")
+    for value, label, dash in (
+        (record["mean"]["fine_tuned"], "fine-tuned", "-"),
+        (record["mean"]["base"], "base", (0, (1, 2))),
+    ):
+        if value is not None:
+            plot.axhline(value, color="#444444", linewidth=1.0, linestyle=dash, zorder=2)
+            plot.annotate(
+                label, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
+                ha="right", fontsize=8, color="#444444",
+            )  # fmt: skip
+    for point in record["alternatives"]:
+        plot.plot(point["bytes"], point["mean"]["value"], "o", mfc="white", mec="#222222", ms=7, zorder=4)
+        plot.annotate(
+            point["method"].removeprefix("copies as "), (point["bytes"], point["mean"]["value"]), xytext=(0, -13),
+            textcoords="offset points", ha="center", fontsize=8, color="#222222",
+        )  # fmt: skip
+    plot.set_xscale("log", base=2)
+    plot.set_xlim(axes.low_bytes, axes.high_bytes)
+    plot.set_ylim(axes.low, axes.high)
+    ticks = factor_ticks(axes.low_bytes / one, axes.high_bytes / one)
+    plot.set_xticks([tick * one for tick in ticks], [f"{tick:g}x\n{human_bytes(tick * one)}" for tick in ticks])
+    plot.minorticks_off()
+    plot.set_xlabel("tensor data stored, in models and in bytes")
+    metrics = sorted({task["metric"] for task in record["tasks"].values()})
+    plot.set_ylabel(f"mean over {len(record['tasks'])} tasks: {printable(', '.join(metrics))}")
+    plot.grid(color="#e2e2e2", linewidth=0.7)
+    plot.set_axisbelow(True)
+    title = "chosen on data: " + record["data_dependent"]["arguments"] if record["data_dependent"] else ""
+    plot.set_title(printable(title), fontsize=9)
+    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written: {error.strerror}", hint="check the disk") from None

@@ -1,0 +1,140 @@
+"""What a picture of a curve shows: one line per method, the references, the alternatives, and how far the axes go.
+
+Colours are Okabe and Ito's (2008), told apart by who sees few colours, with a marker and a dash each, so that they can
+be told in grey, too. With more methods than styles, those that are best somewhere have one, and the rest are grey.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How one method's line looks."""
+
+    colour: str
+    marker: str
+    """A character."""
+    dash: str
+    """As SVG has it; empty: none."""
+    png_marker: str
+    """The same, in matplotlib's letters."""
+
+
+STYLES = (
+    Style("#0072b2", "●", "", "o"),
+    Style("#d55e00", "■", "7 3", "s"),
+    Style("#009e73", "▲", "2 3", "^"),
+    Style("#cc79a7", "◆", "9 3 2 3", "D"),
+    Style("#8c6d00", "▼", "", "v"),
+    Style("#56b4e9", "✚", "7 3", "P"),
+    Style("#000000", "✖", "2 3", "X"),
+    Style("#9a4fd0", "★", "9 3 2 3", "*"),
+)
+GREY = Style("#9c9c9c", "·", "", ".")
+MARGIN = 0.06  # of the vertical axis, above and below
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One method's points, from the fewest bytes to the most."""
+
+    method: str
+    points: tuple[dict[str, Any], ...]
+    style: Style
+
+    @property
+    def is_grey(self) -> bool:
+        return self.style is GREY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """Ends of both axes; bytes are drawn by their logarithm, since each doubling asks for another decision."""
+
+    low_bytes: float
+    high_bytes: float
+    low: float
+    high: float
+
+    def across(self, count: float) -> float:
+        """Place of so many bytes, in [0, 1]."""
+        return math.log(max(1.0, count) / self.low_bytes) / math.log(self.high_bytes / self.low_bytes)
+
+    def up(self, value: float) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+
+def series_of(record: dict[str, Any]) -> list[Series]:
+    """In the order of the methods; grey ones first in drawing are the caller's."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for point in record["points"]:
+        by_method.setdefault(point["method"], []).append(point)
+    chosen = list(by_method)
+    if len(chosen) > len(STYLES):
+        ranked = sorted(by_method, key=lambda method: _merit(method, record))
+        chosen = [method for method in by_method if method in ranked[: len(STYLES)]]
+    styles = dict(zip(chosen, STYLES))
+    return [
+        Series(
+            method=method,
+            points=tuple(sorted(points, key=lambda point: point["bytes"])),
+            style=styles.get(method, GREY),
+        )
+        for method, points in by_method.items()
+    ]
+
+
+def axes_of(
+    points: Sequence[dict[str, Any]], values: Sequence[tuple[float, float, float]], lines: Sequence[float]
+) -> Axes:
+    """values: (low, value, high) of each point; lines: of the references."""
+    sizes = [max(1.0, float(point["bytes"])) for point in points] or [1.0]
+    ends = [end for low, _, high in values for end in (low, high) if math.isfinite(end)] + [
+        line for line in lines if math.isfinite(line)
+    ]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    room = (high - low) * MARGIN or abs(high) * MARGIN or 1.0
+    return Axes(low_bytes=min(sizes) / 1.12, high_bytes=max(sizes) * 1.12, low=low - room, high=high + room)
+
+
+def sizes_of(record: dict[str, Any]) -> list[str]:
+    """That were asked for, from the smallest point to the largest."""
+    found: dict[str, float] = {}
+    for point in record["points"]:
+        for size in point["sizes"]:
+            found[size] = max(found.get(size, 0.0), float(point["bytes"]))
+    return sorted(found, key=lambda size: found[size])
+
+
+def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
+    """Method -> its place at a size, 1 is best; equal means share one. Of the methods that reach the size."""
+    better = _signs(record)
+    at = {point["method"]: better * point["mean"]["value"] for point in record["points"] if size in point["sizes"]}
+    return {method: 1 + sum(other > value for other in at.values()) for method, value in at.items()}
+
+
+def factor_ticks(low: float, high: float) -> list[float]:
+    """Powers of two of one model within two factors."""
+    first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
+    return [2.0**power for power in range(first, last + 1)]
+
+
+def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:
+    """Small for those that are best at some size, then by the best part of the fine-tuned score."""
+    places = [ranking(record, size).get(method) for size in sizes_of(record)]
+    known = [place for place in places if place is not None]
+    best = max((_part(point) for point in record["points"] if point["method"] == method), default=0.0)
+    small = min((point["bytes"] for point in record["points"] if point["method"] == method), default=0)
+    return (min(known, default=99) + sum(known) / max(1, len(known)) / 100, -best, f"{small:020d}{method}")
+
+
+def _part(point: dict[str, Any]) -> float:
+    return float(point["mean"]["normalised"] if point["mean"]["normalised"] is not None else point["mean"]["value"])
+
+
+def _signs(record: dict[str, Any]) -> float:
+    """-1 where every metric falls."""
+    return -1.0 if not any(task["higher_is_better"] for task in record["tasks"].values()) else 1.0

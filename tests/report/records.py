@@ -1,0 +1,79 @@
+"""Documents of curves without a model behind them: any number of methods and tasks, in the form of `eval --plan`."""
+
+import math
+from typing import Any
+
+SIZES = ("1x", "1.5x", "2x", "3x", "4x", "6x", "8x")
+ONE = 1_234_567
+
+
+def record(
+    num_methods: int = 4, num_tasks: int = 3, *, sizes: tuple[str, ...] = SIZES, name: str = "method"
+) -> dict[str, Any]:
+    tasks = [f"task{number}" for number in range(num_tasks)]
+    references = {task: _reference(0.95 - 0.03 * number) for number, task in enumerate(tasks)}
+    points = []
+    for method in range(num_methods):
+        reached = sizes[method % 3 :]
+        for size in reached:
+            factor = float(size[:-1]) + 0.003 * method
+            part = 1 - (0.5 - 0.45 * method / num_methods) / factor
+            points.append(_point(f"{name}{method}:bits={method}", [size], factor, part, references))
+    alternatives = [
+        _point(f"copies as {bits}", [], factor, 1.0, references)
+        for bits, factor in (("fp32", 8.0), ("bf16", 4.0), ("int8 per row", 2.05))
+    ]
+    return {
+        "format": "flexmerge.eval/1",
+        "plan": "ab" * 32,
+        "one_model_bytes": ONE,
+        "num_models": 8,
+        "tasks": references,
+        "mean": {
+            "merged": None,
+            "fine_tuned": sum(found["fine_tuned"] for found in references.values()) / num_tasks,
+            "base": 0.31,
+            "normalised": None,
+        },
+        "points": points,
+        "alternatives": alternatives,
+        "unreached": [{"method": f"{name}1:bits=1", "size": "1x", "message": "too small"}],
+        "evaluations": {"asked": 100, "scored": 60, "saved": 40},
+        "order": [
+            {"block": f"layer.{layer}.{kind}", "position": (layer * 3 + place) / 36, "similarity": 0.5}
+            for layer in range(12)
+            for place, kind in enumerate(("attention", "mlp", "norm1"))
+        ],
+        "data_dependent": None,
+    }
+
+
+def _reference(value: float) -> dict[str, Any]:
+    return {
+        "kind": "image-classification", "metric": "accuracy", "higher_is_better": True, "n": 697,
+        "merged": None, "merged_interval": None, "normalised": None, "route_bytes": None,
+        "fine_tuned": value, "fine_tuned_interval": [value - 0.02, value + 0.01],
+        "base": 0.31, "base_interval": [0.28, 0.34],
+        "scores": {"fine_tuned": {"split": "test"}, "base": {"split": "test"}},
+    }  # fmt: skip
+
+
+def _point(method: str, sizes: list[str], factor: float, part: float, references: dict[str, Any]) -> dict[str, Any]:
+    tasks = {}
+    for number, (task, reference) in enumerate(references.items()):
+        kept = max(0.1, part - 0.02 * number * math.log2(16 / factor) / 4)
+        value = reference["fine_tuned"] * kept
+        tasks[task] = {
+            "value": value, "interval": [value - 0.03, value + 0.02], "normalised": kept, "weights": "0" * 32,
+            "notes": [],
+        }  # fmt: skip
+    mean = sum(found["value"] for found in tasks.values()) / len(tasks)
+    return {
+        "method": method, "sizes": sizes, "bytes": int(factor * ONE), "total_bytes": int(factor * ONE) + 20_000,
+        "factor": factor, "merges": 3, "undone": 1, "command": f"flexmerge merge plan.json --method '{method}'",
+        "tasks": tasks,
+        "mean": {
+            "value": mean, "interval": [mean - 0.015, mean + 0.012],
+            "normalised": sum(found["normalised"] for found in tasks.values()) / len(tasks),
+        },
+    }  # fmt: skip

@@ -1,0 +1,91 @@
+"""The page and the picture of a curve."""
+
+import pytest
+
+from flexmerge_cli.report.curve_png import write_png
+from flexmerge_cli.report.curve_series import STYLES, ranking, series_of, sizes_of
+from flexmerge_cli.report.html_eval import curve_page
+
+from .browser import CHROMIUM, open_page
+from .pages import Page, check_self_contained
+from .records import record
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+def points_in(markup: str) -> list[tuple[str, int, float]]:
+    marks = [mark for mark in Page(markup).all("i") if "data-method" in mark]
+    return sorted((m["data-method"] or "", int(m["data-bytes"] or 0), float(m["data-value"] or 0)) for m in marks)
+
+
+def points_of(found: dict) -> list[tuple[str, int, float]]:
+    points = found["points"] + found["alternatives"]
+    return sorted((point["method"], point["bytes"], point["mean"]["value"]) for point in points)
+
+
+@pytest.mark.parametrize("methods, tasks", [(1, 1), (4, 3), (8, 8), (28, 20)])
+def test_points_of_the_page_are_those_of_the_document(methods, tasks):
+    found = record(methods, tasks)
+    assert points_in(curve_page(found)) == points_of(found)
+
+
+@pytest.mark.parametrize("sizes", [(), ("2x",)])
+def test_a_page_holds_itself_with_few_points_too(sizes):
+    found = record(2, 1, sizes=sizes)
+    check_self_contained(Page(curve_page(found)))
+
+
+def test_a_page_refers_to_nothing_and_obeys_no_name():
+    found = record(3, 2, name="<script>alert(1)</script>\"'\u202e")
+    markup = curve_page(found)
+    page = Page(markup)
+    check_self_contained(page)
+    assert "<script>alert" not in markup
+    assert "\u202e" not in markup
+
+
+def test_what_depends_on_data_is_marked():
+    found = record() | {"data_dependent": {"arguments": "scale=1.25", "spec": "val.yaml"}}
+    text = " ".join(Page(curve_page(found)).text)
+    assert "Data-dependent" in text and "scale=1.25" in text and "val.yaml" in text
+    assert "Data-dependent" not in " ".join(Page(curve_page(record())).text)
+
+
+def test_as_many_methods_as_there_are_styles_are_told_apart():
+    few, many = series_of(record(len(STYLES))), series_of(record(28))
+    assert [one.style for one in few] == list(STYLES)
+    assert sum(not one.is_grey for one in many) == len(STYLES)
+    best = {
+        method for size in sizes_of(record(28)) for method, place in ranking(record(28), size).items() if place == 1
+    }
+    assert best <= {one.method for one in many if not one.is_grey}
+
+
+def test_ranking_is_by_the_mean_of_those_that_reach_the_size():
+    found = record(4, 2)
+    places = ranking(found, "1x")
+    assert set(places) == {"method0:bits=0", "method3:bits=3"}
+    assert places["method3:bits=3"] == 1 and places["method0:bits=0"] == 2
+
+
+@pytest.mark.parametrize("methods", [1, 8, 28])
+def test_the_picture_is_a_png(tmp_path, methods):
+    write_png(record(methods), tmp_path / "curve.png")
+    data = (tmp_path / "curve.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") >= 1600
+
+
+@needs_browser
+def test_a_browser_opens_the_page_without_an_error_or_a_request(tmp_path):
+    found = record(28, 8)
+    (tmp_path / "page.html").write_text(curve_page(found), encoding="utf-8")
+    opened = open_page(tmp_path / "page.html", tmp_path)
+    assert opened.console == [] and opened.requests == []
+    assert opened.dom.count("data-method=") == len(found["points"]) + len(found["alternatives"])
+
+
+@needs_browser
+def test_a_browser_would_tell_of_errors_and_requests(tmp_path):
+    (tmp_path / "page.html").write_text("<img src=http://example.invalid/x.png><script>nothing.at.all</script>")
+    opened = open_page(tmp_path / "page.html", tmp_path)
+    assert opened.console and opened.requests
