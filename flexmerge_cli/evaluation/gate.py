@@ -131,7 +131,8 @@ def parse_limit(text: str, option: str) -> Limit:
     match = LIMIT.fullmatch(text.strip())
     if match is None or not 0 <= float(match[1]) <= 100:
         raise UsageError(
-            f"{option} `{text}` is not a drop", hint=f"{option} 1% of the fine-tuned score, or 1pt: points of the metric"
+            f"{option} `{text}` is not a drop",
+            hint=f"{option} 1% of the fine-tuned score, or 1pt: points of the metric",
         )
     return Limit(text=text.strip(), value=float(match[1]) / 100, relative=match[2] == "%")
 
