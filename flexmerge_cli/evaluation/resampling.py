@@ -28,7 +28,7 @@ def mean_drops(
 ) -> tuple[float, np.ndarray]:
     """(mean drop over tasks, the same in each draw [R]); above 0 is worse. relative: as parts of the references."""
     drops, draws = [], []
-    for number, (task, ours, theirs) in enumerate(_pairs(merged, references)):
+    for number, (_, ours, theirs) in enumerate(_pairs(merged, references)):
         sign = 1.0 if ours.higher_is_better else -1.0
         draws_R = [draws_of(scored, _seed(seed, number)) for scored in (ours, theirs)]
         drops.append(float(_drop(np.array(ours.value), np.array(theirs.value), sign, relative)))
