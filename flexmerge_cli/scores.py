@@ -5,7 +5,7 @@ One model is in memory at a time, in each process. Curves of a plan: curve.py.
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
+from flexmerge_cli.evaluation.gate import Gate, judge
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.evaluation.references import References, Who, spec_references
-from flexmerge_cli.evaluation.scored import TaskModel
+from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.merging import OpenSources, open_sources
@@ -39,6 +40,31 @@ class ScoreRequest:
     reuse: bool = True
     parallel: int = 1
     access: Access = ONLINE
+    gate: Gate = field(default_factory=Gate)
+    """What the bundle has to keep of the fine-tuned scores; the verdict is in the document."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pairs:
+    """What a gate goes by, by task."""
+
+    merged: dict[str, Scored] = field(default_factory=dict)
+    references: dict[str, Scored] = field(default_factory=dict)
+    same: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, task: str, models: dict[str, TaskModel], scored: dict[str, Scored]) -> None:
+        if "merged" not in scored or "fine_tuned" not in scored:
+            raise UsageError(
+                f"task `{task}` has no fine-tuned model, and a gate compares with it",
+                hint="--plan plan.json, or checkpoint: path/of/the/fine-tuned/model in the spec",
+            )
+        self.merged[task], self.references[task] = scored["merged"], scored["fine_tuned"]
+        self.same[task] = models["merged"].digest == models["fine_tuned"].digest
+
+    def join(self, other: "_Pairs") -> None:
+        self.merged |= other.merged
+        self.references |= other.references
+        self.same |= other.same
 
 
 def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> dict[str, Any]:
@@ -48,26 +74,36 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     """
     tasks = list(request.spec.tasks)
     if request.parallel <= 1 or len(tasks) == 1:
-        return _scores(request, on_step)
+        return _judged(request, *_scores(request, on_step))
     alone = replace(request, parallel=1, access=ONLINE)  # without messages
     parts = [replace(alone, spec=request.spec.only(task)) for task in tasks]
     context = multiprocessing.get_context("spawn")
     found: list[dict[str, Any]] = []
+    pairs = _Pairs()
     with ProcessPoolExecutor(min(request.parallel, len(tasks)), context, _one_thread) as pool:
         futures = [pool.submit(_scores, part, _silent) for part in parts]
         try:
             for task, future in zip(tasks, futures):
                 on_step(task, len(found), len(tasks))
-                found.append(future.result())
+                record, of_task = future.result()
+                found.append(record)
+                pairs.join(of_task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     records = {task: part["tasks"][task] for task, part in zip(tasks, found)}
     counts = {key: sum(part["evaluations"][key] for part in found) for key in found[0]["evaluations"]}
-    return found[0] | {"tasks": records, "mean": means(records), "evaluations": counts}
+    document = found[0] | {"tasks": records, "mean": means(records), "evaluations": counts}
+    return _judged(request, document, pairs)
 
 
-def _scores(request: ScoreRequest, on_step: OnStep) -> dict[str, Any]:
+def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> dict[str, Any]:
+    if not request.gate:
+        return document
+    return document | {"gate": judge(pairs.merged, pairs.references, request.gate, pairs.same).record()}
+
+
+def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
     bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
     scorer = Scorer(spec=request.spec, device=request.device, cache=ScoreCache() if request.reuse else None)
     if request.plan is not None:
@@ -78,9 +114,16 @@ def _scores(request: ScoreRequest, on_step: OnStep) -> dict[str, Any]:
     if request.sources and bundle is not None and not references.folders:
         folders = {task: bundle.path / "tasks" / task for task in request.spec.tasks}
         references = replace(references, folders=folders)
-    return evaluate(
-        None if request.sources else bundle, request.spec, scorer=scorer, references=references, on_step=on_step
+    pairs = _Pairs()
+    document = evaluate(
+        None if request.sources else bundle,
+        request.spec,
+        scorer=scorer,
+        references=references,
+        on_step=on_step,
+        on_scored=pairs.add if request.gate else lambda *_scored: None,
     )
+    return document, pairs
 
 
 def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLINE) -> References:

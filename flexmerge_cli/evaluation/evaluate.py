@@ -27,6 +27,8 @@ from flexmerge_cli.evaluation.spec import EvalSpec
 FORMAT = "flexmerge.eval/1"
 OnStep = Callable[[str, int, int], None]
 """(which model of which task, examples done, of how many)."""
+OnScored = Callable[[str, dict[str, TaskModel], dict[str, Scored]], None]
+"""(task, its models, what they did): by `merged`, `fine_tuned`, `base`."""
 
 
 def evaluate(
@@ -36,6 +38,7 @@ def evaluate(
     scorer: Scorer | None = None,
     references: References | None = None,
     on_step: OnStep = lambda *_step: None,
+    on_scored: OnScored = lambda *_scored: None,
 ) -> dict[str, Any]:
     """One record per task; without a bundle of its references alone. One model is in memory at a time.
 
@@ -48,7 +51,11 @@ def evaluate(
     folders = {task: bundle.path / "tasks" / task for task in spec.tasks} if bundle is not None else references.folders
     for task in spec.tasks:
         scorer.examples(task, folders[task])
-    records = {task: _score_task(bundle, spec, task, scorer, references, folders[task], on_step) for task in spec.tasks}
+    records = {}
+    for task in spec.tasks:
+        models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
+        on_scored(task, models, scored)
+        records[task] = task_record(spec, task, models, scored)
     found: dict[str, Any] = {"format": FORMAT, "tasks": records, "mean": means(records)}
     found["evaluations"] = {"computed": scorer.num_computed, "reused": scorer.num_reused}
     if bundle is None:
@@ -68,7 +75,7 @@ def _score_task(
     references: References,
     folder: Path,
     on_step: OnStep,
-) -> dict[str, Any]:
+) -> tuple[dict[str, TaskModel], dict[str, Scored]]:
     openers = dict(references.of(task))
     if bundle is not None:
         openers = {"merged": lambda: bundle_model(bundle, task)} | openers
@@ -86,7 +93,7 @@ def _score_task(
 
         on_example(0, scorer.examples(task, folder).n)
         models[who], found[who] = model, scorer.score(model, reference=fine_tuned, on_example=on_example)
-    return task_record(spec, task, models, found)
+    return models, found
 
 
 def task_record(spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored]) -> dict[str, Any]:

@@ -101,29 +101,38 @@ class Verdict:
             return f"pass: all of {', '.join(sorted({task.limit for task in self.tasks}))}"
         return f"{self.outcome}: " + "; ".join(f"{task.told} (limit {task.limit})" for task in bad)
 
-    def require(self, what: str) -> None:
-        """Raises GateError that names the tasks unless all pass."""
-        bad = [task for task in self.tasks if task.outcome is not Outcome.PASS]
-        if bad:
-            lines = "\n  ".join(f"{task.outcome}: {task.told}, limit {task.limit}" for task in bad)
-            undecided = self.outcome is Outcome.UNDECIDED
-            raise GateError(
-                f"{what} does not pass the gate:\n  {lines}",
-                hint="score more examples (`limit`)" if undecided else "a larger --size, or another method",
-            )
-
     def record(self) -> dict[str, Any]:
         return {
             "outcome": str(self.outcome),
             "message": self.message,
             "tasks": {
                 task.name: {
-                    "outcome": str(task.outcome), "limit": task.limit, "drop": task.drop, "low": task.low,
-                    "high": task.high, "n": task.n, "n_needed": task.needed,
+                    "outcome": str(task.outcome), "message": task.told, "limit": task.limit, "drop": task.drop,
+                    "low": task.low, "high": task.high, "n": task.n, "n_needed": task.needed,
                 }
                 for task in self.tasks
             },
         }  # fmt: skip
+
+
+def require_pass(gate: Mapping[str, Any], what: str) -> None:
+    """gate: `Verdict.record`. Raises GateError, with the tasks and why, unless all pass."""
+    bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
+    if bad:
+        lines = "\n  ".join(f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad)
+        undecided = gate["outcome"] == Outcome.UNDECIDED
+        raise GateError(
+            f"{what} does not pass the gate:\n  {lines}",
+            hint="score more examples (`limit` of the spec)" if undecided else "a larger --size, or another method",
+        )
+
+
+def parse_gate(max_drop: str | None, max_mean_drop: str | None) -> Gate:
+    """Of the options of these names. Raises UsageError."""
+    return Gate(
+        max_drop=None if max_drop is None else parse_limit(max_drop, "--max-drop"),
+        max_mean_drop=None if max_mean_drop is None else parse_limit(max_mean_drop, "--max-mean-drop"),
+    )
 
 
 def parse_limit(text: str, option: str) -> Limit:

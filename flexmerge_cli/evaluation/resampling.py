@@ -30,9 +30,9 @@ def mean_drops(
     drops, draws = [], []
     for number, (_, ours, theirs) in enumerate(_pairs(merged, references)):
         sign = 1.0 if ours.higher_is_better else -1.0
-        draws_R = [draws_of(scored, _seed(seed, number)) for scored in (ours, theirs)]
+        ours_R, theirs_R = (draws_of(scored, _seed(seed, number)) for scored in (ours, theirs))
         drops.append(float(_drop(np.array(ours.value), np.array(theirs.value), sign, relative)))
-        draws.append(_drop(*draws_R, sign, relative))
+        draws.append(_drop(ours_R, theirs_R, sign, relative))
     return float(np.mean(drops)), np.mean(draws, axis=0)
 
 
