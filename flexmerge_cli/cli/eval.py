@@ -52,6 +52,12 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option("--csv", help="One row per point and task.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="One page with the curve; needs no network.")] = None,
     png: Annotated[Path | None, typer.Option("--png", help="A picture of the curve.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option("--max-drop", help="Gate: 1% of each fine-tuned score, or 1pt, may be lost; exit 6.")
+    ] = None,
+    max_mean_drop: Annotated[
+        str | None, typer.Option("--max-mean-drop", help="Gate: the same of the mean over tasks.")
+    ] = None,
     allow_exec: Annotated[
         bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
     ] = False,
@@ -72,8 +78,10 @@ def evaluate(
 
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
+    from flexmerge_cli.cli.gating import end_by_gate
     from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.evaluation.gate import parse_gate
 
     if init:
         from flexmerge_cli.cli.scored import write_starter
@@ -88,6 +96,7 @@ def evaluate(
         raise UsageError("no --spec: what to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
     if bundle is None and plan is None:
         raise UsageError("give a bundle, or --plan", hint="flexmerge eval bundle/ --spec eval.yaml")
+    gate = parse_gate(max_drop, max_mean_drop)
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
         "--dtype": dtype, "--csv": csv, "--html": html, "--png": png,
@@ -114,11 +123,13 @@ def evaluate(
                 outputs={kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path},
                 force=force,
                 access=access_of(offline=offline, quiet=quiet),
+                gate=gate,
             )
         )
         with progress(quiet=quiet or as_json, counts=True) as on_score:
             value = drawn.run(on_score)
         emit(value, as_json=as_json, show=show_curve)
+        end_by_gate(value, f"{plan}", as_json=as_json)
         return
 
     from flexmerge_cli.cli.evaluating import require_curve_options
@@ -138,6 +149,8 @@ def evaluate(
             allow_exec=allow_exec,
             offline=offline,
             quiet=quiet or as_json,
+            gate=gate,
         )
     )
     emit(value, as_json=as_json, show=show_evaluation)
+    end_by_gate(value, f"{bundle or plan}", as_json=as_json)

@@ -10,6 +10,7 @@ from flexmerge_cli.cli.options import check_new_file, dtype_of
 from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
+from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
@@ -39,6 +40,7 @@ class CurveOptions:
     """`csv`, `html`, `png` -> where."""
     force: bool = False
     access: Access = ONLINE
+    gate: Gate = field(default_factory=Gate)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class Drawn:
     def run(self, on_score: OnScore) -> dict[str, Any]:
         """The document; what was asked for as files is written."""
         curve = draw(self.plan, self.options.plan, self.spec, self.request, on_score=on_score)
-        record = curve_record(self.plan, self.spec, curve)
+        record = curve_record(self.plan, self.spec, curve, gate=self.options.gate)
         write_outputs(record, self.options.outputs)
         return record
 

@@ -8,6 +8,7 @@ from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.cli.options import access_of, check_new_file, note, progress
 from flexmerge_cli.cli.scoring_progress import scoring_progress
 from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.plan import load_plan
 
@@ -26,6 +27,7 @@ class ScoreOptions:
     allow_exec: bool
     offline: bool
     quiet: bool
+    gate: Gate
 
 
 def score_bundle(options: ScoreOptions) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
         reuse=options.reuse,
         parallel=options.parallel,
         access=access,
+        gate=options.gate,
     )
     with scoring_progress(len(spec.tasks) * _models_of(request), quiet=options.quiet) as on_step:
         return scores(request, on_step=on_step)

@@ -10,6 +10,7 @@ unreached     [{method, size, message}]
 evaluations   {asked, scored, saved}
 order         [{block, position, similarity}] of the blocks, in forward order: mean place of their merges in the order,
               0 first and 1 last
+gate          with limits: {outcome, message, command, tasks}, of each point and of the smallest that passes
 data_dependent   {arguments, spec} of arguments that were chosen on data; null where none were
 An interval is of 95 %; that of a mean adds the squares of its tasks' half widths, which are independent.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.evaluation.curve import Curve, Point
 from flexmerge_cli.evaluation.evaluate import FORMAT, means, task_record
+from flexmerge_cli.evaluation.gate import Gate, Outcome, judge
 from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.scored import Scored
@@ -38,7 +40,12 @@ COLUMNS = (
 
 
 def curve_record(
-    plan: Plan, spec: EvalSpec, curve: Curve, *, data_dependent: Mapping[str, Any] | None = None
+    plan: Plan,
+    spec: EvalSpec,
+    curve: Curve,
+    *,
+    gate: Gate | None = None,
+    data_dependent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document."""
     tasks = {
@@ -49,6 +56,9 @@ def curve_record(
     }
     seen: dict[tuple[str, str], Interval] = {}
     points = [_point(plan, point, curve.fine_tuned, seen) for point in curve.points]
+    if gate:
+        for point, record in zip(curve.points, points):
+            record["gate"] = judge(point.scores, curve.fine_tuned, gate, same_as_fine_tuned(point, curve)).record()
     return {
         "format": FORMAT,
         "plan": plan.sha256,
@@ -66,7 +76,26 @@ def curve_record(
         },
         "order": _order(plan),
         "data_dependent": dict(data_dependent) if data_dependent else None,
-    }
+    } | ({"gate": _smallest_that_passes(points)} if gate else {})
+
+
+def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
+    """By task: whether its weights are the fine-tuned model's."""
+    return {task: digest == curve.models[task]["fine_tuned"].digest for task, digest in point.digests.items()}
+
+
+def _smallest_that_passes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The gate of a curve: that some point of it passes. Else the tasks of the one that is nearest to it."""
+    by_size = sorted(points, key=lambda point: (point["bytes"], point["total_bytes"]))
+    passing = [point for point in by_size if point["gate"]["outcome"] == Outcome.PASS]
+    if passing:
+        told = (
+            f"pass: {passing[0]['method']} at {passing[0]['factor']:.4f}x is the smallest of {len(passing)} that pass"
+        )
+        return passing[0]["gate"] | {"message": told, "command": passing[0]["command"]}
+    nearest = min(by_size, key=lambda point: sum(t["outcome"] != Outcome.PASS for t in point["gate"]["tasks"].values()))
+    told = f"none passes; {nearest['method']} at {nearest['factor']:.4f}x is nearest: {nearest['gate']['message']}"
+    return nearest["gate"] | {"message": told, "command": nearest["command"]}
 
 
 def _point(

@@ -13,9 +13,13 @@ def show_curve(value: dict[str, Any]) -> None:
     ]
     rows.append(("mean", "", "", told(value["mean"]["fine_tuned"]), told(value["mean"]["base"])))
     table(["task", "metric", "n", "fine-tuned", "base"], rows)
+    gated = "gate" in value
     table(
-        ["method", "size", "tensors", "on disk", "mean", "95 %", "of fine-tuned", "worst task"],
-        [_row(point) for point in (*value["points"], *value["alternatives"])],
+        ["method", "size", "tensors", "on disk", "mean", "95 %", "of fine-tuned", "worst task", *["gate"] * gated],
+        [
+            (*_row(point), *[point["gate"]["outcome"] if "gate" in point else ""] * gated)
+            for point in (*value["points"], *value["alternatives"])
+        ],
     )
     unreached: dict[str, list[str]] = {}
     for item in value["unreached"]:

@@ -1,0 +1,152 @@
+"""Gates: three outcomes by the paired bound, the examples that would decide, and how commands end by them."""
+
+import numpy as np
+import pytest
+
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.evaluation.gate import MEAN, Gate, Outcome, judge, parse_gate, parse_limit, require_pass
+from flexmerge_cli.evaluation.resampling import mean_drops, mean_kept
+from flexmerge_cli.evaluation.scored import Given, Scored
+
+from ..program import fails, flexmerge, succeeds
+from .curves import Digits
+
+
+def hits(n: int, share: float, *, lost: int = 0) -> Scored:
+    """share of n right, the first ones; `lost` of these are wrong."""
+    predictions = (np.arange(n) >= round(n * share)).astype(int)
+    predictions[:lost] = 1
+    return Scored(metric="accuracy", predictions=predictions, labels=np.zeros(n, int))
+
+
+def outcome(merged: Scored, reference: Scored, limit: str) -> Outcome:
+    return judge({"t": merged}, {"t": reference}, Gate(max_drop=parse_limit(limit, "--max-drop"))).outcome
+
+
+@pytest.mark.parametrize(
+    "n, lost, limit, expected",
+    [
+        (2000, 5, "2%", Outcome.PASS),
+        (2000, 5, "2pt", Outcome.PASS),
+        (2000, 200, "2%", Outcome.FAIL),
+        (2000, 200, "2pt", Outcome.FAIL),
+        (2000, 40, "2pt", Outcome.UNDECIDED),
+        (30, 0, "1pt", Outcome.UNDECIDED),
+        (30, 0, "50pt", Outcome.PASS),
+    ],
+)
+def test_three_outcomes(n, lost, limit, expected):
+    assert outcome(hits(n, 0.9, lost=lost), hits(n, 0.9), limit) is expected
+
+
+def test_a_percentage_is_of_the_fine_tuned_score_and_points_are_of_the_metric():
+    """14 of 2000 are 0.7 points, and 3.5 % of a score of 20 %."""
+    merged, reference = hits(2000, 0.2, lost=14), hits(2000, 0.2)
+    assert outcome(merged, reference, "1.5pt") is Outcome.PASS
+    assert outcome(merged, reference, "1.5%") is Outcome.FAIL
+
+
+def test_undecided_tells_examples_that_decide():
+    merged, reference = hits(400, 0.9, lost=2), hits(400, 0.9)
+    (task,) = judge({"t": merged}, {"t": reference}, parse_gate("1pt", None)).tasks
+    assert task.outcome is Outcome.UNDECIDED and task.needed is not None and task.needed > 400
+    times = -(-2 * task.needed // 400)
+    assert outcome(hits(400 * times, 0.9, lost=2 * times), hits(400 * times, 0.9), "1pt") is Outcome.PASS
+    assert "would decide" in task.told and f"{task.needed:,}" in task.told
+
+
+def test_equal_weights_pass_with_any_number_of_examples():
+    scored = hits(3, 0.9)
+    assert judge({"t": scored}, {"t": scored}, parse_gate("0pt", None), {"t": True}).outcome is Outcome.PASS
+    assert judge({"t": scored}, {"t": scored}, parse_gate("1pt", None)).outcome is Outcome.UNDECIDED
+
+
+def test_a_number_from_outside_decides_nothing():
+    given = Scored(metric="bleu", given=Given(value=0.9, n=100))
+    verdict = judge({"t": given}, {"t": given}, parse_gate("1%", "1%"))
+    assert [task.outcome for task in verdict.tasks] == [Outcome.UNDECIDED] * 2
+    assert "outside" in verdict.message
+
+
+def test_the_mean_may_pass_where_a_task_fails():
+    merged = {"bad": hits(2000, 0.9, lost=60), "good": hits(2000, 0.9), "better": hits(2000, 0.95)}
+    references = {task: hits(2000, 0.9) for task in merged}
+    verdict = judge(merged, references, parse_gate("1%", "1%"))
+    found = {task.name: task.outcome for task in verdict.tasks}
+    assert found == {"bad": Outcome.FAIL, "good": Outcome.PASS, "better": Outcome.PASS, MEAN: Outcome.PASS}
+    assert verdict.outcome is Outcome.FAIL
+    with pytest.raises(GateError, match=r"bad: lost 3\.33%") as error:
+        require_pass(verdict.record(), "bundle")
+    assert "good" not in error.value.message and error.value.exit_code == 6
+
+
+def test_perplexity_may_rise_by_a_part_of_it():
+    rng = np.random.default_rng(0)
+    likelihood, counts = rng.normal(-20, 2, 500), np.full(500, 10)
+    reference = Scored(metric="perplexity", predictions=likelihood, labels=counts)
+    assert (
+        outcome(Scored(metric="perplexity", predictions=likelihood - 0.01, labels=counts), reference, "1%")
+        is Outcome.PASS
+    )
+    assert (
+        outcome(Scored(metric="perplexity", predictions=likelihood - 2.0, labels=counts), reference, "1%")
+        is Outcome.FAIL
+    )
+    assert (
+        outcome(Scored(metric="perplexity", predictions=likelihood + 2.0, labels=counts), reference, "1%")
+        is Outcome.PASS
+    )
+
+
+def test_resampled_means_surround_the_mean():
+    merged = {"a": hits(500, 0.8), "b": hits(300, 0.6, lost=30)}
+    references = {"a": hits(500, 0.9), "b": hits(300, 0.6)}
+    drop, draws = mean_drops(merged, references, relative=True)
+    kept, kept_draws = mean_kept(merged, references)
+    assert kept == pytest.approx(1 - drop) and np.allclose(kept_draws, 1 - draws)
+    assert drop == pytest.approx((1 / 9 + 1 / 6) / 2)
+    assert np.quantile(draws, 0.025) < drop < np.quantile(draws, 0.975) and 0.005 < draws.std() < 0.03
+
+
+@pytest.mark.parametrize("text", ["1", "-1%", "1 %%", "101%", "pt", "1e3%", "nan%"])
+def test_limits_that_are_none_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_limit(text, "--max-drop")
+
+
+@pytest.fixture(scope="module")
+def bundles(sample: Digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gated")
+    succeeds("merge", sample.plan_path, "--method", "task_arithmetic", "--size", "1x", "-o", folder / "merged")
+    succeeds("merge", sample.plan_path, "--method", "low_bit:bits=4", "-o", folder / "near")
+    succeeds("merge", sample.plan_path, "-o", folder / "exact")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "bundle, limit, expected", [("exact", "0.1%", "pass"), ("merged", "5pt", "fail"), ("near", "0.1pt", "undecided")]
+)
+def test_a_bundle_passes_fails_or_is_undecided(sample, bundles, bundle, limit, expected):
+    arguments = ["eval", bundles / bundle, "--plan", sample.plan_path, "--spec", sample.spec_path, "--max-drop", limit]
+    result = flexmerge(*arguments)
+    assert result.code == (0 if expected == "pass" else 6)
+    assert "gate: pass" in result.out if expected == "pass" else f"{expected}: " in result.err
+    as_json = flexmerge(*arguments, "--json")
+    assert as_json.json["gate"]["outcome"] == expected and as_json.code == result.code
+    if expected == "undecided":
+        assert "would decide" in result.err
+
+
+def test_a_curve_passes_where_some_point_does(sample):
+    arguments = ["eval", "--plan", sample.plan_path, "--spec", sample.spec_path, "--methods", "average"]
+    assert (
+        succeeds(*arguments, "--sizes", "1x,3x", "--max-drop", "1%")
+        .out.rstrip()
+        .splitlines()[-1]
+        .startswith("gate: pass")
+    )
+    fails(6, *arguments, "--sizes", "1x", "--max-drop", "1%", says="rotation")
+
+
+def test_a_gate_needs_a_fine_tuned_model(sample, bundles):
+    fails(2, "eval", bundles / "exact", "--spec", sample.spec_path, "--max-drop", "1%", says="fine-tuned")
