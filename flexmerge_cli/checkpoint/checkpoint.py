@@ -28,7 +28,7 @@ MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 64 << 20
 MAX_NAME_BYTES = 255  # of one file
-SOURCES_AT_ONCE = 8
+HEADERS_AT_ONCE = 8
 
 Source = TypeVar("Source")
 Opened = TypeVar("Opened")
@@ -113,10 +113,15 @@ def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], n
     """`opened` of each, in order; several at once where one of the names is of a source elsewhere, and has to wait."""
     from flexmerge_cli.checkpoint.hub import is_remote
 
-    if not any(map(is_remote, names)):
-        return [opened(source) for source in sources]
-    with ThreadPoolExecutor(SOURCES_AT_ONCE, thread_name_prefix="flexmerge-open") as pool:
-        return list(pool.map(opened, sources))
+    return _each(opened, sources, waits=any(map(is_remote, names)))
+
+
+def _each(work: Callable[[Source], Opened], items: Sequence[Source], *, waits: bool) -> list[Opened]:
+    """In order; several at once where the network is waited for."""
+    if not waits:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="flexmerge-open") as pool:
+        return list(pool.map(work, items))
 
 
 class _FileFolder(LocalFolder):
@@ -235,8 +240,7 @@ def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
     weight_map = _read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} has no `weight_map`", hint="get a sound copy of the file")
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    problems = []
+    problems, there = [], []
     for shard in sorted({str(value) for value in weight_map.values()}):
         if not _is_file_name(shard):
             raise DataError(
@@ -245,8 +249,10 @@ def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
             )
         if not folder.is_file(shard):
             problems.append(f"shard {shard} is missing")
-            continue
-        shards[shard] = _read_file(folder, shard)
+        else:
+            there.append(shard)
+    waits = any(folder.remote(shard) is not None for shard in there)
+    shards = dict(zip(there, _each(lambda shard: _read_file(folder, shard), there, waits=waits)))
     tensors = {}
     for tensor_name, shard in sorted(weight_map.items(), key=lambda item: str(item[1])):
         if str(shard) in shards and tensor_name not in shards[str(shard)]:
