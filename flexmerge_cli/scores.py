@@ -13,7 +13,7 @@ from typing import Any
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
 from flexmerge_cli.evaluation.gate import Gate, judge
@@ -133,8 +133,6 @@ def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLI
     """
     plan = load_plan(plan_path)
     sources, _ = open_sources(plan, plan_path.absolute().parent, {}, access)
-    if sources.base is None:
-        raise DataError(f"{plan_path}: nothing of the tasks merges with the base", hint="there is nothing to compare")
     folders = {
         task.name: source.path if source.path.is_dir() else source.path.parent
         for task, source in zip(plan.tasks, sources.tasks)
@@ -150,8 +148,8 @@ def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLI
 
 
 def _fetch(sources: OpenSources, task: int, access: Access) -> None:
-    assert sources.base is not None
-    fetch([*sources.base.remote.values(), *sources.tasks[task].remote.values()], access)
+    opened = [sources.tasks[task], *([sources.base] if sources.base is not None else [])]
+    fetch([file for checkpoint in opened for file in checkpoint.remote.values()], access)
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -36,10 +36,11 @@ class Document:
         """Of the key, or of what it would stand in."""
         return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
 
-    def error(self, place: Place, message: str, *, hint: str) -> UsageError:
-        """What is wrong at a key."""
+    def error(self, place: Place, message: str, *, hint: str, line_of: Place | None = None) -> UsageError:
+        """What is wrong at a key; told with the line of another, where line_of is one."""
         key = ".".join(map(str, place)) or "the file"
-        return UsageError(f"{self.path}, line {self.line(place)}: {key}: {message}", hint=hint)
+        line = self.line(place if line_of is None else line_of)
+        return UsageError(f"{self.path}, line {line}: {key}: {message}", hint=hint)
 
     def check(self, schema: type[Schema], place: Place = ()) -> Schema:
         """What stands at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""

@@ -94,6 +94,10 @@ def read_table(task: TaskSpec, place: Place, columns: Mapping[str, Column]) -> T
     if data is None:
         raise place.error("", "no `data`", hint="data: test.jsonl")
     source = _open(place, data.path, data.format, data.split)
+    of_split = f", split `{data.split}`," if data.split else ""
+    nothing = place.error("data", f"{data.path}{of_split} has no examples", hint="check the data")
+    if not source.names:
+        raise nothing
     names = {role: name for role, column in columns.items() if (name := _found(role, column, source, place, data.path))}
     kept: dict[str, Any] = {role: source.get(name) for role, name in names.items()}
     sizes = {name: len(kept[role]) for role, name in names.items()}
@@ -102,8 +106,7 @@ def read_table(task: TaskSpec, place: Place, columns: Mapping[str, Column]) -> T
         raise place.error("data", f"the columns of {data.path} differ in length: {told}", hint="check the data")
     count = next(iter(sizes.values()), 0)
     if count == 0:
-        of_split = f", split `{data.split}`," if data.split else ""
-        raise place.error("data", f"{data.path}{of_split} has no examples", hint="check the data")
+        raise nothing
     digest, rows = source.digest, _chosen(count, task.limit, task.seed)
     if rows is not None:
         kept = {role: _taken(column, rows) for role, column in kept.items()}

@@ -62,7 +62,9 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
     weights = dict(model.weights)
     # Documented so: without a path, the weights are those of `state_dict`; made on the meta device, and assigned.
     load, wanted = found.from_pretrained, dtype or _stored_dtype(weights)
-    built, info = load(None, config=config, state_dict=weights, dtype=wanted, output_loading_info=True)
+    # Mismatches are told below, all at once: without this it would raise at the first, and not say which.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    built, info = load(None, config=config, state_dict=weights, dtype=wanted, **options)
     _check(model, str(name), info)
     return built.eval().to(device)
 

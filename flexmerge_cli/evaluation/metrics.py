@@ -81,22 +81,19 @@ def _mean_of(outcomes: Outcomes) -> Measure:
 
 
 def _correlation(predictions: np.ndarray, labels: np.ndarray, *, ranked: bool) -> float:
-    """Pearson's, or of ranks. NaN adds nothing to the covariance: it stands at the mean. 0 where nothing varies."""
+    """Pearson's or Spearman's; 0 where nothing varies. NaN counts as no correlation.
+
+    So it is that of the others, times their share.
+    """
     import scipy.stats
 
     known = np.isfinite(predictions)
-    if not known.any():
-        return 0.0
-    x, y = np.array(predictions, np.float64), np.asarray(labels, np.float64)
-    if ranked:
-        x[known], y = scipy.stats.rankdata(x[known]), scipy.stats.rankdata(y)
-    x[~known] = x[known].mean()
+    x, y = np.asarray(predictions)[known], np.asarray(labels)[known]
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    if known.all():
-        measure = scipy.stats.spearmanr if ranked else scipy.stats.pearsonr
-        return float(measure(predictions, labels).statistic)
-    return float(scipy.stats.pearsonr(x, y).statistic)
+    measure = scipy.stats.spearmanr if ranked else scipy.stats.pearsonr
+    found = float(measure(x, y).statistic)
+    return found if len(x) == len(known) else found * len(x) / len(known)
 
 
 def _perplexity(predictions: np.ndarray, labels: np.ndarray) -> float:

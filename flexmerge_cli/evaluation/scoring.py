@@ -129,6 +129,7 @@ def score(
 
 
 def _agreement(outputs: Scored, reference: Scored) -> Scored:
-    """How often two models say the same, and how far their distributions are apart."""
+    """How often two models say the same, and where they have distributions, how far these are apart."""
     agreed = replace(outputs, labels=reference.predictions)
-    return replace(agreed, others=(replace(agreed, metric="kl_divergence"),))
+    is_text = agreed.predictions.ndim == 1
+    return agreed if is_text else replace(agreed, others=(replace(agreed, metric="kl_divergence"),))

@@ -30,8 +30,11 @@ class Place:
         return self.document.path.absolute().parent
 
     def error(self, key: str, message: str, *, hint: str) -> UsageError:
-        """key: below the task, dotted."""
-        return self.document.error(("tasks", self.task, *filter(None, key.split("."))), message, hint=hint)
+        """key: below the task, dotted. Where it does not stand in the spec, the line is that of `data`, if there is."""
+        place: tuple[str, ...] = ("tasks", self.task, *filter(None, key.split(".")))
+        data = ("tasks", self.task, "data")
+        is_near_data = key.startswith("columns") and place[:3] not in self.document.lines
+        return self.document.error(place, message, hint=hint, line_of=data if is_near_data else place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
