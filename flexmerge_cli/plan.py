@@ -159,8 +159,9 @@ def make_plan(
         digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, measures[len(items) :])}
         for record in tensors:
             record["base_digest"] = digests.get(record["name"])
+    low_rank = _low_rank(family, tensors)
     made = keeping.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
-    return _finish(family, tensors, request, save_to, made)
+    return _finish(family, tensors, request, save_to, made, low_rank)
 
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
@@ -355,6 +356,32 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
     return records
 
 
+def _low_rank(family: Family, records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, int]]:
+    """Task -> what is found of it, for full fine-tunes that are the base plus matrices of low rank."""
+    from flexmerge_cli.checkpoint.reader import Reader
+    from flexmerge_cli.engine.low_rank_sketch import Pair, low_rank_of, matrix_shape
+
+    found = {}
+    with Reader() as reader:
+        for task, checkpoint in enumerate(family.tasks):
+            pairs = []
+            for tensor, record in zip(family.tensors, records):
+                own = tensor.tasks[task]
+                changed = record["class"] is TensorClass.MERGEABLE and not record["is_base"][task]
+                if changed and own is not None and tensor.base is not None and len(own.shape) >= 2:
+                    pairs.append(Pair(base=tensor.base, task=own))
+            rank = None if checkpoint.adapter is not None else low_rank_of(pairs, reader)
+            if rank is not None:
+                as_residuals = [rank * sum(matrix_shape(pair.task)) * pair.task.item_bytes for pair in pairs]
+                found[task] = {
+                    "rank": rank,
+                    "matrices": len(pairs),
+                    "bytes": sum(pair.task.num_bytes for pair in pairs),
+                    "residual_bytes": sum(min(r, pair.task.num_bytes) for r, pair in zip(as_residuals, pairs)),
+                }
+    return found
+
+
 def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any, Any]]) -> list[str]:
     lines = []
     for item, measure in found:
@@ -372,6 +399,7 @@ def _finish(
     request: PlanRequest,
     save_to: Path | None,
     made: Mapping[tuple[int, str], str] | None = None,
+    low_rank: Mapping[int, dict[str, int]] | None = None,
 ) -> Plan:
     """Blocks, order and names to the measurements: the plan. made: digests of what kept adapters make."""
     mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
@@ -403,6 +431,7 @@ def _finish(
                 "names": {a: own for a, own in family.own_names[task].items() if a != own},
                 "config_base": _config_base(checkpoint),
                 "adapter": checkpoint.adapter,
+                "low_rank": (low_rank or {}).get(task),
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],

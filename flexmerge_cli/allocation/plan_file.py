@@ -90,11 +90,25 @@ class PlanReader(Record):
     """Aligned name -> own name, where they differ."""
 
 
+class LowRankRecord(Record):
+    """Of a fine-tune that is the base plus matrices of low rank: found by a sketch, so that nothing rests on it."""
+
+    rank: Count
+    matrices: Count
+    """That differ from the base."""
+    bytes: Count
+    """Of these matrices, as they are."""
+    residual_bytes: Count
+    """As residuals of this rank over the base."""
+
+
 class PlanTask(PlanReader):
     config_base: str | None
     """The model that its config says it comes from."""
     adapter: Literal["lora", "ia3"] | None = None
     """Of a task that is an adapter merged into the base, or one of a pool."""
+    low_rank: LowRankRecord | None = None
+    """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
 
 
 class PlanAdapter(PlanReader):

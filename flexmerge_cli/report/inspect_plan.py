@@ -15,7 +15,7 @@ from flexmerge_cli.order.similarity import similarity
 from flexmerge_cli.plan import block_measure, load_plan
 from flexmerge_cli.report.inspect_curve import Curve, curve_of
 from flexmerge_cli.report.inspect_heat import Scale
-from flexmerge_cli.report.plan import classes, task_rows
+from flexmerge_cli.report.plan import classes, low_rank_rows, task_rows
 from flexmerge_cli.report.vocabulary import vocabularies
 
 # M tasks, B blocks
@@ -94,6 +94,7 @@ def plan_value(facts: PlanFacts) -> dict[str, Any]:
         "settings": plan.settings.model_dump(mode="json"),
         "base": plan.base.source,
         "tasks": task_rows(plan),
+        "low_rank": low_rank_rows(plan),
         "one_model_bytes": plan.one_model_bytes,
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),

@@ -6,7 +6,7 @@ import numpy as np
 
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
-from flexmerge_cli.report.plan import adapter_words
+from flexmerge_cli.report.plan import adapter_words, show_low_rank
 from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
 from flexmerge_cli.report.vocabulary import show_vocabularies
 
@@ -25,6 +25,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
     for task in value["tasks"]:
         if "adapter" in task:
             print(printable(f"{task['name']}: {adapter_words(task)}"))
+    show_low_rank(value["low_rank"], value["plan"])
     if "block" in value:
         _show_block(facts, value["block"])
         return

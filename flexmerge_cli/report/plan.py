@@ -67,6 +67,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
             "total_bytes": asked.total_bytes,
         },
         "peak_memory_bytes": materialise_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
+        "low_rank": low_rank_rows(plan),
         "warnings": warnings(plan),
     }
 
@@ -83,6 +84,23 @@ def task_rows(plan: Plan) -> list[dict[str, Any]]:
         | {"adapter": {"kind": each.kind, "becomes": "keep", "bytes": each.tensor_bytes}}
         for each in plan.adapters
     ]
+
+
+def low_rank_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Full fine-tunes that are the base plus matrices of low rank, and what that would save."""
+    return [{"task": task.name, **task.low_rank.model_dump()} for task in plan.tasks if task.low_rank is not None]
+
+
+def show_low_rank(rows: list[dict[str, Any]], plan: str) -> None:
+    for row in rows:
+        print(
+            f"task `{row['task']}` is the base plus matrices of rank {row['rank']}, as a merged LoRA is: as low-rank "
+            f"residuals the {row['matrices']} that changed take {row['residual_bytes']:,} bytes, not {row['bytes']:,}, "
+            f"{row['bytes'] - row['residual_bytes']:,} less"
+        )
+    if rows:
+        rank = max(row["rank"] for row in rows)
+        print(f"  flexmerge merge {plan} --method low_rank:rank={rank},centre=base -o bundle/")
 
 
 def adapter_words(row: dict[str, Any]) -> str:
@@ -251,6 +269,7 @@ def show_plan(value: dict[str, Any]) -> None:
         ],
     )
     show_vocabularies(value["vocabularies"])
+    show_low_rank(value.get("low_rank", []), value.get("plan", ""))
     if "sizes" in value and value["blocks"]:
         _show_sizes(value)
     table(
