@@ -19,6 +19,7 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, choose_weights, var
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.ranges import http_error, read_range
+from flexmerge_cli.checkpoint.unclear import inner
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
 from flexmerge_cli.text import is_text
 
@@ -170,6 +171,22 @@ class HubTree:
             with hub_errors(file.place):
                 hf_hub_download(file.place.repository, file.name, revision=file.place.revision)
         return self.path / name
+
+
+def checkpoints_in(source: str, access: Access) -> tuple[dict[str, str], list[str]]:
+    """Of a repository with one folder per model: name -> pinned source, and the names of what else is there."""
+    tree = open_tree(source, access)
+    names = list(tree.files) or [str(path.relative_to(tree.path)) for path in tree.path.rglob("*") if path.is_file()]
+    files: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, rest = name.partition("/")
+        files.setdefault(folder, []).extend([rest] if slash and "/" not in rest else [])
+    found = {
+        folder: inner(tree.source, folder)
+        for folder, inside in sorted(files.items())
+        if not folder.startswith(".") and (choose_weights(inside, access.variant) or variants(inside))
+    }
+    return found, [name for name in sorted(files) if name not in found and not name.startswith(".")]
 
 
 def list_names(source: str, access: Access) -> list[str]:

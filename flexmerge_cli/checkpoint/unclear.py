@@ -47,4 +47,4 @@ def inner(source: str, name: str) -> str:
     """The source string of what lies in another."""
     if not source.startswith("hf://"):
         return f"{source.rstrip('/')}/{name}"
-    return f"{source}/{name}" if ":" in source.removeprefix("hf://") else f"{source}:{name}"
+    return f"{source.rstrip('/')}/{name}" if ":" in source.removeprefix("hf://") else f"{source}:{name}"

@@ -27,7 +27,9 @@ from flexmerge_cli.cli.options import (
 def plan(
     source: Annotated[Path | None, typer.Argument(help="recipe.yaml, or a plan.json to make another from.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="The pre-trained model.")] = None,
-    tasks: Annotated[Path | None, typer.Option("--tasks", help="Folder with one subfolder per fine-tune.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Folder, or hf://org/name, with one subfolder per fine-tune.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
     blocks: Annotated[

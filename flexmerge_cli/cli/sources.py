@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.checkpoint.hub import checkpoints_in, is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
@@ -58,7 +59,7 @@ class Given:
 def plan_request(
     source: Path | None,
     base: str | None,
-    tasks: Path | None,
+    tasks: str | None,
     task: list[str],
     order: Mapping[str, Any],
     private: tuple[str, ...],
@@ -104,8 +105,7 @@ def plan_request(
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
     ignored: list[str] = []
     if tasks is not None:
-        found, ignored = find_tasks(tasks)
-        named = {name: str(Path(path).absolute()) for name, path in found.items()}
+        named, ignored = _tasks_in(tasks, access)
     given: set[str] = set()
     for item in task:
         name, equals, path = item.partition("=")
@@ -133,6 +133,19 @@ def plan_request(
         access=replace(access, variant=access.variant or (recipe.variant if recipe else None)),
     )
     return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
+
+
+def _tasks_in(place: str, access: Access) -> tuple[dict[str, str], list[str]]:
+    """One task for each folder that holds a checkpoint, and the names of what else is there."""
+    if is_hub(place):
+        found, ignored = checkpoints_in(place, access)
+        if not found:
+            raise SourceError(f"no checkpoint in any folder of {place}", hint="give each task: --task NAME=hf://…")
+        return found, ignored
+    if is_remote(place):
+        raise UsageError(f"--tasks {place}: a folder, or a repository of the Hub", hint="--task NAME=SOURCE for each")
+    local, ignored = find_tasks(Path(place))
+    return {name: str(Path(path).absolute()) for name, path in local.items()}, ignored
 
 
 def _from_here(source: str, recipe: Recipe | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ..adapters import LORA, make
 from ..families import Models, normal, plain, write_checkpoint, write_family
 from ..program import Child, fails, flexmerge, succeeds, tree
 
@@ -37,9 +38,12 @@ def recipe(published, tmp_path):
     return path
 
 
+def header_bytes(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
 def headers(folders) -> int:
-    paths = (folders.root).rglob("*.safetensors")
-    return sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in paths)
+    return sum(map(header_bytes, folders.root.rglob("*.safetensors")))
 
 
 def weights(folders) -> int:
@@ -54,7 +58,7 @@ def test_inspect_and_a_dry_run_read_headers_and_no_weight(hub, published):
     }
     assert shown["source"].startswith("hf://org/task0@")
     of_task = list(published.tasks["task0"].glob("*.safetensors"))
-    assert hub.weights_sent() == sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in of_task)
+    assert hub.weights_sent() == sum(map(header_bytes, of_task))
     hub.forget()
     priced = succeeds("plan", *remote(published), "--dry-run", "--json").json
     assert hub.weights_sent() == headers(published)
@@ -125,6 +129,48 @@ def test_offline_works_from_the_cache_and_says_what_it_needs(hub, published, rec
     succeeds("merge", recipe, "--offline", "-o", tmp_path / "other")
     succeeds("inspect", "hf://org/task0", "--offline")
     assert hub.requests == []
+
+
+def test_a_repository_with_a_folder_per_task(hub, published, tmp_path):
+    (published.root / "tasks/notes").mkdir()
+    (published.root / "tasks/notes/README.md").write_text("no checkpoint")
+    commit = hub.add("org/all", published.root)
+    given = ["--base", "hf://org/all:base", "--tasks", "hf://org/all:tasks"]
+    said = succeeds("plan", *given, "-o", tmp_path / "plan.json").err
+    assert "not checkpoints, left out: notes" in said
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [task["source"] for task in plan["tasks"]] == [f"hf://org/all@{commit}:tasks/task{n}" for n in range(4)]
+    hub.forget()
+    succeeds("plan", *given, "--offline", "-o", tmp_path / "again.json")
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+    succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "bundle")
+    assert hub.requests == []
+    fails(4, "plan", "--base", "hf://org/base", "--tasks", "hf://org/task0", "--dry-run", says="no checkpoint in any")
+    fails(2, "plan", "--base", "hf://org/base", "--tasks", "s3://x/y", "--dry-run", says="--task NAME=SOURCE")
+
+
+def test_adapters_of_the_hub_are_those_of_the_disk(hub, tmp_path):
+    made = make(tmp_path / "made", "llama", {"a": LORA(r=2), "b": LORA(r=4, target_modules=["q_proj"])})
+    for name, folder in {"base": made.base, "a": made.tasks / "a", "b": made.tasks / "b"}.items():
+        hub.add(f"org/{name}", folder)
+    given = ["--base", "hf://org/base", "--task", "a=hf://org/a", "--task", "b=hf://org/b", "--assume-base"]
+    local = ["--base", made.base, "--tasks", made.tasks]
+    succeeds("plan", *given, "--dry-run")
+    weights = [*made.base.glob("*.safetensors"), *made.tasks.rglob("*.safetensors")]
+    assert hub.weights_sent() == sum(map(header_bytes, weights))
+    for adapters in ("keep", "merge"):
+        place = tmp_path / adapters
+        succeeds("plan", *given, "--adapters", adapters, "-o", f"{place}.json")
+        hub.forget()
+        succeeds("merge", f"{place}.json", "-o", place)
+        assert hub.requests == []
+        succeeds("plan", *local, "--adapters", adapters, "-o", f"{place}-local.json")
+        succeeds("merge", f"{place}-local.json", "-o", f"{place}-local")
+        for bundle in (place, f"{place}-local"):
+            succeeds("export", bundle, "--task", "a", "-o", f"{bundle}-a")
+        ours, theirs = tree(tmp_path / f"{adapters}-a"), tree(tmp_path / f"{adapters}-local-a")
+        assert set(ours) == set(theirs)
+        assert [name for name in ours if name.endswith(".json") and ours[name] != theirs[name]] == []
 
 
 def test_every_source_that_cannot_be_had_is_named_at_once(hub, published, tmp_path):
