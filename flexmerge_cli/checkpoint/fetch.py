@@ -70,9 +70,13 @@ class _Counter:
         self._done = 0
         self.stop = False
 
-    def add(self, count: int) -> None:
+    def check(self) -> None:
+        """Raises SourceError where the run was given up."""
         if self.stop:
             raise SourceError("another file could not be fetched", hint="run the command again")
+
+    def add(self, count: int) -> None:
+        self.check()
         with self._lock:
             self._done += count
             self._on_progress("fetch", self._done, self._total)
@@ -118,7 +122,7 @@ def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
             digest.update(data)
             opened.write(data)
 
-        stream_range(file.url(), earlier, size, write, max_passed_bytes=size)
+        stream_range(file.url(), earlier, size, write, max_passed_bytes=size, before_try=counter.check)
     if SHA256.fullmatch(blob.name) and digest.hexdigest() != blob.name:
         # A machine that lost its power may have kept the length of a file and not its bytes.
         partial.unlink()

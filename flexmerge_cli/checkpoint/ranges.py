@@ -28,19 +28,27 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
 
 def stream_range(
-    url: str, start: int, stop: int, write: Callable[[bytes], object], *, max_passed_bytes: int = MAX_PASSED_BYTES
+    url: str,
+    start: int,
+    stop: int,
+    write: Callable[[bytes], object],
+    *,
+    max_passed_bytes: int = MAX_PASSED_BYTES,
+    before_try: Callable[[], object] = lambda: None,
 ) -> None:
     """Hand over bytes [start, stop) at a Hub address as they come, in order, each once.
 
     A connection that breaks off or stalls is taken up where it broke off; a signed address that has expired meanwhile
     is asked for anew. A server that knows no ranges sends the file from its beginning: what is before is passed over.
-    Raises what the Hub's client raises, SourceError if that would be more than max_passed_bytes.
+    before_try may raise, to give up. Raises what the Hub's client raises, SourceError if more than max_passed_bytes
+    would have to be passed over.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     position, tries = start, 0
     while position < stop:
+        before_try()
         at_url = _signed.get(url, url)
         # A signed address is of another origin: the token must not go there.
         headers = build_hf_headers() if at_url == url else build_hf_headers(token=False)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
@@ -154,6 +155,8 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
         raise SourceError(f"{source} is not on this disk, and nothing is asked: offline", hint="leave out --offline")
     if not is_text(source):
         raise UsageError(f"{source!r} is no address", hint="write s3://bucket/folder")
+    if "@" in urlsplit(source).netloc and ":" in urlsplit(source).netloc.rpartition("@")[0]:
+        raise UsageError("an address with a password in it, which the plan would keep", hint="put it into ~/.netrc")
     from fsspec.core import url_to_fs
 
     try:

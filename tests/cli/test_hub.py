@@ -253,6 +253,25 @@ def test_a_killed_run_is_gone_on_with(hub, tmp_path):
     assert f"({there:,} bytes of them are there already)" in said
 
 
+def test_an_interrupted_run_ends_soon_and_keeps_what_it_has(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    made = Models(base={"a.weight": normal(0, 400, 500)}, tasks={"x": {"a.weight": normal(1, 400, 500)}})
+    folders = write_family(tmp_path / "made", made)
+    for name, folder in {"base": folders.base, **folders.tasks}.items():
+        hub.add(f"org/{name}", folder)
+    data = (folders.tasks["x"] / "model.safetensors").read_bytes()
+    partial = tmp_path / "hub-cache/models--org--x/blobs" / f"{hashlib.sha256(data).hexdigest()}.incomplete"
+    hub.pauses["org/x/model.safetensors"] = [0, 0, *[60.0] * 9]
+    child = Child("plan", *remote(folders), "-o", tmp_path / "plan.json")
+    while not (partial.exists() and partial.stat().st_size >= len(data) // 3):
+        assert child.is_running()
+    child.send(signal.SIGINT)
+    code, printed = child.wait()
+    assert code == 130 and "error" not in printed
+    assert partial.stat().st_size >= len(data) // 3
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_sources_of_an_evaluation_are_fetched(hub, published):
     from flexmerge_cli.evaluation.models import source_model
 

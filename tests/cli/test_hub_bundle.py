@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ..program import fails, flexmerge, succeeds, tree
+from ..program import ROOT, fails, flexmerge, succeeds, tree
 
 SOURCE = "hf://org/bundle"
 
@@ -78,6 +78,22 @@ def test_verify_and_all_tasks_take_every_file(hub, bundle, tmp_path):
     succeeds("export", SOURCE, "--all", "-o", tmp_path / "all")
     assert sent(hub) == {}
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["task0", "task1", "task2", "task3"]
+
+
+@pytest.mark.slow
+def test_a_bundle_of_the_hub_is_scored_like_that_on_the_disk(hub, tmp_path):
+    digits = ROOT / "samples/digits"
+    tasks = [argument for name in ("digit", "parity") for argument in ("--task", f"{name}={digits}/tasks/{name}")]
+    succeeds("plan", "--base", digits / "base", *tasks, "--statistics", "gram", "-o", tmp_path / "plan.json")
+    succeeds("merge", tmp_path / "plan.json", "--method", "average", "-o", tmp_path / "bundle")
+    hub.add("org/digits", tmp_path / "bundle")
+    scored = {
+        name: {"kind": "image-classification", "data": f"{digits}/test/{name}.npz"} for name in ("digit", "parity")
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps({"version": 1, "dtype": "float32", "tasks": scored}))
+    given = ["--spec", tmp_path / "eval.yaml", "--json"]
+    ours, theirs = (succeeds("eval", bundle, *given).json for bundle in ("hf://org/digits", tmp_path / "bundle"))
+    assert ours["tasks"] == theirs["tasks"]
 
 
 def test_a_linked_export_of_the_cache(hub, plan, tmp_path):
