@@ -26,10 +26,11 @@ from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, GateError, UsageError
-from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of
+from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
+from flexmerge_cli.methods.pooled import check_pooled
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.plan import block_measure
@@ -100,6 +101,8 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
 def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
     """Choose what the bundle stores, and price it to the byte. Reads no weights. Raises UsageError, GateError."""
     pricer = pricer or Pricer(plan)
+    if plan.pools_lora:
+        _check_pool(request)
     check_request(replace(request, method=request.method or "average"), len(plan.reader_names))
     size = (
         parse_size(request.size, num_tasks=len(plan.reader_names), one_model_bytes=plan.one_model_bytes)
@@ -129,6 +132,20 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
     else:
         allocation = cutter.smallest()
     return pricer.bill(allocation)
+
+
+def _check_pool(request: MergeRequest) -> None:
+    """What merges factors of LoRA adapters. Raises UsageError."""
+    if request.cluster is not None or (request.method is not None and parse_auto(request.method) is not None):
+        raise UsageError(
+            "a pool of LoRA adapters is merged by the order, and by methods of one value a module",
+            hint="--method average --size 2x; or plan with --adapters merge",
+        )
+    for text in (request.method, *(item.partition("=")[2] for item in request.method_for)):
+        if text not in (None, "", "keep"):
+            use = method_use(request, text)
+            call = parse_call(use.text, run_files=request.run_files)
+            check_pooled(call, steps=len(use.steps), calibrate=use.calibrate is not None)
 
 
 def merge(
@@ -363,16 +380,22 @@ def open_sources(
 
     needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors) or bool(plan.adapters)
     needs_base = needs_base or any(task.adapter is not None for task in plan.tasks)
-    merged = [name for task in plan.tasks if task.adapter is not None for name in task.files]
+    in_base = plan.settings.adapters == "merge"
+    merged = [name for task in plan.tasks if task.adapter is not None and in_base for name in task.files]
     base = opened((plan.base.source, [*plan.base.files, *merged])) if needs_base else None
     named: list[tuple[str, Collection[str]]] = []
     for record in plan.tasks:
-        named.append((record.source, [CONFIG_NAME] if record.adapter else record.files))
+        is_merged = record.adapter is not None and plan.settings.adapters == "merge"
+        named.append((record.source, [CONFIG_NAME] if is_merged else record.files))
     named += [(each.source, each.files) for each in plan.adapters]
     sources = dict(zip(plan.reader_names, each_opened(opened, named, [source for source, _ in named])))
     tasks = tuple(sources[name] for name in plan.task_names)
     kept: list[KeptAdapter] = []
-    if base is not None:
+    if base is not None and plan.settings.adapters == "pool":
+        adapters = adapters_of(base, sources, assume_base=plan.settings.assume_base)
+        _same_kinds(plan, adapters)
+        base = pool_base(base, sources, adapters)
+    elif base is not None:
         adapters = adapters_of(base, sources, assume_base=plan.settings.assume_base)
         models = models_of(base, sources, adapters)
         _same_kinds(plan, adapters)

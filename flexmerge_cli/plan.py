@@ -18,8 +18,8 @@ from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, SourceError, UsageError
-from flexmerge_cli.family.adapters import Adapters, adapters_of, keep, models_of
-from flexmerge_cli.family.blocks import Block, partition
+from flexmerge_cli.family.adapters import Adapters, adapters_of, keep, models_of, partition_pairs, pool_base
+from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.family.vocabulary import split_vocabularies
@@ -95,6 +95,14 @@ def open_family(request: PlanRequest) -> Family:
         raise UsageError("no tasks", hint="give --tasks DIR, or --task NAME=PATH")
     adapters = adapters_of(base, checkpoints, assume_base=request.assume_base)
     models = models_of(base, checkpoints, adapters)
+    if request.adapters == "pool":
+        pooled = {
+            name: replace(found, adapter=adapters[name].kind.value)
+            for name, found in checkpoints.items()
+            if name in adapters
+        }
+        base = pool_base(base, checkpoints, adapters)
+        return make_family(base, pooled, private=request.private, merge_heads=request.merge_heads)
     kept = [
         keep(base, name, adapter, models.pop(name)) for name, adapter in adapters.items() if request.adapters == "keep"
     ]
@@ -130,6 +138,8 @@ def make_plan(
     threads = threads or default_threads()
     items: list[SurveyItem] = []
     owners: list[FamilyTensor] = []
+    if pools_lora(family, request):  # how factors code says nothing of their products
+        request = replace(request, statistics="gram")
     for tensor in family.stored:
         for item in _survey_items(tensor):
             items.append(replace(item, codes=item.gram and request.statistics == "all"))
@@ -159,6 +169,8 @@ def make_plan(
         digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, measures[len(items) :])}
         for record in tensors:
             record["base_digest"] = digests.get(record["name"])
+    if pools_lora(family, request):
+        keeping.products_in_grams(family, tensors)
     low_rank = _low_rank(family, tensors)
     made = keeping.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
     return _finish(family, tensors, request, save_to, made, low_rank)
@@ -192,7 +204,7 @@ def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False
     without_statistics: without those that `auto` needs, for a smaller file.
     """
     mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
-    blocks = partition([tensor.name for tensor in mergeable], order.blocks)
+    blocks = partition_pairs([tensor.name for tensor in mergeable], order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
     fields = plan.model_dump(mode="json", by_alias=True)
     for tensor in fields["tensors"]:
@@ -382,6 +394,10 @@ def _low_rank(family: Family, records: Sequence[Mapping[str, Any]]) -> dict[int,
     return found
 
 
+def pools_lora(family: Family, request: PlanRequest) -> bool:
+    return request.adapters == "pool" and any(task.adapter == "lora" for task in family.tasks)
+
+
 def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any, Any]]) -> list[str]:
     lines = []
     for item, measure in found:
@@ -403,7 +419,7 @@ def _finish(
 ) -> Plan:
     """Blocks, order and names to the measurements: the plan. made: digests of what kept adapters make."""
     mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
-    blocks = partition([record["name"] for record in mergeable], request.order.blocks)
+    blocks = partition_pairs([record["name"] for record in mergeable], request.order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
     for record in records:
         record["block"] = block_of.get(record["name"])
@@ -506,7 +522,7 @@ def block_measure(name: str, tensors: Sequence[PlanTensor]) -> BlockMeasure:
 
 
 def _blocks_of(family: Family, blocks: str) -> tuple[Block, ...]:
-    return partition([t.name for t in family.tensors if t.tensor_class is TensorClass.MERGEABLE], blocks)
+    return partition_pairs([t.name for t in family.tensors if t.tensor_class is TensorClass.MERGEABLE], blocks)
 
 
 def _relative(checkpoint: Checkpoint, folder: Path) -> str:

@@ -100,6 +100,8 @@ class TaskEntry(Record):
     names: dict[str, str]
     files: tuple[str, ...]
     adapter: AdapterEntry | None = None
+    pooled: Literal["lora", "ia3"] | None = None
+    """Of an adapter whose tensors were merged with others': it is exported as an adapter."""
 
 
 class MethodEntry(Record):
@@ -362,6 +364,7 @@ def manifest_frame(
             "names": task.names,
             "files": _files_of(index, files, small),
         }
+        | ({"pooled": task.adapter} if plan.settings.adapters == "pool" else {})
         for index, task in enumerate(plan.tasks)
     }
     for index, adapter in enumerate(plan.adapters, len(plan.tasks)):

@@ -312,6 +312,11 @@ class Plan(Record):
     def reader_names(self) -> tuple[str, ...]:
         return tuple(reader.name for reader in self.readers)
 
+    @property
+    def pools_lora(self) -> bool:
+        """Whether its tasks are LoRA adapters that merge among themselves: by their products, not by their factors."""
+        return self.settings.adapters == "pool" and any(task.adapter == "lora" for task in self.tasks)
+
     def adapter(self, reader: int) -> PlanAdapter | None:
         return self.adapters[reader - len(self.tasks)] if reader >= len(self.tasks) else None
 

@@ -95,6 +95,8 @@ def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: 
     if merged and adapter is None:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
     as_adapter = adapter is not None and not merged
+    if link and bundle.manifest.tasks[task].pooled is not None:
+        raise UsageError(f"task `{task}` is an adapter, of one file of its own", hint="leave out --link")
     if link and not as_adapter and _weight_map(bundle, task) is None:
         raise UsageError(
             f"task `{task}` cannot be linked: its tensors must be decoded, renamed or cast", hint="leave out --link"
@@ -160,6 +162,8 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 def _stem(bundle: Bundle, task: str) -> str:
     """Of the weight files, as the library that the task's config is of looks for them."""
+    if bundle.manifest.tasks[task].pooled is not None:
+        return "adapter_model"
     folder = bundle.path / "tasks" / task
     config = folder / "config.json"
     if config.is_file() and b'"_diffusers_version"' in config.read_bytes():

@@ -57,6 +57,9 @@ def load_model(view: View, **kwargs: Any) -> Any:
     except ImportError:
         raise UsageError("transformers is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
     folder = view.bundle.path / "tasks" / view.task
+    if view.bundle.manifest.tasks[view.task].pooled is not None:
+        hint = f"flexmerge export {view.bundle.path} --task {view.task} -o FOLDER, and load it with peft"
+        raise UsageError(f"task `{view.task}` is an adapter of a pool, and no model", hint=hint)
     adapter = view.bundle.manifest.tasks[view.task].adapter
     if adapter is not None and not (folder / "config.json").is_file():
         folder = view.bundle.path / BASE_FOLDER  # an adapter's folder has seldom a config of the whole model

@@ -79,6 +79,11 @@ class Adapter:
     base_name: str | None
     """What the config says it was trained on."""
 
+    def tensors(self) -> list[StoredTensor]:
+        """Its factors and vectors, as its file names them."""
+        pairs = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
+        return pairs + list(self.vectors.values())
+
     def is_saved(self, parameter: str) -> bool:
         """Whether a parameter is of `modules_to_save`."""
         return any(f".{module}." in f".{parameter}" for module in self.saved_modules)

@@ -45,6 +45,10 @@ class Reader:
         if tensor.change is not None:
             return self._changed(tensor, start, stop, buffer)
         filled = buffer[: (stop - start) * tensor.item_bytes]
+        if tensor.fill is not None:
+            one = from_float32(np.full(1, tensor.fill, np.float32), tensor.dtype)
+            filled.view(NUMPY[tensor.dtype])[:] = one[0]
+            return filled
         if tensor.selection is not None:
             done = 0
             for low, high in tensor.selection.ranges(start, stop):
@@ -107,6 +111,8 @@ class Reader:
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Tell the kernel that these elements are read soon, so that disk or network work while others compute."""
+        if tensor.fill is not None:
+            return
         if tensor.selection is not None:
             for low, high in islice(tensor.selection.ranges(start, stop), MAX_ADVICES):
                 self.will_need(tensor.selection.of, low, high)

@@ -37,6 +37,9 @@ class StoredTensor:
     change: Change | None = None
     """What is done to these bytes on reading: the tensor of a model that an adapter makes."""
 
+    fill: float | None = None
+    """What every element is, of a tensor that lies nowhere: the base of a pool of adapters."""
+
     @property
     def paths(self) -> tuple[Path, ...]:
         """Every file that reading takes."""
@@ -58,7 +61,7 @@ class StoredTensor:
     @property
     def is_contiguous(self) -> bool:
         """Whether its bytes lie in the file one after another, from `offset` on."""
-        return self.strides is None and self.selection is None and self.change is None
+        return self.strides is None and self.selection is None and self.change is None and self.fill is None
 
     def take(self, runs: Runs) -> "StoredTensor":
         """Rows of axis 0, in this order, as a tensor of their own. runs: as rows.py has them."""

@@ -55,8 +55,8 @@ def plan(
         str | None,
         typer.Option(
             "--adapters",
-            help="Tasks that are PEFT adapters: keep (default) them as they are over the base, or merge each into it "
-            "and treat it as any fine-tune.",
+            help="Tasks that are PEFT adapters: keep (default) them as they are over the base, merge each into it "
+            "and treat it as any fine-tune, or pool them: they merge among themselves.",
         ),
     ] = None,
     assume_base: Annotated[

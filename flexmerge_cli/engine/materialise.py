@@ -27,10 +27,11 @@ from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added, sizes
 from flexmerge_cli.engine.spans import Span, cut, tiles, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
-from flexmerge_cli.engine.work import BASE, Chain, Sources, Worker
+from flexmerge_cli.engine.work import BASE, Chain, Raw, Sources, Worker
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope, Statistic
+from flexmerge_cli.methods.pooled import factor_pairs, product_gram
 
 # Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
 CHUNK_ELEMENTS = 1 << 19
@@ -86,7 +87,8 @@ def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
 
 def whole_elements(bill: Bill) -> int:
     """Elements of the largest item that cannot be cut: a tensor, or all tensors of a unit; 0 where all can."""
-    chains = [Chain.of(use, call) for use, call in zip(bill.allocation.methods, bill.calls)]
+    pooled = bill.plan.pools_lora
+    chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
     largest = 0
     for unit in bill.allocation.units:
         together = 0
@@ -305,7 +307,27 @@ class _Run:
             if chain.call is not None and chain.call.scope == "block":
                 for name, value in self.worker.block_values(group, members).items():
                     values[name][tasks] = value
-        return [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
+        pieces = [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
+        if self.plan.pools_lora:
+            self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
+        return pieces
+
+    def _errors_of_products(
+        self, raws: dict[str, Raw], values: dict[str, dict[Tasks, torch.Tensor]], pieces: dict[str, Piece]
+    ) -> None:
+        """Of a pool: what is lost of ΔW stands at the B of a module, and nothing at its A."""
+        for a, b in factor_pairs(raws):
+            gram = self.plan.gram(self.plan.tensor(b))
+            for piece in (pieces[a], pieces[b]):
+                piece.errors = {task: np.zeros_like(error) for task, error in piece.errors.items()}
+            for tasks in set(values[a]) & set(values[b]):
+                for task in tasks:
+                    own = [self.worker.own(raws[name], task).view(self.plan.tensor(name).shape) for name in (a, b)]
+                    merged = [values[name][tasks].view(self.plan.tensor(name).shape).cpu() for name in (a, b)]
+                    lost = product_gram((merged[0], own[0]), (merged[1], own[1]))
+                    scale = gram[task, task] / float(lost[1, 1]) if float(lost[1, 1]) > 0 else 1.0
+                    error = max(0.0, float(lost[0, 0] - 2 * lost[0, 1] + lost[1, 1])) * scale
+                    pieces[b].errors[task].flat[0] = error
 
     def _visit_on_cpu(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
         with self.worker.on_cpu():

@@ -26,6 +26,7 @@ from flexmerge_cli.engine.spans import Span, row_elements, widest
 from flexmerge_cli.engine.together import read_together
 from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.methods.method import Call, Scope, Where
+from flexmerge_cli.methods.pooled import pooled_call
 from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.methods.registry import parse_calibrate, parse_step
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
@@ -59,7 +60,10 @@ class Chain:
     expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
 
     @staticmethod
-    def of(use: MethodUse, call: Call) -> "Chain":
+    def of(use: MethodUse, call: Call, *, pooled: bool = False) -> "Chain":
+        """pooled: tensors are factors of LoRA adapters, and their products merge."""
+        if pooled:
+            return Chain(steps=(), call=pooled_call(call), calibrate=None, coded=None)
         coded = declare(call)
         return Chain(
             steps=tuple(parse_step(text) for text in use.steps),
@@ -97,7 +101,8 @@ class Worker:
         self.reader = reader
         self._device, self._here = device, threading.local()
         self.buffers = Buffers()
-        self.chains = [Chain.of(use, call) for use, call in zip(bill.allocation.methods, bill.calls)]
+        pooled = bill.plan.pools_lora
+        self.chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
 

@@ -3,15 +3,18 @@
 Gathers all that does not fit, over all tasks, before it raises.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from flexmerge_cli.checkpoint.adapted import adapted, names_other_base
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
-from flexmerge_cli.checkpoint.peft import CONFIG_NAME, WEIGHT_NAMES, Adapter, is_adapter, read_adapter
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME, WEIGHT_NAMES, Adapter, AdapterKind, is_adapter, read_adapter
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.align import align, aligned_names
+from flexmerge_cli.family.blocks import Block, partition
 
 Adapters = Literal["keep", "merge", "pool"]
 """What becomes of tasks that are adapters: kept as they are over the base, merged into it and then treated as any
@@ -83,3 +86,51 @@ def keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> Ke
     alignment = align(base.tensors, model.tensors)
     names = {aligned: own for own, aligned in aligned_names(alignment, base.tensors, model.tensors).items()}
     return KeptAdapter(name=name, adapter=adapter, model=model, names=names)
+
+
+def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:
+    """What the adapters of a pool are compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
+
+    Raises DataError unless all tasks are adapters of one kind, and LoRAs of one rank and scale in every module.
+    """
+    whole = [task for task in tasks if task not in adapters]
+    kinds = {adapters[task].kind for task in tasks if task in adapters}
+    hint = "--adapters keep or merge takes them as they are"
+    if whole:
+        raise DataError(f"a pool is of adapters alone; whole models: {', '.join(whole[:10])}", hint=hint)
+    if len(kinds) > 1:
+        of = {kind: [task for task, adapter in adapters.items() if adapter.kind is kind] for kind in sorted(kinds)}
+        told = "; ".join(f"{kind.value}: {', '.join(names[:5])}" for kind, names in of.items())
+        raise DataError(f"a pool is of adapters of one kind: {told}", hint=hint)
+    forms: dict[str, tuple[str, float, int]] = {}
+    problems = []
+    for task, adapter in adapters.items():
+        for module, factors in adapter.factors.items():
+            form = (task, factors.scale, factors.a.shape[0])
+            first = forms.setdefault(module, form)
+            if first[1:] != form[1:]:
+                both = [f"rank {rank}, scale {scale:g} in `{name}`" for name, scale, rank in (form, first)]
+                problems.append(f"`{module}` has {both[0]}, {both[1]}")
+    if problems:
+        raise DataError("LoRAs of a pool have one rank and scale:\n  " + "\n  ".join(problems[:10]), hint=hint)
+    tensors: dict[str, StoredTensor] = {}
+    for adapter in adapters.values():
+        fill = 1.0 if adapter.kind is AdapterKind.IA3 else 0.0
+        for factor in adapter.tensors():
+            tensors.setdefault(
+                factor.name, replace(factor, path=base.path, offset=0, strides=None, stream=None, fill=fill)
+            )
+    return replace(base, tensors=tensors, weight_bytes={}, config={}, side_files={}, remote={})
+
+
+def partition_pairs(names: Sequence[str], blocks: str | Path) -> tuple[Block, ...]:
+    """As `partition`, where the two factors of a LoRA are in one block: what merges is their product."""
+    of_module: dict[str, list[str]] = {}
+    for name in names:
+        segments = name.split(".")
+        at = next((i for i, segment in enumerate(segments) if segment.startswith("lora_")), None)
+        of_module.setdefault(name if at is None else ".".join([*segments[:at], "weight"]), []).append(name)
+    return tuple(
+        replace(block, tensors=tuple(name for module in block.tensors for name in of_module[module]))
+        for block in partition(list(of_module), blocks)
+    )

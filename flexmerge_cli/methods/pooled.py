@@ -1,0 +1,126 @@
+"""LoRA adapters merged among themselves: the factors of a group in, factors of one adapter of the same rank out. Pure.
+
+What is compared and merged is ΔW = B · A of a module, never A and B apart: they are free up to a rotation. A linear
+method's Σ w ΔW is the product of the stacked factors [w₁B₁ … w_kB_k] and [A₁; …; A_k]; its truncated singular value
+decomposition follows from that of the small core between their QR factors, and ΔW is never formed. Other methods take
+the ΔW of one module at a time. The factors' scale (alpha over r) is one for all tasks of a pool, and stays outside.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
+from flexmerge_cli.methods.method import Call, Method, Where, nothing, nowhere
+
+LINEAR = (average, task_arithmetic, weighted_average)
+
+
+def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(A, B) of every module that has both."""
+    known = set(names)
+    found = []
+    for name in sorted(known):
+        other = name.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
+        if other != name and other in known:
+            found.append((name, other))
+    return found
+
+
+def is_factor(name: str) -> bool:
+    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
+
+
+def merges_products(call: Call) -> bool:
+    """Whether a method needs no more than the ΔW of one module and group, and makes one value of them."""
+    coded = call.method.masked or declare(call) is not None
+    return not coded and call.statistics is None and call.scope != "block"
+
+
+def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None:
+    """Raises UsageError for a method that cannot, or for what goes before or after it."""
+    if not merges_products(call) or steps or calibrate:
+        raise UsageError(
+            f"`{call.method.name}` cannot merge a pool of LoRA adapters: what merges is one ΔW a module",
+            hint="average, task_arithmetic or magmax, without --step and --calibrate; or plan with --adapters merge",
+        )
+
+
+def pooled_call(call: Call) -> Call:
+    """The same method on the factors of all modules of a block: {name: [k, *shape]} -> {name: [*shape]}."""
+
+    def merge_factors(deltas: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
+        found = {}
+        for a, b in factor_pairs(deltas):
+            a_kRN, b_kMR = (value.flatten(2).double() for value in (deltas[a], deltas[b]))
+            left, right = _merged(call, a_kRN, b_kMR, where)
+            found[a] = right.float().reshape(deltas[a].shape[1:])
+            found[b] = left.float().reshape(deltas[b].shape[1:])
+        for name in set(deltas) - set(found):  # the other factor is the same in all tasks, and a copy
+            found[name] = torch.einsum("k,k...->...", _weights(call, where), deltas[name].double()).float()
+        return found
+
+    method = Method(
+        name=call.method.name,
+        function=merge_factors,
+        paper=call.method.paper,
+        scope="block",
+        elementwise=nowhere,
+        statistics=nothing,
+        masked=False,
+        gain=nothing,
+        when="",
+        check=nothing,
+        parameters={},
+        wants_where=True,
+        wants_stats=False,
+        wants_unstepped=False,
+    )
+    return Call(method=method, args={})
+
+
+def truncated_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """float64 [m, s], [s, n] -> [m, r], [r, n], whose product is the nearest of rank r to theirs, split evenly."""
+    q_left, t_left = torch.linalg.qr(left)
+    q_right, t_right = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    left, right = q_left @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ q_right.T
+    missing = rank - len(root)  # a module thinner than its rank
+    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
+
+
+def product_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """⟨B_i A_i, B_j A_j⟩ of matrices [r, n] and [m, r], float64 [k, k]: tr (B_iᵀB_j)(A_jA_iᵀ)."""
+    left = torch.stack([value.flatten(1).double() for value in b])
+    right = torch.stack([value.flatten(1).double() for value in a])
+    k, _, r = left.shape
+    of_left, of_right = left.permute(1, 0, 2).reshape(-1, k * r), right.reshape(k * r, -1)
+    gram = ((of_left.T @ of_left) * (of_right @ of_right.T)).view(k, r, k, r).sum((1, 3))
+    return (gram + gram.T) / 2
+
+
+def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Tensor, Tensor]:
+    k, r, n = a_kRN.shape
+    if call.method in LINEAR:
+        weighted = b_kMR * _weights(call, where)[:, None, None]
+        return truncated_product(weighted.permute(1, 0, 2).reshape(-1, k * r), a_kRN.reshape(k * r, n), r)
+    deltas = (b_kMR @ a_kRN).float()
+    inside = Where(tasks=where.tasks, tensor=where.tensor, start=0, shape=tuple(deltas.shape[1:]))
+    scope = call.scope_of(where.tensor, inside.shape)
+    merged = call(deltas.flatten(1) if scope == "element" else deltas, inside).double().reshape(inside.shape)
+    u, values, v = torch.linalg.svd(merged, full_matrices=False)
+    root = values[:r].sqrt()
+    pad = r - len(root)
+    left, right = u[:, :r] * root, root[:, None] * v[:r]
+    return torch.nn.functional.pad(left, (0, pad)), torch.nn.functional.pad(right, (0, 0, 0, pad))
+
+
+def _weights(call: Call, where: Where) -> Tensor:
+    """Of a linear method, by its own function: what it makes of the unit vectors. float64 [k]."""
+    if call.method not in LINEAR:
+        raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="take average")
+    return call(torch.eye(len(where.tasks)), where).double()
