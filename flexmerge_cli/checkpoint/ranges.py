@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from flexmerge_cli.errors import FlexmergeError, SourceError
 
@@ -61,7 +62,8 @@ def stream_range(
                     _signed.pop(url, None)
                     continue
                 hf_raise_for_status(response)
-                _signed[url] = str(response.url)
+                if response.url.host != urlsplit(url).hostname:
+                    _signed[url] = str(response.url)
                 at = _first_byte(response, url, position, whole=start <= max_passed_bytes)
                 for chunk in response.iter_bytes():
                     wanted = chunk[max(0, position - at) : stop - at]

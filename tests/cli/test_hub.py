@@ -210,8 +210,7 @@ def test_quiet_is_silent(hub, published, tmp_path):
 def test_a_process_of_its_own_is_driven_by_the_environment(hub, published, tmp_path):
     """As a user has it: the endpoint, home and token of the environment."""
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_friend",
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_friend",
     }  # fmt: skip
     hub.tokens = {"hf_friend": {"org/task1"}}
     hub.repositories["org/task1"].gated = True
