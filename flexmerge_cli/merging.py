@@ -159,9 +159,12 @@ def merge(
     threads: int | None = None,
     max_memory: int | None = None,
     bill: Bill | None = None,
+    examine: Callable[[Path], None] = lambda _folder: None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[Bill, Measured]:
     """Write the bundle. plan_folder: what the plan's relative sources are relative to.
+
+    examine: is given the folder of the finished bundle, and raises for what must not be published.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
@@ -216,6 +219,7 @@ def merge(
         threads=threads,
         chunk_elements=chunk,
         accept=accept,
+        examine=examine,
         on_bytes=on_bytes,
         on_stage=on_stage,
     )

@@ -7,13 +7,15 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
+gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
+         spec is an eval.yaml, of which no code is run
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import Record
@@ -52,6 +54,18 @@ class MergeRecord(Record):
     max_distance: float | None = Field(default=None, ge=0)
 
 
+class GateRecord(Record):
+    spec: str
+    max_drop: str | None = None
+    max_mean_drop: str | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> "GateRecord":
+        if self.max_drop is None and self.max_mean_drop is None:
+            raise ValueError("says no limit: max_drop or max_mean_drop, 1% or 1pt")
+        return self
+
+
 class Recipe(Record):
     """A checked recipe."""
 
@@ -67,6 +81,7 @@ class Recipe(Record):
     adapters: Adapters | None = None
     assume_base: bool = False
     merge: MergeRecord = MergeRecord()
+    gate: GateRecord | None = None
     _folder: Path = PrivateAttr(default=Path())
 
     @property

@@ -4,19 +4,21 @@ One model is in memory at a time, in each process. Curves of a plan: curve.py.
 """
 
 import multiprocessing
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
-from flexmerge_cli.evaluation.gate import Gate, judge
+from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -131,8 +133,14 @@ def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLI
 
     Raises SourceError, DataError.
     """
-    plan = load_plan(plan_path)
-    sources, _ = open_sources(plan, plan_path.absolute().parent, {}, access)
+    return references_of(load_plan(plan_path), plan_path.absolute().parent, spec, access=access)
+
+
+def references_of(
+    plan: Plan, folder: Path, spec: EvalSpec, *, relocate: Mapping[str, str] | None = None, access: Access = ONLINE
+) -> References:
+    """folder: what the plan's relative sources are relative to."""
+    sources, _ = open_sources(plan, folder, relocate or {}, access)
     folders = {
         task.name: source.path if source.path.is_dir() else source.path.parent
         for task, source in zip(plan.tasks, sources.tasks)
@@ -145,6 +153,17 @@ def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLI
 
     models = {task: {who: partial(opened, task, who) for who in ("fine_tuned", "base")} for task in spec.tasks}
     return References(models=models, folders=folders)
+
+
+def require_gate(
+    folder: Path, spec: EvalSpec, references: References, gate: Gate, *, device: str | None, on_step: OnStep
+) -> dict[str, Any]:
+    """Score a finished bundle, wherever it lies. Raises GateError unless it passes; gives the document."""
+    bundle, pairs, scorer = Bundle.open(folder), _Pairs(), Scorer(spec=spec, device=device)
+    document = evaluate(bundle, spec, scorer=scorer, references=references, on_step=on_step, on_scored=pairs.add)
+    verdict = judge(pairs.merged, pairs.references, gate, pairs.same).record()
+    require_pass(verdict, "the bundle is not published: it")
+    return document | {"gate": verdict}
 
 
 def _fetch(sources: OpenSources, task: int, access: Access) -> None:

@@ -40,10 +40,13 @@ def write_bundle(
     threads: int,
     chunk_elements: int = CHUNK_ELEMENTS,
     accept: Callable[[Measured], None] = lambda _measured: None,
+    examine: Callable[[Path], None] = lambda _folder: None,
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> Measured:
-    """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing."""
+    """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing; so may
+    examine, which gets the folder of the whole bundle where it is not published yet.
+    """
     with publish(target, force=force, needed_bytes=bill.total_bytes) as folder:
         measured = materialise(
             bill,
@@ -64,6 +67,7 @@ def write_bundle(
             file.flush()
             os.fsync(file.fileno())
         _check_written(bill, folder)
+        examine(folder)
     return measured
 
 

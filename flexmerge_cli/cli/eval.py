@@ -58,6 +58,14 @@ def evaluate(
     max_mean_drop: Annotated[
         str | None, typer.Option("--max-mean-drop", help="Gate: the same of the mean over tasks.")
     ] = None,
+    choose: Annotated[
+        float | None,
+        typer.Option("--choose", help="The smallest that keeps this part of the fine-tuned score, 0.99; else exit 6."),
+    ] = None,
+    tune_spec: Annotated[
+        Path | None,
+        typer.Option("--tune-spec", help="Data to choose on; default: one half, and the other is reported."),
+    ] = None,
     allow_exec: Annotated[
         bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
     ] = False,
@@ -78,7 +86,7 @@ def evaluate(
 
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
-    from flexmerge_cli.cli.gating import end_by_gate
+    from flexmerge_cli.cli.gating import end_by_choice, end_by_gate
     from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.gate import parse_gate
@@ -100,6 +108,7 @@ def evaluate(
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
         "--dtype": dtype, "--csv": csv, "--html": html, "--png": png,
+        "--choose": choose, "--tune-spec": tune_spec,
     }  # fmt: skip
     if plan is not None and bundle is None and not sources:
         from flexmerge_cli.cli.evaluating import CurveOptions, checked
@@ -124,11 +133,16 @@ def evaluate(
                 force=force,
                 access=access_of(offline=offline, quiet=quiet),
                 gate=gate,
+                choose=choose,
+                tune_spec=tune_spec,
             )
         )
         with progress(quiet=quiet or as_json, counts=True) as on_score:
             value = drawn.run(on_score)
         emit(value, as_json=as_json, show=show_curve)
+        if choose is not None:
+            end_by_choice(value["chosen"], as_json=as_json)
+            return
         end_by_gate(value, f"{plan}", as_json=as_json)
         return
 

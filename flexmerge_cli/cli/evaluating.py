@@ -9,9 +9,12 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.cli.options import check_new_file, dtype_of
 from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
 from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.choose import Choice, choose, halves
+from flexmerge_cli.evaluation.curve import Curve, Point
 from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+from flexmerge_cli.evaluation.tune import require_other_data
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
 from flexmerge_cli.report.curve_png import require_matplotlib
@@ -41,6 +44,8 @@ class CurveOptions:
     force: bool = False
     access: Access = ONLINE
     gate: Gate = field(default_factory=Gate)
+    choose: float | None = None
+    tune_spec: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,13 +56,39 @@ class Drawn:
     spec: EvalSpec
     request: CurveRequest
     options: CurveOptions
+    tune_spec: EvalSpec | None = None
 
     def run(self, on_score: OnScore) -> dict[str, Any]:
         """The document; what was asked for as files is written."""
         curve = draw(self.plan, self.options.plan, self.spec, self.request, on_score=on_score)
         record = curve_record(self.plan, self.spec, curve, gate=self.options.gate)
+        if self.options.choose is not None:
+            record["chosen"] = self._choice(curve, self.options.choose, on_score).record()
         write_outputs(record, self.options.outputs)
         return record
+
+    def _choice(self, curve: Curve, target: float, on_score: OnScore) -> Choice:
+        """On one half of the data, or on those of --tune-spec."""
+        each = self.options.gate.max_drop is not None
+        points = [*curve.points, *curve.alternatives]
+        if self.tune_spec is None:
+            references = halves(curve.fine_tuned)
+            return choose(
+                [(point, *halves(point.scores)) for point in points], references, target, each=each, data="one half"
+            )
+        tuned = draw(self.plan, self.options.plan, self.tune_spec, self.request, on_score=on_score)
+        on = {_name(point): point.scores for point in (*tuned.points, *tuned.alternatives)}
+        return choose(
+            [(point, on[_name(point)], point.scores) for point in points],
+            (tuned.fine_tuned, curve.fine_tuned),
+            target,
+            each=each,
+            data=str(self.options.tune_spec),
+        )
+
+
+def _name(point: Point) -> tuple[object, ...]:
+    return point.method, point.sizes, point.tensor_bytes
 
 
 def checked(options: CurveOptions) -> Drawn:
@@ -90,7 +121,15 @@ def checked(options: CurveOptions) -> Drawn:
         device=options.device,
         threads=options.threads,
     )
-    return Drawn(plan=plan, spec=spec, request=request, options=options)
+    tune_spec = None
+    if options.choose is not None and not 0 < options.choose <= 2:
+        raise UsageError(f"--choose {options.choose} is no part of the fine-tuned score", hint="--choose 0.99")
+    if options.tune_spec is not None:
+        if options.choose is None:
+            raise UsageError("--tune-spec is what --choose looks at", hint="--choose 0.99 --tune-spec val.yaml")
+        tune_spec = read_spec(options.tune_spec, plan.task_names, allow_exec=options.allow_exec)
+        require_other_data(tune_spec, spec)
+    return Drawn(plan=plan, spec=spec, request=request, options=options, tune_spec=tune_spec)
 
 
 def write_outputs(record: dict[str, Any], outputs: dict[str, Path]) -> None:

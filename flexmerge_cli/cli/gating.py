@@ -21,6 +21,14 @@ def end_by_gate(value: dict[str, Any], what: str, *, as_json: bool) -> None:
         print(f"gate: {value['gate']['message']}")
 
 
+def end_by_choice(chosen: dict[str, Any], *, as_json: bool) -> None:
+    """Tells what was chosen, and the command that builds it. Raises GateError if nothing qualifies."""
+    if not chosen["qualifies"]:
+        end(GateError(chosen["message"], hint="larger --sizes, other --methods, or more examples"), as_json=as_json)
+    if not as_json:
+        print(f"{chosen['message']}\n{chosen['command']}")
+
+
 def end(error: GateError, *, as_json: bool) -> None:
     """Raises it, or, where a document was printed that tells it, exits as it would."""
     if not as_json:

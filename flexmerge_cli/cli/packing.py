@@ -1,6 +1,6 @@
 """What `merge` does with its source: a plan, or a recipe that is planned first."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from flexmerge_cli.checkpoint.hub import is_remote, pinned_source
 from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.gate import Gate, parse_gate
+from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.merging import MergeRequest, advice, allocate, auto_found, check_request, merge
 from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
@@ -30,6 +32,9 @@ class Packing:
     keep_plan: Path | None
     plan_folder: Path = field(default_factory=Path)
     pricer: Pricer | None = None
+    spec: EvalSpec | None = None
+    """Of the recipe's gate."""
+    gate: Gate = field(default_factory=Gate)
 
     @staticmethod
     def of(source: Path, chosen: Mapping[str, Any], relocate: list[str], keep_plan: Path | None) -> "Packing":
@@ -55,6 +60,10 @@ class Packing:
         check_target(output, force=force, replaceable=is_bundle)
         if self.keep_plan is not None:
             check_plan_place(self.keep_plan, force=True)
+        if self.recipe is not None and self.recipe.gate is not None:
+            asked = self.recipe.gate
+            self.gate = parse_gate(asked.max_drop, asked.max_mean_drop)
+            self.spec = read_spec(self.recipe.folder / asked.spec, tuple(sorted(self.recipe.tasks)))
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""
@@ -85,7 +94,34 @@ class Packing:
         return None if found is None else auto_summary(*found)
 
     def write(self, plan: Plan, bill: Bill, output: Path, *, force: bool, **run: Any) -> Measured:
-        return merge(plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, **run)[1]
+        examine = self._examine(plan, **run) if self.spec is not None else _nothing
+        return merge(
+            plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, examine=examine, **run
+        )[1]
+
+    def _examine(
+        self, plan: Plan, *, device: str, on_progress: Callable[[str, int, int], None], **_run: Any
+    ) -> Callable[[Path], None]:
+        """The recipe's gate; what does not fit of its spec is refused here, before anything is merged."""
+        from flexmerge_cli.evaluation.scoring import Scorer
+        from flexmerge_cli.scores import references_of, require_gate
+
+        assert self.spec is not None
+        spec, on = self.spec, None if device == "auto" else device
+        request = self.request
+        references = references_of(plan, self.plan_folder, spec, relocate=request.relocate, access=request.access)
+        scorer = Scorer(spec=spec, device=on)
+        for task in spec.tasks:
+            scorer.examples(task, references.folders[task])
+
+        def examine(folder: Path) -> None:
+            require_gate(folder, spec, references, self.gate, device=on, on_step=on_progress)
+
+        return examine
+
+
+def _nothing(_folder: Path) -> None:
+    """Whatever is merged is published."""
 
 
 def _holds(plan: Plan, given: Given, folder: Path) -> bool:

@@ -1,8 +1,9 @@
 """Means over tasks, resampled: every task's examples are drawn with repetition, the same for all models. Pure.
 
-A metric that is a mean is resampled by counting how often each example is drawn: one matrix product for all draws.
+Draws are equal for equal seed and number of examples, so that models are compared on the same ones.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,14 +14,24 @@ from flexmerge_cli.evaluation.scored import Scored
 
 # R draws, n examples
 
+MAX_KEPT = 4_000_000  # indices, 16 MB: of more examples the draws are made anew for every model
+
 
 def draws_of(scored: Scored, seed: int, count: int = RESAMPLES) -> np.ndarray:
     """The metric's value in each of R draws, [R] float64; equal draws for equal seed and n."""
     outcomes = scored.outcomes
+    if outcomes is not None and scored.n * count <= MAX_KEPT:
+        return np.asarray(outcomes[_rows(scored.n, seed, count)].mean(axis=1))
     if outcomes is not None:
         return np.array([outcomes[rows].mean() for rows in resamples(scored.n, seed, count)])
     measure = METRICS[scored.metric].value
     return np.array([measure(scored.predictions[r], scored.labels[r]) for r in resamples(scored.n, seed, count)])
+
+
+@functools.lru_cache(maxsize=32)
+def _rows(n: int, seed: int, count: int) -> np.ndarray:
+    """[R, n] int32: the draws of `resamples`, which many models share."""
+    return np.array(list(resamples(n, seed, count)), np.int32)
 
 
 def mean_drops(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation.gate import MEAN, Gate, Outcome, judge, parse_gate, parse_limit, require_pass
@@ -9,7 +10,7 @@ from flexmerge_cli.evaluation.resampling import mean_drops, mean_kept
 from flexmerge_cli.evaluation.scored import Given, Scored
 
 from ..program import fails, flexmerge, succeeds
-from .curves import Digits
+from .curves import DIGITS, TASKS, Digits, write_spec
 
 
 def hits(n: int, share: float, *, lost: int = 0) -> Scored:
@@ -150,3 +151,48 @@ def test_a_curve_passes_where_some_point_does(sample):
 
 def test_a_gate_needs_a_fine_tuned_model(sample, bundles):
     fails(2, "eval", bundles / "exact", "--spec", sample.spec_path, "--max-drop", "1%", says="fine-tuned")
+
+
+def recipe(sample: Digits, folder, *, size: str, limit: str, spec: str = "eval.yaml"):
+    path = folder / "recipe.yaml"
+    tasks = {task: str(DIGITS / "tasks" / task) for task in TASKS}
+    fields = {
+        "version": 1, "base": str(DIGITS / "base"), "tasks": tasks, "merge": {"method": "average", "size": size},
+        "gate": {"spec": spec, "max_drop": limit},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(fields))
+    write_spec(folder / "eval.yaml")
+    return path
+
+
+def test_a_recipe_publishes_what_passes(sample, tmp_path):
+    succeeds("merge", recipe(sample, tmp_path, size="3x", limit="1%"), "-o", tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("limit", ["1%", "27pt"])
+def test_a_recipe_leaves_nothing_of_what_does_not_pass(sample, tmp_path, limit):
+    """Failed, and undecided: neither a bundle nor a file beside it."""
+    path = recipe(sample, tmp_path, size="1x", limit=limit)
+    before = {file.name for file in tmp_path.iterdir()}
+    fails(6, "merge", path, "-o", tmp_path / "bundle", says=("not published", "rotation"))
+    assert {file.name for file in tmp_path.iterdir()} == before
+
+
+def test_what_was_there_stays_where_the_new_bundle_does_not_pass(sample, tmp_path):
+    succeeds("merge", recipe(sample, tmp_path, size="3x", limit="1%"), "-o", tmp_path / "bundle")
+    manifest = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    fails(6, "merge", recipe(sample, tmp_path, size="1x", limit="1%"), "-o", tmp_path / "bundle", "--force")
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == manifest
+
+
+def test_a_recipe_runs_no_code_of_its_spec(sample, tmp_path):
+    path = recipe(sample, tmp_path, size="3x", limit="1%")
+    task = {"kind": "python", "function": "os:getcwd"}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"version": 1, "tasks": {"digit": task}}))
+    fails(2, "merge", path, "-o", tmp_path / "bundle", says="runs code")
+
+
+@pytest.mark.parametrize("limit", ["many", "-1%"])
+def test_a_gate_that_says_no_limit_is_refused_before_anything_is_read(sample, tmp_path, limit):
+    fails(2, "merge", recipe(sample, tmp_path, size="3x", limit=limit), "-o", tmp_path / "bundle", says=limit)

@@ -1,0 +1,154 @@
+"""The smallest bundle that keeps enough, chosen on one half of the data and reported on the other. Pure.
+
+A point qualifies if the lower bound of a one-sided paired 95 % bootstrap of its mean normalised score reaches the
+target; with `each`, of every task's. Halves are drawn by a fixed seed; both models of a pair see the same examples.
+What was chosen on data looks better on them than it is, so the number that counts is of the half that chose nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.curve import Point
+from flexmerge_cli.evaluation.intervals import CONFIDENCE
+from flexmerge_cli.evaluation.resampling import mean_kept
+from flexmerge_cli.evaluation.scored import Scored
+
+SEED = 20260101
+Scores = Mapping[str, Scored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """How much of the fine-tuned scores a point keeps, on some data."""
+
+    value: float
+    """Mean over tasks."""
+    low: float
+    """It is above, with 95 %."""
+    worst: str
+    """The task with the lowest bound."""
+    worst_low: float
+    n: int
+    """Examples of the task that has the fewest."""
+
+    def reaches(self, target: float, *, each: bool) -> bool:
+        return (self.worst_low if each else self.low) >= target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What was chosen, and how it does where it was not chosen."""
+
+    point: Point
+    qualifies: bool
+    """False: it is the best of those that do not."""
+    target: float
+    each: bool
+    chosen_on: Kept
+    reported: Kept
+    data: str
+    """What it was chosen on, in words."""
+
+    @property
+    def message(self) -> str:
+        what = "every task" if self.each else "the mean"
+        found, told = self.chosen_on, self.reported
+        start = (
+            f"{self.point.method} in {self.point.tensor_bytes:,} bytes is the smallest of which {what} keeps "
+            f"{self.target:g} of the fine-tuned score with 95 %"
+            if self.qualifies
+            else f"none is sure to keep {self.target:g} of the fine-tuned score ({what}, with 95 %); the best is "
+            f"{self.point.method} in {self.point.tensor_bytes:,} bytes"
+        )
+        low = (found.worst_low, told.worst_low) if self.each else (found.low, told.low)
+        return (
+            f"{start}: {found.value:.4f}, at least {low[0]:.4f}, on {self.data}; "
+            f"reported on the rest: {told.value:.4f}, at least {low[1]:.4f} (worst task {told.worst})"
+        )
+
+    def record(self) -> dict[str, Any]:
+        def kept(found: Kept) -> dict[str, Any]:
+            return {
+                "value": found.value, "low": found.low, "worst": found.worst, "worst_low": found.worst_low,
+                "n": found.n,
+            }  # fmt: skip
+
+        return {
+            "qualifies": self.qualifies,
+            "target": self.target,
+            "of": "each task" if self.each else "mean",
+            "method": self.point.method,
+            "sizes": list(self.point.sizes),
+            "bytes": self.point.tensor_bytes,
+            "total_bytes": self.point.total_bytes,
+            "command": self.point.command,
+            "chosen_on": kept(self.chosen_on) | {"data": self.data},
+            "reported": kept(self.reported),
+            "message": self.message,
+        }
+
+
+def choose(
+    points: Sequence[tuple[Point, Scores, Scores]],
+    references: tuple[Scores, Scores],
+    target: float,
+    *,
+    each: bool,
+    data: str,
+) -> Choice:
+    """points: with their scores on the data to choose on, and on those to report; references: likewise.
+
+    The smallest in bytes that qualifies, of equals the better; if none does, that with the highest bound.
+    """
+    found = []
+    for point, tuned_on, reported in points:
+        on = kept_of(tuned_on, references[0])
+        found.append((point, on, reported))
+    good = [item for item in found if item[1].reaches(target, each=each)]
+    if good:
+        point, on, reported = min(good, key=lambda item: (item[0].tensor_bytes, item[0].total_bytes, -item[1].value))
+    else:
+        point, on, reported = max(found, key=lambda item: item[1].worst_low if each else item[1].low)
+    return Choice(
+        point=point,
+        qualifies=bool(good),
+        target=target,
+        each=each,
+        chosen_on=on,
+        reported=kept_of(reported, references[1]),
+        data=data,
+    )
+
+
+def kept_of(merged: Scores, references: Scores) -> Kept:
+    value, draws_R = mean_kept(merged, references)
+    bounds = {
+        task: float(np.quantile(mean_kept({task: merged[task]}, {task: references[task]})[1], 1 - CONFIDENCE))
+        for task in merged
+    }
+    worst = min(bounds, key=lambda task: bounds[task])
+    return Kept(
+        value=value,
+        low=float(np.quantile(draws_R, 1 - CONFIDENCE)),
+        worst=worst,
+        worst_low=bounds[worst],
+        n=min(scored.n for scored in merged.values()),
+    )
+
+
+def halves(scores: Scores) -> tuple[dict[str, Scored], dict[str, Scored]]:
+    """One half of every task's examples, and the other. Raises UsageError for fewer than two, or none to split."""
+    one, other = {}, {}
+    for task, scored in scores.items():
+        if scored.given is not None or scored.n < 2:
+            raise UsageError(
+                f"task `{task}` has no examples to choose on and others to report on",
+                hint="--tune-spec with other data, or a kind that scores examples",
+            )
+        order = np.random.default_rng([SEED, scored.n]).permutation(scored.n)
+        one[task], other[task] = (scored.take(np.sort(part)) for part in np.split(order, [scored.n // 2]))
+    return one, other

@@ -1,0 +1,41 @@
+"""Data to choose on are not those to report on: two specs side by side. Reads no weights, and of data the bytes."""
+
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.evaluation.spec import EvalSpec
+
+
+def require_other_data(tuning: EvalSpec, reported: EvalSpec) -> None:
+    """Raises UsageError, with file and line, where both read the same split of a task, or not the same tasks."""
+    for task in reported.tasks:
+        if task not in tuning.tasks:
+            raise tuning.document.error(
+                ("tasks",), f"no task `{task}`, which {reported.document.path} reports", hint="both need the same tasks"
+            )
+        if _data(tuning, task) == _data(reported, task):
+            raise tuning.document.error(
+                ("tasks", task, "data"),
+                f"{reported.document.path} reports the same data: what is chosen on them says nothing of others",
+                hint="give --tune-spec another split, e.g. the validation data",
+            )
+
+
+def _data(spec: EvalSpec, task: str) -> Any:
+    """Where a task's examples are, whatever the spec is relative to, and which of them."""
+    data = spec.tasks[task].data_spec
+    if data is None:
+        return spec.tasks[task].model_dump(mode="json")
+    found = {key: value for key, value in data.model_dump(mode="json").items() if value is not None}
+    for key, value in found.items():
+        if isinstance(value, str) and (spec.folder / value).exists():
+            place = (spec.folder / value).resolve()
+            found[key] = _content(place)
+    return found
+
+
+def _content(place: Path) -> object:
+    """Of a file what it holds: a copy under another name is the same data."""
+    from flexmerge_cli.checkpoint.digest import digest_bytes
+
+    return digest_bytes(place.read_bytes()) if place.is_file() else str(place)
