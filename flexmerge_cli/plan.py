@@ -439,7 +439,7 @@ def _finish(
             "source": _relative(family.base, folder),
             "fingerprint": base_fingerprint,
             "files": _side_files(of_base),
-            "names": {t.name: t.base.name for t in family.tensors if t.base is not None and t.base.name != t.name},
+            "names": {t.name: t.base.name for t in family.tensors if t.base and t.name not in family.base.tensors},
         },
         "tasks": [
             {
