@@ -77,6 +77,7 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     tasks = list(request.spec.tasks)
     if request.parallel <= 1 or len(tasks) == 1:
         return _judged(request, *_scores(request, on_step))
+    _check(request)
     alone = replace(request, parallel=1, access=ONLINE)  # without messages
     parts = [replace(alone, spec=request.spec.only(task)) for task in tasks]
     context = multiprocessing.get_context("spawn")
@@ -103,6 +104,17 @@ def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> d
     if not request.gate:
         return document
     return document | {"gate": judge(pairs.merged, pairs.references, request.gate, pairs.same).record()}
+
+
+def _check(request: ScoreRequest) -> None:
+    """What is wrong in the last task is told before the first is scored. Each process reads its own data again."""
+    if request.bundle is not None:
+        folders = {task: request.bundle / "tasks" / task for task in request.spec.tasks}
+    else:
+        assert request.plan is not None
+        folders = dict(planned_references(request.plan, request.spec, access=request.access).folders)
+    for task in request.spec.tasks:
+        Scorer(spec=request.spec, device=request.device, cache=None).examples(task, folders[task])
 
 
 def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:

@@ -17,11 +17,12 @@ import numpy as np
 
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.evaluation.intervals import interval
+from flexmerge_cli.evaluation.kinds.kind import AGREEMENT
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.references import References, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.scoring import Scorer
+from flexmerge_cli.evaluation.scoring import Scorer, no_reference
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 FORMAT = "flexmerge.eval/1"
@@ -50,7 +51,9 @@ def evaluate(
         references = spec_references(spec, bundle) if bundle is not None else References()
     folders = {task: bundle.path / "tasks" / task for task in spec.tasks} if bundle is not None else references.folders
     for task in spec.tasks:
-        scorer.examples(task, folders[task])
+        examples = scorer.examples(task, folders[task])
+        if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
+            raise no_reference(spec.place(task, folders[task]))
     records = {}
     for task in spec.tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)

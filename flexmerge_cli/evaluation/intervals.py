@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexmerge_cli.evaluation.confusion import ON_COUNTS, counts_RCC
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.paired import absolute_limit, mean_limit, relative_limit, relative_mean_limit
 from flexmerge_cli.evaluation.scored import Scored
@@ -26,15 +27,21 @@ def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
     outcomes = scored.outcomes
     if outcomes is not None and np.isin(outcomes, (0.0, 1.0)).all():
         return proportion(int(outcomes.sum()), len(outcomes))
-    if outcomes is not None:
-        values = np.array([outcomes[examples].mean() for examples in resamples(scored.n, seed)])
-    else:
-        measure = METRICS[scored.metric].value
-        values = np.array(
-            [measure(scored.predictions[rows], scored.labels[rows]) for rows in resamples(scored.n, seed)]
-        )
+    values = resampled_values(scored, seed)
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def resampled_values(scored: Scored, seed: int = SEED) -> np.ndarray:
+    """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with another model's."""
+    rows = resamples(scored.n, seed)
+    outcomes = scored.outcomes
+    if outcomes is not None:
+        return np.array([outcomes[chosen].mean() for chosen in rows])
+    if scored.metric in ON_COUNTS:
+        return ON_COUNTS[scored.metric](counts_RCC(scored.predictions, scored.labels, rows))
+    measure = METRICS[scored.metric].value
+    return np.array([measure(scored.predictions[chosen], scored.labels[chosen]) for chosen in rows])
 
 
 def proportion(hits: int, n: int) -> tuple[float, float]:
@@ -104,16 +111,8 @@ def paired_bound(
     drop = _drop(merged.value, reference.value, sign, relative)
     ours, theirs = merged.outcomes, reference.outcomes
     if ours is None or theirs is None:
-        measure = METRICS[merged.metric].value
-        draws = [
-            _drop(
-                measure(merged.predictions[rows], merged.labels[rows]),
-                measure(reference.predictions[rows], reference.labels[rows]),
-                sign,
-                relative,
-            )
-            for rows in resamples(merged.n, seed)
-        ]
+        both = zip(resampled_values(merged, seed), resampled_values(reference, seed))
+        draws = [_drop(float(one), float(other), sign, relative) for one, other in both]
         low, high = (float(np.quantile(draws, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
     elif np.isin([ours, theirs], (0.0, 1.0)).all():
         limit = relative_limit if relative else absolute_limit

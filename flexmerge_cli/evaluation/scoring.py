@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache, key_of
-from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Run
+from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, Run
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.side_files import side_digest
 from flexmerge_cli.evaluation.spec import EvalSpec
@@ -72,9 +73,7 @@ class Scorer:
         if examples.metrics != (AGREEMENT,):
             return self._computed(model, examples, on_example)
         if reference is None:
-            raise self.spec.place(model.task, model.folder).error(
-                "metric", "`agreement` is with the task's fine-tuned model", hint="checkpoint: path/of/it, or --plan"
-            )
+            raise no_reference(self.spec.place(model.task, model.folder))
         key = (model.task, reference.digest)
         if key not in self._references:
             self._references[key] = self._computed(reference, examples, on_example)
@@ -126,6 +125,11 @@ def score(
     """Score one model on one task of a spec; without a cache nothing is looked up or kept."""
     assert model.task == task
     return Scorer(spec=spec, device=device, cache=cache).score(model, reference=reference)
+
+
+def no_reference(place: Place) -> UsageError:
+    said = "`agreement` is with the task's fine-tuned model, and there is none"
+    return place.error("metric", said, hint="checkpoint: path/of/it, or --plan plan.json")
 
 
 def _agreement(outputs: Scored, reference: Scored) -> Scored:

@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from flexmerge_cli.evaluation.confusion import ON_COUNTS, counts_RCC
 from flexmerge_cli.evaluation.metrics import METRICS, normalised
 
 rng = np.random.default_rng(1)
@@ -108,3 +109,15 @@ def test_a_metric_that_is_none_is_a_key_error():
     for name in ("recall@0", "recall@x", "bleu"):
         with pytest.raises(KeyError):
             METRICS[name]
+
+
+@pytest.mark.parametrize("name", sorted(ON_COUNTS))
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_values_of_resamples_are_scikit_learns(name, classes):
+    draw = np.random.default_rng(classes)
+    labels = draw.integers(0, classes, 30)
+    predictions = np.where(draw.random(30) < 0.5, labels, draw.integers(-1 if classes != 2 else 0, classes, 30))
+    rows = [np.arange(30), *(draw.integers(30, size=size) for size in (1, 2, 5, 30, 30, 30))]
+    found = ON_COUNTS[name](counts_RCC(predictions, labels, [rows[0], *rows]))
+    wanted = [value(name, predictions[chosen], labels[chosen]) for chosen in rows]
+    assert found[1:].tolist() == pytest.approx(wanted, abs=1e-12)

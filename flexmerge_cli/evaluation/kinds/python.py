@@ -25,6 +25,9 @@ from flexmerge_cli.evaluation.task_spec import TaskSpec
 NAME = re.compile(r"python:([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
+TOLD = 500  # characters of an error of the function
+
+
 class Python(TaskSpec):
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -54,7 +57,7 @@ def score(model: TaskModel, task: Python, examples: Examples, run: Run) -> Seque
         except FlexmergeError:
             raise
         except Exception as error:
-            said = f"task `{model.task}`: {task.kind} failed: {type(error).__name__}: {error}"
+            said = f"task `{model.task}`: {task.kind} failed: {type(error).__name__}: {str(error)[:TOLD]}"
             raise DataError(said, hint="--debug shows where") from error
     return [scored_of(answer, f"task `{model.task}`: {task.kind}", next(iter(task.metrics), None))]
 
