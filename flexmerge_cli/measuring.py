@@ -6,7 +6,7 @@ from pathlib import Path
 from flexmerge_cli.allocation.plan_file import Plan, plan_bytes
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import open_sources
 from flexmerge_cli.plan import longest_row
@@ -32,6 +32,10 @@ def add_statistics(
 
     if plan.settings.statistics == "all":
         return plan
+    if plan.pools_lora:
+        raise UsageError(
+            "how factors of LoRA adapters code says nothing of their products", hint="leave out --statistics"
+        )
     sources, _ = open_sources(plan, folder, relocate or {}, access)
     fetch(sources.to_fetch(), access, on_progress)
     located = sources.located

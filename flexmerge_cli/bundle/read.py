@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from flexmerge_cli.allocation.manifest import (
+    BASE_FOLDER,
     FORMAT,
     NO_SHA256,
     AdapterEntry,
@@ -243,6 +244,12 @@ class Bundle:
             return aligned not in adapter.changes
         dense = self.dense(task, tensor.of or aligned)
         return dense is not None and dense.dtype == tensor.dtype_of(task)
+
+    def config_folder(self, task: str) -> Path:
+        """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
+        folder = self.path / "tasks" / task
+        has_own = self.manifest.tasks[task].adapter is None or (folder / "config.json").is_file()
+        return folder if has_own else self.path / BASE_FOLDER
 
     def adapter_file(self, task: str) -> Path | None:
         """The weight file of a kept adapter."""

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.errors import DataError, UsageError
@@ -56,13 +55,10 @@ def load_model(view: View, **kwargs: Any) -> Any:
         import transformers
     except ImportError:
         raise UsageError("transformers is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
-    folder = view.bundle.path / "tasks" / view.task
+    folder = view.bundle.config_folder(view.task)
     if view.bundle.manifest.tasks[view.task].pooled is not None:
         hint = f"flexmerge export {view.bundle.path} --task {view.task} -o FOLDER, and load it with peft"
         raise UsageError(f"task `{view.task}` is an adapter of a pool, and no model", hint=hint)
-    adapter = view.bundle.manifest.tasks[view.task].adapter
-    if adapter is not None and not (folder / "config.json").is_file():
-        folder = view.bundle.path / BASE_FOLDER  # an adapter's folder has seldom a config of the whole model
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"task `{view.task}` has no config.json in the bundle", hint="use bundle.view and your own code"

@@ -49,7 +49,7 @@ def evaluate(
     scorer = scorer or Scorer(spec=spec)
     if references is None:
         references = spec_references(spec, bundle) if bundle is not None else References()
-    folders = {task: bundle.path / "tasks" / task for task in spec.tasks} if bundle is not None else references.folders
+    folders = {task: bundle.config_folder(task) for task in spec.tasks} if bundle is not None else references.folders
     for task in spec.tasks:
         examples = scorer.examples(task, folders[task])
         if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):

@@ -37,7 +37,7 @@ def starter_spec(bundle: Bundle, folder: Path) -> str:
 
 
 def _task(bundle: Bundle, task: str, folder: Path) -> str:
-    side = bundle.path / "tasks" / task
+    side = bundle.config_folder(task)
     lines = [f"kind: {_kind(side)}", *_keys(side, task, folder)]
     source = bundle.manifest.tasks[task].source
     # A path is relative to the plan, which is not known here.

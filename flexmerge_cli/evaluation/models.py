@@ -83,7 +83,7 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
     return TaskModel(
         task=task,
         weights=View(bundle, task),
-        folder=bundle.path / "tasks" / task,
+        folder=bundle.config_folder(task),
         digest=weights_digest(
             (names.get(t.name, t.name), t.dtype_of(task), t.shape_of(task), t.digests[task]) for t in tensors
         ),
@@ -135,7 +135,7 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
             f"{base.path} is not the base of {bundle.path}: it has no {', '.join(lacking[:5])}", hint="check `base`"
         )
     return TaskModel(
-        task=task, weights=Lazy(found), folder=bundle.path / "tasks" / task, digest=weights_digest(lines),
+        task=task, weights=Lazy(found), folder=bundle.config_folder(task), digest=weights_digest(lines),
         num_bytes=base.num_bytes,
     )  # fmt: skip
 
