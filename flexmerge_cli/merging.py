@@ -423,7 +423,7 @@ def open_sources(
             dtype, shape = tensor.base_form
             if vocabulary is not None:
                 shape = (vocabulary.base.rows, *shape[1:])
-            found = located(base, "the base", name, dtype, shape)
+            found = located(base, "the base", plan.base.names.get(name, name), dtype, shape)
             if found is not None:
                 of_base[name] = found if vocabulary is None else found.take(vocabulary.base.common)
         for task in tensor.present:

@@ -20,7 +20,7 @@ from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters, adapters_of, keep, models_of, partition_pairs, pool_base
 from flexmerge_cli.family.blocks import Block
-from flexmerge_cli.family.classes import TensorClass, tied_by_config
+from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.order.linkage import Linkage, check_settings
@@ -241,24 +241,27 @@ def to_fetch(family: Family) -> list[RemoteFile]:
 
 
 def settle_ties(family: Family) -> Family:
-    """Class `tied` where the config ties two tensors and every task that has both has them bit by bit the same.
+    """Class `tied` where every task that has a tensor has it as an alias: by shared storage, or by its config and bits.
 
-    Compares only these pairs, and stops at the first byte that differs.
+    Compares only the pairs that a config ties, and stops at the first byte that differs. A task that lacks the alias,
+    as one that is tied may, says nothing.
     """
     candidates: dict[str, list[str | None]] = {}
     by_name = {tensor.name: tensor for tensor in family.tensors}
     for task, checkpoint in enumerate(family.tasks):
         aligned = {own: name for name, own in family.own_names[task].items()}
-        for alias, target in tied_by_config(checkpoint.config, checkpoint.tensors).items():
-            same = same_bits(checkpoint, alias, target)
-            candidates.setdefault(aligned[alias], [None] * len(family.tasks))[task] = aligned[target] if same else None
-    tied = {}
+        pairs = tied_by_config(checkpoint.config, checkpoint.tensors)
+        ties = {alias: target for alias, target in pairs.items() if same_bits(checkpoint, alias, target)}
+        for alias, target in (ties | aliases(checkpoint.tensors)).items():
+            candidates.setdefault(aligned[alias], [None] * len(family.tasks))[task] = aligned[target]
+    tied: dict[str, str] = {}
     for alias, targets in candidates.items():
-        have = [targets[task] for task in by_name[alias].present]
+        have = {targets[task] for task in by_name[alias].present}
         if family.kept and by_name[alias].base is not None:
             continue  # what the tasks tie the base need not, and adapters have the base's
-        if len(set(have)) == 1 and have[0] is not None and by_name[have[0]].present == by_name[alias].present:
-            tied[alias] = have[0]
+        only = have.pop() if len(have) == 1 else None
+        if only is not None and set(by_name[alias].present) <= set(by_name[only].present):
+            tied[alias] = only
     tensors = tuple(
         replace(tensor, tensor_class=TensorClass.TIED, reason=tied[tensor.name])
         if tensor.name in tied and tied[tensor.name] not in tied
@@ -436,6 +439,7 @@ def _finish(
             "source": _relative(family.base, folder),
             "fingerprint": base_fingerprint,
             "files": _side_files(of_base),
+            "names": {t.name: t.base.name for t in family.tensors if t.base and t.name not in family.base.tensors},
         },
         "tasks": [
             {

@@ -74,6 +74,8 @@ class PlanBase(Record):
     fingerprint: Digest
     files: dict[str, SideFile] = {}
     """What kept adapters need of it besides its tensors: config, tokenizer, …"""
+    names: dict[str, str] = {}
+    """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
 
 
 class PlanReader(Record):

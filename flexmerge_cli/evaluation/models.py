@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
-from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.classes import TensorClass, absent_alias
 from flexmerge_cli.residuals.rows import join
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
         if task not in entry.digests:
             continue
         own, tensor = names.get(entry.name, entry.name), entries[entry.of] if entry.of is not None else entry
-        stored = base.tensors.get(tensor.name)
+        stored = base.tensors.get(tensor.name) or absent_alias(base.config, base.tensors, tensor.name)
         vocabulary = next((v for v in bundle.manifest.vocabularies if tensor.name in v.tensors), None)
         if vocabulary is not None and stored is not None and stored.shape[:1] == (vocabulary.base.rows,):
             stored = stored.take(vocabulary.base.common)

@@ -117,13 +117,31 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     if not config or not config.get("tie_word_embeddings", default):
         return {}
     inputs = sorted((name for name in tensors if embeds(name)), key=target_rank)
-    outputs = [name for name in tensors if name.split(".")[-2:] in (["lm_head", "weight"], ["decoder", "weight"])]
+    outputs = [name for name in tensors if _is_output(name)]
     outputs += [name for name in inputs if "shared.weight" in inputs and name.endswith("embed_tokens.weight")]
     return {
         output: next(name for name in inputs if _same_form(tensors[name], tensors[output]))
         for output in outputs
         if any(_same_form(tensors[name], tensors[output]) and name != output for name in inputs)
     }
+
+
+def absent_alias(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """What a model has as an output layer that it ties and does not store: its input embedding. None if it has none.
+
+    The config must say so in words: there are no bits to compare.
+    """
+    text = config.get("text_config")
+    of_text = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    if name in tensors or not _is_output(name) or config.get("tie_word_embeddings", of_text) is not True:
+        return None
+    inputs = sorted((other for other in tensors if embeds(other) and "pos" not in other), key=target_rank)
+    return tensors[inputs[0]] if inputs else None
+
+
+def _is_output(name: str) -> bool:
+    *_, parent, last = ["", *name.split(".")]
+    return last == "weight" and parent in ("lm_head", "decoder", "proj_out", "embed_out")
 
 
 def embeds(name: str) -> bool:

@@ -15,7 +15,7 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
 from flexmerge_cli.family.align import Alignment, align, aligned_names
 from flexmerge_cli.family.architecture import differences
-from flexmerge_cli.family.classes import TensorClass, aliases, is_resized, is_resnet, why_private
+from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_resized, is_resnet, why_private
 
 # What bundles call the parts of a tensor (allocation/manifest.py): no tensor of a checkpoint may have such a name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
@@ -178,7 +178,10 @@ def make_family(
         parts = tuple(
             checkpoint.tensors[own[name]] if name in own else None for own, checkpoint in zip(own_names, checkpoints)
         )
-        tensor = FamilyTensor(name=name, base=base.tensors.get(name), tasks=parts, tensor_class=TensorClass.MERGEABLE)
+        of_base = base.tensors.get(name)
+        if of_base is None and not kept:  # adapters have the base as it is
+            of_base = absent_alias(base.config, base.tensors, name)
+        tensor = FamilyTensor(name=name, base=of_base, tasks=parts, tensor_class=TensorClass.MERGEABLE)
         targets = {tied[index].get(name) for index in tensor.present}
         if not tensor.present:
             tensor = replace(tensor, tensor_class=TensorClass.BASE_ONLY)

@@ -43,8 +43,8 @@ def split_vocabularies(family: Family) -> Family:
     vocabularies = []
     for sizes, tensors in members.items():
         found = _row_maps(sizes, tokens)
-        if found is None:
-            continue
+        if found is None or (family.kept and num_rows(found[0].common) < found[0].rows):
+            continue  # kept adapters need all rows of the base
         names = [tensor.name for tensor in tensors]
         tied = [t for t in family.tensors if t.tensor_class is TensorClass.TIED and t.reason in names]
         vocabulary = Vocabulary(tensors=(*names, *(t.name for t in tied)), base=found[0], tasks=found[1])

@@ -173,6 +173,20 @@ def test_adapters_of_the_hub_are_those_of_the_disk(hub, tmp_path):
         assert [name for name in ours if name.endswith(".json") and ours[name] != theirs[name]] == []
 
 
+def test_a_kept_adapter_of_a_bundle_on_the_hub_is_fetched_alone(hub, tmp_path):
+    made = make(tmp_path / "made", "llama", {"a": LORA(r=2), "b": LORA(r=4, target_modules=["q_proj"])})
+    succeeds("plan", "--base", made.base, "--tasks", made.tasks, "-o", tmp_path / "plan.json")
+    succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "bundle")
+    hub.add("org/packed", tmp_path / "bundle")
+    succeeds("export", "hf://org/packed", "--task", "a", "-o", tmp_path / "a")
+    assert tree(tmp_path / "a") == tree(made.tasks / "a")
+    assert not any("/b/" in path or path.endswith("/b.safetensors") for path in hub.sent)
+    succeeds("export", "hf://org/packed", "--task", "a", "--merged", "-o", tmp_path / "merged")
+    succeeds("export", tmp_path / "bundle", "--task", "a", "--merged", "-o", tmp_path / "local")
+    assert tree(tmp_path / "merged") == tree(tmp_path / "local")
+    assert succeeds("inspect", "hf://org/packed", "--json").json["kind"] == "bundle"
+
+
 def test_every_source_that_cannot_be_had_is_named_at_once(hub, published, tmp_path):
     hub.repositories["org/task1"].gated = True
     hub.repositories["org/task2"].private = True

@@ -1,14 +1,27 @@
 """A family on disk and its plan: every tensor of every file in exactly one class, and listed."""
 
+import json
+
 import pytest
 import torch
 
-from flexmerge_cli import load_plan, make_plan, open_bundle
+from flexmerge_cli import load_plan, make_plan, open_bundle, verify
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.family import check_task_names, find_tasks
 from flexmerge_cli.plan import PlanRequest, open_family
 
-from ..families import ODD, Models, encoder, normal, plain, same_bits, tuned, write_checkpoint, write_family
+from ..families import (
+    ODD,
+    Models,
+    assert_same_state,
+    encoder,
+    normal,
+    plain,
+    same_bits,
+    tuned,
+    write_checkpoint,
+    write_family,
+)
 from ..program import fails, succeeds
 
 HEAD = {"classifier.weight": "private", "classifier.bias": "private"}
@@ -296,3 +309,105 @@ def test_nothing_is_read_of_weights_before_headers_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("flexmerge_cli.checkpoint.reader.Reader.read", never)
     with pytest.raises(DataError, match="not of one architecture"):
         make_plan(folders.base, folders.sources)
+
+
+# Ties, task by task.
+
+
+def with_head(state, *, tied):
+    """embed_tokens and, unless it is tied, a head of its own."""
+    state = dict(state)
+    state["embed_tokens.weight"] = state.pop("embeddings.word_embeddings.weight")
+    if not tied:
+        state["lm_head.weight"] = state["embed_tokens.weight"] + 0.05 * normal(len(state), 11, 8)
+    return state
+
+
+def family_of_ties(root, base_tied, tasks_tied, *, stored=(), words=True):
+    """Models whose configs tie or do not, and with `words` say so; of `stored` a tied head is in the file, too."""
+    base = encoder()
+    states = {"base": with_head(base, tied=base_tied)}
+    ties = {"base": base_tied}
+    for number, is_tied in enumerate(tasks_tied):
+        states[f"task{number}"] = with_head(tuned(base, number + 1), tied=is_tied)
+        ties[f"task{number}"] = is_tied
+    for name, state in states.items():
+        if name in stored and ties[name]:
+            state["lm_head.weight"] = state["embed_tokens.weight"].clone()
+        folder = root / "base" if name == "base" else root / "tasks" / name
+        write_checkpoint(folder, state)
+        config = {"model_type": "test"} | ({"tie_word_embeddings": ties[name]} if words else {})
+        (folder / "config.json").write_text(json.dumps(config))
+    return states
+
+
+@pytest.mark.parametrize(
+    ("base_tied", "tasks_tied", "stored", "expected"),
+    [
+        (True, (True, True), (), None),
+        (True, (True, True), ("task0",), "tied"),
+        (True, (True, True), ("base", "task0", "task1"), "tied"),
+        (True, (False, False), (), "mergeable"),
+        (True, (False, False), ("base",), "mergeable"),
+        (True, (True, False), (), "private"),
+        (True, (True, False), ("base", "task0"), "mergeable"),
+        (True, (True, False), ("task0",), "mergeable"),
+        (False, (True, True), (), "base-only"),
+        (False, (True, False), (), "private"),
+        (False, (True, False), ("task0",), "mergeable"),
+        (False, (True, True), ("task1",), "tied"),
+        (False, (False, False), (), "mergeable"),
+    ],
+)
+def test_ties_of_base_and_tasks(base_tied, tasks_tied, stored, expected, tmp_path):
+    states = family_of_ties(tmp_path, base_tied, tasks_tied, stored=stored)
+    succeeds("plan", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "-o", tmp_path / "plan.json")
+    classes = {tensor.name: tensor.class_ for tensor in load_plan(tmp_path / "plan.json").tensors}
+    assert classes.get("lm_head.weight") == expected
+    for options in ((), ("--method", "average", "--size", "1x")):
+        succeeds("merge", tmp_path / "plan.json", *options, "-o", tmp_path / f"bundle{len(options)}")
+        assert verify(tmp_path / f"bundle{len(options)}", decode=True).bad == {}
+        for task in (name for name in states if name != "base"):
+            view = open_bundle(tmp_path / f"bundle{len(options)}").view(task)
+            assert sorted(view) == sorted(states[task]), "as the source had it"
+            if not options:
+                assert_same_state(view, states[task])
+            elif expected == "tied" and "lm_head.weight" in view:
+                assert same_bits(view["lm_head.weight"], view["embed_tokens.weight"])
+            elif expected == "mergeable":
+                base = states["base"].get("lm_head.weight", states["base"]["embed_tokens.weight"])
+                heads = [states[name]["lm_head.weight"] for name in states if name != "base"]
+                mean = torch.stack([head - base for head in heads]).double().mean(0).float()
+                torch.testing.assert_close(view["lm_head.weight"], base + mean, rtol=0, atol=1e-6)
+
+
+def test_a_base_that_does_not_say_that_it_ties_has_no_head(tmp_path):
+    family_of_ties(tmp_path, True, (False, False), words=False)
+    plan = make_plan(tmp_path / "base", {name: tmp_path / "tasks" / name for name in ("task0", "task1")})
+    assert plan.tensor("lm_head.weight").class_ == "private"
+
+
+def test_a_shared_head_of_a_bin_and_a_tied_one_of_safetensors_are_tied(tmp_path):
+    states = family_of_ties(tmp_path, True, (True, True), stored=("base", "task0", "task1"))
+    (tmp_path / "tasks/task0/model.safetensors").unlink()
+    (tmp_path / "tasks/task0/config.json").unlink()
+    shared = dict(states["task0"])
+    shared["lm_head.weight"] = shared["embed_tokens.weight"]
+    write_checkpoint(tmp_path / "tasks/task0", shared, layout="bin")
+    plan = make_plan(tmp_path / "base", {name: tmp_path / "tasks" / name for name in ("task0", "task1")})
+    assert plan.tensor("lm_head.weight").class_ == "tied"
+
+
+def test_an_untied_vocabulary_of_a_tied_base_may_be_resized(tmp_path):
+    """The head's base is the embedding that it is tied to, row by row."""
+    states = family_of_ties(tmp_path, True, (False, False))
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        states["task1"][name] = torch.cat([states["task1"][name], normal(5, 3, 8)])
+    write_checkpoint(tmp_path / "tasks/task1", states["task1"])
+    plan = make_plan(
+        tmp_path / "base", {name: tmp_path / "tasks" / name for name in ("task0", "task1")}, output=tmp_path / "p.json"
+    )
+    assert plan.tensor("lm_head.weight").class_ == "mergeable" and plan.tensor("lm_head.weight").shape == (11, 8)
+    succeeds("merge", tmp_path / "p.json", "--method", "emr", "-o", tmp_path / "bundle")
+    assert verify(tmp_path / "bundle", decode=True).bad == {}
+    assert same_bits(open_bundle(tmp_path / "bundle").view("task1")["lm_head.weight"][11:], normal(5, 3, 8))
