@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 from flexmerge_cli.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from flexmerge_cli.api import export, load_plan, make_plan, merge, open_bundle, verify
+    from flexmerge_cli.api import draw_curve, evaluate, export, load_plan, make_plan, merge, open_bundle, verify
 
-__all__ = ["__version__", "export", "load_plan", "make_plan", "merge", "open_bundle", "verify"]
+__all__ = [
+    "__version__",
+    "draw_curve",
+    "evaluate",
+    "export",
+    "load_plan",
+    "make_plan",
+    "merge",
+    "open_bundle",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -146,6 +146,76 @@ def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
     return OpenBundle(path)
 
 
+def evaluate(
+    bundle: Path | str,
+    spec: Path | str,
+    *,
+    plan: Path | str | None = None,
+    max_drop: str | None = None,
+    max_mean_drop: str | None = None,
+    device: str | None = None,
+    reuse: bool = True,
+    parallel: int = 1,
+    allow_exec: bool = False,
+) -> dict[str, Any]:
+    """Score every task of a bundle as `eval.yaml` at `spec` says: the document of `flexmerge eval --json`.
+
+    plan: whose sources the scores are compared with; by default those that the spec names. max_drop, max_mean_drop:
+    `1%` or `1pt`; the verdict is under `gate`, and nothing is raised for it.
+    Raises UsageError, SourceError, DataError.
+    """
+    from flexmerge_cli.evaluation.gate import parse_gate
+    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.scores import ScoreRequest, scores
+
+    located = locate(str(bundle))
+    request = ScoreRequest(
+        spec=read_spec(Path(spec), located.open().tasks, allow_exec=allow_exec),
+        bundle=located.path,
+        plan=Path(plan) if plan is not None else None,
+        device=device,
+        reuse=reuse,
+        parallel=parallel,
+        gate=parse_gate(max_drop, max_mean_drop),
+    )
+    return scores(request)
+
+
+def draw_curve(
+    plan: Path | str,
+    spec: Path | str,
+    *,
+    methods: str = "task_arithmetic",
+    sizes: str | None = None,
+    reuse: bool = True,
+    parallel: int = 1,
+    device: str = "auto",
+    allow_exec: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score a plan's tasks by every method at every size, without writing bundles: `flexmerge eval --plan --json`.
+
+    methods: by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. options: steps, calibrate,
+    method_for, dtype, fit, as MergeRequest has them. Raises UsageError, SourceError, DataError.
+    """
+    from flexmerge_cli.curve import CurveRequest, draw, parse_methods, parse_sizes
+    from flexmerge_cli.evaluation.curve_record import curve_record
+    from flexmerge_cli.evaluation.spec import read_spec
+
+    loaded = load_plan(plan)
+    checked = read_spec(Path(spec), loaded.task_names, allow_exec=allow_exec)
+    counts = {"num_tasks": len(loaded.tasks), "one_model_bytes": loaded.one_model_bytes}
+    request = CurveRequest(
+        methods=parse_methods(methods, loaded),
+        sizes=parse_sizes(sizes, **counts) if sizes is not None else (),
+        common=MergeRequest(run_files=True, **options),
+        reuse=reuse,
+        parallel=parallel,
+        device=device,
+    )
+    return curve_record(loaded, checked, draw(loaded, Path(plan), checked, request))
+
+
 def verify(path: Path | str, *, decode: bool = False) -> Verification:
     """Compare every byte with the manifest, with decode=True every decoded tensor, too."""
     return _verify(locate(str(path)).path, decode=decode)
