@@ -109,7 +109,8 @@ def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> d
 def _check(request: ScoreRequest) -> None:
     """What is wrong in the last task is told before the first is scored. Each process reads its own data again."""
     if request.bundle is not None:
-        folders = {task: request.bundle / "tasks" / task for task in request.spec.tasks}
+        opened = Bundle.open(request.bundle, tasks=list(request.spec.tasks))
+        folders = {task: opened.config_folder(task) for task in request.spec.tasks}
     else:
         assert request.plan is not None
         folders = dict(planned_references(request.plan, request.spec, access=request.access).folders)
@@ -126,7 +127,7 @@ def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pa
         assert bundle is not None
         references = spec_references(request.spec, bundle, access=request.access, needed=request.sources)
     if request.sources and bundle is not None and not references.folders:
-        folders = {task: bundle.path / "tasks" / task for task in request.spec.tasks}
+        folders = {task: bundle.config_folder(task) for task in request.spec.tasks}
         references = replace(references, folders=folders)
     pairs = _Pairs()
     document = evaluate(

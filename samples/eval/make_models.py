@@ -292,7 +292,7 @@ def zero_shot(out: Path) -> None:
         scores = base(**prompts, pixel_values=pixels[chosen]).logits_per_image
         return torch.nn.functional.cross_entropy(scores, wanted[chosen])
 
-    train(base, contrast, len(labels), 20, 2e-3)
+    train(base, contrast, len(labels), 5, 2e-3)
     save(out / "base", base, tokenizer)
     (out / "base" / "templates.json").write_text(json.dumps(TEMPLATES) + "\n")
     for seed, (name, classes) in enumerate({"three": ("cat", "dog", "cow"), "two": ("dog", "cow")}.items(), 1):
