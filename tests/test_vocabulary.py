@@ -441,3 +441,43 @@ def test_references_of_an_evaluation_are_whole(tied, tmp_path):
     for task in models.tasks:
         found = base_model(bundle, task, open_checkpoint(str(tmp_path / "base")), {})
         assert_same_state(found.weights, base[task].weights)
+
+
+@pytest.mark.parametrize("more", [3, -5])
+def test_an_adapter_beside_a_resized_fine_tune_reads_the_whole_base(more, tmp_path):
+    """Where the base's rows are all common they merge; where a task lacks some, the embedding is private."""
+    pytest.importorskip("peft")
+    from .adapters import LORA, make
+
+    lora = LORA(r=2, target_modules=["q_proj"])
+    adapted = make(tmp_path / "family", "llama", {"adapter": lora})
+    full = {name: adapted.full(name, seed) for seed, name in enumerate(("full", "resized"))}
+    model = adapted.model(full["resized"])
+    model.resize_token_embeddings(50 + more)
+    model.save_pretrained(full["resized"])
+    tasks = [f"--task={name}={folder}" for name, folder in {**full, "adapter": adapted.tasks / "adapter"}.items()]
+    succeeds("plan", "--base", adapted.base, *tasks, "-o", tmp_path / "plan.json")
+    expected = "mergeable" if more > 0 else "private"
+    assert load_plan(tmp_path / "plan.json").tensor("model.embed_tokens.weight").class_ == expected
+    for options in ((), ("--method", "average")):
+        bundle = tmp_path / f"bundle{len(options)}"
+        succeeds("merge", tmp_path / "plan.json", *options, "-o", bundle)
+        assert verify(bundle, decode=True).bad == {}
+        view = open_bundle(bundle).view("resized")
+        source = load_file(full["resized"] / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert view[name].shape == (50 + more, 32) and same_bits(view[name][50:], source[name][50:])
+        if not options:
+            assert_same_state(view, source)
+        succeeds("export", bundle, "--task", "adapter", "-o", tmp_path / f"adapter{len(options)}")
+        weights = [
+            folder / "adapter_model.safetensors"
+            for folder in (tmp_path / f"adapter{len(options)}", adapted.tasks / "adapter")
+        ]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        succeeds("export", bundle, "--task", "adapter", "--merged", "-o", tmp_path / f"merged{len(options)}")
+        logits = [
+            adapted.logits(adapted.model(folder))
+            for folder in (tmp_path / f"merged{len(options)}", adapted.merged / "adapter")
+        ]
+        torch.testing.assert_close(*logits)

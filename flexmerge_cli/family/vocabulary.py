@@ -33,9 +33,9 @@ Sizes = tuple[int, ...]
 def split_vocabularies(family: Family) -> Family:
     """Reads tokenizer files, if a tensor of the family is a vocabulary's. Ties must be settled.
 
-    Where adapters are kept nothing is split: what they need of the base is its tensors, whole.
+    Where adapters are kept nothing is split of which not all rows of the base are common: they need it whole.
     """
-    members = {} if family.kept else _members(family)
+    members = _members(family)
     if not members:
         return family
     tokens = _tokens(family)
@@ -44,7 +44,7 @@ def split_vocabularies(family: Family) -> Family:
     for sizes, tensors in members.items():
         found = _row_maps(sizes, tokens)
         if found is None or (family.kept and num_rows(found[0].common) < found[0].rows):
-            continue  # kept adapters need all rows of the base
+            continue
         names = [tensor.name for tensor in tensors]
         tied = [t for t in family.tensors if t.tensor_class is TensorClass.TIED and t.reason in names]
         vocabulary = Vocabulary(tensors=(*names, *(t.name for t in tied)), base=found[0], tasks=found[1])
