@@ -66,6 +66,9 @@ def evaluate(
         Path | None,
         typer.Option("--tune-spec", help="Data to choose on; default: one half, and the other is reported."),
     ] = None,
+    tune: Annotated[
+        str | None, typer.Option("--tune", help="scale=0.5:2.5:0.25: the value that is best on --tune-spec's data.")
+    ] = None,
     allow_exec: Annotated[
         bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
     ] = False,
@@ -108,7 +111,7 @@ def evaluate(
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
         "--dtype": dtype, "--csv": csv, "--html": html, "--png": png,
-        "--choose": choose, "--tune-spec": tune_spec,
+        "--choose": choose, "--tune-spec": tune_spec, "--tune": tune,
     }  # fmt: skip
     if plan is not None and bundle is None and not sources:
         from flexmerge_cli.cli.evaluating import CurveOptions, checked
@@ -135,6 +138,7 @@ def evaluate(
                 gate=gate,
                 choose=choose,
                 tune_spec=tune_spec,
+                tune=tune,
             )
         )
         with progress(quiet=quiet or as_json, counts=True) as on_score:

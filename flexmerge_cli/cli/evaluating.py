@@ -1,6 +1,6 @@
 """What `eval --plan` does with its options: a curve drawn, and told in every way that was asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flexmerge_cli.evaluation.tune import require_other_data
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
 from flexmerge_cli.report.curve_png import require_matplotlib
+from flexmerge_cli.tuning import Tune, parse_tune, tuned, variants
 
 DEFAULT_METHODS = "task_arithmetic"
 
@@ -46,6 +47,7 @@ class CurveOptions:
     gate: Gate = field(default_factory=Gate)
     choose: float | None = None
     tune_spec: Path | None = None
+    tune: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,11 +59,18 @@ class Drawn:
     request: CurveRequest
     options: CurveOptions
     tune_spec: EvalSpec | None = None
+    tune: Tune | None = None
 
     def run(self, on_score: OnScore) -> dict[str, Any]:
         """The document; what was asked for as files is written."""
+        data_dependent = None
+        if self.tune is not None and self.tune_spec is not None:
+            found = tuned(self.plan, self.options.plan, self.tune_spec, self.request, self.tune, on_score=on_score)
+            methods = tuple(found.get(method, method) for method in self.request.methods)
+            self.request = replace(self.request, methods=methods)
+            data_dependent = {"arguments": "; ".join(found.values()), "spec": str(self.options.tune_spec)}
         curve = draw(self.plan, self.options.plan, self.spec, self.request, on_score=on_score)
-        record = curve_record(self.plan, self.spec, curve, gate=self.options.gate)
+        record = curve_record(self.plan, self.spec, curve, gate=self.options.gate, data_dependent=data_dependent)
         if self.options.choose is not None:
             record["chosen"] = self._choice(curve, self.options.choose, on_score).record()
         write_outputs(record, self.options.outputs)
@@ -125,11 +134,21 @@ def checked(options: CurveOptions) -> Drawn:
     if options.choose is not None and not 0 < options.choose <= 2:
         raise UsageError(f"--choose {options.choose} is no part of the fine-tuned score", hint="--choose 0.99")
     if options.tune_spec is not None:
-        if options.choose is None:
-            raise UsageError("--tune-spec is what --choose looks at", hint="--choose 0.99 --tune-spec val.yaml")
+        if options.choose is None and options.tune is None:
+            raise UsageError(
+                "--tune-spec is what --choose and --tune look at", hint="--choose 0.99, or --tune scale=1,2"
+            )
         tune_spec = read_spec(options.tune_spec, plan.task_names, allow_exec=options.allow_exec)
         require_other_data(tune_spec, spec)
-    return Drawn(plan=plan, spec=spec, request=request, options=options, tune_spec=tune_spec)
+    tune = None
+    if options.tune is not None:
+        if tune_spec is None:
+            raise UsageError(
+                "--tune needs data that are not those reported", hint="--tune-spec val.yaml: the validation data"
+            )
+        tune = parse_tune(options.tune)
+        variants(request.methods, tune)
+    return Drawn(plan=plan, spec=spec, request=request, options=options, tune_spec=tune_spec, tune=tune)
 
 
 def write_outputs(record: dict[str, Any], outputs: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.choose import choose, halves
 from flexmerge_cli.evaluation.curve import Point
 from flexmerge_cli.evaluation.scored import Given, Scored
+from flexmerge_cli.tuning import parse_tune
 
 from ..program import fails, flexmerge, succeeds
 from .curves import DIGITS, write_spec
@@ -142,3 +143,39 @@ def test_the_same_data_are_refused_under_another_path_too(sample, tmp_path):
         (tmp_path / f"{task}.npz").write_bytes((DIGITS / "test" / f"{task}.npz").read_bytes())
     spec.write_text(spec.read_text().replace(str(DIGITS / "test") + "/", ""))
     fails(2, *arguments, "--tune-spec", spec, says="same data")
+
+
+def test_an_argument_is_tuned_on_other_data_and_marked(sample, tmp_path):
+    arguments = ["eval", "--plan", sample.plan_path, "--spec", sample.spec_path, "--sizes", "1x"]
+    spec = validation(tmp_path / "val.yaml", "others")
+    words = [*arguments, "--methods", "task_arithmetic;auto", "--tune", "scale=0.01,1", "--tune-spec", spec]
+    found = succeeds(*words, "--json", "--html", tmp_path / "page.html").json
+    assert found["data_dependent"] == {"arguments": "task_arithmetic:scale=1", "spec": str(spec)}
+    assert {point["method"] for point in found["points"]} == {"task_arithmetic:scale=1", "auto"}
+    assert "Data-dependent" in (tmp_path / "page.html").read_text()
+    fails(2, *arguments, "--tune", "scale=0.01,1", says="not those reported")
+    fails(2, *arguments, "--tune", "scale=0.01,1", "--tune-spec", sample.spec_path, says="same data")
+    fails(2, *arguments, "--methods", "average", "--tune", "scale=0.01,1", "--tune-spec", spec, says="scale")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scale",
+        "scale=",
+        "=1,2",
+        "scale=1",
+        "scale=2:1:1",
+        "scale=0:1:0",
+        "scale=0:1000:1",
+        "scale=a:b:c",
+        "scale=0:nan:1",
+    ],
+)
+def test_values_that_are_none_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_tune(text)
+
+
+def test_ranges_have_both_ends():
+    assert parse_tune("scale=0.5:1.5:0.25").values == ("0.50", "0.75", "1.00", "1.25", "1.50")
