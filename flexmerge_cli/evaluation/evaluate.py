@@ -10,6 +10,7 @@ evaluations  {computed, reused}: models that were run, and scores that were know
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,13 @@ def task_record(spec: EvalSpec, task: str, models: dict[str, TaskModel], found: 
 
 def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict[str, Any]:
     """One number, and all that it rests on."""
-    low, high = interval(scored)
+    ends = interval(scored)
     return {
         "metric": scored.metric,
-        "value": scored.value,
-        "interval": [low, high],
+        "value": scored.value
+        if isfinite(scored.value)
+        else None,  # a perplexity beyond all numbers, which JSON has not
+        "interval": list(ends) if all(map(isfinite, ends)) else None,
         "n": scored.n,
         "split": split,
         "weights": model.digest,

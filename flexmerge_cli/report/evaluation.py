@@ -58,7 +58,9 @@ def _worst(records: dict[str, Any]) -> str:
     def kept(name: str) -> float:
         record = records[name]
         part = record["normalised"]
-        return part if part is not None else record["merged"] * (1 if record["higher_is_better"] else -1)
+        if part is not None or record["merged"] is None:
+            return -1.0 if part is None else float(part)
+        return float(record["merged"]) * (1 if record["higher_is_better"] else -1)
 
     return min(records, key=kept)
 

@@ -230,3 +230,14 @@ def test_a_task_without_a_config_has_a_command_as_starter(tmp_path):
     succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "bundle")
     succeeds("eval", "--init", tmp_path / "bundle", "-o", tmp_path / "eval.yaml")
     assert read_spec(tmp_path / "eval.yaml", ("a", "b"), allow_exec=True).tasks["a"].kind == "command"
+
+
+def test_a_score_beyond_all_numbers_is_null_and_not_infinite():
+    """A perplexity overflows; JSON has no infinity."""
+    from flexmerge_cli.evaluation.evaluate import score_record
+    from flexmerge_cli.evaluation.scored import Scored, TaskModel
+
+    scored = Scored(metric="perplexity", predictions=np.array([-1e6, -1e6]), labels=np.array([1, 1]))
+    model = TaskModel(task="it", weights={}, folder=Path(), digest="0" * 32)
+    record = score_record(scored, model, split=None)
+    assert (record["value"], record["interval"], record["n"]) == (None, None, 2)
