@@ -30,7 +30,7 @@ from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
-from flexmerge_cli.methods.pooled import check_pooled
+from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.plan import block_measure

@@ -13,7 +13,7 @@ from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.pooled import merges_products
+from flexmerge_cli.methods.products import merges_products
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
 
 AUTO_SIZES = (0.75, 1, 1.5, 2)

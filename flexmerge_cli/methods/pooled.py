@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
 from flexmerge_cli.methods.method import Call, Method, Where, nothing, nowhere
 
@@ -32,21 +31,6 @@ def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 def is_factor(name: str) -> bool:
     return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
-
-
-def merges_products(call: Call) -> bool:
-    """Whether a method needs no more than the ΔW of one module and group, and makes one value of them."""
-    coded = call.method.masked or declare(call) is not None
-    return not coded and call.statistics is None and call.scope != "block"
-
-
-def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None:
-    """Raises UsageError for a method that cannot, or for what goes before or after it."""
-    if not merges_products(call) or steps or calibrate:
-        raise UsageError(
-            f"`{call.method.name}` cannot merge a pool of LoRA adapters: what merges is one ΔW a module",
-            hint="average, task_arithmetic or magmax, without --step and --calibrate; or plan with --adapters merge",
-        )
 
 
 def pooled_call(call: Call) -> Call:
