@@ -20,8 +20,8 @@ from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import is_remote
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME, Adapter
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor

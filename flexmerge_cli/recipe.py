@@ -19,7 +19,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import Record
-from flexmerge_cli.checkpoint.hub import is_hub
+from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.order.linkage import Linkage

@@ -11,7 +11,8 @@ from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, read_manifest
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import is_hub, is_remote, list_names, open_tree
+from flexmerge_cli.checkpoint.hub import list_names, open_tree
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import IntegrityError, SourceError, UsageError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.dtypes import FLOATING
-from flexmerge_cli.checkpoint.hub import is_hub
 from flexmerge_cli.checkpoint.peft import BY_HAND, CONFIG_NAME, Adapter, AdapterKind, Factors
+from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 

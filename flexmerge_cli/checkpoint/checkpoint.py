@@ -85,7 +85,8 @@ def open_checkpoint(
     to the model is fetched; of weights only the headers, by range. needs: names of side files that suffice.
     Raises SourceError if there is nothing, DataError if unsound.
     """
-    from flexmerge_cli.checkpoint.hub import is_hub, is_remote, open_hub
+    from flexmerge_cli.checkpoint.hub import open_hub
+    from flexmerge_cli.checkpoint.place import is_hub, is_remote
 
     if is_hub(source):
         place = open_hub(source, access, needs)
@@ -111,7 +112,7 @@ def open_checkpoint(
 
 def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], names: Iterable[str]) -> list[Opened]:
     """`opened` of each, in order; several at once where one of the names is of a source elsewhere, and has to wait."""
-    from flexmerge_cli.checkpoint.hub import is_remote
+    from flexmerge_cli.checkpoint.place import is_remote
 
     return _each(opened, sources, waits=any(map(is_remote, names)))
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
-from flexmerge_cli.checkpoint.hub import HubFile, is_etag
 from flexmerge_cli.checkpoint.hub_errors import hub_errors
+from flexmerge_cli.checkpoint.place import HubFile, is_etag
 from flexmerge_cli.checkpoint.ranges import patiently, stream_range
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import MachineError, SourceError, UsageError

@@ -8,7 +8,7 @@ from flexmerge_cli.checkpoint.ranges import OF_THIS_MACHINE, http_error
 from flexmerge_cli.errors import FlexmergeError, MachineError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from flexmerge_cli.checkpoint.hub import HubPlace
+    from flexmerge_cli.checkpoint.place import HubPlace
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from flexmerge_cli.allocation.manifest import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import check_target
 from flexmerge_cli.bundle.read import is_bundle
-from flexmerge_cli.checkpoint.hub import is_remote, pinned_source
+from flexmerge_cli.checkpoint.hub import pinned_source
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.hub import checkpoints_in, is_hub, is_remote
+from flexmerge_cli.checkpoint.hub import checkpoints_in
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.kinds.kind import Place
 from flexmerge_cli.evaluation.readers import Source, guess_format, open_hub, open_source

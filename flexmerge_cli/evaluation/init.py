@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.evaluation.kinds.classes import label_count, label_names
 from flexmerge_cli.evaluation.loading import read_config

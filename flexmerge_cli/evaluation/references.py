@@ -7,7 +7,7 @@ from pathlib import Path
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
-from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.models import base_model, checkpoint_model, fetched
 from flexmerge_cli.evaluation.scored import TaskModel

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.plan_file import Record
-from flexmerge_cli.checkpoint.hub import is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
 from flexmerge_cli.evaluation.kinds.registry import KINDS, kind_of

@@ -14,7 +14,7 @@ from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
-from flexmerge_cli.checkpoint.hub import is_hub, is_remote
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import FlexmergeError, UsageError
 
 OnProgress = Callable[[str, int, int], None]

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.hub import HubPlace, is_remote
+from flexmerge_cli.checkpoint.place import HubPlace, is_remote
 from flexmerge_cli.errors import DataError, FlexmergeError, MachineError, SourceError, UsageError
 
 from ..families import LAYOUTS, encoder, write_checkpoint
