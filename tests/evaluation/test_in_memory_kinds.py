@@ -1,0 +1,48 @@
+"""The same of families whose tensors are not simply there: vocabularies that differ, and adapters."""
+
+from pathlib import Path
+
+import torch
+
+from flexmerge_cli import load_plan
+from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.write import write_bundle
+from flexmerge_cli.evaluation.in_memory import MemoryBundles
+from flexmerge_cli.merging import MergeRequest, allocate, open_sources
+
+from .. import adapters
+from ..program import succeeds
+from ..test_adapters import CONFIGS
+from ..test_vocabulary import WORDS, family
+from .test_in_memory import assert_same_bundle
+
+
+def assert_as_written(path: Path) -> None:
+    plan = load_plan(path)
+    pricer = Pricer(plan)
+    sources, side_files = open_sources(plan, path.parent, {})
+    run = {"device": torch.device("cpu"), "threads": 1}
+    made = MemoryBundles(sources=sources.located, **run)
+    for method in ("average", "emr", "low_bit:bits=2,centre_bits=8"):
+        bill = allocate(plan, MergeRequest(method=method), pricer)
+        target = path.with_name(f"{path.stem}-{method.partition(':')[0]}")
+        write_bundle(bill, sources.located, side_files, target, force=False, **run)
+        assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(target), list(plan.task_names))
+
+
+def test_rows_of_vocabularies_are_those_of_the_bundle(tmp_path):
+    words = {"base": list(WORDS), "a": [*WORDS, "x1"], "b": [*WORDS, "y1", "x1"], "c": list(WORDS)}
+    family(tmp_path, words)
+    succeeds("plan", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "-o", tmp_path / "plan.json")
+    assert_as_written(tmp_path / "plan.json")
+
+
+def test_tasks_beside_adapters_and_of_adapters_are_those_of_the_bundle(tmp_path):
+    made = adapters.make(tmp_path, "llama", CONFIGS["llama"])
+    for seed, name in enumerate(("full1", "full2")):
+        made.full(name, seed)
+    for mode in ("merge", "keep"):
+        plan = tmp_path / f"{mode}.json"
+        succeeds("plan", "--base", made.base, "--tasks", made.tasks, "--adapters", mode, "-o", plan)
+        assert_as_written(plan)
