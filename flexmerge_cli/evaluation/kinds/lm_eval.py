@@ -8,6 +8,8 @@ Data come from where the harness has them. Its standard error becomes a 95 % int
 """
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -37,7 +39,7 @@ def prepare(task: LmEval, place: Place) -> Examples:
         raise place.error("include_path", f"no folder {folder}", hint="check the path")
     if len(task.metrics) > 1:
         raise place.error("metric", "one metric of the harness at a time", hint="make another task of it")
-    manager = _manager(folder)
+    manager = _manager(folder, task.task)
     if task.task not in manager.all_tasks:
         raise place.error("task", f"lm-eval has no task `{task.task}`", hint="lm_eval ls tasks")
     return Examples(items=folder, n=0, digest="", metrics=task.metrics)
@@ -58,16 +60,22 @@ def score(model: TaskModel, task: LmEval, examples: Examples, run: Run) -> Seque
             batch_size=run.batch_size,
             device=run.device,
             limit=task.limit,
-            task_manager=_manager(examples.items),
+            task_manager=_manager(examples.items, task.task),
             bootstrap_iters=1000,
             verbosity="ERROR",
         )
     return [_scored(answer, task, next(iter(task.metrics), None))]
 
 
-def _manager(folder: Any) -> Any:
+@cache
+def _manager(folder: Path | None, task: str) -> Any:
+    """That knows the task. The harness's own are ten thousand files: they are not read for a task of one's own."""
     from lm_eval.tasks import TaskManager
 
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if task in own.all_tasks:
+            return own
     return TaskManager(include_path=None if folder is None else str(folder))
 
 
