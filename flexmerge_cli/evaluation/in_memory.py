@@ -25,6 +25,7 @@ from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialis
 from flexmerge_cli.engine.output import MemoryOutput
 from flexmerge_cli.engine.work import BASE
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation.models import lies_as_it_is
 from flexmerge_cli.family.classes import TensorClass
 
 Key = Hashable
@@ -119,7 +120,7 @@ class MemoryBundles:
         model = BASE if part.array.role == "base" else bill.plan.tensor(part.tensor).same[part.readers[0]]
         source = (self.sources.base if model == BASE else self.sources.tasks[model]).get(part.tensor)
         fits = source is not None and (source.dtype, source.shape) == (part.array.dtype, part.array.shape)
-        return (source, model) if source is not None and fits and source.is_contiguous else None
+        return (source, model) if source is not None and fits and lies_as_it_is(source) else None
 
     def _stored(self, bill: Bill, part: Part, keys: _Bills) -> StoredTensor:
         copied = self._copied(bill, part, keys)

@@ -13,6 +13,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY, TO_TORCH
 from flexmerge_cli.checkpoint.fetch import fetch
+from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
@@ -22,6 +23,12 @@ from flexmerge_cli.residuals.rows import join
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def lies_as_it_is(stored: StoredTensor) -> bool:
+    """Whether its bytes are its file's, in order: not computed, picked out, filled in, or read from elsewhere."""
+    special = (stored.strides, stored.change, stored.selection, stored.fill, stored.stream)
+    return all(one is None for one in special)
 
 
 class StoredWeights(Mapping[str, "Tensor"]):
@@ -58,6 +65,10 @@ class StoredWeights(Mapping[str, "Tensor"]):
         if stored.selection is not None:
             whole = self.array(stored.selection.of)
             return np.concatenate([whole[first : first + count] for first, count in stored.selection.runs])
+        if not lies_as_it_is(stored) and stored.strides is None:
+            with Reader() as reader:
+                made = reader.read(stored, 0, stored.num_elements, np.empty(stored.num_bytes, np.uint8))
+            return made.view(NUMPY[stored.dtype]).reshape(stored.shape)
         if stored.path not in self._maps:
             self._maps[stored.path] = np.memmap(stored.path, np.uint8, mode="c")
         mapped = self._maps[stored.path][stored.offset :]

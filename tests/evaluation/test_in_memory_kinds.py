@@ -7,11 +7,15 @@ import torch
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.view import View
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
+from flexmerge_cli.evaluation.models import bundle_model
+from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.merging import MergeRequest, allocate, open_sources
 
 from .. import adapters
+from ..families import assert_same_state
 from ..program import succeeds
 from ..test_adapters import CONFIGS
 from ..test_vocabulary import WORDS, family
@@ -24,11 +28,27 @@ def assert_as_written(path: Path) -> None:
     sources, side_files = open_sources(plan, path.parent, {})
     run = {"device": torch.device("cpu"), "threads": 1}
     made = MemoryBundles(sources=sources.located, **run)
-    for method in ("average", "emr", "low_bit:bits=2,centre_bits=8"):
+    for method in ("average", "emr", "low_bit:bits=2,centre_bits=8", None):
         bill = allocate(plan, MergeRequest(method=method), pricer)
-        target = path.with_name(f"{path.stem}-{method.partition(':')[0]}")
+        target = path.with_name(f"{path.stem}-{(method or 'copies').partition(':')[0]}")
         write_bundle(bill, sources.located, side_files, target, force=False, **run)
         assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(target), list(plan.task_names))
+
+
+def test_references_of_adapters_are_the_models_that_they_make(tmp_path):
+    made = adapters.make(tmp_path, "llama", CONFIGS["llama"])
+    plan_path = tmp_path / "plan.json"
+    succeeds("plan", "--base", made.base, "--tasks", made.tasks, "--adapters", "merge", "-o", plan_path)
+    plan = load_plan(plan_path)
+    sources, _ = open_sources(plan, tmp_path, {})
+    folders = dict.fromkeys(plan.task_names, tmp_path)
+    fine_tuned, _ = planned_models(plan, sources.located, folders, plan.task_names)
+    bundle = MemoryBundles(sources=sources.located, device=torch.device("cpu"), threads=1).bundle(
+        allocate(plan, MergeRequest()), plan.all_tasks
+    )
+    for task in plan.task_names:
+        assert_same_state(dict(fine_tuned[task].weights), dict(View(bundle, task)))
+        assert fine_tuned[task].digest == bundle_model(bundle, task).digest
 
 
 def test_rows_of_vocabularies_are_those_of_the_bundle(tmp_path):
