@@ -192,7 +192,6 @@ def test_the_command_tells_what_was_saved(sample, tmp_path):
         (["--plan", "PLAN", "--sizes", "9x"], "9x"),
         (["--plan", "PLAN", "--method-for", "ties"], "PATTERN=METHOD"),
         (["--plan", "PLAN", "--methods", "average", "--calibrate", "nothing"], "nothing"),
-        (["BUNDLE", "--plan", "PLAN"], "--plan"),
         ([], "--plan"),
         (["BUNDLE", "--sizes", "1x"], "--sizes"),
     ],
