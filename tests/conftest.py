@@ -8,6 +8,11 @@ from .program import succeeds
 __all__ = ["hub"]
 
 
+def pytest_collection_modifyitems(items):
+    """The long ones first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """So that tests may run side by side, and sums of matrix products do not hang on the machine."""

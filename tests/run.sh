@@ -8,6 +8,7 @@ venv=${FLEXMERGE_VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
 export PATH="$PWD/$venv/bin:$PATH"
 case $venv in /*) export PATH="$venv/bin:$PATH" ;; esac
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests run side by side, and so do the programs that they start
 ruff check .
 ruff format --check .
 mypy
