@@ -8,6 +8,7 @@
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 32 /* four vectors of AVX2: fewer leave the processor waiting for the sum before */
 #define RUN 1024 /* elements of a float32 sum before it goes into a double: off by 1e-7 at most */
@@ -23,6 +24,9 @@
 #else
 #define EXPORTED __attribute__((visibility("default")))
 #endif
+
+/* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
+EXPORTED int64_t flexmerge_version(void) { return 2; }
 
 /* out[i] = x[0][i] + … + x[k-1][i], one after another in float64; rows of x are `stride` elements apart. */
 EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sum(const float *x, int64_t k, int64_t n, int64_t stride, double *out)
@@ -44,23 +48,27 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sum(const float *x, int64_t k, int64
     }
 }
 
-/* out[i] = base[i] + float32(mean of x[·][i]), the mean in float64 as above. */
+/* out[i] = base[i] + float32(mean of task vectors), the mean in float64 as above. x are task vectors if `subtracted`,
+ * else weights. */
 EXPORTED FOR_EVERY_PROCESSOR void flexmerge_average(const float *base, const float *x, int64_t k, int64_t n,
-                                                    int64_t stride, float *out)
+                                                    int64_t stride, int64_t subtracted, float *out)
 {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         double sum[LANES];
-        for (int j = 0; j < LANES; j++) sum[j] = x[i + j];
+        float minus[LANES];
+        for (int j = 0; j < LANES; j++) minus[j] = subtracted ? 0 : base[i + j];
+        for (int j = 0; j < LANES; j++) sum[j] = x[i + j] - minus[j];
         for (int64_t row = 1; row < k; row++) {
             const float *from = x + row * stride + i;
-            for (int j = 0; j < LANES; j++) sum[j] += from[j];
+            for (int j = 0; j < LANES; j++) sum[j] += from[j] - minus[j];
         }
         for (int j = 0; j < LANES; j++) out[i + j] = base[i + j] + (float)(sum[j] / (double)k);
     }
     for (; i < n; i++) {
-        double sum = x[i];
-        for (int64_t row = 1; row < k; row++) sum += x[row * stride + i];
+        const float minus = subtracted ? 0 : base[i];
+        double sum = x[i] - minus;
+        for (int64_t row = 1; row < k; row++) sum += x[row * stride + i] - minus;
         out[i] = base[i] + (float)(sum / (double)k);
     }
 }
@@ -197,6 +205,62 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const float *base, const float
             for (int j = 0; j < LANES; j++) total += lost[j];
             errors[row * errors_stride + run] = total;
         }
+    }
+}
+
+#define MOST_TASKS 32
+#define BLOCK 256 /* elements whose task vectors stay in the first-level cache while all pairs are multiplied */
+#define WIDTH 8
+#define PRODUCT_RUN 4096 /* elements of a float32 sum, a multiple of BLOCK */
+typedef float vector __attribute__((vector_size(4 * WIDTH)));
+typedef float unaligned __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+/* Per piece of n elements, a multiple of BLOCK, the k × k products of the rows x - base, k ≤ MOST_TASKS: WIDTH sums in
+ * float32 of PRODUCT_RUN elements, added up in float64. Tiles of four rows and two columns: eight sums and what is
+ * multiplied fit the sixteen registers of AVX2. base may be NULL: x are differences. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_products(const float *base, const float *x, int64_t k, int64_t pieces,
+                                                     int64_t n, int64_t stride, double *products)
+{
+    vector delta[MOST_TASKS][BLOCK / WIDTH], sums[MOST_TASKS / 4][MOST_TASKS / 2][4][2];
+    const int64_t rows = (k + 3) / 4 * 4;
+    for (int64_t row = k; row < rows; row++) memset(delta[row], 0, sizeof delta[row]);
+    for (int64_t piece = 0; piece < pieces; piece++, products += k * k) {
+        memset(products, 0, sizeof(double) * k * k);
+        memset(sums, 0, sizeof sums);
+        for (int64_t first = 0; first < n; first += BLOCK) {
+            const int64_t at = piece * n + first;
+            for (int64_t row = 0; row < k; row++) {
+                const float *from = x + row * stride + at;
+                for (int i = 0; i < BLOCK / WIDTH; i++)
+                    delta[row][i] = *(const unaligned *)(from + WIDTH * i);
+                if (base)
+                    for (int i = 0; i < BLOCK / WIDTH; i++)
+                        delta[row][i] -= *(const unaligned *)(base + at + WIDTH * i);
+            }
+            for (int64_t r = 0; r < rows; r += 4)
+                for (int64_t c = r; c < rows; c += 2) {
+                    vector(*sum)[2] = sums[r / 4][c / 2];
+                    vector s00 = sum[0][0], s01 = sum[0][1], s10 = sum[1][0], s11 = sum[1][1];
+                    vector s20 = sum[2][0], s21 = sum[2][1], s30 = sum[3][0], s31 = sum[3][1];
+                    for (int i = 0; i < BLOCK / WIDTH; i++) {
+                        const vector a = delta[c][i], b = delta[c + 1][i];
+                        const vector d0 = delta[r][i], d1 = delta[r + 1][i], d2 = delta[r + 2][i], d3 = delta[r + 3][i];
+                        s00 += d0 * a, s01 += d0 * b, s10 += d1 * a, s11 += d1 * b;
+                        s20 += d2 * a, s21 += d2 * b, s30 += d3 * a, s31 += d3 * b;
+                    }
+                    sum[0][0] = s00, sum[0][1] = s01, sum[1][0] = s10, sum[1][1] = s11;
+                    sum[2][0] = s20, sum[2][1] = s21, sum[3][0] = s30, sum[3][1] = s31;
+                }
+            if ((first + BLOCK) % PRODUCT_RUN != 0 && first + BLOCK < n) continue;
+            for (int64_t r = 0; r < k; r++)
+                for (int64_t c = r; c < k; c++) {
+                    vector *sum = &sums[r / 4][c / 2][r % 4][c % 2];
+                    for (int j = 0; j < WIDTH; j++) products[r * k + c] += (*sum)[j];
+                }
+            memset(sums, 0, sizeof sums);
+        }
+        for (int64_t r = 0; r < k; r++)
+            for (int64_t c = 0; c < r; c++) products[r * k + c] = products[c * k + r];
     }
 }
 

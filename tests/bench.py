@@ -164,8 +164,10 @@ def our_plan(folder: Path, statistics: str = "all") -> Callable[[], None]:
 def our_merge(folder: Path) -> Callable[[], None]:
     from flexmerge_cli import merge
     from flexmerge_cli.bundle import write
+    from flexmerge_cli.engine import memory
+    from flexmerge_cli.methods.registry import all_methods
 
-    assert write
+    assert write and memory and all_methods()  # each method is a module
     shutil.rmtree(folder / "bundle", ignore_errors=True)
     options = {"method": "average", "size": "1x", "device": "cpu"}
     return lambda: merge(folder / "plan.json", folder / "bundle", **options) and None

@@ -6,6 +6,7 @@ import torch
 
 from flexmerge_cli import make_plan, merge, native
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
+from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, gram_sums
 from flexmerge_cli.engine.survey_codes import average_into
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.residuals.row_errors import row_errors
@@ -52,6 +53,41 @@ def test_averages_have_the_same_bits(size, tasks, monkeypatch):
     assert torch.equal(found, expected)
 
 
+def test_averages_of_weights_are_those_of_their_task_vectors(monkeypatch):
+    base, total = normal(1000), torch.empty(1000, dtype=torch.float64)
+    weights = base + 0.01 * normal(5, 1000, seed=1)
+    found, plain, of_vectors = torch.empty(3, 1000)
+    average_into(found, base, weights, total, subtracted=False)
+    average_into(of_vectors, base, weights - base, total)
+    monkeypatch.setattr(native, "lib", None)
+    average_into(plain, base, weights, total, subtracted=False)
+    assert torch.equal(found, of_vectors) and torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 8, 13, 32])
+def test_products_are_those_of_float64(tasks, monkeypatch):
+    elements, more = 2 * PRODUCT_ELEMENTS, 17
+    base, rows = normal(elements), normal(tasks, elements + more, seed=1)[:, :elements]
+    rows += base  # neither aligned nor one after another
+    found = gram_sums(rows, base, elements)
+    deltas = (rows - base).double().reshape(tasks, 2, -1).transpose(0, 1)
+    exact = (deltas @ deltas.transpose(1, 2)).numpy()
+    assert found.shape == (2, tasks, tasks) and np.abs(found - exact).max() <= 2e-7 * exact.max()
+    assert np.array_equal(found, found.transpose(0, 2, 1))
+    assert np.array_equal(found, gram_sums(rows - base, None, elements)), "whoever subtracts: the same bits"
+    assert np.array_equal(found[:1], gram_sums(rows[:, : elements // 2], base, elements // 2))
+    monkeypatch.setattr(native, "lib", None)
+    assert np.abs(found - gram_sums(rows - base, None, elements)).max() <= 5e-7 * exact.max()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_products_that_are_not_finite_show(value):
+    rows, base = normal(3, PRODUCT_ELEMENTS), torch.zeros(PRODUCT_ELEMENTS)
+    rows[1, 70] = value
+    found = gram_sums(rows, base, PRODUCT_ELEMENTS)[0]
+    assert np.isfinite(found[np.ix_([0, 2], [0, 2])]).all() and not np.isfinite(found[1, 1])
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("columns", [8, 9, 31, 64, 1023, 1500])
 def test_errors_of_rows_are_the_plain_ones(rows, columns, monkeypatch):
@@ -90,14 +126,13 @@ def test_bundles_are_the_same_with_and_without(method, tmp_path, monkeypatch):
     tasks["t4"]["a.weight"] = tasks["t2"]["a.weight"].clone()
     folders = write_family(tmp_path, Models(base=base, tasks=tasks))
     made = {}
+    make_plan(folders.base, folders.tasks, output=tmp_path / "plan.json", statistics="gram")
     for way in ("c", "torch"):
         if way == "torch":
             monkeypatch.setattr(native, "lib", None)
-        make_plan(folders.base, folders.tasks, output=tmp_path / "plan.json", statistics="gram")
         for size in ("1x", "2x"):
             folder = tmp_path / f"{way}-{size}"
             merge(tmp_path / "plan.json", folder, method=method, size=size, device="cpu")
             files = [path for path in folder.rglob("*") if path.is_file()]
             made[way, size] = {path.relative_to(folder): path.read_bytes() for path in files}
-        (tmp_path / "plan.json").unlink()
     assert made["c", "1x"] == made["torch", "1x"] and made["c", "2x"] == made["torch", "2x"]

@@ -22,16 +22,19 @@ class RangeDigest:
     pieces: bytes
     """Concatenated 16-byte digests of the whole pieces."""
     tail: bytes
-    """Bytes after the last boundary."""
+    """Bytes after the last boundary; none where the tensor ends."""
 
 
-def digest_range(data: np.ndarray, start_byte: int) -> RangeDigest:
-    """data: uint8, contiguous, bytes [start_byte, start_byte + len(data)) of a tensor."""
+def digest_range(data: np.ndarray, start_byte: int, *, last: bool = False) -> RangeDigest:
+    """data: uint8, contiguous, bytes [start_byte, start_byte + len(data)) of a tensor. last: it ends there."""
     head_bytes = min(-start_byte % PIECE_BYTES, data.size)
     whole = (data.size - head_bytes) // PIECE_BYTES
     edges = [head_bytes + index * PIECE_BYTES for index in range(whole + 1)]
     pieces = b"".join(xxhash.xxh3_128_digest(data[edge : edge + PIECE_BYTES].data) for edge in edges[:-1])
-    return RangeDigest(data[:head_bytes].tobytes(), pieces, data[edges[-1] :].tobytes())
+    tail = data[edges[-1] :]
+    if last and tail.size:  # no neighbour will join it: a piece as it is
+        pieces, tail = pieces + xxhash.xxh3_128_digest(tail.data), tail[:0]
+    return RangeDigest(data[:head_bytes].tobytes(), pieces, tail.tobytes())
 
 
 class TensorDigest:
@@ -61,7 +64,7 @@ class TensorDigest:
 def digest_bytes(data: np.ndarray | bytes) -> str:
     """Digest of a whole tensor's (or file's) bytes."""
     whole = TensorDigest()
-    whole.add(digest_range(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data, 0))
+    whole.add(digest_range(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data, 0, last=True))
     return whole.hexdigest()
 
 

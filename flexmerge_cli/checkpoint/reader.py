@@ -3,6 +3,7 @@
 Tensors that are streamed are read from where they are (stream.py), into the same buffers.
 """
 
+import contextlib
 import math
 import os
 import threading
@@ -18,8 +19,8 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 
-# Of one advice. The kernel looks at every page: telling it of each range anew cost 3 % of a merge from the page cache.
-AHEAD_BYTES = 4 << 20
+AHEAD_BYTES = 4 << 20  # of one advice
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # what is in the cache, and no more
 MAX_ADVICES = 8  # of one range of picked rows, which may be thousands of runs
 
 
@@ -30,6 +31,8 @@ class Reader:
         self._files: dict[Path, int] = {}
         self._told: dict[Path, tuple[int, int]] = {}
         """Bytes of a file of which the kernel was told last."""
+        self._cold: set[Path] = set()
+        """Files of which the kernel is told what comes next. It looks at every page: not those that it holds."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Reader":
@@ -72,7 +75,7 @@ class Reader:
         descriptor = self._open(tensor.path)
         view, position = filled.data, tensor.offset + start * tensor.item_bytes
         while len(view):
-            count = os.preadv(descriptor, [view], position)
+            count = self._pread(tensor.path, descriptor, view, position)
             if count == 0:
                 raise DataError(
                     f"{tensor.path} ended at byte {position:,} while tensor `{tensor.name}` was read",
@@ -80,6 +83,19 @@ class Reader:
                 )
             view, position = view[count:], position + count
         return filled
+
+    def _pread(self, path: Path, descriptor: int, view: memoryview, position: int) -> int:
+        """One read; tells the first time that a file's bytes were not in the kernel's cache."""
+        if path not in self._cold:
+            count = 0
+            with contextlib.suppress(OSError):  # EAGAIN; or a file system that cannot tell
+                count = os.preadv(descriptor, [view], position, NOWAIT)
+            if count == len(view):
+                return count
+            self._cold.add(path)
+            if count:
+                return count
+        return os.preadv(descriptor, [view], position)
 
     def _changed(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """The base's range, and what an adapter does to it: float32, rounded once. Needs the factors beside it."""
@@ -121,7 +137,7 @@ class Reader:
         if tensor.stream is not None:
             tensor.stream.will_need(low, high)
             return
-        if tensor.strides is not None or not hasattr(os, "posix_fadvise"):
+        if tensor.strides is not None or tensor.path not in self._cold or not hasattr(os, "posix_fadvise"):
             return
         told = self._told.get(tensor.path, (0, 0))
         if not (told[0] <= low and high <= told[1]):

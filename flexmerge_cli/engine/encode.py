@@ -86,7 +86,7 @@ class Encoder:
             data = self._emit(part, start, stored.clone() if stored is values else stored, piece)
             if stored is not values:
                 error = _lost(stored.float() - values.float(), raw.span.run)
-                digest = digest_range(data, start * ITEM_BYTES[part.array.dtype])
+                digest = _digest(data, raw, part.array.dtype)
                 for task in part.readers:
                     piece.errors[task], piece.decoded[task] = error, digest
 
@@ -112,13 +112,15 @@ class Encoder:
                 # Of the task vectors, not of the weights: what is lost is as small as they are, or smaller.
                 lost.sub_(worker.on_device(cast(stored[low:high], dtype)) - base)
                 errors[rows, low // run : -(-high // run)] = squares(lost, run)
-        self._check_finite(stored, group, raw)
+        if not np.isfinite(errors).all():  # they are of every value, as every task reads it
+            for dtype in {*dtypes}:
+                self._check_finite(cast(stored, dtype), group, raw)
         data = self._emit(part, raw.span.start, stored, piece)
         digests: dict[str, RangeDigest] = {}
         for row, (task, dtype) in enumerate(zip(group.tasks, dtypes)):
             if dtype not in digests:
-                mine = data if dtype == part.array.dtype else to_bytes(self._finite(cast(stored, dtype), group, raw))
-                digests[dtype] = digest_range(mine, raw.span.start * ITEM_BYTES[dtype])
+                mine = data if dtype == part.array.dtype else to_bytes(cast(stored, dtype))
+                digests[dtype] = _digest(mine, raw, dtype)
             piece.decoded[task], piece.errors[task] = digests[dtype], errors[row]
 
     def _merge_runs(self, group: StoredGroup, raw: Raw, dtypes: list[str], stored: Tensor, errors: np.ndarray) -> int:
@@ -288,7 +290,7 @@ class Encoder:
 
     def _decoded(self, task: int, value: Tensor, dtype: str, group: StoredGroup, raw: Raw, piece: Piece) -> None:
         data = to_bytes(self._finite(value, group, raw))
-        piece.decoded[task] = digest_range(data, raw.span.start * ITEM_BYTES[dtype])
+        piece.decoded[task] = _digest(data, raw, dtype)
 
     def dtype_of(self, tensor: str, group: StoredGroup) -> str:
         """In which a group's one value of a tensor is stored."""
@@ -358,6 +360,11 @@ def _rows(matrix: Matrix, raw: Raw) -> tuple[int, int]:
     """Whole rows of a view that a range is."""
     m, n = matrix
     return (raw.span.start // n, raw.span.stop // n) if n else (0, m)
+
+
+def _digest(data: np.ndarray, raw: Raw, dtype: str) -> RangeDigest:
+    """Of a range as it is in another dtype."""
+    return digest_range(data, raw.span.start * ITEM_BYTES[dtype], last=raw.span.last)
 
 
 def _errors(num_tasks: int, raw: Raw) -> np.ndarray:

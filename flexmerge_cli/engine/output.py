@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -16,6 +17,8 @@ from flexmerge_cli.engine.pool import aligned
 from flexmerge_cli.errors import MachineError
 
 READ_BACK_BYTES = 4 << 20
+# After that many a file is forced to disk while others compute; all at the end took a fifth of a merge's time.
+FLUSH_BYTES = 32 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,6 +70,9 @@ class Output:
     def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int) -> None:
         self._folder, self._files, self._total_bytes = folder, files, total_bytes
         self._descriptors: list[int] = []
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flexmerge-flush")
+        self._flush: Future[None] | None = None
+        self._unflushed = [0] * len(files)
         self._hashes = [_FileHash(file.num_bytes) for file in files]
         self._place: dict[Part, tuple[int, int]] = {
             part: (number, offset)
@@ -90,6 +96,7 @@ class Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._flusher.shutdown()
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
@@ -103,15 +110,32 @@ class Output:
         """What `write` wrote, told in order of the run, from one thread."""
         number, offset = self._place[part]
         self._hashes[number].add(self._descriptors[number], offset + start_byte, data)
+        self._unflushed[number] += data.size
+        if self._unflushed[number] >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._flushed()
+            self._unflushed[number] = 0
+            self._flush = self._flusher.submit(self._force, number)
 
     def finish(self) -> dict[str, str]:
         """Force everything to disk; sha256 by path."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
+        self._flushed()
+        for number in range(len(self._files)):
+            self._force(number)
         return {
             file.path: taken.finish(descriptor)
             for file, taken, descriptor in zip(self._files, self._hashes, self._descriptors, strict=True)
         }
+
+    def _flushed(self) -> None:
+        """Wait for the last one. A disk tells only once what it could not take: here it is raised."""
+        if self._flush is not None:
+            self._flush.result()
+
+    def _force(self, number: int) -> None:
+        try:
+            os.fsync(self._descriptors[number])
+        except OSError as error:
+            raise self._failed(error, self._folder / self._files[number].path) from None
 
     def _pwrite(self, number: int, data: np.ndarray, offset: int) -> None:
         view = data.data

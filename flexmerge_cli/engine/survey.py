@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexmerge_cli import native
 from flexmerge_cli.checkpoint.digest import RangeDigest, TensorDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import FLOATING
 from flexmerge_cli.checkpoint.reader import Reader
@@ -157,7 +158,7 @@ def _measure(
     def on_read(tensor: StoredTensor, data: np.ndarray) -> None:
         """While it is in the cache."""
         raw.append(data[: (stop - start) * tensor.item_bytes])
-        digests.append(digest_range(raw[-1], start * tensor.item_bytes))
+        digests.append(digest_range(raw[-1], start * tensor.item_bytes, last=stop == tensor.num_elements))
 
     longer, together = read_together(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
     classes = _classes(raw, [tensor.dtype for tensor in models])
@@ -173,11 +174,13 @@ def _measure(
 
     grams, agreements, energies = [], [], []
     width = -(-min(TILE_ELEMENTS, end - start) // ALIGNMENT) * ALIGNMENT  # each task's begin aligned
-    # Where nothing needs the tasks' own values any more the deltas take their place: a third less memory to go through.
-    in_place = rows_kN is not None and sums is None and device.type == "cpu" and rows_kN.dtype is torch.float32
-    deltas = new_array("deltas", 0 if in_place else (len(values) - 1) * width).view(
-        len(values) - 1, 0 if in_place else width
-    )
+    # C takes the base off where it adds and multiplies. Else, where nothing needs the tasks' own values any more, the
+    # deltas take their place. Both save memory to go through.
+    plain = rows_kN is not None and device.type == "cpu" and rows_kN.dtype is torch.float32
+    fused = plain and not signs and native.lib is not None and len(values) - 1 <= native.MOST_TASKS
+    in_place = plain and not fused and sums is None
+    columns = 0 if fused or in_place else width
+    deltas = new_array("deltas", (len(values) - 1) * columns).view(len(values) - 1, columns)
     average = total = torch.empty(0)
     if device.type != "cpu":
         deltas = torch.empty_like(deltas, device=device)
@@ -192,17 +195,19 @@ def _measure(
         is_own = low < stop - start
         high = min(low + TILE_ELEMENTS, stop - start if is_own else end - start)
         base = values[-1][low:high].to(device, torch.float32)
-        block = rows_kN[:-1, low:high] if rows_kN is not None and in_place else deltas[:, : high - low]
-        if rows_kN is not None:
+        block = rows_kN[:-1, low:high] if rows_kN is not None and not columns else deltas[:, : high - low]
+        if fused:
+            pass
+        elif rows_kN is not None:
             torch.sub(rows_kN[:-1, low:high].to(device, torch.float32), base, out=block)
         else:
             for position, value in enumerate(values[:-1]):
                 torch.sub(value[low:high].to(device, torch.float32), base, out=block[position])
         if len(average):
-            average_into(average[low:high], base, block, total)
+            average_into(average[low:high], base, block, total, subtracted=not fused)
         if not is_own:
             continue
-        of_products, of_base = _products(block, base)
+        of_products, of_base = _products(block, base, subtracted=not fused)
         grams += of_products
         energies += of_base
         if signs:
@@ -224,38 +229,53 @@ def _measure(
     return _Part(digests, classes, stack, agreement, energies, bad, coded)
 
 
-def _products(deltas_kN: torch.Tensor, base_N: torch.Tensor) -> tuple[list[np.ndarray], list[float]]:
+def _products(
+    block_kN: torch.Tensor, base_N: torch.Tensor, *, subtracted: bool = True
+) -> tuple[list[np.ndarray], list[float]]:
     """Gram matrices, one per PRODUCT_ELEMENTS, and the base's energies there.
 
-    float32 in runs of SUM_ELEMENTS; float64 where fewer elements are left, or float32 overflows.
+    float32 in runs of SUM_ELEMENTS; float64 where fewer elements are left, or float32 overflows. block_kN: task
+    vectors; or weights, of which the base is not yet subtracted, where they are multiplied in C.
     """
-    k, n = deltas_kN.shape
+    n = block_kN.shape[1]
     whole = n // PRODUCT_ELEMENTS * PRODUCT_ELEMENTS
     grams: list[np.ndarray] = []
     energies: list[float] = []
+
+    def wide(low: int, high: int) -> None:
+        base = base_N[low:high]
+        deltas = (block_kN[:, low:high] if subtracted else block_kN[:, low:high] - base).double()
+        grams.append((deltas @ deltas.T).cpu().numpy())
+        energies.append(float(torch.dot(base.double(), base.double())))
+
     if whole:
-        runs = PRODUCT_ELEMENTS // SUM_ELEMENTS
-        parts = deltas_kN[:, :whole].reshape(k, -1, SUM_ELEMENTS).transpose(0, 1)
-        products = torch.bmm(parts, parts.transpose(1, 2)).cpu().numpy()
-        sums = products.reshape(-1, runs, k, k).sum(1, dtype=np.float64)
-        for place, gram in enumerate(sums):
-            base = base_N[place * PRODUCT_ELEMENTS : (place + 1) * PRODUCT_ELEMENTS]
-            energy = float(torch.dot(base, base))
-            if not (np.isfinite(gram).all() and np.isfinite(energy)):
-                low = place * PRODUCT_ELEMENTS
-                gram, energy = _wide_product(deltas_kN[:, low : low + PRODUCT_ELEMENTS], base)
-            grams.append(gram)
-            energies.append(energy)
+        for place, gram in enumerate(gram_sums(block_kN, None if subtracted else base_N, whole)):
+            low, high = place * PRODUCT_ELEMENTS, (place + 1) * PRODUCT_ELEMENTS
+            energy = float(torch.dot(base_N[low:high], base_N[low:high]))
+            if np.isfinite(gram).all() and np.isfinite(energy):
+                grams.append(gram)
+                energies.append(energy)
+            else:
+                wide(low, high)
     if whole < n:
-        gram, energy = _wide_product(deltas_kN[:, whole:], base_N[whole:])
-        grams.append(gram)
-        energies.append(energy)
+        wide(whole, n)
     return grams, energies
 
 
-def _wide_product(deltas_kN: torch.Tensor, base_N: torch.Tensor) -> tuple[np.ndarray, float]:
-    wide, base = deltas_kN.double(), base_N.double()
-    return (wide @ wide.T).cpu().numpy(), float(torch.dot(base, base))
+def gram_sums(block_kN: torch.Tensor, base_N: torch.Tensor | None, whole: int) -> np.ndarray:
+    """[whole / PRODUCT_ELEMENTS, k, k] float64, added up in float32 in runs of SUM_ELEMENTS."""
+    k, pieces = len(block_kN), whole // PRODUCT_ELEMENTS
+    if native.lib is not None and block_kN.device.type == "cpu" and k <= native.MOST_TASKS:
+        found = np.empty((pieces, k, k))
+        native.lib.flexmerge_products(
+            base_N.data_ptr() if base_N is not None else None, block_kN.data_ptr(), k, pieces, PRODUCT_ELEMENTS,
+            block_kN.stride(0), found.ctypes.data,
+        )  # fmt: skip
+        return found
+    parts = block_kN[:, :whole].reshape(k, -1, SUM_ELEMENTS).transpose(0, 1)
+    products = torch.bmm(parts, parts.transpose(1, 2)).cpu().numpy()
+    sums: np.ndarray = products.reshape(pieces, -1, k, k).sum(1, dtype=np.float64)
+    return sums
 
 
 def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:

@@ -44,17 +44,21 @@ def view_of(shape: tuple[int, ...]) -> Matrix:
     return View.SQUEEZED.matrix(shape)
 
 
-def average_into(average: torch.Tensor, base: torch.Tensor, deltas_kN: torch.Tensor, total: torch.Tensor) -> None:
+def average_into(
+    average: torch.Tensor, base: torch.Tensor, block_kN: torch.Tensor, total: torch.Tensor, *, subtracted: bool = True
+) -> None:
     """θ_0 + mean τ: the mean as `mean_tasks` has it, in float64, rounded once, then a float32 sum.
 
+    block_kN: task vectors, or weights, of which the base is not yet subtracted.
     total: float64, as long as a block, used again and again: fresh memory of this size takes longer than the sum.
     """
     count = len(base)
-    rows_are_whole = deltas_kN.stride(1) == base.stride(0) == average.stride(0) == 1 or count < 2
-    if native.lib is not None and deltas_kN.device.type == "cpu" and rows_are_whole:
-        pointers = base.data_ptr(), deltas_kN.data_ptr()
-        native.lib.flexmerge_average(*pointers, len(deltas_kN), count, deltas_kN.stride(0), average.data_ptr())
+    rows_are_whole = block_kN.stride(1) == base.stride(0) == average.stride(0) == 1 or count < 2
+    if native.lib is not None and block_kN.device.type == "cpu" and rows_are_whole:
+        pointers, out = (base.data_ptr(), block_kN.data_ptr()), average.data_ptr()
+        native.lib.flexmerge_average(*pointers, len(block_kN), count, block_kN.stride(0), subtracted, out)
         return
+    deltas_kN = block_kN if subtracted else block_kN - base
     total = total[:count].copy_(deltas_kN[0])
     for delta in deltas_kN[1:]:
         if total.device.type == "cpu":

@@ -150,7 +150,9 @@ class Worker:
 
         def on_read(tensor: StoredTensor, data: np.ndarray) -> None:
             if digests:  # while the bytes are in the cache
-                taken.append(digest_range(data, span.start * tensor.item_bytes))
+                start_byte = span.start * tensor.item_bytes
+                last = start_byte + data.size >= tensor.num_elements * tensor.item_bytes
+                taken.append(digest_range(data, start_byte, last=last))
 
         found, together = read_together(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
         bits = {

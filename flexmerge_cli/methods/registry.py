@@ -101,8 +101,9 @@ def resolve(text: str) -> Alias:
     """
     itself = Alias(text, (), "")
     name, args = split_call(text)
-    ours = {name, _same_word(name)} & {*all_methods(), *packaged_methods()}
-    return itself if args or ours else resolve_alias(name) or itself
+    if args or any(word in known() for known in (all_methods, packaged_methods) for word in (name, _same_word(name))):
+        return itself
+    return resolve_alias(name) or itself
 
 
 def parse_step(text: str) -> StepCall:

@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: crashes, full disks, interruptions, and runs that meet."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -16,6 +17,8 @@ import pytest
 
 from flexmerge_cli import open_bundle, verify
 from flexmerge_cli.bundle.publish import check_target, publish
+from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.engine import output
 from flexmerge_cli.errors import MachineError, UsageError
 
 from ..families import Models, encoder, normal, plain, tuned, write_family
@@ -96,9 +99,17 @@ def test_an_interrupted_merge_exits_with_130_and_leaves_nothing(large, tmp_path)
 
 
 def test_a_plan_that_is_interrupted_exits_with_130_and_leaves_nothing(large, tmp_path):
-    child = Child("plan", *large.arguments, "--threads", 1, "-o", tmp_path / "plan.json")
-    time.sleep(0.05)
-    child.send(signal.SIGINT)
+    def interrupted() -> None:
+        """As by a person, while weights are read."""
+        read = Reader.read
+
+        def first(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            return read(*arguments)
+
+        Reader.read = first
+
+    child = Child("plan", *large.arguments, "--threads", 1, "-o", tmp_path / "plan.json", before=interrupted)
     code, printed = child.wait()
     assert code == 130 and "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
@@ -174,6 +185,22 @@ def test_a_full_disk_ends_an_export_and_leaves_nothing(merged, tmp_path):
     with small_disk(tmp_path / "disk", "8k") as disk:
         fails(1, "export", merged, "--task", "task0", "-o", disk / "out", says="no space at")
         assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("flush_bytes", [1, 100_000, output.FLUSH_BYTES])
+def test_what_a_disk_took_and_could_not_keep_is_told(flush_bytes, large, tmp_path, monkeypatch):
+    """While others write on, or at the end; a kernel tells it once."""
+    told = []
+
+    def fsync(descriptor):
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(output, "FLUSH_BYTES", flush_bytes)
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = fails(1, *merge_arguments(large, tmp_path / "b"), says="cannot be written: Input/output error")
+    assert "safetensors" in result.err and told and list(tmp_path.iterdir()) == []
 
 
 # Places.
