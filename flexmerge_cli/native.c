@@ -4,8 +4,6 @@
  * Sums go into LANES partial sums in a fixed order, and products are never fused with sums (-ffp-contract=off): so all
  * processors, whatever their vectors, give the same bits. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,11 +17,7 @@
 #define FOR_EVERY_PROCESSOR
 #endif
 
-#ifdef _WIN32
-#define EXPORTED __declspec(dllexport)
-#else
 #define EXPORTED __attribute__((visibility("default")))
-#endif
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
 EXPORTED int64_t flexmerge_version(void) { return 2; }
@@ -263,7 +257,3 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_products(const float *base, const fl
             for (int64_t c = 0; c < r; c++) products[r * k + c] = products[c * k + r];
     }
 }
-
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, NULL, NULL, NULL, NULL, NULL};
-
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
