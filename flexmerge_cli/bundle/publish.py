@@ -45,8 +45,7 @@ def publish(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Iter
     target = target.absolute()
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     with _locked(target.with_name(f".{target.name}.lock"), target):
-        if old.exists() and not target.exists():
-            old.rename(target)
+        _put_back(old, target)
         for stale in (partial, old):
             shutil.rmtree(stale, ignore_errors=True)
         try:
@@ -65,6 +64,7 @@ def publish(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Iter
                 raise no_space(Path(error.filename or partial), needed_bytes) from None
             raise MachineError(f"{error.filename or partial}: {error.strerror}", hint="check the disk") from None
         finally:
+            _put_back(old, target)  # interrupted between two renames: the one bundle that there is
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -99,6 +99,11 @@ def _locked(path: Path, target: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:

@@ -367,6 +367,25 @@ def test_without_an_exchange_two_renames_do(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_interrupted_between_two_renames_the_old_folder_is_put_back(tmp_path, monkeypatch):
+    """It was removed with what else was left, so that neither the old bundle nor the new one was there."""
+    monkeypatch.setattr("ctypes.CDLL", lambda *_arguments, **_options: object())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/old").write_text("old")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name == ".b.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "b", force=True) as folder:
+        (folder / "new").write_text("new")
+        monkeypatch.setattr(Path, "rename", interrupted)
+    assert tree(tmp_path) == {"b/old": b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 def test_modes_follow_the_umask(plan, tmp_path):
     before = os.umask(0o027)
     try:
