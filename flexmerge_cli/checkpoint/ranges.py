@@ -70,9 +70,11 @@ def stream_range(
                     at += len(chunk)
                     write(wanted)
                     position += len(wanted)
-                    tries = 0
+                    tries = 0 if wanted else tries
                     if position >= stop:
                         break
+                else:  # of another length than was asked for: asking on for what is not there would never end
+                    raise ConnectionError(f"an answer ended at byte {position:,} of {stop:,}")
         except Exception as error:
             tries += 1
             if tries >= TRIES or not is_transient(error):

@@ -262,6 +262,17 @@ def test_a_header_whose_connection_breaks_is_read_to_its_end(hub, tmp_path, quic
     assert hub.sent[KEY] == header_bytes(tmp_path / "made/model.safetensors")
 
 
+def test_answers_that_end_too_early_are_told_and_not_asked_for_without_end(hub, tmp_path, quick):
+    """A proxy's page of status 200 is one: it has its own length, and no connection breaks."""
+    hub.ranges = False
+    publish(hub, tmp_path / "made")
+    (file,) = open_checkpoint(SOURCE).remote.values()
+    hub.forget()
+    with pytest.raises(SourceError, match="an answer ended at byte"):
+        file.read_range(0, file.size + 1)
+    assert len(hub.requests) < 20
+
+
 def test_a_cache_without_room_is_told_before_a_byte_is_fetched(hub, tmp_path, monkeypatch):
     publish(hub, tmp_path / "made")
     found = open_checkpoint(SOURCE)
