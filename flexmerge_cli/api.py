@@ -35,15 +35,16 @@ class OpenBundle:
     def manifest(self) -> Any:
         return self._bundle.manifest
 
-    def view(self, task: str, *, copy: bool = False) -> "View":
+    def view(self, task: str, *, copy: bool = False, device: str = "cpu") -> "View":
         """Read-only mapping of a task's own names to tensors.
 
         Where a group is dense a tensor lies on the mapped file, and tasks of one group share the storage: writing
-        into it is seen by the others (never by the file). copy=True gives one's own.
+        into it is seen by the others (never by the file). copy=True gives one's own. device: `cuda`, `cuda:n`; what is
+        coded in few bits is decoded there. Raises UsageError for one that is not there.
         """
         from flexmerge_cli.bundle.view import View
 
-        return View(self._bundle, task, copy=copy)
+        return View(self._bundle, task, copy=copy, device=device)
 
     def model(self, task: str, **kwargs: Any) -> Any:
         """The transformers model of the task's stored config, without a second copy of the weights."""

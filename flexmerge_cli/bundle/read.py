@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from flexmerge_cli.allocation.manifest import (
     UnitEntry,
 )
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
-from flexmerge_cli.bundle.residual import stored_residual
+from flexmerge_cli.bundle.residual import StoredResidual, stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.checkpoint.reader import Reader
@@ -201,13 +201,7 @@ class Bundle:
             return _cast(self.bits(dense), dense.dtype, dtype).reshape(shape)
         group = self._group(task, aligned)
         if group.kind == "residual":
-            stored = stored_residual(self.manifest, tensor, group, task, self._coded[task])
-
-            def part_bits(name: str) -> tuple[str, np.ndarray]:
-                part = self._part(task, name)
-                return part.dtype, self.bits(part)
-
-            return stored.decode(part_bits).reshape(shape)
+            return self._residual(tensor, group, task).decode(self.part_bits(task)).reshape(shape)
         base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
         packed = self._part(task, f"{aligned}@mask.{task}")
         gamma = self._gamma(task, aligned)
@@ -220,6 +214,24 @@ class Bundle:
             to_float32(self.bits(base), base.dtype), to_float32(self.bits(unified), unified.dtype), taken, factor
         )
         return from_float32(decoded, dtype).reshape(shape)
+
+    def coded(self, task: str, aligned: str) -> StoredResidual | None:
+        """How a tensor is stored as a centre and residuals; None of what is stored otherwise, or put together."""
+        tensor = self._tensors[self._tensors[aligned].of or aligned]
+        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
+        if is_apart or tensor.name in self._dense[task]:
+            return None
+        group = self._group(task, tensor.name)
+        return self._residual(tensor, group, task) if group.kind == "residual" else None
+
+    def part_bits(self, task: str) -> Callable[[str], tuple[str, np.ndarray]]:
+        """Name of a part on the task's route -> its dtype and `bits`."""
+
+        def found(name: str) -> tuple[str, np.ndarray]:
+            part = self._part(task, name)
+            return part.dtype, self.bits(part)
+
+        return found
 
     def bits(self, part: StoredTensor) -> np.ndarray:
         """A part's elements, one axis, mapped; private to this process where written to."""
@@ -274,6 +286,9 @@ class Bundle:
         own = self._coded[task].get(f"{tensor.name}@base") or self._dense[task].get(tensor.name)
         return own or self._part(task, f"{tensor.name}@base")
 
+    def _residual(self, tensor: TensorEntry, group: GroupEntry, task: str) -> StoredResidual:
+        return stored_residual(self.manifest, tensor, group, task, self._coded[task])
+
     def _part(self, task: str, name: str) -> StoredTensor:
         part = self._coded[task].get(name)
         if part is None:
@@ -327,7 +342,7 @@ class Bundle:
         if group.kind == "residual":
             if not {tensor.dtype_of(name) for name in group.tasks} <= set(FLOATING):
                 return False
-            stored = stored_residual(self.manifest, tensor, group, task, self._coded[task])
+            stored = self._residual(tensor, group, task)
             base_fits = True
             if stored.base:
                 base = self._part(task, f"{tensor.name}@base")

@@ -5,7 +5,8 @@
 
 import functools
 import json
-from collections.abc import Callable, Container, Mapping
+import math
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,15 @@ class StoredResidual:
 
     def decode(self, bits: Callable[[str], tuple[str, np.ndarray]]) -> np.ndarray:
         """Bits in the task's own dtype, one axis. bits: part name -> dtype and elements, one axis."""
+        dtype = self.tensor.dtype_of(self.task)
+        out = np.empty(math.prod(self.form.matrix), NUMPY[dtype])
+        for at, addends in self.blocks(bits):
+            first, *rest = [addend.values() for addend in addends]
+            out[at] = from_float32(np.add(first, rest[0], out=rest[0]) if rest else first, dtype)
+        return out
+
+    def blocks(self, bits: Callable[[str], tuple[str, np.ndarray]]) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
+        """Elements, and what they are the sum of: the centre, the residual, or both in this order."""
         name, (m, n), dtype = self.tensor.name, self.form.matrix, self.tensor.dtype_of(self.task)
         residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
         own = {a.role: bits(f"{name}@{a.role}.{self.owner}")[1].reshape(a.shape) for a in self.own}
@@ -54,22 +64,17 @@ class StoredResidual:
             coded_centre = {a.role: bits(f"{name}@{a.role}")[1].reshape(a.shape) for a in self.centre}
         elif self.coded.centre != "none":
             dense = bits(f"{name}@base" if self.base else f"{name}@unified")
-        out = np.empty(m * n, NUMPY[dtype])
         step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual is None or residual.scope == "row" else max(1, m)
         for first in range(0, m, step):
             rows = (first, min(m, first + step))
             at = slice(rows[0] * n, rows[1] * n)
-            value = None if residual is None else _rows(residual, own, (m, n), dtype, rows)
-            shared = None
+            addends: list[Rows | Dense] = []
             if centre is not None:
-                shared = _rows(centre, coded_centre, (m, n), dtype, rows)
+                addends.append(Rows(centre, coded_centre, (m, n), dtype, rows))
             elif dense is not None:
-                shared = to_float32(dense[1][at], dense[0])
-            if shared is not None:
-                value = shared if value is None else np.add(shared, value, out=value)
-            assert value is not None
-            out[at] = from_float32(value, dtype)
-        return out
+                addends.append(Dense(dense[0], dense[1][at]))
+            addends += [Rows(residual, own, (m, n), dtype, rows)] if residual is not None else []
+            yield at, addends
 
 
 def stored_residual(
@@ -121,11 +126,36 @@ def _declared(name: str, args: str) -> Coded | None:
     return declared(name, json.loads(args))
 
 
-def _rows(coder: Coder, parts: Parts, matrix: tuple[int, int], dtype: str, rows: tuple[int, int]) -> np.ndarray:
-    """float32, one axis."""
-    by_row: Mapping[str, bool] = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
-    chunk = {role: bits[rows[0] : rows[1]] if by_row[role] else bits for role, bits in parts.items()}
-    try:
-        return coder.decode(chunk, matrix, dtype, rows=rows).reshape(-1)
-    except ValueError as error:
-        raise DataError(f"a stored residual cannot be decoded: {error}", hint="fetch the bundle again") from None
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Whole rows of what a coder stored."""
+
+    coder: Coder
+    parts: Parts
+    matrix: tuple[int, int]
+    dtype: str
+    rows: tuple[int, int]
+
+    def chunk(self) -> Parts:
+        """The parts that these rows need."""
+        by_row = {part.role: part.by_row for part in self.coder.parts(self.matrix, self.dtype)}
+        return {role: bits[slice(*self.rows)] if by_row[role] else bits for role, bits in self.parts.items()}
+
+    def values(self) -> np.ndarray:
+        """float32, one axis, the caller's own."""
+        try:
+            return self.coder.decode(self.chunk(), self.matrix, self.dtype, rows=self.rows).reshape(-1)
+        except ValueError as error:
+            raise DataError(f"a stored residual cannot be decoded: {error}", hint="fetch the bundle again") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Elements that are stored as they are."""
+
+    dtype: str
+    bits: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """float32; may be the stored memory."""
+        return to_float32(self.bits, self.dtype)

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli.bundle.decode_on import decode_on
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
+from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.errors import DataError, UsageError
 
 
@@ -17,18 +19,25 @@ class View(Mapping[str, Tensor]):
 
     Where the group is dense the tensor lies on the mapped file and two tasks of one group have the same storage: what
     is written to it both see (the file is not changed). copy=True gives each tensor memory of its own. Where something
-    must be decoded, every look-up decodes afresh.
+    must be decoded, every look-up decodes afresh. On another device than the CPU every tensor is a copy, and what is
+    coded in few bits goes there packed and is decoded there, to the same bits.
     """
 
-    def __init__(self, bundle: Bundle, task: str, *, copy: bool = False) -> None:
+    def __init__(self, bundle: Bundle, task: str, *, copy: bool = False, device: str = "cpu") -> None:
         bundle.check_task(task)
         self.bundle, self.task, self.copy = bundle, task, copy
+        self.device = choose_device(device)
         self._tensors = bundle.tensors_of(task)
         own = bundle.manifest.tasks[task].names
         self._aligned = {own.get(t.name, t.name): t.name for t in bundle.manifest.tensors if task in t.digests}
 
     def __getitem__(self, name: str) -> Tensor:
         aligned = self._aligned[name]
+        if self.device.type != "cpu":
+            coded = self.bundle.coded(self.task, aligned)
+            if coded is None:
+                return View(self.bundle, self.task)[name].to(self.device)
+            return decode_on(coded, self.bundle.part_bits(self.task), self.device).reshape(self._tensors[name][1])
         array = self.bundle.array(self.task, aligned)
         if self.copy and self.bundle.is_shared(self.task, aligned):
             array = array.copy()

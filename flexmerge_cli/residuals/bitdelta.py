@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
-from flexmerge_cli.residuals.low_bit import scaled_levels
+from flexmerge_cli.residuals.low_bit import LookUp, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes
 
 if TYPE_CHECKING:
@@ -48,4 +48,7 @@ class BitDelta:
         return {"scale": scale.float().cpu().numpy(), "codes": pack((matrix >= 0).cpu().numpy(), 1)}
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
-        return scaled_levels(parts["codes"], shape[1], 1, LEVELS, parts["scale"][:, None])
+        return scaled_levels(self.look_up(parts, shape))
+
+    def look_up(self, parts: Parts, shape: Matrix) -> LookUp:
+        return LookUp(parts["codes"], shape[1], 1, LEVELS, parts["scale"][:, None])

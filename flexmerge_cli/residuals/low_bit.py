@@ -7,7 +7,7 @@ Used for residuals, for coded centres and for coded copies alike. Own constructi
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -81,9 +81,12 @@ class LowBit:
         }
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
+        return scaled_levels(self.look_up(parts, shape))
+
+    def look_up(self, parts: Parts, shape: Matrix) -> "LookUp":
         scale = to_float32(parts["scale"], SCALE_DTYPES[self.scales])[:, None]
         levels = parts["levels"] if self.has_levels else self.table()
-        return scaled_levels(parts["codes"], shape[1], self.bits, levels, scale)
+        return LookUp(parts["codes"], shape[1], self.bits, levels, scale)
 
     def table(self) -> np.ndarray:
         """What each code stands for, in units of the scale: float32 [2^bits]."""
@@ -99,8 +102,22 @@ def half_range(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def scaled_levels(codes: np.ndarray, num_columns: int, bits: int, levels: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """levels[codes] · scale, float32 [m, n]: one product an element. codes are packed, scale is [m, 1] or [1, 1]."""
+class LookUp(NamedTuple):
+    """What decoding takes, where it is table[codes] · scale."""
+
+    codes: np.ndarray
+    """Packed, uint8 [m, ⌈n·bits/8⌉]."""
+    num_columns: int
+    bits: int
+    table: np.ndarray
+    """float32 [2^bits]."""
+    scale: np.ndarray
+    """float32 [m, 1] or [1, 1]."""
+
+
+def scaled_levels(look_up: LookUp) -> np.ndarray:
+    """table[codes] · scale, float32 [m, n]: one product an element. Raises ValueError if the bytes are not n codes."""
+    codes, num_columns, bits, levels, scale = look_up
     m = len(codes)
     out = np.empty((m, num_columns), np.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, num_columns))

@@ -62,8 +62,8 @@ def unpack(packed: np.ndarray, num_codes: int, bits: int, values: np.ndarray | N
         return packed
     if values is None:
         values = np.arange(1 << bits, dtype=np.uint8)
-    word_bytes, digit_bits = _layout(bits)
-    table = values[_codes_of_digit(bits, digit_bits)]
+    word_bytes, digit_bits = layout(bits)
+    table = values[codes_of_digit(bits, digit_bits)]
     codes_per_word = word_bytes * 8 // bits
     num_words = -(-num_codes // codes_per_word)
     if packed.shape[1] != num_words * word_bytes:
@@ -79,14 +79,14 @@ def unpack(packed: np.ndarray, num_codes: int, bits: int, values: np.ndarray | N
     return out[:, :num_codes]
 
 
-def _layout(bits: int) -> tuple[int, int]:
+def layout(bits: int) -> tuple[int, int]:
     """(bytes of a word, bits of a digit). A word is whole codes in whole bytes, a digit what is looked up at once."""
     digit_bits = {3: 12, 5: 10, 6: 12, 7: 14}.get(bits, 8)
     return math.lcm(digit_bits, 8) // 8, digit_bits
 
 
 @functools.cache
-def _codes_of_digit(bits: int, digit_bits: int) -> np.ndarray:
+def codes_of_digit(bits: int, digit_bits: int) -> np.ndarray:
     """uint8 [2^digit_bits, digit_bits / bits], the least significant code first."""
     digits = np.arange(1 << digit_bits)[:, None]
     return (digits >> np.arange(0, digit_bits, bits) & ((1 << bits) - 1)).astype(np.uint8)

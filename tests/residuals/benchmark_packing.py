@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from flexmerge_cli.residuals.low_bit import LowBit, scaled_levels
+from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
 from flexmerge_cli.residuals.packing import pack, unpack
 
 
@@ -29,7 +29,7 @@ def main():
         rates = (
             codes.size / seconds(lambda: pack(codes, bits)),  # noqa: B023
             4 * codes.size / seconds(lambda: unpack(packed, 768, bits, levels)),  # noqa: B023
-            4 * codes.size / seconds(lambda: scaled_levels(packed, 768, bits, levels, scale)),  # noqa: B023
+            4 * codes.size / seconds(lambda: scaled_levels(LookUp(packed, 768, bits, levels, scale))),  # noqa: B023
         )
         print(f"{bits:4}" + "".join(f"{rate / 1e9:7.1f}" for rate in rates))
 
