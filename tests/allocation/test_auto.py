@@ -1,5 +1,4 @@
 import itertools
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from flexmerge_cli.allocation.auto_table import Limits, Table
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.residuals.coding_error import NORMAL_RATIOS, CodingError
 
+from ..calls import num_calls
 from . import auto_reference as reference
 
 SHAPES = [(), (1,), (9,), (3, 4), (16, 7), (1, 5, 3), (64, 64), (2000, 64)]
@@ -331,14 +331,16 @@ def test_of_equal_points_the_first_is_taken():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_tensors", "num_tasks", "seconds"), [(100, 8, 2), (300, 30, 15)])
-def test_large_families_take_seconds(num_tensors, num_tasks, seconds):
+@pytest.mark.parametrize(("num_tensors", "num_tasks"), [(50, 8), (100, 8), (200, 8), (50, 30)])
+def test_work_grows_with_tensors_and_tasks_and_no_faster(num_tensors, num_tasks):
+    """About 300 calls for each: a fifth of a second for a hundred tensors of eight tasks."""
     rng = np.random.default_rng(0)
     tensors = [tensor_of(f"t{number:03}", (768, 768), num_tasks, rng) for number in range(num_tensors)]
     levels = random_levels(num_tasks, rng)
-    start = time.process_time()
-    tables = [Table(tensor, levels, 1.0) for tensor in tensors]
-    found = Search(tables)
-    for share in (1.0, 1.3, 2.0):
-        found.solve(int(share * found.smallest_bytes))
-    assert time.process_time() - start < seconds
+
+    def run():
+        found = Search([Table(tensor, levels, 1.0) for tensor in tensors])
+        for share in (1.0, 1.3, 2.0):
+            found.solve(int(share * found.smallest_bytes))
+
+    assert num_calls(run) < 600 * num_tensors * num_tasks
