@@ -1,0 +1,30 @@
+"""The program itself: what it takes to say its name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flexmerge_cli.version import VERSION
+
+HEAVY = {"torch", "numpy", "pydantic", "yaml", "transformers", "huggingface_hub", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"), [("--version", f"{VERSION}\n"), ("--help", "Usage: "), ("-h", "Usage: ")]
+)
+def test_help_and_version_import_nothing_heavy(argument, says):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from flexmerge_cli.cli.app import run; code = run(sys.argv[1:]);"
+            f"print({HEAVY} & set(sys.modules) or '', file=sys.stderr); sys.exit(code)",
+            argument,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert says in done.stdout
