@@ -341,8 +341,11 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
             record |= unmeasured
         if tensor_class is TensorClass.TIED:
             digests = ["0" * 32 if found is not None else None for found in tensor.tasks]
-        if tensor_class is TensorClass.MERGEABLE and not finite:
-            bad += _not_finite(family, tensor, by_name[tensor.name])
+        measured = by_name.get(tensor.name, []) if tensor_class is TensorClass.MERGEABLE else []
+        if measured and not finite:
+            bad += _not_finite(family, tensor, measured)
+        elif not all(_is_measured(measure) for _, measure in measured):
+            bad.append(f"`{tensor.name}` holds values, or differs from the base's by some, that float32 cannot hold")
         dtypes = [found.dtype if found else None for found in tensor.tasks]
         shapes = [list(found.shape) if found else None for found in tensor.tasks]
         records.append(
@@ -369,6 +372,15 @@ def _tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any
     if bad:
         raise DataError("not finite:\n  " + "\n  ".join(bad), hint="get sound copies, or leave these tasks out")
     return records
+
+
+def _is_measured(measure: Any) -> bool:
+    """Whether the numbers of finite weights are finite, too."""
+    sums = [[measure.base_energy]]
+    sums += [measure.gram.ravel()] if measure.gram is not None else []
+    coding = measure.coding
+    sums += [list(each.values()) for each in (coding.base, coding.average, coding.ratio)] if coding is not None else []
+    return bool(np.isfinite(np.concatenate(sums)).all())
 
 
 def _low_rank(family: Family, records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, int]]:

@@ -118,7 +118,9 @@ class CodingErrorSum:
 
     def finish(self) -> CodingError:
         base, average = (dict(zip(WEIGHT_BITS, map(float, row))) for row in self._weights)
-        ratio = dict(zip(RESIDUAL_BITS, map(float, self._lost / self._energy))) if self._energy > 0 else NORMAL_RATIOS
+        with np.errstate(invalid="ignore"):  # inf / inf: of values that no plan holds
+            lost = self._lost / (self._energy or 1.0)
+        ratio = dict(zip(RESIDUAL_BITS, map(float, lost))) if self._energy > 0 else NORMAL_RATIOS
         return CodingError(base=base, average=average, ratio=ratio)
 
 

@@ -223,6 +223,19 @@ def test_what_is_not_finite_is_named_with_its_place(where, bad, tmp_path):
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 3e38), (torch.float64, 1e300)])
+def test_values_too_large_to_be_compared_are_told(dtype, value, tmp_path):
+    """Each is finite; their difference, or their square, is not, and no plan can hold it."""
+    models = plain(dtype, num_tasks=2)
+    models.base["pooler.dense.weight"][0, 0] = value
+    models.tasks["task1"]["pooler.dense.weight"][0, 0] = -value
+    folders = write_family(tmp_path, models)
+    fails(
+        3, "plan", *folders.arguments, "-o", tmp_path / "plan.json",
+        says="`pooler.dense.weight` holds values, or differs from the base's by some, that float32 cannot hold",
+    )  # fmt: skip
+
+
 def test_nan_in_a_tensor_that_all_share_is_a_constant_and_listed(tmp_path):
     models = plain(num_tasks=3)
     for state in models.tasks.values():
