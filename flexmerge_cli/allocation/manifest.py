@@ -44,7 +44,7 @@ from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Plan, PlanTe
 from flexmerge_cli.allocation.storage import Storage, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
-from flexmerge_cli.checkpoint.safetensors import MAX_AXES
+from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.methods.method import Call
@@ -222,8 +222,8 @@ def _check(manifest: Manifest) -> None:
         if not readers <= tasks:
             raise ValueError(f"`{tensor.name}` is of a task that is not there")
         dtypes = {tensor.dtype_of(task) for task in readers}
-        if not dtypes <= set(ITEM_BYTES) or any(len(tensor.shape_of(task)) > MAX_AXES for task in readers):
-            raise ValueError(f"`{tensor.name}` has an unknown dtype, or too many axes")
+        if not dtypes <= set(ITEM_BYTES) or not all(is_shape(tensor.shape_of(task)) for task in readers):
+            raise ValueError(f"`{tensor.name}` has an unknown dtype, or too many axes or elements")
         target = tensors.get(tensor.of) if tensor.of is not None else None
         if (tensor.class_ is TensorClass.TIED) != (tensor.of is not None):
             raise ValueError(f"`{tensor.name}` is tied to nothing, or not tied")

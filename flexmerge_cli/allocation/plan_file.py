@@ -34,7 +34,7 @@ from pydantic import (
 from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
-from flexmerge_cli.checkpoint.safetensors import MAX_AXES
+from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
@@ -465,8 +465,8 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
             raise ValueError(f"tensor `{tensor.name}` has a `gram` or `agreement` that is not symmetric")
     dtypes = {tensor.dtype, *(tensor.dtypes or ()), tensor.base_dtype} - {None}
     shapes = [tensor.shape, *(shape for shape in tensor.shapes or () if shape is not None)]
-    if not dtypes <= set(ITEM_BYTES) or any(len(shape) > MAX_AXES for shape in shapes):
-        raise ValueError(f"tensor `{tensor.name}` has an unknown dtype, or too many axes")
+    if not dtypes <= set(ITEM_BYTES) or not all(map(is_shape, shapes)):
+        raise ValueError(f"tensor `{tensor.name}` has an unknown dtype, or too many axes or elements")
     for task in tensor.present:
         first = tensor.same[task]
         if (

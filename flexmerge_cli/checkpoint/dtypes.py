@@ -5,7 +5,7 @@ Knows nothing about files. bfloat16 is handled as uint16 bits, since numpy has n
 
 import numpy as np
 
-# Bytes of one element. float8 and packed types are left out on purpose: they are refused by name (header.py).
+# Bytes of one element. float8 and packed types are left out on purpose: they are refused by name (quantised.py).
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,

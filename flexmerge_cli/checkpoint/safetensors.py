@@ -8,6 +8,7 @@ ranges start at 0, follow each other without hole or overlap, and end where the 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flexmerge_cli.text import is_text
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a header is read into memory before anything is known of it
 MAX_AXES = 64  # more than any framework allows
+MAX_ITEM_BYTES = max(ITEM_BYTES.values())
 BAD_COPY = "get a sound copy of the file"
 
 
@@ -51,6 +53,11 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes, tensor.name))
     _check_ranges(path, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def is_shape(shape: Sequence[int]) -> bool:
+    """Whether torch and numpy can have an array of it: they count the bytes of axes besides those of 0, too."""
+    return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) * MAX_ITEM_BYTES < 1 << 63
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -99,6 +106,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
             f"{offsets[1] - offsets[0]:,}",
             hint=BAD_COPY,
         )
+    if not is_shape(shape):
+        raise DataError(f"{path}: tensor `{name}` has an invalid shape {str(shape)[:80]}", hint=BAD_COPY)
     return StoredTensor(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
 
 

@@ -58,6 +58,9 @@ BAD = {
     "axis of a float": ({"a": entry(shape=(2.0,))}, bytes(8), "invalid shape"),
     "65 axes": ({"a": entry(shape=(1,) * 64 + (2,))}, bytes(8), "invalid shape"),
     "axis of 2^63": ({"a": entry(shape=(1 << 63,))}, bytes(8), "invalid shape"),
+    # No bytes, and yet no array: numpy and torch count the other axes.
+    "empty and larger than any array": ({"a": entry(shape=(0, 1 << 62), stop=0)}, b"", "invalid shape"),
+    "empty, of axes whose product is": ({"a": entry(shape=(1 << 40, 0, 1 << 40), stop=0)}, b"", "invalid shape"),
     "offsets that are three": (
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]}},
         bytes(8),
