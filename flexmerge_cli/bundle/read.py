@@ -35,6 +35,7 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError
+from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.rows import join
 from flexmerge_cli.text import json_holds_text
@@ -70,6 +71,26 @@ class Bundle:
     _coded: dict[str, dict[str, StoredTensor]]
     """Task -> part name -> part, of all parts on its route."""
     _maps: dict[Path, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        """Each with its steps, its calibration, and where it comes from if it is not flexmerge's own."""
+        found = []
+        for method in self.manifest.methods:
+            parts = [format_call(method.name, method.args), *(f"step {step}" for step in method.steps)]
+            parts += [f"calibrate {method.calibrate}"] if method.calibrate else []
+            parts += [f"from {' '.join(method.origin)}"] if method.origin else []
+            found.append(" + ".join(parts))
+        return found
+
+    @property
+    def manifest_bytes(self) -> int:
+        return (self.path / MANIFEST_NAME).stat().st_size
+
+    @property
+    def total_bytes(self) -> int:
+        """Of every file, as an upload counts; also of those that are not on this disk."""
+        return self.manifest_bytes + sum(file.bytes for file in self.manifest.files.values())
 
     @staticmethod
     def open(

@@ -49,9 +49,9 @@ def evaluate(
         bool, typer.Option("--no-reuse", help="Score everything anew, also where weights and data are known.")
     ] = False,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="Models scored at once, each in a process.")] = 1,
-    csv: Annotated[Path | None, typer.Option("--csv", help="One row per point and task.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="One page with the curve; needs no network.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="A picture of the curve.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="A table of all scores, one a row.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="One page with all scores; needs no network.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="A picture of a plan's curve.")] = None,
     max_drop: Annotated[
         str | None, typer.Option("--max-drop", help="Gate: 1% of each fine-tuned score, or 1pt, may be lost; exit 6.")
     ] = None,
@@ -83,7 +83,7 @@ def evaluate(
 
     Examples: flexmerge eval --init bundle/ -o eval.yaml
 
-    flexmerge eval bundle/ --spec eval.yaml
+    flexmerge eval bundle/ --spec eval.yaml --html scores.html
 
     flexmerge eval --sources --plan plan.json --spec eval.yaml
 
@@ -110,9 +110,9 @@ def evaluate(
     gate = parse_gate(max_drop, max_mean_drop)
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
-        "--dtype": dtype, "--csv": csv, "--html": html, "--png": png,
-        "--choose": choose, "--tune-spec": tune_spec, "--tune": tune,
+        "--dtype": dtype, "--png": png, "--choose": choose, "--tune-spec": tune_spec, "--tune": tune,
     }  # fmt: skip
+    outputs = {kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path}
     if plan is not None and bundle is None and not sources:
         from flexmerge_cli.cli.evaluating import CurveOptions, checked
         from flexmerge_cli.report.curve import show_curve
@@ -132,7 +132,7 @@ def evaluate(
                 device=device,
                 threads=threads,
                 allow_exec=allow_exec,
-                outputs={kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path},
+                outputs=outputs,
                 force=force,
                 access=access_of(offline=offline, quiet=quiet),
                 gate=gate,
@@ -168,6 +168,8 @@ def evaluate(
             offline=offline,
             quiet=quiet or as_json,
             gate=gate,
+            outputs=outputs,
+            force=force,
         )
     )
     emit(value, as_json=as_json, show=show_evaluation)

@@ -6,18 +6,18 @@ from typing import Any
 
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.cli.options import check_new_file, dtype_of
+from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
+from flexmerge_cli.cli.options import dtype_of
 from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.choose import Choice, choose, halves
 from flexmerge_cli.evaluation.curve import Curve, Point
-from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
+from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.evaluation.tune import require_other_data
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
-from flexmerge_cli.report.curve_png import require_matplotlib
 from flexmerge_cli.tuning import Tune, parse_tune, tuned, variants
 
 DEFAULT_METHODS = "task_arithmetic"
@@ -40,8 +40,7 @@ class CurveOptions:
     device: str = "auto"
     threads: int | None = None
     allow_exec: bool = False
-    outputs: dict[str, Path] = field(default_factory=dict)
-    """`csv`, `html`, `png` -> where."""
+    outputs: Outputs = field(default_factory=dict)
     force: bool = False
     access: Access = ONLINE
     gate: Gate = field(default_factory=Gate)
@@ -102,10 +101,7 @@ def _name(point: Point) -> tuple[object, ...]:
 
 def checked(options: CurveOptions) -> Drawn:
     """Everything that can be refused before a weight is read."""
-    for path in options.outputs.values():
-        check_new_file(path, force=options.force)
-    if "png" in options.outputs:
-        require_matplotlib()
+    check_outputs(options.outputs, force=options.force)
     if not options.plan.is_file():
         raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
     plan = load_plan(options.plan)
@@ -149,19 +145,6 @@ def checked(options: CurveOptions) -> Drawn:
         tune = parse_tune(options.tune)
         variants(request.methods, tune)
     return Drawn(plan=plan, spec=spec, request=request, options=options, tune_spec=tune_spec, tune=tune)
-
-
-def write_outputs(record: dict[str, Any], outputs: dict[str, Path]) -> None:
-    if "csv" in outputs:
-        outputs["csv"].write_text(curve_csv(record), encoding="utf-8")
-    if "html" in outputs:
-        from flexmerge_cli.report.html_eval import curve_page
-
-        outputs["html"].write_text(curve_page(record), encoding="utf-8")
-    if "png" in outputs:
-        from flexmerge_cli.report.curve_png import write_png
-
-        write_png(record, outputs["png"])
 
 
 def require_curve_options(given: dict[str, Any]) -> None:

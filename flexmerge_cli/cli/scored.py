@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.locate import locate
+from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
 from flexmerge_cli.cli.options import access_of, check_new_file, note, progress
 from flexmerge_cli.cli.scoring_progress import scoring_progress
 from flexmerge_cli.errors import SourceError, UsageError
@@ -28,12 +29,15 @@ class ScoreOptions:
     offline: bool
     quiet: bool
     gate: Gate
+    outputs: Outputs
+    force: bool
 
 
 def score_bundle(options: ScoreOptions) -> dict[str, Any]:
-    """The document. Everything that can be refused is refused before a weight is read."""
+    """The document; what was asked for as files is written. All that can be refused is, before a weight is read."""
     from flexmerge_cli.scores import ScoreRequest, scores
 
+    check_outputs(options.outputs, force=options.force)
     access = access_of(offline=options.offline, quiet=options.quiet)
     path: Path | None = None
     tasks: tuple[str, ...] = ()
@@ -58,7 +62,9 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
         gate=options.gate,
     )
     with scoring_progress(len(spec.tasks) * _models_of(request), quiet=options.quiet) as on_step:
-        return scores(request, on_step=on_step)
+        document = scores(request, on_step=on_step)
+    write_outputs(document, options.outputs)
+    return document
 
 
 def _models_of(request: Any) -> int:

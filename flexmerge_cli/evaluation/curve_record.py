@@ -1,4 +1,4 @@
-"""What is told of a curve: `flexmerge.eval/1` with `points`, one JSON document; and its rows as tidy CSV.
+"""What is told of a curve: `flexmerge.eval/1` with `points`, one JSON document. As CSV: tidy.py.
 
 plan, one_model_bytes     of the plan, and the bytes that a factor counts in
 tasks         {name: {kind, metric, higher_is_better, n, fine_tuned, base, …_interval, scores}}: the references
@@ -15,8 +15,6 @@ data_dependent   {arguments, spec} of arguments that were chosen on data; null w
 An interval is of 95 %; that of a mean adds the squares of its tasks' half widths, which are independent.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,11 +30,6 @@ from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 Interval = tuple[float, float]
-
-COLUMNS = (
-    "method", "sizes", "bytes", "total_bytes", "factor", "task", "metric", "n", "value", "low", "high", "normalised",
-    "fine_tuned", "base", "weights",
-)  # fmt: skip
 
 
 def curve_record(
@@ -155,23 +148,3 @@ def _order(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def curve_csv(record: Mapping[str, Any]) -> str:
-    """One row per point and task; the references are in every row."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for point in (*record["points"], *record["alternatives"]):
-        for task, scored in point["tasks"].items():
-            reference = record["tasks"][task]
-            writer.writerow(_row(point, task, scored, reference))
-    return file.getvalue()
-
-
-def _row(point: Mapping[str, Any], task: str, scored: Mapping[str, Any], reference: Mapping[str, Any]) -> Sequence[Any]:
-    return (
-        point["method"], " ".join(point["sizes"]), point["bytes"], point["total_bytes"], point["factor"], task,
-        reference["metric"], reference["n"], scored["value"], *scored["interval"], scored["normalised"],
-        reference["fine_tuned"], reference["base"], scored["weights"],
-    )  # fmt: skip

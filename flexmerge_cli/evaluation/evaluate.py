@@ -4,11 +4,12 @@
 tasks  {name: {kind, metric, higher_is_better, n, split, merged, fine_tuned, base, normalised, …_interval, scores}};
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   of merged, fine-tuned, base and normalised scores, each where every task has one
-bundle, stored_bytes, factor   of the bundle, if there is one
+bundle, methods, num_models, one_model_bytes   of the bundle, if there is one: its id, what merged it, its models
+stored_bytes, total_bytes, factor   and its size: of tensors, of every file, in models
 evaluations  {computed, reused}: models that were run, and scores that were known
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -66,9 +67,18 @@ def evaluate(
         return found
     return found | {
         "bundle": bundle.manifest.id,
+        "methods": bundle.methods,
+        "num_models": len(bundle.tasks),
+        "one_model_bytes": bundle.manifest.one_model_bytes,
         "stored_bytes": bundle.manifest.stored_bytes,
+        "total_bytes": bundle.total_bytes,
         "factor": bundle.manifest.stored_bytes / max(1, bundle.manifest.one_model_bytes),
     }
+
+
+def told_methods(document: Mapping[str, Any]) -> str:
+    """What merged a bundle, on one line."""
+    return "; ".join(document["methods"]) or "copies"
 
 
 def _score_task(

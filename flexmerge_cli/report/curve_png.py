@@ -69,7 +69,7 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     plot.set_xlim(axes.low_bytes, axes.high_bytes)
     plot.set_ylim(axes.low, axes.high)
     ticks = factor_ticks(axes.low_bytes / one, axes.high_bytes / one)
-    plot.set_xticks([tick * one for tick in ticks], [f"{tick:g}x\n{human_bytes(tick * one)}" for tick in ticks])
+    plot.set_xticks([tick * one for tick in ticks], [f"{tick:.4g}x\n{human_bytes(tick * one)}" for tick in ticks])
     plot.minorticks_off()
     plot.set_xlabel("tensor data stored, in models and in bytes")
     metrics = sorted({task["metric"] for task in record["tasks"].values()})

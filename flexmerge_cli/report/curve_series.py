@@ -117,9 +117,9 @@ def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
 
 
 def factor_ticks(low: float, high: float) -> list[float]:
-    """Powers of two of one model within two factors."""
+    """Powers of two of one model within two factors; where there is none, what lies between them."""
     first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
-    return [2.0**power for power in range(first, last + 1)]
+    return [2.0**power for power in range(first, last + 1)] or [math.sqrt(low * high)]
 
 
 def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:

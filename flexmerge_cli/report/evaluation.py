@@ -9,7 +9,19 @@ DASH = "–"
 
 
 def show_evaluation(value: dict[str, Any]) -> None:
-    """Task, n, metric, merged ± half its 95 % interval, fine-tuned, base, and the part of the fine-tuned score."""
+    columns, rows = score_table(value)
+    table(columns, rows, left=2)
+    for line in remarks(value):
+        print(line)
+    if "factor" in value:
+        print(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
+
+
+def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: task, metric, n, merged ± half its 95 % interval, fine-tuned, base, part of the fine-tuned score.
+
+    The first two columns are text.
+    """
     records, mean = value["tasks"], value["mean"]
     has_merged = any(record["merged"] is not None for record in records.values())
     worst = _worst(records) if has_merged and len(records) > 1 else None
@@ -17,14 +29,14 @@ def show_evaluation(value: dict[str, Any]) -> None:
     heads = {"merged": ["merged", "±", "95 %"], "fine_tuned": ["fine-tuned"], "base": ["base"]}
     rows = []
     for name, record in records.items():
-        scale = _scale(record["metric"])
-        row = [name + (" (worst)" if name == worst else ""), record["metric"], record["n"] or ""]
+        scale = scale_of(record["metric"])
+        row = [name + (" (worst)" if name == worst else ""), record["metric"], str(record["n"] or "")]
         for who in whos:
-            row.append(_number(record[who], scale))
+            row.append(told_number(record[who], scale))
             if who == "merged":
-                row += _interval(record["merged_interval"], scale)
+                row += told_interval(record["merged_interval"], scale)
         if has_merged:
-            row.append(_number(record["normalised"], 100.0))
+            row.append(told_number(record["normalised"], 100.0))
         rows.append(row)
     metrics = {record["metric"] for record in records.values()}
     if len(records) > 1:
@@ -32,24 +44,29 @@ def show_evaluation(value: dict[str, Any]) -> None:
         same = len(metrics) == 1
         row = ["mean", "", ""]
         for who in whos:
-            row += [_number(mean[who], _scale(next(iter(metrics)))) if same else ""] + ["", ""] * (who == "merged")
-        rows.append(row + ([_number(mean["normalised"], 100.0)] if has_merged else []))
+            row += [told_number(mean[who], scale_of(next(iter(metrics)))) if same else ""] + ["", ""] * (
+                who == "merged"
+            )
+        rows.append(row + ([told_number(mean["normalised"], 100.0)] if has_merged else []))
     columns = [head for who in whos for head in heads[who]] + ["of it %"] * has_merged
-    table(["task", "metric", "n", *columns], rows, left=2)
-    for name, record in records.items():
+    return ["task", "metric", "n", *columns], rows
+
+
+def remarks(value: dict[str, Any]) -> list[str]:
+    """Further metrics of each task, and what was remarkable; a line a model."""
+    found = []
+    for name, record in value["tasks"].items():
         for who, scored in record["scores"].items():
             for one in (scored, *scored["others"]):
-                _tell(name, who, one, is_first=one is scored)
-    if "factor" in value:
-        print(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
+                told = [] if one is scored else [_told_other(one)]
+                told += one["notes"]
+                if told:
+                    found.append(f"{name}, {who.replace('_', '-')}: {'; '.join(told)}")
+    return found
 
 
-def _tell(task: str, who: str, scored: dict[str, Any], *, is_first: bool) -> None:
-    """Further metrics of a task, and what was remarkable."""
-    told = [] if is_first else [f"{_number(scored['value'], _scale(scored['metric']))} {scored['metric']}"]
-    told += scored["notes"]
-    if told:
-        print(f"{task}, {who.replace('_', '-')}: {'; '.join(told)}")
+def _told_other(scored: dict[str, Any]) -> str:
+    return f"{told_number(scored['value'], scale_of(scored['metric']))} {scored['metric']}"
 
 
 def _worst(records: dict[str, Any]) -> str:
@@ -69,7 +86,7 @@ def _any(records: dict[str, Any], who: str) -> bool:
     return any(record[who] is not None for record in records.values())
 
 
-def _scale(metric: str) -> float:
+def scale_of(metric: str) -> float:
     """100 for what is told in percent."""
     try:
         return 100.0 if METRICS[metric].percent else 1.0
@@ -77,14 +94,14 @@ def _scale(metric: str) -> float:
         return 1.0
 
 
-def _number(value: float | None, scale: float) -> str:
+def told_number(value: float | None, scale: float) -> str:
     if value is None:
         return DASH
     return f"{scale * value:.1f}" if scale == 100.0 else f"{value:.4g}"
 
 
-def _interval(ends: list[float] | None, scale: float) -> list[str]:
+def told_interval(ends: list[float] | None, scale: float) -> list[str]:
     if ends is None or ends[0] == ends[1]:
         return [DASH, DASH]
     low, high = ends
-    return [_number((high - low) / 2, scale), f"{_number(low, scale)} … {_number(high, scale)}"]
+    return [told_number((high - low) / 2, scale), f"{told_number(low, scale)} … {told_number(high, scale)}"]

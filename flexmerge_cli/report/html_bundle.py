@@ -25,7 +25,7 @@ def bundle_page(facts: BundleFacts) -> str:
         ("size", f"{value['factor']:.4f}x"),
         ("tensors", f"{value['stored_bytes']:,} bytes"),
         ("on disk", f"{value['total_bytes']:,} bytes in {len(value['files']):,} files"),
-        ("method", text(", ".join(facts.methods) or "none: nothing is merged")),
+        ("method", text(", ".join(bundle.methods) or "none: nothing is merged")),
         ("merges", f"{allocation['merges']:,} ({allocation['undone']:,} undone)"),
         ("dtypes", text(allocation["dtype"] or "as found")),
         ("id", f"<span class=path>{text(value['id'])}</span>"),

@@ -28,17 +28,21 @@ def curve_page(record: dict[str, Any]) -> str:
             ("plan", f"<span class=path>{text(record['plan'][:16])}…</span>"),
         ]
     )
-    css = Path(__file__).with_name("eval.css").read_text(encoding="utf-8")
-    style = f"<style>\n{css}{series_css(series)}\n</style>"
-    sections = [style, *_verdicts(record), _curve(series, record), _tasks(series, record)]
+    sections = [eval_style(series), *verdicts(record), _curve(series, record), _tasks(series, record)]
     sections += [_ranking(series, record), _order(record), _references(record), _points(record)]
     return page(f"Accuracy against size: {len(record['tasks'])} tasks", subtitle, filter(None, sections))
 
 
-def _verdicts(record: dict[str, Any]) -> list[str]:
+def eval_style(series: list[Series]) -> str:
+    """The style sheet of these pages, and the colours of the methods."""
+    css = Path(__file__).with_name("eval.css").read_text(encoding="utf-8")
+    return f"<style>\n{css}{series_css(series)}\n</style>"
+
+
+def verdicts(record: dict[str, Any]) -> list[str]:
     """What must not be overlooked."""
     found = []
-    if record["data_dependent"]:
+    if record.get("data_dependent"):
         chosen = record["data_dependent"]
         found.append(
             f"<p class=warn><b>Data-dependent:</b> {text(chosen['arguments'])} chosen on {text(chosen['spec'])}, which "

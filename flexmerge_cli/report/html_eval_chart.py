@@ -55,7 +55,7 @@ def curve_chart(
     below = [
         Tick(
             place=axes.across(factor * one),
-            label=f"{factor:g}x" + ("" if small else f"<br />{human_bytes(factor * one)}"),
+            label=f"{factor:.4g}x" + ("" if small else f"<br />{human_bytes(factor * one)}"),
             line=True,
         )
         for factor in factors
@@ -82,7 +82,10 @@ def _series(place: int, series: Series, values: Values, axes: Axes, *, with_data
     ends = [[axes.up(value) for value in values(point)] for point in series.points]
     lower, middle, upper = ([(x, end[which]) for x, end in zip(across, ends)] for which in range(3))
     css = f"s s{place}"
-    area = band(lower, upper, f"area {css}") if len(series.points) > 1 else ""
+    if len(series.points) > 1:
+        area = band(lower, upper, f"area {css}")
+    else:  # a band without a width is a stroke
+        area = line([*lower, *upper], f"trace {css}")
     marks = [
         _mark(css, series.style.marker, point, values(point)[1], x, end[1], series.method if with_data else "")
         for point, x, end in zip(series.points, across, ends)

@@ -12,7 +12,6 @@ from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.text import line_columns, printable, table
 
@@ -31,17 +30,6 @@ class BundleFacts:
     unit_elements: tuple[int, ...]
     """Parameters of one task."""
     class_bytes: Mapping[str, int]
-
-    @property
-    def methods(self) -> list[str]:
-        """Each with its steps, its calibration, and where it comes from if it is not flexmerge's own."""
-        found = []
-        for method in self.bundle.manifest.methods:
-            parts = [format_call(method.name, method.args), *(f"step {step}" for step in method.steps)]
-            parts += [f"calibrate {method.calibrate}"] if method.calibrate else []
-            parts += [f"from {' '.join(method.origin)}"] if method.origin else []
-            found.append(" + ".join(parts))
-        return found
 
 
 def bundle_facts(located: Located) -> BundleFacts:
@@ -80,20 +68,19 @@ def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
 def bundle_value(facts: BundleFacts) -> dict[str, Any]:
     """All that `inspect` tells of a bundle."""
     bundle, manifest = facts.bundle, facts.bundle.manifest
-    manifest_bytes = (bundle.path / MANIFEST_NAME).stat().st_size
     return {
         "kind": "bundle",
         "bundle": str(bundle.path),
         "id": manifest.id,
         "generator": manifest.generator,
         "plan": manifest.plan,
-        "methods": facts.methods,
+        "methods": bundle.methods,
         "allocation": manifest.allocation.model_dump(mode="json"),
         "one_model_bytes": manifest.one_model_bytes,
         "stored_bytes": manifest.stored_bytes,
         "factor": manifest.stored_bytes / max(1, manifest.one_model_bytes),
-        "total_bytes": manifest_bytes + sum(file.bytes for file in manifest.files.values()),
-        "files": {path: file.bytes for path, file in manifest.files.items()} | {MANIFEST_NAME: manifest_bytes},
+        "total_bytes": bundle.total_bytes,
+        "files": {path: file.bytes for path, file in manifest.files.items()} | {MANIFEST_NAME: bundle.manifest_bytes},
         "tasks": {task: _task(facts, task) for task in bundle.tasks},
         "classes": {
             kind.value: {

@@ -12,8 +12,9 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.curve import CurveRequest, Drawing, cuts_of, draw, parse_methods, parse_sizes
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.curve import Cut
-from flexmerge_cli.evaluation.curve_record import curve_csv, curve_record
+from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.evaluation.tidy import curve_csv
 from flexmerge_cli.merging import MergeRequest, allocate
 
 from ..program import fails, succeeds

@@ -1,5 +1,6 @@
 """`eval` of bundles and of sources through the command line: numbers, what they rest on, and what is computed again."""
 
+import csv
 import json
 import weakref
 from pathlib import Path
@@ -166,6 +167,47 @@ def test_the_table_marks_the_worst_task_and_has_every_column(place):
     head = next(line for line in out.splitlines() if "metric" in line)
     assert head.split() == ["task", "metric", "n", "merged", "±", "95", "%", "fine-tuned", "base", "of", "it", "%"]
     assert sum("(worst)" in line for line in out.splitlines()) == 1 and "f1" in out
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_has_every_number_of_the_document(place, tmp_path):
+    arguments = ("eval", place / "merged", "--spec", place / "eval.yaml")
+    found = succeeds(*arguments, "--csv", tmp_path / "scores.csv", "--json").json
+    rows = rows_of(tmp_path / "scores.csv")
+    numbers = [
+        (task, method, number["metric"], str(number["value"]), *map(str, number["interval"]), number["weights"])
+        for task, record in found["tasks"].items()
+        for method, who in (("average", "merged"), ("fine-tuned", "fine_tuned"), ("base", "base"))
+        for number in (record["scores"][who], *record["scores"][who]["others"])
+    ]
+    keys = ("task", "method", "metric", "value", "low", "high", "weights")
+    assert sorted(tuple(row[key] for key in keys) for row in rows) == sorted(numbers)
+    assert len(rows) == 2 * 3 * 2 and {(row["n"], row["split"]) for row in rows} == {(str(N), "test")}
+    sizes = {(row["method"], row["bytes"], row["total_bytes"]) for row in rows}
+    on_disk = sum(path.stat().st_size for path in (place / "merged").rglob("*") if path.is_file())
+    assert sizes == {
+        ("average", str(found["stored_bytes"]), str(on_disk)), ("fine-tuned", "", ""), ("base", "", ""),
+    }  # fmt: skip
+
+
+def test_csv_of_sources_has_them_alone(place, tmp_path):
+    arguments = ("--plan", place / "plan.json", "--spec", place / "bare.yaml", "--csv", tmp_path / "scores.csv")
+    succeeds("eval", "--sources", *arguments)
+    assert {row["method"] for row in rows_of(tmp_path / "scores.csv")} == {"fine-tuned", "base"}
+
+
+def test_the_page_is_of_these_scores_and_replaces_nothing(place, tmp_path):
+    arguments = ("eval", place / "merged", "--spec", place / "eval.yaml", "--html", tmp_path / "scores.html")
+    out = succeeds(*arguments).out
+    page = (tmp_path / "scores.html").read_text()
+    number = next(line for line in out.splitlines() if line.split()[:1] == ["first"]).split()[3]
+    assert f">{number}<" in page and "data-method" in page
+    fails(2, *arguments, says="exists")
+    fails(2, "eval", place / "merged", "--spec", place / "eval.yaml", "--png", tmp_path / "x.png", says="--png")
 
 
 def test_progress_is_on_stderr_and_quiet_is_silent(place):

@@ -48,6 +48,46 @@ def record(
     }
 
 
+def scores(num_tasks: int = 3, *, name: str = "task", metrics: tuple[str, ...] = ("accuracy",)) -> dict[str, Any]:
+    """Of a bundle, as `eval BUNDLE` has it; metrics: of the tasks in turn."""
+    tasks = {
+        f"{name}{number}": _scored(0.9 - 0.03 * number, metrics[number % len(metrics)]) for number in range(num_tasks)
+    }
+    return {
+        "format": "flexmerge.eval/1",
+        "tasks": tasks,
+        "mean": {
+            who: sum(found[who] for found in tasks.values()) / num_tasks
+            for who in ("merged", "fine_tuned", "base", "normalised")
+        },
+        "evaluations": {"computed": 3 * num_tasks, "reused": 0},
+        "bundle": "cd" * 32, "methods": ["average"], "num_models": num_tasks + 1, "one_model_bytes": ONE,
+        "stored_bytes": 2 * ONE, "total_bytes": 2 * ONE + 20_000, "factor": 2.0,
+    }  # fmt: skip
+
+
+def _scored(value: float, metric: str) -> dict[str, Any]:
+    values = {"merged": value, "fine_tuned": value + 0.05, "base": 0.31}
+
+    def number(metric: str, value: float) -> dict[str, Any]:
+        return {
+            "metric": metric, "value": value, "interval": [value - 0.02, value + 0.01], "n": 697, "split": "test",
+            "weights": "0" * 32, "bytes": ONE, "notes": [], "others": [],
+        }  # fmt: skip
+
+    found: dict[str, Any] = {
+        "kind": "text-classification", "metric": metric, "higher_is_better": True, "n": 697, "route_bytes": ONE,
+        "normalised": value / (value + 0.05),
+        "scores": {
+            who: number(metric, one) | {"others": [number("f1", one - 0.1)], "notes": ["3 of 697 outputs are no label"]}
+            for who, one in values.items()
+        },
+    }  # fmt: skip
+    for who, one in values.items():
+        found |= {who: one, f"{who}_interval": [one - 0.02, one + 0.01]}
+    return found
+
+
 def _reference(value: float) -> dict[str, Any]:
     return {
         "kind": "image-classification", "metric": "accuracy", "higher_is_better": True, "n": 697,

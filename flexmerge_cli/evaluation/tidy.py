@@ -1,0 +1,81 @@
+"""Scores as tidy CSV, one row a score; the same columns for a curve, a bundle, and sources.
+
+method   of a curve's point as it was asked for, of a bundle what merged it; `fine-tuned` and `base` of those models
+sizes, bytes, total_bytes, factor   of the bundle, written or not; empty of other models
+task, metric, n, split, value, low, high, weights   one number, its 95 % interval, the digest of what was scored
+normalised, fine_tuned, base   the part of the fine-tuned score, of the task's first metric; and the references' scores
+Curves have the first metric of each task, and the references in every row alone.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flexmerge_cli.evaluation.evaluate import told_methods
+
+COLUMNS = (
+    "method", "sizes", "bytes", "total_bytes", "factor", "task", "metric", "n", "split", "value", "low", "high",
+    "normalised", "fine_tuned", "base", "weights",
+)  # fmt: skip
+Row = Mapping[str, Any]
+
+
+def curve_csv(record: Mapping[str, Any]) -> str:
+    """record: `curve_record`. One row per point and task."""
+    return _csv(_of_points(record))
+
+
+def scores_csv(document: dict[str, Any]) -> str:
+    """document: `evaluate`. One row per task, model and metric."""
+    return _csv(_of_scores(document))
+
+
+def _of_points(record: Mapping[str, Any]) -> Iterator[Row]:
+    for point in (*record["points"], *record["alternatives"]):
+        for task, scored in point["tasks"].items():
+            reference = record["tasks"][task]
+            yield {
+                **_size(point), "method": point["method"], "sizes": " ".join(point["sizes"]), "task": task,
+                "metric": reference["metric"], "n": reference["n"],
+                "split": reference["scores"]["fine_tuned"]["split"], **_value(scored),
+                "normalised": scored["normalised"], "fine_tuned": reference["fine_tuned"], "base": reference["base"],
+                "weights": scored["weights"],
+            }  # fmt: skip
+
+
+def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
+    for task, record in document["tasks"].items():
+        for who, first in record["scores"].items():
+            is_merged = who == "merged"
+            of: Row = {"method": who.replace("_", "-")}
+            if is_merged:
+                of = {"method": told_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}
+            for place, scored in enumerate((first, *first["others"])):
+                references = {
+                    other: (found, *found["others"])[place]["value"]
+                    for other, found in record["scores"].items()
+                    if other != "merged"
+                }
+                yield {
+                    **of, **references, "task": task, **{key: scored[key] for key in ("metric", "n", "split")},
+                    **_value(scored), "normalised": record["normalised"] if is_merged and place == 0 else None,
+                    "weights": scored["weights"],
+                }  # fmt: skip
+
+
+def _size(of: Mapping[str, Any]) -> Row:
+    return {key: of[key] for key in ("bytes", "total_bytes", "factor")}
+
+
+def _value(scored: Mapping[str, Any]) -> Row:
+    low, high = scored["interval"] or (None, None)
+    return {"value": scored["value"], "low": low, "high": high}
+
+
+def _csv(rows: Iterable[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

@@ -1,0 +1,114 @@
+"""A bundle that was scored, or its sources, as one page: the table, the bundle's place by its bytes, every number."""
+
+from typing import Any
+
+from flexmerge_cli.evaluation.curve_record import mean_of as mean_over_tasks
+from flexmerge_cli.evaluation.evaluate import told_methods
+from flexmerge_cli.report.curve_series import series_of
+from flexmerge_cli.report.evaluation import remarks, scale_of, score_table, told_interval, told_number
+from flexmerge_cli.report.html import facts, name, page, section, table, text
+from flexmerge_cli.report.html_eval import eval_style, verdicts
+from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
+from flexmerge_cli.report.text import human_bytes
+
+COPIES = "copies"
+"""Of the fine-tuned models, as they are."""
+
+
+def scores_page(document: dict[str, Any]) -> str:
+    """document: `evaluate`. The whole page."""
+    tasks, counts = document["tasks"], document["evaluations"]
+    pairs = [
+        ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
+        ("evaluations", f"{counts['computed']:,} run, {counts['reused']:,} known"),
+    ]
+    if "bundle" in document:
+        pairs += [
+            ("size", f"{document['factor']:.4f}x"),
+            ("tensors", f"{document['stored_bytes']:,} bytes"),
+            ("on disk", f"{document['total_bytes']:,} bytes"),
+            ("method", text(told_methods(document))),
+            ("id", f"<span class=path>{text(document['bundle'][:16])}…</span>"),
+        ]
+    curve = as_curve(document)
+    series = series_of(curve) if curve is not None else []
+    title = f"{'A bundle' if 'bundle' in document else 'Sources'} of {len(tasks)} tasks, scored"
+    sections = [eval_style(series), *verdicts(document), _table(document)]
+    sections += [_place(curve) if curve is not None else "", _numbers(document)]
+    return page(title, facts(pairs), filter(None, sections))
+
+
+def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
+    """A bundle as the one point of a curve; where the fine-tuned scores are known, copies of these models beside it.
+
+    None without a bundle, and where a task has no score.
+    """
+    if "bundle" not in document or not _has_all(document, "merged"):
+        return None
+    one, models = document["one_model_bytes"], document["num_models"]
+    own = {
+        "method": told_methods(document), "bytes": document["stored_bytes"], "factor": document["factor"],
+        "total_bytes": document["total_bytes"],
+    }  # fmt: skip
+    copies = {"method": COPIES, "bytes": models * one, "total_bytes": models * one, "factor": float(models)}
+    return {
+        "one_model_bytes": one,
+        "tasks": document["tasks"],
+        "mean": document["mean"],
+        "points": [_point(own, document, "merged")],
+        "alternatives": [_point(copies, document, "fine_tuned")] if _has_all(document, "fine_tuned") else [],
+    }
+
+
+def _has_all(document: dict[str, Any], who: str) -> bool:
+    """A perplexity beyond all numbers is none, or has no interval."""
+    return all(record[f"{who}_interval"] is not None for record in document["tasks"].values())
+
+
+def _point(of: dict[str, Any], document: dict[str, Any], who: str) -> dict[str, Any]:
+    tasks = {
+        task: {"value": record[who], "interval": record[f"{who}_interval"], "normalised": None}
+        for task, record in document["tasks"].items()
+    }
+    return of | {"sizes": [], "tasks": tasks, "mean": mean_over_tasks(tasks)}
+
+
+def _table(document: dict[str, Any]) -> str:
+    columns, rows = score_table(document)
+    cells = [[name(row[0]) if place == 0 else text(cell) for place, cell in enumerate(row)] for row in rows]
+    notes = "".join(f"<p class=note>{text(line)}</p>" for line in remarks(document))
+    return section("Scores", table(columns, cells, left=2), notes)
+
+
+def _place(curve: dict[str, Any]) -> str:
+    mean, copies = curve["mean"], "; the circle: copies of all models" if curve["alternatives"] else ""
+    picture = curve_chart(
+        series_of(curve), curve, mean_of, fine_tuned=mean["fine_tuned"], base=mean["base"], height="min(22rem, 60vh)",
+        says="mean score of the bundle against its bytes; all numbers are in the tables",
+    )  # fmt: skip
+    return section(
+        "Accuracy against size",
+        picture,
+        "<p class=axis>tensor data stored, in models (x) and bytes</p>",
+        note=f"Mean over the tasks, with its 95 % interval{copies}. Other sizes and methods: flexmerge eval --plan.",
+    )
+
+
+def _numbers(document: dict[str, Any]) -> str:
+    """Each with all that it rests on."""
+    rows = []
+    for task, record in document["tasks"].items():
+        for who, first in record["scores"].items():
+            for scored in (first, *first["others"]):
+                scale, size = scale_of(scored["metric"]), scored["bytes"]
+                rows.append(
+                    [
+                        name(task), text(who.replace("_", "-")), text(scored["metric"]),
+                        told_number(scored["value"], scale), told_interval(scored["interval"], scale)[1],
+                        f"{scored['n']:,}" if scored["n"] else "", text(scored["split"] or ""),
+                        "" if size is None else human_bytes(size),
+                        f"<span class=path>{text(scored['weights'][:12])}</span>",
+                    ]
+                )  # fmt: skip
+    heads = ["task", "model", "metric", "score", "95 %", "n", "split", "model's bytes", "weights"]
+    return section("Every number", table(heads, rows, left=3))
