@@ -3,6 +3,7 @@
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -14,21 +15,33 @@ from flexmerge_cli.version import VERSION
 
 app = typer.Typer(
     name="flexmerge",
-    help="Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan.plan, merge.merge, inspect.inspect, export.export, eval_command.evaluate, methods.methods):
-    app.command(name="eval" if command is eval_command.evaluate else command.__name__)(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan.plan,
+    "merge": merge.merge,
+    "inspect": inspect.inspect,
+    "export": export.export,
+    "eval": eval_command.evaluate,
+    "methods": methods.methods,
+}
+for name, command in COMMANDS.items():
+    app.command(name=name)(command)
 
 
 @app.callback(invoke_without_command=True)
 def program(
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
 ) -> None:
-    """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them."""
+    """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.
+
+    \b
+    flexmerge plan --base base/ --tasks finetuned/ -o plan.json
+    flexmerge merge plan.json --method auto --size 1x -o bundle/
+    flexmerge eval bundle/ --spec eval.yaml
+    """
     if version:
         print(VERSION)
         raise typer.Exit
@@ -40,9 +53,9 @@ def run(arguments: list[str]) -> int:
         print(VERSION)
         return 0
     as_json, debug = "--json" in arguments, "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="flexmerge", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except FlexmergeError as error:
         failure = error
@@ -65,7 +78,8 @@ def run(arguments: list[str]) -> int:
                 hint="this is a defect of flexmerge: report it, with --debug's output",
             )
         else:  # the parser's own errors: unknown option, missing value
-            failure = FlexmergeError(error.format_message(), hint="flexmerge COMMAND --help")
+            command = f"{arguments[0]} " if arguments[0] in COMMANDS else ""
+            failure = FlexmergeError(error.format_message(), hint=f"flexmerge {command}--help")
             failure.exit_code = 2
     if debug:
         traceback.print_exc()

@@ -79,14 +79,13 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score every task of a bundle on its own model; or of a plan at every size, without writing bundles.
+    """Score the tasks of a bundle, or of a plan at any size. Of a plan no bundle is written.
 
-    Examples: flexmerge eval --init bundle/ -o eval.yaml
-
+    \b
+    Examples:
+    flexmerge eval --init bundle/ -o eval.yaml
     flexmerge eval bundle/ --spec eval.yaml --html scores.html
-
     flexmerge eval --sources --plan plan.json --spec eval.yaml
-
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
     from flexmerge_cli.cli.gating import end_by_choice, end_by_gate

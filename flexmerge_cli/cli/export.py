@@ -26,8 +26,10 @@ def export(
 ) -> None:
     """Give a task back as an ordinary checkpoint folder.
 
-    Example: flexmerge export bundle/ --task sst2 -o sst2/
-    Example: flexmerge export hf://org/bundle --task sst2 -o sst2/
+    \b
+    Examples:
+    flexmerge export bundle/ --task sst2 -o sst2/
+    flexmerge export hf://org/bundle --task sst2 -o sst2/
     """
     from flexmerge_cli.bundle.export import export_all, export_task
     from flexmerge_cli.bundle.locate import locate

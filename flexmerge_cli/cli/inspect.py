@@ -27,8 +27,10 @@ def inspect(
 ) -> None:
     """Show what a checkpoint, a plan or a bundle holds.
 
-    Example: flexmerge inspect bundle/
-    Example: flexmerge inspect plan.json --html report.html
+    \b
+    Examples:
+    flexmerge inspect bundle/
+    flexmerge inspect plan.json --html report.html
     """
     from flexmerge_cli.cli import options
     from flexmerge_cli.report.inspect import Asked, check, is_page, look

@@ -60,7 +60,10 @@ def merge(
 ) -> None:
     """Write a bundle of any size. Without method and size nothing is lost: exact deduplication.
 
-    Example: flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
+    \b
+    Examples:
+    flexmerge merge plan.json --method auto --size 1x -o bundle/
+    flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
     """
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing

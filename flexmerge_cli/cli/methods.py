@@ -13,7 +13,9 @@ def methods(
 ) -> None:
     """List the methods, or explain one.
 
-    Example: flexmerge methods ties
+    \b
+    Example:
+    flexmerge methods ties
     """
     from flexmerge_cli.cli.options import emit
     from flexmerge_cli.report.methods import method_list, method_page, show_list, show_page

@@ -35,14 +35,19 @@ StreamOption = Annotated[
         "--stream", help="Read weights of hf://, s3://, gs:// and https:// sources where they are; store none of them."
     ),
 ]
-MethodOption = Annotated[str | None, typer.Option("--method", help="NAME[:key=value,...], see `flexmerge methods`.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="auto, or NAME[:key=value,...]: see `flexmerge methods`.")
+]
 StepOption = Annotated[list[str] | None, typer.Option("--step", help="Before the method, e.g. dare:p=0.9; repeatable.")]
 CalibrateOption = Annotated[str | None, typer.Option("--calibrate", help="After the method: svc.")]
 MethodForOption = Annotated[
     list[str] | None,
     typer.Option("--method-for", help="PATTERN=METHOD for blocks; `keep` merges nothing there."),
 ]
-SizeOption = Annotated[str | None, typer.Option("--size", help="2.25x, 40%, 600MiB, 6GB or 123456B.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option("--size", help="2.25x of one model, 40% of all copies, or bytes on disk: 600MiB, 6GB, 123456B."),
+]
 MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N merges, instead of at a size.")]
 FitOption = Annotated[
     str | None, typer.Option("--fit", help="tight (default): undo merges that still fit; prefix: the paper's cut.")

@@ -80,9 +80,11 @@ def plan(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare fine-tuned models block by block, and write what any later cut needs.
+    """Compare fine-tuned models block by block. The plan holds what any later cut needs.
 
-    Example: flexmerge plan --base base/ --tasks finetuned/ -o plan.json
+    \b
+    Example:
+    flexmerge plan --base base/ --tasks finetuned/ -o plan.json
     """
     from flexmerge_cli.allocation.ways import check_methods
     from flexmerge_cli.cli import options
