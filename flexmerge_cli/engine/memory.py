@@ -1,7 +1,7 @@
 """How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit."""
 
 from flexmerge_cli.engine.survey import CHUNK_ELEMENTS as SURVEY_CHUNK
-from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS
+from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, TILE_ELEMENTS
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
 
@@ -12,12 +12,12 @@ WIDEST_ITEM = 8
 def survey_bytes(
     num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4, row_elements: int | None = None
 ) -> int:
-    """Raw chunks of base and tasks, and one product's deltas, per thread.
+    """Raw chunks of base and tasks, and one tile's deltas, base and float64 sums, per thread.
 
     row_elements: of the longest row that is coded for `auto`; None: nothing is.
     """
     raw = (num_tasks + 1) * (chunk_elements + (row_elements or 0)) * item_bytes
-    deltas = (num_tasks + 4) * min(chunk_elements, PRODUCT_ELEMENTS) * 4
+    deltas = (num_tasks + 4) * min(chunk_elements, TILE_ELEMENTS) * 4
     # The average, a base in float32, and what row_errors.py holds; sampled rows are far fewer.
     codes = 0 if row_elements is None else (3 * (chunk_elements + row_elements) + 4 * ROW_BLOCK) * 4
     return FIXED_BYTES + threads * (raw + deltas + codes)
