@@ -53,7 +53,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     """What lies beside the weights and is left there."""
     remote: dict[Path, RemoteFile] = field(default_factory=dict)
-    """Weight files that are not on this disk yet; `fetch` (hub.py) brings them to these paths."""
+    """Weight files that are not on this disk yet; `fetch` (fetch.py) brings them to these paths."""
     private: frozenset[str] = frozenset()
     """Own names of tensors that are this model's alone, whatever others hold: what an adapter saved whole."""
     adapter: str | None = None
@@ -238,7 +238,7 @@ def _read_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
 def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
     """Tensors of a sharded checkpoint; every shard there, every tensor where the index says."""
     index = folder.local(name)
-    weight_map = _read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} has no `weight_map`", hint="get a sound copy of the file")
     problems, there = [], []
@@ -274,7 +274,7 @@ def missing_shards(folder: Folder, weights: str) -> list[str]:
     """Shards that an index names and that are not there; none of a single file."""
     if not weights.endswith(".json"):
         return []
-    weight_map = _read_json(folder.local(weights), MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_json(folder.local(weights), MAX_INDEX_BYTES).get("weight_map")
     shards = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
     return [shard for shard in dict.fromkeys(shards) if not _is_file_name(shard) or not folder.is_file(shard)]
 
@@ -286,10 +286,11 @@ def _is_file_name(name: str) -> bool:
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:
-    return _read_json(folder.local("config.json"), MAX_CONFIG_BYTES) if folder.is_file("config.json") else {}
+    return read_json(folder.local("config.json"), MAX_CONFIG_BYTES) if folder.is_file("config.json") else {}
 
 
-def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises DataError."""
     if path.stat().st_size > max_bytes:
         raise DataError(f"{path} is {path.stat().st_size:,} bytes, too large for what it is", hint="check the file")
     try:

@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import choose_weights, variants
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
-from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub, is_remote  # noqa: F401
+from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub
 from flexmerge_cli.checkpoint.ranges import http_error
 from flexmerge_cli.checkpoint.unclear import inner
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, Checkpoint, _read_json
+from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, Checkpoint, read_json
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 
@@ -98,7 +98,7 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
 def read_adapter(checkpoint: Checkpoint) -> Adapter:
     """Raises DataError where it is malformed, or of a kind that is not read."""
     path = checkpoint.side_files[CONFIG_NAME]
-    config = _Config(path, _read_json(path, MAX_CONFIG_BYTES))
+    config = _Config(path, read_json(path, MAX_CONFIG_BYTES))
     name = config.text("peft_type")
     if name not in ("LORA", "IA3"):
         raise DataError(

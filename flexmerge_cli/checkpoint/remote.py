@@ -1,6 +1,6 @@
 """A file that is not on this disk, read by ranges: exactly the bytes that are asked for, and none twice.
 
-Headers are read so. Knows nothing of who serves the file (hub.py) nor of what is in it.
+Headers are read so. Knows nothing of who serves the file (place.py, urls.py) nor of what is in it.
 """
 
 import io

@@ -1,9 +1,9 @@
 """Weights and a config in, the transformers model out: built on the meta device, weights assigned without a copy."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.scored import TaskModel
 
@@ -36,13 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"no config.json in {folder}", hint="kind `python` or `command` scores a model of any form")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}", hint="get a sound copy of the file") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object", hint="get a sound copy of the file")
-    return value
+    return read_json(path, MAX_CONFIG_BYTES)
 
 
 def build_model(model: TaskModel, dtype: str | None, device: str, *, architecture: str | None = None) -> Any:
