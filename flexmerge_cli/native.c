@@ -22,49 +22,43 @@
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
 EXPORTED int64_t flexmerge_version(void) { return 2; }
 
-/* out[i] = x[0][i] + … + x[k-1][i], one after another in float64; rows of x are `stride` elements apart. */
+/* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
+ * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
+static inline __attribute__((always_inline)) void add_rows(const float *x, int64_t k, int64_t stride, int n,
+                                                           const float *minus, double *sum)
+{
+    for (int j = 0; j < n; j++) sum[j] = x[j] - minus[j];
+    for (int64_t row = 1; row < k; row++)
+        for (int j = 0; j < n; j++) sum[j] += x[row * stride + j] - minus[j];
+}
+
+/* out[i] = x[0][i] + … + x[k-1][i]. */
 EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sum(const float *x, int64_t k, int64_t n, int64_t stride, double *out)
 {
+    const float minus[LANES] = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         double sum[LANES];
-        for (int j = 0; j < LANES; j++) sum[j] = x[i + j];
-        for (int64_t row = 1; row < k; row++) {
-            const float *from = x + row * stride + i;
-            for (int j = 0; j < LANES; j++) sum[j] += from[j];
-        }
-        for (int j = 0; j < LANES; j++) out[i + j] = sum[j];
+        add_rows(x + i, k, stride, LANES, minus, sum);
+        memcpy(out + i, sum, sizeof sum);
     }
-    for (; i < n; i++) {
-        double sum = x[i];
-        for (int64_t row = 1; row < k; row++) sum += x[row * stride + i];
-        out[i] = sum;
-    }
+    add_rows(x + i, k, stride, n - i, minus, out + i);
 }
 
-/* out[i] = base[i] + float32(mean of task vectors), the mean in float64 as above. x are task vectors if `subtracted`,
- * else weights. */
+/* out[i] = base[i] + float32(mean of task vectors), the mean in float64. x are task vectors if `subtracted`, else
+ * weights. */
 EXPORTED FOR_EVERY_PROCESSOR void flexmerge_average(const float *base, const float *x, int64_t k, int64_t n,
                                                     int64_t stride, int64_t subtracted, float *out)
 {
+    const float zero[LANES] = {0};
+    double sum[LANES];
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        double sum[LANES];
-        float minus[LANES];
-        for (int j = 0; j < LANES; j++) minus[j] = subtracted ? 0 : base[i + j];
-        for (int j = 0; j < LANES; j++) sum[j] = x[i + j] - minus[j];
-        for (int64_t row = 1; row < k; row++) {
-            const float *from = x + row * stride + i;
-            for (int j = 0; j < LANES; j++) sum[j] += from[j] - minus[j];
-        }
+        add_rows(x + i, k, stride, LANES, subtracted ? zero : base + i, sum);
         for (int j = 0; j < LANES; j++) out[i + j] = base[i + j] + (float)(sum[j] / (double)k);
     }
-    for (; i < n; i++) {
-        const float minus = subtracted ? 0 : base[i];
-        double sum = x[i] - minus;
-        for (int64_t row = 1; row < k; row++) sum += x[row * stride + i] - minus;
-        out[i] = base[i] + (float)(sum / (double)k);
-    }
+    add_rows(x + i, k, stride, n - i, subtracted ? zero : base + i, sum);
+    for (int j = 0; j < n - i; j++) out[i + j] = base[i + j] + (float)(sum[j] / (double)k);
 }
 
 /* Largest magnitude and Σ x² of each of m rows of n elements. */
@@ -179,11 +173,7 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const float *base, const float
         float *s = stored + run * RUN;
         for (int64_t i = 0; i < RUN; i += LANES) {
             double sum[LANES];
-            for (int j = 0; j < LANES; j++) sum[j] = x[run * RUN + i + j] - b[i + j];
-            for (int64_t row = 1; row < k; row++) {
-                const float *from = x + row * stride + run * RUN + i;
-                for (int j = 0; j < LANES; j++) sum[j] += from[j] - b[i + j];
-            }
+            add_rows(x + run * RUN + i, k, stride, LANES, b + i, sum);
             /* Adding 0 makes +0 of -0. */
             for (int j = 0; j < LANES; j++) s[i + j] = b[i + j] + ((float)(scale * (sum[j] / divisor)) + 0.0f);
         }
