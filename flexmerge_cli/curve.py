@@ -25,9 +25,10 @@ from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Poi
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.merging import MergeRequest, allocate, check_request, method_use, open_sources
+from flexmerge_cli.merging import MergeRequest, allocate, check_request, method_use
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.registry import all_methods, parse_call, resolve
+from flexmerge_cli.reopening import open_sources
 
 MAX_SIZES = 1000
 ALTERNATIVES = {

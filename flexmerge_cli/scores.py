@@ -24,8 +24,8 @@ from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.merging import OpenSources, open_sources
 from flexmerge_cli.plan import load_plan
+from flexmerge_cli.reopening import OpenSources, open_sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

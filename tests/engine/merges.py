@@ -13,8 +13,9 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
-from flexmerge_cli.merging import MergeRequest, method_use, open_sources
+from flexmerge_cli.merging import MergeRequest, method_use
 from flexmerge_cli.methods.registry import all_methods, format_call
+from flexmerge_cli.reopening import open_sources
 
 from ..families import Folders, Models, State, encoder, normal, tuned, write_family
 from ..methods.variants import FASTER, arguments

@@ -11,7 +11,8 @@ from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.merging import MergeRequest, allocate, open_sources
+from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.reopening import open_sources
 
 from ..families import Models, encoder, normal, plain, tuned, write_family
 from ..program import fails, succeeds, tree

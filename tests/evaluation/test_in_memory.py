@@ -11,7 +11,8 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.errors import DataError, GateError
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
-from flexmerge_cli.merging import MergeRequest, allocate, open_sources
+from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.reopening import open_sources
 
 from ..engine.merges import EDGES, FAMILIES, billed, groups_of, plan_of, planned, write
 from ..families import ODD, Folders, assert_same_state, write_family

@@ -12,7 +12,8 @@ from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.planned import planned_models
-from flexmerge_cli.merging import MergeRequest, allocate, open_sources
+from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.reopening import open_sources
 
 from .. import adapters
 from ..families import assert_same_state
