@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.clusters import Cluster, cluster_channels, clusters_of_size, require_tensor_scope
 from flexmerge_cli.allocation.cut import Cutter, Fit
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access

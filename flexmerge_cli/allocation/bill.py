@@ -8,8 +8,8 @@ from typing import Any
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile, weight_files
-from flexmerge_cli.allocation.manifest import (
-    BASE_FOLDER,
+from flexmerge_cli.allocation.manifest import BASE_FOLDER
+from flexmerge_cli.allocation.manifest_bytes import (
     Measured,
     SmallFile,
     canonical,

@@ -1,4 +1,4 @@
-"""manifest.json, `flexmerge.bundle/1`: canonical JSON, sorted keys, UTF-8. Its bytes, from an allocation; its schema.
+"""manifest.json, `flexmerge.bundle/1`: canonical JSON, sorted keys, UTF-8. Its schema; manifest_bytes.py writes it.
 
 id        sha256 of these bytes with its own 64 digits set to 0
 files     {path: {bytes, sha256, tasks}} of every file but this one; a path MUST stay inside the bundle
@@ -27,56 +27,23 @@ Measured numbers have 12 characters, so that the size is known before the run.
 Written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown keys.
 """
 
-import hashlib
-import json
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
-from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Plan, PlanTensor, Record, Runs, Shape
-from flexmerge_cli.allocation.storage import Storage, effective_dtype
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Record, Runs, Shape
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
-from flexmerge_cli.methods.method import Call
-from flexmerge_cli.version import GENERATOR
 
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64
-NO_DIGEST = "0" * 32
 BASE_FOLDER = "base"
 MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """What only the run knows; as it stands, placeholders of the same width."""
-
-    task_distance: dict[int, float | None] = field(default_factory=dict)
-    group_distance: dict[tuple[str, Tasks], dict[int, float | None]] = field(default_factory=dict)
-    """(unit, tasks of the group) -> task -> distance."""
-    digests: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Aligned name -> task -> digest of the decoded tensor."""
-    sha256: dict[str, str] = field(default_factory=dict)
-    """By path."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SmallFile:
-    """A file of one task, or of the base for all kept adapters: config, tokenizer, index, an adapter's weights."""
-
-    path: str
-    readers: Tasks
-    num_bytes: int
 
 
 class FileEntry(Record):
@@ -313,232 +280,3 @@ def _stays_inside(path: str) -> bool:
         and not any(character in path for character in ("\\", ":", "\0"))
         and all(len(name.encode()) <= MAX_NAME_BYTES for name in below)
     )
-
-
-class _Number(str):
-    """A number that is written as these 12 characters."""
-
-
-def fixed(value: float | None) -> _Number:
-    """`1.234567e-01`, or null, in 12 characters."""
-    if value is None or not math.isfinite(value):
-        return _Number("null        ")
-    return _Number(f"{value if value == 0 or 1e-99 <= value < 1e100 else 0:.6e}")
-
-
-def canonical(value: Any) -> bytes:
-    """JSON, sorted keys, no spaces, `_Number`s as they are."""
-    text = json.dumps(_marked(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return re.sub(r'"\\u0000([^"]{12})"', r"\1", text).encode()
-
-
-def _marked(value: Any) -> Any:
-    """Numbers behind a NUL, which no path or name can hold, so that they can be told from text."""
-    if isinstance(value, _Number):
-        return "\0" + value
-    if isinstance(value, Mapping):
-        return {key: _marked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(item) for item in value]
-    return value
-
-
-def manifest_frame(
-    plan: Plan,
-    allocation: Allocation,
-    calls: Sequence[Call],
-    storages: Mapping[str, Storage],
-    files: Sequence[WeightFile],
-    small: Sequence[SmallFile],
-    measured: Measured,
-) -> dict[str, Any]:
-    """The whole manifest but its units and tensors, with the id open."""
-    names = plan.reader_names
-    inexact = inexact_tasks(plan, storages, allocation.dtype)
-    tasks = {
-        task.name: {
-            "source": task.source,
-            "fingerprint": task.fingerprint,
-            "exact": index not in inexact,
-            "distance": fixed(measured.task_distance.get(index, 0.0)),
-            "names": task.names,
-            "files": _files_of(index, files, small),
-        }
-        | ({"pooled": task.adapter} if plan.settings.adapters == "pool" else {})
-        for index, task in enumerate(plan.tasks)
-    }
-    for index, adapter in enumerate(plan.adapters, len(plan.tasks)):
-        tasks[adapter.name] = {
-            "source": adapter.source,
-            "fingerprint": adapter.fingerprint,
-            "exact": True,
-            "distance": fixed(0.0),
-            "names": adapter.names,
-            "files": _files_of(index, files, small),
-            "adapter": {
-                "kind": adapter.kind,
-                "weights": adapter.weights,
-                "changes": {name: change.dump() for name, change in adapter.changes.items()},
-            },
-        }
-    entries = {
-        file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in files
-    } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
-    for path, entry in entries.items():
-        entry["sha256"] = measured.sha256.get(path, NO_SHA256)
-    return _vocabulary_entries(plan, storages, allocation.dtype, measured) | {
-        "format": FORMAT,
-        "id": NO_SHA256,
-        "generator": GENERATOR,
-        "plan": plan.sha256,
-        "allocation": {
-            "merges": allocation.merges,
-            "undone": allocation.undone,
-            "fit": allocation.fit,
-            "dtype": allocation.dtype,
-        },
-        "one_model_bytes": plan.one_model_bytes,
-        "stored_bytes": sum(part.num_bytes for file in files for part in file.parts)
-        + sum(adapter.tensor_bytes for adapter in plan.adapters),
-        "methods": [
-            {
-                "name": call.method.name,
-                "args": dict(call.args),
-                "steps": list(use.steps),
-                "calibrate": use.calibrate,
-                "origin": call.method.origin and [call.method.origin.source, call.method.origin.version],
-            }
-            for call, use in zip(calls, allocation.methods)
-        ],
-        "tasks": tasks,
-        "files": entries,
-        "units": [],
-        "tensors": [],
-    }
-
-
-def _vocabulary_entries(
-    plan: Plan, storages: Mapping[str, Storage], cast: str | None, measured: Measured
-) -> dict[str, Any]:
-    """`vocabularies` and `rows`; nothing where all models have the same rows."""
-    found = [
-        {
-            "tensors": list(vocabulary.tensors),
-            "base": {"rows": vocabulary.base.rows, "common": vocabulary.base.common},
-            "tasks": {
-                task.name: {"rows": rows.rows, "common": rows.common}
-                for task, rows in zip(plan.tasks, vocabulary.tasks)
-                if not rows.is_plain
-            },
-        }
-        for vocabulary in plan.vocabularies
-    ]
-    rows = [tensor_entry(plan, storages[tensor.name], cast, measured) for tensor in plan.rows]
-    return ({"vocabularies": found} if found else {}) | ({"rows": rows} if rows else {})
-
-
-def _files_of(reader: int, files: Sequence[WeightFile], small: Sequence[SmallFile]) -> list[str]:
-    found: list[WeightFile | SmallFile] = [*files, *small]
-    return sorted(file.path for file in found if reader in file.readers)
-
-
-def manifest_bytes(value: dict[str, Any]) -> bytes:
-    """The file, its id filled in."""
-    data = canonical(value)
-    digest = hashlib.sha256(data).hexdigest()
-    return data.replace(f'"id":"{NO_SHA256}"'.encode(), f'"id":"{digest}"'.encode(), 1)
-
-
-def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> set[int]:
-    """Tasks that do not come back bit by bit: something of them is no copy, or cast to another dtype."""
-    found: set[int] = set()
-    for storage in storages.values():
-        for group in storage.groups:
-            found.update(group.coded_tasks)
-        if cast is not None:
-            dtypes = {task: storage.tensor.dtype_of(task) for task in storage.tensor.present}
-            found.update(task for task, dtype in dtypes.items() if effective_dtype(dtype, cast) != dtype)
-    return found
-
-
-def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
-    """Of a group of a unit: copy only if all its tensors are."""
-    kinds = {group.kind for name in unit.tensors for group in storages[name].groups if group.tasks == tasks}
-    return next(iter(kinds - {"copy"}), "copy")
-
-
-def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Measured) -> dict[str, Any]:
-    groups = []
-    for group in unit.groups:
-        kind = unit_kind(unit, storages, group.tasks)
-        distances = measured.group_distance.get((unit.name, group.tasks), {})
-        names = [plan.tasks[task].name for task in group.tasks]
-        entry: dict[str, Any] = {
-            "tasks": names,
-            "kind": kind,
-            "method": None if kind == "copy" else group.method,
-            "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
-        }
-        if group.bits is not None and kind != "copy":
-            entry["bits"] = {name: bits for name, bits in zip(names, group.bits) if bits != "exact"}
-        groups.append(entry)
-    return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
-
-
-def has_entry(plan: Plan, tensor: PlanTensor) -> bool:
-    """Whether some task has it; of what only the base has, whether a kept adapter needs it."""
-    return tensor.class_ is not TensorClass.BASE_ONLY or bool(plan.adapters)
-
-
-def own_entries(plan: Plan) -> list[dict[str, Any]]:
-    """Of what kept adapters hold and neither the base nor a task has."""
-    known = {tensor.name for tensor in plan.tensors}
-    names = sorted({name for adapter in plan.adapters for name in adapter.changes} - known)
-    return [_entry(plan, name, "private", {}, {}, {}) for name in names]
-
-
-def tensor_entry(plan: Plan, storage: Storage, cast: str | None, measured: Measured) -> dict[str, Any]:
-    tensor = storage.tensor
-    digests = measured.digests.get(tensor.name, {})
-    entry = _entry(
-        plan,
-        tensor.name,
-        tensor.class_.value,
-        {plan.tasks[task].name: effective_dtype(tensor.dtype_of(task), cast) for task in tensor.present},
-        {plan.tasks[task].name: list(tensor.shape_of(task)) for task in tensor.present},
-        {plan.tasks[task].name: digests.get(task, NO_DIGEST) for task in tensor.present},
-    )
-    if tensor.class_ is TensorClass.TIED:
-        entry["of"] = tensor.reason
-    return entry
-
-
-def _entry(
-    plan: Plan, name: str, kind: str, dtypes: dict[str, str], shapes: dict[str, list[int]], digests: dict[str, str]
-) -> dict[str, Any]:
-    """dtypes, shapes, digests: of the tasks that merge; those of kept adapters are told by the plan."""
-    tensor = plan.find(name)
-    form = tensor.base_form if tensor is not None else None
-    for adapter in plan.adapters:
-        change = adapter.changes.get(name)
-        if change is not None and change.value is not None:
-            found: tuple[str, Sequence[int], str | None] = (change.value.dtype, change.value.shape, change.digest)
-        elif tensor is not None and form is not None:
-            found = (*form, change.digest if change is not None else tensor.base_digest)
-        else:
-            continue
-        dtypes[adapter.name], shapes[adapter.name] = found[0], list(found[1])
-        digests[adapter.name] = str(found[2])
-    first = next(iter(dtypes))
-    entry: dict[str, Any] = {
-        "name": name,
-        "class": kind,
-        "dtype": dtypes[first],
-        "shape": shapes[first],
-        "digests": digests,
-    }
-    if len(set(dtypes.values())) > 1:
-        entry["dtypes"] = dtypes
-    if any(shape != shapes[first] for shape in shapes.values()):
-        entry["shapes"] = shapes
-    return entry

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.manifest import BASE_FOLDER, Measured
+from flexmerge_cli.allocation.manifest import BASE_FOLDER
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import PlanAdapter
 from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, is_bundle, sha256_of

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.allocation.bill import Bill, Pricer
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import check_target
 from flexmerge_cli.bundle.read import is_bundle

@@ -15,7 +15,7 @@ import torch
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES

@@ -16,7 +16,8 @@ import torch
 from flexmerge_cli.allocation.allocation import Tasks, Unit
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.files import WeightFile
-from flexmerge_cli.allocation.manifest import Manifest, Measured
+from flexmerge_cli.allocation.manifest import Manifest
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.manifest import Measured
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.ways import served_bytes
 from flexmerge_cli.report.text import human_bytes, table
 

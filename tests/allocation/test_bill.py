@@ -9,7 +9,7 @@ from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.files import MAX_STEM_BYTES, file_stem, safetensors_header, weight_files
-from flexmerge_cli.allocation.manifest import Measured, fixed
+from flexmerge_cli.allocation.manifest_bytes import Measured, fixed
 from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.allocation.ways import served_bytes
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
