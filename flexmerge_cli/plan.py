@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli import keeping
-from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, PlanTensor, Statistics, plan_bytes, read_plan
+from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, plan_bytes, read_plan
+from flexmerge_cli.allocation.plan_records import PlanTensor, Statistics
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes

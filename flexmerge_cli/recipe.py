@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from flexmerge_cli.allocation.clusters import Cluster
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters

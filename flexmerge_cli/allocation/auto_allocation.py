@@ -15,7 +15,8 @@ from flexmerge_cli.allocation.auto_centres import CentreBits, Kind
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import Choice, Limits
 from flexmerge_cli.allocation.bill import Bill, Pricer
-from flexmerge_cli.allocation.plan_file import Plan, PlanBlock, PlanTensor
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_records import PlanBlock, PlanTensor
 from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.allocation.storage import base_array, effective_dtype
 from flexmerge_cli.errors import GateError, UsageError

@@ -15,7 +15,8 @@ from enum import StrEnum
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Unit
-from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.method import Call, Statistic

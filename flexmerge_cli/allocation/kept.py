@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flexmerge_cli.allocation.record import Digest, Record
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -22,11 +23,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class Place(_Record):
+class Place(Record):
     """An array in the adapter's weight file."""
 
     offset: Count
@@ -55,10 +52,10 @@ class Place(_Record):
             raise ValueError("a part of an adapter lies outside its file")
 
 
-class ChangeRecord(_Record):
+class ChangeRecord(Record):
     """What an adapter makes of one tensor."""
 
-    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    digest: Digest
     """Of the result."""
     value: Place | None = None
     """The whole tensor, where the adapter holds it."""

@@ -33,7 +33,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Digest, Record, Runs, Shape
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
+from flexmerge_cli.allocation.record import Digest, Record, Runs, Shape
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape

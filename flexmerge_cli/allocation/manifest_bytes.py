@@ -14,7 +14,8 @@ from typing import Any
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256
-from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.storage import Storage, effective_dtype
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call

@@ -15,257 +15,38 @@ Readers refuse unknown keys; a change of meaning makes it /2. A file is written 
 
 import hashlib
 import json
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)  # fmt: skip
+from pydantic import Field, ValidationError, model_validator
 
-from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
+from flexmerge_cli.allocation.plan_records import (
+    PlanAdapter,
+    PlanBase,
+    PlanBlock,
+    PlanMerge,
+    PlanReader,
+    PlanTask,
+    PlanTensor,
+    PlanVocabulary,
+    Settings,
+)
+from flexmerge_cli.allocation.record import Count, Record, Shape
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
-from flexmerge_cli.order.order import Linkage, Merge, Similarity, Strategy
-from flexmerge_cli.residuals.coding_error import CodingError
+from flexmerge_cli.order.order import Merge
 from flexmerge_cli.text import json_holds_text
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
 MAX_PLAN_BYTES = 4 << 30
 ROWS_SUFFIX = "@rows"
-
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Shape = tuple[Count, ...]
-Runs = tuple[tuple[Count, Count], ...]
-Statistics = Literal["all", "gram"]
-"""What the pass measures: all, or no more than a merge order needs."""
-
-
-class Record(BaseModel):
-    """A frozen part of a file; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-
-class SideFile(Record):
-    """A config, tokenizer, … beside a task's weights."""
-
-    bytes: Count
-    digest: Digest
-
-
-class PlanBase(Record):
-    source: str
-    fingerprint: Digest
-    files: dict[str, SideFile] = {}
-    """What kept adapters need of it besides its tensors: config, tokenizer, …"""
-    names: dict[str, str] = {}
-    """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
-
-
-class PlanReader(Record):
-    """What tasks that merge and kept adapters have in common."""
-
-    name: str
-    source: str
-    fingerprint: Digest
-    """Of an adapter: of its files and of the base."""
-    bytes: Count
-    """Of the tensors of the model; of an adapter of the one that it makes."""
-    files: dict[str, SideFile]
-    names: dict[str, str]
-    """Aligned name -> own name, where they differ."""
-
-
-class LowRankRecord(Record):
-    """Of a fine-tune that is the base plus matrices of low rank: found by a sketch, so that nothing rests on it."""
-
-    rank: Count
-    matrices: Count
-    """That differ from the base."""
-    bytes: Count
-    """Of these matrices, as they are."""
-    residual_bytes: Count
-    """As residuals of this rank over the base."""
-
-
-class PlanTask(PlanReader):
-    config_base: str | None
-    """The model that its config says it comes from."""
-    adapter: Literal["lora", "ia3"] | None = None
-    """Of a task that is an adapter merged into the base, or one of a pool."""
-    low_rank: LowRankRecord | None = None
-    """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
-
-
-class PlanAdapter(PlanReader):
-    """A task that is kept as an adapter of the base: it is in no group."""
-
-    kind: Literal["lora", "ia3"]
-    tensor_bytes: Count
-    """Of its own tensors."""
-    weights: str
-    """Its weight file, one of `files`."""
-    changes: dict[str, ChangeRecord]
-
-    @property
-    def whole(self) -> tuple[str, ...]:
-        """Tensors that it holds whole: modules_to_save, resized embeddings, biases."""
-        return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
-
-
-class CodedWeights(Record):
-    """Bits -> squared error of the whole tensor coded: of the base's, and of the average of all tasks."""
-
-    base: dict[str, float]
-    average: dict[str, float]
-
-
-class CodingRecord(Record):
-    """What residuals/coding_error.py measured of a tensor."""
-
-    weights: CodedWeights
-    residuals: dict[str, float]
-    """Bits -> lost part of a residual's energy."""
-
-
-class PlanTensor(Record):
-    """One tensor of the family."""
-
-    name: str
-    class_: TensorClass = Field(alias="class")
-    reason: str
-    """Why private; the target of a tied one."""
-    dtype: str
-    """Of the first task that has it; of the base for what only that has."""
-    shape: Shape
-    base_dtype: str | None
-    dtypes: tuple[str | None, ...] | None
-    shapes: tuple[Shape | None, ...] | None
-    block: str | None
-    digests: tuple[Digest | None, ...]
-    base_digest: Digest | None
-    same: tuple[Count, ...]
-    is_base: tuple[bool, ...]
-    gram: tuple[tuple[float, ...], ...] | None
-    base_energy: float
-    agreement: tuple[tuple[Count, ...], ...] | None
-    finite: bool
-    coding: CodingRecord | None = None
-    """null where it was not taken, and of what does not merge."""
-    base_shape: Shape | None = None
-    """The base's, where it is another; told where adapters are kept."""
-
-    @property
-    def base_form(self) -> tuple[str, Shape] | None:
-        """dtype and shape in the base."""
-        if self.base_dtype is None:
-            return None
-        return self.base_dtype, self.shape if self.base_shape is None else self.base_shape
-
-    @property
-    def coding_error(self) -> CodingError | None:
-        """Raises ValueError where a number is missing."""
-        return CodingError.from_dict(self.coding.model_dump()) if self.coding is not None else None
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def present(self) -> tuple[int, ...]:
-        """Tasks that have it."""
-        return tuple(task for task, digest in enumerate(self.digests) if digest is not None)
-
-    def dtype_of(self, task: int) -> str:
-        return (self.dtypes[task] if self.dtypes else None) or self.dtype
-
-    def shape_of(self, task: int) -> Shape:
-        shape = self.shapes[task] if self.shapes else None
-        return self.shape if shape is None else shape
-
-    def bytes_of(self, task: int) -> int:
-        return math.prod(self.shape_of(task)) * ITEM_BYTES[self.dtype_of(task)]
-
-    def group_dtype(self, tasks: tuple[int, ...]) -> str:
-        """What one value of several tasks is stored in."""
-        return promote([self.dtype_of(task) for task in tasks])
-
-
-class PlanRows(Record):
-    """At which rows of one model's tensor those stand that all models have."""
-
-    rows: Count
-    """Of the whole tensor."""
-    common: Runs
-    """In the base's order."""
-    leading: str
-    """Why rows were compared by their place, not by their token; empty if they were."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model has no other rows, and these in the base's order."""
-        return self.common == ((0, self.rows),)
-
-
-class PlanVocabulary(Record):
-    """Tensors of which not all models have the same rows."""
-
-    tensors: tuple[str, ...]
-    base: PlanRows
-    tasks: tuple[PlanRows, ...]
-
-
-class PlanBlock(Record):
-    name: str
-    tensors: tuple[str, ...]
-    elements: Count
-
-
-class PlanMerge(Record):
-    block: str
-    left: tuple[Count, ...]
-    right: tuple[Count, ...]
-    similarity: float
-
-
-class Settings(Record):
-    """What the classes, blocks and order were made with."""
-
-    blocks: str
-    rules: str | None
-    """Text of one's own rules.yaml."""
-    linkage: Linkage
-    strategy: Strategy
-    similarity: Similarity
-    seed: Count
-    private: tuple[str, ...]
-    merge_heads: bool
-    statistics: Statistics = "gram"
-    adapters: Adapters = "keep"
-    assume_base: bool = False
-    variant: str | None = None
-    """Of the weights, e.g. `fp16`, where sources have several; left out where it is null."""
-
-    @model_serializer(mode="wrap")
-    def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "variant" or value is not None}
 
 
 class Plan(Record):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexmerge_cli.allocation.allocation import Bits, Group, Tasks, Unit
-from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import declare

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from flexmerge_cli.allocation.plan_file import Plan, Statistics, save_plan
+from flexmerge_cli.allocation.plan_file import Plan, save_plan
+from flexmerge_cli.allocation.plan_records import Statistics
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import checkpoints_in
 from flexmerge_cli.checkpoint.place import is_hub, is_remote

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.plan_file import Plan, PlanTensor
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, PlanTensor, plan_bytes
+from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, plan_bytes
+from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
 from flexmerge_cli.order.similarity import Similarity

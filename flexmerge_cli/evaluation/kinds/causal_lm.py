@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, Table, read_table
 from flexmerge_cli.evaluation.kinds.choices import choice_columns, choices_of, right_choice
 from flexmerge_cli.evaluation.kinds.classes import check_architecture

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import read_table
 from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, class_scores, label_column, num_classes
 from flexmerge_cli.evaluation.kinds.images import image_column, images_of

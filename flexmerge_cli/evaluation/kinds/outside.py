@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.metrics import METRICS, Takes
 from flexmerge_cli.evaluation.scored import Given, Scored

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flexmerge_cli.allocation.plan_file import Record
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, read_table
 from flexmerge_cli.evaluation.kinds.classes import num_classes
 from flexmerge_cli.evaluation.kinds.kind import Examples, Kind, Place, Run, chosen_metrics
