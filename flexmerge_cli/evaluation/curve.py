@@ -105,9 +105,11 @@ class CurveScorer:
 
         What no later bill stores is forgotten before the next is made.
         """
+        if not cuts:  # of a method that reaches no size
+            return
         ordered = sorted(cuts, key=lambda cut: -cut.bill.tensor_bytes)
         tasks = list(self.scorer.spec.tasks)
-        numbers = {task.name: number for number, task in enumerate(ordered[0].bill.plan.tasks)} if ordered else {}
+        numbers = {task.name: number for number, task in enumerate(ordered[0].bill.plan.tasks)}
         wanted = [numbers[task] for task in tasks]
         needed = [self.memory.keys(cut.bill, wanted) for cut in ordered]
         for place in reversed(range(len(needed) - 1)):

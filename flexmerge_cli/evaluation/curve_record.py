@@ -79,6 +79,8 @@ def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
 
 def _smallest_that_passes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The gate of a curve: that some point of it passes. Else the tasks of the one that is nearest to it."""
+    if not points:
+        return {"outcome": str(Outcome.FAIL), "message": "no method reaches a size", "command": None, "tasks": {}}
     by_size = sorted(points, key=lambda point: (point["bytes"], point["total_bytes"]))
     passing = [point for point in by_size if point["gate"]["outcome"] == Outcome.PASS]
     if passing:

@@ -117,9 +117,10 @@ class Verdict:
 
 def require_pass(gate: Mapping[str, Any], what: str) -> None:
     """gate: `Verdict.record`. Raises GateError, with the tasks and why, unless all pass."""
-    bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
-    if bad:
-        lines = "\n  ".join(f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad)
+    if gate["outcome"] != Outcome.PASS:
+        bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
+        told = [f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad]
+        lines = "\n  ".join(told or [gate["message"]])
         undecided = gate["outcome"] == Outcome.UNDECIDED
         raise GateError(
             f"{what} does not pass the gate:\n  {lines}",

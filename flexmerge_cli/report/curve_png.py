@@ -78,7 +78,8 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     plot.set_axisbelow(True)
     title = "chosen on data: " + record["data_dependent"]["arguments"] if record["data_dependent"] else ""
     plot.set_title(printable(title), fontsize=9)
-    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    if record["points"]:
+        plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     try:
         figure.savefig(path, format="png")
     except OSError as error:

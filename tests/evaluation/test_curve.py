@@ -186,6 +186,16 @@ def test_the_command_tells_what_was_saved(sample, tmp_path):
     assert "were saved" in succeeds(*arguments).out
 
 
+def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
+    """Its curve without a point ended in a KeyError."""
+    arguments = ("eval", "--plan", sample.plan_path, "--spec", sample.spec_path, "--methods", "average")
+    found = succeeds(*arguments, "--sizes", "0.5x", "--json").json
+    assert found["points"] == [] and [item["size"] for item in found["unreached"]] == ["0.5x"]
+    assert len(found["alternatives"]) == 3
+    assert "average does not reach 0.5x" in succeeds(*arguments, "--sizes", "0.5x").out
+    fails(6, *arguments, "--sizes", "0.5x", "--max-drop", "1%", says="no method reaches a size")
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

@@ -23,7 +23,7 @@ def points_of(found: dict) -> list[tuple[str, int, float]]:
     return sorted((point["method"], point["bytes"], point["mean"]["value"]) for point in points)
 
 
-@pytest.mark.parametrize("methods, tasks", [(1, 1), (4, 3), (8, 8), (28, 20)])
+@pytest.mark.parametrize("methods, tasks", [(0, 1), (1, 1), (4, 3), (8, 8), (28, 20)])
 def test_points_of_the_page_are_those_of_the_document(methods, tasks):
     found = record(methods, tasks)
     assert points_in(curve_page(found)) == points_of(found)
@@ -68,7 +68,7 @@ def test_ranking_is_by_the_mean_of_those_that_reach_the_size():
     assert places["method3:bits=3"] == 1 and places["method0:bits=0"] == 2
 
 
-@pytest.mark.parametrize("methods", [1, 8, 28])
+@pytest.mark.parametrize("methods", [0, 1, 8, 28])
 def test_the_picture_is_a_png(tmp_path, methods):
     write_png(record(methods), tmp_path / "curve.png")
     data = (tmp_path / "curve.png").read_bytes()
