@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.bundle.decode_on import decode_on
+from flexmerge_cli.bundle.model import assigned_model
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.engine.device import choose_device
-from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.errors import UsageError
 
 
 class View(Mapping[str, Tensor]):
@@ -60,29 +61,11 @@ def load_model(view: View, **kwargs: Any) -> Any:
     kwargs go to the model's `from_pretrained`. Raises UsageError without transformers or config, DataError if names of
     model and checkpoint differ.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError("transformers is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
     folder = view.bundle.config_folder(view.task)
     if view.bundle.manifest.tasks[view.task].pooled is not None:
         hint = f"flexmerge export {view.bundle.path} --task {view.task} -o FOLDER, and load it with peft"
         raise UsageError(f"task `{view.task}` is an adapter of a pool, and no model", hint=hint)
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"task `{view.task}` has no config.json in the bundle", hint="use bundle.view and your own code"
-        )
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if model_class is None:
-        raise UsageError(f"transformers has no `{names[0]}`", hint="use bundle.view and your own code")
-    # Documented so: without a path, the weights are those of `state_dict`.
-    load: Any = model_class.from_pretrained
-    model, info = load(None, config=config, state_dict=dict(view), output_loading_info=True, **kwargs)
-    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
-    if wrong.get("missing_keys") or wrong.get("mismatched_keys"):
-        raise DataError(
-            f"task `{view.task}` does not fit {model_class.__name__}: {wrong}", hint="check its config.json"
-        )
-    return model.eval()
+    built = assigned_model(view, folder, otherwise="use bundle.view and your own code", **kwargs)
+    # A model without a head, where the config names none, has no use for one that the task has.
+    built.require("missing", "of another shape", who=f"the weights of task `{view.task}`", hint="check its config.json")
+    return built.model

@@ -87,9 +87,10 @@ def test_without_a_dtype_it_computes_in_the_stored_one(model):
 def test_a_config_that_is_missing_or_names_no_model_is_asked_wrongly(model):
     path = model.folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
-    with pytest.raises(UsageError, match="NoSuchModel"):
-        build_model(model, None, "cpu")
+    for changed, said in (({"architectures": ["NoSuchModel"]}, "NoSuchModel"), ({"model_type": "none"}, "`none`")):
+        path.write_text(json.dumps(config | changed))
+        with pytest.raises(UsageError, match=said):
+            build_model(model, None, "cpu")
     path.unlink()
     with pytest.raises(UsageError, match=r"no config\.json"):
         build_model(model, None, "cpu")
@@ -112,3 +113,18 @@ def test_lazy_weights_are_made_when_asked_for():
     lazy = Lazy({"a": lambda: calls.append(1) or torch.ones(1)})
     assert len(lazy) == 1 and list(lazy) == ["a"] and not calls
     assert np.asarray(lazy["a"]).item() == 1 and calls == [1]
+
+
+def test_a_model_generates_by_its_generation_config(tmp_path):
+    """Only config.json was looked at: a forced first token, or a penalty, was lost."""
+    path = tiny.t5(tmp_path)
+    options = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(options | {"forced_bos_token_id": 7}))
+    built = build_model(source_model("it", str(path)), None, "cpu")
+    wanted = transformers.T5ForConditionalGeneration.from_pretrained(path)
+    assert built.generation_config == wanted.generation_config
+    ids = torch.tensor([[5, 6, 3]])
+    assert built.generate(ids, max_new_tokens=3).equal(wanted.generate(ids, max_new_tokens=3))
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(DataError, match="generation_config"):
+        build_model(source_model("it", str(path)), None, "cpu")
