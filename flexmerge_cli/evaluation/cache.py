@@ -12,8 +12,6 @@ import io
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,14 +21,10 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.evaluation.readers import UNSOUND_NPZ
 from flexmerge_cli.evaluation.scored import Given, Scored
 
 FORMAT = "flexmerge.score/1"
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, AttributeError, zipfile.BadZipFile,
-    zlib.error,
-)  # fmt: skip
-"""What numpy, zipfile and json raise of bytes that are no entry."""
 
 
 def cache_folder() -> Path:
@@ -59,7 +53,7 @@ class ScoreCache:
                 if (header["format"], header["key"]) != (FORMAT, key):
                     return None
                 found = [_scored(entry, file[f"p{n}"], file[f"l{n}"]) for n, entry in enumerate(header["scores"])]
-        except UNREADABLE:
+        except UNSOUND_NPZ:  # the header's JSON, and what it tells of, raise no others
             return None
         return replace(found[0], others=tuple(found[1:])) if found else None
 
@@ -73,19 +67,8 @@ class ScoreCache:
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self._write(self._path(key), buffer.getvalue())
 
-    def get_note(self, key: str) -> dict[str, Any] | None:
-        """What `put_note` left under a key."""
-        try:
-            value = json.loads(self._path(key, ".json").read_bytes())
-        except UNREADABLE:
-            return None
-        return value if isinstance(value, dict) and value.get("key") == key else None
-
-    def put_note(self, key: str, value: Mapping[str, Any]) -> None:
-        self._write(self._path(key, ".json"), json.dumps({**value, "key": key}).encode())
-
-    def _path(self, key: str, suffix: str = ".npz") -> Path:
-        return self.folder / key[:2] / f"{key}{suffix}"
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.npz"
 
     def _write(self, path: Path, data: bytes) -> None:
         """Whole or not at all. A disk that takes nothing costs the next run its time, and this one nothing."""

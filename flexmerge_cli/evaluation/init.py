@@ -14,7 +14,7 @@ import yaml
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import FlexmergeError
-from flexmerge_cli.evaluation.kinds.classes import label_count, label_names
+from flexmerge_cli.evaluation.kinds.classes import architecture_of, label_count, label_names
 from flexmerge_cli.evaluation.loading import read_config
 from flexmerge_cli.evaluation.readers import SUFFIXES
 
@@ -50,7 +50,7 @@ def _kind(side: Path) -> str:
         config = read_config(side)
     except FlexmergeError:
         return "command"
-    name = str(next(iter(config.get("architectures") or ()), ""))
+    name = architecture_of(config) or ""
     if name.startswith("CLIP"):
         return "zero-shot-image-classification"
     if name.endswith("ForSequenceClassification"):

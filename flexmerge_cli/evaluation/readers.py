@@ -13,6 +13,7 @@ import csv
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 DATA_EXTRA = "flexmerge-cli[data]"
 MAX_FIELD = 16 << 20  # characters of one value of a .csv
+
+
+# Of bytes that are no sound .npz: zipfile's BadZipFile, and NotImplementedError for what it does not unpack; zlib's
+# error, EOFError and OSError for members that are cut; numpy's ValueError for headers and pickles, KeyError for one
+# that is not there, and AttributeError and TypeError for an .npy under this name, which is loaded as an array.
+UNSOUND_NPZ = (
+    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, AttributeError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,19 +147,17 @@ def _parquet(path: Path) -> Source:
 
 
 def _npz(path: Path) -> Source:
-    unsound = (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError)
-
     def get(name: str) -> Any:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return _rows(file[name], name)
-        except unsound as error:
+        except UNSOUND_NPZ as error:
             raise DataError(f"{path}: `{name}` cannot be read: {error}", hint="write it with numpy.savez") from None
 
     try:
         with np.load(path, allow_pickle=False) as file:
             names = tuple(file.files)
-    except (*unsound, AttributeError) as error:
+    except UNSOUND_NPZ as error:
         raise DataError(f"{path} is no sound .npz: {error}", hint="write it with numpy.savez") from None
     return Source(names=names, get=get, digest=file_digest(path))
 

@@ -8,6 +8,9 @@ import torch
 import transformers
 from PIL import Image
 
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation.scoring import Scorer
+
 from . import tiny
 
 N = 20
@@ -137,3 +140,13 @@ def test_classes_are_embedded_once_and_templates_are_those_of_the_base(tmp_path,
     values = {scorer.score(source_model("it", str(model))).value for _ in range(3)}
     assert len(values) == 1 and len(calls) == 1
     assert scorer.examples("it", model).items[2].prompts == [["a red of"], ["a blue of"]]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"image_mean": [1, 2]}', '{"image_std": "x"}', '{"rescale_factor": "a"}'])
+def test_a_preprocessor_that_is_none_is_told_before_a_weight_is_read(tmp_path, text):
+    model = tiny.vit(tmp_path / "model")
+    (model / "preprocessor_config.json").write_text(text)
+    np.savez(tmp_path / "d.npz", images=images(), labels=labels())
+    spec = tiny.spec_of(tmp_path, {"kind": "image-classification", "data": "d.npz"})
+    with pytest.raises(DataError, match="preprocessor_config"):
+        Scorer(spec=spec).examples("it", model)

@@ -182,3 +182,12 @@ def test_agreement_of_text2text_is_exact_match_of_outputs(tmp_path):
     ours, theirs = outputs(model, texts, 3), outputs(other, texts, 3)
     assert found.metric == "agreement" and found.value == np.mean([a == b for a, b in zip(ours, theirs)])
     assert found.others == ()
+
+
+def test_an_empty_text_has_nothing_to_predict_also_where_no_window_is_told(tmp_path, monkeypatch):
+    """It was cut into windows of no token."""
+    monkeypatch.setattr("flexmerge_cli.evaluation.kinds.causal_lm.max_length", lambda *_args: None)
+    model = tiny.llama(tmp_path / "model")
+    data = tiny.rows(tmp_path / "d.jsonl", text=["red blue", ""])
+    found = tiny.scored(model, {"kind": "causal-lm", "data": data})
+    assert found.labels.tolist() == [2, 0]

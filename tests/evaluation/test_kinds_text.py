@@ -1,11 +1,16 @@
 """Kinds over whole texts: scores of real models equal those of a plain loop with transformers, exactly."""
 
+import json
+
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
 import transformers
 from scipy.stats import pearsonr, spearmanr
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.scoring import Scorer
 
 from . import tiny
 
@@ -105,3 +110,26 @@ def test_agreement_needs_no_labels_and_is_with_the_fine_tuned_model(tmp_path, te
     assert found.others[0].value == pytest.approx(float(divergence), rel=1e-4)
     same = tiny.scored(model, task, reference=model)
     assert (same.value, same.others[0].value) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "said"),
+    [
+        ([[1], [1, 2]], {}, "labels are integers or names"),
+        (["a", "b"], {"label2id": {"a": "x", "b": "y"}}, "name the classes"),
+        ([0, 1], {"architectures": 5}, None),
+    ],
+)
+def test_labels_and_configs_that_are_not_what_they_should_be_are_told(tmp_path, labels, config, said):
+    """Each was a traceback. A config that names no class of a model is taken for one that names none."""
+    model = tiny.bert(tmp_path / "model", 2)
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    data = tiny.rows(tmp_path / "d.jsonl", text=["red", "blue"], label=labels)
+    spec = tiny.spec_of(tmp_path, {"kind": "text-classification", "data": data})
+    if said is None:
+        assert Scorer(spec=spec).examples("it", model).n == 2
+    else:
+        with pytest.raises(UsageError) as raised:
+            Scorer(spec=spec).examples("it", model)
+        assert said in str(raised.value.hint)

@@ -1,6 +1,8 @@
 """Every format gives the same columns; malformed files are told, and never run."""
 
+import io
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -103,6 +105,16 @@ def test_errors_name_the_row_of_the_file_also_of_drawn_examples(tmp_path):
         found.numbers("label", place)
 
 
+def bytes_of(save: Callable[..., None], *arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    save(file, *arrays)
+    return file.getvalue()
+
+
+NPY = bytes_of(np.save, np.arange(3))
+NPZ = bytes_of(lambda file, text: np.savez_compressed(file, text=text, label=text), np.arange(1000))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
@@ -117,6 +129,8 @@ def test_errors_name_the_row_of_the_file_also_of_drawn_examples(tmp_path):
         ("d.csv", b"text,label\n\xff,1\n", "UTF-8"),
         ("d.npz", b"PK\x03\x04nonsense", "npz"),
         ("d.npz", b"", "npz"),
+        ("d.npz", NPY, "npz"),
+        ("d.npz", bytes([byte ^ (60 <= place < 200) for place, byte in enumerate(NPZ)]), "`text` cannot be read"),
         ("d.parquet", b"PAR1 nonsense", "parquet"),
         ("d.safetensors", b"\xff" * 20, "d.safetensors"),
     ],

@@ -75,7 +75,7 @@ def _texts(task: CausalLm, place: Place, tokenizer: Any, length: int | None) -> 
     start, rows, owners = _start(tokenizer), [], []
     for index, text in enumerate(table.texts("text", place)):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        size = (length or len(ids) + 1) - len(start)
+        size = max(1, (length or len(ids) + 1) - len(start))
         for begin in range(0, len(ids), size):
             window = (*start, *ids[begin : begin + size])
             if len(window) > 1:

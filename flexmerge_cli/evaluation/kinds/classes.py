@@ -24,9 +24,8 @@ def num_classes(task: TaskSpec, place: Place, head: str) -> int:
 
 def check_architecture(task: TaskSpec, place: Place, *endings: str) -> str | None:
     """The config's architecture; None where it names none. Raises UsageError if it has none of the heads."""
-    config = read_config(place.side)
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if architecture is not None and not str(architecture).endswith(endings):
+    architecture = architecture_of(read_config(place.side))
+    if architecture is not None and not architecture.endswith(endings):
         wanted = " or ".join(f"…{ending}" for ending in endings)
         raise place.error(
             "kind",
@@ -34,6 +33,12 @@ def check_architecture(task: TaskSpec, place: Place, *endings: str) -> str | Non
             hint="choose the kind that fits the model's head",
         )
     return architecture
+
+
+def architecture_of(config: dict[str, Any]) -> str | None:
+    """The first that it names; None where it names none, or none that is sound."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def label_names(config: dict[str, Any]) -> list[str]:
@@ -67,7 +72,10 @@ def class_labels(table: Table, names: Sequence[str] | None, classes: int, place:
     raw = table.columns["label"]
     if names is not None and len(names) > classes:
         raise place.error("labels", f"{len(names)} labels, and the model has {classes} classes", hint="check `labels`")
-    labels = np.asarray(raw)
+    try:
+        labels = np.asarray(raw)
+    except ValueError:  # lists of different lengths, which are told below
+        labels = np.empty(len(table), object)
     if labels.ndim == 1 and labels.dtype.kind in "USO" and all(isinstance(value, str) for value in raw):
         labels = _numbers_of(raw, names, table, place)
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
@@ -106,8 +114,8 @@ def _numbers_of(raw: Sequence[str], names: Sequence[str] | None, table: Table, p
 def _label_ids(place: Place) -> dict[str, int]:
     config = read_config(place.side)
     found = config.get("label2id")
-    if isinstance(found, dict):
-        return {str(name): int(number) for name, number in found.items()}
+    if isinstance(found, dict) and all(isinstance(number, int) for number in found.values()):
+        return found
     return {name: number for number, name in enumerate(label_names(config))}
 
 

@@ -9,38 +9,21 @@ from typing import Literal
 
 import numpy as np
 
-from flexmerge_cli.allocation.record import Record
-from flexmerge_cli.evaluation.data import read_table
-from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, class_scores, label_column, num_classes
-from flexmerge_cli.evaluation.kinds.images import image_column, images_of
-from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Kind, Place, Run, chosen_metrics
+from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_scores, num_classes
+from flexmerge_cli.evaluation.kinds.images import ImageTask, image_examples
+from flexmerge_cli.evaluation.kinds.kind import Examples, Kind, Place, Run
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 ARCHITECTURE = "AutoModelForImageClassification"
 
 
-class Columns(Record):
-    image: str | None = None
-    label: str | None = None
-
-
-class ImageClassification(TaskSpec):
+class ImageClassification(ImageTask):
     kind: Literal["image-classification"]
-    columns: Columns = Columns()
-    labels: tuple[str, ...] | None = None
 
 
 def prepare(task: ImageClassification, place: Place) -> Examples:
-    classes = num_classes(task, place, "ForImageClassification")
-    metrics = chosen_metrics(task, place, KIND.metrics, num_classes=classes)
-    labelled = AGREEMENT not in metrics
-    wanted = {"image": image_column(task.columns.image)}
-    table = read_table(task, place, wanted | ({"label": label_column(task.columns.label)} if labelled else {}))
-    images, digest = images_of(table, place)
-    labels = class_labels(table, task.labels, classes, place) if labelled else None
-    return Examples(items=(images, labels), n=len(table), digest=digest, split=table.split, metrics=metrics)
+    return image_examples(task, place, num_classes(task, place, "ForImageClassification"))
 
 
 def score(model: TaskModel, task: ImageClassification, examples: Examples, run: Run) -> Sequence[Scored]:

@@ -5,7 +5,6 @@ what `datasets` has) are opened a batch at a time.
 """
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,42 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from flexmerge_cli.allocation.record import Record
+from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.evaluation.data import Column, Table
-from flexmerge_cli.evaluation.kinds.kind import Place
+from flexmerge_cli.evaluation.data import Column, Table, read_table
+from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, label_column
+from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, chosen_metrics
 from flexmerge_cli.evaluation.loading import quiet_transformers, read_config, require
 from flexmerge_cli.evaluation.readers import DATA_EXTRA, file_digest
+from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 USUAL = ("image", "images", "img", "pixel_values")
 PROCESSOR = "preprocessor_config.json"
 
 
-def image_column(name: str | None) -> Column:
-    return Column(name=name, usual=USUAL)
+class Columns(Record):
+    image: str | None = None
+    label: str | None = None
+
+
+class ImageTask(TaskSpec):
+    """What both kinds of image classification say."""
+
+    columns: Columns = Columns()
+    labels: tuple[str, ...] | None = None
+
+
+def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
+    """Items: the images, and their labels, None for agreement. Raises UsageError, DataError."""
+    metrics = chosen_metrics(task, place, CLASS_METRICS, num_classes=classes)
+    wanted = {"image": Column(name=task.columns.image, usual=USUAL)}
+    if AGREEMENT not in metrics:
+        wanted["label"] = label_column(task.columns.label)
+    table = read_table(task, place, wanted)
+    images, digest = images_of(table, place)
+    labels = class_labels(table, task.labels, classes, place) if "label" in wanted else None
+    return Examples(items=(images, labels), n=len(table), digest=digest, split=table.split, metrics=metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +84,7 @@ def images_of(table: Table, place: Place) -> tuple[Images, str]:
                 hint="images are numbers [n, channels, height, width]",
             )
         _check_size(column.shape[1:], place)
+        _preprocessing(place.side, column.shape[1])  # what is unsound is told before a weight is read
         return Images(arrays=column), table.digest
     require("PIL", extra=DATA_EXTRA)
     if not (place.side / PROCESSOR).is_file():
@@ -120,11 +144,17 @@ def _check_size(shape: tuple[int, ...], place: Place) -> None:
 
 
 def _preprocessing(folder: Path, channels: int) -> tuple[np.float32, np.ndarray, np.ndarray]:
+    """Scale, and mean and deviation by channel, [1, channels, 1, 1]. Raises DataError."""
     path = folder / PROCESSOR
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    config = read_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
     scale = config.get("rescale_factor", 1.0) if config.get("do_rescale", True) else 1.0
-    normalise = config.get("do_normalize", True)
-    shape = (1, channels, 1, 1)
-    mean = np.array(config.get("image_mean", [0.0] * channels) if normalise else [0.0] * channels, np.float32)
-    std = np.array(config.get("image_std", [1.0] * channels) if normalise else [1.0] * channels, np.float32)
-    return np.float32(scale), mean.reshape(shape), std.reshape(shape)
+    known = config if config.get("do_normalize", True) else {}
+    try:
+        mean, std = (
+            np.broadcast_to(np.array(known.get(key, usual), np.float32), channels).reshape(1, channels, 1, 1)
+            for key, usual in (("image_mean", 0.0), ("image_std", 1.0))
+        )
+        return np.float32(scale), mean, std
+    except (ValueError, TypeError):
+        said = f"{path}: rescale_factor, image_mean and image_std are not numbers for {channels} channels"
+        raise DataError(said, hint="check the file") from None

@@ -11,38 +11,29 @@ projected by the text model's own projection.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from flexmerge_cli.evaluation.data import read_table
-from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, class_scores, label_column
-from flexmerge_cli.evaluation.kinds.images import image_column, images_of
-from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Kind, Place, Run, chosen_metrics
+from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, architecture_of, class_scores
+from flexmerge_cli.evaluation.kinds.images import ImageTask, image_examples
+from flexmerge_cli.evaluation.kinds.kind import Examples, Kind, Place, Run
 from flexmerge_cli.evaluation.kinds.tokens import open_tokenizer
 from flexmerge_cli.evaluation.loading import build_model, read_config
 from flexmerge_cli.evaluation.models import checkpoint_model, fetched
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.side_files import side_digest
-from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 TEMPLATES = ("a photo of a {}.",)
 ENCODERS = ("CLIPModel", "CLIPVisionModelWithProjection", "CLIPVisionModel")
 
 
-class Columns(Record):
-    image: str | None = None
-    label: str | None = None
-
-
-class ZeroShot(TaskSpec):
+class ZeroShot(ImageTask):
     kind: Literal["zero-shot-image-classification"]
-    columns: Columns = Columns()
     labels: tuple[str, ...] = Field(min_length=1)
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     text_model: str | None = None
@@ -79,29 +70,15 @@ class Classes:
 
 
 def prepare(task: ZeroShot, place: Place) -> Examples:
-    config = read_config(place.side)
-    encoder = next(iter(config.get("architectures") or ()), None)
+    encoder = architecture_of(read_config(place.side))
     if encoder not in ENCODERS:
         raise place.error(
             "kind",
             f"{place.side}/config.json names {encoder}, which is no image encoder of CLIP",
             hint=f"one of: {', '.join(ENCODERS)}",
         )
-    metrics = chosen_metrics(task, place, KIND.metrics, num_classes=len(task.labels))
-    labelled = AGREEMENT not in metrics
-    wanted = {"image": image_column(task.columns.image)}
-    table = read_table(task, place, wanted | ({"label": label_column(task.columns.label)} if labelled else {}))
-    images, digest = images_of(table, place)
-    labels = class_labels(table, task.labels, len(task.labels), place) if labelled else None
-    classes = _classes(task, place)
-    return Examples(
-        items=(images, labels, classes),
-        n=len(table),
-        digest=digest,
-        split=table.split,
-        metrics=metrics,
-        rest=classes.digest,
-    )
+    examples, classes = image_examples(task, place, len(task.labels)), _classes(task, place)
+    return replace(examples, items=(*examples.items, classes), rest=classes.digest)
 
 
 def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Sequence[Scored]:
@@ -127,7 +104,7 @@ def _classes(task: ZeroShot, place: Place) -> Classes:
     checkpoint = open_checkpoint(written, relative_to=place.folder)
     folder = checkpoint.path
     key = "text_model" if task.text_model else "kind"
-    architecture = next(iter(read_config(folder).get("architectures") or ()), None)
+    architecture = architecture_of(read_config(folder))
     if architecture != "CLIPModel":
         said = f"{folder}/config.json names {architecture}: no text tower"
         raise place.error(key, said, hint="text_model: a whole CLIPModel")
