@@ -13,9 +13,9 @@ from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.merging import merge as _merge
-from flexmerge_cli.plan import OrderSettings, PlanRequest
 from flexmerge_cli.plan import load_plan as load_plan
 from flexmerge_cli.plan import make_plan as _make_plan
+from flexmerge_cli.plan_request import OrderSettings, PlanRequest
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View

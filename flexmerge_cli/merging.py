@@ -23,7 +23,7 @@ from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
-from flexmerge_cli.plan import block_measure
+from flexmerge_cli.plan_fields import block_measure
 from flexmerge_cli.reopening import OpenSources, open_sources
 
 OnProgress = Callable[[str, int, int], None]

@@ -29,7 +29,8 @@ from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.registry import all_methods, parse_call
 from flexmerge_cli.order.linkage import Linkage
-from flexmerge_cli.plan import OrderSettings, replan
+from flexmerge_cli.plan import replan
+from flexmerge_cli.plan_request import OrderSettings
 
 SIZES = ("1x", "1.5x", "2x", "3x", "4x")
 SMALLEST = None

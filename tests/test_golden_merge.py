@@ -20,7 +20,8 @@ from flexmerge_cli.errors import GateError
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.plan import OrderSettings, replan
+from flexmerge_cli.plan import replan
+from flexmerge_cli.plan_request import OrderSettings
 
 from .program import succeeds
 

@@ -68,7 +68,7 @@ class Adapter:
     factors: Mapping[str, Factors]
     """Module -> its LoRA."""
     vectors: Mapping[str, StoredTensor]
-    """Module -> its (IA)³: [out, 1], or [1, in] of what goes into a linear layer; of a convolution [1, channels, 1…]."""
+    """Module -> its (IA)³: [out, 1], or [1, in] of what goes into a linear layer; convolution: [1, channels, 1…]."""
     own: Mapping[str, StoredTensor]
     """Whole parameters: of `modules_to_save`, biases, resized or targeted embeddings."""
     saved_modules: tuple[str, ...]

@@ -16,7 +16,8 @@ from flexmerge_cli.family.family import find_tasks
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.plan import OrderSettings, PlanRequest, load_plan, make_plan, replan
+from flexmerge_cli.plan import load_plan, make_plan, replan
+from flexmerge_cli.plan_request import OrderSettings, PlanRequest
 from flexmerge_cli.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:

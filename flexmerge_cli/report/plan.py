@@ -14,7 +14,7 @@ from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import MergeRequest, allocate
-from flexmerge_cli.plan import PlanRequest
+from flexmerge_cli.plan_request import PlanRequest
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, table
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings

@@ -16,7 +16,8 @@ from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.clusters import Cluster, spherical_kmeans, unit_gram
 from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.order.linkage import Linkage
-from flexmerge_cli.plan import OrderSettings, replan
+from flexmerge_cli.plan import replan
+from flexmerge_cli.plan_request import OrderSettings
 from flexmerge_cli.random import Stream, key64
 
 from ..families import same_bits

@@ -9,7 +9,7 @@ from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.plan import block_measure
+from flexmerge_cli.plan_fields import block_measure
 
 PARTS = ("norm1", "attention", "norm2", "mlp")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
