@@ -80,7 +80,7 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
     elif request.size is not None or request.merges is not None:
         raise UsageError(
             "a size was asked for and no method: what is lost must be chosen by name",
-            hint="add --method NAME; `flexmerge methods` lists them",
+            hint="add --method NAME, or --method auto, which chooses by itself; `flexmerge methods` lists them",
         )
     if request.max_distance is not None and not request.max_distance >= 0:
         raise UsageError(f"--max-distance {request.max_distance} is not a number of 0 or more", hint="write 0.5")
@@ -101,7 +101,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
         if size is not None or request.merges is not None:
             raise UsageError(
                 "a size was asked for and no method: what is lost must be chosen by name\n" + _offers(pricer, request),
-                hint="add --method NAME",
+                hint="add --method NAME, or --method auto, which chooses by itself",
             )
         return pricer.bill(copies(plan, request.dtype))
     found = auto_found(pricer, request)

@@ -174,6 +174,7 @@ def test_a_file_may_be_typed_by_block_pattern_alone(four, tmp_path):
         ),
         ("@method(paper='', scope='element')\ndef average(deltas): ...", "name of another method"),
         ("def own(deltas): ...", "is a plain function"),
+        ("@method(paper='', scope='element')\ndef one(deltas): ...", ("has no `own`", "its methods: one")),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_read(body, says, four, tmp_path):

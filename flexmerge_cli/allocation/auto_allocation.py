@@ -88,7 +88,8 @@ class Auto:
         raise GateError(
             f"`auto` does not reach {size.text}: its smallest is {bill.tensor_bytes / one:.4f}x, "
             f"{bill.total_bytes}B on disk",
-            hint=f"--size {smallest_factor(bill):g}x, or --dtype bf16",
+            hint=f"--size {smallest_factor(bill):g}x"
+            + (", or --dtype bf16" if self.dtype is None and self.pricer.cast_saves else ""),
         )
 
     def _found(self, solution: Solution) -> Found:

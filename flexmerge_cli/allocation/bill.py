@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit, copies
 from flexmerge_cli.allocation.files import WeightFile, weight_files
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import (
@@ -107,6 +107,11 @@ class Pricer:
             if use.text not in self._calls:
                 self._calls[use.text] = parse_call(use.text, run_files=True)  # they were typed, or parsed, before
         return tuple(self._calls[use.text] for use in methods)
+
+    @cached_property
+    def cast_saves(self) -> bool:
+        """Whether `--dtype bf16` makes anything smaller: models of 16 bits it only rounds."""
+        return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
     def unit(
         self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None

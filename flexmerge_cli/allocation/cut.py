@@ -153,11 +153,12 @@ class Cutter:
         smallest = self.prefix(sizes.index(min(sizes)), fit)
         bill = self.pricer.bill(smallest)
         factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
+        cast = self.dtype is None and self.pricer.cast_saves
         raise GateError(
             f"`{self.methods[0].text}` does not reach {size.text}: its smallest is {factor:.4f}x, "
             f"{bill.total_bytes}B on disk",
             hint=f"--size {-(-bill.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
-            "another method, or --dtype bf16",
+            + ("another method, or --dtype bf16" if cast else "or another method"),
         )
 
     def _price(self, block: int, groups: Sequence[Tasks]) -> int:

@@ -50,8 +50,8 @@ def check_methods(choice: str) -> None:
 
 
 def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
-    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
-    their smallest on the order: `common` or `all`."""
+    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast where it saves, exact deduplication,
+    and methods at their smallest on the order: `common` or `all`."""
     plan = pricer.plan
     found = sum(task.bytes for task in plan.tasks) + sum(adapter.tensor_bytes for adapter in plan.adapters)
     weights = sum(adapter.files[adapter.weights].bytes for adapter in plan.adapters)
@@ -60,11 +60,12 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
     rows = _auto(pricer, command)
     rows += [
         Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
-        way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"),
-        way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"),
     ]
-    if not plan.tasks:  # adapters alone: nothing to cast or merge
-        return [row for row in rows if row.name != "cast to bf16"]
+    if plan.tasks and pricer.cast_saves:
+        rows.append(way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"))
+    rows.append(way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"))
+    if not plan.tasks:  # adapters alone: nothing to merge
+        return rows
     rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
     for name, method in (COMMON | rest).items():
         call = parse_call(method)

@@ -38,6 +38,9 @@ def method_from_file(file: str | Path, name: str) -> Method:
         exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:
         raise UsageError(f"`{path}` fails: {type(error).__name__}: {error}") from error
+    if name not in vars(module):
+        there = [key for key, value in vars(module).items() if isinstance(value, Method)]
+        raise UsageError(f"`{path}` has no `{name}`", hint=f"its methods: {', '.join(there) or 'none'}")
     return replace(_method(vars(module).get(name), f"{path}#{name}"), origin=Origin(path.name, f"sha256:{digest}"))
 
 

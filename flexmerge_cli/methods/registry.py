@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -90,7 +90,11 @@ def parse_call(text: str, *, run_files: bool = False) -> Call:
         alias = resolve_alias(name)
         if alias and _same_word(name) not in all_methods():
             raise UsageError(f"no method `{name}`", hint=alias.message)
-        raise _unknown("method", name, all_methods())
+        if name == "auto":
+            raise UsageError("`auto` chooses for the whole bundle, not for some blocks", hint="--method auto")
+        if "," in name and set(name.split(",")) <= {*all_methods(), "auto"}:
+            raise UsageError(f"no method `{name}`", hint=f"several: '{name.replace(',', ';')}'")
+        raise _unknown("method", name, [*all_methods(), "auto"])
     return make_call(method, args)
 
 
@@ -173,7 +177,7 @@ def _same_word(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _unknown(kind: str, name: str, known: Mapping[str, Any]) -> UsageError:
+def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(_same_word(name), known, 1)
     return UsageError(
         f"no {kind} `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
@@ -201,7 +205,9 @@ def split_call(text: str) -> tuple[str, dict[str, Any]]:
     for item in _split(rest) if colon else ():
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or key.strip() in args:
-            raise UsageError(f"cannot read `{item.strip()}` in method `{text}`", hint="write NAME:key=value,key=value")
+            of_file = name.endswith(".py") and not equals
+            hint = f"./{name}#{item.strip()}" if of_file else "write NAME:key=value,key=value"
+            raise UsageError(f"cannot read `{item.strip()}` in method `{text}`", hint=hint)
         try:
             args[key.strip()] = yaml.load(value, _Loader)
         except yaml.YAMLError:

@@ -29,7 +29,8 @@ def test_every_command_builds_a_bundle_of_the_bytes_that_the_table_says(name, tm
         done = flexmerge(*arguments, "--force")
         assert done.code == 0, (row["command"], done.err)
         assert sum(map(len, tree(tmp_path / "bundle").values())) == row["disk_bytes"], row["name"]
-    assert set(rows) >= {"copies as found", "cast to bf16", "exact deduplication", *COMMON}
+    assert set(rows) >= {"copies as found", "exact deduplication", *COMMON}
+    assert ("cast to bf16" in rows) == (name != "bf16")
     if name == "plain":
         assert set(rows) >= set(all_methods())
 
@@ -43,3 +44,13 @@ def test_commands_are_printed_whole_however_narrow_the_line(plan, tmp_path, monk
 
 def test_ways_that_are_neither_common_nor_all_are_refused(plan, tmp_path):
     fails(2, "plan", plan, "-o", tmp_path / "plan.json", "--methods", "some", says="--methods some is not known")
+
+
+@pytest.mark.parametrize("method", ["average", "auto"])
+@pytest.mark.parametrize("name", ["plain", "bf16"])
+def test_a_cast_is_hinted_at_only_where_it_saves(name, method, tmp_path):
+    family = write_family(tmp_path / "family", ODD[name]())
+    succeeds("plan", *family.arguments, "-o", tmp_path / "plan.json")
+    asked = ("merge", tmp_path / "plan.json", "--method", method, "--size", "0.001x", "-o", tmp_path / "bundle")
+    assert ("--dtype bf16" in fails(6, *asked, says="does not reach 0.001x").err) == (name == "plain")
+    assert "--dtype bf16" not in fails(6, *asked, "--dtype", "bf16").err

@@ -33,6 +33,10 @@ def test_a_call_is_read(text, name, args):
     [
         ("tie", "no method `tie`", "did you mean `ties`"),
         ("zzz", "no method `zzz`", "one of: average"),
+        ("aut", "no method `aut`", "did you mean `auto`"),
+        ("auto", "`auto` chooses for the whole bundle", "--method auto"),
+        ("auto,ties", "no method `auto,ties`", "several: 'auto;ties'"),
+        ("own/median.py:median", "cannot read `median`", "./own/median.py#median"),
         ("ties:k=0.2", "no argument `k`", "did you mean `K`|takes: K"),
         ("ties:K=0", "K=0 is not a number in \\(0, 1\\]", None),
         ("ties:K=1.5", "K=1.5 is not", None),
