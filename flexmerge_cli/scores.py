@@ -55,11 +55,6 @@ class _Pairs:
     same: dict[str, bool] = field(default_factory=dict)
 
     def add(self, task: str, models: dict[str, TaskModel], scored: dict[str, Scored]) -> None:
-        if "merged" not in scored or "fine_tuned" not in scored:
-            raise UsageError(
-                f"task `{task}` has no fine-tuned model, and a gate compares with it",
-                hint="--plan plan.json, or checkpoint: path/of/the/fine-tuned/model in the spec",
-            )
         self.merged[task], self.references[task] = scored["merged"], scored["fine_tuned"]
         self.same[task] = models["merged"].digest == models["fine_tuned"].digest
 
@@ -108,27 +103,17 @@ def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> d
 
 def _check(request: ScoreRequest) -> None:
     """What is wrong in the last task is told before the first is scored. Each process reads its own data again."""
-    if request.bundle is not None:
-        opened = Bundle.open(request.bundle, tasks=list(request.spec.tasks))
-        folders = {task: opened.config_folder(task) for task in request.spec.tasks}
-    else:
-        assert request.plan is not None
-        folders = dict(planned_references(request.plan, request.spec, access=request.access).folders)
+    bundle, references = _opened(request)
+    folders = (
+        {task: bundle.config_folder(task) for task in request.spec.tasks} if bundle is not None else references.folders
+    )
     for task in request.spec.tasks:
         Scorer(spec=request.spec, device=request.device, cache=None).examples(task, folders[task])
 
 
 def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
-    bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
+    bundle, references = _opened(request)
     scorer = Scorer(spec=request.spec, device=request.device, cache=ScoreCache() if request.reuse else None)
-    if request.plan is not None:
-        references = planned_references(request.plan, request.spec, access=request.access)
-    else:
-        assert bundle is not None
-        references = spec_references(request.spec, bundle, access=request.access, needed=request.sources)
-    if request.sources and bundle is not None and not references.folders:
-        folders = {task: bundle.config_folder(task) for task in request.spec.tasks}
-        references = replace(references, folders=folders)
     pairs = _Pairs()
     document = evaluate(
         None if request.sources else bundle,
@@ -139,6 +124,35 @@ def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pa
         on_scored=pairs.add if request.gate else lambda *_scored: None,
     )
     return document, pairs
+
+
+def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
+    """Reads headers. Raises UsageError for a gate that has nothing to compare with."""
+    bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
+    if request.plan is not None:
+        references = planned_references(request.plan, request.spec, access=request.access)
+    else:
+        assert bundle is not None
+        references = spec_references(request.spec, bundle, access=request.access, needed=request.sources)
+    if request.sources and bundle is not None and not references.folders:
+        folders = {task: bundle.config_folder(task) for task in request.spec.tasks}
+        references = replace(references, folders=folders)
+    if request.gate:
+        _require_pairs(request, references)
+    return bundle, references
+
+
+def _require_pairs(request: ScoreRequest, references: References) -> None:
+    if request.sources:
+        raise UsageError(
+            "a gate compares a bundle with its sources, and --sources scores these alone", hint="no limits"
+        )
+    for task in request.spec.tasks:
+        if "fine_tuned" not in references.of(task):
+            raise UsageError(
+                f"task `{task}` has no fine-tuned model, and a gate compares with it",
+                hint="--plan plan.json, or checkpoint: path/of/the/fine-tuned/model in the spec",
+            )
 
 
 def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLINE) -> References:

@@ -14,7 +14,7 @@ import numpy as np
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.curve import Point
 from flexmerge_cli.evaluation.intervals import CONFIDENCE
-from flexmerge_cli.evaluation.resampling import mean_kept
+from flexmerge_cli.evaluation.resampling import parts_kept
 from flexmerge_cli.evaluation.scored import Scored
 
 SEED = 20260101
@@ -125,15 +125,13 @@ def choose(
 
 
 def kept_of(merged: Scores, references: Scores) -> Kept:
-    value, draws_R = mean_kept(merged, references)
-    bounds = {
-        task: float(np.quantile(mean_kept({task: merged[task]}, {task: references[task]})[1], 1 - CONFIDENCE))
-        for task in merged
-    }
+    parts = parts_kept(merged, references)
+    draws_TR = np.array([draws_R for _, draws_R in parts.values()])
+    bounds = {task: float(np.quantile(draws_R, 1 - CONFIDENCE)) for task, (_, draws_R) in parts.items()}
     worst = min(bounds, key=lambda task: bounds[task])
     return Kept(
-        value=value,
-        low=float(np.quantile(draws_R, 1 - CONFIDENCE)),
+        value=float(np.mean([value for value, _ in parts.values()])),
+        low=float(np.quantile(draws_TR.mean(axis=0), 1 - CONFIDENCE)),
         worst=worst,
         worst_low=bounds[worst],
         n=min(scored.n for scored in merged.values()),

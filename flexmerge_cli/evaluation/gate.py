@@ -66,6 +66,8 @@ class TaskVerdict:
     n: int
     needed: int | None
     """Examples that would decide, where it is undecided; None if no number would."""
+    points: float = 100.0
+    """Of a drop of 1, as the limit counts."""
 
     @property
     def told(self) -> str:
@@ -73,9 +75,10 @@ class TaskVerdict:
         if self.drop is None or self.high is None or self.low is None:
             return f"{self.name}: {self.outcome} (a number from outside has no paired bound)"
         unit = "%" if self.limit.endswith("%") else "pt"
-        shown = f"{self.name}: lost {100 * self.drop:.2f}{unit}, at most {100 * self.high:.2f}{unit} with 95 %"
+        drop, low, high = (f"{self.points * value:.2f}{unit}" for value in (self.drop, self.low, self.high))
+        shown = f"{self.name}: lost {drop}, at most {high} with 95 %"
         if self.outcome is Outcome.FAIL:
-            shown = f"{self.name}: lost {100 * self.drop:.2f}{unit}, at least {100 * self.low:.2f}{unit} with 95 %"
+            shown = f"{self.name}: lost {drop}, at least {low} with 95 %"
         if self.outcome is Outcome.UNDECIDED:
             more = "no number of examples decides" if self.needed is None else f"about {self.needed:,} would decide"
             shown += f"; n = {self.n:,} is too small: {more}"
@@ -169,13 +172,11 @@ def _of_task(task: str, merged: Scored, reference: Scored, limit: Limit, same: b
             name=task, outcome=Outcome.UNDECIDED, limit=limit.text, drop=None, low=None, high=None, n=merged.n,
             needed=None,
         )  # fmt: skip
-    metric = METRICS[merged.metric]
-    value = limit.value if limit.relative or metric.percent else 100 * limit.value
-    return _verdict(task, bound, value, limit)
+    return _verdict(task, bound, limit, 100.0 if limit.relative or METRICS[merged.metric].percent else 1.0)
 
 
 def _of_mean(merged: Mapping[str, Scored], references: Mapping[str, Scored], limit: Limit) -> TaskVerdict:
-    """Of the mean drop over tasks, by a paired bootstrap of every task's examples."""
+    """Of the mean drop over tasks, by a paired bootstrap of every task's examples; in hundredths of points."""
     smallest = min((scored.n for scored in merged.values()), default=0)
     if any(scored.given is not None for scored in (*merged.values(), *references.values())):
         return TaskVerdict(
@@ -185,13 +186,14 @@ def _of_mean(merged: Mapping[str, Scored], references: Mapping[str, Scored], lim
     drop, draws_R = mean_drops(merged, references, relative=limit.relative)
     low, high = (float(np.quantile(draws_R, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
     bound = PairedBound(drop=drop, low=min(low, drop), high=max(high, drop), n=smallest)
-    return _verdict(MEAN, bound, limit.value, limit)
+    return _verdict(MEAN, bound, limit, 100.0)
 
 
-def _verdict(name: str, bound: PairedBound, value: float, limit: Limit) -> TaskVerdict:
+def _verdict(name: str, bound: PairedBound, limit: Limit, points: float) -> TaskVerdict:
+    value = 100 * limit.value / points
     decided = bound.decides(value)
     outcome = {True: Outcome.PASS, False: Outcome.FAIL, None: Outcome.UNDECIDED}[decided]
     return TaskVerdict(
         name=name, outcome=outcome, limit=limit.text, drop=bound.drop, low=bound.low, high=bound.high, n=bound.n,
-        needed=bound.n_that_decides(value) if decided is None else None,
+        needed=bound.n_that_decides(value) if decided is None else None, points=points,
     )  # fmt: skip

@@ -5,6 +5,7 @@ about half an example is expected (np = 0.55); with one-sided Poisson limits for
 n > 50) it does not, and nothing else changes. All else: percentiles of a seeded bootstrap over examples.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from flexmerge_cli.evaluation.scored import Scored
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 SEED = 0
+MAX_KEPT = 4_000_000  # indices, 16 MB: of more examples the draws are made anew for every model
 
 
 def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
@@ -34,8 +36,9 @@ def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
 
 def resampled_values(scored: Scored, seed: int = SEED) -> np.ndarray:
     """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with another model's."""
-    rows = resamples(scored.n, seed)
-    outcomes = scored.outcomes
+    outcomes, rows = scored.outcomes, resamples(scored.n, seed)
+    if outcomes is not None and scored.n * RESAMPLES <= MAX_KEPT:
+        return np.asarray(outcomes[_kept_resamples(scored.n, seed)].mean(axis=1))
     if outcomes is not None:
         return np.array([outcomes[chosen].mean() for chosen in rows])
     if scored.metric in ON_COUNTS:
@@ -55,6 +58,12 @@ def proportion(hits: int, n: int) -> tuple[float, float]:
     if 0 < n - hits <= few:
         high = max(high, 1 - chi2.ppf(1 - CONFIDENCE, 2 * (n - hits)) / 2 / n)
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_resamples(n: int, seed: int) -> np.ndarray:
+    """int32 [RESAMPLES, n]: the draws of `resamples`, which many models share."""
+    return np.array(list(resamples(n, seed)), np.int32)
 
 
 def resamples(n: int, seed: int = SEED, count: int = RESAMPLES) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ import yaml
 
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation.gate import MEAN, Gate, Outcome, judge, parse_gate, parse_limit, require_pass
-from flexmerge_cli.evaluation.resampling import mean_drops, mean_kept
+from flexmerge_cli.evaluation.resampling import mean_drops, parts_kept
 from flexmerge_cli.evaluation.scored import Given, Scored
 
 from ..program import fails, flexmerge, succeeds
@@ -99,12 +99,26 @@ def test_perplexity_may_rise_by_a_part_of_it():
     )
 
 
+def test_a_point_of_perplexity_is_one_of_its_units():
+    """It was told a hundred times as large, and in the mean counted as a hundred."""
+    rng = np.random.default_rng(0)
+    likelihood, counts = rng.normal(-20, 0.1, 500), np.full(500, 10)
+    reference = Scored(metric="perplexity", predictions=likelihood, labels=counts)
+    merged = Scored(metric="perplexity", predictions=likelihood - 0.5, labels=counts)
+    lost = merged.value - reference.value
+    assert 0.3 < lost < 0.5
+    verdict = judge({"t": merged}, {"t": reference}, parse_gate("0.5pt", "0.5pt"))
+    assert verdict.outcome is Outcome.PASS
+    assert [f"lost {lost:.2f}pt" in task.told for task in verdict.tasks] == [True, True]
+    assert judge({"t": merged}, {"t": reference}, parse_gate("0.3pt", "0.3pt")).outcome is Outcome.FAIL
+
+
 def test_resampled_means_surround_the_mean():
     merged = {"a": hits(500, 0.8), "b": hits(300, 0.6, lost=30)}
     references = {"a": hits(500, 0.9), "b": hits(300, 0.6)}
     drop, draws = mean_drops(merged, references, relative=True)
-    kept, kept_draws = mean_kept(merged, references)
-    assert kept == pytest.approx(1 - drop) and np.allclose(kept_draws, 1 - draws)
+    kept, kept_draws = zip(*parts_kept(merged, references).values())
+    assert np.mean(kept) == pytest.approx(1 - drop) and np.allclose(np.mean(kept_draws, axis=0), 1 - draws)
     assert drop == pytest.approx((1 / 9 + 1 / 6) / 2)
     assert np.quantile(draws, 0.025) < drop < np.quantile(draws, 0.975) and 0.005 < draws.std() < 0.03
 
@@ -149,8 +163,15 @@ def test_a_curve_passes_where_some_point_does(sample):
     fails(6, *arguments, "--sizes", "1x", "--max-drop", "1%", says="rotation")
 
 
-def test_a_gate_needs_a_fine_tuned_model(sample, bundles):
-    fails(2, "eval", bundles / "exact", "--spec", sample.spec_path, "--max-drop", "1%", says="fine-tuned")
+def test_a_gate_needs_a_fine_tuned_model_before_a_weight_is_read(sample, bundles, monkeypatch):
+    def read(*_args):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("flexmerge_cli.bundle.view.View.__getitem__", read)
+    monkeypatch.setattr("flexmerge_cli.evaluation.models.StoredWeights.array", read)
+    limit = ("--spec", sample.spec_path, "--max-drop", "1%")
+    fails(2, "eval", bundles / "exact", *limit, says="fine-tuned")
+    fails(2, "eval", "--sources", "--plan", sample.plan_path, *limit, says="--sources")
 
 
 def recipe(sample: Digits, folder, *, size: str, limit: str, spec: str = "eval.yaml"):
