@@ -5,6 +5,7 @@ tasks         {name: {kind, metric, higher_is_better, n, fine_tuned, base, …_i
 points        [{method, sizes, bytes, total_bytes, factor, merges, undone, command, tasks, mean}], by method and bytes;
               `sizes` that were asked for and came to this point, none where it is the method's own;
               tasks {name: {value, interval, normalised, weights}}; mean {value, interval, normalised}
+mean, mean_of  of the references; what means are of: the metric, or `normalised` where tasks have different ones
 alternatives  the same of copies in fewer bits: `method` is their name
 unreached     [{method, size, message}]
 evaluations   {asked, scored, saved}
@@ -15,6 +16,7 @@ data_dependent   {arguments, spec} of arguments that were chosen on data; null w
 An interval is of 95 %; that of a mean adds the squares of its tasks' half widths, which are independent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.evaluation.curve import Curve, Point
-from flexmerge_cli.evaluation.evaluate import FORMAT, means, task_record
+from flexmerge_cli.evaluation.evaluate import FORMAT, means, one_metric, task_record
 from flexmerge_cli.evaluation.gate import Gate, Outcome, judge
 from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.metrics import normalised
@@ -30,6 +32,7 @@ from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 Interval = tuple[float, float]
+NORMALISED = "normalised"
 
 
 def curve_record(
@@ -48,7 +51,7 @@ def curve_record(
         for task in spec.tasks
     }
     seen: dict[tuple[str, str], Interval] = {}
-    points = [_point(plan, point, curve.fine_tuned, seen) for point in curve.points]
+    points = [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.points]
     if gate:
         for point, record in zip(curve.points, points):
             record["gate"] = judge(point.scores, curve.fine_tuned, gate, same_as_fine_tuned(point, curve)).record()
@@ -58,9 +61,10 @@ def curve_record(
         "one_model_bytes": plan.one_model_bytes,
         "num_models": len(plan.tasks),
         "tasks": tasks,
-        "mean": means(tasks),
+        "mean": means(tasks) | reference_means(tasks),
+        "mean_of": one_metric(tasks) or NORMALISED,
         "points": points,
-        "alternatives": [_point(plan, point, curve.fine_tuned, seen) for point in curve.alternatives],
+        "alternatives": [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.alternatives],
         "unreached": [{"method": u.method, "size": u.size, "message": u.message} for u in curve.unreached],
         "evaluations": {
             "asked": curve.num_evaluations,
@@ -94,7 +98,11 @@ def _smallest_that_passes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _point(
-    plan: Plan, point: Point, references: Mapping[str, Scored], seen: dict[tuple[str, str], Interval]
+    plan: Plan,
+    point: Point,
+    references: Mapping[str, Scored],
+    records: Mapping[str, Mapping[str, Any]],
+    seen: dict[tuple[str, str], Interval],
 ) -> dict[str, Any]:
     """seen: intervals of (task, weights), which are resampled once."""
     tasks = {}
@@ -103,8 +111,8 @@ def _point(
         if key not in seen:
             seen[key] = interval(scored)
         tasks[task] = {
-            "value": scored.value,
-            "interval": list(seen[key]),
+            "value": scored.value if _finite(scored.value) else None,
+            "interval": list(seen[key]) if _finite(scored.value, *seen[key]) else None,
             "normalised": normalised(scored.value, references[task].value, higher_is_better=scored.higher_is_better),
             "weights": point.digests[task],
             "notes": list(scored.notes),
@@ -119,22 +127,51 @@ def _point(
         "undone": point.undone,
         "command": point.command,
         "tasks": tasks,
-        "mean": mean_of(tasks),
+        "mean": mean_of(tasks, records),
     }
 
 
-def mean_of(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Over tasks: value, its interval, and the part of the fine-tuned score, null where a task has none."""
-    values = np.array([record["value"] for record in tasks.values()])
-    ends = np.array([record["interval"] for record in tasks.values()])
-    low, high = np.sqrt(((ends - values[:, None]) ** 2).sum(0)) / len(values)
+def mean_of(tasks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Over tasks: value, its interval, and the part of the fine-tuned score, each null where a task has none.
+
+    Of different metrics the value is of these parts, where none counts as nothing. references: `task_record`s.
+    """
+    triples = [(record["value"], *(record["interval"] or (None, None))) for record in tasks.values()]
+    if one_metric(references) is None:
+        in_parts = [[_part(one, references[task]) for one in triple] for task, triple in zip(tasks, triples)]
+        triples = [(value, min(low, high), max(low, high)) for value, low, high in in_parts]
     parts = [record["normalised"] for record in tasks.values()]
+    kept = float(np.mean(parts)) if None not in parts else None
+    if any(None in triple for triple in triples):
+        return {"value": None, "interval": None, "normalised": kept}
+    values, ends = np.split(np.array(triples), [1], axis=1)
+    low, high = np.sqrt(((ends - values) ** 2).sum(0)) / len(values)
     mean = float(values.mean())
+    return {"value": mean, "interval": [mean - float(low), mean + float(high)], "normalised": kept}
+
+
+def reference_means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the `mean_of` of a point stands beside: fine-tuned and base, in the same unit."""
+    if one_metric(records) is not None:
+        return {who: means(records)[who] for who in ("fine_tuned", "base")}
     return {
-        "value": mean,
-        "interval": [mean - float(low), mean + float(high)],
-        "normalised": float(np.mean(parts)) if None not in parts else None,
+        who: float(np.mean([_part(record[who], record) for record in records.values()]))
+        if all(record[who] is not None and record["fine_tuned"] is not None for record in records.values())
+        else None
+        for who in ("fine_tuned", "base")
     }
+
+
+def _part(value: float | None, reference: Mapping[str, Any]) -> float:
+    best = reference["fine_tuned"]
+    if value is None or best is None:
+        return 0.0
+    return normalised(value, best, higher_is_better=reference["higher_is_better"]) or 0.0
+
+
+def _finite(*values: float) -> bool:
+    """Of a perplexity beyond all numbers there is none in JSON."""
+    return all(map(math.isfinite, values))
 
 
 def _order(plan: Plan) -> list[dict[str, Any]]:

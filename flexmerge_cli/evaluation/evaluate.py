@@ -3,7 +3,7 @@
 `flexmerge.eval/1`, one JSON document:
 tasks  {name: {kind, metric, higher_is_better, n, split, merged, fine_tuned, base, normalised, …_interval, scores}};
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
-mean   of merged, fine-tuned, base and normalised scores, each where every task has one
+mean   of merged, fine-tuned, base and normalised scores, each where every task has one; null of different metrics
 bundle, methods, num_models, one_model_bytes   of the bundle, if there is one: its id, what merged it, its models
 stored_bytes, total_bytes, factor   and its size: of tensors, of every file, in models
 evaluations  {computed, reused}: models that were run, and scores that were known
@@ -152,11 +152,20 @@ def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict
     }
 
 
-def means(records: dict[str, Any]) -> dict[str, float | None]:
-    """Over tasks; None where one of them has none."""
+def one_metric(records: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Of all tasks; None where they differ: then a mean of scores says nothing, one of parts of the fine-tuned does."""
+    metrics = {record["metric"] for record in records.values()}
+    return metrics.pop() if len(metrics) == 1 else None
+
+
+def means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Over tasks; None where one of them has none, and of scores of different metrics."""
 
     def mean(key: str) -> float | None:
         values = [record[key] for record in records.values()]
         return float(np.mean(values)) if values and None not in values else None
 
-    return {key: mean(key) for key in ("merged", "fine_tuned", "base", "normalised")}
+    one = one_metric(records) is not None
+    return {key: mean(key) if one else None for key in ("merged", "fine_tuned", "base")} | {
+        "normalised": mean("normalised")
+    }

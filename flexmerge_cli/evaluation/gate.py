@@ -110,12 +110,18 @@ class Verdict:
             "message": self.message,
             "tasks": {
                 task.name: {
-                    "outcome": str(task.outcome), "message": task.told, "limit": task.limit, "drop": task.drop,
-                    "low": task.low, "high": task.high, "n": task.n, "n_needed": task.needed,
+                    "outcome": str(task.outcome), "message": task.told, "limit": task.limit,
+                    "drop": _finite(task.drop), "low": _finite(task.low), "high": _finite(task.high), "n": task.n,
+                    "n_needed": task.needed,
                 }
                 for task in self.tasks
             },
         }  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    """A bound of one example is infinite, and JSON has no infinity."""
+    return value if value is not None and np.isfinite(value) else None
 
 
 def require_pass(gate: Mapping[str, Any], what: str) -> None:

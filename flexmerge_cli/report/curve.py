@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flexmerge_cli.evaluation.curve_record import NORMALISED
+from flexmerge_cli.evaluation.evaluate import one_metric
 from flexmerge_cli.report.text import human_bytes, table
 
 
@@ -11,7 +13,8 @@ def show_curve(value: dict[str, Any]) -> None:
         (name, record["metric"], record["n"], told(record["fine_tuned"]), told(record["base"]))
         for name, record in tasks.items()
     ]
-    rows.append(("mean", "", "", told(value["mean"]["fine_tuned"]), told(value["mean"]["base"])))
+    mean = value["mean"]
+    rows.append(("mean", one_metric(tasks) or NORMALISED, "", told(mean["fine_tuned"]), told(mean["base"])))
     table(["task", "metric", "n", "fine-tuned", "base"], rows)
     gated = "gate" in value
     table(
@@ -39,9 +42,12 @@ def told(score: float | None) -> str:
     return "" if score is None else f"{score:.4f}"
 
 
+def told_ends(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} … {interval[1]:.4f}"
+
+
 def _row(point: dict[str, Any]) -> tuple[object, ...]:
     mean = point["mean"]
-    low, high = mean["interval"]
     worst = min(point["tasks"], key=lambda name: point["tasks"][name]["normalised"] or 0.0)
     part = point["tasks"][worst]["normalised"]
     return (
@@ -50,7 +56,7 @@ def _row(point: dict[str, Any]) -> tuple[object, ...]:
         human_bytes(point["bytes"]),
         human_bytes(point["total_bytes"]),
         told(mean["value"]),
-        f"{low:.4f} … {high:.4f}",
+        told_ends(mean["interval"]),
         "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
         worst + ("" if part is None else f" {100 * part:.1f} %"),
     )

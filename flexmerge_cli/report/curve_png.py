@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.errors import MachineError, UsageError
-from flexmerge_cli.report.curve_series import axes_of, factor_ticks, series_of
+from flexmerge_cli.report.curve_series import axes_of, factor_ticks, series_of, told_metric
 from flexmerge_cli.report.text import human_bytes, printable
 
 DASHES = {"": "-", "7 3": "--", "2 3": ":", "9 3 2 3": "-."}
@@ -25,7 +25,8 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     one = max(1, record["one_model_bytes"])
-    everything = [*record["points"], *record["alternatives"]]
+    alternatives = [point for point in record["alternatives"] if point["mean"]["value"] is not None]
+    everything = [*(point for point in record["points"] if point["mean"]["value"] is not None), *alternatives]
     means = [(*point["mean"]["interval"], point["mean"]["value"]) for point in everything]
     lines = [value for value in (record["mean"]["fine_tuned"], record["mean"]["base"]) if value is not None]
     axes = axes_of(everything, [(low, value, high) for low, high, value in means], lines)
@@ -33,8 +34,9 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()
     for one_line in sorted(series_of(record), key=lambda series: not series.is_grey):
-        across = [point["bytes"] for point in one_line.points]
-        values = [point["mean"]["value"] for point in one_line.points]
+        drawn = [point for point in one_line.points if point["mean"]["value"] is not None]
+        across = [point["bytes"] for point in drawn]
+        values = [point["mean"]["value"] for point in drawn]
         style, grey = one_line.style, one_line.is_grey
         plot.plot(
             across, values, color=style.colour, marker=style.png_marker, markersize=3 if grey else 5.5,
@@ -42,7 +44,7 @@ def write_png(record: dict[str, Any], path: Path) -> None:
             label=None if grey else printable(one_line.method),
         )  # fmt: skip
         if not grey:
-            ends = [point["mean"]["interval"] for point in one_line.points]
+            ends = [point["mean"]["interval"] for point in drawn]
             plot.fill_between(
                 across, [low for low, _ in ends], [high for _, high in ends], color=style.colour, alpha=0.1, linewidth=0
             )
@@ -59,7 +61,7 @@ def write_png(record: dict[str, Any], path: Path) -> None:
                 label, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
                 ha="right", fontsize=8, color="#444444",
             )  # fmt: skip
-    for point in record["alternatives"]:
+    for point in alternatives:
         plot.plot(point["bytes"], point["mean"]["value"], "o", mfc="white", mec="#222222", ms=7, zorder=4)
         plot.annotate(
             point["method"].removeprefix("copies as "), (point["bytes"], point["mean"]["value"]), xytext=(0, -13),
@@ -72,8 +74,7 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     plot.set_xticks([tick * one for tick in ticks], [f"{tick:.4g}x\n{human_bytes(tick * one)}" for tick in ticks])
     plot.minorticks_off()
     plot.set_xlabel("tensor data stored, in models and in bytes")
-    metrics = sorted({task["metric"] for task in record["tasks"].values()})
-    plot.set_ylabel(f"mean over {len(record['tasks'])} tasks: {printable(', '.join(metrics))}")
+    plot.set_ylabel(f"mean over {len(record['tasks'])} tasks: {printable(told_metric(record))}")
     plot.grid(color="#e2e2e2", linewidth=0.7)
     plot.set_axisbelow(True)
     title = "chosen on data: " + record["data_dependent"]["arguments"] if record["data_dependent"] else ""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexmerge_cli.evaluation.evaluate import one_metric
+
 
 @dataclass(frozen=True, slots=True)
 class Style:
@@ -112,7 +114,11 @@ def sizes_of(record: dict[str, Any]) -> list[str]:
 def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
     """Method -> its place at a size, 1 is best; equal means share one. Of the methods that reach the size."""
     better = _signs(record)
-    at = {point["method"]: better * point["mean"]["value"] for point in record["points"] if size in point["sizes"]}
+    at = {
+        point["method"]: better * point["mean"]["value"]
+        for point in record["points"]
+        if size in point["sizes"] and point["mean"]["value"] is not None
+    }
     return {method: 1 + sum(other > value for other in at.values()) for method, value in at.items()}
 
 
@@ -132,9 +138,16 @@ def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:
 
 
 def _part(point: dict[str, Any]) -> float:
-    return float(point["mean"]["normalised"] if point["mean"]["normalised"] is not None else point["mean"]["value"])
+    part = point["mean"]["normalised"]
+    return float((point["mean"]["value"] or 0.0) if part is None else part)
 
 
 def _signs(record: dict[str, Any]) -> float:
-    """-1 where every metric falls."""
-    return -1.0 if not any(task["higher_is_better"] for task in record["tasks"].values()) else 1.0
+    """-1 where the metric falls; of different ones the means are of parts of the fine-tuned scores, which rise."""
+    falls = not any(task["higher_is_better"] for task in record["tasks"].values())
+    return -1.0 if falls and one_metric(record["tasks"]) is not None else 1.0
+
+
+def told_metric(record: dict[str, Any]) -> str:
+    """What means are of."""
+    return one_metric(record["tasks"]) or "part of the fine-tuned score"

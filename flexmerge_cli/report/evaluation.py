@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flexmerge_cli.evaluation.evaluate import one_metric
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.report.text import table
 
@@ -38,15 +39,11 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if has_merged:
             row.append(told_number(record["normalised"], 100.0))
         rows.append(row)
-    metrics = {record["metric"] for record in records.values()}
     if len(records) > 1:
-        # A mean over different metrics says nothing; one over parts of the fine-tuned scores does.
-        same = len(metrics) == 1
+        scale = scale_of(one_metric(records) or "")
         row = ["mean", "", ""]
         for who in whos:
-            row += [told_number(mean[who], scale_of(next(iter(metrics)))) if same else ""] + ["", ""] * (
-                who == "merged"
-            )
+            row += ["" if mean[who] is None else told_number(mean[who], scale)] + ["", ""] * (who == "merged")
         rows.append(row + ([told_number(mean["normalised"], 100.0)] if has_merged else []))
     columns = [head for who in whos for head in heads[who]] + ["of it %"] * has_merged
     return ["task", "metric", "n", *columns], rows

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.report.curve_series import Series, ranking, series_of, sizes_of
+from flexmerge_cli.report.curve import told, told_ends
+from flexmerge_cli.report.curve_series import Series, ranking, series_of, sizes_of, told_metric
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_chart import Tick, chart, dots, nice_ticks
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of, of_task, series_css
@@ -65,8 +66,8 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
         picture,
         "<p class=axis>tensor data stored, in models (x) and bytes</p>",
         _methods(series),
-        note="Mean over the tasks; bands are 95 % intervals. Circles are what can be had without merging: copies of "
-        "all models in fewer bits. Pick a method to see it alone.",
+        note=f"Mean over the tasks: {told_metric(record)}; bands are 95 % intervals. Circles are what can be had "
+        "without merging: copies of all models in fewer bits. Pick a method to see it alone.",
     )
 
 
@@ -164,8 +165,7 @@ def _references(record: dict[str, Any]) -> str:
     for task, found in record["tasks"].items():
         cells = [name(task), text(found["metric"]), f"{found['n']:,}", text(_split(found))]
         for who in ("fine_tuned", "base"):
-            value, interval = found[who], found[f"{who}_interval"]
-            cells.append("" if value is None else f"{value:.4f} ({interval[0]:.4f} … {interval[1]:.4f})")
+            cells.append(f"{told(found[who])} ({told_ends(found[f'{who}_interval'])})".removesuffix(" ()"))
         rows.append(cells)
     return section("References", table(["task", "metric", "n", "split", "fine-tuned", "base"], rows, left=2))
 
@@ -179,7 +179,6 @@ def _points(record: dict[str, Any]) -> str:
     rows = []
     for point in (*record["points"], *record["alternatives"]):
         mean = point["mean"]
-        low, high = mean["interval"]
         rows.append(
             [
                 name(point["method"], 40),
@@ -187,10 +186,10 @@ def _points(record: dict[str, Any]) -> str:
                 f"{point['factor']:.2f}x",
                 f"{point['bytes']:,}",
                 f"{point['total_bytes']:,}",
-                f"{mean['value']:.4f}",
-                f"{low:.4f} … {high:.4f}",
+                told(mean["value"]),
+                told_ends(mean["interval"]),
                 "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
-                *(f"{point['tasks'][task]['value']:.4f}" for task in tasks),
+                *(told(point["tasks"][task]["value"]) for task in tasks),
             ]
         )
     heads = ["method", "asked", "is", "bytes", "on disk", "mean", "95 %", "of fine-tuned", *tasks]

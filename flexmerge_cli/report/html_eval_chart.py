@@ -11,21 +11,27 @@ from flexmerge_cli.report.html import text
 from flexmerge_cli.report.html_chart import Tick, band, chart, line, nice_ticks
 from flexmerge_cli.report.text import human_bytes
 
-Values = Callable[[dict[str, Any]], tuple[float, float, float]]
-"""(low, value, high) of a point."""
+Values = Callable[[dict[str, Any]], tuple[float, float, float] | None]
+"""(low, value, high) of a point; None for what is no number, and is not drawn."""
 
 
-def mean_of(point: dict[str, Any]) -> tuple[float, float, float]:
-    low, high = point["mean"]["interval"]
-    return low, point["mean"]["value"], high
+Drawn = tuple[dict[str, Any], tuple[float, float, float]]
+"""A point and its (low, value, high)."""
+
+
+def mean_of(point: dict[str, Any]) -> tuple[float, float, float] | None:
+    return _triple(point["mean"])
 
 
 def of_task(task: str) -> Values:
-    def values(point: dict[str, Any]) -> tuple[float, float, float]:
-        low, high = point["tasks"][task]["interval"]
-        return low, point["tasks"][task]["value"], high
+    return lambda point: _triple(point["tasks"][task])
 
-    return values
+
+def _triple(number: dict[str, Any]) -> tuple[float, float, float] | None:
+    if number["value"] is None or number["interval"] is None:
+        return None
+    low, high = number["interval"]
+    return low, number["value"], high
 
 
 def curve_chart(
@@ -34,22 +40,23 @@ def curve_chart(
 ) -> str:  # fmt: skip
     """One picture. small: of many beside each other, without the copies and the second axis."""
     one = max(1, record["one_model_bytes"])
-    others = [] if small else record["alternatives"]
-    points = [point for one_line in series for point in one_line.points] + others
+    others = _drawn([] if small else record["alternatives"], values)
+    drawn = {place: found for place, one in enumerate(series) if (found := _drawn(one.points, values))}
+    points = [item for found in (*drawn.values(), others) for item in found]
     lines = [value for value in (fine_tuned, base) if value is not None]
-    axes = axes_of(points, [values(point) for point in points], lines)
+    axes = axes_of([point for point, _ in points], [ends for _, ends in points], lines)
     body, marks = [], []
-    for place, one_line in sorted(enumerate(series), key=lambda item: not item[1].is_grey):
-        lines_, markers = _series(place, one_line, values, axes, with_data=not small)
+    for place in sorted(drawn, key=lambda place: not series[place].is_grey):
+        lines_, markers = _series(place, series[place], drawn[place], axes, with_data=not small)
         body.append(lines_)
         marks += markers
     for value, kind in ((fine_tuned, "tuned"), (base, "base")):
         if value is not None:
             body.append(line([(0, axes.up(value)), (1, axes.up(value))], kind))
-    for point in others:
-        x, y = axes.across(point["bytes"]), axes.up(values(point)[1])
+    for point, (_, value, _) in others:
+        x, y = axes.across(point["bytes"]), axes.up(value)
         name = point["method"].removeprefix("copies as ")
-        marks.append(_mark("other", "○", point, values(point)[1], x, y, ""))
+        marks.append(_mark("other", "○", point, value, x, y, ""))
         marks.append(f'<b style="left:{100 * x:.2f}%;bottom:{100 * y:.2f}%">{text(name)}</b>')
     factors = factor_ticks(axes.low_bytes / one, axes.high_bytes / one)
     below = [
@@ -77,18 +84,23 @@ def curve_chart(
     )
 
 
-def _series(place: int, series: Series, values: Values, axes: Axes, *, with_data: bool) -> tuple[str, list[str]]:
-    across = [axes.across(point["bytes"]) for point in series.points]
-    ends = [[axes.up(value) for value in values(point)] for point in series.points]
-    lower, middle, upper = ([(x, end[which]) for x, end in zip(across, ends)] for which in range(3))
+def _drawn(points: Sequence[dict[str, Any]], values: Values) -> list[Drawn]:
+    return [(point, found) for point in points if (found := values(point)) is not None]
+
+
+def _series(
+    place: int, series: Series, drawn: Sequence[Drawn], axes: Axes, *, with_data: bool
+) -> tuple[str, list[str]]:
+    across = [axes.across(point["bytes"]) for point, _ in drawn]
+    lower, middle, upper = ([(x, axes.up(ends[which])) for x, (_, ends) in zip(across, drawn)] for which in range(3))
     css = f"s s{place}"
-    if len(series.points) > 1:
+    if len(drawn) > 1:
         area = band(lower, upper, f"area {css}")
     else:  # a band without a width is a stroke
         area = line([*lower, *upper], f"trace {css}")
     marks = [
-        _mark(css, series.style.marker, point, values(point)[1], x, end[1], series.method if with_data else "")
-        for point, x, end in zip(series.points, across, ends)
+        _mark(css, series.style.marker, point, value, x, y, series.method if with_data else "")
+        for (point, (_, value, _)), (x, y) in zip(drawn, middle)
     ]
     return area + line(middle, f"trace {css}"), marks
 

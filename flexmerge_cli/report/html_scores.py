@@ -3,8 +3,9 @@
 from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import mean_of as mean_over_tasks
-from flexmerge_cli.evaluation.evaluate import told_methods
-from flexmerge_cli.report.curve_series import series_of
+from flexmerge_cli.evaluation.curve_record import reference_means
+from flexmerge_cli.evaluation.evaluate import one_metric, told_methods
+from flexmerge_cli.report.curve_series import series_of, told_metric
 from flexmerge_cli.report.evaluation import remarks, scale_of, score_table, told_interval, told_number
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, verdicts
@@ -41,9 +42,11 @@ def scores_page(document: dict[str, Any]) -> str:
 def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
     """A bundle as the one point of a curve; where the fine-tuned scores are known, copies of these models beside it.
 
-    None without a bundle, and where a task has no score.
+    None without a bundle, where a task has no score, and where metrics differ and the fine-tuned scores are not known.
     """
     if "bundle" not in document or not _has_all(document, "merged"):
+        return None
+    if one_metric(document["tasks"]) is None and not _has_all(document, "fine_tuned"):
         return None
     one, models = document["one_model_bytes"], document["num_models"]
     own = {
@@ -54,7 +57,7 @@ def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "one_model_bytes": one,
         "tasks": document["tasks"],
-        "mean": document["mean"],
+        "mean": reference_means(document["tasks"]),
         "points": [_point(own, document, "merged")],
         "alternatives": [_point(copies, document, "fine_tuned")] if _has_all(document, "fine_tuned") else [],
     }
@@ -70,7 +73,7 @@ def _point(of: dict[str, Any], document: dict[str, Any], who: str) -> dict[str, 
         task: {"value": record[who], "interval": record[f"{who}_interval"], "normalised": None}
         for task, record in document["tasks"].items()
     }
-    return of | {"sizes": [], "tasks": tasks, "mean": mean_over_tasks(tasks)}
+    return of | {"sizes": [], "tasks": tasks, "mean": mean_over_tasks(tasks, document["tasks"])}
 
 
 def _table(document: dict[str, Any]) -> str:
@@ -90,7 +93,8 @@ def _place(curve: dict[str, Any]) -> str:
         "Accuracy against size",
         picture,
         "<p class=axis>tensor data stored, in models (x) and bytes</p>",
-        note=f"Mean over the tasks, with its 95 % interval{copies}. Other sizes and methods: flexmerge eval --plan.",
+        note=f"Mean over the tasks: {told_metric(curve)}, with its 95 % interval{copies}. Other sizes and methods: "
+        "flexmerge eval --plan.",
     )
 
 

@@ -1,5 +1,7 @@
 """Gates: three outcomes by the paired bound, the examples that would decide, and how commands end by them."""
 
+import json
+
 import numpy as np
 import pytest
 import yaml
@@ -60,6 +62,14 @@ def test_equal_weights_pass_with_any_number_of_examples():
     scored = hits(3, 0.9)
     assert judge({"t": scored}, {"t": scored}, parse_gate("0pt", None), {"t": True}).outcome is Outcome.PASS
     assert judge({"t": scored}, {"t": scored}, parse_gate("1pt", None)).outcome is Outcome.UNDECIDED
+
+
+def test_an_infinite_bound_is_null_in_json():
+    """Of one example: it was Infinity, which no JSON has."""
+    one = Scored(metric="kl_divergence", predictions=np.array([[0.0, 1.0]]), labels=np.array([[1.0, 0.0]]))
+    record = judge({"t": one}, {"t": one}, parse_gate("1%", None)).record()
+    assert record["outcome"] == "undecided" and record["tasks"]["t"]["high"] is None
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_number_from_outside_decides_nothing():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flexmerge_cli.report.curve import show_curve
 from flexmerge_cli.report.curve_png import write_png
 from flexmerge_cli.report.curve_series import STYLES, ranking, series_of, sizes_of
 from flexmerge_cli.report.html_eval import curve_page
@@ -20,7 +21,7 @@ def points_in(markup: str) -> list[tuple[str, int, float]]:
 
 def points_of(found: dict) -> list[tuple[str, int, float]]:
     points = found["points"] + found["alternatives"]
-    return sorted((point["method"], point["bytes"], point["mean"]["value"]) for point in points)
+    return sorted((point["method"], point["bytes"], point["mean"]["value"] or 0.0) for point in points)
 
 
 @pytest.mark.parametrize("methods, tasks", [(0, 1), (1, 1), (4, 3), (8, 8), (28, 20)])
@@ -73,6 +74,31 @@ def test_the_picture_is_a_png(tmp_path, methods):
     write_png(record(methods), tmp_path / "curve.png")
     data = (tmp_path / "curve.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") >= 1600
+
+
+def test_what_is_beyond_all_numbers_is_in_the_tables_and_in_no_picture(tmp_path, capsys):
+    """A model that a merge has broken: its perplexity is null."""
+    found = record(2, 2)
+    for point in (found["points"][0], found["alternatives"][1]):
+        point["mean"] |= {"value": None, "interval": None, "normalised": None}
+        point["tasks"]["task0"] |= {"value": None, "interval": None, "normalised": None}
+    found["tasks"]["task1"] |= {"base": None, "base_interval": None}
+    found["mean"]["base"] = None
+    page = curve_page(found)
+    check_self_contained(Page(page))
+    assert len(points_in(page)) == len(points_of(found)) - 2
+    write_png(found, tmp_path / "curve.png")
+    show_curve(found)
+    assert "method0:bits=0" in capsys.readouterr().out
+
+
+def test_means_over_different_metrics_are_of_parts_and_rise():
+    found = record(2, 2)
+    found["tasks"]["task0"] |= {"metric": "perplexity", "higher_is_better": False}
+    assert "part of the fine-tuned score" in " ".join(Page(curve_page(found)).text)
+    found["tasks"]["task1"] |= {"metric": "kl_divergence", "higher_is_better": False}
+    best = max((p for p in found["points"] if "3x" in p["sizes"]), key=lambda point: point["mean"]["value"])
+    assert ranking(found, "3x")[best["method"]] == 1
 
 
 @needs_browser
