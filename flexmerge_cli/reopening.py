@@ -15,7 +15,7 @@ from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
 from flexmerge_cli.family.classes import TensorClass
 
@@ -47,14 +47,30 @@ class OpenSources:
 def open_sources(
     plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access = ONLINE
 ) -> tuple[OpenSources, dict[str, Path]]:
-    """Open the plan's sources and find every tensor that it names. Raises DataError if headers are not the plan's."""
+    """Open the plan's sources and find every tensor that it names.
+
+    Raises DataError if headers are not the plan's, SourceError for a source that is not there, UsageError for an OLD of
+    relocate that no source begins with.
+    """
     from flexmerge_cli.engine.materialise import Sources
 
     access = replace(access, variant=plan.settings.variant)
+    everything = [plan.base.source, *(task.source for task in plan.tasks), *(each.source for each in plan.adapters)]
+    for old, new in relocate.items():
+        if all(_relocated(source, folder, {old: new}) is None for source in everything):
+            raise UsageError(
+                f"--relocate {old}={new}: no source of the plan begins with {old}",
+                hint=f"write it as the plan does, or absolute: {everything[0]}, …",
+            )
 
     def opened(named: tuple[str, Collection[str]]) -> Checkpoint:
         source, side_files = named
         moved = _relocated(source, folder, relocate)
+        if moved is None and not is_remote(source) and not (folder / Path(source).expanduser()).exists():
+            raise SourceError(
+                f"{source}, as the plan says, is not there: {(folder / source).resolve()} does not exist",
+                hint=f"if it moved: flexmerge merge with --relocate {source}=NEW, or with the beginnings of both paths",
+            )
         return open_checkpoint(
             moved if moved is not None else source,
             relative_to=folder if moved is None else None,

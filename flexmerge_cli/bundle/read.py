@@ -387,7 +387,10 @@ def read_manifest(path: Path) -> Manifest:
     """Checked against its schema and its own id; every path inside the folder."""
     file = path / MANIFEST_NAME
     if not file.is_file():
-        raise SourceError(f"no bundle at {path}: it has no {MANIFEST_NAME}", hint="give the folder that `merge` wrote")
+        why = (
+            f"it has no {MANIFEST_NAME}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
+        )
+        raise SourceError(f"no bundle at {path}: {why}", hint="give the folder that `merge` wrote")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise DataError(f"{file} is too large for a manifest", hint="check the file")
     data = file.read_bytes()

@@ -5,6 +5,7 @@ safetensors wins where a folder holds both formats. Knows nothing of other model
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,22 @@ def open_checkpoint(
         )
     if path.is_file():
         return _open_folder(source, _FileFolder(path.parent), path.name, access)
+    if (in_bundle := _task_of_bundle(path)) is not None:
+        raise in_bundle
     return _open_folder(source, LocalFolder(path), None, access)
+
+
+def _task_of_bundle(folder: Path) -> UsageError | None:
+    """Of a task's folder in a bundle, whose weights lie beside those of others: how it is had as a checkpoint."""
+    bundle = folder.parent.parent
+    if folder.parent.name != "tasks" or not (bundle / "manifest.json").is_file() or not (bundle / "weights").is_dir():
+        return None
+    if any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):  # a kept adapter is whole
+        return None
+    return UsageError(
+        f"{folder} is a task of a bundle, which holds its weights",
+        hint=shlex.join(["flexmerge", "export", str(bundle), "--task", folder.name, "-o", folder.name]),
+    )
 
 
 def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], names: Iterable[str]) -> list[Opened]:

@@ -1,0 +1,53 @@
+"""Sources, plans and bundles that are elsewhere than they were, or are taken for one another."""
+
+import shutil
+
+import pytest
+
+from .families import ODD, write_family
+from .program import fails, succeeds, tree
+
+
+@pytest.fixture
+def moved(tmp_path):
+    """A folder with plan.json, whose sources have moved from `family` to `elsewhere/family`."""
+    family = write_family(tmp_path / "family", ODD["two_tasks"]())
+    succeeds("plan", *family.arguments, "-o", tmp_path / "plan.json")
+    succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "before")
+    (tmp_path / "elsewhere").mkdir()
+    family.root.rename(tmp_path / "elsewhere/family")
+    return tmp_path
+
+
+def test_the_hint_of_sources_that_moved_is_relocate_and_it_does(moved):
+    merge = ("merge", moved / "plan.json", "-o", moved / "b")
+    fails(4, *merge, says=("family/base, as the plan says, is not there", "--relocate family/base=NEW"))
+    succeeds(*merge, "--relocate", f"family={moved / 'elsewhere/family'}")
+    assert tree(moved / "b") == tree(moved / "before")
+
+
+def test_a_plan_that_moved_alone_is_told_where_it_looks(moved):
+    (moved / "elsewhere/plan").mkdir()
+    shutil.copy(moved / "plan.json", moved / "elsewhere/plan/plan.json")
+    says = f"{moved / 'elsewhere/plan/family/base'} does not exist"
+    fails(4, "merge", moved / "elsewhere/plan/plan.json", "-o", moved / "b", says=says)
+
+
+def test_a_place_that_no_source_has_is_not_relocated_in_silence(moved):
+    fails(2, "merge", moved / "plan.json", "-o", moved / "b", "--relocate", "famly=x", says="no source of the plan")
+
+
+@pytest.mark.parametrize("method", ["average", "emr"])
+def test_a_task_of_a_bundle_is_no_checkpoint_and_the_hint_exports_it(method, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    succeeds("merge", plan, "--method", method, "-o", "bundle")
+    done = fails(2, "inspect", "bundle/tasks/task0", says="is a task of a bundle")
+    assert "hostile" not in done.err
+    hint = done.err.split("hint: flexmerge ")[1].split()
+    succeeds(*hint)
+    succeeds("inspect", "task0")
+
+
+def test_a_plan_or_nothing_is_no_bundle(plan, tmp_path):
+    fails(4, "export", plan, "--task", "task0", "-o", tmp_path / "out", says="it is a file")
+    fails(4, "export", tmp_path / "no", "--task", "task0", "-o", tmp_path / "out", says="it does not exist")
