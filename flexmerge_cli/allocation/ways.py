@@ -24,8 +24,8 @@ _CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=searc
 COMMON = {
     **{name: name for name in ("average", "task_arithmetic", "ties", "emr", "consensus")},
     "mean + 2 bits per task": "low_bit:bits=2",
-    "mean at 8 bits + 2 bits per task": f"low_bit:bits=2,{_CODED_MEAN}",
-    "mean at 8 bits + 1 bit per task": f"low_bit:bits=1,{_CODED_MEAN}",
+    "mean in 8 bits + 2 bits per task": f"low_bit:bits=2,{_CODED_MEAN}",
+    "mean in 8 bits + 1 bit per task": f"low_bit:bits=1,{_CODED_MEAN}",
 }
 
 

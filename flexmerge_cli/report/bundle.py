@@ -6,7 +6,7 @@ from typing import Any
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.ways import served_bytes
-from flexmerge_cli.report.text import human_bytes, table
+from flexmerge_cli.report.text import human_bytes, merges_words, table
 
 
 def merge_summary(
@@ -50,19 +50,18 @@ def merge_summary(
 
 
 def show_merge(value: dict[str, Any]) -> None:
-    rows = [
-        (name, f"{task['route_bytes']:,}", "" if not value["written"] else _distance(task["distance"]))
-        for name, task in value["tasks"].items()
-    ]
-    if not value["written"]:
+    rows = [(name, f"{task['route_bytes']:,}") for name, task in value["tasks"].items()]
+    if value["written"]:
+        measured = [(*row, _distance(task["distance"])) for row, task in zip(rows, value["tasks"].values())]
+        table(["task", "route bytes", "distance"], measured)
+    else:
         table(["file", "bytes"], [(path, f"{size:,}") for path, size in sorted(value["files"].items())])
         print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
-    table(["task", "route bytes", "distance"], rows)
+        table(["task", "route bytes"], rows)
     verb = "wrote" if value["written"] else "would write"
-    allocation = value["allocation"]
     print(
         f"{verb} {value['bundle']}: {value['factor']:.4f}x, {value['total_bytes']:,} bytes on disk in "
-        f"{len(value['files'])} files, {allocation['merges']} merges ({allocation['undone']} undone)"
+        f"{len(value['files'])} files{merges_words(value['allocation'], ', ')}"
     )
 
 

@@ -13,7 +13,7 @@ from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.report import inspect_draw as draw
-from flexmerge_cli.report.text import line_columns, printable, table
+from flexmerge_cli.report.text import line_columns, merges_words, printable, table
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALONE = "·"
@@ -133,7 +133,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     )
     print(
         f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
-        f"{len(value['files'])} files; {allocation['merges']} merges ({allocation['undone']} undone)"
+        f"{len(value['files'])} files{merges_words(allocation, '; ')}"
     )
     if allocation["dtype"]:
         print(f"floating-point tensors are stored as {allocation['dtype']}")

@@ -16,7 +16,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.plan_request import PlanRequest
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
-from flexmerge_cli.report.text import human_bytes, table
+from flexmerge_cli.report.text import human_bytes, merges_words, table
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings
 
 MANY_TASKS = 12  # more columns than this are summed up
@@ -287,8 +287,8 @@ def show_plan(value: dict[str, Any]) -> None:
     if value.get("cut"):
         cut = value["cut"]
         print(
-            f"asked for: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk, "
-            f"{cut['merges']} merges ({cut['undone']} undone)"
+            f"asked for: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk"
+            f"{merges_words(cut, ', ')}"
         )
     if value.get("fetch_bytes"):
         print(f"to be fetched: {value['fetch_bytes']:,} bytes of weights")

@@ -1,10 +1,16 @@
 """Numbers and tables as text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PADDING = 3  # of a column
 LEAST_FOLDED = 12  # characters of a column that is folded
+
+
+def merges_words(allocation: Mapping[str, Any], before: str) -> str:
+    """How many merges of the order an allocation has, after `before`; nothing where it has none, as of `auto`."""
+    merges, undone = allocation["merges"], allocation["undone"]
+    return f"{before}{merges} merges ({undone} undone)" if merges or undone else ""
 
 
 def human_bytes(count: float) -> str:
