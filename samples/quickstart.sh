@@ -18,7 +18,7 @@ fi
 PATH=$(cd "$(dirname "$venv/bin/flexmerge")" && pwd):$PATH
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 run flexmerge plan --base samples/digits/base --tasks samples/digits/tasks -o "$work/plan.json" --force
-# The least predicted loss that fits into the bytes of one model, chosen per tensor.
+# The least predicted error that fits into the bytes of one model, chosen per tensor.
 run flexmerge merge "$work/plan.json" --method auto --size 1x -o "$work/auto" --force
 run flexmerge eval "$work/auto" --spec samples/digits/eval.yaml
 # Block merging, as in the FlexMerge paper: dense models that load as they lie.
