@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.methods.method import Where
+from flexmerge_cli.methods.pooled import pooled_call
+from flexmerge_cli.methods.registry import parse_call
 from samples import read_bundle
 from tests.adapters import IA3, LORA, Adapted, make
 from tests.families import same_bits
@@ -126,6 +130,13 @@ def test_the_plan_compares_products(pool: Adapted) -> None:
 )  # fmt: skip
 def test_what_cannot_merge_products_is_refused(pool: Adapted, options: list[str], tmp_path: Path) -> None:
     fails(2, "merge", pool.base.parent / "plan.json", *options, "-o", tmp_path / "b", says="LoRA")
+
+
+def test_products_that_float32_cannot_hold_are_told() -> None:
+    """Of finite factors: their singular values did not converge."""
+    factors = {"m.lora_A.weight": torch.full((2, 1, 3), 1e30), "m.lora_B.weight": torch.full((2, 3, 1), 1e30)}
+    with pytest.raises(DataError, match="ΔW in `m` is larger than float32 can hold"):
+        pooled_call(parse_call("magmax"))(factors, Where(tasks=("a", "b"), tensor="m", start=0, shape=()))
 
 
 def test_a_pool_is_of_one_kind_rank_and_scale(tmp_path: Path) -> None:

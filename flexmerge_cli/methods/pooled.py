@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
 from flexmerge_cli.methods.method import Call, Method, Where, nothing, nowhere
 
@@ -93,6 +93,10 @@ def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Ten
         weighted = b_kMR * _weights(call, where)[:, None, None]
         return truncated_product(weighted.permute(1, 0, 2).reshape(-1, k * r), a_kRN.reshape(k * r, n), r)
     deltas = (b_kMR @ a_kRN).float()
+    if not bool(torch.isfinite(deltas).all()):
+        raise DataError(
+            f"a ΔW in `{where.tensor}` is larger than float32 can hold", hint="get sound copies of the adapters"
+        )
     inside = Where(tasks=where.tasks, tensor=where.tensor, start=0, shape=tuple(deltas.shape[1:]))
     scope = call.scope_of(where.tensor, inside.shape)
     merged = call(deltas.flatten(1) if scope == "element" else deltas, inside).double().reshape(inside.shape)
