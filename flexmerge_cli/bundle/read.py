@@ -30,6 +30,7 @@ from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.residual import StoredResidual, stored_residual
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.folder import hub_blobs
+from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
@@ -257,7 +258,7 @@ class Bundle:
     def bits(self, part: StoredTensor) -> np.ndarray:
         """A part's elements, one axis, mapped; private to this process where written to."""
         if part.path not in self._maps:
-            self._maps[part.path] = np.memmap(part.path, np.uint8, mode="c")
+            self._maps[part.path] = open_one_more(np.memmap, part.path, np.uint8, mode="c")
         data = self._maps[part.path][part.offset : part.offset + part.num_bytes]
         return np.asarray(data).view(NUMPY[part.dtype])
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.change import LowRank, add_product, multiply
 from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 
@@ -152,7 +153,7 @@ class Reader:
                 descriptor = self._files.get(path)
                 if descriptor is None:
                     try:
-                        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                        descriptor = open_one_more(os.open, path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                     except OSError as error:
                         raise SourceError(f"{path} cannot be read: {error.strerror}", hint="check the file") from None
                     self._files[path] = descriptor

@@ -13,12 +13,14 @@ import numpy as np
 
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.engine.pool import aligned
 from flexmerge_cli.errors import MachineError
 
 READ_BACK_BYTES = 4 << 20
 # After that many a file is forced to disk while others compute; all at the end took a fifth of a merge's time.
 FLUSH_BYTES = 32 << 20
+OTHER_FILES = 1000  # of the sources and of Python, that are open meanwhile
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -85,7 +87,7 @@ class Output:
             path = self._folder / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+                self._descriptors.append(open_one_more(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
                 if file.num_bytes and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._descriptors[-1], 0, file.num_bytes)
             except OSError as error:
@@ -149,6 +151,9 @@ class Output:
     def _failed(self, error: OSError, path: Path) -> MachineError:
         if error.errno in NO_SPACE:
             return no_space(path, self._total_bytes)
+        if error.errno == errno.EMFILE:
+            needed = len(self._files) + OTHER_FILES
+            return MachineError(f"{path} is one open file too many", hint=f"raise the limit: ulimit -n {needed}")
         return MachineError(f"{path} cannot be written: {error.strerror}", hint="check permissions and the disk")
 
 

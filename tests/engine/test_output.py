@@ -1,5 +1,6 @@
 import hashlib
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -56,3 +57,24 @@ def test_a_file_that_is_there_is_never_written_over(tmp_path):
     with pytest.raises(MachineError), Output(tmp_path, [file], 10):
         pass
     assert (tmp_path / file.path).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("may_be_raised", [True, False])
+def test_more_files_than_a_process_may_open_at_first(may_be_raised, tmp_path, monkeypatch):
+    """Thirty tasks and tensors as blocks make thousands; a shell gives 1,024, and macOS 256."""
+    names = ["other", *(f"t{number}" for number in range(600))]
+    files = [file for n in range(600) for file in weight_files((n + 1,), [part("a", 5)], names, "0" * 64)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    if not may_be_raised:
+        monkeypatch.setattr(resource, "getrlimit", lambda _which: (512, 512))
+    try:
+        if may_be_raised:
+            with Output(tmp_path, files, 10):
+                pass
+        else:
+            with pytest.raises(MachineError, match="open file too many") as raised, Output(tmp_path, files, 10):
+                pass
+            assert "ulimit -n 1600" in raised.value.hint
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
