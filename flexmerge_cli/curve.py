@@ -18,6 +18,7 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import PATTERN, parse_size
 from flexmerge_cli.checkpoint.access import ONLINE
+from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
@@ -142,7 +143,7 @@ def command_of(plan_path: str, asked: MergeRequest) -> str:
     """The `merge` that writes it."""
     options = [("--method", asked.method), ("--size", asked.size), ("--calibrate", asked.calibrate)]
     options += [("--step", step) for step in asked.steps] + [("--method-for", item) for item in asked.method_for]
-    options += [("--dtype", {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}.get(asked.dtype or ""))]
+    options += [("--dtype", next((word for word, dtype in CASTS.items() if dtype == asked.dtype), None))]
     options += [("--fit", asked.fit.value if asked.fit is not MergeRequest().fit else None)]
     words = [word for name, value in options if value is not None for word in (name, value)]
     return shlex.join(["flexmerge", "merge", plan_path, *words, "-o", "bundle/"])
@@ -264,9 +265,13 @@ def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> I
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(drawing.request.parallel, len(jobs)), context, _start, given) as pool:
         futures = [pool.submit(_run_there, job) for job in jobs]
-        for done, future in enumerate(futures):
-            on_score(f"{jobs[done] or 'copies'}", done, len(jobs))
-            yield future.result()
+        try:
+            for done, future in enumerate(futures):
+                on_score(f"{jobs[done] or 'copies'}", done, len(jobs))
+                yield future.result()
+        except BaseException:  # the others would be finished first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _drawing: Drawing

@@ -19,6 +19,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.record import Record
+from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
@@ -108,7 +109,7 @@ class Recipe(Record):
         if "fit" in fields:
             fields["fit"] = Fit(fields["fit"])
         if "dtype" in fields:
-            fields["dtype"] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[fields["dtype"]]
+            fields["dtype"] = CASTS[fields["dtype"]]
         return fields
 
 

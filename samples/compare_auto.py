@@ -8,7 +8,6 @@ size is used up. In percent of the fine-tuned models' accuracy, mean over tasks;
 intervals of the paired bootstrap, the same images drawn for both.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,8 +21,9 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from family import arguments, plan_of
 
-from flexmerge_cli import load_plan, make_plan, merge
+from flexmerge_cli import load_plan, merge
 from flexmerge_cli.errors import GateError
 
 SIZES = ("smallest", "1x", "1.25x", "1.5x", "2x")
@@ -100,8 +100,7 @@ def compare(family: Path) -> dict[str, Any]:
     methods = {"auto": "auto", **UNIFORM, **{name: name for name in BLOCK_MERGING}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tasks = {path.name: path for path in sorted((family / "tasks").iterdir())}
-        make_plan(family / "base", tasks, output=folder / "plan.json")
+        plan_of(family, folder)
         sizes = {name: smallest(folder / "plan.json") if name == "smallest" else name for name in SIZES}
         jobs = [(method, size) for size in sizes.values() for method in methods.values()]
         with ProcessPoolExecutor(None, get_context("spawn"), start, (family, folder)) as pool:
@@ -180,11 +179,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", type=Path, default=Path(__file__).parent / "digits")
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__)
     found = compare(given.family)
     print(json.dumps(found, indent=2)) if given.json else show(found)
     if given.picture:

@@ -6,7 +6,6 @@ Needs the `eval` extra; four minutes on two free cores. Methods run with their d
 Sizes are of tensor data, in models; 1x is every merge, and a little more for the heads, which are each task's own.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -17,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from family import arguments, plan_of
 
-from flexmerge_cli import load_plan, make_plan, merge
+from flexmerge_cli import load_plan, merge
 from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import save_plan
 from flexmerge_cli.allocation.ways import COMMON
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.curve import is_per_task
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.spec import read_spec
-from flexmerge_cli.methods.coded import declare
-from flexmerge_cli.methods.registry import all_methods, parse_call
+from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.plan import replan
 from flexmerge_cli.plan_request import OrderSettings
@@ -98,20 +98,12 @@ def rows_of(name: str) -> list[Row]:
     return [scorer.row(name, size) for size in (*SIZES, *([SMALLEST] if is_per_task(name) else []))]
 
 
-def is_per_task(method: str) -> bool:
-    """Whether it stores something of each task beside what a group shares."""
-    call = parse_call(method)
-    return call.method.masked or declare(call) is not None
-
-
 def compare(family: Path) -> dict[str, list[Row]]:
     names = ["fine-tuned", *LOW_BIT, *sorted(all_methods(), key=is_per_task), CHANNELS, MODELS]
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        plan = make_plan(
-            family / "base", {p.name: p for p in (family / "tasks").iterdir()}, output=folder / "plan.json"
-        )
+        plan = plan_of(family, folder)
         save_plan(replan(plan, OrderSettings(blocks="model", linkage=Linkage.AVERAGE)), folder / "models.json")
         with ProcessPoolExecutor(None, get_context("spawn"), start, (folder, family / "eval.yaml")) as pool:
             for name, rows in zip(names, pool.map(rows_of, names)):
@@ -138,10 +130,7 @@ def show(found: dict[str, list[Row]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", type=Path, default=Path(__file__).parent / "digits")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = arguments(__doc__, picture=False)
     found = compare(given.family)
     print(json.dumps(found, indent=2)) if given.json else show(found)
 

@@ -8,15 +8,14 @@ before the cast to the dtype that a task has. A dot is a tensor at one number of
 in 8 bits.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from family import arguments, plan_of
 from safetensors.torch import load_file
 
-from flexmerge_cli import make_plan
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.residuals.coder import View
@@ -79,13 +78,8 @@ def draw(found: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", type=Path, default=Path(__file__).parent / "digits")
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    tasks = {path.name: path for path in sorted((given.family / "tasks").iterdir())}
-    found = errors(given.family, make_plan(given.family / "base", tasks))
+    given = arguments(__doc__)
+    found = errors(given.family, plan_of(given.family))
     found = found[found[:, 3] > 0]
     told = []
     for centre_bits in (DENSE, 8, 4, 3, 2):

@@ -7,10 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmerge_cli import open_bundle, verify
-from flexmerge_cli.errors import FlexmergeError
-
-from .bundle.bundles import copy, manifest_of
+from .bundle.bundles import copy, manifest_of, reads_or_says_why
 from .bundle.bundles import seal as seal_manifest
 from .families import ODD, write_family
 from .hostile import SLOW_FILES, json_values, sealed
@@ -120,11 +117,4 @@ def test_mutated_vocabularies_end_in_a_clean_error(made, tmp_path, data):
     changed = data.draw(json_values({key: fields[key] for key in ("vocabularies", "rows")}))
     if isinstance(changed, dict):
         seal_manifest(bundle, fields | changed)
-        try:
-            opened = open_bundle(bundle)
-            for task in opened.tasks:
-                for name, value in opened.view(task).items():
-                    assert value.numel() >= 0, name
-            verify(bundle, decode=True)
-        except FlexmergeError as error:
-            assert error.exit_code in (3, 5)
+        reads_or_says_why(bundle)

@@ -13,7 +13,10 @@ ITEM_BYTES = {
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
-# What `torch.save` calls them; also the words of `--dtype`.
+# What stored tensors can be cast to, by the words of `--dtype` and of recipes.
+CASTS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+# What `torch.save` calls them.
 FROM_TORCH = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",

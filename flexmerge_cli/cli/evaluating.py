@@ -136,6 +136,7 @@ def checked(options: CurveOptions) -> Drawn:
             )
         tune_spec = read_spec(options.tune_spec, plan.task_names, allow_exec=options.allow_exec)
         require_other_data(tune_spec, spec)
+        tune_spec = tune_spec.only(*spec.tasks)  # what is not reported decides nothing
     tune = None
     if options.tune is not None:
         if tune_spec is None:

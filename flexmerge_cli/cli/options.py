@@ -56,15 +56,14 @@ ClusterOption = Annotated[
     str | None, typer.Option("--cluster", help="channels: group tasks by k-means in every tensor; goes with --size Kx.")
 ]
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
 
 def dtype_of(text: str | None) -> str | None:
+    from flexmerge_cli.checkpoint.dtypes import CASTS
     from flexmerge_cli.errors import UsageError
 
-    if text is not None and text not in DTYPES:
-        raise UsageError(f"--dtype {text} is not known", hint=f"one of: {', '.join(DTYPES)}")
-    return DTYPES[text] if text else None
+    if text is not None and text not in CASTS:
+        raise UsageError(f"--dtype {text} is not known", hint=f"one of: {', '.join(CASTS)}")
+    return CASTS[text] if text else None
 
 
 def fit_of(text: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.evaluation.readers import file_digest
 from flexmerge_cli.evaluation.spec import EvalSpec
 
 
@@ -36,6 +37,4 @@ def _data(spec: EvalSpec, task: str) -> Any:
 
 def _content(place: Path) -> object:
     """Of a file what it holds: a copy under another name is the same data."""
-    from flexmerge_cli.checkpoint.digest import digest_bytes
-
-    return digest_bytes(place.read_bytes()) if place.is_file() else str(place)
+    return file_digest(place) if place.is_file() else str(place)

@@ -4,6 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+from flexmerge_cli import open_bundle, verify
+from flexmerge_cli.errors import FlexmergeError
+
 from ..families import ODD, write_family
 from ..hostile import sealed
 from ..program import succeeds
@@ -30,3 +33,15 @@ def manifest_of(bundle: Path) -> dict:
 
 def seal(bundle: Path, fields: object) -> None:
     (bundle / "manifest.json").write_bytes(sealed(fields, "id"))
+
+
+def reads_or_says_why(bundle: Path) -> None:
+    """A damaged bundle: every tensor of every task, and the whole verified; or an error of unsound data."""
+    try:
+        opened = open_bundle(bundle)
+        for task in opened.tasks:
+            for name, value in opened.view(task).items():
+                assert value.numel() >= 0, name
+        verify(bundle, decode=True)
+    except FlexmergeError as error:
+        assert error.exit_code in (3, 5)

@@ -15,7 +15,7 @@ from flexmerge_cli.errors import DataError, FlexmergeError
 from ..families import assert_same_state
 from ..hostile import SLOW_FILES, json_values, mutations
 from ..program import fails, flexmerge, tree
-from .bundles import copy, manifest_of, seal
+from .bundles import copy, manifest_of, reads_or_says_why, seal
 
 
 def rename_file(fields, old, new):
@@ -221,14 +221,7 @@ def test_mutated_manifests_end_in_a_clean_error_or_are_bundles(merged, masked, t
     else:
         seal(bundle, data.draw(json_values(json.loads(sound))))
     before = {name for name in tree(tmp_path) if not name.startswith("out/")}
-    try:
-        opened = open_bundle(bundle)
-        for task in opened.tasks:
-            for name, value in opened.view(task).items():
-                assert value.numel() >= 0, name
-        verify(bundle, decode=True)
-    except FlexmergeError as error:
-        assert error.exit_code in (3, 5)
+    reads_or_says_why(bundle)
     for task in ("task0", "task2"):
         result = flexmerge(
             "export",

@@ -37,6 +37,11 @@ class Digits:
     def spec(self) -> EvalSpec:
         return read_spec(self.spec_path, TASKS)
 
+    def drawn(self, **options: object) -> list[object]:
+        """Arguments of the program that draws a curve."""
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return ["eval", "--plan", self.plan_path, "--spec", self.spec_path, *words]
+
 
 def write_spec(path: Path, tasks: Sequence[str] = SCORED, *, limit: int = 30, **more: object) -> Path:
     fields = {

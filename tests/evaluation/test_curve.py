@@ -169,17 +169,7 @@ def test_csv_has_a_row_per_point_and_task(sample, curve):
 
 
 def test_the_command_tells_what_was_saved(sample, tmp_path):
-    arguments = [
-        "eval",
-        "--plan",
-        sample.plan_path,
-        "--spec",
-        sample.spec_path,
-        "--methods",
-        "average",
-        "--sizes",
-        "3x",
-    ]
+    arguments = sample.drawn(methods="average", sizes="3x")
     result = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--json")
     assert result.json["evaluations"]["saved"] >= 2
     assert (tmp_path / "rows.csv").read_text().startswith("method,")
@@ -188,7 +178,7 @@ def test_the_command_tells_what_was_saved(sample, tmp_path):
 
 def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
     """Its curve without a point ended in a KeyError."""
-    arguments = ("eval", "--plan", sample.plan_path, "--spec", sample.spec_path, "--methods", "average")
+    arguments = sample.drawn(methods="average")
     found = succeeds(*arguments, "--sizes", "0.5x", "--json").json
     assert found["points"] == [] and [item["size"] for item in found["unreached"]] == ["0.5x"]
     assert len(found["alternatives"]) == 3
