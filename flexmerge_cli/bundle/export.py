@@ -7,8 +7,9 @@ from pathlib import Path
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
+from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import check_target, publish
-from flexmerge_cli.bundle.read import Bundle, sha256_of
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME

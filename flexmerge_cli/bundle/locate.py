@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexmerge_cli.allocation.manifest import Manifest
-from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, read_manifest
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import list_names, open_tree

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.bundle.read import Bundle, _inside, read_manifest, sha256_of
+from flexmerge_cli.bundle.manifest_file import file_inside, read_manifest, sha256_of
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.errors import FlexmergeError
 
@@ -34,7 +35,7 @@ def verify(path: Path, *, decode: bool = False, on_bytes: Callable[[int], None] 
     manifest = read_manifest(path)
     bad, broken = {}, set()
     for name, entry in manifest.files.items():
-        file = _inside(path, name)
+        file = file_inside(path, name)
         problem = None
         if not file.is_file():
             problem = "missing"

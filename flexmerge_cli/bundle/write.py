@@ -12,8 +12,9 @@ from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_records import PlanAdapter
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, sha256_of
 from flexmerge_cli.bundle.publish import check_target, publish
-from flexmerge_cli.bundle.read import MANIFEST_NAME, Bundle, is_bundle, sha256_of
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output, no_space

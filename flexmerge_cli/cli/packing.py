@@ -8,8 +8,8 @@ from typing import Any
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.bundle.manifest_file import is_bundle
 from flexmerge_cli.bundle.publish import check_target
-from flexmerge_cli.bundle.read import is_bundle
 from flexmerge_cli.checkpoint.hub import pinned_source
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.locate import holds_bundle, locate
-from flexmerge_cli.bundle.read import MANIFEST_NAME, is_bundle
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
@@ -148,7 +148,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
 
 
 def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
-    from flexmerge_cli.bundle.read import read_manifest
+    from flexmerge_cli.bundle.manifest_file import read_manifest
     from flexmerge_cli.report.inspect_verify import failure, show_verification, verification
 
     total = sum(file.bytes for file in read_manifest(path).files.values())

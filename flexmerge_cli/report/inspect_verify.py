@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.bundle.read import Bundle, read_manifest
+from flexmerge_cli.bundle.manifest_file import read_manifest
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.verify import verify
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.errors import FlexmergeError, IntegrityError

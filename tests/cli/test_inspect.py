@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexmerge_cli.allocation.plan_file import save_plan
-from flexmerge_cli.bundle.read import read_manifest
+from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.cli.app import run
 from flexmerge_cli.plan import load_plan
 from flexmerge_cli.report.plan import size_rows

@@ -1,0 +1,81 @@
+"""manifest.json of a bundle's folder: whether it is there, its reading, and where the files lie that it names."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest
+from flexmerge_cli.checkpoint.folder import hub_blobs
+from flexmerge_cli.errors import DataError, IntegrityError, SourceError
+from flexmerge_cli.text import json_holds_text
+
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a manifest of this format."""
+    try:
+        with (path / MANIFEST_NAME).open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES)
+    except OSError:
+        return False
+    return f'"format":"{FORMAT}"'.encode() in data
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Checked against its schema and its own id; every path inside the folder."""
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        why = (
+            f"it has no {MANIFEST_NAME}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
+        )
+        raise SourceError(f"no bundle at {path}: {why}", hint="give the folder that `merge` wrote")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise DataError(f"{file} is too large for a manifest", hint="check the file")
+    data = file.read_bytes()
+    # The id first: a damaged manifest may be no JSON any more, or tell of anything.
+    claimed = re.search(rb'"id":"([0-9a-f]{64})"', data)
+    ours = f'"format":"{FORMAT}"'.encode() in data
+    if claimed is None and not ours:
+        raise DataError(f"{file} is not a manifest of {FORMAT}", hint="give the folder that `merge` wrote")
+    zeroed = data if claimed is None else data[: claimed.start(1)] + NO_SHA256.encode() + data[claimed.end(1) :]
+    if claimed is None or hashlib.sha256(zeroed).hexdigest().encode() != claimed[1]:
+        raise IntegrityError(f"{file} was changed: its id does not fit its bytes", hint="fetch the bundle again")
+    if not ours:
+        raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
+    try:
+        fields = json.loads(data)
+        if not json_holds_text(data, fields):
+            raise DataError(f"{file} holds text that no file can hold", hint="do not use this bundle")
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{step}." for step in first["loc"])[:-1] or "the file"
+        raise DataError(f"{file}: {place}: {first['msg']}", hint="fetch the bundle again") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None
+    for name in manifest.files:
+        file_inside(path, name)
+    return manifest
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The file of a manifest's path. Raises DataError if a link leads it out of the folder; no name does."""
+    file = folder / name
+    try:
+        target = file.resolve()
+        inside = any(target.is_relative_to(place) for place in (folder.resolve(), *hub_blobs(folder)))
+    except (OSError, RuntimeError):  # a link that leads to itself
+        inside = False
+    if not inside:
+        raise DataError(f"{folder}: `{name}` is a link out of the bundle", hint="do not use this bundle")
+    return file
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
