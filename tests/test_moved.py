@@ -51,3 +51,5 @@ def test_a_task_of_a_bundle_is_no_checkpoint_and_the_hint_exports_it(method, pla
 def test_a_plan_or_nothing_is_no_bundle(plan, tmp_path):
     fails(4, "export", plan, "--task", "task0", "-o", tmp_path / "out", says="it is a file")
     fails(4, "export", tmp_path / "no", "--task", "task0", "-o", tmp_path / "out", says="it does not exist")
+    says = f"flexmerge eval --plan {plan} --spec eval.yaml"
+    fails(2, "eval", plan, "--spec", "eval.yaml", says=(says, "is a plan, and no bundle"))

@@ -1,5 +1,6 @@
 """`flexmerge eval`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +89,7 @@ def evaluate(
     flexmerge eval --sources --plan plan.json --spec eval.yaml
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
+    from flexmerge_cli.allocation.plan_file import is_plan
     from flexmerge_cli.cli.gating import end_by_choice, end_by_gate
     from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
@@ -106,6 +108,11 @@ def evaluate(
         raise UsageError("no --spec: what to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
     if bundle is None and plan is None:
         raise UsageError("give a bundle, or --plan", hint="flexmerge eval bundle/ --spec eval.yaml")
+    if bundle is not None and is_plan(Path(bundle)):
+        raise UsageError(
+            f"{bundle} is a plan, and no bundle",
+            hint=f"flexmerge eval --plan {shlex.quote(bundle)} --spec {shlex.quote(str(spec))}",
+        )
     gate = parse_gate(max_drop, max_mean_drop)
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
