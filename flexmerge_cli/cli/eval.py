@@ -116,7 +116,8 @@ def evaluate(
     gate = parse_gate(max_drop, max_mean_drop)
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
-        "--dtype": dtype, "--png": png, "--choose": choose, "--tune-spec": tune_spec, "--tune": tune,
+        "--dtype": dtype, "--threads": threads, "--png": png, "--choose": choose, "--tune-spec": tune_spec,
+        "--tune": tune,
     }  # fmt: skip
     outputs = {kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path}
     if plan is not None and bundle is None and not sources:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.cli.options import check_new_file
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.tidy import curve_csv, scores_csv
 from flexmerge_cli.report.curve_png import require_matplotlib
 
@@ -15,6 +16,8 @@ def check_outputs(outputs: Outputs, *, force: bool) -> None:
     """Before any work. Raises UsageError, MachineError."""
     for path in outputs.values():
         check_new_file(path, force=force)
+    if len({path.absolute() for path in outputs.values()}) < len(outputs):
+        raise UsageError("two outputs go to one file", hint="--csv, --html and --png: a file each")
     if "png" in outputs:
         require_matplotlib()
 

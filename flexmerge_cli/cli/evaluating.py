@@ -151,5 +151,5 @@ def checked(options: CurveOptions) -> Drawn:
 def require_curve_options(given: dict[str, Any]) -> None:
     """Options that only a plan takes. Raises UsageError."""
     for option, value in given.items():
-        if value:
+        if value is not None and value != []:
             raise UsageError(f"{option} is of a plan's curve", hint="flexmerge eval --plan plan.json --spec eval.yaml")

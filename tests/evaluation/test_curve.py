@@ -195,6 +195,9 @@ def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
         (["--plan", "PLAN", "--methods", "average", "--calibrate", "nothing"], "nothing"),
         ([], "--plan"),
         (["BUNDLE", "--sizes", "1x"], "--sizes"),
+        (["BUNDLE", "--choose", "0"], "--choose"),
+        (["BUNDLE", "--threads", "2"], "--threads"),
+        (["--plan", "PLAN", "--csv", "x", "--html", "x"], "one file"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(sample, arguments, says):
