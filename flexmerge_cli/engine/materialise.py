@@ -1,14 +1,13 @@
 """The run of `merge`: source weights in, the arrays of a bill out, and what was lost on the way.
 
-Each weight is read once here; statistics of a method, and factors of masks, read it before. Threads take ranges of one
-tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that neither bytes nor numbers
-depend on threads.
+Each weight is read once here; statistics of a method, and factors of masks, read it before (beforehand.py). Threads
+take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that neither
+bytes nor numbers depend on threads.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +15,21 @@ import torch
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.allocation.storage import Storage
 from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.engine.beforehand import Beforehand
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
-from flexmerge_cli.engine.runs import RUN_ELEMENTS, added, sizes
-from flexmerge_cli.engine.spans import Span, cut, tiles, widest
-from flexmerge_cli.engine.statistics import Key, run_statistics
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
+from flexmerge_cli.engine.spans import Span, cut, widest
 from flexmerge_cli.engine.work import BASE, Chain, Raw, Sources, Worker
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.method import Scope, Statistic
+from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
 
 # Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
@@ -60,8 +59,9 @@ def materialise(
         worker = Worker(bill, sources, reader, device)
         worker.on_bytes = on_bytes
         run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
-        run.statistics()
-        run.gains()
+        before = Beforehand(worker, run.encoder, run.spans, threads, on_stage)
+        before.statistics()
+        before.gains()
         measured = run.write()
         measured.sha256 = output.finish()
         return measured
@@ -135,137 +135,6 @@ class _Run:
 
     def scope(self, storage: Storage) -> Scope:
         return visit_scope(self.worker.chains, storage)
-
-    # Before the first element
-
-    def statistics(self) -> None:
-        """What steps, methods and experts must know of a whole scope, for every method that some group uses."""
-        mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
-        for index, chain in enumerate(self.worker.chains):
-            used = self._used(index)
-            if not used:
-                continue
-            name = self.bill.calls[index].method.name
-            first = chain.call.statistics if chain.call is not None else None
-            after = [step.statistics for step in chain.steps] + [first]
-            for number, step in enumerate(chain.steps):
-                by_domain = None
-                if step.statistics is not None:
-                    # What follows may measure stepped tensors that this method does not merge.
-                    wide = any(later is not None and later.scope != "tensor" for later in after[number + 1 :])
-                    places = mergeable if wide else [tensor for tensor, _ in used]
-                    everyone = [(tensor, self.plan.all_tasks) for tensor in places]
-                    found = self._measure(chain, step.statistics, everyone, number, f"{step.step.name}: statistics")
-                    by_domain = {domain: value for (domain, _), value in found.items()}
-                chain.step_stats.append(by_domain)
-            groups = [(tensor, group.tasks) for tensor, group in used]
-            if first is not None:
-                found = self._measure(chain, first, groups, len(chain.steps), f"{name}: statistics")
-                chain.stats = self._lookup(first, found)
-            expert: Any = chain.coded.expert if chain.coded else None
-            if expert is not None:
-                found = self._measure(chain, expert, groups, 0, f"{name}: statistics of the experts", "tensor")
-                chain.expert_stats = self._lookup(expert, found)
-
-    def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
-        """Tensors and groups of a method; tensors of their units that are copied count in its sums all the same."""
-        found = []
-        for unit in self.bill.allocation.units:
-            storages = [self.bill.storages[name] for name in unit.tensors]
-            groups = {
-                g.tasks: g for storage in storages for g in storage.groups if g.kind != "copy" and g.method == index
-            }
-            found += [(name, group) for group in groups.values() for name in unit.tensors]
-        return found
-
-    def _measure(
-        self,
-        chain: Chain,
-        first: Statistic,
-        groups: Sequence[tuple[str, Tasks]],
-        num_steps: int,
-        what: str,
-        scope: Scope = "element",
-    ) -> dict[Key, Any]:
-        """Run one statistic of deltas that the first steps have been through."""
-        wanted: dict[str, list[Tasks]] = {}
-        for name, of_group in groups:
-            sets = wanted.setdefault(self.worker.domain(first.scope, name), [])
-            tasks = of_group if getattr(first, "per", "task") == "group" else self.plan.all_tasks
-            if tasks not in sets:
-                sets.append(tasks)
-        spans = []
-        for name in sorted(t.name for t in self.plan.tensors if t.class_ is TensorClass.MERGEABLE):
-            shape = self.plan.tensor(name).shape
-            scopes = [scope, *(step.scope_of(name, shape) for step in chain.steps[:num_steps])]
-            spans += self.spans(name, widest(scopes))
-
-        def read(span: Span, tasks: Tasks) -> torch.Tensor:
-            raw = self.worker.read(span, (*tasks, BASE))
-            deltas = self.worker.deltas(raw, tasks, 0, span.stop - span.start)
-            return self.worker.stepped(chain, deltas, self.worker.where(span, 0, tasks), tasks, num_steps)
-
-        return run_statistics(
-            first,
-            wanted,
-            spans,
-            self.worker.domain,
-            read,
-            lambda span, tasks: self.worker.where(span, 0, tasks),
-            threads=self.threads,
-            on_pass=lambda number: self.on_stage(f"{what}, pass {number}"),
-        )
-
-    def _lookup(self, first: Statistic, found: dict[Key, Any]) -> Callable[[Tasks, str], Any]:
-        """The finished value for a group's tasks and a tensor."""
-        if getattr(first, "per", "task") == "group":
-            return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), tasks]
-        everyone = self.plan.all_tasks
-        return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), everyone].take(list(tasks))
-
-    def gains(self) -> None:
-        """The factors of masked methods: sums over each unit, known before its masks are decoded."""
-        jobs = [
-            (group, span)
-            for index, call in enumerate(self.bill.calls)
-            if call.gain is not None
-            for name, group in self._used(index)
-            for span in self.spans(name, self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape))
-        ]
-        if not jobs:
-            return
-        self.on_stage("factors of the masks")
-
-        def work(job: tuple[StoredGroup, Span]) -> np.ndarray:
-            group, span = job
-            raw, chain = self.worker.read(span, (*group.tasks, BASE)), self.worker.chain(group)
-            elementwise = chain.scope_of(span.tensor, self.plan.tensor(span.tensor).shape) == "element"
-            count, dtype = span.stop - span.start, self.encoder.dtype_of(span.tensor, group)
-            sums = []
-            for low, high in tiles(count, span.run) if elementwise else [(0, count)]:
-                centre, deltas = self.worker.value(group, raw, low, high)
-                unified = self.worker.rounded(centre.delta.flatten(), dtype)
-                taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
-                stepped = self.worker.stepped(chain, deltas, self.worker.where(span, low, group.tasks), group.tasks)
-                sums.append(np.stack([sizes(stepped, span.run), sizes(taken, span.run)]))
-            return np.concatenate(sums, axis=2)
-
-        totals: dict[tuple[str, Tasks, int], dict[str, np.ndarray]] = {}
-        with ordered_map(jobs, work, threads=self.threads) as parts:
-            for (group, span), part_2kR in zip(jobs, parts):
-                assert group.method is not None
-                per_tensor = totals.setdefault((self.encoder.unit_of[span.tensor], group.tasks, group.method), {})
-                total_2k = per_tensor.setdefault(span.tensor, np.zeros(part_2kR.shape[:2]))
-                for place in np.ndindex(total_2k.shape):
-                    total_2k[place] = added(float(total_2k[place]), part_2kR[place])
-        for (unit, tasks, method), per_tensor in totals.items():
-            gain = self.bill.calls[method].gain
-            assert gain is not None
-            delta_kT, masked_kT = np.stack(list(per_tensor.values()), axis=-1)
-            elements_T = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)
-            self.encoder.gamma[unit, tasks] = gain(delta_kT, masked_kT, elements_T).astype(np.float32)
-
-    # The pass that writes
 
     def items(self) -> list[list[tuple[Storage, Span]]]:
         """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit."""
