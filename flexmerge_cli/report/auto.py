@@ -55,16 +55,16 @@ def show_auto(value: dict[str, Any]) -> None:
     rows = [
         (
             kind["kind"],
+            kind["centres"],
             kind["tensors"],
             f"{kind['bits']:.2f}",
-            kind["centres"],
             f"{kind['bytes']:,}",
             f"{kind['distortion_share']:.1%}",
         )
         for kind in value["kinds"]
     ]
     title = "chosen by auto; bits a weight and task, of all that is stored"
-    table(["kind", "tensors", "bits", "centres", "bytes", "of predicted\ndistortion"], rows, title=title)
+    table(["kind", "centres", "tensors", "bits", "bytes", "of predicted\ndistortion"], rows, title=title, left=2)
     cost = value["distortion"]
     for row in value["uniform"]:
         centre = f"mean in {row['centre_bits']} bits + {row['bits']} {'bit' if row['bits'] == 1 else 'bits'} per task"
