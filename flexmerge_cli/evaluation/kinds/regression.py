@@ -7,27 +7,15 @@ max_length  tokens of an input; by default the tokenizer's
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, read_table
 from flexmerge_cli.evaluation.kinds.classes import num_classes
 from flexmerge_cli.evaluation.kinds.kind import Examples, Kind, Place, Run, chosen_metrics
-from flexmerge_cli.evaluation.kinds.sequences import HEAD, head_outputs, text_columns, tokenised
+from flexmerge_cli.evaluation.kinds.sequences import HEAD, SequenceTask, head_outputs, text_columns, tokenised
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 
-class Columns(Record):
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-
-class Regression(TaskSpec):
+class Regression(SequenceTask):
     kind: Literal["regression"]
-    columns: Columns = Columns()
-    max_length: int | None = Field(default=None, ge=1)
 
 
 def prepare(task: Regression, place: Place) -> Examples:
@@ -35,10 +23,10 @@ def prepare(task: Regression, place: Place) -> Examples:
     if outputs != 1:
         raise place.error("kind", f"the model's head has {outputs} outputs, not one", hint="kind: text-classification")
     metrics = chosen_metrics(task, place, KIND.metrics)
-    wanted = text_columns(task.columns.text, task.columns.pair)
+    wanted = text_columns(task.columns)
     label = Column(name=task.columns.label, usual=("label", "score", "labels", "target"))
     table = read_table(task, place, wanted | {"label": label})
-    items = (tokenised(table, place, task.max_length), table.numbers("label", place))
+    items = (tokenised(table, place, task), table.numbers("label", place))
     return Examples(items=items, n=len(table), digest=table.digest, split=table.split, metrics=metrics)
 
 

@@ -3,25 +3,42 @@
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
+from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, Table
 from flexmerge_cli.evaluation.kinds.kind import Place, Run
 from flexmerge_cli.evaluation.kinds.tokens import load_tokenizer, max_length
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.scored import TaskModel
+from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 HEAD = "ForSequenceClassification"
 TEXT = ("text", "sentence", "sentence1", "premise", "question", "input")
 
 
-def text_columns(text: str | None, pair: str | None) -> dict[str, Column]:
-    return {"text": Column(name=text, usual=TEXT)} | ({"pair": Column(name=pair)} if pair is not None else {})
+class Columns(Record):
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
 
 
-def tokenised(table: Table, place: Place, wanted_length: int | None) -> Any:
+class SequenceTask(TaskSpec):
+    """What both kinds say."""
+
+    columns: Columns = Columns()
+    max_length: int | None = Field(default=None, ge=1)
+
+
+def text_columns(columns: Columns) -> dict[str, Column]:
+    pair = {"pair": Column(name=columns.pair)} if columns.pair is not None else {}
+    return {"text": Column(name=columns.text, usual=TEXT)} | pair
+
+
+def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
     """Encodings of the texts, or pairs of texts, cut to the model's length; with the tokenizer, which pads them."""
     tokenizer = load_tokenizer(place)
-    length = max_length(tokenizer, place.side, wanted_length)
+    length = max_length(tokenizer, place.side, task.max_length)
     texts = [table.texts(role, place) for role in ("text", "pair") if role in table.columns]
     encoded = tokenizer(*texts, truncation=length is not None, max_length=length)
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]

@@ -8,28 +8,16 @@ max_length  tokens of an input; by default the tokenizer's
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
-
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import read_table
 from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, class_scores, label_column, num_classes
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Kind, Place, Run, chosen_metrics
-from flexmerge_cli.evaluation.kinds.sequences import HEAD, head_outputs, text_columns, tokenised
+from flexmerge_cli.evaluation.kinds.sequences import HEAD, SequenceTask, head_outputs, text_columns, tokenised
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 
-class Columns(Record):
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-
-class TextClassification(TaskSpec):
+class TextClassification(SequenceTask):
     kind: Literal["text-classification"]
-    columns: Columns = Columns()
     labels: tuple[str, ...] | None = None
-    max_length: int | None = Field(default=None, ge=1)
 
 
 def prepare(task: TextClassification, place: Place) -> Examples:
@@ -38,10 +26,10 @@ def prepare(task: TextClassification, place: Place) -> Examples:
         raise place.error("kind", "the model's head has one output, which is no class", hint="kind: regression")
     metrics = chosen_metrics(task, place, KIND.metrics, num_classes=classes)
     labelled = AGREEMENT not in metrics
-    wanted = text_columns(task.columns.text, task.columns.pair)
+    wanted = text_columns(task.columns)
     table = read_table(task, place, wanted | ({"label": label_column(task.columns.label)} if labelled else {}))
     labels = class_labels(table, task.labels, classes, place) if labelled else None
-    items = (tokenised(table, place, task.max_length), labels)
+    items = (tokenised(table, place, task), labels)
     return Examples(items=items, n=len(table), digest=table.digest, split=table.split, metrics=metrics)
 
 
