@@ -117,6 +117,13 @@ def test_the_base_is_stored_once_for_all_kept_adapters(adapted: Adapted, kept: P
     assert set(manifest["units"]) == set() and all(task["exact"] for task in manifest["tasks"].values())
 
 
+def test_kept_adapters_have_no_curve_and_the_error_says_what_has_a_score(kept: Path, tmp_path: Path) -> None:
+    """It said that the spec's task is none of the plan's, of which there were none."""
+    (tmp_path / "eval.yaml").write_text('{"version": 1, "tasks": {"a": {"kind": "regression", "data": "d.jsonl"}}}')
+    plan = kept.parent / "kept.json"
+    fails(2, "eval", "--plan", plan, "--spec", tmp_path / "eval.yaml", says=("no task that merges", "eval bundle/"))
+
+
 def _own(adapted: Adapted, name: str) -> dict[str, torch.Tensor]:
     return load_file(adapted.tasks / name / "adapter_model.safetensors")
 

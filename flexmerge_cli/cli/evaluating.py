@@ -105,6 +105,11 @@ def checked(options: CurveOptions) -> Drawn:
     if not options.plan.is_file():
         raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
     plan = load_plan(options.plan)
+    if not plan.task_names:
+        raise UsageError(
+            f"{options.plan} has no task that merges: adapters that are kept have no curve",
+            hint=f"flexmerge merge {options.plan} -o bundle/, and flexmerge eval bundle/ --spec {options.spec}",
+        )
     spec = read_spec(options.spec, plan.task_names, allow_exec=options.allow_exec)
     common = MergeRequest(
         steps=options.steps,
