@@ -17,7 +17,6 @@ from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.size import PATTERN, parse_size
-from flexmerge_cli.checkpoint.access import ONLINE
 from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError, UsageError
@@ -193,7 +192,8 @@ class Drawing:
         }
         tasks = list(self.spec.tasks)
         device = None if request.device == "auto" else request.device
-        scorer = Scorer(spec=self.spec, device=device, cache=ScoreCache() if request.reuse else None)
+        cache = ScoreCache() if request.reuse else None
+        scorer = Scorer(spec=self.spec, device=device, cache=cache, access=request.common.access)
         for task in tasks:  # what does not fit is told before a weight is read
             scorer.examples(task, folders[task])
         self.fine_tuned, self.base = planned_models(self.plan, sources.located, folders, tasks)
@@ -260,7 +260,7 @@ def _here(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[
 
 def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[Result]:
     """Each job in one of a few processes, the results in order."""
-    common = replace(drawing.request.common, access=ONLINE)  # without its messages
+    common = replace(drawing.request.common, access=drawing.request.common.access.elsewhere())
     given = (drawing.plan, drawing.plan_path, drawing.spec, replace(drawing.request, common=common))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(drawing.request.parallel, len(jobs)), context, _start, given) as pool:

@@ -73,7 +73,7 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     if request.parallel <= 1 or len(tasks) == 1:
         return _judged(request, *_scores(request, on_step))
     _check(request)
-    alone = replace(request, parallel=1, access=ONLINE)  # without messages
+    alone = replace(request, parallel=1, access=request.access.elsewhere())
     parts = [replace(alone, spec=request.spec.only(task)) for task in tasks]
     context = multiprocessing.get_context("spawn")
     found: list[dict[str, Any]] = []
@@ -108,12 +108,15 @@ def _check(request: ScoreRequest) -> None:
         {task: bundle.config_folder(task) for task in request.spec.tasks} if bundle is not None else references.folders
     )
     for task in request.spec.tasks:
-        Scorer(spec=request.spec, device=request.device, cache=None).examples(task, folders[task])
+        Scorer(spec=request.spec, device=request.device, cache=None, access=request.access).examples(
+            task, folders[task]
+        )
 
 
 def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
     bundle, references = _opened(request)
-    scorer = Scorer(spec=request.spec, device=request.device, cache=ScoreCache() if request.reuse else None)
+    cache = ScoreCache() if request.reuse else None
+    scorer = Scorer(spec=request.spec, device=request.device, cache=cache, access=request.access)
     pairs = _Pairs()
     document = evaluate(
         None if request.sources else bundle,

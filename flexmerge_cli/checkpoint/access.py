@@ -1,7 +1,7 @@
 """How sources that are not on this disk may be had. No I/O."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexmerge_cli.checkpoint.stream import StreamPool
 
@@ -22,6 +22,10 @@ class Access:
     """Read weights that are not on this disk where they are, through this; None: fetch them."""
     on_message: Callable[[str], None] = silent
     """Told before bytes are fetched: how many, and where they will lie."""
+
+    def elsewhere(self) -> "Access":
+        """For another process, which fetches nothing and tells nothing."""
+        return replace(self, stream=None, on_message=silent)
 
     def memory_left(self, max_memory: int | None) -> int | None:
         """Of --max-memory, beside what is held of streamed files."""

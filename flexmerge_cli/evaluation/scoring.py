@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache, key_of
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, Run
@@ -31,6 +32,8 @@ class Scorer:
     """Instead of the spec's; `auto` where neither says."""
     cache: ScoreCache | None = field(default_factory=ScoreCache)
     """None: nothing is looked up, and nothing kept."""
+    access: Access = ONLINE
+    """To models that a task names besides its own."""
     num_computed: int = 0
     """Models that were run on a task's examples."""
     num_reused: int = 0
@@ -46,7 +49,9 @@ class Scorer:
         """
         key = (task, side)
         if key not in self._examples:
-            self._examples[key] = self.spec.kind(task).prepare(self.spec.settled(task), self.spec.place(task, side))
+            self._examples[key] = self.spec.kind(task).prepare(
+                self.spec.settled(task), self.spec.place(task, side, self.access)
+            )
         return self._examples[key]
 
     def run(self, task: str, on_example: OnExample = lambda _done, _total: None) -> Run:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.record import Record
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
@@ -57,9 +58,9 @@ class EvalSpec(Record):
         assert kind is not None  # checked when the spec was read
         return kind
 
-    def place(self, task: str, side: Path) -> Place:
+    def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
         """side: folder of the task's config, tokenizer, processor."""
-        return Place(document=self.document, task=task, side=side)
+        return Place(document=self.document, task=task, side=side, access=access)
 
     def settled(self, task: str) -> TaskSpec:
         """The task's own keys, and the spec's where it has none."""

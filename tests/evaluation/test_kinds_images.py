@@ -8,7 +8,8 @@ import torch
 import transformers
 from PIL import Image
 
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.errors import DataError, SourceError
 from flexmerge_cli.evaluation.scoring import Scorer
 
 from . import tiny
@@ -150,3 +151,16 @@ def test_a_preprocessor_that_is_none_is_told_before_a_weight_is_read(tmp_path, t
     spec = tiny.spec_of(tmp_path, {"kind": "image-classification", "data": "d.npz"})
     with pytest.raises(DataError, match="preprocessor_config"):
         Scorer(spec=spec).examples("it", model)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_offline_holds_for_the_text_model_here_and_in_other_processes(tmp_path, monkeypatch, there):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    model = tiny.clip(tmp_path / "model")
+    np.savez(tmp_path / "d.npz", images=images(), labels=labels(2))
+    task = {"kind": "zero-shot-image-classification", "data": "d.npz", "labels": ["red", "blue"]}
+    spec = tiny.spec_of(tmp_path, task | {"text_model": "hf://org/clip"})
+    access = Access(offline=True, on_message=print)
+    with pytest.raises(SourceError) as caught:
+        Scorer(spec=spec, access=access.elsewhere() if there else access).examples("it", model)
+    assert "hf download org/clip" in str(caught.value.hint)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -23,6 +24,7 @@ class Place:
     task: str
     side: Path
     """Folder of the task's config, tokenizer, processor."""
+    access: Access = ONLINE
 
     @property
     def folder(self) -> Path:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, architecture_of, class_scores
 from flexmerge_cli.evaluation.kinds.images import ImageTask, image_examples
@@ -44,6 +45,7 @@ class Classes:
     """What the images are compared with; computed when first asked for."""
 
     checkpoint: Checkpoint
+    access: Access
     """The whole CLIP model that texts are embedded with."""
     prompts: list[list[str]]
     """Of each class."""
@@ -55,7 +57,7 @@ class Classes:
     def model(self) -> TaskModel:
         """Reads the weights, once, for their digest."""
         if self._model is None:
-            self._model = checkpoint_model("text model", fetched(self.checkpoint))
+            self._model = checkpoint_model("text model", fetched(self.checkpoint, self.access))
         return self._model
 
     def digest(self) -> str:
@@ -101,7 +103,7 @@ def _classes(task: ZeroShot, place: Place) -> Classes:
     written = task.text_model or (place.document.value.get("base") if isinstance(place.document.value, dict) else None)
     if written is None:
         raise place.error("", "no text model", hint="text_model: path/of/a/CLIP, or `base:` of the spec")
-    checkpoint = open_checkpoint(written, relative_to=place.folder)
+    checkpoint = open_checkpoint(written, relative_to=place.folder, access=place.access)
     folder = checkpoint.path
     key = "text_model" if task.text_model else "kind"
     architecture = architecture_of(read_config(folder))
@@ -114,7 +116,7 @@ def _classes(task: ZeroShot, place: Place) -> Classes:
         raise place.error("templates", f"{wrong[:60]!r} has not one {{}}", hint="a photo of a {}.")
     prompts = [[template.replace("{}", label) for template in templates] for label in task.labels]
     tokenizer = open_tokenizer(folder, place)
-    return Classes(checkpoint=checkpoint, prompts=prompts, tokenizer=tokenizer)
+    return Classes(checkpoint=checkpoint, access=place.access, prompts=prompts, tokenizer=tokenizer)
 
 
 def _templates(folder: Path, place: Place) -> Sequence[str]:
