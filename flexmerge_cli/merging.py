@@ -171,7 +171,9 @@ def merge(
     sources, side_files = open_sources(plan, plan_folder, request.relocate, request.access)
     _apart(output, sources)
     fetch(sources.to_fetch(), request.access, on_progress)
-    stage, done, total = "", 0, sum(task.bytes for task in plan.tasks)
+    # Of a pass over all; of equal tensors, and of a base that nothing merges with, less is read.
+    read = (sources.located.base, *sources.located.tasks)
+    stage, done, total = "", 0, sum(tensor.num_bytes for found in read for tensor in found.values())
 
     def on_stage(name: str) -> None:
         nonlocal stage, done

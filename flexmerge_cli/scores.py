@@ -36,6 +36,8 @@ class ScoreRequest:
     bundle: Path | None = None
     plan: Path | None = None
     """Whose sources the references are; None: those that the spec names."""
+    relocate: Mapping[str, str] = field(default_factory=dict)
+    """Of the plan's sources, as in MergeRequest."""
     sources: bool = False
     """Every task's fine-tuned model and the base, and of a bundle nothing else."""
     device: str | None = None
@@ -133,7 +135,7 @@ def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
     """Reads headers. Raises UsageError for a gate that has nothing to compare with."""
     bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
     if request.plan is not None:
-        references = planned_references(request.plan, request.spec, access=request.access)
+        references = planned_references(request)
     else:
         assert bundle is not None
         references = spec_references(request.spec, bundle, access=request.access, needed=request.sources)
@@ -158,12 +160,14 @@ def _require_pairs(request: ScoreRequest, references: References) -> None:
             )
 
 
-def planned_references(plan_path: Path, spec: EvalSpec, *, access: Access = ONLINE) -> References:
+def planned_references(request: ScoreRequest) -> References:
     """A plan's sources as models. Reads headers; weights are read, and checked against the plan, when asked for.
 
     Raises SourceError, DataError.
     """
-    return references_of(load_plan(plan_path), plan_path.absolute().parent, spec, access=access)
+    assert request.plan is not None
+    plan, folder = load_plan(request.plan), request.plan.absolute().parent
+    return references_of(plan, folder, request.spec, relocate=request.relocate, access=request.access)
 
 
 def references_of(

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from .evaluation.curves import DIGITS, write_spec
 from .families import ODD, write_family
 from .program import fails, succeeds, tree
 
@@ -35,6 +36,25 @@ def test_a_plan_that_moved_alone_is_told_where_it_looks(moved):
 
 def test_a_place_that_no_source_has_is_not_relocated_in_silence(moved):
     fails(2, "merge", moved / "plan.json", "-o", moved / "b", "--relocate", "famly=x", says="no source of the plan")
+
+
+def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
+    """As of those that did not: --relocate is that of merge."""
+    family = tmp_path / "family"
+    for name in ("base", "tasks/digit", "tasks/rotation"):
+        shutil.copytree(DIGITS / name, family / name)
+    arguments = ("--base", family / "base", "--tasks", family / "tasks")
+    succeeds("plan", *arguments, "-o", tmp_path / "plan.json")
+    spec = write_spec(tmp_path / "eval.yaml")
+    drawn = ("eval", "--plan", tmp_path / "plan.json", "--spec", spec, "--no-reuse", "--json")
+    wanted = [succeeds(*drawn, *more).json for more in (["--sizes", "1x"], ["--sources"])]
+    family.rename(tmp_path / "elsewhere")
+    fails(4, *drawn, "--sizes", "1x", says="--relocate")
+    moved = ("--relocate", f"family={tmp_path / 'elsewhere'}")
+    found = [succeeds(*drawn, *more, *moved).json for more in (["--sizes", "1x"], ["--sources"])]
+    assert found == wanted
+    fails(2, "eval", tmp_path / "b", "--spec", spec, *moved, says="--relocate is of a plan's sources")
+    fails(2, *drawn, "--relocate", "family", says="--relocate family is not OLD=NEW")
 
 
 @pytest.mark.parametrize("method", ["average", "emr"])

@@ -15,6 +15,7 @@ from flexmerge_cli.cli.options import (
     MethodForOption,
     OfflineOption,
     QuietOption,
+    RelocateOption,
     StepOption,
     ThreadsOption,
 )
@@ -73,6 +74,7 @@ def evaluate(
     allow_exec: Annotated[
         bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
     ] = False,
+    relocate: RelocateOption = None,
     offline: OfflineOption = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -91,7 +93,7 @@ def evaluate(
     """
     from flexmerge_cli.allocation.plan_file import is_plan
     from flexmerge_cli.cli.gating import end_by_choice, end_by_gate
-    from flexmerge_cli.cli.options import access_of, emit, progress
+    from flexmerge_cli.cli.options import access_of, emit, progress, relocations
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.gate import parse_gate
 
@@ -113,7 +115,9 @@ def evaluate(
             f"{bundle} is a plan, and no bundle",
             hint=f"flexmerge eval --plan {shlex.quote(bundle)} --spec {shlex.quote(str(spec))}",
         )
-    gate = parse_gate(max_drop, max_mean_drop)
+    gate, moved = parse_gate(max_drop, max_mean_drop), relocations(relocate)
+    if moved and plan is None:
+        raise UsageError("--relocate is of a plan's sources", hint="--plan plan.json")
     of_a_curve = {
         "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
         "--dtype": dtype, "--threads": threads, "--png": png, "--choose": choose, "--tune-spec": tune_spec,
@@ -134,6 +138,7 @@ def evaluate(
                 calibrate=calibrate,
                 method_for=tuple(method_for or ()),
                 dtype=dtype,
+                relocate=moved,
                 reuse=not no_reuse,
                 parallel=parallel,
                 device=device,
@@ -166,6 +171,7 @@ def evaluate(
         ScoreOptions(
             bundle=bundle,
             plan=plan,
+            relocate=moved,
             spec=spec,
             sources=sources,
             device=device,

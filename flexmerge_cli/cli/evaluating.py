@@ -1,5 +1,6 @@
 """What `eval --plan` does with its options: a curve drawn, and told in every way that was asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class CurveOptions:
     calibrate: str | None = None
     method_for: tuple[str, ...] = ()
     dtype: str | None = None
+    relocate: Mapping[str, str] = field(default_factory=dict)
     reuse: bool = True
     parallel: int = 1
     device: str = "auto"
@@ -117,6 +119,7 @@ def checked(options: CurveOptions) -> Drawn:
         method_for=options.method_for,
         dtype=dtype_of(options.dtype),
         run_files=True,
+        relocate=options.relocate,
         access=options.access,
     )
     sizes: tuple[str, ...] = ()

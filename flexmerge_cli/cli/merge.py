@@ -19,6 +19,7 @@ from flexmerge_cli.cli.options import (
     MethodOption,
     OfflineOption,
     QuietOption,
+    RelocateOption,
     SizeOption,
     StepOption,
     StreamOption,
@@ -43,7 +44,7 @@ def merge(
     max_distance: Annotated[
         float | None, typer.Option("--max-distance", min=0, help="Publish only if every task is nearer than this.")
     ] = None,
-    relocate: Annotated[list[str] | None, typer.Option("--relocate", help="OLD=NEW for sources that moved.")] = None,
+    relocate: RelocateOption = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Keep a recipe's plan here, and reuse it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Files, exact bytes and memory; reads no weights.")
@@ -89,7 +90,7 @@ def merge(
         ),
         **options.fit_of(fit),
     }
-    packing = Packing.of(source, chosen, relocate or [], plan_file)
+    packing = Packing.of(source, chosen, options.relocations(relocate), plan_file)
     run = {"device": device, "threads": threads, "max_memory": memory}
     packing.check(output, force=force)
     for message in resolutions(packing.request):

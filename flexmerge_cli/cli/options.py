@@ -25,6 +25,9 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is s
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Of the Hub use what its cache holds, as with HF_HUB_OFFLINE=1.")
 ]
+RelocateOption = Annotated[
+    list[str] | None, typer.Option("--relocate", help="OLD=NEW for sources of a plan that moved.")
+]
 VariantOption = Annotated[
     str | None,
     typer.Option("--variant", help="Weights of this variant where a source has it, e.g. fp16: model.fp16.safetensors."),
@@ -168,6 +171,19 @@ def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Ite
         ends = [*list(started.values())[1:], time.perf_counter()]
         for (what, start), end in zip(started.items(), ends):
             print(f"{end - start:8.2f} s  {what}", file=sys.stderr)
+
+
+def relocations(items: list[str] | None) -> dict[str, str]:
+    """OLD -> NEW of --relocate. Raises UsageError."""
+    from flexmerge_cli.errors import UsageError
+
+    pairs = {}
+    for item in items or ():
+        old, equals, new = item.partition("=")
+        if not equals or not old or not new:
+            raise UsageError(f"--relocate {item} is not OLD=NEW", hint="--relocate /old/place=/new/place")
+        pairs[old] = new
+    return pairs
 
 
 def check_new_file(

@@ -38,7 +38,7 @@ class Packing:
     gate: Gate = field(default_factory=Gate)
 
     @staticmethod
-    def of(source: Path, chosen: Mapping[str, Any], relocate: list[str], keep_plan: Path | None) -> "Packing":
+    def of(source: Path, chosen: Mapping[str, Any], relocate: Mapping[str, str], keep_plan: Path | None) -> "Packing":
         if not source.is_file():
             raise SourceError(f"no plan or recipe at {source}", hint="make a plan with `flexmerge plan`")
         recipe = read_recipe(source) if source.suffix in (".yaml", ".yml") else None
@@ -51,7 +51,7 @@ class Packing:
                 of_recipe.pop("size", None)
                 of_recipe.pop("merges", None)
             fields = of_recipe | fields
-        request = MergeRequest(**fields, relocate=dict(_pair(item) for item in relocate))
+        request = MergeRequest(**fields, relocate=relocate)
         if recipe:
             check_request(request, len(recipe.tasks))
         return Packing(source=source, recipe=recipe, request=request, keep_plan=keep_plan)
@@ -154,10 +154,3 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
         and settings.rules == rules
         and (rules is not None or settings.blocks == order.blocks)
     )
-
-
-def _pair(item: str) -> tuple[str, str]:
-    old, equals, new = item.partition("=")
-    if not equals or not old or not new:
-        raise UsageError(f"--relocate {item} is not OLD=NEW", hint="--relocate /old/place=/new/place")
-    return old, new

@@ -1,5 +1,6 @@
 """What `eval BUNDLE`, `eval --sources` and `eval --init` do with their options."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class ScoreOptions:
 
     bundle: str | None
     plan: Path | None
+    relocate: Mapping[str, str]
     spec: Path
     sources: bool
     device: str
@@ -54,6 +56,7 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
         spec=spec,
         bundle=path,
         plan=options.plan,
+        relocate=options.relocate,
         sources=options.sources,
         device=None if options.device == "auto" else options.device,
         reuse=options.reuse,

@@ -11,7 +11,7 @@ from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.merging import MergeRequest, allocate, merge
 from flexmerge_cli.reopening import open_sources
 
 from ..families import Models, encoder, normal, plain, tuned, write_family
@@ -243,3 +243,19 @@ def test_negative_zero_is_written_as_zero_where_values_are_made(tmp_path):
         merged = open_bundle(tmp_path / dtype).view("a")["layer.0.mlp.weight"]
         assert not np.signbit(merged.float().numpy()).any() or (merged[merged == 0] == 0).all()
         assert not torch.signbit(merged[merged == 0]).any()
+
+
+@pytest.mark.parametrize("method", [None, "average", "emr", "low_bit:bits=2"])
+def test_progress_never_passes_its_end(method, large, tmp_path):
+    seen = []
+    merge(
+        load_plan(large.root / "plan.json"),
+        MergeRequest(method=method),
+        tmp_path / "bundle",
+        plan_folder=large.root,
+        device="cpu",
+        on_progress=lambda *step: seen.append(step),
+    )
+    merged = [(done, total) for stage, done, total in seen if stage == "merge"]
+    assert merged and all(0 <= done <= total for done, total in merged)
+    assert method not in ("average", "emr") or merged[-1][0] == merged[-1][1]
