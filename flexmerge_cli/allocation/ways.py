@@ -50,8 +50,8 @@ def check_methods(choice: str) -> None:
 
 
 def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
-    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast where it saves, exact deduplication,
-    and methods at their smallest on the order: `common` or `all`."""
+    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
+    their smallest on the order: `common` or `all`."""
     plan = pricer.plan
     found = sum(task.bytes for task in plan.tasks) + sum(adapter.tensor_bytes for adapter in plan.adapters)
     weights = sum(adapter.files[adapter.weights].bytes for adapter in plan.adapters)
@@ -61,7 +61,7 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
     rows += [
         Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
     ]
-    if plan.tasks and pricer.cast_saves:
+    if plan.tasks:
         rows.append(way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"))
     rows.append(way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"))
     if not plan.tasks:  # adapters alone: nothing to merge
