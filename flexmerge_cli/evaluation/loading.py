@@ -6,6 +6,7 @@ from typing import Any
 from flexmerge_cli.bundle.model import SAID, assigned_model
 from flexmerge_cli.bundle.model import read_config as config_of
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation import skeletons
 from flexmerge_cli.evaluation.scored import TaskModel
 
 OTHERWISE = "kind `python` or `command` scores a model of any form"
@@ -46,14 +47,20 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
     """
     quiet_transformers()
     weights = dict(model.weights)
-    built = assigned_model(
-        weights, model.folder, otherwise=OTHERWISE, architecture=architecture, dtype=dtype or _stored_dtype(weights)
-    )
+    wanted = dtype or _stored_dtype(weights)
+    key = skeletons.key_of(model.folder, architecture, wanted)
+    known = skeletons.filled(key, weights)
+    if known is not None:
+        return known.to(device)
+    if wanted == "float32":  # all weights are, or become, that: cast here, transformers takes them as they lie
+        weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    built = assigned_model(weights, model.folder, otherwise=OTHERWISE, architecture=architecture, dtype=wanted)
     built.require(
         *SAID.values(),
         who=f"the weights of task `{model.task}`",
         hint=f"check {model.folder}/config.json: its architecture and sizes",
     )
+    skeletons.keep(key, built.model, weights)
     return built.model.to(device)
 
 

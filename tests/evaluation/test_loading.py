@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.evaluation import loading, skeletons
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import Lazy, source_model
 
@@ -128,3 +129,67 @@ def test_a_model_generates_by_its_generation_config(tmp_path):
     (path / "generation_config.json").write_text("{")
     with pytest.raises(DataError, match="generation_config"):
         build_model(source_model("it", str(path)), None, "cpu")
+
+
+def counted(monkeypatch):
+    """Calls of transformers' own, slow way to build."""
+    calls, build = [], loading.assigned_model
+    monkeypatch.setattr(loading, "assigned_model", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs))
+    monkeypatch.setattr(skeletons, "_kept", {})
+    return calls
+
+
+def state_of(built):
+    return {name: value.clone() for name, value in built.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("make", [lambda path: tiny.bert(path, 3), tiny.vit, tiny.llama, tiny.gpt2, tiny.t5, tiny.clip])
+def test_what_is_built_again_is_what_would_have_been_built(tmp_path, monkeypatch, make, dtype):
+    """Other weights of the same config; and neither model has anything of the other."""
+    calls = counted(monkeypatch)
+    model = source_model("it", str(make(tmp_path / "model")))
+    others = {n: v * 2 + 1 if v.is_floating_point() else v for n, v in dict(model.weights).items()}
+    other = replace(model, weights=others)
+    first = build_model(model, dtype, "cpu")
+    before = state_of(first)
+    second = build_model(other, dtype, "cpu")
+    assert all(value.equal(before[name]) for name, value in first.state_dict().items())
+    monkeypatch.setattr(skeletons, "_kept", {})
+    expected = build_model(other, dtype, "cpu")
+    assert len(calls) in (2, 3) and type(second) is type(expected) and not second.training
+    assert second.state_dict().keys() == expected.state_dict().keys()
+    for (name, mine), theirs in zip(second.state_dict().items(), expected.state_dict().values()):
+        assert mine.dtype is theirs.dtype and mine.equal(theirs), name
+    for (name, mine), theirs in zip(second.named_buffers(), expected.buffers()):
+        assert mine.equal(theirs), name
+    assert str(second.config) == str(expected.config)
+    grads = [parameter.requires_grad for parameter in second.parameters()]
+    assert grads == [parameter.requires_grad for parameter in expected.parameters()]
+
+
+@pytest.mark.parametrize("make", [tiny.vit, tiny.llama, lambda path: tiny.bert(path, 3)])
+def test_a_model_is_built_once_and_again_for_another_config(tmp_path, monkeypatch, make):
+    calls = counted(monkeypatch)
+    model = source_model("it", str(make(tmp_path / "model")))
+    for _ in range(3):
+        build_model(model, "float32", "cpu")
+    assert len(calls) == 1
+    config = json.loads((model.folder / "config.json").read_text())
+    (model.folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5, "note": 1}))
+    built = build_model(model, "float32", "cpu")
+    assert len(calls) == 2 and built.config.note == 1
+
+
+def test_weights_that_do_not_fit_are_told_after_some_that_did(model, monkeypatch):
+    calls = counted(monkeypatch)
+    build_model(model, None, "cpu")
+    for changed, said in (
+        ({"classifier.bias": None}, "missing: classifier.bias"),
+        ({"classifier.bias": None, "extra": torch.zeros(3)}, "unexpected: extra"),
+        ({"classifier.bias": torch.zeros(7)}, "of another shape: classifier.bias"),
+    ):
+        with pytest.raises(DataError, match=said):
+            build_model(with_weights(model, **changed), None, "cpu")
+    build_model(model, None, "cpu")
+    assert len(calls) == 4

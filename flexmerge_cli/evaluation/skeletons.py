@@ -1,0 +1,69 @@
+"""Models without their weights, kept: a curve builds the same ones hundreds of times, and transformers takes its time.
+
+A skeleton is kept of a model whose parameters lie on the weights' own memory, each on one and none left over: so it is
+known which is which, whatever transformers calls them. All else is built anew every time.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MOST = 64
+CONFIGS = ("config.json", "generation_config.json")
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    model: Any
+    """Parameters are on the meta device; buffers that no weight gives are those of the first."""
+    names: Mapping[str, str]
+    """In the model's state -> of the weights."""
+
+    def filled(self, weights: Mapping[str, Any]) -> Any | None:
+        """A model of its own, on the weights' memory where they have its dtype; None if they do not fit."""
+        state = self.model.state_dict()
+        if weights.keys() != set(self.names.values()):
+            return None
+        if any(value.shape != weights[self.names[name]].shape for name, value in state.items()):
+            return None
+        model = copy.deepcopy(self.model)
+        given = {name: weights[self.names[name]].to(value.dtype) for name, value in state.items()}
+        model.load_state_dict(given, assign=True)
+        return model
+
+
+_kept: dict[Key, Skeleton] = {}
+
+
+def key_of(folder: Path, *more: object) -> Key:
+    """What a model is built from, besides its weights: its configs, byte by byte."""
+    paths = [folder / name for name in CONFIGS]
+    return (*(path.read_bytes() if path.is_file() else None for path in paths), *more)
+
+
+def filled(key: Key, weights: Mapping[str, Any]) -> Any | None:
+    """A model with these weights, or None: build it, and `keep` it."""
+    kept = _kept.get(key)
+    return kept.filled(weights) if kept is not None else None
+
+
+def keep(key: Key, model: Any, weights: Mapping[str, Any]) -> None:
+    """weights: what the model was built from, in the dtypes that it has."""
+    import torch
+
+    state = model.state_dict()
+    places = {(value.data_ptr(), value.shape, value.dtype): name for name, value in weights.items()}
+    names = {name: places.get((value.data_ptr(), value.shape, value.dtype)) for name, value in state.items()}
+    found = {name: of for name, of in names.items() if of is not None}
+    if len(found) != len(names) or sorted(found.values()) != sorted(weights):
+        return
+    bare: dict[int, Any] = {}
+    for own in model.parameters():
+        bare[id(own)] = torch.nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=own.requires_grad)
+    while len(_kept) >= MOST:
+        _kept.pop(next(iter(_kept)))
+    _kept[key] = Skeleton(copy.deepcopy(model, bare), found)
