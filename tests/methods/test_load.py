@@ -77,7 +77,7 @@ def test_a_package_cannot_take_the_name_of_one_of_ours(package):
         ("@method(paper='', scope='element')\ndef average(deltas): ...", "name of another method"),
         ("def own(deltas): ...", "is a plain function"),
         ("own = 3", "is no method"),
-        ("", "is no method"),
+        ("", "has no `own`"),
         ("1 / 0", "ZeroDivisionError"),
         ("def own(:", "SyntaxError"),
         ("@method(paper='', scope='element')\ndef own(deltas, *, a): ...", "has no default"),
