@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.bundle.residual import Dense, Rows, StoredResidual
-from flexmerge_cli.checkpoint.dtypes import TO_TORCH
+from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.look_up import scaled_levels_on
 from flexmerge_cli.residuals.low_bit import LowBit
@@ -19,7 +19,7 @@ from flexmerge_cli.residuals.low_bit import LowBit
 def decode_on(stored: StoredResidual, bits: Callable[[str], tuple[str, np.ndarray]], device: torch.device) -> Tensor:
     """In the task's own dtype, one axis, on the device. bits: part name -> dtype and elements, one axis."""
     m, n = stored.form.matrix
-    out = torch.empty(m * n, dtype=_torch(stored.tensor.dtype_of(stored.task)), device=device)
+    out = torch.empty(m * n, dtype=torch_dtype(stored.tensor.dtype_of(stored.task)), device=device)
     for at, addends in stored.blocks(bits):
         first, *rest = [_values(addend, device) for addend in addends]
         out[at] = (first + rest[0] if rest else first).to(out.dtype)
@@ -29,13 +29,8 @@ def decode_on(stored: StoredResidual, bits: Callable[[str], tuple[str, np.ndarra
 def _values(addend: Rows | Dense, device: torch.device) -> Tensor:
     """float32, one axis."""
     if isinstance(addend, Dense):
-        raw = torch.from_numpy(np.ascontiguousarray(addend.bits).view(np.uint8))
-        return raw.view(_torch(addend.dtype)).to(device).to(torch.float32)
+        raw = np.ascontiguousarray(addend.bits).view(np.uint8)
+        return as_tensor(raw, addend.dtype).to(device).to(torch.float32)
     if isinstance(addend.coder, (LowBit, BitDelta)):
         return scaled_levels_on(addend.coder.look_up(addend.chunk(), addend.matrix), device).flatten()
     return torch.from_numpy(addend.values()).to(device)
-
-
-def _torch(dtype: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, TO_TORCH[dtype])
-    return found

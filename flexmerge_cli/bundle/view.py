@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flexmerge_cli.bundle.decode_on import decode_on
 from flexmerge_cli.bundle.model import assigned_model
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.dtypes import TO_TORCH
-from flexmerge_cli.engine.device import choose_device
+from flexmerge_cli.engine.device import as_tensor, choose_device
 from flexmerge_cli.errors import UsageError
 
 
@@ -43,10 +41,7 @@ class View(Mapping[str, Tensor]):
         if self.copy and self.bundle.is_shared(self.task, aligned):
             array = array.copy()
         dtype, shape = self._tensors[name]
-        if array.size == 0:  # numpy gives an empty range no stride that torch would view
-            return torch.empty(shape, dtype=getattr(torch, TO_TORCH[dtype]))
-        flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return flat.view(getattr(torch, TO_TORCH[dtype])).reshape(shape)
+        return as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

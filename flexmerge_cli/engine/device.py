@@ -38,11 +38,17 @@ def single_threaded() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Of a name as safetensors has it."""
+    found: torch.dtype = getattr(torch, TO_TORCH[dtype])
+    return found
+
+
 def as_tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
     """Bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
     if raw.size == 0:  # numpy gives an empty range no stride that torch would view
-        return torch.empty(0, dtype=getattr(torch, TO_TORCH[dtype]))
-    return torch.from_numpy(raw).view(getattr(torch, TO_TORCH[dtype]))
+        return torch.empty(0, dtype=torch_dtype(dtype))
+    return torch.from_numpy(raw).view(torch_dtype(dtype))
 
 
 def to_bytes(tensor: torch.Tensor) -> np.ndarray:

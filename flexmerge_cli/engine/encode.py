@@ -16,11 +16,11 @@ from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES, promote
-from flexmerge_cli.engine.device import to_bytes
+from flexmerge_cli.engine.device import to_bytes, torch_dtype
 from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
 from flexmerge_cli.engine.spans import tiles
-from flexmerge_cli.engine.work import BASE, Raw, Worker, cast, torch_dtype
+from flexmerge_cli.engine.work import BASE, Raw, Worker, cast
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.coded import Form
 from flexmerge_cli.methods.linear import scaled_sum

@@ -17,10 +17,9 @@ from flexmerge_cli.allocation.allocation import MethodUse, Tasks
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
-from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.device import as_tensor
+from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.spans import Span, row_elements, widest
 from flexmerge_cli.engine.together import read_together
@@ -271,11 +270,6 @@ def shape_for(deltas: Tensor, scope: Scope, where: Where) -> Tensor:
     if scope == "row":
         return deltas.view(len(deltas), -1, max(1, row_elements(where.shape)))
     return deltas.view(len(deltas), *where.shape) if scope in ("tensor", "block") else deltas
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, TO_TORCH[dtype])
-    return found
 
 
 def cast(values: Tensor, dtype: str) -> Tensor:

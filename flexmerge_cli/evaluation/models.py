@@ -11,7 +11,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
-from flexmerge_cli.checkpoint.dtypes import NUMPY, TO_TORCH
+from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.rows import Runs
@@ -49,16 +49,13 @@ class StoredWeights(Mapping[str, "Tensor"]):
         return self.tensor(self.tensors[name], self.joined.get(name))
 
     def tensor(self, stored: StoredTensor, joined: tuple[StoredTensor | None, Runs, int] | None = None) -> "Tensor":
-        import torch
+        from flexmerge_cli.engine.device import as_tensor
 
         array = self.array(stored)
         if joined is not None:
             own, common, rows = joined
             array = join(array, self.array(own) if own is not None else None, common, rows)
-        if array.size == 0:
-            return torch.empty(array.shape, dtype=getattr(torch, TO_TORCH[stored.dtype]))
-        flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        return flat.view(getattr(torch, TO_TORCH[stored.dtype])).reshape(array.shape)
+        return as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), stored.dtype).reshape(array.shape)
 
     def array(self, stored: StoredTensor) -> np.ndarray:
         """Its bits (`NUMPY[dtype]`), in its shape; strided where the file has it so."""
