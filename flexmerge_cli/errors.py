@@ -3,6 +3,8 @@
 The library raises them; only `cli/` prints them and exits. The class carries the exit code (README, "Exit codes").
 """
 
+import errno
+
 
 class FlexmergeError(Exception):
     """Base of all errors that are meant for the user's eyes."""
@@ -50,3 +52,38 @@ class GateError(FlexmergeError):
     """What was asked for cannot be reached, or a limit was not kept."""
 
     exit_code = 6
+
+
+_NO_MEMORY = (
+    "can't allocate memory",  # torch on the CPU
+    "not enough memory",  # torch on Windows
+    "out of memory",  # torch on CUDA
+    "cannot allocate memory",  # strerror(ENOMEM), as Rust extensions quote it
+    "bad_alloc",  # C++ extensions
+    "bad allocation",
+)
+_NO_THREAD = ("can't start new thread", "can't allocate lock", "thread constructor failed")
+
+
+def machine_failure(error: BaseException) -> MachineError | None:
+    """What a foreign exception says of the machine: no memory, no thread or no open file left; None for any other.
+
+    Python, numpy and torch raise MemoryError, RuntimeError or OSError for these, and only the text tells them from
+    defects of ours.
+    """
+    said = str(error).lower()
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, RuntimeError) and any(words in said for words in _NO_THREAD):
+        return MachineError(
+            "the system starts no more threads", hint="use --threads 1, or raise the limit: ulimit -u, pids.max"
+        )
+    if code in (errno.EMFILE, errno.ENFILE):
+        return MachineError("too many files are open", hint="raise the limit, e.g. ulimit -n 4096")
+    foreign = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    if (
+        isinstance(error, MemoryError)
+        or code == errno.ENOMEM
+        or (foreign and any(words in said for words in _NO_MEMORY))
+    ):
+        return MachineError("out of memory", hint="set --max-memory to what is free, and use --threads 1")
+    return None

@@ -1,0 +1,87 @@
+"""What the machine lacks is told in its own words, whoever's exception says so."""
+
+import errno
+import os
+import resource
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from flexmerge_cli.errors import MachineError, machine_failure
+
+
+def raised(run):
+    with pytest.raises(BaseException) as caught:
+        run()
+    return caught.value
+
+
+MOST = 1 << 62
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: bytearray(MOST),
+        lambda: np.empty(MOST >> 3),
+        lambda: torch.empty(1 << 55),
+        lambda: [None] * MOST,
+    ],
+)
+def test_memory_that_python_numpy_and_torch_cannot_have(allocate):
+    found = machine_failure(raised(allocate))
+    assert isinstance(found, MachineError) and found.exit_code == 1
+    assert found.message == "out of memory" and found.hint is not None and "--max-memory" in found.hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 40 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+)
+def test_memory_in_the_words_of_other_platforms(error):
+    found = machine_failure(error)
+    assert found is not None and found.message == "out of memory"
+
+
+def test_a_thread_that_does_not_start(monkeypatch):
+    def no_thread(*_args, **_named):
+        raise RuntimeError("can't start new thread")
+
+    name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    monkeypatch.setattr(threading, name, no_thread)
+    found = machine_failure(raised(threading.Thread(target=print).start))
+    assert found is not None and "threads" in found.message and found.hint is not None and "--threads 1" in found.hint
+
+
+def test_a_file_too_many():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        error = raised(lambda: os.open(__file__, os.O_RDONLY))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(lowest)
+    found = machine_failure(error)
+    assert found is not None and "ulimit -n" in str(found.hint)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("a tensor named `out of memory`"),
+        OSError(errno.ENOENT, os.strerror(errno.ENOENT), "out of memory"),
+        KeyError("x"),
+    ],
+)
+def test_other_errors_are_not_the_machine(error):
+    assert machine_failure(error) is None
