@@ -192,7 +192,7 @@ class Drawing:
         }
         tasks = list(self.spec.tasks)
         device = None if request.device == "auto" else request.device
-        cache = ScoreCache() if request.reuse else None
+        cache = ScoreCache(overwrite=not request.reuse)
         scorer = Scorer(spec=self.spec, device=device, cache=cache, access=request.common.access)
         for task in tasks:  # what does not fit is told before a weight is read
             scorer.examples(task, folders[task])

@@ -117,7 +117,7 @@ def _check(request: ScoreRequest) -> None:
 
 def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
     bundle, references = _opened(request)
-    cache = ScoreCache() if request.reuse else None
+    cache = ScoreCache(overwrite=not request.reuse)
     scorer = Scorer(spec=request.spec, device=request.device, cache=cache, access=request.access)
     pairs = _Pairs()
     document = evaluate(
@@ -134,6 +134,9 @@ def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pa
 def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
     """Reads headers. Raises UsageError for a gate that has nothing to compare with."""
     bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
+    if bundle is not None:
+        for task in request.spec.tasks:
+            bundle.check_files(task, weights=False)  # the examples are made with them, also beside --sources
     if request.plan is not None:
         references = planned_references(request)
     else:

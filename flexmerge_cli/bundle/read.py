@@ -21,8 +21,9 @@ from flexmerge_cli.allocation.manifest import (
     UnitEntry,
 )
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, file_inside, read_manifest
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, file_inside, read_manifest, sha256_of
 from flexmerge_cli.bundle.residual import StoredResidual, stored_residual
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
@@ -52,6 +53,8 @@ class Bundle:
     _coded: dict[str, dict[str, StoredTensor]]
     """Task -> part name -> part, of all parts on its route."""
     _maps: dict[Path, np.ndarray] = field(default_factory=dict)
+    _sound: set[str] = field(default_factory=set)
+    """Files whose digests were compared with the manifest."""
 
     @property
     def methods(self) -> list[str]:
@@ -151,6 +154,26 @@ class Bundle:
     def check_task(self, task: str) -> None:
         if task not in self.manifest.tasks:
             raise SourceError(f"no task `{task}` in {self.path}", hint=f"it has: {', '.join(self.tasks)}")
+
+    def check_files(self, task: str, *, weights: bool = True) -> None:
+        """Compare every file that a task reads with the manifest, each file once; without weights its side files alone.
+
+        Raises IntegrityError that names all files that differ.
+        """
+        self.check_task(task)
+        bad = []
+        for name in self.manifest.tasks[task].files:
+            if name in self._sound or (not weights and name.endswith(WEIGHT_SUFFIXES)):
+                continue
+            if sha256_of(file_inside(self.path, name)) == self.manifest.files[name].sha256:
+                self._sound.add(name)
+            else:
+                bad.append(name)
+        if bad:
+            raise IntegrityError(
+                f"{self.path} is damaged: the digest of {', '.join(bad)} differs from the manifest's",
+                hint="fetch the bundle again, or merge again",
+            )
 
     def route(self, task: str) -> list[str]:
         """Weight files that a task reads."""

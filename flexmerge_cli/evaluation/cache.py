@@ -43,9 +43,13 @@ class ScoreCache:
     """Entries by key."""
 
     folder: Path = field(default_factory=cache_folder)
+    overwrite: bool = False
+    """Find nothing, so that every score is computed anew and replaces what is kept."""
 
     def get(self, key: str) -> Scored | None:
         """None where there is none, or none that is sound."""
+        if self.overwrite:
+            return None
         try:
             data = self._path(key).read_bytes()
             with np.load(io.BytesIO(data), allow_pickle=False) as file:

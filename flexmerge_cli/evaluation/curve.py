@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
-from flexmerge_cli.evaluation.models import bundle_model
+from flexmerge_cli.evaluation.models import routed_model
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 
@@ -47,8 +47,10 @@ class Point:
     """By task."""
     digests: Mapping[str, str]
     """Of each task's weights."""
-    num_scored: int
-    """Evaluations that were run for it; the others were known."""
+    num_computed: int
+    """Tasks whose model was run for it."""
+    num_cached: int
+    """Tasks whose score was found on disk, from an earlier run; the others were scored for another point, or before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +80,12 @@ class Curve:
         return sum(len(point.scores) for point in (*self.points, *self.alternatives))
 
     @property
-    def num_scored(self) -> int:
-        return sum(point.num_scored for point in (*self.points, *self.alternatives))
+    def counts(self) -> dict[str, int]:
+        """Of `evaluations` in the document; the references are not among them."""
+        points = (*self.points, *self.alternatives)
+        computed, cached = sum(point.num_computed for point in points), sum(point.num_cached for point in points)
+        asked = self.num_evaluations
+        return {"asked": asked, "computed": computed, "repeated": asked - computed - cached, "cached": cached}
 
 
 @dataclass(kw_only=True)
@@ -125,7 +131,7 @@ class CurveScorer:
     def _point(
         self, cut: Cut, tasks: Sequence[str], numbers: Mapping[str, int], on_task: Callable[[int], None]
     ) -> Point:
-        bill, num_scored = cut.bill, 0
+        bill, num_computed, num_cached = cut.bill, 0, 0
         identities = {task: (task, self.memory.identity(bill, numbers[task])) for task in tasks}
         found = {
             task: self._by_identity[key] for task, key in identities.items() if self.reuse and key in self._by_identity
@@ -135,11 +141,14 @@ class CurveScorer:
         for task in new:
             assert bundle is not None
             on_task(tasks.index(task))
-            model = replace(bundle_model(bundle, task), folder=self.folders[task])
+            model = replace(routed_model(bundle, task), folder=self.folders[task])
             scored = self._by_digest.get((task, model.digest)) if self.reuse else None
             if scored is None:
+                before = self.scorer.counts
                 scored = self.scorer.score(model, reference=self.references.get(task))
-                num_scored += 1
+                was_run = self.scorer.counts["computed"] > before["computed"]
+                num_computed += was_run
+                num_cached += not was_run and self.scorer.counts["cached"] > before["cached"]
             found[task] = self._by_identity[identities[task]] = model.digest, scored
             self._by_digest[task, model.digest] = scored
         on_task(len(tasks))
@@ -153,7 +162,8 @@ class CurveScorer:
             command=cut.command,
             scores={task: found[task][1] for task in tasks},
             digests={task: found[task][0] for task in tasks},
-            num_scored=num_scored,
+            num_computed=num_computed,
+            num_cached=num_cached,
         )
 
 

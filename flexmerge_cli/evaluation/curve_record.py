@@ -8,7 +8,8 @@ points        [{method, sizes, bytes, total_bytes, factor, merges, undone, comma
 mean, mean_of  of the references; what means are of: the metric, or `normalised` where tasks have different ones
 alternatives  the same of copies in fewer bits: `method` is their name
 unreached     [{method, size, message}]
-evaluations   {asked, scored, saved}
+evaluations   {asked, computed, repeated, cached}: points times tasks; models that were run, scores of this same run,
+              and scores of the cache
 order         [{block, position, similarity}] of the blocks, in forward order: mean place of their merges in the order,
               0 first and 1 last
 gate          with limits: {outcome, message, command, tasks}, of each point and of the smallest that passes
@@ -66,11 +67,7 @@ def curve_record(
         "points": points,
         "alternatives": [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.alternatives],
         "unreached": [{"method": u.method, "size": u.size, "message": u.message} for u in curve.unreached],
-        "evaluations": {
-            "asked": curve.num_evaluations,
-            "scored": curve.num_scored,
-            "saved": curve.num_evaluations - curve.num_scored,
-        },
+        "evaluations": curve.counts,
         "order": _order(plan),
         "data_dependent": dict(data_dependent) if data_dependent else None,
     } | ({"gate": _smallest_that_passes(points)} if gate else {})

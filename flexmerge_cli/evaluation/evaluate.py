@@ -6,7 +6,7 @@ tasks  {name: {kind, metric, higher_is_better, n, split, merged, fine_tuned, bas
 mean   of merged, fine-tuned, base and normalised scores, each where every task has one; null of different metrics
 bundle, methods, num_models, one_model_bytes   of the bundle, if there is one: its id, what merged it, its models
 stored_bytes, total_bytes, factor   and its size: of tensors, of every file, in models
-evaluations  {computed, reused}: models that were run, and scores that were known
+evaluations  {computed, repeated, cached}: models that were run, scores of this same run, and scores of the cache
 """
 
 from collections.abc import Callable, Mapping
@@ -46,23 +46,29 @@ def evaluate(
     """One record per task; without a bundle of its references alone. One model is in memory at a time.
 
     references: by default those that the spec names. Raises UsageError before a weight is read where spec, data or
-    side files do not fit, DataError for weights that do not.
+    side files do not fit, DataError for weights that do not, IntegrityError if a file that a scored task reads differs
+    from the bundle's manifest: before any of its scores counts, computed or known.
     """
     scorer = scorer or Scorer(spec=spec)
     if references is None:
         references = spec_references(spec, bundle) if bundle is not None else References()
     folders = {task: bundle.config_folder(task) for task in spec.tasks} if bundle is not None else references.folders
     for task in spec.tasks:
+        if bundle is not None:
+            bundle.check_files(task, weights=False)  # of which the examples are made
         examples = scorer.examples(task, folders[task])
         if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
             raise no_reference(spec.place(task, folders[task]))
+    if bundle is not None:
+        for task in spec.tasks:
+            bundle.check_files(task)  # of all before the first is scored, which may take long
     records = {}
     for task in spec.tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
         on_scored(task, models, scored)
         records[task] = task_record(spec, task, models, scored)
     found: dict[str, Any] = {"format": FORMAT, "tasks": records, "mean": means(records)}
-    found["evaluations"] = {"computed": scorer.num_computed, "reused": scorer.num_reused}
+    found["evaluations"] = scorer.counts
     if bundle is None:
         return found
     return found | {
@@ -74,6 +80,13 @@ def evaluate(
         "total_bytes": bundle.total_bytes,
         "factor": bundle.manifest.stored_bytes / max(1, bundle.manifest.one_model_bytes),
     }
+
+
+def told_counts(counts: Mapping[str, int]) -> str:
+    """How the scores of a document came about, on one line. counts: its `evaluations`."""
+    return (
+        f"{counts['computed']:,} run, {counts['repeated']:,} reused from this run, {counts['cached']:,} from the cache"
+    )
 
 
 def told_methods(document: Mapping[str, Any]) -> str:

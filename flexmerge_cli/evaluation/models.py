@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -17,7 +18,7 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
+from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
 from flexmerge_cli.residuals.rows import join
 
@@ -83,18 +84,33 @@ class StoredWeights(Mapping[str, "Tensor"]):
 
 
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
-    """A task of a bundle, through its route; the digest is of the tensors that it gives."""
+    """A task of a bundle on disk, through its route. Raises IntegrityError if a file differs from the manifest.
+
+    The model's digest is the manifest's, which says nothing of damaged files: so every file of the route is read first.
+    """
+    bundle.check_files(task)
+    return routed_model(bundle, task)
+
+
+def routed_model(bundle: Bundle, task: str) -> TaskModel:
+    """The same for a bundle whose bytes are known to be sound: one in memory, made from checked sources."""
     from flexmerge_cli.bundle.view import View
 
     names = bundle.manifest.tasks[task].names
-    tensors = [tensor for tensor in bundle.manifest.stored if task in tensor.digests]
+    lines = [
+        (names.get(t.name, t.name), t.dtype_of(task), t.shape_of(task), t.digests[task])
+        for t in bundle.manifest.stored
+        if task in t.digests
+    ]
+    for vocabulary in bundle.manifest.vocabularies:
+        rows = vocabulary.tasks.get(task)
+        if rows is not None:
+            lines += [places_line(names.get(name, name), rows.rows, rows.common) for name in vocabulary.tensors]
     return TaskModel(
         task=task,
         weights=View(bundle, task),
         folder=bundle.config_folder(task),
-        digest=weights_digest(
-            (names.get(t.name, t.name), t.dtype_of(task), t.shape_of(task), t.digests[task]) for t in tensors
-        ),
+        digest=weights_digest(lines),
         num_bytes=sum(bundle.manifest.files[file].bytes for file in bundle.route(task)),
     )
 
@@ -108,15 +124,18 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
     """The base as a task's model: its values of all that merges, and the task's own heads, from the bundle.
 
     digests: own name -> digest of the base's tensors that were digested already; what is new is added.
-    Raises DataError if the base has not what the bundle's tasks share.
+    Raises DataError if the base has not what the bundle's tasks share, IntegrityError if a file of the bundle differs
+    from its manifest.
     """
     from flexmerge_cli.bundle.view import View
 
+    bundle.check_files(task)
     names = bundle.manifest.tasks[task].names
     weights, view = StoredWeights(base.tensors), View(bundle, task)
     found: dict[str, Callable[[], Tensor]] = {}
     lines, lacking = [], []
     entries = {tensor.name: tensor for tensor in bundle.manifest.tensors}
+    own_of = {tensor.name: tensor for tensor in bundle.manifest.rows}
     for entry in entries.values():
         if task not in entry.digests:
             continue
@@ -137,6 +156,11 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
             found[own] = partial(weights.tensor, stored)
             if rows is not None:
                 found[own] = partial(_with_rows, found[own], partial(view.__getitem__, own), rows.common)
+                lines.append(places_line(own, rows.rows, rows.common))
+                own_rows = own_of.get(f"{tensor.name}{ROWS_SUFFIX}")
+                if own_rows is not None and task in own_rows.digests:
+                    form = own_rows.dtype_of(task), own_rows.shape_of(task)
+                    lines.append((f"{own}{ROWS_SUFFIX}", *form, own_rows.digests[task]))
             lines.append((own, stored.dtype, stored.shape, digests[stored.name]))
     if lacking:
         raise DataError(

@@ -14,7 +14,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.work import BASE, Sources
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import StoredWeights
-from flexmerge_cli.evaluation.scored import TaskModel, weights_digest
+from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass
 
 
@@ -58,7 +58,8 @@ def planned_models(
                 weights=weights,
                 folder=folders[task],
                 digest=weights_digest(
-                    (name, stored.dtype, stored.shape, digest) for name, (stored, digest, _) in found.items()
+                    [(name, stored.dtype, stored.shape, digest) for name, (stored, digest, _) in found.items()]
+                    + [places_line(name, rows, common) for name, (_, common, rows) in joined.items()]
                 ),
                 num_bytes=sum(stored.num_bytes for stored, _, _ in found.values()),
             )

@@ -87,7 +87,16 @@ class Scored:
         )
 
 
-def weights_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+DigestLine = tuple[str, str, tuple[int, ...], str]
+"""Own name, dtype, shape and digest of the bytes of one tensor."""
+
+
+def places_line(own: str, rows: int, common: Iterable[tuple[int, int]]) -> DigestLine:
+    """Where the common rows stand in a tensor that is put together: the digests of the rows alone do not say it."""
+    return f"{own}@places", "runs", (rows, *(number for run in common for number in run)), ""
+
+
+def weights_digest(tensors: Iterable[DigestLine]) -> str:
     """One digest of (own name, dtype, shape, digest of the bytes) of every tensor; their order does not show.
 
     Equal for equal weights, whether they come from a bundle, a source or a plan's cut: the key of the score cache.

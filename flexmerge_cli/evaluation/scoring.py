@@ -5,7 +5,10 @@ kept on disk (cache.py) by weights, data and settings: what is known is not comp
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, Run
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.side_files import side_digest
 from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.version import VERSION
 
 OnExample = Callable[[int, int], None]
 
+LIBRARIES = ("numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
 NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype"}
 """Keys of a spec that are told otherwise, or do not change a score."""
 
@@ -36,11 +41,15 @@ class Scorer:
     """To models that a task names besides its own."""
     num_computed: int = 0
     """Models that were run on a task's examples."""
-    num_reused: int = 0
-    """Scores that were known."""
+    num_repeated: int = 0
+    """Scores of weights that this scorer had scored, or found, before."""
+    num_cached: int = 0
+    """Scores that were found on disk, from an earlier run."""
     _examples: dict[tuple[str, Path], Examples] = field(default_factory=dict)
     _references: dict[tuple[str, str], Scored] = field(default_factory=dict)
     """(task, digest) -> a fine-tuned model's outputs, for agreement."""
+    _keys: set[str] = field(default_factory=set)
+    """Of the scores that this scorer knows to be on disk."""
 
     def examples(self, task: str, side: Path) -> Examples:
         """Read and checked once. side: folder of config, tokenizer, processor. Reads no weight.
@@ -90,20 +99,25 @@ class Scorer:
         key = key_of(self._settings(model, examples, run)) if cache is not None else ""
         known = cache.get(key) if cache is not None else None
         if known is not None:
-            self.num_reused += 1
+            self.num_repeated += key in self._keys
+            self.num_cached += key not in self._keys
+            self._keys.add(key)
             return known
         first, *others = kind.score(model, task, examples, run)
         scored = replace(first, others=tuple(others))
         self.num_computed += 1
         if cache is not None:
             cache.put(key, scored)
+            self._keys.add(key)
         return scored
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How the scores came about."""
+        return {"computed": self.num_computed, "repeated": self.num_repeated, "cached": self.num_cached}
 
     def _settings(self, model: TaskModel, examples: Examples, run: Run) -> Mapping[str, Any]:
         """All that a score depends on."""
-        import torch
-        import transformers
-
         return {
             "weights": model.digest,
             "data": examples.digest,
@@ -114,8 +128,18 @@ class Scorer:
             "dtype": run.dtype,
             "batch_size": run.batch_size,
             "device": run.device.split(":")[0],
-            "versions": [torch.__version__, transformers.__version__],
+            "versions": library_versions(),
         }
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """What computes the scores: flexmerge and the installed libraries that models, inputs and numbers go through."""
+    found = {"flexmerge": VERSION}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def score(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
-from flexmerge_cli.evaluation.evaluate import one_metric
+from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
 from flexmerge_cli.report.text import human_bytes, table
 
 
@@ -32,10 +32,7 @@ def show_curve(value: dict[str, Any]) -> None:
     if value["data_dependent"]:
         print(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
     counts = value["evaluations"]
-    print(
-        f"{counts['scored']} of {counts['asked']} evaluations were run; {counts['saved']} were saved: weights that had "
-        "been scored before"
-    )
+    print(f"{counts['asked']:,} evaluations: {told_counts(counts)}")
 
 
 def told(score: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import one_metric
+from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.report.text import table
 
@@ -14,6 +14,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
     table(columns, rows, left=2)
     for line in remarks(value):
         print(line)
+    print(f"scores: {told_counts(value['evaluations'])}")
     if "factor" in value:
         print(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.evaluation.evaluate import told_counts
 from flexmerge_cli.report.curve import told, told_ends
 from flexmerge_cli.report.curve_series import Series, ranking, series_of, sizes_of, told_metric
 from flexmerge_cli.report.html import facts, name, page, section, table, text
@@ -25,7 +26,7 @@ def curve_page(record: dict[str, Any]) -> str:
             ("metric", text(metrics)),
             ("one model", human_bytes(record["one_model_bytes"])),
             ("methods", str(len(series))),
-            ("evaluations", f"{counts['scored']:,} of {counts['asked']:,}, {counts['saved']:,} saved"),
+            ("evaluations", f"{counts['asked']:,}: {told_counts(counts)}"),
             ("plan", f"<span class=path>{text(record['plan'][:16])}…</span>"),
         ]
     )

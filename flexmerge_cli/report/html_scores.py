@@ -4,7 +4,7 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import mean_of as mean_over_tasks
 from flexmerge_cli.evaluation.curve_record import reference_means
-from flexmerge_cli.evaluation.evaluate import one_metric, told_methods
+from flexmerge_cli.evaluation.evaluate import one_metric, told_counts, told_methods
 from flexmerge_cli.report.curve_series import series_of, told_metric
 from flexmerge_cli.report.evaluation import remarks, scale_of, score_table, told_interval, told_number
 from flexmerge_cli.report.html import facts, name, page, section, table, text
@@ -21,7 +21,7 @@ def scores_page(document: dict[str, Any]) -> str:
     tasks, counts = document["tasks"], document["evaluations"]
     pairs = [
         ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
-        ("evaluations", f"{counts['computed']:,} run, {counts['reused']:,} known"),
+        ("evaluations", told_counts(counts)),
     ]
     if "bundle" in document:
         pairs += [

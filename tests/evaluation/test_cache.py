@@ -103,7 +103,7 @@ def task(tmp_path):
 
 def is_known(model, scorer: Scorer) -> bool:
     scorer.score(model)
-    return scorer.num_reused == 1 and scorer.num_computed == 0
+    return scorer.num_cached == 1 and scorer.num_computed == 0
 
 
 def test_equal_weights_data_and_settings_are_scored_once(task):

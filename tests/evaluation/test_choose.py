@@ -29,7 +29,8 @@ def point(num_bytes: int, *lost: int) -> Point:
     scores = {f"t{number}": scored(count, seed=number) for number, count in enumerate(lost)}
     return Point(
         method=f"m{num_bytes}", sizes=(), tensor_bytes=num_bytes, total_bytes=num_bytes + 10, merges=0, undone=0,
-        command=f"flexmerge merge {num_bytes}", scores=scores, digests=dict.fromkeys(scores, ""), num_scored=0,
+        command=f"flexmerge merge {num_bytes}", scores=scores, digests=dict.fromkeys(scores, ""), num_computed=0,
+        num_cached=0,
     )  # fmt: skip
 
 

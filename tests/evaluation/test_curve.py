@@ -54,8 +54,8 @@ def test_moving_the_cut_scores_as_bundles_that_are_written_do(sample, curve, tmp
 
 def test_without_reuse_the_results_are_the_same_and_more_is_scored(sample, curve, request_):
     again = draw(sample.plan, sample.plan_path, sample.spec, replace(request_, reuse=False))
-    assert again.num_scored == again.num_evaluations == curve.num_evaluations
-    assert curve.num_scored < curve.num_evaluations
+    assert again.counts["computed"] == again.num_evaluations == curve.num_evaluations
+    assert curve.counts["computed"] + curve.counts["cached"] < curve.num_evaluations
     first, second = (curve_record(sample.plan, sample.spec, one) for one in (curve, again))
     assert first.pop("evaluations") != second.pop("evaluations")
     assert first == second
@@ -79,7 +79,7 @@ def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
         )
         for n in (number, number + 1)
     ]
-    scored = [point.num_scored for point in drawing.scorer.points(cuts)]
+    scored = [point.num_computed for point in drawing.scorer.points(cuts)]
     touched = {0, 2} & set(merges[number].left + merges[number].right)
     assert scored[1] == len(touched) < len(SCORED)
 
@@ -90,7 +90,7 @@ def test_nothing_merged_is_the_fine_tuned_models_and_is_not_scored_again(sample)
         CurveRequest(methods=("ties",), sizes=("3x",), alternatives=False, threads=1),
     )  # fmt: skip
     (point,) = curve.points
-    assert point.num_scored == 0
+    assert (point.num_computed, point.num_cached) == (0, 0)
     for task in SCORED:
         assert point.digests[task] == curve.models[task]["fine_tuned"].digest
         assert point.scores[task] is curve.fine_tuned[task]
@@ -171,9 +171,9 @@ def test_csv_has_a_row_per_point_and_task(sample, curve):
 def test_the_command_tells_what_was_saved(sample, tmp_path):
     arguments = sample.drawn(methods="average", sizes="3x")
     result = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--json")
-    assert result.json["evaluations"]["saved"] >= 2
+    assert result.json["evaluations"]["repeated"] >= 2
     assert (tmp_path / "rows.csv").read_text().startswith("method,")
-    assert "were saved" in succeeds(*arguments).out
+    assert "reused from this run" in succeeds(*arguments).out
 
 
 def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):

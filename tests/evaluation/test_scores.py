@@ -110,7 +110,7 @@ def test_sources_are_scored_the_same_wherever_they_are_named(place, how):
             assert record[who] == wanted[name][who]
             assert record["scores"][who]["weights"] == wanted[name]["scores"][who]["weights"]
     # What they are compared by is the same: nothing had to be computed a second time.
-    assert found["evaluations"] == {"computed": 0, "reused": 4}
+    assert found["evaluations"] == {"computed": 0, "repeated": 0, "cached": 4}
 
 
 def test_a_bundle_beside_its_plan_is_scored_beside_the_plans_sources(place):
@@ -129,13 +129,17 @@ def test_known_scores_are_reused_and_are_the_same_without_reuse(place):
     first, second = (succeeds(*arguments).json for _ in range(2))
     again = succeeds(*arguments, "--no-reuse").json
     counts = [found.pop("evaluations") for found in (first, second, again)]
-    assert counts == [{"computed": 6, "reused": 0}, {"computed": 0, "reused": 6}, {"computed": 6, "reused": 0}]
+    assert counts == [
+        {"computed": 6, "repeated": 0, "cached": 0},
+        {"computed": 0, "repeated": 0, "cached": 6},
+        {"computed": 6, "repeated": 0, "cached": 0},
+    ]
     assert first == second == again
 
 
 def test_an_exact_bundle_is_its_sources_and_each_is_scored_once(place):
     found = succeeds("eval", place / "exact", "--spec", place / "eval.yaml", "--json").json
-    assert found["evaluations"] == {"computed": 4, "reused": 2}
+    assert found["evaluations"] == {"computed": 4, "repeated": 2, "cached": 0}
     for record in found["tasks"].values():
         assert record["normalised"] == 1.0
         assert record["scores"]["merged"]["weights"] == record["scores"]["fine_tuned"]["weights"]

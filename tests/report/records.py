@@ -38,7 +38,7 @@ def record(
         "points": points,
         "alternatives": alternatives,
         "unreached": [{"method": f"{name}1:bits=1", "size": "1x", "message": "too small"}],
-        "evaluations": {"asked": 100, "scored": 60, "saved": 40},
+        "evaluations": {"asked": 100, "computed": 60, "repeated": 30, "cached": 10},
         "order": [
             {"block": f"layer.{layer}.{kind}", "position": (layer * 3 + place) / 36, "similarity": 0.5}
             for layer in range(12)
@@ -60,7 +60,7 @@ def scores(num_tasks: int = 3, *, name: str = "task", metrics: tuple[str, ...] =
             who: sum(found[who] for found in tasks.values()) / num_tasks
             for who in ("merged", "fine_tuned", "base", "normalised")
         },
-        "evaluations": {"computed": 3 * num_tasks, "reused": 0},
+        "evaluations": {"computed": 3 * num_tasks, "repeated": 0, "cached": 0},
         "bundle": "cd" * 32, "methods": ["average"], "num_models": num_tasks + 1, "one_model_bytes": ONE,
         "stored_bytes": 2 * ONE, "total_bytes": 2 * ONE + 20_000, "factor": 2.0,
     }  # fmt: skip
