@@ -1,23 +1,30 @@
 """YAML written by hand, checked against a schema: errors with file, line, key and the nearest valid name.
 
 Files may come from strangers: size and depth are bounded, aliases are refused (they expand without bound), and only
-plain scalars, lists and maps are built.
+plain scalars, lists and maps are built. One pass, in time proportional to the size: PyYAML itself takes quadratic time
+over brackets in brackets, and over numbers of many digits.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from flexmerge_cli.errors import MachineError, SourceError, UsageError
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.text import holds_text
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+MAX_DIGITS = 4300  # as Python itself has it for decimal numbers
+MAX_KEY_DIGITS = 15
+MAX_TOLD = 100  # characters of a file's text in a message
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = tuple[Any, ...]
@@ -68,30 +75,70 @@ def read_document(path: Path, what: str) -> Document:
         raise SourceError(f"no {what} at {path}", hint="check the path")
     if size > MAX_BYTES:
         raise UsageError(f"{path} is larger than {MAX_BYTES} bytes", hint=f"is it a {what}?")
+    lines: dict[Place, int] = {}
     try:
-        text = path.read_text(encoding="utf-8")
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise UsageError(f"{path}, line {line}: an alias (`*{event.anchor}`)", hint="write the value out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[Place, int] = {}
-        _lines(path, node, (), lines)
-        value = yaml.safe_load(text)
+        text = read_file(path, MAX_BYTES, f"a {what}").decode("utf-8")
+        value = load_bounded(text, on_node=lambda node: _lines(path, node, (), lines))
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text", hint=f"is it a {what}?") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: {getattr(error, 'problem', None) or error}", hint="mend the YAML") from None
-    except OSError as error:
-        raise MachineError(f"{path} cannot be read: {error.strerror}", hint="check permissions") from None
-    except (RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
-        # As PyYAML has it where a value is not of the type that its tag says: `!!bool maybe`, `!!timestamp soon`.
-        raise UsageError(f"{path} cannot be read: {str(error)[:100]}", hint=f"is it a {what}?") from None
+        problem = str(getattr(error, "problem", None) or error)[:MAX_TOLD]
+        raise UsageError(f"{path}{where}: {problem}", hint=f"correct the YAML, if this is a {what}") from None
     if not holds_text(value):
         raise UsageError(f"{path} holds text that no file can hold", hint=f"is it a {what}?")
     return Document(path=path, value=value, lines=lines)
+
+
+class BoundedLoader(yaml.SafeLoader):
+    """Refuses aliases, deep nesting and huge numbers as soon as it meets them."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"an alias (`*{str(event.anchor)[:MAX_TOLD]}`): write the value out"
+            raise ComposerError(None, None, problem, mark)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ComposerError(None, None, "nested too deeply", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # Base 60, `1:30:00`, takes quadratic time: Python's own limit does not hold for it.
+        if len(node.value) > MAX_DIGITS:
+            raise ConstructorError(None, None, f"a number of {len(node.value):,} digits", node.start_mark)
+        return super().construct_yaml_int(node)
+
+
+BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_yaml_int)
+
+
+def load_bounded(
+    text: str, kind: type[BoundedLoader] = BoundedLoader, on_node: Callable[[yaml.Node | None], object] | None = None
+) -> Any:
+    """The plain value of a YAML text. on_node: is shown the tree first. Raises yaml.YAMLError for all that is wrong."""
+    if len(text) > MAX_BYTES:
+        raise yaml.YAMLError(f"a text of {len(text):,} characters")
+    try:
+        loader = kind(text)
+        try:
+            node = loader.get_single_node()
+            if on_node is not None:
+                on_node(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # As PyYAML has it where a value is not of the type that its tag says: `!!bool maybe`, `!!timestamp soon`.
+        raise yaml.YAMLError(str(error)[:MAX_TOLD]) from None
 
 
 def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None:
@@ -99,16 +146,15 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
     if node is None:
         return
     lines.setdefault(place, node.start_mark.line + 1)
-    if len(place) > MAX_DEPTH:
-        raise UsageError(f"{path}, line {node.start_mark.line + 1}: nested too deeply", hint="flatten it")
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
+            # Huge integers can be made to collide in a dict, which then takes quadratic time.
+            if not isinstance(key, yaml.ScalarNode) or (key.tag.endswith(":int") and len(key.value) > MAX_KEY_DIGITS):
                 raise UsageError(f"{path}, line {line}: a key that is no word", hint="mend the YAML")
             if key.value in seen:
-                raise UsageError(f"{path}, line {line}: `{key.value}` stands twice", hint="remove one")
+                raise UsageError(f"{path}, line {line}: `{key.value[:MAX_TOLD]}` stands twice", hint="remove one")
             seen.add(key.value)
             lines[(*place, key.value)] = line
             _lines(path, value, (*place, key.value), lines)
@@ -125,10 +171,10 @@ def _explained(document: Document, error: ValidationError, schema: type[BaseMode
     key = ".".join(str(step) for step in place if not str(step)[:1].isupper() or step in inside) or "the file"
     if first["type"] == "extra_forbidden":
         known = _keys(schema, first["loc"][:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, 1)
+        near = difflib.get_close_matches(str(place[-1])[:MAX_TOLD], known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-        return UsageError(f"{where}: unknown key `{key}`", hint=hint)
-    return UsageError(f"{where}: {key}: {first['msg']}", hint="see the README")
+        return UsageError(f"{where}: unknown key `{key[:MAX_TOLD]}`", hint=hint)
+    return UsageError(f"{where}: {key[:MAX_TOLD]}: {first['msg'][:500]}", hint="see the README")
 
 
 def _keys(schema: type[BaseModel], place: Place) -> list[str]:

@@ -41,6 +41,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Merge
+from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.text import json_holds_text
 
 FORMAT = "flexmerge.plan/1"
@@ -336,9 +337,7 @@ def is_plan(path: Path) -> bool:
 def read_plan(path: Path) -> Plan:
     """Raises UsageError if it is no plan, was edited, or is not consistent."""
     again = "make it again with `flexmerge plan`"
-    if path.stat().st_size > MAX_PLAN_BYTES:
-        raise UsageError(f"{path} is too large for a plan", hint=again)
-    data = path.read_bytes()
+    data = read_file(path, MAX_PLAN_BYTES, "a plan")
     try:
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:

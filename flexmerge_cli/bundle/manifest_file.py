@@ -9,21 +9,31 @@ from pydantic import ValidationError
 
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.checkpoint.folder import hub_blobs
-from flexmerge_cli.errors import DataError, IntegrityError, SourceError
+from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, SourceError
+from flexmerge_cli.regular_file import open_file, read_file
 from flexmerge_cli.text import json_holds_text
 
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
+PIECE_BYTES = 1 << 20
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a folder has a manifest of this format."""
+    """Whether a folder has a manifest of this format, looked for in pieces: memory does not depend on its size."""
+    wanted = f'"format":"{FORMAT}"'.encode()
+    last = b""
     try:
-        with (path / MANIFEST_NAME).open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES)
-    except OSError:
-        return False
-    return f'"format":"{FORMAT}"'.encode() in data
+        with open_file(path / MANIFEST_NAME) as file:
+            for _ in range(MAX_MANIFEST_BYTES // PIECE_BYTES):
+                piece = file.read(PIECE_BYTES)
+                if wanted in last + piece:
+                    return True
+                if not piece:
+                    return False
+                last = piece[-len(wanted) :]
+    except (FlexmergeError, OSError):
+        pass
+    return False
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -34,9 +44,7 @@ def read_manifest(path: Path) -> Manifest:
             f"it has no {MANIFEST_NAME}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"
         )
         raise SourceError(f"no bundle at {path}: {why}", hint="give the folder that `merge` wrote")
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise DataError(f"{file} is too large for a manifest", hint="check the file")
-    data = file.read_bytes()
+    data = read_file(file, MAX_MANIFEST_BYTES, "a manifest")
     # The id first: a damaged manifest may be no JSON any more, or tell of anything.
     claimed = re.search(rb'"id":"([0-9a-f]{64})"', data)
     ours = f'"format":"{FORMAT}"'.encode() in data

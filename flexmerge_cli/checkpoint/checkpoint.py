@@ -23,6 +23,7 @@ from flexmerge_cli.checkpoint.stream import StreamedFile, StreamPool
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.unclear import no_weights
 from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.regular_file import check_kind, read_file
 from flexmerge_cli.text import is_text
 
 MAX_SIDE_BYTES = 256 << 20
@@ -106,6 +107,7 @@ def open_checkpoint(
             f"no checkpoint at {path}: it does not exist",
             hint=f"for the Hub write hf://{source}" if looks_like_hub else "check the path",
         )
+    check_kind(path)
     if path.is_file():
         return _open_folder(source, _FileFolder(path.parent), path.name, access)
     if (in_bundle := _task_of_bundle(path)) is not None:
@@ -307,10 +309,9 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """A file that holds a JSON object. Raises DataError."""
-    if path.stat().st_size > max_bytes:
-        raise DataError(f"{path} is {path.stat().st_size:,} bytes, too large for what it is", hint="check the file")
+    data = read_file(path, max_bytes, "such a file")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}", hint="get a sound copy of the file") from None
     if not isinstance(value, dict):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from flexmerge_cli.regular_file import open_file
+
 PIECE_BYTES = 1 << 20
 
 
@@ -71,7 +73,7 @@ def digest_bytes(data: np.ndarray | bytes) -> str:
 def digest_file(path: Path) -> str:
     """The same of a file, read in pieces."""
     whole, position = TensorDigest(), 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while data := file.read(PIECE_BYTES):
             whole.add(digest_range(np.frombuffer(data, np.uint8), position))
             position += len(data)

@@ -19,10 +19,26 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
+from flexmerge_cli.regular_file import open_descriptor, open_file
 
 AHEAD_BYTES = 4 << 20  # of one advice
 NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # what is in the cache, and no more
 MAX_ADVICES = 8  # of one range of picked rows, which may be thousands of runs
+
+
+def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
+    """A tensor's bits (`NUMPY[dtype]`) in its shape, within its mapped file (uint8). Copies nothing.
+
+    Raises DataError if it is not all within the file: numpy checks what `as_strided` would not.
+    """
+    steps = None if tensor.strides is None else [stride * tensor.item_bytes for stride in tensor.strides]
+    try:
+        return np.ndarray(tensor.shape, NUMPY[tensor.dtype], mapped, tensor.offset, steps)
+    except (ValueError, TypeError, OverflowError):
+        raise DataError(
+            f"{tensor.path} ends at byte {mapped.size:,}, within or before tensor `{tensor.name}`",
+            hint="the file was changed or cut meanwhile: get a sound copy",
+        ) from None
 
 
 class Reader:
@@ -60,14 +76,9 @@ class Reader:
             return filled
         if tensor.strides is not None:
             # Only a .bin can hold a tensor that is not row-major; the map reads the pages of this range alone.
-            mapped = np.memmap(tensor.path, np.uint8, mode="r")[tensor.offset :]
-            items = np.lib.stride_tricks.as_strided(
-                mapped[: tensor.item_bytes].view(NUMPY[tensor.dtype]),
-                tensor.shape,
-                [stride * tensor.item_bytes for stride in tensor.strides],
-                writeable=False,
-            )
-            filled.view(NUMPY[tensor.dtype])[:] = items.flat[start:stop]
+            with open_file(tensor.path) as file:
+                mapped = np.memmap(file, np.uint8, mode="r")
+            filled.view(NUMPY[tensor.dtype])[:] = strided(tensor, mapped).flat[start:stop]
             return filled
         if tensor.stream is not None:
             first = tensor.offset + start * tensor.item_bytes
@@ -153,7 +164,7 @@ class Reader:
                 descriptor = self._files.get(path)
                 if descriptor is None:
                     try:
-                        descriptor = open_one_more(os.open, path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                        descriptor = open_one_more(open_descriptor, path)
                     except OSError as error:
                         raise SourceError(f"{path} cannot be read: {error.strerror}", hint="check the file") from None
                     self._files[path] = descriptor

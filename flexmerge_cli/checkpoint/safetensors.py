@@ -17,6 +17,7 @@ from flexmerge_cli.checkpoint.quantised import HINT, is_fp8
 from flexmerge_cli.checkpoint.remote import RangeFile
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.regular_file import open_file
 from flexmerge_cli.text import is_text
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit: a header is read into memory before anything is known of it
@@ -30,7 +31,7 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
 
     remote: the file, where it is not on this disk; `path` is then where it will lie.
     """
-    with remote or path.open("rb") as file:
+    with remote or open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         prefix = file.read(8)

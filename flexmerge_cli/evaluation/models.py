@@ -14,7 +14,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.checkpoint.reader import Reader, strided
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
@@ -69,12 +69,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
             return made.view(NUMPY[stored.dtype]).reshape(stored.shape)
         if stored.path not in self._maps:
             self._maps[stored.path] = np.memmap(stored.path, np.uint8, mode="c")
-        mapped = self._maps[stored.path][stored.offset :]
-        if stored.strides is None:
-            return np.asarray(mapped[: stored.num_bytes]).view(NUMPY[stored.dtype]).reshape(stored.shape)
-        steps = [stride * stored.item_bytes for stride in stored.strides]
-        first = np.asarray(mapped[: stored.item_bytes]).view(NUMPY[stored.dtype])
-        return np.lib.stride_tricks.as_strided(first, stored.shape, steps)
+        return strided(stored, self._maps[stored.path])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -105,7 +105,7 @@ def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSp
         raise document.error(place, "no `kind`", hint=f"one of: {', '.join(KINDS)}")
     kind = kind_of(written) if isinstance(written, str) else None
     if kind is None:
-        near = difflib.get_close_matches(str(written), KINDS, 1)
+        near = difflib.get_close_matches(str(written)[:64], KINDS, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(KINDS)}"
         raise document.error((*place, "kind"), f"unknown kind `{written}`", hint=hint)
     key = "kind" if kind.runs_code else next((key for key in kind.code_keys if key in value), None)

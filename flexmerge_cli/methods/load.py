@@ -13,11 +13,13 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.methods.coded import CodedMethod
 from flexmerge_cli.methods.method import Method, Origin
+from flexmerge_cli.regular_file import read_file
 
 GROUP = "flexmerge.methods"
+MAX_BYTES = 16 << 20
 
 
 def method_from_file(file: str | Path, name: str) -> Method:
@@ -27,9 +29,9 @@ def method_from_file(file: str | Path, name: str) -> Method:
     """
     path = Path(file)
     try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read `{path}`: {error.strerror}", hint="write ./FILE.py#NAME") from None
+        source = read_file(path, MAX_BYTES, "a method's file")
+    except FlexmergeError as error:
+        raise UsageError(f"cannot read `{path}`: {error.message}", hint="write ./FILE.py#NAME") from None
     digest = hashlib.sha256(source).hexdigest()
     module = ModuleType(f"flexmerge_file_{digest[:16]}")
     module.__file__ = str(path)

@@ -19,9 +19,12 @@ from flexmerge_cli.methods.aliases import Alias, resolve_alias
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
 from flexmerge_cli.methods.method import Call, Method
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
+from flexmerge_cli.yaml_file import BoundedLoader, load_bounded
 
 if TYPE_CHECKING:
     from flexmerge_cli.methods.coded import Coded
+
+MAX_WORD = 64  # characters that are compared with known names: difflib takes time in the product of the lengths
 
 Named = TypeVar("Named", Method, Step, Calibration)
 
@@ -178,7 +181,7 @@ def _same_word(name: str) -> str:
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    near = difflib.get_close_matches(_same_word(name), known, 1)
+    near = difflib.get_close_matches(_same_word(name)[:MAX_WORD], known, 1)
     return UsageError(
         f"no {kind} `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
     )
@@ -188,7 +191,7 @@ def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) ->
     """All arguments, in the order of the signature; one that is null is the default."""
     for key in args:
         if key not in declared.parameters:
-            near = difflib.get_close_matches(key, declared.parameters, 1)
+            near = difflib.get_close_matches(key[:MAX_WORD], declared.parameters, 1)
             known = ", ".join(declared.parameters) or "none"
             hint = f"did you mean `{near[0]}`?" if near else f"`{declared.name}` takes: {known}"
             raise UsageError(f"`{declared.name}` has no argument `{key}`", hint=hint)
@@ -209,7 +212,7 @@ def split_call(text: str) -> tuple[str, dict[str, Any]]:
             hint = f"./{name}#{item.strip()}" if of_file else "write NAME:key=value,key=value"
             raise UsageError(f"cannot read `{item.strip()}` in method `{text}`", hint=hint)
         try:
-            args[key.strip()] = yaml.load(value, _Loader)
+            args[key.strip()] = load_bounded(value, _Loader)
         except yaml.YAMLError:
             raise UsageError(f"`{value}` is no YAML value, in method `{text}`", hint="quote it: key='…'") from None
     return name, args
@@ -220,7 +223,7 @@ def format_call(name: str, args: Mapping[str, Any]) -> str:
     return name + (":" if args else "") + ",".join(f"{key}={_scalar(value)}" for key, value in args.items())
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Numbers as in YAML 1.2: `1e-5` is one, which YAML 1.1 reads as text."""
 
 
@@ -230,9 +233,15 @@ _Loader.add_implicit_resolver(
 
 
 def _scalar(value: Any) -> str:
-    if isinstance(value, str) and yaml.load(value, _Loader) == value and not set(value) & set(",:={}[]'\""):
-        return value
-    return json.dumps(value)
+    plain = isinstance(value, str) and not set(value) & set(",:={}[]'\"")
+    return value if plain and _is_read_back(value) else json.dumps(value)
+
+
+def _is_read_back(text: str) -> bool:
+    try:
+        return bool(load_bounded(text, _Loader) == text)
+    except yaml.YAMLError:
+        return False
 
 
 def _split(text: str) -> list[str]:

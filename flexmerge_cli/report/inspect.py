@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import FlexmergeError, UsageError
+from flexmerge_cli.regular_file import check_kind, open_file
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -61,6 +62,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
         return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
         return Kind.CHECKPOINT  # whose opening tells what is wrong
+    check_kind(path)
     if path.is_dir():
         # Also one whose manifest is missing or damaged: what is wrong with it is to be told.
         if (path / "weights").is_dir() and ((path / MANIFEST_NAME).is_file() or (path / "tasks").is_dir()):
@@ -80,7 +82,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
         raise UsageError(
             f"{source} may be a recipe, and `inspect` shows plans", hint=f"flexmerge plan {source} -o plan.json"
         )
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(64).lstrip()[:1] != b"{":
             raise UsageError(f"{source} is no checkpoint, plan or bundle", hint="give a folder or a plan.json")
     return Kind.PLAN
@@ -169,9 +171,9 @@ def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
 def is_page(path: Path) -> bool:
     """Whether a file is a page: what --html may replace. A slip must not cost a checkpoint."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(15).lower() == b"<!doctype html>"
-    except OSError:
+    except (FlexmergeError, OSError):
         return False
 
 
