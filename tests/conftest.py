@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,8 +10,15 @@ from .program import succeeds
 __all__ = ["hub"]
 
 
+# Folders and files of tests that are pure and take milliseconds each: `tests/run.sh fast`.
+FAST = ("order", "allocation", "residuals", "family", "test_docs.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The long ones first, so that no process is left with one at the end."""
+    """The fast ones are marked. The long ones come first, so that no process is left with one at the end."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in FAST and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

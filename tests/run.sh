@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # All checks, from nothing: makes .venv (or $FLEXMERGE_VENV), installs, then ruff, mypy, import contracts and pytest.
-# Arguments go to pytest: tests/run.sh tests/order -k linkage
+# `tests/run.sh fast` runs the checks and the fast tests alone, in an environment that is there already.
+# All other arguments go to pytest: tests/run.sh tests/order -k linkage
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${FLEXMERGE_VENV:-.venv}
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+if [ "${1-}" = fast ]; then
+  shift
+  set -- -m fast "$@"
+fi
+if [ ! -x "$venv/bin/ruff" ] || [ "${2-}" != fast ]; then
+  [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+fi
 export PATH="$PWD/$venv/bin:$PATH"
 case $venv in /*) export PATH="$venv/bin:$PATH" ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests run side by side, and so do the programs that they start

@@ -1,0 +1,103 @@
+"""The docs are complete and their links hold: methods, keys, commands, exit codes are where one looks for them."""
+
+import importlib
+import json
+import pkgutil
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import flexmerge_cli
+from flexmerge_cli import errors
+from flexmerge_cli.report.methods import method_list
+
+from .program import ROOT, succeeds
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def documented() -> list[Any]:
+    """(heading, what `flexmerge methods` tells) of everything that takes arguments."""
+    found = method_list()
+    headings = {method["name"]: method for method in (*found["search"], *found["methods"])}
+    headings |= {f"step {step['name']}": step for step in found["steps"]}
+    headings |= {f"calibration {one['name']}": one for one in found["calibrations"]}
+    return [pytest.param(heading, one["arguments"], id=heading) for heading, one in headings.items()]
+
+
+@pytest.mark.parametrize(("heading", "arguments"), documented())
+def test_every_method_is_explained_with_its_arguments_ranges_and_defaults(heading, arguments):
+    section = re.search(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", read("docs/methods.md"), re.MULTILINE | re.DOTALL)
+    assert section, f"docs/methods.md has no heading `{heading}`"
+    table = re.search(r"^\| argument \|.*\n\|.*\n((?:\|.*\n)+)", section[1], re.MULTILINE)
+    rows = [re.split(r"(?<!\\)\|", line)[1:4] for line in table[1].splitlines()] if table else []
+    described = {name.strip(" `"): (takes, default.strip(" `")) for name, takes, default in rows}
+    assert list(described) == [argument["name"] for argument in arguments]
+    for argument in arguments:
+        takes, default = described[argument["name"]]
+        written = argument["default"]
+        assert default == (written if isinstance(written, str) else json.dumps(written)), argument
+        interval = re.search(r"[\[(][^,\])]+, [^,\])]+[\])]", argument["takes"])
+        if interval and argument["name"] != "centre_bits":  # of which only some are allowed
+            assert interval[0] in takes, argument
+
+
+def records() -> list[type[BaseModel]]:
+    """Every schema of a file: the models of all modules."""
+    found: set[type[BaseModel]] = set()
+    for module in pkgutil.walk_packages(flexmerge_cli.__path__, "flexmerge_cli."):
+        if not module.name.endswith(("__main__", "_native")):
+            values = vars(importlib.import_module(module.name)).values()
+            found |= {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
+    return sorted((one for one in found if one.__module__.startswith("flexmerge_cli")), key=lambda one: one.__name__)
+
+
+def test_every_key_of_every_file_is_described():
+    described = set(re.findall(r"`([^`\n]+)`", without_code(read("docs/formats.md") + read("docs/evaluation.md"))))
+    keys = {field.alias or name: one.__name__ for one in records() for name, field in one.model_fields.items()}
+    assert len(keys) > 90
+    assert {key: where for key, where in keys.items() if key not in described} == {}
+
+
+def test_every_command_is_in_the_readme_and_every_exit_code_is_explained():
+    listed = re.findall(r"^  ([a-z]+) ", succeeds("--help").out.split("Commands:")[1], re.MULTILINE)
+    assert set(listed) >= {"plan", "merge", "inspect", "export", "eval", "methods"}
+    assert [name for name in listed if f"flexmerge {name}" not in read("README.md")] == []
+    codes = {one.exit_code for one in vars(errors).values() if isinstance(one, type) and hasattr(one, "exit_code")}
+    assert [code for code in {0, 130, *codes} if f"| {code} |" not in read("docs/exit-codes.md")] == []
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        place = page.parent / path if path else page
+        assert place.exists(), f"{page.name}: no {target}"
+        assert not anchor or anchor in anchors(place.read_text()), f"{page.name}: no {target}"
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\(([\w.-]+\.md)\)", read("docs/README.md")))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} == listed
+
+
+def test_the_readme_stays_short():
+    assert len(read("README.md").splitlines()) <= 250
