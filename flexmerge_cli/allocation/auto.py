@@ -86,22 +86,27 @@ class Search:
     def solve_distance(self, max_distance: float) -> Solution:
         """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.
 
-        A task that is the base does not count: it has none. Exact copies reach any distance, so there are such choices.
+        Exact copies reach any distance, so there are such choices. A task that is the base has no distance unless it is
+        exact, so it is stored exactly.
         """
         limit_M = max_distance**2 * self._energy_M
         points = [int(table.vertices[0]) for table in self.tables]
         lost_TM = np.array([table.choice(point).errors for table, point in zip(self.tables, points)])
         for tensor, vertex in self._segments[0]:
-            if not ((lost_TM.sum(axis=0) > limit_M) & (self._energy_M > 0)).any():
+            if not (lost_TM.sum(axis=0) > limit_M).any():
                 break
             points[tensor] = int(self.tables[tensor].vertices[vertex])
             lost_TM[tensor] = self.tables[tensor].choice(points[tensor]).errors
         return self._solution(points)
 
     def distances(self, solution: Solution) -> np.ndarray:
-        """Predicted ‖θ̂ - θ‖ / ‖τ‖ of every task, over all tensors searched: [M], nan for a task that is the base."""
+        """Predicted ‖θ̂ - θ‖ / ‖τ‖ of every task, over all tensors searched: [M].
+
+        Of a task that is the base: 0 if it is exact, else nan.
+        """
         lost_M = np.sum([choice.errors for choice in solution.choices], axis=0)
-        return np.sqrt(np.divide(lost_M, self._energy_M, out=np.full_like(lost_M, np.nan), where=self._energy_M > 0))
+        of_base_M = np.where(lost_M > 0, np.nan, 0.0)
+        return np.sqrt(np.divide(lost_M, self._energy_M, out=of_base_M, where=self._energy_M > 0))
 
     def uniform(self, *, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
         """Bytes and cost of a plan without a search: all tasks in one group, one number of bits for all of them.

@@ -6,7 +6,7 @@ their method with all tasks in one group, or, with `keep`, as copies, and what t
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, MethodUse, Tasks, Unit
@@ -18,7 +18,8 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanBlock, PlanTensor
 from flexmerge_cli.allocation.size import Size
-from flexmerge_cli.allocation.storage import base_array, effective_dtype
+from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.registry import format_call, parse_call
 
@@ -27,6 +28,9 @@ MAX_DISTANCE = 0.35
 
 Elsewhere = tuple[tuple[str, MethodUse | None], ...]
 """(pattern of block names, its method, or None for copies); the first match holds."""
+
+Kept = tuple[MethodUse | None] | None
+"""Of a block that is not searched: its method, or None for copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +56,22 @@ class Auto:
         self._kept = {block.name: self._unit_elsewhere(block, elsewhere) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
-        self._fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
+        self._exact: Found | None = None
+        self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
+        """Of all that the search does not decide."""
 
     def cut(self, size: Size) -> Found:
         """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
+        exact = self.exact()
+        if (exact.bill.total_bytes if size.on_disk else exact.bill.tensor_bytes) <= size.max_bytes:
+            return exact
         if size.on_disk:
-            smallest = self.smallest()
-            if smallest.bill.total_bytes > size.max_bytes:
-                self._refuse(size, smallest)
+            if self.smallest().bill.total_bytes > size.max_bytes:
+                self._refuse(size)
             return self._found(self.search.solve_priced(size.max_bytes, lambda s: self._found(s).bill.total_bytes))
         budget = self._budget(size.max_bytes)
         if budget < self.search.smallest_bytes:
-            self._refuse(size, self.smallest())
+            self._refuse(size)
         return self._found(self.search.solve(budget))
 
     def smallest(self) -> Found:
@@ -71,20 +79,37 @@ class Auto:
 
     def within(self, max_distance: float) -> Found:
         """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
-        return self._found(self.search.solve_distance(max_distance))
+        found, exact = self._found(self.search.solve_distance(max_distance)), self.exact()
+        return found if found.bill.total_bytes < exact.bill.total_bytes else exact
+
+    def exact(self) -> Found:
+        """Nothing of the searched blocks is lost: as copies, or by the search's own choices if these are smaller."""
+        if self._exact is None:
+            solution = self.search.solve(self._most_bytes)
+            kept: dict[str, Kept] = {name: use or (None,) for name, use in self._kept.items()}
+            copied = Found(solution=solution, bill=self.pricer.bill(self._allocation((), kept)))
+            chosen = self._found(solution)
+            self._exact = copied if copied.bill.total_bytes <= chosen.bill.total_bytes else chosen
+        return self._exact
+
+    @property
+    def _most_bytes(self) -> int:
+        return sum(int(table.num_bytes[-1]) for table in self.search.tables)
 
     def _budget(self, max_bytes: float) -> int:
         """For the tensors of the search, of bytes of tensor data."""
-        most = sum(int(table.num_bytes[-1]) for table in self.search.tables)
-        return min(most, math.floor(max_bytes) - self._fixed_bytes) if math.isfinite(max_bytes) else most
+        most = self._most_bytes
+        return min(most, math.floor(max_bytes) - self.fixed_bytes) if math.isfinite(max_bytes) else most
 
     def _base_bytes(self) -> int:
         """Of what kept adapters need of the base in the blocks of the search."""
         tensors = [self.plan.tensor(name) for block in self.searched for name in block.tensors]
-        return sum(base_array(tensor, None).num_bytes for tensor in tensors if self.plan.base_readers(tensor))
+        forms = [tensor.base_form for tensor in tensors if self.plan.base_readers(tensor)]
+        return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
 
-    def _refuse(self, size: Size, smallest: Found) -> None:
-        one, bill = max(1, self.plan.one_model_bytes), smallest.bill
+    def _refuse(self, size: Size) -> None:
+        one, bills = max(1, self.plan.one_model_bytes), [self.smallest().bill, self.exact().bill]
+        bill = min(bills, key=lambda bill: bill.total_bytes if size.on_disk else bill.tensor_bytes)
         raise GateError(
             f"`auto` does not reach {size.text}: its smallest is {bill.tensor_bytes / one:.4f}x, "
             f"{bill.total_bytes}B on disk",
@@ -113,17 +138,20 @@ class Auto:
         )
 
     def _statistics(self, tensor: PlanTensor) -> TensorStatistics:
-        errors = tensor.coding_error
+        errors, dtype = tensor.coding_error, effective_dtype(str(tensor.base_dtype), self.dtype)
         assert errors is not None
+        is_stored = bool(self.plan.base_readers(tensor)) and tensor.base_form == (dtype, tensor.shape)
         return TensorStatistics(
             name=tensor.name,
             shape=tensor.shape,
-            base_dtype=effective_dtype(str(tensor.base_dtype), self.dtype),
+            base_dtype=dtype,
             dtypes=tuple(effective_dtype(tensor.dtype_of(task), self.dtype) for task in tensor.present),
             gram=self.plan.gram(tensor),
             same=tensor.same,
             is_base=tensor.is_base,
             errors=errors,
+            base_is_stored=is_stored,
+            copy_is_stored=tuple(is_stored and copy_is_base(tensor, task) for task in tensor.present),
         )
 
     def _unit_elsewhere(self, block: PlanBlock, elsewhere: Elsewhere) -> tuple[MethodUse | None] | None:
@@ -134,16 +162,17 @@ class Auto:
         found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
         return (found[0],) if found else None
 
-    def _allocation(self, choices: Sequence[Choice]) -> Allocation:
+    def _allocation(self, choices: Sequence[Choice], elsewhere: Mapping[str, Kept] | None = None) -> Allocation:
         """Choices of all tensors of the search; without any they are left out, for the price of the rest."""
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
-        uses = dict.fromkeys(kept[0] for kept in self._kept.values() if kept is not None and kept[0] is not None)
+        elsewhere = self._kept if elsewhere is None else elsewhere
+        uses = dict.fromkeys(kept[0] for kept in elsewhere.values() if kept is not None and kept[0] is not None)
         uses |= dict.fromkeys(use for choice in choices for use, _, _ in _groups(choice, plan) if use is not None)
         methods = {use: index for index, use in enumerate(uses)}
         everyone = plan.all_tasks
         units = []
         for block in plan.blocks:
-            kept = self._kept[block.name]
+            kept = elsewhere[block.name]
             if kept is not None:
                 apart = [((task,), None) for task in everyone]
                 groups = apart if kept[0] is None else [(everyone, methods[kept[0]] if len(everyone) > 1 else None)]

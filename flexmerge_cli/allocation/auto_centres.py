@@ -63,7 +63,8 @@ def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
             shared = [group for group in centre.groups if tensor.num_classes(group) > 1]
             dtypes = [promote([tensor.dtypes[task] for task in group]) for group in shared]
             dense[centre.groups] = [tensor.dense_bytes(dtype) for dtype in dtypes]
-        own = [tensor.dense_bytes(tensor.base_dtype)] if centre.kind == "base" else dense.get(centre.groups, [])
+        base = 0 if tensor.base_is_stored else tensor.dense_bytes(tensor.base_dtype)
+        own = [base] if centre.kind == "base" else dense.get(centre.groups, [])
         num_bytes.append(sum(own) if centre.bits == "dense" else len(own) * code_bytes[centre.bits])
     return np.array(num_bytes, np.int64)
 
@@ -90,10 +91,12 @@ def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray
         errors = tensor.errors.base if centre.kind == "base" else tensor.errors.average
         lost = 0.0 if centre.bits == "dense" else errors[centre.bits]
         kind_CK[row, shared_K] = CODED
-        factor_CK[row, shared_K] = (sizes_K * (np.maximum(squared_K, 0.0) + lost))[shared_K]
+        factor_CK[row, shared_K] = (sizes_K * np.maximum(np.maximum(squared_K, 0.0) + lost, tensor.least_error))[
+            shared_K
+        ]
         if centre.kind == "base" and centre.bits == "dense":
-            same_K = np.array(tensor.is_base)[firsts]
-            kind_CK[row, same_K], factor_CK[row, same_K] = FREE, 0.0
+            free_K = np.array([tensor.is_free(task) for task in firsts])
+            kind_CK[row, free_K], factor_CK[row, free_K] = FREE, 0.0
     return kind_CK, factor_CK
 
 

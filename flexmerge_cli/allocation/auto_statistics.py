@@ -20,6 +20,12 @@ from flexmerge_cli.residuals.low_bit import weight_code
 Groups = tuple[tuple[int, ...], ...]
 """A partition of the tasks, by smallest task."""
 
+# Of a tensor's energy: far below what a plan's float32 products can tell from nothing (1e-7).
+LEAST_ERROR = 1e-12
+
+# Energies come from float32 task vectors, of which the smallest is 1e-45; less would be a plan that nobody measured.
+SMALLEST_PRODUCT = 1e-300
+
 # Parts of a name under which a tensor is an embedding table.
 TABLE_WORDS = ("wte", "shared")
 
@@ -38,8 +44,12 @@ class TensorStatistics:
     same: tuple[int, ...]
     """Per task the first whose tensor has the same bits."""
     is_base: tuple[bool, ...]
-    """Per task whether its bits are the base's."""
+    """Per task whether the base, cast to the task's dtype, has its bits."""
     errors: CodingError
+    base_is_stored: bool = False
+    """Whether the dense base is stored anyway, for adapters that are kept: tasks may read it at no cost."""
+    copy_is_stored: tuple[bool, ...] = ()
+    """Per task whether an exact copy of its tensor is that stored base; empty: of none."""
 
     @property
     def matrix(self) -> Matrix:
@@ -63,6 +73,28 @@ class TensorStatistics:
         return math.prod(self.shape) * ITEM_BYTES[dtype]
 
     @property
+    def energy(self) -> float:
+        """Mean of ‖τ_k‖² over the tasks."""
+        return float(np.maximum(np.diag(self.gram), 0.0).mean())
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no fine-tune has moved it: any loss is out of proportion to what it saves, so it is stored exactly.
+
+        A Gram matrix of zeros alone does not say that all tasks have the same bits: see `is_free`.
+        """
+        return all(base or energy <= 0 for base, energy in zip(self.is_base, np.diag(self.gram)))
+
+    def is_free(self, task: int) -> bool:
+        """Whether the dense base is the task's tensor, bit by bit. Readers cast by way of float32: F64 loses bits."""
+        return self.is_base[task] and not self.base_dtype == self.dtypes[task] == "F64"
+
+    @property
+    def least_error(self) -> float:
+        """What a code is taken to lose at least, so that one that is thought to lose nothing never equals a copy."""
+        return LEAST_ERROR * self.energy
+
+    @property
     def may_drop(self) -> bool:
         """Whether a residual of 0 bits is allowed: in embedding tables alone, most of whose rows have not moved.
 
@@ -74,15 +106,18 @@ class TensorStatistics:
 
 
 def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, float]:
-    """w by tensor: 1/√(energy of the block · energy of the tensor), task vectors' mean; 0 where the tensor has none.
+    """w by tensor: 1/√(energy of the block · energy of the tensor), task vectors' mean; 0 of unchanged tensors.
 
     Unweighted errors starve tensors with small task vectors: 2 points of accuracy at the size of one model.
     """
-    energy = {tensor.name: float(np.trace(tensor.gram)) / len(tensor.gram) for tensor in tensors}
+    energy = {tensor.name: 0.0 if tensor.is_unchanged else tensor.energy for tensor in tensors}
     of_block: dict[str, float] = {}
     for name, value in energy.items():
         of_block[block_of[name]] = of_block.get(block_of[name], 0.0) + value
-    return {name: 1 / math.sqrt(of_block[block_of[name]] * b) if b > 0 else 0.0 for name, b in energy.items()}
+    return {
+        name: 1 / math.sqrt(max(of_block[block_of[name]] * b, SMALLEST_PRODUCT)) if b > 0 else 0.0
+        for name, b in energy.items()
+    }
 
 
 def partitions(num_tasks: int, merges: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, Groups]:

@@ -10,11 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Bits
-from flexmerge_cli.allocation.auto_centres import Centre, CentreBits, Kind, centre_bytes, centres_of, factors
+from flexmerge_cli.allocation.auto_centres import (
+    CODED,
+    COPY,
+    FREE,
+    Centre,
+    CentreBits,
+    Kind,
+    centre_bytes,
+    centres_of,
+    factors,
+)
 from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
-from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics
+from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics
 from flexmerge_cli.residuals.coder import View
-from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
 
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
 
@@ -24,7 +33,7 @@ Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a search may choose; copies that are exact are always allowed."""
+    """What a search may choose. Exact copies are always allowed; tensors that no task has moved have nothing else."""
 
     min_bits: int = 0
     """Fewest bits of a residual or coded copy; 0 allows dropping residuals, in embedding tables alone."""
@@ -60,7 +69,10 @@ class Table:
         self.tensor = tensor
         self.weight = weight
         self._classes = tensor.classes
-        self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
+        if tensor.is_unchanged:  # exact copies, or the dense base where that serves tasks of several dtypes
+            self.centres = [Centre(kind="none"), Centre(kind="base")]
+        else:
+            self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
         self._set_options(limits)
         self._set_curves()
 
@@ -86,8 +98,13 @@ class Table:
         )
 
     def uniform(self, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
-        """Bytes and cost if all tasks share one average and have these bits; exact copies where those are smaller."""
+        """Bytes and cost if all tasks share one average and have these bits; exact copies where those are smaller.
+
+        An unchanged tensor is stored as `auto` stores it: its weight is 0, so that a loss would not be seen.
+        """
         tensor = self.tensor
+        if tensor.is_unchanged:
+            return int(self.num_bytes[0]), 0.0
         if View.SQUEEZED.is_vector(tensor.shape):
             centre_bits = bits = 8
         centre = Centre(kind="average", bits=centre_bits, groups=(tuple(range(len(tensor.same))),))
@@ -102,15 +119,21 @@ class Table:
     def _set_options(self, limits: Limits) -> None:
         """Per centre and class: the hull of its options, as unit costs times a factor, so that each is found once."""
         tensor, firsts = self.tensor, [tasks[0] for tasks in self._classes]
-        allowed = (0, *RESIDUAL_BITS) if tensor.may_drop else RESIDUAL_BITS
-        ratio = {0: 1.0, **tensor.errors.ratio}
-        dtypes = dict.fromkeys(tensor.dtypes)
-        copy = {dtype: _options(tensor, dtype, tensor.errors.average, WEIGHT_BITS, limits) for dtype in dtypes}
-        coded = {dtype: _options(tensor, dtype, ratio, allowed, limits) for dtype in dtypes}
+        stored_K = [bool(tensor.copy_is_stored) and tensor.copy_is_stored[task] for task in firsts]
+        copy = {bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()}
+        coded = {bits: max(ratio, LEAST_ERROR) for bits, ratio in tensor.errors.ratio.items()}
+        coded |= {0: 1.0} if tensor.may_drop else {}
+        if tensor.is_unchanged:
+            copy, coded = {}, {}
         free: Options = ((0,), np.zeros(1, np.int64), np.zeros(1))
-        hulls = [[of_kind[tensor.dtypes[task]] for task in firsts] for of_kind in (copy, coded)] + [
-            [free] * len(firsts)
+        exact_bytes = [
+            0 if stored else tensor.dense_bytes(tensor.dtypes[task]) for task, stored in zip(firsts, stored_K)
         ]
+        of_bytes = {
+            num_bytes: [_options(tensor, num_bytes, unit, limits) for unit in (copy, coded)] + [free]
+            for num_bytes in dict.fromkeys(exact_bytes)
+        }
+        hulls = [[of_bytes[num_bytes][kind] for num_bytes in exact_bytes] for kind in (COPY, CODED, FREE)]
         self._labels = [[labels for labels, _, _ in of_kind] for of_kind in hulls]
         num_vertices = max(len(labels) for of_kind in self._labels for labels in of_kind)
         shape = (len(hulls), len(firsts), num_vertices)
@@ -159,13 +182,11 @@ class Table:
         """Of the points those on the lower convex hull."""
 
 
-def _options(
-    tensor: TensorStatistics, dtype: str, unit: Mapping[int, float], allowed: tuple[int, ...], limits: Limits
-) -> Options:
-    """Of a class whose tasks have this dtype."""
+def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[int, float], limits: Limits) -> Options:
+    """Of a class whose exact copy takes this. unit: cost by bits."""
     code_bytes = {0: 0, **tensor.code_bytes}
-    labels: list[Bits] = [bits for bits in allowed if limits.allows(bits)]
-    option_bytes = np.array([*(code_bytes[int(b)] for b in labels), tensor.dense_bytes(dtype)], np.int64)
+    labels: list[Bits] = [bits for bits in sorted(unit) if limits.allows(bits)]
+    option_bytes = np.array([*(code_bytes[int(b)] for b in labels), exact_bytes], np.int64)
     cost = np.array([*(unit[int(b)] for b in labels), 0.0])
     labels.append("exact")
     vertices = hull(option_bytes, cost)

@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
-from flexmerge_cli.allocation.storage import Storage, effective_dtype
+from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.version import GENERATOR
@@ -185,7 +185,7 @@ def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None)
     found: set[int] = set()
     for storage in storages.values():
         for group in storage.groups:
-            found.update(group.coded_tasks)
+            found.update(task for task in group.coded_tasks if not reads_base(storage.tensor, group, task))
         if cast is not None:
             dtypes = {task: storage.tensor.dtype_of(task) for task in storage.tensor.present}
             found.update(task for task, dtype in dtypes.items() if effective_dtype(dtype, cast) != dtype)

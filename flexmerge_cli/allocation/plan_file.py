@@ -2,9 +2,10 @@
 
 sha256      of the file's bytes with these 64 digits set to 0; an edited plan is refused
 tasks       in code-point order of name; every list "per task" follows it
-tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`, and
-            `dtypes` and `shapes` where they differ; null where a task has none. Of the mergeable: `gram`, [M, M]
-            float64; `coding`, if `settings.statistics` is `all`: how well they code in few bits, which `auto` needs
+tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`
+            (the base, cast to the task's dtype, has its bits), and `dtypes` and `shapes` where they differ; null where
+            a task has none. Of the mergeable: `gram`, [M, M] float64; `coding`, if `settings.statistics` is `all`: how
+            well they code in few bits, which `auto` needs
 rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
 vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
 adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see kept.py

@@ -117,6 +117,7 @@ class PlanTensor(Record):
     base_digest: Digest | None
     same: tuple[Count, ...]
     is_base: tuple[bool, ...]
+    """Per task whether the base, cast to the task's dtype, has its bits."""
     gram: tuple[tuple[float, ...], ...] | None
     base_energy: float
     agreement: tuple[tuple[Count, ...], ...] | None

@@ -128,19 +128,19 @@ def store_tensor(
 
 
 def with_base(plan: Plan, storage: Storage) -> Storage:
-    """The same with what kept adapters need of the base: a part that has its bits gets more readers, or one is added.
-
-    Where tasks have bits of their own the part is always added: what `auto` reckons with must not depend on its choice.
-    """
+    """The same with what kept adapters need of the base: a part with its bits gets more readers, or one is added."""
     tensor, readers = storage.tensor, plan.base_readers(storage.tensor)
     if not readers or tensor.base_form is None:
         return storage
     dtype, shape = tensor.base_form
-    found = None
-    if not any(group.bits is not None for group in storage.groups):
-        copies = [part for group in storage.groups if group.kind == "copy" for part in group.parts]
-        bases = [part for part in storage.parts if part.array.role == "base"]
-        found = next((part for part in [*bases, *copies] if _holds_base(tensor, part, dtype)), None)
+    bases = [part for part in storage.parts if part.array.role == "base"]
+    copies = [
+        part
+        for group in storage.groups
+        for part in group.parts
+        if group.kind == "copy" or (group.bits is not None and part.array.role == "dense")
+    ]
+    found = next((part for part in [*bases, *copies] if _holds_base(tensor, part)), None)
     if found is None:
         array = Array(role="base", dtype=dtype, shape=shape)
         part = Part(name=f"{tensor.name}@base", array=array, readers=readers, tensor=tensor.name, task=None)
@@ -153,12 +153,27 @@ def with_base(plan: Plan, storage: Storage) -> Storage:
     return replace(storage, groups=groups, parts=tuple(wider if part is found else part for part in storage.parts))
 
 
-def _holds_base(tensor: PlanTensor, part: Part, dtype: str) -> bool:
+def _holds_base(tensor: PlanTensor, part: Part) -> bool:
     """Whether the base, or a copy of a task's tensor, has the base's own bits."""
-    if part.array.dtype != dtype:
+    if (part.array.dtype, part.array.shape) != tensor.base_form:
         return False
     own = [task for task in part.readers if task < len(tensor.is_base)]
-    return part.array.role == "base" or any(tensor.is_base[k] and tensor.dtype_of(k) == dtype for k in own)
+    return part.array.role == "base" or any(copy_is_base(tensor, task) for task in own)
+
+
+def reads_base(tensor: PlanTensor, group: StoredGroup, task: int) -> bool:
+    """Whether a task of the group reads the dense base, and nothing else, and gets its own bits.
+
+    Readers cast by way of float32, in which float64 is not whole.
+    """
+    bits = dict(zip(group.tasks, group.bits or ()))
+    on_base = bits.get(task) == 0 and any(part.array.role == "base" for part in group.parts)
+    return on_base and tensor.is_base[task] and not tensor.base_dtype == tensor.dtype_of(task) == "F64"
+
+
+def copy_is_base(tensor: PlanTensor, task: int) -> bool:
+    """Whether a task's tensor, uncast, is the base's, bit by bit."""
+    return tensor.is_base[task] and tensor.dtype_of(task) == tensor.base_dtype
 
 
 def gain_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:

@@ -14,10 +14,10 @@ import torch
 
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.digest import RangeDigest, TensorDigest, digest_range
-from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.device import as_tensor, single_threaded
+from flexmerge_cli.engine.device import as_tensor, single_threaded, to_bytes, torch_dtype
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows, view_of
 from flexmerge_cli.engine.together import read_together
@@ -59,6 +59,7 @@ class Measure:
     same: list[int]
     """Position of the first task that holds the same bits."""
     is_base: list[bool]
+    """Whether the base, cast to the task's dtype, has the task's bits."""
     gram: np.ndarray | None
     """[k, k] float64."""
     agreement: np.ndarray | None
@@ -77,6 +78,7 @@ class _Part:
     digests: list[RangeDigest]
     classes: list[int]
     """Per model, base last: first model with the same bits in this range."""
+    is_base: list[bool]
     grams: np.ndarray | None
     agreement: np.ndarray | None
     base_energies: list[float]
@@ -161,11 +163,13 @@ def _measure(
         digests.append(digest_range(raw[-1], start * tensor.item_bytes, last=stop == tensor.num_elements))
 
     longer, together = read_together(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
-    classes = _classes(raw, [tensor.dtype for tensor in models])
+    dtypes = [tensor.dtype for tensor in models]
+    classes = _classes(raw, dtypes)
+    is_base = _are_base(raw, dtypes, classes) if item.base is not None else [False] * len(item.tasks)
     if not item.gram:
         floats = [position for position, tensor in enumerate(models) if tensor.dtype in FLOATING]
         seen = [_first_bad(raw[position], models[position].dtype, position, start) for position in floats]
-        return _Part(digests, classes, None, None, [], [place for place in seen if place is not None])
+        return _Part(digests, classes, is_base, None, None, [], [place for place in seen if place is not None])
     values = [as_tensor(data, tensor.dtype) for data, tensor in zip(longer, models)]
     rows_kN = as_tensor(together, models[0].dtype).view(len(models), -1) if together is not None else None
 
@@ -226,7 +230,7 @@ def _measure(
     coded = None
     if sums is not None and rows.stop > rows.first:
         coded = measure_rows(sums, rows, start, values, average, device, new_array)
-    return _Part(digests, classes, stack, agreement, energies, bad, coded)
+    return _Part(digests, classes, is_base, stack, agreement, energies, bad, coded)
 
 
 def _products(
@@ -300,6 +304,30 @@ def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
     return first
 
 
+def _are_base(raw: list[np.ndarray], dtypes: list[str], classes: list[int]) -> list[bool]:
+    """Per task whether the base, which is the last, has its bits once cast to its dtype, as a reader casts it."""
+    *tasks, base = raw
+    of_base = as_tensor(base, dtypes[-1])
+    cast: dict[str, np.ndarray] = {}
+    found = []
+    for data, dtype, own in zip(tasks, dtypes, classes):
+        if dtype == dtypes[-1] or not {dtype, dtypes[-1]} <= set(FLOATING):
+            found.append(own == classes[-1])
+            continue
+        probe = EQUALITY_PROBE_BYTES // ITEM_BYTES[dtype]
+        if np.array_equal(_cast_bits(of_base[:probe], dtype), data[:EQUALITY_PROBE_BYTES]):
+            if dtype not in cast:
+                cast[dtype] = _cast_bits(of_base, dtype)
+            found.append(np.array_equal(cast[dtype], data))
+        else:
+            found.append(False)
+    return found
+
+
+def _cast_bits(values: torch.Tensor, dtype: str) -> np.ndarray:
+    return to_bytes(values.float().to(torch_dtype(dtype)))
+
+
 def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple[int, int] | None:
     finite = torch.isfinite(as_tensor(data, dtype))
     return None if bool(finite.all()) else (position, start + int((~finite).nonzero()[0, 0]))
@@ -317,7 +345,6 @@ def _join(item: SurveyItem, parts: list[_Part], coding: CodingError | None) -> M
     keys = [tuple(part.classes[position] for part in parts) for position in range(len(models))]
     first = [keys.index(key) for key in keys]
     count = len(item.tasks)
-    base_key = first[count] if item.base is not None else None
     gram = None
     if item.gram:
         gram = np.zeros((count, count))
@@ -334,7 +361,7 @@ def _join(item: SurveyItem, parts: list[_Part], coding: CodingError | None) -> M
         digests=digests[:count],
         base_digest=digests[count] if item.base is not None else None,
         same=first[:count],
-        is_base=[item.base is not None and key == base_key for key in first[:count]],
+        is_base=[all(part.is_base[position] for part in parts) for position in range(count)],
         gram=gram,
         agreement=np.sum(agreement, axis=0) if agreement else None,
         base_energy=float(sum(energy for part in parts for energy in part.base_energies)),

@@ -19,7 +19,7 @@ UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (
 def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
     """For --json; distortion is Σ w·D over the tensors searched, which ranks plans of one family."""
     solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
-    fixed = found.bill.tensor_bytes - solution.num_bytes
+    fixed = auto.fixed_bytes
     uniform = []
     for centre_bits, bits in UNIFORM:
         num_bytes, cost = search.uniform(centre_bits=centre_bits, bits=bits)
@@ -118,7 +118,7 @@ def _centres(choices: Iterable[Choice]) -> str:
 
 
 def _distances(auto: Auto, solution: Solution) -> dict[str, float | None]:
-    """Predicted, per task; null for one that is the base."""
+    """Predicted, per task; null for one that is the base and not stored exactly."""
     found = auto.search.distances(solution) if solution.choices else np.full(len(auto.plan.tasks), np.nan)
     return {name: None if np.isnan(x) else float(x) for name, x in zip(auto.plan.task_names, found)}
 

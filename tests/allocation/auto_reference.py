@@ -1,5 +1,6 @@
 """`auto` in the plainest way: every centre, class and option in loops, every state in dicts. Slow.
 
+A tensor that no task has moved is exact, in the fewest bytes.
 States of a tensor are (bytes, cost, centre, options), options by class.
 """
 
@@ -21,29 +22,42 @@ def dense_bytes(shape, dtype):
     return math.prod(shape) * ITEM_BYTES[dtype]
 
 
+def base_bytes(tensor):
+    return 0 if tensor.base_is_stored else dense_bytes(tensor.shape, tensor.base_dtype)
+
+
+def exact_bytes(tensor, task):
+    is_stored = tensor.copy_is_stored and tensor.copy_is_stored[task]
+    return 0 if is_stored else dense_bytes(tensor.shape, tensor.dtypes[task])
+
+
 def table(tensor, levels, w):
     """[(centre, centre's bytes, [options of each class])], options [(bytes, cost, label)]."""
+    if all(base or tensor.gram[k][k] <= 0 for k, base in enumerate(tensor.is_base)):
+        return unchanged(tensor)
+    least = 1e-12 * sum(tensor.gram[k][k] for k in range(len(tensor.same))) / len(tensor.same)
     leaders = sorted(set(tensor.same))
     members = {leader: [k for k, first in enumerate(tensor.same) if first == leader] for leader in leaders}
 
     def exact(leader):
-        return dense_bytes(tensor.shape, tensor.dtypes[leader]), 0.0, "exact"
+        return exact_bytes(tensor, leader), 0.0, "exact"
 
     def copies(leader):
         coded = [
-            (code_bytes(tensor.shape, b), w * len(members[leader]) * tensor.errors.average[b], b) for b in (2, 3, 4, 8)
+            (code_bytes(tensor.shape, b), w * len(members[leader]) * max(least, tensor.errors.average[b]), b)
+            for b in (2, 3, 4, 8)
         ]
         return [*coded, exact(leader)]
 
     def residuals(leader, energy):
-        unit = w * len(members[leader]) * energy
-        coded = [(code_bytes(tensor.shape, b), unit * tensor.errors.ratio[b], b) for b in (1, 2, 3, 4, 8)]
+        unit = w * len(members[leader]) * max(least, energy)
+        coded = [(code_bytes(tensor.shape, b), unit * max(1e-12, tensor.errors.ratio[b]), b) for b in (1, 2, 3, 4, 8)]
         return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(leader)]
 
     rows = [(("none",), 0, [copies(leader) for leader in leaders])]
     for bits in CENTRE_BITS:
         lost = 0.0 if bits == "dense" else tensor.errors.base[bits]
-        size = dense_bytes(tensor.shape, tensor.base_dtype) if bits == "dense" else code_bytes(tensor.shape, bits)
+        size = base_bytes(tensor) if bits == "dense" else code_bytes(tensor.shape, bits)
         options = [
             [(0, 0.0, 0)]
             if bits == "dense" and tensor.is_base[leader]
@@ -74,6 +88,20 @@ def table(tensor, levels, w):
                     options[k] = residuals(k, max(0.0, tensor.gram[k][k] - 2 * cross + within) + lost)
             rows.append((("average", len(groups), bits), size, [options[leader] for leader in leaders]))
     return rows
+
+
+def unchanged(tensor):
+    """Exact: a copy of all that is distinct, or the base, where that serves, and a copy of the rest."""
+    leaders = sorted(set(tensor.same))
+
+    def exact(leader):
+        return [(exact_bytes(tensor, leader), 0.0, "exact")]
+
+    rest = [[(0, 0.0, 0)] if tensor.is_base[leader] else exact(leader) for leader in leaders]
+    return [
+        (("none",), 0, [exact(leader) for leader in leaders]),
+        (("base", "dense"), base_bytes(tensor), rest),
+    ]
 
 
 def hull(points):

@@ -88,6 +88,22 @@ def test_the_same_bits_are_found_and_nothing_else(tmp_path):
     assert found.not_finite == [(0, 0), (1, 0)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_task_in_another_dtype_is_the_base_if_a_cast_gives_its_bits(dtype, tmp_path):
+    """As readers cast: by way of float32. One value in the last range, and the sign of a zero, make a difference."""
+    size = 2 * PRODUCT_ELEMENTS + 3
+    base = normal(0, size).to(dtype)
+    base[7] = 0.0
+    tasks = []
+    for other in (torch.float32, torch.bfloat16, torch.float16):
+        tasks += [base.float().to(other).clone() for _ in range(3)]
+        tasks[-2][-1] += 1
+        tasks[-1][7] = -0.0
+    for chunk in (PRODUCT_ELEMENTS, 4 * PRODUCT_ELEMENTS):
+        (found,) = survey([item(tmp_path, base, tasks)], device=CPU, threads=1, chunk_elements=chunk)
+        assert found.is_base == [True, False, False] * 3
+
+
 def test_equal_in_different_ranges_is_not_equal(tmp_path):
     """c is a in its first range and b in its second."""
     a, b = normal(1, 2 * PRODUCT_ELEMENTS), normal(2, 2 * PRODUCT_ELEMENTS)
