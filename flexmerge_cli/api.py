@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.bundle.locate import locate
-from flexmerge_cli.bundle.verify import Verification
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.verify import Verification, require_sound
 from flexmerge_cli.bundle.verify import verify as _verify
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.stream import StreamPool
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.merging import merge as _merge
@@ -20,12 +22,21 @@ from flexmerge_cli.plan_request import OrderSettings, PlanRequest
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View
 
+Verify = Literal["first-use", "all", "off"]
+
 
 class OpenBundle:
     """A bundle to read from. Names of its tasks: `tasks`; all that its manifest tells: `manifest`."""
 
-    def __init__(self, path: Path | str) -> None:
-        self._bundle = locate(str(path)).open()
+    def __init__(self, path: Path | str, *, verify: Verify | bool = "first-use") -> None:
+        """As `open_bundle`."""
+        verify = ("all" if verify else "off") if isinstance(verify, bool) else verify
+        if verify not in ("first-use", "all", "off"):
+            raise UsageError(f"verify={verify!r} is none of `first-use`, `all`, `off`", hint='verify="first-use"')
+        located = locate(str(path))
+        self._bundle = located.open(verify=verify != "off") if verify != "all" else Bundle.look(located.path)
+        if verify == "all":
+            require_sound(self._bundle)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -41,13 +52,22 @@ class OpenBundle:
         Where a group is dense a tensor lies on the mapped file, and tasks of one group share the storage: writing
         into it is seen by the others (never by the file). copy=True gives one's own. device: `cuda`, `cuda:n`; what is
         coded in few bits is decoded there. Raises UsageError for one that is not there.
+
+        A file's sha256 is compared before the first tensor comes out of it (open_bundle's verify). The view keeps its
+        files open: if the bundle is replaced or removed, it goes on giving the tensors of the one that was opened.
+        What happens if the disk fails: View. Raises SourceError for an unknown task, IntegrityError if a file that the
+        task reads is missing, damaged, or was replaced since the bundle was opened; a look-up raises IntegrityError
+        and, if the disk fails, MachineError.
         """
         from flexmerge_cli.bundle.view import View
 
         return View(self._bundle, task, copy=copy, device=device)
 
     def model(self, task: str, **kwargs: Any) -> Any:
-        """The transformers model of the task's stored config, without a second copy of the weights."""
+        """The transformers model of the task's stored config, without a second copy of the weights.
+
+        Every file of the task is compared with the manifest first, its config and tokenizer too. Raises as `view`.
+        """
         from flexmerge_cli.bundle.view import load_model
 
         return load_model(self.view(task), **kwargs)
@@ -129,22 +149,17 @@ def merge(
     return OpenBundle(output)
 
 
-def open_bundle(path: Path | str, *, verify: bool = False) -> OpenBundle:
-    """Open a bundle, a folder or `hf://org/name`; paths, headers and sizes are checked, with verify=True digests, too.
+def open_bundle(path: Path | str, *, verify: Verify | bool = "first-use") -> OpenBundle:
+    """Open a bundle, a folder or `hf://org/name`. Paths, headers and sizes are checked.
 
-    Raises SourceError, DataError, IntegrityError.
+    verify: when the sha256 of a file is compared with the manifest's. `first-use`: before the first tensor comes out of
+    it, once as long as the bundle is open. `all`, or True: of every file, now. `off`, or False: never, for those who
+    have done it.
+    A file that is missing, cut or damaged costs the tasks that read it: `view` raises, of these tasks alone. With `all`
+    any of it raises here, and so it does, whatever verify says, if no task is left.
+    Raises SourceError, DataError, IntegrityError, MachineError; UsageError for another word.
     """
-    if verify:
-        found = _verify(locate(str(path)).path)
-        if found.bad:
-            from flexmerge_cli.errors import IntegrityError
-
-            lines = [f"{name}: {problem}" for name, problem in found.bad.items()]
-            lines.append(f"broken: {', '.join(found.broken_tasks)}; sound: {', '.join(found.sound_tasks) or 'none'}")
-            raise IntegrityError(
-                f"{path} is damaged:\n  " + "\n  ".join(lines), hint="fetch the bundle again, or merge again"
-            )
-    return OpenBundle(path)
+    return OpenBundle(path, verify=verify)
 
 
 def evaluate(

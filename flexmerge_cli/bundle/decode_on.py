@@ -3,21 +3,19 @@
 The same bits as on the CPU. What no table decodes (low rank, sparse) is decoded on the CPU, rows by rows, and moved.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.bundle.residual import Dense, Rows, StoredResidual
+from flexmerge_cli.bundle.residual import Dense, PartBits, Rows, StoredResidual
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.look_up import scaled_levels_on
 from flexmerge_cli.residuals.low_bit import LowBit
 
 
-def decode_on(stored: StoredResidual, bits: Callable[[str], tuple[str, np.ndarray]], device: torch.device) -> Tensor:
-    """In the task's own dtype, one axis, on the device. bits: part name -> dtype and elements, one axis."""
+def decode_on(stored: StoredResidual, bits: PartBits, device: torch.device) -> Tensor:
+    """In the task's own dtype, one axis, on the device."""
     m, n = stored.form.matrix
     out = torch.empty(m * n, dtype=torch_dtype(stored.tensor.dtype_of(stored.task)), device=device)
     for at, addends in stored.blocks(bits):

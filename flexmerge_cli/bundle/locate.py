@@ -26,12 +26,13 @@ class Located:
 
     path: Path
     tasks: Sequence[str] | None = None
-    """Whose files are here; None: all."""
+    """Whose files are here, and are asked for; None: all."""
     remote: Mapping[str, RemoteFile] = field(default_factory=dict)
     """Files that were left on the Hub; only their headers can be read."""
 
-    def open(self) -> Bundle:
-        return Bundle.open(self.path, tasks=self.tasks, remote=self.remote)
+    def open(self, *, verify: bool = True) -> Bundle:
+        """Raises as Bundle.open."""
+        return Bundle.open(self.path, tasks=self.tasks, remote=self.remote, verify=verify)
 
 
 def locate(
@@ -49,7 +50,7 @@ def locate(
     if is_remote(source) and not is_hub(source):
         raise UsageError(f"{source}: a bundle is a folder, or of the Hub", hint="copy it to this disk")
     if not is_hub(source):
-        return Located(path=Path(source).expanduser())
+        return Located(path=Path(source).expanduser(), tasks=tasks)
     tree = open_tree(source, access)
     if MANIFEST_NAME not in tree.files and not (tree.path / MANIFEST_NAME).is_file():
         raise SourceError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def is_bundle(path: Path) -> bool:
     except (FlexmergeError, OSError):
         pass
     return False
+
+
+def standing(path: Path) -> Path:
+    """Where the bundle of a path lies: there, or where a writer that was interrupted has left it.
+
+    Without an atomic exchange of folders, `--force` renames the old bundle to `.{name}.old` and then the new one to its
+    place. Between the two, and after a kill there, only the old one is to be had; the next writer puts it back.
+    """
+    old = path.absolute().with_name(f".{path.absolute().name}.old")
+    return old if not os.path.lexists(path) and is_bundle(old) else path
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -21,6 +21,10 @@ from flexmerge_cli.residuals.coder import Coder, Parts
 
 # Elements decoded at a time: a few MB, in and out of the cache together.
 BLOCK_ELEMENTS = 1 << 20
+ALL = slice(None)
+
+PartBits = Callable[[str, slice], tuple[str, np.ndarray]]
+"""Name of a part, and which of its elements -> its dtype, and those elements, one axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +49,8 @@ class StoredResidual:
         found = {f"{name}@{array.role}": array for array in self.centre}
         return found | {f"{name}@{array.role}.{self.owner}": array for array in self.own}
 
-    def decode(self, bits: Callable[[str], tuple[str, np.ndarray]]) -> np.ndarray:
-        """Bits in the task's own dtype, one axis. bits: part name -> dtype and elements, one axis."""
+    def decode(self, bits: PartBits) -> np.ndarray:
+        """Bits in the task's own dtype, one axis."""
         dtype = self.tensor.dtype_of(self.task)
         out = np.empty(math.prod(self.form.matrix), NUMPY[dtype])
         for at, addends in self.blocks(bits):
@@ -54,16 +58,16 @@ class StoredResidual:
             out[at] = from_float32(np.add(first, rest[0], out=rest[0]) if rest else first, dtype)
         return out
 
-    def blocks(self, bits: Callable[[str], tuple[str, np.ndarray]]) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
+    def blocks(self, bits: PartBits) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
         """Elements, and what they are the sum of: the centre, the residual, or both in this order."""
         name, (m, n), dtype = self.tensor.name, self.form.matrix, self.tensor.dtype_of(self.task)
         residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
-        own = {a.role: bits(f"{name}@{a.role}.{self.owner}")[1].reshape(a.shape) for a in self.own}
+        own = {a.role: bits(f"{name}@{a.role}.{self.owner}", ALL)[1].reshape(a.shape) for a in self.own}
         dense, coded_centre = None, {}
         if centre is not None:
-            coded_centre = {a.role: bits(f"{name}@{a.role}")[1].reshape(a.shape) for a in self.centre}
+            coded_centre = {a.role: bits(f"{name}@{a.role}", ALL)[1].reshape(a.shape) for a in self.centre}
         elif self.coded.centre != "none":
-            dense = bits(f"{name}@base" if self.base else f"{name}@unified")
+            dense = f"{name}@base" if self.base else f"{name}@unified"
         step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual is None or residual.scope == "row" else max(1, m)
         for first in range(0, m, step):
             rows = (first, min(m, first + step))
@@ -72,7 +76,7 @@ class StoredResidual:
             if centre is not None:
                 addends.append(Rows(centre, coded_centre, (m, n), dtype, rows))
             elif dense is not None:
-                addends.append(Dense(dense[0], dense[1][at]))
+                addends.append(Dense(*bits(dense, at)))
             addends += [Rows(residual, own, (m, n), dtype, rows)] if residual is not None else []
             yield at, addends
 

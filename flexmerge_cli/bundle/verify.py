@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.bundle.manifest_file import file_inside, read_manifest, sha256_of
+from flexmerge_cli.bundle.files import FETCH_AGAIN, DigestError
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
-from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.errors import FlexmergeError, IntegrityError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,28 +33,36 @@ def verify(path: Path, *, decode: bool = False, on_bytes: Callable[[int], None] 
 
     All bad parts are found before this returns. Raises only if there is no sound manifest to compare with.
     """
-    manifest = read_manifest(path)
-    bad, broken = {}, set()
-    for name, entry in manifest.files.items():
-        file = file_inside(path, name)
-        problem = None
-        if not file.is_file():
-            problem = "missing"
-        elif file.stat().st_size != entry.bytes:
-            problem = f"{file.stat().st_size:,} bytes, {entry.bytes:,} by the manifest"
-        elif sha256_of(file) != entry.sha256:
-            problem = "sha256 differs"
-        on_bytes(entry.bytes)
-        if problem:
-            bad[name] = problem
-            broken |= set(entry.tasks)
+    return verify_bundle(Bundle.look(path), decode=decode, on_bytes=on_bytes)
+
+
+def verify_bundle(
+    bundle: Bundle, *, decode: bool = False, on_bytes: Callable[[int], None] = lambda _count: None
+) -> Verification:
+    """The same of a bundle that was looked at; what is digested here is not digested again when it is read."""
+    assert bundle.files is not None
+    manifest = bundle.manifest
+    problems = {name: bundle.problem(name) for name in manifest.files}
+    there = [name for name in manifest.files if problems[name] is None]
+    for name, problem in zip(there, bundle.files.problems(there)):
+        on_bytes(manifest.files[name].bytes)
+        problems[name] = problem
+    bad = {name: _said(bundle.path / name, problem) for name, problem in problems.items() if problem is not None}
+    broken = {task for name in bad for task in manifest.files[name].tasks}
+    for task in [name for name in manifest.tasks if name not in broken]:
+        problem = bundle.problem(task)
+        if problem is not None:
+            bad[f"task {task}"] = problem.message
+            broken.add(task)
     num_tensors = 0
     if decode:
-        found, num_tensors = _decode(path, set(manifest.tasks) - broken)
+        found, num_tensors = _decode(bundle, set(manifest.tasks) - broken)
         bad |= {f"{tensor} of {task}": problem for (task, tensor), problem in found.items()}
         broken |= {task for task, _ in found}
-    known = {path / name for name in manifest.files} | {path / "manifest.json"}
-    unknown = sorted(str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir() and p not in known)
+    known = {bundle.path / name for name in (*manifest.files, MANIFEST_NAME)}
+    unknown = sorted(
+        str(p.relative_to(bundle.path)) for p in bundle.path.rglob("*") if not p.is_dir() and p not in known
+    )
     return Verification(
         bad=bad,
         broken_tasks=tuple(task for task in manifest.tasks if task in broken),
@@ -64,18 +73,35 @@ def verify(path: Path, *, decode: bool = False, on_bytes: Callable[[int], None] 
     )
 
 
-def _decode(path: Path, tasks: set[str]) -> tuple[dict[tuple[str, str], str], int]:
+def require_sound(bundle: Bundle) -> None:
+    """Raises IntegrityError that names all bad files, the tasks that they break, and those that are sound."""
+    found = verify_bundle(bundle)
+    if found.bad:
+        lines = [f"{name}: {problem}" for name, problem in found.bad.items()]
+        lines.append(f"broken: {', '.join(found.broken_tasks)}; sound: {', '.join(found.sound_tasks) or 'none'}")
+        raise IntegrityError(f"{bundle.path} is damaged:\n  " + "\n  ".join(lines), hint=FETCH_AGAIN)
+
+
+def _said(file: Path, problem: FlexmergeError) -> str:
+    """What is wrong, without the name of the file."""
+    if isinstance(problem, DigestError):
+        return "sha256 differs"
+    return problem.message.removeprefix(str(file)).lstrip(": ").removeprefix("is ").removeprefix("has ")
+
+
+def _decode(bundle: Bundle, tasks: set[str]) -> tuple[dict[tuple[str, str], str], int]:
     """(task, tensor) -> what is wrong, of tasks whose files are sound."""
-    try:
-        bundle = Bundle.open(path)
-    except FlexmergeError:
-        return {}, 0  # some file is bad, and named already
     found, count = {}, 0
     for tensor in bundle.manifest.stored:
         for task, digest in tensor.digests.items():
-            if task in tasks:
-                count += 1
+            if task not in tasks:
+                continue
+            count += 1
+            try:
                 bits = np.ascontiguousarray(bundle.stored(task, tensor.name))
-                if digest_bytes(bits.reshape(-1).view(np.uint8)) != digest:
-                    found[task, tensor.name] = "decodes to other bits than were written"
+            except FlexmergeError as error:
+                found[task, tensor.name] = error.message
+                continue
+            if digest_bytes(bits.reshape(-1).view(np.uint8)) != digest:
+                found[task, tensor.name] = "decodes to other bits than were written"
     return found, count

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -42,9 +43,13 @@ def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
 
 
 class Reader:
-    """Open files of one or more checkpoints; a context manager."""
+    """Open files of one or more checkpoints; a context manager.
 
-    def __init__(self) -> None:
+    opened: gives the descriptor of a file, and keeps it; by default the reader opens files itself, and closes them.
+    """
+
+    def __init__(self, opened: Callable[[Path], int] | None = None) -> None:
+        self._opened = opened
         self._files: dict[Path, int] = {}
         self._told: dict[Path, tuple[int, int]] = {}
         """Bytes of a file of which the kernel was told last."""
@@ -158,6 +163,8 @@ class Reader:
             os.posix_fadvise(self._open(tensor.path), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: Path) -> int:
+        if self._opened is not None:
+            return self._opened(path)
         descriptor = self._files.get(path)
         if descriptor is None:
             with self._lock:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.locate import holds_bundle, locate
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, standing
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
@@ -57,7 +57,7 @@ class Report:
 
 def recognise(source: str, access: Access = ONLINE) -> Kind:
     """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
-    path = Path(source).expanduser()
+    path = standing(Path(source).expanduser())
     if is_remote(source):
         return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
@@ -150,10 +150,11 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
 
 
 def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
-    from flexmerge_cli.bundle.manifest_file import read_manifest
+    from flexmerge_cli.bundle.read import Bundle
     from flexmerge_cli.report.inspect_verify import failure, show_verification, verification
 
-    total = sum(file.bytes for file in read_manifest(path).files.values())
+    bundle = Bundle.look(path)
+    total = sum(file.bytes for file in bundle.manifest.files.values())
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -161,7 +162,7 @@ def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
         done += count
         on_progress("verify", done, total)
 
-    value = verification(path, decode=asked.decode, on_bytes=on_bytes)
+    value = verification(bundle, decode=asked.decode, on_bytes=on_bytes)
     error = failure(value)
     if error is not None:
         value["error"] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.verify import verify
+from flexmerge_cli.bundle.verify import verify_bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.errors import FlexmergeError, IntegrityError
 from flexmerge_cli.report.inspect_bundle import part_tensors
@@ -17,20 +16,19 @@ from flexmerge_cli.report.text import printable
 SHOWN = 20  # damaged parts that are named per file
 
 
-def verification(path: Path, *, decode: bool, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """Raises only if there is no sound manifest to compare with."""
-    manifest = read_manifest(path)
-    found = verify(path, decode=decode, on_bytes=on_bytes)
+def verification(bundle: Bundle, *, decode: bool, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    """bundle: made by `Bundle.look`, so that whatever is wrong with its files is found here."""
+    found = verify_bundle(bundle, decode=decode, on_bytes=on_bytes)
     return {
         "kind": "bundle",
-        "bundle": str(path),
-        "id": manifest.id,
+        "bundle": str(bundle.path),
+        "id": bundle.manifest.id,
         "verification": {
             "sound": not found.bad,
             "files": found.num_files,
             "tensors": found.num_tensors,
             "bad": found.bad,
-            "damaged": damaged_parts(path, [name for name in found.bad if name in manifest.files]),
+            "damaged": damaged_parts(bundle.path, [name for name in found.bad if name in bundle.manifest.files]),
             "broken_tasks": list(found.broken_tasks),
             "sound_tasks": list(found.sound_tasks),
             "unknown": list(found.unknown),
@@ -39,13 +37,13 @@ def verification(path: Path, *, decode: bool, on_bytes: Callable[[int], None]) -
 
 
 def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
-    """Of bad files of the right size, the parts whose tensors no longer decode to what was written.
+    """Of bad files, the parts whose tensors cannot be read, or no longer decode to what was written.
 
-    None of a file whose damage lies in its header or padding, or where the bundle cannot be opened.
+    None of a file that is missing or cut, or whose damage lies in its header or padding.
     """
     try:
-        bundle = Bundle.open(path)
-    except FlexmergeError:
+        bundle = Bundle.look(path, verify=False)
+    except FlexmergeError:  # replaced meanwhile
         return {}
     return {file: _damaged(bundle, file) for file in files if file in bundle.parts}
 
@@ -54,22 +52,24 @@ def _damaged(bundle: Bundle, file: str) -> list[str]:
     manifest = bundle.manifest
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     units = {unit.name: unit.tensors for unit in manifest.units}
+    readers = set(manifest.files[file].tasks) & set(bundle.sound_tasks)
     found = []
     for part, of in part_tensors(bundle, file).items():
         names = [of] if of in tensors else units.get(of, ())
         wanted = [
-            (name, task, tensors[name].digests[task])
-            for name in names
-            for task in manifest.files[file].tasks
-            if task in tensors[name].digests
+            (name, task, digest) for name in names for task, digest in tensors[name].digests.items() if task in readers
         ]
         if any(_digest(bundle, name, task) != digest for name, task, digest in wanted):
             found.append(part)
     return found
 
 
-def _digest(bundle: Bundle, name: str, task: str) -> str:
-    return digest_bytes(np.ascontiguousarray(bundle.stored(task, name)).reshape(-1).view(np.uint8))
+def _digest(bundle: Bundle, name: str, task: str) -> str | None:
+    """None if it cannot be read."""
+    try:
+        return digest_bytes(np.ascontiguousarray(bundle.stored(task, name)).reshape(-1).view(np.uint8))
+    except FlexmergeError:
+        return None
 
 
 def failure(value: dict[str, Any]) -> IntegrityError | None:

@@ -1,5 +1,6 @@
 """Bundles for the tests of reading, in a copy of their own each; and manifests changed and sealed again."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -33,6 +34,19 @@ def manifest_of(bundle: Path) -> dict:
 
 def seal(bundle: Path, fields: object) -> None:
     (bundle / "manifest.json").write_bytes(sealed(fields, "id"))
+
+
+def seal_file(bundle: Path, name: str) -> None:
+    """Have the manifest tell of a file as it is now, and seal it again."""
+    fields, data = manifest_of(bundle), (bundle / name).read_bytes()
+    fields["files"][name] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    seal(bundle, fields)
+
+
+def flip(path: Path, place: int = -1, bit: int = 3) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
 
 
 def reads_or_says_why(bundle: Path) -> None:

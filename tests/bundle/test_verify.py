@@ -5,16 +5,11 @@ import shutil
 import pytest
 
 from flexmerge_cli import open_bundle, verify
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError
 
 from ..program import fails
-from .bundles import copy, manifest_of, seal
-
-
-def flip(path, place=-1, bit=3):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
-    path.write_bytes(data)
+from .bundles import copy, flip, manifest_of, seal
 
 
 @pytest.mark.parametrize("kind", ["merged", "masked", "tied", "coded"])
@@ -88,10 +83,12 @@ def test_opening_notices_what_is_missing_or_cut_and_names_all(merged, tmp_path):
     (bundle / names[0]).unlink()
     with (bundle / names[-1]).open("r+b") as file:
         file.truncate(20)
+    opened = Bundle.look(bundle)
     with pytest.raises(IntegrityError) as raised:
-        open_bundle(bundle)
+        opened.check_tasks(opened.tasks)
     assert f"{names[0]} is missing" in raised.value.message and f"{names[-1]} has 20 bytes" in raised.value.message
-    fails(5, "export", bundle, "--task", "task0", "-o", tmp_path / "out", says=(names[0], names[-1]))
+    fails(5, "export", bundle, "--all", "-o", tmp_path / "out", says=names[0])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_became_a_folder_is_missing(merged, tmp_path):

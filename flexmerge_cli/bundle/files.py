@@ -1,0 +1,258 @@
+"""The files of an open bundle: the very files that were there when it was opened, each digested before it is used.
+
+A file is known by device, inode, size and time of change. It is looked at when the bundle is opened, and compared
+whenever it is opened again, so that a bundle put in its place meanwhile is never read by mistake. A file that is held
+(kept open) can be read after it was replaced or removed. Knows neither tensors' meaning nor routes.
+
+A sha256 finds damage, not forgery. Damage that comes after a file was digested is not found by this reader.
+"""
+
+import contextlib
+import hashlib
+import mmap
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from flexmerge_cli.allocation.manifest import FileEntry
+from flexmerge_cli.checkpoint.dtypes import NUMPY
+from flexmerge_cli.checkpoint.open_files import open_one_more
+from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError
+
+CHUNK_BYTES = 1 << 20
+MAX_THREADS = 8  # more than disks gain by
+FETCH_AGAIN = "fetch the bundle again, or merge again"
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, bytes, time of change in ns."""
+
+
+class DigestError(IntegrityError):
+    """A file's sha256 is not the manifest's."""
+
+
+class BundleFiles:
+    """`name` is a path as in the manifest, below the bundle's folder. Thread-safe."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, FileEntry], *, verify: bool = True) -> None:
+        """verify: whether a file's sha256 is compared with the manifest's when the file is first read."""
+        self._folder, self._entries, self._verify = folder, entries, verify
+        self._names = {folder / name: name for name in entries}
+        self._seen: dict[str, Identity] = {}
+        self._digests: dict[Identity, str] = {}
+        self._held: dict[str, int] = {}
+        """Name -> descriptor."""
+        self._maps: dict[str, np.ndarray] = {}
+        self._lock = threading.RLock()
+        self._turns: dict[str, threading.Lock] = {}
+        """Of files that are being digested: who comes second waits, and need not do it again."""
+        weakref.finalize(self, _close, self._held)
+
+    def look(self, name: str) -> None:
+        """Take the file that is there now for the one to read.
+
+        Raises IntegrityError if it is missing or of another size than the manifest's.
+        """
+        try:
+            status = (self._folder / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"{self._folder / name} is missing", hint=FETCH_AGAIN)
+        if status.st_size != self._entries[name].bytes:
+            sizes = f"{status.st_size:,} bytes, {self._entries[name].bytes:,} by the manifest"
+            raise IntegrityError(f"{self._folder / name} has {sizes}", hint=FETCH_AGAIN)
+        self._seen[name] = _identity(status)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep files open, to be read whatever becomes of the folder. Reads nothing."""
+        for name in names:
+            self._hold(name)
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) as bits (`NUMPY[dtype]`), one axis, in memory of the caller's own.
+
+        Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
+        """
+        buffer = np.empty((stop - start) * tensor.item_bytes, np.uint8)
+        try:
+            # Not kept: it would form a cycle with us, and our files would stay open until that is collected.
+            return Reader(opened=self._ready).read(tensor, start, stop, buffer).view(NUMPY[tensor.dtype])
+        except OSError as error:
+            raise self.unreadable(self._names[tensor.path], error) from None
+        except DataError as error:  # cut while it was open
+            raise IntegrityError(error.message, hint=FETCH_AGAIN) from None
+
+    def map(self, path: Path) -> np.ndarray:
+        """All bytes of a file, mapped; what is written to them stays in this process.
+
+        If the disk fails, or somebody cuts the file, after it was digested, then touching a page that is no longer in
+        memory ends the process with SIGBUS: a map has no way to raise an error. `read` does.
+        """
+        name, descriptor = self._names[path], self._ready(path)
+        with self._lock:
+            if name not in self._maps:
+                self._maps[name] = np.frombuffer(
+                    open_one_more(mmap.mmap, descriptor, 0, access=mmap.ACCESS_COPY), np.uint8
+                )
+            return self._maps[name]
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file from beginning to end. Raises after the last byte if its sha256 is not the manifest's."""
+        with self._opened(name) as descriptor:
+            digest, position = hashlib.sha256(), 0
+            while chunk := self._pread(name, descriptor, position):
+                digest.update(chunk)
+                position += len(chunk)
+                yield chunk
+            self._digests[self._seen[name]] = digest.hexdigest()
+        self._compare(name)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Digest the files that were not digested yet, several at a time, and see that none was replaced since.
+
+        The latter alone if digests are not wanted.
+        Raises IntegrityError that names all that differ, with both digests, MachineError if one cannot be read.
+        """
+        raise_together(self._folder, [problem for problem in self.problems(list(names)) if problem is not None])
+
+    def problems(self, names: list[str]) -> Iterator[FlexmergeError | None]:
+        """What `check` finds, file by file in this order."""
+
+        def problem(name: str) -> FlexmergeError | None:
+            try:
+                self._digest(name)
+            except FlexmergeError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(max(1, min(len(names), MAX_THREADS, os.cpu_count() or 1))) as pool:
+            try:
+                yield from pool.map(problem, names)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def unreadable(self, name: str, error: OSError) -> MachineError:
+        """The error for a file whose reading failed."""
+        return MachineError(
+            f"{self._folder / name} cannot be read: {error.strerror}; {self.readers(name)}",
+            hint="check the disk, or fetch the bundle again",
+        )
+
+    def _digest(self, name: str) -> None:
+        with self._lock:
+            turn = self._turns.setdefault(name, threading.Lock())
+        with turn:
+            is_known = self._now(name) in self._digests
+            if is_known and self._verify:
+                self._compare(name)
+            elif self._verify:
+                for _ in self.chunks(name):
+                    pass
+
+    def _compare(self, name: str) -> None:
+        found, wanted = self._digests[self._seen[name]], self._entries[name].sha256
+        if found != wanted:
+            raise DigestError(
+                f"{self._folder / name}: sha256 differs: {found}, {wanted} by the manifest; {self.readers(name)}",
+                hint=FETCH_AGAIN,
+            )
+
+    def _now(self, name: str) -> Identity:
+        """Raises IntegrityError unless the file is still the one that was looked at."""
+        if name not in self._seen:
+            self.look(name)
+        held = self._held.get(name)
+        try:
+            status = os.fstat(held) if held is not None else (self._folder / name).stat()
+            is_same = _identity(status) == self._seen[name]
+        except (FileNotFoundError, NotADirectoryError):
+            is_same = False
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+        if not is_same:
+            raise self._replaced(name)
+        return self._seen[name]
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A descriptor, for as long as the block lasts."""
+        held = self._held.get(name)
+        descriptor = held if held is not None else self._open(name)
+        try:
+            yield descriptor
+        finally:
+            if held is None:
+                os.close(descriptor)
+
+    def _open(self, name: str) -> int:
+        self._now(name)
+        flags = os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
+        try:
+            descriptor = open_one_more(os.open, self._folder / name, flags)
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+        if _identity(os.fstat(descriptor)) != self._seen[name]:
+            os.close(descriptor)
+            raise self._replaced(name)
+        return descriptor
+
+    def _hold(self, name: str) -> int:
+        with self._lock:
+            if name not in self._held:
+                self._held[name] = self._open(name)
+            return self._held[name]
+
+    def _ready(self, path: Path) -> int:
+        """Descriptor of a file whose digest was compared, unless that is not wanted."""
+        name = self._names[path]
+        descriptor = self._held.get(name)
+        if descriptor is None:
+            descriptor = self._hold(name)
+        if self._verify and self._digests.get(self._seen[name]) != self._entries[name].sha256:
+            self._digest(name)
+        return descriptor
+
+    def _pread(self, name: str, descriptor: int, position: int) -> bytes:
+        try:
+            return os.pread(descriptor, CHUNK_BYTES, position)
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+
+    def _replaced(self, name: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._folder / name} was replaced or changed since the bundle was opened; {self.readers(name)}",
+            hint="open the bundle again",
+        )
+
+    def readers(self, name: str) -> str:
+        return f"read by {', '.join(self._entries[name].tasks)}"
+
+
+def raise_together(folder: Path, problems: list[FlexmergeError]) -> None:
+    """One error for all; of integrity if one of them is."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        worst = next((problem for problem in problems if isinstance(problem, IntegrityError)), problems[0])
+        lines = "\n  ".join(problem.message for problem in problems)
+        raise type(worst)(f"{folder} is damaged:\n  {lines}", hint=worst.hint)
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _close(held: dict[str, int]) -> None:
+    for descriptor in held.values():
+        os.close(descriptor)
