@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flexmerge_cli.allocation.plan_file import Plan, plan_bytes
+from flexmerge_cli.allocation.plan_file import Plan, sealed_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError, UsageError
@@ -80,4 +80,4 @@ def add_statistics(
         record["coding"] = coding.get(record["name"])
     fields["settings"]["statistics"] = "all"
     fields["generator"] = GENERATOR
-    return Plan.model_validate_json(plan_bytes(fields))
+    return sealed_plan(fields)

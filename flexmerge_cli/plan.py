@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli import keeping
-from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, plan_bytes, read_plan
+from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.remote import RemoteFile
@@ -163,7 +163,7 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
         for end in range(1, len(plan.tasks))
     ]
     fields = plan.model_dump(mode="json", by_alias=True) | {"order": merged}
-    return Plan.model_validate_json(plan_bytes(fields))
+    return sealed_plan(fields)
 
 
 def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:
@@ -182,7 +182,7 @@ def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False
     fields |= order_fields({tensor.name: tensor for tensor in mergeable}, blocks, order)
     fields["settings"] |= settings_fields(order)
     fields["generator"] = GENERATOR
-    return Plan.model_validate_json(plan_bytes(fields))
+    return sealed_plan(fields)
 
 
 def load_plan(path: Path | str) -> Plan:

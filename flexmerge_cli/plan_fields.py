@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli import keeping
-from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, plan_bytes
+from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
@@ -208,7 +208,7 @@ def plan_of(
         },
         **order_fields(tensors, blocks, request.order),
     }
-    return Plan.model_validate_json(plan_bytes(fields))
+    return sealed_plan(fields)
 
 
 def settings_fields(order: OrderSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Readers refuse unknown keys; a change of meaning makes it /2. A file is written 
 
 import hashlib
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,7 @@ from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.text import json_holds_text
+from flexmerge_cli.writing import has_start, write_file
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
@@ -302,25 +303,27 @@ def _is_tied(plan: Plan, tensor: PlanTensor) -> bool:
     )
 
 
-def plan_bytes(fields: dict[str, Any]) -> bytes:
-    """Canonical bytes of a plan, its sha256 filled in."""
-    empty = json.dumps(fields | {"sha256": NO_DIGEST}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    digest = hashlib.sha256(empty.encode()).hexdigest()
-    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode()
+def sealed_plan(fields: Mapping[str, Any]) -> Plan:
+    """Check a plan's fields and fill in its sha256: that of the file which `save_plan` writes.
+
+    It is that of what the checked plan holds: `fields` may leave out defaults, or write a number in another way.
+    Raises ValidationError.
+    """
+    plan = Plan.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
+    return plan.model_copy(update={"sha256": _canonical(plan)[1]})
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write beside, then rename: the file is whole or not there."""
-    data = plan_bytes(plan.model_dump(mode="json", by_alias=True))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write the plan, replacing what is there. Raises MachineError, and then leaves what is there as it was."""
+    write_file(path, _canonical(plan)[0])
+
+
+def _canonical(plan: Plan) -> tuple[bytes, str]:
+    """The bytes of its file, with their sha256, and that sha256."""
+    fields = plan.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
+    empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(empty.encode()).hexdigest()
+    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode(), digest
 
 
 def is_plan(path: Path) -> bool:
@@ -328,6 +331,7 @@ def is_plan(path: Path) -> bool:
     try:
         return (
             path.is_file()
+            and has_start(path, b"{")
             and path.stat().st_size <= MAX_PLAN_BYTES
             and f'"format":"{FORMAT}"'.encode() in path.read_bytes()
         )

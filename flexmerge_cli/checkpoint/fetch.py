@@ -23,6 +23,7 @@ from flexmerge_cli.checkpoint.place import HubFile, is_etag
 from flexmerge_cli.checkpoint.ranges import patiently, stream_range
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import MachineError, SourceError, UsageError
+from flexmerge_cli.writing import sync
 
 FILES_AT_ONCE = 4
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -123,6 +124,8 @@ def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
             opened.write(data)
 
         stream_range(file.url(), earlier, size, write, max_passed_bytes=size, before_try=counter.check)
+        opened.flush()
+        sync(opened.fileno())
     if SHA256.fullmatch(blob.name) and digest.hexdigest() != blob.name:
         # A machine that lost its power may have kept the length of a file and not its bytes.
         partial.unlink()

@@ -4,8 +4,6 @@ A source is pinned to a commit when it is opened; small files are fetched then, 
 weights come with `fetch` (fetch.py). What the cache holds is never asked for again.
 """
 
-import os
-import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,8 +18,9 @@ from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub
 from flexmerge_cli.checkpoint.ranges import http_error
 from flexmerge_cli.checkpoint.unclear import inner
-from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
+from flexmerge_cli.errors import DataError, FlexmergeError, MachineError, SourceError
 from flexmerge_cli.text import is_text
+from flexmerge_cli.writing import write_file
 
 FILES_AT_ONCE = 8
 METADATA_TIMEOUT = 30  # seconds
@@ -310,12 +309,10 @@ def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
 def _remember(place: HubPlace, commit: str) -> None:
     """Note in the cache what a branch names, as its own downloads do, so that it is known offline."""
     reference = place.storage / "refs" / (place.revision or "main")
-    with suppress(OSError):  # a cache that can only be read may hold all that is needed
+    with suppress(OSError, MachineError):  # a cache that can only be read may hold all that is needed
         if not (reference.is_file() and reference.read_text() == commit):
             reference.parent.mkdir(parents=True, exist_ok=True)
-            partial = reference.with_name(f"{reference.name}.{os.getpid()}-{threading.get_ident()}")
-            partial.write_text(commit)
-            partial.replace(reference)
+            write_file(reference, commit)
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
 from flexmerge_cli.text import is_text
+from flexmerge_cli.writing import write_file
 
 # Of a web server that lists no folders: what is looked for beside the weights.
 USUAL_NAMES = (
@@ -105,7 +106,7 @@ class UrlFolder:
             with url_errors(f"{self._url}/{name}"):
                 data = self._files.cat_file(f"{self._url}/{name}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            write_file(path, data)
         return path
 
     def bring(self, names: list[str]) -> None:

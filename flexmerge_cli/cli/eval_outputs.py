@@ -3,19 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.cli.options import check_new_file
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.evaluation.tidy import curve_csv, scores_csv
-from flexmerge_cli.report.curve_png import require_matplotlib
+from flexmerge_cli.evaluation.tidy import curve_csv, is_csv, scores_csv
+from flexmerge_cli.report.curve_png import is_png, require_matplotlib
+from flexmerge_cli.report.html import is_page
+from flexmerge_cli.writing import check_file, write_file
 
 Outputs = dict[str, Path]
 """`csv`, `html`, `png` -> where."""
+KINDS = {"csv": (is_csv, "a table of scores"), "html": (is_page, "a page"), "png": (is_png, "a picture")}
 
 
 def check_outputs(outputs: Outputs, *, force: bool) -> None:
     """Before any work. Raises UsageError, MachineError."""
-    for path in outputs.values():
-        check_new_file(path, force=force)
+    for kind, path in outputs.items():
+        replaceable, what = KINDS[kind]
+        check_file(path, force=force, replaceable=replaceable, what=what)
     if len({path.absolute() for path in outputs.values()}) < len(outputs):
         raise UsageError("two outputs go to one file", hint="--csv, --html and --png: a file each")
     if "png" in outputs:
@@ -26,14 +29,12 @@ def write_outputs(document: dict[str, Any], outputs: Outputs) -> None:
     """document: of a curve, or of models that were scored, which have no picture."""
     is_curve = "points" in document
     if "csv" in outputs:
-        csv = curve_csv(document) if is_curve else scores_csv(document)
-        outputs["csv"].write_text(csv, encoding="utf-8")
+        write_file(outputs["csv"], curve_csv(document) if is_curve else scores_csv(document))
     if "html" in outputs:
         from flexmerge_cli.report.html_eval import curve_page
         from flexmerge_cli.report.html_scores import scores_page
 
-        page = curve_page(document) if is_curve else scores_page(document)
-        outputs["html"].write_text(page, encoding="utf-8")
+        write_file(outputs["html"], curve_page(document) if is_curve else scores_page(document))
     if "png" in outputs:
         from flexmerge_cli.report.curve_png import write_png
 

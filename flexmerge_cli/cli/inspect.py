@@ -33,13 +33,16 @@ def inspect(
     flexmerge inspect plan.json --html report.html
     """
     from flexmerge_cli.cli import options
-    from flexmerge_cli.report.inspect import Asked, check, is_page, look
+    from flexmerge_cli.report.inspect import Asked, check, look
 
     access = options.access_of(offline=offline, quiet=quiet, variant=variant)
     asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose, access=access)
     kind = check(asked)
     if html is not None:
-        options.check_new_file(html, force=force, replaceable=is_page, what="a page")
+        from flexmerge_cli.report.html import is_page
+        from flexmerge_cli.writing import check_file
+
+        check_file(html, force=force, replaceable=is_page, what="a page")
     with options.progress(quiet=quiet or as_json) as on_progress:
         report = look(asked, kind, on_progress=on_progress)
     options.emit(report.value, as_json=as_json, show=report.show)

@@ -186,27 +186,9 @@ def relocations(items: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def check_new_file(
-    path: Path, *, force: bool, replaceable: Callable[[Path], bool] = Path.is_file, what: str = "a file"
-) -> None:
-    """Before any work: the place is free, or with force holds what may be replaced, and can be written."""
-    import os
-
-    from flexmerge_cli.errors import MachineError, UsageError
-
-    if path.exists() or path.is_symlink():
-        if not force:
-            raise UsageError(f"{path} exists", hint="choose another place with -o, or replace it with --force")
-        if not replaceable(path):
-            raise UsageError(f"{path} is not {what}: it is not replaced", hint="choose another place")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"no folder {path.absolute().parent}", hint=f"mkdir -p {path.absolute().parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise MachineError(f"{path.absolute().parent} is not writable", hint="choose another place with -o")
-
-
 def check_plan_place(path: Path, *, force: bool) -> None:
-    """The same for a plan, which replaces nothing but a plan: with --force a slip must not cost a checkpoint."""
+    """Before any work: a plan can be written there, and replaces nothing but a plan."""
     from flexmerge_cli.allocation.plan_file import is_plan
+    from flexmerge_cli.writing import check_file
 
-    check_new_file(path, force=force, replaceable=is_plan, what="a plan of flexmerge")
+    check_file(path, force=force, replaceable=is_plan, what="a plan of flexmerge")

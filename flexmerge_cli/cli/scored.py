@@ -7,12 +7,13 @@ from typing import Any
 
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
-from flexmerge_cli.cli.options import access_of, check_new_file, note, progress
+from flexmerge_cli.cli.options import access_of, note, progress
 from flexmerge_cli.cli.scoring_progress import scoring_progress
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.plan import load_plan
+from flexmerge_cli.writing import check_file, write_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +82,11 @@ def _models_of(request: Any) -> int:
 
 def write_starter(bundle: str, output: Path | None, *, force: bool, offline: bool, quiet: bool) -> None:
     """A starter spec; its side files are all that is looked at."""
-    from flexmerge_cli.evaluation.init import starter_spec
+    from flexmerge_cli.evaluation.init import is_starter_spec, starter_spec
 
     if output is None:
         raise UsageError("no -o: where the spec goes", hint="flexmerge eval --init bundle/ -o eval.yaml")
-    check_new_file(output, force=force)
+    check_file(output, force=force, replaceable=is_starter_spec, what="a spec that --init wrote")
     located = locate(bundle, access_of(offline=offline, quiet=quiet))
-    output.write_text(starter_spec(located.open(), output.absolute().parent), encoding="utf-8")
+    write_file(output, starter_spec(located.open(), output.absolute().parent))
     note(f"wrote {output}: name the data of each task in it", quiet=quiet)

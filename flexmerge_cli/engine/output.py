@@ -1,5 +1,6 @@
 """Where parts go: pre-sized weight files, with their sha256 taken on the way, or memory."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -16,12 +17,12 @@ from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.engine.pool import aligned
 from flexmerge_cli.errors import MachineError
+from flexmerge_cli.writing import NOT_SUPPORTED, cannot_write, sync
 
 READ_BACK_BYTES = 4 << 20
 # After that many a file is forced to disk while others compute; all at the end took a fifth of a merge's time.
 FLUSH_BYTES = 32 << 20
 OTHER_FILES = 1000  # of the sources and of Python, that are open meanwhile
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Sink(Protocol):
@@ -83,24 +84,21 @@ class Output:
         }
 
     def __enter__(self) -> "Output":
-        for number, file in enumerate(self._files):
-            path = self._folder / file.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._descriptors.append(open_one_more(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-                if file.num_bytes and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._descriptors[-1], 0, file.num_bytes)
-            except OSError as error:
-                self.__exit__(None, None, None)
-                raise self._failed(error, path) from None
-            self._pwrite(number, np.frombuffer(file.header, np.uint8), 0)
-            self._hashes[number].add(self._descriptors[number], 0, np.frombuffer(file.header, np.uint8))
+        try:
+            for number, file in enumerate(self._files):
+                self._create(self._folder / file.path, file.num_bytes)
+                self._pwrite(number, np.frombuffer(file.header, np.uint8), 0)
+                self._hashes[number].add(self._descriptors[number], 0, np.frombuffer(file.header, np.uint8))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._flusher.shutdown()
         for descriptor in self._descriptors:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # `finish` has forced everything to disk, or has failed
+                os.close(descriptor)
         self._descriptors = []
 
     def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
@@ -128,6 +126,15 @@ class Output:
             for file, taken, descriptor in zip(self._files, self._hashes, self._descriptors, strict=True)
         }
 
+    def _create(self, path: Path, num_bytes: int) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = open_one_more(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self._descriptors.append(descriptor)
+            _reserve(descriptor, num_bytes)
+        except OSError as error:
+            raise self._failed(error, path) from None
+
     def _flushed(self) -> None:
         """Wait for the last one. A disk tells only once what it could not take: here it is raised."""
         if self._flush is not None:
@@ -135,7 +142,7 @@ class Output:
 
     def _force(self, number: int) -> None:
         try:
-            os.fsync(self._descriptors[number])
+            sync(self._descriptors[number])
         except OSError as error:
             raise self._failed(error, self._folder / self._files[number].path) from None
 
@@ -149,16 +156,22 @@ class Output:
             view, offset = view[count:], offset + count
 
     def _failed(self, error: OSError, path: Path) -> MachineError:
-        if error.errno in NO_SPACE:
-            return no_space(path, self._total_bytes)
         if error.errno == errno.EMFILE:
             needed = len(self._files) + OTHER_FILES
             return MachineError(f"{path} is one open file too many", hint=f"raise the limit: ulimit -n {needed}")
-        return MachineError(f"{path} cannot be written: {error.strerror}", hint="check permissions and the disk")
+        return cannot_write(error, path, self._total_bytes)
 
 
-def no_space(path: Path, needed: int) -> MachineError:
-    return MachineError(f"no space at {path}: {needed:,} bytes are needed", hint="free some, or write to another disk")
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Set a file's size, and take its blocks where the file system can, so that a full disk is known at once."""
+    try:
+        if num_bytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, num_bytes)
+            return
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    os.ftruncate(descriptor, num_bytes)
 
 
 class _FileHash:

@@ -8,10 +8,10 @@ there. What cannot be read as such is no entry, and is written anew; a folder th
 It may be removed at any time.
 """
 
+import contextlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from flexmerge_cli.errors import MachineError
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.readers import UNSOUND_NPZ
 from flexmerge_cli.evaluation.scored import Given, Scored
+from flexmerge_cli.writing import write_file
 
 FORMAT = "flexmerge.score/1"
 
@@ -76,18 +78,9 @@ class ScoreCache:
 
     def _write(self, path: Path, data: bytes) -> None:
         """Whole or not at all. A disk that takes nothing costs the next run its time, and this one nothing."""
-        try:
+        with contextlib.suppress(OSError, MachineError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
-        except OSError:
-            pass
+            write_file(path, data)
 
 
 def _entry(scored: Scored) -> dict[str, Any]:

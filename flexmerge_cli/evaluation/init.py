@@ -17,6 +17,7 @@ from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.evaluation.kinds.classes import architecture_of, label_count, label_names
 from flexmerge_cli.evaluation.loading import read_config
 from flexmerge_cli.evaluation.readers import SUFFIXES
+from flexmerge_cli.writing import has_start
 
 HEAD = """\
 # flexmerge.eval-spec/1: what each task is scored on; paths are relative to this file.
@@ -34,6 +35,11 @@ FOLDERS = ("test", "data", "validation", ".")
 def starter_spec(bundle: Bundle, folder: Path) -> str:
     """folder: where the spec is to lie."""
     return HEAD + "".join(_task(bundle, task, folder) for task in bundle.tasks)
+
+
+def is_starter_spec(path: Path) -> bool:
+    """Whether a file begins as a starter spec does: what --init may replace with --force."""
+    return has_start(path, HEAD.partition(":")[0].encode())
 
 
 def _task(bundle: Bundle, task: str, folder: Path) -> str:

@@ -10,15 +10,22 @@ Curves have the first metric of each task, and the references in every row alone
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.evaluation.evaluate import told_methods
+from flexmerge_cli.writing import has_start
 
 COLUMNS = (
     "method", "sizes", "bytes", "total_bytes", "factor", "task", "metric", "n", "split", "value", "low", "high",
     "normalised", "fine_tuned", "base", "weights",
 )  # fmt: skip
 Row = Mapping[str, Any]
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a file has these columns: what --csv may replace with --force."""
+    return has_start(path, f"{','.join(COLUMNS)}\n".encode())
 
 
 def curve_csv(record: Mapping[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """The curve as a picture, by matplotlib."""
 
+import io
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.errors import MachineError, UsageError
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.report.curve_series import axes_of, factor_ticks, series_of, told_metric
 from flexmerge_cli.report.text import human_bytes, printable
+from flexmerge_cli.writing import has_start, write_file
 
 DASHES = {"": "-", "7 3": "--", "2 3": ":", "9 3 2 3": "-."}
 
@@ -16,6 +18,11 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UsageError("matplotlib is not installed", hint="pip install 'flexmerge-cli[eval]'") from None
+
+
+def is_png(path: Path) -> bool:
+    """Whether a file is a picture of this kind: what --png may replace with --force."""
+    return has_start(path, b"\x89PNG\r\n\x1a\n")
 
 
 def write_png(record: dict[str, Any], path: Path) -> None:
@@ -81,7 +88,6 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     plot.set_title(printable(title), fontsize=9)
     if record["points"]:
         plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise MachineError(f"{path} cannot be written: {error.strerror}", hint="check the disk") from None
+    drawn_png = io.BytesIO()
+    figure.savefig(drawn_png, format="png")
+    write_file(path, drawn_png.getvalue())

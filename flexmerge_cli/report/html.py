@@ -14,6 +14,7 @@ from pathlib import Path
 from flexmerge_cli.report.inspect_heat import NOTHING, RAMP, Colour, Scale, ink
 from flexmerge_cli.report.text import printable, tail
 from flexmerge_cli.version import GENERATOR
+from flexmerge_cli.writing import has_start
 
 BREAK = re.compile(r"(?<=[^…][._/])(?=.)")
 NAME_CHARACTERS, NARROW_CHARACTERS = 34, 20  # of a block's name, on a wide page and on a narrow one
@@ -58,6 +59,11 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
         + "\n".join(sections)
         + f"\n</main>\n<footer>{text(GENERATOR)}</footer>\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page: what --html may replace with --force."""
+    return has_start(path, b"<!doctype html>")
 
 
 def section(title: str, *parts: str, note: str = "") -> str:

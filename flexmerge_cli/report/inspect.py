@@ -17,6 +17,7 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.regular_file import check_kind, open_file
+from flexmerge_cli.writing import write_file
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -144,7 +145,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
             page = bundle_page(bundle)
         report = Report(value=bundle_value(bundle), show=lambda value: show_bundle(bundle, value, every=asked.every))
     if asked.html is not None and page is not None:
-        _write(page, asked.html)
+        write_file(asked.html, page)
         report.value["html"] = str(asked.html)
     return report
 
@@ -167,25 +168,6 @@ def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
     if error is not None:
         value["error"] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
     return Report(value=value, show=show_verification, error=error)
-
-
-def is_page(path: Path) -> bool:
-    """Whether a file is a page: what --html may replace. A slip must not cost a checkpoint."""
-    try:
-        with open_file(path) as file:
-            return file.read(15).lower() == b"<!doctype html>"
-    except (FlexmergeError, OSError):
-        return False
-
-
-def _write(page: str, path: Path) -> None:
-    """Beside, then renamed: a page is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_within(path: Path, place: Path) -> bool:

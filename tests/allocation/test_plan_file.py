@@ -12,6 +12,8 @@ from flexmerge_cli.allocation.plan_file import MAX_PLAN_BYTES, Plan, is_plan, re
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import TASK_NAME
+from flexmerge_cli.plan import replan
+from flexmerge_cli.plan_request import OrderSettings
 
 from ..families import ODD, write_family
 from ..hostile import SLOW_FILES, json_values, mutations, sealed
@@ -27,6 +29,28 @@ def test_a_plan_is_what_was_saved(name, odd_plan, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "again.json"]
     fields = json.loads(path.read_bytes())
     assert path.read_bytes() == sealed(fields, "sha256")
+
+
+@pytest.mark.parametrize("name", ["plain", "heads", "mixed_dtypes"])
+def test_a_plan_in_memory_has_the_sha256_of_the_file_that_is_saved_of_it(name, odd_family, tmp_path):
+    """However it was made, also of another plan; a bundle names it by this."""
+    made = make_plan(odd_family(name).base, odd_family(name).sources, output=tmp_path / "plan.json", statistics="gram")
+    again = replan(made, OrderSettings(blocks="layer"))
+    save_plan(again, tmp_path / "again.json")
+    for plan, file in ((made, "plan.json"), (again, "again.json")):
+        assert plan.sha256 == json.loads((tmp_path / file).read_bytes())["sha256"]
+        assert plan == read_plan(tmp_path / file)
+
+
+def test_a_recipe_gives_the_same_bundle_when_its_plan_is_kept(odd_family, tmp_path):
+    folders = odd_family("plain")
+    tasks = ", ".join(f"{name}: {path}" for name, path in folders.sources.items())
+    (tmp_path / "r.yaml").write_text(
+        f"version: 1\nbase: {folders.base}\ntasks: {{{tasks}}}\nmerge: {{method: average}}\n"
+    )
+    for name in ("first", "second"):
+        succeeds("merge", tmp_path / "r.yaml", "--plan", tmp_path / "p.json", "-o", tmp_path / name)
+    assert tree(tmp_path / "first") == tree(tmp_path / "second")
 
 
 def test_a_plan_is_the_same_bytes_from_anywhere(odd_family, odd_plan, tmp_path, monkeypatch):

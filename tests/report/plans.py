@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, plan_bytes
+from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
@@ -64,7 +64,7 @@ def synthetic_plan(
                      "similarity": str(similarity), "seed": 0, "private": [], "merge_heads": False},
         "near_ties": count_near_ties(order),
     }  # fmt: skip
-    return Plan.model_validate_json(plan_bytes(fields))
+    return sealed_plan(fields)
 
 
 def _tensor(
