@@ -1,6 +1,6 @@
 """The public API: what `from flexmerge_cli import …` gives. Thin over the modules that do the work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,7 +239,7 @@ def verify(path: Path | str, *, decode: bool = False) -> Verification:
 
 def export(
     bundle: Path | str,
-    task: str,
+    task: str | Sequence[str],
     output: Path | str,
     *,
     force: bool = False,
@@ -248,11 +248,18 @@ def export(
 ) -> None:
     """Write one task as an ordinary checkpoint folder; of a bundle on the Hub its files alone are fetched.
 
+    task: a list of names, even of one, makes a folder of its name for each in `output`, all of them or none.
     merged: of an adapter that was kept, the model that it makes, and not its own folder.
+    Raises UsageError, SourceError, IntegrityError, MachineError.
     """
-    from flexmerge_cli.bundle.export import export_task
+    from flexmerge_cli.bundle.export import export_task, export_tasks
 
-    export_task(locate(str(bundle), tasks=[task]).open(), task, Path(output), force=force, link=link, merged=merged)
+    tasks = [task] if isinstance(task, str) else list(task)
+    opened = locate(str(bundle), tasks=tasks).open()
+    if isinstance(task, str):
+        export_task(opened, task, Path(output), force=force, link=link, merged=merged)
+    else:
+        export_tasks(opened, tasks, Path(output), force=force, link=link, merged=merged)
 
 
 def _access(offline: bool, stream: bool, max_memory: int | None, variant: str | None = None) -> Access:

@@ -1,23 +1,27 @@
-"""One task of a bundle as an ordinary checkpoint folder."""
+"""Tasks of a bundle as ordinary checkpoint folders."""
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
+from flexmerge_cli.bundle.exported import exported_files
 from flexmerge_cli.bundle.manifest_file import sha256_of
-from flexmerge_cli.bundle.publish import check_target, publish
+from flexmerge_cli.bundle.publish import Ours, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
-from flexmerge_cli.checkpoint.safetensors import read_header
-from flexmerge_cli.engine.output import no_space
-from flexmerge_cli.errors import FlexmergeError, UsageError
+from flexmerge_cli.errors import IntegrityError, MachineError, UsageError
 from flexmerge_cli.version import VERSION
+from flexmerge_cli.writing import no_space
 
+COPY_BYTES = 4 << 20
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -27,51 +31,95 @@ def export_task(
     """Write config, tokenizer and weights; `link` makes the weights hard links or reflinks of the bundle's files.
 
     A kept adapter is given back as the folder it was, byte by byte, or, if `merged`, as the model that it makes.
-    Raises UsageError if `link` is asked for and something must be decoded, renamed or cast.
+    Raises UsageError if `link` is asked for and something must be decoded, renamed or cast, IntegrityError if the
+    bundle's bytes are not those of its manifest.
     """
-    needed_bytes = check_export(bundle, task, target, force=force, link=link, merged=merged)
-    adapter = bundle.manifest.tasks[task].adapter
-    with publish(target, force=force, needed_bytes=needed_bytes) as folder:
-        for path, name in _side_files(bundle, task, merged=merged).items():
-            if link and adapter is not None:
-                _link_file(bundle.path / path, folder / name)
-            else:
-                shutil.copyfile(bundle.path / path, folder / name)
-        if adapter is not None and not merged:
-            return
-        if link:
-            _link(bundle, task, folder)
-        else:
-            _write(bundle, task, folder)
+    needed_bytes = check_export(bundle, task, link=link, merged=merged)
+    ours = partial(exported_files, bundle.manifest)
+    _check_place(bundle, target, needed_bytes, force=force, ours=ours)
+    with publish(target, force=force, ours=ours, needed_bytes=needed_bytes) as folder:
+        _fill(bundle, task, folder, link=link, merged=merged)
 
 
-def export_all(
-    bundle: Bundle, target: Path, *, force: bool = False, link: bool = False, merged: bool = False
+def export_tasks(
+    bundle: Bundle,
+    tasks: Sequence[str],
+    target: Path,
+    *,
+    force: bool = False,
+    link: bool = False,
+    merged: bool = False,
 ) -> dict[str, Path]:
-    """Every task into a folder of its name below `target`, which is made; nothing is written if one is refused."""
-    places = {task: target / task for task in bundle.tasks}
-    new = not (target.exists() or target.is_symlink())
-    if new:
-        check_target(target, force=force, replaceable=is_export)
-        _guard(bundle, target)
-        target.mkdir()
-    elif not target.is_dir():
-        raise UsageError(f"{target} is no folder", hint="choose another place with -o")
+    """Each task into a folder of its name below `target`, which appears with all of them or not at all.
+
+    merged: of those that are adapters the model that they make. An empty folder at `target` is as good as none.
+    """
+    if len(set(tasks)) < len(tasks):
+        twice = next(task for task in tasks if tasks.count(task) > 1)
+        raise UsageError(f"task `{twice}` is named twice", hint=f"--task {twice} once")
+    makes_model = {task: merged and bundle.manifest.tasks[task].adapter is not None for task in tasks}
+    needed_bytes = sum(check_export(bundle, task, link=link, merged=makes_model[task]) for task in tasks)
+    force = force or (target.is_dir() and not target.is_symlink() and not any(target.iterdir()))
+
+    def ours(folder: Path) -> set[str] | None:
+        found = {task: exported_files(bundle.manifest, folder / task) for task in tasks if (folder / task).is_dir()}
+        known = {f"{task}/{name}" for task, files in found.items() if files is not None for name in files}
+        return known or None
+
+    _check_place(bundle, target, needed_bytes, force=force, ours=ours)
+    with publish(target, force=force, ours=ours, needed_bytes=needed_bytes) as folder:
+        for task in tasks:
+            (folder / task).mkdir()
+            _fill(bundle, task, folder / task, link=link, merged=makes_model[task])
+    return {task: target / task for task in tasks}
+
+
+def _fill(bundle: Bundle, task: str, folder: Path, *, link: bool, merged: bool) -> None:
+    adapter = bundle.manifest.tasks[task].adapter
+    for path, name in _side_files(bundle, task, merged=merged).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if link and adapter is not None:
+            _link_file(bundle, path, folder / name)
+        else:
+            _copy_file(bundle, path, folder / name)
+    if adapter is not None and not merged:
+        return
+    if link:
+        _link(bundle, task, folder)
+    else:
+        _write(bundle, task, folder)
+
+
+def _copy_file(bundle: Bundle, path: str, target: Path) -> None:
+    digest = hashlib.sha256()
+    with (bundle.path / path).open("rb") as read, target.open("xb") as write:
+        while data := _read(read, bundle.path / path):
+            digest.update(data)
+            write.write(data)
+    _check(bundle, path, digest.hexdigest())
+
+
+def _read(file: BinaryIO, path: Path) -> bytes:
     try:
-        for task, place in places.items():
-            check_export(bundle, task, place, force=force, link=link, merged=_makes_model(bundle, task, merged))
-    except FlexmergeError:
-        if new:
-            target.rmdir()
-        raise
-    for task, place in places.items():
-        export_task(bundle, task, place, force=force, link=link, merged=_makes_model(bundle, task, merged))
-    return places
+        return file.read(COPY_BYTES)
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror}", hint="check the disk") from None
 
 
-def _makes_model(bundle: Bundle, task: str, merged: bool) -> bool:
-    """With --all, `merged` is of those that are adapters."""
-    return merged and bundle.manifest.tasks[task].adapter is not None
+def _link_file(bundle: Bundle, path: str, target: Path) -> None:
+    source = (bundle.path / path).resolve()  # in the Hub's cache it is a relative link
+    try:
+        os.link(source, target)
+    except OSError:
+        _reflink(source, target)
+    _check(bundle, path, sha256_of(target))
+
+
+def _check(bundle: Bundle, path: str, sha256: str) -> None:
+    if sha256 != bundle.manifest.files[path].sha256:
+        raise IntegrityError(
+            f"{bundle.path / path} differs from the manifest", hint=f"flexmerge inspect {bundle.path} --verify"
+        )
 
 
 def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
@@ -87,11 +135,9 @@ def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     return own | {path: name for path, name in names.items() if name not in own.values()}
 
 
-def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: bool, merged: bool = False) -> int:
-    """Bytes that are needed. Refuses all that can be refused before anything is written."""
+def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False) -> int:
+    """Bytes that are needed. Refuses what of a task cannot be given back so."""
     bundle.check_task(task)
-    check_target(target, force=force, replaceable=lambda folder: is_export(folder) or _is_same(bundle, task, folder))
-    _guard(bundle, target)
     adapter = bundle.manifest.tasks[task].adapter
     if merged and adapter is None:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
@@ -102,30 +148,18 @@ def check_export(bundle: Bundle, task: str, target: Path, *, force: bool, link: 
         raise UsageError(
             f"task `{task}` cannot be linked: its tensors must be decoded, renamed or cast", hint="leave out --link"
         )
-    size = 0 if link else sum(_num_bytes(*form) for form in bundle.tensors_of(task).values())
-    if as_adapter and not link:
-        size = sum(bundle.manifest.files[path].bytes for path in _side_files(bundle, task, merged=False))
-    if shutil.disk_usage(target.absolute().parent).free < size:
-        raise no_space(target, size)
-    return size
+    if link:
+        return 0
+    if as_adapter:
+        return sum(bundle.manifest.files[path].bytes for path in _side_files(bundle, task, merged=False))
+    return sum(_num_bytes(*form) for form in bundle.tensors_of(task).values())
 
 
-def is_export(folder: Path) -> bool:
-    """Whether all weights of a folder are ours; a checkpoint that somebody trained is never replaced."""
-    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
-    try:
-        return bool(weights) and all("flexmerge" in read_header(path)[1] for path in weights)
-    except (FlexmergeError, OSError):
-        return False
-
-
-def _is_same(bundle: Bundle, task: str, folder: Path) -> bool:
-    """Whether a folder's weights are those of this very adapter, which bear no mark of ours."""
-    adapter = bundle.manifest.tasks[task].adapter
-    weights = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES]
-    if adapter is None or [path.name for path in weights] != [adapter.weights]:
-        return False
-    return sha256_of(weights[0]) == bundle.manifest.files[f"tasks/{task}/{adapter.weights}"].sha256
+def _check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool, ours: Ours) -> None:
+    check_target(target, force=force, ours=ours)
+    _guard(bundle, target)
+    if shutil.disk_usage(target.absolute().parent).free < needed_bytes:
+        raise no_space(target, needed_bytes)
 
 
 def _write(bundle: Bundle, task: str, folder: Path) -> None:
@@ -152,8 +186,6 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
             for name in shard:
                 file.write(bundle.array(task, aligned[name]).tobytes())
                 weight_map[name] = file_name
-            file.flush()
-            os.fsync(file.fileno())
     if len(shards) > 1:
         total = sum(_num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -180,19 +212,12 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
     stem = _stem(bundle, task)
     new_names = {path: f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
     for path, new in new_names.items():
-        _link_file(path, folder / new)
+        _link_file(bundle, path.relative_to(bundle.path).as_posix(), folder / new)
     value = {
         "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
         "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _link_file(path: Path, target: Path) -> None:
-    try:
-        os.link(path.resolve(), target)  # resolved: in the Hub's cache it is a relative link
-    except OSError:
-        _reflink(path, target)
 
 
 def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:

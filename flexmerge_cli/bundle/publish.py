@@ -1,119 +1,280 @@
 """A folder that appears whole or not at all.
 
-Written to `.{name}.partial/` beside the target, under the lock `.{name}.lock`, and renamed when it is complete. What a
-crash leaves: before the rename, partial and lock, which the next run under the lock removes; with `--force` the old
-folder may lie at `.{name}.partial` (exchanged, not yet removed) or at `.{name}.old` (between two renames, on file
-systems without an atomic exchange), from where the next run puts it back.
+It is written to `.{name}.partial/` beside its place, under the lock `.{name}.lock`, forced to disk and renamed. What a
+crash leaves: before the rename, the partial folder and the lock; with `--force`, the old folder at `.{name}.partial`
+(exchanged, not yet removed), or, on file systems without an atomic exchange, at `.{name}.old` with nothing in its place
+(between two renames). Readers may then read `.{name}.old`. The next command that is to write there puts it back and
+removes the rest (`mend`).
+
+Where the file system has no locks, every writer has a partial folder of its own, `.{name}.{host}-{pid}-{hex}.partial`,
+which the next one removes if that process of its host has ended. Writers then do not know of each other: the last one
+to end with `--force` stays, and one without it is told that something appeared.
 """
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
 
-from flexmerge_cli.engine.output import NO_SPACE, no_space
-from flexmerge_cli.errors import MachineError, UsageError
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
+from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError
+from flexmerge_cli.writing import NOT_SUPPORTED, cannot_write, in_place, sync_folder, sync_tree, undisturbed
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK)  # Lustre without -o flock, NFS without its lock daemon
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+SHOWN = 5
+
+Ours = Callable[[Path], Collection[str] | None]
+"""The files that flexmerge wrote into a folder, by their relative paths; None if the folder is not one of its own."""
 
 
-def check_target(target: Path, *, force: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Before any weight is read: the parent exists and is writable, the target is free, or may be replaced."""
+def bundle_files(folder: Path) -> Collection[str] | None:
+    """What a bundle's manifest lists, and itself: what `--force` may replace. Raises UsageError if it is damaged."""
+    if not is_bundle(folder):
+        return None
+    try:
+        return {MANIFEST_NAME, *read_manifest(folder).files}
+    except FlexmergeError as error:
+        raise UsageError(
+            f"{folder} is not replaced: its manifest does not say any more what flexmerge wrote there: {error.message}",
+            hint="move it away first",
+        ) from None
+
+
+def check_target(target: Path, *, force: bool, ours: Ours) -> None:
+    """Before any weight is read: the parent exists and is writable, and the place is free or may be replaced.
+
+    Mends what a killed run left there. Raises UsageError, MachineError.
+    """
     parent = target.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"no folder {parent}", hint=f"mkdir -p {parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent} is not writable", hint="choose another place with -o")
-    if not (target.exists() or target.is_symlink()):
-        return
-    if not force:
-        raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
-    if target.is_symlink() or not target.is_dir() or not (replaceable(target) or not any(target.iterdir())):
+    mend(target)
+    if os.path.lexists(target):
+        if not force:
+            raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
+        check_replaceable(target, ours)
+
+
+def check_replaceable(target: Path, ours: Ours) -> None:
+    """Whether everything in a folder was written by flexmerge. Raises UsageError that names what was not."""
+    if target.is_symlink() or not target.is_dir():
         raise UsageError(f"{target} is not what flexmerge wrote: it is not replaced", hint="move it away first")
+    if target.is_mount():
+        raise UsageError(f"{target} is a mount point, which cannot be replaced", hint=f"-o {target / 'NAME'}")
+    if not any(target.iterdir()):
+        return
+    known = ours(target)
+    if known is None:
+        raise UsageError(f"{target} is not what flexmerge wrote: it is not replaced", hint="move it away first")
+    found = foreign(target, known)
+    if found:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise UsageError(
+            f"{target} is not replaced, because it also holds what flexmerge did not write: "
+            f"{', '.join(found[:SHOWN])}{more}",
+            hint="move that away first",
+        )
+
+
+def foreign(folder: Path, known: Collection[str]) -> list[str]:
+    """What lies in a folder besides the known files and their folders; of a foreign folder its name, not its files."""
+    folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    found = []
+    for place, inner, names in os.walk(folder):
+        prefix = "" if place == str(folder) else f"{Path(place).relative_to(folder).as_posix()}/"
+        strange = [name for name in inner if f"{prefix}{name}" not in folders or Path(place, name).is_symlink()]
+        inner[:] = [name for name in inner if name not in strange]
+        found += [f"{prefix}{name}" for name in (*strange, *names) if name in strange or f"{prefix}{name}" not in known]
+    return sorted(found)
 
 
 @contextlib.contextmanager
-def publish(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, needed_bytes: int = 0) -> Iterator[Path]:
     """The folder to write into; it becomes `target` when the block ends well, and is gone when it does not.
 
-    needed_bytes: what will be written, for the error of a full disk.
+    ours: looked at once more before something is replaced. needed_bytes: what will be written, for the error of a full
+    disk. Raises UsageError if the place was taken meanwhile, MachineError; what is raised after the new folder took its
+    place says so.
     """
     target = target.absolute()
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
-    with _locked(target.with_name(f".{target.name}.lock"), target):
-        _put_back(old, target)
-        for stale in (partial, old):
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            partial.mkdir()
-            yield partial
-            sync_folder(partial)
-            if not force and target.exists():
-                raise UsageError(f"{target} appeared meanwhile", hint="choose another place with -o, or --force")
-            if target.exists():
-                _exchange(partial, target, old)
-            else:
-                partial.rename(target)
-            sync_folder(target.parent, deep=False)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise no_space(Path(error.filename or partial), needed_bytes) from None
-            raise MachineError(f"{error.filename or partial}: {error.strerror}", hint="check the disk") from None
-        finally:
-            _put_back(old, target)  # interrupted between two renames: the one bundle that there is
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+    partial, is_done = target, False
+    try:
+        with _locked(target) as locked:
+            _mend(target, locked=locked)
+            partial, old = _partial(target, locked=locked), _beside(target, "old")
+            left = None
+            try:
+                partial.mkdir()
+                yield partial
+                sync_tree(partial)
+                with undisturbed():
+                    _take_place(partial, target, old, force=force, ours=ours)
+                    is_done = True
+                    sync_folder(target.parent)
+            finally:
+                with undisturbed():
+                    _put_back(old, target)
+                    left = _remove(partial) or (_remove(old) if os.path.lexists(target) else None)
+            if left:
+                raise in_place(target, f"the one that it replaced could not be removed: {left}")
+    except OSError as error:
+        if is_done:
+            raise in_place(target, f"could not be forced to disk: {error.strerror}") from None
+        place = str(partial) if error.filename is None else os.fsdecode(error.filename)
+        if not place.startswith((str(target), str(_beside(target, "")))):  # of what is read, not of what is written
+            raise MachineError(f"{place}: {error.strerror}", hint="check the disk") from None
+        raise cannot_write(error, Path(place), needed_bytes) from None
 
 
-def sync_folder(folder: Path, *, deep: bool = True) -> None:
-    """Force a folder's entries to disk; with `deep` those of every folder below it, too."""
-    below = [path for path in folder.rglob("*") if path.is_dir()] if deep else []
-    for place in [folder, *below]:
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def mend(target: Path) -> None:
+    """Put back the folder that a killed run had moved away, and remove what it left beside. Never raises.
+
+    Does nothing while another run is writing there, or where this one may not write.
+    """
+    target = target.absolute()
+    if _left(target):
+        with contextlib.suppress(OSError, MachineError), _locked(target) as locked:
+            _mend(target, locked=locked)
+
+
+def _mend(target: Path, *, locked: bool) -> None:
+    """locked: no other run is writing there."""
+    old = _beside(target, "old")
+    _put_back(old, target)
+    for path in _left(target):
+        is_dead = _is_dead(path, target)
+        if (locked and path == _beside(target, "partial")) or is_dead or (path == old and os.path.lexists(target)):
+            _remove(path)
+
+
+def _left(target: Path) -> list[Path]:
+    """What a run leaves beside its place if it is killed, or has there while it runs."""
+    fixed = [_beside(target, suffix) for suffix in ("partial", "old", "lock")]
+    with contextlib.suppress(OSError):
+        prefix = f".{target.name}.{_host()}-"
+        fixed += [target.with_name(name) for name in os.listdir(target.parent) if name.startswith(prefix)]  # noqa: PTH208
+    return [path for path in fixed if os.path.lexists(path)]
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _partial(target: Path, *, locked: bool) -> Path:
+    return _beside(target, "partial" if locked else f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", os.uname().nodename)
+
+
+def _is_dead(path: Path, target: Path) -> bool:
+    """Whether this is the partial folder of a process of this host that has ended."""
+    own = re.fullmatch(
+        rf"\.{re.escape(target.name)}\.{re.escape(_host())}-(\d{{1,9}})-[0-9a-f]{{8}}\.partial", path.name
+    )
+    if own is None:
+        return False
+    try:
+        os.kill(int(own[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # another user's
+    return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
+def _locked(target: Path) -> Iterator[bool]:
+    """Be the only run that writes there; False where the file system has no locks. Raises MachineError if one does."""
+    path = _beside(target, "lock")
+    descriptor = _lock(path, target)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _lock(path: Path, target: Path) -> int | None:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            # The holder before us may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
             os.close(descriptor)
-            raise MachineError(f"{target} is being written by another process", hint="wait for it") from None
-        # The holder before us may have removed the file between our open and our lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in LOCKED:
+                raise MachineError(f"{target} is being written by another process", hint="wait for it") from None
+            if error.errno not in NO_LOCKS:
+                raise
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+
+
+def _take_place(new: Path, target: Path, old: Path, *, force: bool, ours: Ours) -> None:
+    appeared = UsageError(f"{target} appeared meanwhile", hint="choose another place with -o, or --force")
+    if os.path.lexists(target):
+        if not force:
+            raise appeared
+        check_replaceable(target, ours)
+        _exchange(new, target, old)
+        return
     try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _put_back(old: Path, target: Path) -> None:
-    if old.exists() and not target.exists():
-        old.rename(target)
+        new.rename(target)
+    except OSError as error:
+        raise appeared if error.errno in TAKEN else error from None
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
-    """Swap atomically where the kernel can; else two renames, which the next run can finish."""
+    """Swap atomically where the kernel and the file system can; else two renames, which the next run can finish."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         renameat2 = None
-    names = (os.fsencode(new), os.fsencode(target))
-    if renameat2 is not None and renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0:
-        return
+    if renameat2 is not None:
+        if renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in NOT_SUPPORTED:
+            raise OSError(number, os.strerror(number), str(target))
     target.rename(old)
     new.rename(target)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """After an end between two renames: the one folder that there is. Where it fails, the next run tries again."""
+    if os.path.lexists(old) and not os.path.lexists(target):
+        with contextlib.suppress(OSError):
+            old.rename(target)
+
+
+def _remove(folder: Path) -> str | None:
+    """Remove a folder as far as that is possible; what stays of it and why, if something does."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror or error}"
+    return None

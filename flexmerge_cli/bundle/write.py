@@ -1,6 +1,5 @@
 """A bill and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -12,20 +11,21 @@ from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_records import PlanAdapter
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, sha256_of
-from flexmerge_cli.bundle.publish import check_target, publish
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
+from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
-from flexmerge_cli.engine.output import Output, no_space
+from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError
+from flexmerge_cli.writing import no_space
 
 COPY_BYTES = 4 << 20
 
 
 def check_output(target: Path, bill: Bill, *, force: bool) -> None:
     """What can be refused before a weight is read: a taken or unwritable place, a full disk."""
-    check_target(target, force=force, replaceable=is_bundle)
+    check_target(target, force=force, ours=bundle_files)
     free = shutil.disk_usage(target.absolute().parent).free
     if free < bill.total_bytes:
         raise no_space(target, bill.total_bytes)
@@ -49,7 +49,7 @@ def write_bundle(
     """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing; so may
     examine, which gets the folder of the whole bundle where it is not published yet.
     """
-    with publish(target, force=force, needed_bytes=bill.total_bytes) as folder:
+    with publish(target, force=force, ours=bundle_files, needed_bytes=bill.total_bytes) as folder:
         measured = materialise(
             bill,
             sources,
@@ -63,11 +63,7 @@ def write_bundle(
         on_stage("files of the tasks")
         _write_small(bill, side_files, folder, measured)
         accept(measured)
-        manifest = bill.manifest(measured)
-        with (folder / MANIFEST_NAME).open("xb") as file:
-            file.write(manifest)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / MANIFEST_NAME).write_bytes(bill.manifest(measured))
         _check_written(bill, folder)
         examine(folder)
     return measured
@@ -90,17 +86,17 @@ def _write_small(bill: Bill, side_files: dict[str, Path], folder: Path, measured
             else:
                 with source.open("rb") as read:  # an adapter's weights may be large
                     shutil.copyfileobj(read, file, COPY_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
         if source is not None and digest_file(path) != digests[small.path]:
             raise DataError(f"{source} has changed since the plan", hint="make the plan again")
         measured.sha256[small.path] = sha256_of(path)
         first = written.setdefault(measured.sha256[small.path], path)
         if first is not path:
             link = path.with_name(f".{path.name}.link")
-            with contextlib.suppress(OSError):
+            try:
                 os.link(first, link)
                 link.replace(path)
+            except OSError:  # no hard links here: the copy stays
+                link.unlink(missing_ok=True)
 
 
 def _check_written(bill: Bill, folder: Path) -> None:

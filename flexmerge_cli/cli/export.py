@@ -11,9 +11,9 @@ from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, Qu
 def export(
     bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write; with --all one folder per task in it.")
+        Path, typer.Option("-o", "--output", help="Folder to write; for several tasks, one folder for each in it.")
     ],
-    task: Annotated[str | None, typer.Option("--task", help="The task to give back.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="The task to give back; repeatable.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard links or reflinks; nothing must need decoding.")] = False,
     merged: Annotated[
@@ -29,24 +29,26 @@ def export(
     \b
     Examples:
     flexmerge export bundle/ --task sst2 -o sst2/
+    flexmerge export bundle/ --task sst2 --task cola -o models/
     flexmerge export hf://org/bundle --task sst2 -o sst2/
     """
-    from flexmerge_cli.bundle.export import export_all, export_task
+    from flexmerge_cli.bundle.export import export_task, export_tasks
     from flexmerge_cli.bundle.locate import locate
     from flexmerge_cli.cli.options import access_of, emit, progress
     from flexmerge_cli.errors import UsageError
 
-    if (task is None) == (not every):
+    tasks = task or []
+    if bool(tasks) == every:
         raise UsageError("say which task", hint="--task NAME, or --all")
     with progress(quiet=quiet or as_json) as on_progress:
         access = access_of(offline=offline, quiet=quiet)
-        located = locate(bundle, access, tasks=[task] if task is not None else None, on_progress=on_progress)
+        located = locate(bundle, access, tasks=tasks or None, on_progress=on_progress)
     opened = located.open()
-    if task is not None:
-        export_task(opened, task, output, force=force, link=link, merged=merged)
-        places = {task: output}
+    if len(tasks) == 1:
+        export_task(opened, tasks[0], output, force=force, link=link, merged=merged)
+        places = {tasks[0]: output}
     else:
-        places = export_all(opened, output, force=force, link=link, merged=merged)
+        places = export_tasks(opened, tasks or opened.tasks, output, force=force, link=link, merged=merged)
     value = {"exported": {name: str(place) for name, place in places.items()}}
 
     def show(found: dict[str, dict[str, str]]) -> None:

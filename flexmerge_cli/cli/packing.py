@@ -8,8 +8,7 @@ from typing import Any
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.bundle.manifest_file import is_bundle
-from flexmerge_cli.bundle.publish import check_target
+from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.checkpoint.hub import pinned_source
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place
@@ -58,7 +57,7 @@ class Packing:
 
     def check(self, output: Path, *, force: bool) -> None:
         """Before anything is read: the places of the bundle and of a kept plan."""
-        check_target(output, force=force, replaceable=is_bundle)
+        check_target(output, force=force, ours=bundle_files)
         if self.keep_plan is not None:
             check_plan_place(self.keep_plan, force=True)
         if self.recipe is not None and self.recipe.gate is not None:

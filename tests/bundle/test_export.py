@@ -1,18 +1,22 @@
 """A task given back as an ordinary folder."""
 
+import errno
 import json
 import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from flexmerge_cli import export, open_bundle
+from flexmerge_cli.bundle import export as export_module
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.errors import UsageError
 
 from ..families import assert_same_state
-from ..program import fails, succeeds, tree
+from ..program import Child, fails, succeeds, tree
 from .bundles import copy, make, manifest_of
 
 
@@ -123,14 +127,104 @@ def test_an_export_replaces_an_export_and_no_other_checkpoint(merged, tmp_path):
     assert tree(trained) == before
 
 
-def test_all_tasks_are_checked_before_one_is_written(merged, tmp_path):
-    (tmp_path / "out/task3").mkdir(parents=True)
-    (tmp_path / "out/task3/mine").write_text("mine")
-    fails(2, "export", merged, "--all", "-o", tmp_path / "out", says="task3 exists")
-    assert sorted(tree(tmp_path)) == ["out/task3/mine"]
+@pytest.mark.parametrize("lies", [".git/HEAD", "notes.txt", "mine/model.safetensors", "optimizer.bin"])
+def test_force_replaces_an_export_and_nothing_else(lies, merged, tmp_path):
+    """One that holds what no export does is refused, and what it is named; for several tasks as for one."""
+    for tasks, folder in ((("--task", "task0"), tmp_path / "one"), (("--all",), tmp_path / "all")):
+        succeeds("export", merged, *tasks, "-o", folder)
+        inside = folder if folder.name == "one" else folder / "task0"
+        (inside / lies).parent.mkdir(exist_ok=True)
+        (inside / lies).write_text("mine")
+        before = tree(folder)
+        named = str((inside / lies).relative_to(folder)).removesuffix("/HEAD").removesuffix("/model.safetensors")
+        fails(2, "export", merged, *tasks, "-o", folder, "--force", says=f"did not write: {named}\n")
+        assert tree(folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "one"]
+
+
+def test_the_weights_of_another_bundle_are_not_an_export(merged, tmp_path):
+    bundle = copy(merged, tmp_path / "b")
+    fails(2, "export", merged, "--task", "task0", "-o", bundle / "weights", "--force", says="not what flexmerge wrote")
+
+
+def test_several_tasks_appear_together_or_not_at_all(merged, tmp_path, monkeypatch):
+    """Broken off it leaves nothing, so the same command succeeds."""
+    arguments = ("export", merged, "--all", "-o", tmp_path / "out")
+    written = export_module._write
+
+    def full_disk(bundle, task, folder):
+        if task == "task2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(bundle, task, folder)
+
+    monkeypatch.setattr(export_module, "_write", full_disk)
+    fails(1, *arguments, says="no space at")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(export_module, "_write", lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL))
+    assert Child(*arguments).wait()[0] == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    succeeds(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(open_bundle(merged).tasks)
+
+
+def test_several_tasks_by_name_are_exported_each_into_its_folder(merged, tmp_path):
+    succeeds("export", merged, "--task", "task3", "--task", "task1", "-o", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["task1", "task3"]
+    succeeds("export", merged, "--task", "task1", "-o", tmp_path / "one")
+    assert tree(tmp_path / "one") == tree(tmp_path / "out/task1")
+    export(merged, ["task1"], tmp_path / "api")
+    assert tree(tmp_path / "api") == {f"task1/{name}": data for name, data in tree(tmp_path / "one").items()}
+    fails(2, "export", merged, "--task", "task1", "--task", "task1", "-o", tmp_path / "two", says="named twice")
+    # What another command exported there is not this one's to replace.
+    fails(
+        2, "export", merged, "--task", "task0", "--task", "task1", "-o", tmp_path / "out", "--force", says=": task3\n"
+    )
+
+
+def test_the_place_of_several_tasks_is_free_or_empty_or_all_theirs(merged, tmp_path):
+    (tmp_path / "out").mkdir()
+    succeeds("export", merged, "--all", "-o", tmp_path / "out")
+    fails(2, "export", merged, "--all", "-o", tmp_path / "out", says="out exists")
+    succeeds("export", merged, "--all", "-o", tmp_path / "out", "--force")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").write_text("mine")
+    fails(2, "export", merged, "--all", "-o", tmp_path / "other", "--force", says="is not what flexmerge wrote")
     (tmp_path / "file").write_text("")
     fails(2, "export", merged, "--all", "-o", tmp_path / "file")
     fails(2, "export", merged, "--all", "-o", tmp_path / "no/where", says="no folder")
+    assert (tmp_path / "other/mine").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("options", [(), ("--link",)])
+def test_all_that_an_export_publishes_is_on_disk_first(options, merged, tmp_path, monkeypatch):
+    synced, published = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def seen(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def renamed(path, target):
+        published.extend(inside.stat().st_ino in synced for inside in [path, *path.rglob("*")])
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(Path, "rename", renamed)
+    succeeds("export", merged, "--task", "task0", "-o", tmp_path / "out", *options)
+    assert len(published) > 4 and all(published) and tmp_path.stat().st_ino in synced
+
+
+@pytest.mark.parametrize("options", [(), ("--link",)])
+def test_a_damaged_side_file_is_not_exported(options, merged, tmp_path):
+    bundle = copy(merged, tmp_path / "b")
+    path = bundle / "tasks/task1/vocab.txt"
+    damaged = path.read_bytes().replace(b"s", b"z", 1)
+    path.unlink()
+    path.write_bytes(damaged)
+    fails(5, "export", bundle, "--task", "task1", "-o", tmp_path / "out", *options, says="vocab.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_export_says_which_task(merged, tmp_path):

@@ -1,0 +1,57 @@
+"""Which files of a folder are an export's: all that `export --force` replaces."""
+
+import re
+from pathlib import Path
+
+from flexmerge_cli.allocation.manifest import BASE_FOLDER, Manifest
+from flexmerge_cli.bundle.manifest_file import sha256_of
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.safetensors import read_header
+from flexmerge_cli.errors import FlexmergeError
+
+STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "open_clip_model")
+# Not any name: a bundle's own weights bear the mark, too.
+WEIGHTS_NAME = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors")
+
+
+def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
+    """Relative paths of what may be an export's, of this bundle or another; None if none of the weights are.
+
+    Weights are if they bear flexmerge's mark under a name that exports use, or are those of an adapter of this bundle;
+    their index is; and so is what is called as a file beside some task of this bundle.
+    """
+    kept = {
+        (task.adapter.weights, manifest.files[f"tasks/{name}/{task.adapter.weights}"].sha256)
+        for name, task in manifest.tasks.items()
+        if task.adapter is not None
+    }
+    weights = {
+        path.name
+        for path in folder.iterdir()
+        if path.suffix in WEIGHT_SUFFIXES and path.is_file() and (_bears_mark(path) or _is_kept(path, kept))
+    }
+    if not weights:
+        return None
+    beside = {_name_beside(path) for path in manifest.files} - {name for name, _ in kept}
+    return weights | {f"{stem}.safetensors.index.json" for stem in STEMS} | beside
+
+
+def _bears_mark(path: Path) -> bool:
+    try:
+        return bool(WEIGHTS_NAME.fullmatch(path.name)) and "flexmerge" in read_header(path)[1]
+    except (FlexmergeError, OSError):
+        return False
+
+
+def _is_kept(path: Path, kept: set[tuple[str, str]]) -> bool:
+    """Whether a file is an adapter's weights, byte by byte; they bear no mark."""
+    digests = {digest for name, digest in kept if name == path.name}
+    return bool(digests) and sha256_of(path) in digests
+
+
+def _name_beside(path: str) -> str:
+    """What a side file of the bundle is called in an export; of a weight file nothing."""
+    folder, _, name = path.partition("/")
+    if folder == "tasks":
+        return name.partition("/")[2]
+    return name if folder == BASE_FOLDER else ""
