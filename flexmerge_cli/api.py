@@ -177,8 +177,9 @@ def evaluate(
     """Score every task of a bundle as `eval.yaml` at `spec` says: the document of `flexmerge eval --json`.
 
     plan: whose sources the scores are compared with; by default those that the spec names. max_drop, max_mean_drop:
-    `1%` or `1pt`; the verdict is under `gate`, and nothing is raised for it.
-    Raises UsageError, SourceError, DataError.
+    `1%` or `1pt`; the verdict is under `gate`, and nothing is raised for it. It fails if a task of the bundle is
+    neither scored nor named under `not_scored` in the spec. reuse=False: compute all scores, replace what is kept.
+    Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
     from flexmerge_cli.evaluation.spec import read_spec
@@ -219,7 +220,8 @@ def draw_curve(
     from flexmerge_cli.evaluation.spec import read_spec
 
     loaded = load_plan(plan)
-    checked = read_spec(Path(spec), loaded.task_names, allow_exec=allow_exec)
+    kept = tuple(adapter.name for adapter in loaded.adapters)
+    checked = read_spec(Path(spec), loaded.task_names, unscorable=kept, allow_exec=allow_exec)
     counts = {"num_tasks": len(loaded.tasks), "one_model_bytes": loaded.one_model_bytes}
     request = CurveRequest(
         methods=parse_methods(methods, loaded),

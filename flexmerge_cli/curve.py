@@ -240,6 +240,7 @@ def draw(
         unreached=tuple(item for method in request.methods for item in by_job[method][1]),
         fine_tuned=references["fine_tuned"],
         base=references["base"],
+        data={task: drawing.scorer.scorer.examples(task, drawing.scorer.folders[task]).digest for task in spec.tasks},
         models={task: {"fine_tuned": drawing.fine_tuned[task], "base": drawing.base[task]} for task in spec.tasks},
     )
 

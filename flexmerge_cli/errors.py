@@ -4,12 +4,15 @@ The library raises them; only `cli/` prints them and exits. The class carries th
 """
 
 import errno
+from typing import Any
 
 
 class FlexmergeError(Exception):
     """Base of all errors that are meant for the user's eyes."""
 
     exit_code = 1
+    document: "dict[str, Any] | None" = None
+    """What a command printed with --json beside the error: all that it found out before it failed."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """message: what and where, without a trailing period. hint: what to do next, a command where there is one."""

@@ -8,7 +8,7 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
-         spec is an eval.yaml, of which no code is run
+         spec is an eval.yaml, of which no code is run; it scores every task, or names it under `not_scored`
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
 """
 

@@ -15,14 +15,14 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
 from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
-from flexmerge_cli.evaluation.scoring import Scorer
+from flexmerge_cli.evaluation.scoring import Scorer, library_versions
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.plan import load_plan
 from flexmerge_cli.reopening import OpenSources, open_sources
@@ -59,6 +59,11 @@ class _Pairs:
     def add(self, task: str, models: dict[str, TaskModel], scored: dict[str, Scored]) -> None:
         self.merged[task], self.references[task] = scored["merged"], scored["fine_tuned"]
         self.same[task] = models["merged"].digest == models["fine_tuned"].digest
+
+    def verdict(self, spec: EvalSpec, gate: Gate) -> dict[str, Any]:
+        return judge(
+            self.merged, self.references, gate, self.same, not_scored=spec.not_scored, forgotten=spec.forgotten
+        ).record()
 
     def join(self, other: "_Pairs") -> None:
         self.merged |= other.merged
@@ -100,7 +105,7 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
 def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> dict[str, Any]:
     if not request.gate:
         return document
-    return document | {"gate": judge(pairs.merged, pairs.references, request.gate, pairs.same).record()}
+    return document | {"gate": pairs.verdict(request.spec, request.gate)}
 
 
 def _check(request: ScoreRequest) -> None:
@@ -176,7 +181,17 @@ def planned_references(request: ScoreRequest) -> References:
 def references_of(
     plan: Plan, folder: Path, spec: EvalSpec, *, relocate: Mapping[str, str] | None = None, access: Access = ONLINE
 ) -> References:
-    """folder: what the plan's relative sources are relative to."""
+    """folder: what the plan's relative sources are relative to. Raises UsageError for a task that the plan keeps."""
+    for task in spec.tasks:
+        if task not in plan.task_names:
+            kept = any(task == adapter.name for adapter in plan.adapters)
+            raise spec.document.error(
+                ("tasks", task),
+                "the plan keeps it as an adapter, exactly, and has no model of it"
+                if kept
+                else "the plan has no such task",
+                hint=f"not_scored: [{task}], or name its fine-tuned model by `checkpoint` and leave out --plan",
+            )
     sources, _ = open_sources(plan, folder, relocate or {}, access)
     folders = {
         task.name: source.path if source.path.is_dir() else source.path.parent
@@ -192,15 +207,51 @@ def references_of(
     return References(models=models, folders=folders)
 
 
-def require_gate(
-    folder: Path, spec: EvalSpec, references: References, gate: Gate, *, device: str | None, on_step: OnStep
-) -> dict[str, Any]:
-    """Score a finished bundle, wherever it lies. Raises GateError unless it passes; gives the document."""
-    bundle, pairs, scorer = Bundle.open(folder), _Pairs(), Scorer(spec=spec, device=device)
-    document = evaluate(bundle, spec, scorer=scorer, references=references, on_step=on_step, on_scored=pairs.add)
-    verdict = judge(pairs.merged, pairs.references, gate, pairs.same).record()
-    require_pass(verdict, "the bundle is not published: it")
-    return document | {"gate": verdict}
+@dataclass(kw_only=True)
+class BundleGate:
+    """What a bundle has to pass before it is published; all but its scores is known before it is made."""
+
+    spec: EvalSpec
+    gate: Gate
+    references: References
+    device: str | None = None
+    document: dict[str, Any] | None = None
+    """`flexmerge.eval/1` with the verdict, after `require`."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError, SourceError, DataError for what does not fit of spec and data; reads no weight."""
+        scorer = self._scorer()
+        self._data = {
+            task: scorer.examples(task, self.references.folders[task]).digest or None for task in self.spec.tasks
+        }
+
+    def _scorer(self) -> Scorer:
+        return Scorer(spec=self.spec, device=self.device)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest tells of it (manifest.py)."""
+        limits = {"max_drop": self.gate.max_drop, "max_mean_drop": self.gate.max_mean_drop}
+        return {
+            **{name: limit.text for name, limit in limits.items() if limit is not None},
+            "spec": self.spec.sha256,
+            "data": self._data,
+            "not_scored": list(self.spec.not_scored),
+            "versions": library_versions(),
+        }
+
+    def require(self, folder: Path, on_step: OnStep) -> None:
+        """Score the finished bundle, wherever it lies. Raises GateError unless it passes, DataError for other data."""
+        pairs = _Pairs()
+        document = evaluate(
+            Bundle.open(folder), self.spec, scorer=self._scorer(), references=self.references, on_step=on_step,
+            on_scored=pairs.add,
+        )  # fmt: skip
+        for task, record in document["tasks"].items():
+            if record["data"] != self._data[task]:
+                raise DataError(f"the data of task `{task}` changed during the run", hint="run it again")
+        self.document = document | {"gate": pairs.verdict(self.spec, self.gate)}
+        require_pass(self.document["gate"], "the bundle is not published: it")
 
 
 def _fetch(sources: OpenSources, task: int, access: Access) -> None:

@@ -45,7 +45,7 @@ def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
         shutil.copytree(DIGITS / name, family / name)
     arguments = ("--base", family / "base", "--tasks", family / "tasks")
     succeeds("plan", *arguments, "-o", tmp_path / "plan.json")
-    spec = write_spec(tmp_path / "eval.yaml")
+    spec = write_spec(tmp_path / "eval.yaml", of=("digit", "rotation"))
     drawn = ("eval", "--plan", tmp_path / "plan.json", "--spec", spec, "--no-reuse", "--json")
     wanted = [succeeds(*drawn, *more).json for more in (["--sizes", "1x"], ["--sources"])]
     family.rename(tmp_path / "elsewhere")

@@ -56,6 +56,8 @@ class Bill:
     small: tuple[SmallFile, ...]
     entry_bytes: int
     """Of the manifest's entries of units and tensors, which are most of it and of which most are in every bill."""
+    gate: Mapping[str, Any] | None = None
+    """The manifest's `gate`."""
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -79,7 +81,9 @@ class Bill:
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
-        return manifest_frame(self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured)
+        return manifest_frame(
+            self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured, self.gate
+        )
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
@@ -91,8 +95,9 @@ class Bill:
 class Pricer:
     """Bills of one plan, with a memory for what allocations share: a cut tries many that differ in one block."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, *, gate: Mapping[str, Any] | None = None) -> None:
+        """gate: what every bundle's manifest tells of the gate that it has to pass."""
+        self.plan, self.gate = plan, gate
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._calls: dict[str, Call] = {}
@@ -237,6 +242,7 @@ class Pricer:
             indices=indices,
             small=tuple(sorted(small, key=lambda file: file.path)),
             entry_bytes=self._entry_bytes(allocation, storages),
+            gate=self.gate,
         )
 
     def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:

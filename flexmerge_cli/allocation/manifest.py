@@ -16,6 +16,12 @@ A task with `adapter` is an adapter of the base: it is in no group. Its files un
 bit by bit; `changes` says where in its weight file lies what it makes of a tensor (kept.py). What they leave is the
 base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the base's
 config and tokenizer, for the model that an adapter makes.
+gate      what the bundle had to keep of the fine-tuned scores to be published: `max_drop`, `max_mean_drop` as they were
+          asked for (each is there or not), sha256 of the spec, the digest of each scored task's examples (null where a
+          harness has them), the tasks that the spec left out by name, and the versions of the libraries that computed
+          the scores. `data` and `not_scored` together are all tasks. It is written before the bundle is scored, and a
+          bundle that does not pass is not published: so a published bundle that has it has passed, on the machine that
+          made it. The scores are not in it. Without a gate the key is not there
 A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
 how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
@@ -136,6 +142,15 @@ class AllocationEntry(Record):
     dtype: str | None
 
 
+class GateEntry(Record):
+    max_drop: str | None = None
+    max_mean_drop: str | None = None
+    spec: str = Field(pattern=r"^[0-9a-f]{64}$")
+    data: dict[str, Digest | None]
+    not_scored: tuple[str, ...]
+    versions: dict[str, str]
+
+
 class Manifest(Record):
     format: Literal["flexmerge.bundle/1"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -151,6 +166,7 @@ class Manifest(Record):
     tensors: tuple[TensorEntry, ...]
     rows: tuple[TensorEntry, ...] = ()
     vocabularies: tuple[VocabularyEntry, ...] = ()
+    gate: GateEntry | None = None
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -168,6 +184,9 @@ def _check(manifest: Manifest) -> None:
     tasks = set(manifest.tasks)
     if not tasks or not are_task_names(list(manifest.tasks)):
         raise ValueError("its tasks have no names, or none that can be a task's")  # they become folders
+    gate = manifest.gate
+    if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
+        raise ValueError("its gate does not speak of every task once")
     for path, file in manifest.files.items():
         if not _stays_inside(path):
             raise ValueError(f"it points outside the bundle: `{path}`")

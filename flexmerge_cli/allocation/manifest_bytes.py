@@ -82,6 +82,7 @@ def manifest_frame(
     files: Sequence[WeightFile],
     small: Sequence[SmallFile],
     measured: Measured,
+    gate: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole manifest but its units and tensors, with the id open."""
     names = plan.reader_names
@@ -117,7 +118,8 @@ def manifest_frame(
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
-    return _vocabulary_entries(plan, storages, allocation.dtype, measured) | {
+    optional = _vocabulary_entries(plan, storages, allocation.dtype, measured) | ({"gate": gate} if gate else {})
+    return optional | {
         "format": FORMAT,
         "id": NO_SHA256,
         "generator": GENERATOR,

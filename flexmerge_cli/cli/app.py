@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
         traceback.print_exc()
     if as_json:
         value = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
-        print(json.dumps({"error": value}))
+        print(json.dumps({"error": value} | (failure.document or {}), indent=2 if failure.document else None))
     print(f"error: {failure.message}", file=sys.stderr)
     if failure.hint:
         print(f"hint: {failure.hint}", file=sys.stderr)

@@ -92,8 +92,8 @@ def evaluate(
     flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
     from flexmerge_cli.allocation.plan_file import is_plan
-    from flexmerge_cli.cli.gating import end_by_choice, end_by_gate
-    from flexmerge_cli.cli.options import access_of, emit, progress, relocations
+    from flexmerge_cli.cli.gating import finish
+    from flexmerge_cli.cli.options import access_of, progress, relocations
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.gate import parse_gate
 
@@ -155,11 +155,7 @@ def evaluate(
         )
         with progress(quiet=quiet or as_json, counts=True) as on_score:
             value = drawn.run(on_score)
-        emit(value, as_json=as_json, show=show_curve)
-        if choose is not None:
-            end_by_choice(value["chosen"], as_json=as_json)
-            return
-        end_by_gate(value, f"{plan}", as_json=as_json)
+        finish(value, f"{plan}", as_json=as_json, show=show_curve)
         return
 
     from flexmerge_cli.cli.evaluating import require_curve_options
@@ -185,5 +181,4 @@ def evaluate(
             force=force,
         )
     )
-    emit(value, as_json=as_json, show=show_evaluation)
-    end_by_gate(value, f"{bundle or plan}", as_json=as_json)
+    finish(value, f"{bundle or plan}", as_json=as_json, show=show_evaluation)

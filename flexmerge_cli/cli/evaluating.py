@@ -14,7 +14,7 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.choose import Choice, choose, halves
 from flexmerge_cli.evaluation.curve import Curve, Point
 from flexmerge_cli.evaluation.curve_record import curve_record
-from flexmerge_cli.evaluation.gate import Gate
+from flexmerge_cli.evaluation.gate import Gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.evaluation.tune import require_other_data
 from flexmerge_cli.merging import MergeRequest
@@ -112,7 +112,10 @@ def checked(options: CurveOptions) -> Drawn:
             f"{options.plan} has no task that merges: adapters that are kept have no curve",
             hint=f"flexmerge merge {options.plan} -o bundle/, and flexmerge eval bundle/ --spec {options.spec}",
         )
-    spec = read_spec(options.spec, plan.task_names, allow_exec=options.allow_exec)
+    kept = tuple(adapter.name for adapter in plan.adapters)
+    spec = read_spec(options.spec, plan.task_names, unscorable=kept, allow_exec=options.allow_exec)
+    if options.choose is not None:
+        require_scored(spec, f"--choose judges all tasks of a bundle: {options.spec}")
     common = MergeRequest(
         steps=options.steps,
         calibrate=options.calibrate,
@@ -142,7 +145,7 @@ def checked(options: CurveOptions) -> Drawn:
             raise UsageError(
                 "--tune-spec is what --choose and --tune look at", hint="--choose 0.99, or --tune scale=1,2"
             )
-        tune_spec = read_spec(options.tune_spec, plan.task_names, allow_exec=options.allow_exec)
+        tune_spec = read_spec(options.tune_spec, plan.task_names, unscorable=kept, allow_exec=options.allow_exec)
         require_other_data(tune_spec, spec)
         tune_spec = tune_spec.only(*spec.tasks)  # what is not reported decides nothing
     tune = None

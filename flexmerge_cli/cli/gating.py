@@ -1,38 +1,24 @@
-"""How a command ends whose document holds a verdict: the document is told first, then exit 6 unless all passes."""
+"""How a command ends whose document holds a verdict: the whole document is told, and then exit 6 unless all passes."""
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
-import typer
-
+from flexmerge_cli.cli.options import emit
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.gate import require_pass
 
 
-def end_by_gate(value: dict[str, Any], what: str, *, as_json: bool) -> None:
-    """Raises GateError; with --json, where stdout has its one document already, only exits."""
-    if "gate" not in value:
-        return
+def finish(value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Print a document. Raises GateError where its choice or gate is not met; with --json the error carries it."""
+    chosen = value.get("chosen")
     try:
-        require_pass(value["gate"], what)
+        if chosen is not None and not chosen["qualifies"]:
+            raise GateError(chosen["message"], hint="larger --sizes, other --methods, or more examples")
+        if chosen is None and "gate" in value:
+            require_pass(value["gate"], what)
     except GateError as error:
-        end(error, as_json=as_json)
-    if not as_json:
-        print(f"gate: {value['gate']['message']}")
-
-
-def end_by_choice(chosen: dict[str, Any], *, as_json: bool) -> None:
-    """Tells what was chosen, and the command that builds it. Raises GateError if nothing qualifies."""
-    if not chosen["qualifies"]:
-        end(GateError(chosen["message"], hint="larger --sizes, other --methods, or more examples"), as_json=as_json)
-    if not as_json:
-        print(f"{chosen['message']}\n{chosen['command']}")
-
-
-def end(error: GateError, *, as_json: bool) -> None:
-    """Raises it, or, where a document was printed that tells it, exits as it would."""
-    if not as_json:
-        raise error
-    print(f"error: {error.message}", file=sys.stderr)
-    print(f"hint: {error.hint}", file=sys.stderr)
-    raise typer.Exit(error.exit_code)
+        error.document = value
+        if not as_json:
+            show(value)
+        raise
+    emit(value, as_json=as_json, show=show)

@@ -68,9 +68,10 @@ def merge(
     """
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
+    from flexmerge_cli.errors import GateError
     from flexmerge_cli.merging import resolutions
     from flexmerge_cli.report.auto import show_auto
-    from flexmerge_cli.report.bundle import merge_summary, show_merge
+    from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
 
     memory = options.memory_of(max_memory)
     chosen = {
@@ -97,11 +98,21 @@ def merge(
         options.note(message, quiet=quiet)
     with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)
-        bill, warnings = packing.bill(plan)
+        bill, warnings = packing.bill(plan, device=device)
         options.warn(warnings, quiet=quiet)
         chosen_by_auto = packing.auto()
         if chosen_by_auto is not None and not as_json:
             show_auto(chosen_by_auto)
-        measured = None if dry_run else packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
-    value = merge_summary(bill, output, measured, warnings=warnings, threads=threads)
-    options.emit(value | ({"auto": chosen_by_auto} if chosen_by_auto else {}), as_json=as_json, show=show_merge)
+        more = {"auto": chosen_by_auto} if chosen_by_auto else {}
+        try:
+            written = (
+                None if dry_run else packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
+            )
+        except GateError as error:
+            if not as_json:
+                show_verdict(packing.verdict())
+            summary = merge_summary(bill, output, None, warnings=warnings, threads=threads)
+            error.document = summary | more | packing.verdict()
+            raise
+    value = merge_summary(bill, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
+    options.emit(value, as_json=as_json, show=show_merge)

@@ -1,6 +1,6 @@
 """What `merge` does with its source: a plan, or a recipe that is planned first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.evaluation.gate import Gate, parse_gate
+from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
-from flexmerge_cli.merging import MergeRequest, advice, allocate, auto_found, check_request, merge
+from flexmerge_cli.merging import MergeRequest, OnProgress, advice, allocate, auto_found, check_request, merge
 from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
 from flexmerge_cli.report.auto import auto_summary
+from flexmerge_cli.scores import BundleGate, references_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +35,9 @@ class Packing:
     pricer: Pricer | None = None
     spec: EvalSpec | None = None
     """Of the recipe's gate."""
-    gate: Gate = field(default_factory=Gate)
+    limits: Gate = field(default_factory=Gate)
+    gate: BundleGate | None = None
+    """The recipe's, once there is a plan."""
 
     @staticmethod
     def of(source: Path, chosen: Mapping[str, Any], relocate: Mapping[str, str], keep_plan: Path | None) -> "Packing":
@@ -62,8 +65,9 @@ class Packing:
             check_plan_place(self.keep_plan, force=True)
         if self.recipe is not None and self.recipe.gate is not None:
             asked = self.recipe.gate
-            self.gate = parse_gate(asked.max_drop, asked.max_mean_drop)
+            self.limits = parse_gate(asked.max_drop, asked.max_mean_drop)
             self.spec = read_spec(self.recipe.folder / asked.spec, tuple(sorted(self.recipe.tasks)))
+            require_scored(self.spec, "the recipe's bundle")
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""
@@ -82,8 +86,16 @@ class Packing:
                 return plan
         return given.make(save_to=self.keep_plan, **run)
 
-    def bill(self, plan: Plan) -> tuple[Bill, list[str]]:
-        self.pricer = Pricer(plan)
+    def bill(self, plan: Plan, *, device: str) -> tuple[Bill, list[str]]:
+        """What will be written. What does not fit of a gate's spec and data is refused before anything is merged."""
+        if self.spec is not None:
+            request = self.request
+            references = references_of(
+                plan, self.plan_folder, self.spec, relocate=request.relocate, access=request.access
+            )
+            on = None if device == "auto" else device
+            self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)
+        self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None)
         bill = allocate(plan, self.request, self.pricer)
         return bill, advice(plan, bill, self.request, self.pricer)
 
@@ -93,35 +105,22 @@ class Packing:
         found = auto_found(self.pricer, self.request)
         return None if found is None else auto_summary(*found)
 
-    def write(self, plan: Plan, bill: Bill, output: Path, *, force: bool, **run: Any) -> Measured:
-        examine = self._examine(plan, **run) if self.spec is not None else _nothing
-        return merge(
-            plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, examine=examine, **run
-        )[1]
-
-    def _examine(
-        self, plan: Plan, *, device: str, on_progress: Callable[[str, int, int], None], **_run: Any
-    ) -> Callable[[Path], None]:
-        """The recipe's gate; what does not fit of its spec is refused here, before anything is merged."""
-        from flexmerge_cli.evaluation.scoring import Scorer
-        from flexmerge_cli.scores import references_of, require_gate
-
-        assert self.spec is not None
-        spec, on = self.spec, None if device == "auto" else device
-        request = self.request
-        references = references_of(plan, self.plan_folder, spec, relocate=request.relocate, access=request.access)
-        scorer = Scorer(spec=spec, device=on)
-        for task in spec.tasks:
-            scorer.examples(task, references.folders[task])
-
+    def write(
+        self, plan: Plan, bill: Bill, output: Path, *, force: bool, on_progress: OnProgress, **run: Any
+    ) -> Measured:
         def examine(folder: Path) -> None:
-            require_gate(folder, spec, references, self.gate, device=on, on_step=on_progress)
+            if self.gate is not None:
+                self.gate.require(folder, on_progress)
 
-        return examine
+        return merge(
+            plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, examine=examine,
+            on_progress=on_progress, **run,
+        )[1]  # fmt: skip
 
-
-def _nothing(_folder: Path) -> None:
-    """Whatever is merged is published."""
+    def verdict(self) -> dict[str, Any]:
+        """`evaluation`, and its `gate`, once the bundle was scored."""
+        document = self.gate.document if self.gate is not None else None
+        return {} if document is None else {"gate": document["gate"], "evaluation": document}
 
 
 def _holds(plan: Plan, given: Given, folder: Path) -> bool:

@@ -44,6 +44,7 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
     access = access_of(offline=options.offline, quiet=options.quiet)
     path: Path | None = None
     tasks: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     if options.plan is not None and not options.plan.is_file():
         raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
     if options.bundle is not None:
@@ -51,8 +52,9 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
             located = locate(options.bundle, access, on_progress=on_progress)
         path, tasks = located.path, located.open().tasks
     elif options.plan is not None:
-        tasks = load_plan(options.plan).task_names
-    spec = read_spec(options.spec, tasks, allow_exec=options.allow_exec)
+        loaded = load_plan(options.plan)
+        tasks, kept = loaded.task_names, tuple(adapter.name for adapter in loaded.adapters)
+    spec = read_spec(options.spec, tasks, unscorable=kept, allow_exec=options.allow_exec)
     request = ScoreRequest(
         spec=spec,
         bundle=path,

@@ -74,6 +74,8 @@ class Curve:
     base: dict[str, Scored]
     models: dict[str, dict[str, TaskModel]]
     """Task -> `fine_tuned`, `base` -> what was scored as such."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Task -> digest of its examples."""
 
     @property
     def num_evaluations(self) -> int:

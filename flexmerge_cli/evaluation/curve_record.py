@@ -12,7 +12,9 @@ evaluations   {asked, computed, repeated, cached}: points times tasks; models th
               and scores of the cache
 order         [{block, position, similarity}] of the blocks, in forward order: mean place of their merges in the order,
               0 first and 1 last
-gate          with limits: {outcome, message, command, tasks}, of each point and of the smallest that passes
+spec          {path, sha256, not_scored} of eval.yaml
+gate          with limits: {outcome, message, command, tasks, not_scored, forgotten}, of each point and of the smallest
+              that passes
 data_dependent   {arguments, spec} of arguments that were chosen on data; null where none were
 An interval is of 95 %; that of a mean adds the squares of its tasks' half widths, which are independent.
 """
@@ -47,7 +49,11 @@ def curve_record(
     """The document."""
     tasks = {
         task: task_record(
-            spec, task, dict(curve.models[task]), {"fine_tuned": curve.fine_tuned[task], "base": curve.base[task]}
+            spec,
+            task,
+            dict(curve.models[task]),
+            {"fine_tuned": curve.fine_tuned[task], "base": curve.base[task]},
+            data=curve.data.get(task),
         )
         for task in spec.tasks
     }
@@ -55,10 +61,14 @@ def curve_record(
     points = [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.points]
     if gate:
         for point, record in zip(curve.points, points):
-            record["gate"] = judge(point.scores, curve.fine_tuned, gate, same_as_fine_tuned(point, curve)).record()
+            same = same_as_fine_tuned(point, curve)
+            record["gate"] = judge(
+                point.scores, curve.fine_tuned, gate, same, not_scored=spec.not_scored, forgotten=spec.forgotten
+            ).record()
     return {
         "format": FORMAT,
         "plan": plan.sha256,
+        "spec": spec.record,
         "one_model_bytes": plan.one_model_bytes,
         "num_models": len(plan.tasks),
         "tasks": tasks,
@@ -70,7 +80,7 @@ def curve_record(
         "evaluations": curve.counts,
         "order": _order(plan),
         "data_dependent": dict(data_dependent) if data_dependent else None,
-    } | ({"gate": _smallest_that_passes(points)} if gate else {})
+    } | ({"gate": _smallest_that_passes(spec, points)} if gate else {})
 
 
 def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
@@ -78,10 +88,13 @@ def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
     return {task: digest == curve.models[task]["fine_tuned"].digest for task, digest in point.digests.items()}
 
 
-def _smallest_that_passes(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The gate of a curve: that some point of it passes. Else the tasks of the one that is nearest to it."""
     if not points:
-        return {"outcome": str(Outcome.FAIL), "message": "no method reaches a size", "command": None, "tasks": {}}
+        return {
+            "outcome": str(Outcome.FAIL), "message": "no method reaches a size", "command": None, "tasks": {},
+            "not_scored": list(spec.not_scored), "forgotten": list(spec.forgotten),
+        }  # fmt: skip
     by_size = sorted(points, key=lambda point: (point["bytes"], point["total_bytes"]))
     passing = [point for point in by_size if point["gate"]["outcome"] == Outcome.PASS]
     if passing:

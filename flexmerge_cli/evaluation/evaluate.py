@@ -1,7 +1,11 @@
 """Score every task of a bundle on its own routed view, and beside it its fine-tuned model and the base.
 
 `flexmerge.eval/1`, one JSON document:
-tasks  {name: {kind, metric, higher_is_better, n, split, merged, fine_tuned, base, normalised, …_interval, scores}};
+spec   {path, sha256, not_scored} of eval.yaml
+gate   with limits, {outcome, message, tasks: {name: {outcome, message, limit, drop, low, high, n, n_needed}},
+       not_scored, forgotten}: tasks of the bundle that the spec leaves out by name, and those that it does not speak of
+tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base, normalised, …_interval, scores}};
+       data is the digest of the examples;
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   of merged, fine-tuned, base and normalised scores, each where every task has one; null of different metrics
 bundle, methods, num_models, one_model_bytes   of the bundle, if there is one: its id, what merged it, its models
@@ -66,8 +70,9 @@ def evaluate(
     for task in spec.tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
         on_scored(task, models, scored)
-        records[task] = task_record(spec, task, models, scored)
-    found: dict[str, Any] = {"format": FORMAT, "tasks": records, "mean": means(records)}
+        data = scorer.examples(task, folders[task]).digest
+        records[task] = task_record(spec, task, models, scored, data=data)
+    found: dict[str, Any] = {"format": FORMAT, "spec": spec.record, "tasks": records, "mean": means(records)}
     found["evaluations"] = scorer.counts
     if bundle is None:
         return found
@@ -123,11 +128,16 @@ def _score_task(
     return models, found
 
 
-def task_record(spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored]) -> dict[str, Any]:
-    """What a report says of one task. models, found: of `merged`, `fine_tuned`, `base`; what is missing is null."""
-    data = spec.tasks[task].data_spec
+def task_record(
+    spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored], *, data: str | None
+) -> dict[str, Any]:
+    """What a report says of one task. models, found: of `merged`, `fine_tuned`, `base`; what is missing is null.
+
+    data: digest of its examples, empty where code or a harness has them.
+    """
+    source = spec.tasks[task].data_spec
     scores = {
-        who: score_record(scored, models[who], split=data.split if data else None) for who, scored in found.items()
+        who: score_record(scored, models[who], split=source.split if source else None) for who, scored in found.items()
     }
     first = next(iter(found.values()))
     record: dict[str, Any] = {
@@ -135,6 +145,7 @@ def task_record(spec: EvalSpec, task: str, models: dict[str, TaskModel], found: 
         "metric": first.metric,
         "higher_is_better": first.higher_is_better,
         "n": first.n,
+        "data": data or None,
     }
     for who in ("merged", "fine_tuned", "base"):
         record[who] = scores[who]["value"] if who in scores else None

@@ -2,11 +2,12 @@
 
 A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (of perplexity and divergence its own units). A
 task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop is beyond it with the
-same certainty, and is undecided otherwise: then more examples are needed, and how many is told. Pure.
+same certainty, and is undecided otherwise: then more examples are needed, and how many is told. A gate judges every
+task of a bundle: it fails if one was neither scored nor named as `not_scored`, whatever the others keep. Pure.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,7 @@ from flexmerge_cli.evaluation.intervals import CONFIDENCE, PairedBound, paired_b
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.resampling import mean_drops
 from flexmerge_cli.evaluation.scored import Scored
+from flexmerge_cli.evaluation.spec import EvalSpec
 
 LIMIT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(%|pt)")
 MEAN = "the mean"
@@ -90,19 +92,27 @@ class Verdict:
     """All of them."""
 
     tasks: tuple[TaskVerdict, ...]
+    not_scored: tuple[str, ...] = ()
+    """Tasks of the bundle that the spec leaves out on purpose."""
+    forgotten: tuple[str, ...] = ()
+    """Tasks of the bundle that it does not speak of: nothing is known of them, so the gate fails."""
 
     @property
     def outcome(self) -> Outcome:
         """Fail before undecided: more data would not help."""
+        if self.forgotten:
+            return Outcome.FAIL
         found = {task.outcome for task in self.tasks}
         return next((o for o in (Outcome.FAIL, Outcome.UNDECIDED) if o in found), Outcome.PASS)
 
     @property
     def message(self) -> str:
-        bad = [task for task in self.tasks if task.outcome is not Outcome.PASS]
-        if not bad:
-            return f"pass: all of {', '.join(sorted({task.limit for task in self.tasks}))}"
-        return f"{self.outcome}: " + "; ".join(f"{task.told} (limit {task.limit})" for task in bad)
+        bad = [f"{task.told} (limit {task.limit})" for task in self.tasks if task.outcome is not Outcome.PASS]
+        bad += [told_forgotten(self.forgotten)] if self.forgotten else []
+        if bad:
+            return f"{self.outcome}: " + "; ".join(bad)
+        left_out = f"; not scored: {', '.join(self.not_scored)}" if self.not_scored else ""
+        return f"pass: all of {', '.join(sorted({task.limit for task in self.tasks}))}{left_out}"
 
     def record(self) -> dict[str, Any]:
         return {
@@ -116,7 +126,13 @@ class Verdict:
                 }
                 for task in self.tasks
             },
+            "not_scored": list(self.not_scored),
+            "forgotten": list(self.forgotten),
         }  # fmt: skip
+
+
+def told_forgotten(tasks: Sequence[str]) -> str:
+    return f"the spec does not score {', '.join(tasks)}"
 
 
 def _finite(value: float | None) -> float | None:
@@ -129,12 +145,22 @@ def require_pass(gate: Mapping[str, Any], what: str) -> None:
     if gate["outcome"] != Outcome.PASS:
         bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
         told = [f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad]
+        told += [f"{Outcome.FAIL}: {told_forgotten(gate['forgotten'])}"] if gate["forgotten"] else []
         lines = "\n  ".join(told or [gate["message"]])
-        undecided = gate["outcome"] == Outcome.UNDECIDED
-        raise GateError(
-            f"{what} does not pass the gate:\n  {lines}",
-            hint="score more examples (`limit` of the spec)" if undecided else "a larger --size, or another method",
-        )
+        hint = "a larger --size, or another method"
+        if gate["outcome"] == Outcome.UNDECIDED:
+            hint = "score more examples (`limit` of the spec)"
+        if gate["forgotten"]:
+            hint = f"score them, or write `not_scored: [{', '.join(gate['forgotten'])}]` in the spec"
+        error = GateError(f"{what} does not pass the gate:\n  {lines}", hint=hint)
+        error.document = {"gate": dict(gate)}
+        raise error
+
+
+def require_scored(spec: EvalSpec, what: str) -> None:
+    """Raises GateError, before anything is scored, for tasks of the bundle that the spec does not speak of."""
+    if spec.forgotten:
+        require_pass(Verdict(tasks=(), not_scored=spec.not_scored, forgotten=spec.forgotten).record(), what)
 
 
 def parse_gate(max_drop: str | None, max_mean_drop: str | None) -> Gate:
@@ -157,9 +183,18 @@ def parse_limit(text: str, option: str) -> Limit:
 
 
 def judge(
-    merged: Mapping[str, Scored], references: Mapping[str, Scored], gate: Gate, same: Mapping[str, bool] | None = None
+    merged: Mapping[str, Scored],
+    references: Mapping[str, Scored],
+    gate: Gate,
+    same: Mapping[str, bool] | None = None,
+    *,
+    not_scored: Sequence[str] = (),
+    forgotten: Sequence[str] = (),
 ) -> Verdict:
-    """references: of the fine-tuned models, on the same examples. same: tasks whose weights are the fine-tuned ones."""
+    """references: of the fine-tuned models, on the same examples. same: tasks whose weights are the fine-tuned ones.
+
+    not_scored, forgotten: the bundle's other tasks, those that the spec names as such and the rest.
+    """
     found: list[TaskVerdict] = []
     if gate.max_drop is not None:
         found += [
@@ -168,7 +203,7 @@ def judge(
         ]
     if gate.max_mean_drop is not None:
         found.append(_of_mean(merged, references, gate.max_mean_drop))
-    return Verdict(tasks=tuple(found))
+    return Verdict(tasks=tuple(found), not_scored=tuple(not_scored), forgotten=tuple(forgotten))
 
 
 def _of_task(task: str, merged: Scored, reference: Scored, limit: Limit, same: bool) -> TaskVerdict:

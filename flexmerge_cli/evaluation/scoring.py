@@ -23,7 +23,7 @@ from flexmerge_cli.version import VERSION
 
 OnExample = Callable[[int, int], None]
 
-LIBRARIES = ("numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
+LIBRARIES = ("lm_eval", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
 NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype"}
 """Keys of a spec that are told otherwise, or do not change a score."""
 

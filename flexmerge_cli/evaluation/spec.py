@@ -4,6 +4,7 @@ version  1
 tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each kind in kinds/
 limit, batch_size, dtype, seed, device   of all tasks that do not say otherwise
 base     the base, scored with each task's own head
+not_scored  [tasks] of the bundle that are left out on purpose: a gate fails if one is neither scored nor named here
 Nothing of it is run, but what `python` and `command` name, with --allow-exec. Readers refuse unknown keys; a change of
 meaning makes it /2.
 """
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
 from flexmerge_cli.allocation.record import Record
+from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError
@@ -38,11 +40,29 @@ class EvalSpec(Record):
     dtype: Dtype | None = None
     seed: int | None = Field(default=None, ge=0)
     device: str | None = None
+    not_scored: tuple[str, ...] = ()
     _document: Document = PrivateAttr()
+    _of: tuple[str, ...] = PrivateAttr(default=())
+    _sha256: str = PrivateAttr(default="")
 
     @property
     def document(self) -> Document:
         return self._document
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Tasks of the bundle that it neither scores nor names under `not_scored`."""
+        return tuple(task for task in self._of if task not in self.tasks and task not in self.not_scored)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What tells in a document which spec it was."""
+        return {"path": str(self._document.path), "sha256": self._sha256, "not_scored": list(self.not_scored)}
+
+    @property
+    def sha256(self) -> str:
+        """Of the file."""
+        return self._sha256
 
     @property
     def folder(self) -> Path:
@@ -74,22 +94,27 @@ class _Outer(EvalSpec):
     tasks: dict[str, Any] = Field(min_length=1)
 
 
-def read_spec(path: Path, tasks: tuple[str, ...], *, allow_exec: bool = False) -> EvalSpec:
+def read_spec(
+    path: Path, tasks: tuple[str, ...], *, unscorable: tuple[str, ...] = (), allow_exec: bool = False
+) -> EvalSpec:
     """Check its form, that its tasks are these, and that its checkpoints are there; data are checked by `prepare`.
 
+    unscorable: further tasks of the bundle that the command cannot score; the spec may name them under `not_scored`.
     Raises UsageError with file, line and key, SourceError.
     """
     document = read_document(path, "spec")
+    sha256 = sha256_of(path)
     outer = document.check(_Outer)
     found = {name: _task(document, name, value, allow_exec) for name, value in outer.tasks.items()}
     fields = {name: getattr(outer, name) for name in EvalSpec.model_fields if name != "tasks"}
     spec = EvalSpec.model_construct(tasks=found, **fields)
-    spec._document = document
+    spec._document, spec._of, spec._sha256 = document, (*tasks, *unscorable), sha256
     unknown = [name for name in found if name not in tasks]
     if unknown:
         raise document.error(
             ("tasks", unknown[0]), f"no such task: {', '.join(unknown)}", hint=f"there are: {', '.join(tasks)}"
         )
+    _check_not_scored(spec)
     for name, task in found.items():
         _check_there(spec, ("tasks", name, "checkpoint"), task.checkpoint)
     _check_there(spec, ("base",), spec.base)
@@ -113,6 +138,21 @@ def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSp
         said = f"`{written}` runs code that the spec names" if key == "kind" else "it can name code, which would be run"
         raise document.error((*place, key), said, hint="read it, and then add --allow-exec")
     return document.check(kind.schema, place)
+
+
+def _check_not_scored(spec: EvalSpec) -> None:
+    for place, name in enumerate(spec.not_scored):
+        key = ("not_scored", place)
+        if name in spec.tasks:
+            raise spec.document.error(
+                key, f"`{name}` is scored, too", hint="remove it from `tasks` or from `not_scored`"
+            )
+        if name not in spec._of:
+            near = difflib.get_close_matches(name, spec._of, 1)
+            hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(spec._of)}"
+            raise spec.document.error(key, f"no such task: {name}", hint=hint)
+        if name in spec.not_scored[:place]:
+            raise spec.document.error(key, f"`{name}` stands there twice", hint="remove one")
 
 
 def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.ways import served_bytes
+from flexmerge_cli.report.evaluation import show_evaluation
 from flexmerge_cli.report.text import human_bytes, merges_words, table
 
 
@@ -49,7 +50,14 @@ def merge_summary(
     }
 
 
+def show_verdict(value: dict[str, Any]) -> None:
+    """The scores and the verdict of a recipe's gate, if there was one and the bundle was scored."""
+    if "evaluation" in value:
+        show_evaluation(value["evaluation"])
+
+
 def show_merge(value: dict[str, Any]) -> None:
+    show_verdict(value)
     rows = [(name, f"{task['route_bytes']:,}") for name, task in value["tasks"].items()]
     if value["written"]:
         measured = [(*row, _distance(task["distance"])) for row, task in zip(rows, value["tasks"].values())]

@@ -4,6 +4,7 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
+from flexmerge_cli.report.evaluation import show_gate
 from flexmerge_cli.report.text import human_bytes, table
 
 
@@ -33,6 +34,11 @@ def show_curve(value: dict[str, Any]) -> None:
         print(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
     counts = value["evaluations"]
     print(f"{counts['asked']:,} evaluations: {told_counts(counts)}")
+    chosen = value.get("chosen")
+    if chosen is not None and chosen["qualifies"]:
+        print(f"{chosen['message']}\n{chosen['command']}")
+    if chosen is None and gated:
+        show_gate(value)
 
 
 def told(score: float | None) -> str:

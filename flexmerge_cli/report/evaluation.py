@@ -3,6 +3,7 @@
 from typing import Any
 
 from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
+from flexmerge_cli.evaluation.gate import Outcome
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.report.text import table
 
@@ -15,8 +16,24 @@ def show_evaluation(value: dict[str, Any]) -> None:
     for line in remarks(value):
         print(line)
     print(f"scores: {told_counts(value['evaluations'])}")
+    if "gate" in value:
+        show_gate(value)
     if "factor" in value:
         print(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
+
+
+def show_gate(value: dict[str, Any]) -> None:
+    """The whole verdict, and what it rests on."""
+    gate, spec = value["gate"], value["spec"]
+    for task in gate["tasks"].values():
+        print(f"{task['message']}, limit {task['limit']}: {task['outcome']}")
+    for told, tasks in (("not scored, as the spec says", gate["not_scored"]), ("forgotten", gate["forgotten"])):
+        if tasks:
+            print(f"{told}: {', '.join(tasks)}")
+    print(f"spec {spec['path']}, sha256 {spec['sha256']}")
+    print("data: " + ", ".join(f"{name} {record['data'] or DASH}" for name, record in value["tasks"].items()))
+    if gate["outcome"] == Outcome.PASS:
+        print(f"gate: {gate['message']}")
 
 
 def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -101,7 +101,18 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
             }
             for unit, elements, num_bytes in zip(manifest.units, facts.unit_elements, facts.unit_bytes)
         ],
+        "gate": manifest.gate.model_dump(mode="json") if manifest.gate is not None else None,
     }
+
+
+def told_gate(gate: Mapping[str, Any]) -> str:
+    """The gate that a bundle passed when it was made, on one line."""
+    limits = [f"{name.replace('_', ' ')} {gate[name]}" for name in ("max_drop", "max_mean_drop") if gate[name]]
+    left_out = f", not scored: {', '.join(gate['not_scored'])}" if gate["not_scored"] else ""
+    return (
+        f"passed its gate when it was made: {', '.join(limits)}, scored: {', '.join(gate['data'])}{left_out}; "
+        f"spec {gate['spec'][:16]}…"
+    )
 
 
 def letters(unit: UnitEntry) -> dict[str, str]:
@@ -136,6 +147,8 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
         f"{len(value['files'])} files{merges_words(allocation, '; ')}"
     )
+    if value["gate"]:
+        print(printable(told_gate(value["gate"])))
     if allocation["dtype"]:
         print(f"floating-point tensors are stored as {allocation['dtype']}")
     table(

@@ -43,11 +43,16 @@ class Digits:
         return ["eval", "--plan", self.plan_path, "--spec", self.spec_path, *words]
 
 
-def write_spec(path: Path, tasks: Sequence[str] = SCORED, *, limit: int = 30, **more: object) -> Path:
+def write_spec(
+    path: Path, tasks: Sequence[str] = SCORED, *, limit: int = 30, of: Sequence[str] = TASKS, **more: object
+) -> Path:
+    """of: the tasks of the plan; those that are not scored are named as such."""
     fields = {
         task: {"kind": "image-classification", "data": str(DIGITS / f"test/{task}.npz"), **more} for task in tasks
     }
-    path.write_text(yaml.safe_dump({"version": 1, "dtype": "float32", "limit": limit, "tasks": fields}))
+    left_out = [task for task in of if task not in tasks]
+    top = {"version": 1, "dtype": "float32", "limit": limit, "not_scored": left_out}
+    path.write_text(yaml.safe_dump({**top, "tasks": fields}))
     return path
 
 

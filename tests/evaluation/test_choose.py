@@ -122,6 +122,7 @@ def test_tasks_of_the_other_spec_that_are_not_reported_decide_nothing(sample, tm
     both = validation(tmp_path / "val.yaml", "others")
     one = yaml.safe_load(sample.spec_path.read_text())
     del one["tasks"]["rotation"]
+    one["not_scored"].append("rotation")
     arguments[4] = tmp_path / "one.yaml"
     arguments[4].write_text(yaml.safe_dump(one))
     alone = yaml.safe_load(both.read_text())

@@ -1,11 +1,16 @@
 """Gates: three outcomes by the paired bound, the examples that would decide, and how commands end by them."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+import flexmerge_cli
+from flexmerge_cli import scores
+from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation.gate import MEAN, Gate, Outcome, judge, parse_gate, parse_limit, require_pass
 from flexmerge_cli.evaluation.resampling import mean_drops, parts_kept
@@ -157,6 +162,7 @@ def test_a_bundle_passes_fails_or_is_undecided(sample, bundles, bundle, limit, e
     assert result.code == (0 if expected == "pass" else 6)
     assert "gate: pass" in result.out if expected == "pass" else f"{expected}: " in result.err
     as_json = flexmerge(*arguments, "--json")
+    assert ("error" in as_json.json) == (expected != "pass") and as_json.json["tasks"]
     assert as_json.json["gate"]["outcome"] == expected and as_json.code == result.code
     if expected == "undecided":
         assert "would decide" in result.err
@@ -199,6 +205,139 @@ def recipe(sample: Digits, folder, *, size: str, limit: str, spec: str = "eval.y
 def test_a_recipe_publishes_what_passes(sample, tmp_path):
     succeeds("merge", recipe(sample, tmp_path, size="3x", limit="1%"), "-o", tmp_path / "bundle")
     assert (tmp_path / "bundle" / "manifest.json").is_file()
+
+
+def forgetful(spec, *, not_scored=()):
+    """A spec that says nothing of `parity`, unless it is in not_scored."""
+    fields = yaml.safe_load(spec.read_text())
+    spec.write_text(yaml.safe_dump({**fields, "not_scored": list(not_scored)}))
+    return spec
+
+
+def test_a_gate_fails_where_the_spec_forgets_a_task(sample, bundles, tmp_path):
+    """One of eight tasks was scored, and a bundle that had lost the others passed."""
+    spec = forgetful(write_spec(tmp_path / "eval.yaml"))
+    arguments = ["eval", bundles / "exact", "--plan", sample.plan_path, "--spec", spec]
+    for limit in ("--max-drop", "--max-mean-drop"):
+        fails(6, *arguments, limit, "100%", says=("parity", "not_scored: [parity]"))
+    found = flexmerge(*arguments, "--max-drop", "1%", "--json")
+    assert found.code == 6 and found.json["error"]["exit_code"] == 6
+    assert found.json["gate"]["outcome"] == "fail" and found.json["gate"]["forgotten"] == ["parity"]
+    assert {task["outcome"] for task in found.json["gate"]["tasks"].values()} == {"pass"}
+    verdict = flexmerge_cli.evaluate(bundles / "exact", spec, plan=sample.plan_path, max_drop="1%")["gate"]
+    assert verdict["outcome"] == "fail" and verdict["forgotten"] == ["parity"]
+    fails(6, *sample.drawn(methods="average", sizes="3x")[:4], spec, "--max-drop", "1%", says="parity")
+    fails(6, *sample.drawn(methods="average", sizes="3x")[:4], spec, "--choose", "0.1", says="parity")
+
+
+def test_a_task_that_is_left_out_by_name_is_named_in_the_verdict(sample, bundles, tmp_path):
+    spec = forgetful(write_spec(tmp_path / "eval.yaml"), not_scored=["parity"])
+    arguments = ["eval", bundles / "exact", "--plan", sample.plan_path, "--spec", spec, "--max-drop", "1%"]
+    found = succeeds(*arguments, "--json").json
+    assert (found["gate"]["outcome"], found["gate"]["not_scored"], found["gate"]["forgotten"]) == (
+        "pass",
+        ["parity"],
+        [],
+    )
+    assert "not scored: parity" in succeeds(*arguments).out
+
+
+@pytest.mark.parametrize(
+    "not_scored, said", [(["parety"], "did you mean `parity`?"), (["digit"], "scored, too"), (["parity"] * 2, "twice")]
+)
+def test_what_is_left_out_is_a_task_of_the_bundle_and_not_scored(sample, bundles, tmp_path, not_scored, said):
+    spec = forgetful(write_spec(tmp_path / "eval.yaml"), not_scored=not_scored)
+    fails(2, "eval", bundles / "exact", "--plan", sample.plan_path, "--spec", spec, says=("not_scored.", said))
+
+
+def test_a_recipe_that_forgets_a_task_is_refused_before_anything_is_read(sample, tmp_path, monkeypatch):
+    path = recipe(sample, tmp_path, size="3x", limit="1%")
+    forgetful(tmp_path / "eval.yaml")
+    monkeypatch.setattr("flexmerge_cli.cli.packing.make_plan", None)
+    fails(6, "merge", path, "-o", tmp_path / "bundle", says=("parity", "not_scored: [parity]"))
+    assert flexmerge("merge", path, "-o", tmp_path / "bundle", "--json").json["gate"]["forgotten"] == ["parity"]
+
+
+def test_a_recipes_gate_is_told_and_recorded(sample, tmp_path):
+    """It left nothing on pass, and one string on fail."""
+    path = recipe(sample, tmp_path, size="3x", limit="1%")
+    found = succeeds("merge", path, "-o", tmp_path / "bundle", "--json").json
+    spec = hashlib.sha256((tmp_path / "eval.yaml").read_bytes()).hexdigest()
+    assert found["gate"]["outcome"] == "pass" and set(found["gate"]["tasks"]) == {"digit", "rotation"}
+    evaluation = found["evaluation"]
+    assert evaluation["spec"] == {"path": str(tmp_path / "eval.yaml"), "sha256": spec, "not_scored": ["parity"]}
+    data = {task: record["data"] for task, record in evaluation["tasks"].items()}
+    assert all(len(digest) == 32 for digest in data.values())
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())
+    gate = manifest["gate"]
+    assert gate.pop("versions")["torch"] == torch.__version__
+    assert gate == {"max_drop": "1%", "spec": spec, "data": data, "not_scored": ["parity"]}
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
+    assert found["total_bytes"] == on_disk
+    shown = succeeds("inspect", tmp_path / "bundle")
+    assert "passed its gate" in shown.out and spec[:16] in shown.out and "not scored: parity" in shown.out
+    assert succeeds("inspect", tmp_path / "bundle", "--json").json["gate"]["data"] == data
+    assert "sound" in succeeds("inspect", tmp_path / "bundle", "--verify").out
+    out = succeeds("merge", path, "-o", tmp_path / "again").out
+    assert "gate: pass" in out and spec in out and all(digest in out for digest in data.values())
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (tmp_path / "bundle" / "manifest.json").read_bytes()
+
+
+def test_a_byte_target_counts_the_record_of_the_gate(sample, tmp_path):
+    path = recipe(sample, tmp_path, size="3x", limit="100%")
+    size = succeeds("merge", path, "-o", tmp_path / "bundle", "--json").json["total_bytes"]
+    fields = yaml.safe_load(path.read_text())
+    fields["merge"]["size"] = f"{size - 1}B"
+    path.write_text(yaml.safe_dump(fields))
+    smaller = succeeds("merge", path, "-o", tmp_path / "smaller", "--json").json
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "smaller").rglob("*") if file.is_file())
+    assert smaller["total_bytes"] == on_disk < size
+
+
+def test_without_a_gate_the_manifest_says_nothing_of_one(bundles):
+    assert "gate" not in json.loads((bundles / "exact" / "manifest.json").read_bytes())
+
+
+def test_a_manifest_whose_gate_forgets_a_task_is_unsound(sample, tmp_path):
+    succeeds("merge", recipe(sample, tmp_path, size="3x", limit="1%"), "-o", tmp_path / "bundle")
+    fields = json.loads((tmp_path / "bundle" / "manifest.json").read_bytes())
+    Manifest.model_validate(fields)
+    fields["gate"]["not_scored"] = []
+    with pytest.raises(ValueError, match="gate"):
+        Manifest.model_validate(fields)
+
+
+def test_what_does_not_pass_is_told_whole(sample, tmp_path):
+    path = recipe(sample, tmp_path, size="1x", limit="1%")
+    found = flexmerge("merge", path, "-o", tmp_path / "bundle", "--json")
+    assert found.code == 6 and found.json["error"]["exit_code"] == 6 and found.json["written"] is False
+    assert found.json["gate"]["outcome"] == "fail" and found.json["gate"]["tasks"]["rotation"]["outcome"] == "fail"
+    assert found.json["evaluation"]["tasks"]["rotation"]["merged"] is not None
+    shown = fails(6, "merge", path, "-o", tmp_path / "bundle")
+    assert "rotation: lost" in shown.out and "rotation" in shown.err
+
+
+def test_data_that_change_while_the_bundle_is_made_are_told(sample, tmp_path, monkeypatch):
+    """The manifest names the data that were there before: a score of others must not stand for them."""
+    path = recipe(sample, tmp_path, size="3x", limit="1%")
+    data = {task: tmp_path / f"{task}.npz" for task in ("digit", "rotation")}
+    fields = yaml.safe_load((tmp_path / "eval.yaml").read_text())
+    for task, place in data.items():
+        place.write_bytes((DIGITS / f"test/{task}.npz").read_bytes())
+        fields["tasks"][task]["data"] = str(place)
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(fields))
+    opened = scores.Bundle.open
+
+    def changed(*arguments, **options):
+        with np.load(data["digit"]) as file:
+            arrays = dict(file)
+        arrays["labels"] = np.zeros_like(arrays["labels"])
+        np.savez(data["digit"], **arrays)
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(scores.Bundle, "open", changed)
+    fails(3, "merge", path, "-o", tmp_path / "bundle", says=("digit", "changed during the run"))
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("limit", ["1%", "27pt"])
