@@ -18,6 +18,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.text import expanded
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.materialise import Sources
@@ -66,7 +67,7 @@ def open_sources(
     def opened(named: tuple[str, Collection[str]]) -> Checkpoint:
         source, side_files = named
         moved = _relocated(source, folder, relocate)
-        if moved is None and not is_remote(source) and not (folder / Path(source).expanduser()).exists():
+        if moved is None and not is_remote(source) and not (folder / expanded(source)).exists():
             raise SourceError(
                 f"{source}, as the plan says, is not there: {(folder / source).resolve()} does not exist",
                 hint=f"if it moved: flexmerge merge with --relocate {source}=NEW, or with the beginnings of both paths",

@@ -3,6 +3,7 @@
 JSON, YAML and pickles can all tell of others, and so can names on a disk; they are refused where they come in.
 """
 
+from pathlib import Path
 from typing import Any
 
 
@@ -27,3 +28,11 @@ def holds_text(value: Any) -> bool:
 def json_holds_text(data: bytes, value: Any) -> bool:
     """The same of what `json.loads` has made of `data`: plain ASCII without escapes needs no walk through the value."""
     return (data.isascii() and b"\\u" not in data and b"\0" not in data) or holds_text(value)
+
+
+def expanded(path: str) -> Path:
+    """`~` and `~user` are home folders; where there is no such user, or no home at all, a name like any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.hub import list_names, open_tree
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import IntegrityError, SourceError, UsageError
+from flexmerge_cli.text import expanded
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -50,7 +51,7 @@ def locate(
     if is_remote(source) and not is_hub(source):
         raise UsageError(f"{source}: a bundle is a folder, or of the Hub", hint="copy it to this disk")
     if not is_hub(source):
-        return Located(path=Path(source).expanduser(), tasks=tasks)
+        return Located(path=expanded(source), tasks=tasks)
     tree = open_tree(source, access)
     if MANIFEST_NAME not in tree.files and not (tree.path / MANIFEST_NAME).is_file():
         raise SourceError(

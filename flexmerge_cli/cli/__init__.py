@@ -5,6 +5,13 @@ import sys
 
 def main() -> None:
     """Console script `flexmerge`."""
-    from flexmerge_cli.cli.app import run
+    try:
+        from flexmerge_cli.cli.terminal import hold_closed_streams
 
-    sys.exit(run(sys.argv[1:]))
+        hold_closed_streams()
+        from flexmerge_cli.cli.app import run
+
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before the program was loaded, or as it ends
+        code = 130
+    sys.exit(code)

@@ -1,15 +1,19 @@
 """The program: its commands, and what becomes of an error."""
 
+import functools
 import json
-import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli import export, inspect, merge, methods, plan
+from flexmerge_cli.cli.failures import Interruption, failure_of
+from flexmerge_cli.cli.options import note, tell
+from flexmerge_cli.cli.signals import Signals, interrupting_signals
+from flexmerge_cli.cli.terminal import OutputLost, Stream, shown_streams
 from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.version import VERSION
 
@@ -27,8 +31,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command.evaluate,
     "methods": methods.methods,
 }
+
+
+class _Carried(Exception):
+    """Takes an exception past the parser, which has answers of its own to some."""
+
+
+def _carrying(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def carried(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (KeyboardInterrupt, SystemExit, OSError) as error:
+            raise _Carried from error
+
+    return carried
+
+
 for name, command in COMMANDS.items():
-    app.command(name=name)(command)
+    app.command(name=name)(_carrying(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -49,44 +70,57 @@ def program(
 
 def run(arguments: list[str]) -> int:
     """Exit code of one run. Errors go to stderr, and as JSON to stdout where --json was asked for."""
+    with interrupting_signals() as signals, shown_streams() as stdout:
+        try:
+            return _ended(arguments, stdout, signals)
+        except KeyboardInterrupt as error:  # while something else was told
+            return failure_of(error).exit_code
+
+
+def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
+    """Exit code, after all is told."""
+    failure: FlexmergeError | None = None
+    code = 0
+    try:
+        code = _code_of(arguments)
+    except BaseException as error:
+        signals.is_over = isinstance(error, KeyboardInterrupt)
+        failure = _failure(error, arguments)
+        code = failure.exit_code
+    try:
+        if failure is not None and "--json" in arguments and not stdout.is_used:
+            value = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
+            print(json.dumps({"error": value} | (failure.document or {}), indent=2 if failure.document else None))
+        stdout.flush()
+    except OutputLost as lost:
+        failure = failure or lost
+        code = code or lost.exit_code  # what went wrong before says more
+    if isinstance(failure, Interruption):
+        note(failure.message)
+    elif failure is not None and not (isinstance(failure, OutputLost) and failure.unread):
+        tell(failure)
+    return code
+
+
+def _code_of(arguments: list[str]) -> int:
+    """Of a run without errors. Raises whatever goes wrong."""
     if arguments == ["--version"]:  # typer imports pydantic before it runs anything: half of the time of this one
         print(VERSION)
         return 0
-    as_json, debug = "--json" in arguments, "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
-        result = app(arguments, prog_name="flexmerge", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except FlexmergeError as error:
-        failure = error
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
-    except MemoryError:
-        failure = FlexmergeError("out of memory", hint="--max-memory limits what a run takes, --threads 1 halves it")
-    except OSError as error:
-        failure = FlexmergeError(f"{error.filename or 'I/O'}: {error.strerror or error}", hint="check path and disk")
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            if debug:
-                raise
-            failure = FlexmergeError(
-                f"{type(error).__name__}: {error}",
-                hint="this is a defect of flexmerge: report it, with --debug's output",
-            )
-        else:  # the parser's own errors: unknown option, missing value
-            command = f"{arguments[0]} " if arguments[0] in COMMANDS else ""
-            failure = FlexmergeError(error.format_message(), hint=f"flexmerge {command}--help")
-            failure.exit_code = 2
-    if debug:
-        traceback.print_exc()
-    if as_json:
-        value = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
-        print(json.dumps({"error": value} | (failure.document or {}), indent=2 if failure.document else None))
-    print(f"error: {failure.message}", file=sys.stderr)
-    if failure.hint:
-        print(f"hint: {failure.hint}", file=sys.stderr)
-    return failure.exit_code
+        result = app(_without_debug(arguments), prog_name="flexmerge", standalone_mode=False)
+    except _Carried as carried:
+        assert carried.__cause__ is not None
+        raise carried.__cause__ from None
+    return result if isinstance(result, int) else 0
+
+
+def _failure(error: BaseException, arguments: list[str]) -> FlexmergeError:
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    command = _without_debug(arguments)[0]
+    return failure_of(error, command if command in COMMANDS else "")
+
+
+def _without_debug(arguments: list[str]) -> list[str]:
+    return [argument for argument in arguments if argument != "--debug"] or ["--help"]

@@ -51,5 +51,5 @@ def inspect(
     if report.error is not None:
         if not as_json:
             raise report.error
-        options.note(f"error: {report.error.message}\nhint: {report.error.hint}")  # the document has it already
+        options.tell(report.error)  # the document has it already
         raise typer.Exit(report.error.exit_code)

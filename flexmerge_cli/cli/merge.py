@@ -99,20 +99,21 @@ def merge(
     with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)
         bill, warnings = packing.bill(plan, device=device)
-        options.warn(warnings, quiet=quiet)
-        chosen_by_auto = packing.auto()
-        if chosen_by_auto is not None and not as_json:
-            show_auto(chosen_by_auto)
-        more = {"auto": chosen_by_auto} if chosen_by_auto else {}
-        try:
-            written = (
-                None if dry_run else packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
-            )
-        except GateError as error:
-            if not as_json:
-                show_verdict(packing.verdict())
-            summary = merge_summary(bill, output, None, warnings=warnings, threads=threads)
-            error.document = summary | more | packing.verdict()
-            raise
+    options.warn(warnings, quiet=quiet)
+    chosen_by_auto = packing.auto()
+    if chosen_by_auto is not None and not as_json:
+        show_auto(chosen_by_auto)
+    more = {"auto": chosen_by_auto} if chosen_by_auto else {}
+    written = None
+    try:
+        with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+            if not dry_run:
+                written = packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
+    except GateError as error:
+        if not as_json:
+            show_verdict(packing.verdict())
+        summary = merge_summary(bill, output, None, warnings=warnings, threads=threads)
+        error.document = summary | more | packing.verdict()
+        raise
     value = merge_summary(bill, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
     options.emit(value, as_json=as_json, show=show_merge)

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from flexmerge_cli.allocation.clusters import Cluster
     from flexmerge_cli.checkpoint.access import Access
+    from flexmerge_cli.errors import FlexmergeError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -112,21 +115,39 @@ def access_of(
 
 
 def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
-    """A result: JSON, or what `show` prints."""
-    if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
-    else:
-        show(value)
+    """A result, when all else is done: JSON in ASCII, which any encoding and terminal takes, or what `show` prints."""
+    from flexmerge_cli.cli.terminal import OutputLost
+
+    try:
+        if as_json:
+            print(json.dumps(value, indent=2))
+        else:
+            show(value)
+        sys.stdout.flush()
+    except OutputLost as lost:
+        lost.hint = "the command did what was asked of it; only what it had to say is lost"
+        raise
 
 
-def warn(messages: list[str], *, quiet: bool = False) -> None:
-    for message in [] if quiet else messages:
-        print(f"warning: {message}", file=sys.stderr)
+def warn(messages: Iterable[str], *, quiet: bool = False) -> None:
+    for message in () if quiet else messages:
+        note(f"warning: {message}")
 
 
 def note(message: str, *, quiet: bool = False) -> None:
+    """On stderr. Further lines are indented: a line break in a name must not begin a message of its own."""
+    from flexmerge_cli.report.text import visible
+
+    first, *rest = visible(message).split("\n")  # here, and not only in the stream: rich obeys before it hands on
     if not quiet:
-        print(message, file=sys.stderr)
+        print(first, *(line if not line or line[0] == " " else f"  {line}" for line in rest), sep="\n", file=sys.stderr)
+
+
+def tell(error: "FlexmergeError") -> None:
+    """An error, on stderr."""
+    note(f"error: {error.message}")
+    if error.hint:
+        note(f"hint: {error.hint}")
 
 
 @contextmanager
@@ -143,21 +164,17 @@ def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Ite
     if quiet or not sys.stderr.isatty():
         yield lambda what, _done, _total: timed(what)
     else:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
             MofNCompleteColumn,
-            Progress,
             ProgressColumn,
-            TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
-        columns += [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        columns: list[ProgressColumn] = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
+        with bars_on_stderr(BarColumn(), *columns, TimeRemainingColumn()) as bars:
             shown: dict[str, Any] = {}
 
             def update(what: str, done: int, total: int) -> None:
@@ -171,6 +188,17 @@ def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Ite
         ends = [*list(started.values())[1:], time.perf_counter()]
         for (what, start), end in zip(started.items(), ends):
             print(f"{end - start:8.2f} s  {what}", file=sys.stderr)
+
+
+def bars_on_stderr(*columns: "ProgressColumn") -> "Progress":
+    """Bars with these columns after their descriptions; they vanish when they end."""
+    from rich.progress import Progress, TextColumn
+
+    from flexmerge_cli.report.console import Console
+
+    described = TextColumn("{task.description}", markup=False)
+    # Results go to stdout even while bars are shown: rich would send them to stderr with the bars.
+    return Progress(described, *columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
 def relocations(items: list[str] | None) -> dict[str, str]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flexmerge_cli.cli.options import note
+from flexmerge_cli.cli.options import bars_on_stderr, note
 
 OnStep = Callable[[str, int, int], None]
 
@@ -25,11 +25,9 @@ def scoring_progress(total: int, *, quiet: bool) -> Iterator[OnStep]:
 
         yield tell
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with bars_on_stderr(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bars:
         whole, model = bars.add_task("models", total=total), bars.add_task("")
 
         def update(what: str, done: int, of: int) -> None:

@@ -19,6 +19,7 @@ from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.plan import load_plan, make_plan, replan
 from flexmerge_cli.plan_request import OrderSettings, PlanRequest
 from flexmerge_cli.recipe import Recipe, read_recipe
+from flexmerge_cli.text import expanded
 
 if TYPE_CHECKING:
     from enum import StrEnum
@@ -153,7 +154,7 @@ def _tasks_in(place: str, access: Access) -> tuple[dict[str, str], list[str]]:
 
 def _from_here(source: str, recipe: Recipe | None) -> str:
     """A source of the command line. A recipe's folder is not where it is typed; else it stays as it was typed."""
-    return source if recipe is None or "://" in source else str(Path(source).expanduser().absolute())
+    return source if recipe is None or "://" in source else str(expanded(source).absolute())
 
 
 def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:

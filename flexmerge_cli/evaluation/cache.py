@@ -24,15 +24,17 @@ from flexmerge_cli.errors import MachineError
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.readers import UNSOUND_NPZ
 from flexmerge_cli.evaluation.scored import Given, Scored
+from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import write_file
 
 FORMAT = "flexmerge.score/1"
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    # As the XDG specification has it, a relative one is no folder.
-    return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "flexmerge" / "scores"
+    root, home = os.environ.get("XDG_CACHE_HOME"), expanded("~")
+    # As the XDG specification has it, a relative one is no folder. Without a home nothing can be kept.
+    cache = Path(root) if root and Path(root).is_absolute() else home / ".cache" if home.is_absolute() else os.devnull
+    return Path(cache) / "flexmerge" / "scores"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

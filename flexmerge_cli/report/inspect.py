@@ -17,6 +17,7 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.regular_file import check_kind, open_file
+from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import write_file
 
 OnProgress = Callable[[str, int, int], None]
@@ -58,7 +59,7 @@ class Report:
 
 def recognise(source: str, access: Access = ONLINE) -> Kind:
     """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
-    path = standing(Path(source).expanduser())
+    path = standing(expanded(source))
     if is_remote(source):
         return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
@@ -103,18 +104,14 @@ def check(asked: Asked) -> Kind:
         raise UsageError(f"--html shows a plan or a bundle, and {what}", hint="flexmerge plan, then inspect the plan")
     if asked.html is not None and asked.verify:
         raise UsageError("--html shows a bundle, --verify checks it", hint="one after the other")
-    if (
-        asked.html is not None
-        and kind is not Kind.CHECKPOINT
-        and _is_within(asked.html, Path(asked.source).expanduser())
-    ):
+    if asked.html is not None and kind is not Kind.CHECKPOINT and _is_within(asked.html, expanded(asked.source)):
         raise UsageError(f"{asked.html} is, or lies in, what is inspected", hint="choose another place with --html")
     return kind
 
 
 def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
     """Read, and write the page if one is wanted. Raises what reading raises."""
-    path = Path(asked.source).expanduser()
+    path = expanded(asked.source)
     if kind is Kind.CHECKPOINT:
         from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint
 

@@ -32,11 +32,12 @@ def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, s
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
     """[M, M] as a bar of eight heights per cell, with its number where there is room, in colour where there is any."""
-    from rich.console import Console
     from rich.text import Text
 
+    from flexmerge_cli.report.console import Console
+
     numbered = len(names) <= NUMBERED_TASKS
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     width = min(24, max(map(len, names)))
     texts = [[scale.text(float(value)) for value in row] for row in matrix]
     cell = max(len(text) for row in texts for text in row) + 3 if numbered else 2 if len(names) <= 40 else 1

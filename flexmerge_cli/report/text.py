@@ -23,8 +23,16 @@ def human_bytes(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Names come from strangers: a terminal must not obey an escape sequence in one."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """One line with all that cannot be seen spelled out, as `\\x1b`: control and direction marks, line breaks.
+
+    Names come from strangers: a terminal must not obey an escape sequence in one.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def visible(text: str) -> str:
+    """The same of any text, which keeps its line breaks and tabs."""
+    return text if text.isprintable() else "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def tail(name: str, characters: int) -> str:
@@ -38,7 +46,7 @@ def tail(name: str, characters: int) -> str:
 
 def line_columns() -> int:
     """Characters of a line: the terminal's, and 200 where there is none."""
-    from rich.console import Console
+    from flexmerge_cli.report.console import Console
 
     console = Console()
     return console.width if console.is_terminal else 200
@@ -50,8 +58,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
     Only the left ones are folded where the line is short: half a number is a wrong number. A head may have line breaks.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from flexmerge_cli.report.console import Console
 
     heads = ["\n".join(map(printable, column.split("\n"))) for column in columns]
     cells = [[printable(str(cell)) for cell in row] for row in rows]
@@ -64,6 +73,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str =
         needed += PADDING + (min(widest, LEAST_FOLDED) if is_left else widest)
     for row in cells:
         shown.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console()
     console.width = max(line_columns(), needed)
     console.print(shown)
