@@ -8,7 +8,6 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.plan import longest_row
 from flexmerge_cli.reopening import open_sources
 from flexmerge_cli.version import GENERATOR
 
@@ -64,7 +63,7 @@ def add_statistics(
         items,
         device=choose_device(device),
         threads=threads,
-        chunk_elements=survey_chunk(len(plan.tasks), threads, access.memory_left(max_memory), longest_row(items)),
+        chunk_elements=survey_chunk(items, threads, access.memory_left(max_memory)),
         on_bytes=on_bytes,
     )
     for tensor, measure in zip(tensors, measures):

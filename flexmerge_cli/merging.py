@@ -158,17 +158,16 @@ def merge(
     """
     from flexmerge_cli.bundle.write import check_output, write_bundle
     from flexmerge_cli.engine.device import choose_device
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, whole_elements
-    from flexmerge_cli.engine.memory import materialise_chunk
+    from flexmerge_cli.engine.merge_memory import merge_chunk
     from flexmerge_cli.engine.pool import default_threads
 
     where = choose_device(device)
     threads = threads or default_threads()
     bill = bill or allocate(plan, request)
     memory = request.access.memory_left(max_memory)
-    chunk = materialise_chunk(len(plan.tasks), threads, memory, CHUNK_ELEMENTS, whole_elements(bill))
     check_output(output, bill, force=force)
     sources, side_files = open_sources(plan, plan_folder, request.relocate, request.access)
+    chunk = merge_chunk(bill, threads, memory, sources.located)
     _apart(output, sources)
     fetch(sources.to_fetch(), request.access, on_progress)
     # Of a pass over all; of equal tensors, and of a base that nothing merges with, less is read.

@@ -1,9 +1,9 @@
 """`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from flexmerge_cli.plan_fields import (
 )
 from flexmerge_cli.plan_request import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
+
+if TYPE_CHECKING:
+    from flexmerge_cli.engine.survey import SurveyItem
 
 OnProgress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
@@ -94,7 +97,7 @@ def make_plan(
     from flexmerge_cli.engine.device import choose_device
     from flexmerge_cli.engine.memory import survey_chunk
     from flexmerge_cli.engine.pool import default_threads
-    from flexmerge_cli.engine.survey import SurveyItem, survey
+    from flexmerge_cli.engine.survey import survey
 
     check_settings(request.order.linkage, request.order.similarity)
     where = choose_device(device)
@@ -104,14 +107,9 @@ def make_plan(
     fetch(to_fetch(family), request.access, on_progress)
     family = split_vocabularies(settle_ties(family))
     threads = threads or default_threads()
-    items: list[SurveyItem] = []
-    owners: list[FamilyTensor] = []
     if pools_lora(family, request):  # how factors code says nothing of their products
         request = replace(request, statistics="gram")
-    for tensor in family.stored:
-        for item in _survey_items(tensor):
-            items.append(replace(item, codes=item.gram and request.statistics == "all"))
-            owners.append(tensor)
+    owners, items = survey_items(family, request)
     of_base, of_adapters = keeping.base_items(family), keeping.change_items(family)
     every = [*items, *of_base, *of_adapters]
     total = sum(t.num_bytes for item in every for _, t in item.tasks) + sum(i.base.num_bytes for i in every if i.base)
@@ -122,13 +120,13 @@ def make_plan(
         done += count
         on_progress("compare", done, total)
 
-    memory = request.access.memory_left(max_memory)
+    memory, signs = request.access.memory_left(max_memory), request.order.similarity is Similarity.SIGN
     measures = survey(
         every,
         device=where,
         threads=threads,
-        signs=request.order.similarity is Similarity.SIGN,
-        chunk_elements=survey_chunk(len(family.tasks), threads, memory, longest_row(items)),
+        signs=signs,
+        chunk_elements=survey_chunk(every, threads, memory, signs=signs),
         on_bytes=on_bytes,
     )
     tensors = tensor_records(family, list(zip(owners, items, measures)))
@@ -268,11 +266,11 @@ def _survey_items(tensor: FamilyTensor) -> list[Any]:
     return [SurveyItem(name=tensor.name, base=None, tasks=tuple(of_form), gram=False) for of_form in forms.values()]
 
 
-def longest_row(items: Sequence[Any]) -> int | None:
-    """Elements of the longest row that is coded; None if none is."""
-    from flexmerge_cli.engine.survey_codes import view_of
-
-    return max((view_of(item.base.shape)[1] for item in items if item.codes), default=None)
+def survey_items(family: Family, request: PlanRequest) -> "tuple[list[FamilyTensor], list[SurveyItem]]":
+    """What is compared of each stored tensor, and whose it is. The family's vocabularies are split."""
+    found = [(tensor, item) for tensor in family.stored for item in _survey_items(tensor)]
+    codes = request.statistics == "all"
+    return [owner for owner, _ in found], [replace(item, codes=item.gram and codes) for _, item in found]
 
 
 def _blocks_of(family: Family, blocks: str) -> tuple[Block, ...]:

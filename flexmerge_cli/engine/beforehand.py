@@ -15,7 +15,7 @@ from flexmerge_cli.allocation.storage import StoredGroup
 from flexmerge_cli.engine.encode import Encoder
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.runs import added, sizes
-from flexmerge_cli.engine.spans import Span, tiles, widest
+from flexmerge_cli.engine.spans import Span, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
 from flexmerge_cli.engine.work import BASE, Chain, Worker
 from flexmerge_cli.family.classes import TensorClass
@@ -100,7 +100,7 @@ class Beforehand:
         def read(span: Span, tasks: Tasks) -> torch.Tensor:
             raw = self.worker.read(span, (*tasks, BASE))
             deltas = self.worker.deltas(raw, tasks, 0, span.stop - span.start)
-            return self.worker.stepped(chain, deltas, self.worker.where(span, 0, tasks), tasks, num_steps)
+            return self.worker.all_stepped(chain, deltas, span, tasks, num_steps)
 
         return run_statistics(
             first,
@@ -136,10 +136,8 @@ class Beforehand:
         def work(job: tuple[StoredGroup, Span]) -> np.ndarray:
             group, span = job
             raw, chain = self.worker.read(span, (*group.tasks, BASE)), self.worker.chain(group)
-            elementwise = chain.scope_of(span.tensor, self.plan.tensor(span.tensor).shape) == "element"
-            count, dtype = span.stop - span.start, self.encoder.dtype_of(span.tensor, group)
-            sums = []
-            for low, high in tiles(count, span.run) if elementwise else [(0, count)]:
+            dtype, sums = self.encoder.dtype_of(span.tensor, group), []
+            for low, high in self.worker.tiles(chain, span):
                 centre, deltas = self.worker.value(group, raw, low, high)
                 unified = self.worker.rounded(centre.delta.flatten(), dtype)
                 taken = torch.where(centre.mask(deltas, unified), unified, 0.0)

@@ -96,7 +96,7 @@ class Encoder:
         dtypes = self._dtypes(storage, group)
         run, errors = raw.span.run, _errors(len(group.tasks), raw)
         done = self._merge_runs(group, raw, dtypes, stored, errors) if whole is None else 0
-        for low, high in self._tiles(storage, group, raw, whole):
+        for low, high in self._tiles(group, raw, whole):
             low = max(low, done)
             if low >= high:
                 continue
@@ -154,7 +154,7 @@ class Encoder:
         taken = np.empty((len(group.tasks), count), bool)
         gamma = self.gamma.get((self.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
         run, errors = raw.span.run, _errors(len(group.tasks), raw)
-        for low, high in self._tiles(storage, group, raw, None):
+        for low, high in self._tiles(group, raw, None):
             found, deltas = worker.value(group, raw, low, high)
             unified = worker.rounded(found.delta.flatten(), unified_part.array.dtype)
             stored[low:high].copy_(unified)
@@ -183,9 +183,8 @@ class Encoder:
         form = coded.form(storage.tensor.shape, tuple(dtypes))
         assert form.residual is not None
         rows = _rows(form.matrix, raw)
-        found, deltas = worker.value(group, raw, 0, span.stop - span.start, whole)
         base = worker.on_device(raw.bits[BASE])
-        plain = base if chain.call is None else base + (found.float() + 0.0)
+        plain = self._plain(group, raw, whole)
         shared = {part.array.role: part for part in group.parts if part.task is None}
         dtype = promote(dtypes)
         if coded.centre == "none":
@@ -193,8 +192,10 @@ class Encoder:
         else:
             centre = self._centre(form, plain, shared, dtype, group, raw, piece)
         factors = None
+        deltas = torch.empty(0)
         if coded.expert is not None:
             factors = coded.expert.factors(chain.expert_stats(group.tasks, span.tensor))
+            deltas = worker.deltas(raw, group.tasks, 0, span.stop - span.start)
         for row, task in enumerate(group.tasks):
             own = worker.on_device(worker.own(raw, task))
             residual = own if coded.centre == "none" else own - centre
@@ -219,11 +220,8 @@ class Encoder:
         shared = {part.array.role: part for part in group.parts if part.task is None and part.array.role != "dense"}
         centre = None
         if coded.centre != "none":
-            plain = worker.on_device(raw.bits[BASE])
-            if chain.call is not None:
-                plain = plain + (worker.value(group, raw, 0, raw.span.stop - raw.span.start)[0].float() + 0.0)
             form = coded.form_of_bits(shape, 0)
-            centre = self._centre(form, plain, shared, promote(dtypes), group, raw, piece)
+            centre = self._centre(form, self._plain(group, raw), shared, promote(dtypes), group, raw, piece)
         found: dict[tuple[int, Any], tuple[RangeDigest, np.ndarray]] = {}
         for task, dtype in zip(group.tasks, dtypes):
             bits = bits_of[task]
@@ -299,10 +297,22 @@ class Encoder:
     def _dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:
         return [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
 
-    def _tiles(self, storage: Storage, group: StoredGroup, raw: Raw, whole: Any) -> list[tuple[int, int]]:
-        tensor, count = storage.tensor, raw.span.stop - raw.span.start
-        elementwise = self.worker.chain(group).scope_of(tensor.name, tensor.shape) == "element" and whole is None
-        return tiles(count, raw.span.run) if elementwise else [(0, count)]
+    def _tiles(self, group: StoredGroup, raw: Raw, whole: Any) -> list[tuple[int, int]]:
+        if whole is not None:
+            return [(0, raw.span.stop - raw.span.start)]
+        return self.worker.tiles(self.worker.chain(group), raw.span)
+
+    def _plain(self, group: StoredGroup, raw: Raw, whole: Any = None) -> Tensor:
+        """The centre before it is coded or rounded: float32 [n], on the device. Of the base, its own memory."""
+        worker = self.worker
+        base = worker.on_device(raw.bits[BASE])
+        if worker.chain(group).call is None:
+            return base
+        plain = torch.empty_like(base)
+        for low, high in self._tiles(group, raw, whole):
+            found, _ = worker.value(group, raw, low, high, whole)
+            torch.add(base[low:high], found.float() + 0.0, out=plain[low:high])
+        return plain
 
     def _check_cast(self, values: Tensor, stored: Tensor, part: Part, raw: Raw) -> None:
         """What was not finite stays as it is; what becomes so would be data that nobody wrote."""

@@ -85,20 +85,6 @@ def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
     return widest(scopes)
 
 
-def whole_elements(bill: Bill) -> int:
-    """Elements of the largest item that cannot be cut: a tensor, or all tensors of a unit; 0 where all can."""
-    pooled = bill.plan.pools_lora
-    chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
-    largest = 0
-    for unit in bill.allocation.units:
-        together = 0
-        for storage in (bill.storages[name] for name in unit.tensors):
-            scope = visit_scope(chains, storage)
-            together += storage.tensor.num_elements if scope == "block" else 0
-            largest = max(largest, together, storage.tensor.num_elements if scope == "tensor" else 0)
-    return largest
-
-
 @dataclass(slots=True)
 class _Joined:
     """What the pieces so far add up to."""
@@ -179,6 +165,7 @@ class _Run:
         pieces = [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
         if self.plan.pools_lora:
             self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
+        self.worker.buffers.drop()  # a buffer for each tensor of the unit: the next unit has others
         return pieces
 
     def _errors_of_products(

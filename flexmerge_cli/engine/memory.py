@@ -1,66 +1,147 @@
-"""How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit."""
+"""How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit. Reads no weights.
 
-from flexmerge_cli.engine.survey import CHUNK_ELEMENTS as SURVEY_CHUNK
-from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, TILE_ELEMENTS
+A run is a bill of its passes: what each thread reads into and computes with, what waits to be hashed or added up, and
+what is kept meanwhile. Here that of `plan`; of `merge`: merge_memory.py.
+"""
+
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flexmerge_cli import native
+from flexmerge_cli.checkpoint.change import TILE_ELEMENTS as PRODUCT_TILE
+from flexmerge_cli.checkpoint.change import LowRank
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.pool import AHEAD
+from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem
+from flexmerge_cli.engine.survey_codes import view_of
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.residuals.coding_error import sample_rows
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
+from flexmerge_cli.residuals.row_errors import FEWEST_COLUMNS
 
-FIXED_BYTES = 48 << 20  # interpreter objects, plan, headers: measured on 200 tensors and 8 tasks, with room
-WIDEST_ITEM = 8
+# Objects of Python, plan, headers, manifest, and what the allocator keeps: measured on some 200 tensors and 8 tasks.
+FIXED_BYTES = 14 << 20
+RECORD_BYTES = 3 << 10  # of one tensor of one model
+SPAN_BYTES = 500  # of one work item
+THREAD_BYTES = 1 << 20  # of a thread's stack and of its part of the heap
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGE_BYTES = 2 << 20
 
 
 def survey_bytes(
-    num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4, row_elements: int | None = None
+    items: Sequence[SurveyItem], threads: int, chunk_elements: int = CHUNK_ELEMENTS, *, signs: bool = False
 ) -> int:
-    """Raw chunks of base and tasks, and one tile's deltas, base and float64 sums, per thread.
+    """The most that `plan` takes for these tensors. signs: whether their agreement is counted."""
+    found = Pass({})
+    records = spans = 0
+    for item in items:
+        models, k = [tensor for _, tensor in item.tasks] + ([item.base] if item.base else []), len(item.tasks)
+        size = models[0].num_elements
+        spans += -(-size // chunk_elements)
+        records += (k + 1) * RECORD_BYTES + (100 * k * k if item.gram else 0)
+        count, tile = min(size, chunk_elements), min(size, chunk_elements, TILE_ELEMENTS)
+        grams = 8 * k * k * -(-count // PRODUCT_ELEMENTS)
+        rows, columns = view_of(models[0].shape) if item.codes else (0, 0)
+        some = min(rows, count // columns + 1) if columns else 0  # rows of one range
+        sampled = min(some, len(sample_rows(item.name, (rows, columns))) * some // max(1, rows) + 1) if some else 0
+        count = min(size, count + columns)
+        work = max(reading_bytes(tensor, count) for tensor in models)
+        if item.gram:
+            is_plain = {tensor.dtype for tensor in models} == {"F32"}
+            comparing = 16 * k * min(count, PRODUCT_ELEMENTS) + 4 * tile + (0 if is_plain else 4 * k * tile)
+            comparing += 6 * k * tile if signs else 0
+            work = max(
+                work,
+                comparing,
+                (400 if columns >= FEWEST_COLUMNS else 130) * some
+                + 28 * k * sampled * columns
+                + 80 * min(count, PRODUCT_ELEMENTS) * (some > 0),
+            )
+        found.add(
+            raw=sum(count * tensor.item_bytes + 64 for tensor in models),
+            deltas=4 * k * tile if item.gram else 0,
+            average=(8 * count + 8 * tile) if some else 0,
+            codes=0 if native.lib is not None or not some else 16 * max(ROW_BLOCK, min(count, columns)),
+            work=max(work, count),  # whether all is finite, an element a byte
+            result=grams + 64 * some + 40 * k * sampled,
+            totals=grams * -(-size // chunk_elements) + 400 * (k + 1) * -(-size // chunk_elements),
+        )
+    return FIXED_BYTES + records + threads * THREAD_BYTES + SPAN_BYTES * spans + found.bytes(threads)
 
-    row_elements: of the longest row that is coded for `auto`; None: nothing is.
-    """
-    raw = (num_tasks + 1) * (chunk_elements + (row_elements or 0)) * item_bytes
-    deltas = (num_tasks + 4) * min(chunk_elements, TILE_ELEMENTS) * 4
-    # The average, a base in float32, and what row_errors.py holds; sampled rows are far fewer.
-    codes = 0 if row_elements is None else (3 * (chunk_elements + row_elements) + 4 * ROW_BLOCK) * 4
-    return FIXED_BYTES + threads * (raw + deltas + codes)
 
-
-def survey_chunk(num_tasks: int, threads: int, max_memory: int | None, row_elements: int | None = None) -> int:
+def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | None, *, signs: bool = False) -> int:
     """Elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
-    chunk = SURVEY_CHUNK
-    while max_memory is not None and survey_bytes(num_tasks, threads, chunk, 4, row_elements) > max_memory:
-        if chunk == PRODUCT_ELEMENTS:
-            raise too_little(max_memory, survey_bytes(num_tasks, threads, chunk, 4, row_elements), threads)
-        chunk //= 2
-    return chunk
-
-
-def materialise_bytes(
-    num_tasks: int, threads: int, chunk_elements: int, item_bytes: int = 4, whole_elements: int = 0
-) -> int:
-    """Per thread: raw chunks, deltas, float64 sums, and what waits to be hashed.
-
-    whole_elements: of the largest tensor or block that a method must see at once.
-    """
-    chunk_elements = max(chunk_elements, whole_elements)
-    raw = (num_tasks + 1) * chunk_elements * item_bytes
-    work = (3 * num_tasks + 8) * chunk_elements * 4
-    waiting = (num_tasks + 1) * chunk_elements * item_bytes
-    return FIXED_BYTES + threads * (raw + work) + (threads + 1) * waiting
-
-
-def materialise_chunk(
-    num_tasks: int, threads: int, max_memory: int | None, largest: int, whole_elements: int = 0
-) -> int:
-    """Elements of one work item of `merge`; largest: the most that pays. Raises UsageError as above."""
-    chunk = largest
-    while max_memory is not None and materialise_bytes(num_tasks, threads, chunk, 4, whole_elements) > max_memory:
-        if chunk <= max(1 << 12, whole_elements // 2):
-            raise too_little(max_memory, materialise_bytes(num_tasks, threads, chunk, 4, whole_elements), threads)
-        chunk //= 2
-    return chunk
-
-
-def too_little(have: int, needed: int, threads: int) -> UsageError:
-    fewer = " or --threads 1" if threads > 1 else ""
-    return UsageError(
-        f"--max-memory {have} bytes is too little: {needed} bytes are needed", hint=f"--max-memory {needed}B{fewer}"
+    return fitting(
+        lambda chunk: survey_bytes(items, threads, chunk, signs=signs),
+        CHUNK_ELEMENTS,
+        PRODUCT_ELEMENTS,
+        max_memory,
+        threads,
     )
+
+
+def reading_bytes(tensor: StoredTensor, count: int) -> int:
+    """Bytes that reading so many elements takes, beside the buffer: of what an adapter changes, and of odd strides."""
+    change = tensor.change
+    if change is None:
+        return tensor.item_bytes * count if tensor.strides is not None else 0
+    floats = 0 if tensor.dtype in ("F32", "F64") else 4 * count
+    if not isinstance(change, LowRank):
+        return floats + 24 * count
+    columns = math.prod(tensor.shape[1:])
+    rows = min(tensor.shape[0], count // max(1, columns) + 2)
+    return floats + 16 * change.rank * (rows + columns) + 24 * PRODUCT_TILE
+
+
+def fitting(needed: Callable[[int], int], chunk: int, smallest: int, max_memory: int | None, threads: int) -> int:
+    """The largest chunk, halved until what it needs is no more than max_memory. Raises UsageError if none does."""
+    if max_memory is not None:
+        _give_back_what_is_freed()
+    while max_memory is not None and needed(chunk) > max_memory:
+        if chunk <= smallest:
+            fewer = " or --threads 1" if threads > 1 else ""
+            raise UsageError(
+                f"--max-memory {max_memory} bytes is too little: {needed(chunk)} bytes are needed",
+                hint=f"--max-memory {needed(chunk)}B{fewer}",
+            )
+        chunk //= 2
+    return chunk
+
+
+def _give_back_what_is_freed() -> None:
+    """From now on glibc returns large arrays to the system. Else it keeps tens of megabytes a thread, to save time.
+
+    Its threshold rises to the size of what was freed, up to 32 MiB; setting it keeps it where it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have none
+        mallopt(M_TRIM_THRESHOLD, LARGE_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one pass takes: the largest of its items."""
+
+    buffers: dict[str, int]
+    """Of each thread, kept from item to item: bytes by what they are for."""
+    work: int = 0
+    """Of each thread, while it computes."""
+    result: int = 0
+    """Of one item's result, from when it is made to when the next one is asked for."""
+    totals: int = 0
+    """Of all that is added up."""
+
+    def add(self, *, work: int, result: int, totals: int = 0, **buffers: int) -> None:
+        self.work, self.result = max(self.work, work), max(self.result, result)
+        self.totals = max(self.totals, totals)
+        for name, size in buffers.items():
+            self.buffers[name] = max(self.buffers.get(name, 0), size)
+
+    def bytes(self, threads: int) -> int:
+        waiting = threads + AHEAD + 1
+        return threads * (sum(self.buffers.values()) + self.work) + waiting * self.result + self.totals

@@ -18,13 +18,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+AHEAD = 2  # items beyond those that the threads are at: none waits for the reader of the results
+
+
 def default_threads() -> int:
     """The cores that this process may use; more than 16 do not pay against memory bandwidth."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def ordered_map(
-    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = 2
+    items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = AHEAD
 ) -> closing[Generator[Result, None, None]]:
     """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped.
 
@@ -86,8 +89,13 @@ class Buffers(threading.local):
         """uint8, at least num_bytes long, aligned."""
         array = self._arrays.get(key)
         if array is None or array.size < num_bytes:
+            self._arrays.pop(key, None)  # before the larger one is made
             array = self._arrays[key] = aligned(num_bytes)
         return array
+
+    def drop(self) -> None:
+        """Give this thread's memory back: nothing that was got before may be read any more."""
+        self._arrays.clear()
 
 
 def aligned(num_bytes: int) -> np.ndarray:

@@ -38,18 +38,23 @@ def row_elements(shape: tuple[int, ...]) -> int:
 
 
 def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> list[Span]:
-    """Spans of about chunk_elements. Rows come in multiples of eight, so that packed masks start on a byte."""
-    step, run = chunk_elements, RUN_ELEMENTS
-    if scope in ("tensor", "block"):
-        step = num_elements
-    elif scope == "row":
-        run = max(1, row_elements(shape))
-        step = max(8, chunk_elements // run // 8 * 8) * run
-    starts: Sequence[int] = range(0, num_elements, max(1, step)) if num_elements else (0,)
+    """Spans of about chunk_elements."""
+    step, run = step_and_run(num_elements, shape, scope, chunk_elements)
+    starts: Sequence[int] = range(0, num_elements, step) if num_elements else (0,)
     return [
         Span(tensor, start, min(start + step, num_elements), start + step >= num_elements or num_elements == 0, run)
         for start in starts
     ]
+
+
+def step_and_run(num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> tuple[int, int]:
+    """Elements of a span, at least 1, and of a run. Rows come in multiples of eight: packed masks start on a byte."""
+    if scope in ("tensor", "block"):
+        return max(1, num_elements), RUN_ELEMENTS
+    if scope == "row":
+        run = max(1, row_elements(shape))
+        return max(8, chunk_elements // run // 8 * 8) * run, run
+    return chunk_elements, RUN_ELEMENTS
 
 
 def tiles(num_elements: int, run: int) -> list[tuple[int, int]]:

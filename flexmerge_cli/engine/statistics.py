@@ -1,7 +1,8 @@
 """Passes over the weights for what a method must know before its first element: exact, out of core.
 
 The engine knows nothing of what is measured. A job is one statistic over one domain (the model, a block, a tensor) and
-one set of tasks; all jobs that want a range of a tensor measure it in the same visit.
+one set of tasks; all jobs that want a range of a tensor measure it in the same visit. Domains are visited one after
+another, and each is finished at its end: what is held does not grow with their number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ def run_statistics(
     threads: int,
     on_pass: Callable[[int], None] = lambda _number: None,
 ) -> dict[Key, Any]:
-    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element.
+    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element; they
+    are visited in this order, but domain by domain.
 
     domain_of: (scope, tensor) -> the domain it belongs to.
     """
@@ -59,6 +61,7 @@ def _one_pass(
         return [(domain, tasks) for tasks in wanted.get(domain, ()) if isinstance(jobs[domain, tasks], Statistic)]
 
     visits = [(span, found) for span in spans if (found := keys(span))]
+    visits.sort(key=lambda visit: visit[1][0][0])
 
     def work(visit: tuple[Span, list[Key]]) -> list[Any]:
         span, found = visit
@@ -73,8 +76,20 @@ def _one_pass(
         ]
 
     totals: dict[Key, Any] = {}
+    finished: dict[Key, Any] = {}
+    domain = ""
     with ordered_map(visits, work, threads=threads) as measured:
         for (_, found), parts in zip(visits, measured):
-            for key, part in zip(found, parts):
+            if found[0][0] != domain:
+                finished |= _finished(jobs, totals)
+                domain = found[0][0]
+            for key in found:
+                part = parts.pop(0)
                 totals[key] = jobs[key].combine(totals[key], part) if key in totals else part
-    return {key: jobs[key].finish(total) for key, total in totals.items()}
+                del part  # a tally may be large, and the next range is waited for here
+    return finished | _finished(jobs, totals)
+
+
+def _finished(jobs: Mapping[Key, Any], totals: dict[Key, Any]) -> dict[Key, Any]:
+    """Values, or next passes; the totals are gone."""
+    return {key: jobs[key].finish(totals.pop(key)) for key in list(totals)}

@@ -7,7 +7,7 @@ a row, whatever the size of the models.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -118,10 +118,11 @@ def survey(
         parts: list[_Part] = []
         with ordered_map(range(len(ranges)), work, threads=threads) as found:
             for (index, start, stop), part in zip(ranges, found):
-                parts.append(part)
                 of_item = sums[index]
                 if of_item is not None and part.rows is not None:
                     of_item.add(part.rows)
+                    part = replace(part, rows=None)  # as large as a narrow tensor
+                parts.append(part)
                 on_bytes(sum((stop - start) * tensor.item_bytes for tensor in _models(items[index])))
                 if stop == _models(items[index])[0].num_elements:
                     measures.append(_join(items[index], parts, of_item.finish() if of_item is not None else None))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Where, method
 from flexmerge_cli.methods.swudi import Init, solve
 
@@ -44,6 +44,7 @@ def _threshold(beta: float) -> float:
     scope="tensor",
     elementwise=is_other,
     when="as swudi, without numbers to choose",
+    workspace=of_matrices(1, 3.5, wide=4.2),
 )
 def aswudi(
     deltas: Tensor,

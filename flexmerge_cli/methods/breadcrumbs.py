@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Range, Scope, Statistic, Where, method
+from flexmerge_cli.methods.method import Fraction, Positive, Range, Scope, Statistic, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest, places_of
@@ -46,6 +46,7 @@ def masked(deltas: Tensor, where: Where, kept: Kept | None, *, beta: float, gamm
     scope=_scope,
     statistics=_statistics,
     when="sums of many tasks, where a few huge changes would dominate",
+    workspace=per_element(18, 32),
 )
 def breadcrumbs(
     deltas: Tensor,
@@ -72,7 +73,13 @@ def breadcrumbs(
     return (1.0 if scale is None else scale) * mean_tasks(kept)
 
 
-@step(name="breadcrumbs", paper="Davari & Belilovsky 2023", scope=_scope, statistics=_statistics)
+@step(
+    name="breadcrumbs",
+    paper="Davari & Belilovsky 2023",
+    scope=_scope,
+    statistics=_statistics,
+    workspace=per_element(18, 32),
+)
 def breadcrumbs_step(
     deltas: Tensor,
     where: Where,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Centre, Fraction, Positive, Statistic, Where, method
+from flexmerge_cli.methods.method import Centre, Fraction, Positive, Statistic, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.methods.selection import Kept
 from flexmerge_cli.methods.tall_masks import Lam, near
@@ -21,6 +21,7 @@ def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"]
     statistics=_statistics,
     masked=True,
     when="as emr, without its factor; robust where a group holds near-duplicates",
+    workspace=per_element(34, 56),
 )
 def consensus(
     deltas: Tensor,

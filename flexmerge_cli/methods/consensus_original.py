@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Range, Statistic, Where, method
+from flexmerge_cli.methods.method import Fraction, Positive, Range, Statistic, Where, method, per_element
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.methods.selection import Kept
 from flexmerge_cli.methods.tall_masks import Lam, near
@@ -21,6 +21,7 @@ def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"]
     scope="element",
     statistics=_statistics,
     when="one model; what a single task changed is noise",
+    workspace=per_element(34, 40),
 )
 def consensus_original(
     deltas: Tensor,

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Range, Where
+from flexmerge_cli.methods.method import Range, Where, per_element
 from flexmerge_cli.methods.step import step
 from flexmerge_cli.random import key64, uniform
 
@@ -24,7 +24,7 @@ def draws(deltas: Tensor, where: Where, seed: int) -> Tensor:
     return numbers.view(deltas.shape).to(deltas.device)
 
 
-@step(paper="Yu et al. 2024", scope="element")
+@step(paper="Yu et al. 2024", scope="element", workspace=per_element(25, 8))
 def dare(deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0) -> Tensor:
     """Zero elements with probability p and divide the others by 1 - p, which keeps the mean. [M, n] float32 -> [M, n].
 

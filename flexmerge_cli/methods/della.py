@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.dare import Seed, draws
-from flexmerge_cli.methods.method import Positive, Range, Scope, Where, method
+from flexmerge_cli.methods.method import Positive, Range, Scope, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
 from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.methods.selection import places_of
@@ -44,7 +44,7 @@ def pruned(
     return torch.where(draws(deltas, where, seed) < q, 0.0, deltas.double() / (1 - q) if rescale else deltas.double())
 
 
-@step(paper="Deep et al. 2024", scope=_scope, check=_check_window)
+@step(paper="Deep et al. 2024", scope=_scope, check=_check_window, workspace=per_element(95, 90))
 def magprune(
     deltas: Tensor,
     where: Where,
@@ -70,6 +70,7 @@ def magprune(
     scope=_scope,
     check=_check_window,
     when="as ties, where random drops thin out the conflicts",
+    workspace=per_element(95, 90),
 )
 def della(
     deltas: Tensor,

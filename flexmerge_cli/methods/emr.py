@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Centre, Gain, method
+from flexmerge_cli.methods.method import Centre, Gain, method, per_element
 from flexmerge_cli.methods.reductions import elect
 
 
@@ -27,6 +27,7 @@ def rescale(*, gamma: str) -> Gain:
     masked=True,
     gain=rescale,
     when="one bit per task and element buys much over any single merged model",
+    workspace=per_element(10, 16),
 )
 def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted") -> Any:
     """The largest delta of the elected sign, masked per task where the task agrees, rescaled. [k, n] float32 -> Centre.

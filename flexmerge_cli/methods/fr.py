@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other, of_matrices
 from flexmerge_cli.methods.method import Range, StatisticScope, Where, method
 from flexmerge_cli.methods.reductions import flat, mean_tasks, weigh_tasks
 from flexmerge_cli.methods.step import step
@@ -57,14 +57,20 @@ def pass_mask(height: int, width: int, variant: Variant = "paper", cutoff: float
 
 
 def filtered(matrices: Tensor, variant: Variant = "paper", cutoff: float | None = None) -> Tensor:
-    """G: each matrix with its spectrum multiplied by the mask, the real part. [*, m, n] -> the same, float64."""
+    """G: each matrix with its spectrum multiplied by the mask, the real part. [k, m, n] -> the same, float64.
+
+    One matrix at a time: a spectrum takes sixteen bytes an element, several times over.
+    """
+    out = torch.empty(matrices.shape, dtype=torch.float64, device=matrices.device)
     if matrices.numel() == 0:
-        return matrices.double()
+        return out
     mask = pass_mask(matrices.shape[-2], matrices.shape[-1], variant, cutoff).to(matrices.device)
-    return torch.fft.ifft2(torch.fft.fft2(matrices.double()) * mask).real
+    for matrix, into in zip(matrices, out):
+        into.copy_(torch.fft.ifft2(torch.fft.fft2(matrix.double()).mul_(mask)).real)
+    return out
 
 
-@step(name="fr", paper="Zheng & Wang 2025", scope="tensor", elementwise=is_other)
+@step(name="fr", paper="Zheng & Wang 2025", scope="tensor", elementwise=is_other, workspace=of_matrices(1.5, 6))
 def fr_step(
     deltas: Tensor,
     where: Where,
@@ -110,6 +116,7 @@ def _aligned(vectors: Tensor) -> list[float]:
     elementwise=_elementwise,
     statistics=_statistics,
     when="the backbone of free; as a step before another method it is often better",
+    workspace=of_matrices(1.5, 4.5, others=16),
 )
 def fr(
     deltas: Tensor,

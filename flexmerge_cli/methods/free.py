@@ -17,6 +17,7 @@ from flexmerge_cli.methods.coded import Coded, coded
 from flexmerge_cli.methods.fr import Coef, Cutoff, Variant, filtered
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
 from flexmerge_cli.methods.method import Fraction, Per, Positive, StatisticScope, Where
+from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.quantise import row_sums
 from flexmerge_cli.residuals.sparse import Sparse
@@ -60,19 +61,23 @@ class Expert:
 
     def measure(self, deltas: Tensor, where: Where) -> Magnitudes:
         """What one tensor adds."""
-        size = deltas.double().abs()
-        keep = torch.stack([self._keep(delta.reshape(where.shape)) for delta in deltas]).reshape(deltas.shape)
-        passed = size
+        sums = np.array([self._sums(delta.reshape(1, *where.shape), where) for delta in deltas]).T
+        kept, num_kept, whole, passed = sums
+        return Magnitudes(kept, num_kept, whole, passed, np.full(len(deltas), float(deltas.shape[1])))
+
+    def _sums(self, delta: Tensor, where: Where) -> list[float]:
+        """Of one task: the fields of Magnitudes, in their order. [1, *shape]; a task at a time for want of memory."""
+        size = flat(delta.double().abs())
+        keep = self._keep(delta[0]).reshape(1, -1)
+        found = [row_sums(size * keep), keep.sum(1), row_sums(size)]
         if is_matrix(where.tensor, where.shape, self.matrices):
-            matrix = deltas.reshape(len(deltas), *where.shape).flatten(2)
-            passed = filtered(matrix, self.variant, self.cutoff).abs().reshape(deltas.shape)
-        return Magnitudes(
-            kept=row_sums(size * keep).cpu().numpy(),
-            num_kept=keep.sum(1).double().cpu().numpy(),
-            whole=row_sums(size).cpu().numpy(),
-            passed=row_sums(passed).cpu().numpy(),
-            num_elements=np.full(len(deltas), float(size.shape[1])),
-        )
+            size = flat(filtered(delta.flatten(2), self.variant, self.cutoff).abs_())
+        return [float(value) for value in (*found, row_sums(size))]
+
+    def workspace(self, _num_tasks: int, shape: tuple[int, ...]) -> int:
+        """Bytes of `measure` on a tensor: of one task's sizes, top set and spectrum."""
+        matrix = View.LAST_AXIS.matrix(shape)
+        return 100 * math.prod(shape) + self.top.workspace(matrix)
 
     def combine(self, left: Magnitudes, right: Magnitudes) -> Magnitudes:
         return Magnitudes(

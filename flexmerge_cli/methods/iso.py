@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Range, Where, method
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.methods.svd import CUT, Svd, polar, svd
@@ -48,6 +48,7 @@ def merge_common_and_specific(tasks: Tensor, fraction: float) -> Tensor:
     scope="tensor",
     elementwise=is_other,
     when="similar tasks; weak directions of the sum count as much as strong ones",
+    workspace=of_matrices(1, 4, small=3),
 )
 def iso_c(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrices = "linear") -> Tensor:
     """Mean singular value times U Vᵀ of the sum of the task vectors. [k, *shape] float32 -> [*shape].
@@ -65,6 +66,7 @@ def iso_c(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrice
     scope="tensor",
     elementwise=is_other,
     when="as iso_c, for many or different tasks",
+    workspace=of_matrices(2, 8, small=4),
 )
 def iso_cts(
     deltas: Tensor,

@@ -6,17 +6,27 @@ from typing import Literal
 from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.method import Call, Positive, Where, method
+from flexmerge_cli.methods.method import Call, Positive, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 
 
-@method(paper="Wortsman et al. 2022", scope="element", when="the plain baseline; near-identical fine-tunes")
+@method(
+    paper="Wortsman et al. 2022",
+    scope="element",
+    when="the plain baseline; near-identical fine-tunes",
+    workspace=per_element(0, 8),
+)
 def average(deltas: Tensor) -> Tensor:
     """Mean of the task vectors, which is the mean of the models. [k, n] float32 -> [n]."""
     return mean_tasks(deltas)
 
 
-@method(paper="Ilharco et al. 2023", scope="element", when="the paper's default for block merging")
+@method(
+    paper="Ilharco et al. 2023",
+    scope="element",
+    when="the paper's default for block merging",
+    workspace=per_element(0, 16),
+)
 def task_arithmetic(deltas: Tensor, *, form: Literal["mean", "sum"] = "mean", scale: Positive | None = None) -> Tensor:
     """Scaled mean (or sum) of the task vectors. [k, n] float32 -> [n].
 
@@ -42,6 +52,7 @@ def _check_weights(*, weights: dict[str, float] | None, **_: object) -> None:
     scope="element",
     check=_check_weights,
     when="some tasks matter more than others",
+    workspace=per_element(0, 32),
 )
 def weighted_average(
     deltas: Tensor, where: Where, *, weights: dict[str, float] | None = None, normalize: bool = True

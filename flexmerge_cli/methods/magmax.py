@@ -2,10 +2,15 @@
 
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Positive, method
+from flexmerge_cli.methods.method import Positive, method, per_element
 
 
-@method(paper="Marczak et al. 2024", scope="element", when="tasks that change different parts of the weights")
+@method(
+    paper="Marczak et al. 2024",
+    scope="element",
+    when="tasks that change different parts of the weights",
+    workspace=per_element(0, 40),
+)
 def magmax(deltas: Tensor, *, scale: Positive = 1.0) -> Tensor:
     """The delta of largest magnitude, element by element; of x and -x, x > 0. [k, n] float32 -> [n].
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Range, Where
+from flexmerge_cli.methods.method import Range, Where, Workspace
 from flexmerge_cli.methods.reductions import mean_tasks
 
 Matrices = Literal["linear", "2d", "all"]
@@ -38,6 +38,21 @@ def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
 def is_other(tensor: str, shape: tuple[int, ...], *, matrices: Matrices, **_: object) -> bool:
     """Whether it gets the mean, which any range of it can be given."""
     return not is_matrix(tensor, shape, matrices)
+
+
+def of_matrices(each_task: float, once: float, *, small: float = 0, wide: float = 0, others: float = 0) -> Workspace:
+    """In float64 matrices: so many [m, n] a task, so many once, so many [p, p], p = min(m, n), so many [n, n].
+
+    others: bytes an element and task of what is no matrix, beside those of a weighted sum.
+    """
+
+    def workspace(num_tasks: int, shape: tuple[int, ...], **_args: object) -> int:
+        if len(shape) < 2:
+            return math.ceil((others * num_tasks + 40) * math.prod(shape))
+        m, n = shape[0], math.prod(shape[1:])
+        return math.ceil(8 * ((each_task * num_tasks + once) * m * n + small * min(m, n) ** 2 + wide * n * n))
+
+    return workspace
 
 
 def merge_matrices(

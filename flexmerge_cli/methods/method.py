@@ -71,7 +71,13 @@ class Statistic(Protocol):
         """Whose it is: every task's own, measured once for all groups, or a group's."""
 
     def measure(self, deltas: "Tensor", where: Where) -> Any:
-        """What one range adds. deltas [R, n] float32: of all tasks of the family, or (per group) of the group's."""
+        """What one range adds. deltas [R, n] float32: of all tasks of the family, or (per group) of the group's.
+
+        Takes the method's workspace for TILE_ELEMENTS at the most, or for the whole tensor where that is its scope.
+        A method `memory(num_tasks, num_elements)` may tell how many bytes the result holds for a range of so many
+        elements, and what is combined for a scope of so many, in this pass and in those that follow; without it a few
+        numbers a task are assumed.
+        """
 
     def combine(self, left: Any, right: Any) -> Any:
         """Join what one range adds (right) to all that came before it; in order of elements, tensors by name."""
@@ -115,6 +121,26 @@ class Range:
         high = f"{self.below:g})" if self.below is not None else f"{self.most:g}]" if self.most is not None else "inf)"
         return f"{low}, {high}"
 
+
+Workspace = Callable[..., int]
+"""(number of tasks, shape of what a call sees, **arguments) -> bytes that it takes at most, beside its deltas.
+
+Results count. With a statistic, those of measuring a range of this shape as well. Shapes: [n] for scope `element`,
+[r, n] for `row`, else a tensor's.
+"""
+
+
+def per_element(each_task: float, once: float) -> Workspace:
+    """So many bytes an element and task, and so many an element."""
+
+    def workspace(num_tasks: int, shape: tuple[int, ...], **_args: Any) -> int:
+        return math.ceil((each_task * num_tasks + once) * math.prod(shape))
+
+    return workspace
+
+
+# Of what does not say what it takes: more than what any elementwise method of ours takes.
+UNTOLD = per_element(64, 64)
 
 Fraction = Annotated[float, Range(above=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
@@ -179,6 +205,7 @@ class Method:
     """The factor per task of a masked method, from its arguments."""
     when: str
     """When to use it, one line."""
+    workspace: Workspace
     check: Callable[..., None]
     """Raises UsageError for arguments that do not go together."""
     parameters: dict[str, Parameter]
@@ -208,6 +235,10 @@ class Call:
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
         """Of this tensor: spectral methods take whole matrices, and of the other tensors any range."""
         return "element" if self.method.elementwise(tensor, shape, **self.args) else self.scope
+
+    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
+        """Bytes of one call that sees this shape, beside its deltas."""
+        return self.method.workspace(num_tasks, shape, **self.args)
 
     @property
     def statistics(self) -> Statistic | None:
@@ -241,6 +272,7 @@ def method(
     statistics: Callable[..., Statistic | None] = nothing,
     masked: bool = False,
     gain: Callable[..., Gain | None] = nothing,
+    workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
     when: str = "",
 ) -> Callable[[Callable[..., Any]], Method]:
@@ -257,6 +289,7 @@ def method(
             masked=masked,
             gain=gain,
             when=when,
+            workspace=workspace,
             check=check,
             parameters=parameters_of(function),
             wants_where=takes(function, "where"),

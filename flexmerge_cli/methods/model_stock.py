@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Scope, Where, method
+from flexmerge_cli.methods.method import Scope, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.methods.sums import Sums, gram, square
 
@@ -66,6 +66,7 @@ def ratio(gram_kk: Tensor) -> Tensor:
     scope=_scope,
     statistics=_statistics,
     when="fine-tunes of one task, whose mean overshoots",
+    workspace=per_element(46, 16),
 )
 def model_stock(deltas: Tensor, stats: Gram | None, *, scope: Literal["row", "tensor", "block"] = "tensor") -> Tensor:
     """The mean of the task vectors times a ratio that follows from their mean cosine. [k, n] float32 -> [n].

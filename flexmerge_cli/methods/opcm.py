@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, of_matrices
 from flexmerge_cli.methods.method import Range, method
 from flexmerge_cli.methods.svd import svd
 
@@ -37,6 +37,7 @@ def _norm(tensors: dict[str, Tensor]) -> Tensor:
     paper="Tang et al. 2025",
     scope="block",
     when="to compare with continual merging; the order of tasks shows",
+    workspace=of_matrices(1.25, 5.5, small=3),
 )
 def opcm(
     deltas: dict[str, Tensor],

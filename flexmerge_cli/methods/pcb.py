@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Statistic, method
+from flexmerge_cli.methods.method import Fraction, Positive, Statistic, method, per_element
 from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, magnitudes, value_keys, values
 from flexmerge_cli.methods.reductions import sum_tasks
 
@@ -57,6 +57,7 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
             scope=scope,
             per="group",
             keys=lambda deltas, _where: value_keys(scores(deltas, lowest, highest)),
+            key_bytes=8,
             places=thresholds,
             then=scored,
         )
@@ -65,6 +66,7 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
         scope=scope,
         per="group",
         keys=lambda deltas, _where: magnitude_keys(deltas),
+        key_bytes=8,
         places=bounds,
         then=compete,
     )
@@ -75,6 +77,7 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
     scope="element",
     statistics=_statistics,
     when="as ties, where size inside a task should count too",
+    workspace=per_element(46, 64),
 )
 def pcb(
     deltas: Tensor,

@@ -6,7 +6,7 @@ gathered them all and needs no further pass. One pass for small scopes, else two
 Knows nothing of what the values are for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,9 @@ BINS = 1 << DIGIT_BITS
 # Keys of a row that are gathered before they are counted: 2 MiB. The second pass over a block of seven million elements
 # gathers all that are left, and a tensor of fewer elements than this is done in one.
 GATHERED = 1 << 18
+
+# Elements whose keys are made at once: keys may take a hundred bytes an element and task, ranges have half a million.
+TILE_ELEMENTS = 1 << 16
 
 
 def magnitude_keys(deltas: Tensor) -> Tensor:
@@ -68,6 +71,8 @@ class AtPlaces:
     per: Per = "task"
     keys: Callable[[Tensor, Where], Tensor]
     """float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
+    key_bytes: int = 4
+    """Of the larger ones, here and in what follows."""
     places: Callable[[int, int], tuple[int, ...]]
     """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key.
 
@@ -77,10 +82,29 @@ class AtPlaces:
     """What follows: the next statistic, or a value."""
 
     def measure(self, deltas: Tensor, where: Where) -> "_Scope":
-        keys = self.keys(deltas, where)
-        bits = keys.element_size() * 8
-        tally = _tally(list(keys), bits, bits)
-        return _Scope(deltas.shape[1], (keys > 0).sum(1).cpu().numpy(), bits, tally)
+        positive_R, tally, bits = np.zeros((), np.int64), None, 0
+        for keys in self._tiles(deltas, where):
+            bits = keys.element_size() * 8
+            tile = _tally(list(keys), bits, bits)
+            tally = tile if tally is None else tally.joined(tile)
+            positive_R = positive_R + (keys > 0).sum(1).cpu().numpy()
+        assert tally is not None
+        return _Scope(deltas.shape[1], positive_R, bits, tally.settled())
+
+    def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
+        """Bytes of the tally of a range of so many elements, and of a scope of so many: keys are gathered or counted.
+
+        A byte an element and list at least, which is what finding the last tie takes.
+        """
+        lists, gathered = num_tasks * len(self.places(2, 1)), self.key_bytes * min(num_elements, GATHERED)
+        if num_elements <= GATHERED:
+            return lists * gathered, lists * gathered
+        return lists * max(8 * BINS, num_elements), lists * (gathered + 2 * 8 * BINS)
+
+    def _tiles(self, deltas: Tensor, where: Where) -> Iterator[Tensor]:
+        for low in range(0, max(1, deltas.shape[1]), TILE_ELEMENTS):
+            tile = deltas[:, low : low + TILE_ELEMENTS].contiguous()
+            yield self.keys(tile, replace(where, start=where.start + low))
 
     def combine(self, left: "_Scope", right: "_Scope") -> "_Scope":
         positive_R = left.positive_R + right.positive_R
@@ -114,13 +138,17 @@ class _Narrowed:
         return self.search.per
 
     def measure(self, deltas: Tensor, where: Where) -> "_Tally":
-        keys = self.search.keys(deltas, where)
-        left = [
-            row[(row >> self.shift) == int(prefix)]
-            for row, prefix_T in zip(keys, self.prefix_RT, strict=True)
-            for prefix in prefix_T
-        ]
-        return _tally(left, self.shift, self.bits)
+        tally = None
+        for keys in self.search._tiles(deltas, where):
+            left = [
+                row[(row >> self.shift) == int(prefix)]
+                for row, prefix_T in zip(keys, self.prefix_RT, strict=True)
+                for prefix in prefix_T
+            ]
+            tile = _tally(left, self.shift, self.bits)
+            tally = tile if tally is None else tally.joined(tile)
+        assert tally is not None
+        return tally.settled()
 
     def combine(self, left: "_Tally", right: "_Tally") -> "_Tally":
         return left.joined(right)
@@ -190,7 +218,14 @@ class _Tally:
         joined = replace(self, counts_XB=counts_XB, size_X=self.size_X + other.size_X)
         if joined.size_X.max(initial=0) <= GATHERED:
             return joined
-        return replace(self, counts_XB=joined.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)
+        return joined._all_counted()
+
+    def settled(self) -> "_Tally":
+        """What was counted in part is counted whole, in the thread that has measured it."""
+        return self if self.counts_XB is None or not self.size_X.any() else self._all_counted()
+
+    def _all_counted(self) -> "_Tally":
+        return replace(self, counts_XB=self.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)
 
     def counted(self) -> np.ndarray:
         """Counts of all keys, int64 [X, BINS]."""

@@ -6,6 +6,7 @@ decomposition follows from that of the small core between their QR factors, and 
 the ΔW of one module at a time. The factors' scale (alpha over r) is one for all tasks of a pool, and stays outside.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
-from flexmerge_cli.methods.method import Call, Method, Where, nothing, nowhere
+from flexmerge_cli.methods.method import UNTOLD, Call, Method, Where, nothing, nowhere
 
 LINEAR = (average, task_arithmetic, weighted_average)
 
@@ -57,6 +58,7 @@ def pooled_call(call: Call) -> Call:
         masked=False,
         gain=nothing,
         when="",
+        workspace=UNTOLD,
         check=nothing,
         parameters={},
         wants_where=True,
@@ -64,6 +66,21 @@ def pooled_call(call: Call) -> Call:
         wants_unstepped=False,
     )
     return Call(method=method, args={})
+
+
+def pooled_workspace(call: Call, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that merging the factors of a block's modules takes, beside their deltas: one module at a time."""
+    kept = 16 * sum(math.prod(shape) for shape in shapes.values())
+    largest = 0
+    for a, b in factor_pairs(shapes):
+        r, n, m = shapes[a][0], math.prod(shapes[a][1:]), shapes[b][0]
+        factors = 8 * num_tasks * r * (m + n)
+        if call.method in LINEAR:
+            taken = 6 * factors + 6 * 8 * (num_tasks * r) ** 2
+        else:
+            taken = factors + 12 * num_tasks * m * n + max(call.workspace(num_tasks, (m, n)), 6 * 8 * m * n)
+        largest = max(largest, taken)
+    return kept + largest
 
 
 def truncated_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Scope, Statistic, StatisticScope, Where, method
+from flexmerge_cli.methods.method import (
+    Fraction,
+    Positive,
+    Scope,
+    Statistic,
+    StatisticScope,
+    Where,
+    method,
+    per_element,
+)
 from flexmerge_cli.methods.places import value_keys
 from flexmerge_cli.methods.reductions import elect, mean_tasks, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest, places_of
@@ -76,6 +85,7 @@ def _energies(kept: Kept | None, scope: StatisticScope) -> Sums:
     scope=_scope,
     statistics=_statistics,
     when="few tasks that disagree in a few places",
+    workspace=per_element(32, 32),
 )
 def sce(
     deltas: Tensor,

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.method import (
+    UNTOLD,
     Call,
     Method,
     Parameter,
     Scope,
     Statistic,
     Where,
+    Workspace,
     nothing,
     nowhere,
     parameters_of,
@@ -44,6 +46,8 @@ class Step:
     """As a method's."""
     statistics: Callable[..., Statistic | None]
     """Per task: a step knows no groups."""
+    workspace: Workspace
+    """As a method's."""
     check: Callable[..., None]
     parameters: dict[str, Parameter]
     wants_where: bool
@@ -70,6 +74,10 @@ class StepCall:
         """Of this tensor: a filter of matrices leaves the others alone."""
         return "element" if self.step.elementwise(tensor, shape, **self.args) else self.scope
 
+    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
+        """Bytes of one call that sees this shape, beside its deltas."""
+        return self.step.workspace(num_tasks, shape, **self.args)
+
     @property
     def statistics(self) -> Statistic | None:
         return self.step.statistics(**self.args)
@@ -88,6 +96,7 @@ def step(
     name: str = "",
     elementwise: Callable[..., bool] = nowhere,
     statistics: Callable[..., Statistic | None] = nothing,
+    workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
 ) -> Callable[[Callable[..., "Tensor"]], Step]:
     """Make a Step of a function; its name is the function's, or the one given where a method has that name too."""
@@ -100,6 +109,7 @@ def step(
             scope=scope,
             elementwise=elementwise,
             statistics=statistics,
+            workspace=workspace,
             check=check,
             parameters=parameters_of(function),
             wants_where=takes(function, "where"),
@@ -118,6 +128,8 @@ class Calibration:
     paper: str
     elementwise: Callable[..., bool]
     """(name, shape, arguments) -> whether it leaves this tensor as it is; the others it takes whole."""
+    workspace: Workspace
+    """Of a tensor that it takes whole."""
     refuse: Callable[[Method], str | None]
     """Why it cannot follow a method; None: it can."""
     parameters: dict[str, Parameter]
@@ -137,6 +149,10 @@ class CalibrationCall:
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
         return "element" if self.calibration.elementwise(tensor, shape, **self.args) else "tensor"
 
+    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
+        """Bytes of one call on a whole tensor of this shape."""
+        return self.calibration.workspace(num_tasks, shape, **self.args)
+
     def require_after(self, call: Call) -> None:
         """Raises UsageError where it cannot follow this method."""
         reason = self.calibration.refuse(call.method)
@@ -153,7 +169,11 @@ class CalibrationCall:
 
 
 def calibration(
-    *, paper: str, elementwise: Callable[..., bool] = nowhere, refuse: Callable[[Method], str | None]
+    *,
+    paper: str,
+    elementwise: Callable[..., bool] = nowhere,
+    workspace: Workspace = UNTOLD,
+    refuse: Callable[[Method], str | None],
 ) -> Callable[[Callable[..., "Tensor"]], Calibration]:
     """Make a Calibration of a function; its name is the function's."""
 
@@ -163,6 +183,7 @@ def calibration(
             function=function,
             paper=paper,
             elementwise=elementwise,
+            workspace=workspace,
             refuse=refuse,
             parameters=parameters_of(function),
         )

@@ -66,6 +66,12 @@ class Sums:
             start = stop
         return _Total(None, parts or [self._sum(_Part(deltas, where))])
 
+    def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
+        """Bytes of a piece that is not whole, and of the sums; of two pieces when they are joined."""
+        piece = 4 * num_tasks * min(num_elements, PIECE_ELEMENTS)
+        sums = 8 * num_tasks**2 * (2 + num_elements // PIECE_ELEMENTS)
+        return (piece if num_elements < PIECE_ELEMENTS else 0) + sums, 2 * piece + 8 * num_tasks**2
+
     def combine(self, left: "_Total", right: "_Total") -> "_Total":
         return self._settle(_Total(left.sums, left.ahead + right.ahead))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, is_other
+from flexmerge_cli.methods.matrices import Matrices, is_other, of_matrices
 from flexmerge_cli.methods.method import Method, Positive
 from flexmerge_cli.methods.step import calibration
 from flexmerge_cli.methods.svd import svd
@@ -17,7 +17,7 @@ def _refuse(method: Method) -> str | None:
     return None
 
 
-@calibration(paper="Li et al. 2026", elementwise=is_other, refuse=_refuse)
+@calibration(paper="Li et al. 2026", elementwise=is_other, refuse=_refuse, workspace=of_matrices(1, 5.5, small=2.5))
 def svc(merged: Tensor, unstepped: Tensor, *, alpha: Positive = 0.1, matrices: Matrices = "linear") -> Tensor:
     """Shrink directions in which the merged delta exceeds the tasks, stretch the others. Matrices only.
 

@@ -26,6 +26,10 @@ class Svd:
         """The triples of the largest singular values; fewer where there are fewer."""
         return Svd(self.u[:, :rank], self.s[:rank], self.vt[:rank])
 
+    def alone(self) -> "Svd":
+        """The same in memory of its own: `first` is a view of all triples, and holds them."""
+        return Svd(self.u.clone(), self.s, self.vt.clone())
+
     def above(self, size: float) -> "Svd":
         """Those with s > size."""
         return self.first(int((self.s > size).sum()))

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Fraction, Positive, Where, method
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks
 from flexmerge_cli.methods.wudi import interference
@@ -33,6 +33,7 @@ def solve(tasks: Tensor, init: Init, weights: Callable[[Tensor], Tensor]) -> Ten
     scope="tensor",
     elementwise=is_other,
     when="little interference between tasks without data; init=mean for language models",
+    workspace=of_matrices(1, 3.5, wide=4.2),
 )
 def swudi(
     deltas: Tensor,

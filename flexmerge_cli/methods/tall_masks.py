@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Centre, Positive, Range, method
+from flexmerge_cli.methods.method import Centre, Positive, Range, method, per_element
 from flexmerge_cli.methods.reductions import sum_tasks
 
 Lam = Annotated[float, Range(above=0)]
@@ -21,6 +21,7 @@ def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
     scope="element",
     masked=True,
     when="tasks that differ; near-duplicates want consensus",
+    workspace=per_element(33, 32),
 )
 def tall_masks(deltas: Tensor, *, lam: Lam = 0.4, scale: Positive = 1.0) -> Any:
     """Scaled sum of the task vectors, masked per task where |τ| > lam·|u - τ|. [k, n] float32 -> Centre.

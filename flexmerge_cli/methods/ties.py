@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Statistic, StatisticScope, Where, method
+from flexmerge_cli.methods.method import Fraction, Positive, Statistic, StatisticScope, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
 from flexmerge_cli.methods.reductions import elect, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest
@@ -37,6 +37,7 @@ def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tens
     scope="element",
     statistics=trim_statistics,
     when="many tasks whose changes conflict in sign",
+    workspace=per_element(16, 24),
 )
 def ties(
     deltas: Tensor,
@@ -58,7 +59,7 @@ def ties(
     return scale * merge_agreeing(trimmed(deltas, where, stats), merge)
 
 
-@step(paper="Yadav et al. 2023", scope="element", statistics=trim_statistics)
+@step(paper="Yadav et al. 2023", scope="element", statistics=trim_statistics, workspace=per_element(18, 12))
 def trim(
     deltas: Tensor,
     where: Where,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Where, method
 from flexmerge_cli.methods.svd import polar, svd
 
@@ -11,7 +11,7 @@ from flexmerge_cli.methods.svd import polar, svd
 def merge_singular_vectors(tasks: Tensor) -> Tensor:
     """[k, m, n] float64 -> [m, n]."""
     rank = max(1, min(tasks.shape[1:]) // len(tasks))
-    parts = [svd(task).first(rank) for task in tasks]
+    parts = [svd(task).first(rank).alone() for task in tasks]
     u = torch.cat([part.u for part in parts], 1)
     s = torch.cat([part.s for part in parts])
     vt = torch.cat([part.vt for part in parts], 0)
@@ -23,6 +23,7 @@ def merge_singular_vectors(tasks: Tensor) -> Tensor:
     scope="tensor",
     elementwise=is_other,
     when="a strong single model without data; keeps the directions of every task",
+    workspace=of_matrices(1, 5.5, small=6),
 )
 def tsv_m(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrices = "linear") -> Tensor:
     """polar(U) · S · polar(Vᵀ) of the tasks' leading singular triples, side by side. [k, *shape] float32 -> [*shape].

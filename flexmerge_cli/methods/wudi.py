@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices
+from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Positive, Range, Where, method
 from flexmerge_cli.methods.reductions import sum_tasks
 
@@ -45,6 +45,7 @@ def descend(tasks: Tensor, steps: int, lr: float) -> Tensor:
     scope="tensor",
     elementwise=is_other,
     when="to compare with; swudi is the same in closed form, and fast",
+    workspace=of_matrices(1, 16, wide=3.5),
 )
 def wudi(
     deltas: Tensor,

@@ -14,8 +14,7 @@ def merge_summary(
     bill: Bill, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
 ) -> dict[str, Any]:
     """Files, bytes, memory; after a run the distances, too."""
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, whole_elements
-    from flexmerge_cli.engine.memory import materialise_bytes
+    from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
     plan = bill.plan
@@ -43,9 +42,7 @@ def merge_summary(
             }
             for index, task in enumerate(plan.readers)
         },
-        "peak_memory_bytes": materialise_bytes(
-            len(plan.tasks), threads or default_threads(), CHUNK_ELEMENTS, whole_elements=whole_elements(bill)
-        ),
+        "peak_memory_bytes": merge_bytes(bill, threads or default_threads()),
         "warnings": warnings,
     }
 

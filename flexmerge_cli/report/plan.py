@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
@@ -24,8 +25,7 @@ MANY_TASKS = 12  # more columns than this are summed up
 
 def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str = "common") -> dict[str, Any]:
     """All that `plan` prints."""
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
-    from flexmerge_cli.engine.memory import materialise_bytes
+    from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
     pricer = Pricer(plan)
@@ -67,7 +67,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
             "factor": asked.tensor_bytes / max(1, plan.one_model_bytes),
             "total_bytes": asked.total_bytes,
         },
-        "peak_memory_bytes": materialise_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS),
+        "peak_memory_bytes": merge_bytes(asked or pricer.bill(copies(plan)), default_threads()),
         "low_rank": low_rank_rows(plan),
         "warnings": warnings(plan),
     }
@@ -211,20 +211,16 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     """What headers alone tell."""
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
-    from flexmerge_cli.engine.survey import CHUNK_ELEMENTS
-    from flexmerge_cli.engine.survey_codes import view_of
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.plan import open_family, provisional_plan, to_fetch
+    from flexmerge_cli.family.vocabulary import split_vocabularies
+    from flexmerge_cli.plan import open_family, provisional_plan, survey_items, to_fetch
 
     if sources is None:
         raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
     family = open_family(sources)
     plan = provisional_plan(family, sources)
     pricer = Pricer(plan)
-    row = None
-    if sources.statistics == "all":
-        mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
-        row = max((view_of(tensor.shape)[1] for tensor in mergeable), default=None)
+    _, items = survey_items(split_vocabularies(family), sources)
     return {
         "one_model_bytes": plan.one_model_bytes,
         "base": plan.base.source,
@@ -245,16 +241,16 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         ],
         "read_bytes": sum(task.bytes for task in plan.readers),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
-        "peak_memory_bytes": survey_bytes(len(plan.tasks), default_threads(), CHUNK_ELEMENTS, row_elements=row),
+        "peak_memory_bytes": survey_bytes(items, default_threads()),
         "warnings": vocabulary_warnings(plan) + adapter_warnings(plan),
     }
 
 
 def show_plan(value: dict[str, Any]) -> None:
     """Tables on stdout."""
-    copies = sum(task["bytes"] for task in value["tasks"])
+    whole = sum(task["bytes"] for task in value["tasks"])
     one = value["one_model_bytes"]
-    print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(copies)}; 1x = one model = {human_bytes(one)}")
+    print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(whole)}; 1x = one model = {human_bytes(one)}")
     adapters = any("adapter" in task for task in value["tasks"])
     rows = [
         (task["name"], task["source"], *([adapter_words(task)] if adapters else []), f"{task['bytes']:,}")

@@ -39,6 +39,9 @@ class BitDelta:
             Part(role="codes", dtype="U8", shape=(m, row_bytes(n, 1)), by_row=True),
         )
 
+    def workspace(self, shape: Matrix) -> int:
+        return 24 * shape[0] * shape[1]
+
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         from flexmerge_cli.residuals.quantise import row_sums
 

@@ -91,6 +91,9 @@ class Coder(Protocol):
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
         """All that is stored, in the order in which it is; dtype is the model's."""
 
+    def workspace(self, shape: Matrix) -> int:
+        """Bytes that encoding so many rows and columns takes at most, or decoding them, beside the matrix itself."""
+
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         """float32 [m, n] -> every part. With scope `row` any chunk of whole rows, and every part is by_row."""
 

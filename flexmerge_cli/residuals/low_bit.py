@@ -69,6 +69,14 @@ class LowBit:
             Part(role="codes", dtype="U8", shape=(m, row_bytes(n, self.bits)), by_row=True),
         )
 
+    def workspace(self, shape: Matrix) -> int:
+        from flexmerge_cli.residuals.quantise import BLOCK_ELEMENTS as TOGETHER
+
+        m, n = shape
+        fitted = 48 * m * n if self.has_levels else 0
+        # Blocks of float64; codes, their lanes and bytes; what is decoded.
+        return max(fitted, 80 * min(m * n, max(n, TOGETHER)) + 4 * m * n, 4 * BLOCK_ELEMENTS + 6 * m * n)
+
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         from flexmerge_cli.residuals.quantise import fit_levels, quantise
 

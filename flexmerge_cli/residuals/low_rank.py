@@ -44,6 +44,11 @@ class LowRank:
             Part(role="right", dtype=dtype, shape=(rank, n), by_row=False),
         )
 
+    def workspace(self, shape: Matrix) -> int:
+        m, n = shape
+        factors = self.rank_of(shape) * (m + n)
+        return 8 * (2 * m * n + 6 * min(m, n) ** 2 + 3 * factors)
+
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         left, right = _truncated(matrix.double(), self.rank_of((matrix.shape[0], matrix.shape[1])))
         return {"left": _round(left.cpu().numpy(), dtype), "right": _round(right.cpu().numpy(), dtype)}

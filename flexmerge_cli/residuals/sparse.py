@@ -49,6 +49,9 @@ class Sparse:
             Part(role="values", dtype=dtype, shape=(count,), by_row=False),
         )
 
+    def workspace(self, shape: Matrix) -> int:
+        return 28 * shape[0] * shape[1] + 32 * self.count(shape)
+
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         m, n = matrix.shape
         kept = self.keep(matrix)

@@ -1,0 +1,286 @@
+"""The bill of memory of `merge`: of its statistics, and of the pass that writes. Reads no weights.
+
+Methods, steps and coders tell their workspace themselves (methods/method.py, residuals/coder.py); what the engine adds
+to it is told here, of the code in work.py, encode.py and beforehand.py that takes it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.plan_records import PlanTensor
+from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, visit_scope
+from flexmerge_cli.engine.memory import (
+    FIXED_BYTES,
+    RECORD_BYTES,
+    SPAN_BYTES,
+    THREAD_BYTES,
+    Pass,
+    fitting,
+    reading_bytes,
+)
+from flexmerge_cli.engine.runs import RUN_ELEMENTS
+from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
+from flexmerge_cli.engine.work import Chain, Sources, runs_in_tiles
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.methods.method import Scope, Statistic
+from flexmerge_cli.methods.pooled import pooled_workspace
+from flexmerge_cli.methods.step import StepCall
+
+SMALLEST_CHUNK = 1 << 12
+
+
+def merge_bytes(bill: Bill, threads: int, chunk_elements: int = CHUNK_ELEMENTS, sources: Sources | None = None) -> int:
+    """The most that `merge` takes for this bill. sources: what reading adapters takes is known from them alone."""
+    run = _Run(bill, chunk_elements, sources)
+    models = len(bill.plan.tasks) + 1
+    fixed = FIXED_BYTES + RECORD_BYTES * models * len(bill.plan.tensors) + threads * THREAD_BYTES
+    passes = [run.writing(), *run.statistics()]
+    return fixed + SPAN_BYTES * run.num_spans + max(taken.bytes(threads) for taken in passes)
+
+
+def merge_chunk(bill: Bill, threads: int, max_memory: int | None, sources: Sources | None = None) -> int:
+    """Elements of one work item of `merge`. Raises UsageError if even the smallest does not fit."""
+    return fitting(
+        lambda chunk: merge_bytes(bill, threads, chunk, sources), CHUNK_ELEMENTS, SMALLEST_CHUNK, max_memory, threads
+    )
+
+
+class _Run:
+    """The passes of one bill."""
+
+    def __init__(self, bill: Bill, chunk_elements: int, sources: Sources | None) -> None:
+        self.sources = (sources.base, *sources.tasks) if sources is not None else ()
+        self.bill, self.plan, self.chunk_elements = bill, bill.plan, chunk_elements
+        pooled = bill.plan.pools_lora
+        self.chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
+        self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
+        self.num_spans = 0
+
+    def writing(self) -> Pass:
+        """The pass that writes; factors of masks are measured by the same calls."""
+        found = Pass({})
+        for unit in self.bill.allocation.units:
+            storages = [self.bill.storages[name] for name in unit.tensors]
+            together = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
+            if together:
+                self._block(found, together)
+        for storage in self.bill.storages.values():
+            scope = visit_scope(self.chains, storage)
+            if scope != "block" and storage.parts:
+                span = self._span(storage, scope)
+                result = self._result(storage, span)
+                work = max((self._work(storage, group, span) for group in storage.groups), default=0)
+                work = max(work, self._reading(span.tensor, span.stop))
+                deltas = max((self._deltas(group, span) for group in storage.groups), default=0)
+                found.add(raw=self._raw(storage, span), deltas=deltas, work=work, result=result)
+        return found
+
+    def _block(self, found: Pass, storages: Sequence[Storage]) -> None:
+        """All tensors of a unit in one visit. Their buffers are dropped at its end: they count as work."""
+        spans = [self._span(storage, "block") for storage in storages]
+        work = sum(self._raw(storage, span) for storage, span in zip(storages, spans))
+        groups = {group.tasks: group for storage in storages for group in storage.groups if group.kind != "copy"}
+        shapes = {storage.tensor.name: storage.tensor.shape for storage in storages}
+        elements = sum(storage.tensor.num_elements for storage in storages)
+        work += 8 * elements * len(groups) + 4 * elements * max((len(tasks) for tasks in groups), default=0)
+        calls = [0]
+        for tasks, group in groups.items():
+            assert group.method is not None
+            chain, k = self.chains[group.method], len(tasks)
+            if self.plan.pools_lora:
+                calls.append(pooled_workspace(self.bill.calls[group.method], k, shapes) + 100 * elements)
+            elif chain.call is not None:
+                calls.append(sum(chain.call.workspace(k, shape) for shape in shapes.values()))
+            calls[-1] += self._stepping(chain, storages, k)
+        calls += [self._work(s, group, span) for s, span in zip(storages, spans) for group in s.groups]
+        result = sum(self._result(storage, span) for storage, span in zip(storages, spans))
+        found.add(work=work + max(calls), result=result)
+
+    def _stepping(self, chain: Chain, storages: Sequence[Storage], k: int) -> int:
+        """Of all tensors of a unit: what steps give, and take one at a time."""
+        if not chain.steps:
+            return 0
+        shapes = [storage.tensor.shape for storage in storages]
+        taken = max(step.workspace(k, shape or (1,)) for step in chain.steps for shape in shapes)
+        return taken + sum(4 * k * math.prod(shape) for shape in shapes)
+
+    def statistics(self) -> Iterator[Pass]:
+        """What methods, steps and experts must know beforehand: a pass of each; later ones of the same take no more."""
+        mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
+        everyone = [(name, self.plan.all_tasks) for name in mergeable]
+        for index, chain in enumerate(self.chains):
+            groups = [
+                (name, group.tasks)
+                for unit in self.bill.allocation.units
+                for storage in (self.bill.storages[name] for name in unit.tensors)
+                for group in storage.groups
+                if group.kind != "copy" and group.method == index
+                for name in unit.tensors
+            ]
+            if not groups:
+                continue
+            for number, step in enumerate(chain.steps):
+                if step.statistics is not None:
+                    yield self._measuring(chain, step.statistics, step.workspace, everyone, number)
+            first = chain.call.statistics if chain.call is not None else None
+            if chain.call is not None and first is not None:
+                yield self._measuring(chain, first, chain.call.workspace, groups, len(chain.steps))
+            expert: Any = chain.coded.expert if chain.coded is not None else None
+            if expert is not None:
+                yield self._measuring(chain, expert, expert.workspace, groups, 0, "tensor")
+
+    def _measuring(
+        self,
+        chain: Chain,
+        first: Statistic,
+        workspace: Callable[[int, tuple[int, ...]], int],
+        groups: Sequence[tuple[str, Tasks]],
+        num_steps: int,
+        scope: Scope = "element",
+    ) -> Pass:
+        found = Pass({})
+        sets: dict[str, set[Tasks]] = {}
+        elements: dict[str, int] = {}
+        for name, tasks in groups:
+            domain = self._domain(first.scope, name)
+            sets.setdefault(domain, set()).add(tasks if first.per == "group" else self.plan.all_tasks)
+        names = {tensor.name: tensor for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE}
+        for name, tensor in names.items():
+            domain = self._domain(first.scope, name)
+            elements[domain] = elements.get(domain, 0) + tensor.num_elements
+        memory: Callable[[int, int], tuple[int, int]] = getattr(first, "memory", _few_numbers)
+        for name, tensor in names.items():
+            domain = self._domain(first.scope, name)
+            if domain not in sets:
+                continue
+            steps = chain.steps[:num_steps]
+            step_scope = widest(step.scope_of(name, tensor.shape) for step in steps)
+            span = self._cut(name, tensor.num_elements, tensor.shape, widest([scope, step_scope]))
+            n, needed = span.stop, len({task for tasks in sets[domain] for task in tasks})
+            seen = (n,) if scope == "element" else tensor.shape
+            tile = (min(n, TILE_ELEMENTS),) if scope == "element" else seen
+            work = max(workspace(len(tasks), tile) + 4 * len(tasks) * math.prod(tile) for tasks in sets[domain])
+            if any(len(tasks) < needed for tasks in sets[domain]):
+                work += max(4 * len(tasks) * n for tasks in sets[domain])
+            if steps:
+                in_tiles = runs_in_tiles(step_scope, tensor.shape, span)
+                shape = (max(high - low for low, high in tiles(n, span.run)),) if in_tiles else tensor.shape
+                result = 8 * needed * math.prod(shape)
+                work = max(work + 4 * needed * n * (not in_tiles), result + _steps(steps, needed, shape))
+            work = max(work, self._reading(name, n))
+            item = max(ITEM_BYTES[dtype] for dtype in self._dtypes_of(tensor))
+            found.add(
+                raw=(needed + 1) * (n * item + 64),
+                deltas=4 * needed * n + (4 * n if item != 4 else 0),
+                work=work,
+                result=sum(memory(len(tasks), n)[0] for tasks in sets[domain]),
+                totals=sum(memory(len(tasks), elements[domain])[1] for tasks in sets[domain]),
+            )
+        return found
+
+    # One item
+
+    def _reading(self, name: str, count: int) -> int:
+        """What reading so many elements of one model takes, of the model that takes most."""
+        return max((reading_bytes(model[name], count) for model in self.sources if name in model), default=0)
+
+    def _span(self, storage: Storage, scope: Scope) -> Span:
+        tensor = storage.tensor
+        sizes = [math.prod(shape) for shape in tensor.shapes or () if shape is not None]  # of private ones
+        return self._cut(tensor.name, max([tensor.num_elements, *sizes]), tensor.shape, scope)
+
+    def _cut(self, name: str, num_elements: int, shape: tuple[int, ...], scope: Scope) -> Span:
+        """The first range of a tensor, which is the longest."""
+        step, run = step_and_run(num_elements, shape, scope, self.chunk_elements)
+        self.num_spans += -(-num_elements // step)
+        return Span(name, 0, min(step, num_elements), step >= num_elements, run)
+
+    def _dtypes_of(self, tensor: PlanTensor) -> set[str]:
+        base = {tensor.base_dtype} if tensor.base_dtype is not None else set()
+        return {tensor.dtype_of(task) for task in tensor.present} | base
+
+    def _raw(self, storage: Storage, span: Span) -> int:
+        tensor, count = storage.tensor, span.stop - span.start
+        leaders = {tensor.same[task] for group in storage.groups for task in group.tasks}
+        sizes = [ITEM_BYTES[tensor.dtype_of(leader)] for leader in leaders]
+        if tensor.base_dtype is not None:
+            sizes.append(ITEM_BYTES[tensor.base_dtype])
+        return sum(count * size + 64 for size in sizes)
+
+    def _deltas(self, group: StoredGroup, span: Span) -> int:
+        if group.kind == "copy" or group.method is None or self.chains[group.method].call is None:
+            return 0
+        chain = self.chains[group.method]
+        whole = chain.coded is not None and chain.coded.expert is not None
+        return 4 * len(group.tasks) * (span.stop if whole else self._tile(chain, span))
+
+    def _tile(self, chain: Chain, span: Span) -> int:
+        shape = self.plan.tensor(span.tensor).shape
+        if not runs_in_tiles(chain.scope_of(span.tensor, shape), shape, span):
+            return span.stop
+        low, high = tiles(span.stop, span.run)[0]
+        return high - low
+
+    def _result(self, storage: Storage, span: Span) -> int:
+        """What is written of a range, which is hashed later, and its errors."""
+        tensor = storage.tensor
+        written = storage.num_bytes * span.stop // max(1, tensor.num_elements)
+        return written + 8 * len(tensor.present) * -(-span.stop // span.run) + 1024 * len(tensor.present)
+
+    def _work(self, storage: Storage, group: StoredGroup, span: Span) -> int:
+        """What computing one group of a range takes beside buffers and result."""
+        tensor, n, k = storage.tensor, span.stop, len(group.tasks)
+        items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.bill.allocation.dtype)] for t in group.tasks]
+        if group.kind == "copy" or group.method is None:
+            return 12 * n if self.bill.allocation.dtype is not None else 0
+        chain = self.chains[group.method]
+        t = self._tile(chain, span)
+        merging = self._merging(chain, tensor.name, tensor.shape, k, t)
+        merging += 16 * t + 4 * k * t + (8 * k * t if span.run > RUN_ELEMENTS else 0)
+        if group.kind == "merged":
+            return merging + sum(n * item for item in {*items})
+        if group.kind == "masked":
+            return merging + 17 * k * t + sum(n * item + n + n // 8 for item in items)
+        coded = chain.coded
+        assert coded is not None
+        forms = [coded.form_of_bits(tensor.shape, int(bits)) for bits in {*(group.bits or ())} if bits != "exact"]
+        forms += [coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))] if not forms else []
+        columns = forms[0].matrix[1]
+        part = (n // columns if columns else forms[0].matrix[0], columns)
+        coders = [coder for form in forms for coder in (form.residual, form.centre) if coder is not None]
+        coding = 40 * n + max((coder.workspace(part) for coder in coders), default=0)
+        if coded.expert is not None:
+            coding += 32 * n
+        return max(merging + 4 * n, coding)
+
+    def _merging(self, chain: Chain, name: str, shape: tuple[int, ...], k: int, t: int) -> int:
+        """Steps, call and calibration on so many elements."""
+        if chain.call is None or chain.call.scope_of(name, shape) == "block":
+            return 0
+        scope = chain.call.scope_of(name, shape)
+        row = max(1, row_elements(shape))
+        seen = {"element": (t,), "row": (t // row, row)}.get(scope, shape)
+        taken = chain.call.workspace(k, seen)
+        if chain.steps:
+            stepped = (t,) if t < math.prod(shape) else shape or (1,)
+            taken = 4 * k * t + max(taken, 4 * k * t + _steps(chain.steps, k, stepped))
+        if chain.calibrate is not None and chain.calibrate.scope_of(name, shape) == "tensor":
+            taken = max(taken, 16 * t + chain.calibrate.workspace(k, shape))
+        return taken
+
+    def _domain(self, scope: str, tensor: str) -> str:
+        return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
+
+
+def _few_numbers(num_tasks: int, _num_elements: int) -> tuple[int, int]:
+    """What a statistic holds that does not tell."""
+    return 64 * num_tasks, 64 * num_tasks
+
+
+def _steps(steps: Sequence[StepCall], k: int, shape: tuple[int, ...]) -> int:
+    return max((step.workspace(k, shape) for step in steps), default=0)

@@ -1,0 +1,119 @@
+"""`--max-memory` is a promise: every method stays under the least figure that it is told, and the figure is not idle.
+
+Peaks are the kernel's own (peaks.py). The figure may be exceeded by 15 %, which covers what the allocator keeps of
+memory that was freed.
+"""
+
+import sys
+
+import numpy as np
+import pytest
+
+from flexmerge_cli.engine.spans import Span
+from flexmerge_cli.engine.statistics import run_statistics
+from flexmerge_cli.methods.method import UNTOLD, Where
+from flexmerge_cli.methods.registry import all_calibrations, all_methods, all_steps
+
+from ..families import plain, write_family
+from ..program import fails, succeeds
+from .merges import DEFAULTS
+from .peaks import measured
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+EXCESS = 1.15
+IDLE = 2.5
+TELLING = 24 << 20
+"""A run that takes more than the fixed part, twice over: of such a one the figure says something."""
+
+MERGES = [
+    *({"family": "few", "method": text} for text in DEFAULTS.values()),
+    *({"family": "few", "method": "average", "steps": [step]} for step in ("dare", "magprune", "trim", "fr")),
+    {"family": "few", "method": "task_arithmetic", "calibrate": "svc"},
+    {"family": "few", "method": "auto", "size": "1x"},
+    {"family": "few", "method": "average", "dtype": "bfloat16"},
+    {"family": "few", "method": "ties", "dtype": "bfloat16", "cast": "F16"},
+    *({"family": "many", "method": method} for method in ("average", "pcb", "ties", "free", "opcm")),
+    *({"family": "conv", "method": method} for method in ("della", "low_bit", "sparse")),
+    *({"family": "embedding", "method": method} for method in ("pcb", "emr", "low_rank")),
+    {"family": "thin", "method": "sce:scope=row"},
+]
+PLANS = [
+    {"family": family, "statistics": statistics}
+    for family in ("few", "embedding", "thin")
+    for statistics in ("all", "gram")
+]
+CASES = [
+    {"tasks": 4, "chunk": "smallest", "threads": 1 + number % 2, **case}
+    for number, case in enumerate([*MERGES, *PLANS])
+]
+
+
+def label(case):
+    return " ".join(
+        str(case[key]) for key in ("family", "method", "statistics", "steps", "calibrate", "cast") if key in case
+    )
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    return measured(CASES, tmp_path_factory.mktemp("peaks"))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[label(case) for case in CASES])
+def test_a_run_keeps_to_the_least_memory_that_it_asks_for(number, peaks):
+    peak, told = peaks[number]["peak"], peaks[number]["told"]
+    assert peak <= EXCESS * told, (peak, told)
+    assert peak < TELLING or told <= IDLE * peak, (peak, told)
+
+
+@pytest.mark.parametrize("what", [*all_methods().values(), *all_steps().values(), *all_calibrations().values()])
+def test_what_computes_tells_its_workspace(what):
+    from flexmerge_cli.methods.coded import CodedMethod
+
+    assert isinstance(what, CodedMethod) or what.workspace is not UNTOLD
+
+
+def test_too_little_is_refused_with_the_figure_that_will_do(tmp_path):
+    folders, plan = write_family(tmp_path, plain()), tmp_path / "plan.json"
+    for command in (
+        ("plan", *folders.arguments, "-o", plan, "--max-memory"),
+        ("merge", plan, "--method", "pcb", "--size", "2x", "-o", tmp_path / "bundle", "--max-memory"),
+    ):
+        refused = fails(2, *command, "1MB", says="are needed")
+        succeeds(*command, refused.err.split("hint: --max-memory ")[1].split()[0])
+
+
+def test_what_statistics_hold_does_not_grow_with_the_number_of_blocks():
+    """Each block's total was kept until the end of the pass: half a megabyte a task and block."""
+    held, most = set(), 0
+
+    class Noted:
+        scope, per = "block", "task"
+
+        def combine(self, left, right):
+            nonlocal most
+            held.add(left[0])
+            most = max(most, len(held))
+            return left[0], left[1] + right[1]
+
+        def measure(self, deltas, where):
+            return where.tensor.split(".")[0], 1
+
+        def finish(self, total):
+            held.discard(total[0])
+            return np.array(total[1])
+
+    names = [f"b{block}.{part}" for part in range(3) for block in range(8)]
+    spans = [Span(name, 0, 4, True, 4) for name in names]
+    found = run_statistics(
+        Noted(),
+        {f"b{block}": [(0, 1)] for block in range(8)},
+        spans,
+        lambda _scope, tensor: tensor.split(".")[0],
+        lambda span, tasks: np.zeros((len(tasks), 4)),
+        lambda span, tasks: Where(tasks=("a", "b"), tensor=span.tensor, start=0, shape=(4,)),
+        threads=2,
+    )
+    assert {key[0]: int(value) for key, value in found.items()} == {f"b{block}": 3 for block in range(8)}
+    assert most == 1
