@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
-from flexmerge_cli.evaluation.models import routed_model
+from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 
@@ -143,7 +143,7 @@ class CurveScorer:
         for task in new:
             assert bundle is not None
             on_task(tasks.index(task))
-            model = replace(routed_model(bundle, task), folder=self.folders[task])
+            model = replace(bundle_model(bundle, task), folder=self.folders[task])
             scored = self._by_digest.get((task, model.digest)) if self.reuse else None
             if scored is None:
                 before = self.scorer.counts

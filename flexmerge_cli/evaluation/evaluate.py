@@ -69,6 +69,8 @@ def evaluate(
     records = {}
     for task in spec.tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
+        if bundle is not None:
+            bundle.check_files(task)  # config and tokenizer were read by their paths: nothing was replaced meanwhile
         on_scored(task, models, scored)
         data = scorer.examples(task, folders[task]).digest
         records[task] = task_record(spec, task, models, scored, data=data)

@@ -79,18 +79,14 @@ class StoredWeights(Mapping[str, "Tensor"]):
 
 
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
-    """A task of a bundle on disk, through its route. Raises IntegrityError if a file differs from the manifest.
+    """A task of a bundle, through its route. Raises IntegrityError if a file differs from the manifest.
 
     The model's digest is the manifest's, which says nothing of damaged files: so every file of the route is read first.
+    A bundle in memory has no files.
     """
-    bundle.check_files(task)
-    return routed_model(bundle, task)
-
-
-def routed_model(bundle: Bundle, task: str) -> TaskModel:
-    """The same for a bundle whose bytes are known to be sound: one in memory, made from checked sources."""
     from flexmerge_cli.bundle.view import View
 
+    bundle.check_files(task)
     names = bundle.manifest.tasks[task].names
     lines = [
         (names.get(t.name, t.name), t.dtype_of(task), t.shape_of(task), t.digests[task])

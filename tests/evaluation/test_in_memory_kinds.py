@@ -10,7 +10,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
-from flexmerge_cli.evaluation.models import routed_model
+from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.reopening import open_sources
@@ -49,7 +49,7 @@ def test_references_of_adapters_are_the_models_that_they_make(tmp_path):
     )
     for task in plan.task_names:
         assert_same_state(dict(fine_tuned[task].weights), dict(View(bundle, task)))
-        assert fine_tuned[task].digest == routed_model(bundle, task).digest
+        assert fine_tuned[task].digest == bundle_model(bundle, task).digest
 
 
 def test_rows_of_vocabularies_are_those_of_the_bundle(tmp_path):

@@ -9,7 +9,12 @@ import torch
 import transformers
 
 import flexmerge_cli
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import IntegrityError
+from flexmerge_cli.evaluation.cache import ScoreCache
+from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.evaluation.scored import Scored
+from flexmerge_cli.evaluation.spec import read_spec
 
 from ..program import fails, succeeds
 from . import tiny
@@ -108,13 +113,25 @@ def test_damage_that_no_scored_task_reads_costs_no_score(place, tmp_path):
     succeeds("eval", bundle, "--spec", spec)
 
 
+def test_files_that_are_replaced_while_they_are_scored_give_no_score(place, tmp_path):
+    """Weights are held open, config and tokenizer are not: half of a model would be the new one's."""
+    shutil.copytree(place / "coded", tmp_path / "bundle")
+    config = tmp_path / "bundle" / "tasks" / "first" / "config.json"
+
+    def replaced(_what: str, _done: int, _total: int) -> None:
+        data = config.read_bytes()
+        config.unlink()
+        config.write_bytes(data + b" ")
+
+    spec = read_spec(place / "eval.yaml", TASKS)
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        evaluate(Bundle.open(tmp_path / "bundle"), spec, on_step=replaced)
+
+
 def test_no_reuse_replaces_what_is_kept(place):
     """An entry that is wrong could be got rid of by removing the folder alone."""
     arguments = scored(place, place / "coded", "--json")
     first = succeeds(*arguments).json
-    from flexmerge_cli.evaluation.cache import ScoreCache
-    from flexmerge_cli.evaluation.scored import Scored
-
     cache = ScoreCache()
     for path in cache.folder.rglob("*.npz"):
         cache.put(path.stem, Scored(metric="accuracy", predictions=np.zeros(N, int), labels=np.ones(N, int)))
