@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.candidates import Candidates
 from flexmerge_cli.checkpoint.choose import choose_weights, variants
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
@@ -79,20 +80,25 @@ class HubTree:
         return self.path / name
 
 
-def checkpoints_in(source: str, access: Access) -> tuple[dict[str, str], list[str]]:
-    """Of a repository with one folder per model: name -> pinned source, and the names of what else is there."""
+def checkpoints_in(source: str, access: Access) -> Candidates:
+    """Of a repository with one folder per model: their pinned sources, and what else is there."""
     tree = open_tree(source, access)
     names = list(tree.files) or [str(path.relative_to(tree.path)) for path in tree.path.rglob("*") if path.is_file()]
-    files: dict[str, list[str]] = {}
-    for name in names:
+    folders: dict[str, list[str]] = {}
+    found = Candidates()
+    for name in sorted(name for name in names if not name.startswith(".")):
         folder, slash, rest = name.partition("/")
-        files.setdefault(folder, []).extend([rest] if slash and "/" not in rest else [])
-    found = {
-        folder: inner(tree.source, folder)
-        for folder, inside in sorted(files.items())
-        if not folder.startswith(".") and (choose_weights(inside, access.variant) or variants(inside))
-    }
-    return found, [name for name in sorted(files) if name not in found and not name.startswith(".")]
+        if slash:
+            folders.setdefault(folder, []).append(rest)
+        else:
+            found.add_file(name)
+    for folder, inside in folders.items():
+        files = [name for name in inside if "/" not in name]
+        if choose_weights(files, access.variant) or variants(files):
+            found.models[folder] = inner(tree.source, folder)
+        else:
+            found.add_folder(folder, inside)
+    return found
 
 
 def list_names(source: str, access: Access) -> list[str]:

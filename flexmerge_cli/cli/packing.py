@@ -32,6 +32,7 @@ class Packing:
     request: MergeRequest
     keep_plan: Path | None
     plan_folder: Path = field(default_factory=Path)
+    source_warnings: tuple[str, ...] = ()
     pricer: Pricer | None = None
     spec: EvalSpec | None = None
     """Of the recipe's gate."""
@@ -75,6 +76,7 @@ class Packing:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
         given = plan_request(self.source, None, None, [], {}, (), False, access=self.request.access)
+        self.source_warnings = given.warnings
         if self.keep_plan is None:
             assert given.request is not None
             self.plan_folder = output.absolute().parent
@@ -97,7 +99,7 @@ class Packing:
             self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)
         self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None)
         bill = allocate(plan, self.request, self.pricer)
-        return bill, advice(plan, bill, self.request, self.pricer)
+        return bill, [*self.source_warnings, *advice(plan, bill, self.request, self.pricer)]
 
     def auto(self) -> dict[str, Any] | None:
         """What `auto` tells of its choice, after `bill`; None for other methods."""

@@ -31,6 +31,9 @@ def plan(
         str | None, typer.Option("--tasks", help="Folder, or hf://org/name, with one subfolder per fine-tune.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", help="Leave out this folder of --tasks; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
     blocks: Annotated[
         str | None,
@@ -97,7 +100,18 @@ def plan(
     access = options.access_of(offline=offline, quiet=quiet, variant=variant, stream=stream, max_memory=memory)
     apart = tuple(private or ())
     given = plan_request(
-        source, base, tasks, task or [], chosen, apart, merge_heads, statistics, access, adapters, assume_base
+        source,
+        base,
+        tasks,
+        task or [],
+        chosen,
+        apart,
+        merge_heads,
+        statistics,
+        access,
+        adapters,
+        assume_base,
+        ignore or (),
     )
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
@@ -117,8 +131,7 @@ def plan(
     check_request(request, given.num_tasks)
     for message in resolutions(request):
         options.note(message, quiet=quiet)
-    if given.ignored:
-        options.note(f"not checkpoints, left out: {', '.join(given.ignored)}", quiet=quiet)
+    options.warn(given.warnings, quiet=quiet)
     if dry_run:
         value = dry_summary(given.request, request)
     else:
@@ -133,4 +146,5 @@ def plan(
             )
         value = plan_summary(found, output, request, methods=methods)
     options.warn(value["warnings"], quiet=quiet)
+    value["warnings"] = [*given.warnings, *value["warnings"]]
     options.emit(value, as_json=as_json, show=show_plan)

@@ -1,6 +1,6 @@
 """What the command line says of sources: recipe, plan, --base, --tasks, --task."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -9,7 +9,7 @@ from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.allocation.plan_records import Statistics
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import checkpoints_in
-from flexmerge_cli.checkpoint.place import is_hub, is_remote
+from flexmerge_cli.checkpoint.place import HubPlace, is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
@@ -32,8 +32,8 @@ class Given:
     request: PlanRequest | None
     plan: Plan | None
     order: OrderSettings
-    ignored: tuple[str, ...]
-    """What lies in --tasks and is no checkpoint."""
+    warnings: tuple[str, ...] = ()
+    """What of --tasks is left out and why, and which tasks are one model."""
     statistics: Statistics | None = None
     """What the plan is to hold; None: as the other plan."""
     folder: Path = Path()
@@ -72,6 +72,7 @@ def plan_request(
     access: Access = ONLINE,
     adapters: str | None = None,
     assume_base: bool = False,
+    ignore: Collection[str] = (),
 ) -> Given:
     """Options win over the recipe."""
     if adapters not in (None, *get_args(Adapters)):
@@ -88,7 +89,7 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        if base or tasks or task or private or merge_heads or adapters or assume_base:
+        if base or tasks or task or ignore or private or merge_heads or adapters or assume_base:
             raise UsageError(
                 "a plan has its sources and classes already", hint="leave out --base, --tasks, --private …"
             )
@@ -101,27 +102,33 @@ def plan_request(
             request=None,
             plan=plan,
             order=order_settings(order, old),
-            ignored=(),
             statistics=cast(Statistics | None, statistics),
             folder=source.absolute().parent,
             access=access,
         )
+    base_source = _from_here(base, recipe) if base is not None else recipe.base if recipe else None
+    if base_source is None:
+        raise UsageError("no base", hint="--base PATH, or a recipe")
+    start = recipe.folder if recipe else Path()
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
-    ignored: list[str] = []
+    warnings: list[str] = []
+    given: dict[str, str] = {}
     if tasks is not None:
-        named, ignored = _tasks_in(tasks, access)
-    given: set[str] = set()
+        named, warnings = _tasks_in(tasks, base_source, start, ignore, access)
+        given = {name.lower(): f"`{name}` of {tasks}" for name in named}
+    elif ignore:
+        raise UsageError("--ignore leaves out a folder of --tasks", hint="--tasks DIR --ignore NAME")
     for item in task:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
             raise UsageError(f"--task {item} is not NAME=SOURCE", hint="--task sst2=finetuned/sst2")
-        if name in given:
-            raise UsageError(f"two tasks of one name: `{name}`", hint="rename one")
-        given.add(name)
+        if name.lower() in given:
+            raise UsageError(
+                f"two tasks of one name: {given[name.lower()]} and `{name}` of --task {item} (case is ignored)",
+                hint=f"rename one, or leave out a folder of --tasks: --ignore {name}",
+            )
+        given[name.lower()] = f"`{name}` of --task"
         named[name] = _from_here(path, recipe)
-    base_source = _from_here(base, recipe) if base is not None else recipe.base if recipe else None
-    if base_source is None:
-        raise UsageError("no base", hint="--base PATH, or a recipe")
     if not named:
         raise UsageError("no tasks", hint="--tasks DIR, or --task NAME=PATH")
     request = PlanRequest(
@@ -133,23 +140,65 @@ def plan_request(
         adapters=cast(Adapters, adapters or (recipe.adapters if recipe else None) or "keep"),
         assume_base=assume_base or bool(recipe and recipe.assume_base),
         statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
-        relative_to=recipe.folder if recipe else Path(),
+        relative_to=start,
         access=replace(access, variant=access.variant or (recipe.variant if recipe else None)),
     )
-    return Given(request=request, plan=None, order=request.order, ignored=tuple(ignored))
+    return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
 
 
-def _tasks_in(place: str, access: Access) -> tuple[dict[str, str], list[str]]:
-    """One task for each folder that holds a checkpoint, and the names of what else is there."""
-    if is_hub(place):
-        found, ignored = checkpoints_in(place, access)
-        if not found:
-            raise SourceError(f"no checkpoint in any folder of {place}", hint="give each task: --task NAME=hf://…")
-        return found, ignored
-    if is_remote(place):
+def _tasks_in(
+    place: str, base: str, start: Path, ignore: Collection[str], access: Access
+) -> tuple[dict[str, str], list[str]]:
+    """One task for each folder that holds a checkpoint, and warnings of what else is there.
+
+    The base is no task; what looks like a model and has no weights is refused unless it is to be ignored.
+    """
+    if is_remote(place) and not is_hub(place):
         raise UsageError(f"--tasks {place}: a folder, or a repository of the Hub", hint="--task NAME=SOURCE for each")
-    local, ignored = find_tasks(Path(place))
-    return {name: str(Path(path).absolute()) for name, path in local.items()}, ignored
+    found = checkpoints_in(place, access) if is_hub(place) else find_tasks(expanded(place))
+    for name in ignore:
+        if not any(kind.pop(name, None) for kind in (found.models, found.unfinished, found.others)):
+            raise UsageError(f"--ignore {name}: {place} has no such folder", hint=f"look into {place}")
+    if found.unfinished:
+        told = [f"`{name}` {why}" for name, why in found.unfinished.items()]
+        left_out = " ".join(f"--ignore {name}" for name in found.unfinished)
+        raise SourceError(f"not all of {place} is whole:\n  " + "\n  ".join(told), hint=f"complete it, or {left_out}")
+    if not found.models:
+        example = "hf://…" if is_hub(place) else "PATH"
+        raise SourceError(f"no checkpoint in any folder of {place}", hint=f"give each task: --task NAME={example}")
+    of_base = _identity(base, start)
+    for name in [name for name, source in found.models.items() if _identity(source, Path()) == of_base]:
+        del found.models[name]
+        found.others[name] = "the base"
+    warnings = [f"left out of {place}: " + ", ".join(f"{name} ({why})" for name, why in sorted(found.others.items()))]
+    sources = {name: source if is_hub(place) else str(Path(source).absolute()) for name, source in found.models.items()}
+    return sources, warnings if found.others else []
+
+
+def _identity(source: str, start: Path) -> object:
+    """The same for two source strings of one model, as far as can be told without reading it."""
+    if is_hub(source):
+        place = HubPlace.of(source)
+        return place.repository, place.folder
+    if is_remote(source):
+        return source
+    path = start / expanded(source)
+    path = path.parent if path.is_file() else path  # its weight file was named
+    return path.resolve()
+
+
+def _twice(named: Mapping[str, str], start: Path) -> list[str]:
+    """A warning for each model that is several tasks."""
+    tasks: dict[object, list[str]] = {}
+    for name, source in sorted(named.items()):
+        # Two weight files of one folder, or two revisions of one repository, are two models.
+        same = source if is_remote(source) else (start / expanded(source)).resolve()
+        tasks.setdefault(same, []).append(name)
+    return [
+        f"tasks {', '.join(f'`{name}`' for name in names)} are one model: {same}"
+        for same, names in tasks.items()
+        if len(names) > 1
+    ]
 
 
 def _from_here(source: str, recipe: Recipe | None) -> str:

@@ -4,10 +4,11 @@ Gathers all that does not fit, over all tasks, before it raises.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flexmerge_cli.checkpoint.candidates import Candidates
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -127,15 +128,31 @@ def _is_task_name(name: str) -> bool:
     return TASK_NAME.fullmatch(name) is not None and name.lower() != "all"
 
 
-def find_tasks(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Every immediate subfolder that holds a checkpoint, name -> path; and the names of what else is there."""
+def find_tasks(folder: Path) -> Candidates:
+    """Every immediate subfolder that holds a checkpoint, and what else is there. Raises SourceError."""
     if not folder.is_dir():
         raise SourceError(f"no folder {folder}", hint="--tasks takes a folder with one subfolder per fine-tuned model")
-    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-    found = {child.name: str(child) for child in children if child.is_dir() and find_weights(child) is not None}
-    if not found:
-        raise SourceError(f"no checkpoint in any folder of {folder}", hint="give each task: --task NAME=PATH")
-    return found, [child.name for child in children if child.name not in found]
+    found = Candidates()
+    for child in sorted(child for child in folder.iterdir() if not child.name.startswith(".")):
+        if child.is_symlink() and not child.exists():
+            found.unfinished[child.name] = "is a link that leads nowhere"
+        elif not child.is_dir():
+            found.add_file(child.name)
+        elif find_weights(child) is not None:
+            found.models[child.name] = str(child)
+        else:
+            found.add_folder(child.name, list(_two_levels(child)))
+    return found
+
+
+def _two_levels(folder: Path) -> Iterator[str]:
+    """Paths of what is in it and in its folders; a folder's own ends in a slash."""
+    for child in folder.iterdir():
+        if child.is_dir():
+            yield f"{child.name}/"
+            yield from (f"{child.name}/{each.name}" for each in child.iterdir())
+        else:
+            yield child.name
 
 
 def make_family(

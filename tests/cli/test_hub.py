@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_repository_with_a_folder_per_task(hub, published, tmp_path):
     commit = hub.add("org/all", published.root)
     given = ["--base", "hf://org/all:base", "--tasks", "hf://org/all:tasks"]
     said = succeeds("plan", *given, "-o", tmp_path / "plan.json").err
-    assert "not checkpoints, left out: notes" in said
+    assert "left out of hf://org/all:tasks: notes (no model)" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [task["source"] for task in plan["tasks"]] == [f"hf://org/all@{commit}:tasks/task{n}" for n in range(4)]
     hub.forget()
@@ -299,3 +300,20 @@ def test_help_needs_neither_torch_nor_the_hubs_client():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_set_of_tasks_of_a_repository_does_not_change_in_silence(hub, published):
+    """The base beside its fine-tunes, a folder without weights, and one that only holds a step of training."""
+    hub.add("org/all", published.root)
+    given = ["plan", "--base", "hf://org/all:base", "--tasks", "hf://org/all", "--dry-run", "--json"]
+    fails(4, *given, says=("`tasks`", "look in task0/"))
+    shutil.copytree(published.root / "tasks", published.root / "flat")
+    shutil.copytree(published.root / "base", published.root / "flat/base")
+    (published.root / "flat/broken").mkdir()
+    (published.root / "flat/broken/config.json").write_text("{}")
+    hub.add("org/flat", published.root / "flat")
+    given = ["plan", "--base", "hf://org/flat:base", "--tasks", "hf://org/flat", "--dry-run", "--json"]
+    fails(4, *given, says="`broken` holds config.json and no weights")
+    found = succeeds(*given, "--ignore", "broken").json
+    assert [task["name"] for task in found["tasks"]] == [f"task{n}" for n in range(4)]
+    assert found["warnings"] == ["left out of hf://org/flat: base (the base)"]

@@ -256,7 +256,8 @@ def test_every_kind_of_model_has_a_starter_that_is_a_spec(tmp_path, make, kind):
 
     for name in ("on", "1"):  # which YAML would take for something else
         make(tmp_path / "tasks" / name)
-    arguments = ("--base", tmp_path / "tasks" / "on", "--tasks", tmp_path / "tasks")
+    tasks = [word for name in ("on", "1") for word in ("--task", f"{name}={tmp_path / 'tasks' / name}")]
+    arguments = ("--base", tmp_path / "tasks" / "on", *tasks)
     succeeds("plan", *arguments, "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "bundle")
     succeeds("eval", "--init", tmp_path / "bundle", "-o", tmp_path / "eval.yaml")

@@ -271,14 +271,27 @@ def test_two_tasks_of_one_name_are_refused_whatever_their_case():
 def test_a_folder_of_tasks_names_what_else_is_there(tmp_path):
     write_checkpoint(tmp_path / "b", encoder())
     write_checkpoint(tmp_path / "a", encoder(), layout="bin")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    (tmp_path / ".git").mkdir()
-    found, ignored = find_tasks(tmp_path)
-    assert list(found) == ["a", "b"]
-    assert ignored == ["logs", "notes.txt"]
-    with pytest.raises(SourceError, match="no checkpoint in any folder"):
-        find_tasks(tmp_path / "logs")
+    write_checkpoint(tmp_path / "steps/checkpoint-100", encoder())
+    write_checkpoint(tmp_path / "unclear", encoder())
+    (tmp_path / "unclear/model.safetensors").rename(tmp_path / "unclear/one.safetensors")
+    (tmp_path / "unclear/two.safetensors").write_bytes(b"")
+    (tmp_path / "linked").symlink_to(tmp_path / "nowhere")
+    for name in ("logs", ".git", "logs/events"):
+        (tmp_path / name).mkdir()
+    for name in ("notes.txt", "lone.safetensors"):
+        (tmp_path / name).write_text("")
+    found = find_tasks(tmp_path)
+    assert list(found.models) == ["a", "b"]
+    assert found.others == {
+        "logs": "no model",
+        "lone.safetensors": "a weight file: --task NAME=…/lone.safetensors takes it",
+        "notes.txt": "a file",
+    }
+    assert found.unfinished == {
+        "linked": "is a link that leads nowhere",
+        "steps": "has no weights of its own; look in checkpoint-100/",
+        "unclear": "holds one.safetensors, two.safetensors, and which of them is the model is not to be seen",
+    }
     with pytest.raises(SourceError, match="no folder"):
         find_tasks(tmp_path / "nowhere")
 
