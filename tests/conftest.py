@@ -11,7 +11,7 @@ __all__ = ["hub"]
 
 
 # Folders and files of tests that are pure and take milliseconds each: `tests/run.sh fast`.
-FAST = ("order", "allocation", "residuals", "family", "test_docs.py")
+FAST = ("order", "residuals", "family", "test_docs.py")
 
 
 def pytest_collection_modifyitems(items):
