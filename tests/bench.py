@@ -1,11 +1,13 @@
-"""`python -m tests.bench plan|merge|serve`: our wall time and peak anonymous memory beside a bare loop, in one run.
+"""`python -m tests.bench plan|merge|serve|verify`: our time and peak anonymous memory beside a bare loop, in one run.
 
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
 256 k-element chunk, two workers; `our-plan-gram` takes no more, `our-plan` what `auto` needs, too. For `merge` at 1x it
 reads the input and writes the output once. For `serve` it loads
 one task's own checkpoint with safetensors and copies it out of the mapped file; ours decodes it of a bundle that the
-method `auto` has made at 1x, which is built once and takes minutes. Imports are apart:
+method `auto` has made at 1x, which is built once and takes minutes. For `verify`, export and the first use of a view
+(every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded bundle.
+Imports are apart:
 each part runs in a process of its own and tells the time from after its imports. Files are read once before, so that
 all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
 """
@@ -20,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 NUM_TASKS = 8
@@ -29,7 +32,7 @@ WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["plan", "merge", "serve", *PARTS])
+    parser.add_argument("what", choices=["plan", "merge", "serve", "verify", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -37,6 +40,9 @@ def main() -> None:
         print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
         return
     make_family(arguments.folder)
+    if arguments.what == "verify":
+        compare_verified(arguments.folder, arguments.repeat)
+        return
     if arguments.what == "merge" or (arguments.what == "serve" and not (arguments.folder / "auto").exists()):
         run_part("our-plan", arguments.folder)
     if arguments.what == "serve" and not (arguments.folder / "auto").exists():
@@ -57,6 +63,22 @@ def main() -> None:
         print(f"{name} / bare, best of {arguments.repeat}: {ours['seconds'] / bare['seconds']:.2f}x time", end=", ")
         print(f"{ours['cpu'] / bare['cpu']:.2f}x CPU time", end=", ")
         print(f"peak anonymous memory {ours['peak_bytes'] / 1e6:.0f} MB (bare loop {bare['peak_bytes'] / 1e6:.0f} MB)")
+
+
+def compare_verified(folder: Path, repeat: int) -> None:
+    """Turn by turn, so that what else the machine does slows both alike."""
+    if not (folder / "coded").exists():
+        run_part("our-plan-gram", folder)
+        run_part("our-bundles", folder)
+    for what in ("export-dense", "export-coded", "view-dense", "view-coded"):
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(repeat):
+            for name in (what, f"{what}-verified"):
+                found = run_part(name, folder)
+                if name not in best or found["seconds"] < best[name]["seconds"]:
+                    best[name] = found
+        seconds, verified = best[what]["seconds"], best[f"{what}-verified"]["seconds"]
+        print(f"{what:13} {seconds:6.2f} s, verified {verified:6.2f} s: {verified / seconds:.2f}x", flush=True)
 
 
 def run_part(name: str, folder: Path) -> dict[str, float]:
@@ -199,6 +221,45 @@ def our_serve(folder: Path) -> Callable[[], None]:
     return lambda: dict(open_bundle(folder / "auto").view("task1")) and None
 
 
+def our_bundles(folder: Path) -> Callable[[], None]:
+    from flexmerge_cli import merge
+
+    def run() -> None:
+        for name, method, size in (("dense", "average", "2x"), ("coded", "low_bit:bits=4", None)):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            merge(folder / "plan.json", folder / name, method=method, size=size, device="cpu")
+
+    return run
+
+
+def our_export(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]:
+    from flexmerge_cli.bundle.export import export_task
+    from flexmerge_cli.bundle.read import Bundle
+    from flexmerge_cli.methods import coded
+
+    assert coded
+    target = folder / "exported"
+    shutil.rmtree(target, ignore_errors=True)
+    return lambda: export_task(Bundle.open(folder / bundle, tasks=["task1"], verify=verify), "task1", target)
+
+
+def our_view(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]:
+    import torch
+
+    from flexmerge_cli.bundle.read import Bundle
+    from flexmerge_cli.bundle.view import View
+    from flexmerge_cli.methods import coded
+
+    assert coded
+    torch.set_num_threads(1)
+    for file in (folder / bundle).rglob("*.safetensors"):
+        shutil.copyfile(file, os.devnull)
+    return lambda: (
+        {name: value.clone() for name, value in View(Bundle.open(folder / bundle, verify=verify), "task1").items()}
+        and None
+    )
+
+
 PARTS = {
     "bare-plan": bare_plan,
     "our-plan": our_plan,
@@ -208,6 +269,13 @@ PARTS = {
     "our-auto": our_auto,
     "bare-serve": bare_serve,
     "our-serve": our_serve,
+    "our-bundles": our_bundles,
+    **{
+        f"{what}-{bundle}{'-verified' if verify else ''}": partial(part, bundle=bundle, verify=verify)
+        for what, part in (("export", our_export), ("view", our_view))
+        for bundle in ("dense", "coded")
+        for verify in (False, True)
+    },
 }
 
 
