@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexmerge_cli import open_bundle
+from flexmerge_cli.errors import IntegrityError
 from samples import read_bundle
 from tests.adapters import IA3, LORA, Adapted, make
 from tests.families import same_bits
@@ -235,6 +237,13 @@ def test_a_flipped_byte_of_a_kept_adapter_is_found(tmp_path: Path) -> None:
         and "a" in result.err
         and "sound: b" in (result.out + result.err).replace("sound tasks", "sound")
     )
+    bundle = open_bundle(tmp_path / "bundle")
+    with pytest.raises(IntegrityError, match="adapter_model"):
+        dict(bundle.view("a"))
+    assert len(dict(bundle.view("b")))
+    for more in ((), ("--merged",)):
+        fails(5, "export", tmp_path / "bundle", "--task", "a", "-o", tmp_path / "out", *more, says="adapter_model")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", ["keep", "merge"])

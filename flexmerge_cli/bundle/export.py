@@ -1,13 +1,11 @@
 """Tasks of a bundle as ordinary checkpoint folders."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
@@ -17,11 +15,10 @@ from flexmerge_cli.bundle.publish import Ours, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
-from flexmerge_cli.errors import IntegrityError, MachineError, UsageError
+from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.version import VERSION
 from flexmerge_cli.writing import no_space
 
-COPY_BYTES = 4 << 20
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -87,23 +84,14 @@ def _fill(bundle: Bundle, task: str, folder: Path, *, link: bool, merged: bool) 
     if link:
         _link(bundle, task, folder)
     else:
-        _write(bundle, task, folder)
+        with bundle.checking(task) as unchecked:
+            _write(unchecked, task, folder)
 
 
 def _copy_file(bundle: Bundle, path: str, target: Path) -> None:
-    digest = hashlib.sha256()
-    with (bundle.path / path).open("rb") as read, target.open("xb") as write:
-        while data := _read(read, bundle.path / path):
-            digest.update(data)
+    with target.open("xb") as write:
+        for data in bundle.chunks(path):
             write.write(data)
-    _check(bundle, path, digest.hexdigest())
-
-
-def _read(file: BinaryIO, path: Path) -> bytes:
-    try:
-        return file.read(COPY_BYTES)
-    except OSError as error:
-        raise MachineError(f"{path} cannot be read: {error.strerror}", hint="check the disk") from None
 
 
 def _link_file(bundle: Bundle, path: str, target: Path) -> None:

@@ -8,6 +8,7 @@ A sha256 finds damage, not forgery. Damage that comes after a file was digested 
 """
 
 import contextlib
+import copy
 import hashlib
 import mmap
 import os
@@ -125,6 +126,24 @@ class BundleFiles:
         Raises IntegrityError that names all that differ, with both digests, MachineError if one cannot be read.
         """
         raise_together(self._folder, [problem for problem in self.problems(list(names)) if problem is not None])
+
+    @contextlib.contextmanager
+    def checking(self, names: Iterable[str]) -> Iterator["BundleFiles"]:
+        """Digest files while they are read: what is read inside of the block, through what it gives, does not wait.
+
+        For one who hands nothing out before the block has ended. Raises as `check` when it ends, also in place of an
+        error that reading damaged bytes has led to.
+        """
+        unchecked = copy.copy(self)
+        unchecked._verify = False
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(self.check, list(names))
+            try:
+                yield unchecked
+            except FlexmergeError:
+                done.result()
+                raise
+            done.result()
 
     def problems(self, names: list[str]) -> Iterator[FlexmergeError | None]:
         """What `check` finds, file by file in this order."""

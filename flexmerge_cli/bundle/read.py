@@ -4,8 +4,8 @@ Opening checks paths, headers and sizes. A file's digest is compared when the fi
 wrong with a file concerns the tasks that read it, and no other.
 """
 
-import math
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,17 +14,15 @@ import numpy as np
 from flexmerge_cli.allocation.manifest import (
     BASE_FOLDER,
     AdapterEntry,
-    GroupEntry,
     Manifest,
-    RowsEntry,
     TensorEntry,
-    UnitEntry,
 )
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.files import BundleFiles, raise_together
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, file_inside, read_manifest, standing
-from flexmerge_cli.bundle.residual import ALL, PartBits, StoredResidual, stored_residual
-from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, to_float32
+from flexmerge_cli.bundle.residual import ALL, PartBits
+from flexmerge_cli.bundle.routes import Routes
+from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -38,25 +36,13 @@ MAX_LOOKS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
+class Bundle(Routes):
     """An open bundle. Made by `Bundle.open`."""
 
-    path: Path
-    manifest: Manifest
-    parts: Mapping[str, Mapping[str, StoredTensor]]
-    """File -> part name -> where it lies."""
-    _units: dict[str, UnitEntry]
-    _tensors: dict[str, TensorEntry]
-    _rows: dict[tuple[str, str], RowsEntry]
-    """(task, aligned name) of tensors that are put together from rows."""
-    _dense: dict[str, dict[str, StoredTensor]]
-    """Task -> aligned name -> the dense part."""
-    _coded: dict[str, dict[str, StoredTensor]]
-    """Task -> part name -> part, of all parts on its route."""
-    files: BundleFiles | None
+    files: BundleFiles | None = None
     """None of a bundle in memory."""
-    _memory: Mapping[Path, np.ndarray]
-    """Bytes of files that are not on disk."""
+    memory: Mapping[Path, np.ndarray] = field(default_factory=dict)
+    """Bytes of paths that are not on disk."""
     _problems: dict[str, FlexmergeError] = field(default_factory=dict)
     """File, or task -> why it cannot be read."""
 
@@ -128,50 +114,6 @@ class Bundle:
                 return bundle  # all that was looked at is of this manifest: a folder is published as a whole
         raise IntegrityError(f"{path} is replaced again and again while it is opened", hint="try again later")
 
-    @staticmethod
-    def of(
-        path: Path,
-        manifest: Manifest,
-        parts: Mapping[str, Mapping[str, StoredTensor]],
-        memory: Mapping[Path, np.ndarray] | None = None,
-        files: BundleFiles | None = None,
-    ) -> "Bundle":
-        """Of a manifest and parts that are known to fit, on disk (files) or not (memory: the bytes of each path)."""
-        dense: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
-        coded: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
-        for name, found in parts.items():
-            readers = manifest.files[name].tasks
-            names = manifest.tasks[readers[0]].names  # dense parts have the names of the first reader
-            plain = {
-                tensor.name: found[own]
-                for tensor in manifest.stored
-                if readers[0] in tensor.digests and (own := names.get(tensor.name, tensor.name)) in found
-            }
-            for task in readers:
-                dense[task] |= plain
-                coded[task] |= found
-        return Bundle(
-            path=path,
-            manifest=manifest,
-            parts=parts,
-            _units={name: unit for unit in manifest.units for name in unit.tensors},
-            _tensors={tensor.name: tensor for tensor in manifest.stored},
-            _rows={
-                (task, name): rows
-                for vocabulary in manifest.vocabularies
-                for task, rows in vocabulary.tasks.items()
-                for name in vocabulary.tensors
-            },
-            _dense=dense,
-            _coded=coded,
-            files=files,
-            _memory={} if memory is None else memory,
-        )
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return tuple(self.manifest.tasks)
-
     @property
     def sound_tasks(self) -> tuple[str, ...]:
         """Tasks whose files are there, of the right size, with headers and parts as the manifest has them."""
@@ -205,6 +147,19 @@ class Bundle:
         if self.files is not None:
             of_weights = self._weight_files(task)
             self.files.check(name for name in self.manifest.tasks[task].files if weights or name not in of_weights)
+
+    @contextlib.contextmanager
+    def checking(self, task: str) -> Iterator["Bundle"]:
+        """This bundle, whose files of the task are digested while it is read; see BundleFiles.checking."""
+        if self.files is None:
+            yield self
+            return
+        with self.files.checking(self._weight_files(task)) as files:
+            yield replace(self, files=files)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file of the manifest, from beginning to end. Raises after the last byte if its sha256 is another."""
+        return self._on_disk.chunks(name)
 
     def hold(self, task: str) -> None:
         """Keep the weight files of a task's route open, to be read even if the bundle is replaced or removed."""
@@ -246,23 +201,11 @@ class Bundle:
             if task in tensor.digests
         }
 
-    def aligned_name(self, task: str, own: str) -> str:
-        """Raises KeyError."""
-        for aligned, name in self.manifest.tasks[task].names.items():
-            if name == own:
-                return aligned
-        if own in self._tensors and own not in self.manifest.tasks[task].names:
-            return own
-        raise KeyError(own)
-
-    def _shape(self, tensor: TensorEntry, task: str) -> tuple[int, ...]:
-        rows = self._rows.get((task, tensor.name))
-        return tensor.shape_of(task) if rows is None else (rows.rows, *tensor.shape_of(task)[1:])
-
     def array(self, task: str, aligned: str, *, shared: bool = False) -> np.ndarray:
         """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype, in memory of the caller's own.
 
-        shared: where `is_shared`, a view of the mapped file instead, which all tasks of a group have in common.
+        shared: of a dense part in the task's own dtype a view of the mapped file instead, which all tasks of a group
+        have in common.
         Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
         """
         tensor = self._tensors[aligned]
@@ -301,15 +244,6 @@ class Bundle:
         )
         return from_float32(decoded, dtype).reshape(shape)
 
-    def coded(self, task: str, aligned: str) -> StoredResidual | None:
-        """How a tensor is stored as a centre and residuals; None of what is stored otherwise, or put together."""
-        tensor = self._tensors[self._tensors[aligned].of or aligned]
-        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
-        if is_apart or tensor.name in self._dense[task]:
-            return None
-        group = self._group(task, tensor.name)
-        return self._residual(tensor, group, task) if group.kind == "residual" else None
-
     def part_bits(self, task: str) -> PartBits:
         """Reads parts on the task's route by their names."""
 
@@ -321,34 +255,17 @@ class Bundle:
 
     def bits(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
         """Elements of a part, one axis, read into memory of the caller's own."""
-        if part.path in self._memory:
+        if part.path in self.memory:
             return self.mapped(part)[at].copy()
         start, stop, _ = at.indices(part.num_elements)
         return self._on_disk.read(part, start, stop)
 
     def mapped(self, part: StoredTensor) -> np.ndarray:
         """A part's elements, one axis, mapped; private to this process where written to. See BundleFiles.map."""
-        whole = self._memory.get(part.path)
+        whole = self.memory.get(part.path)
         if whole is None:
             whole = self._on_disk.map(part.path)
         return np.asarray(whole[part.offset : part.offset + part.num_bytes]).view(NUMPY[part.dtype])
-
-    def dense(self, task: str, aligned: str) -> StoredTensor | None:
-        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
-        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
-        return None if is_apart else self._dense[task].get(aligned)
-
-    def is_tied(self, aligned: str) -> bool:
-        return self._tensors[aligned].of is not None
-
-    def is_shared(self, task: str, aligned: str) -> bool:
-        """Whether `array` can be a view of the file: a dense part in the task's own dtype."""
-        tensor = self._tensors[aligned]
-        adapter = self.manifest.tasks[task].adapter
-        if adapter is not None:
-            return aligned not in adapter.changes
-        dense = self.dense(task, tensor.of or aligned)
-        return dense is not None and dense.dtype == tensor.dtype_of(task)
 
     def config_folder(self, task: str) -> Path:
         """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
@@ -373,87 +290,6 @@ class Bundle:
         stored = replace(change.tensor(base_part, weights), shape=shape)
         return self._on_disk.read(stored, 0, stored.num_elements).reshape(shape)
 
-    def _base(self, task: str, tensor: TensorEntry) -> StoredTensor:
-        """The base's bits on an adapter's route."""
-        own = self._coded[task].get(f"{tensor.name}@base") or self._dense[task].get(tensor.name)
-        return own or self._part(task, f"{tensor.name}@base")
-
-    def _residual(self, tensor: TensorEntry, group: GroupEntry, task: str) -> StoredResidual:
-        return stored_residual(self.manifest, tensor, group, task, self._coded[task])
-
-    def _part(self, task: str, name: str) -> StoredTensor:
-        part = self._coded[task].get(name)
-        if part is None:
-            raise DataError(f"{self.path}: `{name}` is on no file of task `{task}`", hint="fetch the bundle again")
-        return part
-
-    def _gamma(self, task: str, aligned: str) -> StoredTensor | None:
-        """The factor of a masked tensor, where its method has one."""
-        return self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
-
-    def _check_route(self, task: str) -> None:
-        """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""
-        adapter = self.manifest.tasks[task].adapter
-        for tensor in self.manifest.stored:
-            if tensor.of is not None or task not in tensor.digests:
-                continue
-            if adapter is not None:
-                self._check_adapted(tensor, task, adapter)
-                continue
-            dense = self._dense[task].get(tensor.name)
-            if dense is None and tensor.name not in self._units:
-                raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
-            if not (self._casts(tensor, task, dense) if dense is not None else self._decodes(tensor, task)):
-                raise DataError(
-                    f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
-                    hint="fetch it again",
-                )
-
-    def _check_adapted(self, tensor: TensorEntry, task: str, adapter: AdapterEntry) -> None:
-        change = adapter.changes.get(tensor.name)
-        if change is not None and change.value is not None:
-            return  # the manifest's own check has its place in the file
-        base = self._base(task, tensor)
-        if (base.dtype, base.num_elements) != (tensor.dtype_of(task), math.prod(tensor.shape_of(task))):
-            raise DataError(
-                f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
-                hint="fetch it again",
-            )
-
-    def _casts(self, tensor: TensorEntry, task: str, dense: StoredTensor) -> bool:
-        dtypes = {dense.dtype, tensor.dtype_of(task)}
-        return dense.num_elements == math.prod(tensor.shape_of(task)) and (len(dtypes) == 1 or dtypes <= set(FLOATING))
-
-    def _group(self, task: str, aligned: str) -> GroupEntry:
-        found = next((group for group in self._units[aligned].groups if task in group.tasks), None)
-        if found is None:
-            raise DataError(f"{self.path}: `{aligned}` has no group of task `{task}`", hint="fetch the bundle again")
-        return found
-
-    def _decodes(self, tensor: TensorEntry, task: str) -> bool:
-        group = self._group(task, tensor.name)
-        if group.kind == "residual":
-            if not {tensor.dtype_of(name) for name in group.tasks} <= set(FLOATING):
-                return False
-            stored = self._residual(tensor, group, task)
-            base_fits = True
-            if stored.base:
-                base = self._part(task, f"{tensor.name}@base")
-                base_fits = base.dtype in FLOATING and base.num_elements == math.prod(tensor.shape_of(task))
-            return base_fits and all(
-                (self._part(task, name).dtype, self._part(task, name).shape) == (array.dtype, array.shape)
-                for name, array in stored.parts().items()
-            )
-        base, unified = self._part(task, f"{tensor.name}@base"), self._part(task, f"{tensor.name}@unified")
-        mask, gamma = self._part(task, f"{tensor.name}@mask.{task}"), self._gamma(task, tensor.name)
-        count = math.prod(tensor.shape_of(task))
-        return (
-            {base.dtype, unified.dtype, tensor.dtype_of(task)} <= set(FLOATING)
-            and (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),))
-            and (base.num_elements, unified.num_elements) == (count, count)
-            and (gamma is None or (gamma.dtype, gamma.num_elements) == ("F32", 1))
-        )
-
 
 def _look(
     path: Path, manifest: Manifest, tasks: Collection[str], remote: Mapping[str, RemoteFile], *, verify: bool
@@ -475,11 +311,11 @@ def _look(
             problems[name] = MachineError(f"{error.message}; {files.readers(name)}", hint=error.hint)
         except FlexmergeError as error:
             problems[name] = error
-    bundle = replace(Bundle.of(path, manifest, parts, files=files), _problems=problems)
+    bundle = Bundle(path=path, manifest=manifest, parts=parts, files=files, _problems=problems)
     for task in tasks:
         if task in manifest.tasks and not bundle._bad_files([task]):
             try:
-                bundle._check_route(task)
+                bundle.check_route(task)
             except DataError as error:
                 problems[task] = error
     _blame_damage(bundle)

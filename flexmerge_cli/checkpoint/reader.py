@@ -80,6 +80,14 @@ class Reader:
                 done += self.read(tensor.selection.of, low, high, filled[done:]).size
             return filled
         if tensor.strides is not None:
+            if self._opened is not None and len(
+                filled
+            ):  # a matrix of an adapter: small, and its file must be the one that is open
+                num_elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+                plain = replace(tensor, shape=(num_elements,), strides=None)
+                whole = self.read(plain, 0, num_elements, np.empty(plain.num_bytes, np.uint8))
+                filled.view(NUMPY[tensor.dtype])[:] = strided(replace(tensor, offset=0), whole).flat[start:stop]
+                return filled
             # Only a .bin can hold a tensor that is not row-major; the map reads the pages of this range alone.
             with open_file(tensor.path) as file:
                 mapped = np.memmap(file, np.uint8, mode="r")

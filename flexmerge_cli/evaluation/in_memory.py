@@ -100,7 +100,7 @@ class MemoryBundles:
                 if any(reader in tasks for reader in part.readers):
                     parts[file.path][part.name] = self._stored(bill, part, keys)
         manifest = Manifest.model_validate_json(bill.manifest(Measured(digests=self._digests(bill, tasks, keys))))
-        return Bundle.of(Path("memory"), manifest, parts, self._files)
+        return Bundle(path=Path("memory"), manifest=manifest, parts=parts, memory=self._files)
 
     # What parts are known by
 

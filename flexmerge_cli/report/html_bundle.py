@@ -9,7 +9,15 @@ from flexmerge_cli.allocation.manifest import UnitEntry
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text
 from flexmerge_cli.report.html import facts as fact_list
-from flexmerge_cli.report.inspect_bundle import ALONE, LEGEND, BundleFacts, bundle_value, is_exact, letters
+from flexmerge_cli.report.inspect_bundle import (
+    ALONE,
+    LEGEND,
+    BundleFacts,
+    bundle_value,
+    is_exact,
+    letters,
+    weights_words,
+)
 from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.text import human_bytes
@@ -48,16 +56,17 @@ def _tasks(value: dict[str, object]) -> str:
             f"{found['route_bytes']:,}",
             f"{found['own_bytes']:,}",
             f"{found['side_bytes']:,}",
-            "as it lies" if found["loads"] else "after export",
+            weights_words(found),
         ]
         for task, found in tasks.items()
     ]
-    columns = ["task", "exact", "distance", "reads, bytes", "of it its own", "config and such", "transformers loads it"]
+    columns = ["task", "exact", "distance", "reads, bytes", "of it its own", "config and such", "its weights"]
     return section(
         "Tasks",
         table(columns, rows),
         note="Exact: the share of its parameters that come back as they were. Distance: 0 is exact, 1 as far off as "
-        "the base; null where a task does not differ from the base and yet is not exact.",
+        "the base; null where a task does not differ from the base and yet is not exact. Weights in place are files "
+        "under the task's own names, with an index; others are made by <code>export</code>.",
     )
 
 

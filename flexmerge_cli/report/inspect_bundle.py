@@ -152,7 +152,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     if allocation["dtype"]:
         print(f"floating-point tensors are stored as {allocation['dtype']}")
     table(
-        ["task", "reads", "of it\nits own", "approximated", "distance", "transformers"],
+        ["task", "reads", "of it\nits own", "approximated", "distance", "its weights"],
         [
             (
                 name,
@@ -160,7 +160,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
                 f"{task['own_bytes']:,}",
                 "nothing: exact" if task["exact"] else f"{task['approximated'] / max(1, task['parameters']):.1%}",
                 draw.number(task["distance"]),
-                "peft does" if "adapter" in task else "loads it" if task["loads"] else "after export",
+                weights_words(task),
             )
             for name, task in value["tasks"].items()
         ],
@@ -236,8 +236,16 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
         "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),
         "files": list(entry.files),
-        "loads": f"tasks/{task}/{INDEX_NAME}" in entry.files,
+        "in_place": f"tasks/{task}/{INDEX_NAME}" in entry.files,
+        "config": f"tasks/{task}/config.json" in entry.files,
     }
+
+
+def weights_words(task: dict[str, Any]) -> str:
+    """Where a task's weights are, and whether a config says what they are; not whether some library loads them."""
+    if "adapter" in task:
+        return "kept adapter"
+    return ("in place" if task["in_place"] else "after export") + ("" if task["config"] else ", no config")
 
 
 def _elements(tensor: TensorEntry) -> int:

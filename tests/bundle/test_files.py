@@ -8,12 +8,14 @@ import torch
 
 from flexmerge_cli import open_bundle, verify
 from flexmerge_cli.bundle import files
+from flexmerge_cli.bundle.export import export_task
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.errors import FlexmergeError, IntegrityError, MachineError, UsageError
+from flexmerge_cli.report.inspect_bundle import weights_words
 
 from ..families import assert_same_state
-from ..program import fails, succeeds
+from ..program import fails, succeeds, tree
 from .bundles import copy, flip, manifest_of
 
 KINDS = ["merged", "masked", "tied", "coded"]
@@ -274,3 +276,52 @@ def test_copies_of_a_view_are_not_on_the_map(original):
     for tensor in copied.values():
         tensor.zero_() if tensor.dtype is not torch.bool else None
     assert_same_state(View(bundle, "task1"), state(original, "task1"))
+
+
+@pytest.mark.parametrize("kind", ["merged", "coded"])
+def test_export_of_a_task_that_reads_a_flipped_byte_leaves_nothing_and_others_are_exported(kind, request, tmp_path):
+    original = request.getfixturevalue(kind)
+    for name, entry in manifest_of(original)["files"].items():
+        if name.endswith(".index.json"):
+            continue  # `export` writes its own
+        bundle = copy(original, tmp_path / "b")
+        size = (bundle / name).stat().st_size
+        flip(bundle / name, min(size - 1, size // 2 + 100))
+        opened = Bundle.look(bundle)
+        for task in opened.tasks:
+            target = tmp_path / f"{name.replace('/', '-')}-{task}"
+            if task in entry["tasks"]:
+                with pytest.raises(IntegrityError, match="sha256 differs") as raised:
+                    export_task(opened, task, target)
+                assert name in raised.value.message
+                assert not target.exists() and not list(tmp_path.glob(".*"))
+            elif task == "task3":
+                export_task(opened, task, target)
+
+
+def test_an_export_during_which_the_bundle_is_replaced_is_wholly_the_old_one(merged, tied, tmp_path, monkeypatch):
+    bundle = copy(merged, tmp_path / "b")
+    array, seen = Bundle.array, []
+
+    def replacing(self, task, name, **options):
+        seen.append(name)
+        if len(seen) == 3:
+            replaced(bundle, tied)
+        return array(self, task, name, **options)
+
+    monkeypatch.setattr(Bundle, "array", replacing)
+    export_task(Bundle.open(bundle, tasks=["task1"]), "task1", tmp_path / "out")
+    monkeypatch.undo()
+    export_task(Bundle.open(merged, tasks=["task1"]), "task1", tmp_path / "expected")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+def test_nothing_is_said_of_a_task_that_was_not_checked(merged):
+    """`in place` is what the index tells; without a config.json nobody knows which library loads it."""
+    value = succeeds("inspect", merged, "--json").json
+    for task in value["tasks"].values():
+        assert task["in_place"] == any(name.endswith(".index.json") for name in task["files"])
+        assert task["config"] == any(name.endswith("/config.json") for name in task["files"])
+    assert weights_words({"in_place": True, "config": False}) == "in place, no config"
+    assert weights_words({"in_place": False, "config": True}) == "after export"
+    assert "transformers" not in succeeds("inspect", merged).out
