@@ -24,7 +24,8 @@ from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.plan_fields import block_measure
-from flexmerge_cli.reopening import OpenSources, open_sources
+from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.writing import check_apart
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -168,7 +169,7 @@ def merge(
     check_output(output, bill, force=force)
     sources, side_files = open_sources(plan, plan_folder, request.relocate, request.access)
     chunk = merge_chunk(bill, threads, memory, sources.located)
-    _apart(output, sources)
+    check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), request.access, on_progress)
     # Of a pass over all; of equal tensors, and of a base that nothing merges with, less is read.
     read = (sources.located.base, *sources.located.tasks)
@@ -329,15 +330,6 @@ def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
             if text:
                 told.setdefault(group.method, []).append(f"{text} (in {unit.name})")
     return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in told.values()]
-
-
-def _apart(output: Path, sources: OpenSources) -> None:
-    """The bundle never lies over, in or around an input."""
-    target = output.absolute().resolve()
-    for checkpoint in [*sources.tasks, *([sources.base] if sources.base else [])]:
-        place = checkpoint.path.resolve()
-        if target == place or target in place.parents or (checkpoint.path.is_dir() and place in target.parents):
-            raise UsageError(f"{output} and the input {checkpoint.path} lie in each other", hint="choose another place")
 
 
 def _offers(pricer: Pricer, request: MergeRequest) -> str:

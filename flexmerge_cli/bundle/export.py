@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.version import VERSION
-from flexmerge_cli.writing import no_space
+from flexmerge_cli.writing import check_apart, no_space
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -144,8 +144,8 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
 
 
 def _check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool, ours: Ours) -> None:
+    check_apart(target, [bundle.path])
     check_target(target, force=force, ours=ours)
-    _guard(bundle, target)
     if shutil.disk_usage(target.absolute().parent).free < needed_bytes:
         raise no_space(target, needed_bytes)
 
@@ -240,14 +240,6 @@ def _reflink(source: Path, target: Path) -> None:
             raise UsageError(
                 f"{source} cannot be linked to {target.parent}: another file system", hint="leave out --link"
             ) from None
-
-
-def _guard(bundle: Bundle, target: Path) -> None:
-    inside, around = target.absolute(), bundle.path.absolute()
-    if inside == around or around in inside.parents or inside in around.parents:
-        raise UsageError(
-            f"{target} and the bundle {bundle.path} lie in each other", hint="choose another place with -o"
-        )
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:

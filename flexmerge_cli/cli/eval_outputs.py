@@ -1,5 +1,6 @@
 """The files that `eval` writes beside what it prints: `--csv`, `--html`, `--png`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,17 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.tidy import curve_csv, is_csv, scores_csv
 from flexmerge_cli.report.curve_png import is_png, require_matplotlib
 from flexmerge_cli.report.html import is_page
-from flexmerge_cli.writing import check_file, write_file
+from flexmerge_cli.writing import check_apart, check_file, write_file
 
 Outputs = dict[str, Path]
 """`csv`, `html`, `png` -> where."""
 KINDS = {"csv": (is_csv, "a table of scores"), "html": (is_page, "a page"), "png": (is_png, "a picture")}
 
 
-def check_outputs(outputs: Outputs, *, force: bool) -> None:
-    """Before any work. Raises UsageError, MachineError."""
+def check_outputs(outputs: Outputs, inputs: Sequence[Path | str | None], *, force: bool) -> None:
+    """Before any work. inputs: bundle, plan and specs. Raises UsageError, MachineError."""
     for kind, path in outputs.items():
+        check_apart(path, inputs)
         replaceable, what = KINDS[kind]
         check_file(path, force=force, replaceable=replaceable, what=what)
     if len({path.absolute() for path in outputs.values()}) < len(outputs):

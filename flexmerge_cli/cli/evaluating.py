@@ -103,7 +103,7 @@ def _name(point: Point) -> tuple[object, ...]:
 
 def checked(options: CurveOptions) -> Drawn:
     """Everything that can be refused before a weight is read."""
-    check_outputs(options.outputs, force=options.force)
+    check_outputs(options.outputs, (options.plan, options.spec, options.tune_spec), force=options.force)
     if not options.plan.is_file():
         raise SourceError(f"no plan at {options.plan}", hint="make one with `flexmerge plan`")
     plan = load_plan(options.plan)

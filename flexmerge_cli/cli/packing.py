@@ -21,6 +21,7 @@ from flexmerge_cli.plan import load_plan, make_plan
 from flexmerge_cli.recipe import Recipe, read_recipe
 from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.scores import BundleGate, references_of
+from flexmerge_cli.writing import check_apart
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,14 +62,24 @@ class Packing:
 
     def check(self, output: Path, *, force: bool) -> None:
         """Before anything is read: the places of the bundle and of a kept plan."""
+        check_apart(output, self._inputs())
         check_target(output, force=force, ours=bundle_files)
         if self.keep_plan is not None:
+            check_apart(self.keep_plan, [output, *self._inputs()])
             check_plan_place(self.keep_plan, force=True)
         if self.recipe is not None and self.recipe.gate is not None:
             asked = self.recipe.gate
             self.limits = parse_gate(asked.max_drop, asked.max_mean_drop)
             self.spec = read_spec(self.recipe.folder / asked.spec, tuple(sorted(self.recipe.tasks)))
             require_scored(self.spec, "the recipe's bundle")
+
+    def _inputs(self) -> list[Path]:
+        """All that is known of them before a plan is there; its sources are checked when they are opened."""
+        if self.recipe is None:
+            return [self.source]
+        gate, sources = self.recipe.gate, [self.recipe.base, *self.recipe.task_sources().values()]
+        named = [source for source in sources if not is_remote(source)] + ([gate.spec] if gate is not None else [])
+        return [self.source, *(self.recipe.folder / Path(name).expanduser() for name in named)]
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""

@@ -93,6 +93,7 @@ def plan(
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.sources import plan_request
     from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.writing import check_apart
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
@@ -116,6 +117,7 @@ def plan(
     if output is None and not dry_run:
         raise UsageError("no place for the plan", hint="-o plan.json")
     if output is not None and not dry_run:
+        check_apart(output, [source, *given.places])
         options.check_plan_place(output, force=force)
     from flexmerge_cli.merging import MergeRequest, check_request, resolutions
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan

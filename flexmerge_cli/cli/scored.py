@@ -13,7 +13,7 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.plan import load_plan
-from flexmerge_cli.writing import check_file, write_file
+from flexmerge_cli.writing import check_apart, check_file, write_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
     """The document; what was asked for as files is written. All that can be refused is, before a weight is read."""
     from flexmerge_cli.scores import ScoreRequest, scores
 
-    check_outputs(options.outputs, force=options.force)
+    check_outputs(options.outputs, (options.bundle, options.plan, options.spec), force=options.force)
     access = access_of(offline=options.offline, quiet=options.quiet)
     path: Path | None = None
     tasks: tuple[str, ...] = ()
@@ -88,6 +88,7 @@ def write_starter(bundle: str, output: Path | None, *, force: bool, offline: boo
 
     if output is None:
         raise UsageError("no -o: where the spec goes", hint="flexmerge eval --init bundle/ -o eval.yaml")
+    check_apart(output, [bundle])
     check_file(output, force=force, replaceable=is_starter_spec, what="a spec that --init wrote")
     located = locate(bundle, access_of(offline=offline, quiet=quiet))
     write_file(output, starter_spec(located.open(), output.absolute().parent))

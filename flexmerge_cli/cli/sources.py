@@ -45,6 +45,15 @@ class Given:
         named = self.request.tasks if self.request is not None else self.plan.tasks if self.plan is not None else ()
         return len(named)
 
+    @property
+    def places(self) -> list[Path]:
+        """Where the sources lie that are on this machine, and the rules of the blocks."""
+        if self.request is None:
+            return []
+        sources = [source for source in (self.request.base, *self.request.tasks.values()) if not is_remote(source)]
+        found = [self.request.relative_to / Path(source).expanduser() for source in sources]
+        return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
+
     def make(self, *, save_to: Path, **run: Any) -> Plan:
         """The plan, saved."""
         if self.request is not None:
