@@ -1,5 +1,6 @@
 """Tasks of a bundle as ordinary checkpoint folders."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,8 +18,10 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.version import VERSION
-from flexmerge_cli.writing import check_apart, no_space
+from flexmerge_cli.writing import NOT_SUPPORTED, check_apart, no_space
 
+# Another file system, one without links, a file that has as many as it may, or whose owner is another.
+NO_LINK = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTTY)
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -54,6 +57,8 @@ def export_tasks(
     if len(set(tasks)) < len(tasks):
         twice = next(task for task in tasks if tasks.count(task) > 1)
         raise UsageError(f"task `{twice}` is named twice", hint=f"--task {twice} once")
+    for task in tasks:
+        bundle.check_task(task)
     makes_model = {task: merged and bundle.manifest.tasks[task].adapter is not None for task in tasks}
     needed_bytes = sum(check_export(bundle, task, link=link, merged=makes_model[task]) for task in tasks)
     force = force or (target.is_dir() and not target.is_symlink() and not any(target.iterdir()))
@@ -98,7 +103,9 @@ def _link_file(bundle: Bundle, path: str, target: Path) -> None:
     source = (bundle.path / path).resolve()  # in the Hub's cache it is a relative link
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
         _reflink(source, target)
     _check(bundle, path, sha256_of(target))
 
@@ -236,7 +243,9 @@ def _reflink(source: Path, target: Path) -> None:
     with source.open("rb") as read, target.open("xb") as write:
         try:
             fcntl.ioctl(write.fileno(), ficlone, read.fileno())
-        except OSError:
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
             raise UsageError(
                 f"{source} cannot be linked to {target.parent}: another file system", hint="leave out --link"
             ) from None

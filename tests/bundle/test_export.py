@@ -177,6 +177,7 @@ def test_several_tasks_by_name_are_exported_each_into_its_folder(merged, tmp_pat
     export(merged, ["task1"], tmp_path / "api")
     assert tree(tmp_path / "api") == {f"task1/{name}": data for name, data in tree(tmp_path / "one").items()}
     fails(2, "export", merged, "--task", "task1", "--task", "task1", "-o", tmp_path / "two", says="named twice")
+    fails(4, "export", merged, "--task", "task1", "--task", "nobody", "-o", tmp_path / "two", says="no task `nobody`")
     # What another command exported there is not this one's to replace.
     fails(
         2, "export", merged, "--task", "task0", "--task", "task1", "-o", tmp_path / "out", "--force", says=": task3\n"
