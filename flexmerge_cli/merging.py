@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.allocation import Allocation, MethodUse, copies
+from flexmerge_cli.allocation.allocation import Allocation, copies
 from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Auto, Found, auto
 from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
@@ -18,10 +18,10 @@ from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.products import check_pooled
-from flexmerge_cli.methods.registry import all_methods, format_call, parse_calibrate, parse_call, parse_step, resolve
+from flexmerge_cli.methods.registry import all_methods, resolve
+from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.plan_fields import block_measure
 from flexmerge_cli.reopening import open_sources
@@ -75,9 +75,9 @@ def check_request(request: MergeRequest, num_tasks: int) -> None:
     if request.method is not None and parse_auto(request.method) is not None:
         _check_auto(request)
     elif request.method is not None:
-        call = parse_call(resolve(request.method).method, run_files=request.run_files)
+        use = method_use(request, request.method)
         if request.cluster is not None:
-            require_tensor_scope(call)
+            require_tensor_scope(use.call)
     elif request.size is not None or request.merges is not None:
         raise UsageError(
             "a size was asked for and no method: what is lost must be chosen by name",
@@ -133,8 +133,7 @@ def _check_pool(request: MergeRequest) -> None:
     for text in (request.method, *(item.partition("=")[2] for item in request.method_for)):
         if text not in (None, "", "keep"):
             use = method_use(request, text)
-            call = parse_call(use.text, run_files=request.run_files)
-            check_pooled(call, steps=len(use.steps), calibrate=use.calibrate is not None)
+            check_pooled(use.call, steps=len(use.steps), calibrate=use.calibrate is not None)
 
 
 def merge(
@@ -261,32 +260,8 @@ def _method_for(item: str, request: MergeRequest) -> tuple[str, MethodUse | None
 
 
 def method_use(request: MergeRequest, text: str) -> MethodUse:
-    """A method with all its arguments, steps and calibration, checked. Raises UsageError.
-
-    A name of mergekit's is what we have for it, and its steps come last; one that was asked for by itself counts.
-    """
-    found = resolve(text)
-    text = found.method
-    call = parse_call(text, run_files=request.run_files)
-    steps = [parse_step(step) for step in request.steps]
-    asked = {step.step.name for step in steps}
-    steps += [step for step in map(parse_step, found.steps) if step.step.name not in asked]
-    calibrate = parse_calibrate(request.calibrate) if request.calibrate else None
-    if calibrate is not None:
-        coded = declare(call)
-        maker = call if coded is None else coded.centre_call()
-        if maker is None:
-            raise UsageError(
-                f"`{calibrate.calibration.name}` cannot follow `{text}`: it merges nothing",
-                hint="leave --calibrate out, or take centre=average",
-            )
-        calibrate.require_after(maker)
-    name = text.partition(":")[0] if call.method.origin else call.method.name
-    return MethodUse(
-        text=format_call(name, call.args),
-        steps=tuple(format_call(step.step.name, step.args) for step in steps),
-        calibrate=format_call(calibrate.calibration.name, calibrate.args) if calibrate else None,
-    )
+    """A method with all its arguments, and the request's steps and calibration. Raises UsageError."""
+    return parse_use(text, steps=request.steps, calibrate=request.calibrate, run_files=request.run_files)
 
 
 def resolutions(request: MergeRequest) -> list[str]:
@@ -336,8 +311,7 @@ def _offers(pricer: Pricer, request: MergeRequest) -> str:
     """Methods and the smallest size each reaches."""
     lines = []
     for name in all_methods():
-        call = parse_call(name)
-        bill = pricer.bill(Cutter(pricer, format_call(call.method.name, call.args), request.dtype).smallest())
+        bill = pricer.bill(Cutter(pricer, parse_use(name), request.dtype).smallest())
         factor = bill.tensor_bytes / max(1, pricer.plan.one_model_bytes)
         lines.append(f"  {name:18} down to {factor:.2f}x, {bill.total_bytes:,} bytes on disk")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
-from flexmerge_cli.methods.registry import format_call, parse_call
+from flexmerge_cli.methods.use import parse_use
 
 from .allocation.test_cut import undos
 from .families import Models, encoder, normal, tuned, write_family
@@ -30,7 +30,7 @@ def stored(pricer, folder, method):
     manifest, tasks = open_bundle(folder).manifest, pricer.plan.task_names
     groups = [[tuple(tasks.index(task) for task in group.tasks) for group in unit.groups] for unit in manifest.units]
     told = manifest.allocation
-    methods = Cutter(pricer, method).methods
+    methods = Cutter(pricer, parse_use(method)).methods
     return from_groups(pricer.plan, groups, methods=methods, merges=told.merges, undone=told.undone, fit=told.fit)
 
 
@@ -38,8 +38,8 @@ def stored(pricer, folder, method):
 @pytest.mark.parametrize("method", ["average", "ties", "emr"])
 def test_fifty_random_byte_targets_are_kept(method, small, tmp_path):
     pricer = Pricer(load_plan(small))
-    method = format_call(method, parse_call(method).args)
-    made = Cutter(pricer, method)
+    method = parse_use(method).text
+    made = Cutter(pricer, parse_use(method))
     least, most = (pricer.bill(allocation).total_bytes for allocation in (made.smallest(), made.prefix(0)))
     draw = random.Random(method)
     seen = set()

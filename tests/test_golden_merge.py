@@ -17,6 +17,7 @@ from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.errors import GateError
+from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
@@ -138,14 +139,14 @@ def test_the_order_of_a_plan_is_golden(name, plan):
 
 def test_plain_prefixes_cost_what_the_golden_file_says(plan):
     """float32, no private tensors: four bytes of the tool's bill are one element of the idealised price."""
-    cutter = Cutter(Pricer(load_plan(plan)), "average")
+    cutter = Cutter(Pricer(load_plan(plan)), parse_use("average"))
     steps = ORDER["orders"]["complete"]["steps"]
     assert cutter.sizes() == [4 * 8 * ORDER["total_elements_one_model"], *(4 * step["plain"] for step in steps)]
 
 
 def test_masked_prefixes_cost_the_golden_price_and_the_padding_of_masks_and_the_factors(plan):
     """Only that: up to 7 bits per mask and 4 bytes per factor, less what tensors too small for masks save as copies."""
-    cutter = Cutter(Pricer(load_plan(plan)), "emr")
+    cutter = Cutter(Pricer(load_plan(plan)), parse_use("emr"))
     steps = ORDER["orders"]["complete"]["steps"]
     masks = len(TASKS) * len(load_plan(plan).tensors)
     for found, step in zip(cutter.sizes()[1:], steps):
@@ -155,7 +156,7 @@ def test_masked_prefixes_cost_the_golden_price_and_the_padding_of_masks_and_the_
 @pytest.mark.parametrize(("kind", "method", "slack"), [("plain", "average", 0), ("masked", "consensus", 2)])
 def test_targets_are_cut_where_the_golden_file_says(kind, method, slack, plan):
     """The exact bill of masks may differ from the idealised price by a merge or two."""
-    cutter = Cutter(Pricer(load_plan(plan)), method)
+    cutter = Cutter(Pricer(load_plan(plan)), parse_use(method))
     sizes = cutter.sizes()
     for factor, expected in ORDER["targets"][kind].items():
         size = parse_size(f"{factor}x", num_tasks=8, one_model_bytes=cutter.plan.one_model_bytes)

@@ -9,20 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.methods.use import MethodUse
 
 Tasks = tuple[int, ...]
 Bits = int | Literal["exact"]
 """Of what a task stores for itself: 0 is nothing, exact a dense copy."""
-
-
-@dataclass(frozen=True, slots=True)
-class MethodUse:
-    """A method as it is used: texts of itself, of what goes before it and of what follows."""
-
-    text: str
-    """`NAME:key=value` with all arguments."""
-    steps: tuple[str, ...] = ()
-    calibrate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

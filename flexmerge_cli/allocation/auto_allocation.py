@@ -5,11 +5,12 @@ their method with all tasks in one group, or, with `keep`, as copies, and what t
 """
 
 import fnmatch
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, MethodUse, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits, Kind
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
@@ -21,7 +22,7 @@ from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.methods.registry import format_call, parse_call
+from flexmerge_cli.methods.use import MethodUse, parse_use
 
 # About two bits a weight: where a first user need not know a number.
 MAX_DISTANCE = 0.35
@@ -228,8 +229,8 @@ def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, t
     return sorted(groups, key=lambda group: group[1])
 
 
+@functools.cache
 def _use(kind: Kind, centre_bits: CentreBits) -> MethodUse:
     """`bits` are the group's own; those of the text are of no effect."""
     centre = "" if kind == "none" else f",centre_bits={centre_bits}"
-    call = parse_call(f"low_bit:centre={kind}{centre},scales=bfloat16,clip=search")
-    return MethodUse(format_call(call.method.name, call.args))
+    return parse_use(f"low_bit:centre={kind}{centre},scales=bfloat16,clip=search")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit, copies
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, copies
 from flexmerge_cli.allocation.files import WeightFile, weight_files
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import (
@@ -36,7 +36,7 @@ from flexmerge_cli.allocation.storage import (
 )
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call
-from flexmerge_cli.methods.registry import parse_call
+from flexmerge_cli.methods.use import MethodUse
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -47,7 +47,6 @@ class Bill:
 
     plan: Plan
     allocation: Allocation
-    calls: tuple[Call, ...]
     storages: Mapping[str, Storage]
     """By aligned name, in the plan's order."""
     files: tuple[WeightFile, ...]
@@ -58,6 +57,11 @@ class Bill:
     """Of the manifest's entries of units and tensors, which are most of it and of which most are in every bill."""
     gate: Mapping[str, Any] | None = None
     """The manifest's `gate`."""
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """The methods of the allocation, in its order."""
+        return tuple(use.call for use in self.allocation.methods)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -81,9 +85,7 @@ class Bill:
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
-        return manifest_frame(
-            self.plan, self.allocation, self.calls, self.storages, self.files, self.small, measured, self.gate
-        )
+        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, measured, self.gate)
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
@@ -100,18 +102,11 @@ class Pricer:
         self.plan, self.gate = plan, gate
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
-        self._calls: dict[str, Call] = {}
         self._entries: dict[Any, int] = {}
         self._groups: dict[Any, GroupPrice | None] = {}
         self._based: dict[Any, tuple[int, tuple[Tasks, ...]]] = {}
         self.searches: dict[Any, object] = {}
         """Of auto_allocation.py."""
-
-    def calls(self, methods: Sequence[MethodUse]) -> tuple[Call, ...]:
-        for use in methods:
-            if use.text not in self._calls:
-                self._calls[use.text] = parse_call(use.text, run_files=True)  # they were typed, or parsed, before
-        return tuple(self._calls[use.text] for use in methods)
 
     @cached_property
     def cast_saves(self) -> bool:
@@ -125,7 +120,7 @@ class Pricer:
         key = (unit, methods, cast)
         found = self._units.get(key)
         if found is None:
-            calls = self.calls(methods)
+            calls = tuple(use.call for use in methods)
             storages = tuple(
                 store_tensor(self.plan, self.plan.tensor(name), unit.groups, calls, cast) for name in unit.tensors
             )
@@ -137,7 +132,7 @@ class Pricer:
         """What `unit` comes to, without making the parts: a cut asks for thousands."""
         if any(group.bits is not None for group in unit.groups):
             return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
-        calls = self.calls(methods)
+        calls = tuple(use.call for use in methods)
         total = 0
         gains: set[Tasks] = set()
         for name in unit.tensors:
@@ -168,7 +163,7 @@ class Pricer:
     ) -> int:
         key = (name, groups, methods, cast)
         if key not in self._based:
-            calls = self.calls(methods)
+            calls = tuple(use.call for use in methods)
             storage = store_tensor(self.plan, self.plan.tensor(name), groups, calls, cast)
             masked = [
                 g.tasks for g in storage.groups if g.kind == "masked" and g.method is not None and calls[g.method].gain
@@ -236,7 +231,6 @@ class Pricer:
         return Bill(
             plan=plan,
             allocation=allocation,
-            calls=self.calls(allocation.methods),
             storages=storages,
             files=tuple(files),
             indices=indices,

@@ -14,13 +14,14 @@ from enum import StrEnum
 
 import numpy as np
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Group, Unit
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.method import Call, Statistic
 from flexmerge_cli.methods.registry import format_call
+from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparable, cosine, similarity
 from flexmerge_cli.random import Stream, key64
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, MethodUse, Tasks, Unit, from_groups
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, from_groups
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.order import Merge, groups_after
 
 # How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
@@ -42,7 +42,7 @@ class Cutter:
     def __init__(
         self,
         pricer: Pricer,
-        method: str | MethodUse,
+        method: MethodUse,
         dtype: str | None = None,
         *,
         elsewhere: Sequence[tuple[str, MethodUse | None]] = (),
@@ -52,12 +52,11 @@ class Cutter:
         Raises UsageError for a pattern that no block matches.
         """
         self.pricer, self.dtype, self.plan = pricer, dtype, pricer.plan
-        first = method if isinstance(method, MethodUse) else MethodUse(method)
-        self.methods = tuple(dict.fromkeys([first, *(use for _, use in elsewhere if use is not None)]))
+        self.methods = tuple(dict.fromkeys([method, *(use for _, use in elsewhere if use is not None)]))
         self.method_of: list[int | None] = []
         for block in self.plan.blocks:
             found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
-            use = found[0] if found else first
+            use = found[0] if found else method
             self.method_of.append(None if use is None else self.methods.index(use))
         for pattern, _ in elsewhere:
             if not any(fnmatch.fnmatchcase(block.name, pattern) for block in self.plan.blocks):
@@ -103,7 +102,7 @@ class Cutter:
 
     def cut(self, size: Size, fit: Fit = Fit.TIGHT) -> Allocation:
         """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
-        if size.all_merges and not any(call.method.masked or declare(call) for call in self.pricer.calls(self.methods)):
+        if size.all_merges and not any(use.stores_per_task for use in self.methods):
             return self.prefix(len(self.order), fit)
         sizes = self.sizes()
         state = self.state()

@@ -18,7 +18,6 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.method import Call
 from flexmerge_cli.version import GENERATOR
 
 NO_DIGEST = "0" * 32
@@ -77,7 +76,6 @@ def _marked(value: Any) -> Any:
 def manifest_frame(
     plan: Plan,
     allocation: Allocation,
-    calls: Sequence[Call],
     storages: Mapping[str, Storage],
     files: Sequence[WeightFile],
     small: Sequence[SmallFile],
@@ -135,13 +133,13 @@ def manifest_frame(
         + sum(adapter.tensor_bytes for adapter in plan.adapters),
         "methods": [
             {
-                "name": call.method.name,
-                "args": dict(call.args),
-                "steps": list(use.steps),
-                "calibrate": use.calibrate,
-                "origin": call.method.origin and [call.method.origin.source, call.method.origin.version],
+                "name": use.call.method.name,
+                "args": dict(use.call.args),
+                "steps": [step.text for step in use.steps],
+                "calibrate": use.calibrate and use.calibrate.text,
+                "origin": use.call.method.origin and [use.call.method.origin.source, use.call.method.origin.version],
             }
-            for call, use in zip(calls, allocation.methods)
+            for use in allocation.methods
         ],
         "tasks": tasks,
         "files": entries,

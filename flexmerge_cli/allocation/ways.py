@@ -14,7 +14,8 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.products import merges_products
-from flexmerge_cli.methods.registry import all_methods, format_call, parse_call
+from flexmerge_cli.methods.registry import all_methods
+from flexmerge_cli.methods.use import parse_use
 
 AUTO_SIZES = (0.75, 1, 1.5, 2)
 
@@ -68,10 +69,10 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
         return rows
     rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
     for name, method in (COMMON | rest).items():
-        call = parse_call(method)
-        if plan.pools_lora and not merges_products(call):
+        use = parse_use(method)
+        if plan.pools_lora and not merges_products(use.call):
             continue
-        bill = pricer.bill(Cutter(pricer, format_call(call.method.name, call.args)).smallest())
+        bill = pricer.bill(Cutter(pricer, use).smallest())
         rows.append(way(name, bill, f"{command} --method {shlex.quote(method)} -o bundle/"))
     return rows
 

@@ -57,7 +57,7 @@ class _Run:
         self.sources = (sources.base, *sources.tasks) if sources is not None else ()
         self.bill, self.plan, self.chunk_elements = bill, bill.plan, chunk_elements
         pooled = bill.plan.pools_lora
-        self.chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
+        self.chains = [Chain.of(use, pooled=pooled) for use in bill.allocation.methods]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.num_spans = 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.allocation.allocation import MethodUse, Tasks
+from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
@@ -23,12 +23,12 @@ from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.spans import Span, row_elements, tiles, widest
 from flexmerge_cli.engine.together import read_together
-from flexmerge_cli.methods.coded import Coded, declare
+from flexmerge_cli.methods.coded import Coded
 from flexmerge_cli.methods.method import Call, Scope, Where
 from flexmerge_cli.methods.pooled import pooled_call
 from flexmerge_cli.methods.reductions import flat
-from flexmerge_cli.methods.registry import parse_calibrate, parse_step
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
+from flexmerge_cli.methods.use import MethodUse
 
 BASE = -1
 
@@ -59,17 +59,13 @@ class Chain:
     expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
 
     @staticmethod
-    def of(use: MethodUse, call: Call, *, pooled: bool = False) -> "Chain":
+    def of(use: MethodUse, *, pooled: bool = False) -> "Chain":
         """pooled: tensors are factors of LoRA adapters, and their products merge."""
         if pooled:
-            return Chain(steps=(), call=pooled_call(call), calibrate=None, coded=None)
-        coded = declare(call)
-        return Chain(
-            steps=tuple(parse_step(text) for text in use.steps),
-            call=coded.centre_call() if coded else call,
-            calibrate=parse_calibrate(use.calibrate) if use.calibrate else None,
-            coded=coded,
-        )
+            return Chain(steps=(), call=pooled_call(use.call), calibrate=None, coded=None)
+        coded = use.coded
+        call = coded.centre_call() if coded is not None else use.call
+        return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=coded)
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
         """What one call must see of a tensor."""
@@ -101,7 +97,7 @@ class Worker:
         self._device, self._here = device, threading.local()
         self.buffers = Buffers()
         pooled = bill.plan.pools_lora
-        self.chains = [Chain.of(use, call, pooled=pooled) for use, call in zip(bill.allocation.methods, bill.calls)]
+        self.chains = [Chain.of(use, pooled=pooled) for use in bill.allocation.methods]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
 

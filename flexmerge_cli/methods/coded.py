@@ -7,6 +7,7 @@ A declaration: keyword arguments in, the same machinery as `@method`, no weights
 θ̂_k = centre + decode(residual_k), residual_k = θ_k - centre in float32, against the centre as it is stored.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -112,9 +113,7 @@ class Coded:
 
     def centre_call(self) -> Call | None:
         """The method that makes the centre; None for the base, and for none."""
-        from flexmerge_cli.methods.registry import parse_call  # which imports this module, and torch
-
-        return None if self.centre in ("base", "none") else parse_call(self.centre)
+        return None if self.centre in ("base", "none") else _centre_call(self.centre)
 
     def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
         """Of one group's centre; 0 for the base, which all groups share, and where there is none."""
@@ -137,6 +136,15 @@ class CodedMethod(Method):
     """A Method whose function takes arguments alone and returns a Coded; it is never called with deltas."""
 
 
+@functools.lru_cache(maxsize=1024)
+def _centre_call(text: str) -> Call:
+    """Parsed once: a plan asks for it for every tensor and group."""
+    from flexmerge_cli.methods.registry import parse_call  # which imports this module, and torch
+
+    return parse_call(text)
+
+
+@functools.lru_cache(maxsize=1024)
 def declare(call: Call) -> Coded | None:
     """What a call of a coded method stores; None if it is no coded method. Raises UsageError."""
     return call.method.function(**call.args) if isinstance(call.method, CodedMethod) else None

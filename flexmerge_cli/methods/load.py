@@ -22,16 +22,19 @@ GROUP = "flexmerge.methods"
 MAX_BYTES = 16 << 20
 
 
-def method_from_file(file: str | Path, name: str) -> Method:
+def method_from_file(file: str | Path, name: str, source: bytes | None = None) -> Method:
     """Run a Python file and take the method of this name. Its origin is the file's name and the sha256 of what was run.
+
+    source: the file's bytes, if they have been read already, as in a process that repeats what another one parsed.
 
     Raises UsageError if it cannot be read, fails, or has no such method.
     """
     path = Path(file)
-    try:
-        source = read_file(path, MAX_BYTES, "a method's file")
-    except FlexmergeError as error:
-        raise UsageError(f"cannot read `{path}`: {error.message}", hint="write ./FILE.py#NAME") from None
+    if source is None:
+        try:
+            source = read_file(path, MAX_BYTES, "a method's file")
+        except FlexmergeError as error:
+            raise UsageError(f"cannot read `{path}`: {error.message}", hint="write ./FILE.py#NAME") from None
     digest = hashlib.sha256(source).hexdigest()
     module = ModuleType(f"flexmerge_file_{digest[:16]}")
     module.__file__ = str(path)
@@ -43,7 +46,8 @@ def method_from_file(file: str | Path, name: str) -> Method:
     if name not in vars(module):
         there = [key for key, value in vars(module).items() if isinstance(value, Method)]
         raise UsageError(f"`{path}` has no `{name}`", hint=f"its methods: {', '.join(there) or 'none'}")
-    return replace(_method(vars(module).get(name), f"{path}#{name}"), origin=Origin(path.name, f"sha256:{digest}"))
+    origin = Origin(path.name, f"sha256:{digest}", source)
+    return replace(_method(vars(module).get(name), f"{path}#{name}"), origin=origin)
 
 
 def packaged_methods() -> Mapping[str, EntryPoint]:

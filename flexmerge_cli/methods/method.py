@@ -19,7 +19,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from flexmerge_cli.errors import UsageError
@@ -184,6 +184,8 @@ class Origin:
     """Name of the file, or of the installed distribution."""
     version: str
     """`sha256:` and 64 digits of the file's bytes, or the distribution's version."""
+    code: bytes = field(default=b"", repr=False, compare=False)
+    """The file's bytes as they were run; empty for a package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,12 +222,26 @@ class Method:
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Call:
-    """A method with all its arguments: what `NAME:key=value` means."""
+    """A method with all its arguments: what `NAME:key=value` means. Calls with the same text and origin are equal."""
 
     method: Method
     args: Mapping[str, Any]
+    text: str
+    """`NAME:key=value,…` with every argument, defaults included; a method from a file keeps the path as typed."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Call) and (self.text, self.method.origin) == (other.text, other.method.origin)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process parses the text again, and runs the same bytes of a file."""
+        from flexmerge_cli.methods.registry import parse_call_again
+
+        return parse_call_again, (self.text, self.method.origin)
 
     @property
     def scope(self) -> Scope:

@@ -17,7 +17,7 @@ import yaml
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.aliases import Alias, resolve_alias
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
-from flexmerge_cli.methods.method import Call, Method
+from flexmerge_cli.methods.method import Call, Method, Origin
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
 from flexmerge_cli.yaml_file import BoundedLoader, load_bounded
 
@@ -74,11 +74,11 @@ def all_calibrations() -> Mapping[str, Calibration]:
     return dict(_named(Calibration))
 
 
-def parse_call(text: str, *, run_files: bool = False) -> Call:
+def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None) -> Call:
     """`NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
 
     run_files: whether `./my.py#NAME` may be run, which is so where a person has typed it; never for what comes from a
-    bundle or a stranger's recipe.
+    bundle or a stranger's recipe. code: the file's bytes, where they have been read already.
     """
     name, args = split_call(text)
     file, hash_, function = name.rpartition("#")
@@ -87,7 +87,7 @@ def parse_call(text: str, *, run_files: bool = False) -> Call:
             raise UsageError(f"`{name}` would run a file", hint="give methods from files with --method")
         if function in all_methods():
             raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
-        return make_call(method_from_file(file, function), args)
+        return make_call(method_from_file(file, function, code), args, name=name)
     method = all_methods().get(name) or method_from_package(name)
     if method is None:
         alias = resolve_alias(name)
@@ -132,11 +132,16 @@ def parse_calibrate(text: str) -> CalibrationCall:
     return make_calibration(all_calibrations()[name], args)
 
 
-def make_call(method: Method, args: Mapping[str, Any]) -> Call:
-    """Check the arguments and fill in the defaults."""
+def parse_call_again(text: str, origin: Origin | None) -> Call:
+    """The call that another process has parsed already, with the bytes of the file that it ran."""
+    return parse_call(text, run_files=True, code=origin.code if origin is not None and origin.code else None)
+
+
+def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Call:
+    """Check the arguments and fill in the defaults. name: as it was typed, if not the method's own."""
     full = _complete(method, args)
     method.check(**full)
-    return Call(method=method, args=full)
+    return Call(method=method, args=full, text=format_call(name or method.name, full))
 
 
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
@@ -160,12 +165,13 @@ def make_step(step: Step, args: Mapping[str, Any]) -> StepCall:
     """Check the arguments and fill in the defaults."""
     full = _complete(step, args)
     step.check(**full)
-    return StepCall(step=step, args=full)
+    return StepCall(step=step, args=full, text=format_call(step.name, full))
 
 
 def make_calibration(calibration: Calibration, args: Mapping[str, Any]) -> CalibrationCall:
     """Check the arguments and fill in the defaults."""
-    return CalibrationCall(calibration=calibration, args=_complete(calibration, args))
+    full = _complete(calibration, args)
+    return CalibrationCall(calibration=calibration, args=full, text=format_call(calibration.name, full))
 
 
 def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:

@@ -11,7 +11,7 @@ before have been through.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.errors import UsageError
@@ -60,10 +60,17 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCall:
-    """A step with all its arguments."""
+    """A step with all its arguments. Calls with the same text are equal."""
 
-    step: Step
-    args: Mapping[str, Any]
+    step: Step = field(compare=False)
+    args: Mapping[str, Any] = field(compare=False)
+    text: str
+    """`NAME:key=value,…` with every argument, defaults included."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from flexmerge_cli.methods.registry import parse_step
+
+        return parse_step, (self.text,)
 
     @property
     def scope(self) -> Scope:
@@ -141,10 +148,17 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationCall:
-    """A calibration with all its arguments."""
+    """A calibration with all its arguments. Calls with the same text are equal."""
 
-    calibration: Calibration
-    args: Mapping[str, Any]
+    calibration: Calibration = field(compare=False)
+    args: Mapping[str, Any] = field(compare=False)
+    text: str
+    """`NAME:key=value,…` with every argument, defaults included."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from flexmerge_cli.methods.registry import parse_calibrate
+
+        return parse_calibrate, (self.text,)
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
         return "element" if self.calibration.elementwise(tensor, shape, **self.args) else "tensor"

@@ -15,6 +15,7 @@ from flexmerge_cli.allocation.ways import served_bytes
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.layout import Array
+from flexmerge_cli.methods.use import parse_use
 
 from ..families import ODD
 from ..program import succeeds
@@ -49,7 +50,7 @@ def test_dry_run_is_right_to_the_byte(name, method, odd_plan, tmp_path):
 
 def test_a_part_is_in_the_file_of_exactly_its_readers(odd_plan):
     pricer = Pricer(load_plan(odd_plan("heads")))
-    made = Cutter(pricer, "emr")
+    made = Cutter(pricer, parse_use("emr"))
     for number in range(0, len(pricer.plan.order) + 1, 5):
         bill = pricer.bill(made.prefix(number))
         seen = {}
@@ -118,7 +119,9 @@ def test_measured_numbers_have_one_width(value):
 
 
 def test_what_was_measured_does_not_change_the_manifests_length(odd_plan):
-    bill = Pricer(load_plan(odd_plan("heads"))).bill(Cutter(Pricer(load_plan(odd_plan("heads"))), "emr").smallest())
+    bill = Pricer(load_plan(odd_plan("heads"))).bill(
+        Cutter(Pricer(load_plan(odd_plan("heads"))), parse_use("emr")).smallest()
+    )
     measured = Measured(
         task_distance={0: 0.123, 1: None, 2: 1e-30},
         group_distance={
@@ -137,10 +140,10 @@ def test_what_was_measured_does_not_change_the_manifests_length(odd_plan):
 def test_served_bytes_count_what_tasks_share_once(odd_plan, odd_family):
     pricer = Pricer(load_plan(odd_plan("plain")))
     one = sum(4 * value.numel() for value in odd_family("plain").models.base.values())
-    made = Cutter(pricer, "average")
+    made = Cutter(pricer, parse_use("average"))
     assert served_bytes(pricer.bill(made.prefix(0))) == 4 * one
     assert served_bytes(pricer.bill(made.prefix(len(made.order)))) == one
-    masked = Cutter(pricer, "emr")
+    masked = Cutter(pricer, parse_use("emr"))
     assert served_bytes(pricer.bill(masked.prefix(len(masked.order)))) == 4 * one
 
 

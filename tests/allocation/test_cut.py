@@ -11,7 +11,7 @@ from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter, Fit
 from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.methods.registry import format_call, parse_call
+from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.order import groups_after
 
 METHODS = ("average", "ties", "emr", "consensus")
@@ -24,8 +24,7 @@ def pricer(odd_plan):
 
 
 def cutter(pricer, method):
-    call = parse_call(method)
-    return Cutter(pricer, format_call(call.method.name, call.args))
+    return Cutter(pricer, parse_use(method))
 
 
 def cut(pricer, method, text, fit=Fit.TIGHT):
@@ -153,9 +152,9 @@ def test_sizes_are_those_of_the_bills(pricer):
 def test_the_smallest_has_the_fewest_merges_among_equals(odd_plan):
     """Of equal tensors merges save nothing: deduplication was there before."""
     for name in ("all_zero", "one_task", "private_only"):
-        assert Cutter(Pricer(load_plan(odd_plan(name))), "average").smallest().merges == 0
+        assert Cutter(Pricer(load_plan(odd_plan(name))), parse_use("average")).smallest().merges == 0
     pricer = Pricer(load_plan(odd_plan("duplicates")))
-    made = Cutter(pricer, "average")
+    made = Cutter(pricer, parse_use("average"))
     sizes = made.sizes()
     assert made.smallest().merges == sizes.index(min(sizes)) > 0
 

@@ -13,8 +13,8 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
-from flexmerge_cli.merging import MergeRequest, method_use
 from flexmerge_cli.methods.registry import all_methods, format_call
+from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.reopening import open_sources
 
 from ..families import Folders, Models, State, encoder, normal, tuned, write_family
@@ -132,7 +132,7 @@ def billed(
     **request: Any,
 ) -> Bill:
     """Of groups by block, the partitions in turn unless told; several methods take turns, too."""
-    uses = tuple(method_use(MergeRequest(method=text, **request), text) for text in methods)
+    uses = tuple(parse_use(text, **request) for text in methods)
     if groups is None:
         groups = [groups_of(len(plan.tasks), index) for index in range(len(plan.blocks))]
     turns = [index % len(uses) for index in range(len(plan.blocks))]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.distance import linear_errors
 from flexmerge_cli.order.order import groups_after
 from flexmerge_cli.report.inspect_curve import LINEAR, curve_of, dense_sizes, distances_at
@@ -19,7 +20,7 @@ from tests.report.plans import synthetic_plan
 @given(num_tasks=st.sampled_from([1, 2, 3, 7]), num_blocks=st.integers(1, 5), seed=st.integers(0, 99))
 def test_sizes_are_those_of_the_bill(num_tasks: int, num_blocks: int, seed: int) -> None:
     plan = synthetic_plan(num_tasks, num_blocks, mixed=True, seed=seed)
-    assert dense_sizes(plan) == Cutter(Pricer(plan), "average").sizes()
+    assert dense_sizes(plan) == Cutter(Pricer(plan), parse_use("average")).sizes()
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,60 @@
+"""A method as it is used: parsed once, and an object from then on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.coded import Coded, declare
+from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.registry import parse_calibrate, parse_call, parse_step, resolve
+from flexmerge_cli.methods.step import CalibrationCall, StepCall
+
+
+@dataclass(frozen=True, slots=True)
+class MethodUse:
+    """A method with the steps before it and the calibration after it. Equal where all of their texts are."""
+
+    call: Call
+    steps: tuple[StepCall, ...] = ()
+    calibrate: CalibrationCall | None = None
+
+    @property
+    def text(self) -> str:
+        """`NAME:key=value,…` of the method itself, with every argument."""
+        return self.call.text
+
+    @property
+    def coded(self) -> Coded | None:
+        """What the method stores, if it keeps residuals; else None."""
+        return declare(self.call)
+
+    @property
+    def stores_per_task(self) -> bool:
+        """Whether it stores something of each task beside what a group shares."""
+        return self.call.method.masked or self.coded is not None
+
+
+def parse_use(
+    text: str, *, steps: Sequence[str] = (), calibrate: str | None = None, run_files: bool = False
+) -> MethodUse:
+    """Parse a method, its steps and its calibration, and check that they go together. Raises UsageError.
+
+    A name that only mergekit has stands for what is nearest here; the steps that this brings come last, and one that
+    was asked for by itself counts instead. run_files: as in `parse_call`.
+    """
+    found = resolve(text)
+    call = parse_call(found.method, run_files=run_files)
+    parsed = [parse_step(step) for step in steps]
+    asked = {step.step.name for step in parsed}
+    parsed += [step for step in map(parse_step, found.steps) if step.step.name not in asked]
+    after = parse_calibrate(calibrate) if calibrate else None
+    if after is not None:
+        coded = declare(call)
+        maker = call if coded is None else coded.centre_call()
+        if maker is None:
+            raise UsageError(
+                f"`{after.calibration.name}` cannot follow `{found.method}`: that method merges nothing",
+                hint="leave --calibrate out, or take centre=average",
+            )
+        after.require_after(maker)
+    return MethodUse(call, tuple(parsed), after)

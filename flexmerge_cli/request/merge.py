@@ -1,0 +1,276 @@
+"""What `merge` is asked, parsed and checked once. The command line, recipes and Python give the same words to
+`merge_request`, and get the same objects and the same errors; below this package nobody parses a word.
+
+Each choice holds the fields that it reads and no others: an option that the choice would not read is an error.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from flexmerge_cli.checkpoint.dtypes import CASTS
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.coded import declare
+from flexmerge_cli.methods.method import Call, Statistic
+from flexmerge_cli.methods.registry import format_call, resolve
+from flexmerge_cli.methods.use import MethodUse, parse_use
+from flexmerge_cli.request.auto_options import Limits, parse_auto
+from flexmerge_cli.request.size import Size, parse_size
+
+KEEP = "keep"
+"""Written in place of a method for blocks: their tasks stay apart."""
+
+
+class Fit(StrEnum):
+    """How a prefix of the merge order is fitted to a size."""
+
+    TIGHT = "tight"
+    """Merges are undone again where the bundle still fits."""
+    PREFIX = "prefix"
+    """The shortest prefix that fits, as in the paper."""
+
+
+class Cluster(StrEnum):
+    """What is clustered in place of a merge order."""
+
+    CHANNELS = "channels"
+    """Each tensor by itself, into equally many clusters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMethod:
+    """A method for the blocks whose names match a pattern; the first match of several holds."""
+
+    pattern: str
+    """As `fnmatch` has it."""
+    use: MethodUse | None
+    """None keeps the tasks of these blocks apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exact:
+    """Nothing is merged: equal tensors are stored once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """The merge order is cut at a size, after a number of merges, or where the bundle is smallest."""
+
+    use: MethodUse
+    block_methods: tuple[BlockMethod, ...] = ()
+    size: Size | None = None
+    merges: int | None = None
+    """Instead of a size; at least 0."""
+    fit: Fit = Fit.TIGHT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clusters:
+    """The tasks are clustered tensor by tensor."""
+
+    use: MethodUse
+    cluster: Cluster
+    size: Size
+    """A whole number of models: the number of clusters."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """A centre and bits per task are chosen for every tensor, from the plan alone."""
+
+    text: str
+    """`auto:key=value,…` with every argument."""
+    limits: Limits
+    block_methods: tuple[BlockMethod, ...] = ()
+    size: Size | None = None
+    """None: the smallest bundle whose predicted distances stay under the limit."""
+
+
+Choice = Exact | Cut | Clusters | Auto
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """What a bundle is to hold. Made by `merge_request`."""
+
+    choice: Choice = Exact()
+    dtype: str | None = None
+    """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps theirs."""
+    max_distance: float | None = None
+    """Every task must end up nearer to its model than this; at least 0."""
+    notes: tuple[str, ...] = ()
+    """Which methods the names of mergekit stand for."""
+
+    @property
+    def size(self) -> Size | None:
+        return getattr(self.choice, "size", None)
+
+    @property
+    def uses(self) -> tuple[MethodUse, ...]:
+        """Every method that was asked for by name, the main one first."""
+        main = (self.choice.use,) if isinstance(self.choice, Cut | Clusters) else ()
+        others = self.choice.block_methods if isinstance(self.choice, Cut | Auto) else ()
+        return (*main, *(item.use for item in others if item.use is not None))
+
+    def at(self, size: Size | None) -> "MergeRequest":
+        """The same request with another size."""
+        assert isinstance(self.choice, Cut | Auto)
+        return replace(self, choice=replace(self.choice, size=size))
+
+
+class MethodMissing(UsageError):
+    """A size was asked for, and no method: what is lost must be chosen by name."""
+
+
+# Option -> why a choice of this kind does not read it.
+WITHOUT_METHOD = "merges nothing unless a method is named", "add --method NAME, or leave {option} out"
+UNREAD: dict[type[Choice], tuple[set[str], tuple[str, str]]] = {
+    Exact: ({"steps", "calibrate", "method_for", "fit", "cluster", "seed"}, WITHOUT_METHOD),
+    Auto: (
+        {"steps", "calibrate", "merges", "fit", "cluster", "seed"},
+        ("chooses by itself, and follows no merge order", "leave {option} out, or name another method"),
+    ),
+    Clusters: (
+        {"method_for", "merges", "fit"},
+        ("groups every tensor by itself, and cuts no merge order", "leave {option} out, or leave out --cluster"),
+    ),
+    Cut: ({"seed"}, ("draws nothing", "add --cluster channels, or leave {option} out")),
+}
+NAMES = {Exact: "a merge without --method", Auto: "--method auto", Clusters: "--cluster", Cut: "cutting a merge order"}
+
+
+def merge_request(
+    *,
+    method: str | None = None,
+    steps: Sequence[str] | None = None,
+    calibrate: str | None = None,
+    method_for: Mapping[str, str] | Iterable[str] | None = None,
+    size: str | None = None,
+    merges: int | None = None,
+    fit: str | None = None,
+    cluster: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    max_distance: float | None = None,
+    run_files: bool = False,
+) -> MergeRequest:
+    """Parse what was asked for; None: not asked. Reads no plan and no weight, and runs a method's file at most once.
+
+    method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: pattern -> method or `keep`, or
+    texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`. dtype:
+    `bf16`, `fp16` or `fp32`. max_distance: at least 0. run_files: whether a method may come from `./FILE.py#NAME`,
+    which is code that runs; never for words of a stranger's file.
+
+    Raises UsageError for words that are not known, for options that contradict each other, and for every option that
+    would not be read; MethodMissing for a size without a method.
+    """
+    given = {
+        "steps": tuple(steps or ()), "calibrate": calibrate, "method_for": _by_block(method_for), "merges": merges,
+        "fit": fit, "cluster": cluster, "seed": seed,
+    }  # fmt: skip
+    texts = [text for text in (method, *(text for _, text in given["method_for"])) if text not in (None, KEEP)]
+    notes = tuple(dict.fromkeys(note for text in texts if (note := resolve(text).message)))
+    choice = _choice(method, size, given, run_files)
+    if max_distance is not None and not max_distance >= 0:
+        raise UsageError(f"--max-distance {max_distance} is not a number of 0 or more", hint="write 0.5")
+    cast = CASTS[_word(CASTS, dtype, "dtype")] if dtype is not None else None
+    return MergeRequest(choice=choice, dtype=cast, max_distance=max_distance, notes=notes)
+
+
+def _choice(method: str | None, size: str | None, given: dict, run_files: bool) -> Choice:
+    wanted = parse_size(size) if size is not None else None
+    auto = parse_auto(method) if method is not None else None
+    kind: type[Choice] = Cut if given["cluster"] is None else Clusters
+    kind = Exact if method is None else Auto if auto is not None else kind
+    _refuse_unread(kind, given)
+    if method is None:
+        if wanted is not None or given["merges"] is not None:
+            raise MethodMissing(
+                "a size was asked for and no method: what is lost must be chosen by name",
+                hint="add --method NAME, or --method auto, which chooses by itself; `flexmerge methods` lists them",
+            )
+        return Exact()
+    block_methods = tuple(
+        BlockMethod(pattern=pattern, use=None if text == KEEP else _use(text, given, run_files))
+        for pattern, text in given["method_for"]
+    )
+    if auto is not None:
+        text, limits = auto
+        return Auto(text=text, limits=limits, block_methods=block_methods, size=wanted)
+    use = _use(method, given, run_files)
+    if given["cluster"] is not None:
+        return _clusters(use, size, wanted, given)
+    if wanted is not None and given["merges"] is not None:
+        raise UsageError("--size and --merges both say where to cut", hint="leave one of them out")
+    if given["fit"] is not None and wanted is None:
+        raise UsageError(
+            "--fit says how a cut is fitted to a size, and no size is given", hint="add --size 2x, or leave --fit out"
+        )
+    if given["merges"] is not None and given["merges"] < 0:
+        raise UsageError(f"--merges {given['merges']} is negative", hint="give 0 or more")
+    fit = Fit(_word(Fit, given["fit"], "fit")) if given["fit"] is not None else Fit.TIGHT
+    return Cut(use=use, block_methods=block_methods, size=wanted, merges=given["merges"], fit=fit)
+
+
+def _refuse_unread(kind: type[Choice], given: dict) -> None:
+    """Every option that this choice would not read, whatever its value is."""
+    names, (why, hint) = UNREAD[kind]
+    for name, value in given.items():
+        if name in names and value is not None and value != ():
+            option = {"steps": "--step"}.get(name, f"--{name.replace('_', '-')}")
+            raise UsageError(f"{option} has no effect here: {NAMES[kind]} {why}", hint=hint.format(option=option))
+
+
+def _clusters(use: MethodUse, text: str | None, size: Size | None, given: dict) -> Clusters:
+    cluster = Cluster(_word(Cluster, given["cluster"], "cluster", CLUSTER_HINT))
+    require_tensor_scope(use.call)
+    if size is None or not size.is_whole:
+        told = f"--size {text} is not one" if text else "no --size is given"
+        raise UsageError(f"--cluster makes a whole number of models, and {told}", hint="write --size 2x, or --size 3x")
+    return Clusters(use=use, cluster=cluster, size=size, seed=given["seed"] or 0)
+
+
+CLUSTER_HINT = "one of: channels; for whole models: flexmerge plan PLAN --blocks model --linkage average -o OTHER"
+
+
+def require_tensor_scope(call: Call) -> None:
+    """Raise UsageError for a method that must see more than one tensor: clusters of one are not those of another."""
+    coded = declare(call)
+    made_by = coded.centre_call() if coded else call
+    statistics: list[Statistic | None] = [made_by.statistics if made_by else None]
+    statistics += [coded.expert] if coded and isinstance(coded.expert, Statistic) else []
+    scopes = {statistic.scope for statistic in statistics if statistic} | ({made_by.scope} if made_by else set())
+    wide = sorted(scopes & {"block", "model"})
+    if wide:
+        parameters = call.method.parameters
+        narrow = {name: "tensor" for name, p in parameters.items() if "tensor" in p.choices and call.args[name] in wide}
+        changed = {name: value for name, value in call.args.items() if value != parameters[name].default}
+        raise UsageError(
+            f"`{call.method.name}` looks at a whole {wide[0]}, and --cluster groups every tensor by itself",
+            hint=f"--method {format_call(call.method.name, changed | narrow)}"
+            if narrow
+            else "take a method that needs no more than a tensor: --method task_arithmetic",
+        )
+
+
+def _use(text: str, given: dict, run_files: bool) -> MethodUse:
+    return parse_use(text, steps=given["steps"], calibrate=given["calibrate"], run_files=run_files)
+
+
+def _by_block(items: Mapping[str, str] | Iterable[str] | None) -> tuple[tuple[str, str], ...]:
+    if isinstance(items, Mapping):
+        return tuple(items.items())
+    pairs = []
+    for item in items or ():
+        pattern, equals, text = item.partition("=")
+        if not equals or not pattern or not text:
+            raise UsageError(f"`{item}` is not PATTERN=METHOD", hint="--method-for '*.self_attn=ties:K=0.2'")
+        pairs.append((pattern, text))
+    return tuple(pairs)
+
+
+def _word(known: Iterable[str], word: str, option: str, hint: str | None = None) -> str:
+    if word not in list(known):
+        raise UsageError(f"--{option} {word} is not known", hint=hint or f"one of: {', '.join(known)}")
+    return word
