@@ -15,9 +15,20 @@ from typing import TYPE_CHECKING, Any
 from flexmerge_cli.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from flexmerge_cli.api import draw_curve, evaluate, export, load_plan, make_plan, merge, open_bundle, verify
+    from flexmerge_cli.api import (
+        OrderSettings,
+        draw_curve,
+        evaluate,
+        export,
+        load_plan,
+        make_plan,
+        merge,
+        open_bundle,
+        verify,
+    )
 
 __all__ = [
+    "OrderSettings",
     "__version__",
     "draw_curve",
     "evaluate",

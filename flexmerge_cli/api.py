@@ -13,16 +13,18 @@ from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
-from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.plan import load_plan as load_plan
 from flexmerge_cli.plan import make_plan as _make_plan
-from flexmerge_cli.plan_request import OrderSettings, PlanRequest
+from flexmerge_cli.request.merge import merge_request
+from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View
 
 Verify = Literal["first-use", "all", "off"]
+WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance")
+"""Options of `merge` that say what is asked."""
 
 
 class OpenBundle:
@@ -130,22 +132,19 @@ def merge(
 ) -> OpenBundle:
     """Write the bundle and open it. `size` is `2.25x`, `40%` or `600MiB`; without a method nothing is merged.
 
+    A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, relocate, as MergeRequest has them;
-    device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed and max_distance, as words or numbers like those
+    of the command line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in
+    `make_plan`. Raises UsageError for words that are not known, and for options that would not be read.
     """
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
-    keys = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance", "relocate")
-    request = MergeRequest(
-        method=method,
-        size=size,
-        dtype=dtype,
-        access=_access(offline, stream, options.get("max_memory")),
-        **{key: options.pop(key) for key in keys if key in options},
-    )
+    words = {key: options.pop(key) for key in WORDS if key in options}
+    request = merge_request(method=method, size=size, dtype=dtype, run_files=True, **words)
+    relocate, access = options.pop("relocate", None), _access(offline, stream, options.get("max_memory"))
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
-    _merge(loaded, request, Path(output), plan_folder=folder, force=force, **options)
+    _merge(loaded, request, Path(output), plan_folder=folder, relocate=relocate, access=access, force=force, **options)
     return OpenBundle(output)
 
 
@@ -213,20 +212,20 @@ def draw_curve(
     """Score a plan's tasks by every method at every size, without writing bundles: `flexmerge eval --plan --json`.
 
     methods: by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. options: steps, calibrate,
-    method_for, dtype, fit, as MergeRequest has them. Raises UsageError, SourceError, DataError.
+    method_for and dtype, as in `merge`. Raises UsageError, SourceError, DataError.
     """
-    from flexmerge_cli.curve import CurveRequest, draw, parse_methods, parse_sizes
+    from flexmerge_cli.curve import draw
     from flexmerge_cli.evaluation.curve_record import curve_record
     from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.request.curve import CurveRequest, curve_methods
+    from flexmerge_cli.request.size import parse_sizes
 
     loaded = load_plan(plan)
     kept = tuple(adapter.name for adapter in loaded.adapters)
     checked = read_spec(Path(spec), loaded.task_names, unscorable=kept, allow_exec=allow_exec)
-    counts = {"num_tasks": len(loaded.tasks), "one_model_bytes": loaded.one_model_bytes}
     request = CurveRequest(
-        methods=parse_methods(methods, loaded),
-        sizes=parse_sizes(sizes, **counts) if sizes is not None else (),
-        common=MergeRequest(run_files=True, **options),
+        methods=curve_methods(methods, has_statistics=loaded.settings.statistics == "all", **options),
+        sizes=parse_sizes(sizes) if sizes is not None else (),
         reuse=reuse,
         parallel=parallel,
         device=device,

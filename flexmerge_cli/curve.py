@@ -4,108 +4,39 @@ Methods are drawn one after another, or, with `parallel`, in processes of their 
 """
 
 import multiprocessing
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from pathlib import Path
 
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import Allocation
-from flexmerge_cli.allocation.auto_options import parse_auto
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.size import PATTERN, parse_size
-from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.merging import MergeRequest, allocate, check_request, method_use
-from flexmerge_cli.methods.coded import declare
-from flexmerge_cli.methods.registry import all_methods, parse_call, resolve
 from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.request.curve import CurveMethod, CurveRequest
+from flexmerge_cli.request.merge import MergeRequest, merge_request
+from flexmerge_cli.request.size import Size
 
-MAX_SIZES = 1000
 ALTERNATIVES = {
-    "copies as fp32": MergeRequest(dtype="F32"),
-    "copies as bf16": MergeRequest(dtype="BF16"),
-    "copies as int8 per row": MergeRequest(method="low_bit:bits=8,centre=none"),
+    "copies as fp32": merge_request(dtype="fp32"),
+    "copies as bf16": merge_request(dtype="bf16"),
+    "copies as int8 per row": merge_request(method="low_bit:bits=8,centre=none"),
 }
 """What a team can do without merging anything: M models, each smaller."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveRequest:
-    """What `eval --plan` is asked."""
-
-    methods: tuple[str, ...]
-    sizes: tuple[str, ...] = ()
-    """Empty: each method at its own size."""
-    common: MergeRequest = field(default_factory=MergeRequest)
-    """Steps, calibration, methods by block, cast and fit of every point."""
-    reuse: bool = True
-    alternatives: bool = True
-    parallel: int = 1
-    device: str = "auto"
-    threads: int | None = None
-
-
-def parse_sizes(text: str, *, num_tasks: int, one_model_bytes: int) -> tuple[str, ...]:
-    """`0.75x:8x:0.25x` (both ends), `1x,2x,600MiB`, or both, by commas. Raises UsageError."""
-    found: list[str] = []
-    for item in filter(None, (item.strip() for item in text.split(","))):
-        found += _range(item) if ":" in item else [item]
-    for size in found:
-        parse_size(size, num_tasks=num_tasks, one_model_bytes=one_model_bytes)
-    if not found:
-        raise UsageError(f"--sizes `{text}` names no size", hint="--sizes 1x:8x:1x, or 1x,1.5x,2x")
-    return tuple(dict.fromkeys(found))
-
-
-def _range(text: str) -> list[str]:
-    matches = [PATTERN.fullmatch(end.strip()) for end in text.split(":")]
-    if len(matches) != 3 or None in matches or len({match[2] for match in matches if match}) != 1:
-        raise UsageError(f"`{text}` is no range of sizes", hint="from, to and step, of one unit: 0.75x:8x:0.25x")
-    first, last, step = (Decimal(match[1]) for match in matches if match)
-    unit = next(match[2] for match in matches if match)
-    if step <= 0 or last < first or (last - first) / step >= MAX_SIZES:
-        raise UsageError(f"`{text}` steps from {first} to {last} by {step}", hint="upwards, in at most 1000 steps")
-    count = int((last - first) / step) + 1
-    return [f"{_plain(first + number * step)}{unit}" for number in range(count)]
-
-
-def _plain(value: Decimal) -> str:
-    return re.sub(r"\.?0+$", "", f"{value:f}") if "." in f"{value:f}" else f"{value:f}"
-
-
-def parse_methods(text: str, plan: Plan) -> tuple[str, ...]:
-    """`auto;emr;low_bit:bits=2`, by semicolons; `all`: every method, and `auto` where the plan has what it needs."""
-    found: list[str] = []
-    for item in filter(None, (item.strip() for item in text.split(";"))):
-        if item == "all":
-            found += (["auto"] if plan.settings.statistics == "all" else []) + list(all_methods())
-        else:
-            found.append(item)
-    if not found:
-        raise UsageError(f"--methods `{text}` names no method", hint="--methods 'auto;emr;low_bit:bits=2'")
-    return tuple(dict.fromkeys(found))
-
-
-def check_curve(plan: Plan, request: CurveRequest) -> None:
-    """What is wrong with methods and sizes, before a weight is read. Raises UsageError."""
-    for method in request.methods:
-        asked = _asked(request.common, method, None)
-        check_request(asked, len(plan.tasks))
-        if parse_auto(method) is None:
-            method_use(asked, method)
-
-
-def cuts_of(pricer: Pricer, request: CurveRequest, method: str, plan_path: str) -> tuple[list[Cut], list[Unreached]]:
+def cuts_of(
+    pricer: Pricer, sizes: Sequence[Size], method: CurveMethod, plan_path: str
+) -> tuple[list[Cut], list[Unreached]]:
     """Bills of one method: at every size that it reaches, and at its own. Sizes of one allocation are one cut.
 
     A method's own size is the smallest that it reaches, of `auto` what it takes without a size; it is added where the
@@ -113,20 +44,21 @@ def cuts_of(pricer: Pricer, request: CurveRequest, method: str, plan_path: str) 
     """
     found: dict[Allocation, tuple[list[str], Bill, str]] = {}
     unreached = []
-    own: list[str | None] = [None] if not request.sizes or (parse_auto(method) is None and is_per_task(method)) else []
-    for size in (*request.sizes, *own):
-        asked = _asked(request.common, method, size)
+    own: list[Size | None] = [None] if not sizes or method.stores_per_task else []
+    for size in (*sizes, *own):
+        asked = method.request.at(size)
         try:
             bill = allocate(pricer.plan, asked, pricer)
         except GateError as error:
             assert size is not None
-            unreached.append(Unreached(method=method, size=size, message=error.message))
+            unreached.append(Unreached(method=method.name, size=size.text, message=error.message))
             continue
         key = replace(bill.allocation, merges=0, undone=0, fit="")
-        sizes = found.setdefault(key, ([], bill, command_of(plan_path, asked)))[0]
-        sizes += [size] if size is not None else []
+        texts = found.setdefault(key, ([], bill, command_of(plan_path, asked)))[0]
+        texts += [size.text] if size is not None else []
     return [
-        Cut(method=method, sizes=tuple(sizes), bill=bill, command=command) for sizes, bill, command in found.values()
+        Cut(method=method.name, sizes=tuple(texts), bill=bill, command=command)
+        for texts, bill, command in found.values()
     ], unreached
 
 
@@ -140,24 +72,7 @@ def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
 
 def command_of(plan_path: str, asked: MergeRequest) -> str:
     """The `merge` that writes it."""
-    options = [("--method", asked.method), ("--size", asked.size), ("--calibrate", asked.calibrate)]
-    options += [("--step", step) for step in asked.steps] + [("--method-for", item) for item in asked.method_for]
-    options += [("--dtype", next((word for word, dtype in CASTS.items() if dtype == asked.dtype), None))]
-    options += [("--fit", asked.fit.value if asked.fit is not MergeRequest().fit else None)]
-    words = [word for name, value in options if value is not None for word in (name, value)]
-    return shlex.join(["flexmerge", "merge", plan_path, *words, "-o", "bundle/"])
-
-
-def is_per_task(method: str) -> bool:
-    """Whether it stores something of each task beside what a group shares."""
-    call = parse_call(resolve(method).method, run_files=True)
-    return call.method.masked or declare(call) is not None
-
-
-def _asked(common: MergeRequest, method: str, size: str | None) -> MergeRequest:
-    if parse_auto(method) is not None:  # which merges by no order, and has no use for them
-        common = replace(common, steps=(), calibrate=None)
-    return replace(common, method=method, size=size)
+    return shlex.join(["flexmerge", "merge", plan_path, *asked.words(), "-o", "bundle/"])
 
 
 @dataclass(kw_only=True)
@@ -182,10 +97,8 @@ class Drawing:
 
         request = self.request
         self.pricer = Pricer(self.plan)
-        sources, _ = open_sources(
-            self.plan, self.plan_path.absolute().parent, request.common.relocate, request.common.access
-        )
-        fetch(sources.to_fetch(), request.common.access)
+        sources, _ = open_sources(self.plan, self.plan_path.absolute().parent, request.relocate, request.access)
+        fetch(sources.to_fetch(), request.access)
         folders = {
             task.name: source.path if source.path.is_dir() else source.path.parent
             for task, source in zip(self.plan.tasks, sources.tasks)
@@ -193,7 +106,7 @@ class Drawing:
         tasks = list(self.spec.tasks)
         device = None if request.device == "auto" else request.device
         cache = ScoreCache(overwrite=not request.reuse)
-        scorer = Scorer(spec=self.spec, device=device, cache=cache, access=request.common.access)
+        scorer = Scorer(spec=self.spec, device=device, cache=cache, access=request.access)
         for task in tasks:  # what does not fit is told before a weight is read
             scorer.examples(task, folders[task])
         self.fine_tuned, self.base = planned_models(self.plan, sources.located, folders, tasks)
@@ -209,8 +122,8 @@ class Drawing:
         self.scorer.known(task, model.digest, scored)
         return scored
 
-    def series(self, method: str, on_score: OnScore) -> tuple[list[Point], list[Unreached]]:
-        cuts, unreached = cuts_of(self.pricer, self.request, method, str(self.plan_path))
+    def series(self, method: CurveMethod, on_score: OnScore) -> tuple[list[Point], list[Unreached]]:
+        cuts, unreached = cuts_of(self.pricer, self.request.sizes, method, str(self.plan_path))
         return list(self.scorer.points(cuts, on_score)), unreached
 
     def alternatives(self, on_score: OnScore) -> list[Point]:
@@ -224,14 +137,15 @@ def draw(
 
     Raises UsageError before a weight is read, DataError for sources that are not what the plan saw.
     """
-    check_curve(plan, request)
+    for size in request.sizes:
+        plan.target(size)
     drawing = Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request)
     references: dict[str, dict[str, Scored]] = {"fine_tuned": {}, "base": {}}
     for who, models in (("fine_tuned", drawing.fine_tuned), ("base", drawing.base)):
         for done, (task, model) in enumerate(models.items()):
             on_score(f"{who.replace('_', '-')} models", done, len(models))
             references[who][task] = drawing.reference(task, model)
-    jobs: list[str | None] = [*request.methods, *([None] if request.alternatives else [])]
+    jobs: list[Job] = [*request.methods, *([None] if request.alternatives else [])]
     results = list(_in_processes(drawing, jobs, on_score) if request.parallel > 1 else _here(drawing, jobs, on_score))
     by_job = dict(zip(jobs, results))
     return Curve(
@@ -245,7 +159,7 @@ def draw(
     )
 
 
-Job = str | None
+Job = CurveMethod | None
 """A method; None: the alternatives."""
 Result = tuple[list[Point], list[Unreached]]
 
@@ -261,14 +175,14 @@ def _here(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[
 
 def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[Result]:
     """Each job in one of a few processes, the results in order."""
-    common = replace(drawing.request.common, access=drawing.request.common.access.elsewhere())
-    given = (drawing.plan, drawing.plan_path, drawing.spec, replace(drawing.request, common=common))
+    alone = replace(drawing.request, access=drawing.request.access.elsewhere())
+    given = (drawing.plan, drawing.plan_path, drawing.spec, alone)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(drawing.request.parallel, len(jobs)), context, _start, given) as pool:
         futures = [pool.submit(_run_there, job) for job in jobs]
         try:
             for done, future in enumerate(futures):
-                on_score(f"{jobs[done] or 'copies'}", done, len(jobs))
+                on_score(job.name if (job := jobs[done]) is not None else "copies", done, len(jobs))
                 yield future.result()
         except BaseException:  # the others would be finished first
             pool.shutdown(wait=False, cancel_futures=True)

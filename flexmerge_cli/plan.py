@@ -18,7 +18,6 @@ from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.family.vocabulary import split_vocabularies
-from flexmerge_cli.order.linkage import check_settings
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.plan_fields import (
     low_rank_records,
@@ -28,7 +27,7 @@ from flexmerge_cli.plan_fields import (
     settings_fields,
     tensor_records,
 )
-from flexmerge_cli.plan_request import OrderSettings, PlanRequest
+from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
 
 if TYPE_CHECKING:
@@ -99,7 +98,6 @@ def make_plan(
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.engine.survey import survey
 
-    check_settings(request.order.linkage, request.order.similarity)
     where = choose_device(device)
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read

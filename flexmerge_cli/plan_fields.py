@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli import keeping
+from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
@@ -24,8 +25,8 @@ from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
-from flexmerge_cli.order.similarity import BlockMeasure, comparison_unit
-from flexmerge_cli.plan_request import OrderSettings, PlanRequest
+from flexmerge_cli.order.similarity import comparison_unit
+from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.text import is_text
 from flexmerge_cli.version import GENERATOR
 
@@ -246,21 +247,6 @@ def order_fields(tensors: Mapping[str, PlanTensor], blocks: Sequence[Block], ord
         ],
         "near_ties": count_near_ties(merges, unit=comparison_unit(measures, order.similarity)),
     }
-
-
-def block_measure(name: str, tensors: Sequence[PlanTensor]) -> BlockMeasure:
-    """What the order needs to know of a block: its tensors' Gram matrices, added in the block's order."""
-    count = len(tensors[0].same)
-    gram, identical = np.zeros((count, count)), np.ones((count, count), bool)
-    agreement = np.zeros((count, count), np.int64) if all(t.agreement is not None for t in tensors) else None
-    for tensor in tensors:
-        gram = gram + np.array(tensor.gram, np.float64)
-        same = np.array(tensor.same)
-        identical &= same[:, None] == same[None, :]
-        if agreement is not None:
-            agreement += np.array(tensor.agreement, np.int64)
-    elements = sum(tensor.num_elements for tensor in tensors)
-    return BlockMeasure(name=name, gram=gram, num_elements=elements, identical=identical, agreement=agreement)
 
 
 def _relative(checkpoint: Checkpoint, folder: Path) -> str:

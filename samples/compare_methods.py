@@ -19,18 +19,17 @@ import torch
 from family import arguments, plan_of
 
 from flexmerge_cli import load_plan, merge
-from flexmerge_cli.allocation.clusters import Cluster
 from flexmerge_cli.allocation.plan_file import save_plan
 from flexmerge_cli.allocation.ways import COMMON
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.curve import is_per_task
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.methods.registry import all_methods
+from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.plan import replan
-from flexmerge_cli.plan_request import OrderSettings
+from flexmerge_cli.request.plan import OrderSettings
 
 SIZES = ("1x", "1.5x", "2x", "3x", "4x")
 SMALLEST = None
@@ -92,14 +91,20 @@ def rows_of(name: str) -> list[Row]:
         coded = scorer.row(LOW_BIT[name], SMALLEST)
         return [coded, *(scorer.row(method, f"{coded['factor']:.6f}x") for method in BLOCK_MERGING)]
     if name == CHANNELS:
-        return [scorer.row("task_arithmetic", size, cluster=Cluster.CHANNELS) for size in whole]
+        return [scorer.row("task_arithmetic", size, cluster="channels") for size in whole]
     if name == MODELS:
         return [scorer.models("task_arithmetic", int(size[:-1])) for size in whole]
-    return [scorer.row(name, size) for size in (*SIZES, *([SMALLEST] if is_per_task(name) else []))]
+    return [scorer.row(name, size) for size in (*SIZES, *([SMALLEST] if parse_use(name).stores_per_task else []))]
 
 
 def compare(family: Path) -> dict[str, list[Row]]:
-    names = ["fine-tuned", *LOW_BIT, *sorted(all_methods(), key=is_per_task), CHANNELS, MODELS]
+    names = [
+        "fine-tuned",
+        *LOW_BIT,
+        *sorted(all_methods(), key=lambda name: parse_use(name).stores_per_task),
+        CHANNELS,
+        MODELS,
+    ]
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

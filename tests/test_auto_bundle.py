@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from flexmerge_cli import load_plan, make_plan, merge, open_bundle, verify
 from flexmerge_cli.allocation.auto_allocation import auto
-from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.size import parse_size
 
 from .allocation.test_auto_golden import as_golden
 from .families import Models, encoder, normal, plain, same_bits, tuned, write_family
@@ -123,14 +123,14 @@ def test_bundles_are_what_the_bill_says_and_never_over(dtype, tmp_path):
         size = f"{-(-tensor_bytes * 1000 // one) / 1000}x"
         if number == 9:
             size = "4x"
-        bill = search.cut(parse_size(size, num_tasks=4, one_model_bytes=one)).bill
+        bill = search.cut(parse_size(size).target(num_tasks=4, one_model_bytes=one)).bill
         merge(plan, tmp_path / size, method="auto", size=size, device="cpu")
         assert on_disk(tmp_path / size) == bill.total_bytes
         assert open_bundle(tmp_path / size).manifest.stored_bytes == bill.tensor_bytes <= float(size[:-1]) * one
     for target in np.linspace(
-        smallest.total_bytes, search.cut(parse_size("4x", num_tasks=4, one_model_bytes=one)).bill.total_bytes, 10
+        smallest.total_bytes, search.cut(parse_size("4x").target(num_tasks=4, one_model_bytes=one)).bill.total_bytes, 10
     ).astype(int):
-        bill = search.cut(parse_size(f"{target}B", num_tasks=4, one_model_bytes=one)).bill
+        bill = search.cut(parse_size(f"{target}B").target(num_tasks=4, one_model_bytes=one)).bill
         merge(plan, tmp_path / f"{target}B", method="auto", size=f"{target}B", device="cpu")
         assert on_disk(tmp_path / f"{target}B") == bill.total_bytes <= target
 
@@ -265,7 +265,9 @@ def test_a_tensor_of_half_the_bytes_is_upgraded_task_by_task(tmp_path):
         manifest = open_bundle(tmp_path / size).manifest
         left = float(size[:-1]) * manifest.one_model_bytes - manifest.stored_bytes
         assert 0 <= left < 0.05 * manifest.one_model_bytes, size
-    solved = search.cut(parse_size("1.3x", num_tasks=4, one_model_bytes=load_plan(plan).one_model_bytes)).solution
+    solved = search.cut(
+        parse_size("1.3x").target(num_tasks=4, one_model_bytes=load_plan(plan).one_model_bytes)
+    ).solution
     assert any(len(set(choice.bits)) > 1 for choice in solved.choices)
 
 

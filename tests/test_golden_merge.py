@@ -14,15 +14,16 @@ from safetensors.torch import load_file
 
 from flexmerge_cli import load_plan, make_plan, open_bundle
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.cut import Cutter, Fit
-from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.plan import replan
-from flexmerge_cli.plan_request import OrderSettings
+from flexmerge_cli.request.merge import Fit
+from flexmerge_cli.request.plan import OrderSettings
+from flexmerge_cli.request.size import parse_size
 
 from .program import succeeds
 
@@ -159,7 +160,7 @@ def test_targets_are_cut_where_the_golden_file_says(kind, method, slack, plan):
     cutter = Cutter(Pricer(load_plan(plan)), parse_use(method))
     sizes = cutter.sizes()
     for factor, expected in ORDER["targets"][kind].items():
-        size = parse_size(f"{factor}x", num_tasks=8, one_model_bytes=cutter.plan.one_model_bytes)
+        size = parse_size(f"{factor}x").target(num_tasks=8, one_model_bytes=cutter.plan.one_model_bytes)
         if expected is None:
             with pytest.raises(GateError, match="its smallest is"):
                 cutter.cut(size, Fit.PREFIX)

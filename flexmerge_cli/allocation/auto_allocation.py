@@ -12,17 +12,18 @@ from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
-from flexmerge_cli.allocation.auto_centres import CentreBits, Kind
+from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
-from flexmerge_cli.allocation.auto_table import Choice, Limits
+from flexmerge_cli.allocation.auto_table import Choice
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanBlock, PlanTensor
-from flexmerge_cli.allocation.size import Size
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse, parse_use
+from flexmerge_cli.request.auto_options import Kind, Limits
+from flexmerge_cli.request.size import Target
 
 # About two bits a weight: where a first user need not know a number.
 MAX_DISTANCE = 0.35
@@ -61,7 +62,7 @@ class Auto:
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
         """Of all that the search does not decide."""
 
-    def cut(self, size: Size) -> Found:
+    def cut(self, size: Target) -> Found:
         """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
         exact = self.exact()
         if (exact.bill.total_bytes if size.on_disk else exact.bill.tensor_bytes) <= size.max_bytes:
@@ -108,7 +109,7 @@ class Auto:
         forms = [tensor.base_form for tensor in tensors if self.plan.base_readers(tensor)]
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
 
-    def _refuse(self, size: Size) -> None:
+    def _refuse(self, size: Target) -> None:
         one, bills = max(1, self.plan.one_model_bytes), [self.smallest().bill, self.exact().bill]
         bill = min(bills, key=lambda bill: bill.total_bytes if size.on_disk else bill.tensor_bytes)
         raise GateError(

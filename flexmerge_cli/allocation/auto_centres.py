@@ -13,11 +13,11 @@ import numpy as np
 
 from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics
 from flexmerge_cli.checkpoint.dtypes import promote
+from flexmerge_cli.request.auto_options import Kind
 from flexmerge_cli.residuals.coding_error import WEIGHT_BITS
 
 # M tasks, K classes of bit-identical tasks, C centres, G groups
 
-Kind = Literal["none", "base", "average"]
 CentreBits = int | Literal["dense"]
 
 CENTRE_BITS: tuple[CentreBits, ...] = (*WEIGHT_BITS, "dense")

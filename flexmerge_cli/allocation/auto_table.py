@@ -16,34 +16,19 @@ from flexmerge_cli.allocation.auto_centres import (
     FREE,
     Centre,
     CentreBits,
-    Kind,
     centre_bytes,
     centres_of,
     factors,
 )
 from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
 from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics
+from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coder import View
 
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
 
 Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
 """The hull of what one class may store: labels, bytes, and cost in units of a factor."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a search may choose. Exact copies are always allowed; tensors that no task has moved have nothing else."""
-
-    min_bits: int = 0
-    """Fewest bits of a residual or coded copy; 0 allows dropping residuals, in embedding tables alone."""
-    max_bits: int = 8
-    """Most bits of a residual or coded copy."""
-    centres: tuple[Kind, ...] = ("none", "base", "average")
-    """Where a tensor can have none of these, as an average of a single task, it has no centre."""
-
-    def allows(self, bits: int) -> bool:
-        return self.min_bits <= bits <= self.max_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

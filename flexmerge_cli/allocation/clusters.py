@@ -9,21 +9,15 @@ long, so all that k-means compares follows from the inner products that a plan h
 takes the mean of the unnormalised rows, so that large task vectors decide; it begins every layer at the same task.
 """
 
-import re
-from enum import StrEnum
-
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Unit
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
-from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.coded import declare
-from flexmerge_cli.methods.method import Call, Statistic
-from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparable, cosine, similarity
 from flexmerge_cli.random import Stream, key64
+from flexmerge_cli.request.merge import Cluster
 
 MAX_ITERATIONS = 100
 # Squared length of a mean of rows that counts as 0: rounding alone leaves up to 1e-15 where rows cancel.
@@ -32,19 +26,12 @@ NO_LENGTH = 1e-14
 # M tasks, C clusters
 
 
-class Cluster(StrEnum):
-    """What is clustered, in place of a merge order."""
-
-    CHANNELS = "channels"
-    """Every tensor by itself, all into equally many clusters."""
-
-
 def cluster_channels(
     plan: Plan, num_clusters: int, method: MethodUse, *, seed: int = 0, dtype: str | None = None
 ) -> Allocation:
     """One unit per tensor, its groups the clusters; num_clusters in [1, M]. O(M^3) a tensor at worst.
 
-    `method` must see no more than one tensor: `require_tensor_scope`.
+    `method` must see no more than one tensor, as `merge_request` ensures.
     """
     units = []
     for name in (name for block in plan.blocks for name in block.tensors):
@@ -55,39 +42,6 @@ def cluster_channels(
         units.append(Unit(name=name, tensors=(name,), groups=groups))
     merges = sum(len(plan.tasks) - len(unit.groups) for unit in units)
     return Allocation(methods=(method,), units=tuple(units), dtype=dtype, merges=merges, fit=Cluster.CHANNELS.value)
-
-
-def clusters_of_size(text: str | None, num_tasks: int) -> int:
-    """`3x` -> 3. Raises UsageError for what is no whole number of models in [1, M]."""
-    match = re.fullmatch(r"([1-9]\d*)x", (text or "").strip())
-    if match is None or int(match[1]) > num_tasks:
-        told = f"--size {text} is not one" if text else "no --size is given"
-        raise UsageError(
-            f"--cluster makes a whole number of models of {num_tasks}, and {told}", hint=f"--size 1x … {num_tasks}x"
-        )
-    return int(match[1])
-
-
-def require_tensor_scope(call: Call) -> None:
-    """Clusters of one tensor are no clusters of another. Raises UsageError for a method that must see a block."""
-    coded = declare(call)
-    made_by = coded.centre_call() if coded else call
-    statistics: list[Statistic | None] = [made_by.statistics if made_by else None]
-    statistics += [coded.expert] if coded and isinstance(coded.expert, Statistic) else []
-    scopes = {statistic.scope for statistic in statistics if statistic} | ({made_by.scope} if made_by else set())
-    wide = sorted(scopes & {"block", "model"})
-    if wide:
-        parameters = call.method.parameters
-        narrow = {name: "tensor" for name, p in parameters.items() if "tensor" in p.choices and call.args[name] in wide}
-        given = {name: value for name, value in call.args.items() if value != parameters[name].default}
-        hint = (
-            f"--method {format_call(call.method.name, given | narrow)}"
-            if narrow
-            else "a method that needs no more than a tensor: --method task_arithmetic"
-        )
-        raise UsageError(
-            f"`{call.method.name}` looks at a whole {wide[0]}, and --cluster groups every tensor by itself", hint=hint
-        )
 
 
 def unit_gram(plan: Plan, tensor: PlanTensor) -> np.ndarray:

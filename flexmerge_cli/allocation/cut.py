@@ -4,27 +4,20 @@ A cut is the shortest prefix of the order that fits. With `tight`, merges are th
 blocks are coarse, and a prefix can jump far below the target.
 """
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, from_groups
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.size import Size
+from flexmerge_cli.allocation.block_methods import uses_of_blocks
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.order import Merge, groups_after
+from flexmerge_cli.request.merge import BlockMethod, Fit
+from flexmerge_cli.request.size import Target
 
 # How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
 OVERHEAD_SLACK_BYTES = 1 << 20
-
-
-class Fit(StrEnum):
-    """How a prefix is fitted to a target."""
-
-    TIGHT = "tight"
-    PREFIX = "prefix"
 
 
 @dataclass(slots=True)
@@ -45,23 +38,13 @@ class Cutter:
         method: MethodUse,
         dtype: str | None = None,
         *,
-        elsewhere: Sequence[tuple[str, MethodUse | None]] = (),
+        block_methods: Sequence[BlockMethod] = (),
     ) -> None:
-        """elsewhere: (pattern of block names, its method, or None to keep its tasks apart); the first match holds.
-
-        Raises UsageError for a pattern that no block matches.
-        """
+        """block_methods: methods of some blocks. Raises UsageError for a pattern that no block matches."""
         self.pricer, self.dtype, self.plan = pricer, dtype, pricer.plan
-        self.methods = tuple(dict.fromkeys([method, *(use for _, use in elsewhere if use is not None)]))
-        self.method_of: list[int | None] = []
-        for block in self.plan.blocks:
-            found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
-            use = found[0] if found else method
-            self.method_of.append(None if use is None else self.methods.index(use))
-        for pattern, _ in elsewhere:
-            if not any(fnmatch.fnmatchcase(block.name, pattern) for block in self.plan.blocks):
-                some = ", ".join(block.name for block in self.plan.blocks[:3])
-                raise UsageError(f"no block matches `{pattern}`", hint=f"blocks are {some}, …")
+        use_of = uses_of_blocks(self.plan, block_methods, method)
+        self.methods = tuple(dict.fromkeys(use for use in (method, *use_of) if use is not None))
+        self.method_of = [None if use is None else self.methods.index(use) for use in use_of]
         self.order = tuple(merge for merge in self.plan.merges() if self.method_of[merge.block] is not None)
 
     def state(self) -> _State:
@@ -100,7 +83,7 @@ class Cutter:
             fit=str(fit),
         )
 
-    def cut(self, size: Size, fit: Fit = Fit.TIGHT) -> Allocation:
+    def cut(self, size: Target, fit: Fit = Fit.TIGHT) -> Allocation:
         """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
         if size.all_merges and not any(use.stores_per_task for use in self.methods):
             return self.prefix(len(self.order), fit)
@@ -118,7 +101,7 @@ class Cutter:
             kept = self._undo(state, kept, size)
         return self._allocation(state, len(kept), applied - len(kept), fit)
 
-    def _undo(self, state: _State, kept: list[Merge], size: Size) -> list[Merge]:
+    def _undo(self, state: _State, kept: list[Merge], size: Target) -> list[Merge]:
         """Passes from the latest merge to the earliest, until none can be undone."""
         applied = len(kept)
         overhead = self._total(state, applied, 0, Fit.TIGHT) - state.tensor_bytes if size.on_disk else 0
@@ -141,14 +124,14 @@ class Cutter:
                     self._apply(state, merge.block, before)
         return kept
 
-    def _fits(self, state: _State, size: Size, merges: int, undone: int, fit: Fit) -> bool:
+    def _fits(self, state: _State, size: Target, merges: int, undone: int, fit: Fit) -> bool:
         total = self._total(state, merges, undone, fit) if size.on_disk else state.tensor_bytes
         return total <= size.max_bytes
 
     def _total(self, state: _State, merges: int, undone: int, fit: Fit) -> int:
         return self.pricer.bill(self._allocation(state, merges, undone, fit)).total_bytes
 
-    def _refuse(self, size: Size, sizes: Sequence[int], fit: Fit) -> None:
+    def _refuse(self, size: Target, sizes: Sequence[int], fit: Fit) -> None:
         smallest = self.prefix(sizes.index(min(sizes)), fit)
         bill = self.pricer.bill(smallest)
         factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)

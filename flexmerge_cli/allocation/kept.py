@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from flexmerge_cli.allocation.record import Digest, Record
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.record import Digest, Record
 
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 

@@ -40,12 +40,12 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
-from flexmerge_cli.allocation.record import Digest, Record, Runs, Shape
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.record import Digest, Record, Runs, Shape
 
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64

@@ -34,7 +34,6 @@ from flexmerge_cli.allocation.plan_records import (
     PlanVocabulary,
     Settings,
 )
-from flexmerge_cli.allocation.record import Count, Record, Shape
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
@@ -42,7 +41,9 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.order.order import Merge
+from flexmerge_cli.record import Count, Record, Shape
 from flexmerge_cli.regular_file import read_file
+from flexmerge_cli.request.size import Size, Target
 from flexmerge_cli.text import json_holds_text
 from flexmerge_cli.writing import has_start, write_file
 
@@ -97,6 +98,13 @@ class Plan(Record):
     @property
     def reader_names(self) -> tuple[str, ...]:
         return tuple(reader.name for reader in self.readers)
+
+    def target(self, size: Size) -> Target:
+        """A size in bytes of this plan's bundle, where a kept adapter counts as a model.
+
+        Raises UsageError for more models than there are.
+        """
+        return size.target(num_tasks=len(self.readers), one_model_bytes=self.one_model_bytes)
 
     @property
     def pools_lora(self) -> bool:

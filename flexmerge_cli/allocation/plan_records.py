@@ -6,15 +6,13 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.allocation.record import Count, Digest, Record, Runs, Shape
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.order.order import Linkage, Similarity, Strategy
+from flexmerge_cli.record import Count, Digest, Record, Runs, Shape
+from flexmerge_cli.request.plan import Statistics
 from flexmerge_cli.residuals.coding_error import CodingError
-
-Statistics = Literal["all", "gram"]
-"""What the pass measures: all, or no more than a merge order needs."""
 
 
 class SideFile(Record):

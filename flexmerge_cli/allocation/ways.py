@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
-from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter
-from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.products import merges_products
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.size import parse_size
 
 AUTO_SIZES = (0.75, 1, 1.5, 2)
 
@@ -90,8 +90,8 @@ def _auto(pricer: Pricer, command: str) -> list[Way]:
         sizes.insert(0, f"{smallest_factor(smallest):g}x")
     rows = []
     for text in sizes:
-        size = parse_size(text, num_tasks=count, one_model_bytes=plan.one_model_bytes)
-        rows.append(way(f"auto at {text}", search.cut(size).bill, f"{command} --method auto --size {text} -o bundle/"))
+        found = search.cut(plan.target(parse_size(text))).bill
+        rows.append(way(f"auto at {text}", found, f"{command} --method auto --size {text} -o bundle/"))
     return rows
 
 

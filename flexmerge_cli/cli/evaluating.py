@@ -8,8 +8,7 @@ from typing import Any
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
-from flexmerge_cli.cli.options import dtype_of
-from flexmerge_cli.curve import CurveRequest, OnScore, draw, parse_methods, parse_sizes
+from flexmerge_cli.curve import OnScore, draw
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.choose import Choice, choose, halves
 from flexmerge_cli.evaluation.curve import Curve, Point
@@ -17,9 +16,10 @@ from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.gate import Gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.evaluation.tune import require_other_data
-from flexmerge_cli.merging import MergeRequest
 from flexmerge_cli.plan import load_plan
-from flexmerge_cli.tuning import Tune, parse_tune, tuned, variants
+from flexmerge_cli.request.curve import CurveRequest, Tune, curve_methods, parse_tune
+from flexmerge_cli.request.size import parse_sizes
+from flexmerge_cli.tuning import tuned
 
 DEFAULT_METHODS = "task_arithmetic"
 
@@ -67,9 +67,10 @@ class Drawn:
         data_dependent = None
         if self.tune is not None and self.tune_spec is not None:
             found = tuned(self.plan, self.options.plan, self.tune_spec, self.request, self.tune, on_score=on_score)
-            methods = tuple(found.get(method, method) for method in self.request.methods)
+            methods = tuple(found.get(method.name, method) for method in self.request.methods)
             self.request = replace(self.request, methods=methods)
-            data_dependent = {"arguments": "; ".join(found.values()), "spec": str(self.options.tune_spec)}
+            arguments = "; ".join(method.name for method in found.values())
+            data_dependent = {"arguments": arguments, "spec": str(self.options.tune_spec)}
         curve = draw(self.plan, self.options.plan, self.spec, self.request, on_score=on_score)
         record = curve_record(self.plan, self.spec, curve, gate=self.options.gate, data_dependent=data_dependent)
         if self.options.choose is not None:
@@ -116,22 +117,22 @@ def checked(options: CurveOptions) -> Drawn:
     spec = read_spec(options.spec, plan.task_names, unscorable=kept, allow_exec=options.allow_exec)
     if options.choose is not None:
         require_scored(spec, f"--choose judges all tasks of a bundle: {options.spec}")
-    common = MergeRequest(
-        steps=options.steps,
-        calibrate=options.calibrate,
-        method_for=options.method_for,
-        dtype=dtype_of(options.dtype),
-        run_files=True,
+    common = {
+        "steps": options.steps,
+        "calibrate": options.calibrate,
+        "method_for": options.method_for,
+        "dtype": options.dtype,
+    }
+    has_statistics = plan.settings.statistics == "all"
+    methods = curve_methods(options.methods or DEFAULT_METHODS, has_statistics=has_statistics, **common)
+    sizes = parse_sizes(options.sizes) if options.sizes is not None else ()
+    for size in sizes:
+        plan.target(size)
+    request = CurveRequest(
+        methods=methods,
+        sizes=sizes,
         relocate=options.relocate,
         access=options.access,
-    )
-    sizes: tuple[str, ...] = ()
-    if options.sizes is not None:
-        sizes = parse_sizes(options.sizes, num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
-    request = CurveRequest(
-        methods=parse_methods(options.methods or DEFAULT_METHODS, plan),
-        sizes=sizes,
-        common=common,
         reuse=options.reuse,
         parallel=options.parallel,
         device=options.device,
@@ -154,8 +155,7 @@ def checked(options: CurveOptions) -> Drawn:
             raise UsageError(
                 "--tune needs data that are not those reported", hint="--tune-spec val.yaml: the validation data"
             )
-        tune = parse_tune(options.tune)
-        variants(request.methods, tune)
+        tune = parse_tune(options.tune, methods, **common)
     return Drawn(plan=plan, spec=spec, request=request, options=options, tune_spec=tune_spec, tune=tune)
 
 

@@ -69,7 +69,6 @@ def merge(
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.errors import GateError
-    from flexmerge_cli.merging import resolutions
     from flexmerge_cli.report.auto import show_auto
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
 
@@ -79,22 +78,19 @@ def merge(
         "steps": tuple(step) if step else None,
         "calibrate": calibrate,
         "method_for": tuple(method_for) if method_for else None,
-        "run_files": True if method or method_for else None,
         "size": size,
         "merges": merges,
-        "cluster": options.cluster_of(cluster),
+        "cluster": cluster,
         "seed": seed,
-        "dtype": options.dtype_of(dtype),
+        "dtype": dtype,
         "max_distance": max_distance,
-        "access": options.access_of(
-            offline=offline, quiet=quiet, stream=stream, max_memory=options.memory_of(max_memory)
-        ),
-        **options.fit_of(fit),
+        "fit": fit,
     }
-    packing = Packing.of(source, chosen, options.relocations(relocate), plan_file)
+    access = options.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
+    packing = Packing.of(source, chosen, options.relocations(relocate), plan_file, access)
     run = {"device": device, "threads": threads, "max_memory": memory}
     packing.check(output, force=force)
-    for message in resolutions(packing.request):
+    for message in packing.request.notes:
         options.note(message, quiet=quiet)
     with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)

@@ -13,7 +13,6 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-    from flexmerge_cli.allocation.clusters import Cluster
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.errors import FlexmergeError
 
@@ -63,37 +62,8 @@ ClusterOption = Annotated[
 ]
 
 
-def dtype_of(text: str | None) -> str | None:
-    from flexmerge_cli.checkpoint.dtypes import CASTS
-    from flexmerge_cli.errors import UsageError
-
-    if text is not None and text not in CASTS:
-        raise UsageError(f"--dtype {text} is not known", hint=f"one of: {', '.join(CASTS)}")
-    return CASTS[text] if text else None
-
-
-def fit_of(text: str | None) -> dict[str, Any]:
-    """As a field of MergeRequest; empty where it was not chosen, so that a recipe's holds."""
-    from flexmerge_cli.allocation.cut import Fit
-    from flexmerge_cli.errors import UsageError
-
-    if text is not None and text not in list(Fit):
-        raise UsageError(f"--fit {text} is not known", hint=f"one of: {', '.join(Fit)}")
-    return {} if text is None else {"fit": Fit(text)}
-
-
-def cluster_of(text: str | None) -> "Cluster | None":
-    from flexmerge_cli.allocation.clusters import Cluster
-    from flexmerge_cli.errors import UsageError
-
-    if text is not None and text not in list(Cluster):
-        hint = "one of: channels; whole models: flexmerge plan PLAN --blocks model --linkage average -o OTHER"
-        raise UsageError(f"--cluster {text} is not known", hint=hint)
-    return None if text is None else Cluster(text)
-
-
 def memory_of(text: str | None) -> int | None:
-    from flexmerge_cli.allocation.size import parse_bytes
+    from flexmerge_cli.request.size import parse_bytes
 
     return parse_bytes(text) if text else None
 

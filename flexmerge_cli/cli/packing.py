@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import bundle_files, check_target
+from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place
@@ -16,10 +18,11 @@ from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
-from flexmerge_cli.merging import MergeRequest, OnProgress, advice, allocate, auto_found, check_request, merge
+from flexmerge_cli.merging import OnProgress, merge
 from flexmerge_cli.plan import load_plan, make_plan
-from flexmerge_cli.recipe import Recipe, read_recipe
 from flexmerge_cli.report.auto import auto_summary
+from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
+from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.scores import BundleGate, references_of
 from flexmerge_cli.writing import check_apart
 
@@ -32,6 +35,8 @@ class Packing:
     recipe: Recipe | None
     request: MergeRequest
     keep_plan: Path | None
+    relocate: Mapping[str, str]
+    access: Access
     plan_folder: Path = field(default_factory=Path)
     source_warnings: tuple[str, ...] = ()
     pricer: Pricer | None = None
@@ -42,23 +47,39 @@ class Packing:
     """The recipe's, once there is a plan."""
 
     @staticmethod
-    def of(source: Path, chosen: Mapping[str, Any], relocate: Mapping[str, str], keep_plan: Path | None) -> "Packing":
+    def of(
+        source: Path,
+        chosen: Mapping[str, Any],
+        relocate: Mapping[str, str],
+        keep_plan: Path | None,
+        access: Access = ONLINE,
+    ) -> "Packing":
+        """chosen: words of `merge_request`."""
         if not source.is_file():
             raise SourceError(f"no plan or recipe at {source}", hint="make a plan with `flexmerge plan`")
         recipe = read_recipe(source) if source.suffix in (".yaml", ".yml") else None
         if recipe is None and keep_plan is not None:
             raise UsageError("--plan goes with a recipe", hint="give the plan itself: flexmerge merge plan.json")
-        fields = {name: value for name, value in chosen.items() if value is not None}
+        words = {name: value for name, value in chosen.items() if value is not None}
+        typed = "method" in words or "method_for" in words  # a person has typed it: its file may run
         if recipe:
-            of_recipe = recipe.merge_fields()
-            if "size" in fields or "merges" in fields:
+            of_recipe = recipe.merge_words()
+            if "size" in words or "merges" in words:
                 of_recipe.pop("size", None)
                 of_recipe.pop("merges", None)
-            fields = of_recipe | fields
-        request = MergeRequest(**fields, relocate=relocate)
-        if recipe:
-            check_request(request, len(recipe.tasks))
-        return Packing(source=source, recipe=recipe, request=request, keep_plan=keep_plan)
+            words = of_recipe | words
+        try:
+            request = merge_request(**words, run_files=typed)
+        except MethodMissing as error:
+            if recipe is not None:
+                raise
+            dtype = merge_request(dtype=words.get("dtype")).dtype
+            raise UsageError(f"{error.message}\n{offers(load_plan(source), dtype)}", hint=error.hint) from None
+        if recipe and request.size is not None:
+            request.size.target(num_tasks=len(recipe.tasks), one_model_bytes=1)
+        return Packing(
+            source=source, recipe=recipe, request=request, keep_plan=keep_plan, relocate=relocate, access=access
+        )
 
     def check(self, output: Path, *, force: bool) -> None:
         """Before anything is read: the places of the bundle and of a kept plan."""
@@ -86,7 +107,7 @@ class Packing:
         if self.recipe is None:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
-        given = plan_request(self.source, None, None, [], {}, (), False, access=self.request.access)
+        given = plan_request(self.source, None, None, [], {}, (), False, access=self.access)
         self.source_warnings = given.warnings
         if self.keep_plan is None:
             assert given.request is not None
@@ -102,15 +123,12 @@ class Packing:
     def bill(self, plan: Plan, *, device: str) -> tuple[Bill, list[str]]:
         """What will be written. What does not fit of a gate's spec and data is refused before anything is merged."""
         if self.spec is not None:
-            request = self.request
-            references = references_of(
-                plan, self.plan_folder, self.spec, relocate=request.relocate, access=request.access
-            )
+            references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
             self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)
         self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None)
         bill = allocate(plan, self.request, self.pricer)
-        return bill, [*self.source_warnings, *advice(plan, bill, self.request, self.pricer)]
+        return bill, [*self.source_warnings, *advice(plan, bill, self.pricer)]
 
     def auto(self) -> dict[str, Any] | None:
         """What `auto` tells of its choice, after `bill`; None for other methods."""
@@ -126,8 +144,8 @@ class Packing:
                 self.gate.require(folder, on_progress)
 
         return merge(
-            plan, self.request, output, plan_folder=self.plan_folder, force=force, bill=bill, examine=examine,
-            on_progress=on_progress, **run,
+            plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,
+            force=force, bill=bill, examine=examine, on_progress=on_progress, **run,
         )[1]  # fmt: skip
 
     def verdict(self) -> dict[str, Any]:

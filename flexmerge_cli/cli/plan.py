@@ -119,19 +119,15 @@ def plan(
     if output is not None and not dry_run:
         check_apart(output, [source, *given.places])
         options.check_plan_place(output, force=force)
-    from flexmerge_cli.merging import MergeRequest, check_request, resolutions
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
+    from flexmerge_cli.request.merge import merge_request
 
-    request = MergeRequest(
-        method=method,
-        run_files=method is not None,
-        size=size,
-        merges=merges,
-        dtype=options.dtype_of(dtype),
-        **options.fit_of(fit),
-    )
-    check_request(request, given.num_tasks)
-    for message in resolutions(request):
+    if method is None and (size is not None or merges is not None):
+        method = "average"  # any method with one dense value per block is cut alike
+    request = merge_request(method=method, size=size, merges=merges, fit=fit, dtype=dtype, run_files=True)
+    if request.size is not None:
+        request.size.target(num_tasks=given.num_tasks, one_model_bytes=1)
+    for message in request.notes:
         options.note(message, quiet=quiet)
     options.warn(given.warnings, quiet=quiet)
     if dry_run:

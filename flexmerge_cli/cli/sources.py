@@ -3,26 +3,20 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 from flexmerge_cli.allocation.plan_file import Plan, save_plan
-from flexmerge_cli.allocation.plan_records import Statistics
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import checkpoints_in
 from flexmerge_cli.checkpoint.place import HubPlace, is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
-from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
-from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.plan import load_plan, make_plan, replan
-from flexmerge_cli.plan_request import OrderSettings, PlanRequest
-from flexmerge_cli.recipe import Recipe, read_recipe
+from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
+from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.text import expanded
-
-if TYPE_CHECKING:
-    from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +36,7 @@ class Given:
 
     @property
     def num_tasks(self) -> int:
-        named = self.request.tasks if self.request is not None else self.plan.tasks if self.plan is not None else ()
+        named = self.request.tasks if self.request is not None else self.plan.readers if self.plan is not None else ()
         return len(named)
 
     @property
@@ -84,10 +78,8 @@ def plan_request(
     ignore: Collection[str] = (),
 ) -> Given:
     """Options win over the recipe."""
-    if adapters not in (None, *get_args(Adapters)):
-        raise UsageError(f"--adapters {adapters} is not known", hint=f"one of: {', '.join(get_args(Adapters))}")
-    if statistics not in (None, "all", "gram"):
-        raise UsageError(f"--statistics {statistics} is not known", hint="one of: all, gram")
+    if statistics is not None:
+        known_word(get_args(Statistics), statistics, "statistics")
     recipe: Recipe | None = None
     plan: Plan | None = None
     if source is not None:
@@ -103,7 +95,9 @@ def plan_request(
                 "a plan has its sources and classes already", hint="leave out --base, --tasks, --private …"
             )
         settings = plan.settings
-        old = {name: getattr(settings, name) for name in ("blocks", "linkage", "strategy", "similarity", "seed")}
+        old = {name: getattr(settings, name) for name in ("blocks", "linkage", "strategy", "similarity")}
+        if order.get("strategy") in (None, Strategy.RANDOM):
+            old["seed"] = settings.seed
         if old["blocks"] == "rules" and not order.get("blocks"):
             raise UsageError("the plan was made with rules of its own", hint="give them again: --blocks rules.yaml")
         assert source is not None
@@ -216,22 +210,10 @@ def _from_here(source: str, recipe: Recipe | None) -> str:
 
 
 def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:
-    """What was chosen, else what the recipe or plan has, else the defaults. Raises UsageError for an unknown word."""
+    """What was chosen, else what the recipe or plan has, else the defaults. Raises UsageError."""
     default = OrderSettings()
     picked = {
         name: next((v for v in (chosen.get(name), otherwise.get(name)) if v is not None), getattr(default, name))
         for name in ("blocks", "linkage", "strategy", "similarity", "seed")
     }
-    return OrderSettings(
-        blocks=picked["blocks"],
-        linkage=Linkage(_word(Linkage, picked["linkage"], "linkage")),
-        strategy=Strategy(_word(Strategy, picked["strategy"], "strategy")),
-        similarity=Similarity(_word(Similarity, picked["similarity"], "similarity")),
-        seed=picked["seed"],
-    )
-
-
-def _word(kind: "type[StrEnum]", value: str, option: str) -> str:
-    if value not in list(kind):
-        raise UsageError(f"--{option} {value} is not known", hint=f"one of: {', '.join(kind)}")
-    return value
+    return OrderSettings(**picked)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializeAsAny
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.place import is_remote
@@ -24,6 +23,7 @@ from flexmerge_cli.errors import SourceError
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
 from flexmerge_cli.evaluation.kinds.registry import KINDS, kind_of
 from flexmerge_cli.evaluation.task_spec import Dtype, TaskSpec
+from flexmerge_cli.record import Record
 from flexmerge_cli.yaml_file import Document, read_document
 
 COMMON = ("limit", "batch_size", "dtype", "seed", "device")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flexmerge_cli.allocation.record import Record
+from flexmerge_cli.record import Record
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["jsonl", "csv", "parquet", "npz", "safetensors", "imagefolder", "datasets"]

@@ -230,6 +230,8 @@ class Call:
     args: Mapping[str, Any]
     text: str
     """`NAME:key=value,…` with every argument, defaults included; a method from a file keeps the path as typed."""
+    short: str
+    """The same without the arguments that are at their defaults."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Call) and (self.text, self.method.origin) == (other.text, other.method.origin)

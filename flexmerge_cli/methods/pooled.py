@@ -65,7 +65,7 @@ def pooled_call(call: Call) -> Call:
         wants_stats=False,
         wants_unstepped=False,
     )
-    return Call(method=method, args={}, text=call.text)
+    return Call(method=method, args={}, text=call.text, short=call.short)
 
 
 def pooled_workspace(call: Call, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:

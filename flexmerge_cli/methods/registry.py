@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -97,7 +97,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
             raise UsageError("`auto` chooses for the whole bundle, not for some blocks", hint="--method auto")
         if "," in name and set(name.split(",")) <= {*all_methods(), "auto"}:
             raise UsageError(f"no method `{name}`", hint=f"several: '{name.replace(',', ';')}'")
-        raise _unknown("method", name, [*all_methods(), "auto"])
+        raise _unknown("method", name)
     return make_call(method, args)
 
 
@@ -117,7 +117,7 @@ def parse_step(text: str) -> StepCall:
     """`NAME[:key=value,…]` to a step with all its arguments. Raises UsageError."""
     name, args = split_call(text)
     if name not in all_steps():
-        raise _unknown("step", name, all_steps())
+        raise _unknown("step", name)
     return make_step(all_steps()[name], args)
 
 
@@ -128,7 +128,7 @@ def parse_calibrate(text: str) -> CalibrationCall:
     """
     name, args = split_call(text)
     if name not in all_calibrations():
-        raise _unknown("calibration", name, all_calibrations())
+        raise _unknown("calibration", name)
     return make_calibration(all_calibrations()[name], args)
 
 
@@ -141,7 +141,7 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
     """Check the arguments and fill in the defaults. name: as it was typed, if not the method's own."""
     full = _complete(method, args)
     method.check(**full)
-    return Call(method=method, args=full, text=format_call(name or method.name, full))
+    return Call(method=method, args=full, **_texts(method, full, name))
 
 
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
@@ -165,13 +165,13 @@ def make_step(step: Step, args: Mapping[str, Any]) -> StepCall:
     """Check the arguments and fill in the defaults."""
     full = _complete(step, args)
     step.check(**full)
-    return StepCall(step=step, args=full, text=format_call(step.name, full))
+    return StepCall(step=step, args=full, **_texts(step, full))
 
 
 def make_calibration(calibration: Calibration, args: Mapping[str, Any]) -> CalibrationCall:
     """Check the arguments and fill in the defaults."""
     full = _complete(calibration, args)
-    return CalibrationCall(calibration=calibration, args=full, text=format_call(calibration.name, full))
+    return CalibrationCall(calibration=calibration, args=full, **_texts(calibration, full))
 
 
 def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:
@@ -186,11 +186,29 @@ def _same_word(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    near = difflib.get_close_matches(_same_word(name)[:MAX_WORD], known, 1)
-    return UsageError(
-        f"no {kind} `{name}`", hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(known)}"
-    )
+OPTIONS = {"method": "--method", "step": "--step", "calibration": "--calibrate"}
+MANY = 8  # names that a hint can list without hiding its point
+
+
+def _unknown(kind: str, name: str) -> UsageError:
+    """What the name is, if it is something else; otherwise the nearest name of any kind."""
+    word = _same_word(name)[:MAX_WORD]
+    known = {"method": [*all_methods(), "auto"], "step": list(all_steps()), "calibration": list(all_calibrations())}
+    for other, names in known.items():
+        if word in names and other != kind:
+            return UsageError(f"`{word}` is a {other}, not a {kind}", hint=f"write {OPTIONS[other]} {word}")
+    order = [kind, *(other for other in known if other != kind)]
+    kind_of = {found: other for other in reversed(order) for found in known[other]}
+    near = difflib.get_close_matches(word, kind_of, 1)
+    if near:
+        found = kind_of[near[0]]
+        hint = f"did you mean `{near[0]}`?"
+        if found != kind:
+            hint = f"did you mean the {found} `{near[0]}`? Write {OPTIONS[found]} {near[0]}"
+    else:
+        names = known[kind]
+        hint = f"one of: {', '.join(names)}" if len(names) <= MANY else "`flexmerge methods` lists and explains them"
+    return UsageError(f"no {kind} `{name}`", hint=hint)
 
 
 def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +223,13 @@ def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) ->
         key: parameter.default if args.get(key) is None else parameter.check(args[key], declared.name)
         for key, parameter in declared.parameters.items()
     }
+
+
+def _texts(declared: Method | Step | Calibration, args: Mapping[str, Any], name: str = "") -> dict[str, str]:
+    """What a call is written as, in full and in short."""
+    changed = {key: value for key, value in args.items() if value != declared.parameters[key].default}
+    name = name or declared.name
+    return {"text": format_call(name, args), "short": format_call(name, changed)}
 
 
 def split_call(text: str) -> tuple[str, dict[str, Any]]:

@@ -66,6 +66,8 @@ class StepCall:
     args: Mapping[str, Any] = field(compare=False)
     text: str
     """`NAME:key=value,…` with every argument, defaults included."""
+    short: str = field(compare=False)
+    """The same without the arguments that are at their defaults."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_step
@@ -154,6 +156,8 @@ class CalibrationCall:
     args: Mapping[str, Any] = field(compare=False)
     text: str
     """`NAME:key=value,…` with every argument, defaults included."""
+    short: str = field(compare=False)
+    """The same without the arguments that are at their defaults."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_calibrate

@@ -17,6 +17,20 @@ class MethodUse:
     call: Call
     steps: tuple[StepCall, ...] = ()
     calibrate: CalibrationCall | None = None
+    alias: str | None = None
+    """The name of mergekit's that was asked for."""
+    num_own_steps: int = 0
+    """How many of the steps the alias brought; they come last."""
+
+    @property
+    def name(self) -> str:
+        """The method as one would ask for it: the alias, or itself without arguments at their defaults."""
+        return self.alias or self.call.short
+
+    @property
+    def asked_steps(self) -> tuple[StepCall, ...]:
+        """The steps that were asked for by themselves."""
+        return self.steps[: len(self.steps) - self.num_own_steps]
 
     @property
     def text(self) -> str:
@@ -46,7 +60,7 @@ def parse_use(
     call = parse_call(found.method, run_files=run_files)
     parsed = [parse_step(step) for step in steps]
     asked = {step.step.name for step in parsed}
-    parsed += [step for step in map(parse_step, found.steps) if step.step.name not in asked]
+    own = [step for step in map(parse_step, found.steps) if step.step.name not in asked]
     after = parse_calibrate(calibrate) if calibrate else None
     if after is not None:
         coded = declare(call)
@@ -57,4 +71,5 @@ def parse_use(
                 hint="leave --calibrate out, or take centre=average",
             )
         after.require_after(maker)
-    return MethodUse(call, tuple(parsed), after)
+    alias = text.strip().lower().replace("-", "_") if found.message else None
+    return MethodUse(call, (*parsed, *own), after, alias, len(own))

@@ -13,9 +13,9 @@ from flexmerge_cli.allocation.allocation import Tasks, copies
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
-from flexmerge_cli.allocation.size import parse_size
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.order.distance import weighted_errors
+from flexmerge_cli.request.size import parse_size
 
 # M tasks, C cuts
 
@@ -135,7 +135,7 @@ def named_cuts(plan: Plan, sizes: Sequence[int]) -> list[tuple[str, int]]:
     count = len(plan.reader_names)
     found = []
     for factor in [factor for factor in FACTORS if factor < count] + [count]:
-        size = parse_size(f"{factor}x", num_tasks=count, one_model_bytes=plan.one_model_bytes)
+        size = plan.target(parse_size(f"{factor}x"))
         merges = next((n for n, bytes_ in enumerate(sizes) if bytes_ <= size.max_bytes), None)
         if size.all_merges:
             merges = len(sizes) - 1

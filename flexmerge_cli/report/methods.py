@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexmerge_cli.allocation.auto_options import auto
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
 from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.load import packaged_methods
@@ -25,6 +24,7 @@ from flexmerge_cli.methods.registry import (
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from flexmerge_cli.report.stored import stored
 from flexmerge_cli.report.text import table
+from flexmerge_cli.request.auto_options import auto
 
 LEGEND = (
     "Bytes are of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each.\n"

@@ -1,12 +1,12 @@
 """What `plan` tells: a value for --json, and the same as tables."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.plan_file import Plan
@@ -14,11 +14,11 @@ from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.merging import MergeRequest, allocate
-from flexmerge_cli.plan_request import PlanRequest
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, merges_words, table
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings
+from flexmerge_cli.request.merge import MergeRequest
+from flexmerge_cli.request.plan import PlanRequest
 
 MANY_TASKS = 12  # more columns than this are summed up
 
@@ -29,9 +29,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
     from flexmerge_cli.engine.pool import default_threads
 
     pricer = Pricer(plan)
-    if request.method is None and (request.size is not None or request.merges is not None):
-        request = replace(request, method="average")  # any method with one dense value per block is cut alike
-    asked = allocate(plan, request, pricer) if request.method or request.dtype else None
+    asked = allocate(plan, request, pricer) if request != MergeRequest() else None
     rows = ways(pricer, str(path), methods=methods)
     exact = next(row for row in rows if row.name == "exact deduplication")
     return {

@@ -5,7 +5,7 @@ Each choice holds the fields that it reads and no others: an option that the cho
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from flexmerge_cli.checkpoint.dtypes import CASTS
@@ -80,7 +80,7 @@ class Auto:
     """A centre and bits per task are chosen for every tensor, from the plan alone."""
 
     text: str
-    """`auto:key=value,…` with every argument."""
+    """`auto[:key=value,…]` with the arguments that are not at their defaults."""
     limits: Limits
     block_methods: tuple[BlockMethod, ...] = ()
     size: Size | None = None
@@ -107,6 +107,13 @@ class MergeRequest:
         return getattr(self.choice, "size", None)
 
     @property
+    def method(self) -> str | None:
+        """The main method, without the arguments that are at their defaults."""
+        if isinstance(self.choice, Auto):
+            return self.choice.text
+        return self.choice.use.name if isinstance(self.choice, Cut | Clusters) else None
+
+    @property
     def uses(self) -> tuple[MethodUse, ...]:
         """Every method that was asked for by name, the main one first."""
         main = (self.choice.use,) if isinstance(self.choice, Cut | Clusters) else ()
@@ -118,6 +125,29 @@ class MergeRequest:
         assert isinstance(self.choice, Cut | Auto)
         return replace(self, choice=replace(self.choice, size=size))
 
+    def words(self) -> list[str]:
+        """The options of `flexmerge merge` that ask for the same, arguments at their defaults left out."""
+        choice, found = self.choice, list[tuple[str, object]]()
+        if isinstance(choice, Auto):
+            found.append(("--method", choice.text))
+        elif isinstance(choice, Cut | Clusters):
+            found += [("--method", choice.use.name)]
+            found += [("--step", step.short) for step in choice.use.asked_steps]
+            found += [("--calibrate", choice.use.calibrate and choice.use.calibrate.short)]
+        if isinstance(choice, Cut | Auto):
+            found += [
+                ("--method-for", f"{item.pattern}={KEEP if item.use is None else item.use.name}")
+                for item in choice.block_methods
+            ]
+        found.append(("--size", self.size and self.size.text))
+        if isinstance(choice, Cut):
+            found += [("--merges", choice.merges), ("--fit", None if choice.fit is Fit.TIGHT else choice.fit.value)]
+        if isinstance(choice, Clusters):
+            found += [("--cluster", choice.cluster.value), ("--seed", choice.seed or None)]
+        found.append(("--dtype", next((word for word, dtype in CASTS.items() if dtype == self.dtype), None)))
+        found.append(("--max-distance", self.max_distance))
+        return [str(word) for option, value in found if value is not None for word in (option, value)]
+
 
 class MethodMissing(UsageError):
     """A size was asked for, and no method: what is lost must be chosen by name."""
@@ -125,7 +155,7 @@ class MethodMissing(UsageError):
 
 # Option -> why a choice of this kind does not read it.
 WITHOUT_METHOD = "merges nothing unless a method is named", "add --method NAME, or leave {option} out"
-UNREAD: dict[type[Choice], tuple[set[str], tuple[str, str]]] = {
+UNREAD: dict[object, tuple[set[str], tuple[str, str]]] = {
     Exact: ({"steps", "calibrate", "method_for", "fit", "cluster", "seed"}, WITHOUT_METHOD),
     Auto: (
         {"steps", "calibrate", "merges", "fit", "cluster", "seed"},
@@ -137,7 +167,12 @@ UNREAD: dict[type[Choice], tuple[set[str], tuple[str, str]]] = {
     ),
     Cut: ({"seed"}, ("draws nothing", "add --cluster channels, or leave {option} out")),
 }
-NAMES = {Exact: "a merge without --method", Auto: "--method auto", Clusters: "--cluster", Cut: "cutting a merge order"}
+NAMES: dict[object, str] = {
+    Exact: "a merge without --method",
+    Auto: "--method auto",
+    Clusters: "--cluster",
+    Cut: "cutting a merge order",
+}
 
 
 def merge_request(
@@ -165,12 +200,17 @@ def merge_request(
     Raises UsageError for words that are not known, for options that contradict each other, and for every option that
     would not be read; MethodMissing for a size without a method.
     """
-    given = {
-        "steps": tuple(steps or ()), "calibrate": calibrate, "method_for": _by_block(method_for), "merges": merges,
-        "fit": fit, "cluster": cluster, "seed": seed,
-    }  # fmt: skip
-    texts = [text for text in (method, *(text for _, text in given["method_for"])) if text not in (None, KEEP)]
-    notes = tuple(dict.fromkeys(note for text in texts if (note := resolve(text).message)))
+    given = _Words(
+        steps=tuple(steps or ()),
+        calibrate=calibrate,
+        method_for=_by_block(method_for),
+        merges=merges,
+        fit=fit,
+        cluster=cluster,
+        seed=seed,
+    )
+    texts = [text for text in (method, *(text for _, text in given.method_for)) if text not in (None, KEEP)]
+    notes = tuple(dict.fromkeys(note for text in texts if text and (note := resolve(text).message)))
     choice = _choice(method, size, given, run_files)
     if max_distance is not None and not max_distance >= 0:
         raise UsageError(f"--max-distance {max_distance} is not a number of 0 or more", hint="write 0.5")
@@ -178,14 +218,27 @@ def merge_request(
     return MergeRequest(choice=choice, dtype=cast, max_distance=max_distance, notes=notes)
 
 
-def _choice(method: str | None, size: str | None, given: dict, run_files: bool) -> Choice:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Words:
+    """Options that some choices do not read."""
+
+    steps: tuple[str, ...]
+    calibrate: str | None
+    method_for: tuple[tuple[str, str], ...]
+    merges: int | None
+    fit: str | None
+    cluster: str | None
+    seed: int | None
+
+
+def _choice(method: str | None, size: str | None, given: _Words, run_files: bool) -> Choice:
     wanted = parse_size(size) if size is not None else None
     auto = parse_auto(method) if method is not None else None
-    kind: type[Choice] = Cut if given["cluster"] is None else Clusters
+    kind: type[Choice] = Cut if given.cluster is None else Clusters
     kind = Exact if method is None else Auto if auto is not None else kind
     _refuse_unread(kind, given)
     if method is None:
-        if wanted is not None or given["merges"] is not None:
+        if wanted is not None or given.merges is not None:
             raise MethodMissing(
                 "a size was asked for and no method: what is lost must be chosen by name",
                 hint="add --method NAME, or --method auto, which chooses by itself; `flexmerge methods` lists them",
@@ -193,42 +246,42 @@ def _choice(method: str | None, size: str | None, given: dict, run_files: bool) 
         return Exact()
     block_methods = tuple(
         BlockMethod(pattern=pattern, use=None if text == KEEP else _use(text, given, run_files))
-        for pattern, text in given["method_for"]
+        for pattern, text in given.method_for
     )
     if auto is not None:
         text, limits = auto
         return Auto(text=text, limits=limits, block_methods=block_methods, size=wanted)
     use = _use(method, given, run_files)
-    if given["cluster"] is not None:
-        return _clusters(use, size, wanted, given)
-    if wanted is not None and given["merges"] is not None:
+    if given.cluster is not None:
+        return _clusters(use, wanted, given)
+    if wanted is not None and given.merges is not None:
         raise UsageError("--size and --merges both say where to cut", hint="leave one of them out")
-    if given["fit"] is not None and wanted is None:
+    if given.fit is not None and wanted is None:
         raise UsageError(
             "--fit says how a cut is fitted to a size, and no size is given", hint="add --size 2x, or leave --fit out"
         )
-    if given["merges"] is not None and given["merges"] < 0:
-        raise UsageError(f"--merges {given['merges']} is negative", hint="give 0 or more")
-    fit = Fit(_word(Fit, given["fit"], "fit")) if given["fit"] is not None else Fit.TIGHT
-    return Cut(use=use, block_methods=block_methods, size=wanted, merges=given["merges"], fit=fit)
+    if given.merges is not None and given.merges < 0:
+        raise UsageError(f"--merges {given.merges} is negative", hint="give 0 or more")
+    fit = Fit(_word(Fit, given.fit, "fit")) if given.fit is not None else Fit.TIGHT
+    return Cut(use=use, block_methods=block_methods, size=wanted, merges=given.merges, fit=fit)
 
 
-def _refuse_unread(kind: type[Choice], given: dict) -> None:
+def _refuse_unread(kind: type[Choice], given: _Words) -> None:
     """Every option that this choice would not read, whatever its value is."""
     names, (why, hint) = UNREAD[kind]
-    for name, value in given.items():
-        if name in names and value is not None and value != ():
-            option = {"steps": "--step"}.get(name, f"--{name.replace('_', '-')}")
+    for name in (field.name for field in fields(given) if field.name in names):
+        if getattr(given, name) not in (None, ()):
+            option = "--step" if name == "steps" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} has no effect here: {NAMES[kind]} {why}", hint=hint.format(option=option))
 
 
-def _clusters(use: MethodUse, text: str | None, size: Size | None, given: dict) -> Clusters:
-    cluster = Cluster(_word(Cluster, given["cluster"], "cluster", CLUSTER_HINT))
+def _clusters(use: MethodUse, size: Size | None, given: _Words) -> Clusters:
+    cluster = Cluster(_word(Cluster, str(given.cluster), "cluster", CLUSTER_HINT))
     require_tensor_scope(use.call)
     if size is None or not size.is_whole:
-        told = f"--size {text} is not one" if text else "no --size is given"
-        raise UsageError(f"--cluster makes a whole number of models, and {told}", hint="write --size 2x, or --size 3x")
-    return Clusters(use=use, cluster=cluster, size=size, seed=given["seed"] or 0)
+        found = f"--size {size.text} is not one" if size else "no --size is given"
+        raise UsageError(f"--cluster makes a whole number of models, and {found}", hint="write --size 2x, or --size 3x")
+    return Clusters(use=use, cluster=cluster, size=size, seed=given.seed or 0)
 
 
 CLUSTER_HINT = "one of: channels; for whole models: flexmerge plan PLAN --blocks model --linkage average -o OTHER"
@@ -254,8 +307,8 @@ def require_tensor_scope(call: Call) -> None:
         )
 
 
-def _use(text: str, given: dict, run_files: bool) -> MethodUse:
-    return parse_use(text, steps=given["steps"], calibrate=given["calibrate"], run_files=run_files)
+def _use(text: str, given: _Words, run_files: bool) -> MethodUse:
+    return parse_use(text, steps=given.steps, calibrate=given.calibrate, run_files=run_files)
 
 
 def _by_block(items: Mapping[str, str] | Iterable[str] | None) -> tuple[tuple[str, str], ...]:

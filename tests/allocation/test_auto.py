@@ -10,8 +10,9 @@ from flexmerge_cli.allocation.auto import Search, search
 from flexmerge_cli.allocation.auto_centres import CODED, Centre, factors
 from flexmerge_cli.allocation.auto_hull import frontier, hull
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
-from flexmerge_cli.allocation.auto_table import Limits, Table
+from flexmerge_cli.allocation.auto_table import Table
 from flexmerge_cli.errors import GateError
+from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coding_error import NORMAL_RATIOS, CodingError
 
 from ..calls import num_calls

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli import load_plan, merge, open_bundle
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.clusters import Cluster, spherical_kmeans, unit_gram
-from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.allocation.clusters import spherical_kmeans, unit_gram
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.plan import replan
-from flexmerge_cli.plan_request import OrderSettings
 from flexmerge_cli.random import Stream, key64
+from flexmerge_cli.request.merge import merge_request
+from flexmerge_cli.request.plan import OrderSettings
 
 from ..families import same_bits
 from ..program import fails, succeeds
@@ -43,7 +44,7 @@ def labels_of(groups: Sequence[Sequence[int]]) -> list[int]:
 @pytest.mark.parametrize("num_clusters", CHANNELS["labels"])
 def test_clusters_of_every_tensor_are_golden(num_clusters, golden_plan):
     plan = load_plan(golden_plan)
-    request = MergeRequest(method="average", size=f"{num_clusters}x", cluster=Cluster.CHANNELS, seed=CHANNELS["seed"])
+    request = merge_request(method="average", size=f"{num_clusters}x", cluster="channels", seed=CHANNELS["seed"])
     allocation = allocate(plan, request).allocation
     found = {unit.name: labels_of([group.tasks for group in unit.groups]) for unit in allocation.units}
     assert found == CHANNELS["labels"][num_clusters]
@@ -53,7 +54,7 @@ def test_clusters_of_every_tensor_are_golden(num_clusters, golden_plan):
 def test_an_order_of_one_block_clusters_whole_models_as_golden(linkage, golden_plan):
     plan = replan(load_plan(golden_plan), OrderSettings(blocks="model", linkage=Linkage(linkage)))
     for num_clusters, expected in MODELS[f"flat/{linkage}"].items():
-        allocation = allocate(plan, MergeRequest(method="average", size=f"{num_clusters}x")).allocation
+        allocation = allocate(plan, merge_request(method="average", size=f"{num_clusters}x")).allocation
         (unit,) = allocation.units
         assert labels_of([group.tasks for group in unit.groups]) == expected
 
@@ -147,14 +148,14 @@ def test_a_bundle_holds_the_mean_of_every_cluster_and_copies_of_tasks_alone(fami
 
 @pytest.mark.parametrize("method", ["ties:scope=tensor", "emr", "low_bit:centre=tsv_m", "tsv_m", "model_stock"])
 def test_any_method_that_sees_one_tensor_goes_with_clusters(method, plan, tmp_path):
-    merge(plan, tmp_path / "b", method=method, size="1x", cluster=Cluster.CHANNELS)
+    merge(plan, tmp_path / "b", method=method, size="1x", cluster="channels")
     open_bundle(tmp_path / "b", verify=True)
 
 
 def test_priced_bytes_of_whole_numbers_of_models(plan):
     pricer = Pricer(load_plan(plan))
     for count in (1, 2, 3, 4):
-        request = MergeRequest(method="average", size=f"{count}x", cluster=Cluster.CHANNELS)
+        request = merge_request(method="average", size=f"{count}x", cluster="channels")
         assert allocate(pricer.plan, request, pricer).tensor_bytes == count * pricer.plan.one_model_bytes
 
 
@@ -180,12 +181,15 @@ def test_the_seed_decides_and_the_recipe_can_say_all_of_it(golden_plan, tmp_path
         (["--cluster", "channels", "--method", "average"], "no --size is given"),
         (["--cluster", "channels", "--method", "average", "--size", "2.5x"], "--size 2.5x is not one"),
         (["--cluster", "channels", "--method", "average", "--size", "50%"], "--size 50% is not one"),
-        (["--cluster", "channels", "--method", "average", "--size", "2x", "--merges", "3"], "both say where to cut"),
-        (["--cluster", "channels", "--method", "average", "--size", "2x", "--fit", "prefix"], "of a cut of the order"),
-        (["--cluster", "channels", "--method", "average", "--size", "2x", "--method-for", "a=keep"], "of a cut"),
-        (["--cluster", "channels", "--size", "2x"], "no method"),
+        (["--cluster", "channels", "--method", "average", "--size", "2x", "--merges", "3"], "cuts no merge order"),
+        (["--cluster", "channels", "--method", "average", "--size", "2x", "--fit", "prefix"], "cuts no merge order"),
+        (
+            ["--cluster", "channels", "--method", "average", "--size", "2x", "--method-for", "a=keep"],
+            "cuts no merge order",
+        ),
+        (["--cluster", "channels", "--size", "2x"], "merges nothing unless a method is named"),
         (["--cluster", "models", "--method", "average", "--size", "2x"], "--blocks model --linkage average"),
-        (["--seed", "3", "--method", "average", "--size", "2x"], "--seed is of what --cluster draws"),
+        (["--seed", "3", "--method", "average", "--size", "2x"], "--seed has no effect here"),
         (["--cluster", "channels", "--size", "2x", "--method", "ties:K=0.3"], "ties:K=0.3,scope=tensor"),
         (["--cluster", "channels", "--size", "2x", "--method", "low_bit:centre=ties"], "looks at a whole model"),
         (["--cluster", "channels", "--size", "2x", "--method", "free"], "free:mu_scope=tensor,scope=tensor"),

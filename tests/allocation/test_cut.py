@@ -8,11 +8,12 @@ import pytest
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.cut import Cutter, Fit
-from flexmerge_cli.allocation.size import parse_size
+from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.order import groups_after
+from flexmerge_cli.request.merge import Fit
+from flexmerge_cli.request.size import parse_size
 
 METHODS = ("average", "ties", "emr", "consensus")
 
@@ -28,7 +29,7 @@ def cutter(pricer, method):
 
 
 def cut(pricer, method, text, fit=Fit.TIGHT):
-    size = parse_size(text, num_tasks=len(pricer.plan.tasks), one_model_bytes=pricer.plan.one_model_bytes)
+    size = parse_size(text).target(num_tasks=len(pricer.plan.tasks), one_model_bytes=pricer.plan.one_model_bytes)
     return cutter(pricer, method).cut(size, fit), size
 
 

@@ -13,7 +13,7 @@ from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import TASK_NAME
 from flexmerge_cli.plan import replan
-from flexmerge_cli.plan_request import OrderSettings
+from flexmerge_cli.request.plan import OrderSettings
 
 from ..families import ODD, write_family
 from ..hostile import SLOW_FILES, json_values, mutations, sealed

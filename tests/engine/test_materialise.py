@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexmerge_cli import load_plan, open_bundle
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.merging import MergeRequest, allocate, merge
+from flexmerge_cli.merging import merge
 from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.request.merge import merge_request
 
 from ..families import Models, encoder, normal, plain, tuned, write_family
 from ..program import fails, succeeds, tree
@@ -47,7 +49,7 @@ def write(folders, request, target, *, threads=2, chunk_elements=CHUNK_ELEMENTS)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bundle_is_the_same_for_any_chunk_size_and_number_of_threads(method, large, tmp_path):
-    request = MergeRequest(method=method, size="3x")
+    request = merge_request(method=method, size="3x")
     bundles = []
     for chunk_elements in (1024, 65536, 1 << 24):
         for threads in (1, 3):
@@ -166,7 +168,7 @@ def test_no_thread_outlives_a_run_that_failed(large, tmp_path):
     succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
     flip(tmp_path / "tasks/task0/model.safetensors", "classifier.weight")
     with pytest.raises(DataError) as raised:
-        write(folders, MergeRequest(method="average"), tmp_path / "b", chunk_elements=1024, threads=3)
+        write(folders, merge_request(method="average"), tmp_path / "b", chunk_elements=1024, threads=3)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("flexmerge")]
     assert raised.value.exit_code == 3
 
@@ -250,7 +252,7 @@ def test_progress_never_passes_its_end(method, large, tmp_path):
     seen = []
     merge(
         load_plan(large.root / "plan.json"),
-        MergeRequest(method=method),
+        merge_request(method=method),
         tmp_path / "bundle",
         plan_folder=large.root,
         device="cpu",

@@ -7,26 +7,33 @@ from dataclasses import replace
 import pytest
 
 from flexmerge_cli import merge
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.curve import CurveRequest, Drawing, cuts_of, draw, parse_methods, parse_sizes
+from flexmerge_cli.curve import Drawing, cuts_of, draw
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.curve import Cut
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.tidy import curve_csv
-from flexmerge_cli.merging import MergeRequest, allocate
+from flexmerge_cli.request.curve import CurveRequest, curve_methods
+from flexmerge_cli.request.merge import merge_request
+from flexmerge_cli.request.size import parse_sizes
 
 from ..program import fails, succeeds
 from .curves import SCORED, Digits
 
 METHODS = ("task_arithmetic", "emr", "low_bit:bits=2", "auto")
-SIZES = ("1.2x", "2.3x", "2.8x")
+
+
+def asked(*methods, sizes=None, common=None, **fields):
+    found = curve_methods(";".join(methods), has_statistics=True, **(common or {}))
+    return CurveRequest(methods=found, sizes=parse_sizes(sizes) if sizes else (), threads=1, **fields)
 
 
 @pytest.fixture(scope="module")
 def request_() -> CurveRequest:
-    return CurveRequest(methods=METHODS, sizes=SIZES, threads=1)
+    return asked(*METHODS, sizes="1.2x,2.3x,2.8x")
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +74,12 @@ def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
     merges = plan.merges()
     number = next(n for n, merge in enumerate(merges) if not {0, 2} <= set(merge.left + merge.right))
 
-    drawing = Drawing(
-        plan=plan, plan_path=sample.plan_path, spec=sample.spec, request=CurveRequest(methods=("average",), threads=1)
-    )
+    drawing = Drawing(plan=plan, plan_path=sample.plan_path, spec=sample.spec, request=asked("average"))
     cuts = [
         Cut(
             method="average",
             sizes=(str(n),),
-            bill=allocate(plan, MergeRequest(method="average", merges=n), drawing.pricer),
+            bill=allocate(plan, merge_request(method="average", merges=n), drawing.pricer),
             command="",
         )
         for n in (number, number + 1)
@@ -87,7 +92,7 @@ def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
 def test_nothing_merged_is_the_fine_tuned_models_and_is_not_scored_again(sample):
     curve = draw(
         sample.plan, sample.plan_path, sample.spec,
-        CurveRequest(methods=("ties",), sizes=("3x",), alternatives=False, threads=1),
+        asked("ties", sizes="3x", alternatives=False),
     )  # fmt: skip
     (point,) = curve.points
     assert (point.num_computed, point.num_cached) == (0, 0)
@@ -101,15 +106,15 @@ def test_in_processes_the_results_are_the_same(sample, curve, request_):
         sample.plan,
         sample.plan_path,
         sample.spec,
-        replace(request_, parallel=2, methods=METHODS[:2], alternatives=False),
+        replace(request_, parallel=2, methods=request_.methods[:2], alternatives=False),
     )
     one, two = (curve_record(sample.plan, sample.spec, found)["points"] for found in (curve, again))
     assert two == [point for point in one if point["method"] in METHODS[:2]]
 
 
 def test_sizes_of_one_allocation_are_one_point(sample):
-    request = CurveRequest(methods=("average",), sizes=("1x", "1.001x", "3x", "100%"))
-    cuts, unreached = cuts_of(Pricer(sample.plan), request, "average", "plan.json")
+    request = asked("average", sizes="1x,1.001x,3x,100%")
+    cuts, unreached = cuts_of(Pricer(sample.plan), request.sizes, request.methods[0], "plan.json")
     assert [cut.sizes for cut in cuts] == [("1x",), ("3x", "100%")]
     assert [item.size for item in unreached] == ["1.001x"]
 
@@ -122,11 +127,9 @@ def test_what_a_method_cannot_reach_is_told_and_its_own_size_is_there(sample, cu
 
 
 def test_commands_build_what_was_scored(sample):
-    request = CurveRequest(
-        methods=("ties",), sizes=("2.8x",), common=MergeRequest(steps=("dare:p=0.5",), method_for=("*.mlp=keep",))
-    )
-    cut = cuts_of(Pricer(sample.plan), request, "ties", "my plan.json")[0][0]
-    options = "--method ties --size 2.8x --step dare:p=0.5 --method-for '*.mlp=keep'"
+    request = asked("ties", sizes="2.8x", common={"steps": ["dare:p=0.5"], "method_for": ["*.mlp=keep"]})
+    cut = cuts_of(Pricer(sample.plan), request.sizes, request.methods[0], "my plan.json")[0][0]
+    options = "--method ties --step dare:p=0.5 --method-for '*.mlp=keep' --size 2.8x"
     assert cut.command == f"flexmerge merge 'my plan.json' {options} -o bundle/"
 
 
@@ -141,19 +144,17 @@ def test_commands_build_what_was_scored(sample):
     ],
 )
 def test_sizes_are_ranges_and_lists(text, expected):
-    assert parse_sizes(text, num_tasks=8, one_model_bytes=1000) == expected
+    assert tuple(size.text for size in parse_sizes(text)) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1x:2x", "2x:1x:1x", "1x:2x:0x", "1x:2:1x", "1x:9x:1x", "0x:1x:1x", "x", "1x:8x:0.001x"]
-)
+@pytest.mark.parametrize("text", ["", "1x:2x", "2x:1x:1x", "1x:2x:0x", "1x:2:1x", "0x:1x:1x", "x", "1x:8x:0.001x"])
 def test_sizes_that_are_none_are_refused(text):
     with pytest.raises(UsageError):
-        parse_sizes(text, num_tasks=8, one_model_bytes=1000)
+        parse_sizes(text)
 
 
 def test_all_methods_are_every_one_and_auto(sample):
-    found = parse_methods("all;ties:K=0.1", sample.plan)
+    found = [method.name for method in curve_methods("all;ties:K=0.1", has_statistics=True)]
     assert found[0] == "auto" and {"emr", "low_bit", "tsv_m", "ties:K=0.1"} <= set(found)
 
 

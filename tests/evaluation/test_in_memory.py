@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.errors import DataError, GateError
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
-from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.request.merge import merge_request
 
 from ..engine.merges import EDGES, FAMILIES, billed, groups_of, plan_of, planned, write
 from ..families import ODD, Folders, assert_same_state, write_family
@@ -59,7 +60,7 @@ def bills(folders: Folders, request: dict) -> list[Bill]:
     pricer = Pricer(plan)
     for size in (*SIZES, None) if "method" in request else (None,):
         try:
-            found.append(allocate(plan, MergeRequest(size=size, **request), pricer))
+            found.append(allocate(plan, merge_request(size=size, **request), pricer))
         except GateError:
             continue
     assert found
@@ -150,7 +151,7 @@ def test_identity_tells_which_tasks_changed(family, plan, name):
 def test_a_merge_changes_the_identity_of_its_tasks_alone(family, plan):
     loaded, made = plan_of(family), in_memory(family)
     pricer = Pricer(loaded)
-    one, two = (allocate(loaded, MergeRequest(method="average", merges=n), pricer) for n in (3, 4))
+    one, two = (allocate(loaded, merge_request(method="average", merges=n), pricer) for n in (3, 4))
     merge = loaded.merges()[3]
     for task in loaded.all_tasks:
         same = made.identity(one, task) == made.identity(two, task)
@@ -173,7 +174,7 @@ def test_a_source_that_changed_is_refused(tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     plan = plan_of(folders)
-    bill, made = allocate(plan, MergeRequest()), in_memory(folders)
+    bill, made = allocate(plan, merge_request()), in_memory(folders)
     with pytest.raises(DataError, match="has changed since the plan"):
         for task in itertools.chain(plan.all_tasks):
             made.bundle(bill, [task])

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from flexmerge_cli import load_plan
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
@@ -12,8 +13,8 @@ from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.planned import planned_models
-from flexmerge_cli.merging import MergeRequest, allocate
 from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.request.merge import merge_request
 
 from .. import adapters
 from ..families import assert_same_state
@@ -30,7 +31,7 @@ def assert_as_written(path: Path) -> None:
     run = {"device": torch.device("cpu"), "threads": 1}
     made = MemoryBundles(sources=sources.located, **run)
     for method in ("average", "emr", "low_bit:bits=2,centre_bits=8", None):
-        bill = allocate(plan, MergeRequest(method=method), pricer)
+        bill = allocate(plan, merge_request(method=method), pricer)
         target = path.with_name(f"{path.stem}-{(method or 'copies').partition(':')[0]}")
         write_bundle(bill, sources.located, side_files, target, force=False, **run)
         assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(target), list(plan.task_names))
@@ -45,7 +46,7 @@ def test_references_of_adapters_are_the_models_that_they_make(tmp_path):
     folders = dict.fromkeys(plan.task_names, tmp_path)
     fine_tuned, _ = planned_models(plan, sources.located, folders, plan.task_names)
     bundle = MemoryBundles(sources=sources.located, device=torch.device("cpu"), threads=1).bundle(
-        allocate(plan, MergeRequest()), plan.all_tasks
+        allocate(plan, merge_request()), plan.all_tasks
     )
     for task in plan.task_names:
         assert_same_state(dict(fine_tuned[task].weights), dict(View(bundle, task)))

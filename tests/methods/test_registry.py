@@ -32,7 +32,11 @@ def test_a_call_is_read(text, name, args):
     ("text", "message", "hint"),
     [
         ("tie", "no method `tie`", "did you mean `ties`"),
-        ("zzz", "no method `zzz`", "one of: average"),
+        ("zzz", "no method `zzz`", "`flexmerge methods` lists"),
+        ("dare", "`dare` is a step, not a method", "write --step dare"),
+        ("trim", "`trim` is a step, not a method", "write --step trim"),
+        ("svc", "`svc` is a calibration, not a method", "write --calibrate svc"),
+        ("trimm", "no method `trimm`", "did you mean the step `trim`?"),
         ("aut", "no method `aut`", "did you mean `auto`"),
         ("auto", "`auto` chooses for the whole bundle", "--method auto"),
         ("auto,ties", "no method `auto,ties`", "several: 'auto;ties'"),
@@ -68,7 +72,7 @@ def test_steps_and_calibrations_are_read_and_refused():
     assert parse_step("dare:p=0.5,seed=7").args == {"p": 0.5, "seed": 7}
     assert parse_step("breadcrumbs:scope=row").step.name == "breadcrumbs"
     assert parse_calibrate("svc:alpha=1").args == {"alpha": 1.0, "matrices": "linear"}
-    with pytest.raises(UsageError, match="no step `average`"):
+    with pytest.raises(UsageError, match="`average` is a method, not a step"):
         parse_step("average")
     with pytest.raises(UsageError, match="p=1 is not a number in \\[0, 1\\)"):
         parse_step("dare:p=1")

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.plan_fields import block_measure
 
 PARTS = ("norm1", "attention", "norm2", "mlp")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.data import Column, Table, read_table
@@ -22,6 +21,7 @@ from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, chos
 from flexmerge_cli.evaluation.loading import quiet_transformers, read_config, require
 from flexmerge_cli.evaluation.readers import DATA_EXTRA, file_digest
 from flexmerge_cli.evaluation.task_spec import TaskSpec
+from flexmerge_cli.record import Record
 
 USUAL = ("image", "images", "img", "pixel_values")
 PROCESSOR = "preprocessor_config.json"

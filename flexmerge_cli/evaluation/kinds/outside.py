@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.metrics import METRICS, Takes
 from flexmerge_cli.evaluation.scored import Given, Scored
+from flexmerge_cli.record import Record
 
 KINDS = {Takes.CLASSES: "iub", Takes.NUMBERS: "iuf", Takes.SCORES: "iuf", Takes.LIKELIHOODS: "iuf", Takes.TEXTS: "U"}
 

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, Table
 from flexmerge_cli.evaluation.kinds.kind import Place, Run
 from flexmerge_cli.evaluation.kinds.tokens import load_tokenizer, max_length
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.scored import TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
+from flexmerge_cli.record import Record
 
 HEAD = "ForSequenceClassification"
 TEXT = ("text", "sentence", "sentence1", "premise", "question", "input")

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from flexmerge_cli.allocation.record import Record
 from flexmerge_cli.evaluation.data import Column, Table, read_table
 from flexmerge_cli.evaluation.kinds.choices import choice_columns, choices_of
 from flexmerge_cli.evaluation.kinds.classes import check_architecture
@@ -29,6 +28,7 @@ from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.metrics import METRICS, Takes
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
+from flexmerge_cli.record import Record
 
 ARCHITECTURE = "AutoModelForSeq2SeqLM"
 TEXT = ("text", "input", "inputs", "sentence", "source", "question")

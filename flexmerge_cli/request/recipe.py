@@ -17,15 +17,14 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from flexmerge_cli.allocation.clusters import Cluster
-from flexmerge_cli.allocation.record import Record
-from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.record import Record
+from flexmerge_cli.request.merge import Cluster, MethodMissing, merge_request
 from flexmerge_cli.yaml_file import read_yaml
 
 
@@ -99,38 +98,24 @@ class Recipe(Record):
             blocks = str(self.folder / blocks)
         return {"blocks": blocks, **self.order.model_dump()}
 
-    def merge_fields(self) -> dict[str, Any]:
-        """As MergeRequest takes them."""
-        from flexmerge_cli.allocation.cut import Fit
-
-        fields = {name: value for name, value in self.merge.model_dump().items() if value is not None}
-        if "method_for" in fields:
-            fields["method_for"] = tuple(f"{pattern}={method}" for pattern, method in fields["method_for"].items())
-        if "fit" in fields:
-            fields["fit"] = Fit(fields["fit"])
-        if "dtype" in fields:
-            fields["dtype"] = CASTS[fields["dtype"]]
-        return fields
+    def merge_words(self) -> dict[str, Any]:
+        """What `merge_request` takes."""
+        return {name: value for name, value in self.merge.model_dump().items() if value is not None}
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Raises UsageError with file, line and key. The words of methods and steps are checked before anything is read.
+    """Raises UsageError with file, line and key.
 
-    Here, and not where they are used: a file that a stranger's recipe names must not run because a method was typed.
+    The words of methods and steps are checked here, and not only where they are used: a file that a stranger's recipe
+    names must not run because a method was typed.
     """
-    from flexmerge_cli.allocation.auto_options import parse_auto
-    from flexmerge_cli.methods.registry import parse_calibrate, parse_call, parse_step, resolve
-
     recipe = read_yaml(path, Recipe, "recipe")
     recipe._folder = path.absolute().parent
-    merge = recipe.merge
-    for text in (merge.method, *(merge.method_for or {}).values()):
-        if text not in (None, "keep") and parse_auto(text) is None:
-            parse_call(resolve(text).method)
-    for step in merge.steps or ():
-        parse_step(step)
-    if merge.calibrate is not None:
-        parse_calibrate(merge.calibrate)
+    words = recipe.merge_words()
+    try:
+        merge_request(**words)
+    except MethodMissing:
+        pass  # the command line may name one
     return recipe
 
 

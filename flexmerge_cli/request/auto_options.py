@@ -1,14 +1,30 @@
-"""`auto:min_bits=…,max_bits=…,centres=…`: what the search may choose."""
+"""`auto:min_bits=…,max_bits=…,centres=…`: what the search of `auto` may choose."""
 
-from typing import Annotated, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from flexmerge_cli.allocation.auto_centres import Kind
-from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.method import Call, Range, method
+from flexmerge_cli.methods.method import Range, method
 from flexmerge_cli.methods.registry import make_call, split_call
 
+Kind = Literal["none", "base", "average"]
+"""What residuals are taken against: nothing, the base, or the average of a group."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a search may choose. Exact copies are always allowed; tensors that no task has moved have nothing else."""
+
+    min_bits: int = 0
+    """Fewest bits of a residual or coded copy, in [0, 8]; 0 allows dropping residuals, in embedding tables alone."""
+    max_bits: int = 8
+    """Most bits of a residual or coded copy, in [1, 8]."""
+    centres: tuple[Kind, ...] = KINDS
+    """A tensor that can have none of these, as an average of a single task, has no centre."""
+
+    def allows(self, bits: int) -> bool:
+        return self.min_bits <= bits <= self.max_bits
 
 
 def _check(*, min_bits: int, max_bits: int, centres: str) -> None:
@@ -43,13 +59,14 @@ def auto(
     return Limits(min_bits=min_bits, max_bits=max_bits, centres=kinds)
 
 
-def auto_call(text: str) -> Call | None:
-    """`auto` with all its arguments; None if the text is of another method. Raises UsageError."""
+def parse_auto(text: str) -> tuple[str, Limits] | None:
+    """`auto` with the arguments that are not at their defaults, and what it allows; None for another method.
+
+    Raises UsageError.
+    """
     name, args = split_call(text)
-    return make_call(auto, args) if name == "auto" else None
-
-
-def parse_auto(text: str) -> Limits | None:
-    """The same as what it allows."""
-    call = auto_call(text)
-    return None if call is None else auto.function(**call.args)
+    if name != "auto":
+        return None
+    call = make_call(auto, args)
+    limits: Limits = auto.function(**call.args)
+    return call.short, limits

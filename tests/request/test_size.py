@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmerge_cli.allocation.size import parse_bytes, parse_size
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.request.size import parse_bytes, parse_size
 
 
 def size(text, num_tasks=8, one_model_bytes=1000):
-    return parse_size(text, num_tasks=num_tasks, one_model_bytes=one_model_bytes)
+    return parse_size(text).target(num_tasks=num_tasks, one_model_bytes=one_model_bytes)
 
 
 @pytest.mark.parametrize(("text", "max_bytes", "on_disk"), [

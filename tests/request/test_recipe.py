@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli.errors import FlexmergeError, UsageError
-from flexmerge_cli.recipe import Recipe, read_recipe
+from flexmerge_cli.request.recipe import Recipe, read_recipe
 
 TEXT = """version: 1
 base: ./base

@@ -1,0 +1,127 @@
+"""A plan and what is asked of it in, the bill of an allocation out. Reads no weights."""
+
+import numpy as np
+
+from flexmerge_cli.allocation.allocation import Allocation, copies
+from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Found, auto
+from flexmerge_cli.allocation.auto_allocation import Auto as Search
+from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.block_measure import block_measure
+from flexmerge_cli.allocation.clusters import cluster_channels
+from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.duplicates import near_duplicate_warning
+from flexmerge_cli.methods.products import check_pooled
+from flexmerge_cli.methods.registry import all_methods
+from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.order.similarity import Similarity, similarity
+from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest
+
+# The part of --max-distance that `auto` aims at where it has no size: what is measured may exceed what is predicted.
+PREDICTED_PART = 0.95
+
+
+def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
+    """Choose what the bundle stores, and price it to the byte.
+
+    Raises UsageError for a request that does not fit the plan, GateError for a size that is not reached.
+    """
+    pricer = pricer or Pricer(plan)
+    if plan.pools_lora:
+        _check_pool(request)
+    match request.choice:
+        case Exact():
+            return pricer.bill(copies(plan, request.dtype))
+        case Auto():
+            found = auto_found(pricer, request)
+            assert found is not None
+            return found[1].bill
+        case Clusters() as choice:
+            choice.size.target(num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
+            count = int(choice.size.value)
+            return pricer.bill(cluster_channels(plan, count, choice.use, seed=choice.seed, dtype=request.dtype))
+        case Cut() as choice:
+            return pricer.bill(_cut(pricer, choice, request.dtype))
+
+
+def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | None:
+    """The search of `auto`, made once a pricer, and what it finds; None for another choice.
+
+    Without a size: the smallest bundle whose predicted distances stay under the request's limit, or MAX_DISTANCE.
+    """
+    choice = request.choice
+    if not isinstance(choice, Auto):
+        return None
+    search = auto(
+        pricer, choice.limits, request.dtype, tuple((item.pattern, item.use) for item in choice.block_methods)
+    )
+    if choice.size is not None:
+        return search, search.cut(pricer.plan.target(choice.size))
+    limit = MAX_DISTANCE if request.max_distance is None else request.max_distance * PREDICTED_PART
+    return search, search.within(limit)
+
+
+def offers(plan: Plan, dtype: str | None) -> str:
+    """Every method and the smallest size that it reaches, a line each."""
+    pricer, lines = Pricer(plan), []
+    for name in all_methods():
+        bill = pricer.bill(Cutter(pricer, parse_use(name), dtype).smallest())
+        factor = bill.tensor_bytes / max(1, plan.one_model_bytes)
+        lines.append(f"  {name:18} down to {factor:.2f}x, {bill.total_bytes:,} bytes on disk")
+    return "\n".join(lines)
+
+
+def advice(plan: Plan, bill: Bill, pricer: Pricer | None = None) -> list[str]:
+    """Warnings about a choice: near-identical tasks, and an exact or cast bundle that is no larger than a lossy one."""
+    if not bill.allocation.methods:
+        return []
+    found = near_duplicates(plan, bill)
+    if bill.allocation.dtype is not None:
+        return found
+    pricer = pricer or Pricer(plan)
+    for dtype, what, command in ((None, "exact deduplication", ""), ("BF16", "a cast to bf16", " --dtype bf16")):
+        other = pricer.bill(copies(plan, dtype))
+        if other.total_bytes <= bill.total_bytes:
+            found.append(
+                f"{what} takes {other.total_bytes:,} bytes, no more than the {bill.total_bytes:,} of this bundle, and "
+                f"merges nothing: flexmerge merge PLAN{command} -o BUNDLE"
+            )
+            break
+    return found
+
+
+def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
+    """One warning a method about groups of near-identical tasks that a sum multiplies, or whose masks stay empty."""
+    texts_of: dict[int, list[str]] = {}
+    for unit in bill.allocation.units:
+        groups = [group for group in unit.groups if group.method is not None and group.bits is None]
+        if not groups:
+            continue
+        cosines = similarity(block_measure(unit.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)
+        for group in groups:
+            assert group.method is not None
+            smallest = float(cosines[np.ix_(group.tasks, group.tasks)].min())
+            names = [plan.tasks[task].name for task in group.tasks]
+            text = near_duplicate_warning(bill.calls[group.method], names, smallest)
+            if text:
+                texts_of.setdefault(group.method, []).append(f"{text} (in {unit.name})")
+    return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in texts_of.values()]
+
+
+def _cut(pricer: Pricer, choice: Cut, dtype: str | None) -> Allocation:
+    cutter = Cutter(pricer, choice.use, dtype, block_methods=choice.block_methods)
+    if choice.merges is not None:
+        return cutter.prefix(choice.merges)
+    return cutter.smallest() if choice.size is None else cutter.cut(pricer.plan.target(choice.size), choice.fit)
+
+
+def _check_pool(request: MergeRequest) -> None:
+    """Raise UsageError for what cannot merge the factors of LoRA adapters."""
+    if isinstance(request.choice, Clusters | Auto):
+        raise UsageError(
+            "a pool of LoRA adapters is merged by the order, and by methods of one value a module",
+            hint="--method average --size 2x; or plan with --adapters merge",
+        )
+    for use in request.uses:
+        check_pooled(use.call, steps=len(use.steps), calibrate=use.calibrate is not None)

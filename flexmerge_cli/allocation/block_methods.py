@@ -1,0 +1,26 @@
+"""Which method a block has: `--method-for` against the names of a plan's blocks. Pure."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.use import MethodUse
+from flexmerge_cli.request.merge import BlockMethod
+
+
+def matching(plan: Plan, block_methods: Sequence[BlockMethod]) -> list[BlockMethod | None]:
+    """The first pattern that each block of the plan matches, if any.
+
+    Raises UsageError for a pattern that no block matches.
+    """
+    names = [block.name for block in plan.blocks]
+    for item in block_methods:
+        if not fnmatch.filter(names, item.pattern):
+            raise UsageError(f"no block matches `{item.pattern}`", hint=f"blocks are {', '.join(names[:3])}, …")
+    return [next((item for item in block_methods if fnmatch.fnmatchcase(name, item.pattern)), None) for name in names]
+
+
+def uses_of_blocks(plan: Plan, block_methods: Sequence[BlockMethod], otherwise: MethodUse) -> list[MethodUse | None]:
+    """The method of each block; None where its tasks are kept apart."""
+    return [otherwise if item is None else item.use for item in matching(plan, block_methods)]

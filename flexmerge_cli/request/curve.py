@@ -1,0 +1,124 @@
+"""What a curve is asked: methods at sizes, and an argument to be tuned. Parsed and checked once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.registry import all_methods, split_call
+from flexmerge_cli.request.merge import Auto, Cut, MergeRequest, merge_request
+from flexmerge_cli.request.size import Size
+
+MAX_VALUES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveMethod:
+    """A method of a curve."""
+
+    name: str
+    """As it was asked for."""
+    request: MergeRequest
+    """Without a size."""
+
+    @property
+    def stores_per_task(self) -> bool:
+        """Whether it stores something of each task beside what a group shares, so that it has a size of its own."""
+        return isinstance(self.request.choice, Cut) and self.request.choice.use.stores_per_task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveRequest:
+    """What `eval --plan` is asked."""
+
+    methods: tuple[CurveMethod, ...]
+    sizes: tuple[Size, ...] = ()
+    """Empty: each method at its own size."""
+    relocate: Mapping[str, str] = field(default_factory=dict)
+    """Prefix of a source as the plan has it -> what stands there now."""
+    access: Access = ONLINE
+    reuse: bool = True
+    alternatives: bool = True
+    parallel: int = 1
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tune:
+    """An argument, and per method the variants of it that are tried."""
+
+    name: str
+    variants: Mapping[str, Mapping[str, CurveMethod]]
+    """Name of a method that takes the argument -> value -> the method with that value."""
+
+
+def curve_methods(text: str, *, has_statistics: bool, **common: Any) -> tuple[CurveMethod, ...]:
+    """Methods separated by semicolons, `auto;emr;low_bit:bits=2`; `all` is every method.
+
+    has_statistics: whether the plan has what `auto` needs; then it is among `all`. common: words of `merge_request`
+    for every method; `auto` does not read steps, calibrate and fit. Raises UsageError.
+    """
+    names: list[str] = []
+    for item in filter(None, (item.strip() for item in text.split(";"))):
+        if item == "all":
+            names += (["auto"] if has_statistics else []) + list(all_methods())
+        else:
+            names.append(item)
+    if not names:
+        raise UsageError(f"--methods `{text}` names no method", hint="--methods 'auto;emr;low_bit:bits=2'")
+    return tuple(_curve_method(name, common) for name in dict.fromkeys(names))
+
+
+def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune:
+    """`scale=0.5:2.5:0.25` with both ends, or `scale=1,1.5,2`.
+
+    Methods that do not take the argument, or give it themselves, have no variants. Raises UsageError if none has.
+    """
+    name, values = _tuned(text)
+    variants: dict[str, dict[str, CurveMethod]] = {}
+    for method in methods:
+        choice = method.request.choice
+        if not isinstance(choice, Cut) or name not in choice.use.call.method.parameters:
+            continue
+        if name in split_call(method.name)[1]:
+            continue
+        join = "," if ":" in method.name else ":"
+        variants[method.name] = {value: _curve_method(f"{method.name}{join}{name}={value}", common) for value in values}
+    if not variants:
+        raise UsageError(
+            f"no method asked for takes `{name}`, or all give it themselves", hint="flexmerge methods NAME"
+        )
+    return Tune(name=name, variants=variants)
+
+
+def _curve_method(name: str, common: Mapping[str, Any]) -> CurveMethod:
+    words = dict(common)
+    if split_call(name)[0] == "auto":
+        words = {key: value for key, value in words.items() if key not in ("steps", "calibrate")}
+    request = merge_request(method=name, run_files=True, **words)
+    assert isinstance(request.choice, Cut | Auto)
+    return CurveMethod(name=name, request=request)
+
+
+def _tuned(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, rest = text.partition("=")
+    hint = "--tune scale=0.5:2.5:0.25, or scale=1,1.5,2"
+    if not equals or not name.strip() or not rest.strip():
+        raise UsageError(f"--tune `{text}` is not ARGUMENT=VALUES", hint=hint)
+    if ":" not in rest:
+        values = tuple(dict.fromkeys(value.strip() for value in rest.split(",") if value.strip()))
+    else:
+        try:
+            first, last, step = (Decimal(end.strip()) for end in rest.split(":"))
+        except (ValueError, InvalidOperation):
+            raise UsageError(f"--tune `{text}`: `{rest}` is not a range", hint=hint) from None
+        if not all(number.is_finite() for number in (first, last, step)) or step <= 0 or last < first:
+            raise UsageError(f"--tune `{text}`: `{rest}` is not a range", hint=hint)
+        count = int((last - first) / step) + 1
+        values = tuple(f"{first + number * step:f}" for number in range(min(count, MAX_VALUES + 1)))
+    if not 2 <= len(values) <= MAX_VALUES:
+        raise UsageError(f"--tune `{text}` has {len(values)} values", hint=f"give between 2 and {MAX_VALUES}")
+    return name.strip(), values

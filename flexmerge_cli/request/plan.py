@@ -1,0 +1,80 @@
+"""What `plan` is asked, checked when it is made. The command line, recipes and Python give the same words. No I/O."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, get_args
+
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.order.linkage import Linkage, check_settings
+from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.order.similarity import Similarity
+
+Statistics = Literal["all", "gram"]
+"""What the pass measures: all, or no more than a merge order needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderSettings:
+    """How blocks are made and merged. Words are taken for enums: `OrderSettings(linkage="average")`.
+
+    Raises UsageError for a word that is not known, for linkage and similarity that do not go together, and for a seed
+    that nothing would draw from.
+    """
+
+    blocks: str = "component"
+    """`component`, `layer`, `tensor`, `model`, or a path to your own rules.yaml."""
+    linkage: Linkage = Linkage.COMPLETE
+    strategy: Strategy = Strategy.GREEDY
+    similarity: Similarity = Similarity.COSINE
+    seed: int = 0
+    """For strategy `random`, which alone draws; at least 0."""
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, type[StrEnum]] = {"linkage": Linkage, "strategy": Strategy, "similarity": Similarity}
+        for name, kind in kinds.items():
+            object.__setattr__(self, name, kind(known_word(list(kind), getattr(self, name), name)))
+        check_settings(self.linkage, self.similarity)
+        if self.seed != 0 and self.strategy is not Strategy.RANDOM:
+            raise UsageError(
+                f"--seed {self.seed} has no effect with --strategy {self.strategy}, which draws nothing",
+                hint="add --strategy random, or leave --seed out",
+            )
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative", hint="give 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What `plan` is asked. Raises UsageError for a word that is not known."""
+
+    base: str
+    tasks: Mapping[str, str]
+    """Name -> source."""
+    order: OrderSettings = field(default_factory=OrderSettings)
+    private: tuple[str, ...] = ()
+    """Name patterns of tensors that stay apart."""
+    merge_heads: bool = False
+    statistics: Statistics = "all"
+    """`gram` leaves out what `--method auto` needs."""
+    adapters: Adapters = "keep"
+    """What becomes of tasks that are PEFT adapters."""
+    assume_base: bool = False
+    """Take the base for an adapter's own even if it names another."""
+    relative_to: Path = field(default_factory=Path)
+    """Folder that relative sources are relative to."""
+    access: Access = ONLINE
+
+    def __post_init__(self) -> None:
+        known_word(get_args(Adapters), self.adapters, "adapters")
+        known_word(get_args(Statistics), self.statistics, "statistics")
+
+
+def known_word(known: "list[str] | tuple[str, ...]", word: str, option: str) -> str:
+    """The word. Raises UsageError that lists the known ones."""
+    if word not in known:
+        raise UsageError(f"--{option} {word} is not known", hint=f"one of: {', '.join(known)}")
+    return word
