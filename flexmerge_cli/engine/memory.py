@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.change import TILE_ELEMENTS as PRODUCT_TILE
 from flexmerge_cli.checkpoint.change import LowRank
+from flexmerge_cli.checkpoint.digest import PIECE_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import AHEAD
 from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem
@@ -43,7 +44,8 @@ def survey_bytes(
         size = models[0].num_elements
         spans += -(-size // chunk_elements)
         records += (k + 1) * RECORD_BYTES + (100 * k * k if item.gram else 0)
-        count, tile = min(size, chunk_elements), min(size, chunk_elements, TILE_ELEMENTS)
+        count = chunk = min(size, chunk_elements)
+        tile = min(chunk, TILE_ELEMENTS)
         grams = 8 * k * k * -(-count // PRODUCT_ELEMENTS)
         rows, columns = view_of(models[0].shape) if item.codes else (0, 0)
         some = min(rows, count // columns + 1) if columns else 0  # rows of one range
@@ -67,8 +69,10 @@ def survey_bytes(
             average=(8 * count + 8 * tile) if some else 0,
             codes=0 if native.lib is not None or not some else 16 * max(ROW_BLOCK, min(count, columns)),
             work=max(work, count),  # whether all is finite, an element a byte
-            result=grams + 64 * some + 40 * k * sampled,
-            totals=grams * -(-size // chunk_elements) + 400 * (k + 1) * -(-size // chunk_elements),
+            result=grams + 64 * some + 40 * k * sampled + sum(unjoined_bytes(t.item_bytes * chunk) for t in models),
+            totals=grams * -(-size // chunk_elements)
+            + 400 * (k + 1) * -(-size // chunk_elements)
+            + sum(open_bytes(chunk * tensor.item_bytes, tensor.num_bytes) for tensor in models),
         )
     return FIXED_BYTES + records + threads * THREAD_BYTES + SPAN_BYTES * spans + found.bytes(threads)
 
@@ -82,6 +86,16 @@ def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | No
         max_memory,
         threads,
     )
+
+
+def unjoined_bytes(num_bytes: int) -> int:
+    """Of one model's range of so many bytes: those that its digest carries, for want of whole pieces."""
+    return min(num_bytes, 2 * PIECE_BYTES) if num_bytes % PIECE_BYTES else 0
+
+
+def open_bytes(range_bytes: int, tensor_bytes: int) -> int:
+    """Of one model: what its digest keeps of a piece that is not whole yet, while ranges are joined."""
+    return min(tensor_bytes, PIECE_BYTES * 9 // 8) if unjoined_bytes(range_bytes) else 0
 
 
 def reading_bytes(tensor: StoredTensor, count: int) -> int:

@@ -21,7 +21,9 @@ from flexmerge_cli.engine.memory import (
     THREAD_BYTES,
     Pass,
     fitting,
+    open_bytes,
     reading_bytes,
+    unjoined_bytes,
 )
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
@@ -77,7 +79,8 @@ class _Run:
                 work = max((self._work(storage, group, span) for group in storage.groups), default=0)
                 work = max(work, self._reading(span.tensor, span.stop))
                 deltas = max((self._deltas(group, span) for group in storage.groups), default=0)
-                found.add(raw=self._raw(storage, span), deltas=deltas, work=work, result=result)
+                totals = self._unjoined(storage, span, whole=True)
+                found.add(raw=self._raw(storage, span), deltas=deltas, work=work, result=result, totals=totals)
         return found
 
     def _block(self, found: Pass, storages: Sequence[Storage]) -> None:
@@ -227,10 +230,25 @@ class _Run:
         return high - low
 
     def _result(self, storage: Storage, span: Span) -> int:
-        """What is written of a range, which is hashed later, and its errors."""
+        """What is written of a range, which is hashed later, its errors, and what digests carry of what was read."""
         tensor = storage.tensor
         written = storage.num_bytes * span.stop // max(1, tensor.num_elements)
+        written += self._unjoined(storage, span, whole=False)
         return written + 8 * len(tensor.present) * -(-span.stop // span.run) + 1024 * len(tensor.present)
+
+    def _unjoined(self, storage: Storage, span: Span, *, whole: bool) -> int:
+        """What digests of sources and of decoded tensors carry of a range, or of the whole tensor, until it is joined.
+
+        A tensor that is read at once carries nothing.
+        """
+        tensor = storage.tensor
+        if span.last:
+            return 0
+        items = [ITEM_BYTES[tensor.dtype_of(task)] for task in tensor.present]
+        items = [*items, *items, ITEM_BYTES[tensor.base_dtype]] if tensor.base_dtype is not None else items
+        if whole:
+            return sum(open_bytes(item * span.stop, item * tensor.num_elements) for item in items)
+        return sum(unjoined_bytes(item * span.stop) for item in items)
 
     def _work(self, storage: Storage, group: StoredGroup, span: Span) -> int:
         """What computing one group of a range takes beside buffers and result."""

@@ -116,17 +116,21 @@ def survey(
             )
 
         parts: list[_Part] = []
+        digests: dict[int, TensorDigest] = {}
         with ordered_map(range(len(ranges)), work, threads=threads) as found:
             for (index, start, stop), part in zip(ranges, found):
                 of_item = sums[index]
                 if of_item is not None and part.rows is not None:
                     of_item.add(part.rows)
-                    part = replace(part, rows=None)  # as large as a narrow tensor
-                parts.append(part)
+                for position, digest in enumerate(part.digests):
+                    digests.setdefault(position, TensorDigest()).add(digest)
+                # Rows are as large as a narrow tensor, and ranges of less than a piece are in their digests whole.
+                parts.append(replace(part, rows=None, digests=[]))
                 on_bytes(sum((stop - start) * tensor.item_bytes for tensor in _models(items[index])))
                 if stop == _models(items[index])[0].num_elements:
-                    measures.append(_join(items[index], parts, of_item.finish() if of_item is not None else None))
-                    parts = []
+                    coding = of_item.finish() if of_item is not None else None
+                    measures.append(_join(items[index], parts, [d.hexdigest() for d in digests.values()], coding))
+                    parts, digests = [], {}
     return measures
 
 
@@ -334,14 +338,8 @@ def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple
     return None if bool(finite.all()) else (position, start + int((~finite).nonzero()[0, 0]))
 
 
-def _join(item: SurveyItem, parts: list[_Part], coding: CodingError | None) -> Measure:
+def _join(item: SurveyItem, parts: list[_Part], digests: list[str], coding: CodingError | None) -> Measure:
     models = _models(item)
-    digests = []
-    for position in range(len(models)):
-        whole = TensorDigest()
-        for part in parts:
-            whole.add(part.digests[position])
-        digests.append(whole.hexdigest())
     # Same over all ranges: equal keys, a key being what a model is equal to in each range.
     keys = [tuple(part.classes[position] for part in parts) for position in range(len(models))]
     first = [keys.index(key) for key in keys]

@@ -22,6 +22,7 @@ SHAPES = {
     | {f"layers.{i}.mlp.bias": (96,) for i in range(24)},
     "few": {f"layers.{i}.mlp.weight": (640, 512) for i in range(3)},
     "embedding": {"embeddings.weight": (24000, 48), "layers.0.mlp.weight": (64, 48)},
+    "long": {"embeddings.weight": (12000, 500)},
     "conv": {"layers.0.conv.weight": (128, 96, 5, 5), "layers.1.conv.weight": (96, 128, 3, 3)},
     "thin": {"layers.0.mlp.weight": (1, 300000), "layers.1.mlp.weight": (300000, 1), "layers.2.mlp.bias": (250000,)},
 }
