@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.errors import MachineError, UsageError, machine_failure
+from flexmerge_cli.text import expanded
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -78,7 +79,7 @@ def check_apart(output: Path, inputs: Iterable[Path | str | None]) -> None:
     for source in inputs:
         if source is None or "://" in str(source):
             continue
-        other = Path(source).expanduser().resolve()
+        other = expanded(source).resolve()
         if place == other or place in other.parents or other in place.parents:
             how = "is" if place == other else "lies in" if other in place.parents else "contains"
             raise UsageError(f"the output {output} {how} the input {source}", hint="choose another place")

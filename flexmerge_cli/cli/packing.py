@@ -24,6 +24,7 @@ from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.scores import BundleGate, references_of
+from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import check_apart
 
 
@@ -100,7 +101,7 @@ class Packing:
             return [self.source]
         gate, sources = self.recipe.gate, [self.recipe.base, *self.recipe.task_sources().values()]
         named = [source for source in sources if not is_remote(source)] + ([gate.spec] if gate is not None else [])
-        return [self.source, *(self.recipe.folder / Path(name).expanduser() for name in named)]
+        return [self.source, *(self.recipe.folder / expanded(name) for name in named)]
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""

@@ -45,7 +45,7 @@ class Given:
         if self.request is None:
             return []
         sources = [source for source in (self.request.base, *self.request.tasks.values()) if not is_remote(source)]
-        found = [self.request.relative_to / Path(source).expanduser() for source in sources]
+        found = [self.request.relative_to / expanded(source) for source in sources]
         return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
 
     def make(self, *, save_to: Path, **run: Any) -> Plan:

@@ -69,6 +69,8 @@ def test_without_a_home_a_tilde_is_a_name_like_another(monkeypatch, tmp_path):
     monkeypatch.setattr(pwd, "getpwnam", nobody)
     (tmp_path / "recipe.yaml").write_text("version: 1\nbase: x\ntasks: {a: y}\n")
     fails(4, "plan", tmp_path / "recipe.yaml", "--base", "~/base", "--dry-run", says="~/base")
+    outputs = ["-o", tmp_path / "plan.json"]  # which are compared with the sources
+    fails(4, "plan", "--base", "~/base", "--task", "a=~nobody/a", *outputs, says=("~/base", "~nobody/a"))
     for source in ("~/bundle", "~nobody/bundle"):
         fails(4, "inspect", source, says=source)
         fails(4, "export", source, "--all", "-o", tmp_path / "out", says=source)
