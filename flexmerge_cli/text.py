@@ -30,7 +30,7 @@ def json_holds_text(data: bytes, value: Any) -> bool:
     return (data.isascii() and b"\\u" not in data and b"\0" not in data) or holds_text(value)
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
     """`~` and `~user` are home folders; where there is no such user, or no home at all, a name like any other."""
     try:
         return Path(path).expanduser()
