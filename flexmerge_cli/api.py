@@ -17,7 +17,8 @@ from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.plan import load_plan as load_plan
 from flexmerge_cli.plan import make_plan as _make_plan
 from flexmerge_cli.request.merge import merge_request
-from flexmerge_cli.request.plan import OrderSettings, PlanRequest
+from flexmerge_cli.request.plan import OrderSettings as OrderSettings
+from flexmerge_cli.request.plan import PlanRequest
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View

@@ -13,8 +13,9 @@ import numpy as np
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_hull import slopes
 from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics, weights
-from flexmerge_cli.allocation.auto_table import Choice, Limits, Table
+from flexmerge_cli.allocation.auto_table import Choice, Table
 from flexmerge_cli.errors import GateError
+from flexmerge_cli.request.auto_options import Limits
 
 # T tensors, P points of one tensor's frontier
 
@@ -106,7 +107,8 @@ class Search:
         """
         lost_M = np.sum([choice.errors for choice in solution.choices], axis=0)
         of_base_M = np.where(lost_M > 0, np.nan, 0.0)
-        return np.sqrt(np.divide(lost_M, self._energy_M, out=of_base_M, where=self._energy_M > 0))
+        found: np.ndarray = np.sqrt(np.divide(lost_M, self._energy_M, out=of_base_M, where=self._energy_M > 0))
+        return found
 
     def uniform(self, *, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
         """Bytes and cost of a plan without a search: all tasks in one group, one number of bits for all of them.

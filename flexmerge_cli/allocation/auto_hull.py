@@ -38,4 +38,5 @@ def frontier(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 def slopes(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Cost saved per byte from each point to the next."""
-    return (cost[:-1] - cost[1:]) / np.diff(num_bytes)
+    found: np.ndarray = (cost[:-1] - cost[1:]) / np.diff(num_bytes)
+    return found

@@ -9,7 +9,9 @@ from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.order.order import Linkage, Similarity, Strategy
+from flexmerge_cli.order.linkage import Linkage
+from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Count, Digest, Record, Runs, Shape
 from flexmerge_cli.request.plan import Statistics
 from flexmerge_cli.residuals.coding_error import CodingError

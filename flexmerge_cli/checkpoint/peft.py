@@ -210,7 +210,8 @@ class _Config:
     values: Mapping[str, Any]
 
     def text(self, key: str) -> str | None:
-        return self._typed(key, str, None)
+        found: str | None = self._typed(key, str, None)
+        return found
 
     def flag(self, key: str) -> bool:
         return bool(self._typed(key, bool, False))

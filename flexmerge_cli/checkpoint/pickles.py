@@ -166,9 +166,8 @@ def _unwrap(path: Path, loaded: Any) -> Mapping[str, PickledTensor | OddTensor]:
             f"{path} holds no state dict (a map of names to tensors)",
             hint=f"save `model.state_dict()` alone, or under one of {', '.join(WRAPPERS)}",
         )
-    if all(name.startswith("module.") for name in names):
-        return {name.removeprefix("module."): loaded[name] for name in names}
-    return loaded
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""
+    return {name.removeprefix(prefix): loaded[name] for name in names}
 
 
 def _is_tensor(value: object) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
-from flexmerge_cli.curve import OnScore, draw
+from flexmerge_cli.curve import draw
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.choose import Choice, choose, halves
-from flexmerge_cli.evaluation.curve import Curve, Point
+from flexmerge_cli.evaluation.curve import Curve, OnScore, Point
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.gate import Gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec

@@ -58,7 +58,8 @@ def matthews(counts: np.ndarray) -> np.ndarray:
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """0 where there is nothing to divide by."""
-    return np.divide(above, below, out=np.zeros_like(above, np.float64), where=below > 0)
+    found: np.ndarray = np.divide(above, below, out=np.zeros_like(above, np.float64), where=below > 0)
+    return found
 
 
 ON_COUNTS: dict[str, Values] = {

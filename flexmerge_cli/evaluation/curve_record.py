@@ -101,10 +101,10 @@ def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -
         told = (
             f"pass: {passing[0]['method']} at {passing[0]['factor']:.4f}x is the smallest of {len(passing)} that pass"
         )
-        return passing[0]["gate"] | {"message": told, "command": passing[0]["command"]}
+        return {**passing[0]["gate"], "message": told, "command": passing[0]["command"]}
     nearest = min(by_size, key=lambda point: sum(t["outcome"] != Outcome.PASS for t in point["gate"]["tasks"].values()))
     told = f"none passes; {nearest['method']} at {nearest['factor']:.4f}x is nearest: {nearest['gate']['message']}"
-    return nearest["gate"] | {"message": told, "command": nearest["command"]}
+    return {**nearest["gate"], "message": told, "command": nearest["command"]}
 
 
 def _point(

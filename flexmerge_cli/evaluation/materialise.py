@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexmerge_cli.allocation.files import safetensors_header
-from flexmerge_cli.checkpoint.checkpoint import WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES
 from flexmerge_cli.evaluation.scored import TaskModel
 

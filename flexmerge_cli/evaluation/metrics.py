@@ -106,7 +106,8 @@ def _divergence(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     from scipy.special import log_softmax
 
     theirs, ours = log_softmax(labels.astype(np.float64), -1), log_softmax(predictions.astype(np.float64), -1)
-    return np.maximum(0.0, (np.exp(theirs) * (theirs - ours)).sum(-1))
+    found: np.ndarray = np.maximum(0.0, (np.exp(theirs) * (theirs - ours)).sum(-1))
+    return found
 
 
 def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

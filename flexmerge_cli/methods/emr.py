@@ -16,7 +16,8 @@ def rescale(*, gamma: str) -> Gain:
     def weighted(delta_kT: np.ndarray, masked_kT: np.ndarray, elements_T: np.ndarray) -> np.ndarray:
         weight_T = np.ones_like(delta_kT[0]) if gamma == "weighted" else 1 / np.maximum(elements_T, 1)
         above, below = (delta_kT * weight_T).sum(1), (masked_kT * weight_T).sum(1)
-        return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+        found: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+        return found
 
     return weighted
 

@@ -141,7 +141,7 @@ def free(
     from flexmerge_cli.methods.registry import format_call  # which imports this module
 
     backbone = {"variant": variant, "cutoff": cutoff, "coef": coef, "scope": scope, "others": others, "scale": scale}
-    return replace(
+    declared: Coded = replace(
         experts.free.function(density=density, select=select),
         centre=format_call("fr", {**backbone, "matrices": matrices}),
         expert=Expert(
@@ -154,7 +154,9 @@ def free(
             matrices=matrices,
         ),
     )
+    return declared
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    found: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return found

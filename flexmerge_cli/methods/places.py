@@ -48,7 +48,8 @@ def value_keys(values: Tensor) -> Tensor:
 def values(keys: np.ndarray) -> np.ndarray:
     """The x of these keys, float64."""
     keys = keys.astype(np.int64)
-    return (keys ^ ((keys >> 63) & 0x7FFFFFFFFFFFFFFF)).view(np.float64)
+    found: np.ndarray = (keys ^ ((keys >> 63) & 0x7FFFFFFFFFFFFFFF)).view(np.float64)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

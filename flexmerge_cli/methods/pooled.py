@@ -128,4 +128,5 @@ def _weights(call: Call, where: Where) -> Tensor:
     """Of a linear method, by its own function: what it makes of the unit vectors. float64 [k]."""
     if call.method not in LINEAR:
         raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="take average")
-    return call(torch.eye(len(where.tasks)), where).double()
+    found: Tensor = call(torch.eye(len(where.tasks)), where).double()
+    return found

@@ -52,7 +52,8 @@ def _select(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
 def _weights(energy: np.ndarray) -> np.ndarray:
     """Shares of the energy, [k, *]; equal ones where there is none."""
     total = energy.sum(0)
-    return np.divide(energy, total, out=np.full_like(energy, 1 / len(energy)), where=total > 0)
+    found: np.ndarray = np.divide(energy, total, out=np.full_like(energy, 1 / len(energy)), where=total > 0)
+    return found
 
 
 def _scope(*, scope: str, **_: object) -> Scope:

@@ -24,8 +24,14 @@ def solve(tasks: Tensor, init: Init, weights: Callable[[Tensor], Tensor]) -> Ten
     squares, v = torch.linalg.eigh(c)
     squares, v = squares.flip(0).clamp(min=FLOOR), v.flip(1)
     f = weights(squares)
-    start = {"sum": sum_tasks, "mean": mean_tasks, "zero": lambda tasks: torch.zeros_like(d)}[init](tasks)
-    return start + (((d @ v) / squares - start @ v) * f) @ v.T
+    starts: dict[Init, Callable[[Tensor], Tensor]] = {
+        "sum": sum_tasks,
+        "mean": mean_tasks,
+        "zero": lambda _tasks: torch.zeros_like(d),
+    }
+    start = starts[init](tasks)
+    found: Tensor = start + (((d @ v) / squares - start @ v) * f) @ v.T
+    return found
 
 
 @method(

@@ -111,13 +111,15 @@ class Groups:
         return join
 
     def _combine(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        combined: np.ndarray
         match self._linkage:
             case Linkage.COMPLETE:
-                return np.minimum(left, right)
+                combined = np.minimum(left, right)
             case Linkage.SINGLE:
-                return np.maximum(left, right)
+                combined = np.maximum(left, right)
             case Linkage.AVERAGE | Linkage.CENTROID:
-                return left + right
+                combined = left + right
+        return combined
 
     def _similarity(self, group: int | slice) -> np.ndarray:
         """Of one group to all, [M], or of all to all, [M, M]; of no meaning for groups that are no more."""

@@ -102,7 +102,8 @@ def rms_distance(
 ) -> np.ndarray:
     """sqrt(mean((a - b)²)) from inner products and squared norms, which broadcast; at least 0."""
     squared = np.maximum(left_squared + right_squared - 2.0 * inner, 0.0)
-    return np.sqrt(squared / max(num_elements, 1))
+    found: np.ndarray = np.sqrt(squared / max(num_elements, 1))
+    return found
 
 
 def comparison_unit(measures: Iterable[BlockMeasure], how: Similarity) -> float:

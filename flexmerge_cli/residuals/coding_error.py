@@ -62,7 +62,8 @@ def sample_rows(tensor: str, shape: Matrix) -> np.ndarray:
     count = min(m, max(64, -(-(2**14) // n)))
     edges = np.arange(count + 1) * m // count
     draws = uniform(key64("flexmerge/rows/1", 0, tensor), 0, count)
-    return edges[:-1] + np.floor(draws * np.diff(edges)).astype(np.int64)
+    found: np.ndarray = edges[:-1] + np.floor(draws * np.diff(edges)).astype(np.int64)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -78,7 +78,8 @@ def _pack_numbers(numbers: np.ndarray, bits: int) -> np.ndarray:
     if bits == 0:
         return np.zeros(0, np.uint8)
     if bits <= 8:
-        return pack(numbers.astype(np.uint8)[None], bits)[0]
+        found: np.ndarray = pack(numbers.astype(np.uint8)[None], bits)[0]
+        return found
     return np.packbits((numbers[:, None] >> np.arange(bits) & 1).astype(np.uint8).reshape(-1), bitorder="little")
 
 
@@ -87,6 +88,7 @@ def _unpack_numbers(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
     if bits == 0:
         return np.zeros(count, np.int64)
     if bits <= 8:
-        return unpack(packed[None], count, bits)[0].astype(np.int64)
+        found: np.ndarray = unpack(packed[None], count, bits)[0].astype(np.int64)
+        return found
     numbers = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
     return numbers @ (1 << np.arange(bits, dtype=np.int64))

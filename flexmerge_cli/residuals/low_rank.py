@@ -55,7 +55,8 @@ class LowRank:
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
         """A float64 product, rounded once: float32 products would depend on how many rows are decoded at a time."""
-        return (_to_float64(parts["left"], dtype) @ _to_float64(parts["right"], dtype)).astype(np.float32)
+        found: np.ndarray = (_to_float64(parts["left"], dtype) @ _to_float64(parts["right"], dtype)).astype(np.float32)
+        return found
 
 
 def _truncated(matrix: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":

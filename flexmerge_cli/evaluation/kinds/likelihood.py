@@ -72,7 +72,7 @@ def best_of(
 
     likelihoods, tokens, texts: of all choices of all examples, one after another; counts: choices of each, [n].
     """
-    by = {"none": lambda _t, _s: 1, "tokens": lambda t, _s: t, "characters": lambda _t, s: len(s)}[normalise]
-    scores = likelihoods / np.array([max(1, by(*pair)) for pair in zip(tokens, texts)])
+    lengths = {"none": [1] * len(texts), "tokens": tokens, "characters": [len(text) for text in texts]}[normalise]
+    scores = likelihoods / np.maximum(1, lengths)
     ends = np.cumsum(counts)
     return np.array([int(np.argmax(scores[end - count : end])) for end, count in zip(ends, counts)], np.int64)
