@@ -4,7 +4,16 @@ The library raises them; only `cli/` prints them and exits. The class carries th
 """
 
 import errno
+import re
 from typing import Any
+
+USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@]*@")
+QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2}[^\s?#`'\"]*)[?#][^\s`'\"]*")
+
+
+def without_secrets(text: str) -> str:
+    """The same with every address in it cut down to scheme, host and path: no user, password or query."""
+    return QUERY.sub(r"\1", USER.sub(r"\1", text)) if ":/" in text else text
 
 
 class FlexmergeError(Exception):
@@ -16,9 +25,9 @@ class FlexmergeError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """message: what and where, without a trailing period. hint: what to do next, a command where there is one."""
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = without_secrets(message)
+        self.hint = None if hint is None else without_secrets(hint)
+        super().__init__(self.message)
 
 
 class MachineError(FlexmergeError):

@@ -1,16 +1,81 @@
-"""What the records of plan.json and manifest.json have in common: they are frozen, and refuse what they do not know."""
+"""What the records of plan.json and manifest.json have in common: they are frozen, and refuse what they do not know.
 
-from typing import Annotated
+A file may come from a stranger. The first error ends its reading: pydantic collects an error of some 800 bytes for each
+item of a list or map otherwise, and two bytes of file are enough for one.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+
+MAX_FIELDS = 64  # more than any record has
+MAX_ARGUMENT_DEPTH = 3
+MAX_ARGUMENT_CHARACTERS = 10_000
+
+Item = TypeVar("Item")
+
+
+class Unsound(Exception):
+    """The first error within a map; not a ValueError, so that pydantic does not go on."""
+
+
+def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
+    try:
+        return handler(value)
+    except ValidationError as error:
+        raise Unsound(told(error)) from None
+
+
+def told(error: ValidationError) -> str:
+    """Where its first error is, and what is wrong there."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(step)[:100] for step in first["loc"][:20])
+    return f"{place}: {first['msg'][:500]}" if place else first["msg"][:500]
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A method's argument: what a person can write in one line."""
+    match value:
+        case None | bool() | int():
+            return value
+        case float() if math.isfinite(value):
+            return value
+        case str() if len(value) <= MAX_ARGUMENT_CHARACTERS:
+            return value
+        case list() if depth < MAX_ARGUMENT_DEPTH:
+            return [_plain(item, depth + 1) for item in value]
+        case dict() if depth < MAX_ARGUMENT_DEPTH:
+            return {key: _plain(item, depth + 1) for key, item in value.items()}
+    raise ValueError("an argument that no method can have")
+
+
+Items = Annotated[tuple[Item, ...], Field(fail_fast=True)]
+Named = dict[str, Annotated[Item, WrapValidator(_at_once)]]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Shape = tuple[Count, ...]
-Runs = tuple[tuple[Count, Count], ...]
+Shape = Items[Count]
+Runs = Items[tuple[Count, Count]]
+Arguments = Named[Annotated[Any, AfterValidator(_plain)]]
 
 
 class Record(BaseModel):
     """A frozen part of a file; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_short(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"{len(value):,} keys, more than any record has")
+        return value

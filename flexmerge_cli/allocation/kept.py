@@ -18,7 +18,7 @@ from pydantic import Field
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.record import Digest, Record
+from flexmerge_cli.record import Digest, Items, Record
 
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
@@ -28,8 +28,8 @@ class Place(Record):
 
     offset: Count
     dtype: str
-    shape: tuple[Count, ...] = Field(max_length=8)
-    strides: tuple[Count, ...] | None = None
+    shape: Items[Count] = Field(max_length=8)
+    strides: Items[Count] | None = None
     """In elements; None if row-major."""
 
     @staticmethod

@@ -34,7 +34,7 @@ Written last, so it is the commit point: a folder without it is no bundle. Reade
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,7 @@ from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
-from flexmerge_cli.record import Digest, Record, Runs, Shape
+from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64
@@ -54,16 +54,16 @@ MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
 
 
 class FileEntry(Record):
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: Items[str] = Field(min_length=1)
 
 
 class AdapterEntry(Record):
     kind: Literal["lora", "ia3"]
     weights: str
     """File name, in tasks/NAME."""
-    changes: dict[str, ChangeRecord]
+    changes: Named[ChangeRecord]
 
 
 class TaskEntry(Record):
@@ -71,8 +71,8 @@ class TaskEntry(Record):
     fingerprint: Digest
     exact: bool
     distance: float | None
-    names: dict[str, str]
-    files: tuple[str, ...]
+    names: Named[str]
+    files: Items[str]
     adapter: AdapterEntry | None = None
     pooled: Literal["lora", "ia3"] | None = None
     """Of an adapter whose tensors were merged with others': it is exported as an adapter."""
@@ -80,25 +80,25 @@ class TaskEntry(Record):
 
 class MethodEntry(Record):
     name: str
-    args: dict[str, Any]
-    steps: tuple[str, ...]
+    args: Arguments
+    steps: Items[str]
     calibrate: str | None
     origin: tuple[str, str] | None = None
     """Of a method that is not flexmerge's own: file or package, and its sha256 or version."""
 
 
 class GroupEntry(Record):
-    tasks: tuple[str, ...]
+    tasks: Items[str]
     kind: Literal["copy", "merged", "masked", "residual"]
     method: int | None
-    distance: dict[str, float | None]
-    bits: dict[str, Literal[0, 1, 2, 3, 4, 8]] | None = None
+    distance: Named[float | None]
+    bits: Named[Literal[0, 1, 2, 3, 4, 8]] | None = None
 
 
 class UnitEntry(Record):
     name: str
-    tensors: tuple[str, ...]
-    groups: tuple[GroupEntry, ...]
+    tensors: Items[str]
+    groups: Items[GroupEntry]
 
 
 class TensorEntry(Record):
@@ -106,10 +106,10 @@ class TensorEntry(Record):
     class_: TensorClass = Field(alias="class")
     dtype: str
     shape: Shape
-    dtypes: dict[str, str] | None = None
-    shapes: dict[str, Shape] | None = None
+    dtypes: Named[str] | None = None
+    shapes: Named[Shape] | None = None
     of: str | None = None
-    digests: dict[str, Digest] = Field(min_length=1)
+    digests: Named[Digest] = Field(min_length=1)
 
     def dtype_of(self, task: str) -> str:
         return (self.dtypes or {}).get(task, self.dtype)
@@ -119,7 +119,7 @@ class TensorEntry(Record):
 
 
 class RowsEntry(Record):
-    rows: int = Field(ge=0)
+    rows: Count
     common: Runs
 
     @property
@@ -129,15 +129,15 @@ class RowsEntry(Record):
 
 
 class VocabularyEntry(Record):
-    tensors: tuple[str, ...] = Field(min_length=1)
+    tensors: Items[str] = Field(min_length=1)
     base: RowsEntry
     """Where the base has the common rows; it is not in the bundle."""
-    tasks: dict[str, RowsEntry]
+    tasks: Named[RowsEntry]
 
 
 class AllocationEntry(Record):
-    merges: int
-    undone: int
+    merges: Count
+    undone: Count
     fit: str
     dtype: str | None
 
@@ -146,9 +146,9 @@ class GateEntry(Record):
     max_drop: str | None = None
     max_mean_drop: str | None = None
     spec: str = Field(pattern=r"^[0-9a-f]{64}$")
-    data: dict[str, Digest | None]
-    not_scored: tuple[str, ...]
-    versions: dict[str, str]
+    data: Named[Digest | None]
+    not_scored: Items[str]
+    versions: Named[str]
 
 
 class Manifest(Record):
@@ -157,15 +157,15 @@ class Manifest(Record):
     generator: str
     plan: str
     allocation: AllocationEntry
-    one_model_bytes: int
-    stored_bytes: int
-    methods: tuple[MethodEntry, ...]
-    tasks: dict[str, TaskEntry]
-    files: dict[str, FileEntry]
-    units: tuple[UnitEntry, ...]
-    tensors: tuple[TensorEntry, ...]
-    rows: tuple[TensorEntry, ...] = ()
-    vocabularies: tuple[VocabularyEntry, ...] = ()
+    one_model_bytes: Count
+    stored_bytes: Count
+    methods: Items[MethodEntry]
+    tasks: Named[TaskEntry]
+    files: Named[FileEntry]
+    units: Items[UnitEntry]
+    tensors: Items[TensorEntry]
+    rows: Items[TensorEntry] = ()
+    vocabularies: Items[VocabularyEntry] = ()
     gate: GateEntry | None = None
 
     @property

@@ -40,8 +40,9 @@ from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.order.order import Merge
-from flexmerge_cli.record import Count, Record, Shape
+from flexmerge_cli.record import Count, Items, Record, Shape, Unsound, told
 from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.request.size import Size, Target
 from flexmerge_cli.text import json_holds_text
@@ -49,7 +50,7 @@ from flexmerge_cli.writing import has_start, write_file
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
-MAX_PLAN_BYTES = 4 << 30
+MAX_PLAN_BYTES = 1 << 30  # Gram matrices of 30 tasks take 20 kB a tensor
 ROWS_SUFFIX = "@rows"
 
 
@@ -61,15 +62,15 @@ class Plan(Record):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     one_model_bytes: Count
     base: PlanBase
-    tasks: tuple[PlanTask, ...]
-    adapters: tuple[PlanAdapter, ...] = ()
-    tensors: tuple[PlanTensor, ...]
-    blocks: tuple[PlanBlock, ...]
-    order: tuple[PlanMerge, ...]
+    tasks: Items[PlanTask]
+    adapters: Items[PlanAdapter] = ()
+    tensors: Items[PlanTensor]
+    blocks: Items[PlanBlock]
+    order: Items[PlanMerge]
     settings: Settings
     near_ties: Count
-    rows: tuple[PlanTensor, ...] = ()
-    vocabularies: tuple[PlanVocabulary, ...] = ()
+    rows: Items[PlanTensor] = ()
+    vocabularies: Items[PlanVocabulary] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
@@ -193,6 +194,8 @@ def _check(plan: Plan) -> None:
         raise ValueError("blocks do not hold every mergeable tensor exactly once")
     if not all(block.tensors for block in plan.blocks):
         raise ValueError("a block is empty")
+    for tensor in plan.stored:
+        _check_lengths(tensor, count)
     _check_vocabularies(plan, count)
     for tensor in plan.stored:
         _check_tensor(plan, tensor, count)
@@ -220,6 +223,9 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"a merge of block `{merge.block}` does not follow from those before it")
         block -= {merge.left, merge.right}
         block.add(tuple(sorted(merge.left + merge.right)))
+    unmerged = next((name for name, left in groups.items() if len(left) > 1), None)
+    if unmerged is not None:
+        raise ValueError(f"the order does not merge all tasks of block `{unmerged}`")
 
 
 def _check_vocabularies(plan: Plan, count: int) -> None:
@@ -246,12 +252,15 @@ def _check_vocabularies(plan: Plan, count: int) -> None:
         raise ValueError("the rows of vocabularies are not those that are stored")
 
 
-def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
+def _check_lengths(tensor: PlanTensor, count: int) -> None:
     lists: list[tuple[object, ...]] = [tensor.digests, tensor.same, tensor.is_base]
     lists += [value for value in (tensor.dtypes, tensor.shapes, tensor.gram, tensor.agreement) if value is not None]
     rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
     if any(len(value) != count for value in [*lists, *rows]):
         raise ValueError(f"tensor `{tensor.name}` has not one value per task")
+
+
+def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
     for matrix in (tensor.gram, tensor.agreement):
         if matrix is not None and (list(zip(*matrix)) != list(matrix) or any(matrix[k][k] < 0 for k in range(count))):
             raise ValueError(f"tensor `{tensor.name}` has a `gram` or `agreement` that is not symmetric")
@@ -350,9 +359,11 @@ def is_plan(path: Path) -> bool:
 def read_plan(path: Path) -> Plan:
     """Raises UsageError if it is no plan, was edited, or is not consistent."""
     again = "make it again with `flexmerge plan`"
+    if path.is_file() and path.stat().st_size > MAX_PLAN_BYTES:
+        raise UsageError(f"{path} is too large for a plan", hint=again)
     data = read_file(path, MAX_PLAN_BYTES, "a plan")
     try:
-        fields = json.loads(data)
+        fields = parse_json(data, is_ours=True)
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise UsageError(f"{path} is not a plan ({FORMAT})", hint=again)
         claimed = str(fields.get("sha256"))
@@ -362,9 +373,8 @@ def read_plan(path: Path) -> Plan:
         if not json_holds_text(data, fields):
             raise UsageError(f"{path} holds text that no file can hold", hint=again)
         return Plan.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise UsageError(f"{path} is not a sound plan: {place}: {first['msg']}", hint=again) from None
-    except (ValueError, RecursionError) as error:
+    except (ValidationError, Unsound) as error:
+        reason = told(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path} is not a sound plan: {reason}", hint=again) from None
+    except ValueError as error:
         raise UsageError(f"{path} is not a plan: {error}", hint=again) from None

@@ -12,7 +12,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.record import Count, Digest, Record, Runs, Shape
+from flexmerge_cli.record import Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.request.plan import Statistics
 from flexmerge_cli.residuals.coding_error import CodingError
 
@@ -27,9 +27,9 @@ class SideFile(Record):
 class PlanBase(Record):
     source: str
     fingerprint: Digest
-    files: dict[str, SideFile] = Field(default_factory=dict)
+    files: Named[SideFile] = Field(default_factory=dict)
     """What kept adapters need of it besides its tensors: config, tokenizer, …"""
-    names: dict[str, str] = Field(default_factory=dict)
+    names: Named[str] = Field(default_factory=dict)
     """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
 
 
@@ -42,8 +42,8 @@ class PlanReader(Record):
     """Of an adapter: of its files and of the base."""
     bytes: Count
     """Of the tensors of the model; of an adapter of the one that it makes."""
-    files: dict[str, SideFile]
-    names: dict[str, str]
+    files: Named[SideFile]
+    names: Named[str]
     """Aligned name -> own name, where they differ."""
 
 
@@ -76,7 +76,7 @@ class PlanAdapter(PlanReader):
     """Of its own tensors."""
     weights: str
     """Its weight file, one of `files`."""
-    changes: dict[str, ChangeRecord]
+    changes: Named[ChangeRecord]
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -87,15 +87,15 @@ class PlanAdapter(PlanReader):
 class CodedWeights(Record):
     """Bits -> squared error of the whole tensor coded: of the base's, and of the average of all tasks."""
 
-    base: dict[str, float]
-    average: dict[str, float]
+    base: Named[float]
+    average: Named[float]
 
 
 class CodingRecord(Record):
     """What residuals/coding_error.py measured of a tensor."""
 
     weights: CodedWeights
-    residuals: dict[str, float]
+    residuals: Named[float]
     """Bits -> lost part of a residual's energy."""
 
 
@@ -110,17 +110,17 @@ class PlanTensor(Record):
     """Of the first task that has it; of the base for what only that has."""
     shape: Shape
     base_dtype: str | None
-    dtypes: tuple[str | None, ...] | None
-    shapes: tuple[Shape | None, ...] | None
+    dtypes: Items[str | None] | None
+    shapes: Items[Shape | None] | None
     block: str | None
-    digests: tuple[Digest | None, ...]
+    digests: Items[Digest | None]
     base_digest: Digest | None
-    same: tuple[Count, ...]
-    is_base: tuple[bool, ...]
+    same: Items[Count]
+    is_base: Items[bool]
     """Per task whether the base, cast to the task's dtype, has its bits."""
-    gram: tuple[tuple[float, ...], ...] | None
+    gram: Items[Items[float]] | None
     base_energy: float
-    agreement: tuple[tuple[Count, ...], ...] | None
+    agreement: Items[Items[Count]] | None
     finite: bool
     coding: CodingRecord | None = None
     """null where it was not taken, and of what does not merge."""
@@ -182,21 +182,21 @@ class PlanRows(Record):
 class PlanVocabulary(Record):
     """Tensors of which not all models have the same rows."""
 
-    tensors: tuple[str, ...]
+    tensors: Items[str]
     base: PlanRows
-    tasks: tuple[PlanRows, ...]
+    tasks: Items[PlanRows]
 
 
 class PlanBlock(Record):
     name: str
-    tensors: tuple[str, ...]
+    tensors: Items[str]
     elements: Count
 
 
 class PlanMerge(Record):
     block: str
-    left: tuple[Count, ...]
-    right: tuple[Count, ...]
+    left: Items[Count]
+    right: Items[Count]
     similarity: float
 
 
@@ -210,7 +210,7 @@ class Settings(Record):
     strategy: Strategy
     similarity: Similarity
     seed: Count
-    private: tuple[str, ...]
+    private: Items[str]
     merge_heads: bool
     statistics: Statistics = "gram"
     adapters: Adapters = "keep"

@@ -1,7 +1,6 @@
 """manifest.json of a bundle's folder: whether it is there, its reading, and where the files lie that it names."""
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -11,11 +10,13 @@ from pydantic import ValidationError
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, SourceError
+from flexmerge_cli.json_file import parse_json
+from flexmerge_cli.record import Unsound, told
 from flexmerge_cli.regular_file import open_file, read_file
 from flexmerge_cli.text import json_holds_text
 
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 30
+MAX_MANIFEST_BYTES = 256 << 20  # 30 tasks of 100,000 tensors take 150 MB
 PIECE_BYTES = 1 << 20
 
 
@@ -67,15 +68,14 @@ def read_manifest(path: Path) -> Manifest:
     if not ours:
         raise DataError(f"{file} is not a manifest of {FORMAT}", hint="is this bundle from a newer version?")
     try:
-        fields = json.loads(data)
+        fields = parse_json(data, is_ours=True)
         if not json_holds_text(data, fields):
             raise DataError(f"{file} holds text that no file can hold", hint="do not use this bundle")
         manifest = Manifest.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"{step}." for step in first["loc"])[:-1] or "the file"
-        raise DataError(f"{file}: {place}: {first['msg']}", hint="fetch the bundle again") from None
-    except (ValueError, RecursionError) as error:
+    except (ValidationError, Unsound) as error:
+        reason = told(error) if isinstance(error, ValidationError) else error
+        raise DataError(f"{file} is not sound: {reason}", hint="fetch the bundle again") from None
+    except ValueError as error:
         raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None
     for name in manifest.files:
         file_inside(path, name)

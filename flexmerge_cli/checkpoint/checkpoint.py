@@ -3,7 +3,6 @@
 safetensors wins where a folder holds both formats. Knows nothing of other models, classes or blocks.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -23,12 +22,13 @@ from flexmerge_cli.checkpoint.stream import StreamedFile, StreamPool
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.unclear import no_weights
 from flexmerge_cli.errors import DataError, SourceError, UsageError
+from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.regular_file import check_kind, read_file
-from flexmerge_cli.text import is_text
+from flexmerge_cli.text import expanded, is_text
 
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 32 << 20
 MAX_NAME_BYTES = 255  # of one file
 HEADERS_AT_ONCE = 8
 
@@ -98,7 +98,7 @@ def open_checkpoint(
 
         address, file = open_url(source, access)
         return _open_folder(source, address, file, access, side_files=side_files)
-    path = ((relative_to or Path()) / _expanded(source)).absolute()
+    path = ((relative_to or Path()) / expanded(source)).absolute()
     if not is_text(str(path)):
         raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
     if not _exists(path):
@@ -222,14 +222,6 @@ def _files(folder: Folder) -> list[str]:
     return [name for name in folder.entries() if folder.is_file(name)]
 
 
-def _expanded(source: str) -> Path:
-    """`~` and `~user` are homes; where there is no such user, a name like another."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        return Path(source)
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -311,8 +303,8 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     """A file that holds a JSON object. Raises DataError."""
     data = read_file(path, max_bytes, "such a file")
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data)
+    except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}", hint="get a sound copy of the file") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object", hint="get a sound copy of the file")

@@ -4,12 +4,15 @@ A source is pinned to a commit when it is opened; small files are fetched then, 
 weights come with `fetch` (fetch.py). What the cache holds is never asked for again.
 """
 
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, urljoin, urlsplit
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.candidates import Candidates
@@ -17,14 +20,21 @@ from flexmerge_cli.checkpoint.choose import choose_weights, variants
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub
-from flexmerge_cli.checkpoint.ranges import http_error
+from flexmerge_cli.checkpoint.ranges import http_error, patiently
 from flexmerge_cli.checkpoint.unclear import inner
 from flexmerge_cli.errors import DataError, FlexmergeError, MachineError, SourceError
+from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
 FILES_AT_ONCE = 8
 METADATA_TIMEOUT = 30  # seconds
+# Of one listing. The Hub has 1,000 entries a page; the largest repositories have some 100,000 files.
+MAX_ENTRIES = 200_000
+MAX_PAGES = 1_000
+MAX_PAGE_BYTES = 16 << 20
+LISTING_SECONDS = 300
+DO_NOT_USE = "do not use this repository; or fetch it with `hf download`, and give its folder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,13 +174,50 @@ def pinned_source(source: str, access: Access) -> str:
 
 
 def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
-    """What lies in the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder."""
-    from huggingface_hub import HfApi
+    """What lies in the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder.
 
-    found = HfApi().list_repo_tree(
-        place.repository, path_in_repo=place.folder or None, revision=place.revision, recursive=recursive
+    Page by page as the client itself does, but within bounds, and no page of another host, which would get the token.
+    Raises what the Hub's client raises, SourceError for a listing without end, or one that leads elsewhere.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+    folder = f"/{quote(place.folder)}" if place.folder else ""
+    tree = f"{constants.ENDPOINT}/api/models/{place.repository}/tree/{place.revision}{folder}"
+    url: str | None = f"{tree}?recursive={recursive}&expand=False"
+    found: list[Any] = []
+    deadline = time.monotonic() + LISTING_SECONDS
+    for _ in range(MAX_PAGES):
+        if url is None:
+            return found
+        if urlsplit(url)[:2] != urlsplit(constants.ENDPOINT)[:2]:
+            raise SourceError(f"the listing of {place.source} goes on at {url}, another host", hint=DO_NOT_USE)
+        entries, url = patiently(partial(_page, url, deadline))
+        found += [(RepoFile if entry["type"] == "file" else RepoFolder)(**entry) for entry in entries]
+        if len(found) > MAX_ENTRIES or time.monotonic() > deadline:
+            break
+    raise SourceError(
+        f"the listing of {place.source} does not end: {len(found):,} entries in {MAX_PAGES:,} pages",
+        hint=DO_NOT_USE,
     )
-    return list(found)
+
+
+def _page(url: str, deadline: float) -> tuple[list[dict[str, Any]], str | None]:
+    """One page of a listing, and the address of the next."""
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    data = bytearray()
+    with http_stream_backoff("GET", url, headers=build_hf_headers(), timeout=METADATA_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) > MAX_PAGE_BYTES or time.monotonic() > deadline:
+                raise SourceError(f"{url}: a page of {len(data):,} bytes or more, that does not end", hint=DO_NOT_USE)
+        following = response.links.get("next", {}).get("url")
+    entries = parse_json(bytes(data))
+    if not isinstance(entries, list):
+        raise ValueError("the listing is no list")
+    return entries, urljoin(url, following) if following else None
 
 
 def hub_file(place: HubPlace, listed: Any) -> HubFile:

@@ -11,6 +11,7 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.hub_errors import hub_errors
 from flexmerge_cli.checkpoint.ranges import read_range
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.text import expanded
 
 PATTERN = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w./-]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -74,7 +75,7 @@ class HubPlace:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        cache = Path(constants.HF_HUB_CACHE).expanduser().absolute()
+        cache = expanded(constants.HF_HUB_CACHE).absolute()
         return cache / repo_folder_name(repo_id=self.repository, repo_type="model")
 
     @property

@@ -12,7 +12,11 @@ from flexmerge_cli.errors import FlexmergeError, SourceError
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT)
 MAX_PASSED_BYTES = 1 << 20
 EXPIRED = (401, 403, 404, 410)  # of a signed address
-TRIES = 5  # without a byte in between
+TRIES = 5  # with fewer than so many bytes in between
+MIN_ANSWER_BYTES = 1 << 12
+# What every read is given, whatever its size; and the rate that is the slowest. Nobody is followed for ever.
+SLOW_SECONDS = 120.0
+SLOW_BYTES_PER_SECOND = 10_000
 WAIT_SECONDS = 0.5  # before the second; doubled each time
 
 Answer = TypeVar("Answer")
@@ -48,8 +52,10 @@ def stream_range(
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     position, tries = start, 0
+    deadline = time.monotonic() + SLOW_SECONDS + (stop - start) / SLOW_BYTES_PER_SECOND
     while position < stop:
         before_try()
+        earlier = position
         at_url = _signed.get(url, url)
         # A signed address is of another origin: the token must not go there.
         headers = build_hf_headers() if at_url == url else build_hf_headers(token=False)
@@ -70,7 +76,13 @@ def stream_range(
                     at += len(chunk)
                     write(wanted)
                     position += len(wanted)
-                    tries = 0 if wanted else tries
+                    tries = 0 if position - earlier >= MIN_ANSWER_BYTES else tries
+                    if time.monotonic() > deadline:
+                        raise SourceError(
+                            f"{url} sends too slowly: {position - start:,} of {stop - start:,} bytes came in "
+                            f"{SLOW_SECONDS + (stop - start) / SLOW_BYTES_PER_SECOND:,.0f} s",
+                            hint="try again, or fetch the repository with `hf download`",
+                        )
                     if position >= stop:
                         break
                 else:  # of another length than was asked for: asking on for what is not there would never end

@@ -4,14 +4,17 @@ Read: `tokenizer.json`; else `vocab.json` or `vocab.txt`, with what `added_token
 Files that are not sound, or of another format (sentencepiece), are as good as none, and told.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.json_file import parse_json
+from flexmerge_cli.regular_file import read_file
+
 # The largest in use, of 256,000 tokens with their merges, have 34 MB.
-MAX_BYTES = 128 << 20
+MAX_BYTES = 64 << 20  # Gemma's has 34 MB
 MAX_ROW = 1 << 31
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 OTHER_FORMATS = (".model", ".spm", ".tiktoken")
@@ -107,8 +110,8 @@ def _are_texts(values: Any) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_bytes(path))
-    except (ValueError, RecursionError):
+        value = parse_json(_bytes(path))
+    except ValueError:
         raise _Unsound(f"{path.name} is not valid JSON") from None
     if not isinstance(value, dict):
         raise _Unsound(f"{path.name} is not a JSON object")
@@ -126,8 +129,6 @@ def _lines(path: Path) -> list[str]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _Unsound(f"{path.name} is too large for a tokenizer")
-        return path.read_bytes()
-    except OSError as error:
-        raise _Unsound(f"{path.name} cannot be read: {error.strerror}") from None
+        return read_file(path, MAX_BYTES, "a tokenizer")
+    except FlexmergeError as error:
+        raise _Unsound(error.message) from None

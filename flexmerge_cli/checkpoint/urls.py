@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS
-from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
+from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError, without_secrets
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
@@ -156,8 +155,11 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
         raise SourceError(f"{source} is not on this disk, and nothing is asked: offline", hint="leave out --offline")
     if not is_text(source):
         raise UsageError(f"{source!r} is no address", hint="write s3://bucket/folder")
-    if "@" in urlsplit(source).netloc and ":" in urlsplit(source).netloc.rpartition("@")[0]:
-        raise UsageError("an address with a password in it, which the plan would keep", hint="put it into ~/.netrc")
+    if without_secrets(source) != source:
+        raise UsageError(
+            f"{source}: the address that was given has a user, a password or a query in it, which a plan would keep",
+            hint="put credentials into ~/.netrc or the environment, or copy the checkpoint to this disk",
+        )
     from fsspec.core import url_to_fs
 
     try:
