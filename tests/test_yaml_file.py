@@ -4,12 +4,14 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.registry import format_call, split_call
 from flexmerge_cli.yaml_file import MAX_BYTES, MAX_DEPTH, load_bounded, read_document
+
+from .hostile import SLOW_FILES
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text("ab1:-[]{},'\"#*&! \n", max_size=9),
@@ -20,6 +22,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=SLOW_FILES)
 @given(PLAIN, st.booleans())
 def test_plain_values_come_back_as_pyyaml_reads_them(value, flow):
     text = yaml.safe_dump(value, default_flow_style=flow)
