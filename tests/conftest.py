@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,15 +8,8 @@ from .program import succeeds
 __all__ = ["hub"]
 
 
-# Folders and files of tests that are pure and take milliseconds each: `tests/run.sh fast`.
-FAST = ("order", "residuals", "family", "test_docs.py")
-
-
 def pytest_collection_modifyitems(items):
-    """The fast ones are marked. The long ones come first, so that no process is left with one at the end."""
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in FAST and item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.fast)
+    """The long ones first, so that no process is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -5,11 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${FLEXMERGE_VENV:-.venv}
+fast=
 if [ "${1-}" = fast ]; then
   shift
-  set -- -m fast "$@"
+  fast=yes
+  set -- tests/order tests/residuals tests/family tests/test_docs.py --ignore tests/family/test_blocks.py -m 'not slow' "$@"
 fi
-if [ ! -x "$venv/bin/ruff" ] || [ "${2-}" != fast ]; then
+if [ ! -x "$venv/bin/ruff" ] || [ -z "$fast" ]; then
   [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
 fi
