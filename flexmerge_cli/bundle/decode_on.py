@@ -3,25 +3,28 @@
 The same bits as on the CPU. What no table decodes (low rank, sparse) is decoded on the CPU, rows by rows, and moved.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.bundle.residual import Dense, PartBits, Rows, StoredResidual
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.look_up import scaled_levels_on
 from flexmerge_cli.residuals.low_bit import LowBit
+from flexmerge_cli.stored.coded import CodedTensor, Dense, Rows
 
 
-def decode_on(stored: StoredResidual, bits: PartBits, device: torch.device) -> Tensor:
-    """In the task's own dtype, one axis, on the device."""
-    m, n = stored.form.matrix
-    out = torch.empty(m * n, dtype=torch_dtype(stored.tensor.dtype_of(stored.task)), device=device)
-    for at, addends in stored.blocks(bits):
+def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tensor:
+    """In the task's own dtype and shape, on the device."""
+    of = stored.of
+    out = torch.empty(math.prod(of.shape), dtype=torch_dtype(of.dtype), device=device)
+    for at, addends in stored.blocks(bundle.parts_of(of.task), bundle.bits):
         first, *rest = [_values(addend, device) for addend in addends]
         out[at] = (first + rest[0] if rest else first).to(out.dtype)
-    return out
+    return out.reshape(of.shape)
 
 
 def _values(addend: Rows | Dense, device: torch.device) -> Tensor:

@@ -11,25 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.manifest import (
-    BASE_FOLDER,
-    AdapterEntry,
-    Manifest,
-    TensorEntry,
-)
+from flexmerge_cli.allocation.manifest import BASE_FOLDER, Manifest
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.files import BundleFiles, raise_together
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, file_inside, read_manifest, standing
-from flexmerge_cli.bundle.residual import ALL, PartBits
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, standing
 from flexmerge_cli.bundle.routes import Routes
-from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
+from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
 from flexmerge_cli.methods.registry import format_call
-from flexmerge_cli.residuals import mask as masks
-from flexmerge_cli.residuals.rows import join
+from flexmerge_cli.stored.decoding import ALL
+from flexmerge_cli.stored.joined import join
 
 WEIGHTS = "weights/"
 MAX_LOOKS = 5
@@ -208,50 +202,16 @@ class Bundle(Routes):
         have in common.
         Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
         """
-        tensor = self._tensors[aligned]
         rows = self._rows.get((task, aligned))
         if rows is None:
             return self.stored(task, aligned, shared=shared)
-        own = self.stored(task, f"{tensor.of or aligned}{ROWS_SUFFIX}") if rows.has_own else None
+        own = self.stored(task, f"{self._tensors[aligned].of or aligned}{ROWS_SUFFIX}") if rows.has_own else None
         return join(self.stored(task, aligned), own, rows.common, rows.rows)
 
     def stored(self, task: str, aligned: str, *, shared: bool = False) -> np.ndarray:
         """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
-        tensor = self._tensors[aligned]
-        adapter = self.manifest.tasks[task].adapter
-        if adapter is not None:
-            return self._adapted(task, tensor, adapter, shared=shared)
-        if tensor.of is not None:
-            return self.stored(task, tensor.of, shared=shared)
-        dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
-        dense = self._dense[task].get(aligned)
-        if dense is not None:
-            found = self.mapped(dense) if shared and dense.dtype == dtype else self.bits(dense)
-            return _cast(found, dense.dtype, dtype).reshape(shape)
-        group = self._group(task, aligned)
-        if group.kind == "residual":
-            return self._residual(tensor, group, task).decode(self.part_bits(task)).reshape(shape)
-        base, unified = self._part(task, f"{aligned}@base"), self._part(task, f"{aligned}@unified")
-        packed = self._part(task, f"{aligned}@mask.{task}")
-        gamma = self._gamma(task, aligned)
-        factor = np.float32(1.0) if gamma is None else self.bits(gamma)[0]
-        try:
-            taken = masks.unpack(self.bits(packed), unified.num_elements)
-        except ValueError as error:
-            raise DataError(f"{self.path}: `{packed.name}`: {error}", hint="fetch the bundle again") from None
-        decoded = masks.apply(
-            to_float32(self.bits(base), base.dtype), to_float32(self.bits(unified), unified.dtype), taken, factor
-        )
-        return from_float32(decoded, dtype).reshape(shape)
-
-    def part_bits(self, task: str) -> PartBits:
-        """Reads parts on the task's route by their names."""
-
-        def found(name: str, at: slice) -> tuple[str, np.ndarray]:
-            part = self._part(task, name)
-            return part.dtype, self.bits(part, at)
-
-        return found
+        found = self.stored_as(task, aligned)
+        return found.decode(self._parts[task], self.mapped if shared and found.is_plain else self.bits)
 
     def bits(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
         """Elements of a part, one axis, read into memory of the caller's own."""
@@ -260,35 +220,18 @@ class Bundle(Routes):
         start, stop, _ = at.indices(part.num_elements)
         return self._on_disk.read(part, start, stop)
 
-    def mapped(self, part: StoredTensor) -> np.ndarray:
-        """A part's elements, one axis, mapped; private to this process where written to. See BundleFiles.map."""
+    def mapped(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
+        """The same, mapped; private to this process where written to. See BundleFiles.map."""
         whole = self.memory.get(part.path)
         if whole is None:
             whole = self._on_disk.map(part.path)
-        return np.asarray(whole[part.offset : part.offset + part.num_bytes]).view(NUMPY[part.dtype])
+        return np.asarray(whole[part.offset : part.offset + part.num_bytes]).view(NUMPY[part.dtype])[at]
 
     def config_folder(self, task: str) -> Path:
         """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
         folder = self.path / "tasks" / task
         has_own = self.manifest.tasks[task].adapter is None or f"tasks/{task}/config.json" in self.manifest.files
         return folder if has_own else self.path / BASE_FOLDER
-
-    def adapter_file(self, task: str) -> Path | None:
-        """The weight file of a kept adapter."""
-        adapter = self.manifest.tasks[task].adapter
-        return None if adapter is None else file_inside(self.path, f"tasks/{task}/{adapter.weights}")
-
-    def _adapted(self, task: str, tensor: TensorEntry, adapter: AdapterEntry, *, shared: bool) -> np.ndarray:
-        """What a kept adapter makes of a tensor; the base's bits where it leaves it."""
-        change, shape = adapter.changes.get(tensor.name), tensor.shape_of(task)
-        weights = self.adapter_file(task)
-        assert weights is not None
-        if change is None:
-            base = self._base(task, tensor)
-            return (self.mapped(base) if shared else self.bits(base)).reshape(shape)
-        base_part = None if change.value is not None else self._base(task, tensor)
-        stored = replace(change.tensor(base_part, weights), shape=shape)
-        return self._on_disk.read(stored, 0, stored.num_elements).reshape(shape)
 
 
 def _look(
@@ -339,15 +282,3 @@ def _inode(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
-    if dtype == wanted:
-        return bits
-    if "F64" in (dtype, wanted):
-        return (
-            bits.astype(np.float64)
-            if wanted == "F64" and dtype != "BF16"
-            else from_float32(to_float32(bits, dtype), wanted)
-        )
-    return from_float32(to_float32(bits, dtype), wanted)

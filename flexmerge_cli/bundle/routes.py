@@ -1,16 +1,19 @@
 """Which parts make which tensor of which task. Reads nothing; what can be decoded is known from names and shapes."""
 
-import math
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flexmerge_cli.allocation.manifest import AdapterEntry, GroupEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
-from flexmerge_cli.bundle.residual import StoredResidual, stored_residual
-from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.allocation.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
+from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.stored.adapted import AdaptedTensor
+from flexmerge_cli.stored.coded import CodedTensor
+from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
+from flexmerge_cli.stored.dense import DenseTensor
+from flexmerge_cli.stored.forms import stored_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +31,13 @@ class Routes:
     """(task, aligned name) of tensors that are put together from rows."""
     _dense: dict[str, dict[str, StoredTensor]] = field(init=False)
     """Task -> aligned name -> the dense part."""
-    _coded: dict[str, dict[str, StoredTensor]] = field(init=False)
-    """Task -> part name -> part, of all parts on its route."""
+    _parts: dict[str, RouteParts] = field(init=False)
+    """By task."""
 
     def __post_init__(self) -> None:
         manifest = self.manifest
         dense: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
-        coded: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
+        parts = {task: RouteParts(self.path, task) for task in manifest.tasks}
         for name, found in self.parts.items():
             readers = manifest.files[name].tasks
             names = manifest.tasks[readers[0]].names  # dense parts have the names of the first reader
@@ -45,7 +48,7 @@ class Routes:
             }
             for task in readers:
                 dense[task] |= plain
-                coded[task] |= found
+                parts[task] |= found
         rows = {
             (task, name): rows
             for vocabulary in manifest.vocabularies
@@ -56,7 +59,7 @@ class Routes:
         object.__setattr__(self, "_tensors", {tensor.name: tensor for tensor in manifest.stored})
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_dense", dense)
-        object.__setattr__(self, "_coded", coded)
+        object.__setattr__(self, "_parts", parts)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -66,100 +69,75 @@ class Routes:
         rows = self._rows.get((task, tensor.name))
         return tensor.shape_of(task) if rows is None else (rows.rows, *tensor.shape_of(task)[1:])
 
-    def coded(self, task: str, aligned: str) -> StoredResidual | None:
+    def stored_as(self, task: str, aligned: str) -> Stored:
+        """How what has an entry in the manifest is stored: of a vocabulary the common rows, or `@rows`.
+
+        Raises DataError if the manifest does not say so soundly, or it takes a part that is not there.
+        """
+        tensor, adapter, parts = self._tensors[aligned], self.manifest.tasks[task].adapter, self._parts[task]
+        if adapter is not None:
+            return self._adapted(task, tensor, adapter)
+        if tensor.of is not None:
+            return self.stored_as(task, tensor.of)
+        shape, dense, unit = tensor.shape_of(task), self._dense[task].get(aligned), self._units.get(aligned)
+        if dense is not None:
+            return DenseTensor(part=dense, dtype=tensor.dtype_of(task), shape=shape)
+        group = next((group for group in unit.groups if task in group.tasks), None) if unit is not None else None
+        if unit is None or group is None:
+            raise DataError(f"{self.path}: `{aligned}` is in no file of `{task}`", hint="fetch the bundle again")
+        method = self.manifest.methods[group.method] if group.method is not None else None
+        described = Described(
+            tensor=aligned,
+            unit=unit.name,
+            task=task,
+            shape=shape,
+            tasks=group.tasks,
+            dtypes=tuple(map(tensor.dtype_of, group.tasks)),
+            bits=group.bits,
+            method=None if method is None else (method.name, json.dumps(method.args)),
+        )
+        return stored_as(group.kind, described, parts)
+
+    def parts_of(self, task: str) -> RouteParts:
+        """All parts on a task's route."""
+        return self._parts[task]
+
+    def coded(self, task: str, aligned: str) -> CodedTensor | None:
         """How a tensor is stored as a centre and residuals; None of what is stored otherwise, or put together."""
-        tensor = self._tensors[self._tensors[aligned].of or aligned]
-        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
-        if is_apart or tensor.name in self._dense[task]:
-            return None
-        group = self._group(task, tensor.name)
-        return self._residual(tensor, group, task) if group.kind == "residual" else None
+        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        return found if isinstance(found, CodedTensor) else None
 
     def dense(self, task: str, aligned: str) -> StoredTensor | None:
         """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
-        is_apart = (task, aligned) in self._rows or self.manifest.tasks[task].adapter is not None
-        return None if is_apart else self._dense[task].get(aligned)
+        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        return found.part if isinstance(found, DenseTensor) else None
 
     def is_tied(self, aligned: str) -> bool:
         return self._tensors[aligned].of is not None
 
-    def _base(self, task: str, tensor: TensorEntry) -> StoredTensor:
-        """The base's bits on an adapter's route."""
-        own = self._coded[task].get(f"{tensor.name}@base") or self._dense[task].get(tensor.name)
-        return own or self._part(task, f"{tensor.name}@base")
-
-    def _residual(self, tensor: TensorEntry, group: GroupEntry, task: str) -> StoredResidual:
-        return stored_residual(self.manifest, tensor, group, task, self._coded[task])
-
-    def _part(self, task: str, name: str) -> StoredTensor:
-        part = self._coded[task].get(name)
-        if part is None:
-            raise DataError(f"{self.path}: `{name}` is on no file of task `{task}`", hint="fetch the bundle again")
-        return part
-
-    def _gamma(self, task: str, aligned: str) -> StoredTensor | None:
-        """The factor of a masked tensor, where its method has one."""
-        return self._coded[task].get(f"{self._units[aligned].name}@gamma.{task}")
+    def adapter_file(self, task: str) -> Path | None:
+        """The weight file of a kept adapter."""
+        adapter = self.manifest.tasks[task].adapter
+        return None if adapter is None else file_inside(self.path, f"tasks/{task}/{adapter.weights}")
 
     def check_route(self, task: str) -> None:
         """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""
-        adapter = self.manifest.tasks[task].adapter
         for tensor in self.manifest.stored:
-            if tensor.of is not None or task not in tensor.digests:
-                continue
-            if adapter is not None:
-                self._check_adapted(tensor, task, adapter)
-                continue
-            dense = self._dense[task].get(tensor.name)
-            if dense is None and tensor.name not in self._units:
-                raise DataError(f"{self.path}: `{tensor.name}` is in no file of `{task}`", hint="fetch it again")
-            if not (self._casts(tensor, task, dense) if dense is not None else self._decodes(tensor, task)):
+            is_own = tensor.of is None and task in tensor.digests
+            if is_own and not self.stored_as(task, tensor.name).fits(self._parts[task]):
                 raise DataError(
                     f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
                     hint="fetch it again",
                 )
 
-    def _check_adapted(self, tensor: TensorEntry, task: str, adapter: AdapterEntry) -> None:
-        change = adapter.changes.get(tensor.name)
-        if change is not None and change.value is not None:
-            return  # the manifest's own check has its place in the file
-        base = self._base(task, tensor)
-        if (base.dtype, base.num_elements) != (tensor.dtype_of(task), math.prod(tensor.shape_of(task))):
-            raise DataError(
-                f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
-                hint="fetch it again",
-            )
-
-    def _casts(self, tensor: TensorEntry, task: str, dense: StoredTensor) -> bool:
-        dtypes = {dense.dtype, tensor.dtype_of(task)}
-        return dense.num_elements == math.prod(tensor.shape_of(task)) and (len(dtypes) == 1 or dtypes <= set(FLOATING))
-
-    def _group(self, task: str, aligned: str) -> GroupEntry:
-        found = next((group for group in self._units[aligned].groups if task in group.tasks), None)
-        if found is None:
-            raise DataError(f"{self.path}: `{aligned}` has no group of task `{task}`", hint="fetch the bundle again")
-        return found
-
-    def _decodes(self, tensor: TensorEntry, task: str) -> bool:
-        group = self._group(task, tensor.name)
-        if group.kind == "residual":
-            if not {tensor.dtype_of(name) for name in group.tasks} <= set(FLOATING):
-                return False
-            stored = self._residual(tensor, group, task)
-            base_fits = True
-            if stored.base:
-                base = self._part(task, f"{tensor.name}@base")
-                base_fits = base.dtype in FLOATING and base.num_elements == math.prod(tensor.shape_of(task))
-            return base_fits and all(
-                (self._part(task, name).dtype, self._part(task, name).shape) == (array.dtype, array.shape)
-                for name, array in stored.parts().items()
-            )
-        base, unified = self._part(task, f"{tensor.name}@base"), self._part(task, f"{tensor.name}@unified")
-        mask, gamma = self._part(task, f"{tensor.name}@mask.{task}"), self._gamma(task, tensor.name)
-        count = math.prod(tensor.shape_of(task))
-        return (
-            {base.dtype, unified.dtype, tensor.dtype_of(task)} <= set(FLOATING)
-            and (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),))
-            and (base.num_elements, unified.num_elements) == (count, count)
-            and (gamma is None or (gamma.dtype, gamma.num_elements) == ("F32", 1))
-        )
+    def _adapted(self, task: str, tensor: TensorEntry, adapter: AdapterEntry) -> AdaptedTensor:
+        change, name, parts = adapter.changes.get(tensor.name), f"{tensor.name}@base", self._parts[task]
+        dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
+        base = changed = None
+        if change is None or change.value is None:
+            base = parts.get(name) or self._dense[task].get(tensor.name) or parts[name]
+        if change is not None:
+            weights = self.adapter_file(task)
+            assert weights is not None
+            changed = replace(change.tensor(base, weights), shape=shape)
+        return AdaptedTensor(base=base, changed=changed, dtype=dtype, shape=shape)

@@ -41,7 +41,7 @@ class View(Mapping[str, Tensor]):
         on_cpu = self.device.type == "cpu"
         coded = None if on_cpu else self.bundle.coded(self.task, aligned)
         if coded is not None:
-            return decode_on(coded, self.bundle.part_bits(self.task), self.device).reshape(shape)
+            return decode_on(self.bundle, coded, self.device).reshape(shape)
         array = self.bundle.array(self.task, aligned, shared=on_cpu and not self.copy)
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
         return tensor if on_cpu else tensor.to(self.device)

@@ -20,7 +20,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
-from flexmerge_cli.residuals.rows import join
+from flexmerge_cli.stored.joined import join
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def lies_as_it_is(stored: StoredTensor) -> bool:
 class StoredWeights(Mapping[str, "Tensor"]):
     """Own name -> tensor on the mapped file. Written to by nobody: what is written the file does not get.
 
-    joined: own name -> of a vocabulary's tensor (residuals/rows.py) other rows, places of these here, rows in all.
+    joined: own name -> of a vocabulary's tensor (stored/joined.py) other rows, places of these here, rows in all.
     """
 
     def __init__(

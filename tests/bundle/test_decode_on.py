@@ -42,7 +42,7 @@ def test_a_coded_tensor_has_the_bits_of_the_view(method, name, device, tmp_path)
         for tensor in bundle.manifest.tensors:
             coded = bundle.coded(task, tensor.name) if task in tensor.digests else None
             if coded is not None:
-                found = decode_on(coded, bundle.part_bits(task), torch.device(device))
+                found = decode_on(bundle, coded, torch.device(device))
                 expected = view[names.get(tensor.name, tensor.name)]
                 assert same_bits(found.reshape(expected.shape), expected)
                 decoded += 1

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows, other_rows, runs_of
-from flexmerge_cli.residuals import rows
+from flexmerge_cli.stored import joined as rows
 
 
 @given(st.integers(0, 40).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.integers(0, n))))

@@ -1,4 +1,4 @@
-"""A task's tensor from its group's centre and its own residual: which parts that takes, and their decoding. No torch.
+"""A tensor stored as its group's centre and the task's own residual: which parts that takes, and their decoding.
 
 θ̂ = centre + decode(residual), each float32, decoded by whole rows so that memory beyond the result is bounded.
 """
@@ -6,68 +6,69 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.allocation.manifest import GroupEntry, Manifest, TensorEntry
-from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, promote, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, promote, to_float32
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.coded import Coded, Form
 from flexmerge_cli.methods.layout import Array, bits_arrays, centre_arrays, residual_layout
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.coder import Coder, Parts
+from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 
 # Elements decoded at a time: a few MB, in and out of the cache together.
 BLOCK_ELEMENTS = 1 << 20
-ALL = slice(None)
-
-PartBits = Callable[[str, slice], tuple[str, np.ndarray]]
-"""Name of a part, and which of its elements -> its dtype, and those elements, one axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredResidual:
+class CodedTensor:
     """How one tensor of one task is stored."""
 
-    tensor: TensorEntry
-    task: str
+    of: Described
     coded: Coded
     form: Form
     centre: tuple[Array, ...]
     base: bool
     """Whether decoding needs the base's tensor."""
     own: tuple[Array, ...]
-    """Of the task; none where it is its centre."""
+    """The task's arrays; none where the tensor is the centre itself."""
     owner: str
-    """Whose name its own parts have: of tasks that share them the first's."""
+    """The task whose name its own parts have: the first of those that share them."""
 
-    def parts(self) -> dict[str, Array]:
-        """Part name -> what it must be; the base's dtype is free."""
-        name = self.tensor.name
-        found = {f"{name}@{array.role}": array for array in self.centre}
-        return found | {f"{name}@{array.role}.{self.owner}": array for array in self.own}
+    is_plain = False
 
-    def decode(self, bits: PartBits) -> np.ndarray:
-        """Bits in the task's own dtype, one axis."""
-        dtype = self.tensor.dtype_of(self.task)
-        out = np.empty(math.prod(self.form.matrix), NUMPY[dtype])
-        for at, addends in self.blocks(bits):
+    def fits(self, parts: RouteParts) -> bool:
+        if not {*self.of.dtypes} <= set(FLOATING):
+            return False
+        if self.base:
+            base = parts[f"{self.of.tensor}@base"]
+            if base.dtype not in FLOATING or base.num_elements != math.prod(self.of.shape):
+                return False
+        needed = {self._centre_name(array): array for array in self.centre} | {
+            self._own_name(array): array for array in self.own
+        }
+        return all((parts[n].dtype, parts[n].shape) == (array.dtype, array.shape) for n, array in needed.items())
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        out = np.empty(math.prod(self.form.matrix), NUMPY[self.of.dtype])
+        for at, addends in self.blocks(parts, read):
             first, *rest = [addend.values() for addend in addends]
-            out[at] = from_float32(np.add(first, rest[0], out=rest[0]) if rest else first, dtype)
-        return out
+            out[at] = from_float32(np.add(first, rest[0], out=rest[0]) if rest else first, self.of.dtype)
+        return out.reshape(self.of.shape)
 
-    def blocks(self, bits: PartBits) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
+    def blocks(self, parts: RouteParts, read: Read) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
         """Elements, and what they are the sum of: the centre, the residual, or both in this order."""
-        name, (m, n), dtype = self.tensor.name, self.form.matrix, self.tensor.dtype_of(self.task)
+        (m, n), dtype = self.form.matrix, self.of.dtype
         residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
-        own = {a.role: bits(f"{name}@{a.role}.{self.owner}", ALL)[1].reshape(a.shape) for a in self.own}
+        own = {a.role: read(parts[self._own_name(a)], ALL).reshape(a.shape) for a in self.own}
         dense, coded_centre = None, {}
         if centre is not None:
-            coded_centre = {a.role: bits(f"{name}@{a.role}", ALL)[1].reshape(a.shape) for a in self.centre}
+            coded_centre = {a.role: read(parts[self._centre_name(a)], ALL).reshape(a.shape) for a in self.centre}
         elif self.coded.centre != "none":
-            dense = f"{name}@base" if self.base else f"{name}@unified"
+            dense = parts[f"{self.of.tensor}@{'base' if self.base else 'unified'}"]
         step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual is None or residual.scope == "row" else max(1, m)
         for first in range(0, m, step):
             rows = (first, min(m, first + step))
@@ -76,51 +77,50 @@ class StoredResidual:
             if centre is not None:
                 addends.append(Rows(centre, coded_centre, (m, n), dtype, rows))
             elif dense is not None:
-                addends.append(Dense(*bits(dense, at)))
+                addends.append(Dense(dense.dtype, read(dense, at)))
             addends += [Rows(residual, own, (m, n), dtype, rows)] if residual is not None else []
             yield at, addends
 
+    def _centre_name(self, array: Array) -> str:
+        return f"{self.of.tensor}@{array.role}"
 
-def stored_residual(
-    manifest: Manifest, tensor: TensorEntry, group: GroupEntry, task: str, route: Container[str]
-) -> StoredResidual:
-    """route: names of all parts that the task reads. Raises DataError if the manifest does not store this tensor so."""
-    dtypes = tuple(tensor.dtype_of(name) for name in group.tasks)
-    shape = tensor.shape_of(group.tasks[0])
-    method = manifest.methods[group.method] if group.method is not None else None
+    def _own_name(self, array: Array) -> str:
+        return f"{self.of.tensor}@{array.role}.{self.owner}"
+
+
+def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
+    """parts: all that the task reads. Raises DataError if the manifest does not store this tensor so."""
     try:
-        coded = _declared(method.name, json.dumps(method.args)) if method else None
+        coded = _declared(*of.method) if of.method else None
     except UsageError as error:
         raise DataError(f"the manifest's method is not sound: {error.message}", hint="fetch the bundle again") from None
-    unknown = DataError(f"the manifest does not tell how `{tensor.name}` is stored", hint="fetch the bundle again")
+    unknown = DataError(f"the manifest does not tell how `{of.tensor}` is stored", hint="fetch the bundle again")
     if coded is None:
         raise unknown
-    if group.bits is not None:
-        bits = group.bits.get(task)
+    if of.bits is not None:
+        bits = of.bits.get(of.task)
         if bits is None or (bits == 0 and coded.centre == "none"):
             raise unknown
-        return StoredResidual(
-            tensor=tensor,
-            task=task,
+        return CodedTensor(
+            of=of,
             coded=coded,
-            form=coded.form_of_bits(shape, bits),
-            centre=centre_arrays(coded, shape, promote(dtypes)),
+            form=coded.form_of_bits(of.shape, bits),
+            centre=centre_arrays(coded, of.shape, promote(of.dtypes)),
             base=coded.centre == "base" and coded.centre_bits == "dense",
-            own=bits_arrays(coded, shape, bits, tensor.dtype_of(task)),
-            owner=next((name for name in group.tasks if f"{tensor.name}@codes.{name}" in route), task),
+            own=bits_arrays(coded, of.shape, bits, of.dtype),
+            owner=next((name for name in of.tasks if f"{of.tensor}@codes.{name}" in parts), of.task),
         )
-    layout = residual_layout(coded, shape, dtypes)
+    layout = residual_layout(coded, of.shape, of.dtypes)
     if layout is None:
         raise unknown
-    return StoredResidual(
-        tensor=tensor,
-        task=task,
+    return CodedTensor(
+        of=of,
         coded=coded,
-        form=coded.form(shape, dtypes),
+        form=coded.form(of.shape, of.dtypes),
         centre=layout.centre,
         base=layout.base,
-        own=layout.each[group.tasks.index(task)],
-        owner=task,
+        own=layout.each[of.tasks.index(of.task)],
+        owner=of.task,
     )
 
 

@@ -1,0 +1,64 @@
+"""What decodes one tensor of one task, whatever form it is stored in. Each form implements `Stored`. No torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError
+
+ALL = slice(None)
+
+Read = Callable[[StoredTensor, slice], np.ndarray]
+"""A part, and which of its elements -> their bits, one axis."""
+
+
+class RouteParts(dict[str, StoredTensor]):
+    """Part name -> where it lies, for all files that one task reads. Looking up a missing part raises DataError."""
+
+    def __init__(self, path: Path, task: str) -> None:
+        """path: the bundle's, for errors."""
+        self.path, self.task = path, task
+
+    def __missing__(self, name: str) -> StoredTensor:
+        raise DataError(f"{self.path}: `{name}` is on no file of task `{self.task}`", hint="fetch the bundle again")
+
+
+class Stored(Protocol):
+    """One tensor of one task, as it is stored."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is the bits of one part, unchanged, so that a view of them can stand for it."""
+
+    def fits(self, parts: RouteParts) -> bool:
+        """Whether its parts have the dtypes and sizes that decoding needs. Raises DataError if one is missing."""
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        """The tensor's bits in the task's own dtype and shape. Raises DataError if the parts cannot be decoded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a manifest says about how one tensor of one task is stored."""
+
+    tensor: str
+    """Aligned name, with which the names of its parts begin."""
+    unit: str
+    task: str
+    shape: tuple[int, ...]
+    tasks: tuple[str, ...]
+    """Every task of the group."""
+    dtypes: tuple[str, ...]
+    """The dtype that each of them gets."""
+    bits: Mapping[str, int] | None
+    """Bits per task, where each has its own."""
+    method: tuple[str, str] | None
+    """Name, and arguments as JSON."""
+
+    @property
+    def dtype(self) -> str:
+        return self.dtypes[self.tasks.index(self.task)]

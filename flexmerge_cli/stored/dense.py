@@ -1,0 +1,39 @@
+"""A tensor that is stored as it is, or in a wider dtype: an exact copy, or the one value of a merged group."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, to_float32
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTensor:
+    """The part that holds a tensor."""
+
+    part: StoredTensor
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        return self.part.dtype == self.dtype
+
+    def fits(self, parts: RouteParts) -> bool:
+        casts = self.is_plain or {self.part.dtype, self.dtype} <= set(FLOATING)
+        return casts and self.part.num_elements == math.prod(self.shape)
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        return cast(read(self.part, ALL), self.part.dtype, self.dtype).reshape(self.shape)
+
+
+def cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
+    """Bits of one dtype as those of another; the same memory where nothing changes."""
+    if dtype == wanted:
+        return bits
+    if wanted == "F64" and dtype != "BF16":
+        return bits.astype(np.float64)
+    return from_float32(to_float32(bits, dtype), wanted)

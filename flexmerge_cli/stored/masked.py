@@ -1,0 +1,47 @@
+"""A tensor of a masked group: base + gamma · mask · unified, the mask of each task packed to one bit an element."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, to_float32
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedTensor:
+    """What decodes one task's tensor; `<unit>@gamma.<task>` is there only if the method rescales."""
+
+    of: Described
+
+    is_plain = False
+
+    def fits(self, parts: RouteParts) -> bool:
+        base, unified, mask, gamma = self._parts(parts)
+        count = math.prod(self.of.shape)
+        return (
+            {base.dtype, unified.dtype, self.of.dtype} <= set(FLOATING)
+            and (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),))
+            and (base.num_elements, unified.num_elements) == (count, count)
+            and (gamma is None or (gamma.dtype, gamma.num_elements) == ("F32", 1))
+        )
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        base, unified, packed, gamma = self._parts(parts)
+        factor = np.float32(1.0) if gamma is None else read(gamma, ALL)[0]
+        try:
+            taken = masks.unpack(read(packed, ALL), unified.num_elements)
+        except ValueError as error:
+            raise DataError(f"{parts.path}: `{packed.name}`: {error}", hint="fetch the bundle again") from None
+        dense = [to_float32(read(part, ALL), part.dtype) for part in (base, unified)]
+        decoded = masks.apply(dense[0], dense[1], taken, factor)
+        return from_float32(decoded, self.of.dtype).reshape(self.of.shape)
+
+    def _parts(self, parts: RouteParts) -> tuple[StoredTensor, StoredTensor, StoredTensor, StoredTensor | None]:
+        name, task = self.of.tensor, self.of.task
+        gamma = parts.get(f"{self.of.unit}@gamma.{task}")
+        return parts[f"{name}@base"], parts[f"{name}@unified"], parts[f"{name}@mask.{task}"], gamma
