@@ -204,34 +204,49 @@ def draw_curve(
     *,
     methods: str = "task_arithmetic",
     sizes: str | None = None,
+    max_drop: str | None = None,
+    max_mean_drop: str | None = None,
+    choose: float | None = None,
+    tune: str | None = None,
+    tune_spec: Path | str | None = None,
     reuse: bool = True,
     parallel: int = 1,
     device: str = "auto",
+    threads: int | None = None,
+    relocate: Mapping[str, str] | None = None,
+    offline: bool = False,
     allow_exec: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score a plan's tasks by every method at every size, without writing bundles: `flexmerge eval --plan --json`.
+    """Score a plan's tasks by every method at every size, without writing bundles: `flexmerge curve --json`.
 
-    methods: by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. options: steps, calibrate,
-    method_for and dtype, as in `merge`. Raises UsageError, SourceError, DataError.
+    methods: separated by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. max_drop,
+    max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in (0, 2];
+    `chosen` in the document says which point does, and nothing is raised if none does. tune: `scale=0.5:2.5:0.25`,
+    chosen on the data of tune_spec. options: steps, calibrate, method_for and dtype, as in `merge`.
+    Raises UsageError, SourceError, DataError, GateError where choose has tasks that the spec forgets.
     """
-    from flexmerge_cli.curve import draw
-    from flexmerge_cli.evaluation.curve_record import curve_record
-    from flexmerge_cli.evaluation.spec import read_spec
-    from flexmerge_cli.request.curve import CurveRequest, curve_methods
-    from flexmerge_cli.request.size import parse_sizes
+    from flexmerge_cli.curve_document import curve_document
+    from flexmerge_cli.evaluation.gate import parse_gate
 
-    loaded = load_plan(plan)
-    kept = tuple(adapter.name for adapter in loaded.adapters)
-    checked = read_spec(Path(spec), loaded.task_names, unscorable=kept, allow_exec=allow_exec)
-    request = CurveRequest(
-        methods=curve_methods(methods, has_statistics=loaded.settings.statistics == "all", **options),
-        sizes=parse_sizes(sizes) if sizes is not None else (),
+    return curve_document(
+        Path(plan),
+        Path(spec),
+        methods=methods,
+        sizes=sizes,
+        words=options,
+        gate=parse_gate(max_drop, max_mean_drop),
+        target=choose,
+        tune=tune,
+        tune_spec_path=Path(tune_spec) if tune_spec is not None else None,
+        allow_exec=allow_exec,
+        relocate=relocate or {},
+        access=_access(offline, False, None),
         reuse=reuse,
         parallel=parallel,
         device=device,
+        threads=threads,
     )
-    return curve_record(loaded, checked, draw(loaded, Path(plan), checked, request))
 
 
 def verify(path: Path | str, *, decode: bool = False) -> Verification:

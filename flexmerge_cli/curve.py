@@ -1,4 +1,4 @@
-"""`eval --plan`: a plan, methods and sizes in, scored points out. Which bills are asked for, and who scores them.
+"""`curve`: a plan, methods and sizes in, scored points out. Which bills are asked for, and who scores them.
 
 Methods are drawn one after another, or, with `parallel`, in processes of their own; each has one model in memory.
 """

@@ -1,4 +1,4 @@
-"""`eval --tune`: one argument of methods chosen on validation data, which are never those reported.
+"""`curve --tune`: one argument of methods chosen on validation data, which are never those reported.
 
 Every method that takes the argument is drawn with each value at every size; the value with the best mean over sizes and
 tasks is the method's own, of equals the one nearest to the default. Methods that do not take it, or say it themselves,

@@ -123,7 +123,7 @@ def test_kept_adapters_have_no_curve_and_the_error_says_what_has_a_score(kept: P
     """It said that the spec's task is none of the plan's, of which there were none."""
     (tmp_path / "eval.yaml").write_text('{"version": 1, "tasks": {"a": {"kind": "regression", "data": "d.jsonl"}}}')
     plan = kept.parent / "kept.json"
-    fails(2, "eval", "--plan", plan, "--spec", tmp_path / "eval.yaml", says=("no task that merges", "eval bundle/"))
+    fails(2, "curve", plan, "--spec", tmp_path / "eval.yaml", says=("no task that merges", "eval bundle/"))
 
 
 def _own(adapted: Adapted, name: str) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def test_every_key_of_every_file_is_described():
 
 def test_every_command_is_in_the_readme_and_every_exit_code_is_explained():
     listed = re.findall(r"^  ([a-z]+) ", succeeds("--help").out.split("Commands:")[1], re.MULTILINE)
-    assert set(listed) >= {"plan", "merge", "inspect", "export", "eval", "methods"}
+    assert set(listed) >= {"plan", "merge", "inspect", "export", "eval", "curve", "methods"}
     assert [name for name in listed if f"flexmerge {name}" not in read("README.md")] == []
     codes = {one.exit_code for one in vars(errors).values() if isinstance(one, type) and hasattr(one, "exit_code")}
     assert [code for code in {0, 130, *codes} if f"| {code} |" not in read("docs/exit-codes.md")] == []

@@ -46,14 +46,15 @@ def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
     arguments = ("--base", family / "base", "--tasks", family / "tasks")
     succeeds("plan", *arguments, "-o", tmp_path / "plan.json")
     spec = write_spec(tmp_path / "eval.yaml", of=("digit", "rotation"))
-    drawn = ("eval", "--plan", tmp_path / "plan.json", "--spec", spec, "--no-reuse", "--json")
-    wanted = [succeeds(*drawn, *more).json for more in (["--sizes", "1x"], ["--sources"])]
+    given = (tmp_path / "plan.json", "--spec", spec, "--no-reuse", "--json")
+    drawn, scored = ("curve", *given, "--sizes", "1x"), ("eval", "--sources", "--plan", *given)
+    wanted = [succeeds(*asked).json for asked in (drawn, scored)]
     family.rename(tmp_path / "elsewhere")
-    fails(4, *drawn, "--sizes", "1x", says="--relocate")
+    fails(4, *drawn, says="--relocate")
     moved = ("--relocate", f"family={tmp_path / 'elsewhere'}")
-    found = [succeeds(*drawn, *more, *moved).json for more in (["--sizes", "1x"], ["--sources"])]
+    found = [succeeds(*asked, *moved).json for asked in (drawn, scored)]
     assert found == wanted
-    fails(2, "eval", tmp_path / "b", "--spec", spec, *moved, says="--relocate is of a plan's sources")
+    fails(2, "eval", tmp_path / "b", "--spec", spec, *moved, says="--relocate is for the sources of --plan")
     fails(2, *drawn, "--relocate", "family", says="--relocate family is not OLD=NEW")
 
 
@@ -71,5 +72,4 @@ def test_a_task_of_a_bundle_is_no_checkpoint_and_the_hint_exports_it(method, pla
 def test_a_plan_or_nothing_is_no_bundle(plan, tmp_path):
     fails(4, "export", plan, "--task", "task0", "-o", tmp_path / "out", says="it is a file")
     fails(4, "export", tmp_path / "no", "--task", "task0", "-o", tmp_path / "out", says="it does not exist")
-    says = f"flexmerge eval --plan {plan} --spec eval.yaml"
-    fails(2, "eval", plan, "--spec", "eval.yaml", says=(says, "is a plan, and no bundle"))
+    fails(2, "eval", plan, "--spec", "eval.yaml", says=f"hint: flexmerge curve {plan} --spec eval.yaml\n")

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flexmerge_cli.cli import curve, export, inspect, merge, methods, plan
 from flexmerge_cli.cli import eval as eval_command
-from flexmerge_cli.cli import export, inspect, merge, methods, plan
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.options import note, tell
 from flexmerge_cli.cli.signals import Signals, interrupting_signals
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "export": export.export,
     "eval": eval_command.evaluate,
+    "curve": curve.curve,
     "methods": methods.methods,
 }
 
@@ -49,7 +50,7 @@ def _carrying(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for name, command in COMMANDS.items():
-    app.command(name=name)(_carrying(command))
+    app.command(name=name, cls=eval_command.EvalCommand if name == "eval" else None)(_carrying(command))
 
 
 @app.callback(invoke_without_command=True)

@@ -2,40 +2,66 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from flexmerge_cli.cli.options import (
-    CalibrateOption,
+    AllowExecOption,
+    CsvOption,
     DeviceOption,
-    DtypeOption,
     ForceOption,
     JsonOption,
-    MethodForOption,
+    MaxDropOption,
+    MaxMeanDropOption,
+    NoReuseOption,
     OfflineOption,
     QuietOption,
     RelocateOption,
-    StepOption,
-    ThreadsOption,
+    SpecOption,
 )
+
+
+class EvalCommand(TyperCommand):
+    """`eval`, which knows a curve's arguments where it meets them and says how `curve` takes them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if (words := _curve_words(ctx.parent.command.commands["curve"], args)) is not None:
+            from flexmerge_cli.errors import UsageError
+
+            raise UsageError(
+                "`eval` scores a bundle, or a plan's sources with --sources; `curve` draws accuracy against size",
+                hint=shlex.join(["flexmerge", "curve", *words]),
+            )
+        return super().parse_args(ctx, args)
+
+
+def _curve_words(curve: Any, args: list[str]) -> list[str] | None:
+    """The arguments of `curve` that ask what args do: one plan, and options that it has; None for other args."""
+    if {"-h", "--help"} & set(args):
+        return None
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--plan=") else [word])]
+    has_plan = "--plan" in words
+    if has_plan:
+        place = words.index("--plan")
+        words = [*words[place + 1 : place + 2], *words[:place], *words[place + 2 :]]
+    try:
+        plan = curve.make_context("curve", list(words)).params["plan"]
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the parser's own have it
+            raise
+        return None
+    from flexmerge_cli.allocation.plan_file import is_plan
+
+    return words if has_plan or is_plan(plan) else None
 
 
 def evaluate(
     bundle: Annotated[str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.")] = None,
-    spec: Annotated[Path | None, typer.Option("--spec", help="eval.yaml: what to score each task on.")] = None,
+    spec: SpecOption = None,
     plan: Annotated[
-        Path | None,
-        typer.Option(
-            "--plan",
-            help="A plan, cut at --sizes by --methods; with a bundle or --sources: whose sources to compare with.",
-        ),
-    ] = None,
-    sizes: Annotated[
-        str | None, typer.Option("--sizes", help="0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: own sizes.")
-    ] = None,
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="'auto;emr;low_bit:bits=2', or all; default: task_arithmetic.")
+        Path | None, typer.Option("--plan", help="The plan whose sources to compare with, or to score with --sources.")
     ] = None,
     sources: Annotated[
         bool,
@@ -43,63 +69,39 @@ def evaluate(
     ] = False,
     init: Annotated[bool, typer.Option("--init", help="Write a starter spec for a bundle to -o.")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Of --init: eval.yaml.")] = None,
-    step: StepOption = None,
-    calibrate: CalibrateOption = None,
-    method_for: MethodForOption = None,
-    dtype: DtypeOption = None,
-    no_reuse: Annotated[
-        bool, typer.Option("--no-reuse", help="Score everything anew, also where weights and data are known.")
-    ] = False,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Models scored at once, each in a process.")] = 1,
-    csv: Annotated[Path | None, typer.Option("--csv", help="A table of all scores, one a row.")] = None,
+    no_reuse: NoReuseOption = False,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Tasks scored at once, each in a process.")] = 1,
+    csv: CsvOption = None,
     html: Annotated[Path | None, typer.Option("--html", help="One page with all scores; needs no network.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="A picture of a plan's curve.")] = None,
-    max_drop: Annotated[
-        str | None, typer.Option("--max-drop", help="Gate: 1% of each fine-tuned score, or 1pt, may be lost; exit 6.")
-    ] = None,
-    max_mean_drop: Annotated[
-        str | None, typer.Option("--max-mean-drop", help="Gate: the same of the mean over tasks.")
-    ] = None,
-    choose: Annotated[
-        float | None,
-        typer.Option("--choose", help="The smallest that keeps this part of the fine-tuned score, 0.99; else exit 6."),
-    ] = None,
-    tune_spec: Annotated[
-        Path | None,
-        typer.Option("--tune-spec", help="Data to choose on; default: one half, and the other is reported."),
-    ] = None,
-    tune: Annotated[
-        str | None, typer.Option("--tune", help="scale=0.5:2.5:0.25: the value that is best on --tune-spec's data.")
-    ] = None,
-    allow_exec: Annotated[
-        bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
-    ] = False,
+    max_drop: MaxDropOption = None,
+    max_mean_drop: MaxMeanDropOption = None,
+    allow_exec: AllowExecOption = False,
     relocate: RelocateOption = None,
     offline: OfflineOption = False,
     device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score the tasks of a bundle, or of a plan at any size. Of a plan no bundle is written.
+    """Score every task of a bundle on your data.
+
+    With --sources, score the models that a plan was made of, or that the spec names. To score a plan at any size
+    without writing bundles, use `flexmerge curve`.
 
     \b
     Examples:
     flexmerge eval --init bundle/ -o eval.yaml
     flexmerge eval bundle/ --spec eval.yaml --html scores.html
     flexmerge eval --sources --plan plan.json --spec eval.yaml
-    flexmerge eval --plan plan.json --spec eval.yaml --sizes 1x:8x:1x --methods 'auto;emr' --html curve.html
     """
-    from flexmerge_cli.allocation.plan_file import is_plan
     from flexmerge_cli.cli.gating import finish
-    from flexmerge_cli.cli.options import access_of, progress, relocations
+    from flexmerge_cli.cli.options import relocations
+    from flexmerge_cli.cli.scored import ScoreOptions, score_bundle, write_starter
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.gate import parse_gate
+    from flexmerge_cli.report.evaluation import show_evaluation
 
     if init:
-        from flexmerge_cli.cli.scored import write_starter
-
         if bundle is None or spec is not None:
             raise UsageError("--init takes a bundle, and no --spec", hint="flexmerge eval --init bundle/ -o eval.yaml")
         write_starter(bundle, output, force=force, offline=offline, quiet=quiet)
@@ -107,62 +109,14 @@ def evaluate(
     if output is not None:
         raise UsageError("-o is where --init writes", hint="flexmerge eval --init bundle/ -o eval.yaml")
     if spec is None:
-        raise UsageError("no --spec: what to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
+        raise UsageError("no --spec: the data to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
     if bundle is None and plan is None:
-        raise UsageError("give a bundle, or --plan", hint="flexmerge eval bundle/ --spec eval.yaml")
-    if bundle is not None and is_plan(Path(bundle)):
         raise UsageError(
-            f"{bundle} is a plan, and no bundle",
-            hint=f"flexmerge eval --plan {shlex.quote(bundle)} --spec {shlex.quote(str(spec))}",
+            "give a bundle, or --sources and --plan", hint=f"flexmerge eval bundle/ --spec {shlex.quote(str(spec))}"
         )
-    gate, moved = parse_gate(max_drop, max_mean_drop), relocations(relocate)
+    moved = relocations(relocate)
     if moved and plan is None:
-        raise UsageError("--relocate is of a plan's sources", hint="--plan plan.json")
-    of_a_curve = {
-        "--sizes": sizes, "--methods": methods, "--step": step, "--calibrate": calibrate, "--method-for": method_for,
-        "--dtype": dtype, "--threads": threads, "--png": png, "--choose": choose, "--tune-spec": tune_spec,
-        "--tune": tune,
-    }  # fmt: skip
-    outputs = {kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path}
-    if plan is not None and bundle is None and not sources:
-        from flexmerge_cli.cli.evaluating import CurveOptions, checked
-        from flexmerge_cli.report.curve import show_curve
-
-        drawn = checked(
-            CurveOptions(
-                plan=plan,
-                spec=spec,
-                sizes=sizes,
-                methods=methods,
-                steps=tuple(step or ()),
-                calibrate=calibrate,
-                method_for=tuple(method_for or ()),
-                dtype=dtype,
-                relocate=moved,
-                reuse=not no_reuse,
-                parallel=parallel,
-                device=device,
-                threads=threads,
-                allow_exec=allow_exec,
-                outputs=outputs,
-                force=force,
-                access=access_of(offline=offline, quiet=quiet),
-                gate=gate,
-                choose=choose,
-                tune_spec=tune_spec,
-                tune=tune,
-            )
-        )
-        with progress(quiet=quiet or as_json, counts=True) as on_score:
-            value = drawn.run(on_score)
-        finish(value, f"{plan}", as_json=as_json, show=show_curve)
-        return
-
-    from flexmerge_cli.cli.evaluating import require_curve_options
-    from flexmerge_cli.cli.scored import ScoreOptions, score_bundle
-    from flexmerge_cli.report.evaluation import show_evaluation
-
-    require_curve_options(of_a_curve)
+        raise UsageError("--relocate is for the sources of --plan", hint="--plan plan.json")
     value = score_bundle(
         ScoreOptions(
             bundle=bundle,
@@ -176,8 +130,8 @@ def evaluate(
             allow_exec=allow_exec,
             offline=offline,
             quiet=quiet or as_json,
-            gate=gate,
-            outputs=outputs,
+            gate=parse_gate(max_drop, max_mean_drop),
+            outputs={kind: path for kind, path in (("csv", csv), ("html", html)) if path},
             force=force,
         )
     )

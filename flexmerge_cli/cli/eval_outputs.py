@@ -1,4 +1,4 @@
-"""The files that `eval` writes beside what it prints: `--csv`, `--html`, `--png`."""
+"""The files that `eval` and `curve` write beside what they print: `--csv`, `--html`, `--png`."""
 
 from collections.abc import Sequence
 from pathlib import Path

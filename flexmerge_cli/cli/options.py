@@ -49,6 +49,21 @@ MethodForOption = Annotated[
     list[str] | None,
     typer.Option("--method-for", help="PATTERN=METHOD for blocks; `keep` merges nothing there."),
 ]
+SpecOption = Annotated[Path | None, typer.Option("--spec", help="eval.yaml: the data to score each task on.")]
+AllowExecOption = Annotated[
+    bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
+]
+NoReuseOption = Annotated[
+    bool, typer.Option("--no-reuse", help="Compute every score anew, also where weights and data are known.")
+]
+CsvOption = Annotated[Path | None, typer.Option("--csv", help="A table with one score per row.")]
+MaxDropOption = Annotated[
+    str | None,
+    typer.Option("--max-drop", help="Gate: how much each task may lose, 1% of its fine-tuned score or 1pt; exit 6."),
+]
+MaxMeanDropOption = Annotated[
+    str | None, typer.Option("--max-mean-drop", help="Gate: how much the mean over tasks may lose.")
+]
 SizeOption = Annotated[
     str | None,
     typer.Option("--size", help="2.25x of one model, 40% of all copies, or bytes on disk: 600MiB, 6GB, 123456B."),

@@ -1,4 +1,4 @@
-"""What `eval BUNDLE`, `eval --sources` and `eval --init` do with their options."""
+"""What `eval` does with its options: scores of a bundle or of sources, and starter specs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -94,7 +94,7 @@ def _place(curve: dict[str, Any]) -> str:
         picture,
         "<p class=axis>tensor data stored, in models (x) and bytes</p>",
         note=f"Mean over the tasks: {told_metric(curve)}, with its 95 % interval{copies}. Other sizes and methods: "
-        "flexmerge eval --plan.",
+        "flexmerge curve.",
     )
 
 

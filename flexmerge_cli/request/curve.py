@@ -31,7 +31,7 @@ class CurveMethod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveRequest:
-    """What `eval --plan` is asked."""
+    """What `curve` is asked."""
 
     methods: tuple[CurveMethod, ...]
     sizes: tuple[Size, ...] = ()

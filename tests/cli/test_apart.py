@@ -49,7 +49,7 @@ PLACES = {
     for kind in ("csv", "html")
 } | {
     f"curve as {kind}": (
-        ("eval", "--plan", "plan.json", "--spec", "spec.yaml", f"--{kind}"),
+        ("curve", "plan.json", "--spec", "spec.yaml", f"--{kind}"),
         ["spec.yaml", "plan.json"],
     )
     for kind in ("csv", "html", "png")

@@ -40,7 +40,7 @@ class Digits:
     def drawn(self, **options: object) -> list[object]:
         """Arguments of the program that draws a curve."""
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return ["eval", "--plan", self.plan_path, "--spec", self.spec_path, *words]
+        return ["curve", self.plan_path, "--spec", self.spec_path, *words]
 
 
 def write_spec(

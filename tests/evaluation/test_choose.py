@@ -8,7 +8,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.choose import choose, halves
 from flexmerge_cli.evaluation.curve import Point
 from flexmerge_cli.evaluation.scored import Given, Scored
-from flexmerge_cli.tuning import parse_tune
+from flexmerge_cli.request.curve import curve_methods, parse_tune
 
 from ..program import fails, flexmerge, succeeds
 from .curves import DIGITS, write_spec
@@ -123,8 +123,8 @@ def test_tasks_of_the_other_spec_that_are_not_reported_decide_nothing(sample, tm
     one = yaml.safe_load(sample.spec_path.read_text())
     del one["tasks"]["rotation"]
     one["not_scored"].append("rotation")
-    arguments[4] = tmp_path / "one.yaml"
-    arguments[4].write_text(yaml.safe_dump(one))
+    arguments[3] = tmp_path / "one.yaml"
+    arguments[3].write_text(yaml.safe_dump(one))
     alone = yaml.safe_load(both.read_text())
     del alone["tasks"]["rotation"]
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
@@ -151,7 +151,7 @@ def test_an_argument_is_tuned_on_other_data_and_marked(sample, tmp_path):
     assert found["data_dependent"] == {"arguments": "task_arithmetic:scale=1", "spec": str(spec)}
     assert {point["method"] for point in found["points"]} == {"task_arithmetic:scale=1", "auto"}
     assert "Data-dependent" in (tmp_path / "page.html").read_text()
-    fails(2, *arguments, "--tune", "scale=0.01,1", says="not those reported")
+    fails(2, *arguments, "--tune", "scale=0.01,1", says="data other than those reported")
     fails(2, *arguments, "--tune", "scale=0.01,1", "--tune-spec", sample.spec_path, says="same data")
     fails(2, *arguments, "--methods", "average", "--tune", "scale=0.01,1", "--tune-spec", spec, says="scale")
 
@@ -172,8 +172,9 @@ def test_an_argument_is_tuned_on_other_data_and_marked(sample, tmp_path):
 )
 def test_values_that_are_none_are_refused(text):
     with pytest.raises(UsageError):
-        parse_tune(text)
+        parse_tune(text, curve_methods("task_arithmetic", has_statistics=False))
 
 
 def test_ranges_have_both_ends():
-    assert parse_tune("scale=0.5:1.5:0.25").values == ("0.50", "0.75", "1.00", "1.25", "1.50")
+    tune = parse_tune("scale=0.5:1.5:0.25", curve_methods("task_arithmetic", has_statistics=False))
+    assert list(tune.variants["task_arithmetic"]) == ["0.50", "0.75", "1.00", "1.25", "1.50"]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -190,17 +191,52 @@ def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--plan", "PLAN", "--methods", "tiess"], "ties"),
-        (["--plan", "PLAN", "--sizes", "9x"], "9x"),
-        (["--plan", "PLAN", "--method-for", "ties"], "PATTERN=METHOD"),
-        (["--plan", "PLAN", "--methods", "average", "--calibrate", "nothing"], "nothing"),
-        ([], "--plan"),
-        (["BUNDLE", "--sizes", "1x"], "--sizes"),
-        (["BUNDLE", "--choose", "0"], "--choose"),
-        (["BUNDLE", "--threads", "2"], "--threads"),
-        (["--plan", "PLAN", "--csv", "x", "--html", "x"], "one file"),
+        (["--methods", "tiess"], "ties"),
+        (["--sizes", "9x"], "9x"),
+        (["--method-for", "ties"], "PATTERN=METHOD"),
+        (["--methods", "average", "--calibrate", "nothing"], "nothing"),
+        (["--choose", "0"], "--choose 0.99"),
+        (["--tune-spec", "x.yaml"], "--tune-spec needs --choose or --tune"),
+        (["--csv", "x", "--html", "x"], "one file"),
+        (["--sources"], "No such option: --sources"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(sample, arguments, says):
+    fails(2, *sample.drawn(), *arguments, says=says)
+
+
+def test_a_curve_needs_a_plan_and_a_spec(sample, tmp_path):
+    fails(2, "curve", says="Missing argument")
+    fails(2, "curve", sample.plan_path, says=f"hint: flexmerge curve {sample.plan_path} --spec eval.yaml")
+    fails(4, "curve", tmp_path / "no.json", "--spec", sample.spec_path, says="no plan at")
+    fails(2, "curve", tmp_path, "--spec", sample.spec_path, says=f"flexmerge eval {tmp_path} --spec {sample.spec_path}")
+
+
+@pytest.mark.parametrize("plan", [["--plan", "PLAN"], ["--plan=PLAN"], ["PLAN"]])
+def test_eval_says_the_curve_command_that_takes_what_it_was_given(sample, tmp_path, plan):
+    """`eval --plan` drew curves once. Options keep their values and their order, quoted for a shell."""
+    path = tmp_path / "my plan.json"
+    path.write_bytes(sample.plan_path.read_bytes())
+    plan = [word.replace("PLAN", str(path)) for word in plan]
+    options = ["--spec", sample.spec_path, "--sizes", "1x,3x", "--methods", "auto;average", "--choose", "0.9"]
+    for arguments in ([*plan, *options], [*options, *plan]):
+        said = fails(2, "eval", *arguments, says="hint: flexmerge curve ").err
+        words = shlex.split(said.rpartition("hint: ")[2])
+        assert words[:2] == ["flexmerge", "curve"] and str(path) in words
+        assert [word for word in words[2:] if word != str(path)] == [str(option) for option in options]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "give a bundle, or --sources and --plan"),
+        (["BUNDLE", "--plan", "PLAN", "--sizes", "1x"], "No such option: --sizes"),
+        (["BUNDLE", "--choose", "0"], "No such option: --choose"),
+        (["--sources", "--plan", "PLAN", "--threads", "2"], "No such option: --threads"),
+        (["--plan", "PLAN", "--szies", "1x"], "No such option: --szies"),
+    ],
+)
+def test_eval_has_no_option_that_a_curve_alone_reads(sample, arguments, says):
     words = [sample.plan_path if word == "PLAN" else word for word in arguments]
-    fails(2, "eval", *words, "--spec", sample.spec_path, says=says)
+    said = fails(2, "eval", *words, "--spec", sample.spec_path, says=says).err
+    assert "flexmerge curve" not in said
