@@ -13,6 +13,7 @@ from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.auto_allocation import auto
 from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.report.auto import unlike_predicted
 
 from .families import Models, normal, same_bits, write_family
 from .program import fails, succeeds, tree
@@ -117,6 +118,19 @@ def test_a_task_that_is_the_base_is_exact_where_no_size_is_asked_for(tmp_path):
 
 TASKS = st.tuples(st.sets(st.sampled_from(sorted(SHAPES))), st.sampled_from([F32, BF16, F16]))
 """What it moves, and the dtype that it is saved in."""
+
+
+def test_what_was_not_predicted_is_told(tmp_path):
+    """A task that is the base and is not exact has no distance; one that is much farther off than it was thought."""
+    base = frozen_base()
+    models = Models(base=base, tasks={"base": tuned_in(base, 1, []), "one": tuned_in(base, 2, list(base))})
+    asked = ("merge", planned(models, tmp_path), "--method", "auto", "-o", tmp_path / "b", "--size")
+    told = succeeds(*asked, "0.8x", "--json")
+    assert "task `base` equals the base and is not stored exactly" in told.err
+    assert any("`base`" in warning for warning in told.json["warnings"])
+    assert "equals the base" not in succeeds(*asked, "2x", "--force").err
+    (warning,) = unlike_predicted({"a": 0.1, "b": 0.1, "c": 0.0}, {"a": 0.42, "b": 0.38, "c": 0.0})
+    assert "task `a`: distance 0.420, where 0.100 was predicted" in warning
 
 
 @settings(deadline=None, max_examples=15)

@@ -69,7 +69,7 @@ def merge(
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.errors import GateError
-    from flexmerge_cli.report.auto import show_auto
+    from flexmerge_cli.report.auto import show_auto, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
 
     memory = options.memory_of(max_memory)
@@ -111,5 +111,10 @@ def merge(
         summary = merge_summary(bill, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
+    if written is not None and chosen_by_auto and not packing.request.uses:  # of which the search sees nothing
+        distances = {plan.tasks[task].name: distance for task, distance in written.task_distance.items()}
+        surprises = unlike_predicted(chosen_by_auto["distance"], distances)
+        options.warn(surprises, quiet=quiet)
+        warnings += surprises
     value = merge_summary(bill, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
     options.emit(value, as_json=as_json, show=show_merge)

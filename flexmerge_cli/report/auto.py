@@ -1,7 +1,7 @@
 """What `--method auto` tells before it writes: where bytes and distortion go, and what other bytes would buy."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,11 @@ from flexmerge_cli.report.text import table
 
 UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
 """(bits of the mean, bits of each task)."""
+
+
+# Squared errors of models with outliers are predicted up to 12 times too low (95 %), distances by the root of that.
+MOST_TIMES = 4
+LEAST_DISTANCE = 0.01
 
 
 def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
@@ -73,6 +78,18 @@ def show_auto(value: dict[str, Any]) -> None:
     if twice["factor"] > value["factor"]:
         print(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['distortion'], cost)} of it; {_range(twice)}")
     print(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
+
+
+def unlike_predicted(predicted: Mapping[str, float | None], measured: Mapping[str, float | None]) -> list[str]:
+    """Warnings about tasks that came out much farther off than the search thought, or whose distance says nothing."""
+    found = []
+    for task, distance in measured.items():
+        expected = predicted.get(task, 0.0)
+        if distance is None:
+            found.append(f"task `{task}` equals the base and is not stored exactly, so it has no distance")
+        elif expected is not None and distance > MOST_TIMES * expected + LEAST_DISTANCE:
+            found.append(f"task `{task}`: distance {distance:.3f}, where {expected:.3f} was predicted")
+    return [f"{text}; check its accuracy, or raise --size" for text in found]
 
 
 def kind_of(block: str) -> str:
