@@ -13,6 +13,7 @@ from flexmerge_cli import load_plan, make_plan, merge, open_bundle, verify
 from flexmerge_cli.allocation.auto_allocation import auto
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.size import parse_size
 
 from .allocation.test_auto_golden import as_golden
@@ -35,8 +36,12 @@ def on_disk(bundle: Path) -> int:
     return sum(len(data) for data in tree(bundle).values())
 
 
+def pricer_of(plan: Path) -> Pricer:
+    return Pricer(load_plan(plan)).asked(merge_request(method="auto"))
+
+
 def search_of(plan: Path, **limits):
-    return auto(Pricer(load_plan(plan)), Limits(**limits))
+    return auto(pricer_of(plan), Limits(**limits))
 
 
 def standalone():

@@ -14,6 +14,7 @@ from flexmerge_cli.allocation.auto_allocation import auto
 from flexmerge_cli.allocation.auto_table import Limits
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.report.auto import unlike_predicted
+from flexmerge_cli.request.merge import merge_request
 
 from .families import Models, normal, same_bits, write_family
 from .program import fails, succeeds, tree
@@ -39,6 +40,10 @@ def planned(models, folder):
     folders = write_family(folder, models)
     make_plan(folders.base, folders.sources, output=folder / "plan.json", device="cpu")
     return folder / "plan.json"
+
+
+def pricer_of(plan):
+    return Pricer(load_plan(plan)).asked(merge_request(method="auto"))
 
 
 def unchanged(models):
@@ -86,7 +91,7 @@ def test_unchanged_tensors_are_stored_once_and_exact_at_every_size(name, dtype, 
     base = frozen_base(dtype)
     models = Models(base=base, tasks=FROZEN[name](base))
     plan = planned(models, tmp_path)
-    search = auto(Pricer(load_plan(plan)), Limits())
+    search = auto(pricer_of(plan), Limits())
     smallest = search.smallest().bill.total_bytes
     sizes = [f"{smallest}B", f"{smallest + 700}B", f"{len(models.tasks)}x", None]
     for number, size in enumerate(sizes):
@@ -140,7 +145,7 @@ def test_no_choice_is_worse_than_exact(tmp_path_factory, dtype, tasks, place, on
     models = Models(base=base, tasks={f"t{n}": tuned_in(base, n, *task) for n, task in enumerate(tasks)})
     folder = tmp_path_factory.mktemp("family")
     plan = planned(models, folder)
-    pricer = Pricer(load_plan(plan))
+    pricer = pricer_of(plan)
     found, exact = auto(pricer, Limits()), pricer.bill(copies(pricer.plan))
     one = pricer.plan.one_model_bytes
 
@@ -192,7 +197,7 @@ def test_beside_kept_adapters_tasks_read_the_base_that_is_there(dtype, moved, tm
     write_lora(folders.root / "tasks" / "lora", folders.base)
     plan = tmp_path / "plan.json"
     succeeds("plan", *folders.arguments, "-o", plan)
-    search, one = auto(Pricer(load_plan(plan)), Limits()), load_plan(plan).one_model_bytes
+    search, one = auto(pricer_of(plan), Limits()), load_plan(plan).one_model_bytes
     smallest = search.smallest().bill.tensor_bytes
     for share in (0, 0.2, 0.7, None):
         size = "2x" if share is None else f"{-(-(smallest + share * MATRIX) * 10**6 // one) / 10**6}x"

@@ -9,6 +9,7 @@ from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.request.merge import merge_request
 
 from .allocation.test_cut import undos
 from .families import Models, encoder, normal, tuned, write_family
@@ -37,7 +38,7 @@ def stored(pricer, folder, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["average", "ties", "emr"])
 def test_fifty_random_byte_targets_are_kept(method, small, tmp_path):
-    pricer = Pricer(load_plan(small))
+    pricer = Pricer(load_plan(small)).asked(merge_request(method=method))
     method = parse_use(method).text
     made = Cutter(pricer, parse_use(method))
     least, most = (pricer.bill(allocation).total_bytes for allocation in (made.smallest(), made.prefix(0)))

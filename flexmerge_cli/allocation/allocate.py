@@ -27,7 +27,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
 
     Raises UsageError for a request that does not fit the plan, GateError for a size that is not reached.
     """
-    pricer = pricer or Pricer(plan)
+    pricer = (pricer or Pricer(plan)).asked(request)
     if plan.pools_lora:
         _check_pool(request)
     match request.choice:
@@ -54,7 +54,10 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | 
     if not isinstance(choice, Auto):
         return None
     search = auto(
-        pricer, choice.limits, request.dtype, tuple((item.pattern, item.use) for item in choice.block_methods)
+        pricer.asked(request),
+        choice.limits,
+        request.dtype,
+        tuple((item.pattern, item.use) for item in choice.block_methods),
     )
     if choice.size is not None:
         return search, search.cut(pricer.plan.target(choice.size))
@@ -64,7 +67,7 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | 
 
 def offers(plan: Plan, dtype: str | None) -> str:
     """Every method and the smallest size that it reaches, a line each."""
-    pricer, lines = Pricer(plan), []
+    pricer, lines = Pricer(plan).asked(MergeRequest()), []
     for name in all_methods():
         bill = pricer.bill(Cutter(pricer, parse_use(name), dtype).smallest())
         factor = bill.tensor_bytes / max(1, plan.one_model_bytes)
@@ -79,7 +82,7 @@ def advice(plan: Plan, bill: Bill, pricer: Pricer | None = None) -> list[str]:
     found = near_duplicates(plan, bill)
     if bill.allocation.dtype is not None:
         return found
-    pricer = pricer or Pricer(plan)
+    pricer = (pricer or Pricer(plan)).asked(MergeRequest())
     for dtype, what, command in ((None, "exact deduplication", ""), ("BF16", "a cast to bf16", " --dtype bf16")):
         other = pricer.bill(copies(plan, dtype))
         if other.total_bytes <= bill.total_bytes:

@@ -4,6 +4,7 @@ The search has every mergeable tensor, one unit each, but those of blocks that `
 their method with all tasks in one group, or, with `keep`, as copies, and what they take is subtracted first.
 """
 
+import copy
 import fnmatch
 import functools
 import math
@@ -61,6 +62,12 @@ class Auto:
         self._exact: Found | None = None
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
         """Of all that the search does not decide."""
+
+    def priced_by(self, pricer: Pricer) -> "Auto":
+        """The same for bundles that record another request."""
+        other = copy.copy(self)
+        other.pricer, other._exact = pricer, None
+        return other
 
     def cut(self, size: Target) -> Found:
         """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
@@ -199,7 +206,7 @@ def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, elsewhere: El
         pricer.searches[key] = Auto(pricer, limits, dtype, elsewhere)
     found = pricer.searches[key]
     assert isinstance(found, Auto)
-    return found
+    return found if found.pricer.request == pricer.request else found.priced_by(pricer)
 
 
 def smallest_factor(bill: Bill) -> float:

@@ -1,5 +1,6 @@
 """What a bundle will be, to the byte, before a weight is read: parts, files, headers, index files, manifest. Pure."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flexmerge_cli.allocation.manifest_bytes import (
     unit_entry,
 )
 from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.allocation.recorded import Request, recorded
 from flexmerge_cli.allocation.storage import (
     GAMMA_BYTES,
     GroupPrice,
@@ -37,6 +39,7 @@ from flexmerge_cli.allocation.storage import (
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.use import MethodUse
+from flexmerge_cli.request.merge import MergeRequest
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -57,6 +60,8 @@ class Bill:
     """Of the manifest's entries of units and tensors, which are most of it and of which most are in every bill."""
     gate: Mapping[str, Any] | None = None
     """The manifest's `gate`."""
+    request: Request | None = None
+    """What was asked: the manifest's `request`."""
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -85,7 +90,8 @@ class Bill:
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
-        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, measured, self.gate)
+        of_run = measured, self.gate, self.request
+        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, *of_run)
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
@@ -100,6 +106,8 @@ class Pricer:
     def __init__(self, plan: Plan, *, gate: Mapping[str, Any] | None = None) -> None:
         """gate: what every bundle's manifest tells of the gate that it has to pass."""
         self.plan, self.gate = plan, gate
+        self.request: Request | None = None
+        """What the bundles record."""
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._entries: dict[Any, int] = {}
@@ -112,6 +120,12 @@ class Pricer:
     def cast_saves(self) -> bool:
         """Whether `--dtype bf16` makes anything smaller: models of 16 bits it only rounds."""
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
+
+    def asked(self, request: MergeRequest) -> "Pricer":
+        """With the same memory: bills of bundles that record this request."""
+        other = copy.copy(self)
+        other.request = recorded(request)
+        return other
 
     def unit(
         self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None
@@ -237,6 +251,7 @@ class Pricer:
             small=tuple(sorted(small, key=lambda file: file.path)),
             entry_bytes=self._entry_bytes(allocation, storages),
             gate=self.gate,
+            request=self.request,
         )
 
     def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:

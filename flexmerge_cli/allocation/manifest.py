@@ -16,6 +16,9 @@ A task with `adapter` is an adapter of the base: it is in no group. Its files un
 bit by bit; `changes` says where in its weight file lies what it makes of a tensor (kept.py). What they leave is the
 base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the base's
 config and tokenizer, for the model that an adapter makes.
+request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
+          asks the same of the plan, here called plan.json, which gives the same id, or, where there is a `gate`, the
+          same weights without it. Not there in bundles from before it was recorded
 gate      what the bundle had to keep of the fine-tuned scores to be published: `max_drop`, `max_mean_drop` as they were
           asked for (each is there or not), sha256 of the spec, the digest of each scored task's examples (null where a
           harness has them), the tasks that the spec left out by name, and the versions of the libraries that computed
@@ -40,6 +43,7 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
+from flexmerge_cli.allocation.recorded import Request
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
@@ -167,6 +171,7 @@ class Manifest(Record):
     rows: Items[TensorEntry] = ()
     vocabularies: Items[VocabularyEntry] = ()
     gate: GateEntry | None = None
+    request: Request | None = None
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:

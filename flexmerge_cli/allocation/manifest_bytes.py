@@ -16,6 +16,7 @@ from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
+from flexmerge_cli.allocation.recorded import Request
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.version import GENERATOR
@@ -81,6 +82,7 @@ def manifest_frame(
     small: Sequence[SmallFile],
     measured: Measured,
     gate: Mapping[str, Any] | None = None,
+    request: Request | None = None,
 ) -> dict[str, Any]:
     """The whole manifest but its units and tensors, with the id open."""
     names = plan.reader_names
@@ -117,6 +119,7 @@ def manifest_frame(
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
     optional = _vocabulary_entries(plan, storages, allocation.dtype, measured) | ({"gate": gate} if gate else {})
+    optional |= {"request": request.padded()} if request is not None else {}
     return optional | {
         "format": FORMAT,
         "id": NO_SHA256,

@@ -15,6 +15,7 @@ from flexmerge_cli.methods.products import merges_products
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import parse_size
 
 AUTO_SIZES = (0.75, 1, 1.5, 2)
@@ -53,7 +54,7 @@ def check_methods(choice: str) -> None:
 def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
     """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
     their smallest on the order: `common` or `all`."""
-    plan = pricer.plan
+    plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
     found = sum(task.bytes for task in plan.tasks) + sum(adapter.tensor_bytes for adapter in plan.adapters)
     weights = sum(adapter.files[adapter.weights].bytes for adapter in plan.adapters)
     side = sum(file.bytes for task in plan.readers for file in task.files.values()) - weights

@@ -23,6 +23,7 @@ def merge_summary(
     return {
         "bundle": str(output),
         "written": measured is not None,
+        "request": bill.request.dump() if bill.request is not None else None,
         "methods": [use.text for use in bill.allocation.methods],
         "allocation": {
             "merges": bill.allocation.merges,

@@ -36,6 +36,7 @@ def bundle_page(facts: BundleFacts) -> str:
         ("method", text(", ".join(bundle.methods) or "none: nothing is merged")),
         ("merges", f"{allocation['merges']:,} ({allocation['undone']:,} undone)"),
         ("dtypes", text(allocation["dtype"] or "as found")),
+        *([("made again by", f"<code>{text(value['request']['command'])}</code>")] if value["request"] else []),
         ("id", f"<span class=path>{text(value['id'])}</span>"),
     ]
     sections = [_tasks(value)]

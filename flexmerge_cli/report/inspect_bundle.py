@@ -75,6 +75,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
         "id": manifest.id,
         "generator": manifest.generator,
         "plan": manifest.plan,
+        "request": manifest.request.dump() if manifest.request is not None else None,
         "methods": bundle.methods,
         "allocation": manifest.allocation.model_dump(mode="json"),
         "one_model_bytes": manifest.one_model_bytes,
@@ -143,6 +144,8 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
             f"{value['generator']}, plan {value['plan'][:16]}…; {', '.join(value['methods']) or 'nothing merged'}"
         )
     )
+    if value["request"] is not None:
+        print(printable(f"made again by: {value['request']['command']}"))
     print(
         f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
         f"{len(value['files'])} files{merges_words(allocation, '; ')}"
