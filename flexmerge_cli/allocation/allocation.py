@@ -6,14 +6,12 @@ order makes one, so do clustering, a pattern in the recipe, or a search.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.methods.use import MethodUse
+from flexmerge_cli.stored.form import Bits
 
 Tasks = tuple[int, ...]
-Bits = int | Literal["exact"]
-"""Of what a task stores for itself: 0 is nothing, exact a dense copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

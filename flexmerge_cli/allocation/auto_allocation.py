@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flexmerge_cli.allocation.allocation import Allocation, Bits, Group, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
@@ -25,6 +25,7 @@ from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Kind, Limits
 from flexmerge_cli.request.size import Target
+from flexmerge_cli.stored.form import Bits
 
 # About two bits a weight: where a first user need not know a number.
 MAX_DISTANCE = 0.35

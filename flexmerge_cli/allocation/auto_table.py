@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.allocation.allocation import Bits
 from flexmerge_cli.allocation.auto_centres import (
     CODED,
     COPY,
@@ -24,6 +23,7 @@ from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
 from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.stored.form import Bits
 
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
 

@@ -24,17 +24,17 @@ from flexmerge_cli.allocation.manifest_bytes import (
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.recorded import Request, recorded
 from flexmerge_cli.allocation.storage import (
-    GAMMA_BYTES,
     GroupPrice,
     Part,
     Storage,
     base_array,
     copy_bytes,
     effective_dtype,
-    gain_parts,
     group_price,
     store_tensor,
     store_whole,
+    unit_bytes,
+    unit_parts,
 )
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Call
@@ -111,8 +111,8 @@ class Pricer:
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._entries: dict[Any, int] = {}
-        self._groups: dict[Any, GroupPrice | None] = {}
-        self._based: dict[Any, tuple[int, tuple[Tasks, ...]]] = {}
+        self._groups: dict[Any, GroupPrice] = {}
+        self._based: dict[Any, tuple[int, dict[Tasks, int]]] = {}
         self.searches: dict[Any, object] = {}
         """Of auto_allocation.py."""
 
@@ -139,52 +139,51 @@ class Pricer:
                 store_tensor(self.plan, self.plan.tensor(name), unit.groups, calls, cast) for name in unit.tensors
             )
             parts = [part for storage in storages for part in storage.parts]
-            found = self._units[key] = storages, tuple(parts + gain_parts(self.plan, unit, storages, calls))
+            found = self._units[key] = storages, tuple(parts + unit_parts(self.plan, unit, storages, calls))
         return found
 
     def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
         """What `unit` comes to, without making the parts: a cut asks for thousands."""
-        if any(group.bits is not None for group in unit.groups):
-            return sum(part.num_bytes for part in self.unit(unit, methods, cast)[1])
         calls = tuple(use.call for use in methods)
         total = 0
-        gains: set[Tasks] = set()
+        of_unit: dict[Tasks, int] = {}
         for name in unit.tensors:
             tensor = self.plan.tensor(name)
             if self.plan.base_readers(tensor):  # who shares the base's bits only the parts tell
-                total += self._with_base_bytes(name, unit.groups, methods, cast, gains)
+                total += self._with_base_bytes(name, unit.groups, methods, cast, of_unit)
                 continue
             copied: set[int] = set()
             needs_base = False
             for group in unit.groups:
                 key = (name, group, methods, cast)
-                if key not in self._groups:
-                    self._groups[key] = group_price(tensor, group, calls, cast)
-                price = self._groups[key]
+                price = self._groups.get(key)
                 if price is None:
-                    copied.update(tensor.same[task] for task in group.tasks)
-                    continue
+                    price = self._groups[key] = group_price(tensor, group, calls, cast)
+                copied |= price.copied
                 total += price.num_bytes
                 needs_base |= price.base
-                if price.gain:
-                    gains.add(group.tasks)
+                if price.unit_bytes:
+                    of_unit[group.tasks] = price.unit_bytes
             total += sum(copy_bytes(tensor, leader, cast) for leader in copied)
             total += base_array(tensor, cast).num_bytes if needs_base else 0
-        return total + GAMMA_BYTES * sum(map(len, gains))
+        return total + sum(of_unit.values())
 
     def _with_base_bytes(
-        self, name: str, groups: tuple[Group, ...], methods: tuple[MethodUse, ...], cast: str | None, gains: set[Tasks]
+        self,
+        name: str,
+        groups: tuple[Group, ...],
+        methods: tuple[MethodUse, ...],
+        cast: str | None,
+        of_unit: dict[Tasks, int],
     ) -> int:
         key = (name, groups, methods, cast)
         if key not in self._based:
             calls = tuple(use.call for use in methods)
             storage = store_tensor(self.plan, self.plan.tensor(name), groups, calls, cast)
-            masked = [
-                g.tasks for g in storage.groups if g.kind == "masked" and g.method is not None and calls[g.method].gain
-            ]
-            self._based[key] = storage.num_bytes, tuple(masked)
-        num_bytes, masked_groups = self._based[key]
-        gains.update(masked_groups)
+            found = {group.tasks: unit_bytes(group, calls) for group in storage.groups}
+            self._based[key] = storage.num_bytes, found
+        num_bytes, found = self._based[key]
+        of_unit.update(found)
         return num_bytes
 
     def whole(self, cast: str | None) -> tuple[Storage, ...]:
@@ -215,9 +214,9 @@ class Pricer:
         storages: dict[str, Storage] = {storage.tensor.name: storage for storage in self.whole(cast)}
         parts = [part for storage in storages.values() for part in storage.parts]
         for unit in allocation.units:
-            of_unit, unit_parts = self.unit(unit, allocation.methods, cast)
+            of_unit, all_parts = self.unit(unit, allocation.methods, cast)
             storages |= {storage.tensor.name: storage for storage in of_unit}
-            parts += unit_parts
+            parts += all_parts
         storages = {tensor.name: storages[tensor.name] for tensor in plan.stored}
         by_readers: dict[Tasks, list[Part]] = {}
         for part in parts:

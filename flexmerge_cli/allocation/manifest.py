@@ -37,9 +37,9 @@ Written last, so it is the commit point: a folder without it is no bundle. Reade
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
@@ -50,6 +50,7 @@ from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
+from flexmerge_cli.stored.forms import known_form
 
 FORMAT = "flexmerge.bundle/1"
 NO_SHA256 = "0" * 64
@@ -93,7 +94,7 @@ class MethodEntry(Record):
 
 class GroupEntry(Record):
     tasks: Items[str]
-    kind: Literal["copy", "merged", "masked", "residual"]
+    kind: Annotated[str, AfterValidator(known_form)]
     method: int | None
     distance: Named[float | None]
     bits: Named[Literal[0, 1, 2, 3, 4, 8]] | None = None

@@ -19,6 +19,7 @@ from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.recorded import Request
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.version import GENERATOR
 
 NO_DIGEST = "0" * 32
@@ -197,8 +198,8 @@ def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None)
 
 def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
     """Of a group of a unit: copy only if all its tensors are."""
-    kinds = {group.kind for name in unit.tensors for group in storages[name].groups if group.tasks == tasks}
-    return next(iter(kinds - {"copy"}), "copy")
+    forms = {group.form.word for name in unit.tensors for group in storages[name].groups if group.tasks == tasks}
+    return next(iter(forms - {COPY.word}), COPY.word)
 
 
 def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Measured) -> dict[str, Any]:
@@ -210,10 +211,10 @@ def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured
         entry: dict[str, Any] = {
             "tasks": names,
             "kind": kind,
-            "method": None if kind == "copy" else group.method,
+            "method": None if kind == COPY.word else group.method,
             "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
         }
-        if group.bits is not None and kind != "copy":
+        if group.bits and kind != COPY.word:
             entry["bits"] = {name: bits for name, bits in zip(names, group.bits) if bits != "exact"}
         groups.append(entry)
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}

@@ -8,14 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flexmerge_cli.allocation.allocation import Bits, Group, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
 from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
-from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.coded import declare
-from flexmerge_cli.methods.layout import Array, Kind, Layout, bits_arrays, centre_arrays, layout
 from flexmerge_cli.methods.method import Call
+from flexmerge_cli.stored.dense import COPY
+from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.forms import form_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,19 +42,19 @@ class StoredGroup:
     """How the tasks of one group of one tensor are stored."""
 
     tasks: Tasks
-    kind: Kind
+    form: GroupForm
     method: int | None
+    """None for exact copies."""
     parts: tuple[Part, ...]
     """What decodes it; of copies one part per distinct tensor."""
+    coded_tasks: Tasks
+    """All but those of exact copies."""
     bits: tuple[Bits, ...] | None = None
-    """Per task, where each has its own: `Group.bits`. Parts of equal tasks are one, named by the first."""
+    """Per task, where each has its own: `Group.bits`."""
 
-    @property
-    def coded_tasks(self) -> Tasks:
-        """All but those of exact copies."""
-        if self.kind == "copy":
-            return ()
-        return tuple(t for t, b in zip(self.tasks, self.bits or (0,) * len(self.tasks)) if b != "exact")
+    def has_copy(self, part: Part) -> bool:
+        """Whether a part is an exact copy of its readers' tensor."""
+        return part.array.role == "dense" and part.readers[0] not in self.coded_tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,9 +68,6 @@ class Storage:
     @property
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
-
-
-GAMMA_BYTES = 4  # one float32
 
 
 def effective_dtype(dtype: str, cast: str | None) -> str:
@@ -100,10 +98,7 @@ def store_tensor(
         tensor=tensor.name,
         task=None,
     )
-    merged = [
-        (group, (_merged if group.bits is None else _of_bits)(plan, tensor, group, calls, cast, base))
-        for group in groups
-    ]
+    merged = [(group, _merged(plan, tensor, group, calls, cast, base)) for group in groups]
     needs_base = tuple(
         sorted(task for _, found in merged if found and base in found.parts for task in found.coded_tasks)
     )
@@ -134,12 +129,7 @@ def with_base(plan: Plan, storage: Storage) -> Storage:
         return storage
     dtype, shape = tensor.base_form
     bases = [part for part in storage.parts if part.array.role == "base"]
-    copies = [
-        part
-        for group in storage.groups
-        for part in group.parts
-        if group.kind == "copy" or (group.bits is not None and part.array.role == "dense")
-    ]
+    copies = [part for group in storage.groups for part in group.parts if group.has_copy(part)]
     found = next((part for part in [*bases, *copies] if _holds_base(tensor, part)), None)
     if found is None:
         array = Array(role="base", dtype=dtype, shape=shape)
@@ -166,9 +156,8 @@ def reads_base(tensor: PlanTensor, group: StoredGroup, task: int) -> bool:
 
     Readers cast by way of float32, in which float64 is not whole.
     """
-    bits = dict(zip(group.tasks, group.bits or ()))
-    on_base = bits.get(task) == 0 and any(part.array.role == "base" for part in group.parts)
-    return on_base and tensor.is_base[task] and not tensor.base_dtype == tensor.dtype_of(task) == "F64"
+    roles = {part.array.role for part in group.parts if task in part.readers}
+    return roles == {"base"} and tensor.is_base[task] and not tensor.base_dtype == tensor.dtype_of(task) == "F64"
 
 
 def copy_is_base(tensor: PlanTensor, task: int) -> bool:
@@ -176,21 +165,31 @@ def copy_is_base(tensor: PlanTensor, task: int) -> bool:
     return tensor.is_base[task] and tensor.dtype_of(task) == tensor.base_dtype
 
 
-def gain_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:
-    """`<unit>@gamma.<task>`, one float32 per task of every group that a masked method with a factor stores."""
-    masked = {group.tasks: group.method for storage in storages for group in storage.groups if group.kind == "masked"}
+def unit_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:
+    """`<unit>@<role>.<task>`: what each task of a group has once for all tensors of the unit."""
+    methods = {group.tasks: group for storage in storages for group in storage.groups if group.method is not None}
     return [
         Part(
-            name=f"{unit.name}@gamma.{plan.tasks[task].name}",
-            array=Array(role="gamma", dtype="F32", shape=(1,)),
+            name=f"{unit.name}@{array.role}.{plan.tasks[task].name}",
+            array=array,
             readers=(task,),
             tensor=unit.name,
             task=task,
         )
-        for tasks, method in masked.items()
-        if method is not None and calls[method].gain is not None
+        for tasks, group in methods.items()
         for task in tasks
+        for array in _of_unit(group, calls)
     ]
+
+
+def unit_bytes(group: Group | StoredGroup, calls: Sequence[Call]) -> int:
+    """What a group that is not copied has once for all tensors of a unit."""
+    return len(group.tasks) * sum(array.num_bytes for array in _of_unit(group, calls))
+
+
+def _of_unit(group: Group | StoredGroup, calls: Sequence[Call]) -> tuple[Array, ...]:
+    """The same, of one task."""
+    return () if group.method is None else form_of(calls[group.method]).of_unit(calls[group.method])
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,27 +197,34 @@ class GroupPrice:
     """What a group of one tensor stores under its method."""
 
     num_bytes: int
-    """Without the base, which all groups of the tensor share, and without factors, which are the unit's."""
+    """Without the base and copies, which groups of a tensor share, and without what is the unit's."""
     base: bool
-    gain: bool
+    copied: frozenset[int]
+    """Of exact copies the first task with the same bits: all of the group where the method stores nothing."""
+    unit_bytes: int
+    """What the group has once for all tensors of a unit."""
 
 
-def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupPrice | None:
-    """None where copies are exact, or cost no more."""
+def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupPrice:
     found = group_layout(tensor, group, calls, cast)
-    if found is None or group.method is None:
-        return None
-    arrays = [*found.centre, *(array for each in found.each for array in each)]
-    gain = found.kind == "masked" and calls[group.method].gain is not None
-    return GroupPrice(sum(array.num_bytes for array in arrays), found.base, gain)
+    coded = {place for places, _ in found.own for place in places} if found is not None else set()
+    copied = frozenset(tensor.same[task] for place, task in enumerate(group.tasks) if place not in coded)
+    if found is None:
+        return GroupPrice(0, False, copied, 0)
+    return GroupPrice(found.num_bytes, found.base, copied, unit_bytes(group, calls))
 
 
 def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> Layout | None:
     """Arrays of a group under its method; None where copies are exact, or cost no more."""
-    if group.method is None or len({tensor.same[task] for task in group.tasks}) == 1:
+    same = tuple(tensor.same[task] for task in group.tasks)
+    if group.method is None or (len(set(same)) == 1 and not group.bits):
         return None
+    call = calls[group.method]
     dtypes = tuple(effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks)
-    return layout(calls[group.method], shape=tensor.shape, dtypes=dtypes, base_dtype=base_array(tensor, cast).dtype)
+    base_dtype = base_array(tensor, cast).dtype
+    return form_of(call).layout(
+        GroupTensor(call=call, shape=tensor.shape, dtypes=dtypes, base_dtype=base_dtype, same=same, bits=group.bits)
+    )
 
 
 def base_array(tensor: PlanTensor, cast: str | None) -> Array:
@@ -234,69 +240,43 @@ def copy_bytes(tensor: PlanTensor, task: int, cast: str | None) -> int:
 def _merged(
     plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
 ) -> StoredGroup | None:
-    """The group under its method; None where copies are exact or cost no more."""
+    """The group under its method, without copies of exact tasks; None where all are copies."""
     found = group_layout(tensor, group, calls, cast)
-    if found is None:
+    if found is None or group.method is None:
         return None
-    first = group.tasks[0]
+    coded = tuple(sorted(group.tasks[place] for places, _ in found.own for place in places))
     parts = [
         Part(
-            name=plan.own_name(first, tensor.name) if array.role == "dense" else f"{tensor.name}@{array.role}",
+            name=plan.own_name(group.tasks[0], tensor.name) if array.role == "dense" else f"{tensor.name}@{array.role}",
             array=array,
-            readers=group.tasks,
+            readers=coded,
             tensor=tensor.name,
             task=None,
         )
         for array in found.centre
     ]
     parts += [base] if found.base else []
-    parts += [
-        Part(
-            name=f"{tensor.name}@{array.role}.{plan.tasks[task].name}",
-            array=array,
-            readers=(task,),
-            tensor=tensor.name,
-            task=task,
-        )
-        for task, arrays in zip(group.tasks, found.each)
-        for array in arrays
-    ]
-    return StoredGroup(tasks=group.tasks, kind=found.kind, method=group.method, parts=tuple(parts))
-
-
-def _of_bits(
-    plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
-) -> StoredGroup | None:
-    """The group where each task has bits of its own, without the exact ones' copies; None where all are exact."""
-    assert group.bits is not None and group.method is not None
-    coded = declare(calls[group.method])
-    assert coded is not None
-    bits_of: dict[int, int] = {task: bits for task, bits in zip(group.tasks, group.bits) if bits != "exact"}
-    if not bits_of or not tensor.num_elements:
-        return None
-    dtypes = [effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks]
-    parts = [
-        Part(name=f"{tensor.name}@{array.role}", array=array, readers=tuple(bits_of), tensor=tensor.name, task=None)
-        for array in centre_arrays(coded, tensor.shape, promote(dtypes))
-    ]
-    is_dense_base = coded.centre == "base" and coded.centre_bits == "dense"
-    parts += [base] if is_dense_base else []
-    classes: dict[tuple[int, int], list[int]] = {}
-    for task, bits in bits_of.items():
-        classes.setdefault((tensor.same[task], bits), []).append(task)
-    for (_, number), tasks in classes.items():
-        own = bits_arrays(coded, tensor.shape, number, effective_dtype(tensor.dtype_of(tasks[0]), cast))
+    for places, arrays in found.own:
+        readers = tuple(group.tasks[place] for place in places)
+        owner = plan.tasks[readers[0]].name
         parts += [
             Part(
-                name=f"{tensor.name}@{array.role}.{plan.tasks[tasks[0]].name}",
+                name=f"{tensor.name}@{array.role}.{owner}",
                 array=array,
-                readers=tuple(tasks),
+                readers=readers,
                 tensor=tensor.name,
-                task=tasks[0],
+                task=readers[0],
             )
-            for array in own
+            for array in arrays
         ]
-    return StoredGroup(tasks=group.tasks, kind="residual", method=group.method, parts=tuple(parts), bits=group.bits)
+    return StoredGroup(
+        tasks=group.tasks,
+        form=form_of(calls[group.method]),
+        method=group.method,
+        parts=tuple(parts),
+        coded_tasks=coded,
+        bits=group.bits,
+    )
 
 
 def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str | None) -> list[StoredGroup]:
@@ -321,8 +301,9 @@ def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str |
     return [
         StoredGroup(
             tasks=tuple(group),
-            kind="copy",
+            form=COPY,
             method=None,
+            coded_tasks=(),
             parts=tuple(dict.fromkeys(parts[tensor.same[task]] for task in group)),
         )
         for group in groups

@@ -125,7 +125,7 @@ def served_bytes(bill: Bill) -> int:
         total += sum(
             tensor.num_elements * ITEM_BYTES[bill.allocation.dtype or tensor.dtype_of(task)]
             for group in storage.groups
-            if group.kind in ("masked", "residual")
+            if group.form.decoder is not None
             for task in group.tasks
         )
     return total

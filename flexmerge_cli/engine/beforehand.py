@@ -69,9 +69,7 @@ class Beforehand:
         found = []
         for unit in self.bill.allocation.units:
             storages = [self.bill.storages[name] for name in unit.tensors]
-            groups = {
-                g.tasks: g for storage in storages for g in storage.groups if g.kind != "copy" and g.method == index
-            }
+            groups = {g.tasks: g for storage in storages for g in storage.groups if g.method == index}
             found += [(name, group) for group in groups.values() for name in unit.tensors]
         return found
 

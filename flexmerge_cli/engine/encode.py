@@ -26,6 +26,8 @@ from flexmerge_cli.methods.coded import Form
 from flexmerge_cli.methods.linear import scaled_sum
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Coder, Matrix
+from flexmerge_cli.stored.dense import COPY, MERGED
+from flexmerge_cli.stored.masked import MASKED
 
 
 @dataclass(slots=True)
@@ -57,11 +59,11 @@ class Encoder:
         piece, span = Piece(sources=raw.digests), raw.span
         for group in storage.groups:
             whole = (values or {}).get(group.tasks)
-            if group.kind == "copy":
+            if group.form is COPY:
                 self._copy(group, raw, piece)
-            elif group.kind == "merged":
+            elif group.form is MERGED:
                 self._merge(storage, group, raw, piece, whole)
-            elif group.kind == "masked":
+            elif group.form is MASKED:
                 self._mask(storage, group, raw, piece)
             elif group.bits is not None:
                 self._bits(storage, group, raw, piece)

@@ -72,7 +72,7 @@ def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
     tensor = storage.tensor
     scopes: list[Scope] = []
     for group in storage.groups:
-        if group.kind == "copy" or group.method is None:
+        if group.method is None:
             continue
         chain = chains[group.method]
         scopes.append(chain.scope_of(tensor.name, tensor.shape))
@@ -151,13 +151,13 @@ class _Run:
             for place, (storage, span) in enumerate(item)
         }
         values: dict[str, dict[Tasks, torch.Tensor]] = {name: {} for name in raws}
-        groups = {group.tasks: group for storage, _ in item for group in storage.groups if group.kind != "copy"}
+        groups = {group.tasks: group for storage, _ in item for group in storage.groups if group.method is not None}
         for tasks, group in groups.items():
             chain = self.worker.chain(group)
             members = {
                 storage.tensor.name: raws[storage.tensor.name]
                 for storage, _ in item
-                if any(g.tasks == tasks and g.kind != "copy" for g in storage.groups)
+                if any(g.tasks == tasks and g.method is not None for g in storage.groups)
             }
             if chain.call is not None and chain.call.scope == "block":
                 for name, value in self.worker.block_values(group, members).items():

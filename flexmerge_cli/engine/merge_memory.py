@@ -32,6 +32,8 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope, Statistic
 from flexmerge_cli.methods.pooled import pooled_workspace
 from flexmerge_cli.methods.step import StepCall
+from flexmerge_cli.stored.dense import MERGED
+from flexmerge_cli.stored.masked import MASKED
 
 SMALLEST_CHUNK = 1 << 12
 
@@ -87,7 +89,7 @@ class _Run:
         """All tensors of a unit in one visit. Their buffers are dropped at its end: they count as work."""
         spans = [self._span(storage, "block") for storage in storages]
         work = sum(self._raw(storage, span) for storage, span in zip(storages, spans))
-        groups = {group.tasks: group for storage in storages for group in storage.groups if group.kind != "copy"}
+        groups = {group.tasks: group for storage in storages for group in storage.groups if group.method is not None}
         shapes = {storage.tensor.name: storage.tensor.shape for storage in storages}
         elements = sum(storage.tensor.num_elements for storage in storages)
         work += 8 * elements * len(groups) + 4 * elements * max((len(tasks) for tasks in groups), default=0)
@@ -122,7 +124,7 @@ class _Run:
                 for unit in self.bill.allocation.units
                 for storage in (self.bill.storages[name] for name in unit.tensors)
                 for group in storage.groups
-                if group.kind != "copy" and group.method == index
+                if group.method == index
                 for name in unit.tensors
             ]
             if not groups:
@@ -216,7 +218,7 @@ class _Run:
         return sum(count * size + 64 for size in sizes)
 
     def _deltas(self, group: StoredGroup, span: Span) -> int:
-        if group.kind == "copy" or group.method is None or self.chains[group.method].call is None:
+        if group.method is None or self.chains[group.method].call is None:
             return 0
         chain = self.chains[group.method]
         whole = chain.coded is not None and chain.coded.expert is not None
@@ -254,15 +256,15 @@ class _Run:
         """What computing one group of a range takes beside buffers and result."""
         tensor, n, k = storage.tensor, span.stop, len(group.tasks)
         items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.bill.allocation.dtype)] for t in group.tasks]
-        if group.kind == "copy" or group.method is None:
+        if group.method is None:
             return 12 * n if self.bill.allocation.dtype is not None else 0
         chain = self.chains[group.method]
         t = self._tile(chain, span)
         merging = self._merging(chain, tensor.name, tensor.shape, k, t)
         merging += 16 * t + 4 * k * t + (8 * k * t if span.run > RUN_ELEMENTS else 0)
-        if group.kind == "merged":
+        if group.form is MERGED:
             return merging + sum(n * item for item in {*items})
-        if group.kind == "masked":
+        if group.form is MASKED:
             return merging + 17 * k * t + sum(n * item + n + n // 8 for item in items)
         coded = chain.coded
         assert coded is not None

@@ -129,8 +129,8 @@ class Worker:
         return (*leaders, BASE) if needs_base else tuple(leaders)
 
     def _needs_base(self, group: StoredGroup) -> bool:
-        if group.kind == "copy" or group.bits is None:
-            return group.kind != "copy"
+        if group.method is None or group.bits is None:
+            return group.method is not None
         coded = self.chain(group).coded
         return coded is not None and coded.centre != "none"
 

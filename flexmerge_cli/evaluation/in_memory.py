@@ -18,7 +18,7 @@ from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
+from flexmerge_cli.allocation.storage import Part, Storage
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -213,7 +213,7 @@ def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) ->
     for group in storage.groups:
         for task in group.tasks:
             found.tensor[name, task] = copy_key(task)
-        if group.method is not None and group.kind != "copy":
+        if group.method is not None:
             key = _group_key(bill, unit, group.tasks, group.method, group.bits)
             found.tensor.update({(name, task): (name, key) for task in group.coded_tasks})
         for part in group.parts:
@@ -221,7 +221,7 @@ def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) ->
                 found.part[part] = "base", name, cast
                 found.copies.add(part)
                 found.made_by.setdefault(part, (unit.name, group.tasks))
-            elif _is_copy_of(group, part):
+            elif group.has_copy(part):
                 found.part[part] = copy_key(part.readers[0])
                 found.copies.add(part)
                 if part.readers[0] in group.tasks:  # with which the engine writes it
@@ -233,10 +233,6 @@ def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) ->
 
 def _group_key(bill: Bill, unit: Unit, tasks: Tasks, method: int, bits: object) -> Key:
     return unit.name, unit.tensors, tasks, bill.allocation.methods[method], bits, bill.allocation.dtype
-
-
-def _is_copy_of(group: StoredGroup, part: Part) -> bool:
-    return part.array.role == "dense" and group.kind != "merged"
 
 
 def _parts(bill: Bill, tasks: Collection[int]) -> Iterable[Part]:

@@ -160,7 +160,7 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
         def check(**args: Any) -> None:
             check_centre(function(**args), function.__name__)
 
-        plain = method(paper=paper, scope=scope, check=check, when=when)(function)
+        plain = method(paper=paper, scope=scope, form="residual", check=check, when=when)(function)
         return CodedMethod(**{field.name: getattr(plain, field.name) for field in fields(plain)})
 
     return wrap
@@ -171,7 +171,7 @@ def check_centre(declared: Coded, name: str) -> None:
     if declared.centre == "none" and name != "low_bit":
         raise UsageError(f"`{name}`: centre=none leaves nothing to be residual to", hint="take `base` or `average`")
     call = declared.centre_call()
-    if call is not None and (call.method.masked or isinstance(call.method, CodedMethod)):
+    if call is not None and call.method.form != "merged":
         raise UsageError(
             f"`{name}`: centre={declared.centre!r} stores more than one dense value",
             hint="take `base`, `average`, or another method that merges a group into one model",

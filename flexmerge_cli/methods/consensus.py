@@ -19,7 +19,7 @@ def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"]
     paper="Wang et al. 2024, as FlexMerge uses it",
     scope="element",
     statistics=_statistics,
-    masked=True,
+    form="masked",
     when="as emr, without its factor; robust where a group holds near-duplicates",
     workspace=per_element(34, 56),
 )

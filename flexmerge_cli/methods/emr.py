@@ -25,7 +25,7 @@ def rescale(*, gamma: str) -> Gain:
 @method(
     paper="Huang et al. 2024",
     scope="element",
-    masked=True,
+    form="masked",
     gain=rescale,
     when="one bit per task and element buys much over any single merged model",
     workspace=per_element(10, 16),

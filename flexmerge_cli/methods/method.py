@@ -49,7 +49,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """Of masked methods: a unified delta, and which of its elements each task takes.
+    """What methods of form `masked` return: a unified delta, and which of its elements each task takes.
 
     mask(deltas, unified) -> bool [k, n]: deltas are the group's task vectors before any step, unified [n] is float32
     after rounding to the dtype it is stored in. A mask of the stepped deltas ignores both.
@@ -201,10 +201,10 @@ class Method:
     """(name, shape, arguments) -> whether this tensor may be taken in chunks, as with scope `element`, all the same."""
     statistics: Callable[..., Statistic | None]
     """The first pass that the function needs, from its arguments."""
-    masked: bool
-    """Returns a Centre; stored as unified delta, base and masks."""
+    form: str
+    """How its groups are stored: `merged` returns one delta, `masked` a Centre; a CodedMethod is `residual`."""
     gain: Callable[..., Gain | None]
-    """The factor per task of a masked method, from its arguments."""
+    """Of form `masked`: the factor per task, from the arguments."""
     when: str
     """When to use it, one line."""
     workspace: Workspace
@@ -288,7 +288,7 @@ def method(
     scope: Scope | Callable[..., Scope],
     elementwise: Callable[..., bool] = nowhere,
     statistics: Callable[..., Statistic | None] = nothing,
-    masked: bool = False,
+    form: str = "merged",
     gain: Callable[..., Gain | None] = nothing,
     workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
@@ -304,7 +304,7 @@ def method(
             scope=scope,
             elementwise=elementwise,
             statistics=statistics,
-            masked=masked,
+            form=form,
             gain=gain,
             when=when,
             workspace=workspace,

@@ -55,7 +55,7 @@ def pooled_call(call: Call) -> Call:
         scope="block",
         elementwise=nowhere,
         statistics=nothing,
-        masked=False,
+        form="merged",
         gain=nothing,
         when="",
         workspace=UNTOLD,

@@ -1,14 +1,12 @@
 """Which methods can merge a pool of LoRA adapters, by the ΔW of its modules (pooled.py does it). Needs no torch."""
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.method import Call
 
 
 def merges_products(call: Call) -> bool:
     """Whether a method needs no more than the ΔW of one module and group, and makes one value of them."""
-    coded = call.method.masked or declare(call) is not None
-    return not coded and call.statistics is None and call.scope != "block"
+    return call.method.form == "merged" and call.statistics is None and call.scope != "block"
 
 
 def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None:

@@ -12,7 +12,7 @@ from flexmerge_cli.methods.svd import svd
 def _refuse(method: Method) -> str | None:
     if method.name in ("iso_c", "iso_cts"):
         return "all singular values are equal there, so the directions to calibrate are arbitrary"
-    if method.masked:
+    if method.form == "masked":
         return "it calibrates one merged delta, and this method gives each task its own"
     return None
 

@@ -19,7 +19,7 @@ def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
 @method(
     paper="Wang et al. 2024",
     scope="element",
-    masked=True,
+    form="masked",
     when="tasks that differ; near-duplicates want consensus",
     workspace=per_element(33, 32),
 )

@@ -45,7 +45,7 @@ class MethodUse:
     @property
     def stores_per_task(self) -> bool:
         """Whether it stores something of each task beside what a group shares."""
-        return self.call.method.masked or self.coded is not None
+        return self.call.method.form != "merged"
 
 
 def parse_use(

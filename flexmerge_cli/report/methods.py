@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
-from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.load import packaged_methods
 from flexmerge_cli.methods.method import Call, Parameter
 from flexmerge_cli.methods.registry import (
@@ -25,6 +24,7 @@ from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from flexmerge_cli.report.stored import stored
 from flexmerge_cli.report.text import table
 from flexmerge_cli.request.auto_options import auto
+from flexmerge_cli.stored.forms import form_of
 
 LEGEND = (
     "Bytes are of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each.\n"
@@ -116,7 +116,7 @@ def _method(call: Call) -> dict[str, Any]:
     found, method = stored(call), call.method
     return {
         "what": "method",
-        "kind": "residuals" if declare(call) else "masks" if method.masked else "model",
+        "kind": form_of(call).product,
         **_common(method, call.scope),
         "when": method.when,
         "stored": found.parts,

@@ -40,7 +40,7 @@ def stored(call: Call) -> Stored:
     coded = declare(call)
     if coded is not None:
         return _residuals(coded)
-    if not call.method.masked:
+    if call.method.form == "merged":
         return MODEL
     if call.gain is None:
         return MASKS

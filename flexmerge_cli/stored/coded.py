@@ -13,11 +13,11 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, promote, to_float32
 from flexmerge_cli.errors import DataError, UsageError
-from flexmerge_cli.methods.coded import Coded, Form
-from flexmerge_cli.methods.layout import Array, bits_arrays, centre_arrays, residual_layout
+from flexmerge_cli.methods.coded import Coded, Form, declare
 from flexmerge_cli.methods.registry import declared
-from flexmerge_cli.residuals.coder import Coder, Parts
+from flexmerge_cli.residuals.coder import Coder, Part, Parts
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
+from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout
 
 # Elements decoded at a time: a few MB, in and out of the cache together.
 BLOCK_ELEMENTS = 1 << 20
@@ -97,31 +97,79 @@ def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
     unknown = DataError(f"the manifest does not tell how `{of.tensor}` is stored", hint="fetch the bundle again")
     if coded is None:
         raise unknown
-    if of.bits is not None:
-        bits = of.bits.get(of.task)
-        if bits is None or (bits == 0 and coded.centre == "none"):
-            raise unknown
-        return CodedTensor(
-            of=of,
-            coded=coded,
-            form=coded.form_of_bits(of.shape, bits),
-            centre=centre_arrays(coded, of.shape, promote(of.dtypes)),
-            base=coded.centre == "base" and coded.centre_bits == "dense",
-            own=bits_arrays(coded, of.shape, bits, of.dtype),
-            owner=next((name for name in of.tasks if f"{of.tensor}@codes.{name}" in parts), of.task),
-        )
-    layout = residual_layout(coded, of.shape, of.dtypes)
-    if layout is None:
+    bits = None if of.bits is None else of.bits.get(of.task)
+    form = coded.form(of.shape, of.dtypes) if bits is None else coded.form_of_bits(of.shape, bits)
+    is_nothing = form.residual is None and (bits is None or coded.centre == "none")
+    if is_nothing or (bits is None and of.bits is not None):
         raise unknown
     return CodedTensor(
         of=of,
         coded=coded,
-        form=coded.form(of.shape, of.dtypes),
-        centre=layout.centre,
-        base=layout.base,
-        own=layout.each[of.tasks.index(of.task)],
-        owner=of.task,
+        form=form,
+        centre=_centre_arrays(coded, form, of.shape, of.dtypes),
+        base=_needs_base(coded, form),
+        own=_own_arrays(form, of.dtype),
+        owner=of.task if bits is None else _owner(of, parts),
     )
+
+
+def _owner(of: Described, parts: RouteParts) -> str:
+    """Tasks with equal bits share parts, named by the first of them."""
+    return next((name for name in of.tasks if f"{of.tensor}@codes.{name}" in parts), of.task)
+
+
+def _layout(group: GroupTensor) -> Layout | None:
+    coded = declare(group.call)
+    assert coded is not None
+    if group.bits is not None:
+        return _layout_of_bits(coded, group, group.bits)
+    form = coded.form(group.shape, group.dtypes)
+    if form.residual is None:
+        return None
+    return Layout(
+        centre=_centre_arrays(coded, form, group.shape, group.dtypes),
+        base=_needs_base(coded, form),
+        own=tuple(((place,), _own_arrays(form, dtype)) for place, dtype in enumerate(group.dtypes)),
+    )
+
+
+def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) -> Layout | None:
+    """Where each task has bits of its own; tasks with the same tensor and bits share their arrays."""
+    classes: dict[tuple[int, int], list[int]] = {}
+    for place, own in enumerate(bits):
+        if own != "exact":
+            classes.setdefault((group.same[place], own), []).append(place)
+    if not classes or not math.prod(group.shape):
+        return None
+    form = coded.form_of_bits(group.shape, 0)
+    return Layout(
+        centre=_centre_arrays(coded, form, group.shape, group.dtypes),
+        base=_needs_base(coded, form),
+        own=tuple(
+            (tuple(places), _own_arrays(coded.form_of_bits(group.shape, own), group.dtypes[places[0]]))
+            for (_, own), places in classes.items()
+        ),
+    )
+
+
+def _centre_arrays(coded: Coded, form: Form, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[Array, ...]:
+    """What the tasks share, the base apart."""
+    if form.centre is not None and coded.centre != "none":
+        return _arrays(form.centre.parts(form.matrix, promote(dtypes)))
+    return () if coded.centre in ("base", "none") else (Array(role="unified", dtype=promote(dtypes), shape=shape),)
+
+
+def _needs_base(coded: Coded, form: Form) -> bool:
+    return coded.centre == "base" and form.centre is None
+
+
+def _own_arrays(form: Form, dtype: str) -> tuple[Array, ...]:
+    """What a task has for itself; none where it is the centre."""
+    return _arrays(form.residual.parts(form.matrix, dtype)) if form.residual is not None else ()
+
+
+def _arrays(parts: tuple[Part, ...]) -> tuple[Array, ...]:
+    return tuple(Array(role=part.role, dtype=part.dtype, shape=part.shape) for part in parts)
 
 
 @functools.lru_cache(maxsize=64)
@@ -163,3 +211,6 @@ class Dense:
     def values(self) -> np.ndarray:
         """float32; may be the stored memory."""
         return to_float32(self.bits, self.dtype)
+
+
+CODED = GroupForm(word="residual", product="residuals", layout=_layout, decoder=coded_tensor)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
+from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +38,13 @@ def cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
     if wanted == "F64" and dtype != "BF16":
         return bits.astype(np.float64)
     return from_float32(to_float32(bits, dtype), wanted)
+
+
+def _merged_layout(group: GroupTensor) -> Layout | None:
+    dense = Array(role="dense", dtype=promote(group.dtypes), shape=group.shape)
+    found = Layout(centre=(dense,), base=False, own=tuple(((place,), ()) for place in range(len(group.dtypes))))
+    return None if group.copies_bytes <= found.num_bytes else found
+
+
+COPY = GroupForm(word="copy", product="copies", layout=lambda _group: None, decoder=None)
+MERGED = GroupForm(word="merged", product="model", layout=_merged_layout, decoder=None)

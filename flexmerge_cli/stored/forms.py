@@ -1,22 +1,33 @@
-"""The table of stored forms: the manifest's word for a group's form -> what reads it."""
-
-from collections.abc import Callable, Mapping
+"""The table of forms in which the tasks of a group are stored."""
 
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.stored.coded import coded_tensor
+from flexmerge_cli.methods.method import Call
+from flexmerge_cli.stored.coded import CODED
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
-from flexmerge_cli.stored.masked import MaskedTensor
+from flexmerge_cli.stored.dense import COPY, MERGED
+from flexmerge_cli.stored.form import GroupForm
+from flexmerge_cli.stored.masked import MASKED
 
-READERS: Mapping[str, Callable[[Described, RouteParts], Stored]] = {
-    "masked": lambda described, _parts: MaskedTensor(described),
-    "residual": coded_tensor,
-}
-"""The other forms are dense: a part on the task's route has the tensor's plain name."""
+FORMS = {form.word: form for form in (COPY, MERGED, MASKED, CODED)}
+"""The manifest's word for a group's form -> the form."""
 
 
-def stored_as(kind: str, described: Described, parts: RouteParts) -> Stored:
+def form_of(call: Call) -> GroupForm:
+    """How a group is stored under a method."""
+    return FORMS[call.method.form]
+
+
+def known_form(word: str) -> str:
+    """Raises ValueError if there is no such form."""
+    if word not in FORMS:
+        raise ValueError(f"no form `{word}`; one of {', '.join(FORMS)}")
+    return word
+
+
+def stored_as(word: str, described: Described, parts: RouteParts) -> Stored:
     """How a tensor without a dense part is decoded. Raises DataError if the manifest does not say so soundly."""
-    if kind not in READERS:
+    decoder = FORMS[word].decoder
+    if decoder is None:
         name, task = described.tensor, described.task
         raise DataError(f"{parts.path}: `{name}` is in no file of `{task}`", hint="fetch the bundle again")
-    return READERS[kind](described, parts)
+    return decoder(described, parts)

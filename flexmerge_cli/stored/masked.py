@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
+from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,21 @@ class MaskedTensor:
         name, task = self.of.tensor, self.of.task
         gamma = parts.get(f"{self.of.unit}@gamma.{task}")
         return parts[f"{name}@base"], parts[f"{name}@unified"], parts[f"{name}@mask.{task}"], gamma
+
+
+def _layout(group: GroupTensor) -> Layout | None:
+    mask = Array(role="mask", dtype="U8", shape=(masks.packed_bytes(math.prod(group.shape)),))
+    unified = Array(role="unified", dtype=promote(group.dtypes), shape=group.shape)
+    own = tuple(((place,), (mask,)) for place in range(len(group.dtypes)))
+    found = Layout(centre=(unified,), base=True, own=own)
+    base_bytes = math.prod(group.shape) * ITEM_BYTES[group.base_dtype]
+    return None if group.copies_bytes <= found.num_bytes + base_bytes else found
+
+
+def _factors(call: Call) -> tuple[Array, ...]:
+    return () if call.gain is None else (Array(role="gamma", dtype="F32", shape=(1,)),)
+
+
+MASKED = GroupForm(
+    word="masked", product="masks", layout=_layout, decoder=lambda of, _parts: MaskedTensor(of), of_unit=_factors
+)

@@ -14,8 +14,8 @@ from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.allocation.ways import served_bytes
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.methods.layout import Array
 from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.stored.form import Array
 
 from ..families import ODD
 from ..program import succeeds

@@ -175,4 +175,4 @@ def test_masked_pairs_are_copies(method, pricer):
         bill = pricer.bill(cutter(pricer, method).prefix(number))
         for storage in bill.storages.values():
             for group in storage.groups:
-                assert group.kind == "copy" or len(group.tasks) > 2
+                assert group.method is None or len(group.tasks) > 2

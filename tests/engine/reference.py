@@ -61,7 +61,7 @@ def _group(
     stored = [
         name
         for name in unit.tensors
-        if any(found.tasks == group.tasks and found.kind != "copy" for found in bill.storages[name].groups)
+        if any(found.tasks == group.tasks and found.method is not None for found in bill.storages[name].groups)
     ]
     if group.method is None or not stored:
         return []
@@ -101,7 +101,7 @@ def _group(
         if coded is not None:
             kept = kept_base.float().flatten()
             found = _residuals(models, family, experts, coded, name, names, dtypes[name], value, kept)
-        elif call.method.masked:
+        elif call.method.form == "masked":
             taken = [merged[name].tasks[task].flatten() for task in names]
             kept = kept_base.float().flatten()
             found = [torch.where(delta == 0, kept, kept + delta) for delta in taken]

@@ -11,7 +11,7 @@ from flexmerge_cli.allocation.files import weight_files
 from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import MachineError
-from flexmerge_cli.methods.layout import Array
+from flexmerge_cli.stored.form import Array
 
 
 def part(name, num_bytes):

@@ -71,7 +71,7 @@ def merge(
     merged = {}
     for block in family.blocks if blocks is None else blocks:
         unstepped = {name: family.deltas[name][rows] for name in sorted(family.blocks[block])}
-        if bypass and (len(group) == 1 or (call.method.masked and len(group) == 2)):
+        if bypass and (len(group) == 1 or (call.method.form == "masked" and len(group) == 2)):
             merged |= {name: _copies(deltas, group) for name, deltas in unstepped.items()}
             continue
         deltas = {name: run.deltas[name][rows] for name in unstepped}
@@ -177,7 +177,7 @@ class _Run:
             for start, end in ranges(shape, scope, self.chunk):
                 part, raw = (_shaped(x, scope, start, end) for x in (rows, unstepped[name]))
                 parts.append((start, end, call(part, self.where(group, name, start), stats, raw)))
-            if call.method.masked:
+            if call.method.form == "masked":
                 results[name] = parts
             else:
                 results[name] = torch.cat([part.flatten() for _, _, part in parts]).view(shape)
@@ -198,7 +198,7 @@ def _shaped(deltas: Tensor, scope: str, start: int, end: int) -> Tensor:
 def _per_task(
     call: Call, results: Any, deltas: Any, unstepped: Any, group: Any, stored: Callable[[str], torch.dtype]
 ) -> dict[str, Merged]:
-    if not call.method.masked:
+    if call.method.form != "masked":
         rounded = {name: result.to(torch.float32) + 0.0 for name, result in results.items()}
         return {name: Merged(unified=u, tasks=dict.fromkeys(group, u)) for name, u in rounded.items()}
     unified, masks = {}, {}

@@ -42,7 +42,7 @@ def test_sums_and_masks_of_sums_are_warned_of(text, num_tasks, warns):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in all_methods() if is_merging(name) and not all_methods()[name].masked]
+    "name", [name for name in all_methods() if is_merging(name) and all_methods()[name].form != "masked"]
 )
 def test_a_method_without_a_warning_does_not_multiply_near_duplicates_of_a_vector(name):
     """Four all but equal tasks: at most the tolerated factor, which of spectral methods matrices alone exceed."""

@@ -180,7 +180,7 @@ def test_one_element_merges_as_measured(name):
     call, steps = first_case(name)
     merged = merge(family_of({"w.weight": [[0.01], [0.02], [0.04]]}), call, steps=steps, bypass=False)["w.weight"]
     found = f"{merged.unified.item():.4g}"
-    if call.method.masked:
+    if call.method.form == "masked":
         found += " / " + ", ".join(f"{value.item():.4g}" for value in merged.tasks.values())
     assert found == FIRST_TABLE[name].single
 

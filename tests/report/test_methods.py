@@ -6,10 +6,11 @@ import re
 import pytest
 
 from flexmerge_cli.methods.aliases import ALIASES
-from flexmerge_cli.methods.layout import layout
 from flexmerge_cli.methods.registry import all_calibrations, all_methods, all_steps, parse_call
 from flexmerge_cli.report import text
 from flexmerge_cli.report.stored import stored
+from flexmerge_cli.stored.form import GroupTensor
+from flexmerge_cli.stored.forms import form_of
 
 from ..program import fails, succeeds
 
@@ -28,10 +29,11 @@ SIGNS = {"⌈": "ceil(", "⌉": ")", "⌊": "floor(", "⌋": ")", "·": "*", "�
 @pytest.mark.parametrize("num_tasks", [4, 9])
 def test_the_formula_is_what_a_group_stores(call, dtype, item_bytes, num_tasks):
     shape = (96, 161)
-    found = layout(parse_call(call), shape=shape, dtypes=(dtype,) * num_tasks, base_dtype=dtype)
+    parsed, same = parse_call(call), tuple(range(num_tasks))
+    group = GroupTensor(call=parsed, shape=shape, dtypes=(dtype,) * num_tasks, base_dtype=dtype, same=same)
+    found = form_of(parsed).layout(group)
     assert found is not None
-    arrays = [*found.centre, *(array for each in found.each for array in each)]
-    counted = sum(array.num_bytes for array in arrays) + found.base * math.prod(shape) * item_bytes
+    counted = found.num_bytes + found.base * math.prod(shape) * item_bytes
     told = evaluate(stored(parse_call(call)).num_bytes, k=num_tasks, m=shape[0], c=shape[1], s=item_bytes)
     assert told == pytest.approx(counted, rel=0.02 if "≈" in stored(parse_call(call)).num_bytes else 0)
 

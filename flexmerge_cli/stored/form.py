@@ -1,0 +1,83 @@
+"""What a stored form answers about one tensor of one group, from shapes and dtypes alone: its arrays and bytes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.methods.method import Call
+from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
+
+Bits = int | Literal["exact"]
+"""What a task stores for itself: 0 is nothing, exact a dense copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Array:
+    """One stored array. Role: `dense` (the tensor's plain name), or a role of the bundle format."""
+
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTensor:
+    """All that the layout of one tensor of one group depends on."""
+
+    call: Call
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    """The dtype that each task of the group gets."""
+    base_dtype: str
+    same: tuple[int, ...]
+    """Per task a number, equal where their tensors have the same bits."""
+    bits: tuple[Bits, ...] | None = None
+    """Per task, where each has its own."""
+
+    @property
+    def copies_bytes(self) -> int:
+        """Bytes of a copy for every task."""
+        return math.prod(self.shape) * sum(ITEM_BYTES[dtype] for dtype in self.dtypes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The arrays of one tensor of one group."""
+
+    centre: tuple[Array, ...]
+    """Read by every task of the group that is not stored exactly."""
+    base: bool
+    """Whether decoding needs the base's tensor too."""
+    own: tuple[tuple[tuple[int, ...], tuple[Array, ...]], ...]
+    """Places of tasks in the group, and the arrays that these alone read; a task in none of them is an exact copy."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Without the base, which all groups of a tensor share."""
+        return sum(array.num_bytes for arrays in (self.centre, *(own for _, own in self.own)) for array in arrays)
+
+
+def no_arrays(_call: Call) -> tuple[Array, ...]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupForm:
+    """A way to store what a group shares and what each of its tasks has for itself."""
+
+    word: str
+    """In the manifest, and as methods declare it."""
+    product: str
+    """What a method of this form gives, in one word."""
+    layout: Callable[[GroupTensor], Layout | None]
+    """None where copies are exact and no larger."""
+    decoder: Callable[[Described, RouteParts], Stored] | None
+    """None where every task reads a dense part. Raises DataError if the manifest does not describe this form."""
+    of_unit: Callable[[Call], tuple[Array, ...]] = no_arrays
+    """Arrays that each task of a group has once for all tensors of a unit."""
