@@ -14,8 +14,8 @@ from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.merging import merge as _merge
-from flexmerge_cli.plan import load_plan as load_plan
-from flexmerge_cli.plan import make_plan as _make_plan
+from flexmerge_cli.planning.make import load_plan as load_plan
+from flexmerge_cli.planning.make import make_plan as _make_plan
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.plan import OrderSettings as OrderSettings
 from flexmerge_cli.request.plan import PlanRequest
@@ -182,8 +182,8 @@ def evaluate(
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
+    from flexmerge_cli.evaluation.running import ScoreRequest, scores
     from flexmerge_cli.evaluation.spec import read_spec
-    from flexmerge_cli.scores import ScoreRequest, scores
 
     located = locate(str(bundle))
     request = ScoreRequest(
@@ -226,7 +226,7 @@ def draw_curve(
     chosen on the data of tune_spec. options: steps, calibrate, method_for and dtype, as in `merge`.
     Raises UsageError, SourceError, DataError, GateError where choose has tasks that the spec forgets.
     """
-    from flexmerge_cli.curve_document import curve_document
+    from flexmerge_cli.evaluation.curve_document import curve_document
     from flexmerge_cli.evaluation.gate import parse_gate
 
     return curve_document(

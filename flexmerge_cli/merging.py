@@ -10,7 +10,7 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.writing import check_apart
 

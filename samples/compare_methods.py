@@ -28,7 +28,7 @@ from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
-from flexmerge_cli.plan import replan
+from flexmerge_cli.planning.make import replan
 from flexmerge_cli.request.plan import OrderSettings
 
 SIZES = ("1x", "1.5x", "2x", "3x", "4x")

@@ -13,7 +13,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.evaluation.models import base_model
 from flexmerge_cli.evaluation.planned import planned_models
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 
 from .families import LAYOUTS, Models, assert_same_state, encoder, normal, same_bits, tuned, write_checkpoint
 from .program import ROOT, fails, flexmerge, succeeds

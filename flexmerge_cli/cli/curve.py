@@ -81,8 +81,8 @@ def curve(
     from flexmerge_cli.cli.eval_outputs import check_outputs, write_outputs
     from flexmerge_cli.cli.gating import finish
     from flexmerge_cli.cli.options import access_of, progress, relocations
-    from flexmerge_cli.curve_document import curve_document
     from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.evaluation.curve_document import curve_document
     from flexmerge_cli.evaluation.gate import parse_gate
     from flexmerge_cli.report.curve import show_curve
 

@@ -17,13 +17,13 @@ from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
+from flexmerge_cli.evaluation.running import BundleGate, references_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.merging import OnProgress, merge
-from flexmerge_cli.plan import load_plan, make_plan
+from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
 from flexmerge_cli.request.recipe import Recipe, read_recipe
-from flexmerge_cli.scores import BundleGate, references_of
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import check_apart
 

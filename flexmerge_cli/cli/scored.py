@@ -12,7 +12,7 @@ from flexmerge_cli.cli.scoring_progress import scoring_progress
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import read_spec
-from flexmerge_cli.plan import load_plan
+from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.writing import check_apart, check_file, write_file
 
 
@@ -38,7 +38,7 @@ class ScoreOptions:
 
 def score_bundle(options: ScoreOptions) -> dict[str, Any]:
     """The document; what was asked for as files is written. All that can be refused is, before a weight is read."""
-    from flexmerge_cli.scores import ScoreRequest, scores
+    from flexmerge_cli.evaluation.running import ScoreRequest, scores
 
     check_outputs(options.outputs, (options.bundle, options.plan, options.spec), force=options.force)
     access = access_of(offline=options.offline, quiet=options.quiet)

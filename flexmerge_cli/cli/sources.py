@@ -13,7 +13,7 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
 from flexmerge_cli.order.order import Strategy
-from flexmerge_cli.plan import load_plan, make_plan, replan
+from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.text import expanded
@@ -56,7 +56,7 @@ class Given:
             assert self.plan is not None
             plan = replan(self.plan, self.order, without_statistics=self.statistics == "gram")
             if self.statistics == "all":
-                from flexmerge_cli.measuring import add_statistics
+                from flexmerge_cli.planning.measuring import add_statistics
 
                 plan = add_statistics(plan, self.folder, access=self.access, **run)
         save_plan(plan, save_to)

@@ -13,7 +13,7 @@ from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.order.similarity import similarity
-from flexmerge_cli.plan import load_plan
+from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.report.inspect_curve import Curve, curve_of
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.plan import classes, low_rank_rows, task_rows

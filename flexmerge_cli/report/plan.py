@@ -211,7 +211,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.family.vocabulary import split_vocabularies
-    from flexmerge_cli.plan import open_family, provisional_plan, survey_items, to_fetch
+    from flexmerge_cli.planning.make import open_family, provisional_plan, survey_items, to_fetch
 
     if sources is None:
         raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")

@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.clusters import spherical_kmeans, unit_gram
 from flexmerge_cli.order.linkage import Linkage
-from flexmerge_cli.plan import replan
+from flexmerge_cli.planning.make import replan
 from flexmerge_cli.random import Stream, key64
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.plan import OrderSettings

@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.plan_file import MAX_PLAN_BYTES, Plan, is_plan, re
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import TASK_NAME
-from flexmerge_cli.plan import replan
+from flexmerge_cli.planning.make import replan
 from flexmerge_cli.request.plan import OrderSettings
 
 from ..families import ODD, write_family

@@ -224,7 +224,7 @@ def test_a_place_is_refused_before_anything_is_read(plan, tmp_path, monkeypatch)
     def never(*_arguments):
         raise AssertionError("a source was opened")
 
-    monkeypatch.setattr("flexmerge_cli.reopening.open_checkpoint", never)
+    monkeypatch.setattr("flexmerge_cli.planning.sources.open_checkpoint", never)
     (tmp_path / "b").mkdir()
     fails(2, "merge", plan, "-o", tmp_path / "b")
 

@@ -15,7 +15,7 @@ from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.methods.registry import all_methods, format_call
 from flexmerge_cli.methods.use import parse_use
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 
 from ..families import Folders, Models, State, encoder, normal, tuned, write_family
 from ..methods.variants import FASTER, arguments

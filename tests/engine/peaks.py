@@ -143,7 +143,7 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
     from flexmerge_cli.family.vocabulary import split_vocabularies
     from flexmerge_cli.order.similarity import Similarity
-    from flexmerge_cli.plan import OrderSettings, PlanRequest, make_plan, open_family, survey_items
+    from flexmerge_cli.planning.make import OrderSettings, PlanRequest, make_plan, open_family, survey_items
 
     root, threads = plan_file.parent, case.get("threads", 1)
     tasks = {f"task{number}": str(root / f"tasks/task{number}") for number in range(case["tasks"])}

@@ -13,7 +13,7 @@ from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.merging import merge
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
 
 from ..families import Models, encoder, normal, plain, tuned, write_family

@@ -11,10 +11,10 @@ from flexmerge_cli import merge
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.curve import Drawing, cuts_of, draw
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.curve import Cut
 from flexmerge_cli.evaluation.curve_record import curve_record
+from flexmerge_cli.evaluation.drawing import Drawing, cuts_of, draw
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.tidy import curve_csv
 from flexmerge_cli.request.curve import CurveRequest, curve_methods

@@ -12,7 +12,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.errors import DataError, GateError
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
 
 from ..engine.merges import EDGES, FAMILIES, billed, groups_of, plan_of, planned, write

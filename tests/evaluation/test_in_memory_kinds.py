@@ -13,7 +13,7 @@ from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.planned import planned_models
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
 
 from .. import adapters

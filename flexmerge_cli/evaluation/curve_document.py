@@ -1,6 +1,6 @@
 """`curve`: what is asked, in words, in; the document of a curve out, with what --tune and --choose found.
 
-Everything that can be refused is refused before a weight is read. How points are scored: curve.py.
+Everything that can be refused is refused before a weight is read. How points are scored: drawing.py.
 """
 
 from collections.abc import Mapping
@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.curve import draw
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.choose import Choice, choose, halves
 from flexmerge_cli.evaluation.curve import Curve, OnScore, Point
 from flexmerge_cli.evaluation.curve_record import curve_record
+from flexmerge_cli.evaluation.drawing import draw
 from flexmerge_cli.evaluation.gate import Gate, require_scored
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.evaluation.tune import require_other_data
-from flexmerge_cli.plan import load_plan
+from flexmerge_cli.evaluation.tuning import tuned
+from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.request.curve import CurveRequest, curve_methods, parse_tune
 from flexmerge_cli.request.size import parse_sizes
-from flexmerge_cli.tuning import tuned
 
 DEFAULT_METHODS = "task_arithmetic"
 

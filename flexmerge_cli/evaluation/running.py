@@ -1,6 +1,6 @@
 """`eval BUNDLE` and `eval --sources`: which models are scored, and beside which; in this process or in several.
 
-One model is in memory at a time, in each process. Curves of a plan: curve.py.
+One model is in memory at a time, in each process. Curves of a plan: drawing.py.
 """
 
 import multiprocessing
@@ -24,8 +24,8 @@ from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer, library_versions
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.plan import load_plan
-from flexmerge_cli.reopening import OpenSources, open_sources
+from flexmerge_cli.planning.make import load_plan
+from flexmerge_cli.planning.sources import OpenSources, open_sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

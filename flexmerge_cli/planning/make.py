@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmerge_cli import keeping
 from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
@@ -19,7 +18,8 @@ from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.plan_fields import (
+from flexmerge_cli.planning import kept_adapters
+from flexmerge_cli.planning.fields import (
     low_rank_records,
     order_fields,
     plan_of,
@@ -101,14 +101,14 @@ def make_plan(
     where = choose_device(device)
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
-    keeping.check_on_disk(family.kept)
+    kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = split_vocabularies(settle_ties(family))
     threads = threads or default_threads()
     if pools_lora(family, request):  # how factors code says nothing of their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
-    of_base, of_adapters = keeping.base_items(family), keeping.change_items(family)
+    of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
     every = [*items, *of_base, *of_adapters]
     total = sum(t.num_bytes for item in every for _, t in item.tasks) + sum(i.base.num_bytes for i in every if i.base)
     done = 0
@@ -134,9 +134,9 @@ def make_plan(
         for record in tensors:
             record["base_digest"] = digests.get(record["name"])
     if pools_lora(family, request):
-        keeping.products_in_grams(family, tensors)
+        kept_adapters.products_in_grams(family, tensors)
     low_rank = low_rank_records(family, tensors)
-    made = keeping.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
+    made = kept_adapters.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
     return plan_of(family, tensors, request, save_to, made, low_rank)
 
 

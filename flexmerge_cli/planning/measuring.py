@@ -8,7 +8,7 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.version import GENERATOR
 
 

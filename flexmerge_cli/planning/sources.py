@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexmerge_cli import keeping
 from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -18,6 +17,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.text import expanded
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def open_sources(
                 raise DataError(f"{checkpoint.path / name} has changed since the plan", hint="make the plan again")
             side_files[f"tasks/{record.name}/{name}"] = path
     if base is not None and kept:
-        side_files |= keeping.located(plan, kept)
-        there = keeping.base_side_files(base)
+        side_files |= kept_adapters.located(plan, kept)
+        there = kept_adapters.base_side_files(base)
         for name, side in plan.base.files.items():
             if name not in there or there[name].stat().st_size != side.bytes:
                 raise DataError(f"{base.path / name} has changed since the plan", hint="make the plan again")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.curve import draw
 from flexmerge_cli.evaluation.curve import OnScore, Point
+from flexmerge_cli.evaluation.drawing import draw
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec

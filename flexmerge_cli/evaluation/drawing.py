@@ -21,7 +21,7 @@ from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Poi
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.reopening import open_sources
+from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest
 from flexmerge_cli.request.merge import MergeRequest, merge_request
 from flexmerge_cli.request.size import Size

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli import keeping
 from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.allocation.plan_records import PlanTensor
@@ -26,6 +25,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import comparison_unit
+from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.text import is_text
 from flexmerge_cli.version import GENERATOR
@@ -166,7 +166,7 @@ def plan_of(
     tensors = {record["name"]: PlanTensor.model_validate(record) for record in mergeable}
     folder = (save_to.absolute().parent if save_to else Path.cwd()).resolve()
     base_fingerprint = _fingerprint(family.base, [(r["name"], r["base_digest"]) for r in records])
-    of_base = keeping.base_side_files(family.base) if family.kept else {}
+    of_base = kept_adapters.base_side_files(family.base) if family.kept else {}
     fields: dict[str, Any] = {
         "format": FORMAT,
         "generator": GENERATOR,
@@ -192,7 +192,7 @@ def plan_of(
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],
-        "adapters": keeping.adapter_records(
+        "adapters": kept_adapters.adapter_records(
             family, made or {}, base_fingerprint, [_relative(kept.model, folder) for kept in family.kept]
         ),
         "tensors": records[: len(family.tensors)],
