@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.verify import Verification, require_sound
@@ -13,6 +12,7 @@ from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.planning.make import load_plan as load_plan
 from flexmerge_cli.planning.make import make_plan as _make_plan

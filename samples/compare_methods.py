@@ -19,12 +19,12 @@ import torch
 from family import arguments, plan_of
 
 from flexmerge_cli import load_plan, merge
-from flexmerge_cli.allocation.plan_file import save_plan
 from flexmerge_cli.allocation.ways import COMMON
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.spec import read_spec
+from flexmerge_cli.formats.plan_file import save_plan
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flexmerge_cli import make_plan
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.formats.plan_file import Plan
 
 
 def arguments(doc: str | None, *, picture: bool = True) -> argparse.Namespace:

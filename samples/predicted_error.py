@@ -16,8 +16,8 @@ import torch
 from family import arguments, plan_of
 from safetensors.torch import load_file
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
 from flexmerge_cli.residuals.low_bit import LowBit, residual_code, weight_code

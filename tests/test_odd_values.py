@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flexmerge_cli.allocation.plan_file import read_plan
 from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.formats.plan_file import read_plan
 from flexmerge_cli.json_file import parse_json
 
 from .families import plain, write_family

@@ -9,8 +9,8 @@ from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.clusters import cluster_channels
 from flexmerge_cli.allocation.cut import Cutter
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods

@@ -7,7 +7,7 @@ order makes one, so do clustering, a pattern in the recipe, or a search.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.stored.form import Bits
 

@@ -17,11 +17,11 @@ from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import Choice
 from flexmerge_cli.allocation.bill import Bill, Pricer
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanBlock, PlanTensor
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanBlock, PlanTensor
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Kind, Limits
 from flexmerge_cli.request.size import Target

@@ -9,7 +9,6 @@ from typing import Any
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, copies
 from flexmerge_cli.allocation.files import WeightFile, weight_files
-from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import (
     Measured,
     SmallFile,
@@ -21,8 +20,6 @@ from flexmerge_cli.allocation.manifest_bytes import (
     tensor_entry,
     unit_entry,
 )
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.recorded import Request, recorded
 from flexmerge_cli.allocation.storage import (
     GroupPrice,
     Part,
@@ -37,6 +34,9 @@ from flexmerge_cli.allocation.storage import (
     unit_parts,
 )
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import BASE_FOLDER
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.recorded import Request, recorded
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.request.merge import MergeRequest

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_records import PlanTensor
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.similarity import BlockMeasure
 
 

@@ -3,8 +3,8 @@
 import fnmatch
 from collections.abc import Sequence
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.request.merge import BlockMethod
 

@@ -12,8 +12,8 @@ takes the mean of the unnormalised rows, so that large task vectors decide; it b
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Unit
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparable, cosine, similarity
 from flexmerge_cli.random import Stream, key64

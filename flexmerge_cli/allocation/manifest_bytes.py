@@ -1,6 +1,6 @@
 """An allocation and what a run measured in, the bytes of its manifest.json out; without a run they are as long. Pure.
 
-What the keys mean, and what readers check, says manifest.py.
+What the keys mean, and what readers check, says formats/manifest.py.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from typing import Any
 
 from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
-from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
-from flexmerge_cli.allocation.recorded import Request
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
+from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.version import GENERATOR
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout

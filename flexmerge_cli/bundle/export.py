@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
-from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.bundle.exported import exported_files
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import Ours, check_target, publish
@@ -17,6 +16,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.errors import IntegrityError, UsageError
+from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
 from flexmerge_cli.writing import NOT_SUPPORTED, check_apart, no_space
 

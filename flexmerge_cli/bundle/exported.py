@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from flexmerge_cli.allocation.manifest import BASE_FOLDER, Manifest
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
 
 STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "open_clip_model")
 # Not any name: a bundle's own weights bear the mark, too.

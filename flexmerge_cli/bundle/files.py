@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.manifest import FileEntry
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError
+from flexmerge_cli.formats.manifest import FileEntry
 
 CHUNK_BYTES = 1 << 20
 MAX_THREADS = 8  # more than disks gain by

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -16,6 +15,7 @@ from flexmerge_cli.checkpoint.hub import list_names, open_tree
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import IntegrityError, SourceError, UsageError
+from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.text import expanded
 
 OnProgress = Callable[[str, int, int], None]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from flexmerge_cli.allocation.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, SourceError
+from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.record import Unsound, told
 from flexmerge_cli.regular_file import open_file, read_file

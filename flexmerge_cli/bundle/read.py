@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.manifest import BASE_FOLDER, Manifest
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.files import BundleFiles, raise_together
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, standing
 from flexmerge_cli.bundle.routes import Routes
@@ -21,6 +19,8 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
+from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.stored.decoding import ALL
 from flexmerge_cli.stored.joined import join

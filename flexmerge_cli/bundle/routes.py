@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flexmerge_cli.allocation.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
 from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
 from flexmerge_cli.stored.adapted import AdaptedTensor
 from flexmerge_cli.stored.coded import CodedTensor
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored

@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.manifest import BASE_FOLDER
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.allocation.plan_records import PlanAdapter
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
 from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
@@ -18,6 +16,8 @@ from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError
+from flexmerge_cli.formats.manifest import BASE_FOLDER
+from flexmerge_cli.formats.plan_records import PlanAdapter
 from flexmerge_cli.writing import no_space
 
 COPY_BYTES = 4 << 20

@@ -52,7 +52,7 @@ def _curve_words(curve: Any, args: list[str]) -> list[str] | None:
         if not hasattr(error, "format_message"):  # the parser's own have it
             raise
         return None
-    from flexmerge_cli.allocation.plan_file import is_plan
+    from flexmerge_cli.formats.plan_file import is_plan
 
     return words if has_plan or is_plan(plan) else None
 

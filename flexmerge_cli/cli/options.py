@@ -201,7 +201,7 @@ def relocations(items: list[str] | None) -> dict[str, str]:
 
 def check_plan_place(path: Path, *, force: bool) -> None:
     """Before any work: a plan can be written there, and replaces nothing but a plan."""
-    from flexmerge_cli.allocation.plan_file import is_plan
+    from flexmerge_cli.formats.plan_file import is_plan
     from flexmerge_cli.writing import check_file
 
     check_file(path, force=force, replaceable=is_plan, what="a plan of flexmerge")

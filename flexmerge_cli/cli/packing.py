@@ -8,7 +8,6 @@ from typing import Any
 from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers
 from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
@@ -19,6 +18,7 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.running import BundleGate, references_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import OnProgress, merge
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from flexmerge_cli.allocation.plan_file import Plan, save_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import checkpoints_in
 from flexmerge_cli.checkpoint.place import HubPlace, is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import find_tasks
+from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word

@@ -10,7 +10,6 @@ from typing import Any
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.bill import Bill
-from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, visit_scope
@@ -29,6 +28,7 @@ from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
 from flexmerge_cli.engine.work import Chain, Sources, runs_in_tiles
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.method import Scope, Statistic
 from flexmerge_cli.methods.pooled import pooled_workspace
 from flexmerge_cli.methods.step import StepCall

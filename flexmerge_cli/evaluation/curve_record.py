@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.evaluation.curve import Curve, Point
 from flexmerge_cli.evaluation.evaluate import FORMAT, means, one_metric, task_record
 from flexmerge_cli.evaluation.gate import Gate, Outcome, judge
@@ -33,6 +32,7 @@ from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.formats.plan_file import Plan
 
 Interval = tuple[float, float]
 NORMALISED = "normalised"

@@ -13,7 +13,6 @@ from pathlib import Path
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import Allocation
 from flexmerge_cli.allocation.bill import Bill, Pricer
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
@@ -21,6 +20,7 @@ from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Poi
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest
 from flexmerge_cli.request.merge import MergeRequest, merge_request

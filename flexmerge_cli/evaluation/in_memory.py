@@ -16,7 +16,6 @@ import torch
 from flexmerge_cli.allocation.allocation import Tasks, Unit
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.files import WeightFile
-from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Part, Storage
 from flexmerge_cli.bundle.read import Bundle
@@ -28,6 +27,7 @@ from flexmerge_cli.engine.work import BASE
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import lies_as_it_is
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import Manifest
 
 Key = Hashable
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +19,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.joined import join
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.work import BASE, Sources
@@ -16,6 +15,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import StoredWeights
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 
 
 def planned_models(

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
@@ -24,6 +23,7 @@ from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer, library_versions
 from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.planning.sources import OpenSources, open_sources
 
@@ -230,7 +230,7 @@ class BundleGate:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the manifest tells of it (manifest.py)."""
+        """What the manifest tells of it (formats/manifest.py)."""
         limits = {"max_drop": self.gate.max_drop, "max_mean_drop": self.gate.max_mean_drop}
         return {
             **{name: limit.text for name, limit in limits.items() if limit is not None},

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.evaluation.curve import OnScore, Point
 from flexmerge_cli.evaluation.drawing import draw
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest, Tune
 from flexmerge_cli.request.merge import Cut
 

@@ -18,7 +18,7 @@ from flexmerge_cli.family.align import Alignment, align, aligned_names
 from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_resized, is_resnet, why_private
 
-# What bundles call the parts of a tensor (allocation/manifest.py): no tensor of a checkpoint may have such a name.
+# What bundles call the parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

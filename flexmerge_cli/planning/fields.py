@@ -13,8 +13,6 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli.allocation.block_measure import block_measure
-from flexmerge_cli.allocation.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.place import is_remote
@@ -23,6 +21,8 @@ from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
+from flexmerge_cli.formats.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import comparison_unit
 from flexmerge_cli.planning import kept_adapters

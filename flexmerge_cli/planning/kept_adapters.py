@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
@@ -21,6 +19,8 @@ from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family
+from flexmerge_cli.formats.adapter_changes import ChangeRecord
+from flexmerge_cli.formats.plan_file import Plan
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.survey import Measure, SurveyItem

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.remote import RemoteFile
@@ -17,6 +16,7 @@ from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor, make_family
 from flexmerge_cli.family.vocabulary import split_vocabularies
+from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.planning.fields import (

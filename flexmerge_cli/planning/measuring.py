@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flexmerge_cli.allocation.plan_file import Plan, sealed_plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_file import Plan, sealed_plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.version import GENERATOR
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexmerge_cli.allocation.manifest import BASE_FOLDER
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME, Adapter
@@ -17,6 +15,8 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import BASE_FOLDER
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.text import expanded
 

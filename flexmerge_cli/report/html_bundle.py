@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from flexmerge_cli.allocation.manifest import UnitEntry
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.formats.manifest import UnitEntry
 from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.inspect_bundle import (

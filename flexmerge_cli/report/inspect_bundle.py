@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmerge_cli.allocation.bill import INDEX_NAME
-from flexmerge_cli.allocation.manifest import GroupEntry, TensorEntry, UnitEntry
 from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import GroupEntry, TensorEntry, UnitEntry
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.text import line_columns, merges_words, printable, table
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from flexmerge_cli.allocation.allocation import Tasks, copies
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.distance import weighted_errors
 from flexmerge_cli.request.size import parse_size
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.block_measure import block_measure
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.order.similarity import similarity
 from flexmerge_cli.planning.make import load_plan

@@ -9,11 +9,11 @@ import numpy as np
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.plan_file import Plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
 from flexmerge_cli.allocation.ways import ways
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.text import human_bytes, merges_words, table
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings

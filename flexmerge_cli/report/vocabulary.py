@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.checkpoint.rows import num_rows, other_rows
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.report.text import table
 
 SHOWN_RUNS = 8

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from flexmerge_cli.allocation.kept import ChangeRecord
+from flexmerge_cli.formats.adapter_changes import ChangeRecord
 
 DIGEST = "0" * 32
 LEFT = {"offset": 8, "dtype": "F32", "shape": [6, 2]}

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli import load_plan, make_plan
-from flexmerge_cli.allocation.plan_file import MAX_PLAN_BYTES, Plan, is_plan, read_plan, save_plan
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import TASK_NAME
+from flexmerge_cli.formats.plan_file import MAX_PLAN_BYTES, Plan, is_plan, read_plan, save_plan
 from flexmerge_cli.planning.make import replan
 from flexmerge_cli.request.plan import OrderSettings
 

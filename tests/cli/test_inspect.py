@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flexmerge_cli.allocation.plan_file import save_plan
 from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.cli.app import run
+from flexmerge_cli.formats.plan_file import save_plan
 from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.report.plan import size_rows
 from tests.report.examples import GOLDEN, bundle_path, copy_of, plan_path

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from flexmerge_cli import load_plan
-from flexmerge_cli.allocation.plan_file import Plan
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+from flexmerge_cli.formats.plan_file import Plan
 
 from ..program import ROOT, succeeds
 

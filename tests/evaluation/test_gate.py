@@ -9,12 +9,12 @@ import torch
 import yaml
 
 import flexmerge_cli
-from flexmerge_cli.allocation.manifest import Manifest
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.evaluation import running as scores
 from flexmerge_cli.evaluation.gate import MEAN, Gate, Outcome, judge, parse_gate, parse_limit, require_pass
 from flexmerge_cli.evaluation.resampling import mean_drops, parts_kept
 from flexmerge_cli.evaluation.scored import Given, Scored
+from flexmerge_cli.formats.manifest import Manifest
 
 from ..program import fails, flexmerge, succeeds
 from .curves import DIGITS, TASKS, Digits, write_spec

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.block_measure import block_measure
-from flexmerge_cli.allocation.plan_file import NO_DIGEST, Plan, sealed_plan
-from flexmerge_cli.allocation.plan_records import PlanTensor
+from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, sealed_plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
 from flexmerge_cli.order.similarity import Similarity

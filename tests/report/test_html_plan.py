@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexmerge_cli.allocation.plan_file import Plan, save_plan
+from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.order.similarity import Similarity

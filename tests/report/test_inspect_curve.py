@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
-from flexmerge_cli.allocation.plan_file import Plan
+from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.distance import linear_errors
 from flexmerge_cli.order.order import groups_after

@@ -8,7 +8,7 @@ tensors     every tensor of every file. Per task: `digests`, `same` (first task 
             well they code in few bits, which `auto` needs
 rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
 vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
-adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see kept.py
+adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see adapter_changes.py
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
@@ -23,7 +23,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from flexmerge_cli.allocation.plan_records import (
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
+from flexmerge_cli.checkpoint.rows import are_runs, num_rows
+from flexmerge_cli.checkpoint.safetensors import is_shape
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.formats.plan_records import (
     PlanAdapter,
     PlanBase,
     PlanBlock,
@@ -34,12 +40,6 @@ from flexmerge_cli.allocation.plan_records import (
     PlanVocabulary,
     Settings,
 )
-from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
-from flexmerge_cli.checkpoint.rows import are_runs, num_rows
-from flexmerge_cli.checkpoint.safetensors import is_shape
-from flexmerge_cli.errors import UsageError
-from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.record import Count, Items, Record, Shape, Unsound, told

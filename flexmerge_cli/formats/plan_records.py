@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from flexmerge_cli.allocation.kept import ChangeRecord
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity

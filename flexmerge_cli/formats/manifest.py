@@ -13,7 +13,7 @@ vocabularies, rows   where not all models have the same rows of some tensors: th
           ascending. A task that is left out has the common rows alone, as they are. `base` says where these stand in
           the base. Neither key is there without such tensors
 A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
-bit by bit; `changes` says where in its weight file lies what it makes of a tensor (kept.py). What they leave is the
+bit by bit; `changes` says where in its weight file lies what it makes of a tensor (adapter_changes.py). What they leave is the
 base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the base's
 config and tokenizer, for the model that an adapter makes.
 request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
@@ -41,14 +41,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flexmerge_cli.allocation.kept import ChangeRecord
-from flexmerge_cli.allocation.plan_file import ROWS_SUFFIX
-from flexmerge_cli.allocation.recorded import Request
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.formats.adapter_changes import ChangeRecord
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
+from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.stored.forms import known_form
 
