@@ -8,7 +8,8 @@ tensors     every tensor of every file. Per task: `digests`, `same` (first task 
             well they code in few bits, which `auto` needs
 rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
 vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
-adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see adapter_changes.py
+adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see
+            adapter_changes.py
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
 Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
