@@ -14,8 +14,8 @@ vocabularies, rows   where not all models have the same rows of some tensors: th
           the base. Neither key is there without such tensors
 A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
 bit by bit; `changes` says where in its weight file lies what it makes of a tensor (adapter_changes.py). What they leave
-is the base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the base's
-config and tokenizer, for the model that an adapter makes.
+is the base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the
+base's config and tokenizer, for the model that an adapter makes.
 request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
           asks the same of the plan, here called plan.json, which gives the same id, or, where there is a `gate`, the
           same weights without it. Not there in bundles from before it was recorded
