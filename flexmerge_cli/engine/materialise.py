@@ -25,8 +25,9 @@ from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
-from flexmerge_cli.engine.spans import Span, cut, widest
-from flexmerge_cli.engine.work import BASE, Chain, Raw, Sources, Worker
+from flexmerge_cli.engine.spans import Span, cut
+from flexmerge_cli.engine.work import BASE, Raw, Sources, Worker
+from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope
@@ -65,24 +66,6 @@ def materialise(
         measured = run.write()
         measured.sha256 = output.finish()
         return measured
-
-
-def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
-    """What one visit must see of a tensor, for every group of it."""
-    tensor = storage.tensor
-    scopes: list[Scope] = []
-    for group in storage.groups:
-        if group.method is None:
-            continue
-        chain = chains[group.method]
-        scopes.append(chain.scope_of(tensor.name, tensor.shape))
-        if group.bits is not None:
-            scopes.append("row")
-        elif chain.coded is not None:
-            dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
-            form = chain.coded.form(tensor.shape, dtypes)
-            scopes.append("tensor" if chain.coded.expert or form.residual is None else form.residual.scope)
-    return widest(scopes)
 
 
 @dataclass(slots=True)
@@ -145,7 +128,7 @@ class _Run:
     def _visit(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
         if len(item) == 1 and self.scope(item[0][0]) != "block":
             storage, span = item[0]
-            return [self.encoder.piece(storage, self.worker.read(span, self.worker.models(storage), digests=True))]
+            return [encode(self.encoder, storage, self.worker.read(span, self.worker.models(storage), digests=True))]
         raws = {
             span.tensor: self.worker.read(span, self.worker.models(storage), place, digests=True)
             for place, (storage, span) in enumerate(item)
@@ -162,7 +145,7 @@ class _Run:
             if chain.call is not None and chain.call.scope == "block":
                 for name, value in self.worker.block_values(group, members).items():
                     values[name][tasks] = value
-        pieces = [self.encoder.piece(storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
+        pieces = [encode(self.encoder, storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
         if self.plan.pools_lora:
             self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
         self.worker.buffers.drop()  # a buffer for each tensor of the unit: the next unit has others

@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, visit_scope
+from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.engine.memory import (
     FIXED_BYTES,
     RECORD_BYTES,
@@ -27,13 +27,13 @@ from flexmerge_cli.engine.memory import (
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
 from flexmerge_cli.engine.work import Chain, Sources, runs_in_tiles
+from flexmerge_cli.engine.writers.table import visit_scope, writer_of
+from flexmerge_cli.engine.writers.writer import Work
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.method import Scope, Statistic
 from flexmerge_cli.methods.pooled import pooled_workspace
 from flexmerge_cli.methods.step import StepCall
-from flexmerge_cli.stored.dense import MERGED
-from flexmerge_cli.stored.masked import MASKED
 
 SMALLEST_CHUNK = 1 << 12
 
@@ -256,27 +256,24 @@ class _Run:
         """What computing one group of a range takes beside buffers and result."""
         tensor, n, k = storage.tensor, span.stop, len(group.tasks)
         items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.bill.allocation.dtype)] for t in group.tasks]
-        if group.method is None:
-            return 12 * n if self.bill.allocation.dtype is not None else 0
-        chain = self.chains[group.method]
-        t = self._tile(chain, span)
-        merging = self._merging(chain, tensor.name, tensor.shape, k, t)
-        merging += 16 * t + 4 * k * t + (8 * k * t if span.run > RUN_ELEMENTS else 0)
-        if group.form is MERGED:
-            return merging + sum(n * item for item in {*items})
-        if group.form is MASKED:
-            return merging + 17 * k * t + sum(n * item + n + n // 8 for item in items)
-        coded = chain.coded
-        assert coded is not None
-        forms = [coded.form_of_bits(tensor.shape, int(bits)) for bits in {*(group.bits or ())} if bits != "exact"]
-        forms += [coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))] if not forms else []
-        columns = forms[0].matrix[1]
-        part = (n // columns if columns else forms[0].matrix[0], columns)
-        coders = [coder for form in forms for coder in (form.residual, form.centre) if coder is not None]
-        coding = 40 * n + max((coder.workspace(part) for coder in coders), default=0)
-        if coded.expert is not None:
-            coding += 32 * n
-        return max(merging + 4 * n, coding)
+        chain, t, merging = None, n, 0
+        if group.method is not None:
+            chain = self.chains[group.method]
+            t = self._tile(chain, span)
+            merging = self._merging(chain, tensor.name, tensor.shape, k, t)
+            merging += 16 * t + 4 * k * t + (8 * k * t if span.run > RUN_ELEMENTS else 0)
+        return writer_of(group).workspace(
+            Work(
+                chain=chain,
+                storage=storage,
+                group=group,
+                n=n,
+                t=t,
+                items=items,
+                merging=merging,
+                is_cast=self.bill.allocation.dtype is not None,
+            )
+        )
 
     def _merging(self, chain: Chain, name: str, shape: tuple[int, ...], k: int, t: int) -> int:
         """Steps, call and calibration on so many elements."""

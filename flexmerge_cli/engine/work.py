@@ -129,10 +129,8 @@ class Worker:
         return (*leaders, BASE) if needs_base else tuple(leaders)
 
     def _needs_base(self, group: StoredGroup) -> bool:
-        if group.method is None or group.bits is None:
-            return group.method is not None
-        coded = self.chain(group).coded
-        return coded is not None and coded.centre != "none"
+        coded = self.chain(group).coded if group.bits else None
+        return group.method is not None and (coded is None or coded.centre != "none")
 
     def read(self, span: Span, models: Sequence[int], place: int = 0, *, digests: bool = False) -> Raw:
         """place: which of the thread's buffers, where several tensors are read at once. digests: take them, too."""

@@ -1,0 +1,191 @@
+"""Writes a centre as it is stored, and per task what is missing to it, coded."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
+from flexmerge_cli.checkpoint.digest import RangeDigest
+from flexmerge_cli.checkpoint.dtypes import promote
+from flexmerge_cli.engine.encode import Encoder, Piece, lost_squares
+from flexmerge_cli.engine.work import BASE, Chain, Raw, cast
+from flexmerge_cli.engine.writers.dense import write_copies
+from flexmerge_cli.engine.writers.writer import Work, Writer
+from flexmerge_cli.methods.coded import Form
+from flexmerge_cli.methods.method import Scope
+from flexmerge_cli.residuals.coder import Coder, Matrix
+
+
+def _write(
+    encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None
+) -> None:
+    if group.bits is None:
+        _write_alike(encoder, storage, group, raw, piece, whole)
+    else:
+        _write_by_bits(encoder, storage, group, raw, piece)
+
+
+def _write_alike(
+    encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None
+) -> None:
+    """A centre as it is stored, and per task what is missing to it, coded."""
+    worker, span = encoder.worker, raw.span
+    chain, dtypes = worker.chain(group), encoder.dtypes(storage, group)
+    coded = chain.coded
+    assert coded is not None
+    form = coded.form(storage.tensor.shape, tuple(dtypes))
+    assert form.residual is not None
+    rows = _rows(form.matrix, raw)
+    base = worker.on_device(raw.bits[BASE])
+    plain = _plain(encoder, group, raw, whole)
+    shared = {part.array.role: part for part in group.parts if part.task is None}
+    dtype = promote(dtypes)
+    if coded.centre == "none":
+        centre = torch.zeros_like(base)
+    else:
+        centre = _centre(encoder, form, plain, shared, dtype, group, raw, piece)
+    factors = None
+    deltas = torch.empty(0)
+    if coded.expert is not None:
+        factors = coded.expert.factors(chain.expert_stats(group.tasks, span.tensor))
+        deltas = worker.deltas(raw, group.tasks, 0, span.stop - span.start)
+    for row, task in enumerate(group.tasks):
+        own = worker.on_device(worker.own(raw, task))
+        residual = own if coded.centre == "none" else own - centre
+        if coded.expert is not None and factors is not None:
+            shape = storage.tensor.shape
+            vectors = (deltas[row].view(shape), base.view(shape), centre.view(shape))
+            residual = coded.expert.residual(*vectors, float(factors[row])).flatten()
+        mine = {part.array.role: part for part in group.parts if part.task == task}
+        back = _code(encoder, form.residual, residual, form.matrix, rows, dtypes[row], mine, piece)
+        value = torch.from_numpy(back) if coded.centre == "none" else centre.cpu() + torch.from_numpy(back)
+        decoded_task = cast(value, dtypes[row])
+        encoder.decoded(task, decoded_task, dtypes[row], group, raw, piece)
+        piece.errors[task] = lost_squares(decoded_task.float() - own.cpu(), span.run)
+
+
+def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
+    """The same where each task has bits of its own, 0 and exact copies among them; equal tasks are coded once."""
+    worker, dtypes = encoder.worker, encoder.dtypes(storage, group)
+    chain, shape = worker.chain(group), storage.tensor.shape
+    coded, bits_of = chain.coded, dict(zip(group.tasks, group.bits or ()))
+    assert coded is not None
+    write_copies(encoder, group, raw, piece)
+    shared = {part.array.role: part for part in group.parts if part.task is None and part.array.role != "dense"}
+    centre = None
+    if coded.centre != "none":
+        form = coded.form_of_bits(shape, 0)
+        centre = _centre(encoder, form, _plain(encoder, group, raw), shared, promote(dtypes), group, raw, piece)
+    found: dict[tuple[int, int], tuple[RangeDigest, np.ndarray]] = {}
+    for task, dtype in zip(group.tasks, dtypes):
+        bits = bits_of[task]
+        if bits == "exact":
+            continue
+        key = storage.tensor.same[task], bits
+        if key not in found:
+            own = worker.on_device(worker.own(raw, task))
+            form = coded.form_of_bits(shape, bits)
+            value = None if centre is None else centre.cpu()
+            if form.residual is not None:
+                mine = {part.array.role: part for part in group.parts if part.task == task}
+                residual = own if centre is None else own - centre
+                back = _code(encoder, form.residual, residual, form.matrix, _rows(form.matrix, raw), dtype, mine, piece)
+                value = torch.from_numpy(back) if value is None else value + torch.from_numpy(back)
+            assert value is not None
+            decoded = cast(value, dtype)
+            encoder.decoded(task, decoded, dtype, group, raw, piece)
+            found[key] = piece.decoded[task], lost_squares(decoded.float() - own.cpu(), raw.span.run)
+        piece.decoded[task], piece.errors[task] = found[key]
+
+
+def _centre(
+    encoder: Encoder,
+    form: Form,
+    plain: Tensor,
+    shared: Mapping[str, Part],
+    dtype: str,
+    group: StoredGroup,
+    raw: Raw,
+    piece: Piece,
+) -> Tensor:
+    """Write what residuals are taken against, and give it as it is read back: float32, on the device.
+
+    plain: float32, before it is coded or rounded; shared: its parts, by role.
+    """
+    if form.centre is not None:
+        decoded = _code(encoder, form.centre, plain, form.matrix, _rows(form.matrix, raw), dtype, shared, piece)
+        return torch.from_numpy(decoded).to(encoder.worker.device)
+    if "base" in shared:  # written once, for all groups
+        return cast(plain, shared["base"].array.dtype).float()
+    stored = cast(plain, shared["unified"].array.dtype) + 0.0
+    encoder.emit(shared["unified"], raw.span.start, encoder.finite(stored, group, raw).cpu(), piece)
+    return stored.float()
+
+
+def _code(
+    encoder: Encoder,
+    coder: Coder,
+    values: Tensor,
+    matrix: Matrix,
+    rows: tuple[int, int],
+    dtype: str,
+    parts: Mapping[str, Part],
+    piece: Piece,
+) -> np.ndarray:
+    """Encode whole rows, write them, and decode them again: float32, flat."""
+    chunk = values.view(rows[1] - rows[0], matrix[1])
+    encoded = coder.encode(chunk, dtype)
+    by_row = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
+    for role, bits in encoded.items():
+        data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+        per_row = data.size // max(1, rows[1] - rows[0])
+        encoder.emit_bytes(parts[role], rows[0] * per_row if by_row[role] else 0, data, piece)
+    return coder.decode(encoded, matrix, dtype, rows=rows).reshape(-1)
+
+
+def _plain(encoder: Encoder, group: StoredGroup, raw: Raw, whole: Tensor | None = None) -> Tensor:
+    """The centre before it is coded or rounded: float32 [n], on the device. Of the base, its own memory."""
+    worker = encoder.worker
+    base = worker.on_device(raw.bits[BASE])
+    if worker.chain(group).call is None:
+        return base
+    plain = torch.empty_like(base)
+    for low, high in encoder.tiles(group, raw, whole):
+        found, _ = worker.value(group, raw, low, high, whole)
+        torch.add(base[low:high], found.float() + 0.0, out=plain[low:high])
+    return plain
+
+
+def _rows(matrix: Matrix, raw: Raw) -> tuple[int, int]:
+    """Whole rows of a view that a range is."""
+    m, n = matrix
+    return (raw.span.start // n, raw.span.stop // n) if n else (0, m)
+
+
+def _scope(chain: Chain, storage: Storage, group: StoredGroup) -> Scope:
+    tensor, coded = storage.tensor, chain.coded
+    assert coded is not None
+    if group.bits is not None:
+        return "row"
+    form = coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))
+    return "tensor" if coded.expert or form.residual is None else form.residual.scope
+
+
+def _bytes(work: Work) -> int:
+    tensor, group, n = work.storage.tensor, work.group, work.n
+    coded = work.chain.coded if work.chain is not None else None
+    assert coded is not None
+    forms = [coded.form_of_bits(tensor.shape, int(bits)) for bits in {*(group.bits or ())} if bits != "exact"]
+    forms += [coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))] if not forms else []
+    columns = forms[0].matrix[1]
+    part = (n // columns if columns else forms[0].matrix[0], columns)
+    coders = [coder for form in forms for coder in (form.residual, form.centre) if coder is not None]
+    coding = 40 * n + max((coder.workspace(part) for coder in coders), default=0)
+    if coded.expert is not None:
+        coding += 32 * n
+    return max(work.merging + 4 * n, coding)
+
+
+RESIDUALS = Writer(write=_write, workspace=_bytes, scope=_scope)

@@ -1,0 +1,54 @@
+"""Writes the unified delta of a masked group, and the mask of each task."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.engine.device import torch_dtype
+from flexmerge_cli.engine.encode import Encoder, Piece, array, room_for_errors
+from flexmerge_cli.engine.runs import squares
+from flexmerge_cli.engine.work import BASE, Raw, cast
+from flexmerge_cli.engine.writers.writer import Work, Writer
+from flexmerge_cli.residuals import mask as masks
+
+
+def _write(
+    encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None
+) -> None:
+    worker, start, count = encoder.worker, raw.span.start, raw.span.stop - raw.span.start
+    unified_part, base_part = array(group, "unified"), array(group, "base")
+    mask_parts = {part.task: part for part in group.parts if part.array.role == "mask"}
+    stored = torch.empty(count, dtype=torch_dtype(unified_part.array.dtype))
+    dtypes = encoder.dtypes(storage, group)
+    decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
+    taken = np.empty((len(group.tasks), count), bool)
+    gamma = encoder.gamma.get((encoder.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
+    run, errors = raw.span.run, room_for_errors(len(group.tasks), raw)
+    for low, high in encoder.tiles(group, raw, None):
+        found, deltas = worker.value(group, raw, low, high)
+        unified = worker.rounded(found.delta.flatten(), unified_part.array.dtype)
+        stored[low:high].copy_(unified)
+        base = cast(worker.on_device(raw.bits[BASE][low:high]), base_part.array.dtype).float()
+        takes = found.mask(deltas, unified)
+        taken[:, low:high] = takes.cpu().numpy()
+        for row, task in enumerate(group.tasks):
+            # As residuals/mask.py decodes: one product, one sum, both float32.
+            shifted = base + unified * torch.tensor(gamma[row], device=worker.device)
+            decoded[row][low:high].copy_(torch.where(takes[row], shifted, base))
+            lost = worker.on_device(decoded[row][low:high]) - worker.on_device(worker.own(raw, task)[low:high])
+            errors[row, low // run : -(-high // run)] = squares(lost[None], run)[0]
+    encoder.emit(unified_part, start, encoder.finite(stored, group, raw), piece)
+    packed = masks.pack(taken)
+    for row, task in enumerate(group.tasks):
+        encoder.emit_bytes(mask_parts[task], start // 8, packed[row], piece)
+        encoder.decoded(task, decoded[row], dtypes[row], group, raw, piece)
+        piece.errors[task] = errors[row]
+
+
+def _bytes(work: Work) -> int:
+    n, t, k = work.n, work.t, len(work.group.tasks)
+    return work.merging + 17 * k * t + sum(n * item + n + n // 8 for item in work.items)
+
+
+MASKS = Writer(write=_write, workspace=_bytes)

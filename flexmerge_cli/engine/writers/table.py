@@ -1,0 +1,47 @@
+"""The table of writers, one for each stored form, and what all groups of a tensor write together."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.engine.encode import Encoder, Piece
+from flexmerge_cli.engine.spans import widest
+from flexmerge_cli.engine.work import BASE, Chain, Raw, cast
+from flexmerge_cli.engine.writers.coded import RESIDUALS
+from flexmerge_cli.engine.writers.dense import COPIES, MERGE
+from flexmerge_cli.engine.writers.masked import MASKS
+from flexmerge_cli.engine.writers.writer import Writer
+from flexmerge_cli.methods.method import Scope
+from flexmerge_cli.stored.coded import CODED
+from flexmerge_cli.stored.dense import COPY, MERGED
+from flexmerge_cli.stored.masked import MASKED
+
+WRITERS: Mapping[str, Writer] = {COPY.word: COPIES, MERGED.word: MERGE, MASKED.word: MASKS, CODED.word: RESIDUALS}
+"""The word of a form -> its writer."""
+
+
+def writer_of(group: StoredGroup) -> Writer:
+    return WRITERS[group.form.word]
+
+
+def encode(encoder: Encoder, storage: Storage, raw: Raw, values: Mapping[Tasks, Tensor] | None = None) -> Piece:
+    """All that one range of a tensor stores. values: what methods of scope `block` made of it, by group."""
+    piece, span = Piece(sources=raw.digests), raw.span
+    for group in storage.groups:
+        writer_of(group).write(encoder, storage, group, raw, piece, (values or {}).get(group.tasks))
+    for base in (part for part in storage.parts if part.array.role == "base"):
+        # A copy: the buffer that was read into is the next item's, and the hash is taken later.
+        encoder.emit(base, span.start, cast(raw.bits[BASE], base.array.dtype).clone(), piece)
+    return piece
+
+
+def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
+    """What one visit must see of a tensor, for every group of it."""
+    tensor, scopes = storage.tensor, list[Scope]()
+    for group in storage.groups:
+        if group.method is not None:
+            chain = chains[group.method]
+            scopes += [chain.scope_of(tensor.name, tensor.shape), writer_of(group).scope(chain, storage, group)]
+    return widest(scopes)

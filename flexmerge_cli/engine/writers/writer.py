@@ -1,0 +1,46 @@
+"""What the writer of a stored form answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.engine.encode import Encoder, Piece
+from flexmerge_cli.engine.work import Chain, Raw
+from flexmerge_cli.methods.method import Scope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One range of one group that is merged and written, and what it is known to take."""
+
+    chain: Chain | None
+    """None for copies."""
+    storage: Storage
+    group: StoredGroup
+    n: int
+    """Elements of the range."""
+    t: int
+    """Elements that are merged at a time."""
+    items: Sequence[int]
+    """Bytes of an element, per task, as it is given back."""
+    merging: int
+    """Bytes that merging takes."""
+    is_cast: bool
+
+
+def _any_range(_chain: Chain, _storage: Storage, _group: StoredGroup) -> Scope:
+    return "element"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """Writes one stored form."""
+
+    write: Callable[[Encoder, Storage, StoredGroup, Raw, Piece, Tensor | None], None]
+    """One range of a group's tensor. The last: what a method of scope `block` made of it."""
+    workspace: Callable[[Work], int]
+    """Bytes that one call takes beside buffers and what it writes."""
+    scope: Callable[[Chain, Storage, StoredGroup], Scope] = _any_range
+    """What one call must see of a tensor; what the method must see is known without."""
