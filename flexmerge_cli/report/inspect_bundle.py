@@ -209,12 +209,12 @@ def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int) -
         (" " if len(tasks) <= draw.NUMBERED_TASKS else "").join(shared.get(task, " ") for task in tasks),
         f"{num_bytes:,}",
         "exact" if is_all_exact else draw.number(max(known, default=None)),
-        ", ".join(f"{count} {PLURALS[kind] if count > 1 else kind}" for kind, count in kinds.items()),
+        ", ".join(f"{count} {PLURALS.get(kind, kind) if count > 1 else kind}" for kind, count in kinds.items()),
         f"{elements:,}",
     )
 
 
-PLURALS = {"copy": "copies", "merged": "merged", "masked": "masked", "residual": "residual"}
+PLURALS = {"copy": "copies"}
 
 
 def _task(facts: BundleFacts, task: str) -> dict[str, Any]:

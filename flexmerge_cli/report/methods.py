@@ -21,7 +21,6 @@ from flexmerge_cli.methods.registry import (
     split_call,
 )
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
-from flexmerge_cli.report.stored import stored
 from flexmerge_cli.report.text import table
 from flexmerge_cli.request.auto_options import auto
 from flexmerge_cli.stored.forms import form_of
@@ -113,14 +112,15 @@ def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]], *, with_st
 
 
 def _method(call: Call) -> dict[str, Any]:
-    found, method = stored(call), call.method
+    form, method = form_of(call), call.method
+    summary = form.summary(call)
     return {
         "what": "method",
-        "kind": form_of(call).product,
+        "kind": form.product,
         **_common(method, call.scope),
         "when": method.when,
-        "stored": found.parts,
-        "size": found.num_bytes,
+        "stored": summary.parts,
+        "size": summary.num_bytes,
     }
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, promote, to_float32
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.coded import Coded, Form, declare
+from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.coder import Coder, Part, Parts
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.summary import Summary, residual_summary
 
 # Elements decoded at a time: a few MB, in and out of the cache together.
 BLOCK_ELEMENTS = 1 << 20
@@ -213,4 +215,10 @@ class Dense:
         return to_float32(self.bits, self.dtype)
 
 
-CODED = GroupForm(word="residual", product="residuals", layout=_layout, decoder=coded_tensor)
+def _summary(call: Call) -> Summary:
+    coded = declare(call)
+    assert coded is not None
+    return residual_summary(coded)
+
+
+CODED = GroupForm(word="residual", product="residuals", layout=_layout, summary=_summary, decoder=coded_tensor)

@@ -9,6 +9,7 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.summary import Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,5 +47,17 @@ def _merged_layout(group: GroupTensor) -> Layout | None:
     return None if group.copies_bytes <= found.num_bytes else found
 
 
-COPY = GroupForm(word="copy", product="copies", layout=lambda _group: None, decoder=None)
-MERGED = GroupForm(word="merged", product="model", layout=_merged_layout, decoder=None)
+COPY = GroupForm(
+    word="copy",
+    product="copies",
+    layout=lambda _group: None,
+    summary=lambda _call: Summary(parts="copies", num_bytes="k·s·n"),
+    decoder=None,
+)
+MERGED = GroupForm(
+    word="merged",
+    product="model",
+    layout=_merged_layout,
+    summary=lambda _call: Summary(parts="one dense value", num_bytes="s·n"),
+    decoder=None,
+)

@@ -8,6 +8,7 @@ from typing import Literal
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
+from flexmerge_cli.stored.summary import Summary
 
 Bits = int | Literal["exact"]
 """What a task stores for itself: 0 is nothing, exact a dense copy."""
@@ -77,6 +78,8 @@ class GroupForm:
     """What a method of this form gives, in one word."""
     layout: Callable[[GroupTensor], Layout | None]
     """None where copies are exact and no larger."""
+    summary: Callable[[Call], Summary]
+    """What a method stores, in words and as a formula."""
     decoder: Callable[[Described, RouteParts], Stored] | None
     """None where every task reads a dense part. Raises DataError if the manifest does not describe this form."""
     of_unit: Callable[[Call], tuple[Array, ...]] = no_arrays

@@ -12,6 +12,7 @@ from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.summary import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,19 @@ def _factors(call: Call) -> tuple[Array, ...]:
     return () if call.gain is None else (Array(role="gamma", dtype="F32", shape=(1,)),)
 
 
+def _summary(call: Call) -> Summary:
+    has_factors = call.gain is not None
+    return Summary(
+        parts="unified delta and base; per task a mask" + (", and a factor per block" if has_factors else ""),
+        num_bytes="2·s·n + k·⌈n/8⌉" + ("; and 4·k per block" if has_factors else ""),
+    )
+
+
 MASKED = GroupForm(
-    word="masked", product="masks", layout=_layout, decoder=lambda of, _parts: MaskedTensor(of), of_unit=_factors
+    word="masked",
+    product="masks",
+    layout=_layout,
+    summary=_summary,
+    decoder=lambda of, _parts: MaskedTensor(of),
+    of_unit=_factors,
 )

@@ -10,8 +10,7 @@ bytes are residuals/elias_fano.py's. The base counts in full, though a bundle ha
 
 from dataclasses import dataclass
 
-from flexmerge_cli.methods.coded import Coded, Vectors, declare
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.coded import Coded, Vectors
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
@@ -20,15 +19,13 @@ from flexmerge_cli.residuals.sparse import Sparse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """The same twice."""
+class Summary:
+    """What a group stores of one tensor."""
 
     parts: str
     num_bytes: str
 
 
-MODEL = Stored(parts="one dense value", num_bytes="s·n")
-MASKS = Stored(parts="unified delta and base; per task a mask", num_bytes="2·s·n + k·⌈n/8⌉")
 VECTORS = {
     Vectors.COPIES: "; tensors of one axis are copies",
     Vectors.BYTES: "; tensors of one axis take 8 bits on 8 bits",
@@ -36,37 +33,26 @@ VECTORS = {
 }
 
 
-def stored(call: Call) -> Stored:
-    coded = declare(call)
-    if coded is not None:
-        return _residuals(coded)
-    if call.method.form == "merged":
-        return MODEL
-    if call.gain is None:
-        return MASKS
-    return Stored(parts=f"{MASKS.parts}, and a factor per block", num_bytes=f"{MASKS.num_bytes}; and 4·k per block")
-
-
-def _residuals(coded: Coded) -> Stored:
+def residual_summary(coded: Coded) -> Summary:
     residual = _coder(coded.coder(2))
     centre = _centre(coded)
     found = f"k·({residual.num_bytes.replace(',', '),', 1)}" + ("" if "," in residual.num_bytes else ")")
-    return Stored(
+    return Summary(
         parts=f"{centre.parts}; per task {residual.parts}{VECTORS[coded.vectors]}",
         num_bytes=f"{centre.num_bytes} + {found}" if centre.num_bytes else found,
     )
 
 
-def _centre(coded: Coded) -> Stored:
+def _centre(coded: Coded) -> Summary:
     if coded.centre == "none":
-        return Stored(parts="no centre", num_bytes="")
+        return Summary(parts="no centre", num_bytes="")
     if coded.centre_bits != "dense":
         code = _coder(weight_code(coded.centre_bits))
-        return Stored(parts=f"centre in {coded.centre_bits} bits", num_bytes=code.num_bytes)
-    return Stored(parts="the base" if coded.centre == "base" else "dense centre", num_bytes="s·n")
+        return Summary(parts=f"centre in {coded.centre_bits} bits", num_bytes=code.num_bytes)
+    return Summary(parts="the base" if coded.centre == "base" else "dense centre", num_bytes="s·n")
 
 
-def _coder(coder: Coder) -> Stored:
+def _coder(coder: Coder) -> Summary:
     """Of one array of m rows of c."""
     match coder:
         case LowBit():
@@ -74,19 +60,19 @@ def _coder(coder: Coder) -> Stored:
             levels = f" + {4 << coder.bits}" if coder.has_levels else ""
             codes = {1: "m·⌈c/8⌉", 8: "n"}.get(coder.bits, f"m·⌈{coder.bits}·c/8⌉")
             told = f"{coder.bits} {'bit' if coder.bits == 1 else 'bits'} an element and a scale a row"
-            return Stored(
+            return Summary(
                 parts=told + (", and levels" if coder.has_levels else ""), num_bytes=f"{scale}·m{levels} + {codes}"
             )
         case BitDelta():
             by_row = coder.scope == "row"
             told = f"signs and a scale {'a row' if by_row else 'a tensor'}"
-            return Stored(parts=told, num_bytes=f"{'4·m' if by_row else '4'} + m·⌈c/8⌉")
+            return Summary(parts=told, num_bytes=f"{'4·m' if by_row else '4'} + m·⌈c/8⌉")
         case LowRank():
             rank = "⌊min(m, c)/k⌋" if coder.shared_by else str(coder.rank or f"⌊{coder.fraction:g}·min(m, c)⌋")
-            return Stored(parts="two factors of rank r", num_bytes=f"s·r·(m + c), r = {rank}")
+            return Summary(parts="two factors of rank r", num_bytes=f"s·r·(m + c), r = {rank}")
         case Sparse():
             count = f"m·⌊{coder.density:g}·c⌋" if coder.select == "row" else f"⌊{coder.density:g}·n⌋"
-            return Stored(
+            return Summary(
                 parts="z values and where they are", num_bytes=f"s·z + p, z = {count}, p ≈ z·(2 + log2(n/z))/8"
             )
     raise TypeError(f"{coder} is not described")
