@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,17 +20,13 @@ from flexmerge_cli.allocation.manifest_bytes import (
     tensor_entry,
     unit_entry,
 )
+from flexmerge_cli.allocation.prices import GroupPrices, UnitPrice
 from flexmerge_cli.allocation.storage import (
-    GroupPrice,
     Part,
     Storage,
-    base_array,
-    copy_bytes,
     effective_dtype,
-    group_price,
     store_tensor,
     store_whole,
-    unit_bytes,
     unit_parts,
 )
 from flexmerge_cli.family.classes import TensorClass
@@ -111,8 +107,7 @@ class Pricer:
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._entries: dict[Any, int] = {}
-        self._groups: dict[Any, GroupPrice] = {}
-        self._based: dict[Any, tuple[int, dict[Tasks, int]]] = {}
+        self._groups: dict[Any, GroupPrices] = {}
         self.searches: dict[Any, object] = {}
         """Of auto_allocation.py."""
 
@@ -142,49 +137,17 @@ class Pricer:
             found = self._units[key] = storages, tuple(parts + unit_parts(self.plan, unit, storages, calls))
         return found
 
-    def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
-        """What `unit` comes to, without making the parts: a cut asks for thousands."""
-        calls = tuple(use.call for use in methods)
-        total = 0
-        of_unit: dict[Tasks, int] = {}
-        for name in unit.tensors:
-            tensor = self.plan.tensor(name)
-            if self.plan.base_readers(tensor):  # who shares the base's bits only the parts tell
-                total += self._with_base_bytes(name, unit.groups, methods, cast, of_unit)
-                continue
-            copied: set[int] = set()
-            needs_base = False
-            for group in unit.groups:
-                key = (name, group, methods, cast)
-                price = self._groups.get(key)
-                if price is None:
-                    price = self._groups[key] = group_price(tensor, group, calls, cast)
-                copied |= price.copied
-                total += price.num_bytes
-                needs_base |= price.base
-                if price.unit_bytes:
-                    of_unit[group.tasks] = price.unit_bytes
-            total += sum(copy_bytes(tensor, leader, cast) for leader in copied)
-            total += base_array(tensor, cast).num_bytes if needs_base else 0
-        return total + sum(of_unit.values())
+    def price(
+        self, tensors: Iterable[str], methods: tuple[MethodUse, ...], cast: str | None, groups: Iterable[Group] = ()
+    ) -> UnitPrice:
+        """What a unit of these tensors comes to with groups, without making the parts; groups may come and go."""
+        key = (methods, cast)
+        if key not in self._groups:
+            self._groups[key] = GroupPrices([use.call for use in methods], cast)
+        return UnitPrice(self.plan, tensors, self._groups[key], groups)
 
-    def _with_base_bytes(
-        self,
-        name: str,
-        groups: tuple[Group, ...],
-        methods: tuple[MethodUse, ...],
-        cast: str | None,
-        of_unit: dict[Tasks, int],
-    ) -> int:
-        key = (name, groups, methods, cast)
-        if key not in self._based:
-            calls = tuple(use.call for use in methods)
-            storage = store_tensor(self.plan, self.plan.tensor(name), groups, calls, cast)
-            found = {group.tasks: unit_bytes(group, calls) for group in storage.groups}
-            self._based[key] = storage.num_bytes, found
-        num_bytes, found = self._based[key]
-        of_unit.update(found)
-        return num_bytes
+    def unit_bytes(self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None) -> int:
+        return self.price(unit.tensors, methods, cast, unit.groups).num_bytes
 
     def whole(self, cast: str | None) -> tuple[Storage, ...]:
         """Storages of all that does not merge."""

@@ -7,9 +7,10 @@ blocks are coarse, and a prefix can jump far below the target.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit, from_groups
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, from_groups
 from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.block_methods import uses_of_blocks
+from flexmerge_cli.allocation.prices import UnitPrice
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.order import Merge, groups_after
@@ -25,7 +26,7 @@ class _State:
     """Groups per block, and what they cost."""
 
     groups: list[list[Tasks]]
-    block_bytes: list[int]
+    prices: list[UnitPrice]
     tensor_bytes: int
 
 
@@ -50,8 +51,14 @@ class Cutter:
     def state(self) -> _State:
         """All apart."""
         groups: list[list[Tasks]] = [[(task,) for task in self.plan.all_tasks] for _ in self.plan.blocks]
-        prices = [self._price(block, of_block) for block, of_block in enumerate(groups)]
-        return _State(groups, prices, self.pricer.whole_bytes(self.dtype) + sum(prices))
+        prices = [
+            self.pricer.price(
+                block.tensors, self.methods, self.dtype, [self._group(number, group) for group in of_block]
+            )
+            for number, (block, of_block) in enumerate(zip(self.plan.blocks, groups))
+        ]
+        whole = self.pricer.whole_bytes(self.dtype)
+        return _State(groups, prices, whole + sum(price.num_bytes for price in prices))
 
     def sizes(self) -> list[int]:
         """Tensor bytes after 0, 1, … all merges."""
@@ -143,21 +150,18 @@ class Cutter:
             + ("another method, or --dtype bf16" if cast else "or another method"),
         )
 
-    def _price(self, block: int, groups: Sequence[Tasks]) -> int:
-        record = self.plan.blocks[block]
-        unit = Unit(
-            name=record.name,
-            tensors=record.tensors,
-            groups=tuple(
-                Group(tasks=group, method=self.method_of[block] if len(group) > 1 else None) for group in groups
-            ),
-        )
-        return self.pricer.unit_bytes(unit, self.methods, self.dtype)
+    def _group(self, block: int, tasks: Tasks) -> Group:
+        return Group(tasks=tasks, method=self.method_of[block] if len(tasks) > 1 else None)
 
     def _apply(self, state: _State, block: int, groups: list[Tasks]) -> None:
-        price = self._price(block, groups)
-        state.tensor_bytes += price - state.block_bytes[block]
-        state.groups[block], state.block_bytes[block] = groups, price
+        price = state.prices[block]
+        before = price.num_bytes
+        for gone in set(state.groups[block]).difference(groups):
+            price.take(self._group(block, gone))
+        for new in set(groups).difference(state.groups[block]):
+            price.put(self._group(block, new))
+        state.tensor_bytes += price.num_bytes - before
+        state.groups[block] = groups
 
     def _allocation(self, state: _State, merges: int, undone: int, fit: str) -> Allocation:
         return from_groups(

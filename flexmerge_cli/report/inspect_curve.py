@@ -3,17 +3,16 @@
 Numpy only: methods by name would import torch. What other methods store, `merge --dry-run` tells.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.allocation.allocation import Tasks, copies
 from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.formats.plan_records import PlanTensor
+from flexmerge_cli.methods.method import Call, method
+from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.distance import weighted_errors
 from flexmerge_cli.request.size import parse_size
 
@@ -51,50 +50,16 @@ def curve_of(plan: Plan) -> Curve:
 
 
 def dense_sizes(plan: Plan) -> list[int]:
-    """Tensor bytes after 0, 1, … all merges: what `Cutter.sizes` has for `average`, at a hundredth of the time."""
-    prices = {name: _Price(plan, plan.tensor(name)) for block in plan.blocks for name in block.tensors}
-    sizes = [Pricer(plan).tensor_bytes(copies(plan))]
-    for merge in plan.merges():
-        tensors = [prices[name] for name in plan.blocks[merge.block].tensors]
-        sizes.append(sizes[-1] + sum(price.merge(merge.left, merge.right) for price in tensors))
-    return sizes
+    """Tensor bytes after 0, 1, … all merges."""
+    return Cutter(Pricer(plan), ONE_VALUE).sizes()
 
 
-class _Price:
-    """What one tensor stores: distinct copies, and one value per group for which copies would cost more; and for kept
-    adapters the base's, where it is no copy."""
+@method(paper="", scope="element")
+def one_value(_deltas: object) -> None:
+    """Stands for any method that stores one dense value per group, which all have one price; it merges nothing."""
 
-    def __init__(self, plan: Plan, tensor: PlanTensor) -> None:
-        self.tensor = tensor
-        self.num_elements = tensor.num_elements
-        self.copies = Counter(tensor.same[task] for task in plan.all_tasks)
-        """Leader -> groups that hold a copy of it."""
-        self.base_bytes = self.num_elements * ITEM_BYTES[str(tensor.base_dtype)] if plan.base_readers(tensor) else 0
-        self.base_leader = next(
-            (k for k in plan.all_tasks if tensor.is_base[k] and tensor.dtype_of(k) == tensor.base_dtype), None
-        )
 
-    def merge(self, left: Tasks, right: Tasks) -> int:
-        """By how many bytes it changes."""
-        before = self._base()
-        change = self._put(left, -1) + self._put(right, -1) + self._put(tuple(sorted(left + right)), 1)
-        return change + self._base() - before
-
-    def _base(self) -> int:
-        return 0 if self.base_leader is not None and self.copies[self.base_leader] else self.base_bytes
-
-    def _put(self, group: Tasks, sign: int) -> int:
-        leaders = {self.tensor.same[task] for task in group}
-        value = self.num_elements * ITEM_BYTES[self.tensor.group_dtype(group)]
-        if len(leaders) > 1 and sum(map(self._bytes, group)) > value:
-            return sign * value
-        before = sum(self._bytes(leader) for leader in leaders if self.copies[leader])
-        for leader in leaders:
-            self.copies[leader] += sign
-        return sum(self._bytes(leader) for leader in leaders if self.copies[leader]) - before
-
-    def _bytes(self, task: int) -> int:
-        return self.num_elements * ITEM_BYTES[self.tensor.dtype_of(task)]
+ONE_VALUE = MethodUse(Call(method=one_value, args={}, text="one_value", short="one_value"))
 
 
 def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> list[np.ndarray]:

@@ -20,7 +20,9 @@ from tests.report.plans import synthetic_plan
 @given(num_tasks=st.sampled_from([1, 2, 3, 7]), num_blocks=st.integers(1, 5), seed=st.integers(0, 99))
 def test_sizes_are_those_of_the_bill(num_tasks: int, num_blocks: int, seed: int) -> None:
     plan = synthetic_plan(num_tasks, num_blocks, mixed=True, seed=seed)
-    assert dense_sizes(plan) == Cutter(Pricer(plan), parse_use("average")).sizes()
+    cutter = Cutter(Pricer(plan), parse_use("average"))
+    bills = [cutter.pricer.bill(cutter.prefix(merges)) for merges in range(len(plan.order) + 1)]
+    assert dense_sizes(plan) == cutter.sizes() == [bill.tensor_bytes for bill in bills]
 
 
 @settings(max_examples=25, deadline=None)
