@@ -1,6 +1,6 @@
-"""The errors a user sees: what is wrong, where, both sides, and what to do next.
+"""The errors that users see: what is wrong, where, both sides, and what to do next.
 
-The library raises them; only `cli/` prints them and exits. The class carries the exit code (README, "Exit codes").
+The library raises them; only `cli/` prints them and exits. Each class carries its exit code.
 """
 
 import errno
@@ -12,19 +12,19 @@ QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2}[^\s?#`'\"]*)[?#][^\s`'\"]*"
 
 
 def without_secrets(text: str) -> str:
-    """The same with every address in it cut down to scheme, host and path: no user, password or query."""
+    """The text with every address reduced to scheme, host and path: without user, password and query."""
     return QUERY.sub(r"\1", USER.sub(r"\1", text)) if ":/" in text else text
 
 
 class FlexmergeError(Exception):
-    """Base of all errors that are meant for the user's eyes."""
+    """Base class of all errors that are meant for users."""
 
     exit_code = 1
     document: "dict[str, Any] | None" = None
-    """What a command printed with --json beside the error: all that it found out before it failed."""
+    """What --json prints beside the error: the results found before the failure."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        """message: what and where, without a trailing period. hint: what to do next, a command where there is one."""
+        """message: what is wrong and where, without a final period. hint: what to do next, if possible a command."""
         self.message = without_secrets(message)
         self.hint = None if hint is None else without_secrets(hint)
         super().__init__(self.message)
@@ -37,31 +37,31 @@ class MachineError(FlexmergeError):
 
 
 class UsageError(FlexmergeError):
-    """Asked wrongly: arguments, a recipe, a spec, an edited plan."""
+    """The request is wrong: arguments, a recipe, a spec or an edited plan."""
 
     exit_code = 2
 
 
 class DataError(FlexmergeError):
-    """The inputs are unsound or do not fit together."""
+    """The inputs are malformed or do not fit together."""
 
     exit_code = 3
 
 
 class SourceError(FlexmergeError):
-    """A source cannot be had: missing, gated, offline."""
+    """A source is not available: missing, gated, or offline."""
 
     exit_code = 4
 
 
 class IntegrityError(FlexmergeError):
-    """A bundle's bytes are not those its manifest tells of."""
+    """A bundle's bytes differ from what its manifest records."""
 
     exit_code = 5
 
 
 class GateError(FlexmergeError):
-    """What was asked for cannot be reached, or a limit was not kept."""
+    """The request cannot be met, or a limit was exceeded."""
 
     exit_code = 6
 
@@ -78,24 +78,24 @@ _NO_THREAD = ("can't start new thread", "can't allocate lock", "thread construct
 
 
 def machine_failure(error: BaseException) -> MachineError | None:
-    """What a foreign exception says of the machine: no memory, no thread or no open file left; None for any other.
+    """Recognise a foreign exception that means out of memory, threads or open files; None for any other.
 
-    Python, numpy and torch raise MemoryError, RuntimeError or OSError for these, and only the text tells them from
-    defects of ours.
+    Python, numpy and torch raise MemoryError, RuntimeError or OSError for these, and only the text distinguishes them
+    from bugs in flexmerge.
     """
     said = str(error).lower()
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, RuntimeError) and any(words in said for words in _NO_THREAD):
         return MachineError(
-            "the system starts no more threads", hint="use --threads 1, or raise the limit: ulimit -u, pids.max"
+            "the system cannot start more threads", hint="use --threads 1, or raise the limit: ulimit -u, pids.max"
         )
     if code in (errno.EMFILE, errno.ENFILE):
-        return MachineError("too many files are open", hint="raise the limit, e.g. ulimit -n 4096")
+        return MachineError("too many open files", hint="raise the limit, e.g. ulimit -n 4096")
     foreign = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
     if (
         isinstance(error, MemoryError)
         or code == errno.ENOMEM
         or (foreign and any(words in said for words in _NO_MEMORY))
     ):
-        return MachineError("out of memory", hint="set --max-memory to what is free, and use --threads 1")
+        return MachineError("out of memory", hint="set --max-memory to the free memory, and use --threads 1")
     return None

@@ -4,7 +4,7 @@ A command is run in a forked child to count its calls: opening for writing, writ
 mkdir, rmdir and the reserving of blocks, through Python's os module and its files, and renameat2. Then it is run anew
 for each call with ENOSPC, EIO, EMFILE, ENOMEM and SIGKILL in its place, and each time it is checked that
 
-- the exit code is 1, or what it is without, and that nothing is called a defect of flexmerge,
+- the exit code is 1, or what it is without, and that nothing is called a bug in flexmerge,
 - the old output is there, or the new one, whole; an error that comes after the new one is there says so,
 - the same command then succeeds and makes what it always makes (exit 2 where the new one is there already),
 - and nothing is left beside.
@@ -211,7 +211,7 @@ class Bench:
             there = _content(place / command.output)
             if there not in (old, new):
                 found.append("neither the old nor the new one is there")
-            if "Traceback" in printed or "defect" in printed:
+            if "Traceback" in printed or "bug in flexmerge" in printed:
                 found.append(f"says {printed!r}")
             if code not in ((-signal.SIGKILL, command.code) if kind == "SIGKILL" else (command.code, 1)):
                 found.append(f"exit {code}")

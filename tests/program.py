@@ -38,7 +38,7 @@ def flexmerge(*arguments: object) -> Result:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([str(argument) for argument in arguments])
     result = Result(code, out.getvalue(), err.getvalue())
-    assert "this is a defect of flexmerge" not in result.err and "Traceback" not in result.err, result.err
+    assert "this is a bug in flexmerge" not in result.err and "Traceback" not in result.err, result.err
     return result
 
 

@@ -154,7 +154,7 @@ def test_a_pool_is_of_one_kind_rank_and_scale(tmp_path: Path) -> None:
     fails(3, *arguments("a", "b"), says=("scale 2 in `a`", "scale 4 in `b`"))
     fails(3, *arguments("a", "c"), says=("one kind", "lora: a", "ia3: c"))
     whole = f"--task=whole={adapted.full('whole', 1)}"
-    fails(3, *arguments("a"), whole, says=("adapters alone", "whole"))
+    fails(3, *arguments("a"), whole, says=("only adapters", "whole"))
     succeeds(*arguments("a"))
 
 

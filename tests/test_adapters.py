@@ -260,7 +260,7 @@ def test_another_base_is_refused_unless_it_is_assumed(mode: str, tmp_path: Path)
         if same:
             succeeds(*arguments, "--dry-run")
         else:
-            fails(3, *arguments, "--dry-run", says=("adapters of another base", str(named), "--assume-base"))
+            fails(3, *arguments, "--dry-run", says=("adapters trained on another base", str(named), "--assume-base"))
             succeeds(*arguments, "--dry-run", "--assume-base")
     plan = tmp_path / "p.json"
     succeeds(*arguments, "--assume-base", "-o", plan)

@@ -55,7 +55,7 @@ def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
     found = [succeeds(*asked, *moved).json for asked in (drawn, scored)]
     assert found == wanted
     fails(2, "eval", tmp_path / "b", "--spec", spec, *moved, says="--relocate is for the sources of --plan")
-    fails(2, *drawn, "--relocate", "family", says="--relocate family is not OLD=NEW")
+    fails(2, *drawn, "--relocate", "family", says="--relocate family is not of the form OLD=NEW")
 
 
 @pytest.mark.parametrize("method", ["average", "emr"])

@@ -59,7 +59,7 @@ def test_no_command_waits_for_what_is_no_file(name, tmp_path):
     ):
         result = flexmerge(*command)
         assert result.code in (2, 3, 4), result.err
-        assert "defect" not in result.err and "Traceback" not in result.err
+        assert "bug in flexmerge" not in result.err and "Traceback" not in result.err
     assert not (tmp_path / "b").exists()
 
 

@@ -41,7 +41,7 @@ class Candidates:
 def why_unfinished(inside: Sequence[str]) -> str | None:
     """Why a folder without weights that can be taken should hold a model; None where nothing says so."""
     if several := weight_files([name for name in inside if "/" not in name]):
-        return f"holds {', '.join(several[:3])}, and which of them is the model is not to be seen"
+        return f"holds {', '.join(several[:3])}, and it is unclear which of them is the model"
     split = [name.partition("/") for name in inside]
     deeper = [folder for folder, slash, rest in split if slash and (STEP.fullmatch(folder) or weight_files([rest]))]
     if deeper:

@@ -1,50 +1,53 @@
-"""Why a folder has no weights that could be taken, and what to give instead. Names in, an error out; no I/O."""
+"""Explains why a folder has no usable weights, and what to give instead. Names in, an error out; no I/O."""
 
 from collections.abc import Sequence
 
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, variants, weight_files
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 
-PIPELINE = "model_index.json"  # of diffusers: models in folders of their own
+PIPELINE = "model_index.json"  # the index of a diffusers pipeline, which holds several models in subfolders
 
 
 def no_weights(
     source: str, where: str, files: Sequence[str], folders: Sequence[str], variant: str | None
 ) -> FlexmergeError:
-    """source: as it is to be written. where: for the message. UsageError where there is a choice, else SourceError."""
+    """The error for a folder without usable weights: UsageError if the user can choose some, else SourceError.
+
+    source: the source string as the user would write it. where: the folder, as named in the message.
+    """
     found = variants(files)
     if found and variant is not None:
         return SourceError(
-            f"no weights of variant `{variant}` in {where}, and no plain ones: there are {', '.join(found)}",
+            f"no weights of variant `{variant}` in {where}, and none without a variant; found: {', '.join(found)}",
             hint=f"--variant {next(iter(found))}",
         )
     if found:
         return UsageError(
-            f"{where} holds weights in {len(found)} variants ({', '.join(found)}), and no plain ones",
-            hint=f"say which: --variant {next(iter(found))}",
+            f"{where} holds weights in {len(found)} variants ({', '.join(found)}), and none without a variant",
+            hint=f"choose one: --variant {next(iter(found))}",
         )
     if PIPELINE in files:
-        inside = ", ".join(folders) or "folders of it"
+        inside = ", ".join(folders) or "its subfolders"
         return UsageError(
-            f"{where} is a pipeline of diffusers, and its models lie in {inside}",
+            f"{where} is a diffusers pipeline, whose models are in {inside}",
             hint=f"give one of them: {inner(source, next(iter(folders), 'unet'))}",
         )
     several = [name for name in weight_files(files) if "adapter" not in name]
     if len(several) > 1:
         more = ", …" if len(several) > 5 else ""
         return UsageError(
-            f"{where} holds {len(several)} weight files: {', '.join(several[:5])}{more}; which of them is the model "
-            "is not to be seen",
+            f"{where} holds {len(several)} weight files: {', '.join(several[:5])}{more}, and it is "
+            "unclear which of them is the model",
             hint=f"name it: {inner(source, several[0])}",
         )
     return SourceError(
-        f"no checkpoint in {where}: none of {', '.join(WEIGHT_FILES[:5])} there",
+        f"no checkpoint in {where}: it has none of {', '.join(WEIGHT_FILES[:5])}",
         hint="give the folder that holds the weights",
     )
 
 
 def inner(source: str, name: str) -> str:
-    """The source string of what lies in another."""
+    """The source string of a file or folder inside another source."""
     if not source.startswith("hf://"):
         return f"{source.rstrip('/')}/{name}"
     return f"{source.rstrip('/')}/{name}" if ":" in source.removeprefix("hf://") else f"{source}:{name}"

@@ -1,10 +1,10 @@
-"""The command line: each command parses, calls the library and shows. Nothing heavy is imported before it is used."""
+"""The command line: each command parses, calls the library and prints. Heavy modules are imported when first used."""
 
 import sys
 
 
 def main() -> None:
-    """Console script `flexmerge`."""
+    """The console script `flexmerge`."""
     try:
         from flexmerge_cli.cli.terminal import hold_closed_streams
 

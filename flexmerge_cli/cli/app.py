@@ -1,4 +1,4 @@
-"""The program: its commands, and what becomes of an error."""
+"""The program: its commands, and how it reports errors."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class _Carried(Exception):
-    """Takes an exception past the parser, which has answers of its own to some."""
+    """Carries an exception past the argument parser, which would handle some exceptions itself."""
 
 
 def _carrying(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +55,7 @@ for name, command in COMMANDS.items():
 
 @app.callback(invoke_without_command=True)
 def program(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.
 
@@ -70,16 +70,16 @@ def program(
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code of one run. Errors go to stderr, and as JSON to stdout where --json was asked for."""
+    """Run one command and return its exit code. Errors go to stderr and, with --json, as JSON to stdout."""
     with interrupting_signals() as signals, shown_streams() as stdout:
         try:
             return _ended(arguments, stdout, signals)
-        except KeyboardInterrupt as error:  # while something else was told
+        except KeyboardInterrupt as error:  # while an earlier error was being reported
             return failure_of(error).exit_code
 
 
 def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
-    """Exit code, after all is told."""
+    """Run the command, report its outcome and return the exit code."""
     failure: FlexmergeError | None = None
     code = 0
     try:
@@ -95,7 +95,7 @@ def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
         stdout.flush()
     except OutputLost as lost:
         failure = failure or lost
-        code = code or lost.exit_code  # what went wrong before says more
+        code = code or lost.exit_code  # the earlier failure says more
     if isinstance(failure, Interruption):
         note(failure.message)
     elif failure is not None and not (isinstance(failure, OutputLost) and failure.unread):
@@ -104,8 +104,8 @@ def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
 
 
 def _code_of(arguments: list[str]) -> int:
-    """Of a run without errors. Raises whatever goes wrong."""
-    if arguments == ["--version"]:  # typer imports pydantic before it runs anything: half of the time of this one
+    """Exit code of a run without errors. Raises whatever goes wrong."""
+    if arguments == ["--version"]:  # typer imports pydantic before it runs anything, which would double the time
         print(VERSION)
         return 0
     try:

@@ -1,4 +1,4 @@
-"""The files that `eval` and `curve` write beside what they print: `--csv`, `--html`, `--png`."""
+"""The files that `eval` and `curve` write besides printing: `--csv`, `--html`, `--png`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,15 @@ from flexmerge_cli.report.html import is_page
 from flexmerge_cli.writing import check_apart, check_file, write_file
 
 Outputs = dict[str, Path]
-"""`csv`, `html`, `png` -> where."""
+"""Maps `csv`, `html` and `png` to the path to write."""
 KINDS = {"csv": (is_csv, "a table of scores"), "html": (is_page, "a page"), "png": (is_png, "a picture")}
 
 
 def check_outputs(outputs: Outputs, inputs: Sequence[Path | str | None], *, force: bool) -> None:
-    """Before any work. inputs: bundle, plan and specs. Raises UsageError, MachineError."""
+    """Check, before any work, that the files can be written. inputs: bundle, plan and specs.
+
+    Raises UsageError, MachineError.
+    """
     for kind, path in outputs.items():
         check_apart(path, inputs)
         replaceable, what = KINDS[kind]
@@ -28,7 +31,7 @@ def check_outputs(outputs: Outputs, inputs: Sequence[Path | str | None], *, forc
 
 
 def write_outputs(document: dict[str, Any], outputs: Outputs) -> None:
-    """document: of a curve, or of models that were scored, which have no picture."""
+    """Write the files. document: a curve, or scored models, which have no picture."""
     is_curve = "points" in document
     if "csv" in outputs:
         write_file(outputs["csv"], curve_csv(document) if is_curve else scores_csv(document))

@@ -11,20 +11,22 @@ from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, Qu
 def export(
     bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write; for several tasks, one folder for each in it.")
+        Path, typer.Option("-o", "--output", help="Folder to write; several tasks get one subfolder each.")
     ],
-    task: Annotated[list[str] | None, typer.Option("--task", help="The task to give back; repeatable.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
-    link: Annotated[bool, typer.Option("--link", help="Hard links or reflinks; nothing must need decoding.")] = False,
+    task: Annotated[list[str] | None, typer.Option("--task", help="Task to export; repeatable.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Export every task.")] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link files instead of copying; fails if any tensor needs decoding.")
+    ] = False,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Of an adapter that was kept: the model it makes, not its own folder.")
+        bool, typer.Option("--merged", help="Export a kept adapter as the full model it produces, not as an adapter.")
     ] = False,
     offline: OfflineOption = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Give a task back as an ordinary checkpoint folder.
+    """Export a task as an ordinary checkpoint folder.
 
     \b
     Examples:
@@ -39,7 +41,7 @@ def export(
 
     tasks = task or []
     if bool(tasks) == every:
-        raise UsageError("say which task", hint="--task NAME, or --all")
+        raise UsageError("give either --task or --all", hint="--task NAME exports one task, --all every task")
     with progress(quiet=quiet or as_json) as on_progress:
         access = access_of(offline=offline, quiet=quiet)
         located = locate(bundle, access, tasks=tasks or None, on_progress=on_progress)

@@ -1,4 +1,4 @@
-"""What a user is told of an exception: message, hint, exit code. Nothing is printed here."""
+"""Turns any exception into an error for the user: message, hint and exit code. Prints nothing."""
 
 import errno
 from concurrent.futures import BrokenExecutor
@@ -11,17 +11,17 @@ from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, machi
 HINTS = {
     errno.ENOSPC: "make room on the disk, or choose another place",
     errno.EDQUOT: "make room within your quota, or choose another place",
-    errno.EFBIG: "raise the limit (ulimit -f), or take a file system that holds larger files",
+    errno.EFBIG: "raise the limit (ulimit -f), or use a file system that allows larger files",
     errno.EACCES: "check the permissions of the file and of the folders above it",
     errno.EPERM: "check the owner and the permissions of the file",
     errno.EROFS: "the file system is read-only: choose another place",
-    errno.EIO: "the disk or its connection fails: see the system's log, and copy the data elsewhere",
-    errno.EAGAIN: "the system starts no more processes: wait, or raise the limit (ulimit -u)",
-    errno.ENOENT: "the file or its folder is not there, or was removed meanwhile: check the path",
+    errno.EIO: "the disk or its connection is failing: check the system log, and copy the data elsewhere",
+    errno.EAGAIN: "the system cannot start more processes: wait, or raise the limit (ulimit -u)",
+    errno.ENOENT: "the file or its folder does not exist, or was removed meanwhile: check the path",
     errno.EEXIST: "the file appeared meanwhile: check the path",
     errno.ENOTDIR: "a part of the path is a file: check the path",
-    errno.EISDIR: "the path is a folder: give a file",
-    errno.ELOOP: "symbolic links lead in a circle: check them with `readlink -f`",
+    errno.EISDIR: "the path is a folder: give the path of a file",
+    errno.ELOOP: "symbolic links form a loop: check them with `readlink -f`",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ETIMEDOUT: "the file system or the network does not answer: try again",
     errno.ESTALE: "the file was replaced on its server: try again",
@@ -31,7 +31,7 @@ HINTS = {
 
 
 class Interruption(FlexmergeError):
-    """Ctrl-C, or a signal that ends a run. Exit code: 128 and the signal's number, as in a shell."""
+    """Ctrl-C, or a signal that ends a run. Exit code: 128 plus the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__("interrupted")
@@ -39,15 +39,18 @@ class Interruption(FlexmergeError):
 
 
 def failure_of(error: BaseException, command: str = "") -> FlexmergeError:
-    """command: whose help is shown for arguments that cannot be parsed; empty: the program's."""
+    """Turn any exception into an error for the user.
+
+    command: the command whose --help the hint for a parsing error names; empty: that of the program.
+    """
     if isinstance(error, FlexmergeError):
         return error
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return Interruption(error.number if isinstance(error, Interrupted) else 2)
     if isinstance(error, SystemExit):
         return MachineError(
-            f"a library or a method of your own ended the program: sys.exit({error.code!r})",
-            hint="--debug shows where",
+            f"a library or one of your own methods ended the program: sys.exit({error.code!r})",
+            hint="run with --debug to see where",
         )
     if (failure := machine_failure(error)) is not None:
         return failure
@@ -58,14 +61,15 @@ def failure_of(error: BaseException, command: str = "") -> FlexmergeError:
         return MachineError(f"{names or 'reading or writing failed'}: {what}", hint=hint)
     if isinstance(error, BrokenExecutor):
         return MachineError(
-            "a worker process ended without a word: killed, most often for want of memory", hint="a lower --parallel"
+            "a worker process died, most likely killed for lack of memory", hint="use a lower --parallel"
         )
     if isinstance(error, ImportError):
-        return MachineError(f"a library cannot be loaded: {error}", hint="install flexmerge and its libraries again")
-    if hasattr(error, "format_message"):  # the parser's own: an unknown option, a missing value
+        return MachineError(f"a library cannot be loaded: {error}", hint="reinstall flexmerge and its dependencies")
+    if hasattr(error, "format_message"):  # a parser error, such as an unknown option or a missing value
         return UsageError(error.format_message(), hint=" ".join(filter(None, ["flexmerge", command, "--help"])))
     return FlexmergeError(
-        f"{type(error).__name__}: {error}", hint="this is a defect of flexmerge: report it, with --debug's output"
+        f"{type(error).__name__}: {error}",
+        hint="this is a bug in flexmerge: please report it with the output of --debug",
     )
 
 

@@ -1,4 +1,4 @@
-"""How a command ends whose document holds a verdict: the whole document is told, and then exit 6 unless all passes."""
+"""The end of a command whose document holds a verdict: print the whole document, then exit with 6 on failure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from flexmerge_cli.evaluation.gate import require_pass
 
 
 def finish(value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[Any], None]) -> None:
-    """Print a document. Raises GateError where its choice or gate is not met; with --json the error carries it."""
+    """Print a document. Raises GateError if its choice or gate is not met; with --json the error carries it."""
     chosen = value.get("chosen")
     try:
         if chosen is not None and not chosen["qualifies"]:
-            raise GateError(chosen["message"], hint="larger --sizes, other --methods, or more examples")
+            raise GateError(chosen["message"], hint="try larger --sizes, other --methods, or more examples")
         if chosen is None and "gate" in value:
             require_pass(value["gate"], what)
     except GateError as error:

@@ -11,19 +11,21 @@ from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, Qu
 def inspect(
     source: Annotated[str, typer.Argument(help="A checkpoint (path or hf://...), a plan.json, or a bundle.")],
     block: Annotated[
-        str | None, typer.Option("--block", help="Of a plan: how alike the tasks are in one block.")
+        str | None, typer.Option("--block", help="For a plan: show the similarities of the tasks in this block.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Of a bundle: compare every byte with its manifest.")
+        bool, typer.Option("--verify", help="For a bundle: check every byte against the manifest.")
     ] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="With --verify: every decoded tensor, too.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write one page on a plan or a bundle.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="With --verify: check every decoded tensor as well.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write an HTML report on a plan or a bundle.")] = None,
     offline: OfflineOption = False,
     variant: VariantOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="All rows of long tables.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show all rows of long tables.")] = False,
 ) -> None:
     """Show what a checkpoint, a plan or a bundle holds.
 
@@ -51,5 +53,5 @@ def inspect(
     if report.error is not None:
         if not as_json:
             raise report.error
-        options.tell(report.error)  # the document has it already
+        options.tell(report.error)  # the JSON document contains it already
         raise typer.Exit(report.error.exit_code)

@@ -29,8 +29,8 @@ from flexmerge_cli.cli.options import (
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="plan.json or recipe.yaml.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
+    source: Annotated[Path, typer.Argument(help="A plan.json or a recipe.yaml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the bundle to.")],
     method: MethodOption = None,
     step: StepOption = None,
     calibrate: CalibrateOption = None,
@@ -39,15 +39,17 @@ def merge(
     merges: MergesOption = None,
     fit: FitOption = None,
     cluster: ClusterOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of --cluster.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of the k-means initialisation; requires --cluster.")
+    ] = None,
     dtype: DtypeOption = None,
     max_distance: Annotated[
-        float | None, typer.Option("--max-distance", min=0, help="Publish only if every task is nearer than this.")
+        float | None, typer.Option("--max-distance", min=0, help="Publish only if every task's distance is below this.")
     ] = None,
     relocate: RelocateOption = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Keep a recipe's plan here, and reuse it.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Save the recipe's plan here and reuse it.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Files, exact bytes and memory; reads no weights.")
+        bool, typer.Option("--dry-run", help="Show files, exact bytes and memory; read no weights.")
     ] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -59,7 +61,7 @@ def merge(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Write a bundle of any size. Without method and size nothing is lost: exact deduplication.
+    """Write a bundle of any size. Without a method and a size, deduplicate exactly: nothing is lost.
 
     \b
     Examples:

@@ -8,10 +8,10 @@ from flexmerge_cli.cli.options import JsonOption
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method to explain.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Method, step or calibration to explain.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the methods, or explain one.
+    """List all methods, or explain one.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how results, messages and progress are shown."""
+"""Options that several commands share, and the functions that show results, messages and progress."""
 
 import json
 import sys
@@ -17,37 +17,49 @@ if TYPE_CHECKING:
     from flexmerge_cli.errors import FlexmergeError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no messages.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Tell more, and where the time went.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: the cores.")]
-MemoryOption = Annotated[str | None, typer.Option("--max-memory", help="Anonymous memory of the run, e.g. 8GiB.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast what is stored: bf16, fp16 or fp32.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor messages.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also show how long each stage took.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Number of worker threads (default: one per core).")
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", help="Limit on the run's anonymous memory, e.g. 8GiB.")
+]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast stored tensors to bf16, fp16 or fp32.")]
 OfflineOption = Annotated[
-    bool, typer.Option("--offline", help="Of the Hub use what its cache holds, as with HF_HUB_OFFLINE=1.")
+    bool, typer.Option("--offline", help="Use only what the Hub cache holds, like HF_HUB_OFFLINE=1.")
 ]
 RelocateOption = Annotated[
-    list[str] | None, typer.Option("--relocate", help="OLD=NEW for sources of a plan that moved.")
+    list[str] | None, typer.Option("--relocate", help="OLD=NEW, for a plan whose sources have moved; repeatable.")
 ]
 VariantOption = Annotated[
     str | None,
-    typer.Option("--variant", help="Weights of this variant where a source has it, e.g. fp16: model.fp16.safetensors."),
+    typer.Option(
+        "--variant", help="Prefer this weight variant where a source has it, e.g. fp16: model.fp16.safetensors."
+    ),
 ]
 StreamOption = Annotated[
     bool,
     typer.Option(
-        "--stream", help="Read weights of hf://, s3://, gs:// and https:// sources where they are; store none of them."
+        "--stream", help="Read the weights of hf://, s3://, gs:// and https:// sources over the network; store none."
     ),
 ]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="auto, or NAME[:key=value,...]: see `flexmerge methods`.")
+    str | None, typer.Option("--method", help="Merging method: auto, or NAME[:key=value,...]; see `flexmerge methods`.")
 ]
-StepOption = Annotated[list[str] | None, typer.Option("--step", help="Before the method, e.g. dare:p=0.9; repeatable.")]
-CalibrateOption = Annotated[str | None, typer.Option("--calibrate", help="After the method: svc.")]
+StepOption = Annotated[
+    list[str] | None, typer.Option("--step", help="Apply this step before the method, e.g. dare:p=0.9; repeatable.")
+]
+CalibrateOption = Annotated[
+    str | None, typer.Option("--calibrate", help="Apply this calibration after the method: svc.")
+]
 MethodForOption = Annotated[
     list[str] | None,
-    typer.Option("--method-for", help="PATTERN=METHOD for blocks; `keep` merges nothing there."),
+    typer.Option(
+        "--method-for", help="PATTERN=METHOD: use this method for matching blocks; `keep` leaves them unmerged."
+    ),
 ]
 SpecOption = Annotated[Path | None, typer.Option("--spec", help="eval.yaml: the data to score each task on.")]
 AllowExecOption = Annotated[
@@ -66,14 +78,17 @@ MaxMeanDropOption = Annotated[
 ]
 SizeOption = Annotated[
     str | None,
-    typer.Option("--size", help="2.25x of one model, 40% of all copies, or bytes on disk: 600MiB, 6GB, 123456B."),
+    typer.Option(
+        "--size", help="Bundle size: 2.25x one model, 40% of all copies, or bytes on disk (600MiB, 6GB, 123456B)."
+    ),
 ]
-MergesOption = Annotated[int | None, typer.Option("--merges", help="Cut after N merges, instead of at a size.")]
+MergesOption = Annotated[int | None, typer.Option("--merges", help="Stop after N merges instead of at a size.")]
 FitOption = Annotated[
-    str | None, typer.Option("--fit", help="tight (default): undo merges that still fit; prefix: the paper's cut.")
+    str | None,
+    typer.Option("--fit", help="tight (default): undo merges while the size still fits; prefix: the paper's cut."),
 ]
 ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", help="channels: group tasks by k-means in every tensor; goes with --size Kx.")
+    str | None, typer.Option("--cluster", help="channels: group tasks by k-means in every tensor; requires --size Kx.")
 ]
 
 
@@ -91,7 +106,7 @@ def access_of(
     stream: bool = False,
     max_memory: int | None = None,
 ) -> "Access":
-    """How sources are had; what is fetched is told on stderr."""
+    """How the run reaches its sources. Downloads are reported on stderr."""
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.checkpoint.stream import StreamPool
 
@@ -100,7 +115,7 @@ def access_of(
 
 
 def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
-    """A result, when all else is done: JSON in ASCII, which any encoding and terminal takes, or what `show` prints."""
+    """Print the result, after everything else: as ASCII JSON, which every encoding can hold, or with `show`."""
     from flexmerge_cli.cli.terminal import OutputLost
 
     try:
@@ -110,7 +125,7 @@ def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
             show(value)
         sys.stdout.flush()
     except OutputLost as lost:
-        lost.hint = "the command did what was asked of it; only what it had to say is lost"
+        lost.hint = "the command itself succeeded; only its output is lost"
         raise
 
 
@@ -120,16 +135,18 @@ def warn(messages: Iterable[str], *, quiet: bool = False) -> None:
 
 
 def note(message: str, *, quiet: bool = False) -> None:
-    """On stderr. Further lines are indented: a line break in a name must not begin a message of its own."""
+    """Print a message on stderr. Further lines are indented, so that a line break in a name starts no new message."""
     from flexmerge_cli.report.text import visible
 
-    first, *rest = visible(message).split("\n")  # here, and not only in the stream: rich obeys before it hands on
+    first, *rest = visible(message).split(
+        "\n"
+    )  # here too, not only in the stream: rich interprets markup before it writes
     if not quiet:
         print(first, *(line if not line or line[0] == " " else f"  {line}" for line in rest), sep="\n", file=sys.stderr)
 
 
 def tell(error: "FlexmergeError") -> None:
-    """An error, on stderr."""
+    """Print an error on stderr."""
     note(f"error: {error.message}")
     if error.hint:
         note(f"hint: {error.hint}")
@@ -137,9 +154,9 @@ def tell(error: "FlexmergeError") -> None:
 
 @contextmanager
 def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage on a terminal's stderr; nothing elsewhere. With verbose, the seconds of each stage.
+    """Show a progress bar per stage if stderr is a terminal. With verbose, print the seconds of each stage.
 
-    counts: what is done are things, not bytes.
+    counts: progress counts items, not bytes.
     """
     started: dict[str, float] = {}
 
@@ -176,25 +193,27 @@ def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Ite
 
 
 def bars_on_stderr(*columns: "ProgressColumn") -> "Progress":
-    """Bars with these columns after their descriptions; they vanish when they end."""
+    """Progress bars on stderr with these columns after the description. Finished bars disappear."""
     from rich.progress import Progress, TextColumn
 
     from flexmerge_cli.report.console import Console
 
     described = TextColumn("{task.description}", markup=False)
-    # Results go to stdout even while bars are shown: rich would send them to stderr with the bars.
+    # Results must go to stdout even while bars are shown; rich would redirect them to stderr.
     return Progress(described, *columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
 def relocations(items: list[str] | None) -> dict[str, str]:
-    """OLD -> NEW of --relocate. Raises UsageError."""
+    """Parse --relocate OLD=NEW into {OLD: NEW}. Raises UsageError."""
     from flexmerge_cli.errors import UsageError
 
     pairs = {}
     for item in items or ():
         old, equals, new = item.partition("=")
         if not equals or not old or not new:
-            raise UsageError(f"--relocate {item} is not OLD=NEW", hint="--relocate /old/place=/new/place")
+            raise UsageError(
+                f"--relocate {item} is not of the form OLD=NEW", hint="for example --relocate /old/place=/new/place"
+            )
         pairs[old] = new
     return pairs
 

@@ -1,4 +1,4 @@
-"""What `merge` does with its source: a plan, or a recipe that is planned first."""
+"""What `merge` does with its source: a plan, or a recipe, which is planned first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from flexmerge_cli.writing import check_apart
 
 @dataclass(slots=True, kw_only=True)
 class Packing:
-    """A source, and what was asked of it."""
+    """A source and the request for it."""
 
     source: Path
     recipe: Recipe | None
@@ -42,10 +42,10 @@ class Packing:
     source_warnings: tuple[str, ...] = ()
     pricer: Pricer | None = None
     spec: EvalSpec | None = None
-    """Of the recipe's gate."""
+    """The evaluation spec of the recipe's gate."""
     limits: Gate = field(default_factory=Gate)
     gate: BundleGate | None = None
-    """The recipe's, once there is a plan."""
+    """The recipe's gate, once there is a plan."""
 
     @staticmethod
     def of(
@@ -55,14 +55,16 @@ class Packing:
         keep_plan: Path | None,
         access: Access = ONLINE,
     ) -> "Packing":
-        """chosen: words of `merge_request`."""
+        """Read the source and parse the request. chosen: arguments of `merge_request`."""
         if not source.is_file():
-            raise SourceError(f"no plan or recipe at {source}", hint="make a plan with `flexmerge plan`")
+            raise SourceError(f"no plan or recipe at {source}", hint="create a plan with `flexmerge plan`")
         recipe = read_recipe(source) if source.suffix in (".yaml", ".yml") else None
         if recipe is None and keep_plan is not None:
-            raise UsageError("--plan goes with a recipe", hint="give the plan itself: flexmerge merge plan.json")
+            raise UsageError(
+                "--plan requires a recipe as the source", hint="to merge an existing plan: flexmerge merge plan.json"
+            )
         words = {name: value for name, value in chosen.items() if value is not None}
-        typed = "method" in words or "method_for" in words  # a person has typed it: its file may run
+        typed = "method" in words or "method_for" in words  # the user typed it, so a method file may be run
         if recipe:
             of_recipe = recipe.merge_words()
             if "size" in words or "merges" in words:
@@ -83,7 +85,7 @@ class Packing:
         )
 
     def check(self, output: Path, *, force: bool) -> None:
-        """Before anything is read: the places of the bundle and of a kept plan."""
+        """Check, before anything is read, where the bundle and a kept plan go."""
         check_apart(output, self._inputs())
         check_target(output, force=force, ours=bundle_files)
         if self.keep_plan is not None:
@@ -96,7 +98,7 @@ class Packing:
             require_scored(self.spec, "the recipe's bundle")
 
     def _inputs(self) -> list[Path]:
-        """All that is known of them before a plan is there; its sources are checked when they are opened."""
+        """The inputs known before there is a plan. A plan's sources are checked when they are opened."""
         if self.recipe is None:
             return [self.source]
         gate, sources = self.recipe.gate, [self.recipe.base, *self.recipe.task_sources().values()]
@@ -104,7 +106,7 @@ class Packing:
         return [self.source, *(self.recipe.folder / expanded(name) for name in named)]
 
     def plan(self, output: Path, **run: Any) -> Plan:
-        """The plan of the source; a recipe's is made, or taken from --plan while its sources are the same."""
+        """The plan of the source. A recipe's plan is made, or read from --plan if it has the same sources."""
         if self.recipe is None:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
@@ -122,7 +124,7 @@ class Packing:
         return given.make(save_to=self.keep_plan, **run)
 
     def bill(self, plan: Plan, *, device: str) -> tuple[Bill, list[str]]:
-        """What will be written. What does not fit of a gate's spec and data is refused before anything is merged."""
+        """The bill of what will be written. A gate whose spec or data do not fit is refused before merging."""
         if self.spec is not None:
             references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
@@ -132,7 +134,7 @@ class Packing:
         return bill, [*self.source_warnings, *advice(plan, bill, self.pricer)]
 
     def auto(self) -> dict[str, Any] | None:
-        """What `auto` tells of its choice, after `bill`; None for other methods."""
+        """The summary of what `auto` chose, after `bill`; None for other methods."""
         assert self.pricer is not None
         found = auto_found(self.pricer, self.request)
         return None if found is None else auto_summary(*found)
@@ -156,7 +158,7 @@ class Packing:
 
 
 def _holds(plan: Plan, given: Given, folder: Path) -> bool:
-    """Whether a kept plan is of the recipe's sources and settings; their bytes are checked while they are merged."""
+    """Whether a kept plan has the recipe's sources and settings. The merge itself checks the bytes of the sources."""
     assert given.request is not None
     request = given.request
 

@@ -25,53 +25,64 @@ from flexmerge_cli.cli.options import (
 
 
 def plan(
-    source: Annotated[Path | None, typer.Argument(help="recipe.yaml, or a plan.json to make another from.")] = None,
+    source: Annotated[
+        Path | None, typer.Argument(help="A recipe.yaml, or a plan.json to derive a new plan from.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="The pre-trained model.")] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="Folder, or hf://org/name, with one subfolder per fine-tune.")
+        str | None, typer.Option("--tasks", help="Folder or hf://org/name with one subfolder per fine-tune.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", help="Leave out this folder of --tasks; repeatable.")
+        list[str] | None, typer.Option("--ignore", help="Skip this subfolder of --tasks; repeatable.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
     blocks: Annotated[
         str | None,
         typer.Option(
             "--blocks",
-            help="component, layer, tensor, model, or rules.yaml; model with --linkage average clusters whole models, "
-            "to be merged at --size Kx.",
+            help="Unit of merging: component, layer, tensor, model, or a rules.yaml. With --linkage average, `model` "
+            "clusters whole models, to be merged at --size Kx.",
         ),
     ] = None,
-    linkage: Annotated[str | None, typer.Option("--linkage", help="complete, average, single or centroid.")] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", help="greedy, left-to-right, right-to-left or random.")
+    linkage: Annotated[
+        str | None, typer.Option("--linkage", help="Similarity of groups: complete, average, single or centroid.")
     ] = None,
-    similarity: Annotated[str | None, typer.Option("--similarity", help="cosine, euclidean or sign.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of --strategy random.")] = None,
-    private: Annotated[list[str] | None, typer.Option("--private", help="Keep tensors of this pattern apart.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="Merge order: greedy, left-to-right, right-to-left or random.")
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option("--similarity", help="Similarity of tasks: cosine, euclidean or sign.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of --strategy random.")] = None,
+    private: Annotated[
+        list[str] | None, typer.Option("--private", help="Never merge tensors that match this pattern; repeatable.")
+    ] = None,
     merge_heads: Annotated[bool, typer.Option("--merge-heads", help="Merge task heads of equal shape.")] = False,
     statistics: Annotated[
-        str | None, typer.Option("--statistics", help="all (default); gram leaves out what --method auto needs.")
+        str | None,
+        typer.Option(
+            "--statistics", help="all (default), or gram, which skips the statistics that --method auto needs."
+        ),
     ] = None,
     adapters: Annotated[
         str | None,
         typer.Option(
             "--adapters",
-            help="Tasks that are PEFT adapters: keep (default) them as they are over the base, merge each into it "
-            "and treat it as any fine-tune, or pool them: they merge among themselves.",
+            help="What to do with PEFT adapters: keep them unchanged beside the base (default), merge each into the "
+            "base and treat it like any fine-tune, or pool them, which merges them with one another.",
         ),
     ] = None,
     assume_base: Annotated[
-        bool, typer.Option("--assume-base", help="The base is the adapters' own, whatever they name as theirs.")
+        bool, typer.Option("--assume-base", help="Accept --base for adapters that name a different base model.")
     ] = False,
     method: MethodOption = None,
     size: SizeOption = None,
     merges: MergesOption = None,
     fit: FitOption = None,
     dtype: DtypeOption = None,
-    methods: Annotated[str, typer.Option("--methods", help="Ways to store: common or all.")] = "common",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="From headers alone; reads no weights.")] = False,
+    methods: Annotated[str, typer.Option("--methods", help="Storage options to list: common or all.")] = "common",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report from headers alone; read no weights.")] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = None,
@@ -83,7 +94,7 @@ def plan(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare fine-tuned models block by block. The plan holds what any later cut needs.
+    """Compare fine-tuned models block by block. The plan holds all that a later merge of any size needs.
 
     \b
     Example:
@@ -115,7 +126,7 @@ def plan(
         ignore or (),
     )
     if output is None and not dry_run:
-        raise UsageError("no place for the plan", hint="-o plan.json")
+        raise UsageError("no output file given for the plan", hint="add -o plan.json")
     if output is not None and not dry_run:
         check_apart(output, [source, *given.places])
         options.check_plan_place(output, force=force)
@@ -123,7 +134,7 @@ def plan(
     from flexmerge_cli.request.merge import merge_request
 
     if method is None and (size is not None or merges is not None):
-        method = "average"  # any method with one dense value per block is cut alike
+        method = "average"  # every method that stores one dense value per block is cut in the same place
     request = merge_request(method=method, size=size, merges=merges, fit=fit, dtype=dtype, run_files=True)
     if request.size is not None:
         request.size.target(num_tasks=given.num_tasks, one_model_bytes=1)

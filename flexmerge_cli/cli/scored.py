@@ -18,7 +18,7 @@ from flexmerge_cli.writing import check_apart, check_file, write_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOptions:
-    """As typed."""
+    """The options as typed."""
 
     bundle: str | None
     plan: Path | None
@@ -74,22 +74,22 @@ def score_bundle(options: ScoreOptions) -> dict[str, Any]:
 
 
 def _models_of(request: Any) -> int:
-    """Of each task; where the spec says it for some, at most so many."""
+    """The number of models scored per task; an upper bound if the spec gives further models to only some tasks."""
     if request.parallel > 1 and len(request.spec.tasks) > 1:
-        return 1  # a step a task
+        return 1  # one step per task
     named = any(task.checkpoint is not None for task in request.spec.tasks.values())
     both = 2 if request.plan is not None else named + (request.spec.base is not None)
     return int(both) if request.sources else 1 + int(both)
 
 
 def write_starter(bundle: str, output: Path | None, *, force: bool, offline: bool, quiet: bool) -> None:
-    """A starter spec; its side files are all that is looked at."""
+    """Write a starter spec. Reads only the side files of the bundle."""
     from flexmerge_cli.evaluation.init import is_starter_spec, starter_spec
 
     if output is None:
-        raise UsageError("no -o: where the spec goes", hint="flexmerge eval --init bundle/ -o eval.yaml")
+        raise UsageError("no output file given for the spec", hint="flexmerge eval --init bundle/ -o eval.yaml")
     check_apart(output, [bundle])
     check_file(output, force=force, replaceable=is_starter_spec, what="a spec that --init wrote")
     located = locate(bundle, access_of(offline=offline, quiet=quiet))
     write_file(output, starter_spec(located.open(), output.absolute().parent))
-    note(f"wrote {output}: name the data of each task in it", quiet=quiet)
+    note(f"wrote {output}; now enter the data of each task in it", quiet=quiet)

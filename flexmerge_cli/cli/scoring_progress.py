@@ -1,4 +1,4 @@
-"""Progress of `eval`: the model that is being scored, how far it is, and what remains; on a terminal's stderr alone."""
+"""Progress of `eval`, on stderr if that is a terminal: the model being scored, its progress, and what remains."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ OnStep = Callable[[str, int, int], None]
 
 @contextmanager
 def scoring_progress(total: int, *, quiet: bool) -> Iterator[OnStep]:
-    """Takes (model and task, examples done, of how many). total: models that are to be scored.
+    """Yields a function of (model and task, examples done, examples in all). total: number of models to score.
 
-    Without a terminal a line a model, unless quiet.
+    Without a terminal, prints one line per model unless quiet.
     """
     seen: dict[str, None] = {}
     if quiet or not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM and SIGHUP clean up and end as Ctrl-C does."""
+"""Signals that end a run: SIGTERM and SIGHUP clean up and end it as Ctrl-C does."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ DEFAULTS: dict[int, Handler] = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of them came. number: the signal's."""
+    """A signal arrived that ends the run. number: the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -28,17 +28,17 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(slots=True)
 class Signals:
-    """What became of them."""
+    """The state of signal handling during one run."""
 
     is_over: bool = False
-    """Whether a run was interrupted and has cleaned up: further Ctrl-Cs say nothing new."""
+    """Whether the run was interrupted and has cleaned up. Further Ctrl-Cs are ignored."""
 
 
 @contextmanager
 def interrupting_signals() -> Iterator[Signals]:
-    """They raise Interrupted in the main thread; SIGTERM or SIGHUP again kills, as it would without us.
+    """Raise Interrupted in the main thread on these signals; a second SIGTERM or SIGHUP kills the process as usual.
 
-    What is ignored stays so (nohup). Worker processes, which a signal to this one alone would not reach, are ended.
+    Signals that are ignored stay ignored (nohup). Worker processes, which the signal may not reach, are terminated.
     """
     ours = {number: before for number, before in DEFAULTS.items() if signal.getsignal(number) is before}
     if threading.current_thread() is not threading.main_thread():
@@ -46,7 +46,7 @@ def interrupting_signals() -> Iterator[Signals]:
     process, signals = os.getpid(), Signals()
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != process:  # forked from ours, and has nothing of ours to clean up
+        if os.getpid() != process:  # a forked child, which has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

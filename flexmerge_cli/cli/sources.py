@@ -1,4 +1,4 @@
-"""What the command line says of sources: recipe, plan, --base, --tasks, --task."""
+"""Sources as given on the command line: a recipe, a plan, or --base, --tasks and --task."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ class Given:
     plan: Plan | None
     order: OrderSettings
     warnings: tuple[str, ...] = ()
-    """What of --tasks is left out and why, and which tasks are one model."""
+    """Which subfolders of --tasks are skipped and why, and which tasks are the same model."""
     statistics: Statistics | None = None
-    """What the plan is to hold; None: as the other plan."""
+    """Which statistics the plan is to hold; None: those of the other plan."""
     folder: Path = Path()
-    """Of the other plan."""
+    """The folder of the other plan."""
     access: Access = ONLINE
 
     @property
@@ -41,7 +41,7 @@ class Given:
 
     @property
     def places(self) -> list[Path]:
-        """Where the sources lie that are on this machine, and the rules of the blocks."""
+        """The paths of local sources and of the rules file for blocks."""
         if self.request is None:
             return []
         sources = [source for source in (self.request.base, *self.request.tasks.values()) if not is_remote(source)]
@@ -49,7 +49,7 @@ class Given:
         return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
 
     def make(self, *, save_to: Path, **run: Any) -> Plan:
-        """The plan, saved."""
+        """Make the plan and save it."""
         if self.request is not None:
             plan = make_plan(self.request, save_to=save_to, **run)
         else:
@@ -77,14 +77,14 @@ def plan_request(
     assume_base: bool = False,
     ignore: Collection[str] = (),
 ) -> Given:
-    """Options win over the recipe."""
+    """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
         known_word(get_args(Statistics), statistics, "statistics")
     recipe: Recipe | None = None
     plan: Plan | None = None
     if source is not None:
         if not source.is_file():
-            raise SourceError(f"no recipe or plan at {source}", hint="or give --base and --tasks")
+            raise SourceError(f"no recipe or plan at {source}", hint="check the path, or give --base and --tasks")
         if source.suffix in (".yaml", ".yml"):
             recipe = read_recipe(source)
         else:
@@ -92,14 +92,14 @@ def plan_request(
     if plan is not None:
         if base or tasks or task or ignore or private or merge_heads or adapters or assume_base:
             raise UsageError(
-                "a plan has its sources and classes already", hint="leave out --base, --tasks, --private …"
+                "the plan already fixes its sources and tensor classes", hint="leave out --base, --tasks, --private …"
             )
         settings = plan.settings
         old = {name: getattr(settings, name) for name in ("blocks", "linkage", "strategy", "similarity")}
         if order.get("strategy") in (None, Strategy.RANDOM):
             old["seed"] = settings.seed
         if old["blocks"] == "rules" and not order.get("blocks"):
-            raise UsageError("the plan was made with rules of its own", hint="give them again: --blocks rules.yaml")
+            raise UsageError("the plan was made with a rules file", hint="give it again: --blocks rules.yaml")
         assert source is not None
         return Given(
             request=None,
@@ -111,7 +111,7 @@ def plan_request(
         )
     base_source = _from_here(base, recipe) if base is not None else recipe.base if recipe else None
     if base_source is None:
-        raise UsageError("no base", hint="--base PATH, or a recipe")
+        raise UsageError("no base model given", hint="add --base PATH, or give a recipe")
     start = recipe.folder if recipe else Path()
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
     warnings: list[str] = []
@@ -120,20 +120,22 @@ def plan_request(
         named, warnings = _tasks_in(tasks, base_source, start, ignore, access)
         given = {name.lower(): f"`{name}` of {tasks}" for name in named}
     elif ignore:
-        raise UsageError("--ignore leaves out a folder of --tasks", hint="--tasks DIR --ignore NAME")
+        raise UsageError("--ignore requires --tasks", hint="--tasks DIR --ignore NAME")
     for item in task:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
-            raise UsageError(f"--task {item} is not NAME=SOURCE", hint="--task sst2=finetuned/sst2")
+            raise UsageError(
+                f"--task {item} is not of the form NAME=SOURCE", hint="for example --task sst2=finetuned/sst2"
+            )
         if name.lower() in given:
             raise UsageError(
-                f"two tasks of one name: {given[name.lower()]} and `{name}` of --task {item} (case is ignored)",
-                hint=f"rename one, or leave out a folder of --tasks: --ignore {name}",
+                f"two tasks have the same name: {given[name.lower()]} and `{name}` of --task {item} (case is ignored)",
+                hint=f"rename one, or skip a subfolder of --tasks: --ignore {name}",
             )
         given[name.lower()] = f"`{name}` of --task"
         named[name] = _from_here(path, recipe)
     if not named:
-        raise UsageError("no tasks", hint="--tasks DIR, or --task NAME=PATH")
+        raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
     request = PlanRequest(
         base=base_source,
         tasks=named,
@@ -152,65 +154,72 @@ def plan_request(
 def _tasks_in(
     place: str, base: str, start: Path, ignore: Collection[str], access: Access
 ) -> tuple[dict[str, str], list[str]]:
-    """One task for each folder that holds a checkpoint, and warnings of what else is there.
+    """One task for each subfolder that holds a checkpoint, and warnings about the others.
 
-    The base is no task; what looks like a model and has no weights is refused unless it is to be ignored.
+    The base is not a task. A subfolder that looks like a model but has no weights is an error unless it is ignored.
     """
     if is_remote(place) and not is_hub(place):
-        raise UsageError(f"--tasks {place}: a folder, or a repository of the Hub", hint="--task NAME=SOURCE for each")
+        raise UsageError(
+            f"--tasks {place} is neither a folder nor a Hub repository", hint="name each task: --task NAME=SOURCE"
+        )
     found = checkpoints_in(place, access) if is_hub(place) else find_tasks(expanded(place))
     for name in ignore:
         if not any(kind.pop(name, None) for kind in (found.models, found.unfinished, found.others)):
-            raise UsageError(f"--ignore {name}: {place} has no such folder", hint=f"look into {place}")
+            raise UsageError(
+                f"--ignore {name}: {place} has no such subfolder", hint=f"check the names of the subfolders of {place}"
+            )
     if found.unfinished:
         told = [f"`{name}` {why}" for name, why in found.unfinished.items()]
         left_out = " ".join(f"--ignore {name}" for name in found.unfinished)
-        raise SourceError(f"not all of {place} is whole:\n  " + "\n  ".join(told), hint=f"complete it, or {left_out}")
+        raise SourceError(
+            f"some models in {place} are incomplete:\n  " + "\n  ".join(told),
+            hint=f"complete them, or skip them with {left_out}",
+        )
     if not found.models:
         example = "hf://…" if is_hub(place) else "PATH"
-        raise SourceError(f"no checkpoint in any folder of {place}", hint=f"give each task: --task NAME={example}")
+        raise SourceError(f"no checkpoint in any subfolder of {place}", hint=f"name each task: --task NAME={example}")
     of_base = _identity(base, start)
     for name in [name for name, source in found.models.items() if _identity(source, Path()) == of_base]:
         del found.models[name]
         found.others[name] = "the base"
-    warnings = [f"left out of {place}: " + ", ".join(f"{name} ({why})" for name, why in sorted(found.others.items()))]
+    warnings = [f"skipped in {place}: " + ", ".join(f"{name} ({why})" for name, why in sorted(found.others.items()))]
     sources = {name: source if is_hub(place) else str(Path(source).absolute()) for name, source in found.models.items()}
     return sources, warnings if found.others else []
 
 
 def _identity(source: str, start: Path) -> object:
-    """The same for two source strings of one model, as far as can be told without reading it."""
+    """A key that is equal for two source strings of one model, as far as is known without reading it."""
     if is_hub(source):
         place = HubPlace.of(source)
         return place.repository, place.folder
     if is_remote(source):
         return source
     path = start / expanded(source)
-    path = path.parent if path.is_file() else path  # its weight file was named
+    path = path.parent if path.is_file() else path  # the source names a weight file
     return path.resolve()
 
 
 def _twice(named: Mapping[str, str], start: Path) -> list[str]:
-    """A warning for each model that is several tasks."""
+    """A warning for each model that is given as several tasks."""
     tasks: dict[object, list[str]] = {}
     for name, source in sorted(named.items()):
         # Two weight files of one folder, or two revisions of one repository, are two models.
         same = source if is_remote(source) else (start / expanded(source)).resolve()
         tasks.setdefault(same, []).append(name)
     return [
-        f"tasks {', '.join(f'`{name}`' for name in names)} are one model: {same}"
+        f"tasks {', '.join(f'`{name}`' for name in names)} are the same model: {same}"
         for same, names in tasks.items()
         if len(names) > 1
     ]
 
 
 def _from_here(source: str, recipe: Recipe | None) -> str:
-    """A source of the command line. A recipe's folder is not where it is typed; else it stays as it was typed."""
+    """A source typed on the command line; made absolute if there is a recipe, whose paths are relative to itself."""
     return source if recipe is None or "://" in source else str(expanded(source).absolute())
 
 
 def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:
-    """What was chosen, else what the recipe or plan has, else the defaults. Raises UsageError."""
+    """Each setting from the command line, else from the recipe or plan, else the default. Raises UsageError."""
     default = OrderSettings()
     picked = {
         name: next((v for v in (chosen.get(name), otherwise.get(name)) if v is not None), getattr(default, name))

@@ -1,7 +1,7 @@
-"""The standard streams while a command runs: no name out of a file is obeyed, no loss of output goes unnoticed.
+"""The standard streams while a command runs: control characters have no effect, and lost output is noticed.
 
-What is printed is made visible first (`\\x1b` for an escape character), with replacements for what the encoding of the
-stream cannot hold. Where stdout takes no more, OutputLost is raised; where stderr takes no more, messages are dropped.
+Control characters are printed in visible form (`\\x1b` for an escape character), and characters that the stream's
+encoding lacks are replaced. A failing stdout raises OutputLost; messages for a failing stderr are dropped.
 """
 
 import codecs
@@ -30,16 +30,17 @@ class OutputLost(MachineError):
 
     def __init__(self, error: OSError) -> None:
         super().__init__(
-            f"standard output cannot be written: {error.strerror or error}", hint="send it where there is room"
+            f"standard output cannot be written: {error.strerror or error}",
+            hint="redirect it to a place with free space",
         )
         self.unread = error.errno == errno.EPIPE
-        """Whether a pipe's reader has gone, as of `| head`: it knows, and no message is due."""
+        """Whether the reader of a pipe has gone, as after `| head`. It knows that, so no message is due."""
 
 
 class Stream:
-    """A standard stream that makes visible what is written to it.
+    """A standard stream that writes control characters in visible form.
 
-    rich, which has escape sequences of its own, writes to `rich_proxied_file`; report/console.py cares for the rest.
+    rich, which writes escape sequences of its own, uses `rich_proxied_file`; report/console.py takes care of the rest.
     """
 
     def __init__(self, file: TextIO, *, is_stdout: bool, escape: bool = True) -> None:
@@ -63,8 +64,8 @@ class Stream:
         try:
             yield
         except OSError as error:
-            with suppress(OSError, ValueError):  # no file of the system, in a test or a notebook
-                # Python flushes what is left once more as it ends, and would exit with 120.
+            with suppress(OSError, ValueError):  # not a file of the operating system, as in a test or a notebook
+                # Python flushes the stream again on exit, and would exit with 120.
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._file.fileno())
                 os.close(nowhere)
@@ -77,9 +78,9 @@ class Stream:
 
 @contextmanager
 def shown_streams() -> Iterator[Stream]:
-    """sys.stdout and sys.stderr as Streams; gives stdout's."""
+    """Replace sys.stdout and sys.stderr with Streams. Yields the one for stdout."""
     before = sys.stdout, sys.stderr
-    files = [file if file is not None else io.StringIO() for file in before]  # None: closed, and nobody listens
+    files = [file if file is not None else io.StringIO() for file in before]  # None: the stream is closed
     handlers = [_set_errors(file, UNENCODABLE) for file in files]
     stdout, stderr = (Stream(file, is_stdout=is_stdout) for file, is_stdout in zip(files, (True, False)))
     sys.stdout, sys.stderr = cast(TextIO, stdout), cast(TextIO, stderr)
@@ -93,9 +94,9 @@ def shown_streams() -> Iterator[Stream]:
 
 
 def hold_closed_streams() -> None:
-    """Give the numbers of closed standard streams to the null device, at the start of the process.
+    """Open the null device in place of closed standard streams, at the start of the process.
 
-    The next file that is opened would get them, and be written into by what a library prints.
+    Otherwise the next file to be opened would get their numbers, and whatever a library prints would end up in it.
     """
     for number in range(3):
         try:
@@ -105,7 +106,7 @@ def hold_closed_streams() -> None:
 
 
 def _set_errors(file: TextIO, handler: str) -> str | None:
-    """The handler of before; None where there is none to set."""
+    """Set the stream's error handler and return the previous one; None if it has none."""
     before, reconfigure = getattr(file, "errors", None), getattr(file, "reconfigure", None)
     if before is None or reconfigure is None:
         return None

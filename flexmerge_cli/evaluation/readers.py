@@ -227,7 +227,9 @@ def open_hub(reference: str, split: str | None) -> Source:
     except ValueError as error:  # a config or split that is not there, told with those that are
         raise UsageError(f"{reference}: {error}", hint="check config and split") from None
     except Exception as error:  # of the network, the Hub and the library's own
-        raise SourceError(f"{reference} cannot be had: {error}", hint="go online once, or give a local path") from None
+        raise SourceError(
+            f"{reference} is not available: {error}", hint="go online once, or give a local path"
+        ) from None
     return _of_dataset(found)
 
 

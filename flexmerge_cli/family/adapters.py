@@ -1,6 +1,6 @@
 """The PEFT adapters among a family's tasks, and the models that they make of its base. Headers and configs only.
 
-Gathers all that does not fit, over all tasks, before it raises.
+Collects the problems of all tasks before it raises.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from flexmerge_cli.family.align import align, aligned_names
 from flexmerge_cli.family.blocks import Block, partition
 
 Adapters = Literal["keep", "merge", "pool"]
-"""What becomes of tasks that are adapters: kept as they are over the base, merged into it and then treated as any
+"""How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated as any
 fine-tune, or merged among themselves."""
 
 
@@ -28,21 +28,24 @@ class KeptAdapter:
     name: str
     adapter: Adapter
     model: Checkpoint
-    """What it makes of the base."""
+    """The model that the adapter makes of the base."""
     names: dict[str, str]
-    """The base's name (own name of what the base has not) -> own name."""
+    """Aligned name -> own name. The aligned name is the base's, or the own name if the base lacks the tensor."""
 
 
 def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
-    """Task -> its adapter, of those that are one. Raises DataError with every one that cannot be read, or names another
-    base; with assume_base that does not matter."""
+    """Task -> its adapter, for the tasks that are adapters.
+
+    Raises DataError that lists every adapter that cannot be read or names another base. With assume_base, the base that
+    an adapter names is ignored.
+    """
     found: dict[str, Adapter] = {}
     problems: list[DataError] = []
     others: list[str] = []
     for task, checkpoint in tasks.items():
         if {path.name for path in checkpoint.weight_paths()} <= set(WEIGHT_NAMES) and not is_adapter(checkpoint):
             missing = f"task `{task}`: {checkpoint.path} holds an adapter's weights and no {CONFIG_NAME}"
-            problems.append(DataError(missing, hint="get the whole folder"))
+            problems.append(DataError(missing, hint="download the whole folder"))
             continue
         if not is_adapter(checkpoint):
             continue
@@ -56,7 +59,7 @@ def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_bas
             others.append(f"task `{task}` was trained on `{other[:200]}`, the base is {base.source} ({base.path})")
     if others:
         hint = "give that base with --base, or --assume-base if it is the same model"
-        problems.append(DataError("adapters of another base:\n  " + "\n  ".join(others), hint=hint))
+        problems.append(DataError("adapters trained on another base:\n  " + "\n  ".join(others), hint=hint))
     if is_adapter(base):
         hint = "give the model it was trained on as the base, and the adapter as a task"
         problems.append(DataError(f"the base {base.path} is an adapter", hint=hint))
@@ -68,7 +71,7 @@ def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_bas
 def models_of(
     base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
 ) -> dict[str, Checkpoint]:
-    """Every task's model: an adapter's on the base, others as they are. Raises DataError with all that do not fit."""
+    """The model of every task, with adapters applied to the base. Raises DataError that lists all that do not fit."""
     models: dict[str, Checkpoint] = {}
     problems: list[DataError] = []
     for task, checkpoint in tasks.items():
@@ -82,26 +85,28 @@ def models_of(
 
 
 def keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
-    """Align the names of the model that an adapter makes: a prefix is all that can differ."""
+    """Align the names of the model that an adapter makes. They can differ only by a prefix."""
     alignment = align(base.tensors, model.tensors)
     names = {aligned: own for own, aligned in aligned_names(alignment, base.tensors, model.tensors).items()}
     return KeptAdapter(name=name, adapter=adapter, model=model, names=names)
 
 
 def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:
-    """What the adapters of a pool are compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
+    """The base that a pool of adapters is compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
 
     Raises DataError unless all tasks are adapters of one kind, and LoRAs of one rank and scale in every module.
     """
     whole = [task for task in tasks if task not in adapters]
     kinds = {adapters[task].kind for task in tasks if task in adapters}
-    hint = "--adapters keep or merge takes them as they are"
+    hint = "use --adapters keep or merge, which accept any mix of tasks"
     if whole:
-        raise DataError(f"a pool is of adapters alone; whole models: {', '.join(whole[:10])}", hint=hint)
+        raise DataError(
+            f"a pool can hold only adapters, but these tasks are whole models: {', '.join(whole[:10])}", hint=hint
+        )
     if len(kinds) > 1:
         of = {kind: [task for task, adapter in adapters.items() if adapter.kind is kind] for kind in sorted(kinds)}
         told = "; ".join(f"{kind.value}: {', '.join(names[:5])}" for kind, names in of.items())
-        raise DataError(f"a pool is of adapters of one kind: {told}", hint=hint)
+        raise DataError(f"a pool can hold only adapters of one kind, but found: {told}", hint=hint)
     forms: dict[str, tuple[str, float, int]] = {}
     problems = []
     for task, adapter in adapters.items():
@@ -112,7 +117,9 @@ def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mappi
                 both = [f"rank {rank}, scale {scale:g} in `{name}`" for name, scale, rank in (form, first)]
                 problems.append(f"`{module}` has {both[0]}, {both[1]}")
     if problems:
-        raise DataError("LoRAs of a pool have one rank and scale:\n  " + "\n  ".join(problems[:10]), hint=hint)
+        raise DataError(
+            "the LoRA adapters of a pool must have the same rank and scale:\n  " + "\n  ".join(problems[:10]), hint=hint
+        )
     tensors: dict[str, StoredTensor] = {}
     for adapter in adapters.values():
         fill = 1.0 if adapter.kind is AdapterKind.IA3 else 0.0
@@ -124,7 +131,7 @@ def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mappi
 
 
 def partition_pairs(names: Sequence[str], blocks: str | Path) -> tuple[Block, ...]:
-    """As `partition`, where the two factors of a LoRA are in one block: what merges is their product."""
+    """Like `partition`, with both factors of a LoRA in one block, because their product is what merges."""
     of_module: dict[str, list[str]] = {}
     for name in names:
         segments = name.split(".")

@@ -1,4 +1,4 @@
-"""Names of one task's tensors, as the base would call them. Headers in, a map of names out.
+"""Maps the tensor names of a task to those of the base. Headers in, a map of names out.
 
 A fine-tune often wraps the base (`bert.encoder…` for `encoder…`) or is unwrapped from it. The prefix, of whole
 segments and on either side, is the one under which most tensors of equal name and shape coincide; ties: the shortest.
@@ -18,14 +18,14 @@ MAX_PREFIX_SEGMENTS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
-    """How a task's names go over into the base's."""
+    """How a task's tensor names map to the base's."""
 
     task_prefix: str
-    """Dropped from the task's names; empty or ending in a dot. At most one of the two is not empty."""
+    """The prefix dropped from the task's names; empty, or ends in a dot. One of the two prefixes is always empty."""
     base_prefix: str
-    """Put before the task's names."""
+    """The prefix added to the task's names."""
     num_matched: int
-    """Tensors of equal name and shape."""
+    """The number of tensors of equal name and shape."""
 
     def aligned(self, own: str) -> str:
         """The base's name of a task's tensor. A task's tensor outside the wrapper keeps its own name."""

@@ -1,13 +1,13 @@
-"""Two configs side by side: whether they are of one architecture, told in their own words. Pure.
+"""Compares two configs: do they describe one architecture? The differences are reported in the configs' words. Pure.
 
-Equal shapes do not tell all (a number of heads shows in none), and a list of shapes tells nobody what is wrong. Only
-what both configs say is compared; vocabularies, positions, labels and dtypes may differ.
+Equal shapes are not enough (no shape shows the number of heads), and a list of shapes does not explain what is wrong.
+Only keys that both configs have are compared; vocabularies, positions, labels and dtypes may differ.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# What fixes the arithmetic of a model, by the names of transformers, diffusers and timm.
+# The keys of transformers, diffusers and timm that determine the arithmetic of a model.
 KINDS = ("model_type", "_class_name", "architecture")
 SIZES = (
     "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_sizes", "embedding_size",
@@ -18,7 +18,7 @@ SIZES = (
     "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim",
     "num_local_experts", "num_experts", "n_routed_experts", "patch_size", "num_channels",
 )  # fmt: skip
-# Parts of a model with a config of their own.
+# Parts of a model that have a config of their own.
 PARTS = ("text_config", "vision_config", "audio_config", "language_config", "encoder", "decoder")
 MAX_DEPTH = 3  # of parts within parts
 # Model types of one encoder: a fine-tune of the first may call itself another.
@@ -31,7 +31,7 @@ Config = Mapping[str, Any]
 
 
 def differences(base: Config, task: Config, *, depth: int = 0) -> list[str]:
-    """What differs, e.g. "num_attention_heads is 8, 12 in the base"; empty where nothing is known to.
+    """The differences, e.g. "num_attention_heads is 8, 12 in the base"; empty if none is known.
 
     One may be a part of the other: the vision tower of a CLIP is compared with the CLIP's vision_config.
     """

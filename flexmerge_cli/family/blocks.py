@@ -1,7 +1,7 @@
-"""Names of tensors in, blocks out: which tensors merge as one, and in which order. No weights, no torch.
+"""Partitions tensors, by name, into blocks that merge as one, and orders the blocks. No weights, no torch.
 
-`component` is the paper's: attention, MLP and each norm of a layer apart, each embedding and projection its own, by
-rules.yaml. What no rule matches is grouped by the deepest number and the module below it.
+`component` is the paper's partition, by rules.yaml: attention, MLP and each norm of a layer are separate blocks, and so
+is each embedding and projection. Names that match no rule are grouped by the deepest number and the module below it.
 
 Order: as computed. At each level of the names, siblings stand as their words do in the rules file, numbers as integers;
 a segment that is no word of the file (`model`, `bert`) stands where the first word below it does; the rest comes last,
@@ -22,19 +22,19 @@ from flexmerge_cli.family.rules import Rules, nearest, read_rules
 
 BLOCKS = ("component", "layer", "tensor", "model")
 
-# Parameters that are a module's own; any other parameter (`class_embedding`, `gamma`) is a thing of its own.
+# Parameters that belong to a module; any other parameter (`class_embedding`, `gamma`) stands by itself.
 OWN = ("weight", "bias", "weight_g", "weight_v")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Tensors that merge as one."""
+    """A set of tensors that merge as one."""
 
     name: str
     """Dotted path its tensors share, e.g. `vision_model.encoder.layers.3.self_attn`. Where parts of an MLP lie loose in
     their layer, the layer's path and `mlp`."""
     tensors: tuple[str, ...]
-    """In the order given; never empty."""
+    """Tensor names in the order given; never empty."""
 
 
 def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[Block, ...]:
@@ -47,7 +47,7 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
     `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take a few seconds.
     """
     if len(set(names)) != len(names):
-        raise ValueError("a tensor's name comes twice")
+        raise ValueError("a tensor name occurs twice")
     rules = _rules(blocks)
     if blocks == "model":
         return (Block(name="model", tensors=tuple(names)),) if names else ()
@@ -84,7 +84,7 @@ def _shipped_rules() -> Rules:
 
 
 def _grouped(block_of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Block to its tensors, from tensor to its block; the order is kept."""
+    """Invert a map from tensor to block into one from block to tensors. Keeps the order."""
     groups: dict[str, list[str]] = {}
     for name, block in block_of.items():
         groups.setdefault(block, []).append(name)
@@ -115,7 +115,7 @@ def _layers(components: Iterable[str]) -> dict[str, str]:
 
 
 def _layer_lengths(paths: Mapping[str, list[str]]) -> dict[str, int]:
-    """How many segments of each path name its layer: those to the deepest number with a module below it; 0 if none.
+    """The number of segments of each path that name its layer: up to the deepest number with a module below it, else 0.
 
     A number without is a place in an nn.Sequential: `blocks.11.ff.0` is in layer `blocks.11`. One that has layers below
     it, in the same module or as the first segment, is a whole model's: with `0.vit.layers.3.mlp` about, `0.vit.pooler`
@@ -175,7 +175,7 @@ def _natural(text: str) -> tuple[object, ...]:
 
 
 def _is_numbered(segment: str) -> bool:
-    """What `N` of a rules file matches: a number, or a word that ends in `_` and one."""
+    """Whether `N` of a rules file matches: a number, or a word that ends in `_` and a number."""
     return _is_digits(segment.rpartition("_")[2])
 
 

@@ -1,6 +1,6 @@
-"""The five classes of tensors, as far as headers tell: base-only, tied, constant, private, mergeable.
+"""The five classes of tensors, as far as headers determine them: base-only, tied, constant, private, mergeable.
 
-Constant needs the bits; a tensor that could be constant is settled by the survey. The rules are tried in that order.
+Whether a tensor is constant depends on its bits, so the survey decides. The rules are tried in that order.
 """
 
 import fnmatch
@@ -14,27 +14,27 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 
 
 class TensorClass(StrEnum):
-    """What becomes of a tensor."""
+    """How a tensor is treated."""
 
     BASE_ONLY = "base-only"
-    """In no task: not stored."""
+    """The tensor is in no task, and is not stored."""
     TIED = "tied"
-    """Alias of another tensor of the same model: stored as its target."""
+    """The tensor is an alias of another tensor of the same model, and stored as its target."""
     CONSTANT = "constant"
-    """Bit-identical in all of two or more tasks: stored once."""
+    """The tensor is bit-identical in all of two or more tasks, and stored once."""
     PRIVATE = "private"
-    """A task's own: stored exactly, equal ones once."""
+    """The tensor belongs to a task: stored exactly, and equal ones only once."""
     MERGEABLE = "mergeable"
-    """The rest: stored by block and group."""
+    """All other tensors: stored by block and group."""
 
 
-# First whole segments of what a fine-tune adds on top of the base.
+# First whole segments of the names of modules that a fine-tune adds to the base.
 HEADS = (
     "classifier", "classification_head", "classification_heads", "pre_classifier", "score", "scores", "qa_outputs",
     "head", "heads", "head_dist", "regressor", "regression_head", "logits_proj", "summary", "sequence_summary",
     "qa_classifier", "span_outputs", "v_head", "reward_head",
 )  # fmt: skip
-RESNET_MARKS = ("layer4", "conv1", "layer1")  # `fc` is the head of these, and nothing in particular elsewhere
+RESNET_MARKS = ("layer4", "conv1", "layer1")  # in such models `fc` is the head; elsewhere it may be anything
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 INPUT_EMBEDDINGS = (
@@ -52,7 +52,7 @@ def why_private(
     merge_heads: bool = False,
     resnet: bool = False,
 ) -> str | None:
-    """The reason for which a tensor is private, in words; None if it is not. Tasks hold None where it is missing."""
+    """Why a tensor is private, in words; None if it is not. Tasks hold None where the tensor is missing."""
     present = [tensor for tensor in tasks if tensor is not None]
     segments = name.split(".")
     if segments[0] in ("model", "module") and len(segments) > 1:
@@ -79,7 +79,7 @@ def why_private(
 def is_resized(
     name: str, base: StoredTensor | None, tasks: Sequence[StoredTensor | None], *, resnet: bool, **asked: Any
 ) -> bool:
-    """Whether nothing but the number of its rows keeps a tensor from merging. asked: as of `why_private`."""
+    """Whether a tensor would merge but for its number of rows. asked: as in `why_private`."""
     if base is None or not base.shape or any(tensor is None for tensor in tasks):
         return False
     present = [tensor for tensor in tasks if tensor is not None]
@@ -97,7 +97,7 @@ def is_resnet(names: Iterable[str]) -> bool:
 
 
 def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Alias -> target among the tensors of one model that share storage, as only a `.bin` can say."""
+    """Alias -> target among the tensors of one model that share storage, which only a `.bin` file records."""
     by_bytes: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.num_elements and tensor.path.suffix != ".safetensors":
@@ -127,9 +127,9 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
 
 
 def absent_alias(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-    """What a model has as an output layer that it ties and does not store: its input embedding. None if it has none.
+    """The output layer of a model that ties it to its input embedding and does not store it: that embedding, or None.
 
-    The config must say so in words: there are no bits to compare.
+    The config must say so explicitly, since there are no bits to compare.
     """
     text = config.get("text_config")
     of_text = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None

@@ -1,6 +1,6 @@
-"""M checkpoints side by side: every tensor of every file under one name, with its class. Headers only, no weights.
+"""Aligns M checkpoints: gives every tensor of every file one name and a class. Headers only, no weights.
 
-Gathers all that does not fit, over all tasks, before it raises.
+Collects the problems of all tasks before it raises.
 """
 
 import re
@@ -28,15 +28,15 @@ class FamilyTensor:
     """One tensor of the family, across its models."""
 
     name: str
-    """As in the base; own name if the base has none."""
+    """The base's name for the tensor, or its own if the base has none."""
     base: StoredTensor | None
     tasks: tuple[StoredTensor | None, ...]
-    """In task order; None where the task has none."""
+    """One entry per task, in task order; None if the task lacks the tensor."""
     tensor_class: TensorClass
     reason: str = ""
-    """Why private, or the target of a tied one."""
+    """Why the tensor is private, or the target if it is tied."""
     resized: bool = False
-    """Private for no more than another number of rows: of a vocabulary, perhaps."""
+    """Whether it is private only for its number of rows, as a vocabulary might be."""
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -44,29 +44,29 @@ class FamilyTensor:
 
     @property
     def could_be_constant(self) -> bool:
-        """In all of two or more tasks, with one shape and dtype: whether it is constant only the bits tell."""
+        """Whether all of two or more tasks have it with one shape and dtype. Only the bits prove it constant."""
         forms = {(tensor.shape, tensor.dtype) if tensor else None for tensor in self.tasks}
         return len(self.tasks) > 1 and len(forms) == 1 and None not in forms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowMap:
-    """Where one model has the rows that all have."""
+    """Where one model has the rows that all models share."""
 
     rows: int
-    """Of its whole tensor."""
+    """The number of rows of the model's whole tensor."""
     common: Runs
-    """Of these, those that base and all tasks have, in the base's order."""
+    """The rows that the base and all tasks have, in the base's order."""
     leading: str = ""
-    """Why rows were compared by their place, not by their token; empty if they were."""
+    """Why rows were compared by position and not by token; empty if they were compared by token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Tensors with one row a token, of which not all models have the same ones, or not in the same place."""
+    """Tensors with one row per token, where the models differ in the tokens or in their positions."""
 
     tensors: tuple[str, ...]
-    """Embeddings, output layers and their biases."""
+    """Names of embeddings, output layers and their biases."""
     base: RowMap
     tasks: tuple[RowMap, ...]
 
@@ -77,38 +77,38 @@ class Family:
 
     base: Checkpoint
     task_names: tuple[str, ...]
-    """In code-point order."""
+    """Task names in code-point order."""
     tasks: tuple[Checkpoint, ...]
     tensors: tuple[FamilyTensor, ...]
-    """In the order of the base's files, then what the base has not, by name."""
+    """Tensors in the order of the base's files, followed by those that the base lacks, by name."""
     own_names: tuple[dict[str, str], ...]
-    """Per task: aligned name -> own name, of the tensors that it has."""
+    """Per task: aligned name -> own name, for the tensors that the task has."""
     vocabularies: tuple[Vocabulary, ...] = ()
-    """Where rows are not the same tokens in all models (vocabulary.py)."""
+    """The embeddings whose rows are not the same tokens in all models (vocabulary.py)."""
     rows: tuple[FamilyTensor, ...] = ()
-    """What is not common to all of such tensors, as `<tensor>@rows`: a part of them, stored as a tensor of its own."""
+    """The rows of such tensors that are not common to all models, each stored as a tensor `<tensor>@rows`."""
     kept: tuple[KeptAdapter, ...] = ()
-    """Tasks that stay adapters of the base, in code-point order; they are in no list above."""
+    """The tasks that stay adapters of the base, in code-point order. They appear in no list above."""
 
     @property
     def stored(self) -> tuple[FamilyTensor, ...]:
-        """All that is stored by itself."""
+        """All tensors that are stored by themselves."""
         return self.tensors + self.rows
 
     @property
     def one_model_bytes(self) -> int:
-        """Mean over tasks of the tensor bytes of a model, rounded to the nearest byte; of an adapter what it makes."""
+        """The tensor bytes of a model, averaged over tasks and rounded. An adapter counts as the model it makes."""
         models = [*self.tasks, *(kept.model for kept in self.kept)]
         return round(sum(model.num_bytes for model in models) / len(models))
 
 
 def are_task_names(names: Sequence[str]) -> bool:
-    """Whether these can be the names of a family's tasks: for files, whose names may come from a stranger."""
+    """Whether these are valid names for the tasks of a family. For files, whose names may be hostile."""
     return all(map(_is_task_name, names)) and len({name.lower() for name in names}) == len(names)
 
 
 def check_task_names(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that cannot be a file name everywhere, or that another task has."""
+    """Raise UsageError for a name that is not a valid file name on every system, or that two tasks have."""
     seen: dict[str, str] = {}
     for name in names:
         if not _is_task_name(name):
@@ -118,7 +118,8 @@ def check_task_names(names: Sequence[str]) -> None:
             )
         if name.lower() in seen:
             raise UsageError(
-                f"two tasks of one name: `{seen[name.lower()]}` and `{name}` (case is ignored)", hint="rename one"
+                f"two tasks have the same name: `{seen[name.lower()]}` and `{name}` (case is ignored)",
+                hint="rename one",
             )
         seen[name.lower()] = name
 
@@ -129,7 +130,7 @@ def _is_task_name(name: str) -> bool:
 
 
 def find_tasks(folder: Path) -> Candidates:
-    """Every immediate subfolder that holds a checkpoint, and what else is there. Raises SourceError."""
+    """Find the immediate subfolders that hold a checkpoint, and what else there is. Raises SourceError."""
     if not folder.is_dir():
         raise SourceError(f"no folder {folder}", hint="--tasks takes a folder with one subfolder per fine-tuned model")
     found = Candidates()
@@ -146,7 +147,7 @@ def find_tasks(folder: Path) -> Candidates:
 
 
 def _two_levels(folder: Path) -> Iterator[str]:
-    """Paths of what is in it and in its folders; a folder's own ends in a slash."""
+    """The paths in a folder and in its subfolders. The path of a folder ends in a slash."""
     for child in folder.iterdir():
         if child.is_dir():
             yield f"{child.name}/"
@@ -163,7 +164,7 @@ def make_family(
     merge_heads: bool = False,
     kept: Sequence[KeptAdapter] = (),
 ) -> Family:
-    """Align names and classify what headers can classify. Raises DataError with every task that does not fit."""
+    """Align names and classify by headers. Raises DataError that lists every task that does not fit."""
     check_task_names([*tasks, *(adapter.name for adapter in kept)])
     names = tuple(sorted(tasks))
     checkpoints = tuple(tasks[name] for name in names)
@@ -196,7 +197,7 @@ def make_family(
             checkpoint.tensors[own[name]] if name in own else None for own, checkpoint in zip(own_names, checkpoints)
         )
         of_base = base.tensors.get(name)
-        if of_base is None and not kept:  # adapters have the base as it is
+        if of_base is None and not kept:  # a kept adapter uses the unchanged base
             of_base = absent_alias(base.config, base.tensors, name)
         tensor = FamilyTensor(name=name, base=of_base, tasks=parts, tensor_class=TensorClass.MERGEABLE)
         targets = {tied[index].get(name) for index in tensor.present}
@@ -221,7 +222,7 @@ def make_family(
 
 
 def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:
-    """Raises DataError with every task whose config differs; those whose tensors do not fit, where no config tells."""
+    """Raise DataError that lists every task whose config differs or, without a config, whose tensors do not fit."""
     by_config, by_tensors = [], []
     for name, (checkpoint, alignment) in tasks.items():
         if told := differences(base.config, checkpoint.config):

@@ -1,4 +1,4 @@
-"""Rules files: a YAML text in, compiled rules out. Knows nothing about models; `blocks.py` applies the rules.
+"""Parses rules files: YAML text in, compiled rules out. Knows nothing about models; `blocks.py` applies the rules.
 
 words   {set: [word, …]}, MAY be left out. A pattern names a set as `<set>`
 rules   [rule, …], the first that matches a name decides. A rule is a pattern, or
@@ -43,7 +43,7 @@ SPECIAL = set(".|<>*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One pattern, and the name its matches are given."""
+    """One pattern and the name that its matches get."""
 
     pattern: re.Pattern[str]
     """Group `kept` is the part of the match that stays in the block's name."""
@@ -56,9 +56,9 @@ class Rules:
     """A rules file, checked and compiled."""
 
     rules: tuple[Rule, ...]
-    """In order of the file; a rule of several patterns is several here."""
+    """Rules in file order. A rule with several patterns appears once per pattern."""
     rank: Mapping[str, int]
-    """Word to its place in the file."""
+    """Maps each word to its position in the file."""
 
     def block_of(self, name: str) -> str | None:
         """The block of a tensor's name by the first rule that matches; None if none does."""
@@ -73,13 +73,13 @@ class Rules:
 
 
 def read_rules(path: Path) -> Rules:
-    """The rules of a file. Missing: SourceError; not readable: MachineError; anything unsound in it: UsageError."""
+    """Read a rules file. Raises SourceError if it is missing, MachineError if unreadable, UsageError if malformed."""
     if "\0" in str(path):
         raise UsageError(f"no path of a rules file: {str(path)!r}")
     try:
         if not path.exists():
             raise SourceError(f"no rules file at `{path}`", hint="`--blocks component` needs no file")
-        if not path.is_file():  # a pipe would block for ever, a device never end
+        if not path.is_file():  # a pipe would block forever, and a device never end
             raise UsageError(f"`{path}` is no file", hint="give a rules file, such as rules.yaml")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -100,7 +100,7 @@ def parse_rules(text: str, where: str) -> Rules:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A hint with the valid word that is most like `word`, or with all of them."""
+    """A hint that names the valid word most similar to `word`, or all valid words."""
     valid = list(valid)
     # difflib takes time in the product of the lengths.
     close = difflib.get_close_matches(word[:64], [v for v in valid if len(v) <= 64], n=1)
@@ -156,7 +156,7 @@ class _Parser:
         return node
 
     def rule(self, node: yaml.Node) -> list[Rule]:
-        """`pattern`, or {match, as}."""
+        """Parse a rule: `pattern`, or {match, as}."""
         if isinstance(node, yaml.ScalarNode):
             return [self.pattern(node, None)]
         fields = self.mapping(node, "a rule that is no pattern", ("match", "as"))
@@ -182,7 +182,7 @@ class _Parser:
         return Rule(pattern=re.compile(expression), rename=rename)
 
     def segment(self, node: yaml.Node, text: str) -> str:
-        """The expression of one segment; its words take their place in the order."""
+        """The regular expression of one segment. Registers the order of its words."""
         self.num_choices += 1
         if text == "*":
             return "[^.]*"
@@ -216,7 +216,7 @@ class _Parser:
         return text
 
     def scalar(self, node: yaml.Node, what: str) -> str:
-        """As written: `no`, `on` and `1` are words too."""
+        """A scalar as written, so that `no`, `on` and `1` are words too."""
         if not isinstance(node, yaml.ScalarNode):
             self.fault(node, f"{what} must be text, not {_kind(node)}", None)
         return str(node.value)
@@ -249,6 +249,6 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _plain(text: str) -> str:
-    """No control characters of a stranger's file on the terminal, and not all of it."""
+    """Text of an untrusted file for a message: without control characters, and shortened."""
     text = text if len(text) <= 300 else text[:300] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,9 +1,9 @@
-"""Vocabularies that differ between base and tasks: a family in, the same with the rows that all have as one tensor out.
+"""Splits vocabularies that differ between base and tasks, so that the rows that all models share are one tensor.
 
-Such a tensor, one row a token, becomes two: under its name the rows that base and all tasks have, in the base's order,
-which merge like any other tensor; under `<tensor>@rows` each task's other rows, private. Which row is which token the
-tokenizers say; where one is missing, rows are compared by their place. A row without a token (padding) goes by its
-place, too. A row of the base that some task lacks is in the others' `@rows`, or in no task.
+Such a tensor, with one row per token, becomes two. Under its own name: the rows that the base and all tasks have, in
+the base's order, which merge like any other tensor. Under `<tensor>@rows`: the other rows of each task, private. The
+tokenizers tell which row is which token; without them, and for rows without a token (padding), rows are compared by
+position. A row of the base that some task lacks is in the others' `@rows`, or in no task.
 
 Vocabularies of one size in all models are left as they are unless a tokenizer moved a token or gave a row to a new one.
 """
@@ -20,14 +20,14 @@ from flexmerge_cli.checkpoint.tokenizer import Tokens, is_one_tokenizer, read_to
 from flexmerge_cli.family.classes import HEADS, TensorClass, embeds
 from flexmerge_cli.family.family import Family, FamilyTensor, RowMap, Vocabulary
 
-# What an output layer is called: the segment before `weight` or `bias`.
+# Names of output layers: the segment before `weight` or `bias`.
 OUTPUTS = ("lm_head", "embed_out", "proj_out", "output_projection", "vocab_projector", "generator_lm_head")
 OUTPUT_PARENTS = ("predictions", "lm_head")  # with `decoder` below them, or their own bias
 MAX_CONFIG_DEPTH = 4
 ROWS_REASON = "rows of its own vocabulary"
 
 Sizes = tuple[int, ...]
-"""Rows of a tensor in the base and in each task."""
+"""The numbers of rows of a tensor in the base and in each task."""
 
 
 def split_vocabularies(family: Family) -> Family:
@@ -81,7 +81,7 @@ def match_rows(base: Mapping[str, int], task: Mapping[str, int], base_rows: int,
 
 
 def leading_rows(base_rows: int, task_rows: int) -> np.ndarray:
-    """The same by place alone."""
+    """The common rows, by position alone."""
     own = np.arange(base_rows)
     own[task_rows:] = -1
     return own
@@ -89,11 +89,11 @@ def leading_rows(base_rows: int, task_rows: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tokenizers:
-    """What is known of the models' tokens."""
+    """What is known about the models' tokens."""
 
     base: Tokens
     tasks: tuple[Tokens, ...]
-    """The very base's where the files are the same."""
+    """Per task; the same object as `base` if the files are the same."""
 
 
 def _tokens(family: Family) -> _Tokenizers:
@@ -106,7 +106,7 @@ def _tokens(family: Family) -> _Tokenizers:
 
 
 def _row_maps(sizes: Sizes, tokens: _Tokenizers) -> tuple[RowMap, tuple[RowMap, ...]] | None:
-    """Of the base and each task; None where all rows are alike, or none is common."""
+    """The row maps of the base and of each task; None if all rows are alike, or none is common."""
     base_rows, *of_tasks = sizes
     own_TV, leading = [], []
     for rows, of_task in zip(of_tasks, tokens.tasks):
@@ -132,7 +132,7 @@ def _row_maps(sizes: Sizes, tokens: _Tokenizers) -> tuple[RowMap, tuple[RowMap, 
 
 
 def _split(tensor: FamilyTensor, vocabulary: Vocabulary) -> tuple[FamilyTensor, FamilyTensor]:
-    """The rows that all have, and what else each task has."""
+    """Split a tensor into the common rows and the other rows of each task."""
 
     def taken(stored: StoredTensor | None, runs: Runs) -> StoredTensor | None:
         return stored.take(runs) if stored is not None else None
@@ -140,7 +140,9 @@ def _split(tensor: FamilyTensor, vocabulary: Vocabulary) -> tuple[FamilyTensor, 
     tied = tensor.tensor_class is TensorClass.TIED
     common = replace(
         tensor,
-        base=None if tied else taken(tensor.base, vocabulary.base.common),  # of a tied one only the tasks' forms count
+        base=None
+        if tied
+        else taken(tensor.base, vocabulary.base.common),  # for a tied tensor only the tasks' forms count
         tasks=tuple(taken(stored, rows.common) for stored, rows in zip(tensor.tasks, vocabulary.tasks)),
         tensor_class=TensorClass.TIED if tied else TensorClass.MERGEABLE,
         reason=tensor.reason if tied else "",
@@ -188,7 +190,7 @@ def _could_be(tensor: FamilyTensor) -> bool:
 
 
 def is_vocabulary_name(name: str) -> bool:
-    """Whether a tensor is called like an embedding of tokens, an output layer over them, or the latter's bias."""
+    """Whether a tensor is named like a token embedding, an output layer over tokens, or the bias of the latter."""
     segments = name.split(".")
     if any("pos" in segment for segment in segments):  # embed_positions, position_embeddings, pos_embed
         return False
@@ -205,7 +207,7 @@ def _sizes(tensor: FamilyTensor) -> Sizes:
 
 
 def _are_vocab_sizes(sizes: Sizes, vocab_sizes: Sequence[set[int]]) -> bool:
-    """Whether every config that names a size names this one; at least one does."""
+    """Whether at least one config names a vocabulary size, and every config that does names this one."""
     named = [(size, known) for size, known in zip(sizes, vocab_sizes) if known]
     return bool(named) and all(size in known for size, known in named)
 

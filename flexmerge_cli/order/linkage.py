@@ -22,16 +22,16 @@ from flexmerge_cli.order.similarity import (
 
 
 class Linkage(StrEnum):
-    """How similar two groups are, from the similarities of their tasks."""
+    """How the similarity of two groups follows from the similarities of their tasks."""
 
     COMPLETE = "complete"
-    """Their least similar pair: Eq. (1) of the FlexMerge paper."""
+    """The similarity of the least similar pair: Eq. (1) of the FlexMerge paper."""
     AVERAGE = "average"
     """The mean over all pairs across them."""
     SINGLE = "single"
-    """Their most similar pair."""
+    """The similarity of the most similar pair."""
     CENTROID = "centroid"
-    """Their mean task vectors. Not monotone: a merge can be more similar than the one before it."""
+    """The similarity of the mean task vectors. Not monotone: a merge can be more similar than the one before it."""
 
 
 class Join(NamedTuple):
@@ -122,7 +122,8 @@ class Groups:
         return combined
 
     def _similarity(self, group: int | slice) -> np.ndarray:
-        """Of one group to all, [M], or of all to all, [M, M]; of no meaning for groups that are no more."""
+        """The similarities of one group to all groups, [M], or of all to all, [M, M]; undefined for groups already
+        merged."""
         pairs = self._pairs_MM[group]
         if self._linkage in (Linkage.COMPLETE, Linkage.SINGLE):
             return pairs

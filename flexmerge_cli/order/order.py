@@ -19,14 +19,14 @@ NEAR_TIE = 2.0**-18
 
 
 class Strategy(StrEnum):
-    """Which block's merge comes next."""
+    """How the block of the next merge is chosen."""
 
     GREEDY = "greedy"
     """The most similar one of all blocks."""
     LEFT_TO_RIGHT = "left-to-right"
     """Block after block in forward order, each until one group is left."""
     RIGHT_TO_LEFT = "right-to-left"
-    """The same from the last block to the first."""
+    """Like left-to-right, from the last block to the first."""
     RANDOM = "random"
     """Any block with two groups, any two groups of it: what the order is worth, by comparison."""
 
@@ -41,7 +41,7 @@ class Merge:
     """Indices of the tasks, ascending. Left is the group that holds the smallest of all."""
     right: tuple[int, ...]
     similarity: float
-    """As the linkage has it, unrounded; for `euclidean` minus a distance in the units of the weights."""
+    """The linkage's similarity, unrounded; for `euclidean` it is minus a distance in the units of the weights."""
 
 
 def merge_order(
@@ -52,7 +52,7 @@ def merge_order(
     similarity: Similarity = Similarity.COSINE,
     seed: int = 0,
 ) -> tuple[Merge, ...]:
-    """All B (M - 1) merges, in order. blocks: in forward order, all of the same tasks.
+    """All B (M - 1) merges, in order. blocks: in forward order, all with the same tasks.
 
     Greedy: of all pairs of groups of all blocks the most similar one, again and again. Similarities are compared after
     rounding to 2^-20 (see `comparable`); ties: the earlier block, then the earlier left and right group of it.

@@ -1,4 +1,4 @@
-"""What is known of one block in, how similar its tasks are out. Numpy only; no tensors, no files, no groups.
+"""Computes how similar the tasks are in one block, from its measurements. Numpy only; no tensors, files or groups.
 
 High is similar; a distance is a negative similarity. Groups of tasks: linkage.py.
 """
@@ -28,14 +28,14 @@ class Similarity(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockMeasure:
-    """All that the order needs to know of one block."""
+    """The measurements of one block that the order needs."""
 
     name: str
-    """As in the plan; only for messages."""
+    """The plan's name for the block; used only in messages."""
     gram: np.ndarray
     """[M, M] float64, ⟨τ_i, τ_j⟩ over all tensors of the block; finite, exactly symmetric."""
     num_elements: int
-    """Of one task, over all tensors of the block."""
+    """The number of elements of one task, over all tensors of the block."""
     identical: np.ndarray
     """[M, M] bool: every tensor of the block is bit-identical in both tasks; true on the diagonal."""
     agreement: np.ndarray | None = None
@@ -60,7 +60,7 @@ class BlockMeasure:
 
 
 def similarity(measure: BlockMeasure, how: Similarity) -> np.ndarray:
-    """How similar every two tasks are in this block: [M, M] float64, symmetric, unrounded.
+    """The similarity of every two tasks in this block: [M, M] float64, symmetric, unrounded.
 
     cosine     ⟨a, b⟩ / (‖a‖ ‖b‖), in [-1, 1]; two zero vectors: 1, a zero and a non-zero one: 0
     euclidean  minus the root mean square of a - b, at most 0. From a Gram matrix, so near-duplicates lose digits
@@ -107,7 +107,7 @@ def rms_distance(
 
 
 def comparison_unit(measures: Iterable[BlockMeasure], how: Similarity) -> float:
-    """What similarities are divided by before they are compared: 1, and for `euclidean` the family's largest distance.
+    """The unit that similarities are divided by before comparison: 1, and for `euclidean` the largest distance of all.
 
     Distances have the scale of the weights; without this a step of 2^-20 would be coarse for one family and
     fine for another. Positive: a family of equal tasks has unit 1.

@@ -57,7 +57,7 @@ def open_family(request: PlanRequest) -> Family:
         raise problems[0]
     if problems:
         raise SourceError(
-            "\n  ".join(["sources that cannot be had:", *(e.message for e in problems)]), hint=problems[0].hint
+            "\n  ".join(["several sources are not available:", *(e.message for e in problems)]), hint=problems[0].hint
         )
     checkpoints = {name: checkpoint for name, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
     base = checkpoints.pop("")

@@ -1,4 +1,4 @@
-"""What a residual coder is, and the two ways in which a tensor is seen as a matrix. No torch, no files, no names.
+"""Defines residual coders, and how a tensor is viewed as a matrix. No torch, no files, no names.
 
 A coder turns a float32 matrix [m, n] into parts, arrays whose dtypes and shapes follow from m, n and the model's dtype
 alone: a bundle is priced without weights. What the matrix is (a residual, a centre, a copy) is its caller's affair.
@@ -41,7 +41,7 @@ class Part:
     role: str
     """`scale`, `codes`, …: what stands behind the `@` of its name."""
     dtype: str
-    """As safetensors spells it."""
+    """The dtype as safetensors spells it."""
     shape: tuple[int, ...]
     by_row: bool
     """Axis 0 is the view's rows, and rows [a, b) of the view need no more than this part's [a, b)."""
@@ -52,12 +52,12 @@ class Part:
 
 
 class View(StrEnum):
-    """How a tensor is seen as a matrix. Always in C order, so elements keep their flat index."""
+    """How a tensor is viewed as a matrix. Always in C order, so that elements keep their flat index."""
 
     FIRST_AXIS = "first_axis"
     """(first axis, the rest); tensors of 0 or 1 axes are one row."""
     SQUEEZED = "squeezed"
-    """The same once leading axes of size 1 are dropped: [1, 17, 64] is 17 rows, [1, 1, 64] one. Of `auto`."""
+    """Like the above, without leading axes of size 1: [1, 17, 64] is 17 rows, [1, 1, 64] is one. Used by `auto`."""
     LAST_AXIS = "last_axis"
     """(the rest, last axis): every run of the last axis is a row."""
 
@@ -71,7 +71,7 @@ class View(StrEnum):
         return shape[0], math.prod(shape[1:])
 
     def is_vector(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is one row by nature: fewer than two axes."""
+        """Whether a tensor is a single row by nature: it has fewer than two axes."""
         return len(self._axes(shape)) < 2
 
     def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class Coder(Protocol):
         """`row`: no row depends on another, so chunks of whole rows may be encoded one by one."""
 
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
-        """All that is stored, in the order in which it is; dtype is the model's."""
+        """The stored parts, in order. dtype: the model's."""
 
     def workspace(self, shape: Matrix) -> int:
         """Bytes that encoding so many rows and columns takes at most, or decoding them, beside the matrix itself."""
@@ -105,5 +105,5 @@ class Coder(Protocol):
 
 
 def num_bytes(parts: tuple[Part, ...]) -> int:
-    """What parts weigh, headers apart."""
+    """The size of the parts in bytes, without headers."""
     return sum(part.num_bytes for part in parts)

@@ -1,4 +1,4 @@
-"""How well a tensor codes in few bits: the numbers about one tensor that `auto` needs besides its Gram matrix.
+"""Measures how well a tensor codes in few bits: what `auto` needs of a tensor besides its Gram matrix.
 
 Rows of the base, of the average of all tasks, and of all tasks come in; out come `weights`, the squared error of coding
 base and average whole, and `residuals`, the part of a residual's energy that coding loses, from a sample of rows.
@@ -27,12 +27,12 @@ NORMAL_RATIOS = {1: 0.363380, 2: 0.117482, 3: 0.034548, 4: 0.0115, 8: 0.00005}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodingError:
-    """Of one tensor. Codes without gain, as in `low_bit.weight_code`."""
+    """The errors of coding one tensor, with codes without gain, as in `low_bit.weight_code`."""
 
     base: Mapping[int, float]
     """Bits -> Σ (x - coded x)² over all elements of the base."""
     average: Mapping[int, float]
-    """The same of θ_0 + mean τ of all tasks, in float32."""
+    """Like the above, for θ_0 + mean τ of all tasks, in float32."""
     ratio: Mapping[int, float]
     """Bits -> lost part of ‖θ_k - average‖², over sampled rows of all tasks."""
 
@@ -68,7 +68,7 @@ def sample_rows(tensor: str, shape: Matrix) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowErrors:
-    """What some rows of a tensor add."""
+    """The contribution of some rows of a tensor."""
 
     weights: np.ndarray
     """[2, bits, r] float64: of base and average, each of WEIGHT_BITS, row by row."""

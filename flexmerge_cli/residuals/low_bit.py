@@ -97,7 +97,7 @@ class LowBit:
         return LookUp(parts["codes"], shape[1], self.bits, levels, scale)
 
     def table(self) -> np.ndarray:
-        """What each code stands for, in units of the scale: float32 [2^bits]."""
+        """The value of each code in units of the scale: float32 [2^bits]."""
         if self.bits > 3:
             # The highest code does not occur; in a damaged part it reads as one step more.
             return np.arange(1 << self.bits, dtype=np.float32) - np.float32(half_range(self.bits))
@@ -111,7 +111,7 @@ def half_range(bits: int) -> int:
 
 
 class LookUp(NamedTuple):
-    """What decoding takes, where it is table[codes] · scale."""
+    """The inputs of decoding by table[codes] · scale."""
 
     codes: np.ndarray
     """Packed, uint8 [m, ⌈n·bits/8⌉]."""

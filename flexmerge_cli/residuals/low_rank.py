@@ -21,9 +21,9 @@ class LowRank:
     """
 
     rank: int | None = None
-    """At least 1; None: by `fraction`, or `shared_by`."""
+    """The rank, at least 1. None: derived from `fraction` or `shared_by`."""
     fraction: float = 0.125
-    """Of min(m, n), in (0, 1]."""
+    """The rank as a fraction of min(m, n), in (0, 1]."""
     shared_by: int | None = None
     """TSV-C: ⌊min(m, n) / this⌋, so that a group of so many tasks costs the same whatever its size."""
 

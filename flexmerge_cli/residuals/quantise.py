@@ -135,7 +135,7 @@ def _nearest(x: "Tensor", scale: "Tensor", h: int) -> "Tensor":
 
 
 def _codes(x: "Tensor", levels: np.ndarray | None, bits: int = 0) -> "Tensor":
-    """How many thresholds are at most x: those of the table, or midway between levels. -> uint8.
+    """The number of thresholds that are at most x: those of the table, or midway between levels. -> uint8.
 
     By comparing with each: at 7 thresholds three times as fast as torch.bucketize, which searches and returns int64.
     """
@@ -154,7 +154,7 @@ def _codes(x: "Tensor", levels: np.ndarray | None, bits: int = 0) -> "Tensor":
 
 
 def _root_mean_square(x: "Tensor") -> "Tensor":
-    """Of each row, [m]."""
+    """The root mean square of each row, [m]."""
     return (row_sums(x.square()) / max(1, x.shape[1])).sqrt()
 
 

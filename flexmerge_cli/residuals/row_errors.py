@@ -1,4 +1,4 @@
-"""What coding rows loses, at several numbers of bits in one go: the fast way of quantise.squared_errors. Torch.
+"""Measures the loss of coding rows at several bit widths in one pass: the fast form of quantise.squared_errors. Torch.
 
 For `auto`'s statistics alone, which code every weight eight times: magnitudes only, since levels are symmetric; float32
 in blocks that stay in the cache; no codes. The plain way is its test's reference: sums over tensors agree within 1e-6.
@@ -38,9 +38,9 @@ class _Trials:
     """Every row coded with some scales, one after another. Magnitudes are taken in units of the stored scale."""
 
     bits: tuple[int, ...]
-    """Of each trial, ascending; 4 bits have several."""
+    """The bit width of each trial, ascending; 4 bits have several trials."""
     clips: tuple[bool, ...]
-    """Whether magnitudes may lie above the last level."""
+    """Whether magnitudes may lie above the last level, per trial."""
     unit_Tm: "Tensor"
     """float64: the scale as it is stored."""
     exact_m: "Tensor"
@@ -95,7 +95,7 @@ def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Tria
 
 
 class _Native:
-    """What `_Blocks` finds, by native.c: a row is loaded once, and stays in the cache for all trials."""
+    """Like `_Blocks`, in native.c: a row is loaded once and stays in the cache for all trials."""
 
     def __init__(self, matrix: "Tensor") -> None:
         self.matrix = matrix.contiguous()

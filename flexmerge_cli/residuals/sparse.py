@@ -35,7 +35,7 @@ class Sparse:
         return "tensor"  # positions are coded as one array, even where rows are selected one by one
 
     def count(self, shape: Matrix) -> int:
-        """How many elements are kept."""
+        """The number of elements kept."""
         m, n = shape
         if self.select == "row":
             return m * self._count_of(n)

@@ -229,8 +229,8 @@ def test_a_damaged_side_file_is_not_exported(options, merged, tmp_path):
 
 
 def test_export_says_which_task(merged, tmp_path):
-    fails(2, "export", merged, "-o", tmp_path / "out", says="say which task")
-    fails(2, "export", merged, "--all", "--task", "task0", "-o", tmp_path / "out", says="say which task")
+    fails(2, "export", merged, "-o", tmp_path / "out", says="give either --task or --all")
+    fails(2, "export", merged, "--all", "--task", "task0", "-o", tmp_path / "out", says="give either --task or --all")
     fails(4, "export", merged, "--task", "nobody", "-o", tmp_path / "out", says=("no task `nobody`", "task0, task1"))
     fails(4, "export", tmp_path, "--all", "-o", tmp_path / "out", says="no bundle at")
 

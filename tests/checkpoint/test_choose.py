@@ -74,7 +74,7 @@ def two_variants(tmp_path):
 def test_several_variants_are_a_choice(two_variants):
     with pytest.raises(UsageError, match=r"2 variants \(bf16, fp16\)") as raised:
         open_checkpoint(str(two_variants))
-    assert raised.value.hint == "say which: --variant bf16"
+    assert raised.value.hint == "choose one: --variant bf16"
     found = open_checkpoint(str(two_variants), access=Access(variant="fp16"))
     assert {tensor.dtype for tensor in found.tensors.values()} == {"F16"}
     assert find_weights(two_variants) is not None, "--tasks must not pass over it"
@@ -125,7 +125,7 @@ def test_a_pipeline_of_diffusers_points_at_its_models(tmp_path):
         save_file(STATE, tmp_path / name / "diffusion_pytorch_model.safetensors")
         (tmp_path / name / "config.json").write_text('{"_class_name": "X", "_diffusers_version": "0.30"}')
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UsageError, match="pipeline of diffusers") as raised:
+    with pytest.raises(UsageError, match="diffusers pipeline") as raised:
         open_checkpoint(str(tmp_path))
     assert raised.value.hint == f"give one of them: {tmp_path}/unet"
     assert open_checkpoint(f"{tmp_path}/unet").config["_class_name"] == "X"
@@ -133,7 +133,7 @@ def test_a_pipeline_of_diffusers_points_at_its_models(tmp_path):
 
 def test_the_hub_is_pointed_at_with_a_colon(hub, tmp_path):
     hub.add("org/pipe", {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": b""})
-    with pytest.raises(UsageError, match="pipeline of diffusers") as raised:
+    with pytest.raises(UsageError, match="diffusers pipeline") as raised:
         open_checkpoint("hf://org/pipe")
     assert raised.value.hint.endswith(":unet") and "hf://org/pipe@" in raised.value.hint
 

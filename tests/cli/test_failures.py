@@ -45,7 +45,7 @@ def test_an_error_of_the_system_is_exit_1_with_path_reason_and_hint(code, monkey
 def test_what_is_told_of_an_exception(error, code, says):
     failure = failure_of(error)
     assert failure.exit_code == code and says in failure.message
-    assert ("defect" in (failure.hint or "")) == isinstance(error, ZeroDivisionError)
+    assert ("bug in flexmerge" in (failure.hint or "")) == isinstance(error, ZeroDivisionError)
 
 
 def test_debug_shows_the_traceback_of_a_defect_and_the_error_too(monkeypatch, tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_a_repository_with_a_folder_per_task(hub, published, tmp_path):
     commit = hub.add("org/all", published.root)
     given = ["--base", "hf://org/all:base", "--tasks", "hf://org/all:tasks"]
     said = succeeds("plan", *given, "-o", tmp_path / "plan.json").err
-    assert "left out of hf://org/all:tasks: notes (no model)" in said
+    assert "skipped in hf://org/all:tasks: notes (no model)" in said
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [task["source"] for task in plan["tasks"]] == [f"hf://org/all@{commit}:tasks/task{n}" for n in range(4)]
     hub.forget()
@@ -316,4 +316,4 @@ def test_the_set_of_tasks_of_a_repository_does_not_change_in_silence(hub, publis
     fails(4, *given, says="`broken` holds config.json and no weights")
     found = succeeds(*given, "--ignore", "broken").json
     assert [task["name"] for task in found["tasks"]] == [f"task{n}" for n in range(4)]
-    assert found["warnings"] == ["left out of hf://org/flat: base (the base)"]
+    assert found["warnings"] == ["skipped in hf://org/flat: base (the base)"]

@@ -107,7 +107,7 @@ def test_names_that_no_task_can_have(name: str, own: Folders) -> None:
 def test_two_tasks_of_one_name(own: Folders) -> None:
     source = next(iter(own.tasks.values()))
     tasks = ["--task", f"cola={source}", "--task", f"COLA={source}"]
-    fails(2, "plan", "--base", own.base, *tasks, "-o", own.root / "plan.json", says="two tasks of one name")
+    fails(2, "plan", "--base", own.base, *tasks, "-o", own.root / "plan.json", says="two tasks have the same name")
 
 
 @pytest.mark.parametrize("size", ["0x", "-1x", "900x", "abc", "0%", "101%", "-5MB", "nanx", "infx", "2,5x"])

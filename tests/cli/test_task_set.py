@@ -47,16 +47,16 @@ def test_what_does_not_is_left_out_with_a_warning_in_text_and_json(inside, famil
     other.write_text("{}")
     (family.root / "tasks/notes.md").write_text("")
     result = planned(*family.arguments)
-    said = f"left out of {family.root / 'tasks'}: notes.md (a file), other (no model)"
+    said = f"skipped in {family.root / 'tasks'}: notes.md (a file), other (no model)"
     assert names(result) == ["task0", "task1"]
     assert result.json["warnings"] == [said] and f"warning: {said}\n" in result.err
 
 
 def test_a_model_can_be_ignored_and_a_name_that_is_not_there_cannot(family):
     assert names(planned(*family.arguments, "--ignore", "task0")) == ["task1"]
-    fails(2, "plan", *family.arguments, "--ignore", "tsak0", "--dry-run", says="no such folder")
+    fails(2, "plan", *family.arguments, "--ignore", "tsak0", "--dry-run", says="no such subfolder")
     tasks = ["--task", f"a={family.tasks['task0']}"]
-    fails(2, "plan", "--base", family.base, *tasks, "--ignore", "a", "--dry-run", says="--ignore leaves out a folder")
+    fails(2, "plan", "--base", family.base, *tasks, "--ignore", "a", "--dry-run", says="--ignore requires --tasks")
 
 
 @pytest.mark.parametrize("name", ["task0", "TASK0"])
@@ -64,7 +64,7 @@ def test_a_name_given_twice_is_exit_2(name, family):
     twice = ["--task", f"{name}={family.tasks['task1']}"]
     fails(2, "plan", *family.arguments, *twice, "--dry-run", says=("`task0`", f"`{name}`", f"--ignore {name}"))
     alone = ["--base", family.base, "--task", f"task0={family.tasks['task0']}", *twice]
-    fails(2, "plan", *alone, "--dry-run", says="two tasks of one name")
+    fails(2, "plan", *alone, "--dry-run", says="two tasks have the same name")
     assert names(planned(*family.arguments, "--ignore", "task0", *twice)) == sorted([name, "task1"])
 
 
@@ -75,7 +75,7 @@ def test_the_base_in_the_folder_of_tasks_is_no_task(written, family, monkeypatch
     monkeypatch.chdir(family.root)
     result = planned("--base", written, "--tasks", "tasks")
     assert names(result) == ["task0", "task1"]
-    assert result.json["warnings"] == ["left out of tasks: start (the base)"]
+    assert result.json["warnings"] == ["skipped in tasks: start (the base)"]
     explicitly = planned("--base", written, "--tasks", "tasks", "--task", "start=tasks/start")
     assert names(explicitly) == ["start", "task0", "task1"], "whoever says so gets it"
 
@@ -83,7 +83,7 @@ def test_the_base_in_the_folder_of_tasks_is_no_task(written, family, monkeypatch
 def test_one_model_under_two_names_is_told(family):
     (family.root / "tasks/again").symlink_to(family.tasks["task1"])
     (told,) = planned(*family.arguments).json["warnings"]
-    assert told == f"tasks `again`, `task1` are one model: {family.tasks['task1'].resolve()}"
+    assert told == f"tasks `again`, `task1` are the same model: {family.tasks['task1'].resolve()}"
 
 
 def test_a_folder_with_nothing_but_unfinished_models_says_so(family):
@@ -92,11 +92,11 @@ def test_a_folder_with_nothing_but_unfinished_models_says_so(family):
         (task / "config.json").write_text("{}")
     fails(4, "plan", *family.arguments, "--dry-run", says=("`task0` holds config.json and no weights", "`task1`"))
     given = [word for name in family.tasks for word in ("--ignore", name)]
-    fails(4, "plan", *family.arguments, *given, "--dry-run", says="no checkpoint in any folder")
+    fails(4, "plan", *family.arguments, *given, "--dry-run", says="no checkpoint in any subfolder")
 
 
 def test_a_recipe_with_one_model_under_two_names_is_told_by_merge_too(family):
     recipe = family.root / "recipe.yaml"
     recipe.write_text("version: 1\nbase: base\ntasks: {a: tasks/task0, b: tasks/task0/, c: tasks/task1}\n")
     warnings = succeeds("merge", recipe, "-o", family.root / "bundle", "--dry-run", "--json").json["warnings"]
-    assert f"tasks `a`, `b` are one model: {family.tasks['task0'].resolve()}" in warnings
+    assert f"tasks `a`, `b` are the same model: {family.tasks['task0'].resolve()}" in warnings

@@ -235,7 +235,7 @@ def test_a_starter_spec_is_a_spec_and_knows_kinds_labels_and_data(place):
 def test_init_never_replaces_and_says_where_it_writes(place, tmp_path):
     (tmp_path / "eval.yaml").write_text("mine")
     fails(2, "eval", "--init", place / "merged", "-o", tmp_path / "eval.yaml", says="exists")
-    fails(2, "eval", "--init", place / "merged", says="no -o")
+    fails(2, "eval", "--init", place / "merged", says="no output file given")
     fails(2, "eval", "--init", place / "merged", "--spec", place / "eval.yaml", "-o", tmp_path / "x", says="no --spec")
     fails(2, "eval", place / "merged", "--spec", place / "eval.yaml", "-o", tmp_path / "x", says="--init")
     assert (tmp_path / "eval.yaml").read_text() == "mine"

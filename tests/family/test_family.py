@@ -264,7 +264,7 @@ def test_plain_names_are_taken(name):
 
 
 def test_two_tasks_of_one_name_are_refused_whatever_their_case():
-    with pytest.raises(UsageError, match="two tasks of one name: `sst2` and `SST2`"):
+    with pytest.raises(UsageError, match="two tasks have the same name: `sst2` and `SST2`"):
         check_task_names(["sst2", "cola", "SST2"])
 
 
@@ -290,7 +290,7 @@ def test_a_folder_of_tasks_names_what_else_is_there(tmp_path):
     assert found.unfinished == {
         "linked": "is a link that leads nowhere",
         "steps": "has no weights of its own; look in checkpoint-100/",
-        "unclear": "holds one.safetensors, two.safetensors, and which of them is the model is not to be seen",
+        "unclear": "holds one.safetensors, two.safetensors, and it is unclear which of them is the model",
     }
     with pytest.raises(SourceError, match="no folder"):
         find_tasks(tmp_path / "nowhere")
