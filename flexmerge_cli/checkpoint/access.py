@@ -1,4 +1,4 @@
-"""How sources that are not on this disk may be had. No I/O."""
+"""How a run may reach sources that are not on this disk. No I/O."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,28 +7,28 @@ from flexmerge_cli.checkpoint.stream import StreamPool
 
 
 def silent(_message: str) -> None:
-    """Says nothing; by name, so that it can be sent to another process."""
+    """Discard a message. A named function, so that it can be pickled for another process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """What a run was asked of its sources, and where it tells what it fetches."""
+    """How a run may reach its sources, and where it reports what it downloads."""
 
     offline: bool = False
-    """Nothing but what the Hub's cache holds."""
+    """Use only what the Hub's cache holds."""
     variant: str | None = None
-    """Of weights that lie in several, e.g. `fp16`; taken where a source has it."""
+    """The preferred variant of the weights, e.g. `fp16`; used where a source has it."""
     stream: StreamPool | None = None
-    """Read weights that are not on this disk where they are, through this; None: fetch them."""
+    """The pool through which remote weights are read in place. None: download them."""
     on_message: Callable[[str], None] = silent
-    """Told before bytes are fetched: how many, and where they will lie."""
+    """Called before a download, with a message that gives the number of bytes and the target folder."""
 
     def elsewhere(self) -> "Access":
-        """For another process, which fetches nothing and tells nothing."""
+        """The same access for another process, which downloads and reports nothing."""
         return replace(self, stream=None, on_message=silent)
 
     def memory_left(self, max_memory: int | None) -> int | None:
-        """Of --max-memory, beside what is held of streamed files."""
+        """What remains of --max-memory beside the buffers of streamed files."""
         held = self.stream.max_bytes if self.stream is not None else 0
         return None if max_memory is None else max(0, max_memory - held)
 

@@ -1,4 +1,4 @@
-"""An adapter and its base in, the model that both make out: the base's tensors, some of them changed on reading.
+"""The model that an adapter and its base make: the base's tensors, some of them changed on reading.
 
 Modules are found by name, under the prefix of whole segments (on either side) and the spelling under which most are
 there. Headers only.
@@ -35,11 +35,11 @@ MAX_PREFIX_SEGMENTS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Naming:
-    """How a name of the adapter's goes over into one of the base's."""
+    """How a name in the adapter maps to a name in the base."""
 
     spelling: tuple[tuple[str, str], ...] = ()
     dropped: str = ""
-    """Prefix of the adapter's names that the base's have not; ends in a dot, or is empty."""
+    """The prefix that only the adapter's names have; ends in a dot, or is empty."""
     added: str = ""
 
     def in_base(self, name: str) -> str:
@@ -53,7 +53,7 @@ class _Naming:
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
-    """The model of an adapter on its base, as `merge_and_unload` would make it; own names are those of a fine-tune.
+    """The model of an adapter on its base, as `merge_and_unload` would make it, with the tensor names of a fine-tune.
 
     Raises DataError with every module that the base has not, or has in another form.
     """
@@ -73,7 +73,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             tied = name.endswith("lm_head.weight") and base.config.get("tie_word_embeddings", True)
             problems.append(f"`{name}` is missing" + (": it is tied to the embedding" if tied else ""))
         elif weight.dtype not in FLOATING:
-            problems.append(f"`{name}` is {weight.dtype}, no floating point")
+            problems.append(f"`{name}` is {weight.dtype}, which is not a floating-point type")
         elif adapter.kind is AdapterKind.LORA:
             change = _low_rank(adapter, adapter.factors[module], weight)
         else:
@@ -90,7 +90,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
     if problems:
         raise DataError(
             f"{adapter.checkpoint.path} does not fit the base {base.path}:\n  " + "\n  ".join(problems[:20]),
-            hint="give the base it was trained on, or " + BY_HAND,
+            hint="use the base it was trained on, or " + BY_HAND,
         )
     tensors = {}
     for name, tensor in sources.items():
@@ -114,7 +114,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
 
 
 def names_other_base(adapter: Adapter, base: Checkpoint) -> str | None:
-    """The base that the adapter names, if it is not this one.
+    """The base that the adapter names, or None if it is this one.
 
     One that names none fits. Equal are: one folder; one id on the Hub, whichever revision; an id, and a folder that is
     of its Hub cache, whose config gives it as its name, or that is called like it; and a path that is not on this
@@ -141,7 +141,7 @@ def names_other_base(adapter: Adapter, base: Checkpoint) -> str | None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long, or no name of a file
+    except (OSError, ValueError):  # too long, or not a valid file name
         return False
 
 
@@ -191,7 +191,7 @@ def _scaled(adapter: Adapter, module: str, vector: StoredTensor, weight: StoredT
 
 
 def _is_feedforward(adapter: Adapter, module: str, weight: StoredTensor) -> bool:
-    """Whether the vector scales what goes in: [1, in] of a linear layer, and not [out, 1]; else by the config."""
+    """Whether the vector scales the input: [1, in] of a linear layer, not [out, 1]; if both fit, the config decides."""
     vector = adapter.vectors[module]
     if len(weight.shape) == 2 and len(vector.shape) == 2 and vector.shape[0] != vector.shape[1]:
         return vector.shape[0] == 1
@@ -199,7 +199,7 @@ def _is_feedforward(adapter: Adapter, module: str, weight: StoredTensor) -> bool
 
 
 def _flat(tensor: StoredTensor, rows: int) -> StoredTensor:
-    """[rows, rest], with the strides of a row-major matrix, or its own."""
+    """The tensor as [rows, rest], with the strides of a row-major matrix or its own."""
     shape = (rows, math.prod(tensor.shape) // rows)
     if tensor.strides is None or len(tensor.shape) == 2:
         return replace(tensor, shape=shape)

@@ -1,6 +1,6 @@
-"""What lies in a folder with one subfolder per model: models, what should be one and has no weights, and the rest.
+"""Sorts the subfolders of a folder of models: models, unfinished models without weights, and everything else.
 
-Names in, a verdict out; no I/O. A model that is passed over in silence is missing from all that follows.
+Names in, a verdict out; no I/O. Nothing is skipped silently, since a missing model would affect every later step.
 """
 
 import re
@@ -13,22 +13,22 @@ MODEL_FILE = re.compile(
     r"(adapter_|generation_|preprocessor_|processor_)?config\.json|model_index\.json|.*\.index\.json"
     r"|tokenizer.*|vocab\.(txt|json)|merges\.txt|special_tokens_map\.json|spiece\.model|sentencepiece.*\.model"
 )
-STEP = re.compile(r"checkpoint-\d+")  # as trainers save while they run
+STEP = re.compile(r"checkpoint-\d+")  # the checkpoints that trainers save during training
 
 
 @dataclass(slots=True)
 class Candidates:
-    """By name; what begins with a dot is passed over."""
+    """The entries of a folder, by name. Names that begin with a dot are skipped."""
 
     models: dict[str, str] = field(default_factory=dict)
     """Name -> source."""
     unfinished: dict[str, str] = field(default_factory=dict)
     """Name -> what makes it look like a model, and what is missing."""
     others: dict[str, str] = field(default_factory=dict)
-    """Name -> why it is none."""
+    """Name -> why it is not a model."""
 
     def add_folder(self, name: str, inside: Sequence[str]) -> None:
-        """A folder without weights that can be taken. inside: paths in it, at least of two levels."""
+        """Add a folder without usable weights. inside: the paths in it, at least two levels deep."""
         if why := why_unfinished(inside):
             self.unfinished[name] = why
         else:
@@ -39,7 +39,7 @@ class Candidates:
 
 
 def why_unfinished(inside: Sequence[str]) -> str | None:
-    """Why a folder without weights that can be taken should hold a model; None where nothing says so."""
+    """Why a folder without usable weights should hold a model; None if nothing suggests it."""
     if several := weight_files([name for name in inside if "/" not in name]):
         return f"holds {', '.join(several[:3])}, and it is unclear which of them is the model"
     split = [name.partition("/") for name in inside]

@@ -1,4 +1,4 @@
-"""What an adapter makes of one tensor of its base: a product of two thin factors added, or a vector multiplied. Numpy.
+"""What an adapter does to one tensor of its base: add a product of two thin factors, or multiply by a vector. Numpy.
 
 A product is summed in float64, term by term, and rounded to float32 once: so neither the range that is asked for nor
 the machine shows in its bits, and a plan's digests hold wherever its bundle is merged. No library's product is so.
@@ -22,9 +22,9 @@ class LowRank:
     """θ + scale · left · right, of a tensor seen as [first axis, the rest]."""
 
     left: "StoredTensor"
-    """[m, r]; a transposed factor has strides."""
+    """Shape [m, r]. A transposed factor has strides."""
     right: "StoredTensor"
-    """[r, n]."""
+    """Shape [r, n]."""
     scale: float
 
     @property
@@ -41,9 +41,9 @@ class Scaled:
     """θ · vector, along one axis."""
 
     vector: "StoredTensor"
-    """[1, length of the axis]."""
+    """Shape [1, length of the axis]."""
     axis: int
-    """0 or 1."""
+    """The axis, 0 or 1."""
 
     @property
     def factors(self) -> tuple["StoredTensor", ...]:
@@ -56,7 +56,7 @@ Change = LowRank | Scaled
 def add_product(
     values: np.ndarray, start: int, columns: int, left: np.ndarray, right: np.ndarray, scale: float
 ) -> None:
-    """In place: elements [start, start + len) of a matrix with so many columns.
+    """Add to elements [start, start + len) of a matrix with so many columns, in place.
 
     values: float32 or float64, one axis; left: float64 [rows of the range, r]; right: float64 [r, columns].
     """
@@ -70,12 +70,15 @@ def add_product(
             np.multiply(left[rows, k, None], right[k, at], out=term)
             np.add(total, term, out=total)
         np.multiply(total, scale, out=total)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told where it is read
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # values that are not finite are reported where they are read
             values[low - start : high - start] += total.reshape(-1).astype(np.float32)
 
 
 def multiply(values: np.ndarray, start: int, columns: int, vector: np.ndarray, axis: int) -> None:
-    """In place, as `add_product`. vector: float32, of the whole axis; along axis 1 each element spans columns / len."""
+    """Multiply in place, as in `add_product`. vector: float32, the whole axis; on axis 1 an element spans columns /
+    len."""
     place = np.arange(start, start + len(values))
     where = place // columns if axis == 0 else place % columns // (columns // len(vector))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -83,7 +86,7 @@ def multiply(values: np.ndarray, start: int, columns: int, vector: np.ndarray, a
 
 
 def _rectangles(start: int, stop: int, columns: int) -> list[tuple[int, int]]:
-    """Ranges that are whole rows, or lie in one row, of at most TILE_ELEMENTS elements or one row of them."""
+    """Ranges that are whole rows or lie in one row, each of at most TILE_ELEMENTS elements or one row of them."""
     found = []
     while start < stop:
         row_end = (start // columns + 1) * columns

@@ -1,4 +1,4 @@
-"""One model's files: a source string in, its tensors (headers only), config and side files out. Reads no weight.
+"""One model's files: a source string in, its tensors (headers only), config and side files out. Reads no weights.
 
 safetensors wins where a folder holds both formats. Knows nothing of other models, classes or blocks.
 """
@@ -29,7 +29,7 @@ from flexmerge_cli.text import expanded, is_text
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 32 << 20
-MAX_NAME_BYTES = 255  # of one file
+MAX_NAME_BYTES = 255  # the usual limit of a file name
 HEADERS_AT_ONCE = 8
 
 Source = TypeVar("Source")
@@ -38,28 +38,28 @@ Opened = TypeVar("Opened")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One model's files: on this disk, or on the Hub and to be fetched."""
+    """One model's files, on this disk or still to be downloaded from the Hub."""
 
     source: str
-    """As the user wrote it; of the Hub pinned to a commit."""
+    """The source as the user wrote it; a Hub source is pinned to a commit."""
     path: Path
-    """Absolute; a folder or one file."""
+    """The absolute path of the folder or file."""
     tensors: dict[str, StoredTensor]
-    """By own name, in the order of the files and of the bytes in them."""
+    """Tensors by own name, in the order of the files and of the bytes in them."""
     weight_bytes: dict[Path, int]
-    """Of each weight file."""
+    """The size of each weight file."""
     config: dict[str, Any] = field(default_factory=dict)
-    """config.json, or empty."""
+    """The contents of config.json, or empty."""
     side_files: dict[str, Path] = field(default_factory=dict)
-    """What lies beside the weights and belongs to the model, by file name, sorted."""
+    """The files beside the weights that belong to the model, by file name, sorted."""
     ignored: tuple[str, ...] = ()
-    """What lies beside the weights and is left there."""
+    """The files beside the weights that are not taken."""
     remote: dict[Path, RemoteFile] = field(default_factory=dict)
-    """Weight files that are not on this disk yet; `fetch` (fetch.py) brings them to these paths."""
+    """Weight files that are not on this disk yet; `fetch` (fetch.py) downloads them to these paths."""
     private: frozenset[str] = frozenset()
-    """Own names of tensors that are this model's alone, whatever others hold: what an adapter saved whole."""
+    """Own names of tensors that stay private whatever other models hold: those that an adapter saved whole."""
     adapter: str | None = None
-    """Kind of the adapter that makes this model of a base."""
+    """The kind of the adapter that makes this model from a base."""
 
     @property
     def num_bytes(self) -> int:
@@ -100,7 +100,7 @@ def open_checkpoint(
         return _open_folder(source, address, file, access, side_files=side_files)
     path = ((relative_to or Path()) / expanded(source)).absolute()
     if not is_text(str(path)):
-        raise SourceError(f"{str(path)!r} is not Unicode text, as a plan and a bundle must be", hint="rename it")
+        raise SourceError(f"{str(path)!r} is not Unicode text, which plans and bundles require", hint="rename it")
     if not _exists(path):
         looks_like_hub = source.count("/") == 1 and not source.startswith((".", "/", "~"))
         raise SourceError(
@@ -116,27 +116,27 @@ def open_checkpoint(
 
 
 def _task_of_bundle(folder: Path) -> UsageError | None:
-    """Of a task's folder in a bundle, whose weights lie beside those of others: how it is had as a checkpoint."""
+    """The error for a task's folder in a bundle, whose weights lie elsewhere: it says how to export the task."""
     bundle = folder.parent.parent
     if folder.parent.name != "tasks" or not (bundle / "manifest.json").is_file() or not (bundle / "weights").is_dir():
         return None
     if any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):  # a kept adapter is whole
         return None
     return UsageError(
-        f"{folder} is a task of a bundle, which holds its weights",
+        f"{folder} is a task of a bundle, whose weights are stored in the bundle",
         hint=shlex.join(["flexmerge", "export", str(bundle), "--task", folder.name, "-o", folder.name]),
     )
 
 
 def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], names: Iterable[str]) -> list[Opened]:
-    """`opened` of each, in order; several at once where one of the names is of a source elsewhere, and has to wait."""
+    """`opened` of each, in order. Several run at once if one of the names is a remote source, which has to wait."""
     from flexmerge_cli.checkpoint.place import is_remote
 
     return _each(opened, sources, waits=any(map(is_remote, names)))
 
 
 def _each(work: Callable[[Source], Opened], items: Sequence[Source], *, waits: bool) -> list[Opened]:
-    """In order; several at once where the network is waited for."""
+    """Apply `work` to each item, in order; several at once if they wait for the network."""
     if not waits:
         return [work(item) for item in items]
     with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="flexmerge-open") as pool:
@@ -144,7 +144,7 @@ def _each(work: Callable[[Source], Opened], items: Sequence[Source], *, waits: b
 
 
 class _FileFolder(LocalFolder):
-    """Of a file that was named itself, which may be a link to anywhere."""
+    """The folder of a file that the user named, which may be a link to anywhere."""
 
     def local(self, name: str) -> Path:
         return self.path / name
@@ -153,11 +153,11 @@ class _FileFolder(LocalFolder):
 def _open_folder(
     source: str, folder: Folder, file: str | None, access: Access, *, side_files: bool = True
 ) -> Checkpoint:
-    """file: the one that was named; None: the folder's weights, with all that belongs to them."""
+    """file: the file that the user named. None: the folder's weights, with all files that belong to them."""
     path = folder.path if file is None else folder.path / file
     if file is not None and not file.endswith(WEIGHT_SUFFIXES):
         raise SourceError(
-            f"{path} is no weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
+            f"{path} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
             hint="give a checkpoint folder or a weight file",
         )
     weights = file if file is not None else _choose(source, folder, access)
@@ -187,7 +187,7 @@ def _open_folder(
 
 
 def _choose(source: str, folder: Folder, access: Access) -> str:
-    """The weights of a folder. Raises SourceError if there are none, UsageError if there is no telling which."""
+    """The weights of a folder. Raises SourceError if there are none, UsageError if it is unclear which to take."""
     files, variant = _files(folder), access.variant
     weights = choose_weights(files, variant)
     if weights is None:
@@ -195,14 +195,14 @@ def _choose(source: str, folder: Folder, access: Access) -> str:
         where = str(folder.path) if isinstance(folder, LocalFolder) else source
         raise no_weights(source, where, files, folders, variant)
     if variant is not None and variant not in variants(files):
-        access.on_message(f"{source} has no variant {variant}: its plain weights are taken")
+        access.on_message(f"{source} has no variant {variant}: using its plain weights")
     return weights
 
 
 def _streamed(
     tensors: dict[str, StoredTensor], remote: dict[Path, RemoteFile], pool: StreamPool
 ) -> dict[str, StoredTensor]:
-    """The same, those of remote files to be read where they are."""
+    """The checkpoint with the tensors of remote files marked to be read in place."""
     odd = [tensor for tensor in tensors.values() if tensor.path in remote and tensor.strides is not None]
     if odd:
         raise UsageError(
@@ -225,12 +225,12 @@ def _files(folder: Folder) -> list[str]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long for the file system
+    except OSError:  # the name is too long for the file system
         return False
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weight file or index of a folder; None if it is no checkpoint."""
+    """The weight file or index of a folder; None if it is not a checkpoint."""
     files = _files(LocalFolder(folder))
     name = choose_weights(files) or next((found[0] for found in variants(files).values()), None)
     return None if name is None else folder / name
@@ -246,7 +246,7 @@ def _read_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
 
 
 def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
-    """Tensors of a sharded checkpoint; every shard there, every tensor where the index says."""
+    """Tensors of a sharded checkpoint. Checks that every shard exists and holds the tensors that the index lists."""
     index = folder.local(name)
     weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -281,7 +281,7 @@ def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
 
 
 def missing_shards(folder: Folder, weights: str) -> list[str]:
-    """Shards that an index names and that are not there; none of a single file."""
+    """The missing shards that an index names; none for a single file."""
     if not weights.endswith(".json"):
         return []
     weight_map = read_json(folder.local(weights), MAX_INDEX_BYTES).get("weight_map")
@@ -290,7 +290,7 @@ def missing_shards(folder: Folder, weights: str) -> list[str]:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether it names a file of the folder itself, as every file system has it."""
+    """Whether it names a file directly in the folder, on every file system."""
     plain = PurePosixPath(name).name == name and name not in ("", "..") and "\\" not in name
     return plain and is_text(name) and len(name.encode()) <= MAX_NAME_BYTES
 
@@ -300,7 +300,7 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises DataError."""
+    """Read a file that holds a JSON object. Raises DataError."""
     data = read_file(path, max_bytes, "such a file")
     try:
         value = parse_json(data)

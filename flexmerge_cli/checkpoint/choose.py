@@ -1,8 +1,8 @@
-"""Which files of a folder are the model: its weights, and what makes them usable. Names in, names out; no I/O.
+"""Chooses the files of a folder that are the model: its weights and side files. Names in, names out; no I/O.
 
-The first of the names that libraries write is taken, safetensors before pickles, one file before shards. Where none is
-there, a variant (`model.fp16.safetensors`), if there is one and no more; else a lone weight file of any name, as
-`save_model` and training scripts leave it. What is ambiguous is never guessed.
+The names that libraries write are tried in order: safetensors before pickles, one file before shards. Failing these, a
+variant (`model.fp16.safetensors`) is taken if there is exactly one, else a single weight file of any name, as
+`save_model` and training scripts write. An ambiguous choice is never guessed.
 """
 
 import re
@@ -20,19 +20,19 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
     "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
-# What training leaves beside a model: state of the optimiser, not weights.
+# Files that training leaves beside a model: the state of the optimiser, not weights.
 NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*")
-VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # no shard's number
+VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # not the number of a shard
 INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
 NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of names that are known without them
-# What makes a folder of weights usable: config, tokenizer, processor, licence. Training state and code stay behind.
+# Files that make the weights usable: config, tokenizer, processor, licence. Training state and code are not taken.
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
 
 
 def choose_weights(names: Sequence[str], variant: str | None = None) -> str | None:
-    """The weight file or index among the files of a folder; None if there is none, or no telling which.
+    """The weight file or index among the files of a folder; None if there is none or the choice is unclear.
 
     variant: taken where it is there; else the plain weights are.
     """
@@ -67,11 +67,11 @@ def variants(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def weight_files(names: Sequence[str]) -> list[str]:
-    """All that hold weights by their names."""
+    """All files that, by their names, hold weights."""
     return [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.fullmatch(name)]
 
 
 def is_side_file(name: str) -> bool:
-    """Whether it belongs to the model, beside its weights."""
+    """Whether a file belongs to the model beside its weights."""
     wanted = PurePosixPath(name).suffix in SIDE_SUFFIXES or name in SIDE_NAMES
     return wanted and name not in NOT_SIDE and is_text(name)

@@ -17,7 +17,7 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RangeDigest:
-    """What one byte range adds to its tensor's digest."""
+    """The contribution of one byte range to the digest of its tensor."""
 
     head: bytes
     """Bytes up to the first piece boundary inside the range; all of the range if it holds no boundary."""
@@ -28,13 +28,14 @@ class RangeDigest:
 
 
 def digest_range(data: np.ndarray, start_byte: int, *, last: bool = False) -> RangeDigest:
-    """data: uint8, contiguous, bytes [start_byte, start_byte + len(data)) of a tensor. last: it ends there."""
+    """Digest bytes [start_byte, start_byte + len(data)) of a tensor. data: uint8, contiguous. last: the tensor ends
+    there."""
     head_bytes = min(-start_byte % PIECE_BYTES, data.size)
     whole = (data.size - head_bytes) // PIECE_BYTES
     edges = [head_bytes + index * PIECE_BYTES for index in range(whole + 1)]
     pieces = b"".join(xxhash.xxh3_128_digest(data[edge : edge + PIECE_BYTES].data) for edge in edges[:-1])
     tail = data[edges[-1] :]
-    if last and tail.size:  # no neighbour will join it: a piece as it is
+    if last and tail.size:  # the tensor ends here, so this is a piece of its own
         pieces, tail = pieces + xxhash.xxh3_128_digest(tail.data), tail[:0]
     return RangeDigest(data[:head_bytes].tobytes(), pieces, tail.tobytes())
 
@@ -64,14 +65,14 @@ class TensorDigest:
 
 
 def digest_bytes(data: np.ndarray | bytes) -> str:
-    """Digest of a whole tensor's (or file's) bytes."""
+    """The digest of a whole tensor's (or file's) bytes."""
     whole = TensorDigest()
     whole.add(digest_range(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data, 0, last=True))
     return whole.hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """The same of a file, read in pieces."""
+    """The digest of a file, read in pieces."""
     whole, position = TensorDigest(), 0
     with open_file(path) as file:
         while data := file.read(PIECE_BYTES):

@@ -13,10 +13,10 @@ ITEM_BYTES = {
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
-# What stored tensors can be cast to, by the words of `--dtype` and of recipes.
+# The dtypes that stored tensors can be cast to, by the names that `--dtype` and recipes use.
 CASTS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-# What `torch.save` calls them.
+# The names that `torch.save` uses.
 FROM_TORCH = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
@@ -24,7 +24,7 @@ FROM_TORCH = {
 }  # fmt: skip
 TO_TORCH = {ours: torch_name for torch_name, ours in FROM_TORCH.items()}
 
-# The numpy type that holds the bits.
+# The numpy types that hold the bits.
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
@@ -32,7 +32,7 @@ NUMPY = {
 
 
 def promote(dtypes: list[str] | tuple[str, ...]) -> str:
-    """The narrowest floating dtype that holds all of `dtypes`, as `torch.promote_types` has it (F16 + BF16 = F32)."""
+    """The narrowest floating dtype that holds all of `dtypes`, like `torch.promote_types` (F16 + BF16 = F32)."""
     widest = max(dtypes, key=ITEM_BYTES.__getitem__)
     return "F32" if {"F16", "BF16"} <= set(dtypes) and ITEM_BYTES[widest] == 2 else widest
 

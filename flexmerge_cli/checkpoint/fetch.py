@@ -1,8 +1,8 @@
 """Weight files of the Hub into its normal cache: in parallel, told beforehand, resumed where an earlier run broke off.
 
 A file grows as `blobs/<etag>.incomplete` under the lock that the Hub's own client takes, and is renamed when it is
-whole. What a killed run leaves is gone on with by the next one: the name says which bytes they are. The client itself
-then links the blob into the snapshot. Where its Xet storage serves a file, the client fetches it, as it does always.
+complete. The next run resumes what a killed run left, since the name identifies the content. The client itself then
+links the blob into the snapshot. Files in Xet storage are downloaded by the client, as always.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ OnProgress = Callable[[str, int, int], None]
 def fetch(
     files: Iterable[RemoteFile], access: Access, on_progress: OnProgress = lambda _what, _done, _total: None
 ) -> None:
-    """Bring files to this disk, unless they are streamed. Raises SourceError, MachineError if they do not fit."""
+    """Download files to this disk, unless they are streamed. Raises SourceError, or MachineError if they do not fit."""
     named = {file.path: file for file in files}
     if access.stream is not None or not named:
         return
     wanted = [file for file in named.values() if isinstance(file, HubFile)]
     if len(wanted) < len(named):
         other = next(file for file in named.values() if not isinstance(file, HubFile))
-        raise UsageError(f"{other.name} is read where it is, and never stored here", hint="add --stream")
+        raise UsageError(f"{other.name} can only be streamed, not downloaded", hint="add --stream")
     blobs = {file.path: file.place.storage / "blobs" / file.etag for file in wanted}
-    sizes = {blobs[file.path]: file.size for file in wanted}  # equal files are one blob, and fetched once
+    sizes = {blobs[file.path]: file.size for file in wanted}  # equal files share one blob, which is downloaded once
     total = sum(sizes.values())
     left = sum(max(0, size - _bytes_there(blob)) for blob, size in sizes.items())
     cache = wanted[0].place.storage.parent
@@ -64,7 +64,7 @@ def fetch(
 
 
 class _Counter:
-    """Bytes so far, over all files; where a run is given up, the end of every file."""
+    """Bytes done so far, over all files. Also ends every download if the run is aborted."""
 
     def __init__(self, total: int, on_progress: OnProgress) -> None:
         self._total, self._on_progress, self._lock = total, on_progress, threading.Lock()
@@ -72,9 +72,9 @@ class _Counter:
         self.stop = False
 
     def check(self) -> None:
-        """Raises SourceError where the run was given up."""
+        """Raises SourceError if the run was aborted."""
         if self.stop:
-            raise SourceError("another file could not be fetched", hint="run the command again")
+            raise SourceError("the download of another file failed", hint="run the command again")
 
     def add(self, count: int) -> None:
         self.check()
@@ -84,7 +84,7 @@ class _Counter:
 
 
 def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
-    """blob: where the listing says that its bytes are kept; the file's own head has the last word."""
+    """blob: where the listing says the bytes are cached. The response headers of the file take precedence."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
@@ -109,7 +109,7 @@ def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
 
 
 def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
-    """The bytes of a blob, from where an earlier run broke off."""
+    """Download the bytes of a blob, resuming an interrupted download."""
     partial = blob.with_name(f"{blob.name}.incomplete")
     with partial.open("ab") as opened:
         if opened.tell() > size:
@@ -127,17 +127,17 @@ def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
         opened.flush()
         sync(opened.fileno())
     if SHA256.fullmatch(blob.name) and digest.hexdigest() != blob.name:
-        # A machine that lost its power may have kept the length of a file and not its bytes.
+        # After a power failure a file may have its length but not its bytes.
         partial.unlink()
         raise SourceError(
-            f"{file.place.source}: the bytes of {file.name} are not those that the Hub lists",
+            f"{file.place.source}: the content of {file.name} differs from the digest that the Hub lists",
             hint="run the command again",
         )
     partial.replace(blob)
 
 
 def _sha256(path: Path, num_bytes: int) -> Any:
-    """Of what is there already, to be gone on with."""
+    """The hash of the bytes already there, to be continued."""
     if not num_bytes:
         return hashlib.sha256()
     with path.open("rb") as file:
@@ -145,7 +145,7 @@ def _sha256(path: Path, num_bytes: int) -> Any:
 
 
 def _is_xet(metadata: object) -> bool:
-    """Whether the client would take a file from Xet storage."""
+    """Whether the client would download a file from Xet storage."""
     from huggingface_hub import constants
 
     has = getattr(metadata, "xet_file_data", None) is not None
@@ -171,7 +171,7 @@ def _check_disk(cache: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """The client's own progress bars stay away while ours runs."""
+    """Hide the client's own progress bars while ours are shown."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

@@ -1,4 +1,4 @@
-"""The files of one model by name: a folder of this disk, with links guarded. The Hub's is in hub.py."""
+"""The files of one model by name: a folder on this disk, with links guarded. The Hub's is in hub.py."""
 
 from pathlib import Path
 from typing import Protocol
@@ -10,35 +10,36 @@ SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"  # of the store that repositor
 
 
 class Folder(Protocol):
-    """Where a checkpoint lies."""
+    """The place of a checkpoint."""
 
     @property
     def path(self) -> Path:
-        """Absolute; where its files lie, or will once they are fetched."""
+        """The absolute path where its files lie, or will lie once they are downloaded."""
 
     def entries(self) -> list[str]:
-        """Names of files and folders directly in it, sorted."""
+        """Names of the files and folders directly in it, sorted."""
 
     def is_file(self, name: str) -> bool: ...
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """The size of a file in bytes."""
 
     def remote(self, name: str) -> RemoteFile | None:
-        """A file that is not on this disk; None if it is, at `path / name`. Raises DataError for a link out of it."""
+        """The file if it is not on this disk; None if it is, at `path / name`. Raises DataError for a link out of the
+        folder."""
 
     def local(self, name: str) -> Path:
-        """A small file, brought to this disk if need be."""
+        """The path of a small file, downloaded if necessary."""
 
     def bring(self, names: list[str]) -> None:
-        """Many small files at once."""
+        """The paths of many small files at once."""
 
     def incomplete(self, message: str) -> FlexmergeError:
-        """The error for files that should be there."""
+        """The error for files that should exist."""
 
 
 class LocalFolder:
-    """A folder of this disk."""
+    """A folder on this disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -73,7 +74,7 @@ class LocalFolder:
 
 
 def guard(folder: Path, path: Path) -> None:
-    """No symlink is followed out of the folder, save into the blobs of the same repository in the Hub's cache."""
+    """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache."""
     if not path.is_symlink():
         return
     target = path.resolve()
@@ -84,7 +85,7 @@ def guard(folder: Path, path: Path) -> None:
 
 
 def hub_blobs(folder: Path) -> list[Path]:
-    """Where the Hub's cache keeps the files of the snapshot that a folder is or lies in; empty if it is in none."""
+    """Where the Hub's cache keeps the files of the snapshot that contains the folder; empty if there is none."""
     home = folder.resolve()
     for place in (home, *home.parents):
         if place.parent.name == "snapshots":

@@ -1,7 +1,7 @@
-"""`hf://org/name[@revision][:folder]`: the files of a Hub repository, those that are needed in the normal Hub cache.
+"""Sources `hf://org/name[@revision][:folder]`: the files of a Hub repository, cached in the normal Hub cache.
 
-A source is pinned to a commit when it is opened; small files are fetched then, headers of weights read by range, and
-weights come with `fetch` (fetch.py). What the cache holds is never asked for again.
+Opening a source pins it to a commit, downloads small files, and reads the headers of weights by range. `fetch`
+(fetch.py) downloads the weights. What the cache holds is never requested again.
 """
 
 import time
@@ -42,7 +42,7 @@ class OpenPlace:
     """A source that was found."""
 
     source: str
-    """Pinned to a commit."""
+    """The place, pinned to a commit."""
     folder: Folder
     file: str | None
 
@@ -54,7 +54,7 @@ def is_offline(access: Access) -> bool:
 
 
 def open_hub(source: str, access: Access, needs: Collection[str] | None = None) -> OpenPlace:
-    """Find the commit and its files. needs: names of small files with which a pinned snapshot on this disk is whole."""
+    """Find the commit and its files. needs: names of small files that make a pinned snapshot on this disk complete."""
     place = HubPlace.of(source)
     with hub_errors(place):
         if is_offline(access):
@@ -73,14 +73,14 @@ class HubTree:
     """All files below a folder of a repository, at one commit."""
 
     source: str
-    """Pinned."""
+    """The place, pinned to a commit."""
     path: Path
-    """Where they lie, or will."""
+    """The local path where the files lie, or will lie."""
     files: dict[str, HubFile]
-    """By path below the folder; empty where the Hub was not asked."""
+    """Files by path below the folder; empty if the Hub was not asked."""
 
     def local(self, name: str) -> Path:
-        """A small file, brought to this disk if need be."""
+        """The path of a small file, downloaded if necessary."""
         from huggingface_hub import hf_hub_download
 
         if not (self.path / name).is_file():
@@ -91,7 +91,7 @@ class HubTree:
 
 
 def checkpoints_in(source: str, access: Access) -> Candidates:
-    """Of a repository with one folder per model: their pinned sources, and what else is there."""
+    """The models in a repository with one folder per model, as pinned sources, and what else there is."""
     tree = open_tree(source, access)
     names = list(tree.files) or [str(path.relative_to(tree.path)) for path in tree.path.rglob("*") if path.is_file()]
     folders: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ def checkpoints_in(source: str, access: Access) -> Candidates:
 
 
 def list_names(source: str, access: Access) -> list[str]:
-    """Files and folders directly in a folder of a repository; none of a file that is named."""
+    """The files and folders directly in a folder of a repository; none if the place names a file."""
     place = HubPlace.of(source)
     if place.file is not None:
         return []
@@ -132,7 +132,7 @@ def list_names(source: str, access: Access) -> list[str]:
 
 
 def open_tree(source: str, access: Access) -> HubTree:
-    """List a repository with all of its folders."""
+    """List a repository with all its folders."""
     place = HubPlace.of(source)
 
     def cached() -> HubTree:
@@ -152,20 +152,20 @@ def open_tree(source: str, access: Access) -> HubTree:
 
 
 def pin(place: HubPlace) -> HubPlace:
-    """The same at the commit that its revision names now. Raises what the Hub's client raises."""
+    """Pin a place to the commit that its revision names now. Raises what the Hub's client raises."""
     from huggingface_hub import HfApi
 
     if place.is_pinned:
         return place
     info = HfApi().model_info(place.repository, revision=place.revision, timeout=METADATA_TIMEOUT)
     if info.sha is None or not COMMIT.fullmatch(info.sha):
-        raise ValueError(f"the answer names no commit, but {info.sha!r}")
+        raise ValueError(f"the response names {info.sha!r}, which is not a commit")
     _remember(place, info.sha)
     return replace(place, revision=info.sha)
 
 
 def pinned_source(source: str, access: Access) -> str:
-    """A Hub source at its commit now; any other as it is."""
+    """A Hub source pinned to its current commit; any other source unchanged."""
     if not is_hub(source):
         return source
     place = HubPlace.of(source)
@@ -174,10 +174,10 @@ def pinned_source(source: str, access: Access) -> str:
 
 
 def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
-    """What lies in the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder.
+    """The contents of the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder.
 
-    Page by page as the client itself does, but within bounds, and no page of another host, which would get the token.
-    Raises what the Hub's client raises, SourceError for a listing without end, or one that leads elsewhere.
+    Reads page by page like the client itself, but within bounds, and from no other host, which would get the token.
+    Raises what the Hub's client raises, and SourceError for an endless listing, or one that leads to another host.
     """
     from huggingface_hub import constants
     from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -191,7 +191,7 @@ def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
         if url is None:
             return found
         if urlsplit(url)[:2] != urlsplit(constants.ENDPOINT)[:2]:
-            raise SourceError(f"the listing of {place.source} goes on at {url}, another host", hint=DO_NOT_USE)
+            raise SourceError(f"the listing of {place.source} continues at {url}, on another host", hint=DO_NOT_USE)
         entries, url = patiently(partial(_page, url, deadline))
         found += [(RepoFile if entry["type"] == "file" else RepoFolder)(**entry) for entry in entries]
         if len(found) > MAX_ENTRIES or time.monotonic() > deadline:
@@ -216,12 +216,12 @@ def _page(url: str, deadline: float) -> tuple[list[dict[str, Any]], str | None]:
         following = response.links.get("next", {}).get("url")
     entries = parse_json(bytes(data))
     if not isinstance(entries, list):
-        raise ValueError("the listing is no list")
+        raise ValueError("the listing is not a list")
     return entries, urljoin(url, following) if following else None
 
 
 def hub_file(place: HubPlace, listed: Any) -> HubFile:
-    """listed: a RepoFile of `list_files`."""
+    """listed: a RepoFile from `list_files`."""
     inside = f"{place.folder}/" if place.folder else ""
     etag = listed.lfs.sha256 if listed.lfs is not None else listed.blob_id
     if type(listed.size) is not int or listed.size < 0 or not is_etag(etag):
@@ -231,7 +231,7 @@ def hub_file(place: HubPlace, listed: Any) -> HubFile:
 
 
 class HubFolder:
-    """A folder of a repository, at one commit."""
+    """A folder of a repository at one commit."""
 
     def __init__(self, place: HubPlace, listed: list[Any]) -> None:
         inside = f"{place.folder}/" if place.folder else ""
@@ -279,11 +279,11 @@ class HubFolder:
                 pass
 
     def incomplete(self, message: str) -> FlexmergeError:
-        return DataError(message, hint=f"the repository is not whole: take another revision of {self._place.unpinned}")
+        return DataError(message, hint=f"the repository is incomplete: use another revision of {self._place.unpinned}")
 
 
 class CachedFolder(LocalFolder):
-    """What the Hub's cache holds of a repository."""
+    """The part of a repository that the Hub's cache holds."""
 
     def __init__(self, place: HubPlace) -> None:
         super().__init__(place.snapshot)
@@ -294,7 +294,7 @@ class CachedFolder(LocalFolder):
 
 
 def _cached(place: HubPlace, access: Access) -> OpenPlace:
-    """From the cache alone."""
+    """Open a place from the cache alone."""
     pinned = _cached_place(place)
     folder = CachedFolder(pinned)
     if pinned.file is not None and not folder.is_file(pinned.file):
@@ -306,7 +306,7 @@ def _cached(place: HubPlace, access: Access) -> OpenPlace:
 
 
 def _cached_place(place: HubPlace) -> HubPlace:
-    """Pinned to what the cache knows of its revision."""
+    """Pin a place to the commit that the cache knows for its revision."""
     pinned = place
     if not place.is_pinned:
         reference = place.storage / "refs" / (place.revision or "main")
@@ -322,7 +322,7 @@ Found = TypeVar("Found", OpenPlace, HubTree)
 
 
 def _or_cached(error: Exception, cached: Callable[[], Found], access: Access) -> Found:
-    """What the cache has where the Hub cannot be reached; the error for all others."""
+    """Fall back to the cache if the Hub cannot be reached; raise any other error."""
     if not _is_unreachable(error):
         raise error
     try:
@@ -343,7 +343,7 @@ def _is_inside(place: HubPlace, file: HubFile) -> bool:
 
 
 def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
-    """Whether the snapshot on this disk holds weights, index and shards, and these files."""
+    """Whether the snapshot on this disk holds the weights, index and shards, and these files."""
     from flexmerge_cli.checkpoint.checkpoint import missing_shards
 
     snapshot = place.snapshot
@@ -354,22 +354,22 @@ def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
         return folder.is_file(place.file)
     names = [name for name in folder.entries() if folder.is_file(name)]
     if access.variant is not None and access.variant not in variants(names):
-        return False  # it may be there, and not here
+        return False  # the repository may have it although the cache does not
     weights = choose_weights(names, access.variant)
     return weights is not None and not missing_shards(folder, weights)
 
 
 def _remember(place: HubPlace, commit: str) -> None:
-    """Note in the cache what a branch names, as its own downloads do, so that it is known offline."""
+    """Record in the cache what a branch names, as the client's own downloads do, so that it is known offline."""
     reference = place.storage / "refs" / (place.revision or "main")
-    with suppress(OSError, MachineError):  # a cache that can only be read may hold all that is needed
+    with suppress(OSError, MachineError):  # a read-only cache may still hold everything needed
         if not (reference.is_file() and reference.read_text() == commit):
             reference.parent.mkdir(parents=True, exist_ok=True)
             write_file(reference, commit)
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """No answer at all, or one that the Hub is down."""
+    """Whether there was no answer at all, or one that says the Hub is down."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return bool(status >= 500)

@@ -1,4 +1,4 @@
-"""What the Hub's client raises, told as errors of ours: what is wrong, and the command to run next. Exit 4, mostly."""
+"""Turns errors of the Hub's client into ours: what is wrong, and the command to run next. Mostly exit code 4."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hub_errors(place: "HubPlace") -> Iterator[None]:
-    """Raises SourceError for whatever goes wrong between us and the Hub, UsageError for a name that cannot be."""
+    """Raise SourceError for any failure between us and the Hub, UsageError for an invalid name."""
     from huggingface_hub import errors
 
     try:
@@ -21,7 +21,7 @@ def hub_errors(place: "HubPlace") -> Iterator[None]:
     except FlexmergeError:
         raise
     except (http_error(), OSError, ValueError, LookupError, TypeError, errors.EntryNotFoundError) as error:
-        # The last three and ValueError: an answer that is none of the Hub's, as a proxy's page.
+        # The last three and ValueError: a response that is not the Hub's, such as the page of a proxy.
         raise told(place, error) from None
 
 
@@ -32,7 +32,7 @@ def told(place: "HubPlace", error: Exception) -> FlexmergeError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     match error:
         case errors.HFValidationError():
-            return UsageError(f"`{source}` cannot be a repository: {error}", hint="check the name")
+            return UsageError(f"`{source}` is not a valid repository name: {error}", hint="check the name")
         case errors.GatedRepoError():
             page = f"{constants.ENDPOINT}/{repository}"
             if get_token() is None:
@@ -66,7 +66,7 @@ def told(place: "HubPlace", error: Exception) -> FlexmergeError:
         return SourceError(f"{source}: the Hub does not accept the token", hint="run `hf auth login` for another one")
     return SourceError(
         f"{source} cannot be fetched: {_line(error)}",
-        hint="run the command again: what was fetched is kept and not fetched twice",
+        hint="run the command again: completed downloads are kept and not repeated",
     )
 
 

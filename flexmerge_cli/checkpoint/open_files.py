@@ -1,6 +1,6 @@
-"""More files open at once than a process may have at first: a bundle has one for every set of tasks that share a block.
+"""Raises the limit of open files when necessary: a bundle has a file for every set of tasks that share a block.
 
-The limit that it begins with is often 256 or 1,024, and it may raise it itself, up to another.
+The soft limit is often 256 or 1,024, and a process may raise it up to the hard limit.
 """
 
 import errno
@@ -11,13 +11,13 @@ from typing import ParamSpec, TypeVar
 Opened = TypeVar("Opened")
 Arguments = ParamSpec("Arguments")
 
-MOST_FILES = 1 << 16  # where there is no limit to raise it to
+MOST_FILES = 1 << 16  # if there is no hard limit
 
 
 def open_one_more(
     opened: Callable[Arguments, Opened], *arguments: Arguments.args, **options: Arguments.kwargs
 ) -> Opened:
-    """`opened` of the arguments; again with a higher limit, if that is what it failed of. Raises OSError."""
+    """Call `opened`; retry with a higher limit if it failed because of too many open files. Raises OSError."""
     try:
         return opened(*arguments, **options)
     except OSError as error:
@@ -33,6 +33,6 @@ def _raise_limit() -> bool:
         return False
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (OSError, ValueError):  # a system that has a limit beside the one it tells
+    except (OSError, ValueError):  # some systems have a further limit besides the reported one
         return False
     return True

@@ -1,8 +1,8 @@
-"""A PEFT adapter: a folder with adapter_config.json and adapter_model.safetensors or .bin in, what it changes out.
+"""Reads a PEFT adapter: a folder with adapter_config.json and adapter_model.safetensors or .bin.
 
 LoRA (alpha over r or its root, patterns of both per module, transposed and convolution weights, embeddings) and (IA)³.
-What else peft knows is refused by name: its effect is no product of two factors, or is not told by its files alone.
-Headers and configs only; what the base calls the modules is adapted.py's. Source: peft 0.21, tuners/lora, tuners/ia3.
+Other adapters of peft are refused by name: their effect is not a product of two factors, or needs more than the files.
+Headers and configs only; adapted.py finds the modules in the base. Source: peft 0.21, tuners/lora, tuners/ia3.
 """
 
 import math
@@ -21,14 +21,14 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 BY_HAND = "merge it with peft (model.merge_and_unload().save_pretrained(…)) and give the merged model"
 
-# Of LoRA, by the key of the config that asks for it: none is base + scale · B · A.
+# Variants of LoRA, by the config key that enables them; none of them is base + scale · B · A.
 VARIANTS = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "monteclora_config": "MonteCLoRA", "alora_invocation_tokens": "aLoRA", "layer_replication": "layer replication",
     "target_parameters": "LoRA of parameters (`target_parameters`)", "lora_bias": "LoRA with a bias (`lora_bias`)",
     "trainable_token_indices": "trainable tokens (`trainable_token_indices`)",
 }  # fmt: skip
-# Ways to begin that change the base's own weights: the adapter's files do not say to what.
+# Initialisations that change the weights of the base, to values that the adapter's files do not contain.
 MOVING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 NAMES = {
     "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "OFT": "OFT", "BOFT": "BOFT", "HRA": "HRA",
@@ -36,7 +36,7 @@ NAMES = {
     "P_TUNING": "p-tuning", "LN_TUNING": "LN tuning", "VBLORA": "VB-LoRA", "RANDLORA": "RandLoRA",
     "TRAINABLE_TOKENS": "trainable tokens",
 }  # fmt: skip
-# Bounds what a pattern of a stranger's config can cost: a match tries at most len(name)^this places.
+# Bounds the cost of a pattern from an untrusted config: a match tries at most len(name)^this positions.
 MAX_REPEATS = 2
 MAX_PATTERN_CHARACTERS = 500
 
@@ -48,56 +48,57 @@ class AdapterKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """LoRA of one module, as peft stores it."""
+    """The LoRA factors of one module, as peft stores them."""
 
     a: StoredTensor
-    """[r, in, …]; of an embedding [r, words]."""
+    """Shape [r, in, …]; for an embedding [r, words]."""
     b: StoredTensor
-    """[out, r, 1…]; of an embedding [size, r]."""
+    """Shape [out, r, 1…]; for an embedding [size, r]."""
     scale: float
-    """alpha / r, or alpha / √r: what stands before the product."""
+    """The factor of the product: alpha / r, or alpha / √r."""
     is_embedding: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """What an adapter's files say. Modules and parameters are named as in the model it was trained on."""
+    """The contents of an adapter's files. Modules and parameters have the names of the model it was trained on."""
 
     kind: AdapterKind
     checkpoint: Checkpoint
     factors: Mapping[str, Factors]
     """Module -> its LoRA."""
     vectors: Mapping[str, StoredTensor]
-    """Module -> its (IA)³: [out, 1], or [1, in] of what goes into a linear layer; convolution: [1, channels, 1…]."""
+    """Module -> its (IA)³ vector: [out, 1], or [1, in] for the input of a linear layer; convolution: [1, channels,
+    1…]."""
     own: Mapping[str, StoredTensor]
-    """Whole parameters: of `modules_to_save`, biases, resized or targeted embeddings."""
+    """Whole parameters: those of `modules_to_save`, biases, and resized or targeted embeddings."""
     saved_modules: tuple[str, ...]
-    """Of `modules_to_save`: the last segments of their names."""
+    """The last segments of the module names in `modules_to_save`."""
     transposed: bool
-    """`fan_in_fan_out`: weights are [in, out]; decides where the shapes do not."""
+    """Whether weights are [in, out] (`fan_in_fan_out`); decides where the shapes do not."""
     feedforward: tuple[str, ...]
-    """(IA)³ of these modules scales what goes in."""
+    """Modules whose input (IA)³ scales."""
     base_name: str | None
-    """What the config says it was trained on."""
+    """The model that the config says it was trained on."""
 
     def tensors(self) -> list[StoredTensor]:
-        """Its factors and vectors, as its file names them."""
+        """Its factors and vectors, under the names of its file."""
         pairs = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
         return pairs + list(self.vectors.values())
 
     def is_saved(self, parameter: str) -> bool:
-        """Whether a parameter is of `modules_to_save`."""
+        """Whether a parameter belongs to `modules_to_save`."""
         return any(f".{module}." in f".{parameter}" for module in self.saved_modules)
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an adapter's: its tensors are factors then, and of no model."""
+    """Whether a checkpoint is an adapter, so that its tensors are factors and not those of a model."""
     weights = {path.name for path in checkpoint.weight_paths()}
     return CONFIG_NAME in checkpoint.side_files and bool(weights) and weights <= set(WEIGHT_NAMES)
 
 
 def read_adapter(checkpoint: Checkpoint) -> Adapter:
-    """Raises DataError where it is malformed, or of a kind that is not read."""
+    """Read an adapter. Raises DataError if it is malformed, or of an unsupported kind."""
     path = checkpoint.side_files[CONFIG_NAME]
     config = _Config(path, read_json(path, MAX_CONFIG_BYTES))
     name = config.text("peft_type")
@@ -116,9 +117,9 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     else:
         factors, vectors = {}, ours.get("ia3_l", {})
         if unread := [f"{module}.{role}" for role in ours if role not in ("", "ia3_l") for module in ours[role]]:
-            raise DataError(f"{checkpoint.path} holds `{unread[0]}`, which (IA)³ has not", hint=BY_HAND)
+            raise DataError(f"{checkpoint.path} holds `{unread[0]}`, which is not part of (IA)³", hint=BY_HAND)
     if not factors and not vectors:
-        raise DataError(f"{checkpoint.path} changes nothing: no factors in it", hint="get a sound copy of the adapter")
+        raise DataError(f"{checkpoint.path} has no factors and changes nothing", hint="get a sound copy of the adapter")
     return Adapter(
         kind=kind,
         checkpoint=checkpoint,
@@ -135,7 +136,7 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
 def _refuse_variants(config: "_Config", checkpoint: Checkpoint) -> None:
     for key, name in VARIANTS.items():
         if config.values.get(key):
-            raise DataError(f"{checkpoint.path} is an adapter of {name}; plain LoRA is read", hint=BY_HAND)
+            raise DataError(f"{checkpoint.path} is a {name} adapter; only plain LoRA is supported", hint=BY_HAND)
     start = config.values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(MOVING_THE_BASE):
         raise DataError(
@@ -145,7 +146,7 @@ def _refuse_variants(config: "_Config", checkpoint: Checkpoint) -> None:
 
 
 def _by_role(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
-    """Role (`lora_A.weight`, `ia3_l`, …; "" of whole parameters) -> module, or parameter -> tensor."""
+    """Role (`lora_A.weight`, `ia3_l`, …; "" for whole parameters) -> module or parameter -> tensor."""
     found: dict[str, dict[str, StoredTensor]] = {}
     for key in sorted(checkpoint.tensors, key=lambda key: "modules_to_save." in key):
         segments = key.removeprefix(PREFIX).split(".")
@@ -153,7 +154,7 @@ def _by_role(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
         module, role = segments[:at], ".".join(segments[at:])
         if not role:
             if "original_module" in segments:
-                continue  # the base's, kept by peft for its own use
+                continue  # the base's own tensor, which peft keeps for its own use
             module = [segment for segment in module if segment not in ("modules_to_save", "base_layer")]
         found.setdefault(role, {}).setdefault(".".join(module), checkpoint.tensors[key])
     return found
@@ -167,7 +168,7 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
     where = config.path.parent
     known = {"", "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
     if unread := [f"{module}.{role}" for role in ours if role not in known for module in ours[role]]:
-        raise DataError(f"{where} holds `{unread[0]}`, which plain LoRA has not", hint=BY_HAND)
+        raise DataError(f"{where} holds `{unread[0]}`, which is not part of plain LoRA", hint=BY_HAND)
     found = {}
     for left, right, is_embedding in (
         ("lora_A.weight", "lora_B.weight", False),
@@ -175,7 +176,9 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
     ):
         a_of, b_of = ours.get(left, {}), ours.get(right, {})
         if alone := sorted(set(a_of) ^ set(b_of)):
-            raise DataError(f"{where}: `{alone[0]}` has one of two factors", hint="get a sound copy of the adapter")
+            raise DataError(
+                f"{where}: `{alone[0]}` has only one of its two factors", hint="get a sound copy of the adapter"
+            )
         for module, a in a_of.items():
             b = b_of[module]
             rank = a.shape[0] if a.shape else 0
@@ -191,7 +194,8 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
 
 
 def _scale(config: "_Config", module: str, rank: int) -> float:
-    """alpha / r, or alpha / √r; a pattern that fits the module's name, or its end, decides before the whole's."""
+    """The scale: alpha / r, or alpha / √r. A pattern that matches the module's name, or its end, overrides the
+    default."""
     told = config.for_module("rank_pattern", module, config.number("r", 8))
     if told != rank:
         raise DataError(
@@ -204,7 +208,7 @@ def _scale(config: "_Config", module: str, rank: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """adapter_config.json with the types that are wanted of it. Raises DataError for another."""
+    """Read adapter_config.json and check the types of its values. Raises DataError."""
 
     path: Any
     values: Mapping[str, Any]
@@ -230,7 +234,8 @@ class _Config:
         return value
 
     def for_module(self, key: str, module: str, otherwise: float) -> float:
-        """As peft's `get_pattern_key`: the first pattern that matches the whole name, or what follows a dot."""
+        """The value for a module, like peft's `get_pattern_key`: the first pattern that matches the name or what
+        follows a dot."""
         patterns = self._typed(key, dict, None) or {}
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({_safe(self.path, key, pattern)})$", module):
@@ -253,10 +258,10 @@ class _Config:
 
 
 def _safe(path: Any, key: str, pattern: str) -> str:
-    """A regular expression that ends soon on any name: few repeats, and none of a group."""
+    """Compile a regular expression that ends soon on any name: few repeats, none of them of a group."""
     repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if repeats > MAX_REPEATS or re.search(r"\)[*+?{]", pattern) or len(pattern) > MAX_PATTERN_CHARACTERS:
-        raise DataError(f"{path}: `{key}` has the pattern {pattern[:80]!r}, too costly to try", hint=BY_HAND)
+        raise DataError(f"{path}: `{key}` has the pattern {pattern[:80]!r}, which is too costly to match", hint=BY_HAND)
     try:
         re.compile(pattern)
     except re.error as error:

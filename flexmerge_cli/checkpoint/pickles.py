@@ -1,8 +1,8 @@
-"""Header of one `.bin` or `.pt` file that `torch.save` wrote: names, dtypes, shapes and where the bytes lie.
+"""Reads the header of a `.bin` or `.pt` file that `torch.save` wrote: names, dtypes, shapes and byte offsets.
 
-The archive's directory and its pickle are read, and no weight. No code of the file runs (unpickle.py). What comes out
-are offsets into the file, so that the engine reads these files as it reads safetensors. Every tensor lies within its
-record, and every record within the file and apart from the others: whoever reads a tensor need not check again.
+Only the archive's directory and its pickle are read, no weights. No code of the file runs (unpickle.py). The result is
+offsets into the file, so that the engine reads these files like safetensors. Every tensor lies within its record, and
+every record within the file and apart from the others, so that readers of tensors need not check again.
 """
 
 import struct
@@ -31,7 +31,7 @@ MAX_READ_BYTES = 16 << 20
 # be as much work as all of it.
 MAX_SHARING = 8
 MAX_WRAPPERS = 3  # {"model": {"state_dict": …}}
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks keep the weights
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which frameworks store the weights
 
 
 def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, StoredTensor]:
@@ -50,7 +50,7 @@ def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, Stored
                 f"{path} is more than weights, and loading it would run code of the file: {error}",
                 hint="convert it to safetensors where it is trusted",
             ) from None
-        except Exception as error:  # zipfile has no list of what it raises of a damaged or hostile archive
+        except Exception as error:  # zipfile may raise anything for a damaged or hostile archive
             raise DataError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}", hint=GET_SOUND) from None
     state = _unwrap(path, loaded)
     tensors = [_locate(path, name, tensor, records) for name, tensor in state.items()]
@@ -63,14 +63,14 @@ def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, Stored
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Where a file of the archive lies."""
+    """The position of a file in the archive."""
 
     start: int
     num_bytes: int
 
 
 class _Bounded:
-    """The file as zipfile sees it, which reads a directory of any size in one go."""
+    """The file as zipfile sees it. Needed because zipfile reads a directory of any size at once."""
 
     def __init__(self, file: Any, size: int) -> None:
         self.seek, self.tell, self._read, self._size = file.seek, file.tell, file.read, size
@@ -126,7 +126,7 @@ def _records(path: Path, file: Any) -> dict[str, _Record]:
 
 
 def _of_archive(path: Path, records: Mapping[str, _Record]) -> Iterator[tuple[str, _Record]]:
-    """The records of the one folder that holds the pickle."""
+    """The records in the single folder that holds the pickle."""
     folders = [name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise DataError(f"{path} cannot be read as a torch checkpoint: it has no `data.pkl`", hint=GET_SOUND)
@@ -223,7 +223,7 @@ def _locate(path: Path, name: str, tensor: PickledTensor | OddTensor, records: M
 
 
 def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """None if row-major; the stride of an axis of one says nothing, and becomes 0."""
+    """The strides, or None if row-major. The stride of an axis of length 1 is meaningless and becomes 0."""
     plain, step = [], 1
     for n in reversed(shape):
         plain.append(step if n != 1 else 0)

@@ -1,4 +1,4 @@
-"""A source string of the Hub taken apart, and one file of a repository: where it is, and will lie.
+"""Parses source strings of the Hub, and says where one file of a repository lies or will lie.
 
 `hf://org/name[@revision][:folder]`; a folder may end in the name of a weight file.
 """
@@ -18,7 +18,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_remote(source: str) -> bool:
-    """Whether the string has a scheme; without one it is a path, always."""
+    """Whether the string has a scheme. Without one it is always a path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
 
 
@@ -28,21 +28,21 @@ def is_hub(source: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubPlace:
-    """A source string, taken apart."""
+    """A parsed source string."""
 
     repository: str
     revision: str | None
-    """Branch, tag or commit; None: the default branch."""
+    """A branch, tag or commit. None: the default branch."""
     subfolder: str
-    """With the file's name, if one is named; empty for the whole repository."""
+    """The folder, or the file if one is named; empty for the whole repository."""
 
     @staticmethod
     def of(source: str) -> "HubPlace":
-        """Raises UsageError."""
+        """Parse a source string. Raises UsageError."""
         match = PATTERN.fullmatch(source)
         if match is None or ".." in [*(match[2] or "").split("/"), *(match[3] or "").split("/")]:
             raise UsageError(
-                f"`{source}` is no source that flexmerge knows", hint="write hf://org/name[@revision][:folder]"
+                f"`{source}` is not a source that flexmerge supports", hint="write hf://org/name[@revision][:folder]"
             )
         return HubPlace(repository=match[1], revision=match[2], subfolder=(match[3] or "").strip("/"))
 
@@ -71,7 +71,7 @@ class HubPlace:
 
     @property
     def storage(self) -> Path:
-        """What the Hub's cache has of the repository."""
+        """The folder of the repository in the Hub's cache."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
@@ -80,7 +80,7 @@ class HubPlace:
 
     @property
     def snapshot(self) -> Path:
-        """Of a pinned place: where its files lie, or will."""
+        """The folder where the files of a pinned place lie, or will lie."""
         assert self.revision is not None
         return self.storage / "snapshots" / self.revision / self.folder
 
@@ -90,12 +90,12 @@ class HubFile:
     """A file of a repository that is not on this disk."""
 
     place: HubPlace
-    """Pinned."""
+    """The place, pinned to a commit."""
     name: str
-    """Path in the repository."""
+    """The path in the repository."""
     size: int
     etag: str
-    """Its name among the blobs of the cache: sha256 of an LFS file, else git's sha1."""
+    """The name of its blob in the cache: the sha256 of an LFS file, else git's sha1."""
     path: Path
 
     def read_range(self, start: int, stop: int) -> bytes:
@@ -109,5 +109,5 @@ class HubFile:
 
 
 def is_etag(text: object) -> bool:
-    """Whether it can name a blob of the cache."""
+    """Whether a text can name a blob of the cache."""
     return isinstance(text, str) and re.fullmatch(r"[\w-]{1,128}", text) is not None

@@ -1,13 +1,13 @@
-"""Checkpoints that are quantised already: told by their config or their tensors, and refused by name.
+"""Recognises checkpoints that are already quantised, by config or tensors, so that they can be refused by name.
 
-Their weights are packed codes of a scheme of their own: to average or subtract them means nothing. Headers in, no I/O.
+Their weights are packed codes, for which averages and differences are meaningless. Headers in, no I/O.
 """
 
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# What `quantization_config.quant_method` says -> what people call it.
+# `quantization_config.quant_method` -> the usual name of the scheme.
 METHODS = {
     "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "fp8", "fbgemm_fp8": "fp8 (FBGEMM)",
     "compressed-tensors": "compressed-tensors", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ",
@@ -22,7 +22,7 @@ HINT = (
 
 
 def by_config(config: Mapping[str, Any]) -> str | None:
-    """The scheme that config.json names; None if none."""
+    """The quantisation scheme that config.json names, or None."""
     told = config.get("quantization_config")
     if not isinstance(told, Mapping) or not told:
         return None
@@ -33,12 +33,12 @@ def by_config(config: Mapping[str, Any]) -> str | None:
 
 
 def by_names(names: Collection[str]) -> tuple[str, str] | None:
-    """(scheme, the tensor that shows it); None if all are ordinary."""
+    """(scheme, the tensor that shows it), or None if all tensors are ordinary."""
     last: dict[str, str] = {}
     for name in names:
         last.setdefault(name.rpartition(".")[2], name)
     if "qweight" in last and "qzeros" in last:
-        # AutoGPTQ stores the group of every input row; AWQ has none.
+        # AutoGPTQ stores the group of every input row; AWQ does not.
         return ("GPTQ" if "g_idx" in last else "AWQ"), last["qweight"]
     for name in names:
         if ".quant_state.bitsandbytes__" in name:
@@ -56,5 +56,5 @@ def by_names(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def is_fp8(dtype: str) -> bool:
-    """A dtype as safetensors or torch spell it."""
+    """Whether this is a quantised dtype, as safetensors or torch spell it."""
     return dtype.startswith(("F8_", "F6_", "F4", "float8_", "torch.float8_", "torch.float4_", "torch.float6_"))

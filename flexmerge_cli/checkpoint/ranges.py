@@ -1,4 +1,4 @@
-"""Ranges of a file over HTTP, with the Hub's own client: its session, its headers, its waiting between tries."""
+"""Reads ranges of a file over HTTP with the Hub's own client: its session, headers and retries."""
 
 import errno
 import re
@@ -26,7 +26,7 @@ _signed: dict[str, str] = {}
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) at a Hub address. Raises as `stream_range`."""
+    """Read bytes [start, stop) at a Hub address. Raises like `stream_range`."""
     data = bytearray()
     stream_range(url, start, stop, data.extend)
     return bytes(data)
@@ -41,12 +41,12 @@ def stream_range(
     max_passed_bytes: int = MAX_PASSED_BYTES,
     before_try: Callable[[], object] = lambda: None,
 ) -> None:
-    """Hand over bytes [start, stop) at a Hub address as they come, in order, each once.
+    """Hand over bytes [start, stop) at a Hub address as they arrive, in order, each once.
 
-    A connection that breaks off or stalls is taken up where it broke off; a signed address that has expired meanwhile
-    is asked for anew. A server that knows no ranges sends the file from its beginning: what is before is passed over.
-    before_try may raise, to give up. Raises what the Hub's client raises, SourceError if more than max_passed_bytes
-    would have to be passed over.
+    A connection that breaks or stalls is resumed; a signed address that has expired is requested again. A server that
+    does not support ranges sends the file from the beginning, and the bytes before `start` are skipped. before_try may
+    raise, to abort. Raises what the Hub's client raises, and SourceError if more than max_passed_bytes would have to
+    be skipped.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -57,7 +57,7 @@ def stream_range(
         before_try()
         earlier = position
         at_url = _signed.get(url, url)
-        # A signed address is of another origin: the token must not go there.
+        # A signed address belongs to another origin, which must not receive the token.
         headers = build_hf_headers() if at_url == url else build_hf_headers(token=False)
         headers |= {"Accept-Encoding": "identity", "Range": f"bytes={position}-{stop - 1}"}
         try:
@@ -85,8 +85,8 @@ def stream_range(
                         )
                     if position >= stop:
                         break
-                else:  # of another length than was asked for: asking on for what is not there would never end
-                    raise ConnectionError(f"an answer ended at byte {position:,} of {stop:,}")
+                else:  # the length differs from the request: retrying for missing bytes would never end
+                    raise ConnectionError(f"a response ended at byte {position:,} of {stop:,}")
         except Exception as error:
             tries += 1
             if tries >= TRIES or not is_transient(error):
@@ -95,7 +95,7 @@ def stream_range(
 
 
 def _first_byte(response: Any, url: str, position: int, *, whole: bool) -> int:
-    """Where in the file an answer begins. whole: whether all of it may be sent."""
+    """Where in the file a response begins. whole: whether the server may send the whole file."""
     told = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if response.status_code == 206 and (told is None or int(told[1]) == position):
         return position
@@ -103,12 +103,12 @@ def _first_byte(response: Any, url: str, position: int, *, whole: bool) -> int:
         return 0
     raise SourceError(
         f"{url} does not answer requests for a range (status {response.status_code})",
-        hint="fetch the repository with `hf download`, and give its folder",
+        hint="download the repository with `hf download`, and give its folder",
     )
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
-    """`ask`, a few times where the connection breaks."""
+    """Call `ask`, retrying a few times if the connection breaks."""
     tries = 0
     while True:
         try:
@@ -121,7 +121,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def is_transient(error: Exception) -> bool:
-    """A connection that broke or stalled; not an answer, whose retries are the client's."""
+    """Whether a connection broke or stalled. Error responses do not count: the client retries those."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     answered = isinstance(error, (FlexmergeError, HfHubHTTPError, OfflineModeIsEnabled))
@@ -130,7 +130,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def http_error() -> type[Exception]:
-    """The base of all errors of the http library that the Hub's client uses: versions differ in which that is."""
+    """The base class of all errors of the HTTP library that the Hub's client uses, which depends on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__[1:] if issubclass(kind, Exception))

@@ -1,6 +1,6 @@
-"""Positional reads of ranges of tensors into the caller's buffers. Thread-safe; keeps the files open.
+"""Positional reads of tensor ranges into the caller's buffers. Thread-safe; keeps the files open.
 
-Tensors that are streamed are read from where they are (stream.py), into the same buffers.
+Streamed tensors are read over the network (stream.py) into the same buffers.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError
 from flexmerge_cli.regular_file import open_descriptor, open_file
 
-AHEAD_BYTES = 4 << 20  # of one advice
-NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # what is in the cache, and no more
-MAX_ADVICES = 8  # of one range of picked rows, which may be thousands of runs
+AHEAD_BYTES = 4 << 20  # bytes per call of fadvise
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # read only what is in the page cache
+MAX_ADVICES = 8  # per range of picked rows, which may consist of thousands of runs
 
 
 def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
-    """A tensor's bits (`NUMPY[dtype]`) in its shape, within its mapped file (uint8). Copies nothing.
+    """A view of a tensor's bits (`NUMPY[dtype]`), in its shape, in its mapped file (uint8). Copies nothing.
 
     Raises DataError if it is not all within the file: numpy checks what `as_strided` would not.
     """
@@ -38,12 +38,12 @@ def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
     except (ValueError, TypeError, OverflowError):
         raise DataError(
             f"{tensor.path} ends at byte {mapped.size:,}, within or before tensor `{tensor.name}`",
-            hint="the file was changed or cut meanwhile: get a sound copy",
+            hint="the file was changed or truncated meanwhile: get a sound copy",
         ) from None
 
 
 class Reader:
-    """Open files of one or more checkpoints; a context manager.
+    """The open files of one or more checkpoints; a context manager.
 
     opened: gives the descriptor of a file, and keeps it; by default the reader opens files itself, and closes them.
     """
@@ -52,9 +52,10 @@ class Reader:
         self._opened = opened
         self._files: dict[Path, int] = {}
         self._told: dict[Path, tuple[int, int]] = {}
-        """Bytes of a file of which the kernel was told last."""
+        """The byte range of each file for which the kernel was last advised."""
         self._cold: set[Path] = set()
-        """Files of which the kernel is told what comes next. It looks at every page: not those that it holds."""
+        """Files for which the kernel is advised about the next reads. Advice costs time per page, so not for cached
+        files."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Reader":
@@ -66,7 +67,8 @@ class Reader:
         self._files.clear()
 
     def read(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Elements [start, stop) in C order into `buffer` (uint8, large enough); returns what of it was filled."""
+        """Read elements [start, stop) in C order into `buffer` (uint8, large enough). Returns the part that was
+        filled."""
         if tensor.change is not None:
             return self._changed(tensor, start, stop, buffer)
         filled = buffer[: (stop - start) * tensor.item_bytes]
@@ -82,7 +84,7 @@ class Reader:
         if tensor.strides is not None:
             if self._opened is not None and len(
                 filled
-            ):  # a matrix of an adapter: small, and its file must be the one that is open
+            ):  # a matrix of an adapter: small, and it must be read from the file that is already open
                 num_elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
                 plain = replace(tensor, shape=(num_elements,), strides=None)
                 whole = self.read(plain, 0, num_elements, np.empty(plain.num_bytes, np.uint8))
@@ -104,16 +106,16 @@ class Reader:
             if count == 0:
                 raise DataError(
                     f"{tensor.path} ended at byte {position:,} while tensor `{tensor.name}` was read",
-                    hint="the file was changed or cut meanwhile: get a sound copy",
+                    hint="the file was changed or truncated meanwhile: get a sound copy",
                 )
             view, position = view[count:], position + count
         return filled
 
     def _pread(self, path: Path, descriptor: int, view: memoryview, position: int) -> int:
-        """One read; tells the first time that a file's bytes were not in the kernel's cache."""
+        """Read once. Reports the first time that a file's bytes were not in the kernel's cache."""
         if path not in self._cold:
             count = 0
-            with contextlib.suppress(OSError):  # EAGAIN; or a file system that cannot tell
+            with contextlib.suppress(OSError):  # EAGAIN, or a file system that does not support this
                 count = os.preadv(descriptor, [view], position, NOWAIT)
             if count == len(view):
                 return count
@@ -123,7 +125,8 @@ class Reader:
         return os.preadv(descriptor, [view], position)
 
     def _changed(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """The base's range, and what an adapter does to it: float32, rounded once. Needs the factors beside it."""
+        """Read a range of the base and apply the adapter: float32, rounded once. Needs memory for the factors as
+        well."""
         filled = self.read(replace(tensor, change=None), start, stop, buffer)
         change, bits = tensor.change, filled.view(NUMPY[tensor.dtype])
         values = bits if tensor.dtype == "F64" else to_float32(bits, tensor.dtype)
@@ -143,7 +146,7 @@ class Reader:
     def _floats(self, factor: StoredTensor, first: int, stop: int) -> np.ndarray:
         """Rows [first, stop) of a matrix, float32."""
         width = factor.shape[1]
-        if factor.strides is not None and factor.stream is not None:  # transposed: whole, as its file has it
+        if factor.strides is not None and factor.stream is not None:  # a transposed factor is read whole
             plain = replace(factor, shape=factor.shape[::-1], strides=None)
             return np.ascontiguousarray(self._floats(plain, 0, width).T[first:stop])
         buffer = np.empty((stop - first) * width * factor.item_bytes, np.uint8)
@@ -151,7 +154,7 @@ class Reader:
         return to_float32(bits, factor.dtype).reshape(stop - first, width)
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
-        """Tell the kernel that these elements are read soon, so that disk or network work while others compute."""
+        """Advise the kernel that these elements are read soon, so that the disk or network works during computation."""
         if tensor.fill is not None:
             return
         if tensor.selection is not None:
@@ -167,7 +170,7 @@ class Reader:
         told = self._told.get(tensor.path, (0, 0))
         if not (told[0] <= low and high <= told[1]):
             high = max(high, low + AHEAD_BYTES)
-            self._told[tensor.path] = (low, high)  # threads may tell twice: no harm
+            self._told[tensor.path] = (low, high)  # two threads may advise twice, which does no harm
             os.posix_fadvise(self._open(tensor.path), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: Path) -> int:

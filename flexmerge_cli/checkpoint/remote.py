@@ -1,6 +1,6 @@
-"""A file that is not on this disk, read by ranges: exactly the bytes that are asked for, and none twice.
+"""Reads a file that is not on this disk by ranges: exactly the bytes requested, and none twice.
 
-Headers are read so. Knows nothing of who serves the file (place.py, urls.py) nor of what is in it.
+Used for headers. Independent of the server (place.py, urls.py) and of the format of the file.
 """
 
 import io
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 REQUESTS_AT_ONCE = 8
-# Ranges this near are one request: less than a request's own head.
+# Ranges closer than this share a request: the gap is smaller than the headers of a request.
 MAX_GAP_BYTES = 1 << 9
 
 
 class RemoteFile(Protocol):
-    """A file elsewhere."""
+    """A file that is not on this disk."""
 
     @property
     def path(self) -> Path:
-        """Where it lies once it is fetched."""
+        """The local path once it is downloaded."""
 
     @property
     def name(self) -> str:
-        """Its path or address, as messages call it."""
+        """Its path or address, for messages."""
 
     @property
     def size(self) -> int: ...
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of it. Thread-safe. Raises SourceError."""
+        """Read bytes [start, stop). Thread-safe. Raises SourceError."""
 
 
 class RangeFile(io.RawIOBase):
-    """A remote file as one that can be read and sought in; what was read once is kept."""
+    """A remote file as a seekable file object. Caches what was read."""
 
     def __init__(self, remote: RemoteFile) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
     def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Read many small [start, stop) at once, neighbours as one."""
+        """Read many small ranges [start, stop) at once; neighbours share a request."""
         wanted = coalesce([(a, min(b, self._remote.size)) for a, b in ranges if self._have(a, b) is None])
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             found = list(pool.map(lambda pair: self._remote.read_range(*pair), wanted))
@@ -84,7 +84,7 @@ class RangeFile(io.RawIOBase):
 
 
 def coalesce(ranges: Iterable[tuple[int, int]], max_gap_bytes: int = MAX_GAP_BYTES) -> list[tuple[int, int]]:
-    """The fewest ranges that hold all of these, in order; a gap of at most max_gap_bytes is read, too."""
+    """The fewest ranges that cover all of these, in order, bridging gaps of at most max_gap_bytes."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(pair for pair in ranges if pair[0] < pair[1]):
         if merged and start <= merged[-1][1] + max_gap_bytes:

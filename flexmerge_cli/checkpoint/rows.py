@@ -1,4 +1,4 @@
-"""Rows of a tensor, picked and put in order, as runs: (first row, how many), each row at most once. No I/O, no tensors.
+"""A selection of rows as runs (first row, count), each row at most once. No I/O, no tensors.
 
 A vocabulary that was enlarged is one run; one whose tokens were shuffled may be as many runs as it has rows.
 """
@@ -9,7 +9,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 def runs_of(rows: Iterable[int]) -> Runs:
-    """Neighbours that follow each other are one run."""
+    """Join runs that follow each other."""
     found: list[list[int]] = []
     for row in rows:
         if found and found[-1][0] + found[-1][1] == row:
@@ -24,7 +24,7 @@ def num_rows(runs: Runs) -> int:
 
 
 def other_rows(runs: Runs, total: int) -> Runs:
-    """The rows of [0, total) that are in none, ascending."""
+    """The rows of [0, total) that are in no run, ascending."""
     found, position = [], 0
     for first, count in sorted(runs):
         if first > position:
@@ -36,7 +36,7 @@ def other_rows(runs: Runs, total: int) -> Runs:
 
 
 def are_runs(runs: Runs, total: int) -> bool:
-    """Whether they are runs of [0, total), none empty and none over another."""
+    """Whether these are runs within [0, total), none of them empty and no two overlapping."""
     position = 0
     for first, count in sorted(runs):
         if first < position or count < 1 or first + count > total:

@@ -1,7 +1,7 @@
-"""Header of one safetensors file: names, dtypes, shapes and where the bytes lie. Reads no weight.
+"""Reads the header of one safetensors file: names, dtypes, shapes and byte offsets. Reads no weights.
 
-The `safetensors` package checks the same, but maps the file and tells no offsets, and positional reads into reused
-buffers need them. The rules are those of its format page: 8 bytes little-endian header size, JSON, then the data;
+The `safetensors` package checks the same but maps the file and does not expose offsets, which positional reads into
+reused buffers need. The rules are those of its format page: 8 bytes little-endian header size, JSON, then the data;
 ranges start at 0, follow each other without hole or overlap, and end where the file ends.
 """
 
@@ -20,8 +20,8 @@ from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.regular_file import open_file
 from flexmerge_cli.text import is_text
 
-# A third of what the format allows; 200,000 tensors of long names fit. A header is read into memory before anything is
-# known of it, and its values take up to 25 times its size there.
+# A third of what the format allows, and enough for 200,000 tensors with long names. The header is read into memory
+# before it is checked, and its values take up to 25 times its size there.
 MAX_HEADER_BYTES = 32 << 20
 MAX_AXES = 64  # more than any framework allows
 MAX_ITEM_BYTES = max(ITEM_BYTES.values())
@@ -59,7 +59,7 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
 
 
 def is_shape(shape: Sequence[int]) -> bool:
-    """Whether torch and numpy can have an array of it: they count the bytes of axes besides those of 0, too."""
+    """Whether torch and numpy can represent an array of this shape: they bound the product even beside an axis of 0."""
     return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) * MAX_ITEM_BYTES < 1 << 63
 
 
@@ -88,7 +88,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not is_text(name):
         raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint=BAD_COPY)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise DataError(f"{path}: tensor `{name}` must have dtype, shape and data_offsets, and no more", hint=BAD_COPY)
+        raise DataError(f"{path}: tensor `{name}` must have exactly dtype, shape and data_offsets", hint=BAD_COPY)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         if isinstance(dtype, str) and is_fp8(dtype):

@@ -1,8 +1,8 @@
-"""Weights that are read where they are: the engine's small reads in order become few large requests, in bounded memory.
+"""Streams weights: turns the engine's small reads, in order, into few large requests, in bounded memory.
 
-A file is cut into pieces of about one request: a large tensor into its own, small neighbours into one together. A piece
-that is read is kept until others need its room, so that each is fetched once where files are read front to back; pieces
-that will be read soon are fetched meanwhile. Knows nothing of who serves the files (remote.py).
+A file is cut into pieces of about one request: a large tensor has pieces of its own, small neighbours share one. A
+piece stays in memory until others need its space, so that each is fetched once if files are read front to back. Pieces
+that will be read soon are prefetched. Independent of the server (remote.py).
 """
 
 import threading
@@ -14,19 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from flexmerge_cli.checkpoint.remote import RemoteFile
 
 MAX_BYTES = 512 << 20
-MAX_REQUEST_BYTES = 8 << 20  # larger ones gain nothing over the Hub's, and one that breaks off costs more
+MAX_REQUEST_BYTES = 8 << 20  # larger requests to the Hub are no faster, and a broken one costs more
 MIN_REQUEST_BYTES = 1 << 18
-PIECES_PER_MODEL = 4  # that is read by the threads, is read next, and comes meanwhile
+PIECES_PER_MODEL = 4  # being read by the threads, to be read next, and in transit
 REQUESTS_AT_ONCE = 16
 
 
 class StreamPool:
-    """Pieces of remote files, at most max_bytes of them at a time. Thread-safe."""
+    """The pieces of remote files that are in memory, at most max_bytes in all. Thread-safe."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.most_bytes = 0
-        """That were held at one time."""
+        """The most bytes held at one time."""
         self._models = 0
         self._held: OrderedDict[tuple[StreamedFile, int], Future[bytes]] = OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
@@ -34,11 +34,11 @@ class StreamPool:
 
     @staticmethod
     def within(max_memory: int | None) -> "StreamPool":
-        """A third of --max-memory; the rest is the engine's."""
+        """A pool with a third of --max-memory; the rest is the engine's."""
         return StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3))
 
     def add(self, files: Iterable["StreamedFile"]) -> None:
-        """One more model that is read beside the others."""
+        """Register one more model that is read at the same time as the others."""
         with self._lock:
             self._models += 1
         for file in files:
@@ -46,17 +46,17 @@ class StreamPool:
 
     @property
     def request_bytes(self) -> int:
-        """Bytes of one request, so that every model has its pieces."""
+        """The size of one request in bytes, such that every model has its pieces."""
         share = self.max_bytes // (PIECES_PER_MODEL * max(1, self._models))
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, share))
 
     def get(self, file: "StreamedFile", piece: int) -> "Future[bytes]":
-        """Soon the bytes of a piece."""
+        """A future for the bytes of a piece."""
         with self._lock:
             return self._submit(file, piece)
 
     def will_need(self, file: "StreamedFile", piece: int) -> None:
-        """Fetch a piece meanwhile, where there is room for it."""
+        """Prefetch a piece if there is room for it."""
         with self._lock:
             if (file, piece) not in self._held and self._make_room(file.piece_bytes(piece)):
                 self._submit(file, piece)
@@ -75,7 +75,7 @@ class StreamPool:
         return self._held[key]
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Drop what was longest not asked for; whether num_bytes fit now. What is still coming stays."""
+        """Drop the least recently used pieces. Returns whether num_bytes fit now. Pieces in transit stay."""
         for key in [key for key, found in self._held.items() if found.done()]:
             if self._bytes + num_bytes <= self.max_bytes:
                 break
@@ -96,7 +96,7 @@ class StreamedFile:
         self._lock = threading.Lock()
 
     def read_into(self, start: int, stop: int, view: memoryview) -> None:
-        """Bytes [start, stop), which lie in tensors. Raises SourceError."""
+        """Read bytes [start, stop), which lie in tensors. Raises SourceError."""
         assert self.pool is not None
         first, last = self._pieces(start, stop)
         coming = [self.pool.get(self, piece) for piece in range(first, last + 1)]
@@ -114,7 +114,7 @@ class StreamedFile:
 
     @property
     def bounds(self) -> list[int]:
-        """First byte of each piece, and the end of the last."""
+        """The first byte of each piece, and the end of the last."""
         with self._lock:
             if self._bounds is None:
                 assert self.pool is not None
@@ -132,7 +132,7 @@ class StreamedFile:
 
 
 def cut(extents: Iterable[tuple[int, int]], request_bytes: int) -> list[int]:
-    """Bounds of pieces of at most request_bytes: none ends within a small tensor, none of a large one holds another's.
+    """Bounds of pieces of at most request_bytes. No piece ends in a small tensor; a large one has pieces of its own.
 
     extents: [start, stop) of tensors, sorted by start; they may share bytes, and have gaps, which belong to the piece
     before them.
@@ -141,7 +141,7 @@ def cut(extents: Iterable[tuple[int, int]], request_bytes: int) -> list[int]:
     end, is_whole = 0, True
     for start, stop in extents:
         if stop <= end or start == stop:
-            continue  # shares the storage of one before it
+            continue  # shares the storage of an earlier tensor
         start = max(start, end)
         if is_whole or stop - start > request_bytes or stop - bounds[-1] > request_bytes:
             count = -(-(stop - start) // request_bytes)

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: what it is and where its bytes lie, or what it is computed from. No I/O."""
+"""One tensor of a checkpoint: its form, and where its bytes lie or how it is computed. No I/O."""
 
 import math
 from bisect import bisect_right
@@ -21,28 +21,28 @@ class StoredTensor:
     """A tensor on disk."""
 
     name: str
-    """As in its own file."""
+    """The name in its own file."""
     dtype: str
-    """As safetensors spells it, a key of `ITEM_BYTES`."""
+    """The dtype as safetensors spells it, a key of `ITEM_BYTES`."""
     shape: tuple[int, ...]
     path: Path
     offset: int
-    """First byte in the file."""
+    """The offset of the first byte in the file."""
     strides: tuple[int, ...] | None = None
-    """In elements; None if row-major without gaps, as everything in a safetensors file is."""
+    """Strides in elements; None if row-major without gaps, as all tensors of safetensors files are."""
     stream: "StreamedFile | None" = field(default=None, compare=False, repr=False)
-    """Where its bytes are read from instead of from `path`."""
+    """The stream that its bytes are read from, instead of from `path`."""
     selection: "Selection | None" = None
-    """Of rows that were picked out of another tensor, which the other fields but `shape` are of."""
+    """The rows picked out of another tensor. Then all fields but `shape` describe that other tensor."""
     change: Change | None = None
-    """What is done to these bytes on reading: the tensor of a model that an adapter makes."""
+    """The change applied on reading, for a tensor of a model that an adapter makes."""
 
     fill: float | None = None
-    """What every element is, of a tensor that lies nowhere: the base of a pool of adapters."""
+    """The value of every element of a tensor that has no bytes: the base of a pool of adapters."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file that reading takes."""
+        """All files that are needed to read it."""
         change = self.selection.of.change if self.selection is not None else self.change
         return (self.path, *(factor.path for factor in (change.factors if change is not None else ())))
 
@@ -60,11 +60,11 @@ class StoredTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its bytes lie in the file one after another, from `offset` on."""
+        """Whether its bytes are contiguous in the file, from `offset` on."""
         return self.strides is None and self.selection is None and self.change is None and self.fill is None
 
     def take(self, runs: Runs) -> "StoredTensor":
-        """Rows of axis 0, in this order, as a tensor of their own. runs: as rows.py has them."""
+        """The tensor of these rows of axis 0, in this order. runs: as in rows.py."""
         shape = (num_rows(runs), *self.shape[1:])
         if self.is_contiguous and len(runs) <= 1:
             first = runs[0][0] if runs else 0
@@ -80,12 +80,12 @@ class Selection:
     of: StoredTensor
     runs: Runs
     ends: tuple[int, ...]
-    """Rows up to the end of each run."""
+    """The number of rows up to the end of each run."""
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Elements [start, stop) of the picked rows, as ranges of elements of the other tensor, in order.
 
-        What lies behind the last is left out.
+        Elements behind the last are omitted.
         """
         row = max(1, math.prod(self.of.shape[1:]))
         stop = min(stop, self.ends[-1] * row if self.ends else 0)

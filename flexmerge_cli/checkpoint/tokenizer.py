@@ -1,7 +1,7 @@
-"""Which row of an embedding is which token: a checkpoint's tokenizer files in, token -> row out.
+"""Reads which row of an embedding is which token: a checkpoint's tokenizer files in, token -> row out.
 
 Read: `tokenizer.json`; else `vocab.json` or `vocab.txt`, with what `added_tokens.json` and `tokenizer_config.json` add.
-Files that are not sound, or of another format (sentencepiece), are as good as none, and told.
+Malformed files, and those of another format (sentencepiece), count as missing and are reported.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.regular_file import read_file
 
-# The largest in use, of 256,000 tokens with their merges, have 34 MB.
+# The largest in use, with 256,000 tokens and their merges, have 34 MB.
 MAX_BYTES = 64 << 20  # Gemma's has 34 MB
 MAX_ROW = 1 << 31
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
@@ -22,20 +22,20 @@ OTHER_FORMATS = (".model", ".spm", ".tiktoken")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """What a model's tokenizer says of its rows."""
+    """What a model's tokenizer says about the rows."""
 
     rows: Mapping[str, int] | None
-    """None: nothing that could be read."""
+    """Token -> row. None if nothing could be read."""
     why: str = ""
-    """Then: why."""
+    """Why nothing could be read."""
 
 
 class _Unsound(Exception):
-    """Of a file, with what is wrong."""
+    """A malformed file. The text says what is wrong."""
 
 
 def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
-    """side_files: name -> path, of one checkpoint."""
+    """Read the tokenizer. side_files: name -> path, of one checkpoint."""
     try:
         if "tokenizer.json" in side_files:
             return Tokens(rows=_tokenizer_json(_json(side_files["tokenizer.json"])))
@@ -56,7 +56,7 @@ def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
 
 
 def is_one_tokenizer(left: Mapping[str, Path], right: Mapping[str, Path]) -> bool:
-    """Whether two models have the same files, byte by byte: most fine-tunes have their base's."""
+    """Whether two models have the same files, byte by byte, as most fine-tunes have those of their base."""
     return all(
         (name in left) == (name in right) and (name not in left or _same_bytes(left[name], right[name]))
         for name in FILES

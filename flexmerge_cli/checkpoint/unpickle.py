@@ -1,4 +1,4 @@
-"""The pickle inside a `.bin` or `.pt` file, interpreted: bytes in, plain values and records of tensors out. No I/O.
+"""Interprets the pickle inside a `.bin` or `.pt` file: bytes in, plain values and tensor records out. No I/O.
 
 Nothing of the file is imported, called or hashed: a class or function is a name, and only the names that `torch.save`
 writes for state dicts are known. What a state dict does not need (sets, bytes, devices, keys that are not text) is read
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# What many tensors share is looked at once for each of them, so it has to be short.
+# Values that many tensors share are visited once per tensor, so they have to be short.
 MAX_AXES = 64
 MAX_ARGUMENTS = 16
 
@@ -25,13 +25,13 @@ STORAGES = {
 }  # fmt: skip
 DTYPE = re.compile(r"torch ((?:q?u?int|float|bfloat|complex|bits)\d\w*|bool)")
 STORAGE = re.compile(r"torch(?:\.storage|\.cuda)? (\w+)Storage")
-# What is read over: its arguments are looked at by nobody.
+# Names whose arguments are ignored.
 READ_OVER = re.compile(
     r"(__builtin__|builtins) (bytearray|set|complex)|_codecs encode|collections Counter|torch (device|per_\w+|Tensor)"
     r"|torch\.serialization _get_layout"
 )
 REBUILD = "torch._utils _rebuild_"
-# Tensors that are not plain arrays of a storage -> what to call them.
+# Constructors of tensors that are not plain arrays in a storage -> the name of the kind.
 ODD = {
     "qtensor": "quantized", "sparse_tensor": "sparse", "meta_tensor_no_storage": "meta", "nested_tensor": "nested",
     "wrapper_subclass": "of a subclass", "device_tensor_from_numpy": "of another device",
@@ -40,20 +40,20 @@ ODD = {
 
 
 class UnsafePickle(Exception):
-    """The file names something that is not part of a state dict."""
+    """The file names something that does not belong in a state dict."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """Something that a state dict does not need."""
+    """A value that a state dict does not need."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """A class or function of the file: its name, and nothing else."""
+    """A class or function of the file, of which only the name is kept."""
 
     name: str
-    """Module and name, a space between them."""
+    """The module and name, separated by a space."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,35 +61,35 @@ class Storage:
     """A record of the archive that holds elements."""
 
     dtype: str
-    """As torch spells it; empty if it holds bytes of any dtype."""
+    """The dtype as torch spells it; empty if the record holds bytes of any dtype."""
     key: str
-    """Name of the record below `data/`."""
+    """The name of the record below `data/`."""
     num_elements: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PickledTensor:
-    """A tensor as the file describes it; nothing is checked against the storage yet."""
+    """A tensor as the file describes it. Nothing is checked against the storage yet."""
 
     storage: Storage
     dtype: str
-    """As torch spells it."""
+    """The dtype as torch spells it."""
     offset: int
-    """In elements, as the strides are. None of them is negative."""
+    """The offset in elements, like the strides. None of them is negative."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OddTensor:
-    """A tensor that is no array of elements in a storage."""
+    """A tensor that is not an array of elements in a storage."""
 
     kind: str
-    """E.g. `sparse`."""
+    """The kind of tensor, e.g. `sparse`."""
 
 
 def unpickle(data: bytes) -> Any:
-    """What the pickle describes: dicts with keys of text (or `Opaque`), lists, tuples, plain values, tensors.
+    """Interpret the pickle: dicts with text keys (or `Opaque`), lists, tuples, plain values and tensors.
 
     Raises UnsafePickle if it needs more than weights do, ValueError if it is damaged.
     """
@@ -171,7 +171,7 @@ class _Machine:
         self.stack.append(_made(called, _short(arguments)))
 
     def build(self, _: Any) -> None:
-        """State that is set on an object: attributes of a dict, such as `_metadata`, or of a tensor."""
+        """Set the state of an object: attributes in a dict, such as `_metadata`, or those of a tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict | Opaque | PickledTensor):
             raise UnsafePickle("state for what has none")
@@ -218,7 +218,7 @@ def _size(axes: Any) -> Any:
 
 
 def _same(data: Any, *_: Any) -> Any:
-    """A Parameter is its tensor."""
+    """A Parameter is represented by its tensor."""
     return data
 
 

@@ -1,7 +1,7 @@
-"""`s3://`, `gs://`, `https://` and whatever else fsspec knows: checkpoints whose weights are read where they are.
+"""Sources `s3://`, `gs://`, `https://` and whatever else fsspec supports, whose weights are read in place.
 
-Small files are copied into a folder that goes with the process; weights are never stored. What serves a scheme is an
-optional dependency (`pip install 'flexmerge-cli[stream]'`).
+Small files are copied into a folder that is removed when the process ends; weights are never stored. The backends of
+the schemes are optional dependencies (`pip install 'flexmerge-cli[stream]'`).
 """
 
 import re
@@ -21,7 +21,7 @@ from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageEr
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
-# Of a web server that lists no folders: what is looked for beside the weights.
+# The side files to look for on a web server that does not list folders.
 USUAL_NAMES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
@@ -31,14 +31,14 @@ USUAL_NAMES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UrlFile:
-    """A file that fsspec reaches."""
+    """A file that fsspec can reach."""
 
     name: str
-    """Its address."""
+    """The address of the file."""
     size: int
     path: Path
     files: Any
-    """fsspec's file system."""
+    """The fsspec file system."""
 
     def read_range(self, start: int, stop: int) -> bytes:
         tries = 0
@@ -48,7 +48,7 @@ class UrlFile:
                 break
             except (FileNotFoundError, PermissionError) as error:
                 raise told(self.name, error) from None
-            except Exception as error:  # every backend has errors of its own
+            except Exception as error:  # every backend raises its own errors
                 tries += 1
                 if tries >= TRIES:
                     raise told(self.name, error) from None
@@ -63,7 +63,7 @@ class UrlFile:
 
 
 class UrlFolder:
-    """What lies at an address."""
+    """The files at an address."""
 
     def __init__(self, url: str, files: Any) -> None:
         self._url, self._files = url.rstrip("/"), files
@@ -71,7 +71,7 @@ class UrlFolder:
         segments = [part for part in re.split(r"[/\\]", rest) if part not in ("", ".", "..")]
         self._path = Path(_temporary().name, scheme, *segments)
         self._sizes: dict[str, int | None] = {}
-        """Of the files that are known to be there; None where the size is not known yet."""
+        """The files known to exist, with their sizes; None where the size is not known yet."""
         self._folders: list[str] = []
         with url_errors(self._url):
             self._list()
@@ -91,7 +91,9 @@ class UrlFolder:
         if size is None and self._look(name):
             size = self._sizes[name]
         if size is None:
-            raise SourceError(f"{self._url}/{name}: its size is not told", hint="copy the checkpoint to this disk")
+            raise SourceError(
+                f"{self._url}/{name}: the server does not report its size", hint="copy the checkpoint to this disk"
+            )
         return size
 
     def remote(self, name: str) -> UrlFile:
@@ -113,7 +115,7 @@ class UrlFolder:
             self.local(name)
 
     def incomplete(self, message: str) -> FlexmergeError:
-        return DataError(message, hint=f"what lies at {self._url} is not whole: upload it again")
+        return DataError(message, hint=f"the checkpoint at {self._url} is incomplete: upload it again")
 
     def _list(self) -> None:
         try:
@@ -133,7 +135,7 @@ class UrlFolder:
                 self._look(name)
 
     def _look(self, name: str) -> bool:
-        """Whether a file is there that no listing has told of."""
+        """Whether a file exists that no listing has shown."""
         try:
             with url_errors(f"{self._url}/{name}", missing=FileNotFoundError):
                 info = self._files.info(f"{self._url}/{name}")
@@ -143,16 +145,18 @@ class UrlFolder:
             return False
         if info.get("partial") is False:
             raise SourceError(
-                f"{self._url}/{name}: its server answers no requests for a range", hint="copy it to this disk"
+                f"{self._url}/{name}: the server does not support range requests", hint="copy it to this disk"
             )
         self._sizes[name] = info.get("size")
         return True
 
 
 def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
-    """The folder, and the weight file that is named. Raises SourceError, UsageError for a scheme that nobody knows."""
+    """The folder and the named weight file, if any. Raises SourceError, or UsageError for an unknown scheme."""
     if access.offline:
-        raise SourceError(f"{source} is not on this disk, and nothing is asked: offline", hint="leave out --offline")
+        raise SourceError(
+            f"{source} is not on this disk, and --offline forbids network access", hint="leave out --offline"
+        )
     if not is_text(source):
         raise UsageError(f"{source!r} is no address", hint="write s3://bucket/folder")
     if without_secrets(source) != source:
@@ -168,7 +172,8 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
         raise SourceError(f"{source}: {error}", hint="pip install 'flexmerge-cli[stream]'") from None
     except ValueError as error:
         raise UsageError(
-            f"`{source}` is no source that flexmerge knows: {error}", hint="write hf://org/name[@revision][:folder]"
+            f"`{source}` is not a source that flexmerge supports: {error}",
+            hint="write hf://org/name[@revision][:folder]",
         ) from None
     except Exception as error:  # a backend that finds no credentials, or no such host
         raise told(source, error) from None
@@ -180,12 +185,12 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
 
 @contextmanager
 def url_errors(url: str, missing: type[Exception] | None = None) -> Iterator[None]:
-    """Whatever a backend raises, as SourceError; `missing` goes through."""
+    """Turn whatever a backend raises into SourceError, except `missing`."""
     try:
         yield
     except FlexmergeError:
         raise
-    except Exception as error:  # every backend has errors of its own
+    except Exception as error:  # every backend raises its own errors
         if missing is not None and isinstance(error, missing):
             raise
         raise told(url, error) from None
@@ -201,5 +206,5 @@ def told(url: str, error: Exception) -> SourceError:
 
 @cache
 def _temporary() -> "TemporaryDirectory[str]":
-    """Where small files lie until the process ends."""
+    """A folder for small files, removed when the process ends."""
     return TemporaryDirectory(prefix="flexmerge-")

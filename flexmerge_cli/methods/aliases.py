@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class Alias(NamedTuple):
-    """What to ask for instead."""
+    """The method of ours to use instead of one of mergekit's."""
 
     method: str
-    """`NAME[:key=value,…]`."""
+    """The method, as `NAME[:key=value,…]`."""
     steps: tuple[str, ...]
-    """Likewise, in order."""
+    """The steps, likewise, in order."""
     message: str
-    """The same as options of the command line, and what an argument of mergekit's becomes."""
+    """The replacement as command-line options, and what happens to the arguments of mergekit's method."""
 
 
 _SUM = "task_arithmetic:form=sum,scale=1.0"
@@ -38,7 +38,7 @@ ALIASES = {
 
 
 def resolve_alias(name: str) -> Alias | None:
-    """What mergekit's method of this name is here; None if we have nothing like it. Case and `-` do not matter."""
+    """Our counterpart of mergekit's method of this name, or None. Case and `-` do not matter."""
     key = name.lower().replace("-", "_")
     if key not in ALIASES:
         return None

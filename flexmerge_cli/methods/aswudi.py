@@ -14,7 +14,8 @@ Rule = Literal["participation_sqrt", "participation", "stable_rank", "entropy", 
 
 
 def rank(squares: Tensor, rule: Rule, m: int) -> int:
-    """How many of the n eigenvalues count, 1 to n. squares [n] float64, falling, above 0; m: the other side's size."""
+    """The number of the n eigenvalues to keep, 1 to n. squares [n] float64, falling, above 0; m: the other side's
+    size."""
     n, total = len(squares), squares.sum()
     if rule == "participation_sqrt":
         found = math.ceil((squares.sqrt().sum().square() / total).item())
@@ -34,7 +35,7 @@ def rank(squares: Tensor, rule: Rule, m: int) -> int:
 
 
 def _threshold(beta: float) -> float:
-    """Times the median: Gavish and Donoho's for unknown noise, with the authors' approximation of the median."""
+    """The threshold as a multiple of the median: Gavish and Donoho's for unknown noise, with the authors' median."""
     omega = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
     return omega / (math.sqrt((1 - beta) ** 2 + beta) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3)))
 

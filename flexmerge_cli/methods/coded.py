@@ -35,24 +35,24 @@ Rank = Annotated[int, Range(least=1)]
 
 
 class Vectors(StrEnum):
-    """What becomes of tensors that are one row by nature: biases, norms, scalars."""
+    """How to store tensors that are one row by nature: biases, norms, scalars."""
 
     COPIES = "copies"
     """Exact copies, no centre: far below 1 % of a model, and they do not compress."""
     BYTES = "bytes"
     """8 bits on an 8-bit centre."""
     CODED = "coded"
-    """As every other tensor."""
+    """Like every other tensor."""
 
 
 class Expert(Protocol):
-    """Where a residual is not θ_k - centre but made of the task vector: methods/free.py."""
+    """Makes a residual from the task vector, where it is not θ_k - centre: methods/free.py."""
 
     def factors(self, group: Any) -> "np.ndarray":
         """One number per task of a group, from its finished statistic: [k]."""
 
     def residual(self, delta: "Tensor", base: "Tensor", centre: "Tensor", factor: float) -> "Tensor":
-        """All float32 [*shape]; centre as it is stored."""
+        """The residual of one task. All arrays are float32 [*shape]; centre is as stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ class Form:
     """How one tensor of one group is stored."""
 
     matrix: Matrix
-    """(m, n) as which every coder here sees it."""
+    """The shape (m, n) in which every coder here sees the tensor."""
     residual: Coder | None
-    """Of each task; None: exact copies of all tasks, and no centre."""
+    """The coder of each task's residual. None: exact copies of all tasks, and no centre."""
     centre: Coder | None
-    """None: dense, or no centre at all."""
+    """The coder of the centre. None: a dense centre, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +75,14 @@ class Coded:
     """`NAME:key=value` of a method that makes one dense value; `base`; or `none`: each task's own weights are coded."""
     centre_bits: int | Literal["dense"] = "dense"
     coder: Callable[[int], Coder]
-    """Of the residuals, from the number of tasks of the group."""
+    """The coder of the residuals, as a function of the number of tasks in the group."""
     view: View = View.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None
-    """What makes residuals, itself a Statistic; None: they are θ_k - centre."""
+    """What makes the residuals, itself a Statistic. None: they are θ_k - centre."""
 
     def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Form:
-        """How a tensor of a group is stored whose tasks have these dtypes, one each.
+        """The form of a tensor in a group whose tasks have these dtypes, one each.
 
         Copies where they are no larger than centre and residuals. The base costs nothing here: whether it is stored
         anyway depends on other groups, and this rule must not.
@@ -116,7 +116,7 @@ class Coded:
         return None if self.centre in ("base", "none") else _centre_call(self.centre)
 
     def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
-        """Of one group's centre; 0 for the base, which all groups share, and where there is none."""
+        """The bytes of one group's centre; 0 for the base, which all groups share, and if there is no centre."""
         if form.residual is None or self.centre in ("base", "none"):
             return 0
         dtype = promote(dtypes)
@@ -125,7 +125,7 @@ class Coded:
 
 
 def residual_bytes(form: Form, dtypes: tuple[str, ...]) -> int:
-    """Of all tasks of a group; 0 where they are copies."""
+    """The bytes of the residuals of all tasks of a group; 0 if they are copies."""
     if form.residual is None:
         return 0
     return sum(num_bytes(form.residual.parts(form.matrix, dtype)) for dtype in dtypes)
@@ -138,7 +138,7 @@ class CodedMethod(Method):
 
 @functools.lru_cache(maxsize=1024)
 def _centre_call(text: str) -> Call:
-    """Parsed once: a plan asks for it for every tensor and group."""
+    """Parse the centre's method, once: a plan asks for it for every tensor and group."""
     from flexmerge_cli.methods.registry import parse_call  # which imports this module, and torch
 
     return parse_call(text)
@@ -146,7 +146,7 @@ def _centre_call(text: str) -> Call:
 
 @functools.lru_cache(maxsize=1024)
 def declare(call: Call) -> Coded | None:
-    """What a call of a coded method stores; None if it is no coded method. Raises UsageError."""
+    """What a call of a coded method stores; None for other methods. Raises UsageError."""
     return call.method.function(**call.args) if isinstance(call.method, CodedMethod) else None
 
 
@@ -167,7 +167,8 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
 
 
 def check_centre(declared: Coded, name: str) -> None:
-    """`centre=` is `base`, for `low_bit` `none`, or a method with one dense value per group. Raises UsageError."""
+    """Check `centre=`: `base`, for `low_bit` also `none`, or a method with one dense value per group. Raises
+    UsageError."""
     if declared.centre == "none" and name != "low_bit":
         raise UsageError(f"`{name}`: centre=none leaves nothing to be residual to", hint="take `base` or `average`")
     call = declared.centre_call()

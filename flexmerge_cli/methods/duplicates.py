@@ -12,7 +12,7 @@ NEAR, TOLERATED = 0.9, 2.0
 
 
 def near_duplicate_warning(call: Call, tasks: Sequence[str], smallest_cosine: float) -> str | None:
-    """What this method does to a group whose tasks are nearly one, and what to take instead; None if nothing bad.
+    """A warning about this method on a group of near-duplicates, with an alternative; None if there is no problem.
 
     tasks: of the group. smallest_cosine: of all pairs of its task vectors.
     """
@@ -42,7 +42,7 @@ INSTEAD = {
 
 
 def copies_factor(call: Call, tasks: Sequence[str]) -> float:
-    """What a sum form makes of k copies of one task, in terms of that task; 1 for all else."""
+    """The factor by which a sum form scales k copies of one task; 1 for every other method."""
     name, args, k = call.method.name, call.args, len(tasks)
     scale = 1.0 if args.get("scale") is None else args["scale"]
     if name == "task_arithmetic" and args["form"] == "sum":

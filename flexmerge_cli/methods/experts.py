@@ -1,4 +1,4 @@
-"""How the experts of `free` are stored: all that reading them takes, and no torch. What is in them: free.py."""
+"""How the experts of `free` are stored: all that reading them requires, without torch. Their contents: free.py."""
 
 from typing import Literal
 

@@ -21,7 +21,7 @@ Cutoff = Annotated[float, Range(least=0, below=1.5)]
 
 @dataclass(frozen=True, slots=True)
 class Magnitudes:
-    """Σ|τ| of each task over a scope, [M] float64: means of |τ| up to a factor that all have."""
+    """Σ|τ| of each task over a scope, [M] float64: proportional to the means of |τ|, with a common factor."""
 
     sums: np.ndarray
 
@@ -39,7 +39,7 @@ def magnitude_sums(scope: StatisticScope) -> Sums:
 
 
 def pass_mask(height: int, width: int, variant: Variant = "paper", cutoff: float | None = None) -> Tensor:
-    """What each bin of an unshifted two-dimensional DFT is multiplied by: 0 or 1, with variant=code also 2. [H, W].
+    """The factor of each bin of an unshifted two-dimensional DFT: 0 or 1, with variant=code also 2. [H, W].
 
     paper: bins at cutoff·min(H, W)/2 and more from frequency 0 pass (cutoff 0.016). code: those within min(H, W)//10 of
     the Nyquist bin, plus those from there to cutoff·min(H, W) (cutoff 0.7). On squares both remove about the same

@@ -27,16 +27,16 @@ Mu = Literal["code", "paper"]
 
 @dataclass(frozen=True, slots=True)
 class Magnitudes:
-    """Over a scope, per task [k] float64: what the factors are made of."""
+    """Sums over a scope, per task, [k] float64, from which the factors are computed."""
 
     kept: np.ndarray
     """Σ|τ| over the top sets."""
     num_kept: np.ndarray
-    """Elements in them."""
+    """Number of elements in the top sets."""
     whole: np.ndarray
     """Σ|τ| over all elements."""
     passed: np.ndarray
-    """Σ|G(τ)|, G the filter of `fr`; tensors that are no matrices as they are."""
+    """Σ|G(τ)|, G the filter of `fr`, which leaves tensors that are not matrices unchanged."""
     num_elements: np.ndarray
 
     def take(self, tasks: list[int]) -> "Magnitudes":
@@ -51,22 +51,22 @@ class Expert:
     top: Sparse
     mu: Mu | float
     scope: StatisticScope
-    """Over what the factor's means are taken."""
+    """The scope over which the means for the factor are taken."""
     replaces: bool
-    """The top set is the base plus the expert, whatever the centre has there; else the expert is added."""
+    """Whether the top set becomes the base plus the expert, whatever the centre holds; else the expert is added."""
     variant: Variant
     cutoff: float | None
     matrices: Matrices
     per: Per = "task"
 
     def measure(self, deltas: Tensor, where: Where) -> Magnitudes:
-        """What one tensor adds."""
+        """The contribution of one tensor."""
         sums = np.array([self._sums(delta.reshape(1, *where.shape), where) for delta in deltas]).T
         kept, num_kept, whole, passed = sums
         return Magnitudes(kept, num_kept, whole, passed, np.full(len(deltas), float(deltas.shape[1])))
 
     def _sums(self, delta: Tensor, where: Where) -> list[float]:
-        """Of one task: the fields of Magnitudes, in their order. [1, *shape]; a task at a time for want of memory."""
+        """The fields of Magnitudes, in order, for one task. [1, *shape]; one task at a time to save memory."""
         size = flat(delta.double().abs())
         keep = self._keep(delta[0]).reshape(1, -1)
         found = [row_sums(size * keep), keep.sum(1), row_sums(size)]
@@ -75,7 +75,7 @@ class Expert:
         return [float(value) for value in (*found, row_sums(size))]
 
     def workspace(self, _num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes of `measure` on a tensor: of one task's sizes, top set and spectrum."""
+        """Bytes that `measure` takes on a tensor: sizes, top set and spectrum of one task."""
         matrix = View.LAST_AXIS.matrix(shape)
         return 100 * math.prod(shape) + self.top.workspace(matrix)
 
@@ -103,13 +103,14 @@ class Expert:
         return -math.log(self.top.density) * _ratio(kept, share * mean)
 
     def residual(self, delta: Tensor, base: Tensor, centre: Tensor, factor: float) -> Tensor:
-        """What decodes on the centre as stored: float32 [*shape], 0 off the top set. All arguments float32 [*shape]."""
+        """The residual that decodes on the stored centre: float32 [*shape], 0 off the top set. Arguments: float32
+        [*shape]."""
         expert = (delta.double() * factor).float()
         value = (base + expert) - centre if self.replaces else expert
         return torch.where(self._keep(delta), value, 0.0)
 
     def _keep(self, delta: Tensor) -> Tensor:
-        """bool [*shape]: the top set."""
+        """The top set, bool [*shape]."""
         return self.top.keep(delta.reshape(View.LAST_AXIS.matrix(tuple(delta.shape)))).reshape(delta.shape)
 
 

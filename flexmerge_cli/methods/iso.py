@@ -76,7 +76,7 @@ def iso_cts(
     scale: Scale = 1.0,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """As iso_c, with part of the rank given to what each task has outside the common span. [k, *shape] -> [*shape].
+    """Like iso_c, with part of the rank given to what each task has outside the common span. [k, *shape] -> [*shape].
 
     fraction: of the rank that is common; the rest is shared out evenly, and where that is nothing, it is iso_c.
     Source: danielm1405/iso-merging, whose count of common triples is negative for small matrices and many tasks.

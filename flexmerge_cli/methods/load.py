@@ -51,12 +51,12 @@ def method_from_file(file: str | Path, name: str, source: bytes | None = None) -
 
 
 def packaged_methods() -> Mapping[str, EntryPoint]:
-    """Name -> entry point of the methods of installed packages; nothing is imported."""
+    """Name -> entry point of the methods of installed packages. Imports nothing."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def method_from_package(name: str) -> Method | None:
-    """Import the method that an installed package offers under this name. None if none does.
+    """Import the method that an installed package offers under this name; None if there is none.
 
     Its origin is the distribution. Raises UsageError if the import fails or gives no method.
     """

@@ -1,4 +1,4 @@
-"""MagMax: of each element the largest change of any task."""
+"""MagMax: for each element, the largest change of any task."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Which tensors spectral methods see as matrices, and what they do with the others.
+"""Decides which tensors spectral methods treat as matrices, and merges the others.
 
     2d       two axes, and no `text_projection` in the name: the rule of most authors' codes
     linear   two axes of two and more, and no embedding, output head or position bias by its name (the default)
@@ -26,7 +26,7 @@ NOT_LINEAR = {"wte", "wpe", "shared", "lm_head", "text_projection", "relative_at
 
 
 def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
-    """Whether the rule takes this tensor."""
+    """Whether the rule selects this tensor."""
     if matrices == "2d":
         return len(shape) == 2 and "text_projection" not in tensor
     if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
@@ -36,12 +36,12 @@ def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
 
 
 def is_other(tensor: str, shape: tuple[int, ...], *, matrices: Matrices, **_: object) -> bool:
-    """Whether it gets the mean, which any range of it can be given."""
+    """Whether a tensor gets the mean, which can be computed for any range of it."""
     return not is_matrix(tensor, shape, matrices)
 
 
 def of_matrices(each_task: float, once: float, *, small: float = 0, wide: float = 0, others: float = 0) -> Workspace:
-    """In float64 matrices: so many [m, n] a task, so many once, so many [p, p], p = min(m, n), so many [n, n].
+    """A workspace in float64 matrices: each_task and once [m, n], small [p, p] with p = min(m, n), wide [n, n].
 
     others: bytes an element and task of what is no matrix, beside those of a weighted sum.
     """

@@ -1,4 +1,4 @@
-"""What a method is: a pure function of task vectors, its arguments, and what it declares to bill and engine.
+"""Defines methods: pure functions of task vectors, their arguments, and what they declare for sizes and memory.
 
     @method(paper="Ilharco et al. 2023", scope="element")
     def task_arithmetic(deltas: Tensor, *, scale: float = 1.5) -> Tensor: ...
@@ -35,16 +35,16 @@ Per = Literal["task", "group"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """Which elements a call sees."""
+    """The elements that a call sees."""
 
     tasks: tuple[str, ...]
     """Names of the tasks, in the order of the deltas' first axis."""
     tensor: str
-    """Name as in the base; with scope `block`, the block's."""
+    """The tensor's name in the base; with scope `block`, the name of the block."""
     start: int
     """Index of the first element in the whole tensor, in C order."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Statistic(Protocol):
 
     @property
     def per(self) -> Per:
-        """Whose it is: every task's own, measured once for all groups, or a group's."""
+        """Whether it is measured for every task, once for all groups, or for each group."""
 
     def measure(self, deltas: "Tensor", where: Where) -> Any:
         """What one range adds. deltas [R, n] float32: of all tasks of the family, or (per group) of the group's.
@@ -80,17 +80,17 @@ class Statistic(Protocol):
         """
 
     def combine(self, left: Any, right: Any) -> Any:
-        """Join what one range adds (right) to all that came before it; in order of elements, tensors by name."""
+        """Combine the contribution of a range (right) with all before it, in order of elements, tensors by name."""
 
     def finish(self, total: Any) -> Any:
-        """The next pass over the same scope, a Statistic; or the value: per task a PerTask, per group anything."""
+        """The next pass over the same scope, a Statistic, or the value: per task a PerTask, per group any type."""
 
 
 class PerTask(Protocol):
     """A finished statistic of tasks."""
 
     def take(self, tasks: list[int]) -> Any:
-        """That of the tasks at these places of the family's order."""
+        """The same for the tasks at these places of the family's order."""
 
 
 Gain = Callable[["np.ndarray", "np.ndarray", "np.ndarray"], "np.ndarray"]
@@ -131,7 +131,7 @@ Results count. With a statistic, those of measuring a range of this shape as wel
 
 
 def per_element(each_task: float, once: float) -> Workspace:
-    """So many bytes an element and task, and so many an element."""
+    """A workspace of so many bytes per element and task, and so many per element."""
 
     def workspace(num_tasks: int, shape: tuple[int, ...], **_args: Any) -> int:
         return math.ceil((each_task * num_tasks + once) * math.prod(shape))
@@ -153,13 +153,13 @@ class Parameter:
     name: str
     default: Any
     kinds: tuple[type, ...]
-    """float, int, bool, str or dict."""
+    """The type: float, int, bool, str or dict."""
     choices: tuple[str, ...]
-    """Words it takes."""
+    """The words it accepts."""
     range: Range | None
 
     def check(self, value: Any, method: str) -> Any:
-        """The value in its own type. Raises UsageError."""
+        """Convert the value to the argument's type. Raises UsageError."""
         if isinstance(value, str) and value in self.choices:
             return value
         for kind in self.kinds:
@@ -178,10 +178,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a method that is not one of ours comes from."""
+    """The origin of a method that is not part of flexmerge."""
 
     source: str
-    """Name of the file, or of the installed distribution."""
+    """The name of the file, or of the installed distribution."""
     version: str
     """`sha256:` and 64 digits of the file's bytes, or the distribution's version."""
     code: bytes = field(default=b"", repr=False, compare=False)
@@ -190,15 +190,15 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A function with what it declares."""
+    """A function with its declarations."""
 
     name: str
     function: Callable[..., Any]
     paper: str
     scope: Scope | Callable[..., Scope]
-    """Of one call; where it depends on the arguments, a function of them."""
+    """The scope of a call, or a function of the arguments if it depends on them."""
     elementwise: Callable[..., bool]
-    """(name, shape, arguments) -> whether this tensor may be taken in chunks, as with scope `element`, all the same."""
+    """(name, shape, arguments) -> whether this tensor may be processed in chunks anyway, as with scope `element`."""
     statistics: Callable[..., Statistic | None]
     """The first pass that the function needs, from its arguments."""
     form: str
@@ -206,16 +206,16 @@ class Method:
     gain: Callable[..., Gain | None]
     """Of form `masked`: the factor per task, from the arguments."""
     when: str
-    """When to use it, one line."""
+    """When to use it, in one line."""
     workspace: Workspace
     check: Callable[..., None]
-    """Raises UsageError for arguments that do not go together."""
+    """A check that raises UsageError for arguments that do not go together."""
     parameters: dict[str, Parameter]
     wants_where: bool
     wants_stats: bool
     wants_unstepped: bool
     origin: Origin | None = None
-    """None: ours."""
+    """Where the method comes from. None: flexmerge."""
 
     @property
     def summary(self) -> str:
@@ -231,7 +231,7 @@ class Call:
     text: str
     """`NAME:key=value,…` with every argument, defaults included; a method from a file keeps the path as typed."""
     short: str
-    """The same without the arguments that are at their defaults."""
+    """The same text without arguments that have their default values."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Call) and (self.text, self.method.origin) == (other.text, other.method.origin)
@@ -240,7 +240,8 @@ class Call:
         return hash(self.text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process parses the text again, and runs the same bytes of a file."""
+        """Pickle as the text, which the other process parses again; for a method from a file, with the bytes that were
+        run."""
         from flexmerge_cli.methods.registry import parse_call_again
 
         return parse_call_again, (self.text, self.method.origin)
@@ -251,11 +252,11 @@ class Call:
         return scope(**self.args) if callable(scope) else scope
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """Of this tensor: spectral methods take whole matrices, and of the other tensors any range."""
+        """The scope for this tensor. Spectral methods take whole matrices, and any range of other tensors."""
         return "element" if self.method.elementwise(tensor, shape, **self.args) else self.scope
 
     def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes of one call that sees this shape, beside its deltas."""
+        """Bytes that one call on this shape takes, beside its deltas."""
         return self.method.workspace(num_tasks, shape, **self.args)
 
     @property
@@ -275,7 +276,7 @@ class Call:
 
 
 def nothing(**_args: Any) -> None:
-    """No statistics, no gain, nothing to check."""
+    """The default for a declaration: no statistics, no gain, nothing to check."""
 
 
 def nowhere(_tensor: str, _shape: tuple[int, ...], **_args: Any) -> bool:

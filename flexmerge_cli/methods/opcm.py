@@ -11,7 +11,7 @@ from flexmerge_cli.methods.svd import svd
 
 
 def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
-    """task without its part along merged. [m, n] float64.
+    """The task without its part along merged. [m, n] float64.
 
     In the singular bases of merged: nothing in the leading corner, as large as holds more than alpha of the sum of
     singular values, and nothing on the diagonal. Null directions of merged are left alone; 0 takes nothing away.
@@ -29,7 +29,7 @@ def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
 
 
 def _norm(tensors: dict[str, Tensor]) -> Tensor:
-    """Of all elements together."""
+    """The norm of all elements together."""
     return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
 
 

@@ -14,7 +14,7 @@ from flexmerge_cli.methods.reductions import sum_tasks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Competition:
-    """Of a group, per task: the bounds of |τ| in the scope; threshold and largest of its scores. [k] float64."""
+    """Per task of a group: the bounds of |τ| in the scope, and the threshold and maximum of its scores. [k] float64."""
 
     lowest: np.ndarray
     highest: np.ndarray

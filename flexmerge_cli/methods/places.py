@@ -57,11 +57,11 @@ class Found:
     """The keys at the places that were asked for. Place 0, before the first: the largest of all keys, quota 0."""
 
     key_RT: np.ndarray
-    """int64."""
+    """Keys, int64."""
     quota_RT: np.ndarray
-    """How many of the elements with this key are among the first ones up to the place."""
+    """The number of elements with this key among the first ones up to the place."""
     equal_RT: np.ndarray
-    """How many elements have this key."""
+    """The number of elements with this key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,9 @@ class AtPlaces:
     scope: StatisticScope
     per: Per = "task"
     keys: Callable[[Tensor, Where], Tensor]
-    """float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
+    """Computes the keys: float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
     key_bytes: int = 4
-    """Of the larger ones, here and in what follows."""
+    """Bytes of a key, in this pass and those that follow."""
     places: Callable[[int, int], tuple[int, ...]]
     """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key.
 
@@ -125,10 +125,10 @@ class _Narrowed:
     search: AtPlaces
     prefix_RT: np.ndarray
     quota_RT: np.ndarray
-    """Place among them."""
+    """The place among these keys."""
     bits: int
     shift: int
-    """Bits of a key below the prefix."""
+    """The number of bits of a key below the prefix."""
 
     @property
     def scope(self) -> StatisticScope:
@@ -168,7 +168,7 @@ def _narrow(
     shift: int,
     tally: "_Tally",
 ) -> Any:
-    """What follows a pass. list_RT: which of the tally's lists a row and place looks into."""
+    """Start what follows a pass. list_RT: the index of the tally's list for each row and place."""
     if tally.counts_XB is None:
         sorted_X = [np.sort(np.concatenate(keys))[::-1].astype(np.int64) for keys in tally.loose_X]
         return search.then(_pick(sorted_X, list_RT, quota_RT))
@@ -191,7 +191,7 @@ def _pick(sorted_X: list[np.ndarray], list_RT: np.ndarray, quota_RT: np.ndarray)
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What the first pass has seen."""
+    """What the first pass has seen of a scope."""
 
     size: int
     positive_R: np.ndarray
@@ -206,7 +206,7 @@ class _Tally:
     counts_XB: np.ndarray | None
     loose_X: list[list[np.ndarray]]
     size_X: np.ndarray
-    """Of the loose ones."""
+    """The number of loose keys in each list."""
     shift: int
     bits: int
 
@@ -222,7 +222,7 @@ class _Tally:
         return joined._all_counted()
 
     def settled(self) -> "_Tally":
-        """What was counted in part is counted whole, in the thread that has measured it."""
+        """If any keys are counted, count the gathered ones too, in the thread that measured them."""
         return self if self.counts_XB is None or not self.size_X.any() else self._all_counted()
 
     def _all_counted(self) -> "_Tally":
@@ -238,7 +238,7 @@ class _Tally:
 
 
 def _tally(rows: list[Tensor], shift: int, bits: int) -> _Tally:
-    """Of keys that agree above their lower `shift` bits."""
+    """Tally keys that agree above their lower `shift` bits."""
     if any(len(row) > GATHERED for row in rows):
         counts_XB = np.stack([_count(row, shift, bits) for row in rows])
         return _Tally(counts_XB, [[] for _ in rows], np.zeros(len(rows), np.int64), shift, bits)
@@ -247,14 +247,14 @@ def _tally(rows: list[Tensor], shift: int, bits: int) -> _Tally:
 
 
 def _count(keys: Tensor, shift: int, bits: int) -> np.ndarray:
-    """How often each digit occurs: the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
+    """Counts of each digit, which is the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
     digits = keys >> (shift - DIGIT_BITS)
     digits = digits + BINS // 2 if shift == bits else digits & (BINS - 1)  # keys are signed
     return torch.bincount(digits, minlength=BINS).cpu().numpy()
 
 
 def _locate(counts_RTB: np.ndarray, place_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bin that holds the place from the top, how many elements are in the bins above it, and how many in it."""
+    """The bin that contains the place from the top, and the numbers of elements in the bins above it and in it."""
     from_top_RTB = counts_RTB[..., ::-1].cumsum(-1)
     bin_RT = (from_top_RTB < place_RT[..., None]).sum(-1)
     up_to_RT = np.take_along_axis(from_top_RTB, bin_RT[..., None], -1)[..., 0]

@@ -35,7 +35,7 @@ def is_factor(name: str) -> bool:
 
 
 def pooled_call(call: Call) -> Call:
-    """The same method on the factors of all modules of a block: {name: [k, *shape]} -> {name: [*shape]}."""
+    """The same method, applied to the factors of all modules of a block: {name: [k, *shape]} -> {name: [*shape]}."""
 
     def merge_factors(deltas: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
         found = {}
@@ -125,7 +125,7 @@ def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Ten
 
 
 def _weights(call: Call, where: Where) -> Tensor:
-    """Of a linear method, by its own function: what it makes of the unit vectors. float64 [k]."""
+    """The weights of a linear method, found by applying it to unit vectors. float64 [k]."""
     if call.method not in LINEAR:
         raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="take average")
     found: Tensor = call(torch.eye(len(where.tasks)), where).double()

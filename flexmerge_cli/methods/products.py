@@ -1,4 +1,4 @@
-"""Which methods can merge a pool of LoRA adapters, by the ΔW of its modules (pooled.py does it). Needs no torch."""
+"""Decides which methods can merge a pool of LoRA adapters by the ΔW of its modules (see pooled.py). Needs no torch."""
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.method import Call
@@ -10,7 +10,7 @@ def merges_products(call: Call) -> bool:
 
 
 def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None:
-    """Raises UsageError for a method that cannot, or for what goes before or after it."""
+    """Raise UsageError for a method, step or calibration that cannot merge a pool."""
     if not merges_products(call) or steps or calibrate:
         raise UsageError(
             f"`{call.method.name}` cannot merge a pool of LoRA adapters: what merges is one ΔW a module",

@@ -1,4 +1,4 @@
-"""All methods, steps and calibrations by name, and `NAME[:key=value,…]` read and written.
+"""Registers all methods, steps and calibrations by name; parses and writes `NAME[:key=value,…]`.
 
 One is known once its module is in MODULES; values are YAML flow: `ties:K=0.2,scope=block`. Methods of other people come
 from installed packages under their name, and from a file as `./my.py#NAME`: load.py.
@@ -64,18 +64,18 @@ def all_methods() -> Mapping[str, Method]:
 
 @functools.cache
 def all_steps() -> Mapping[str, Step]:
-    """Name -> step, likewise. A step may have the name of a method."""
+    """Name -> step, in the same order. A step may have the name of a method."""
     return dict(_named(Step))
 
 
 @functools.cache
 def all_calibrations() -> Mapping[str, Calibration]:
-    """Name -> calibration, likewise."""
+    """Name -> calibration, in the same order."""
     return dict(_named(Calibration))
 
 
 def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None) -> Call:
-    """`NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
+    """Parse `NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
 
     run_files: whether `./my.py#NAME` may be run, which is so where a person has typed it; never for what comes from a
     bundle or a stranger's recipe. code: the file's bytes, where they have been read already.
@@ -114,7 +114,7 @@ def resolve(text: str) -> Alias:
 
 
 def parse_step(text: str) -> StepCall:
-    """`NAME[:key=value,…]` to a step with all its arguments. Raises UsageError."""
+    """Parse `NAME[:key=value,…]` to a step with all its arguments. Raises UsageError."""
     name, args = split_call(text)
     if name not in all_steps():
         raise _unknown("step", name)
@@ -122,7 +122,7 @@ def parse_step(text: str) -> StepCall:
 
 
 def parse_calibrate(text: str) -> CalibrationCall:
-    """`NAME[:key=value,…]` to a calibration with all its arguments. Raises UsageError.
+    """Parse `NAME[:key=value,…]` to a calibration with all its arguments. Raises UsageError.
 
     Whether it can follow a method: `require_after` of the result.
     """
@@ -133,7 +133,7 @@ def parse_calibrate(text: str) -> CalibrationCall:
 
 
 def parse_call_again(text: str, origin: Origin | None) -> Call:
-    """The call that another process has parsed already, with the bytes of the file that it ran."""
+    """Recreate a call that another process has parsed, with the bytes of the file that it ran."""
     return parse_call(text, run_files=True, code=origin.code if origin is not None and origin.code else None)
 
 
@@ -145,7 +145,7 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
 
 
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
-    """What a method with residuals stores, from what a manifest has of it; None if it is no such method.
+    """What a method with residuals stores, from its entry in a manifest; None for other methods.
 
     Its centre is not looked at, since decoding only needs what is stored: torch is not imported. Raises UsageError.
     """
@@ -182,7 +182,7 @@ def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:
 
 
 def _same_word(name: str) -> str:
-    """As names are written here."""
+    """The name with the spelling used here."""
     return name.lower().replace("-", "_")
 
 
@@ -191,7 +191,7 @@ MANY = 8  # names that a hint can list without hiding its point
 
 
 def _unknown(kind: str, name: str) -> UsageError:
-    """What the name is, if it is something else; otherwise the nearest name of any kind."""
+    """The error for an unknown name: says what else it is, or suggests the nearest name of any kind."""
     word = _same_word(name)[:MAX_WORD]
     known = {"method": [*all_methods(), "auto"], "step": list(all_steps()), "calibration": list(all_calibrations())}
     for other, names in known.items():
@@ -212,7 +212,7 @@ def _unknown(kind: str, name: str) -> UsageError:
 
 
 def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments, in the order of the signature; one that is null is the default."""
+    """All arguments in the order of the signature. Null means the default."""
     for key in args:
         if key not in declared.parameters:
             near = difflib.get_close_matches(key[:MAX_WORD], declared.parameters, 1)
@@ -226,14 +226,14 @@ def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) ->
 
 
 def _texts(declared: Method | Step | Calibration, args: Mapping[str, Any], name: str = "") -> dict[str, str]:
-    """What a call is written as, in full and in short."""
+    """The texts of a call, in full and without defaults."""
     changed = {key: value for key, value in args.items() if value != declared.parameters[key].default}
     name = name or declared.name
     return {"text": format_call(name, args), "short": format_call(name, changed)}
 
 
 def split_call(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments as written, unchecked."""
+    """Split into the name and the arguments as written, unchecked."""
     name, colon, rest = text.strip().partition(":")
     args: dict[str, Any] = {}
     for item in _split(rest) if colon else ():
@@ -255,7 +255,7 @@ def format_call(name: str, args: Mapping[str, Any]) -> str:
 
 
 class _Loader(BoundedLoader):
-    """Numbers as in YAML 1.2: `1e-5` is one, which YAML 1.1 reads as text."""
+    """Parse numbers as in YAML 1.2, where `1e-5` is a number; YAML 1.1 reads it as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -276,7 +276,7 @@ def _is_read_back(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside quotes and brackets."""
+    """Split at commas outside quotes and brackets."""
     items, depth, quote, current = [], 0, "", ""
     for character in text:
         if quote:

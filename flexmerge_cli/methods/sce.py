@@ -26,15 +26,15 @@ from flexmerge_cli.methods.sums import Sums, fold
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Of a group: which elements are selected, and each task's weight."""
+    """The selected elements and the weight of each task, for a group."""
 
     kept: Kept | None
-    """By variance, one row; None: all."""
+    """The elements selected by variance, in one row. None: all."""
     weight_k: np.ndarray
 
 
 def variance(deltas: Tensor) -> Tensor:
-    """Over tasks, of the population. [k, *] -> [*] float64."""
+    """The population variance over tasks. [k, *] -> [*] float64."""
     mean = mean_tasks(deltas)
     return sum_tasks((deltas.double() - mean).square()) / len(deltas)
 
@@ -50,7 +50,7 @@ def _select(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
 
 
 def _weights(energy: np.ndarray) -> np.ndarray:
-    """Shares of the energy, [k, *]; equal ones where there is none."""
+    """Each task's share of the energy, [k, *]; equal shares if there is no energy."""
     total = energy.sum(0)
     found: np.ndarray = np.divide(energy, total, out=np.full_like(energy, 1 / len(energy)), where=total > 0)
     return found

@@ -17,12 +17,12 @@ from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys
 # R rows, T places of each row, N elements
 
 Position = tuple[str, int]
-"""Tensor and index in it."""
+"""The name of a tensor and an index in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Which elements are among the c largest, for R rows and T numbers c."""
+    """The elements that are among the c largest, for R rows and T numbers c."""
 
     key_RT: np.ndarray
     """int64: elements with larger keys are kept."""
@@ -52,7 +52,8 @@ class Kept:
 
 
 def places_of(keys: Tensor) -> Tensor:
-    """In memory: place of each element along the last axis, 0 for the largest key, ties by index. int64, same shape."""
+    """The rank of each element along the last axis, in memory: 0 is the largest key, ties by index. int64, same
+    shape."""
     order = keys.sort(dim=-1, descending=True, stable=True).indices
     places = torch.empty_like(order)
     return places.scatter_(-1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order))
@@ -66,7 +67,7 @@ def keep_largest(
     per: Per = "task",
     then: Callable[[Kept], object] = lambda kept: kept,
 ) -> AtPlaces:
-    """The statistic whose value is a Kept.
+    """A statistic whose value is a Kept.
 
     counts: (elements of the scope, those of a row with a key above 0) -> numbers c, each at most the elements.
     keys: of what is compared, by default the magnitude. then: what follows, by default the Kept itself.
@@ -93,7 +94,7 @@ class _Ties:
     keys: Callable[[Tensor, Where], Tensor]
     key_RT: np.ndarray
     quota_RT: np.ndarray
-    """How many ties are kept; 0: nothing to find."""
+    """The number of ties to keep; 0 if there is nothing to find."""
     then: Callable[[Kept], object]
 
     def measure(self, deltas: Tensor, where: Where) -> "_Walk":

@@ -1,4 +1,4 @@
-"""What goes before and after a method: steps change the task vectors, a calibration changes the merged one.
+"""Defines steps, which change the task vectors before a method, and calibrations, which change the merged one.
 
     @step(paper="Yu et al. 2024", scope="element")
     def dare(deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0) -> Tensor: ...
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """deltas -> deltas of the same shape."""
+    """The function: deltas -> deltas of the same shape."""
 
     name: str
     function: Callable[..., "Tensor"]
     paper: str
     scope: Scope | Callable[..., Scope]
     elementwise: Callable[..., bool]
-    """As a method's."""
+    """As for methods (method.py)."""
     statistics: Callable[..., Statistic | None]
-    """Per task: a step knows no groups."""
+    """The first pass, per task, since a step knows no groups."""
     workspace: Workspace
-    """As a method's."""
+    """As for methods (method.py)."""
     check: Callable[..., None]
     parameters: dict[str, Parameter]
     wants_where: bool
@@ -67,7 +67,7 @@ class StepCall:
     text: str
     """`NAME:key=value,…` with every argument, defaults included."""
     short: str = field(compare=False)
-    """The same without the arguments that are at their defaults."""
+    """The same text without arguments that have their default values."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_step
@@ -80,11 +80,11 @@ class StepCall:
         return scope(**self.args) if callable(scope) else scope
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """Of this tensor: a filter of matrices leaves the others alone."""
+        """The scope for this tensor. A filter of matrices leaves the others alone."""
         return "element" if self.step.elementwise(tensor, shape, **self.args) else self.scope
 
     def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes of one call that sees this shape, beside its deltas."""
+        """Bytes that one call on this shape takes, beside its deltas."""
         return self.step.workspace(num_tasks, shape, **self.args)
 
     @property
@@ -92,7 +92,7 @@ class StepCall:
         return self.step.statistics(**self.args)
 
     def __call__(self, deltas: "Tensor", where: Where, stats: Any = None) -> "Tensor":
-        """float32 in, float32 out."""
+        """Apply the step: float32 in, float32 out."""
         extra: dict[str, Any] = {"where": where} if self.step.wants_where else {}
         extra |= {"stats": stats} if self.step.wants_stats else {}
         return self.step.function(deltas, **extra, **self.args).to(deltas.dtype)
@@ -130,17 +130,17 @@ def step(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """(merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged."""
+    """The function: (merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged."""
 
     name: str
     function: Callable[..., "Tensor"]
     paper: str
     elementwise: Callable[..., bool]
-    """(name, shape, arguments) -> whether it leaves this tensor as it is; the others it takes whole."""
+    """(name, shape, arguments) -> whether it leaves this tensor unchanged. It takes other tensors whole."""
     workspace: Workspace
-    """Of a tensor that it takes whole."""
+    """Bytes that it takes on a tensor that it changes."""
     refuse: Callable[[Method], str | None]
-    """Why it cannot follow a method; None: it can."""
+    """Why it cannot follow a method; None if it can."""
     parameters: dict[str, Parameter]
 
     @property
@@ -157,7 +157,7 @@ class CalibrationCall:
     text: str
     """`NAME:key=value,…` with every argument, defaults included."""
     short: str = field(compare=False)
-    """The same without the arguments that are at their defaults."""
+    """The same text without arguments that have their default values."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_calibrate
@@ -168,11 +168,11 @@ class CalibrationCall:
         return "element" if self.calibration.elementwise(tensor, shape, **self.args) else "tensor"
 
     def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes of one call on a whole tensor of this shape."""
+        """Bytes that one call on a whole tensor of this shape takes."""
         return self.calibration.workspace(num_tasks, shape, **self.args)
 
     def require_after(self, call: Call) -> None:
-        """Raises UsageError where it cannot follow this method."""
+        """Raise UsageError if it cannot follow this method."""
         reason = self.calibration.refuse(call.method)
         if reason:
             raise UsageError(

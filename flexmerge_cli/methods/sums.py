@@ -54,7 +54,7 @@ class Sums:
     terms: Callable[[Tensor, Where], Iterable[Tensor]]
     """float32 [R, N] -> tensors [*, N] float64, whose sums over N are strung together to Q numbers."""
     then: Callable[[np.ndarray], Any]
-    """[Q] float64 -> what follows: the next statistic, or a value."""
+    """Maps the sums, [Q] float64, to what follows: the next statistic, or a value."""
 
     def measure(self, deltas: Tensor, where: Where) -> "_Total":
         parts: list[np.ndarray | _Part] = []
@@ -67,7 +67,7 @@ class Sums:
         return _Total(None, parts or [self._sum(_Part(deltas, where))])
 
     def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
-        """Bytes of a piece that is not whole, and of the sums; of two pieces when they are joined."""
+        """Bytes of an incomplete piece and of the sums; of two pieces when they are joined."""
         piece = 4 * num_tasks * min(num_elements, PIECE_ELEMENTS)
         sums = 8 * num_tasks**2 * (2 + num_elements // PIECE_ELEMENTS)
         return (piece if num_elements < PIECE_ELEMENTS else 0) + sums, 2 * piece + 8 * num_tasks**2

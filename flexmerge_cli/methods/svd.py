@@ -23,19 +23,19 @@ class Svd:
     vt: Tensor
 
     def first(self, rank: int) -> "Svd":
-        """The triples of the largest singular values; fewer where there are fewer."""
+        """The triples of the largest singular values; fewer if there are fewer."""
         return Svd(self.u[:, :rank], self.s[:rank], self.vt[:rank])
 
     def alone(self) -> "Svd":
-        """The same in memory of its own: `first` is a view of all triples, and holds them."""
+        """A copy in memory of its own. `first` returns a view, which keeps all triples alive."""
         return Svd(self.u.clone(), self.s, self.vt.clone())
 
     def above(self, size: float) -> "Svd":
-        """Those with s > size."""
+        """The triples with s > size."""
         return self.first(int((self.s > size).sum()))
 
     def product(self) -> Tensor:
-        """u diag(s) vt."""
+        """The product u diag(s) vt."""
         return (self.u * self.s) @ self.vt
 
 

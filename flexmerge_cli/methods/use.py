@@ -18,28 +18,28 @@ class MethodUse:
     steps: tuple[StepCall, ...] = ()
     calibrate: CalibrationCall | None = None
     alias: str | None = None
-    """The name of mergekit's that was asked for."""
+    """The name of mergekit's method, if it was requested."""
     num_own_steps: int = 0
-    """How many of the steps the alias brought; they come last."""
+    """The number of steps that the alias brought; they come last."""
 
     @property
     def name(self) -> str:
-        """The method as one would ask for it: the alias, or itself without arguments at their defaults."""
+        """The method as a user would write it: the alias, or the text without default arguments."""
         return self.alias or self.call.short
 
     @property
     def asked_steps(self) -> tuple[StepCall, ...]:
-        """The steps that were asked for by themselves."""
+        """The steps that the user requested."""
         return self.steps[: len(self.steps) - self.num_own_steps]
 
     @property
     def text(self) -> str:
-        """`NAME:key=value,…` of the method itself, with every argument."""
+        """The method as `NAME:key=value,…`, with every argument."""
         return self.call.text
 
     @property
     def coded(self) -> Coded | None:
-        """What the method stores, if it keeps residuals; else None."""
+        """What the method stores if it keeps residuals, else None."""
         return declare(self.call)
 
     @property

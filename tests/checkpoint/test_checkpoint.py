@@ -117,7 +117,7 @@ def test_a_folder_without_weights_and_a_file_that_holds_none_are_told(tmp_path):
     with pytest.raises(SourceError, match="no checkpoint in"):
         open_checkpoint(str(tmp_path))
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(SourceError, match="is no weight file"):
+    with pytest.raises(SourceError, match="is not a weight file"):
         open_checkpoint(str(tmp_path / "x.txt"))
 
 

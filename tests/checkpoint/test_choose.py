@@ -87,7 +87,7 @@ def test_where_a_source_has_no_variant_its_plain_weights_are_taken_and_said(tmp_
     write_checkpoint(tmp_path, STATE)
     said = []
     open_checkpoint(str(tmp_path), access=Access(variant="fp16", on_message=said.append))
-    assert said == [f"{tmp_path} has no variant fp16: its plain weights are taken"]
+    assert said == [f"{tmp_path} has no variant fp16: using its plain weights"]
 
 
 def test_sharded_variants(tmp_path):

@@ -268,7 +268,7 @@ def test_answers_that_end_too_early_are_told_and_not_asked_for_without_end(hub, 
     publish(hub, tmp_path / "made")
     (file,) = open_checkpoint(SOURCE).remote.values()
     hub.forget()
-    with pytest.raises(SourceError, match="an answer ended at byte"):
+    with pytest.raises(SourceError, match="a response ended at byte"):
         file.read_range(0, file.size + 1)
     assert len(hub.requests) < 20
 
@@ -305,7 +305,7 @@ def test_what_is_left_of_a_broken_run_is_checked(hub, tmp_path):
     blobs = tmp_path / "hub-cache/models--org--name/blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     (blobs / f"{remote.etag}.incomplete").write_bytes(bytes(1000))
-    with pytest.raises(SourceError, match="are not those that the Hub lists"):
+    with pytest.raises(SourceError, match="differs from the digest that the Hub lists"):
         fetch([remote], Access())
     fetch([remote], Access())
     assert remote.path.read_bytes() == (tmp_path / "made/model.safetensors").read_bytes()
