@@ -1,4 +1,4 @@
-"""Methods that store a centre per group and a few bits per task: which centre, which coder, which tensors stay copies.
+"""Methods that store a centre per group and a few bits per task: which centre and coder, and which tensors are copied.
 
     @coded(paper="…", when="…")
     def low_bit(*, bits: Bits = 2, centre: str = "average", …) -> Coded: ...
@@ -100,7 +100,7 @@ class Coded:
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
     def form_of_bits(self, shape: tuple[int, ...], bits: int) -> Form:
-        """How a tensor is stored for a task that has bits of its own: as `auto` does, vectors like all else.
+        """The form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded like all else.
 
         bits: 0 stores nothing beside the centre, and then `residual` is None.
         """
@@ -139,7 +139,7 @@ class CodedMethod(Method):
 @functools.lru_cache(maxsize=1024)
 def _centre_call(text: str) -> Call:
     """Parse the centre's method, once: a plan asks for it for every tensor and group."""
-    from flexmerge_cli.methods.registry import parse_call  # which imports this module, and torch
+    from flexmerge_cli.methods.registry import parse_call  # imported here because it imports this module, and torch
 
     return parse_call(text)
 
@@ -170,12 +170,14 @@ def check_centre(declared: Coded, name: str) -> None:
     """Check `centre=`: `base`, for `low_bit` also `none`, or a method with one dense value per group. Raises
     UsageError."""
     if declared.centre == "none" and name != "low_bit":
-        raise UsageError(f"`{name}`: centre=none leaves nothing to be residual to", hint="take `base` or `average`")
+        raise UsageError(
+            f"`{name}`: centre=none leaves nothing to take residuals against", hint="use `base` or `average`"
+        )
     call = declared.centre_call()
     if call is not None and call.method.form != "merged":
         raise UsageError(
             f"`{name}`: centre={declared.centre!r} stores more than one dense value",
-            hint="take `base`, `average`, or another method that merges a group into one model",
+            hint="use `base`, `average`, or another method that merges a group into one model",
         )
 
 
@@ -213,13 +215,13 @@ def low_bit(
     scales and at 4 bits a clip search, and vectors are then 8 bits on 8 bits. clip: search for the best cut at 4 bits.
     """
     if levels == "empirical" and bits > 3:
-        raise UsageError(f"`low_bit`: levels=empirical goes with at most 3 bits, not {bits}", hint="take levels=gauss")
+        raise UsageError(f"`low_bit`: levels=empirical supports at most 3 bits, not {bits}", hint="use levels=gauss")
     if centre_bits != "dense" and centre_bits not in CENTRE_BITS:
         raise UsageError(f"`low_bit`: centre_bits={centre_bits} is not one of 2, 3, 4, 8, dense")
     if centre == "none" and (gain != "none" or centre_bits != "dense"):
-        raise UsageError("`low_bit`: gain and centre_bits say nothing with centre=none", hint="leave them out")
+        raise UsageError("`low_bit`: gain and centre_bits have no effect with centre=none", hint="leave them out")
     coder = LowBit(bits=bits, levels=levels, gain=gain, scales=scales, clip=clip)
-    # §11's view but for what `auto` may store too, so that a uniform plan and a choice of `auto` are the same bytes.
+    # Where `auto` could store the same, use its view, so that a uniform plan and one of `auto` have the same bytes.
     of_auto = centre == "none" or centre_bits != "dense"
     return Coded(
         centre=centre,

@@ -1,6 +1,6 @@
-"""Warnings for groups of near-duplicates, which sums multiply and masks of sums empty. Pure; no tensors.
+"""Warnings about groups of near-duplicates, which sums multiply and which get empty masks of sums. Pure; no tensors.
 
-Grouping by similarity makes just such groups, so the methods that suffer from them are told before they run.
+Grouping by similarity produces just such groups, so users are warned about methods that suffer from them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ NEAR, TOLERATED = 0.9, 2.0
 def near_duplicate_warning(call: Call, tasks: Sequence[str], smallest_cosine: float) -> str | None:
     """A warning about this method on a group of near-duplicates, with an alternative; None if there is no problem.
 
-    tasks: of the group. smallest_cosine: of all pairs of its task vectors.
+    tasks: names of the group's tasks. smallest_cosine: the smallest over all pairs of its task vectors.
     """
     name, args, k = call.method.name, call.args, len(tasks)
     if smallest_cosine < NEAR or k < 2 or (call.method.form == "masked" and k == 2):

@@ -133,7 +133,7 @@ def fr(
 ) -> Tensor:
     """scale · Σ λ_i G(τ_i), G a filter that removes the lowest frequencies of a matrix. [k, *shape] -> [*shape].
 
-    cutoff: 0.016 for variant=paper, 0.7 for variant=code; what it does is told at pass_mask.
+    cutoff: 0.016 for variant=paper, 0.7 for variant=code; see pass_mask for its effect.
     coef: eq3 (default of paper), λ_i the share of task i in the mean magnitudes over `scope`, which sums to 1; align
     (default of code), λ_i = max E/E_i of the filtered tensor, so that small tasks grow; uniform, 1/k.
     scale: 0.7 with align, else 1. others, the tensors that are no matrices: coef (default of paper) treats them alike

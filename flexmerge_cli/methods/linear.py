@@ -68,7 +68,7 @@ def weighted_average(
     if sum(weight_k) == 0:
         raise UsageError(
             f"`weighted_average`: all weights of the group {', '.join(where.tasks)} are 0",
-            hint="give one of these tasks a weight, or set normalize=false",
+            hint="give at least one of these tasks a positive weight, or set normalize=false",
         )
     return weigh_tasks(deltas, weight_k) / sum(weight_k)
 
@@ -76,7 +76,7 @@ def weighted_average(
 def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:
     """(divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None of all others.
 
-    What native.c needs to know of it: its loop gives the same bits as the functions above.
+    This is what native.c needs; its loop gives the same bits as the functions above.
     """
     if call.method is average:
         return float(num_tasks), 1.0

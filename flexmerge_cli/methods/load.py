@@ -1,7 +1,7 @@
-"""Methods of other people: from a file, `./my.py#my_method`, or from an installed package.
+"""Loads user-defined methods from a file, `./my.py#my_method`, or from an installed package.
 
 A package offers them as entry points of the group `flexmerge.methods`, by name: `my_method = "my_package:my_method"`.
-Both are code that runs: the caller must have been told to by a person (registry.parse_call).
+Both run code, so the caller must have the user's consent (registry.parse_call).
 """
 
 import hashlib
@@ -23,7 +23,7 @@ MAX_BYTES = 16 << 20
 
 
 def method_from_file(file: str | Path, name: str, source: bytes | None = None) -> Method:
-    """Run a Python file and take the method of this name. Its origin is the file's name and the sha256 of what was run.
+    """Run a Python file and return its method of this name. Its origin is the file name and the sha256 of what was run.
 
     source: the file's bytes, if they have been read already, as in a process that repeats what another one parsed.
 
@@ -38,7 +38,7 @@ def method_from_file(file: str | Path, name: str, source: bytes | None = None) -
     digest = hashlib.sha256(source).hexdigest()
     module = ModuleType(f"flexmerge_file_{digest[:16]}")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    sys.modules[module.__name__] = module  # dataclasses look up their module there
     try:
         exec(compile(source, str(path), "exec"), vars(module))
     except Exception as error:

@@ -21,7 +21,7 @@ from flexmerge_cli.methods.reductions import mean_tasks
 Matrices = Literal["linear", "2d", "all"]
 Scale = Annotated[float, Range(above=0)]
 
-# Whole dotted parts of a name, in lower case, that tell a tensor `linear` leaves out; besides all with `embed` in them.
+# Lower-case segments of the names of tensors that `linear` excludes, besides all segments that contain `embed`.
 NOT_LINEAR = {"wte", "wpe", "shared", "lm_head", "text_projection", "relative_attention_bias"}
 
 

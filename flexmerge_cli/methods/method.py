@@ -3,7 +3,7 @@
     @method(paper="Ilharco et al. 2023", scope="element")
     def task_arithmetic(deltas: Tensor, *, scale: float = 1.5) -> Tensor: ...
 
-Keyword arguments are the arguments of `NAME:key=value`, with type, range and default. Knows no file, group or device.
+Keyword arguments are the arguments of `NAME:key=value`, with type, range and default. No files, groups or devices.
 
 Scopes, and the deltas of a call (float32, k tasks of one group in task order):
     element  [k, n]        any range of a tensor's elements, in C order
@@ -71,7 +71,7 @@ class Statistic(Protocol):
         """Whether it is measured for every task, once for all groups, or for each group."""
 
     def measure(self, deltas: "Tensor", where: Where) -> Any:
-        """What one range adds. deltas [R, n] float32: of all tasks of the family, or (per group) of the group's.
+        """What one range adds. deltas [R, n] float32: of all tasks of the family or, per group, of those of the group.
 
         Takes the method's workspace for TILE_ELEMENTS at the most, or for the whole tensor where that is its scope.
         A method `memory(num_tasks, num_elements)` may tell how many bytes the result holds for a range of so many
@@ -139,7 +139,7 @@ def per_element(each_task: float, once: float) -> Workspace:
     return workspace
 
 
-# Of what does not say what it takes: more than what any elementwise method of ours takes.
+# The default for methods that declare no workspace: more than any elementwise method of flexmerge takes.
 UNTOLD = per_element(64, 64)
 
 Fraction = Annotated[float, Range(above=0, most=1)]
@@ -332,7 +332,9 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
 def _parameter(parameter: inspect.Parameter) -> Parameter:
     annotation, bounds, choices, kinds = parameter.annotation, None, [], []
     if parameter.default is inspect.Parameter.empty:
-        raise UsageError(f"argument `{parameter.name}` has no default", hint="a method must run without arguments")
+        raise UsageError(
+            f"argument `{parameter.name}` has no default", hint="give it one: a method must run without arguments"
+        )
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     parts = typing.get_args(annotation) if union else [annotation]
     for part in parts:

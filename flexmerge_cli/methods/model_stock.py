@@ -43,7 +43,7 @@ def _statistics(*, scope: Literal["row", "tensor", "block"]) -> Sums | None:
 
 
 def ratio(gram_kk: Tensor) -> Tensor:
-    """How much of the mean is kept: t = k c / (1 + (k - 1) c), c the mean cosine, at least 0. [k, k, *] -> [*].
+    """The fraction of the mean kept: t = k c / (1 + (k - 1) c), c the mean cosine, at least 0. [k, k, *] -> [*].
 
     In [0, 1]. Two zero vectors have cosine 1, a zero and another one 0.
     """

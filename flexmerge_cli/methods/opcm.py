@@ -1,4 +1,4 @@
-"""OPCM: tasks merged one after the other, each without what lies along the merge so far."""
+"""OPCM: merges tasks one after the other, each without its part along the merge so far."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""LoRA adapters merged among themselves: the factors of a group in, factors of one adapter of the same rank out. Pure.
+"""Merges LoRA adapters with one another: the factors of a group in, those of one adapter of the same rank out. Pure.
 
 What is compared and merged is ΔW = B · A of a module, never A and B apart: they are free up to a rotation. A linear
 method's Σ w ΔW is the product of the stacked factors [w₁B₁ … w_kB_k] and [A₁; …; A_k]; its truncated singular value
@@ -44,7 +44,7 @@ def pooled_call(call: Call) -> Call:
             left, right = _merged(call, a_kRN, b_kMR, where)
             found[a] = right.float().reshape(deltas[a].shape[1:])
             found[b] = left.float().reshape(deltas[b].shape[1:])
-        for name in set(deltas) - set(found):  # the other factor is the same in all tasks, and a copy
+        for name in set(deltas) - set(found):  # the other factor is the same in all tasks, and is copied
             found[name] = torch.einsum("k,k...->...", _weights(call, where), deltas[name].double()).float()
         return found
 
@@ -112,7 +112,7 @@ def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Ten
     deltas = (b_kMR @ a_kRN).float()
     if not bool(torch.isfinite(deltas).all()):
         raise DataError(
-            f"a ΔW in `{where.tensor}` is larger than float32 can hold", hint="get sound copies of the adapters"
+            f"a ΔW in `{where.tensor}` exceeds the range of float32", hint="get sound copies of the adapters"
         )
     inside = Where(tasks=where.tasks, tensor=where.tensor, start=0, shape=tuple(deltas.shape[1:]))
     scope = call.scope_of(where.tensor, inside.shape)
@@ -127,6 +127,6 @@ def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Ten
 def _weights(call: Call, where: Where) -> Tensor:
     """The weights of a linear method, found by applying it to unit vectors. float64 [k]."""
     if call.method not in LINEAR:
-        raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="take average")
+        raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="use average")
     found: Tensor = call(torch.eye(len(where.tasks)), where).double()
     return found

@@ -24,11 +24,11 @@ from flexmerge_cli.yaml_file import BoundedLoader, load_bounded
 if TYPE_CHECKING:
     from flexmerge_cli.methods.coded import Coded
 
-MAX_WORD = 64  # characters that are compared with known names: difflib takes time in the product of the lengths
+MAX_WORD = 64  # characters compared with known names; the time of difflib grows with the product of the lengths
 
 Named = TypeVar("Named", Method, Step, Calibration)
 
-# One file an idea; every Method in it is registered under its own name.
+# One file per idea; every Method in it is registered under its own name.
 MODULES = (
     "linear",
     "model_stock",
@@ -77,14 +77,14 @@ def all_calibrations() -> Mapping[str, Calibration]:
 def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None) -> Call:
     """Parse `NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
 
-    run_files: whether `./my.py#NAME` may be run, which is so where a person has typed it; never for what comes from a
-    bundle or a stranger's recipe. code: the file's bytes, where they have been read already.
+    run_files: whether `./my.py#NAME` may be run: only if the user typed it, never for text from a bundle or a recipe.
+    code: the file's bytes, if they have been read already.
     """
     name, args = split_call(text)
     file, hash_, function = name.rpartition("#")
     if hash_:
         if not run_files:
-            raise UsageError(f"`{name}` would run a file", hint="give methods from files with --method")
+            raise UsageError(f"`{name}` would run a file", hint="methods from files are allowed only with --method")
         if function in all_methods():
             raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
         return make_call(method_from_file(file, function, code), args, name=name)
@@ -94,7 +94,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
         if alias and _same_word(name) not in all_methods():
             raise UsageError(f"no method `{name}`", hint=alias.message)
         if name == "auto":
-            raise UsageError("`auto` chooses for the whole bundle, not for some blocks", hint="--method auto")
+            raise UsageError("`auto` chooses for the whole bundle, not for some blocks", hint="use --method auto")
         if "," in name and set(name.split(",")) <= {*all_methods(), "auto"}:
             raise UsageError(f"no method `{name}`", hint=f"several: '{name.replace(',', ';')}'")
         raise _unknown("method", name)
@@ -102,7 +102,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
 
 
 def resolve(text: str) -> Alias:
-    """What `NAME[:key=value,…]` asks for: itself, or for a name that only mergekit has ours, with steps and a message.
+    """Resolve `NAME[:key=value,…]`: itself or, for a name of mergekit, our counterpart with steps and a message.
 
     One with arguments is left as it is, since they mean other things there: `parse_call` refuses it and says which.
     """
@@ -245,7 +245,9 @@ def split_call(text: str) -> tuple[str, dict[str, Any]]:
         try:
             args[key.strip()] = load_bounded(value, _Loader)
         except yaml.YAMLError:
-            raise UsageError(f"`{value}` is no YAML value, in method `{text}`", hint="quote it: key='…'") from None
+            raise UsageError(
+                f"`{value}` is not a valid YAML value, in method `{text}`", hint="quote it: key='…'"
+            ) from None
     return name, args
 
 

@@ -45,7 +45,7 @@ class Kept:
         kept = flat >= torch.from_numpy(key_R).to(flat.device, flat.dtype)[:, None]
         for (row, column), (tensor, index) in self.last.items():
             if column == place and (where.tensor, where.start + flat.shape[1] - 1) > (tensor, index):
-                first = index + 1 - where.start if where.tensor == tensor else 0  # the first tie that is not kept
+                first = index + 1 - where.start if where.tensor == tensor else 0  # the first tie that is dropped
                 first = max(first, 0)
                 kept[row, first:] = flat[row, first:] > int(self.key_RT[row, column])
         return kept.view(keys.shape)

@@ -177,7 +177,7 @@ class CalibrationCall:
         if reason:
             raise UsageError(
                 f"`{self.calibration.name}` cannot follow `{call.method.name}`: {reason}",
-                hint="leave --calibrate out, or take another method",
+                hint="leave out --calibrate, or use another method",
             )
 
     def __call__(self, merged: "Tensor", unstepped: "Tensor", where: Where) -> "Tensor":

@@ -1,4 +1,4 @@
-"""A method as it is used: parsed once, and an object from then on."""
+"""A method in use, with its steps and its calibration: parsed once, and an object from then on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from flexmerge_cli.methods.step import CalibrationCall, StepCall
 
 @dataclass(frozen=True, slots=True)
 class MethodUse:
-    """A method with the steps before it and the calibration after it. Equal where all of their texts are."""
+    """A method with the steps before it and the calibration after it. Equal if all of their texts are equal."""
 
     call: Call
     steps: tuple[StepCall, ...] = ()
@@ -68,7 +68,7 @@ def parse_use(
         if maker is None:
             raise UsageError(
                 f"`{after.calibration.name}` cannot follow `{found.method}`: that method merges nothing",
-                hint="leave --calibrate out, or take centre=average",
+                hint="leave out --calibrate, or use centre=average",
             )
         after.require_after(maker)
     alias = text.strip().lower().replace("-", "_") if found.message else None

@@ -50,7 +50,7 @@ def test_a_call_is_read(text, name, args):
         ("ties:merge=median", "merge='median' is not one of mean, sum, max", None),
         ("ties:K", "cannot read `K`", "key=value"),
         ("ties:K=1,K=0.5", "cannot read `K=0.5`", None),
-        ("ties:K={", "no YAML value", None),
+        ("ties:K={", "not a valid YAML value", None),
         ("wudi:steps=0", "steps=0 is not an integer in", None),
         ("wudi:steps=2.5", "steps=2.5 is not an integer", None),
         ("average:scale=1", "`average` has no argument `scale`", "takes: none"),
