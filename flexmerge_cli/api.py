@@ -1,4 +1,4 @@
-"""The public API: what `from flexmerge_cli import …` gives. Thin over the modules that do the work."""
+"""The public API that `from flexmerge_cli import …` provides: a thin layer over the modules that do the work."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Verify = Literal["first-use", "all", "off"]
 WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance")
-"""Options of `merge` that say what is asked."""
+"""Options of `merge` that define the request."""
 
 
 class OpenBundle:
-    """A bundle to read from. Names of its tasks: `tasks`; all that its manifest tells: `manifest`."""
+    """A bundle to read from. `tasks` holds the names of its tasks, `manifest` its whole manifest."""
 
     def __init__(self, path: Path | str, *, verify: Verify | bool = "first-use") -> None:
-        """As `open_bundle`."""
+        """Open a bundle on this disk. Arguments and errors: `open_bundle`."""
         verify = ("all" if verify else "off") if isinstance(verify, bool) else verify
         if verify not in ("first-use", "all", "off"):
             raise UsageError(f"verify={verify!r} is none of `first-use`, `all`, `off`", hint='verify="first-use"')
@@ -50,26 +50,28 @@ class OpenBundle:
         return self._bundle.manifest
 
     def view(self, task: str, *, copy: bool = False, device: str = "cpu") -> "View":
-        """Read-only mapping of a task's own names to tensors.
+        """A read-only mapping from a task's tensor names to tensors.
 
-        Where a group is dense a tensor lies on the mapped file, and tasks of one group share the storage: writing
-        into it is seen by the others (never by the file). copy=True gives one's own. device: `cuda`, `cuda:n`; what is
-        coded in few bits is decoded there. Raises UsageError for one that is not there.
+        Tensors of a dense group are mapped from the file, and tasks of one group share the storage: they see each
+        other's writes, which never reach the file. copy=True returns private copies. device: `cuda` or `cuda:n`, where
+        tensors coded in few bits are decoded.
 
-        A file's sha256 is compared before the first tensor comes out of it (open_bundle's verify). The view keeps its
-        files open: if the bundle is replaced or removed, it goes on giving the tensors of the one that was opened.
-        What happens if the disk fails: View. Raises SourceError for an unknown task, IntegrityError if a file that the
-        task reads is missing, damaged, or was replaced since the bundle was opened; a look-up raises IntegrityError
-        and, if the disk fails, MachineError.
+        The sha256 of a file is checked before its first tensor is returned (see `verify` of open_bundle). The view
+        keeps its files open: if the bundle is replaced or removed, it still returns the tensors of the one that was
+        opened. Failures of the disk: see View.
+
+        Raises UsageError for a device that does not exist, SourceError for an unknown task, and IntegrityError if a
+        file that the task reads is missing, damaged, or was replaced since the bundle was opened. A look-up raises
+        IntegrityError and, if the disk fails, MachineError.
         """
         from flexmerge_cli.bundle.view import View
 
         return View(self._bundle, task, copy=copy, device=device)
 
     def model(self, task: str, **kwargs: Any) -> Any:
-        """The transformers model of the task's stored config, without a second copy of the weights.
+        """Build the transformers model of the task's stored config, without a second copy of the weights.
 
-        Every file of the task is compared with the manifest first, its config and tokenizer too. Raises as `view`.
+        Checks every file of the task against the manifest first, including config and tokenizer. Raises like `view`.
         """
         from flexmerge_cli.bundle.view import load_model
 
@@ -92,12 +94,12 @@ def make_plan(
     assume_base: bool = False,
     **run: Any,
 ) -> Plan:
-    """Read every weight once and keep all that a cut needs; with `output`, save it there.
+    """Read every weight once and make a plan, which holds all that a later merge needs; with `output`, save it there.
 
-    base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` leaves out what `auto` needs.
-    offline: nothing but what the Hub's cache holds. stream: weights are read where they are, and none is stored.
-    variant: e.g. `fp16`. adapters: what becomes of tasks that are PEFT adapters; assume_base: whatever they name as
-    their base. run: device, threads, max_memory, on_progress.
+    base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` skips those that `auto` needs.
+    offline: use only what the Hub's cache holds. stream: read weights over the network, and store none of them.
+    variant: the preferred variant of the weights, e.g. `fp16`. adapters: `keep`, `merge` or `pool` tasks that are PEFT
+    adapters; assume_base: accept adapters that name another base. run: device, threads, max_memory, on_progress.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -131,13 +133,13 @@ def merge(
     stream: bool = False,
     **options: Any,
 ) -> OpenBundle:
-    """Write the bundle and open it. `size` is `2.25x`, `40%` or `600MiB`; without a method nothing is merged.
+    """Write a bundle and open it. `size` is `2.25x`, `40%` or `600MiB`. Without a method nothing is merged.
 
     A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: steps, calibrate, method_for, merges, fit, cluster, seed and max_distance, as words or numbers like those
-    of the command line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in
-    `make_plan`. Raises UsageError for words that are not known, and for options that would not be read.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed and max_distance, with the values of the command
+    line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
+    Raises UsageError for unknown words, and for options that would have no effect.
     """
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
@@ -150,14 +152,14 @@ def merge(
 
 
 def open_bundle(path: Path | str, *, verify: Verify | bool = "first-use") -> OpenBundle:
-    """Open a bundle, a folder or `hf://org/name`. Paths, headers and sizes are checked.
+    """Open a bundle, given as a folder or `hf://org/name`. Checks paths, headers and sizes.
 
-    verify: when the sha256 of a file is compared with the manifest's. `first-use`: before the first tensor comes out of
-    it, once as long as the bundle is open. `all`, or True: of every file, now. `off`, or False: never, for those who
-    have done it.
-    A file that is missing, cut or damaged costs the tasks that read it: `view` raises, of these tasks alone. With `all`
-    any of it raises here, and so it does, whatever verify says, if no task is left.
-    Raises SourceError, DataError, IntegrityError, MachineError; UsageError for another word.
+    verify: when to check the sha256 of files against the manifest. `first-use`: before the first tensor of a file is
+    returned, once while the bundle is open. `all` or True: every file, now. `off` or False: never, if you have checked
+    them already.
+    A file that is missing, truncated or damaged affects only the tasks that read it, for which `view` raises. With
+    `all`, any such file raises here; so it does with every setting if no task is left.
+    Raises SourceError, DataError, IntegrityError, MachineError, and UsageError for another value of verify.
     """
     return OpenBundle(path, verify=verify)
 
@@ -174,11 +176,12 @@ def evaluate(
     parallel: int = 1,
     allow_exec: bool = False,
 ) -> dict[str, Any]:
-    """Score every task of a bundle as `eval.yaml` at `spec` says: the document of `flexmerge eval --json`.
+    """Score every task of a bundle as `eval.yaml` at `spec` says. Returns the document of `flexmerge eval --json`.
 
-    plan: whose sources the scores are compared with; by default those that the spec names. max_drop, max_mean_drop:
-    `1%` or `1pt`; the verdict is under `gate`, and nothing is raised for it. It fails if a task of the bundle is
-    neither scored nor named under `not_scored` in the spec. reuse=False: compute all scores, replace what is kept.
+    plan: the plan whose sources the scores are compared with; by default those that the spec names.
+    max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
+    the bundle is neither scored nor named under `not_scored` in the spec. reuse=False: compute all scores, and replace
+    cached ones.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
@@ -218,13 +221,13 @@ def draw_curve(
     allow_exec: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score a plan's tasks by every method at every size, without writing bundles: `flexmerge curve --json`.
+    """Score a plan's tasks with every method at every size, without writing bundles, like `flexmerge curve --json`.
 
     methods: separated by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. max_drop,
     max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in (0, 2];
-    `chosen` in the document says which point does, and nothing is raised if none does. tune: `scale=0.5:2.5:0.25`,
+    `chosen` in the document says which point does; if none does, nothing is raised. tune: `scale=0.5:2.5:0.25`,
     chosen on the data of tune_spec. options: steps, calibrate, method_for and dtype, as in `merge`.
-    Raises UsageError, SourceError, DataError, GateError where choose has tasks that the spec forgets.
+    Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document
     from flexmerge_cli.evaluation.gate import parse_gate
@@ -250,7 +253,7 @@ def draw_curve(
 
 
 def verify(path: Path | str, *, decode: bool = False) -> Verification:
-    """Compare every byte with the manifest, with decode=True every decoded tensor, too."""
+    """Check every byte against the manifest, and with decode=True also every decoded tensor."""
     return _verify(locate(str(path)).path, decode=decode)
 
 
@@ -263,10 +266,10 @@ def export(
     link: bool = False,
     merged: bool = False,
 ) -> None:
-    """Write one task as an ordinary checkpoint folder; of a bundle on the Hub its files alone are fetched.
+    """Export a task as an ordinary checkpoint folder. From a bundle on the Hub, only its files are downloaded.
 
-    task: a list of names, even of one, makes a folder of its name for each in `output`, all of them or none.
-    merged: of an adapter that was kept, the model that it makes, and not its own folder.
+    task: a name, or a list of names, each of which gets a subfolder of `output`; all of them are written or none.
+    merged: export a kept adapter as the full model that it produces, not as an adapter.
     Raises UsageError, SourceError, IntegrityError, MachineError.
     """
     from flexmerge_cli.bundle.export import export_task, export_tasks

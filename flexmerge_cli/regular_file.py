@@ -32,7 +32,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def open_descriptor(path: Path) -> int:
-    """The same as a descriptor. Raises OSError, and DataError if it is anything but a file."""
+    """Like `open_file`, but returns a descriptor. Raises OSError, and DataError for anything but a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:

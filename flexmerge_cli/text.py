@@ -1,4 +1,4 @@
-"""Which texts every file that we write, and every path, can hold: Unicode, without NUL and without lone surrogates.
+"""Checks that texts can be written to every file and path: Unicode, without NUL and without lone surrogates.
 
 JSON, YAML and pickles can all tell of others, and so can names on a disk; they are refused where they come in.
 """
@@ -26,7 +26,8 @@ def holds_text(value: Any) -> bool:
 
 
 def json_holds_text(data: bytes, value: Any) -> bool:
-    """The same of what `json.loads` has made of `data`: plain ASCII without escapes needs no walk through the value."""
+    """Whether the texts of `value`, parsed from `data`, are valid. Plain ASCII without escapes needs no walk through
+    it."""
     return (data.isascii() and b"\\u" not in data and b"\0" not in data) or holds_text(value)
 
 

@@ -40,7 +40,7 @@ class Document:
     """Keys and indices from the top -> line, from 1."""
 
     def line(self, place: Place) -> int:
-        """Of the key, or of what it would stand in."""
+        """The line of the key, or of the mapping that would contain it."""
         return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
 
     def error(self, place: Place, message: str, *, hint: str, line_of: Place | None = None) -> UsageError:

@@ -75,5 +75,5 @@ def test_an_argument_of_any_text_is_written_and_read_back(value):
 
 @pytest.mark.parametrize("value", ["*a", "&a [*a]", "[" * 3000, "{a: *b}", "!!bool maybe", "\x1b", "1" * 5000])
 def test_an_argument_that_is_no_plain_value_is_asked_wrongly(value):
-    with pytest.raises(UsageError, match="no YAML value"):
+    with pytest.raises(UsageError, match="not a valid YAML value"):
         split_call(f"ties:K={value}")

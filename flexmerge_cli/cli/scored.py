@@ -37,7 +37,7 @@ class ScoreOptions:
 
 
 def score_bundle(options: ScoreOptions) -> dict[str, Any]:
-    """The document; what was asked for as files is written. All that can be refused is, before a weight is read."""
+    """Score, write the requested files and return the document. Whatever can be refused is, before weights are read."""
     from flexmerge_cli.evaluation.running import ScoreRequest, scores
 
     check_outputs(options.outputs, (options.bundle, options.plan, options.spec), force=options.force)

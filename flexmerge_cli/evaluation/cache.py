@@ -1,4 +1,4 @@
-"""Scores on disk, `flexmerge.score/1`: one .npz a model and task, named by what the score depends on.
+"""Caches scores on disk, `flexmerge.score/1`: one .npz per model and task, named by what the score depends on.
 
 key     xxh3-128 of weights digest, data digest and settings, as canonical JSON
 header  {format, key, scores: [{metric, notes, given}]}, JSON as uint8; further metrics after the first
@@ -38,20 +38,20 @@ def cache_folder() -> Path:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """parts: all that a score depends on, as JSON."""
+    """The key of a score. parts: everything that the score depends on, as JSON."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreCache:
-    """Entries by key."""
+    """The cached entries, by key."""
 
     folder: Path = field(default_factory=cache_folder)
     overwrite: bool = False
-    """Find nothing, so that every score is computed anew and replaces what is kept."""
+    """A cache that finds nothing, so that every score is computed anew and replaces the cached one."""
 
     def get(self, key: str) -> Scored | None:
-        """None where there is none, or none that is sound."""
+        """The entry, or None if there is none that can be read."""
         if self.overwrite:
             return None
         try:
@@ -79,7 +79,7 @@ class ScoreCache:
         return self.folder / key[:2] / f"{key}.npz"
 
     def _write(self, path: Path, data: bytes) -> None:
-        """Whole or not at all. A disk that takes nothing costs the next run its time, and this one nothing."""
+        """Write the whole entry or nothing. Failing to write costs the next run its time, and this run nothing."""
         with contextlib.suppress(OSError, MachineError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, data)
@@ -91,7 +91,7 @@ def _entry(scored: Scored) -> dict[str, Any]:
 
 
 def _scored(entry: Mapping[str, Any], predictions: np.ndarray, labels: np.ndarray) -> Scored:
-    """Raises KeyError, TypeError or ValueError for an entry that is none."""
+    """Decode an entry. Raises KeyError, TypeError or ValueError if it is malformed."""
     given = entry["given"]
     if given is not None:
         interval = given["interval"]

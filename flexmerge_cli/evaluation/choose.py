@@ -1,4 +1,4 @@
-"""The smallest bundle that keeps enough, chosen on one half of the data and reported on the other. Pure.
+"""Chooses the smallest bundle that keeps enough, on one half of the data, and reports it on the other half. Pure.
 
 A point qualifies if the lower bound of a one-sided paired 95 % bootstrap of its mean normalised score reaches the
 target; with `each`, of every task's. Halves are drawn by a fixed seed; both models of a pair see the same examples.
@@ -23,17 +23,17 @@ Scores = Mapping[str, Scored]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """How much of the fine-tuned scores a point keeps, on some data."""
+    """The part of the fine-tuned scores that a point keeps, on some data."""
 
     value: float
-    """Mean over tasks."""
+    """The mean over tasks."""
     low: float
-    """It is above, with 95 %."""
+    """The lower bound, with 95 % confidence."""
     worst: str
     """The task with the lowest bound."""
     worst_low: float
     n: int
-    """Examples of the task that has the fewest."""
+    """The number of examples of the task that has the fewest."""
 
     def reaches(self, target: float, *, each: bool) -> bool:
         return (self.worst_low if each else self.low) >= target
@@ -41,17 +41,17 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was chosen, and how it does where it was not chosen."""
+    """The chosen point, and its scores on data that it was not chosen on."""
 
     point: Point
     qualifies: bool
-    """False: it is the best of those that do not."""
+    """Whether the point qualifies. If false, it is the best of the points that do not."""
     target: float
     each: bool
     chosen_on: Kept
     reported: Kept
     data: str
-    """What it was chosen on, in words."""
+    """The data that it was chosen on, in words."""
 
     @property
     def message(self) -> str:
@@ -100,7 +100,7 @@ def choose(
     each: bool,
     data: str,
 ) -> Choice:
-    """points: with their scores on the data to choose on, and on those to report; references: likewise.
+    """Choose a point. points: with scores on the data to choose on, and on those to report; references: likewise.
 
     The smallest in bytes that qualifies, of equals the better; if none does, that with the highest bound.
     """
@@ -139,7 +139,8 @@ def kept_of(merged: Scores, references: Scores) -> Kept:
 
 
 def halves(scores: Scores) -> tuple[dict[str, Scored], dict[str, Scored]]:
-    """One half of every task's examples, and the other. Raises UsageError for fewer than two, or none to split."""
+    """Split every task's examples into two halves. Raises UsageError for fewer than two, or if there are none to
+    split."""
     one, other = {}, {}
     for task, scored in scores.items():
         if scored.given is not None or scored.n < 2:

@@ -1,4 +1,4 @@
-"""Values of class metrics on many resamples at once: scikit-learn's, from counts of (label, prediction).
+"""Computes class metrics on many resamples at once, like scikit-learn, from counts of (label, prediction).
 
 scikit-learn takes a millisecond a resample, and an interval needs a thousand of them. Held against it in the tests.
 """
@@ -12,7 +12,8 @@ Values = Callable[[np.ndarray], np.ndarray]
 
 
 def counts_RCC(predictions: np.ndarray, labels: np.ndarray, rows: Iterable[np.ndarray]) -> np.ndarray:
-    """[R, C, C + 1] of each resample; rows: its examples. predictions, labels: int [n], prediction -1 for no class."""
+    """Counts [R, C, C + 1] of each resample. rows: its examples. predictions, labels: int [n], prediction -1 for no
+    class."""
     classes = int(max(predictions.max(), labels.max())) + 1
     column = np.where(predictions < 0, classes, predictions)
     cells = labels * (classes + 1) + column
@@ -57,7 +58,7 @@ def matthews(counts: np.ndarray) -> np.ndarray:
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """0 where there is nothing to divide by."""
+    """The quotient, or 0 if the divisor is 0."""
     found: np.ndarray = np.divide(above, below, out=np.zeros_like(above, np.float64), where=below > 0)
     return found
 

@@ -1,4 +1,4 @@
-"""A task's examples as a table: the columns that its kind needs, of the examples that the spec asks for.
+"""Reads a task's examples as a table: the columns that its kind needs, for the examples that the spec selects.
 
 Which file has them and how: readers.py. What they mean: the kinds.
 """
@@ -20,38 +20,38 @@ from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """What a kind wants of the data."""
+    """A column that a kind needs."""
 
     name: str | None
-    """As the spec has it; None: the first of `usual` that is there."""
+    """The name in the spec. None: the first of `usual` that exists."""
     usual: tuple[str, ...] = ()
     optional: bool = False
-    """Not told in the spec and none of `usual` there: left out."""
+    """Whether the column is omitted if the spec does not name it and none of `usual` exists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """n examples, n at least 1."""
+    """The examples: n of them, at least 1."""
 
     columns: Mapping[str, Sequence[Any]]
-    """By role: `text`, `label`, …; all of one length."""
+    """Columns by role: `text`, `label`, …; all of the same length."""
     names: Mapping[str, str]
     """Role -> name in the data."""
     source: str
-    """For messages: the path, as in the spec."""
+    """The path as in the spec, for messages."""
     folder: Path
-    """What paths in the data are relative to."""
+    """The folder that paths in the data are relative to."""
     digest: str
-    """Of the bytes as read, and of the choice of examples."""
+    """The digest of the bytes read and of the choice of examples."""
     split: str | None
     rows: np.ndarray | None
-    """Which of the source's examples these are, from 0; None: all, in order."""
+    """The indices of these examples in the source, from 0. None: all, in order."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def row(self, index: int) -> str:
-        """`row 3 of test.jsonl`, from 1, headers not counted."""
+        """The place of an example in words, `row 3 of test.jsonl`; counted from 1, without headers."""
         return f"row {int(index if self.rows is None else self.rows[index]) + 1} of {self.source}"
 
     def texts(self, role: str, place: Place) -> list[str]:
@@ -61,7 +61,9 @@ class Table:
         if strange is not None:
             found = type(column[strange]).__name__
             raise place.error(
-                f"columns.{role}", f"`{self.names[role]}` in {self.row(strange)} is no text: {found}", hint="check it"
+                f"columns.{role}",
+                f"`{self.names[role]}` in {self.row(strange)} is not a text: {found}",
+                hint="check the value",
             )
         return [str(value) for value in column]
 
@@ -85,14 +87,14 @@ class Table:
 
 
 def read_table(task: TaskSpec, place: Place, columns: Mapping[str, Column]) -> Table:
-    """The columns that a task needs, of the examples that it asks for.
+    """Read the columns that a task needs, for the examples that it selects.
 
     Raises UsageError with file, line and key for a missing column and for no examples, SourceError for missing data,
     DataError for malformed data.
     """
     data = task.data_spec
     if data is None:
-        raise place.error("", "no `data`", hint="data: test.jsonl")
+        raise place.error("", "no `data` given", hint="data: test.jsonl")
     source = _open(place, data.path, data.format, data.split)
     of_split = f", split `{data.split}`," if data.split else ""
     nothing = place.error("data", f"{data.path}{of_split} has no examples", hint="check the data")
@@ -124,7 +126,9 @@ def _open(place: Place, written: str, kind: str | None, split: str | None) -> So
             raise SourceError(f"no data at {path}", hint="check the path")
         kind = kind or guess_format(path)
         if kind is None:
-            raise UsageError(f"{path.name} is of no format that its name tells", hint="data: {path: …, format: jsonl}")
+            raise UsageError(
+                f"the format of {path.name} is unclear from its name", hint="data: {path: …, format: jsonl}"
+            )
         return open_source(path, kind, split)
     except (UsageError, SourceError) as error:
         told = place.error("data", error.message, hint=error.hint or "check `data`")
@@ -143,7 +147,7 @@ def _found(role: str, column: Column, source: Source, place: Place, path: str) -
 
 
 def _chosen(count: int, limit: int | None, seed: int | None) -> np.ndarray | None:
-    """The first `limit`, or with a seed as many drawn without repetition, in the order of the data."""
+    """The indices of the first `limit` examples or, with a seed, of as many drawn without repetition, in data order."""
     if limit is None or limit >= count:
         return None
     return np.arange(limit) if seed is None else np.sort(np.random.default_rng(seed).permutation(count)[:limit])

@@ -1,4 +1,4 @@
-"""Score every task of a bundle on its own routed view, and beside it its fine-tuned model and the base.
+"""Scores every task of a bundle on its own view, and beside it the fine-tuned model and the base.
 
 `flexmerge.eval/1`, one JSON document:
 spec   {path, sha256, not_scored} of eval.yaml
@@ -33,9 +33,9 @@ from flexmerge_cli.evaluation.spec import EvalSpec
 
 FORMAT = "flexmerge.eval/1"
 OnStep = Callable[[str, int, int], None]
-"""(which model of which task, examples done, of how many)."""
+"""Progress: (which model of which task, examples done, examples in all)."""
 OnScored = Callable[[str, dict[str, TaskModel], dict[str, Scored]], None]
-"""(task, its models, what they did): by `merged`, `fine_tuned`, `base`."""
+"""Callback (task, its models, their outputs), keyed by `merged`, `fine_tuned`, `base`."""
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
     on_step: OnStep = lambda *_step: None,
     on_scored: OnScored = lambda *_scored: None,
 ) -> dict[str, Any]:
-    """One record per task; without a bundle of its references alone. One model is in memory at a time.
+    """Score every task; without a bundle, only the references. One model is in memory at a time.
 
     references: by default those that the spec names. Raises UsageError before a weight is read where spec, data or
     side files do not fit, DataError for weights that do not, IntegrityError if a file that a scored task reads differs
@@ -90,14 +90,14 @@ def evaluate(
 
 
 def told_counts(counts: Mapping[str, int]) -> str:
-    """How the scores of a document came about, on one line. counts: its `evaluations`."""
+    """Where the scores of a document came from, on one line. counts: its `evaluations`."""
     return (
         f"{counts['computed']:,} run, {counts['repeated']:,} reused from this run, {counts['cached']:,} from the cache"
     )
 
 
 def told_methods(document: Mapping[str, Any]) -> str:
-    """What merged a bundle, on one line."""
+    """The methods that merged a bundle, on one line."""
     return "; ".join(document["methods"]) or "copies"
 
 
@@ -114,7 +114,7 @@ def _score_task(
     if bundle is not None:
         openers = {"merged": lambda: bundle_model(bundle, task)} | openers
     if not openers:
-        raise spec.place(task, folder).error("", "nothing to score", hint="checkpoint: path/of/the/fine-tuned/model")
+        raise spec.place(task, folder).error("", "no model to score", hint="checkpoint: path/of/the/fine-tuned/model")
     fine_tuned = openers["fine_tuned"]() if "fine_tuned" in openers else None
     models, found = {}, {}
     for who, opened in openers.items():
@@ -133,7 +133,7 @@ def _score_task(
 def task_record(
     spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored], *, data: str | None
 ) -> dict[str, Any]:
-    """What a report says of one task. models, found: of `merged`, `fine_tuned`, `base`; what is missing is null.
+    """The report on one task. models, found: keyed by `merged`, `fine_tuned`, `base`; null where missing.
 
     data: digest of its examples, empty where code or a harness has them.
     """
@@ -161,7 +161,7 @@ def task_record(
 
 
 def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict[str, Any]:
-    """One number, and all that it rests on."""
+    """One number with its evidence."""
     ends = interval(scored)
     return {
         "metric": scored.metric,
@@ -179,13 +179,13 @@ def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict
 
 
 def one_metric(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Of all tasks; None where they differ: then a mean of scores says nothing, one of parts of the fine-tuned does."""
+    """The metric of all tasks. None if they differ: then only means of parts of the fine-tuned scores make sense."""
     metrics = {record["metric"] for record in records.values()}
     return metrics.pop() if len(metrics) == 1 else None
 
 
 def means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over tasks; None where one of them has none, and of scores of different metrics."""
+    """The mean over tasks. None if one of them has no value, or the scores are of different metrics."""
 
     def mean(key: str) -> float | None:
         values = [record[key] for record in records.values()]

@@ -1,8 +1,8 @@
-"""Whether scores are near enough to the fine-tuned models' to be released: limits and paired scores in, a verdict out.
+"""Decides whether scores are close enough to the fine-tuned models' for a release. Limits and paired scores in.
 
 A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (of perplexity and divergence its own units). A
 task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop is beyond it with the
-same certainty, and is undecided otherwise: then more examples are needed, and how many is told. A gate judges every
+same certainty, and is undecided otherwise; then the verdict says how many examples are needed. A gate judges every
 task of a bundle: it fails if one was neither scored nor named as `not_scored`, whatever the others keep. Pure.
 """
 
@@ -26,7 +26,7 @@ MEAN = "the mean"
 
 
 class Outcome(StrEnum):
-    """Of a task, and of all."""
+    """The outcome for a task, and for all of them."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -35,17 +35,17 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much may be lost."""
+    """The largest acceptable loss."""
 
     text: str
     value: float
-    """A part of the fine-tuned score where relative, else in the metric's unit."""
+    """If relative, a part of the fine-tuned score, else in the metric's unit."""
     relative: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """Limits of each task, and of the mean over tasks."""
+    """The limits on each task and on the mean over tasks."""
 
     max_drop: Limit | None = None
     max_mean_drop: Limit | None = None
@@ -56,7 +56,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskVerdict:
-    """One task, or the mean, beside its limit."""
+    """The result for one task, or for the mean, with its limit."""
 
     name: str
     outcome: Outcome
@@ -64,16 +64,16 @@ class TaskVerdict:
     drop: float | None
     low: float | None
     high: float | None
-    """95 % one-sided bounds of the drop; None where a number came from outside without them."""
+    """One-sided 95 % bounds of the drop; None if an external number came without them."""
     n: int
     needed: int | None
-    """Examples that would decide, where it is undecided; None if no number would."""
+    """The number of examples that would decide an undecided case; None if no number would."""
     points: float = 100.0
-    """Of a drop of 1, as the limit counts."""
+    """The points in a drop of 1, in the unit of the limit."""
 
     @property
     def told(self) -> str:
-        """One line."""
+        """The verdict on one line."""
         if self.drop is None or self.high is None or self.low is None:
             return f"{self.name}: {self.outcome} (a number from outside has no paired bound)"
         unit = "%" if self.limit.endswith("%") else "pt"
@@ -89,17 +89,17 @@ class TaskVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """All of them."""
+    """The verdicts on all tasks."""
 
     tasks: tuple[TaskVerdict, ...]
     not_scored: tuple[str, ...] = ()
-    """Tasks of the bundle that the spec leaves out on purpose."""
+    """Tasks of the bundle that the spec excludes on purpose."""
     forgotten: tuple[str, ...] = ()
-    """Tasks of the bundle that it does not speak of: nothing is known of them, so the gate fails."""
+    """Tasks of the bundle that the spec does not mention. Nothing is known of them, so the gate fails."""
 
     @property
     def outcome(self) -> Outcome:
-        """Fail before undecided: more data would not help."""
+        """The outcome of all: `fail` takes precedence over `undecided`, since more data would not help."""
         if self.forgotten:
             return Outcome.FAIL
         found = {task.outcome for task in self.tasks}
@@ -136,12 +136,12 @@ def told_forgotten(tasks: Sequence[str]) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """A bound of one example is infinite, and JSON has no infinity."""
+    """A bound for JSON, which has no infinity: the bound of a single example is infinite."""
     return value if value is not None and np.isfinite(value) else None
 
 
 def require_pass(gate: Mapping[str, Any], what: str) -> None:
-    """gate: `Verdict.record`. Raises GateError, with the tasks and why, unless all pass."""
+    """Raise GateError with the tasks and reasons unless all pass. gate: from `Verdict.record`."""
     if gate["outcome"] != Outcome.PASS:
         bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
         told = [f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad]
@@ -158,13 +158,13 @@ def require_pass(gate: Mapping[str, Any], what: str) -> None:
 
 
 def require_scored(spec: EvalSpec, what: str) -> None:
-    """Raises GateError, before anything is scored, for tasks of the bundle that the spec does not speak of."""
+    """Raise GateError, before anything is scored, for tasks of the bundle that the spec does not mention."""
     if spec.forgotten:
         require_pass(Verdict(tasks=(), not_scored=spec.not_scored, forgotten=spec.forgotten).record(), what)
 
 
 def parse_gate(max_drop: str | None, max_mean_drop: str | None) -> Gate:
-    """Of the options of these names. Raises UsageError."""
+    """Parse the options of these names. Raises UsageError."""
     return Gate(
         max_drop=None if max_drop is None else parse_limit(max_drop, "--max-drop"),
         max_mean_drop=None if max_mean_drop is None else parse_limit(max_mean_drop, "--max-mean-drop"),
@@ -172,7 +172,7 @@ def parse_gate(max_drop: str | None, max_mean_drop: str | None) -> Gate:
 
 
 def parse_limit(text: str, option: str) -> Limit:
-    """`1%` or `0.5pt`. Raises UsageError."""
+    """Parse `1%` or `0.5pt`. Raises UsageError."""
     match = LIMIT.fullmatch(text.strip())
     if match is None or not 0 <= float(match[1]) <= 100:
         raise UsageError(
@@ -191,7 +191,7 @@ def judge(
     not_scored: Sequence[str] = (),
     forgotten: Sequence[str] = (),
 ) -> Verdict:
-    """references: of the fine-tuned models, on the same examples. same: tasks whose weights are the fine-tuned ones.
+    """Judge the scores. references: those of the fine-tuned models, on the same examples.
 
     not_scored, forgotten: the bundle's other tasks, those that the spec names as such and the rest.
     """
@@ -217,7 +217,7 @@ def _of_task(task: str, merged: Scored, reference: Scored, limit: Limit, same: b
 
 
 def _of_mean(merged: Mapping[str, Scored], references: Mapping[str, Scored], limit: Limit) -> TaskVerdict:
-    """Of the mean drop over tasks, by a paired bootstrap of every task's examples; in hundredths of points."""
+    """The verdict on the mean drop over tasks, by a paired bootstrap over examples; in hundredths of points."""
     smallest = min((scored.n for scored in merged.values()), default=0)
     if any(scored.given is not None for scored in (*merged.values(), *references.values())):
         return TaskVerdict(

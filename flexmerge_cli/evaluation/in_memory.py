@@ -1,4 +1,4 @@
-"""Bundles that are never written: a bill in, any task's weights out, bit for bit those of `merge` and a view.
+"""Reads the tasks of bundles that are never written: the weights are bit for bit those of `merge` and a view.
 
 The engine writes its parts to memory and the reader of bundles decodes them from there, so nothing is done in two ways.
 A part is known by what decides its bits: the tensor, its group with the method, and the cast. It is made once, however
@@ -34,59 +34,59 @@ Key = Hashable
 
 @dataclass(frozen=True, slots=True)
 class _Bills:
-    """What one bill's parts and tasks are known by."""
+    """The keys of the parts and tasks of one bill."""
 
     part: dict[Part, Key]
     tensor: dict[tuple[str, int], Key]
-    """(aligned name, task) -> what decides the task's bits of it."""
+    """(aligned name, task) -> what determines the task's bits of the tensor."""
     made_by: dict[Part, tuple[str, Tasks | None]]
-    """Of a unit's part the unit and the group's tasks; of others the tensor and None."""
+    """For a unit's part: the unit and the group's tasks; for other parts: the tensor and None."""
     copies: set[Part]
-    """What may be some source's bits as they are."""
+    """Parts that may be the unchanged bits of a source."""
 
 
 @dataclass(slots=True, kw_only=True)
 class MemoryBundles:
-    """Parts of one plan's bills in memory. To be used from one thread."""
+    """The parts of one plan's bills in memory. Not thread-safe."""
 
     sources: Sources
     device: torch.device
     threads: int
     chunk_elements: int = CHUNK_ELEMENTS
     places: dict[Key, Path] = field(default_factory=dict)
-    """Of the parts in memory: names of no files, by which they are found."""
+    """Parts in memory -> the paths, of no real file, under which readers find them."""
     digests: dict[Key, dict[int, str]] = field(default_factory=dict)
-    """Of what a reader gets of a tensor, by its key and task."""
+    """Digests of what a reader gets of a tensor, by its key and task."""
     num_made: int = 0
-    """Parts that were made so far."""
+    """The number of parts made so far."""
     _files: dict[Path, np.ndarray] = field(default_factory=dict)
-    """uint8: mapped sources, and parts by their places."""
+    """Bytes as uint8: mapped sources, and parts by their paths."""
     _sound: set[tuple[str, int]] = field(default_factory=set)
-    """(tensor, model) whose source was compared with the plan."""
+    """(tensor, model) pairs whose source has been compared with the plan."""
     _last: tuple[Bill, _Bills] | None = None
 
     def identity(self, bill: Bill, task: int) -> Key:
-        """Equal for two bills of one plan only if the task's weights are, bit for bit; makes nothing."""
+        """A key that is equal for two bills of one plan only if the task's weights are equal. Makes nothing."""
         tensors = self._keys(bill).tensor
         return tuple(tensors[name, task] for name, storage in bill.storages.items() if (name, task) in tensors)
 
     def keys(self, bill: Bill, tasks: Collection[int]) -> set[Key]:
-        """Of all parts that these tasks read."""
+        """The keys of all parts that these tasks read."""
         keys = self._keys(bill).part
         return {keys[part] for part in _parts(bill, tasks)}
 
     def keep_only(self, keys: Collection[Key]) -> None:
-        """Forget all other parts, and their memory."""
+        """Drop all other parts and release their memory."""
         for key in [key for key in self.places if key not in keys]:
             del self._files[self.places.pop(key)]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all parts."""
+        """The memory of all parts, in bytes."""
         return sum(self._files[place].size for place in self.places.values())
 
     def bundle(self, bill: Bill, tasks: Collection[int]) -> Bundle:
-        """As `Bundle.open` of what `merge` would write, for these tasks alone; makes what is not there yet.
+        """Like `Bundle.open` of what `merge` would write, for these tasks only. Makes the parts that are missing.
 
         Parts stay alive with the bundle. Raises DataError as `merge` does.
         """
@@ -115,7 +115,7 @@ class MemoryBundles:
         return keys.part[part] in self.places or self._copied(bill, part, keys) is not None
 
     def _copied(self, bill: Bill, part: Part, keys: _Bills) -> tuple[StoredTensor, int] | None:
-        """The source that holds these very bytes, and whose it is."""
+        """The source that holds exactly these bytes, and the model that it belongs to."""
         if part not in keys.copies:
             return None
         model = BASE if part.array.role == "base" else bill.plan.tensor(part.tensor).same[part.readers[0]]
@@ -165,7 +165,7 @@ class MemoryBundles:
     # Making them
 
     def _make(self, bill: Bill, missing: list[Part], keys: _Bills) -> None:
-        """The groups that store what is missing, over all tensors of their units, in one run of the engine."""
+        """The groups that store missing parts, over all tensors of their units, for one run of the engine."""
         wanted = {keys.made_by[part] for part in missing}
         some = _restricted(bill, wanted)
         output = MemoryOutput(missing)
@@ -240,7 +240,7 @@ def _parts(bill: Bill, tasks: Collection[int]) -> Iterable[Part]:
 
 
 def _restricted(bill: Bill, wanted: Collection[tuple[str, Tasks | None]]) -> Bill:
-    """The bill of these groups of units, and of these tensors outside of units, alone."""
+    """The part of the bill for these groups of units and these tensors outside of units."""
     groups: dict[str, set[Tasks]] = {}
     for name, tasks in wanted:
         if tasks is not None:

@@ -1,4 +1,4 @@
-"""A starter spec for a bundle: kinds from the configs' architectures, label names, what the side files tell.
+"""Writes a starter spec for a bundle: kinds from the configs' architectures, label names, and facts from side files.
 
 Text out; reads side files, and looks for data near the place where the spec is to lie. What it cannot know stands in
 a comment, or is a file name to be filled in.
@@ -33,12 +33,12 @@ FOLDERS = ("test", "data", "validation", ".")
 
 
 def starter_spec(bundle: Bundle, folder: Path) -> str:
-    """folder: where the spec is to lie."""
+    """The text of a starter spec. folder: where the spec will be."""
     return HEAD + "".join(_task(bundle, task, folder) for task in bundle.tasks)
 
 
 def is_starter_spec(path: Path) -> bool:
-    """Whether a file begins as a starter spec does: what --init may replace with --force."""
+    """Whether a file begins like a starter spec, so that --init may replace it with --force."""
     return has_start(path, HEAD.partition(":")[0].encode())
 
 
@@ -67,7 +67,7 @@ def _kind(side: Path) -> str:
 
 
 def _keys(side: Path, task: str, folder: Path) -> list[str]:
-    """Of the kind."""
+    """The spec's keys for the kind."""
     kind = _kind(side)
     if kind == "command":
         return ['command: [python, score.py, "{checkpoint}"]  # prints {"value": 0.9, "n": 100}; needs --allow-exec']
@@ -99,7 +99,7 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
 
 
 def _data(task: str, folder: Path) -> str | None:
-    """A file of the task's name near the spec, if there is one."""
+    """A file near the spec that is named after the task, if there is one."""
     for name in FOLDERS:
         for suffix in dict.fromkeys(SUFFIXES):
             path = folder / name / f"{task}{suffix}"
@@ -109,7 +109,7 @@ def _data(task: str, folder: Path) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """As YAML reads it back."""
+    """Quote a text for YAML."""
     try:
         plain = bool(re.fullmatch(r"[\w./:@+-]+", text)) and yaml.safe_load(f"- {text}") == [text]
     except (yaml.YAMLError, ValueError):

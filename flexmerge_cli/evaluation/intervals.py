@@ -1,4 +1,4 @@
-"""How sure a score is: 95 % intervals, and the paired difference of two models on the same examples.
+"""Computes 95 % intervals of scores, and the paired difference of two models on the same examples.
 
 Proportions: Wilson's interval as Brown, Cai and DasGupta (2001) mend it. The plain one covers less than 90 % where
 about half an example is expected (np = 0.55); with one-sided Poisson limits for up to 2 hits or misses (3 where
@@ -23,7 +23,7 @@ MAX_KEPT = 4_000_000  # indices, 16 MB: of more examples the draws are made anew
 
 
 def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
-    """(low, high), 95 %. The number itself, twice, where it came from outside without one."""
+    """(low, high), 95 %. For an external number without an interval, the number itself, twice."""
     if scored.given is not None:
         return scored.given.interval or (scored.given.value, scored.given.value)
     outcomes = scored.outcomes
@@ -35,7 +35,8 @@ def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
 
 
 def resampled_values(scored: Scored, seed: int = SEED) -> np.ndarray:
-    """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with another model's."""
+    """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with those of other
+    models."""
     outcomes, rows = scored.outcomes, resamples(scored.n, seed)
     if outcomes is not None and scored.n * RESAMPLES <= MAX_KEPT:
         return np.asarray(outcomes[_kept_resamples(scored.n, seed)].mean(axis=1))
@@ -48,7 +49,7 @@ def resampled_values(scored: Scored, seed: int = SEED) -> np.ndarray:
 
 
 def proportion(hits: int, n: int) -> tuple[float, float]:
-    """(low, high) of a share of which `hits` of n >= 1 were seen; in [0, 1]."""
+    """(low, high) of a proportion with `hits` of n >= 1 observed; in [0, 1]."""
     from scipy.stats import binomtest, chi2
 
     low, high = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
@@ -62,7 +63,7 @@ def proportion(hits: int, n: int) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=32)
 def _kept_resamples(n: int, seed: int) -> np.ndarray:
-    """int32 [RESAMPLES, n]: the draws of `resamples`, which many models share."""
+    """Draws for `resamples`, int32 [RESAMPLES, n], shared by many models."""
     return np.array(list(resamples(n, seed)), np.int32)
 
 
@@ -75,22 +76,22 @@ def resamples(n: int, seed: int = SEED, count: int = RESAMPLES) -> Iterator[np.n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedBound:
-    """How much worse a model is than its reference, on the same n examples. Below 0 it is better."""
+    """How much worse a model is than its reference, on the same n examples. Negative if it is better."""
 
     drop: float
-    """In the metric's own unit, or as a part of the reference's score."""
+    """The drop in the metric's own unit, or as a part of the reference's score."""
     low: float
-    """The drop is above it, with 95 % (one-sided)."""
+    """The lower one-sided 95 % bound of the drop."""
     high: float
-    """The drop is below it, with 95 % (one-sided): what a gate goes by."""
+    """The upper one-sided 95 % bound of the drop, which a gate uses."""
     n: int
 
     def decides(self, limit: float) -> bool | None:
-        """True: the drop is within the limit. False: it is not. None: n is too small to tell."""
+        """True: the drop is within the limit. False: it is not. None: n is too small to decide."""
         return True if self.high <= limit else False if self.low > limit else None
 
     def n_that_decides(self, limit: float) -> int | None:
-        """Examples with which a drop like this one would be told from the limit; None if it is the limit itself.
+        """The number of examples that would separate a drop like this from the limit; None if it equals the limit.
 
         The width of the interval falls as 1/√n.
         """
@@ -104,7 +105,7 @@ class PairedBound:
 def paired_bound(
     merged: Scored, reference: Scored, *, relative: bool, same_weights: bool = False, seed: int = SEED
 ) -> PairedBound | None:
-    """One-sided 95 % bounds of how much `merged` is below `reference`; None where a number came from outside.
+    """One-sided 95 % bounds of how much `merged` is below `reference`; None for an external number.
 
     relative: as a part of the reference's score. same_weights: both are one model (equal digests), so the drop is 0.
     Hits and misses: score intervals of Tango (1998) and Tang, Tang and Chan (2003). Other means: Student's t, by the

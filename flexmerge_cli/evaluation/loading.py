@@ -1,4 +1,4 @@
-"""A task's weights and config in, the transformers model that is scored out; nothing of either may be left over."""
+"""Builds the transformers model to be scored from a task's weights and config. No tensor may be missing or unused."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ OTHERWISE = "kind `python` or `command` scores a model of any form"
 
 
 def require(*modules: str, extra: str = "flexmerge-cli[eval]") -> None:
-    """Raises UsageError with the pip command for what is not installed."""
+    """Import a module. Raises UsageError with the pip command if it is not installed."""
     import importlib
 
     for module in modules:
@@ -24,7 +24,7 @@ def require(*modules: str, extra: str = "flexmerge-cli[eval]") -> None:
 
 
 def quiet_transformers() -> Any:
-    """transformers, without its bars and warnings. Raises UsageError if it is not installed."""
+    """Import transformers, without its progress bars and warnings. Raises UsageError if it is not installed."""
     require("transformers")
     import transformers
 
@@ -34,7 +34,7 @@ def quiet_transformers() -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json beside the weights. Raises UsageError if there is none, DataError if it is none."""
+    """Read config.json beside the weights. Raises UsageError if there is none, DataError if it is malformed."""
     return config_of(folder, otherwise=OTHERWISE)
 
 
@@ -65,7 +65,7 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
 
 
 def _stored_dtype(weights: dict[str, Any]) -> str:
-    """The floating dtype that most of the weights' elements have."""
+    """The floating dtype of most of the weights' elements."""
     elements: dict[str, int] = {}
     for tensor in weights.values():
         if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""A task's model as an ordinary checkpoint folder, for tools that read one; removed when the block is left."""
+"""Writes a task's model as an ordinary checkpoint folder for tools that read one; removed at the end of the block."""
 
 import shutil
 import tempfile
@@ -14,7 +14,7 @@ from flexmerge_cli.evaluation.scored import TaskModel
 
 @contextmanager
 def materialised(model: TaskModel) -> Iterator[Path]:
-    """Its side files, and model.safetensors, written a tensor at a time."""
+    """A folder with the side files and model.safetensors, written one tensor at a time."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="flexmerge-") as name:

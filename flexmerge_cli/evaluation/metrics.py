@@ -1,4 +1,4 @@
-"""Metrics by name: predictions and labels in, one number out. Values are scikit-learn's and scipy's.
+"""Metrics by name: predictions and labels in, one number out. Values agree with scikit-learn's and scipy's.
 
 A metric that is a mean over examples has `outcomes`: the numbers it is the mean of. From them follow Wilson intervals
 and paired bounds; where there are none (F1, correlations, perplexity), intervals come from resampling. numpy only
@@ -19,18 +19,18 @@ Outcomes = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Takes(StrEnum):
-    """What the predictions of n examples are; the labels are what they are compared with."""
+    """The form of the predictions of n examples. Labels are what they are compared with."""
 
     CLASSES = "classes"
-    """int [n]: a class, -1 where the output names none. Labels: int [n]."""
+    """int [n]: a class, or -1 if the output names none. Labels: int [n]."""
     SCORES = "scores"
-    """float [n, classes], higher is likelier. Labels: int [n], or scores of another model."""
+    """float [n, classes], higher is likelier. Labels: int [n], or the scores of another model."""
     NUMBERS = "numbers"
-    """float [n], NaN where the output is no number. Labels: float [n]."""
+    """float [n], NaN if the output is not a number. Labels: float [n]."""
     TEXTS = "texts"
     """str [n]. Labels: str [n]."""
     LIKELIHOODS = "likelihoods"
-    """float [n]: sum of the log likelihoods of an example's tokens. Labels: int [n], how many tokens."""
+    """float [n]: the sum of log likelihoods of an example's tokens. Labels: int [n], the number of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,9 @@ class Metric:
     value: Measure
     higher_is_better: bool = True
     outcomes: Outcomes | None = None
-    """[n] numbers whose mean is the value; None where the value is no mean."""
+    """Computes [n] numbers whose mean is the value; None if the value is not a mean."""
     percent: bool = True
-    """Whether it is told in percent: a share, or a correlation."""
+    """Whether it is shown in percent: proportions and correlations."""
     only_two_classes: bool = False
 
 
@@ -64,12 +64,12 @@ def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _agrees(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Likeliest classes that are the same; of texts, the texts."""
+    """Whether the likeliest classes are equal; for texts, whether the texts are."""
     return _hits(*((found.argmax(-1) if found.ndim == 2 else found) for found in (predictions, labels)))
 
 
 def _macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over classes; an output that names none (-1) is a miss, and no class."""
+    """The mean over classes. An output that names no class (-1) is a miss, and not a class of its own."""
     from sklearn.metrics import f1_score
 
     classes = np.union1d(predictions, labels)
@@ -81,7 +81,7 @@ def _mean_of(outcomes: Outcomes) -> Measure:
 
 
 def _correlation(predictions: np.ndarray, labels: np.ndarray, *, ranked: bool) -> float:
-    """Pearson's or Spearman's; 0 where nothing varies. NaN counts as no correlation.
+    """Pearson's or Spearman's correlation; 0 without variance. NaN outputs count as no correlation.
 
     So it is that of the others, times their share.
     """
@@ -111,7 +111,7 @@ def _divergence(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """F1 of the words of each text, counted as often as they occur, [n]; two empty texts agree."""
+    """F1 of the words of each text, counted with multiplicity, [n]; two empty texts agree."""
     from collections import Counter
 
     found = []
@@ -123,7 +123,7 @@ def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _recall_at(k: int) -> Metric:
-    """Whether the label is among the k likeliest classes. Of equal ones the later is first, as scikit-learn has it."""
+    """Whether the label is among the k likeliest classes. Among equals the later comes first, as in scikit-learn."""
 
     def outcomes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
         best = np.argsort(predictions, axis=1, kind="stable")[:, ::-1][:, :k]
@@ -141,7 +141,7 @@ def _recall_at(k: int) -> Metric:
 
 
 class _Metrics(dict[str, Metric]):
-    """By name; `recall@k` for any k."""
+    """Metrics by name; accepts `recall@k` for any k."""
 
     def __missing__(self, name: str) -> Metric:
         match = re.fullmatch(r"recall@([1-9]\d{0,5})", name)
@@ -182,10 +182,10 @@ def _all() -> list[Metric]:
 
 
 METRICS: dict[str, Metric] = _Metrics({metric.name: metric for metric in _all()})
-"""f1 is of class 1, of two; f1_macro the mean over classes. exact_match and word_f1 compare texts."""
+"""f1 is that of class 1 of two; f1_macro is the mean over classes. exact_match and word_f1 compare texts."""
 
 
 def normalised(value: float, reference: float, *, higher_is_better: bool) -> float | None:
-    """Part of the fine-tuned model's score that is kept; 1 is as good. None where the reference is not above 0."""
+    """The part of the fine-tuned model's score that is kept; 1 is as good. None if the reference is not above 0."""
     above, below = (value, reference) if higher_is_better else (reference, value)
     return above / below if below > 0 and np.isfinite(above / below) else None

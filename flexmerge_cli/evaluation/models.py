@@ -1,4 +1,4 @@
-"""Models to be scored: a bundle's task, or a checkpoint, as `TaskModel`s. Weights are mapped, and read when used."""
+"""Models to be scored, as `TaskModel`s: a bundle's task, or a checkpoint. Weights are mapped, and read when used."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def lies_as_it_is(stored: StoredTensor) -> bool:
-    """Whether its bytes are its file's, in order: not computed, picked out, filled in, or read from elsewhere."""
+    """Whether its bytes are contiguous in its file: not computed, picked out, filled in, or streamed."""
     special = (stored.strides, stored.change, stored.selection, stored.fill, stored.stream)
     return all(one is None for one in special)
 
 
 class StoredWeights(Mapping[str, "Tensor"]):
-    """Own name -> tensor on the mapped file. Written to by nobody: what is written the file does not get.
+    """Own name -> tensor on the mapped file. The mapping is copy-on-write, so that writes never reach the file.
 
     joined: own name -> of a vocabulary's tensor (stored/joined.py) other rows, places of these here, rows in all.
     """
@@ -59,7 +59,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
         return as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), stored.dtype).reshape(array.shape)
 
     def array(self, stored: StoredTensor) -> np.ndarray:
-        """Its bits (`NUMPY[dtype]`), in its shape; strided where the file has it so."""
+        """Its bits (`NUMPY[dtype]`), in its shape; strided if the file stores it so."""
         if stored.selection is not None:
             whole = self.array(stored.selection.of)
             return np.concatenate([whole[first : first + count] for first, count in stored.selection.runs])
@@ -79,7 +79,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
 
 
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
-    """A task of a bundle, through its route. Raises IntegrityError if a file differs from the manifest.
+    """The model of a bundle's task, through its route. Raises IntegrityError if a file differs from the manifest.
 
     The model's digest is the manifest's, which says nothing of damaged files: so every file of the route is read first.
     A bundle in memory has no files.
@@ -107,12 +107,12 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
 
 
 def source_model(task: str, source: str, *, relative_to: Path | None = None) -> TaskModel:
-    """A checkpoint as it is. Reads its weights once, for their digest. Raises SourceError, DataError."""
+    """The model of a checkpoint. Reads its weights once, for their digest. Raises SourceError, DataError."""
     return checkpoint_model(task, fetched(open_checkpoint(source, relative_to=relative_to)))
 
 
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:
-    """The base as a task's model: its values of all that merges, and the task's own heads, from the bundle.
+    """The base as a task's model: its values of everything that merges, with the task's own heads from the bundle.
 
     digests: own name -> digest of the base's tensors that were digested already; what is new is added.
     Raises DataError if the base has not what the bundle's tasks share, IntegrityError if a file of the bundle differs
@@ -164,7 +164,7 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
 
 
 def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", places: Runs) -> "Tensor":
-    """The task's tensor with other values in the rows that all models have."""
+    """The task's tensor, with other values in the rows that all models share."""
     value, rows, position = whole().clone(), common(), 0
     for first, count in places:
         value[first : first + count] = rows[position : position + count]
@@ -173,7 +173,7 @@ def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", pl
 
 
 class Lazy(Mapping[str, "Tensor"]):
-    """Name -> tensor, made by a function when asked for."""
+    """Name -> tensor, made by a function on demand."""
 
     def __init__(self, made: "Mapping[str, Callable[[], Tensor]]") -> None:
         self.made = made
@@ -189,7 +189,7 @@ class Lazy(Mapping[str, "Tensor"]):
 
 
 def fetched(checkpoint: Checkpoint, access: Access = ONLINE) -> Checkpoint:
-    """The same, its weight files on this disk."""
+    """The same checkpoint, with its weight files downloaded to this disk."""
     fetch(checkpoint.remote.values(), access)
     return checkpoint
 

@@ -1,4 +1,4 @@
-"""One-sided limits of a paired difference: what two models did on the same examples in, a limit of the drop out.
+"""One-sided limits of a paired difference, from what two models did on the same examples.
 
 ours, theirs: [n] outcomes of the merged and of the reference model. The drop is mean(theirs) - mean(ours), or that as
 a part of mean(theirs). Pure; numpy and scipy.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """Of hits and misses, in [-1, 1]: the drop that a score test just does not reject.
+    """The limit for hits and misses, in [-1, 1]: the drop that a score test just does not reject.
 
     Tango (1998), Statistics in Medicine 17:891. Sound where few examples, or none, were judged differently.
     """
@@ -18,7 +18,7 @@ def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
     lost, gained = int(((theirs == 1) & (ours == 0)).sum()), int(((theirs == 0) & (ours == 1)).sum())
 
     def statistic(drop: float) -> float:
-        """Seen minus assumed drop, in standard errors under the assumed one. Falls as the assumed one rises."""
+        """Observed minus assumed drop, in standard errors under the assumed drop. Falls as the assumed drop rises."""
         a, b = 2 * n, -lost - gained + (2 * n - lost + gained) * drop
         c = -gained * drop * (1 - drop)
         share = (np.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # of gained, at the assumed drop
@@ -29,7 +29,7 @@ def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
 
 
 def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """Of hits and misses, as a part of the reference's share of hits; at most 1, and inf where that has none.
+    """The limit for hits and misses, as a part of the reference's proportion of hits; at most 1, and inf if that is 0.
 
     Tang, Tang and Chan (2003), Statistics in Medicine 22:1217: the score test of a ratio of paired shares.
     """
@@ -54,12 +54,12 @@ def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
 
 
 def mean_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """Of any outcomes: Student's t of their differences; infinite for n = 1."""
+    """The limit for any outcomes, by Student's t of their differences; infinite for n = 1."""
     return _student(theirs - ours, 1.0, confidence, upper)
 
 
 def relative_mean_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """The same as a part of mean(theirs), by the delta method; infinite where that mean is not above 0."""
+    """The limit as a part of mean(theirs), by the delta method; infinite if that mean is not above 0."""
     mean = float(theirs.mean())
     if mean <= 0:
         return float("inf") if upper else float("-inf")
@@ -78,7 +78,7 @@ def _student(values: np.ndarray, scale: float, confidence: float, upper: bool) -
 
 
 def _over(difference: float, variance: float) -> float:
-    """In standard errors; an assumed drop without variance is met exactly or not at all."""
+    """The difference in standard errors. Without variance, an assumed drop is met exactly or not at all."""
     if variance > 0:
         return float(difference / np.sqrt(variance))
     return 0.0 if difference == 0 else float(np.copysign(np.inf, difference))
@@ -93,7 +93,8 @@ def _normal(confidence: float) -> float:
 def _crossing(
     statistic: Callable[[float], float], confidence: float, upper: bool, lowest: float, highest: float
 ) -> float:
-    """Where the falling statistic is -z (upper) or z (lower); by halving, which asks nothing of it at the ends."""
+    """The point where the falling statistic is -z (upper) or z (lower); by bisection, which needs no values at the
+    ends."""
     goal = -_normal(confidence) if upper else _normal(confidence)
     for _ in range(60):
         middle = (lowest + highest) / 2

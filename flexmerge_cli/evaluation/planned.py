@@ -1,4 +1,4 @@
-"""The references of a curve: each task's fine-tuned model and the base, from the sources of a plan.
+"""The references of a curve: each task's fine-tuned model and the base, from a plan's sources.
 
 The base is scored as every task's model with the base's values of all that merges, and the task's own heads.
 """
@@ -21,7 +21,7 @@ from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 def planned_models(
     plan: Plan, sources: Sources, folders: Mapping[str, Path], tasks: Sequence[str]
 ) -> tuple[dict[str, TaskModel], dict[str, TaskModel]]:
-    """Fine-tuned and base, by task; weights are mapped. Reads them once, for their digests.
+    """The fine-tuned models and the base, by task. Weights are mapped, and read once for their digests.
 
     Raises DataError if a source has changed since the plan.
     """
@@ -70,5 +70,5 @@ def _check(weights: StoredWeights, stored: StoredTensor, expected: str, who: str
     data = np.ascontiguousarray(weights.array(stored)).reshape(-1).view(np.uint8)
     if digest_bytes(data) != expected:
         raise DataError(
-            f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="make the plan again"
+            f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="create the plan again"
         )

@@ -1,4 +1,4 @@
-"""Files of examples, one reader a format: the columns they have, each read when asked for, and a digest of the bytes.
+"""Reads files of examples, one reader per format: named columns, each read on demand, and a digest of the bytes.
 
 jsonl        an object a line (or, in a .json, a list of objects); a column is a key that some line has
 csv          with a header; .tsv: tabs. Values are texts
@@ -51,12 +51,12 @@ class Source:
 
     names: tuple[str, ...]
     get: Callable[[str], Any]
-    """A column by its name: an array, or a sequence. Raises DataError."""
+    """A column by name: an array, or a sequence. Raises DataError."""
     digest: str
 
 
 def guess_format(path: Path) -> str | None:
-    """By suffix; of a folder by what lies in it."""
+    """The format by the file's suffix; for a folder, by its contents."""
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
         return "datasets" if saved else "imagefolder"
@@ -64,13 +64,13 @@ def guess_format(path: Path) -> str | None:
 
 
 def open_source(path: Path, kind: str, split: str | None) -> Source:
-    """path is there. Raises DataError for what is malformed, UsageError for a split that is not there."""
+    """Open an existing path. Raises DataError for malformed data, UsageError for a split that does not exist."""
     if kind in ("imagefolder", "datasets"):
         if not path.is_dir():
-            raise UsageError(f"{path} is no folder, as {kind} needs", hint="check `data`")
+            raise UsageError(f"{path} is not a folder, which {kind} requires", hint="check `data`")
         return _imagefolder(path, split) if kind == "imagefolder" else _saved_dataset(path, split)
     if not path.is_file():
-        raise UsageError(f"{path} is no file, as {kind} needs", hint="check `data`")
+        raise UsageError(f"{path} is not a file, which {kind} requires", hint="check `data`")
     readers = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "npz": _npz, "safetensors": _safetensors}
     return readers[kind](path)
 
@@ -89,7 +89,7 @@ def _jsonl(path: Path) -> Source:
     )
     strange = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if strange is not None:
-        raise DataError(f"{path}: row {strange + 1} is not an object", hint='one object a line, {"text": …}')
+        raise DataError(f"{path}: row {strange + 1} is not an object", hint='write one object per line, {"text": …}')
     names = tuple(dict.fromkeys(name for row in rows for name in row))
 
     def get(name: str) -> Any:
@@ -105,7 +105,7 @@ def _json(text: str, path: Path, line: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {line}: no valid JSON: {error}", hint="one object a line") from None
+        raise DataError(f"{path}, line {line}: not valid JSON: {error}", hint="write one object per line") from None
 
 
 def _csv(path: Path) -> Source:
@@ -135,13 +135,15 @@ def _parquet(path: Path) -> Source:
     try:
         names = tuple(pyarrow.parquet.read_schema(path).names)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no sound .parquet: {error}", hint="get a sound copy of the file") from None
+        raise DataError(f"{path} is not a valid .parquet file: {error}", hint="get a sound copy of the file") from None
 
     def get(name: str) -> Any:
         try:
             return pyarrow.parquet.read_table(path, columns=[name]).column(0).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} is no sound .parquet: {error}", hint="get a sound copy of the file") from None
+            raise DataError(
+                f"{path} is not a valid .parquet file: {error}", hint="get a sound copy of the file"
+            ) from None
 
     return Source(names=names, get=get, digest=file_digest(path))
 
@@ -158,7 +160,7 @@ def _npz(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as file:
             names = tuple(file.files)
     except UNSOUND_NPZ as error:
-        raise DataError(f"{path} is no sound .npz: {error}", hint="write it with numpy.savez") from None
+        raise DataError(f"{path} is not a valid .npz file: {error}", hint="write it with numpy.savez") from None
     return Source(names=names, get=get, digest=file_digest(path))
 
 
@@ -180,7 +182,7 @@ def _safetensors(path: Path) -> Source:
 def _imagefolder(path: Path, split: str | None) -> Source:
     folder = path / split if split else path
     if not folder.is_dir():
-        raise UsageError(f"no split `{split}`: {folder} is no folder", hint="check `split`")
+        raise UsageError(f"no split `{split}`: {folder} is not a folder", hint="check `split`")
     files = sorted(
         file
         for name in folder.iterdir()
@@ -212,11 +214,12 @@ def _saved_dataset(path: Path, split: str | None) -> Source:
 
 
 def open_hub(reference: str, split: str | None) -> Source:
-    """A data set of the Hub. Raises UsageError, SourceError."""
+    """Open a data set of the Hub. Raises UsageError, SourceError."""
     match = HUB.fullmatch(reference)
     if match is None or split is None:
         raise UsageError(
-            f"`{reference}` is no data set with a split", hint="path: hf://org/name[@revision][:config], split: test"
+            f"`{reference}` does not name a data set and a split",
+            hint="path: hf://org/name[@revision][:config], split: test",
         )
     require("datasets", extra=DATA_EXTRA)
     import datasets
@@ -228,7 +231,7 @@ def open_hub(reference: str, split: str | None) -> Source:
         raise UsageError(f"{reference}: {error}", hint="check config and split") from None
     except Exception as error:  # of the network, the Hub and the library's own
         raise SourceError(
-            f"{reference} is not available: {error}", hint="go online once, or give a local path"
+            f"{reference} is not available: {error}", hint="download it once while online, or give a local path"
         ) from None
     return _of_dataset(found)
 
@@ -247,7 +250,7 @@ def _of_dataset(found: Any) -> Source:
 
 def _rows(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim == 0:
-        raise ValueError(f"`{name}` is one number, and no column")
+        raise ValueError(f"`{name}` is a single number, not a column")
     return array
 
 

@@ -1,4 +1,4 @@
-"""What a bundle's tasks are scored beside: each task's fine-tuned model, and the base with the task's own head."""
+"""The models that a bundle's tasks are compared with: the fine-tuned model, and the base with the task's own head."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,19 +19,19 @@ Who = str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """Models by task, each opened when asked for: one is in memory at a time."""
+    """Models by task, each opened on demand, so that one is in memory at a time."""
 
     models: Mapping[str, Mapping[Who, Callable[[], TaskModel]]] = field(default_factory=dict)
-    """Task -> who -> what opens it, and reads its weights for their digest."""
+    """Task -> name of the reference -> function that opens it and reads its weights for their digest."""
     folders: Mapping[str, Path] = field(default_factory=dict)
-    """Task -> its side files, where there is no bundle that has them."""
+    """Task -> its side files, if there is no bundle that has them."""
 
     def of(self, task: str) -> Mapping[Who, Callable[[], TaskModel]]:
         return self.models.get(task, {})
 
 
 def spec_references(spec: EvalSpec, bundle: Bundle, *, access: Access = ONLINE, needed: bool = False) -> References:
-    """Those that the spec names by `checkpoint` and `base`; reads headers.
+    """The references that the spec names by `checkpoint` and `base`. Reads headers.
 
     needed: also the source that the bundle remembers, where that is a place that can be found from here; raises
     UsageError for a task without one.

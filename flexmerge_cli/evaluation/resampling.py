@@ -1,4 +1,4 @@
-"""Means over tasks, resampled: every task's examples are drawn with repetition, the same for all models. Pure.
+"""Resamples means over tasks: every task's examples are drawn with repetition, identically for all models. Pure.
 
 Draws are equal for equal seed and number of examples, so that models are compared on the same ones.
 """
@@ -53,7 +53,7 @@ def _pairs(merged: Mapping[str, Scored], references: Mapping[str, Scored]) -> It
 
 
 def _seed(seed: int, number: int) -> int:
-    """Tasks are independent."""
+    """Draws of each task, independent of those of the others."""
     return seed * 1_000_003 + number
 
 
@@ -63,7 +63,7 @@ def _drop(ours: np.ndarray, theirs: np.ndarray, sign: float, relative: bool) -> 
 
 
 def _kept(ours: np.ndarray, theirs: np.ndarray, higher_is_better: bool) -> np.ndarray:
-    """Of nothing to keep, all is kept."""
+    """The part kept; all of it if the reference has nothing to keep."""
     return _over(ours, theirs, 1.0) if higher_is_better else _over(theirs, ours, 1.0)
 
 

@@ -37,7 +37,7 @@ class ScoreRequest:
     plan: Path | None = None
     """Whose sources the references are; None: those that the spec names."""
     relocate: Mapping[str, str] = field(default_factory=dict)
-    """Of the plan's sources, as in MergeRequest."""
+    """New places of the plan's sources, as in MergeRequest."""
     sources: bool = False
     """Every task's fine-tuned model and the base, and of a bundle nothing else."""
     device: str | None = None
@@ -260,7 +260,7 @@ def _fetch(sources: OpenSources, task: int, access: Access) -> None:
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
-    """Of a process whose steps nobody sees."""
+    """The progress callback of a process whose progress is not shown."""
 
 
 def _one_thread() -> None:

@@ -1,4 +1,4 @@
-"""What is scored, and what came of it. Values only: no files, no models."""
+"""What is scored, and the result. Values only: no files, no models."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,18 +20,18 @@ class TaskModel:
 
     task: str
     weights: "Mapping[str, Tensor]"
-    """Own names -> tensors, made when asked for."""
+    """Own names -> tensors, made on demand."""
     folder: Path
-    """Its side files: config.json, tokenizer, preprocessor."""
+    """The folder of its side files: config.json, tokenizer, preprocessor."""
     digest: str
-    """Of the weights: `weights_digest`."""
+    """The digest of the weights, from `weights_digest`."""
     num_bytes: int | None = None
-    """Of tensors that this task reads, where they are stored as such."""
+    """Bytes of the tensors that this task reads, if they are stored as tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """A number that came from outside, with nothing beside it to resample."""
+    """An external number, without per-example values to resample."""
 
     value: float
     n: int | None
@@ -44,21 +44,21 @@ class Scored:
     """What one model did on one task's data: enough for the value, its interval and paired differences."""
 
     metric: str
-    """Name in METRICS; any name with `given`."""
+    """A name in METRICS; any name with `given`."""
     predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
-    """[n, ...] per example, what the metric takes."""
+    """[n, ...] per example, in the form that the metric takes."""
     labels: np.ndarray = field(default_factory=lambda: np.empty(0))
-    """[n, ...]"""
+    """[n, ...] per example."""
     notes: tuple[str, ...] = ()
-    """E.g. `3 of 200 outputs are no number`."""
+    """Remarks, e.g. `3 of 200 outputs are no number`."""
     given: Given | None = None
-    """Of `python`, `command` and `lm-eval`: then predictions and labels are empty, and there is no paired bound."""
+    """The number of a `python`, `command` or `lm-eval` task, without predictions, labels and paired bound."""
     others: "tuple[Scored, ...]" = ()
     """Further metrics of the same run."""
 
     @property
     def n(self) -> int:
-        """Examples; 0 where a number from outside does not tell."""
+        """The number of examples; 0 if an external number does not come with it."""
         return (self.given.n or 0) if self.given is not None else len(self.predictions)
 
     @property
@@ -78,7 +78,7 @@ class Scored:
         return None if outcomes is None else outcomes(self.predictions, self.labels)
 
     def take(self, examples: np.ndarray) -> "Scored":
-        """The same of some examples, in that order, with repetition: a half, or a resample. [k] indices."""
+        """The scores of some examples, in that order, with repetition: a half, or a resample. [k] indices."""
         return replace(
             self,
             predictions=self.predictions[examples],
@@ -92,12 +92,12 @@ DigestLine = tuple[str, str, tuple[int, ...], str]
 
 
 def places_line(own: str, rows: int, common: Iterable[tuple[int, int]]) -> DigestLine:
-    """Where the common rows stand in a tensor that is put together: the digests of the rows alone do not say it."""
+    """Where the common rows are in a tensor that is joined, since the digests of the rows do not determine it."""
     return f"{own}@places", "runs", (rows, *(number for run in common for number in run)), ""
 
 
 def weights_digest(tensors: Iterable[DigestLine]) -> str:
-    """One digest of (own name, dtype, shape, digest of the bytes) of every tensor; their order does not show.
+    """One digest of (own name, dtype, shape, digest of the bytes) of all tensors, independent of their order.
 
     Equal for equal weights, whether they come from a bundle, a source or a plan's cut: the key of the score cache.
     """

@@ -1,4 +1,4 @@
-"""One task's model on one task's data: the one entry into the kinds.
+"""Scores one task's model on one task's data: the only entry into the kinds.
 
 `Scorer` prepares a task's examples once, and scores any number of models on them; `score` is one of each. Scores are
 kept on disk (cache.py) by weights, data and settings: what is known is not computed again.
@@ -25,34 +25,34 @@ OnExample = Callable[[int, int], None]
 
 LIBRARIES = ("lm_eval", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
 NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype"}
-"""Keys of a spec that are told otherwise, or do not change a score."""
+"""Keys of a spec that are reported elsewhere, or do not affect a score."""
 
 
 @dataclass(kw_only=True)
 class Scorer:
-    """The tasks of a spec, ready to be scored. Not for several threads."""
+    """The tasks of a spec, ready to be scored. Not thread-safe."""
 
     spec: EvalSpec
     device: str | None = None
-    """Instead of the spec's; `auto` where neither says."""
+    """The device, which overrides the spec's; `auto` if neither is given."""
     cache: ScoreCache | None = field(default_factory=ScoreCache)
-    """None: nothing is looked up, and nothing kept."""
+    """The score cache. None: nothing is looked up or kept."""
     access: Access = ONLINE
-    """To models that a task names besides its own."""
+    """Access to models that a task names besides its own."""
     num_computed: int = 0
-    """Models that were run on a task's examples."""
+    """The number of times that a model was run on a task's examples."""
     num_repeated: int = 0
-    """Scores of weights that this scorer had scored, or found, before."""
+    """The number of scores of weights that this scorer had already scored or found."""
     num_cached: int = 0
-    """Scores that were found on disk, from an earlier run."""
+    """The number of scores found on disk, from earlier runs."""
     _examples: dict[tuple[str, Path], Examples] = field(default_factory=dict)
     _references: dict[tuple[str, str], Scored] = field(default_factory=dict)
-    """(task, digest) -> a fine-tuned model's outputs, for agreement."""
+    """(task, digest) -> the outputs of a fine-tuned model, for agreement."""
     _keys: set[str] = field(default_factory=set)
-    """Of the scores that this scorer knows to be on disk."""
+    """Keys of the scores that this scorer knows to be on disk."""
 
     def examples(self, task: str, side: Path) -> Examples:
-        """Read and checked once. side: folder of config, tokenizer, processor. Reads no weight.
+        """The examples, read and checked once. side: folder of config, tokenizer, processor. Reads no weights.
 
         Raises UsageError with file, line and key for what is wrong in the spec, SourceError, DataError.
         """
@@ -79,7 +79,7 @@ class Scorer:
         reference: TaskModel | None = None,
         on_example: OnExample = lambda _done, _total: None,
     ) -> Scored:
-        """What the model does on its task's examples; further metrics of the task are its `others`.
+        """Score the model on its task's examples. Further metrics of the task are in `others`.
 
         reference: the task's fine-tuned model, which `agreement` compares with; its outputs are kept.
         """
@@ -113,11 +113,11 @@ class Scorer:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How the scores came about."""
+        """Where the scores came from, as counts."""
         return {"computed": self.num_computed, "repeated": self.num_repeated, "cached": self.num_cached}
 
     def _settings(self, model: TaskModel, examples: Examples, run: Run) -> Mapping[str, Any]:
-        """All that a score depends on."""
+        """Everything that a score depends on."""
         return {
             "weights": model.digest,
             "data": examples.digest,
@@ -134,7 +134,7 @@ class Scorer:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """What computes the scores: flexmerge and the installed libraries that models, inputs and numbers go through."""
+    """Versions of flexmerge and of the installed libraries that affect scores."""
     found = {"flexmerge": VERSION}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -151,7 +151,7 @@ def score(
     reference: TaskModel | None = None,
     cache: ScoreCache | None = None,
 ) -> Scored:
-    """Score one model on one task of a spec; without a cache nothing is looked up or kept."""
+    """Score one model on one task of a spec. Without a cache, nothing is looked up or kept."""
     assert model.task == task
     return Scorer(spec=spec, device=device, cache=cache).score(model, reference=reference)
 
@@ -162,7 +162,7 @@ def no_reference(place: Place) -> UsageError:
 
 
 def _agreement(outputs: Scored, reference: Scored) -> Scored:
-    """How often two models say the same, and where they have distributions, how far these are apart."""
+    """How often two models agree and, if they have distributions, how far these are apart."""
     agreed = replace(outputs, labels=reference.predictions)
     is_text = agreed.predictions.ndim == 1
     return agreed if is_text else replace(agreed, others=(replace(agreed, metric="kl_divergence"),))

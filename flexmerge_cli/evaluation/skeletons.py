@@ -1,4 +1,4 @@
-"""Models without their weights, kept: a curve builds the same ones hundreds of times, and transformers takes its time.
+"""Caches models without their weights, since a curve builds the same ones hundreds of times, and slowly.
 
 A skeleton is kept of a model whose parameters lie on the weights' own memory, each on one and none left over: so it is
 known which is which, whatever transformers calls them. All else is built anew every time.
@@ -19,12 +19,12 @@ Key = tuple[Any, ...]
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     model: Any
-    """Parameters are on the meta device; buffers that no weight gives are those of the first."""
+    """The model. Parameters are on the meta device; buffers without weights are those of the first model."""
     names: Mapping[str, str]
-    """In the model's state -> of the weights."""
+    """Name in the model's state -> name among the weights."""
 
     def filled(self, weights: Mapping[str, Any]) -> Any | None:
-        """A model of its own, on the weights' memory where they have its dtype; None if they do not fit."""
+        """A new model on the memory of the weights, if they have its dtype; None if they do not fit."""
         state = self.model.state_dict()
         if weights.keys() != set(self.names.values()):
             return None
@@ -40,19 +40,19 @@ _kept: dict[Key, Skeleton] = {}
 
 
 def key_of(folder: Path, *more: object) -> Key:
-    """What a model is built from, besides its weights: its configs, byte by byte."""
+    """What a model is built from, besides its weights: the bytes of its configs."""
     paths = [folder / name for name in CONFIGS]
     return (*(path.read_bytes() if path.is_file() else None for path in paths), *more)
 
 
 def filled(key: Key, weights: Mapping[str, Any]) -> Any | None:
-    """A model with these weights, or None: build it, and `keep` it."""
+    """A model with these weights, or None: then build it, and `keep` it."""
     kept = _kept.get(key)
     return kept.filled(weights) if kept is not None else None
 
 
 def keep(key: Key, model: Any, weights: Mapping[str, Any]) -> None:
-    """weights: what the model was built from, in the dtypes that it has."""
+    """Keep a skeleton. weights: those that the model was built from, in their dtypes."""
     import torch
 
     state = model.state_dict()

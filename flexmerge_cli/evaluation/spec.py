@@ -1,4 +1,4 @@
-"""eval.yaml, `flexmerge.eval-spec/1`: what to score each task on; paths relative to the file.
+"""Reads eval.yaml, `flexmerge.eval-spec/1`: what to score each task on. Paths are relative to the file.
 
 version  1
 tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each kind in kinds/
@@ -51,26 +51,26 @@ class EvalSpec(Record):
 
     @property
     def forgotten(self) -> tuple[str, ...]:
-        """Tasks of the bundle that it neither scores nor names under `not_scored`."""
+        """Tasks of the bundle that the spec neither scores nor names under `not_scored`."""
         return tuple(task for task in self._of if task not in self.tasks and task not in self.not_scored)
 
     @property
     def record(self) -> dict[str, Any]:
-        """What tells in a document which spec it was."""
+        """Identifies the spec in a document."""
         return {"path": str(self._document.path), "sha256": self._sha256, "not_scored": list(self.not_scored)}
 
     @property
     def sha256(self) -> str:
-        """Of the file."""
+        """The sha256 of the file."""
         return self._sha256
 
     @property
     def folder(self) -> Path:
-        """What its paths are relative to."""
+        """The folder that its paths are relative to."""
         return self.document.path.absolute().parent
 
     def only(self, *tasks: str) -> "EvalSpec":
-        """The same spec of some of its tasks."""
+        """The spec restricted to some of its tasks."""
         return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}})
 
     def kind(self, task: str) -> Kind:
@@ -79,11 +79,11 @@ class EvalSpec(Record):
         return kind
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
-        """side: folder of the task's config, tokenizer, processor."""
+        """Where the task is. side: folder of its config, tokenizer, processor."""
         return Place(document=self.document, task=task, side=side, access=access)
 
     def settled(self, task: str) -> TaskSpec:
-        """The task's own keys, and the spec's where it has none."""
+        """The task's own keys, with defaults from the spec."""
         own = self.tasks[task]
         return own.model_copy(update={key: getattr(self, key) for key in COMMON if getattr(own, key) is None})
 
@@ -97,7 +97,7 @@ class _Outer(EvalSpec):
 def read_spec(
     path: Path, tasks: tuple[str, ...], *, unscorable: tuple[str, ...] = (), allow_exec: bool = False
 ) -> EvalSpec:
-    """Check its form, that its tasks are these, and that its checkpoints are there; data are checked by `prepare`.
+    """Read a spec. Checks its form, its tasks, and that checkpoints exist; `prepare` checks the data.
 
     unscorable: further tasks of the bundle that the command cannot score; the spec may name them under `not_scored`.
     Raises UsageError with file, line and key, SourceError.
@@ -124,10 +124,10 @@ def read_spec(
 def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSpec:
     place = ("tasks", name)
     if not isinstance(value, Mapping):
-        raise document.error(place, "a task is keys and values", hint="kind: image-classification, data: test.npz")
+        raise document.error(place, "a task must be a mapping", hint="kind: image-classification, data: test.npz")
     written = value.get("kind")
     if written is None:
-        raise document.error(place, "no `kind`", hint=f"one of: {', '.join(KINDS)}")
+        raise document.error(place, "no `kind` given", hint=f"one of: {', '.join(KINDS)}")
     kind = kind_of(written) if isinstance(written, str) else None
     if kind is None:
         near = difflib.get_close_matches(str(written)[:64], KINDS, 1)
@@ -136,7 +136,7 @@ def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSp
     key = "kind" if kind.runs_code else next((key for key in kind.code_keys if key in value), None)
     if key is not None and not allow_exec:
         said = f"`{written}` runs code that the spec names" if key == "kind" else "it can name code, which would be run"
-        raise document.error((*place, key), said, hint="read it, and then add --allow-exec")
+        raise document.error((*place, key), said, hint="review the code, and then add --allow-exec")
     return document.check(kind.schema, place)
 
 
@@ -145,14 +145,14 @@ def _check_not_scored(spec: EvalSpec) -> None:
         key = ("not_scored", place)
         if name in spec.tasks:
             raise spec.document.error(
-                key, f"`{name}` is scored, too", hint="remove it from `tasks` or from `not_scored`"
+                key, f"`{name}` is scored as well", hint="remove it from `tasks` or from `not_scored`"
             )
         if name not in spec._of:
             near = difflib.get_close_matches(name, spec._of, 1)
             hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(spec._of)}"
             raise spec.document.error(key, f"no such task: {name}", hint=hint)
         if name in spec.not_scored[:place]:
-            raise spec.document.error(key, f"`{name}` stands there twice", hint="remove one")
+            raise spec.document.error(key, f"`{name}` occurs twice", hint="remove one")
 
 
 def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:

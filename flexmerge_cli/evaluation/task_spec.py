@@ -1,4 +1,4 @@
-"""What every task of a spec says, whatever its kind. The kinds (kinds/) add their own keys; spec.py reads the file."""
+"""The keys that every task of a spec has, whatever its kind. The kinds (kinds/) add theirs; spec.py reads the file."""
 
 from typing import Literal
 
@@ -11,14 +11,14 @@ Format = Literal["jsonl", "csv", "parquet", "npz", "safetensors", "imagefolder",
 
 
 class DataSpec(Record):
-    """Where a task's examples are, where a path alone does not say it."""
+    """Where a task's examples are, if a path alone does not determine it."""
 
     path: str
-    """Relative to the spec; `hf://org/name[@revision][:config]` for the Hub."""
+    """The path, relative to the spec; `hf://org/name[@revision][:config]` for the Hub."""
     format: Format | None = None
-    """By default what the path's suffix says; a folder is `datasets` if one was saved there, else `imagefolder`."""
+    """By default given by the path's suffix; a folder is `datasets` if one was saved there, else `imagefolder`."""
     split: str | None = None
-    """Of `datasets`; told in reports for all formats."""
+    """The split, required by `datasets`; reports show it for all formats."""
 
 
 class TaskSpec(Record):
@@ -29,9 +29,9 @@ class TaskSpec(Record):
     checkpoint: str | None = None
     """The fine-tuned model, scored beside the bundle's."""
     metric: str | tuple[str, ...] | None = None
-    """The first is what gates, choices and normalised scores go by."""
+    """The metrics. Gates, choices and normalised scores use the first."""
     limit: int | None = Field(default=None, ge=1)
-    """Examples; the first ones, or with `seed` drawn ones."""
+    """The number of examples: the first ones or, with `seed`, drawn at random."""
     batch_size: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
     seed: int | None = Field(default=None, ge=0)
@@ -43,5 +43,5 @@ class TaskSpec(Record):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Asked for, in that order; empty for the kind's own."""
+        """The metrics requested, in order; empty for the kind's default."""
         return () if self.metric is None else (self.metric,) if isinstance(self.metric, str) else self.metric

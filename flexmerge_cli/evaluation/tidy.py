@@ -1,4 +1,4 @@
-"""Scores as tidy CSV, one row a score; the same columns for a curve, a bundle, and sources.
+"""Writes scores as tidy CSV, one row per score, with the same columns for curves, bundles and sources.
 
 method   of a curve's point as it was asked for, of a bundle what merged it; `fine-tuned` and `base` of those models
 sizes, bytes, total_bytes, factor   of the bundle, written or not; empty of other models
@@ -24,17 +24,17 @@ Row = Mapping[str, Any]
 
 
 def is_csv(path: Path) -> bool:
-    """Whether a file has these columns: what --csv may replace with --force."""
+    """Whether a file has these columns, so that --csv may replace it with --force."""
     return has_start(path, f"{','.join(COLUMNS)}\n".encode())
 
 
 def curve_csv(record: Mapping[str, Any]) -> str:
-    """record: `curve_record`. One row per point and task."""
+    """One row per point and task. record: from `curve_record`."""
     return _csv(_of_points(record))
 
 
 def scores_csv(document: dict[str, Any]) -> str:
-    """document: `evaluate`. One row per task, model and metric."""
+    """One row per task, model and metric. document: from `evaluate`."""
     return _csv(_of_scores(document))
 
 

@@ -1,4 +1,4 @@
-"""Data to choose on are not those to report on: two specs side by side. Reads no weights, and of data the bytes."""
+"""Checks that the data to choose on are not the data to report on, by comparing two specs. Reads no weights."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,13 @@ from flexmerge_cli.evaluation.spec import EvalSpec
 
 
 def require_other_data(tuning: EvalSpec, reported: EvalSpec) -> None:
-    """Raises UsageError, with file and line, where both read the same split of a task, or not the same tasks."""
+    """Raise UsageError with file and line if both read the same split of a task, or do not have the same tasks."""
     for task in reported.tasks:
         if task not in tuning.tasks:
             raise tuning.document.error(
-                ("tasks",), f"no task `{task}`, which {reported.document.path} reports", hint="both need the same tasks"
+                ("tasks",),
+                f"no task `{task}`, which {reported.document.path} reports",
+                hint="both specs need the same tasks",
             )
         if _data(tuning, task) == _data(reported, task):
             raise tuning.document.error(
@@ -23,7 +25,7 @@ def require_other_data(tuning: EvalSpec, reported: EvalSpec) -> None:
 
 
 def _data(spec: EvalSpec, task: str) -> Any:
-    """Where a task's examples are, whatever the spec is relative to, and which of them."""
+    """A task's examples: their place, independent of the spec's folder, and which of them."""
     data = spec.tasks[task].data_spec
     if data is None:
         return spec.tasks[task].model_dump(mode="json")
@@ -36,5 +38,5 @@ def _data(spec: EvalSpec, task: str) -> Any:
 
 
 def _content(place: Path) -> object:
-    """Of a file what it holds: a copy under another name is the same data."""
+    """The content of a file, since a copy under another name is the same data."""
     return file_digest(place) if place.is_file() else str(place)

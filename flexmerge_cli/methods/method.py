@@ -49,7 +49,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """What methods of form `masked` return: a unified delta, and which of its elements each task takes.
+    """The result of a method of form `masked`: a unified delta, and which of its elements each task takes.
 
     mask(deltas, unified) -> bool [k, n]: deltas are the group's task vectors before any step, unified [n] is float32
     after rounding to the dtype it is stored in. A mask of the stepped deltas ignores both.
@@ -204,7 +204,7 @@ class Method:
     form: str
     """How its groups are stored: `merged` returns one delta, `masked` a Centre; a CodedMethod is `residual`."""
     gain: Callable[..., Gain | None]
-    """Of form `masked`: the factor per task, from the arguments."""
+    """The factor per task of a method of form `masked`, from the arguments."""
     when: str
     """When to use it, in one line."""
     workspace: Workspace

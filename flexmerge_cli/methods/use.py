@@ -44,7 +44,7 @@ class MethodUse:
 
     @property
     def stores_per_task(self) -> bool:
-        """Whether it stores something of each task beside what a group shares."""
+        """Whether it stores something per task in addition to what a group shares."""
         return self.call.method.form != "merged"
 
 

@@ -134,7 +134,7 @@ def low_rank_records(family: Family, records: Sequence[Mapping[str, Any]]) -> di
 
 
 def pools_lora(family: Family, request: PlanRequest) -> bool:
-    """As Plan has it, before there is one."""
+    """Like Plan's property, before there is a plan."""
     return request.adapters == "pool" and any(task.adapter == "lora" for task in family.tasks)
 
 

@@ -164,7 +164,8 @@ def _changed(kept: KeptAdapter) -> dict[str, StoredTensor]:
 
 
 def products_in_grams(family: Family, records: Sequence[dict[str, Any]]) -> None:
-    """Of a pool of LoRAs: the Gram matrix of ΔW at the B of a module, none at its A. Reads the factors once more."""
+    """For a pool of LoRAs, put the Gram matrix of ΔW at the B of each module, and none at its A. Rereads the
+    factors."""
     from flexmerge_cli.checkpoint.reader import Reader
     from flexmerge_cli.engine.device import as_tensor
     from flexmerge_cli.methods.pooled import factor_pairs, product_gram

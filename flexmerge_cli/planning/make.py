@@ -38,7 +38,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
 
 
 def open_family(request: PlanRequest) -> Family:
@@ -62,7 +62,7 @@ def open_family(request: PlanRequest) -> Family:
     checkpoints = {name: checkpoint for name, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
     base = checkpoints.pop("")
     if not checkpoints:
-        raise UsageError("no tasks", hint="give --tasks DIR, or --task NAME=PATH")
+        raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
     adapters = adapters_of(base, checkpoints, assume_base=request.assume_base)
     models = models_of(base, checkpoints, adapters)
     if request.adapters == "pool":
@@ -163,7 +163,7 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
 
 
 def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:
-    """The same measurements with other blocks, linkage, strategy or similarity. Reads no weights.
+    """Make a plan from the same measurements with other blocks, linkage, strategy or similarity. Reads no weights.
 
     without_statistics: without those that `auto` needs, for a smaller file.
     """

@@ -1,4 +1,4 @@
-"""What `--method auto` tells before it writes: where bytes and distortion go, and what other bytes would buy."""
+"""What `--method auto` shows before it writes: where bytes and distortion go, and what other sizes would bring."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ LEAST_DISTANCE = 0.01
 
 
 def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
-    """For --json; distortion is Σ w·D over the tensors searched, which ranks plans of one family."""
+    """The value for --json. distortion is Σ w·D over the searched tensors, which ranks plans of one family."""
     solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
     fixed = auto.fixed_bytes
     uniform = []
@@ -56,7 +56,7 @@ def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
 
 
 def show_auto(value: dict[str, Any]) -> None:
-    """A table, and two sentences, on stdout."""
+    """Print a table and two sentences on stdout."""
     rows = [
         (
             kind["kind"],
@@ -100,7 +100,7 @@ def kind_of(block: str) -> str:
 
 
 def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
-    """By kind, most bytes first."""
+    """Bytes by kind of block, most first."""
     kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
     choices: dict[str, list[tuple[Choice, float]]] = {}
     for choice, table_ in zip(solution.choices, auto.search.tables):
@@ -124,7 +124,7 @@ def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
 
 
 def _centres(choices: Iterable[Choice]) -> str:
-    """`average 8 bits ×12, none ×3`: most frequent first."""
+    """Choices by frequency, most frequent first: `average 8 bits ×12, none ×3`."""
     told: Counter[str] = Counter()
     for centre in (choice.centre for choice in choices):
         bits = "" if centre.kind == "none" else " dense" if centre.bits == "dense" else f" {centre.bits} bits"
@@ -135,7 +135,7 @@ def _centres(choices: Iterable[Choice]) -> str:
 
 
 def _distances(auto: Auto, solution: Solution) -> dict[str, float | None]:
-    """Predicted, per task; null for one that is the base and not stored exactly."""
+    """Predicted distance per task; null for a task that equals the base and is not stored exactly."""
     found = auto.search.distances(solution) if solution.choices else np.full(len(auto.plan.tasks), np.nan)
     return {name: None if np.isnan(x) else float(x) for name, x in zip(auto.plan.task_names, found)}
 

@@ -1,4 +1,4 @@
-"""What `merge` tells: a value for --json, and the same as tables."""
+"""What `merge` shows: a value for --json, and the same as tables."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from flexmerge_cli.report.text import human_bytes, merges_words, table
 def merge_summary(
     bill: Bill, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
 ) -> dict[str, Any]:
-    """Files, bytes, memory; after a run the distances, too."""
+    """Files, bytes and memory; after a run also the distances."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
@@ -49,7 +49,7 @@ def merge_summary(
 
 
 def show_verdict(value: dict[str, Any]) -> None:
-    """The scores and the verdict of a recipe's gate, if there was one and the bundle was scored."""
+    """Print the scores and the verdict of a recipe's gate, if the bundle was scored."""
     if "evaluation" in value:
         show_evaluation(value["evaluation"])
 

@@ -1,4 +1,4 @@
-"""A rich console that colours our own output and obeys nothing that a name out of a file says."""
+"""A rich console that colours our own output and ignores markup in names from files."""
 
 import sys
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ from flexmerge_cli.report.text import visible
 
 
 class Console(rich.console.Console):
-    """rich's, with the text of every segment made visible; its own colours and cursor movements are left alone."""
+    """A rich console that prints control characters in visible form, but keeps rich's own colours and cursor
+    movements."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         # While bars are shown rich puts itself between us and sys.stderr, so the bars hold on to the stream of before.

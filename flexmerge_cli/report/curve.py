@@ -1,4 +1,4 @@
-"""A curve on the terminal: the references, mean score of every method at every size, and what was saved."""
+"""A curve on the terminal: the references, the mean score of every method at every size, and the files written."""
 
 from typing import Any
 

@@ -13,7 +13,7 @@ DASHES = {"": "-", "7 3": "--", "2 3": ":", "9 3 2 3": "-."}
 
 
 def require_matplotlib() -> None:
-    """Raises UsageError."""
+    """Raise UsageError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -21,12 +21,13 @@ def require_matplotlib() -> None:
 
 
 def is_png(path: Path) -> bool:
-    """Whether a file is a picture of this kind: what --png may replace with --force."""
+    """Whether a file is a picture written by --png, which --force may replace."""
     return has_start(path, b"\x89PNG\r\n\x1a\n")
 
 
 def write_png(record: dict[str, Any], path: Path) -> None:
-    """1800 pixels wide. Raises UsageError without matplotlib, MachineError where it cannot be written."""
+    """Draw the picture, 1800 pixels wide. Raises UsageError without matplotlib, MachineError if it cannot be
+    written."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

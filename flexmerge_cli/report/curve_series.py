@@ -1,7 +1,7 @@
-"""What a picture of a curve shows: one line per method, the references, the alternatives, and how far the axes go.
+"""The contents of a picture of a curve: a line per method, the references, the alternatives, and the axes' ranges.
 
-Colours are Okabe and Ito's (2008), told apart by who sees few colours, with a marker and a dash each, so that they can
-be told in grey, too. With more methods than styles, those that are best somewhere have one, and the rest are grey.
+Colours are Okabe and Ito's (2008), which colour-blind readers can distinguish; each has a marker and a dash, so that
+they differ in grey, too. With more methods than styles, those that are best at some size have one; others are grey.
 """
 
 import math
@@ -14,15 +14,15 @@ from flexmerge_cli.evaluation.evaluate import one_metric
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How one method's line looks."""
+    """The style of one method's line."""
 
     colour: str
     marker: str
-    """A character."""
+    """The marker, a single character."""
     dash: str
-    """As SVG has it; empty: none."""
+    """The dashes in SVG notation; empty for a solid line."""
     png_marker: str
-    """The same, in matplotlib's letters."""
+    """The dashes and marker in matplotlib's notation."""
 
 
 STYLES = (
@@ -41,7 +41,7 @@ MARGIN = 0.06  # of the vertical axis, above and below
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One method's points, from the fewest bytes to the most."""
+    """The points of one method, from the fewest bytes to the most."""
 
     method: str
     points: tuple[dict[str, Any], ...]
@@ -54,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """Ends of both axes; bytes are drawn by their logarithm, since each doubling asks for another decision."""
+    """The ends of both axes. Bytes are drawn on a logarithmic scale, since each doubling is a decision of its own."""
 
     low_bytes: float
     high_bytes: float
@@ -62,7 +62,7 @@ class Axes:
     high: float
 
     def across(self, count: float) -> float:
-        """Place of so many bytes, in [0, 1]."""
+        """The position of a number of bytes, in [0, 1]."""
         return math.log(max(1.0, count) / self.low_bytes) / math.log(self.high_bytes / self.low_bytes)
 
     def up(self, value: float) -> float:
@@ -70,7 +70,7 @@ class Axes:
 
 
 def series_of(record: dict[str, Any]) -> list[Series]:
-    """In the order of the methods; grey ones first in drawing are the caller's."""
+    """The series in the order of the methods. The caller draws grey ones first."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for point in record["points"]:
         by_method.setdefault(point["method"], []).append(point)
@@ -92,7 +92,7 @@ def series_of(record: dict[str, Any]) -> list[Series]:
 def axes_of(
     points: Sequence[dict[str, Any]], values: Sequence[tuple[float, float, float]], lines: Sequence[float]
 ) -> Axes:
-    """values: (low, value, high) of each point; lines: of the references."""
+    """values: (low, value, high) of each point. lines: those of the references."""
     sizes = [max(1.0, float(point["bytes"])) for point in points] or [1.0]
     ends = [end for low, _, high in values for end in (low, high) if math.isfinite(end)] + [
         line for line in lines if math.isfinite(line)
@@ -103,7 +103,7 @@ def axes_of(
 
 
 def sizes_of(record: dict[str, Any]) -> list[str]:
-    """That were asked for, from the smallest point to the largest."""
+    """The sizes requested, from the smallest point to the largest."""
     found: dict[str, float] = {}
     for point in record["points"]:
         for size in point["sizes"]:
@@ -112,7 +112,7 @@ def sizes_of(record: dict[str, Any]) -> list[str]:
 
 
 def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
-    """Method -> its place at a size, 1 is best; equal means share one. Of the methods that reach the size."""
+    """Method -> its rank at a size, 1 is best; equal means share a rank. Only methods that reach the size."""
     better = _signs(record)
     at = {
         point["method"]: better * point["mean"]["value"]
@@ -123,13 +123,13 @@ def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
 
 
 def factor_ticks(low: float, high: float) -> list[float]:
-    """Powers of two of one model within two factors; where there is none, what lies between them."""
+    """Powers of two of one model within two factors; if there is none, round numbers between them."""
     first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
     return [2.0**power for power in range(first, last + 1)] or [math.sqrt(low * high)]
 
 
 def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:
-    """Small for those that are best at some size, then by the best part of the fine-tuned score."""
+    """A sort key, small for methods that are best at some size, then by the best part of the fine-tuned score."""
     places = [ranking(record, size).get(method) for size in sizes_of(record)]
     known = [place for place in places if place is not None]
     best = max((_part(point) for point in record["points"] if point["method"] == method), default=0.0)
@@ -143,11 +143,11 @@ def _part(point: dict[str, Any]) -> float:
 
 
 def _signs(record: dict[str, Any]) -> float:
-    """-1 where the metric falls; of different ones the means are of parts of the fine-tuned scores, which rise."""
+    """-1 if the metric falls. With different metrics, means are of parts of the fine-tuned scores, which rise."""
     falls = not any(task["higher_is_better"] for task in record["tasks"].values())
     return -1.0 if falls and one_metric(record["tasks"]) is not None else 1.0
 
 
 def told_metric(record: dict[str, Any]) -> str:
-    """What means are of."""
+    """The metric of the means."""
     return one_metric(record["tasks"]) or "part of the fine-tuned score"

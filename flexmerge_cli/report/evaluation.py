@@ -1,4 +1,4 @@
-"""What `eval` tells of a bundle, or of its sources, as a table."""
+"""What `eval` shows of a bundle, or of its sources, as a table."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
 
 
 def show_gate(value: dict[str, Any]) -> None:
-    """The whole verdict, and what it rests on."""
+    """Print the whole verdict and its evidence."""
     gate, spec = value["gate"], value["spec"]
     for task in gate["tasks"].values():
         print(f"{task['message']}, limit {task['limit']}: {task['outcome']}")
@@ -68,7 +68,7 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def remarks(value: dict[str, Any]) -> list[str]:
-    """Further metrics of each task, and what was remarkable; a line a model."""
+    """Print further metrics of each task and remarks, one line per model."""
     found = []
     for name, record in value["tasks"].items():
         for who, scored in record["scores"].items():
@@ -85,7 +85,7 @@ def _told_other(scored: dict[str, Any]) -> str:
 
 
 def _worst(records: dict[str, Any]) -> str:
-    """That keeps the least of its fine-tuned score; where there is none, has the least score itself."""
+    """The task that keeps the least of its fine-tuned score or, without that score, has the lowest score."""
 
     def kept(name: str) -> float:
         record = records[name]
@@ -102,7 +102,7 @@ def _any(records: dict[str, Any], who: str) -> bool:
 
 
 def scale_of(metric: str) -> float:
-    """100 for what is told in percent."""
+    """100 for metrics shown in percent, else 1."""
     try:
         return 100.0 if METRICS[metric].percent else 1.0
     except KeyError:

@@ -1,4 +1,4 @@
-"""One self-contained page: no network, no script but ours, all text escaped. Knows nothing of plans and bundles.
+"""One self-contained page: no network, no foreign scripts, all text escaped. Knows nothing of plans and bundles.
 
 Whatever comes from a file (names, sources) goes through `text` or `name`. The page's own policy refuses everything that
 it does not hold itself, should an escape ever be missing.
@@ -21,12 +21,12 @@ NAME_CHARACTERS, NARROW_CHARACTERS = 34, 20  # of a block's name, on a wide page
 
 
 def text(value: object) -> str:
-    """Escaped for text and for quoted attributes; control and direction marks spelled out."""
+    """Escape for text and quoted attributes, and spell out control and direction marks."""
     return html.escape(printable(str(value)), quote=True)
 
 
 def name(value: str, characters: int | None = None, *, breaks: bool = False) -> str:
-    """A name from a file, kept apart from the direction of the text around it; of a long one its end.
+    """A name from a file, isolated from the text direction around it; a long name is shortened to its end.
 
     breaks: whether it may go over several lines, after a dot, a slash or an underscore.
     """
@@ -37,7 +37,7 @@ def name(value: str, characters: int | None = None, *, breaks: bool = False) -> 
 
 
 def block_name(value: str) -> str:
-    """A block's name as long as the page's width allows: the style sheet shows one of two."""
+    """A block's name as long as the page's width allows; the style sheet shows one of two versions."""
     wide, narrow = (tail(value, characters) for characters in (NAME_CHARACTERS, NARROW_CHARACTERS))
     if wide == narrow:
         return name(value, NAME_CHARACTERS)
@@ -46,7 +46,7 @@ def block_name(value: str) -> str:
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """The whole document. title: plain text; subtitle and sections: markup."""
+    """The whole document. title: plain text. subtitle and sections: markup."""
     css, script = (Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -62,23 +62,23 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page: what --html may replace with --force."""
+    """Whether a file is a page written by --html, which --force may replace."""
     return has_start(path, b"<!doctype html>")
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """note: one sentence that says how to read it."""
+    """A section. note: one sentence that says how to read it."""
     lead = f"<p class=note>{text(note)}</p>" if note else ""
     return f"<section>\n<h2>{text(title)}</h2>\n{lead}{''.join(parts)}\n</section>"
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Term and value (markup), side by side."""
+    """Terms and values (markup), side by side."""
     return "<dl>" + "".join(f"<div><dt>{text(term)}</dt><dd>{value}</dd></div>" for term, value in pairs) + "</dl>"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Cells are markup; the first `left` columns to the left, the rest to the right. Scrolls sideways where narrow."""
+    """A table. Cells are markup; the first `left` columns are left-aligned. Scrolls sideways on narrow pages."""
     head = "".join(
         f"<th scope=col{' class=l' if place < left else ''}>{text(c)}</th>" for place, c in enumerate(columns)
     )
@@ -101,7 +101,7 @@ def cell_style(scale: Scale, value: float) -> str:
 
 
 def legend(low: str, high: str, *, gaps: bool = False) -> str:
-    """The ramp, with its ends in words. gaps: whether some have no number."""
+    """The colour ramp with labelled ends. gaps: whether some cells have no number."""
     none = f'<span class=none><i style="background:{css_colour(NOTHING)}"></i> no number</span>' if gaps else ""
     stops = ",".join(map(css_colour, RAMP))
     return (

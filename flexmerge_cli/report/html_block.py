@@ -17,12 +17,12 @@ TASK_CHARACTERS = 16
 
 
 def heat_picture(matrix: np.ndarray, scale: Scale, says: str) -> str:
-    """[rows, columns], one pixel a number, stretched by the page."""
+    """An image of [rows, columns], one pixel per number, which the page stretches."""
     return f'<img class=heat alt="{text(says)}" title="{text(says)}" src="{png(scale.colours(matrix))}">'
 
 
 def one_block(facts: PlanFacts, index: int, *, chosen: bool) -> str:
-    """chosen: shown until another is picked."""
+    """The section. chosen: the block shown until another is picked."""
     block, pairs = facts.plan.blocks[index], facts.pairs(index)
     merges = [(position, facts.merges[position - 1]) for position in facts.positions[index]]
     leaves = leaf_order(len(facts.plan.tasks), [merge for _, merge in merges])
@@ -39,7 +39,7 @@ def one_block(facts: PlanFacts, index: int, *, chosen: bool) -> str:
 
 
 def leaf_order(num_tasks: int, merges: Sequence[Merge]) -> list[int]:
-    """Tasks so that every group lies together, the groups of a join as left and right."""
+    """Tasks in an order in which every group is contiguous, and the groups of a join are left and right."""
     order: dict[tuple[int, ...], list[int]] = {(task,): [task] for task in range(num_tasks)}
     for merge in merges:
         joined = order.pop(merge.left) + order.pop(merge.right)
@@ -50,7 +50,8 @@ def leaf_order(num_tasks: int, merges: Sequence[Merge]) -> list[int]:
 def tree_joins(
     merges: Sequence[tuple[int, Merge]], leaves: Sequence[int], near: float, far: float
 ) -> list[tuple[Point, Point, float]]:
-    """Brackets of a tree from similarity `near` on the left to `far` on the right, one row per leaf from the top."""
+    """The brackets of a tree, from similarity `near` on the left to `far` on the right, one row per leaf from the
+    top."""
     ends: dict[tuple[int, ...], Point] = {
         (task,): (0.0, 1 - (row + 0.5) / len(leaves)) for row, task in enumerate(leaves)
     }

@@ -117,7 +117,7 @@ def _bytes(facts: BundleFacts) -> str:
 
 
 def _bits(facts: BundleFacts) -> str:
-    """Of bundles that `auto` made."""
+    """The section on bits, for bundles made by `auto`."""
     tasks, scale = facts.bundle.tasks, Scale(low=0.0, high=8.0)
 
     def row(unit: UnitEntry) -> str:
@@ -171,7 +171,7 @@ def _distance(facts: BundleFacts) -> str:
 
 
 def _grid(tasks: Iterable[str], rows: Iterable[tuple[str, str]], total: str = "") -> str:
-    """Blocks down, tasks across; the names of the tasks stand upright."""
+    """A matrix with blocks as rows and tasks as columns, whose names are vertical."""
     head = "".join(f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
     body = f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else ""
     body += "".join(f"<tr><th scope=row>{block_name(unit)}</th>{cells}</tr>\n" for unit, cells in rows)
@@ -185,7 +185,7 @@ def _distances(unit: UnitEntry, tasks: Iterable[str]) -> list[float]:
 
 
 def _apart_bytes(facts: BundleFacts) -> list[int]:
-    """Per unit the bytes of a copy for every task."""
+    """The bytes per unit that a copy for every task would take."""
     tensors = {tensor.name: tensor for tensor in facts.bundle.manifest.tensors}
     return [
         sum(

@@ -16,13 +16,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """A label of an axis."""
+    """A label on an axis."""
 
     place: float
     label: str
-    """Markup."""
+    """The text as markup."""
     line: bool = False
-    """Whether a line goes across the plot."""
+    """Whether a line crosses the plot."""
 
 
 def chart(
@@ -50,7 +50,7 @@ def chart(
 
 
 def line(points: Sequence[Point], style: str) -> str:
-    """style: a class of the style sheet."""
+    """A line. style: a class of the style sheet."""
     return f'<path class="{style}" d="{_path(points)}"/>'
 
 
@@ -60,13 +60,13 @@ def band(lower: Sequence[Point], upper: Sequence[Point], style: str) -> str:
 
 
 def dots(points: Sequence[Point], colour: str, width: float) -> str:
-    """Round, whatever the plot's proportions: strokes without length. width: pixels."""
+    """A point, round whatever the plot's proportions: a stroke without length. width: pixels."""
     moves = "".join(f"M{_x(x)} {_y(y)}h0" for x, y in points)
     return f'<path class=dots stroke="{colour}" stroke-width="{width:g}" d="{moves}"/>'
 
 
 def brackets(joins: Sequence[tuple[Point, Point, float]]) -> str:
-    """A tree that grows to the right: per join its two ends, and how far right they meet."""
+    """A tree that grows to the right: for each join its two ends, and how far right they meet."""
     moves = "".join(f"M{_x(a[0])} {_y(a[1])}H{_x(meet)}V{_y(b[1])}H{_x(b[0])}" for a, b, meet in joins)
     return f'<path class=tree d="{moves}"/>'
 
@@ -83,7 +83,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def fraction(value: float, low: float, high: float) -> float:
-    """Where a value lies between two ends; 0 where they are the same."""
+    """The position of a value between two ends, as a fraction; 0 if the ends are equal."""
     return (value - low) / (high - low) if high != low else 0.0
 
 

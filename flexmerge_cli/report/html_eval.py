@@ -36,13 +36,13 @@ def curve_page(record: dict[str, Any]) -> str:
 
 
 def eval_style(series: list[Series]) -> str:
-    """The style sheet of these pages, and the colours of the methods."""
+    """The style sheet of these pages and the colours of the methods."""
     css = Path(__file__).with_name("eval.css").read_text(encoding="utf-8")
     return f"<style>\n{css}{series_css(series)}\n</style>"
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
-    """What must not be overlooked."""
+    """The verdicts, which must not be overlooked."""
     found = []
     if record.get("data_dependent"):
         chosen = record["data_dependent"]
@@ -73,7 +73,7 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
 
 
 def _methods(series: list[Series]) -> str:
-    """The legend, which picks one."""
+    """The legend, which highlights one method."""
     items = ["<label><input type=radio name=pick id=pickall checked />all</label>"]
     items += [
         f"<label><input type=radio name=pick id=pick{place} /><span class=m{place}>{one.style.marker}</span> "

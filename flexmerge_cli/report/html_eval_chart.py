@@ -12,7 +12,7 @@ from flexmerge_cli.report.html_chart import Tick, band, chart, line, nice_ticks
 from flexmerge_cli.report.text import human_bytes
 
 Values = Callable[[dict[str, Any]], tuple[float, float, float] | None]
-"""(low, value, high) of a point; None for what is no number, and is not drawn."""
+"""(low, value, high) of a point; None for values that are not numbers, which are not drawn."""
 
 
 Drawn = tuple[dict[str, Any], tuple[float, float, float]]
@@ -38,7 +38,7 @@ def curve_chart(
     series: Sequence[Series], record: dict[str, Any], values: Values, *, fine_tuned: float | None, base: float | None,
     says: str, height: str, small: bool = False,
 ) -> str:  # fmt: skip
-    """One picture. small: of many beside each other, without the copies and the second axis."""
+    """One chart. small: one of many side by side, without the copies and the second axis."""
     one = max(1, record["one_model_bytes"])
     others = _drawn([] if small else record["alternatives"], values)
     drawn = {place: found for place, one in enumerate(series) if (found := _drawn(one.points, values))}
@@ -113,7 +113,7 @@ def _mark(css: str, marker: str, point: dict[str, Any], value: float, x: float, 
 
 
 def series_css(series: Sequence[Series]) -> str:
-    """Colours and dashes of every method, and what is seen when one is picked."""
+    """Colours and dashes of every method, and the rules that highlight one."""
     rules = [".area { stroke: none !important; opacity: .1; }", ".s { transition: opacity .1s; }"]
     for place, one_line in enumerate(series):
         style, width = one_line.style, 1 if one_line.is_grey else 2
@@ -131,5 +131,5 @@ def series_css(series: Sequence[Series]) -> str:
 
 
 def picked(series: Series) -> str:
-    """Grey lines are seen in blue where they are picked."""
+    """Grey lines turn blue when they are highlighted."""
     return "#0072b2" if series.is_grey else series.style.colour

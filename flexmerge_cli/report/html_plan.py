@@ -1,4 +1,4 @@
-"""A plan as one page: its size, how alike its tasks are in each block, and in what order the blocks merge."""
+"""A plan as one page: its size, how similar its tasks are in each block, and in what order the blocks merge."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -190,18 +190,18 @@ def _legend(scale: Scale) -> str:
 
 
 def _largest(facts: PlanFacts) -> int:
-    """The largest block: of what it does with that the size depends most."""
+    """The largest block, on which the size depends most."""
     return max(range(len(facts.plan.blocks)), key=lambda index: facts.plan.blocks[index].elements)
 
 
 def _of_known(reduce: Callable[..., np.ndarray], found_CM: np.ndarray) -> np.ndarray:
-    """Over the tasks that have a distance; 0 where none has."""
+    """The mean over the tasks that have a distance; 0 if none has."""
     known = found_CM[:, ~np.isnan(found_CM).any(axis=0)]
     return reduce(known, axis=1) if known.size else np.zeros(len(found_CM))
 
 
 def _apart(ticks: Sequence[Tick], least: float = 0.12) -> list[Tick]:
-    """Without labels that would lie on each other on a narrow page."""
+    """Drop labels that would overlap on a narrow page."""
     kept: list[Tick] = []
     for tick in sorted(ticks, key=lambda tick: -tick.place):
         if not kept or kept[-1].place - tick.place >= least:

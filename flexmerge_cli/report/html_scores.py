@@ -13,11 +13,11 @@ from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
 from flexmerge_cli.report.text import human_bytes
 
 COPIES = "copies"
-"""Of the fine-tuned models, as they are."""
+"""The name of the fine-tuned models, unmerged."""
 
 
 def scores_page(document: dict[str, Any]) -> str:
-    """document: `evaluate`. The whole page."""
+    """The whole page. document: from `evaluate`."""
     tasks, counts = document["tasks"], document["evaluations"]
     pairs = [
         ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
@@ -40,7 +40,7 @@ def scores_page(document: dict[str, Any]) -> str:
 
 
 def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
-    """A bundle as the one point of a curve; where the fine-tuned scores are known, copies of these models beside it.
+    """A bundle as the only point of a curve, beside copies of the fine-tuned models if their scores are known.
 
     None without a bundle, where a task has no score, and where metrics differ and the fine-tuned scores are not known.
     """
@@ -64,7 +64,7 @@ def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _has_all(document: dict[str, Any], who: str) -> bool:
-    """A perplexity beyond all numbers is none, or has no interval."""
+    """A perplexity that overflows has no value, or no interval."""
     return all(record[f"{who}_interval"] is not None for record in document["tasks"].values())
 
 
@@ -99,7 +99,7 @@ def _place(curve: dict[str, Any]) -> str:
 
 
 def _numbers(document: dict[str, Any]) -> str:
-    """Each with all that it rests on."""
+    """Every number with its evidence."""
     rows = []
     for task, record in document["tasks"].items():
         for who, first in record["scores"].items():

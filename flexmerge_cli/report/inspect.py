@@ -1,6 +1,6 @@
-"""What `inspect` was given, and what it tells of it: a value for --json, and the same as tables. Needs no torch.
+"""What `inspect` was given, and what it shows: a value for --json, and the same as tables. Needs no torch.
 
-A checkpoint, a plan or a bundle is told by its files, never by its name. Only a `.bin` checkpoint needs torch.
+Checkpoints, plans and bundles are recognised by their content, never by their name. Only `.bin` files need torch.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A source, and what is wanted of it."""
+    """A source and what to show of it."""
 
     source: str
-    """As the user wrote it."""
+    """The source as the user wrote it."""
     block: str | None = None
     verify: bool = False
     decode: bool = False
-    """With verify: the digests of decoded tensors, too."""
+    """With `verify`: also check the digests of decoded tensors."""
     html: Path | None = None
     every: bool = False
     """Show all rows of long tables."""
@@ -47,26 +47,26 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was found."""
+    """The result of an inspection."""
 
     value: dict[str, Any]
-    """For --json."""
+    """The value for --json."""
     show: Callable[[Any], None]
-    """Prints the same."""
+    """Prints the value as text."""
     error: FlexmergeError | None = None
-    """A bundle that was looked into, and is damaged."""
+    """The error of a bundle that was inspected and is damaged."""
 
 
 def recognise(source: str, access: Access = ONLINE) -> Kind:
-    """What lies there; nothing counts as a checkpoint. Raises UsageError for what `inspect` cannot read."""
+    """Recognise the kind of a source; if there is nothing, a checkpoint. Raises UsageError for other files."""
     path = standing(expanded(source))
     if is_remote(source):
         return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
-        return Kind.CHECKPOINT  # whose opening tells what is wrong
+        return Kind.CHECKPOINT  # opening it reports what is wrong
     check_kind(path)
     if path.is_dir():
-        # Also one whose manifest is missing or damaged: what is wrong with it is to be told.
+        # Also if the manifest is missing or damaged, so that the problem is reported.
         if (path / "weights").is_dir() and ((path / MANIFEST_NAME).is_file() or (path / "tasks").is_dir()):
             return Kind.BUNDLE
         if is_bundle(path):
@@ -79,38 +79,40 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
     if path.suffix in WEIGHT_SUFFIXES:
         return Kind.CHECKPOINT
     if path.name == MANIFEST_NAME or path.name.endswith(".index.json"):
-        raise UsageError(f"{source} is a part of a folder", hint=f"flexmerge inspect {path.parent}")
+        raise UsageError(
+            f"{source} is a file of a checkpoint or bundle folder", hint=f"flexmerge inspect {path.parent}"
+        )
     if path.suffix in (".yaml", ".yml"):
         raise UsageError(
-            f"{source} may be a recipe, and `inspect` shows plans", hint=f"flexmerge plan {source} -o plan.json"
+            f"{source} may be a recipe, but `inspect` shows plans", hint=f"flexmerge plan {source} -o plan.json"
         )
     with open_file(path) as file:
         if file.read(64).lstrip()[:1] != b"{":
-            raise UsageError(f"{source} is no checkpoint, plan or bundle", hint="give a folder or a plan.json")
+            raise UsageError(f"{source} is not a checkpoint, plan or bundle", hint="give a folder or a plan.json")
     return Kind.PLAN
 
 
 def check(asked: Asked) -> Kind:
-    """Before anything is read: what was given, and whether what is asked fits it. Raises UsageError."""
+    """Check, before anything is read, the kind of source and whether the request fits it. Raises UsageError."""
     if asked.decode and not asked.verify:
-        raise UsageError("--decode says how to verify", hint="--verify --decode")
+        raise UsageError("--decode requires --verify", hint="--verify --decode")
     kind = recognise(asked.source, asked.access)
     what = f"{asked.source} is a {kind}"
     if asked.verify and kind is not Kind.BUNDLE:
-        raise UsageError(f"--verify compares a bundle with its manifest, and {what}", hint="leave out --verify")
+        raise UsageError(f"--verify checks a bundle against its manifest, but {what}", hint="leave out --verify")
     if asked.block is not None and kind is not Kind.PLAN:
-        raise UsageError(f"--block shows a block of a plan, and {what}", hint="leave out --block")
+        raise UsageError(f"--block shows a block of a plan, but {what}", hint="leave out --block")
     if asked.html is not None and kind is Kind.CHECKPOINT:
-        raise UsageError(f"--html shows a plan or a bundle, and {what}", hint="flexmerge plan, then inspect the plan")
+        raise UsageError(f"--html shows a plan or a bundle, but {what}", hint="flexmerge plan, then inspect the plan")
     if asked.html is not None and asked.verify:
-        raise UsageError("--html shows a bundle, --verify checks it", hint="one after the other")
+        raise UsageError("--html and --verify cannot be combined", hint="run one after the other")
     if asked.html is not None and kind is not Kind.CHECKPOINT and _is_within(asked.html, expanded(asked.source)):
         raise UsageError(f"{asked.html} is, or lies in, what is inspected", hint="choose another place with --html")
     return kind
 
 
 def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
-    """Read, and write the page if one is wanted. Raises what reading raises."""
+    """Read the source, and write the page if requested. Raises what reading raises."""
     path = expanded(asked.source)
     if kind is Kind.CHECKPOINT:
         from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint

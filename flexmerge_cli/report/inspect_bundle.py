@@ -1,4 +1,4 @@
-"""A bundle's manifest and headers in; who reads what, how large it is, and how far off each task comes back out."""
+"""Describes a bundle from its manifest and headers: who reads what, how large it is, and the tasks' distances."""
 
 import math
 from collections import Counter
@@ -23,18 +23,18 @@ LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BundleFacts:
-    """What follows from manifest and headers."""
+    """What follows from the manifest and the headers."""
 
     bundle: Bundle
     unit_bytes: tuple[int, ...]
-    """Stored bytes of each unit, what is shared counted once."""
+    """Stored bytes of each unit; shared parts count once."""
     unit_elements: tuple[int, ...]
-    """Parameters of one task."""
+    """The number of parameters of one task."""
     class_bytes: Mapping[str, int]
 
 
 def bundle_facts(located: Located) -> BundleFacts:
-    """Raises SourceError, DataError, IntegrityError."""
+    """Open a bundle. Raises SourceError, DataError, IntegrityError."""
     path, bundle = located.path, located.open()
     manifest = bundle.manifest
     place = {name: index for index, unit in enumerate(manifest.units) for name in (*unit.tensors, unit.name)}
@@ -59,7 +59,7 @@ def bundle_facts(located: Located) -> BundleFacts:
 
 
 def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
-    """Part of a file -> the aligned tensor that it is of; of a factor, the unit."""
+    """Part of a file -> the aligned tensor that it belongs to; for a factor, the unit."""
     manifest = bundle.manifest
     names = manifest.tasks[manifest.files[file].tasks[0]].names  # dense parts have the names of the first reader
     dense = {names.get(tensor.name, tensor.name): tensor.name for tensor in manifest.stored}
@@ -67,7 +67,7 @@ def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
 
 
 def bundle_value(facts: BundleFacts) -> dict[str, Any]:
-    """All that `inspect` tells of a bundle."""
+    """The value that `inspect` shows for a bundle."""
     bundle, manifest = facts.bundle, facts.bundle.manifest
     return {
         "kind": "bundle",
@@ -117,7 +117,7 @@ def told_gate(gate: Mapping[str, Any]) -> str:
 
 
 def letters(unit: UnitEntry) -> dict[str, str]:
-    """Task -> letter of its group, as LEGEND says; past `z` `#`. A task in no group has none."""
+    """Task -> letter of its group, as in LEGEND; `#` past `z`. A task in no group has none."""
     found: dict[str, str] = {}
     shared = 0
     for group in unit.groups:
@@ -131,12 +131,12 @@ def letters(unit: UnitEntry) -> dict[str, str]:
 
 
 def is_exact(group: GroupEntry, task: str) -> bool:
-    """Whether the task's values come back as they were."""
+    """Whether the task's values are restored exactly."""
     return group.kind == "copy" and group.distance.get(task) == 0
 
 
 def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> None:
-    """Tables on stdout."""
+    """Print tables on stdout."""
     allocation = value["allocation"]
     print(printable(f"{value['bundle']}: a bundle of {len(value['tasks'])} tasks, id {value['id']}"))
     print(
@@ -245,7 +245,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
 
 
 def weights_words(task: dict[str, Any]) -> str:
-    """Where a task's weights are, and whether a config says what they are; not whether some library loads them."""
+    """Where a task's weights are, and whether a config describes them; does not say which library loads them."""
     if "adapter" in task:
         return "kept adapter"
     return ("in place" if task["in_place"] else "after export") + ("" if task["config"] else ", no config")

@@ -1,7 +1,6 @@
-"""A checkpoint's headers in; its parameters, dtypes, blocks and private candidates out. Reads no weight.
+"""Describes a checkpoint from its headers: parameters, dtypes, blocks and private candidates. Reads no weights.
 
-One model alone does not tell what a family makes of it: what is constant, or missing or of another shape elsewhere,
-only `plan` knows.
+A single model does not show which tensors are constant, missing, or of another shape in its family: use `plan`.
 """
 
 from typing import Any
@@ -17,7 +16,7 @@ from flexmerge_cli.report.text import human_bytes, printable, table
 
 
 def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All that `inspect` tells of a checkpoint."""
+    """The value that `inspect` shows for a checkpoint."""
     tensors = checkpoint.tensors
     shared = aliases(tensors)
     tied = tied_by_config(checkpoint.config, tensors) | shared
@@ -70,7 +69,7 @@ def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
-    """Tables on stdout."""
+    """Print tables on stdout."""
     what = ", ".join(value["architectures"]) or value["model_type"] or "no config.json"
     print(printable(f"{value['source']}: a checkpoint ({what})"))
     if "adapter" in value:
@@ -106,7 +105,7 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of what kind, or why it is none that flexmerge reads."""
+    """The kind of an adapter, or why flexmerge cannot read it."""
     try:
         adapter = read_adapter(checkpoint)
     except DataError as error:

@@ -1,6 +1,6 @@
-"""A plan in, its size and its distances at every cut out, for methods that store one dense value per merged block.
+"""Computes a plan's size and distances at every cut, for methods that store one dense value per merged block.
 
-Numpy only: methods by name would import torch. What other methods store, `merge --dry-run` tells.
+Numpy only: methods by name would import torch. For other methods use `merge --dry-run`.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ MAX_CUTS = 160  # as many as a chart shows
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Curve:
-    """Size at every cut, distances at some."""
+    """The size at every cut, and the distances at some."""
 
     tensor_bytes: tuple[int, ...]
-    """After 0, 1, … all merges."""
+    """Sizes after 0, 1, … all merges."""
     named: tuple[tuple[str, int], ...]
-    """`1x`, `1.25x`, … `Mx`, and the number of merges that reaches it."""
+    """The factors `1x`, `1.25x`, … `Mx`, and the number of merges that reaches each."""
     cuts: tuple[int, ...]
-    """Numbers of merges at which distances are known, ascending: evenly spread, and the named ones."""
+    """Numbers of merges at which distances are known, ascending: evenly spread, and those of the factors."""
     distance: dict[str, np.ndarray]
-    """Method -> [C, M] float64; NaN for a task whose task vector is zero and which is not exact."""
+    """Method -> [C, M] float64; NaN for a task whose task vector is zero and that is not exact."""
 
 
 def curve_of(plan: Plan) -> Curve:
-    """8 700 merges of 30 tasks take about 3 s."""
+    """Compute the curve. 8 700 merges of 30 tasks take about 3 s."""
     sizes = dense_sizes(plan)
     named = named_cuts(plan, sizes)
     spread = np.linspace(0, len(sizes) - 1, min(MAX_CUTS, len(sizes))).round().astype(int).tolist()
@@ -96,7 +96,7 @@ def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> li
 
 
 def named_cuts(plan: Plan, sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """`1x`, `1.25x`, … `Mx` and the number of merges that reaches each; what nothing reaches is left out."""
+    """`1x`, `1.25x`, … `Mx` and the number of merges that reaches each. Factors that cannot be reached are omitted."""
     count = len(plan.reader_names)
     found = []
     for factor in [factor for factor in FACTORS if factor < count] + [count]:

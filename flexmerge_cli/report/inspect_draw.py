@@ -1,4 +1,4 @@
-"""Numbers in, what a terminal shows out: a curve, a heat map, a long table cut short. Legible without colour."""
+"""Draws numbers on a terminal: a curve, a heat map, a shortened table. Legible without colour."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ NUMBERED_TASKS = 12  # with more, a heat map has no numbers
 
 
 def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, str]) -> None:
-    """An area from 0 to the greatest value. labels: of top, middle and floor; below: of the x axis' two ends."""
+    """An area from 0 to the greatest value. labels: of top, middle and floor. below: of the ends of the x axis."""
     columns = np.linspace(0, len(values) - 1, CHART_COLUMNS).round().astype(int)
     eighths = np.array([values[column] for column in columns]) / (max(values) or 1.0) * CHART_ROWS * 8
     shown = dict(zip((CHART_ROWS - 1, CHART_ROWS // 2, 0), labels))
@@ -31,7 +31,7 @@ def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, s
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
-    """[M, M] as a bar of eight heights per cell, with its number where there is room, in colour where there is any."""
+    """[M, M] with a bar of eight heights per cell, its number if there is room, and colour if available."""
     from rich.text import Text
 
     from flexmerge_cli.report.console import Console
@@ -61,7 +61,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
 def long_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, every: bool, title: str = "", left: int = 1
 ) -> None:
-    """A table; of a long one its two ends, unless every row is wanted.
+    """Print a table; of a long one only its two ends, unless all rows are requested.
 
     Names stand first, and are cut short from the front where the line has no room for them.
     """

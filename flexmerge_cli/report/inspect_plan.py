@@ -1,4 +1,4 @@
-"""A plan in; its size curve, its blocks and how alike they are out. Needs no torch and no weights."""
+"""Describes a plan: its size curve, its blocks and how similar they are. Needs no torch and no weights."""
 
 import difflib
 from collections.abc import Sequence
@@ -30,22 +30,22 @@ class PlanFacts:
     path: Path
     curve: Curve
     similarity: np.ndarray
-    """[B, M, M] float64, as the plan's settings compare."""
+    """Similarities, [B, M, M] float64, compared as in the plan's settings."""
     scale: Scale
-    """Of all blocks, so that their pictures compare; a task with itself does not count."""
+    """The range of all blocks, so that their pictures are comparable; a task with itself does not count."""
     merges: tuple[Merge, ...]
-    """The order, with block indices."""
+    """The merge order, with block indices."""
     positions: tuple[tuple[int, ...], ...]
-    """Per block the places of its merges in the order, from 1: `--merges N` makes all up to N."""
+    """Per block, the places of its merges in the order, from 1: `--merges N` makes all up to N."""
     block: int | None
-    """The one that was asked for."""
+    """The block requested."""
 
     def groups(self, block: int, merges: int) -> int:
-        """Groups of a block after so many merges."""
+        """The groups of a block after so many merges."""
         return len(self.plan.tasks) - sum(position <= merges for position in self.positions[block])
 
     def pairs(self, block: int) -> dict[str, Any] | None:
-        """Mean similarity, and the most and the least similar pair; None of one task alone."""
+        """The mean similarity, and the most and the least similar pair; None for a single task."""
         rows, columns = np.triu_indices(len(self.plan.tasks), 1)
         if not len(rows):
             return None
@@ -58,15 +58,15 @@ class PlanFacts:
 
 
 def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
-    """Raises UsageError if it is no sound plan, or has no such block."""
+    """Read a plan. Raises UsageError if it is malformed, or lacks the block."""
     plan = load_plan(path)
     chosen = None if block is None else _find(block, [found.name for found in plan.blocks])
     try:
         measures = [block_measure(b.name, [plan.tensor(name) for name in b.tensors]) for b in plan.blocks]
         found = [similarity(measure, plan.settings.similarity) for measure in measures]
         curve = curve_of(plan)
-    except ValueError as error:  # a sha256 shows that a plan is whole, not that its numbers make sense
-        raise UsageError(f"{path} is not a sound plan: {error}", hint="make it again with `flexmerge plan`") from None
+    except ValueError as error:  # a sha256 proves that a plan is complete, not that its numbers make sense
+        raise UsageError(f"{path} is not a valid plan: {error}", hint="create it again with `flexmerge plan`") from None
     merges = plan.merges()
     positions: list[list[int]] = [[] for _ in plan.blocks]
     for position, merge in enumerate(merges, 1):
@@ -85,7 +85,7 @@ def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
 
 
 def plan_value(facts: PlanFacts) -> dict[str, Any]:
-    """All that `inspect` tells of a plan; sizes as `plan --json` has them."""
+    """The value that `inspect` shows for a plan; sizes as in `plan --json`."""
     plan, curve = facts.plan, facts.curve
     value = {
         "kind": "plan",

@@ -1,4 +1,4 @@
-"""What `inspect` tells of a plan, as tables and pictures on stdout."""
+"""What `inspect` shows of a plan, as tables and pictures on stdout."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SIZE_COLUMNS = 6  # of the blocks × groups table
 
 
 def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
-    """Tables and pictures on stdout."""
+    """Print tables and pictures on stdout."""
     settings, one = value["settings"], value["one_model_bytes"]
     print(printable(f"{value['plan']}: a plan of {len(value['tasks'])} tasks of {value['base']}"))
     print(

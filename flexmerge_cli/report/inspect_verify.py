@@ -1,4 +1,4 @@
-"""What `inspect --verify` tells: bad files, what in them is damaged, the tasks that break, those that are sound."""
+"""What `inspect --verify` shows: bad files, their damaged parts, the tasks that break, and those that are sound."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ SHOWN = 20  # damaged parts that are named per file
 
 
 def verification(bundle: Bundle, *, decode: bool, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """bundle: made by `Bundle.look`, so that whatever is wrong with its files is found here."""
+    """Verify a bundle, made by `Bundle.look`, so that all problems with its files are found here."""
     found = verify_bundle(bundle, decode=decode, on_bytes=on_bytes)
     return {
         "kind": "bundle",
@@ -37,7 +37,7 @@ def verification(bundle: Bundle, *, decode: bool, on_bytes: Callable[[int], None
 
 
 def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
-    """Of bad files, the parts whose tensors cannot be read, or no longer decode to what was written.
+    """The parts of bad files whose tensors cannot be read, or no longer decode to what was written.
 
     None of a file that is missing or cut, or whose damage lies in its header or padding.
     """
@@ -73,7 +73,7 @@ def _digest(bundle: Bundle, name: str, task: str) -> str | None:
 
 
 def failure(value: dict[str, Any]) -> IntegrityError | None:
-    """The error of a bundle that is not sound."""
+    """The error of a damaged bundle."""
     found = value["verification"]
     if found["sound"]:
         return None

@@ -1,4 +1,4 @@
-"""What `methods` tells: every method, step and calibration with paper, arguments, bytes and use; or one, explained."""
+"""What `methods` shows: every method, step and calibration with paper, arguments, bytes and use, or one in detail."""
 
 import inspect
 import json
@@ -50,7 +50,7 @@ def method_list() -> dict[str, Any]:
 
 
 def method_page(text: str) -> dict[str, Any]:
-    """All that goes by a name: a method (of `NAME:key=value` with these arguments), a step, a calibration, mergekit's.
+    """All entries of a name: a method (`NAME:key=value` with these arguments), a step, a calibration, mergekit's.
 
     Raises UsageError for a name that is not known.
     """
@@ -64,7 +64,7 @@ def method_page(text: str) -> dict[str, Any]:
     if name == auto.name:
         found.append(_auto(make_call(auto, args)))
     elif name in all_methods() or (not found and not resolve(text).message):
-        found.insert(0, _method(parse_call(text, run_files=True)))  # a person has typed it
+        found.insert(0, _method(parse_call(text, run_files=True)))  # the user typed it
     return {"name": name, "found": found, "mergekit": mergekit}
 
 
@@ -104,7 +104,7 @@ def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]], *, with_st
             ", ".join(f"{a['name']}={_written(a['default'])}" for a in row["arguments"]),
             *([f"{row['stored']}: {row['size']}"] if with_stored else []),
             row["paper"],
-            row["when"] if last == "when" else row["summary"].split(" [")[0],  # without shapes
+            row["when"] if last == "when" else row["summary"].split(" [")[0],  # drop the shapes
         )
         for row in rows
     ]
@@ -144,7 +144,7 @@ def _calibration(call: CalibrationCall) -> dict[str, Any]:
 
 
 def _common(declared: Any, scope: str) -> dict[str, Any]:
-    """Of a method, step or calibration."""
+    """The fields common to methods, steps and calibrations."""
     parameters: Mapping[str, Parameter] = declared.parameters
     return {
         "name": declared.name,

@@ -1,4 +1,4 @@
-"""What `plan` tells: a value for --json, and the same as tables."""
+"""What `plan` shows: a value for --json, and the same as tables."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ MANY_TASKS = 12  # more columns than this are summed up
 
 
 def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str = "common") -> dict[str, Any]:
-    """All that `plan` prints."""
+    """The value that `plan` prints."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
@@ -72,7 +72,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
 
 
 def task_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Every task; `adapter` of one that is, or was, an adapter."""
+    """One row per task; `adapter` is set if the task is, or was, an adapter."""
     found: list[dict[str, Any]] = [
         {"name": task.name, "source": task.source, "bytes": task.bytes}
         | ({"adapter": {"kind": task.adapter, "becomes": plan.settings.adapters}} if task.adapter else {})
@@ -86,7 +86,7 @@ def task_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def low_rank_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Full fine-tunes that are the base plus matrices of low rank, and what that would save."""
+    """Full fine-tunes that are the base plus low-rank matrices, and how much storing them so would save."""
     return [{"task": task.name, **task.low_rank.model_dump()} for task in plan.tasks if task.low_rank is not None]
 
 
@@ -103,7 +103,7 @@ def show_low_rank(rows: list[dict[str, Any]], plan: str) -> None:
 
 
 def adapter_words(row: dict[str, Any]) -> str:
-    """Of a task's row: `lora, kept in 12,345 bytes`."""
+    """The adapter of a task's row in words: `lora, kept in 12,345 bytes`."""
     adapter = row.get("adapter")
     if adapter is None:
         return ""
@@ -112,7 +112,7 @@ def adapter_words(row: dict[str, Any]) -> str:
 
 
 def classes(plan: Plan) -> dict[str, Any]:
-    """Per class the number of tensors, their bytes over all tasks, and their names.
+    """The number of tensors per class, their bytes over all tasks, and their names.
 
     A vocabulary's tensor counts by its common rows; its other rows are private, in bytes alone.
     """
@@ -132,7 +132,7 @@ def classes(plan: Plan) -> dict[str, Any]:
 
 
 def _bytes(plan: Plan, tensor: PlanTensor, task: int) -> int:
-    """What is tied has no rows stored apart."""
+    """A task's bytes of a tensor. Tied tensors have no separate rows."""
     is_whole = tensor.class_ is TensorClass.TIED
     shape = plan.whole_shape(tensor, task) if is_whole else tensor.shape_of(task)
     return math.prod(shape) * ITEM_BYTES[tensor.dtype_of(task)]
@@ -168,7 +168,7 @@ def size_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What a user should know before merging."""
+    """What users should know before merging."""
     found = []
     energy = plan.task_energy()
     base = sum(tensor.base_energy for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE)
@@ -177,23 +177,27 @@ def warnings(plan: Plan) -> list[str]:
         if ratio >= 0.5:
             named = f"; its config names `{task.config_base}` as its base" if task.config_base else ""
             found.append(
-                f"task `{task.name}` is probably no fine-tune of this base: its change has {ratio:.2f} of "
+                f"task `{task.name}` is probably not a fine-tune of this base: its change has {ratio:.2f} of "
                 f"the base's norm{named}"
             )
         if squared == 0:
-            found.append(f"task `{task.name}` does not differ from the base in anything that merges")
+            found.append(f"task `{task.name}` equals the base in every tensor that merges")
     found += vocabulary_warnings(plan)
     damaged = [t.name for t in plan.stored if not t.finite]
     if damaged:
-        found.append(f"not finite, and stored as found: {', '.join(damaged[:10])}")
+        found.append(
+            f"these tensors hold values that are not finite and are stored unchanged: {', '.join(damaged[:10])}"
+        )
     found += adapter_warnings(plan)
     if plan.near_ties:
-        found.append(f"{plan.near_ties} merges are within 2^-18 of another: their order may differ between machines")
+        found.append(
+            f"{plan.near_ties} merges are closer than 2^-18 to another, so their order may differ between machines"
+        )
     return found
 
 
 def adapter_warnings(plan: Plan) -> list[str]:
-    """What engines refuse of the adapters that are kept."""
+    """What inference engines do not support in the kept adapters."""
     found = []
     for each in plan.adapters:
         if each.whole:
@@ -206,7 +210,7 @@ def adapter_warnings(plan: Plan) -> list[str]:
 
 
 def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str, Any]:
-    """What headers alone tell."""
+    """The value for --dry-run, from headers alone."""
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.errors import UsageError
@@ -214,7 +218,9 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.planning.make import open_family, provisional_plan, survey_items, to_fetch
 
     if sources is None:
-        raise UsageError("--dry-run reads headers of sources, and a plan was given", hint="flexmerge inspect plan.json")
+        raise UsageError(
+            "--dry-run reads the headers of sources, but a plan was given", hint="flexmerge inspect plan.json"
+        )
     family = open_family(sources)
     plan = provisional_plan(family, sources)
     pricer = Pricer(plan)
@@ -245,7 +251,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
 
 
 def show_plan(value: dict[str, Any]) -> None:
-    """Tables on stdout."""
+    """Print tables on stdout."""
     whole = sum(task["bytes"] for task in value["tasks"])
     one = value["one_model_bytes"]
     print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(whole)}; 1x = one model = {human_bytes(one)}")
@@ -281,11 +287,11 @@ def show_plan(value: dict[str, Any]) -> None:
     if value.get("cut"):
         cut = value["cut"]
         print(
-            f"asked for: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk"
+            f"requested: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk"
             f"{merges_words(cut, ', ')}"
         )
     if value.get("fetch_bytes"):
-        print(f"to be fetched: {value['fetch_bytes']:,} bytes of weights")
+        print(f"to download: {value['fetch_bytes']:,} bytes of weights")
     print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
     if "plan" in value:
         print(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")

@@ -8,13 +8,13 @@ LEAST_FOLDED = 12  # characters of a column that is folded
 
 
 def merges_words(allocation: Mapping[str, Any], before: str) -> str:
-    """How many merges of the order an allocation has, after `before`; nothing where it has none, as of `auto`."""
+    """The number of merges of the order in an allocation, after `before`; empty if it has none, as for `auto`."""
     merges, undone = allocation["merges"], allocation["undone"]
     return f"{before}{merges} merges ({undone} undone)" if merges or undone else ""
 
 
 def human_bytes(count: float) -> str:
-    """`1.3 GB`; powers of ten, as disks and the Hub count."""
+    """Bytes for people, `1.3 GB`, in powers of ten like disks and the Hub."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -23,7 +23,7 @@ def human_bytes(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """One line with all that cannot be seen spelled out, as `\\x1b`: control and direction marks, line breaks.
+    """Text on one line, with control and direction marks and line breaks spelled out, as in `\\x1b`.
 
     Names come from strangers: a terminal must not obey an escape sequence in one.
     """
@@ -31,12 +31,12 @@ def printable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """The same of any text, which keeps its line breaks and tabs."""
+    """Like `printable`, but keeps line breaks and tabs."""
     return text if text.isprintable() else "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def tail(name: str, characters: int) -> str:
-    """The end of a dotted name, from a dot on where there is one: `…layers.3.mlp`."""
+    """The end of a dotted name, if possible from a dot on: `…layers.3.mlp`."""
     if len(name) <= characters:
         return name
     end = name[-(characters - 1) :]
@@ -45,7 +45,7 @@ def tail(name: str, characters: int) -> str:
 
 
 def line_columns() -> int:
-    """Characters of a line: the terminal's, and 200 where there is none."""
+    """The width of the terminal in characters; 200 without a terminal."""
     from flexmerge_cli.report.console import Console
 
     console = Console()
@@ -53,7 +53,7 @@ def line_columns() -> int:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", left: int = 1) -> None:
-    """Print a table to stdout; the first `left` columns to the left, the rest to the right.
+    """Print a table to stdout. Aligns the first `left` columns to the left, the rest to the right.
 
     Only the left ones are folded where the line is short: half a number is a wrong number. A head may have line breaks.
     """

@@ -1,4 +1,4 @@
-"""What `plan` and `inspect` tell of vocabularies that are not the same in base and tasks."""
+"""What `plan` and `inspect` show of vocabularies that differ between base and tasks."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ SHOWN_RUNS = 8
 
 
 def vocabularies(plan: Plan) -> list[dict[str, Any]]:
-    """Tensors, the rows that all have, and per task what it has besides and how rows were compared."""
+    """Tensors, the number of common rows, and per task its further rows and how rows were compared."""
     return [
         {
             "tensors": list(vocabulary.tensors),
@@ -32,7 +32,7 @@ def vocabularies(plan: Plan) -> list[dict[str, Any]]:
 
 
 def vocabulary_warnings(plan: Plan) -> list[str]:
-    """Rows that were compared by place where a tokenizer could have said better."""
+    """Warnings about rows that were compared by position although a tokenizer could have identified them."""
     found: dict[str, list[str]] = {}
     for vocabulary in plan.vocabularies:
         for task, rows in zip(plan.tasks, vocabulary.tasks):

@@ -14,7 +14,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a search may choose. Exact copies are always allowed; tensors that no task has moved have nothing else."""
+    """What a search may choose. Exact copies are always allowed, and the only choice for tensors that no task
+    changed."""
 
     min_bits: int = 0
     """Fewest bits of a residual or coded copy, in [0, 8]; 0 allows dropping residuals, in embedding tables alone."""

@@ -19,7 +19,7 @@ class CurveMethod:
     """A method of a curve."""
 
     name: str
-    """As it was asked for."""
+    """The method as requested."""
     request: MergeRequest
     """Without a size."""
 

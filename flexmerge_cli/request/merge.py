@@ -1,4 +1,4 @@
-"""What `merge` is asked, parsed and checked once. The command line, recipes and Python give the same words to
+"""The request of `merge`, parsed and checked once. The command line, recipes and Python give the same words to
 `merge_request`, and get the same objects and the same errors; below this package nobody parses a word.
 
 Each choice holds the fields that it reads and no others: an option that the choice would not read is an error.
@@ -31,7 +31,7 @@ class Fit(StrEnum):
 
 
 class Cluster(StrEnum):
-    """What is clustered in place of a merge order."""
+    """What is clustered instead of following a merge order."""
 
     CHANNELS = "channels"
     """Each tensor by itself, into equally many clusters."""
@@ -42,7 +42,7 @@ class BlockMethod:
     """A method for the blocks whose names match a pattern; the first match of several holds."""
 
     pattern: str
-    """As `fnmatch` has it."""
+    """A pattern in the syntax of `fnmatch`."""
     use: MethodUse | None
     """None keeps the tasks of these blocks apart."""
 
@@ -84,7 +84,7 @@ class Auto:
     limits: Limits
     block_methods: tuple[BlockMethod, ...] = ()
     size: Size | None = None
-    """None: the smallest bundle whose predicted distances stay under the limit."""
+    """The size limit. None: the smallest bundle whose predicted distances stay under the limit."""
 
 
 Choice = Exact | Cut | Clusters | Auto
@@ -100,7 +100,7 @@ class MergeRequest:
     max_distance: float | None = None
     """Every task must end up nearer to its model than this; at least 0."""
     notes: tuple[str, ...] = ()
-    """Which methods the names of mergekit stand for."""
+    """Messages that say which methods stand in for those of mergekit."""
 
     @property
     def size(self) -> Size | None:

@@ -1,4 +1,4 @@
-"""What `plan` is asked, checked when it is made. The command line, recipes and Python give the same words. No I/O."""
+"""The request of `plan`, checked when it is made. The command line, recipes and Python give the same words. No I/O."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 
 Statistics = Literal["all", "gram"]
-"""What the pass measures: all, or no more than a merge order needs."""
+"""The statistics to measure: all, or only those that a merge order needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderSettings:
-    """How blocks are made and merged. Words are taken for enums: `OrderSettings(linkage="average")`.
+    """How blocks are made and merged. Words are accepted for enums: `OrderSettings(linkage="average")`.
 
     Raises UsageError for a word that is not known, for linkage and similarity that do not go together, and for a seed
     that nothing would draw from.
@@ -31,7 +31,7 @@ class OrderSettings:
     strategy: Strategy = Strategy.GREEDY
     similarity: Similarity = Similarity.COSINE
     seed: int = 0
-    """For strategy `random`, which alone draws; at least 0."""
+    """The seed of strategy `random`, the only one that draws; at least 0."""
 
     def __post_init__(self) -> None:
         kinds: dict[str, type[StrEnum]] = {"linkage": Linkage, "strategy": Strategy, "similarity": Similarity}
@@ -49,7 +49,7 @@ class OrderSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What `plan` is asked. Raises UsageError for a word that is not known."""
+    """What `plan` is to do. Raises UsageError for an unknown word."""
 
     base: str
     tasks: Mapping[str, str]
@@ -61,7 +61,7 @@ class PlanRequest:
     statistics: Statistics = "all"
     """`gram` leaves out what `--method auto` needs."""
     adapters: Adapters = "keep"
-    """What becomes of tasks that are PEFT adapters."""
+    """How tasks that are PEFT adapters are treated."""
     assume_base: bool = False
     """Take the base for an adapter's own even if it names another."""
     relative_to: Path = field(default_factory=Path)

@@ -86,7 +86,7 @@ class Recipe(Record):
 
     @property
     def folder(self) -> Path:
-        """Where the recipe lies: what its paths are relative to."""
+        """The folder of the recipe, to which its paths are relative."""
         return self._folder
 
     def task_sources(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Recipe(Record):
         return {"blocks": blocks, **self.order.model_dump()}
 
     def merge_words(self) -> dict[str, Any]:
-        """What `merge_request` takes."""
+        """The recipe's arguments of `merge_request`."""
         return {name: value for name, value in self.merge.model_dump().items() if value is not None}
 
 

@@ -24,7 +24,7 @@ class Target:
     max_bytes: float
     """Upper bound; infinite where every model may be kept apart."""
     on_disk: bool
-    """Whether every file counts, with headers, manifest and side files; otherwise tensor data alone."""
+    """Whether every file counts, including headers, manifest and side files; otherwise tensor data alone."""
     all_merges: bool
     """The size is `1x`: the whole order is merged, whatever private tensors add."""
 

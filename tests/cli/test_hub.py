@@ -64,7 +64,7 @@ def test_inspect_and_a_dry_run_read_headers_and_no_weight(hub, published):
     priced = succeeds("plan", *remote(published), "--dry-run", "--json").json
     assert hub.weights_sent() == headers(published)
     assert priced["fetch_bytes"] == weights(published)
-    assert f"to be fetched: {weights(published):,} bytes" in succeeds("plan", *remote(published), "--dry-run").out
+    assert f"to download: {weights(published):,} bytes" in succeeds("plan", *remote(published), "--dry-run").out
     here = succeeds("plan", *published.arguments, "--dry-run", "--json").json
     # Not the bytes on disk: a manifest holds the names of its sources.
     for key in ("name", "served_bytes", "factor"):

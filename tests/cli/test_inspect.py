@@ -123,7 +123,7 @@ def test_options_that_do_not_fit_are_refused(
 def test_what_is_none_of_the_three_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "other.json").write_text("{}")
-    assert "is no checkpoint" in refused([str(tmp_path / "notes")], 2, capsys)["message"]
+    assert "is not a checkpoint" in refused([str(tmp_path / "notes")], 2, capsys)["message"]
     assert "is not a plan" in refused([str(tmp_path / "other.json")], 2, capsys)["message"]
     assert refused([str(GOLDEN / "tasks")], 2, capsys)["hint"].endswith("tasks/cars")
     assert refused(["org/name"], 4, capsys)["hint"] == "for the Hub write hf://org/name"

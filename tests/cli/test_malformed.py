@@ -201,4 +201,4 @@ def test_a_task_far_from_its_base_is_warned_of(tmp_path: Path) -> None:
     models = plain(num_tasks=2)
     models.tasks["stranger"] = tuned(models.base, 9, size=3.0)
     folders = write_family(tmp_path, models)
-    assert "`stranger` is probably no fine-tune of this base" in succeeds(*plan_of(folders)).err
+    assert "`stranger` is probably not a fine-tune of this base" in succeeds(*plan_of(folders)).err

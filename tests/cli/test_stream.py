@@ -248,7 +248,7 @@ def test_an_object_store_is_a_source(bucket, tmp_path):
 
 
 @pytest.mark.parametrize(("source", "code", "says"), [
-    ("nosuch://bucket/x", 2, "no source that flexmerge knows"),
+    ("nosuch://bucket/x", 2, "not a source that flexmerge supports"),
     ("https://me:secret@127.0.0.1/x", 2, "a password or a query in it"),
     ("memory://nothing/there", 4, "no checkpoint in"),
     ("s3://bucket/x", 4, "flexmerge-cli[stream]"),

@@ -243,7 +243,8 @@ def test_a_task_that_is_left_out_by_name_is_named_in_the_verdict(sample, bundles
 
 
 @pytest.mark.parametrize(
-    "not_scored, said", [(["parety"], "did you mean `parity`?"), (["digit"], "scored, too"), (["parity"] * 2, "twice")]
+    "not_scored, said",
+    [(["parety"], "did you mean `parity`?"), (["digit"], "is scored as well"), (["parity"] * 2, "twice")],
 )
 def test_what_is_left_out_is_a_task_of_the_bundle_and_not_scored(sample, bundles, tmp_path, not_scored, said):
     spec = forgetful(write_spec(tmp_path / "eval.yaml"), not_scored=not_scored)

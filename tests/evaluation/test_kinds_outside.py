@@ -102,9 +102,9 @@ def test_what_a_command_gets_loads_in_transformers_with_the_same_logits(model, t
     [
         ("import sys; print('so sorry', file=sys.stderr); sys.exit(3)", "ended with 3\n  so sorry"),
         ("print('done')", "printed no JSON"),
-        ("print('[1, 2]')", "is no score"),
+        ("print('[1, 2]')", "is not a score"),
         ("print('{\"value\": NaN}')", "value"),
-        ('print(\'{"predictions": [1], "labels": [1, 2], "metric": "accuracy"}\')', "of one length"),
+        ('print(\'{"predictions": [1], "labels": [1, 2], "metric": "accuracy"}\')', "of the same length"),
         ('print(\'{"predictions": [1], "labels": [1], "metric": "bleu"}\')', "no metric"),
     ],
 )

@@ -156,7 +156,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_one_number_is_no_column(tmp_path):
     np.savez(tmp_path / "d.npz", text=np.float32(3), label=np.zeros(1))
-    with pytest.raises(FlexmergeError, match="no column"):
+    with pytest.raises(FlexmergeError, match="not a column"):
         table(tmp_path, "d.npz")
 
 
@@ -178,7 +178,7 @@ def test_formats_are_guessed_by_suffix_and_by_what_a_folder_holds(tmp_path):
 
 
 def test_a_data_set_of_the_hub_needs_a_split(tmp_path):
-    with pytest.raises(UsageError, match="no data set with a split"):
+    with pytest.raises(UsageError, match="does not name a data set and a split"):
         table(tmp_path, "hf://org/name")
 
 

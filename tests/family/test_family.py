@@ -243,7 +243,7 @@ def test_nan_in_a_tensor_that_all_share_is_a_constant_and_listed(tmp_path):
         state["pooler.dense.weight"] = torch.full((8, 8), float("nan"))
     folders = write_family(tmp_path, models)
     result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
-    assert "not finite, and stored as found: pooler.dense.weight" in result.err
+    assert "not finite and are stored unchanged: pooler.dense.weight" in result.err
 
 
 # Names of tasks.
@@ -319,7 +319,7 @@ def test_a_task_that_is_no_fine_tune_of_the_base_is_warned_of(tmp_path):
     models.configs = {"task1": {"_name_or_path": "org/true-base"}}
     folders = write_family(tmp_path, models)
     result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
-    assert "task `task1` is probably no fine-tune of this base" in result.err and "`org/true-base`" in result.err
+    assert "task `task1` is probably not a fine-tune of this base" in result.err and "`org/true-base`" in result.err
     assert "task `task0` is probably" not in result.err
 
 

@@ -1,4 +1,4 @@
-"""Multiple choice: the choices of each example, and which is right. Texts in, texts and numbers out."""
+"""Multiple choice: the choices of each example, and the right one. Texts in, texts and numbers out."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from flexmerge_cli.evaluation.kinds.kind import Place
 
 
 def choice_columns(written: str | tuple[str, ...] | None) -> dict[str, Column]:
-    """One column of lists, or a column a choice."""
+    """One column of lists, or one column per choice."""
     if written is None or isinstance(written, str):
         return {"choices": Column(name=written, usual=("choices", "options", "endings"))}
     return {f"choices.{number}": Column(name=name) for number, name in enumerate(written)}
 
 
 def choices_of(table: Table, written: str | tuple[str, ...] | None, place: Place) -> list[list[str]]:
-    """Texts of each example, at least one. Raises UsageError."""
+    """The choices of each example, at least one. Raises UsageError."""
     if written is not None and not isinstance(written, str):
         columns = [table.texts(f"choices.{number}", place) for number in range(len(written))]
         return [list(row) for row in zip(*columns)]
@@ -32,7 +32,7 @@ def choices_of(table: Table, written: str | tuple[str, ...] | None, place: Place
 
 
 def right_choice(table: Table, index: int, choices: Sequence[str], place: Place) -> int:
-    """By index from 0, by letter (A is the first), or by its own text. Raises UsageError."""
+    """The right choice: given by index from 0, by letter (A is the first), or by its text. Raises UsageError."""
     value = table.columns["label"][index]
     if isinstance(value, str) and value in choices:
         return choices.index(value)

@@ -1,9 +1,9 @@
-"""`command`: a program of one's own scores a task. Runs only with --allow-exec.
+"""`command`: a program of the user scores a task. Runs only with --allow-exec.
 
 command    a list of arguments, no shell; `{checkpoint}` is the task's model as a folder (config, tokenizer,
            model.safetensors), `{task}` its name. Runs in the folder of the spec
 timeout_s  seconds after which it is stopped; by default none
-The last line of its output that is JSON is the score: a number, or what outside.py tells of. Its errors are shown.
+The last line of its output that is JSON is the score: a number, or a value as in outside.py. Its errors are shown.
 """
 
 import json
@@ -35,9 +35,7 @@ def prepare(task: Command, place: Place) -> Examples:
     if shutil.which(program) is None and shutil.which(program, path=str(place.folder)) is None:
         raise place.error("command", f"no program `{program}`", hint="check the name, or give its whole path")
     if not any("{checkpoint}" in argument for argument in task.command):
-        raise place.error(
-            "command", "nothing says where the checkpoint goes", hint='["python", "score.py", "{checkpoint}"]'
-        )
+        raise place.error("command", "no argument is `{checkpoint}`", hint='["python", "score.py", "{checkpoint}"]')
     split = task.data_spec.split if task.data_spec is not None else None
     return Examples(items=place.folder, n=0, digest="", split=split, metrics=task.metrics)
 
@@ -56,15 +54,15 @@ def score(model: TaskModel, task: Command, examples: Examples, run: Run) -> Sequ
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise DataError(f"{who} took longer than {task.timeout_s:g} s", hint="timeout_s: more") from None
+            raise DataError(f"{who} took longer than {task.timeout_s:g} s", hint="increase timeout_s") from None
     said = done.stderr.decode(errors="replace").strip()[-TOLD:]
     if done.returncode != 0:
-        raise DataError(f"{who} ended with {done.returncode}\n  {said}", hint="run it by hand on an exported task")
+        raise DataError(f"{who} ended with {done.returncode}\n  {said}", hint="run it manually on an exported task")
     return [scored_of(_last_json(done.stdout.decode(errors="replace"), who), who, next(iter(task.metrics), None))]
 
 
 def _last_json(text: str, who: str) -> Any:
-    """The whole output, or the last line of it that is JSON."""
+    """Parse the whole output, or the last line of it that is JSON."""
     for piece in (text, *reversed(text.splitlines())):
         try:
             return json.loads(piece)

@@ -1,4 +1,4 @@
-"""Images as the kinds see them: arrays of pixels, or pictures that the task's own image processor makes into pixels.
+"""Images for the kinds: arrays of pixels, or pictures that the task's image processor turns into pixels.
 
 Arrays are scaled and normalised as preprocessor_config.json says, and not resized. Pictures (files, their bytes, or
 what `datasets` has) are opened a batch at a time.
@@ -33,14 +33,14 @@ class Columns(Record):
 
 
 class ImageTask(TaskSpec):
-    """What both kinds of image classification say."""
+    """The keys of both kinds of image classification."""
 
     columns: Columns = Columns()
     labels: tuple[str, ...] | None = None
 
 
 def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
-    """Items: the images, and their labels, None for agreement. Raises UsageError, DataError."""
+    """The images and their labels, None for agreement. Raises UsageError, DataError."""
     metrics = chosen_metrics(task, place, CLASS_METRICS, num_classes=classes)
     wanted = {"image": Column(name=task.columns.image, usual=USUAL)}
     if AGREEMENT not in metrics:
@@ -53,15 +53,15 @@ def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Images:
-    """n images of one task."""
+    """The n images of one task."""
 
     arrays: np.ndarray | None = None
-    """Numbers [n, channels, height, width]."""
+    """Numbers, [n, channels, height, width]."""
     pictures: Sequence[Any] = ()
-    """Paths, bytes, {bytes, path}, or PIL images; where arrays is None."""
+    """Paths, bytes, {bytes, path}, or PIL images, if arrays is None."""
 
     def pixels(self, start: int, stop: int, side: Path) -> Any:
-        """float32 tensor [batch, channels, height, width]. side: folder of preprocessor_config.json."""
+        """A batch as float32 tensor [batch, channels, height, width]. side: folder of preprocessor_config.json."""
         import torch
 
         if self.arrays is not None:
@@ -74,7 +74,7 @@ class Images:
 
 
 def images_of(table: Table, place: Place) -> tuple[Images, str]:
-    """The column `image`, and a digest of what it points to. Raises UsageError, DataError."""
+    """The column `image`, and a digest of the files it refers to. Raises UsageError, DataError."""
     column = table.columns["image"]
     if isinstance(column, np.ndarray):
         if column.ndim != 4 or column.dtype.kind not in "uif":
@@ -84,11 +84,13 @@ def images_of(table: Table, place: Place) -> tuple[Images, str]:
                 hint="images are numbers [n, channels, height, width]",
             )
         _check_size(column.shape[1:], place)
-        _preprocessing(place.side, column.shape[1])  # what is unsound is told before a weight is read
+        _preprocessing(place.side, column.shape[1])  # reports a malformed file before any weight is read
         return Images(arrays=column), table.digest
     require("PIL", extra=DATA_EXTRA)
     if not (place.side / PROCESSOR).is_file():
-        raise place.error("data", f"pictures, and no {PROCESSOR} in {place.side}", hint="give pixels, as an .npz")
+        raise place.error(
+            "data", f"the data are pictures, but {place.side} has no {PROCESSOR}", hint="give pixels, as an .npz"
+        )
     pictures = [_picture(value, table, place, index) for index, value in enumerate(column)]
     digest = xxhash.xxh3_128(table.digest.encode())
     for picture in pictures:
@@ -98,7 +100,7 @@ def images_of(table: Table, place: Place) -> tuple[Images, str]:
 
 
 def opened(picture: Any) -> Any:
-    """A PIL image. Raises DataError."""
+    """Open a PIL image. Raises DataError."""
     from PIL import Image, UnidentifiedImageError
 
     if not isinstance(picture, Path | bytes):
@@ -108,12 +110,12 @@ def opened(picture: Any) -> Any:
         image.load()
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         where = picture if isinstance(picture, Path) else f"{len(picture)} bytes"
-        raise DataError(f"{where} is no sound picture: {error}", hint="get a sound copy of it") from None
+        raise DataError(f"{where} is not a valid picture: {error}", hint="get a sound copy of it") from None
     return image
 
 
 def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
-    """A path that is there, bytes, or a PIL image."""
+    """A path that exists, bytes, or a PIL image."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -130,7 +132,7 @@ def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
 
 
 def _check_size(shape: tuple[int, ...], place: Place) -> None:
-    """Channels, height and width, where the config says them."""
+    """Channels, height and width, if the config has them."""
     config = read_config(place.side)
     config = config.get("vision_config", config) if isinstance(config.get("vision_config"), dict) else config
     size, channels = config.get("image_size"), config.get("num_channels", shape[0])
@@ -144,7 +146,7 @@ def _check_size(shape: tuple[int, ...], place: Place) -> None:
 
 
 def _preprocessing(folder: Path, channels: int) -> tuple[np.float32, np.ndarray, np.ndarray]:
-    """Scale, and mean and deviation by channel, [1, channels, 1, 1]. Raises DataError."""
+    """Scale, mean and standard deviation by channel, [1, channels, 1, 1]. Raises DataError."""
     path = folder / PROCESSOR
     config = read_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
     scale = config.get("rescale_factor", 1.0) if config.get("do_rescale", True) else 1.0

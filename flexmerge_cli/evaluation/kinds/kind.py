@@ -1,4 +1,4 @@
-"""What a kind of task is: its keys in a spec, how its examples are made ready, and how a model is scored on them."""
+"""Defines kinds of tasks: their keys in a spec, how examples are prepared, and how a model is scored on them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +18,22 @@ AGREEMENT = "agreement"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a task stands: in which file, and beside which side files."""
+    """Where a task is defined: in which file, and beside which side files."""
 
     document: Document
     task: str
     side: Path
-    """Folder of the task's config, tokenizer, processor."""
+    """The folder of the task's config, tokenizer, processor."""
     access: Access = ONLINE
 
     @property
     def folder(self) -> Path:
-        """What paths of the spec are relative to."""
+        """The folder that paths in the spec are relative to."""
         return self.document.path.absolute().parent
 
     def error(self, key: str, message: str, *, hint: str) -> UsageError:
-        """key: below the task, dotted. Where it does not stand in the spec, the line is that of `data`, if there is."""
+        """An error at a key, dotted, below the task. If the spec lacks the key, the line is that of `data`, if
+        present."""
         place: tuple[str, ...] = ("tasks", self.task, *filter(None, key.split(".")))
         data = ("tasks", self.task, "data")
         is_near_data = key.startswith("columns") and place[:3] not in self.document.lines
@@ -41,16 +42,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """A task's data, checked and ready. What `items` is, the kind knows."""
+    """A task's data, checked and ready. Only the kind knows the type of `items`."""
 
     items: Any
     n: int
     digest: str
-    """Of the data as read."""
+    """The digest of the data as read."""
     split: str | None = None
     metrics: tuple[str, ...]
     rest: Callable[[], str] = field(default=lambda: "")
-    """What else the scores depend on, as a digest; asked for after everything is checked, since it may read weights."""
+    """A digest of what else scores depend on. Called after all checks, since it may read weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +60,12 @@ class Run:
 
     device: str = "cpu"
     dtype: str | None = None
-    """What the model computes in; None: what it is stored in."""
+    """The dtype that the model computes in. None: the stored dtype."""
     batch_size: int = 32
     on_example: Callable[[int, int], None] = field(default=lambda _done, _total: None)
 
     def batches(self, n: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each; tells the progress."""
+        """Yields (start, stop) of each batch, and reports progress."""
         for start in range(0, n, self.batch_size):
             stop = min(start + self.batch_size, n)
             yield start, stop
@@ -78,25 +79,25 @@ class Kind:
     name: str
     schema: type[TaskSpec]
     metrics: tuple[str, ...]
-    """That it can give, `recall@k` for any k; the first is the one that it gives unasked."""
+    """The supported metrics, `recall@k` for any k. The first is the default."""
     prepare: Callable[[Any, Place], Examples]
-    """Read and check the data against the spec and the side files. Reads no weight. Raises UsageError, DataError."""
+    """Read and check the data against the spec and the side files. Reads no weights. Raises UsageError, DataError."""
     score: Callable[[TaskModel, Any, Examples, Run], Sequence[Scored]]
     """(model, task of the spec, examples, run) -> one Scored per metric. For `agreement` the labels are left empty."""
     batch_size: int = 32
-    """Examples at a time, where the spec does not say."""
+    """The batch size, unless the spec gives one."""
     runs_code: bool = False
     """Whether the spec names code, which needs --allow-exec."""
     code_keys: tuple[str, ...] = ()
-    """Keys that need it, where the kind as such does not."""
+    """Keys that need --allow-exec, if the kind as such does not."""
     cached: bool = True
-    """Whether a score depends on nothing but weights, data, side files and settings."""
+    """Whether a score depends only on weights, data, side files and settings."""
 
 
 def chosen_metrics(
     task: TaskSpec, place: Place, known: Sequence[str], *, num_classes: int | None = None
 ) -> tuple[str, ...]:
-    """The metrics of a task, checked against what its kind gives. Raises UsageError."""
+    """The metrics of a task, checked against those of its kind. Raises UsageError."""
     names = task.metrics or (known[0],)
     for name in names:
         family = "recall@k" if name.startswith("recall@") else name
@@ -104,12 +105,14 @@ def chosen_metrics(
             raise place.error("metric", f"{task.kind} has no metric `{name}`", hint=f"one of: {', '.join(known)}")
         if family != "recall@k" and name in METRICS and METRICS[name].only_two_classes and (num_classes or 2) != 2:
             raise place.error(
-                "metric", f"`{name}` is of two classes, and the model has {num_classes}", hint=f"{name}_macro"
+                "metric", f"`{name}` requires two classes, but the model has {num_classes}", hint=f"{name}_macro"
             )
     if len(set(names)) < len(names):
-        raise place.error("metric", "a metric stands twice", hint="remove one")
+        raise place.error("metric", "a metric occurs twice", hint="remove one")
     if AGREEMENT in names and len(names) > 1:
-        raise place.error("metric", "`agreement` goes without other metrics", hint="make it a task of its own")
+        raise place.error(
+            "metric", "`agreement` cannot be combined with other metrics", hint="make it a task of its own"
+        )
     return tuple(names)
 
 

@@ -1,4 +1,4 @@
-"""Log likelihoods of continuations: rows of token ids with the places that count in, sums out. torch, no files."""
+"""Log likelihoods of continuations, from rows of token ids with the positions that count. torch, no files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ Normalise = Literal["none", "tokens", "characters"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """What a decoder reads, and from where on its tokens are scored."""
+    """The input of a decoder, and the position from which its tokens are scored."""
 
     ids: tuple[int, ...]
     first: int
-    """Index of the first scored token, at least 1: each is predicted from those before it."""
+    """The index of the first scored token, at least 1: each token is predicted from those before it."""
 
 
 def decoder_likelihoods(built: Any, rows: Sequence[Continuation], run: Run) -> np.ndarray:
-    """Sum over each row's scored tokens of log p(token | those before it), float64 [n]. float32 log-softmax."""
+    """The sum over each row's scored tokens of log p(token | tokens before it), float64 [n]. float32 log-softmax."""
     import torch
 
     found = np.zeros(len(rows))
@@ -41,7 +41,7 @@ def decoder_likelihoods(built: Any, rows: Sequence[Continuation], run: Run) -> n
 def target_likelihoods(
     built: Any, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], run: Run
 ) -> np.ndarray:
-    """Sum of log p(target token | input, target tokens before it) of an encoder–decoder, float64 [n]."""
+    """The sum of log p(target token | input, target tokens before it) of an encoder–decoder, float64 [n]."""
     import torch
 
     found = np.zeros(len(inputs))
@@ -58,7 +58,7 @@ def target_likelihoods(
 
 
 def _sum(logits: Any, tokens: Any) -> float:
-    """logits [t, vocabulary], tokens [t]. A row at a time: a batch's log-softmax would double the memory."""
+    """logits [t, vocabulary], tokens [t]. One row at a time: a batch's log-softmax would double the memory."""
     import torch
 
     each = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None])
@@ -68,7 +68,7 @@ def _sum(logits: Any, tokens: Any) -> float:
 def best_of(
     likelihoods: np.ndarray, tokens: Sequence[int], texts: Sequence[str], counts: Sequence[int], normalise: Normalise
 ) -> np.ndarray:
-    """Index of the likeliest choice of each example, int64 [n]; the first of equal ones.
+    """The index of the likeliest choice of each example, int64 [n]; the first among equals.
 
     likelihoods, tokens, texts: of all choices of all examples, one after another; counts: choices of each, [n].
     """

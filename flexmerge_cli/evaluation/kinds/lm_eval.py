@@ -38,10 +38,10 @@ def prepare(task: LmEval, place: Place) -> Examples:
     if folder is not None and not folder.is_dir():
         raise place.error("include_path", f"no folder {folder}", hint="check the path")
     if len(task.metrics) > 1:
-        raise place.error("metric", "one metric of the harness at a time", hint="make another task of it")
+        raise place.error("metric", "a task can have only one metric of the harness", hint="add another task for it")
     manager = _manager(folder, task.task)
     if task.task not in manager.all_tasks:
-        raise place.error("task", f"lm-eval has no task `{task.task}`", hint="lm_eval ls tasks")
+        raise place.error("task", f"lm-eval has no task `{task.task}`", hint="list them with `lm_eval ls tasks`")
     return Examples(items=folder, n=0, digest="", metrics=task.metrics)
 
 
@@ -69,7 +69,7 @@ def score(model: TaskModel, task: LmEval, examples: Examples, run: Run) -> Seque
 
 @cache
 def _manager(folder: Path | None, task: str) -> Any:
-    """That knows the task. The harness's own are ten thousand files: they are not read for a task of one's own."""
+    """A task manager that knows the task. The harness's ten thousand files are not read for a user's own task."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:

@@ -1,4 +1,4 @@
-"""What comes back from code that is not ours: a number, or predictions and labels. JSON-like values in, `Scored` out.
+"""Results of external code: a number, or predictions and labels. JSON-like values in, `Scored` out.
 
 value             the score; n: examples; interval: [low, high]
 metric            its name; by default the one that the spec has, else `score`
@@ -33,19 +33,19 @@ class Answer(Record):
 
 
 def scored_of(answer: Any, who: str, metric: str | None) -> Scored:
-    """who: for messages. metric: the spec's. Raises DataError."""
+    """Parse a result. who: for messages. metric: the spec's. Raises DataError."""
     if isinstance(answer, int | float | np.number) and not isinstance(answer, bool):
         answer = {"value": float(answer)}
     hint = '{"value": 0.9, "n": 100, "metric": "accuracy"}, or "predictions" and "labels" instead of "value"'
     if not isinstance(answer, Mapping):
-        raise DataError(f"{who} gave {type(answer).__name__}, which is no score", hint=hint)
+        raise DataError(f"{who} gave {type(answer).__name__}, which is not a score", hint=hint)
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in answer.items()}
     try:
         found = Answer.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise DataError(f"{who} gave what is no score: {where}: {first['msg']}", hint=hint) from None
+        raise DataError(f"{who} gave a malformed score: {where}: {first['msg']}", hint=hint) from None
     name = found.metric or metric or "score"
     if found.value is not None:
         given = Given(value=found.value, n=found.n, interval=found.interval, higher_is_better=found.higher_is_better)
@@ -57,13 +57,13 @@ def _compared(name: str, found: Answer, who: str, hint: str) -> Scored:
     try:
         takes = METRICS[name].takes
     except KeyError:
-        raise DataError(f"{who} gave predictions of `{name}`, which is no metric here", hint=hint) from None
+        raise DataError(f"{who} gave predictions of `{name}`, which is not a metric of flexmerge", hint=hint) from None
     try:
         arrays = [np.asarray(values if values is not None else []) for values in (found.predictions, found.labels)]
     except ValueError:  # of rows that differ in length
         arrays = []
     if len(arrays) != 2 or not len(arrays[0]) or len(arrays[0]) != len(arrays[1]):
-        raise DataError(f"{who} gave no predictions and labels of one length, at least 1", hint=hint)
+        raise DataError(f"{who} must give predictions and labels of the same length, at least 1", hint=hint)
     axes = 2 if takes is Takes.SCORES else 1
     if arrays[0].ndim != axes or arrays[0].dtype.kind not in KINDS[takes] or arrays[1].dtype.kind not in KINDS[takes]:
         said = f"{arrays[0].dtype} {list(arrays[0].shape)} and {arrays[1].dtype} {list(arrays[1].shape)}"

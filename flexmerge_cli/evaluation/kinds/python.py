@@ -1,9 +1,9 @@
-"""`python:module:function`: a function of one's own scores a task. Runs only with --allow-exec.
+"""`python:module:function`: a function of the user scores a task. Runs only with --allow-exec.
 
 kind     python:module:function; the module lies beside the spec, or is installed
 options  keyword arguments of the function
 The function is called as `function(weights, folder, **options)`: weights, a mapping of the task's own names to
-tensors, read-only; folder, of its config, tokenizer, processor. It gives a number, or what outside.py tells of.
+tensors, read-only; folder, of its config, tokenizer, processor. It gives a number, or a value described in outside.py.
 """
 
 import contextlib
@@ -45,7 +45,9 @@ def prepare(task: Python, place: Place) -> Examples:
         except AttributeError:
             raise place.error("kind", f"module `{module}` has no `{name}`", hint="check the name") from None
         except Exception as error:
-            raise place.error("kind", f"module `{module}`: {type(error).__name__}: {error}", hint="mend it") from None
+            raise place.error(
+                "kind", f"module `{module}`: {type(error).__name__}: {error}", hint="fix the module"
+            ) from None
     return Examples(items=(found, place.folder), n=0, digest="", split=_split(task), metrics=task.metrics)
 
 
@@ -58,7 +60,7 @@ def score(model: TaskModel, task: Python, examples: Examples, run: Run) -> Seque
             raise
         except Exception as error:
             said = f"task `{model.task}`: {task.kind} failed: {type(error).__name__}: {str(error)[:TOLD]}"
-            raise DataError(said, hint="--debug shows where") from error
+            raise DataError(said, hint="run with --debug to see where") from error
     return [scored_of(answer, f"task `{model.task}`: {task.kind}", next(iter(task.metrics), None))]
 
 
@@ -68,7 +70,7 @@ def _split(task: TaskSpec) -> str | None:
 
 @contextlib.contextmanager
 def _beside(folder: Path) -> Iterator[None]:
-    """Modules beside the spec come first."""
+    """Modules beside the spec take precedence."""
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -20,5 +20,5 @@ KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in _MODULES}
 
 
 def kind_of(written: str) -> Kind | None:
-    """`python:module:function` is of the kind `python`; None for what is no kind."""
+    """The kind of a name. `python:module:function` is of kind `python`; None for an unknown kind."""
     return KINDS.get("python" if written.startswith("python:") else written)

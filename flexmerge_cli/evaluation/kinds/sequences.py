@@ -1,4 +1,4 @@
-"""What the two kinds with a head over a whole text share: texts or pairs in, the head's outputs out."""
+"""Shared by the two kinds with a head over a whole text: texts or pairs in, the head's outputs out."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Columns(Record):
 
 
 class SequenceTask(TaskSpec):
-    """What both kinds say."""
+    """The keys of both kinds."""
 
     columns: Columns = Columns()
     max_length: int | None = Field(default=None, ge=1)
@@ -36,7 +36,7 @@ def text_columns(columns: Columns) -> dict[str, Column]:
 
 
 def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
-    """Encodings of the texts, or pairs of texts, cut to the model's length; with the tokenizer, which pads them."""
+    """Encodings of the texts, or pairs, truncated to the model's length, with the tokenizer, which pads them."""
     tokenizer = load_tokenizer(place)
     length = max_length(tokenizer, place.side, task.max_length)
     texts = [table.texts(role, place) for role in ("text", "pair") if role in table.columns]
@@ -45,12 +45,12 @@ def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
     rows = [{name: encoded[name][index] for name in names} for index in range(len(table))]
     empty = next((index for index, row in enumerate(rows) if not row["input_ids"]), None)
     if empty is not None:
-        raise place.error("columns.text", f"{table.row(empty)} has no token", hint="leave empty texts out")
+        raise place.error("columns.text", f"{table.row(empty)} has no tokens", hint="leave out empty texts")
     return tokenizer, rows
 
 
 def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
-    """float32 [n, outputs of the head]."""
+    """The outputs of the head, float32 [n, outputs]."""
     import torch
 
     tokenizer, rows = items
@@ -73,5 +73,5 @@ def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
 
 
 def _is_decoder(built: Any) -> bool:
-    """Whether its head reads the last token, as those of GPT-2 and Llama do."""
+    """Whether the head reads the last token, like those of GPT-2 and Llama."""
     return hasattr(built, "score")

@@ -7,8 +7,8 @@ scoring    generate (default): the greedy output is compared; rank: the likelies
            is the output, as T0 is scored
 normalise  likelihoods by `none` (default, as for T0), `tokens` or `characters`
 max_length, max_new_tokens   of input and output
-Texts are compared stripped and lower-cased. For correlations outputs are parsed as numbers; one that is none counts as
-no correlation, and is told. An output that is no label is a miss, and is told.
+Texts are compared stripped and lower-cased. For correlations outputs are parsed as numbers; others count
+as no correlation. An output that is not a label is a miss. Both are reported.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Text2Text(TaskSpec):
 
     @property
     def label_texts(self) -> list[tuple[str, ...]]:
-        """Of each class, the texts that mean it, as they are compared; the first is ranked."""
+        """For each class, the texts that mean it, in the form in which they are compared; the first is ranked."""
         return [(label,) if isinstance(label, str) else label for label in self.labels or ()]
 
 
@@ -105,7 +105,7 @@ def _metrics(task: Text2Text, place: Place) -> tuple[str, ...]:
 
 
 def _columns(task: Text2Text, place: Place, *, labelled: bool) -> tuple[dict[str, Column], list[str]]:
-    """By role, and the names in the template's braces."""
+    """The columns by role, and the names in the template's braces."""
     fields: list[str] = []
     if task.template is not None:
         try:
@@ -142,7 +142,7 @@ def _ranked(task: Text2Text, table: Table, place: Place) -> list[list[str]]:
 
 
 def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]) -> dict[Takes, np.ndarray]:
-    """What outputs are compared with, by what the metrics take."""
+    """The targets that outputs are compared with, keyed by what the metrics take."""
     found: dict[Takes, np.ndarray] = {}
     for takes in {METRICS[name].takes for name in metrics if name != AGREEMENT}:
         if takes is Takes.NUMBERS:
@@ -158,7 +158,7 @@ def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]
 
 
 def _class_of(task: Text2Text, table: Table, index: int, place: Place) -> int:
-    """The class that a target means: its text, or its number."""
+    """The class that a target means, given by text or number."""
     value, texts = table.columns["target"][index], task.label_texts
     if isinstance(value, str):
         number = _meant(comparable(value), texts)
@@ -176,7 +176,7 @@ def _class_of(task: Text2Text, table: Table, index: int, place: Place) -> int:
 
 
 def _meant(text: str, labels: Sequence[tuple[str, ...]]) -> int:
-    """Class of a comparable text; -1 for none."""
+    """The class of a comparable text; -1 if it names none."""
     return next((number for number, texts in enumerate(labels) if text in map(comparable, texts)), -1)
 
 
@@ -207,7 +207,7 @@ def _likeliest(
     task: Text2Text,
     run: Run,
 ) -> list[str]:
-    """Of each example's choices the one of the highest likelihood, end of text included where the tokenizer adds it."""
+    """The likeliest of each example's choices, including the end of text if the tokenizer adds it."""
     counts = [len(own) for own in choices]
     texts = [text for own in choices for text in own]
     targets = tokenizer(text_target=texts)["input_ids"]
@@ -233,7 +233,7 @@ def _scored(name: str, outputs: Sequence[str], targets: np.ndarray, task: Text2T
 
 
 def _number(text: str) -> float:
-    """NaN for what is no finite number."""
+    """Parse a number; NaN if the text is not a finite number."""
     try:
         value = float(text)
     except ValueError:

@@ -16,7 +16,7 @@ OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}  # positio
 
 
 def load_tokenizer(place: Place) -> Any:
-    """From the task's side files. Raises UsageError."""
+    """Load the tokenizer from the task's side files. Raises UsageError."""
     if not any((place.side / name).is_file() for name in FILES):
         raise place.error("kind", f"no tokenizer in {place.side}", hint="put the tokenizer's files beside the weights")
     return open_tokenizer(place.side, place)
@@ -32,7 +32,8 @@ def open_tokenizer(side: Path, place: Place) -> Any:
 
 
 def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
-    """Tokens of one input: as asked for, else the tokenizer's, else the config's; None: no limit."""
+    """The maximum number of tokens of an input: as requested, else the tokenizer's, else the config's. None: no
+    limit."""
     if wanted is not None:
         return wanted
     if tokenizer.model_max_length < UNBOUNDED:

@@ -42,26 +42,26 @@ class ZeroShot(ImageTask):
 
 @dataclass(slots=True, kw_only=True)
 class Classes:
-    """What the images are compared with; computed when first asked for."""
+    """The texts that images are compared with, embedded on first use."""
 
     checkpoint: Checkpoint
     access: Access
     """The whole CLIP model that texts are embedded with."""
     prompts: list[list[str]]
-    """Of each class."""
+    """The prompts of each class."""
     tokenizer: Any
     _model: TaskModel | None = None
     _found: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     @property
     def model(self) -> TaskModel:
-        """Reads the weights, once, for their digest."""
+        """The text model. Opening it reads its weights once, for their digest."""
         if self._model is None:
             self._model = checkpoint_model("text model", fetched(self.checkpoint, self.access))
         return self._model
 
     def digest(self) -> str:
-        """Of all that the embeddings depend on."""
+        """The digest of everything that the embeddings depend on."""
         return f"{self.model.digest} {side_digest(self.checkpoint.path)} {self.prompts}"
 
     def embedded(self, run: Run) -> tuple[Any, Any, Any]:
@@ -99,7 +99,7 @@ def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Seq
 
 
 def _classes(task: ZeroShot, place: Place) -> Classes:
-    """Checks text model, templates and tokenizer; of the text model's weights it reads the headers."""
+    """Check text model, templates and tokenizer. Reads only headers of the text model's weights."""
     written = task.text_model or (place.document.value.get("base") if isinstance(place.document.value, dict) else None)
     if written is None:
         raise place.error("", "no text model", hint="text_model: path/of/a/CLIP, or `base:` of the spec")
@@ -152,7 +152,7 @@ def _embedded(classes: Classes, run: Run) -> tuple[Any, Any, Any]:
 
 
 def _image_embeddings(built: Any, pixels: Any, projection: Any) -> Any:
-    """[batch, d]: by the encoder's own projection where it has one."""
+    """Image embeddings [batch, d], with the encoder's own projection if it has one."""
     name = type(built).__name__
     if name == "CLIPVisionModelWithProjection":
         return built(pixel_values=pixels).image_embeds
