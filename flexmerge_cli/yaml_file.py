@@ -44,7 +44,7 @@ class Document:
         return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
 
     def error(self, place: Place, message: str, *, hint: str, line_of: Place | None = None) -> UsageError:
-        """What is wrong at a key; told with the line of another, where line_of is one."""
+        """The error for a problem at a key. line_of: the key whose line to report instead."""
         key = ".".join(map(str, place)) or "the file"
         line = self.line(place if line_of is None else line_of)
         return UsageError(f"{self.path}, line {line}: {key}: {message}", hint=hint)

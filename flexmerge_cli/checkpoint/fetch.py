@@ -1,4 +1,4 @@
-"""Weight files of the Hub into its normal cache: in parallel, told beforehand, resumed where an earlier run broke off.
+"""Downloads weight files of the Hub into its normal cache: in parallel, announced first, resumed after interruptions.
 
 A file grows as `blobs/<etag>.incomplete` under the lock that the Hub's own client takes, and is renamed when it is
 complete. The next run resumes what a killed run left, since the name identifies the content. The client itself then

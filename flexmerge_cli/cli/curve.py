@@ -32,18 +32,26 @@ def curve(
     spec: SpecOption = None,
     sizes: Annotated[
         str | None,
-        typer.Option("--sizes", help="0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: each method's own."),
+        typer.Option(
+            "--sizes", help="Sizes: 0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: each method's own."
+        ),
     ] = None,
-    methods: Annotated[str, typer.Option("--methods", help="'auto;emr;low_bit:bits=2', or all.")] = "task_arithmetic",
+    methods: Annotated[
+        str, typer.Option("--methods", help="Methods, e.g. 'auto;emr;low_bit:bits=2', or all.")
+    ] = "task_arithmetic",
     step: StepOption = None,
     calibrate: CalibrateOption = None,
     method_for: MethodForOption = None,
     dtype: DtypeOption = None,
     no_reuse: NoReuseOption = False,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Methods scored at once, each in a process.")] = 1,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, help="Number of methods to score at once, each in its own process.")
+    ] = 1,
     csv: CsvOption = None,
-    html: Annotated[Path | None, typer.Option("--html", help="One page with the curve; needs no network.")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="A picture of the curve.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained HTML report of the curve.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write a picture of the curve.")] = None,
     max_drop: MaxDropOption = None,
     max_mean_drop: MaxMeanDropOption = None,
     choose: Annotated[

@@ -61,18 +61,24 @@ def evaluate(
     bundle: Annotated[str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.")] = None,
     spec: SpecOption = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="The plan whose sources to compare with, or to score with --sources.")
+        Path | None, typer.Option("--plan", help="Plan whose sources to compare with, or to score with --sources.")
     ] = None,
     sources: Annotated[
         bool,
-        typer.Option("--sources", help="Score the fine-tuned models and the base: what normalised scores refer to."),
+        typer.Option("--sources", help="Score the fine-tuned models and the base, to which normalised scores refer."),
     ] = False,
     init: Annotated[bool, typer.Option("--init", help="Write a starter spec for a bundle to -o.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Of --init: eval.yaml.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where --init writes the spec, e.g. eval.yaml.")
+    ] = None,
     no_reuse: NoReuseOption = False,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Tasks scored at once, each in a process.")] = 1,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, help="Number of tasks to score at once, each in its own process.")
+    ] = 1,
     csv: CsvOption = None,
-    html: Annotated[Path | None, typer.Option("--html", help="One page with all scores; needs no network.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained HTML report of all scores.")
+    ] = None,
     max_drop: MaxDropOption = None,
     max_mean_drop: MaxMeanDropOption = None,
     allow_exec: AllowExecOption = False,

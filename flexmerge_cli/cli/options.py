@@ -219,7 +219,7 @@ def relocations(items: list[str] | None) -> dict[str, str]:
 
 
 def check_plan_place(path: Path, *, force: bool) -> None:
-    """Before any work: a plan can be written there, and replaces nothing but a plan."""
+    """Check, before any work, that a plan can be written there and would replace nothing but a plan."""
     from flexmerge_cli.formats.plan_file import is_plan
     from flexmerge_cli.writing import check_file
 

@@ -20,33 +20,33 @@ OnScore = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A bill to be scored, and how it was asked for."""
+    """A bill to score, and the request that it comes from."""
 
     method: str
-    """As it was asked for."""
+    """The method as requested."""
     sizes: tuple[str, ...]
-    """That came to this bill; empty where it is the method's own."""
+    """The requested sizes that lead to this bill; empty if it is the method's own size."""
     bill: Bill
     command: str
-    """That writes it."""
+    """The command that writes the bundle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A scored bill; without the bill, so that it is small."""
+    """The scores of a bill, without the bill, to keep it small."""
 
     method: str
     sizes: tuple[str, ...]
     tensor_bytes: int
     total_bytes: int
-    """Of every file, as an upload counts."""
+    """The size of all files, as in an upload."""
     merges: int
     undone: int
     command: str
     scores: Mapping[str, Scored]
-    """By task."""
+    """The scores by task."""
     digests: Mapping[str, str]
-    """Of each task's weights."""
+    """The digest of each task's weights."""
     num_computed: int
     """Tasks whose model was run for it."""
     num_cached: int
@@ -83,7 +83,7 @@ class Curve:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of `evaluations` in the document; the references are not among them."""
+        """The counts under `evaluations` in the document, without the references."""
         points = (*self.points, *self.alternatives)
         computed, cached = sum(point.num_computed for point in points), sum(point.num_cached for point in points)
         asked = self.num_evaluations

@@ -1,4 +1,4 @@
-"""What is told of a curve: `flexmerge.eval/1` with `points`, one JSON document. As CSV: tidy.py.
+"""The document of a curve: `flexmerge.eval/1` with `points`, as JSON. As CSV: tidy.py.
 
 plan, one_model_bytes     of the plan, and the bytes that a factor counts in
 tasks         {name: {kind, metric, higher_is_better, n, fine_tuned, base, …_interval, scores}}: the references
@@ -180,7 +180,7 @@ def _part(value: float | None, reference: Mapping[str, Any]) -> float:
 
 
 def _finite(*values: float) -> bool:
-    """Of a perplexity beyond all numbers there is none in JSON."""
+    """Whether JSON can hold the values: a perplexity that overflows is infinite."""
     return all(map(math.isfinite, values))
 
 

@@ -107,7 +107,7 @@ class Drawing:
         device = None if request.device == "auto" else request.device
         cache = ScoreCache(overwrite=not request.reuse)
         scorer = Scorer(spec=self.spec, device=device, cache=cache, access=request.access)
-        for task in tasks:  # what does not fit is told before a weight is read
+        for task in tasks:  # report what does not fit before any weight is read
             scorer.examples(task, folders[task])
         self.fine_tuned, self.base = planned_models(self.plan, sources.located, folders, tasks)
         threads = request.threads or (1 if request.parallel > 1 else default_threads())
@@ -117,7 +117,7 @@ class Drawing:
         )
 
     def reference(self, task: str, model: TaskModel) -> Scored:
-        """Of the fine-tuned model or the base; known from then on."""
+        """Score the fine-tuned model or the base, and remember the result."""
         scored = self.scorer.scorer.score(model, reference=self.fine_tuned[task])
         self.scorer.known(task, model.digest, scored)
         return scored
@@ -190,7 +190,7 @@ def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> I
 
 
 _drawing: Drawing
-"""Of a process of `_in_processes`."""
+"""The drawing of a worker process, set by `_start`."""
 
 
 def _start(plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest) -> None:

@@ -227,7 +227,7 @@ def open_hub(reference: str, split: str | None) -> Source:
     repository, revision, config = match.groups()
     try:
         found = datasets.load_dataset(repository, config, split=split, revision=revision)
-    except ValueError as error:  # a config or split that is not there, told with those that are
+    except ValueError as error:  # the message names an unknown config or split and the existing ones
         raise UsageError(f"{reference}: {error}", hint="check config and split") from None
     except Exception as error:  # of the network, the Hub and the library's own
         raise SourceError(

@@ -109,7 +109,7 @@ def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> d
 
 
 def _check(request: ScoreRequest) -> None:
-    """What is wrong in the last task is told before the first is scored. Each process reads its own data again."""
+    """Report errors in any task before the first is scored. Each process reads its own data again."""
     bundle, references = _opened(request)
     folders = (
         {task: bundle.config_folder(task) for task in request.spec.tasks} if bundle is not None else references.folders

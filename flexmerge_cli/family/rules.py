@@ -80,7 +80,7 @@ def read_rules(path: Path) -> Rules:
         if not path.exists():
             raise SourceError(f"no rules file at `{path}`", hint="`--blocks component` needs no file")
         if not path.is_file():  # a pipe would block forever, and a device never end
-            raise UsageError(f"`{path}` is no file", hint="give a rules file, such as rules.yaml")
+            raise UsageError(f"`{path}` is not a file", hint="give a rules file, such as rules.yaml")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:

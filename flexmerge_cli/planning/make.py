@@ -90,7 +90,7 @@ def make_plan(
 ) -> Plan:
     """Read every weight once and keep all that a cut needs. Writes nothing.
 
-    save_to: where the plan will be saved; sources are told relative to its folder.
+    save_to: where the plan will be saved; sources are stored relative to its folder.
     Raises SourceError, DataError, UsageError.
     """
     from flexmerge_cli.engine.device import choose_device
@@ -100,7 +100,7 @@ def make_plan(
 
     where = choose_device(device)
     family = open_family(request)
-    _blocks_of(family, request.order.blocks)  # a bad rules file is told before the weights are read
+    _blocks_of(family, request.order.blocks)  # reports a bad rules file before the weights are read
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = split_vocabularies(settle_ties(family))

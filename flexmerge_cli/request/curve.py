@@ -89,7 +89,7 @@ def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune
         variants[method.name] = {value: _curve_method(f"{method.name}{join}{name}={value}", common) for value in values}
     if not variants:
         raise UsageError(
-            f"no method asked for takes `{name}`, or all give it themselves", hint="flexmerge methods NAME"
+            f"no requested method takes `{name}`, or all of them set it already", hint="flexmerge methods NAME"
         )
     return Tune(name=name, variants=variants)
 

@@ -150,7 +150,7 @@ class MergeRequest:
 
 
 class MethodMissing(UsageError):
-    """A size was asked for, and no method: what is lost must be chosen by name."""
+    """A size is given without a method: the user must choose what is lost."""
 
 
 # Option -> why a choice of this kind does not read it.
@@ -240,7 +240,7 @@ def _choice(method: str | None, size: str | None, given: _Words, run_files: bool
     if method is None:
         if wanted is not None or given.merges is not None:
             raise MethodMissing(
-                "a size was asked for and no method: what is lost must be chosen by name",
+                "a size is given without a method: choose by name what is lost",
                 hint="add --method NAME, or --method auto, which chooses by itself; `flexmerge methods` lists them",
             )
         return Exact()
@@ -255,11 +255,9 @@ def _choice(method: str | None, size: str | None, given: _Words, run_files: bool
     if given.cluster is not None:
         return _clusters(use, wanted, given)
     if wanted is not None and given.merges is not None:
-        raise UsageError("--size and --merges both say where to cut", hint="leave one of them out")
+        raise UsageError("--size and --merges cannot be combined", hint="leave one of them out")
     if given.fit is not None and wanted is None:
-        raise UsageError(
-            "--fit says how a cut is fitted to a size, and no size is given", hint="add --size 2x, or leave --fit out"
-        )
+        raise UsageError("--fit requires a size", hint="add --size 2x, or leave --fit out")
     if given.merges is not None and given.merges < 0:
         raise UsageError(f"--merges {given.merges} is negative", hint="give 0 or more")
     fit = Fit(_word(Fit, given.fit, "fit")) if given.fit is not None else Fit.TIGHT
@@ -280,7 +278,7 @@ def _clusters(use: MethodUse, size: Size | None, given: _Words) -> Clusters:
     require_tensor_scope(use.call)
     if size is None or not size.is_whole:
         found = f"--size {size.text} is not one" if size else "no --size is given"
-        raise UsageError(f"--cluster makes a whole number of models, and {found}", hint="write --size 2x, or --size 3x")
+        raise UsageError(f"--cluster makes a whole number of models, but {found}", hint="write --size 2x, or --size 3x")
     return Clusters(use=use, cluster=cluster, size=size, seed=given.seed or 0)
 
 
@@ -300,7 +298,7 @@ def require_tensor_scope(call: Call) -> None:
         narrow = {name: "tensor" for name, p in parameters.items() if "tensor" in p.choices and call.args[name] in wide}
         changed = {name: value for name, value in call.args.items() if value != parameters[name].default}
         raise UsageError(
-            f"`{call.method.name}` looks at a whole {wide[0]}, and --cluster groups every tensor by itself",
+            f"`{call.method.name}` needs a whole {wide[0]}, but --cluster groups every tensor separately",
             hint=f"--method {format_call(call.method.name, changed | narrow)}"
             if narrow
             else "take a method that needs no more than a tensor: --method task_arithmetic",

@@ -125,7 +125,9 @@ def _source(value: "str | TaskSource") -> str:
     if value.revision is None:
         return value.source
     if not is_hub(value.source):
-        raise UsageError(f"`{value.source}` is a path, and has no revision", hint="write hf://org/name, or no revision")
+        raise UsageError(
+            f"`{value.source}` is a path, which has no revisions", hint="write hf://org/name, or no revision"
+        )
     scheme, rest = value.source.split("://", 1)
     repository, colon, folder = rest.partition(":")
     return f"{scheme}://{repository}@{value.revision}{colon}{folder}"

@@ -1,4 +1,4 @@
-"""Describes what one group of tasks stores of one tensor under a method: in words, and as a formula. No weights.
+"""What one group of tasks stores of one tensor under a method: in words, and as a formula of its bytes. No weights.
 
     k   tasks of the group
     n   elements of the tensor, m rows of c

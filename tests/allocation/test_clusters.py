@@ -191,9 +191,9 @@ def test_the_seed_decides_and_the_recipe_can_say_all_of_it(golden_plan, tmp_path
         (["--cluster", "models", "--method", "average", "--size", "2x"], "--blocks model --linkage average"),
         (["--seed", "3", "--method", "average", "--size", "2x"], "--seed has no effect here"),
         (["--cluster", "channels", "--size", "2x", "--method", "ties:K=0.3"], "ties:K=0.3,scope=tensor"),
-        (["--cluster", "channels", "--size", "2x", "--method", "low_bit:centre=ties"], "looks at a whole model"),
+        (["--cluster", "channels", "--size", "2x", "--method", "low_bit:centre=ties"], "needs a whole model"),
         (["--cluster", "channels", "--size", "2x", "--method", "free"], "free:mu_scope=tensor,scope=tensor"),
-        (["--cluster", "channels", "--size", "2x", "--method", "model_stock:scope=block"], "looks at a whole block"),
+        (["--cluster", "channels", "--size", "2x", "--method", "model_stock:scope=block"], "needs a whole block"),
     ],
 )
 def test_what_clusters_cannot_do_is_refused(options, says, plan, tmp_path):

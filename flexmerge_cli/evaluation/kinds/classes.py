@@ -74,7 +74,7 @@ def class_labels(table: Table, names: Sequence[str] | None, classes: int, place:
         raise place.error("labels", f"{len(names)} labels, but the model has {classes} classes", hint="check `labels`")
     try:
         labels = np.asarray(raw)
-    except ValueError:  # lists of different lengths, which are told below
+    except ValueError:  # lists of different lengths, which are reported below
         labels = np.empty(len(table), object)
     if labels.ndim == 1 and labels.dtype.kind in "USO" and all(isinstance(value, str) for value in raw):
         labels = _numbers_of(raw, names, table, place)
