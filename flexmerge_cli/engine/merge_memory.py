@@ -1,7 +1,7 @@
 """The bill of memory of `merge`: of its statistics, and of the pass that writes. Reads no weights.
 
 Methods, steps and coders tell their workspace themselves (methods/method.py, residuals/coder.py); what the engine adds
-to it is told here, of the code in work.py, encode.py and beforehand.py that takes it.
+to it is told here, of the code in work.py, writers/ and beforehand.py that takes it.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What the threads of `merge` do with one range: read it, make task vectors of it, step and merge them.
 
-Knows nothing of what is stored (encode.py), nor of order, sums over ranges or files (materialise.py).
+Knows nothing of what is stored (writers/), nor of order, sums over ranges or files (materialise.py).
 """
 
 import threading

@@ -109,13 +109,15 @@ def make_family(folder: Path, family: str, num_tasks: int, dtype: str = "float32
 def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, Callable[[], object]]:
     """(bytes that are told, the run) of one case of `merge`."""
     from flexmerge_cli import load_plan
+    from flexmerge_cli.allocation.allocate import allocate
     from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
     from flexmerge_cli.engine.merge_memory import SMALLEST_CHUNK, merge_bytes
-    from flexmerge_cli.merging import MergeRequest, allocate, merge
+    from flexmerge_cli.merging import merge
+    from flexmerge_cli.request.merge import merge_request
 
     plan = load_plan(plan_file)
     size = case.get("size")
-    request = MergeRequest(
+    request = merge_request(
         method=case["method"],
         steps=tuple(case.get("steps", ())),
         calibrate=case.get("calibrate"),
@@ -143,7 +145,8 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
     from flexmerge_cli.family.vocabulary import split_vocabularies
     from flexmerge_cli.order.similarity import Similarity
-    from flexmerge_cli.planning.make import OrderSettings, PlanRequest, make_plan, open_family, survey_items
+    from flexmerge_cli.planning.make import make_plan, open_family, survey_items
+    from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 
     root, threads = plan_file.parent, case.get("threads", 1)
     tasks = {f"task{number}": str(root / f"tasks/task{number}") for number in range(case["tasks"])}

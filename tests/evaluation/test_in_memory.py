@@ -32,9 +32,9 @@ METHODS = {
     "calibrated": {"method": "task_arithmetic", "calibrate": "svc"},
     "two methods": {"method": "ties", "method_for": ("*.attention=emr", "pooler.*=keep")},
     "auto": {"method": "auto"},
-    "cast": {"method": "average", "dtype": "BF16"},
+    "cast": {"method": "average", "dtype": "bf16"},
     "nothing merged": {},
-    "only cast": {"dtype": "F16"},
+    "only cast": {"dtype": "fp16"},
 }
 SIZES = ("4x", "3x", "2x", "1.2x", "1x")
 

@@ -95,4 +95,4 @@ def test_a_page_is_of_the_arguments_that_are_given():
     assert "8 bits an element" in succeeds("methods", "low_bit:bits=8").out
     assert "p=0.5" not in fails(2, "methods", "dare:q=0.5", says="no argument `q`").out
     fails(2, "methods", "tie", says="did you mean `ties`?")
-    fails(2, "methods", "zzz", says="one of: average")
+    fails(2, "methods", "zzz", says="`flexmerge methods` lists")
