@@ -50,7 +50,7 @@ BAD = {
     "metadata null": ({"__metadata__": None, "a": entry()}, bytes(8), "__metadata__"),
     "entry that is a list": ({"a": []}, b"", "must have exactly dtype, shape and data_offsets"),
     "entry without shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), "must have exactly dtype"),
-    "entry with more": ({"a": entry(x=1)}, bytes(8), "and no more"),
+    "entry with more": ({"a": entry(x=1)}, bytes(8), "must have exactly dtype"),
     "float8": ({"a": entry("F8_E4M3", (8,))}, bytes(8), "has dtype F8_E4M3, which cannot be merged"),
     "no dtype": ({"a": entry(None)}, bytes(8), "cannot be merged"),
     "negative axis": ({"a": entry(shape=(-2,))}, bytes(8), "invalid shape"),
