@@ -23,6 +23,9 @@ from flexmerge_cli.request.auto_options import Limits
 # one round or two do. After this many the steps double, so that it ends.
 PLAIN_ROUNDS = 3
 
+# Then larger budgets are tried, by what is left and by halves of it. A round lays out a bundle, so that they are few.
+GROWTH_ROUNDS = 12
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
@@ -79,10 +82,24 @@ class Search:
             solution = self.solve(budget)
             excess = price(solution) - max_bytes
             if excess <= 0:
-                return solution
+                return self._grown(solution, budget, max_bytes, price)
             rounds += 1
             budget = solution.num_bytes - math.ceil(excess) * 2 ** max(0, rounds - PLAIN_ROUNDS)
         return smallest
+
+    def _grown(self, solution: Solution, budget: int, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
+        """Spend what is left of the limit: more bytes may mean fewer parts, and so less of headers."""
+        spare = int(max_bytes - price(solution))
+        for _ in range(GROWTH_ROUNDS):
+            larger = self.solve(budget + spare)
+            if larger == solution:
+                break
+            if price(larger) <= max_bytes:
+                solution, budget = larger, budget + spare
+                spare = int(max_bytes - price(solution))
+            else:
+                spare //= 2
+        return solution
 
     def solve_distance(self, max_distance: float) -> Solution:
         """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.

@@ -331,6 +331,26 @@ def test_a_price_above_the_choices_is_never_exceeded(family, place, overhead):
         found.solve_priced(smallest - 1, price)
 
 
+def test_what_better_choices_save_in_headers_is_spent():
+    rng = np.random.default_rng(0)
+    tensors = [tensor_of(f"t{number}", (64, 64), 2, rng) for number in range(6)]
+    found = search(tensors, dict.fromkeys((t.name for t in tensors), "b"), {"b": partitions(2, [((0,), (1,))])})
+
+    def price(solution):
+        return solution.num_bytes + 500 * sum(bits != "exact" for choice in solution.choices for bits in choice.bits)
+
+    smallest, exact = found.solve(found.smallest_bytes), found.solve(10**9)
+    for share in (0.6, 0.8, 1.0):
+        limit = share * price(exact)
+        solution, plain = (
+            found.solve_priced(limit, price),
+            found.solve(int(limit - price(smallest)) + smallest.num_bytes),
+        )
+        assert price(solution) <= limit
+        assert solution.cost < plain.cost
+    assert solution == exact
+
+
 @settings(deadline=None, max_examples=40)
 @given(families(), st.sampled_from([0.0, 0.01, 0.1, 0.35, 2.0]))
 def test_predicted_distances_stay_under_a_limit_and_one_step_less_does_not(family, limit):
