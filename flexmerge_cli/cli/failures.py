@@ -1,7 +1,6 @@
 """Turns any exception into an error for the user: message, hint and exit code. Prints nothing."""
 
 import errno
-from concurrent.futures import BrokenExecutor
 
 import typer
 
@@ -59,10 +58,6 @@ def failure_of(error: BaseException, command: str = "") -> FlexmergeError:
         what = error.strerror or str(error) or type(error).__name__
         hint = HINTS.get(error.errno or 0, "check the path and the disk")
         return MachineError(f"{names or 'reading or writing failed'}: {what}", hint=hint)
-    if isinstance(error, BrokenExecutor):
-        return MachineError(
-            "a worker process died, most likely killed for lack of memory", hint="use a lower --parallel"
-        )
     if isinstance(error, ImportError):
         return MachineError(f"a library cannot be loaded: {error}", hint="reinstall flexmerge and its dependencies")
     if hasattr(error, "format_message"):  # a parser error, such as an unknown option or a missing value

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ class Signals:
 def interrupting_signals() -> Iterator[Signals]:
     """Raise Interrupted in the main thread on these signals; a second SIGTERM or SIGHUP kills the process as usual.
 
-    Signals that are ignored stay ignored (nohup). Worker processes, which the signal may not reach, are terminated.
+    Signals that are ignored stay ignored (nohup).
     """
     ours = {number: before for number, before in DEFAULTS.items() if signal.getsignal(number) is before}
     if threading.current_thread() is not threading.main_thread():
@@ -54,9 +53,6 @@ def interrupting_signals() -> Iterator[Signals]:
             return
         for each in set(ours) - {signal.SIGINT}:  # a hang-up often follows a termination: one clean-up is enough
             signal.signal(each, signal.SIG_DFL if each == number else signal.SIG_IGN)
-        if "multiprocessing" in sys.modules:
-            for worker in sys.modules["multiprocessing"].active_children():
-                worker.terminate()
         raise Interrupted(number)
 
     for number in ours:

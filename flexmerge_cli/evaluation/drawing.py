@@ -3,11 +3,10 @@
 Methods are drawn one after another, or, with `parallel`, in processes of their own; each has one model in memory.
 """
 
-import multiprocessing
 import shlex
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.allocation.allocate import allocate
@@ -17,6 +16,7 @@ from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached
+from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
@@ -146,7 +146,10 @@ def draw(
             on_score(f"{who.replace('_', '-')} models", done, len(models))
             references[who][task] = drawing.reference(task, model)
     jobs: list[Job] = [*request.methods, *([None] if request.alternatives else [])]
-    results = list(_in_processes(drawing, jobs, on_score) if request.parallel > 1 else _here(drawing, jobs, on_score))
+    if request.parallel > 1:
+        results = _in_processes(drawing, jobs, on_score)
+    else:
+        results = [_run(drawing, job, on_score) for job in jobs]
     by_job = dict(zip(jobs, results))
     return Curve(
         points=tuple(point for method in request.methods for point in by_job[method][0]),
@@ -164,42 +167,21 @@ Job = CurveMethod | None
 Result = tuple[list[Point], list[Unreached]]
 
 
-def _run(drawing: Drawing, job: Job, on_score: OnScore) -> Result:
+def _run(drawing: Drawing, job: Job, on_score: OnScore = lambda *_step: None) -> Result:
     return drawing.series(job, on_score) if job is not None else (drawing.alternatives(on_score), [])
 
 
-def _here(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[Result]:
-    for job in jobs:
-        yield _run(drawing, job, on_score)
-
-
-def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> Iterator[Result]:
+def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> list[Result]:
     """Each job in one of a few processes, the results in order."""
     alone = replace(drawing.request, access=drawing.request.access.elsewhere())
-    given = (drawing.plan, drawing.plan_path, drawing.spec, alone)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(drawing.request.parallel, len(jobs)), context, _start, given) as pool:
-        futures = [pool.submit(_run_there, job) for job in jobs]
-        try:
-            for done, future in enumerate(futures):
-                on_score(job.name if (job := jobs[done]) is not None else "copies", done, len(jobs))
-                yield future.result()
-        except BaseException:  # the others would be finished first
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    prepare = partial(_prepared, drawing.plan, drawing.plan_path, drawing.spec, alone)
+
+    def on_job(number: int) -> None:
+        job = jobs[number]
+        on_score(job.name if job is not None else "copies", number, len(jobs))
+
+    return in_processes(prepare, jobs, parallel=drawing.request.parallel, on_job=on_job)
 
 
-_drawing: Drawing
-"""The drawing of a worker process, set by `_start`."""
-
-
-def _start(plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest) -> None:
-    import torch
-
-    global _drawing
-    torch.set_num_threads(1)  # the processes share the cores
-    _drawing = Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request)
-
-
-def _run_there(job: Job) -> Result:
-    return _run(_drawing, job, lambda *_step: None)
+def _prepared(plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest) -> Callable[[Job], Result]:
+    return partial(_run, Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request))

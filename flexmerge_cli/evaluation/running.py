@@ -3,9 +3,7 @@
 One model is in memory at a time, in each process. Curves of a plan: drawing.py.
 """
 
-import multiprocessing
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
 from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
 from flexmerge_cli.evaluation.planned import planned_models
+from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer, library_versions
@@ -81,21 +80,14 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
         return _judged(request, *_scores(request, on_step))
     _check(request)
     alone = replace(request, parallel=1, access=request.access.elsewhere())
-    parts = [replace(alone, spec=request.spec.only(task)) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    found: list[dict[str, Any]] = []
-    pairs = _Pairs()
-    with ProcessPoolExecutor(min(request.parallel, len(tasks)), context, _one_thread) as pool:
-        futures = [pool.submit(_scores, part, _silent) for part in parts]
-        try:
-            for task, future in zip(tasks, futures):
-                on_step(task, len(found), len(tasks))
-                record, of_task = future.result()
-                found.append(record)
-                pairs.join(of_task)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+    def on_job(number: int) -> None:
+        on_step(tasks[number], number, len(tasks))
+
+    results = in_processes(partial(_prepared, alone), tasks, parallel=request.parallel, on_job=on_job)
+    found, pairs = [record for record, _ in results], _Pairs()
+    for _, of_task in results:
+        pairs.join(of_task)
     records = {task: part["tasks"][task] for task, part in zip(tasks, found)}
     counts = {key: sum(part["evaluations"][key] for part in found) for key in found[0]["evaluations"]}
     document = found[0] | {"tasks": records, "mean": means(records), "evaluations": counts}
@@ -118,6 +110,14 @@ def _check(request: ScoreRequest) -> None:
         Scorer(spec=request.spec, device=request.device, cache=None, access=request.access).examples(
             task, folders[task]
         )
+
+
+def _prepared(request: ScoreRequest) -> Callable[[str], tuple[dict[str, Any], _Pairs]]:
+    return partial(_scores_of, request)
+
+
+def _scores_of(request: ScoreRequest, task: str) -> tuple[dict[str, Any], _Pairs]:
+    return _scores(replace(request, spec=request.spec.only(task)), lambda *_step: None)
 
 
 def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
@@ -257,13 +257,3 @@ class BundleGate:
 def _fetch(sources: OpenSources, task: int, access: Access) -> None:
     opened = [sources.tasks[task], *([sources.base] if sources.base is not None else [])]
     fetch([file for checkpoint in opened for file in checkpoint.remote.values()], access)
-
-
-def _silent(_what: str, _done: int, _total: int) -> None:
-    """The progress callback of a process whose progress is not shown."""
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the processes share the cores

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -36,7 +35,6 @@ def test_an_error_of_the_system_is_exit_1_with_path_reason_and_hint(code, monkey
         (TimeoutError(), 1, "reading or writing failed: TimeoutError"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("can't start new thread"), 1, "threads"),
-        (BrokenProcessPool("A process in the process pool was terminated abruptly"), 1, "worker process"),
         (ImportError("libtorch.so: cannot open shared object file"), 1, "libtorch.so"),
         (DataError("as it is"), 3, "as it is"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),

@@ -74,20 +74,6 @@ def test_what_is_ignored_stays_ignored_and_all_is_as_before_afterwards():
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
-def test_worker_processes_are_ended_with_the_run():
-    """A signal from a job's manager reaches one process, and the pool's end would wait for the others."""
-    script = (
-        "import multiprocessing, os, signal, time\nfrom flexmerge_cli.cli.signals import interrupting_signals\n"
-        "if __name__ == '__main__':\n"
-        "    worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(60,))\n"
-        "    with interrupting_signals():\n"
-        "        try:\n            worker.start(); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "        except KeyboardInterrupt:\n            worker.join(30); print(worker.exitcode)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == f"{-signal.SIGTERM}\n", done.stderr
-
-
 def test_a_run_in_another_thread_leaves_signals_alone():
     codes = []
     thread = threading.Thread(target=lambda: codes.append(run(["--version"])))

@@ -1,4 +1,4 @@
-"""Documents of curves without a model behind them: any number of methods and tasks, in the form of `eval --plan`."""
+"""Documents of curves without a model behind them: any number of methods and tasks, in the form of `curve --json`."""
 
 import math
 from typing import Any

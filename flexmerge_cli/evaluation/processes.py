@@ -1,0 +1,118 @@
+"""Jobs in several processes: a function that each process prepares once, and jobs in; their results out, in order.
+
+Every process computes with one thread. None outlives the call: on an error, and when this process is interrupted, the
+others are told to end, and clean up behind themselves. They are deaf to Ctrl-C, which a terminal sends to all of them.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from flexmerge_cli.errors import MachineError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Work = Callable[[Job], Result]
+
+
+def in_processes(
+    prepare: Callable[[], Work[Job, Result]],
+    jobs: Sequence[Job],
+    *,
+    parallel: int,
+    on_job: Callable[[int], None] = lambda _number: None,
+) -> list[Result]:
+    """The results of jobs, at most `parallel` of them at a time.
+
+    prepare: gives the function that does a job, once in every process. It, jobs and results are pickled.
+    on_job: takes the number of the job that is waited for.
+    Raises what `prepare` or the first failing job raises, and MachineError if a process dies.
+    """
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(min(parallel, len(jobs)), multiprocessing.get_context("spawn"), _begin, (prepare,))
+    futures, results = [], []
+    try:
+        for job in jobs:
+            with _signals_held():
+                futures.append(pool.submit(_run, job))
+        for number, future in enumerate(futures):
+            on_job(number)
+            results.append(future.result())
+    except BaseException as error:
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        for worker in workers:
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise MachineError(
+                "a worker process died, most likely killed for lack of memory", hint="use a lower --parallel"
+            ) from error
+        raise
+    pool.shutdown()
+    return results
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that end a run wait until a process is started whole: half of one fails, and prints how.
+
+    The process holds them, too, until it can answer them. The mask of this thread is not enough for this process:
+    another thread may be given the signal, and Python's handlers run in the main thread all the same.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    held = [number for number in SIGNALS if is_main and signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    handlers = {number: signal.signal(number, lambda number, _frame: came.append(number)) for number in held}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+class _Ended(SystemExit):
+    """This process was told to end."""
+
+
+_prepare: Callable[[], Work[Any, Any]]
+_work: Work[Any, Any] | None = None
+
+
+def _begin(prepare: Callable[[], Work[Any, Any]]) -> None:
+    """Nothing here can fail: what an initialiser raises is printed, and reaches nobody."""
+
+    def end(number: int, _frame: object) -> None:
+        raise _Ended(128 + number)
+
+    global _prepare
+    _prepare = prepare
+    signal.signal(signal.SIGINT, lambda *_signal: None)  # not SIG_IGN, which programs that a job starts would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came meanwhile ends this process without a word
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _run(job: Any) -> Any:
+    global _work
+    try:
+        if _work is None:
+            import torch
+
+            torch.set_num_threads(1)  # the processes share the cores
+            _work = _prepare()
+        return _work(job)
+    except _Ended as ended:  # the pool would take it for a job's error, and give this process another
+        os._exit(int(str(ended.code)))
