@@ -12,7 +12,7 @@ from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, Sour
 from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.record import Unsound, told
-from flexmerge_cli.regular_file import open_file, read_file
+from flexmerge_cli.regular_file import check_kind, open_file, read_file
 from flexmerge_cli.text import json_holds_text
 
 MANIFEST_NAME = "manifest.json"
@@ -51,6 +51,7 @@ def standing(path: Path) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """Checked against its schema and its own id; every path inside the folder."""
     file = path / MANIFEST_NAME
+    check_kind(file)
     if not file.is_file():
         why = (
             f"it has no {MANIFEST_NAME}" if path.is_dir() else "it is a file" if path.exists() else "it does not exist"

@@ -100,7 +100,7 @@ class Bundle(Routes):
             try:
                 manifest = read_manifest(place)
             except SourceError:
-                if before is None:
+                if before in (None, _inode(place / MANIFEST_NAME)):
                     raise
                 continue  # moved away meanwhile
             bundle = _look(place, manifest, manifest.tasks if tasks is None else tasks, remote or {}, verify=verify)

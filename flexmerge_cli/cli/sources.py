@@ -116,8 +116,10 @@ def plan_request(
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
     warnings: list[str] = []
     given: dict[str, str] = {}
+    folders: dict[str, str] = {}
     if tasks is not None:
         named, warnings = _tasks_in(tasks, base_source, start, ignore, access)
+        folders = {name.lower(): name for name in named}
         given = {name.lower(): f"`{name}` of {tasks}" for name in named}
     elif ignore:
         raise UsageError("--ignore requires --tasks", hint="--tasks DIR --ignore NAME")
@@ -128,9 +130,10 @@ def plan_request(
                 f"--task {item} is not of the form NAME=SOURCE", hint="for example --task sst2=finetuned/sst2"
             )
         if name.lower() in given:
+            folder = folders.get(name.lower())
             raise UsageError(
                 f"two tasks have the same name: {given[name.lower()]} and `{name}` of --task {item} (case is ignored)",
-                hint=f"rename one, or skip a subfolder of --tasks: --ignore {name}",
+                hint=f"rename one, or skip the subfolder: --ignore {folder}" if folder else "rename one",
             )
         given[name.lower()] = f"`{name}` of --task"
         named[name] = _from_here(path, recipe)

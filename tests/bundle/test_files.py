@@ -232,6 +232,16 @@ def test_what_opens_is_what_verify_calls_sound(masked, tmp_path):
         assert found.sound_tasks == ("task0", "task2", "task3") == Bundle.open(bundle).sound_tasks
 
 
+@pytest.mark.parametrize(("make", "code", "says"), [(os.mkfifo, 3, "a FIFO"), (os.mkdir, 4, "no manifest.json")])
+def test_a_manifest_that_is_no_file_is_told_as_what_it_is(make, code, says, merged, tmp_path):
+    """It was taken for a bundle that another job replaces again and again."""
+    bundle = copy(merged, tmp_path / "b")
+    (bundle / "manifest.json").unlink()
+    make(bundle / "manifest.json")
+    fails(code, "export", bundle, "--all", "-o", tmp_path / "out", says=says)
+    fails(code, "inspect", bundle, "--verify", says=says if code == 3 else ())
+
+
 def test_parts_that_do_not_make_a_tensor_break_their_task_alone(masked, tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -62,7 +62,7 @@ def test_a_model_can_be_ignored_and_a_name_that_is_not_there_cannot(family):
 @pytest.mark.parametrize("name", ["task0", "TASK0"])
 def test_a_name_given_twice_is_exit_2(name, family):
     twice = ["--task", f"{name}={family.tasks['task1']}"]
-    fails(2, "plan", *family.arguments, *twice, "--dry-run", says=("`task0`", f"`{name}`", f"--ignore {name}"))
+    fails(2, "plan", *family.arguments, *twice, "--dry-run", says=("`task0`", f"`{name}`", "--ignore task0"))
     alone = ["--base", family.base, "--task", f"task0={family.tasks['task0']}", *twice]
     fails(2, "plan", *alone, "--dry-run", says="two tasks have the same name")
     assert names(planned(*family.arguments, "--ignore", "task0", *twice)) == sorted([name, "task1"])
