@@ -25,7 +25,7 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError
+from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, machine_failure
 from flexmerge_cli.formats.manifest import FileEntry
 
 CHUNK_BYTES = 1 << 20
@@ -163,9 +163,10 @@ class BundleFiles:
 
     def unreadable(self, name: str, error: OSError) -> MachineError:
         """The error for a file whose reading failed."""
+        lacks = machine_failure(error)
         return MachineError(
-            f"{self._folder / name} cannot be read: {error.strerror}; {self.readers(name)}",
-            hint="check the disk, or fetch the bundle again",
+            f"{self._folder / name} cannot be read: {lacks.message if lacks else error.strerror}; {self.readers(name)}",
+            hint=lacks.hint if lacks else "check the disk, or fetch the bundle again",
         )
 
     def _digest(self, name: str) -> None:

@@ -23,7 +23,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
-from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError
+from flexmerge_cli.checkpoint.open_files import open_one_more
+from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, machine_failure
 from flexmerge_cli.writing import NOT_SUPPORTED, cannot_write, in_place, sync_folder, sync_tree, undisturbed
 
 RENAME_EXCHANGE = 2
@@ -32,6 +33,9 @@ LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK)  # Lustre without -o flock, NFS without its lock daemon
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 SHOWN = 5
+# Kept open while a folder is written, so that it can be removed when no more files can be opened: that takes one for
+# each level of folders, and a bundle has fewer.
+SPARE_FILES = 8
 
 Ours = Callable[[Path], Collection[str] | None]
 """The files that flexmerge wrote into a folder, by their relative paths; None if the folder is not one of its own."""
@@ -111,10 +115,12 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
     target = target.absolute()
     partial, is_done = target, False
     try:
-        with _locked(target) as locked:
+        with _locked(target) as locked, contextlib.ExitStack() as spare:
             _mend(target, locked=locked)
             partial, old = _partial(target, locked=locked), _beside(target, "old")
             left = None
+            for _ in range(SPARE_FILES):
+                spare.callback(os.close, open_one_more(os.open, target.parent, os.O_RDONLY))
             try:
                 partial.mkdir()
                 yield partial
@@ -125,6 +131,7 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
                     sync_folder(target.parent)
             finally:
                 with undisturbed():
+                    spare.close()
                     _put_back(old, target)
                     left = _remove(partial) or (_remove(old) if os.path.lexists(target) else None)
             if left:
@@ -134,7 +141,8 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
             raise in_place(target, f"could not be forced to disk: {error.strerror}") from None
         place = str(partial) if error.filename is None else os.fsdecode(error.filename)
         if not place.startswith((str(target), str(_beside(target, "")))):  # of what is read, not of what is written
-            raise MachineError(f"{place}: {error.strerror}", hint="check the disk") from None
+            failed = MachineError(f"{place}: {error.strerror}", hint="check the disk")
+            raise machine_failure(error) or failed from None
         raise cannot_write(error, Path(place), needed_bytes) from None
 
 

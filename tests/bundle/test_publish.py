@@ -344,3 +344,30 @@ def test_places_are_checked(tmp_path):
         check_target(tmp_path / "a/b", force=False, ours=lambda _: None)
     with pytest.raises((MachineError, UsageError)):
         check_target(tmp_path / "x" / ".." / "..", force=False, ours=lambda _: None)
+
+
+def test_where_few_files_can_be_open_it_is_said_so_and_nothing_is_left(tmp_path):
+    """Removing a folder opens files, too: what had been written stayed, and was in the way of the next run."""
+    folders = write_family(tmp_path / "family", plain(num_tasks=3))
+    outputs = tmp_path / "out"
+    outputs.mkdir()
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    bundle = tmp_path / "bundle"
+    merge = ("merge", tmp_path / "plan.json", "--method", "average", "--size", "2x", "-q", "--threads", 1, "-o")
+    succeeds(*merge, bundle)
+
+    def limited(most):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(1000) if number not in used]
+    codes = set()
+    for most in free[4:36:2]:  # so many more can be opened
+        for command in ((*merge, outputs / "b"), ("export", bundle, "--all", "-o", outputs / "e")):
+            code, printed = Child(*command, before=lambda most=most: limited(most)).wait()
+            assert code == 0 or ("open" in printed and "ulimit -n" in printed), (most, printed)
+            assert code in (0, 1), (most, printed)
+            shutil.rmtree(command[-1], ignore_errors=code == 1)
+            assert not list(outputs.iterdir()), (most, printed)
+            codes.add(code)
+    assert codes == {0, 1}
