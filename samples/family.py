@@ -18,6 +18,6 @@ def arguments(doc: str | None, *, picture: bool = True) -> argparse.Namespace:
 
 
 def plan_of(family: Path, folder: Path | None = None) -> Plan:
-    """Of all its tasks; with a folder, also as plan.json there."""
+    """The plan of all tasks of a family; with a folder, it is saved there as plan.json."""
     tasks = {path.name: path for path in sorted((family / "tasks").iterdir())}
     return make_plan(family / "base", tasks, output=folder / "plan.json" if folder else None)

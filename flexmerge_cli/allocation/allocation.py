@@ -24,7 +24,7 @@ class Group:
     """Index into the allocation's methods; None for a group of one, which is copied."""
     bits: tuple[Bits, ...] | None = None
     """Per task, where the method is `low_bit` and they differ by task, as those of `auto` do: these decide, and all is
-    coded as algorithms-3 says. None: as the method says."""
+    coded as docs/methods.md says of `auto`. None: as the method says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

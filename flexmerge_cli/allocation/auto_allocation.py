@@ -34,7 +34,7 @@ Elsewhere = tuple[tuple[str, MethodUse | None], ...]
 """(pattern of block names, its method, or None for copies); the first match holds."""
 
 Kept = tuple[MethodUse | None] | None
-"""Of a block that is not searched: its method, or None for copies."""
+"""What a block that is not searched is stored with: its method, or None for copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class Auto:
         self.search = self._search(limits)
         self._exact: Found | None = None
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
-        """Of all that the search does not decide."""
+        """Bytes of everything that the search does not decide."""
 
     def priced_by(self, pricer: Pricer) -> "Auto":
         """The same for bundles that record another request."""
@@ -112,7 +112,7 @@ class Auto:
         return min(most, math.floor(max_bytes) - self.fixed_bytes) if math.isfinite(max_bytes) else most
 
     def _base_bytes(self) -> int:
-        """Of what kept adapters need of the base in the blocks of the search."""
+        """Bytes of what kept adapters need of the base in the blocks of the search."""
         tensors = [self.plan.tensor(name) for block in self.searched for name in block.tensors]
         forms = [tensor.base_form for tensor in tensors if self.plan.base_readers(tensor)]
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)

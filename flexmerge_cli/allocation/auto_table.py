@@ -164,11 +164,11 @@ class Table:
         self.num_bytes = num_bytes.reshape(-1)[self.points]
         self.cost = cost.reshape(-1)[self.points]
         self.vertices = hull(self.num_bytes, self.cost)
-        """Of the points those on the lower convex hull."""
+        """The points on the lower convex hull."""
 
 
 def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[int, float], limits: Limits) -> Options:
-    """Of a class whose exact copy takes this. unit: cost by bits."""
+    """The options of a class whose exact copy takes this many bytes. unit: cost by bits."""
     code_bytes = {0: 0, **tensor.code_bytes}
     labels: list[Bits] = [bits for bits in sorted(unit) if limits.allows(bits)]
     option_bytes = np.array([*(code_bytes[int(b)] for b in labels), exact_bytes], np.int64)

@@ -53,7 +53,7 @@ class Bill:
     """Per task that ordinary loaders can read from the bundle: its index file."""
     small: tuple[SmallFile, ...]
     entry_bytes: int
-    """Of the manifest's entries of units and tensors, which are most of it and of which most are in every bill."""
+    """Bytes of the manifest's entries of units and tensors, most of which every bill has in common."""
     gate: Mapping[str, Any] | None = None
     """The manifest's `gate`."""
     request: Request | None = None
@@ -109,7 +109,7 @@ class Pricer:
         self._entries: dict[Any, int] = {}
         self._groups: dict[Any, GroupPrices] = {}
         self.searches: dict[Any, object] = {}
-        """Of auto_allocation.py."""
+        """What auto_allocation.py keeps: searches by what was asked."""
 
     @cached_property
     def cast_saves(self) -> bool:
@@ -162,7 +162,7 @@ class Pricer:
         return self._units[key][0]
 
     def whole_bytes(self, cast: str | None) -> int:
-        """Of all that does not merge, kept adapters' own tensors among it."""
+        """Bytes of all that does not merge, the own tensors of kept adapters included."""
         own = sum(adapter.tensor_bytes for adapter in self.plan.adapters)
         return own + sum(storage.num_bytes for storage in self.whole(cast))
 

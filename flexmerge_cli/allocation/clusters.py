@@ -98,7 +98,7 @@ def _first_centres(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> li
 
 
 def _distances(unit_MM: np.ndarray, weights_CM: np.ndarray) -> np.ndarray:
-    """Of every row to centres that are weighted sums of rows, [M, C]."""
+    """Distance of every row to centres that are weighted sums of rows, [M, C]."""
     squared_C = np.einsum("ci,ij,cj->c", weights_CM, unit_MM, weights_CM)
     squared_C[squared_C < NO_LENGTH] = 0.0
     return 1.0 - comparable(cosine(unit_MM @ weights_CM.T, unit_MM.diagonal()[:, None], squared_C), 1.0)

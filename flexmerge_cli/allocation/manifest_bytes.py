@@ -197,7 +197,7 @@ def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None)
 
 
 def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
-    """Of a group of a unit: copy only if all its tensors are."""
+    """The kind of a group of a unit: copy only if all of its tensors are copies."""
     forms = {group.form.word for name in unit.tensors for group in storages[name].groups if group.tasks == tasks}
     return next(iter(forms - {COPY.word}), COPY.word)
 
@@ -226,7 +226,7 @@ def has_entry(plan: Plan, tensor: PlanTensor) -> bool:
 
 
 def own_entries(plan: Plan) -> list[dict[str, Any]]:
-    """Of what kept adapters hold and neither the base nor a task has."""
+    """Entries of what kept adapters hold and neither the base nor a task has."""
     known = {tensor.name for tensor in plan.tensors}
     names = sorted({name for adapter in plan.adapters for name in adapter.changes} - known)
     return [_entry(plan, name, "private", {}, {}, {}) for name in names]

@@ -200,7 +200,7 @@ class GroupPrice:
     """Without the base and copies, which groups of a tensor share, and without what is the unit's."""
     base: bool
     copied: frozenset[int]
-    """Of exact copies the first task with the same bits: all of the group where the method stores nothing."""
+    """Tasks stored as exact copies, of tasks with the same bits the first; all where the method stores nothing."""
     unit_bytes: int
     """What the group has once for all tensors of a unit."""
 

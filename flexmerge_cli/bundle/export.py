@@ -189,7 +189,7 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 
 def _stem(bundle: Bundle, task: str) -> str:
-    """Of the weight files, as the library that the task's config is of looks for them."""
+    """The beginning of the weight files' names, as the library of the task's config looks for them."""
     if bundle.manifest.tasks[task].pooled is not None:
         return "adapter_model"
     folder = bundle.path / "tasks" / task

@@ -54,7 +54,7 @@ class BundleFiles:
         self._maps: dict[str, np.ndarray] = {}
         self._lock = threading.RLock()
         self._turns: dict[str, threading.Lock] = {}
-        """Of files that are being digested: who comes second waits, and need not do it again."""
+        """One lock per file that is being digested: whoever comes second waits, and need not do it again."""
         weakref.finalize(self, _close, self._held)
 
     def look(self, name: str) -> None:

@@ -57,7 +57,7 @@ class Bundle(Routes):
 
     @property
     def total_bytes(self) -> int:
-        """Of every file, as an upload counts; also of those that are not on this disk."""
+        """Bytes of every file, as an upload counts them, those that are not on this disk included."""
         return self.manifest_bytes + sum(file.bytes for file in self.manifest.files.values())
 
     @staticmethod

@@ -39,7 +39,7 @@ def single_threaded() -> Iterator[None]:
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """Of a name as safetensors has it."""
+    """The dtype of torch for a name as safetensors has it."""
     found: torch.dtype = getattr(torch, TO_TORCH[dtype])
     return found
 

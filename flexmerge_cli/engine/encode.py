@@ -106,7 +106,7 @@ def array(group: StoredGroup, role: str) -> Part:
 
 
 def digest_of(data: np.ndarray, raw: Raw, dtype: str) -> RangeDigest:
-    """Of a range as it is in another dtype."""
+    """The digest of a range as it is in another dtype."""
     return digest_range(data, raw.span.start * ITEM_BYTES[dtype], last=raw.span.last)
 
 

@@ -16,10 +16,10 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 
 MATRICES = 4
-"""That are looked at, evenly spread; more agree, or the first already differs."""
+"""How many matrices are looked at, evenly spread; more would agree, or the first already differs."""
 SIDE = 128
 LARGEST_PART = 4
-"""Of the block's side: a rank above a fourth of it is not called low."""
+"""The part of the block's side above which a rank is not called low."""
 ABOVE_NOISE = 2.0
 """Times the largest singular value that rounding alone would give."""
 EXPLAINED = 0.9
@@ -51,7 +51,7 @@ def low_rank_of(pairs: Sequence[Pair], reader: Reader) -> int | None:
 
 
 def numerical_rank(base: np.ndarray, task: np.ndarray, dtype: str) -> int | None:
-    """Of task - base, float64 blocks; None if it is not low, or rounding hides it. dtype: of the task."""
+    """The rank of task - base, from float64 blocks; None if it is not low, or rounding hides it. dtype: the task's."""
     delta = task - base
     size = np.maximum(np.abs(task), np.finfo(np.float32).tiny)
     # Rounding errors are uniform in half a unit in the last place: of the weight, and of the sum's terms in float32.

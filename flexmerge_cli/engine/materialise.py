@@ -75,7 +75,7 @@ class _Joined:
     errors: dict[tuple[str, int], float] = field(default_factory=dict)
     """(tensor, task) -> Σ (θ̂ - θ)²."""
     sources: dict[int, TensorDigest] = field(default_factory=dict)
-    """Of the tensor that is being read."""
+    """Digests so far of the tensor that is being read."""
     decoded: dict[int, TensorDigest] = field(default_factory=dict)
 
 
@@ -154,7 +154,7 @@ class _Run:
     def _errors_of_products(
         self, raws: dict[str, Raw], values: dict[str, dict[Tasks, torch.Tensor]], pieces: dict[str, Piece]
     ) -> None:
-        """Of a pool: what is lost of ΔW stands at the B of a module, and nothing at its A."""
+        """Errors of a pool of LoRAs: what is lost of ΔW counts at the B of a module, and nothing at its A."""
         for a, b in factor_pairs(raws):
             gram = self.plan.gram(self.plan.tensor(b))
             for piece in (pieces[a], pieces[b]):

@@ -89,12 +89,12 @@ def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | No
 
 
 def unjoined_bytes(num_bytes: int) -> int:
-    """Of one model's range of so many bytes: those that its digest carries, for want of whole pieces."""
+    """Bytes of one model's range that its digest has to carry, since they are no whole pieces."""
     return min(num_bytes, 2 * PIECE_BYTES) if num_bytes % PIECE_BYTES else 0
 
 
 def open_bytes(range_bytes: int, tensor_bytes: int) -> int:
-    """Of one model: what its digest keeps of a piece that is not whole yet, while ranges are joined."""
+    """Bytes that one model's digest keeps of a piece that is not whole yet, while ranges are joined."""
     return min(tensor_bytes, PIECE_BYTES * 9 // 8) if unjoined_bytes(range_bytes) else 0
 
 
@@ -142,13 +142,13 @@ class Pass:
     """What one pass takes: the largest of its items."""
 
     buffers: dict[str, int]
-    """Of each thread, kept from item to item: bytes by what they are for."""
+    """Bytes that each thread keeps from item to item, by what they are for."""
     work: int = 0
-    """Of each thread, while it computes."""
+    """Bytes that each thread takes while it computes."""
     result: int = 0
-    """Of one item's result, from when it is made to when the next one is asked for."""
+    """Bytes of one item's result, from when it is made to when the next one is asked for."""
     totals: int = 0
-    """Of all that is added up."""
+    """Bytes of everything that is added up."""
 
     def add(self, *, work: int, result: int, totals: int = 0, **buffers: int) -> None:
         self.work, self.result = max(self.work, work), max(self.result, result)

@@ -107,7 +107,7 @@ class _Run:
         found.add(work=work + max(calls), result=result)
 
     def _stepping(self, chain: Chain, storages: Sequence[Storage], k: int) -> int:
-        """Of all tensors of a unit: what steps give, and take one at a time."""
+        """Bytes over all tensors of a unit: what steps give, and what they take one at a time."""
         if not chain.steps:
             return 0
         shapes = [storage.tensor.shape for storage in storages]

@@ -55,7 +55,7 @@ def _results(
 
 
 def _start() -> None:
-    """Of a worker's life the first: torch takes over its number of threads when it is asked for it.
+    """Run first in each worker: torch takes over its number of threads when it is asked for it.
 
     Until then a thread's matrix products run on all cores, and give other bits than on the one that the engine set.
     """

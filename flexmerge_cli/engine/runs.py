@@ -58,7 +58,7 @@ def _lanes(values_kN: np.ndarray, runs: int) -> np.ndarray:
 
 
 def _sums(values_kN: np.ndarray, run: int) -> np.ndarray:
-    """Of each run, float64 [k, n]."""
+    """The sum of each run, float64 [k, n]."""
     k, n = values_kN.shape
     whole = n // run * run
     sums: np.ndarray = values_kN[:, :whole].reshape(k, whole // run, run).sum(2)

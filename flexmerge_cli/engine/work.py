@@ -85,7 +85,7 @@ class Raw:
     rows: Tensor | None
     """[models, n], in the order of `bits`, where all have one dtype and length; the same memory."""
     digests: dict[int, RangeDigest]
-    """Of the bits, where they were asked for."""
+    """Digests of the bits, where they were asked for."""
 
 
 class Worker:
@@ -272,7 +272,7 @@ class Worker:
         return self.chains[group.method]
 
     def domain(self, scope: str, tensor: str) -> str:
-        """Of a statistic: the model, a block, a tensor."""
+        """What a statistic is measured over: the model, a block, a tensor."""
         return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
 
     def rounded(self, delta: Tensor, dtype: str) -> Tensor:

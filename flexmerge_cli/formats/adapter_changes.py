@@ -56,7 +56,7 @@ class ChangeRecord(Record):
     """What an adapter makes of one tensor."""
 
     digest: Digest
-    """Of the result."""
+    """Digest of the result."""
     value: Place | None = None
     """The whole tensor, where the adapter holds it."""
     left: Place | None = None

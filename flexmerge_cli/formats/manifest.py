@@ -80,7 +80,7 @@ class TaskEntry(Record):
     files: Items[str]
     adapter: AdapterEntry | None = None
     pooled: Literal["lora", "ia3"] | None = None
-    """Of an adapter whose tensors were merged with others': it is exported as an adapter."""
+    """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
 
 
 class MethodEntry(Record):
@@ -89,7 +89,7 @@ class MethodEntry(Record):
     steps: Items[str]
     calibrate: str | None
     origin: tuple[str, str] | None = None
-    """Of a method that is not flexmerge's own: file or package, and its sha256 or version."""
+    """For a method that is not flexmerge's own: its file or package, and the sha256 or version of that."""
 
 
 class GroupEntry(Record):

@@ -134,7 +134,7 @@ class Plan(Record):
         return self._by_name().get(name)
 
     def vocabulary(self, tensor: str) -> PlanVocabulary | None:
-        """Of a tensor, or of its `@rows`; None if all models have the same rows."""
+        """The vocabulary of a tensor, or of its `@rows`; None if all models have the same rows."""
         name = tensor.removesuffix(ROWS_SUFFIX)
         return next((found for found in self.vocabularies if name in found.tensors), None)
 

@@ -39,22 +39,22 @@ class PlanReader(Record):
     name: str
     source: str
     fingerprint: Digest
-    """Of an adapter: of its files and of the base."""
+    """Digest of every tensor's digest; for an adapter, of its files and of the base."""
     bytes: Count
-    """Of the tensors of the model; of an adapter of the one that it makes."""
+    """Bytes of the model's tensors; for an adapter, of the model that it makes."""
     files: Named[SideFile]
     names: Named[str]
     """Aligned name -> own name, where they differ."""
 
 
 class LowRankRecord(Record):
-    """Of a fine-tune that is the base plus matrices of low rank: found by a sketch, so that nothing rests on it."""
+    """A fine-tune that is the base plus matrices of low rank. A sketch finds it, so nothing rests on it."""
 
     rank: Count
     matrices: Count
-    """That differ from the base."""
+    """Matrices that differ from the base."""
     bytes: Count
-    """Of these matrices, as they are."""
+    """Bytes of these matrices, as they are."""
     residual_bytes: Count
     """As residuals of this rank over the base."""
 
@@ -63,7 +63,7 @@ class PlanTask(PlanReader):
     config_base: str | None
     """The model that its config says it comes from."""
     adapter: Literal["lora", "ia3"] | None = None
-    """Of a task that is an adapter merged into the base, or one of a pool."""
+    """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
     low_rank: LowRankRecord | None = None
     """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
 
@@ -73,7 +73,7 @@ class PlanAdapter(PlanReader):
 
     kind: Literal["lora", "ia3"]
     tensor_bytes: Count
-    """Of its own tensors."""
+    """Bytes of its own tensors."""
     weights: str
     """Its weight file, one of `files`."""
     changes: Named[ChangeRecord]
@@ -107,7 +107,7 @@ class PlanTensor(Record):
     reason: str
     """Why private; the target of a tied one."""
     dtype: str
-    """Of the first task that has it; of the base for what only that has."""
+    """The dtype in the first task that has it; in the base, for what only the base has."""
     shape: Shape
     base_dtype: str | None
     dtypes: Items[str | None] | None
@@ -167,7 +167,7 @@ class PlanRows(Record):
     """At which rows of one model's tensor those stand that all models have."""
 
     rows: Count
-    """Of the whole tensor."""
+    """Number of rows of the whole tensor."""
     common: Runs
     """In the base's order."""
     leading: str
@@ -216,7 +216,7 @@ class Settings(Record):
     adapters: Adapters = "keep"
     assume_base: bool = False
     variant: str | None = None
-    """Of the weights, e.g. `fp16`, where sources have several; left out where it is null."""
+    """Which of several variants of weights was taken, e.g. `fp16`; left out where it is null."""
 
     @model_serializer(mode="wrap")
     def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -33,10 +33,10 @@ class Request(Record):
     size: str | None = None
     merges: Count | None = None
     fit: Literal["tight", "prefix"] | None = None
-    """Of a cut at a size."""
+    """How a cut is fitted to its size."""
     cluster: Literal["channels"] | None = None
     seed: Count | None = None
-    """Of `cluster`."""
+    """What `cluster` draws from."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = None
     command: str = Field(max_length=1 << 20)
@@ -84,7 +84,7 @@ def recorded(request: MergeRequest) -> Request:
 
 
 def _without_folder(word: str) -> str:
-    """Of `[PATTERN=]/a/b/my.py#NAME…` my.py#NAME…; any other word as it is."""
+    """`[PATTERN=]/a/b/my.py#NAME…` as my.py#NAME…; any other word as it is."""
     pattern, equals, name = word.partition("=") if "=" in word.partition("#")[0] else ("", "", word)
     file, hash_, rest = name.partition("#")
     return f"{pattern}{equals}{Path(file).name}{hash_}{rest}" if hash_ and Path(file).is_absolute() else word

@@ -53,7 +53,7 @@ def _centre(coded: Coded) -> Summary:
 
 
 def _coder(coder: Coder) -> Summary:
-    """Of one array of m rows of c."""
+    """Bytes of one array of m rows of c."""
     match coder:
         case LowBit():
             scale = 2 if coder.scales == "bfloat16" else 4

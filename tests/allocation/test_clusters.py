@@ -60,7 +60,7 @@ def test_an_order_of_one_block_clusters_whole_models_as_golden(linkage, golden_p
 
 
 def slow_kmeans(rows: np.ndarray, num_clusters: int, stream: Stream) -> list[int]:
-    """algorithms-1, section 7, sentence by sentence; cosines to the nearest 2^-20 as everywhere."""
+    """Spherical k-means, as docs/methods.md describes it; cosines to the nearest 2^-20 as everywhere."""
     lengths = [math.sqrt(math.fsum(x * x for x in row)) for row in rows]
     units = [row / length if length > 0 else row for row, length in zip(rows, lengths)]
 
