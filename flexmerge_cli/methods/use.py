@@ -1,7 +1,7 @@
 """A method in use, with its steps and its calibration: parsed once, and an object from then on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.coded import Coded, declare
@@ -17,9 +17,9 @@ class MethodUse:
     call: Call
     steps: tuple[StepCall, ...] = ()
     calibrate: CalibrationCall | None = None
-    alias: str | None = None
+    alias: str | None = field(default=None, compare=False)
     """The name of mergekit's method, if it was requested."""
-    num_own_steps: int = 0
+    num_own_steps: int = field(default=0, compare=False)
     """The number of steps that the alias brought; they come last."""
 
     @property

@@ -5,7 +5,7 @@ Each choice holds the fields that it reads and no others: an option that the cho
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 
 from flexmerge_cli.checkpoint.dtypes import CASTS
@@ -99,7 +99,7 @@ class MergeRequest:
     """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps theirs."""
     max_distance: float | None = None
     """Every task must end up nearer to its model than this; at least 0."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
     """Messages that say which methods stand in for those of mergekit."""
 
     @property
@@ -111,7 +111,7 @@ class MergeRequest:
         """The main method, without the arguments that are at their defaults."""
         if isinstance(self.choice, Auto):
             return self.choice.text
-        return self.choice.use.name if isinstance(self.choice, Cut | Clusters) else None
+        return self.choice.use.call.short if isinstance(self.choice, Cut | Clusters) else None
 
     @property
     def uses(self) -> tuple[MethodUse, ...]:
@@ -131,8 +131,10 @@ class MergeRequest:
         if isinstance(choice, Auto):
             found.append(("--method", choice.text))
         elif isinstance(choice, Cut | Clusters):
-            found += [("--method", choice.use.name)]
-            found += [("--step", step.short) for step in choice.use.asked_steps]
+            # An alias is written out, unless its steps would then go before the methods of other blocks, too.
+            alone = len(self.uses) == 1 or not choice.use.num_own_steps
+            found += [("--method", choice.use.call.short if alone else choice.use.name)]
+            found += [("--step", step.short) for step in (choice.use.steps if alone else choice.use.asked_steps)]
             found += [("--calibrate", choice.use.calibrate and choice.use.calibrate.short)]
         if isinstance(choice, Cut | Auto):
             found += [
@@ -267,7 +269,7 @@ def _choice(method: str | None, size: str | None, given: _Words, run_files: bool
 def _refuse_unread(kind: type[Choice], given: _Words) -> None:
     """Every option that this choice would not read, whatever its value is."""
     names, (why, hint) = UNREAD[kind]
-    for name in (field.name for field in fields(given) if field.name in names):
+    for name in (one.name for one in fields(given) if one.name in names):
         if getattr(given, name) not in (None, ()):
             option = "--step" if name == "steps" else f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} has no effect here: {NAMES[kind]} {why}", hint=hint.format(option=option))

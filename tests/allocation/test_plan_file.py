@@ -106,7 +106,7 @@ def test_only_a_plan_is_replaced(odd_family, odd_plan, tmp_path):
     config.write_text("{}")
     fails(2, "plan", *folders.arguments, "-o", config, says="exists")
     fails(2, "plan", *folders.arguments, "-o", config, "--force", says="is not a plan of flexmerge")
-    fails(2, "plan", *folders.arguments, "-o", folders.base / "model.safetensors", "--force", says="is not a plan")
+    fails(2, "plan", *folders.arguments, "-o", folders.base / "model.safetensors", "--force", says="lies in the input")
     fails(2, "plan", *folders.arguments, "-o", tmp_path, "--force", says="is not a plan")
     assert config.read_text() == "{}" and not is_plan(config) and is_plan(odd_plan("plain"))
     config.unlink()

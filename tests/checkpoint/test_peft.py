@@ -97,7 +97,7 @@ def test_weights_of_an_adapter_without_its_config_are_told(tmp_path: Path) -> No
 
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    fails(3, "plan", "--base", folder, "--tasks", tmp_path / "tasks", "--dry-run", says="is an adapter")
+    fails(3, "plan", "--base", folder, "--task", f"it={folder}", "--dry-run", says="is an adapter")
 
 
 def test_values_that_overflow_are_told_where(tmp_path: Path) -> None:

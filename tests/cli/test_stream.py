@@ -221,7 +221,7 @@ def test_a_web_server_is_a_source(web, tmp_path):
     shown = succeeds("inspect", f"{address}/tasks/task0", "--json").json
     assert shown["side_files"] == ["README.md", "config.json", "vocab.txt"]
     succeeds("plan", *given, "--dry-run")
-    done = fails(2, "plan", *given, "-o", tmp_path / "plan.json", says="never stored here")
+    done = fails(2, "plan", *given, "-o", tmp_path / "plan.json", says="can only be streamed")
     assert "hint: add --stream" in done.err
     succeeds("plan", *given, "--stream", "-o", tmp_path / "plan.json")
     succeeds("plan", *folders.arguments, "-o", tmp_path / "local.json")

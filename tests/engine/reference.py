@@ -15,7 +15,6 @@ from flexmerge_cli.allocation.storage import effective_dtype
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH, promote
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import Coded, declare
-from flexmerge_cli.methods.registry import parse_calibrate, parse_step
 from flexmerge_cli.residuals.coder import Coder
 
 from ..families import Models, State
@@ -86,8 +85,8 @@ def _group(
             maker,
             blocks=[unit.name],
             group=names,
-            steps=[parse_step(text) for text in use.steps],
-            calibrate=parse_calibrate(use.calibrate) if use.calibrate else None,
+            steps=list(use.steps),
+            calibrate=use.calibrate,
             bypass=False,
             stored=lambda name: torch_dtype(promote(dtypes[name])),
         )

@@ -92,7 +92,7 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, text, message):
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(UsageError, match="no file at"):
         method_from_file(tmp_path / "missing.py", "own")
 
 
