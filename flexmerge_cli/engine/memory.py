@@ -30,7 +30,7 @@ SPAN_BYTES = 500  # of one work item
 THREAD_BYTES = 1 << 20  # of a thread's stack and of its part of the heap
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE_BYTES = 2 << 20
+LARGE_BYTES = 64 << 10  # at 2 MiB, what a method gathers in pieces stayed in the heap: three times the figure
 
 
 def survey_bytes(

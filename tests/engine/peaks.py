@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SHAPES = {
     "many": {f"layers.{i}.mlp.weight": (96, 128) for i in range(24)}
     | {f"layers.{i}.mlp.bias": (96,) for i in range(24)},
+    "wide": {f"layers.{i}.mlp.weight": (1024, 1024) for i in range(4)},
     "few": {f"layers.{i}.mlp.weight": (640, 512) for i in range(3)},
     "embedding": {"embeddings.weight": (24000, 48), "layers.0.mlp.weight": (64, 48)},
     "long": {"embeddings.weight": (12000, 500)},

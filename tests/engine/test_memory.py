@@ -38,6 +38,7 @@ MERGES = [
     *({"family": "conv", "method": method} for method in ("della", "low_bit", "sparse")),
     *({"family": "embedding", "method": method} for method in ("pcb", "emr", "low_rank")),
     {"family": "thin", "method": "sce:scope=row"},
+    *({"family": "wide", "method": method, "threads": 2} for method in ("pcb", "low_bit:bits=3,centre=ties")),
 ]
 PLANS = [
     {"family": family, "statistics": statistics}
