@@ -21,6 +21,9 @@ from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageEr
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
+MAX_SMALL_BYTES = 256 << 20  # of a file that is no weight file
+MAX_ENTRIES = 200_000
+
 # The side files to look for on a web server that does not list folders.
 USUAL_NAMES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -104,8 +107,13 @@ class UrlFolder:
     def local(self, name: str) -> Path:
         path = self._path / name
         if not path.is_file():
-            with url_errors(f"{self._url}/{name}"):
-                data = self._files.cat_file(f"{self._url}/{name}")
+            with url_errors(f"{self._url}/{name}"), self._files.open(f"{self._url}/{name}", "rb") as file:
+                data = file.read(MAX_SMALL_BYTES + 1)  # a server may send more than it reported, without end
+            if len(data) > MAX_SMALL_BYTES:
+                raise DataError(
+                    f"{self._url}/{name} has more than {MAX_SMALL_BYTES:,} bytes, which is too much beside weights",
+                    hint="copy the checkpoint to this disk, without that file",
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, data)
         return path
@@ -122,6 +130,11 @@ class UrlFolder:
             found = self._files.ls(self._url, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             found = []
+        if len(found) > MAX_ENTRIES:
+            raise SourceError(
+                f"{self._url} lists {len(found):,} files, and no checkpoint has more than {MAX_ENTRIES:,}",
+                hint="give the folder that holds the model",
+            )
         for entry in found:
             name = str(entry["name"]).rstrip("/").rpartition("/")[2]
             if not is_text(name) or "\\" in name or name in ("", ".", ".."):

@@ -269,3 +269,16 @@ def test_paths_of_an_address_stay_in_their_folder(bucket, tmp_path):
 
     folder = UrlFolder("memory://a/../../../../etc", bucket)
     assert "etc" in folder.path.parts and ".." not in folder.path.parts
+
+
+def test_what_a_store_lists_and_what_lies_beside_weights_is_bounded(bucket, tmp_path, monkeypatch):
+    from flexmerge_cli.checkpoint import urls
+
+    folders = write_family(tmp_path / "made", plain())
+    bucket.put(str(folders.base), "/models/base", recursive=True)
+    monkeypatch.setattr(urls, "MAX_ENTRIES", 0)
+    fails(4, "inspect", "memory:///models/base", says="no checkpoint has more than 0")
+    monkeypatch.undo()
+    bucket.pipe("/models/base/config.json", b" " * 101)
+    monkeypatch.setattr(urls, "MAX_SMALL_BYTES", 100)
+    fails(3, "inspect", "memory:///models/base", says="config.json has more than 100 bytes")
