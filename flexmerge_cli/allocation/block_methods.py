@@ -1,4 +1,4 @@
-"""Which method a block has: `--method-for` against the names of a plan's blocks. Pure."""
+"""Matches the patterns of `--method-for` with the names of a plan's blocks, to find each block's method. Pure."""
 
 import fnmatch
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which files of a folder are an export's: all that `export --force` replaces."""
+"""Finds the files of a folder that an export wrote: `export --force` replaces these alone."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which parts make which tensor of which task. Reads nothing; what can be decoded is known from names and shapes."""
+"""Finds the parts that make a tensor of a task. Reads nothing: names and shapes say what can be decoded."""
 
 import json
 from collections.abc import Mapping

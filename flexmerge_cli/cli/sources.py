@@ -27,9 +27,9 @@ class Given:
     plan: Plan | None
     order: OrderSettings
     warnings: tuple[str, ...] = ()
-    """Which subfolders of --tasks are skipped and why, and which tasks are the same model."""
+    """Warnings: the subfolders of --tasks that are skipped and why, and which tasks are the same model."""
     statistics: Statistics | None = None
-    """Which statistics the plan is to hold; None: those of the other plan."""
+    """The statistics that the plan is to hold; None: those of the other plan."""
     folder: Path = Path()
     """The folder of the other plan."""
     access: Access = ONLINE

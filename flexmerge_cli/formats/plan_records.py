@@ -216,7 +216,7 @@ class Settings(Record):
     adapters: Adapters = "keep"
     assume_base: bool = False
     variant: str | None = None
-    """Which of several variants of weights was taken, e.g. `fp16`; left out where it is null."""
+    """The variant of the weights that was taken, e.g. `fp16`; left out where it is null."""
 
     @model_serializer(mode="wrap")
     def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
