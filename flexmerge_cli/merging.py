@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
@@ -29,10 +29,10 @@ def merge(
     device: str = "auto",
     threads: int | None = None,
     max_memory: int | None = None,
-    bill: Bill | None = None,
+    layout: BundleLayout | None = None,
     examine: Callable[[Path], None] = lambda _folder: None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
-) -> tuple[Bill, Measured]:
+) -> tuple[BundleLayout, Measured]:
     """Write the bundle. plan_folder: what the plan's relative sources are relative to.
 
     relocate: prefix of a source as the plan has it -> what stands there now. access: how sources are fetched.
@@ -47,11 +47,11 @@ def merge(
 
     where = choose_device(device)
     threads = threads or default_threads()
-    bill = bill or allocate(plan, request)
+    layout = layout or allocate(plan, request)
     memory = access.memory_left(max_memory)
-    check_output(output, bill, force=force)
+    check_output(output, layout, force=force)
     sources, side_files = open_sources(plan, plan_folder, relocate or {}, access)
-    chunk = merge_chunk(bill, threads, memory, sources.located)
+    chunk = merge_chunk(layout, threads, memory, sources.located)
     check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
     # Of a pass over all; of equal tensors, and of a base that nothing merges with, less is read.
@@ -76,14 +76,14 @@ def merge(
             if limit is not None and (distance is None or distance > limit)
         }
         if far:
-            told = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())
+            distances = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())
             raise GateError(
-                f"distance over {limit} for {told}: the bundle is not published",
+                f"distance over {limit} for {distances}: the bundle is not published",
                 hint="a larger --size, or another method",
             )
 
     measured = write_bundle(
-        bill,
+        layout,
         sources.located,
         side_files,
         output,
@@ -96,4 +96,4 @@ def merge(
         on_bytes=on_bytes,
         on_stage=on_stage,
     )
-    return bill, measured
+    return layout, measured

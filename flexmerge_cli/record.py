@@ -33,10 +33,10 @@ def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
     try:
         return handler(value)
     except ValidationError as error:
-        raise Unsound(told(error)) from None
+        raise Unsound(first_error(error)) from None
 
 
-def told(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """Where its first error is, and what is wrong there."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(step)[:100] for step in first["loc"][:20])

@@ -124,10 +124,10 @@ def compare(family: Path) -> dict[str, Any]:
 def smallest(plan: Path) -> str:
     """The size that `auto` names as its smallest."""
     from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
-    from flexmerge_cli.allocation.bill import Pricer
+    from flexmerge_cli.allocation.layout import Pricer
     from flexmerge_cli.request.auto_options import Limits
 
-    return f"{smallest_factor(auto(Pricer(load_plan(plan)), Limits()).smallest().bill):g}x"
+    return f"{smallest_factor(auto(Pricer(load_plan(plan)), Limits()).smallest().layout):g}x"
 
 
 def told(row: tuple[float, Hits], auto: tuple[float, Hits], reference: Hits) -> dict[str, Any]:

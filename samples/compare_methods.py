@@ -19,7 +19,7 @@ import torch
 from family import arguments, plan_of
 
 from flexmerge_cli import load_plan, merge
-from flexmerge_cli.allocation.ways import COMMON
+from flexmerge_cli.allocation.options import COMMON
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""`--method auto` from sources to decoded tensors: bundles are what the bill says, and give what was promised."""
+"""`--method auto` from sources to decoded tensors: bundles are what the layout says, and give what was promised."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from flexmerge_cli import load_plan, make_plan, merge, open_bundle, verify
 from flexmerge_cli.allocation.auto_allocation import auto
-from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.size import parse_size
@@ -119,25 +119,27 @@ def test_the_golden_bundle_has_the_golden_bytes(golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bundles_are_what_the_bill_says_and_never_over(dtype, tmp_path):
+def test_bundles_are_what_the_layout_says_and_never_over(dtype, tmp_path):
     plan = planned(plain(dtype), tmp_path)
     search = search_of(plan)
-    smallest, one = search.smallest().bill, load_plan(plan).one_model_bytes
+    smallest, one = search.smallest().layout, load_plan(plan).one_model_bytes
     largest = 4 * one
     for number, tensor_bytes in enumerate(np.linspace(smallest.tensor_bytes, largest, 10)):
         size = f"{-(-tensor_bytes * 1000 // one) / 1000}x"
         if number == 9:
             size = "4x"
-        bill = search.cut(parse_size(size).target(num_tasks=4, one_model_bytes=one)).bill
+        layout = search.cut(parse_size(size).target(num_tasks=4, one_model_bytes=one)).layout
         merge(plan, tmp_path / size, method="auto", size=size, device="cpu")
-        assert on_disk(tmp_path / size) == bill.total_bytes
-        assert open_bundle(tmp_path / size).manifest.stored_bytes == bill.tensor_bytes <= float(size[:-1]) * one
+        assert on_disk(tmp_path / size) == layout.total_bytes
+        assert open_bundle(tmp_path / size).manifest.stored_bytes == layout.tensor_bytes <= float(size[:-1]) * one
     for target in np.linspace(
-        smallest.total_bytes, search.cut(parse_size("4x").target(num_tasks=4, one_model_bytes=one)).bill.total_bytes, 10
+        smallest.total_bytes,
+        search.cut(parse_size("4x").target(num_tasks=4, one_model_bytes=one)).layout.total_bytes,
+        10,
     ).astype(int):
-        bill = search.cut(parse_size(f"{target}B").target(num_tasks=4, one_model_bytes=one)).bill
+        layout = search.cut(parse_size(f"{target}B").target(num_tasks=4, one_model_bytes=one)).layout
         merge(plan, tmp_path / f"{target}B", method="auto", size=f"{target}B", device="cpu")
-        assert on_disk(tmp_path / f"{target}B") == bill.total_bytes <= target
+        assert on_disk(tmp_path / f"{target}B") == layout.total_bytes <= target
 
 
 def test_all_apart_is_exact(tmp_path):
@@ -212,7 +214,7 @@ def test_odd_families_come_back(name, size, odd_family, odd_plan, tmp_path):
     plan, models = odd_plan(name), odd_family(name).models
     chosen = []
     if size == "smallest":
-        chosen = ["--size", f"{search_of(plan).smallest().bill.total_bytes}B"]
+        chosen = ["--size", f"{search_of(plan).smallest().layout.total_bytes}B"]
     succeeds("merge", plan, "--method", "auto", *chosen, "-o", tmp_path / "bundle")
     assert_sound(tmp_path / "bundle", models)
 
@@ -397,7 +399,7 @@ def test_the_table_tells_where_bytes_go(plan, tmp_path):
 
 
 def test_plan_offers_it_first(plan, tmp_path):
-    ways = succeeds("plan", plan, "-o", tmp_path / "again.json", "--json").json["ways"]
+    ways = succeeds("plan", plan, "-o", tmp_path / "again.json", "--json").json["options"]
     offered = [way for way in ways if way["name"].startswith("auto at ")]
     assert ways[: len(offered)] == offered
     assert [way["name"] for way in offered][-3:] == ["auto at 1x", "auto at 1.5x", "auto at 2x"]

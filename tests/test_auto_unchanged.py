@@ -12,7 +12,7 @@ from flexmerge_cli import load_plan, make_plan, merge, open_bundle, verify
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.auto_allocation import auto
 from flexmerge_cli.allocation.auto_table import Limits
-from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.report.auto import unlike_predicted
 from flexmerge_cli.request.merge import merge_request
 
@@ -92,7 +92,7 @@ def test_unchanged_tensors_are_stored_once_and_exact_at_every_size(name, dtype, 
     models = Models(base=base, tasks=FROZEN[name](base))
     plan = planned(models, tmp_path)
     search = auto(pricer_of(plan), Limits())
-    smallest = search.smallest().bill.total_bytes
+    smallest = search.smallest().layout.total_bytes
     sizes = [f"{smallest}B", f"{smallest + 700}B", f"{len(models.tasks)}x", None]
     for number, size in enumerate(sizes):
         bundle = tmp_path / str(number)
@@ -146,13 +146,13 @@ def test_no_choice_is_worse_than_exact(tmp_path_factory, dtype, tasks, place, on
     folder = tmp_path_factory.mktemp("family")
     plan = planned(models, folder)
     pricer = pricer_of(plan)
-    found, exact = auto(pricer, Limits()), pricer.bill(copies(pricer.plan))
+    found, exact = auto(pricer, Limits()), pricer.layout(copies(pricer.plan))
     one = pricer.plan.one_model_bytes
 
-    def weigh(bill):
-        return bill.total_bytes if on_disk else bill.tensor_bytes
+    def weigh(layout):
+        return layout.total_bytes if on_disk else layout.tensor_bytes
 
-    least = weigh(found.smallest().bill)
+    least = weigh(found.smallest().layout)
     for limit in (int(least + place * (weigh(exact) - least)), weigh(exact)):
         size = f"{limit}B" if on_disk else f"{min(len(models.tasks), -(-limit * 10**6 // one) / 10**6)}x"
         bundle = folder / f"{limit}"
@@ -198,7 +198,7 @@ def test_beside_kept_adapters_tasks_read_the_base_that_is_there(dtype, moved, tm
     plan = tmp_path / "plan.json"
     succeeds("plan", *folders.arguments, "-o", plan)
     search, one = auto(pricer_of(plan), Limits()), load_plan(plan).one_model_bytes
-    smallest = search.smallest().bill.tensor_bytes
+    smallest = search.smallest().layout.tensor_bytes
     for share in (0, 0.2, 0.7, None):
         size = "2x" if share is None else f"{-(-(smallest + share * MATRIX) * 10**6 // one) / 10**6}x"
         bundle = tmp_path / size

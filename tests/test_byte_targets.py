@@ -6,8 +6,8 @@ import pytest
 
 from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.allocation.allocation import from_groups
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.request.merge import merge_request
 
@@ -41,7 +41,7 @@ def test_fifty_random_byte_targets_are_kept(method, small, tmp_path):
     pricer = Pricer(load_plan(small)).asked(merge_request(method=method))
     method = parse_use(method).text
     made = Cutter(pricer, parse_use(method))
-    least, most = (pricer.bill(allocation).total_bytes for allocation in (made.smallest(), made.prefix(0)))
+    least, most = (pricer.layout(allocation).total_bytes for allocation in (made.smallest(), made.prefix(0)))
     draw = random.Random(method)
     seen = set()
     for number in range(50):
@@ -53,8 +53,8 @@ def test_fifty_random_byte_targets_are_kept(method, small, tmp_path):
         assert on_disk == said["total_bytes"] <= target
         assert on_disk == sum(said["files"].values())
         allocation = stored(pricer, tmp_path / str(number), method)
-        assert pricer.bill(allocation).total_bytes == on_disk
+        assert pricer.layout(allocation).total_bytes == on_disk
         for fewer in undos(pricer, allocation):
-            assert pricer.bill(fewer).total_bytes > target
+            assert pricer.layout(fewer).total_bytes > target
         seen.add((allocation.merges, allocation.undone))
     assert len(seen) > 5 and any(undone for _, undone in seen)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from flexmerge_cli import load_plan, make_plan, open_bundle
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
@@ -139,7 +139,7 @@ def test_the_order_of_a_plan_is_golden(name, plan):
 
 
 def test_plain_prefixes_cost_what_the_golden_file_says(plan):
-    """float32, no private tensors: four bytes of the tool's bill are one element of the idealised price."""
+    """float32, no private tensors: four bytes of the tool's layout are one element of the idealised price."""
     cutter = Cutter(Pricer(load_plan(plan)), parse_use("average"))
     steps = ORDER["orders"]["complete"]["steps"]
     assert cutter.sizes() == [4 * 8 * ORDER["total_elements_one_model"], *(4 * step["plain"] for step in steps)]
@@ -156,7 +156,7 @@ def test_masked_prefixes_cost_the_golden_price_and_the_padding_of_masks_and_the_
 
 @pytest.mark.parametrize(("kind", "method", "slack"), [("plain", "average", 0), ("masked", "consensus", 2)])
 def test_targets_are_cut_where_the_golden_file_says(kind, method, slack, plan):
-    """The exact bill of masks may differ from the idealised price by a merge or two."""
+    """The exact layout of masks may differ from the idealised price by a merge or two."""
     cutter = Cutter(Pricer(load_plan(plan)), parse_use(method))
     sizes = cutter.sizes()
     for factor, expected in ORDER["targets"][kind].items():

@@ -1,14 +1,14 @@
-"""A plan and what is asked of it in, the bill of an allocation out. Reads no weights."""
+"""A plan and what is asked of it in, the layout of an allocation out. Reads no weights."""
 
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, copies
 from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Found, auto
 from flexmerge_cli.allocation.auto_allocation import Auto as Search
-from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.clusters import cluster_channels
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
@@ -22,7 +22,7 @@ from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest
 PREDICTED_PART = 0.95
 
 
-def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> Bill:
+def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> BundleLayout:
     """Choose what the bundle stores, and price it to the byte.
 
     Raises UsageError for a request that does not fit the plan, GateError for a size that is not reached.
@@ -32,17 +32,17 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
         _check_pool(request)
     match request.choice:
         case Exact():
-            return pricer.bill(copies(plan, request.dtype))
+            return pricer.layout(copies(plan, request.dtype))
         case Auto():
             found = auto_found(pricer, request)
             assert found is not None
-            return found[1].bill
+            return found[1].layout
         case Clusters() as choice:
             choice.size.target(num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
             count = int(choice.size.value)
-            return pricer.bill(cluster_channels(plan, count, choice.use, seed=choice.seed, dtype=request.dtype))
+            return pricer.layout(cluster_channels(plan, count, choice.use, seed=choice.seed, dtype=request.dtype))
         case Cut() as choice:
-            return pricer.bill(_cut(pricer, choice, request.dtype))
+            return pricer.layout(_cut(pricer, choice, request.dtype))
 
 
 def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | None:
@@ -69,35 +69,35 @@ def offers(plan: Plan, dtype: str | None) -> str:
     """Every method and the smallest size that it reaches, a line each."""
     pricer, lines = Pricer(plan).asked(MergeRequest()), []
     for name in all_methods():
-        bill = pricer.bill(Cutter(pricer, parse_use(name), dtype).smallest())
-        factor = bill.tensor_bytes / max(1, plan.one_model_bytes)
-        lines.append(f"  {name:18} down to {factor:.2f}x, {bill.total_bytes:,} bytes on disk")
+        layout = pricer.layout(Cutter(pricer, parse_use(name), dtype).smallest())
+        factor = layout.tensor_bytes / max(1, plan.one_model_bytes)
+        lines.append(f"  {name:18} down to {factor:.2f}x, {layout.total_bytes:,} bytes on disk")
     return "\n".join(lines)
 
 
-def advice(plan: Plan, bill: Bill, pricer: Pricer | None = None) -> list[str]:
+def advice(plan: Plan, layout: BundleLayout, pricer: Pricer | None = None) -> list[str]:
     """Warnings about a choice: near-identical tasks, and an exact or cast bundle that is no larger than a lossy one."""
-    if not bill.allocation.methods:
+    if not layout.allocation.methods:
         return []
-    found = near_duplicates(plan, bill)
-    if bill.allocation.dtype is not None:
+    found = near_duplicates(plan, layout)
+    if layout.allocation.dtype is not None:
         return found
     pricer = (pricer or Pricer(plan)).asked(MergeRequest())
     for dtype, what, command in ((None, "exact deduplication", ""), ("BF16", "a cast to bf16", " --dtype bf16")):
-        other = pricer.bill(copies(plan, dtype))
-        if other.total_bytes <= bill.total_bytes:
+        other = pricer.layout(copies(plan, dtype))
+        if other.total_bytes <= layout.total_bytes:
             found.append(
-                f"{what} takes {other.total_bytes:,} bytes, no more than the {bill.total_bytes:,} of this bundle, and "
+                f"{what} takes {other.total_bytes:,} bytes, no more than this bundle with {layout.total_bytes:,}, and "
                 f"merges nothing: flexmerge merge PLAN{command} -o BUNDLE"
             )
             break
     return found
 
 
-def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
+def near_duplicates(plan: Plan, layout: BundleLayout) -> list[str]:
     """One warning a method about groups of near-identical tasks that a sum multiplies, or whose masks stay empty."""
     texts_of: dict[int, list[str]] = {}
-    for unit in bill.allocation.units:
+    for unit in layout.allocation.units:
         groups = [group for group in unit.groups if group.method is not None and group.bits is None]
         if not groups:
             continue
@@ -106,7 +106,7 @@ def near_duplicates(plan: Plan, bill: Bill) -> list[str]:
             assert group.method is not None
             smallest = float(cosines[np.ix_(group.tasks, group.tasks)].min())
             names = [plan.tasks[task].name for task in group.tasks]
-            text = near_duplicate_warning(bill.calls[group.method], names, smallest)
+            text = near_duplicate_warning(layout.calls[group.method], names, smallest)
             if text:
                 texts_of.setdefault(group.method, []).append(f"{text} (in {unit.name})")
     return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in texts_of.values()]

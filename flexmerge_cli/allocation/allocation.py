@@ -1,7 +1,7 @@
 """What a bundle stores, and nothing of how that was decided: unit -> groups -> method.
 
-A unit is a block, or one tensor of it. Canonical, hashable, JSON. Bill, engine and manifest consume it; a cut of the
-order makes one, so do clustering, a pattern in the recipe, or a search.
+A unit is a block, or one tensor of it. Canonical, hashable, JSON. The layout, the engine and the manifest
+read it; a cut of the order makes one, and so do clustering, a pattern in the recipe, and a search.
 """
 
 from collections.abc import Sequence

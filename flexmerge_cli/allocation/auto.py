@@ -1,7 +1,7 @@
 """`auto`: per tensor a centre and per task a residual, so that a budget of bytes costs the least predicted damage.
 
 Tables of all tensors come in, with a budget; choices come out, in milliseconds, from the plan alone: see auto_table.py.
-Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the bill's affair.
+Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the layout's affair.
 """
 
 import math

@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import Choice
-from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
@@ -30,7 +30,7 @@ from flexmerge_cli.stored.form import Bits
 # About two bits a weight: where a first user need not know a number.
 MAX_DISTANCE = 0.35
 
-Elsewhere = tuple[tuple[str, MethodUse | None], ...]
+ByPattern = tuple[tuple[str, MethodUse | None], ...]
 """(pattern of block names, its method, or None for copies); the first match holds."""
 
 Kept = tuple[MethodUse | None] | None
@@ -42,13 +42,13 @@ class Found:
     """What the search chose, and what storing it takes."""
 
     solution: Solution
-    bill: Bill
+    layout: BundleLayout
 
 
 class Auto:
     """Searches of one plan: any number of sizes from one table."""
 
-    def __init__(self, pricer: Pricer, limits: Limits, dtype: str | None = None, elsewhere: Elsewhere = ()) -> None:
+    def __init__(self, pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> None:
         """Raises UsageError if the plan lacks the statistics, or for a pattern that no block matches."""
         plan = pricer.plan
         if plan.settings.statistics != "all" and plan.blocks:
@@ -57,7 +57,7 @@ class Auto:
                 hint="flexmerge plan plan.json --statistics all -o with-statistics.json",
             )
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
-        self._kept = {block.name: self._unit_elsewhere(block, elsewhere) for block in plan.blocks}
+        self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
         self._exact: Found | None = None
@@ -73,12 +73,12 @@ class Auto:
     def cut(self, size: Target) -> Found:
         """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
         exact = self.exact()
-        if (exact.bill.total_bytes if size.on_disk else exact.bill.tensor_bytes) <= size.max_bytes:
+        if (exact.layout.total_bytes if size.on_disk else exact.layout.tensor_bytes) <= size.max_bytes:
             return exact
         if size.on_disk:
-            if self.smallest().bill.total_bytes > size.max_bytes:
+            if self.smallest().layout.total_bytes > size.max_bytes:
                 self._refuse(size)
-            return self._found(self.search.solve_priced(size.max_bytes, lambda s: self._found(s).bill.total_bytes))
+            return self._found(self.search.solve_priced(size.max_bytes, lambda s: self._found(s).layout.total_bytes))
         budget = self._budget(size.max_bytes)
         if budget < self.search.smallest_bytes:
             self._refuse(size)
@@ -90,16 +90,16 @@ class Auto:
     def within(self, max_distance: float) -> Found:
         """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
         found, exact = self._found(self.search.solve_distance(max_distance)), self.exact()
-        return found if found.bill.total_bytes < exact.bill.total_bytes else exact
+        return found if found.layout.total_bytes < exact.layout.total_bytes else exact
 
     def exact(self) -> Found:
         """Nothing of the searched blocks is lost: as copies, or by the search's own choices if these are smaller."""
         if self._exact is None:
             solution = self.search.solve(self._most_bytes)
             kept: dict[str, Kept] = {name: use or (None,) for name, use in self._kept.items()}
-            copied = Found(solution=solution, bill=self.pricer.bill(self._allocation((), kept)))
+            copied = Found(solution=solution, layout=self.pricer.layout(self._allocation((), kept)))
             chosen = self._found(solution)
-            self._exact = copied if copied.bill.total_bytes <= chosen.bill.total_bytes else chosen
+            self._exact = copied if copied.layout.total_bytes <= chosen.layout.total_bytes else chosen
         return self._exact
 
     @property
@@ -118,17 +118,17 @@ class Auto:
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
 
     def _refuse(self, size: Target) -> None:
-        one, bills = max(1, self.plan.one_model_bytes), [self.smallest().bill, self.exact().bill]
-        bill = min(bills, key=lambda bill: bill.total_bytes if size.on_disk else bill.tensor_bytes)
+        one, layouts = max(1, self.plan.one_model_bytes), [self.smallest().layout, self.exact().layout]
+        layout = min(layouts, key=lambda layout: layout.total_bytes if size.on_disk else layout.tensor_bytes)
         raise GateError(
-            f"`auto` does not reach {size.text}: its smallest is {bill.tensor_bytes / one:.4f}x, "
-            f"{bill.total_bytes}B on disk",
-            hint=f"--size {smallest_factor(bill):g}x"
+            f"`auto` does not reach {size.text}: its smallest is {layout.tensor_bytes / one:.4f}x, "
+            f"{layout.total_bytes}B on disk",
+            hint=f"--size {smallest_factor(layout):g}x"
             + (", or --dtype bf16" if self.dtype is None and self.pricer.cast_saves else ""),
         )
 
     def _found(self, solution: Solution) -> Found:
-        return Found(solution=solution, bill=self.pricer.bill(self._allocation(solution.choices)))
+        return Found(solution=solution, layout=self.pricer.layout(self._allocation(solution.choices)))
 
     def _search(self, limits: Limits) -> Search:
         merges: dict[str, list[tuple[Tasks, Tasks]]] = {}
@@ -164,25 +164,25 @@ class Auto:
             copy_is_stored=tuple(is_stored and copy_is_base(tensor, task) for task in tensor.present),
         )
 
-    def _unit_elsewhere(self, block: PlanBlock, elsewhere: Elsewhere) -> tuple[MethodUse | None] | None:
-        for pattern, _ in elsewhere:
+    def _unit_by_pattern(self, block: PlanBlock, by_pattern: ByPattern) -> tuple[MethodUse | None] | None:
+        for pattern, _ in by_pattern:
             if not any(fnmatch.fnmatchcase(other.name, pattern) for other in self.plan.blocks):
                 some = ", ".join(other.name for other in self.plan.blocks[:3])
                 raise UsageError(f"no block matches `{pattern}`", hint=f"blocks are {some}, …")
-        found = [use for pattern, use in elsewhere if fnmatch.fnmatchcase(block.name, pattern)]
+        found = [use for pattern, use in by_pattern if fnmatch.fnmatchcase(block.name, pattern)]
         return (found[0],) if found else None
 
-    def _allocation(self, choices: Sequence[Choice], elsewhere: Mapping[str, Kept] | None = None) -> Allocation:
+    def _allocation(self, choices: Sequence[Choice], by_pattern: Mapping[str, Kept] | None = None) -> Allocation:
         """Choices of all tensors of the search; without any they are left out, for the price of the rest."""
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
-        elsewhere = self._kept if elsewhere is None else elsewhere
-        uses = dict.fromkeys(kept[0] for kept in elsewhere.values() if kept is not None and kept[0] is not None)
+        by_pattern = self._kept if by_pattern is None else by_pattern
+        uses = dict.fromkeys(kept[0] for kept in by_pattern.values() if kept is not None and kept[0] is not None)
         uses |= dict.fromkeys(use for choice in choices for use, _, _ in _groups(choice, plan) if use is not None)
         methods = {use: index for index, use in enumerate(uses)}
         everyone = plan.all_tasks
         units = []
         for block in plan.blocks:
-            kept = elsewhere[block.name]
+            kept = by_pattern[block.name]
             if kept is not None:
                 apart = [((task,), None) for task in everyone]
                 groups = apart if kept[0] is None else [(everyone, methods[kept[0]] if len(everyone) > 1 else None)]
@@ -200,19 +200,19 @@ class Auto:
         return Allocation(methods=tuple(uses), units=tuple(units), dtype=self.dtype)
 
 
-def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, elsewhere: Elsewhere = ()) -> Auto:
+def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> Auto:
     """Made once a pricer: its tables take longer than any size asked of them."""
-    key = (limits, dtype, elsewhere)
+    key = (limits, dtype, by_pattern)
     if key not in pricer.searches:
-        pricer.searches[key] = Auto(pricer, limits, dtype, elsewhere)
+        pricer.searches[key] = Auto(pricer, limits, dtype, by_pattern)
     found = pricer.searches[key]
     assert isinstance(found, Auto)
     return found if found.pricer.request == pricer.request else found.priced_by(pricer)
 
 
-def smallest_factor(bill: Bill) -> float:
-    """A size that a bill fits, in four decimals."""
-    return -(-bill.tensor_bytes * 10000 // max(1, bill.plan.one_model_bytes)) / 10000
+def smallest_factor(layout: BundleLayout) -> float:
+    """A size that a layout fits, in four decimals."""
+    return -(-layout.tensor_bytes * 10000 // max(1, layout.plan.one_model_bytes)) / 10000
 
 
 def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:

@@ -59,7 +59,10 @@ class TensorStatistics:
     @property
     def classes(self) -> list[list[int]]:
         """Tasks with the same bits, by first task: they store theirs once."""
-        return [[k for k, first in enumerate(self.same) if first == leader] for leader in sorted(set(self.same))]
+        return [
+            [k for k, first in enumerate(self.same) if first == representative]
+            for representative in sorted(set(self.same))
+        ]
 
     def num_classes(self, group: tuple[int, ...]) -> int:
         return len({self.same[task] for task in group})

@@ -1,6 +1,6 @@
-"""The merge order, a method and a size in; an allocation out. Pure: every price comes from the bill.
+"""The merge order, a method and a size in; an allocation out. Pure: every price comes from the layout.
 
-A cut is the shortest prefix of the order that fits. With `tight`, merges are then undone where the bill still fits:
+A cut is the shortest prefix of the order that fits. With `tight`, merges are then undone where the layout still fits:
 blocks are coarse, and a prefix can jump far below the target.
 """
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, from_groups
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.block_methods import uses_of_blocks
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.prices import UnitPrice
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse
@@ -17,7 +17,7 @@ from flexmerge_cli.order.order import Merge, groups_after
 from flexmerge_cli.request.merge import BlockMethod, Fit
 from flexmerge_cli.request.size import Target
 
-# How much headers and manifest can shrink by one undo is not known beforehand; far less than this. It only saves bills.
+# One undo shrinks headers and manifest by far less than this; how much is known only afterwards. It saves layouts.
 OVERHEAD_SLACK_BYTES = 1 << 20
 
 
@@ -136,17 +136,17 @@ class Cutter:
         return total <= size.max_bytes
 
     def _total(self, state: _State, merges: int, undone: int, fit: Fit) -> int:
-        return self.pricer.bill(self._allocation(state, merges, undone, fit)).total_bytes
+        return self.pricer.layout(self._allocation(state, merges, undone, fit)).total_bytes
 
     def _refuse(self, size: Target, sizes: Sequence[int], fit: Fit) -> None:
         smallest = self.prefix(sizes.index(min(sizes)), fit)
-        bill = self.pricer.bill(smallest)
-        factor = bill.tensor_bytes / max(1, self.plan.one_model_bytes)
+        layout = self.pricer.layout(smallest)
+        factor = layout.tensor_bytes / max(1, self.plan.one_model_bytes)
         cast = self.dtype is None and self.pricer.cast_saves
         raise GateError(
             f"`{self.methods[0].text}` does not reach {size.text}: its smallest is {factor:.4f}x, "
-            f"{bill.total_bytes}B on disk",
-            hint=f"--size {-(-bill.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
+            f"{layout.total_bytes}B on disk",
+            hint=f"--size {-(-layout.tensor_bytes * 10000 // max(1, self.plan.one_model_bytes)) / 10000:g}x, "
             + ("another method, or --dtype bf16" if cast else "or another method"),
         )
 

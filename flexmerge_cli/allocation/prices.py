@@ -91,7 +91,9 @@ class _TensorPrice:
 
     def base_bytes(self) -> int:
         own = self.base.num_bytes if self.readers else 0
-        has_base = (self.readers and self.base_is_whole) or any(self.copies[leader] for leader in self.holders)
+        has_base = (self.readers and self.base_is_whole) or any(
+            self.copies[representative] for representative in self.holders
+        )
         return own + (0 if has_base else self.kept_bytes)
 
     def change(self, group: Group, sign: int) -> tuple[int, int]:
@@ -99,9 +101,9 @@ class _TensorPrice:
         before, price = self.base_bytes(), self.prices.of(self.tensor, group, self.known)
         change = sign * price.num_bytes
         self.readers += sign * price.base
-        for leader in price.copied:
-            count = self.copies[leader]
-            self.copies[leader] = count + sign
+        for representative in price.copied:
+            count = self.copies[representative]
+            self.copies[representative] = count + sign
             if 0 in (count, count + sign):
-                change += sign * copy_bytes(self.tensor, leader, self.prices.cast)
+                change += sign * copy_bytes(self.tensor, representative, self.prices.cast)
         return change + self.base_bytes() - before, price.unit_bytes

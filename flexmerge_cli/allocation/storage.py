@@ -15,7 +15,7 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.stored.dense import COPY
-from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.forms import form_of
 
 
@@ -214,7 +214,7 @@ def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: s
     return GroupPrice(found.num_bytes, found.base, copied, unit_bytes(group, calls))
 
 
-def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> Layout | None:
+def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupLayout | None:
     """Arrays of a group under its method; None where copies are exact, or cost no more."""
     same = tuple(tensor.same[task] for task in group.tasks)
     if group.method is None or (len(set(same)) == 1 and not group.bits):
@@ -285,7 +285,7 @@ def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str |
     for task in sorted(task for group in groups for task in group):
         readers.setdefault(tensor.same[task], []).append(task)
     parts = {
-        leader: Part(
+        representative: Part(
             name=plan.own_name(tasks[0], tensor.name),
             array=Array(
                 role="dense",
@@ -296,7 +296,7 @@ def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str |
             tensor=tensor.name,
             task=None,
         )
-        for leader, tasks in readers.items()
+        for representative, tasks in readers.items()
     }
     return [
         StoredGroup(

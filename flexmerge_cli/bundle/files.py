@@ -125,7 +125,7 @@ class BundleFiles:
         The latter alone if digests are not wanted.
         Raises IntegrityError that names all that differ, with both digests, MachineError if one cannot be read.
         """
-        raise_together(self._folder, [problem for problem in self.problems(list(names)) if problem is not None])
+        raise_all(self._folder, [problem for problem in self.problems(list(names)) if problem is not None])
 
     @contextlib.contextmanager
     def checking(self, names: Iterable[str]) -> Iterator["BundleFiles"]:
@@ -259,7 +259,7 @@ class BundleFiles:
         return f"read by {', '.join(self._entries[name].tasks)}"
 
 
-def raise_together(folder: Path, problems: list[FlexmergeError]) -> None:
+def raise_all(folder: Path, problems: list[FlexmergeError]) -> None:
     """One error for all; of integrity if one of them is."""
     if len(problems) == 1:
         raise problems[0]

@@ -11,7 +11,7 @@ from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, SourceError
 from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, Manifest
 from flexmerge_cli.json_file import parse_json
-from flexmerge_cli.record import Unsound, told
+from flexmerge_cli.record import Unsound, first_error
 from flexmerge_cli.regular_file import check_kind, open_file, read_file
 from flexmerge_cli.text import json_holds_text
 
@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
             raise DataError(f"{file} holds text that no file can hold", hint="do not use this bundle")
         manifest = Manifest.model_validate(fields)
     except (ValidationError, Unsound) as error:
-        reason = told(error) if isinstance(error, ValidationError) else error
+        reason = first_error(error) if isinstance(error, ValidationError) else error
         raise DataError(f"{file} is not sound: {reason}", hint="fetch the bundle again") from None
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None

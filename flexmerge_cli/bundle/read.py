@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.bundle.files import BundleFiles, raise_together
+from flexmerge_cli.bundle.files import BundleFiles, raise_all
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, standing
 from flexmerge_cli.bundle.routes import Routes
 from flexmerge_cli.checkpoint.dtypes import NUMPY
@@ -123,7 +123,7 @@ class Bundle(Routes):
             if task not in self.manifest.tasks:
                 raise SourceError(f"no task `{task}` in {self.path}", hint=f"it has: {', '.join(self.tasks)}")
         of_tasks = [self._problems[task] for task in tasks if task in self._problems]
-        raise_together(self.path, [*self._bad_files(tasks).values(), *of_tasks])
+        raise_all(self.path, [*self._bad_files(tasks).values(), *of_tasks])
 
     def problem(self, name: str) -> FlexmergeError | None:
         """What was found wrong with a file, or a task, when the bundle was opened."""

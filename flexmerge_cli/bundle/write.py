@@ -1,4 +1,4 @@
-"""A bill and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
+"""A layout and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
 from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
@@ -23,16 +23,16 @@ from flexmerge_cli.writing import no_space
 COPY_BYTES = 4 << 20
 
 
-def check_output(target: Path, bill: Bill, *, force: bool) -> None:
+def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
     """What can be refused before a weight is read: a taken or unwritable place, a full disk."""
     check_target(target, force=force, ours=bundle_files)
     free = shutil.disk_usage(target.absolute().parent).free
-    if free < bill.total_bytes:
-        raise no_space(target, bill.total_bytes)
+    if free < layout.total_bytes:
+        raise no_space(target, layout.total_bytes)
 
 
 def write_bundle(
-    bill: Bill,
+    layout: BundleLayout,
     sources: Sources,
     side_files: dict[str, Path],
     target: Path,
@@ -49,11 +49,11 @@ def write_bundle(
     """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing; so may
     examine, which gets the folder of the whole bundle where it is not published yet.
     """
-    with publish(target, force=force, ours=bundle_files, needed_bytes=bill.total_bytes) as folder:
+    with publish(target, force=force, ours=bundle_files, needed_bytes=layout.total_bytes) as folder:
         measured = materialise(
-            bill,
+            layout,
             sources,
-            Output(folder, bill.files, bill.total_bytes),
+            Output(folder, layout.files, layout.total_bytes),
             device=device,
             threads=threads,
             chunk_elements=chunk_elements,
@@ -61,22 +61,22 @@ def write_bundle(
             on_stage=on_stage,
         )
         on_stage("files of the tasks")
-        _write_small(bill, side_files, folder, measured)
+        _write_small(layout, side_files, folder, measured)
         accept(measured)
-        (folder / MANIFEST_NAME).write_bytes(bill.manifest(measured))
-        _check_written(bill, folder)
+        (folder / MANIFEST_NAME).write_bytes(layout.manifest(measured))
+        _check_written(layout, folder)
         examine(folder)
     return measured
 
 
-def _write_small(bill: Bill, side_files: dict[str, Path], folder: Path, measured: Measured) -> None:
+def _write_small(layout: BundleLayout, side_files: dict[str, Path], folder: Path, measured: Measured) -> None:
     """Side and index files; equal ones are hard links where that works."""
     written: dict[str, Path] = {}
     digests = {
-        f"tasks/{task.name}/{name}": side.digest for task in bill.plan.readers for name, side in task.files.items()
-    } | {f"{BASE_FOLDER}/{name}": side.digest for name, side in bill.plan.base.files.items()}
-    indices = {f"tasks/{bill.plan.tasks[task].name}/": data for task, data in bill.indices.items()}
-    for small in bill.small:
+        f"tasks/{task.name}/{name}": side.digest for task in layout.plan.readers for name, side in task.files.items()
+    } | {f"{BASE_FOLDER}/{name}": side.digest for name, side in layout.plan.base.files.items()}
+    indices = {f"tasks/{layout.plan.tasks[task].name}/": data for task, data in layout.indices.items()}
+    for small in layout.small:
         source = side_files.get(small.path)
         path = folder / small.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,21 +99,21 @@ def _write_small(bill: Bill, side_files: dict[str, Path], folder: Path, measured
                 link.unlink(missing_ok=True)
 
 
-def _check_written(bill: Bill, folder: Path) -> None:
-    """Every tensor of every task is on its route, with its dtype and shape, and the bytes are those of the bill."""
+def _check_written(layout: BundleLayout, folder: Path) -> None:
+    """Every tensor of every task is on its route, with its dtype and shape, and the bytes are those of the layout."""
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if total != bill.total_bytes:
-        raise IntegrityError(f"{total:,} bytes were written, {bill.total_bytes:,} were planned", hint="report this")
+    if total != layout.total_bytes:
+        raise IntegrityError(f"{total:,} bytes were written, {layout.total_bytes:,} were planned", hint="report this")
     bundle = Bundle.open(folder)
-    for number, task in enumerate(bill.plan.readers):
+    for number, task in enumerate(layout.plan.readers):
         if isinstance(task, PlanAdapter):
-            forms = {t.name: list(t.base_form[1]) for t in bill.plan.tensors if t.base_form is not None}
+            forms = {t.name: list(t.base_form[1]) for t in layout.plan.tensors if t.base_form is not None}
             forms |= {name: list(change.value.shape) for name, change in task.changes.items() if change.value}
             expected = {task.names.get(name, name): shape for name, shape in forms.items()}
         else:
             expected = {
-                bill.plan.own_name(number, tensor.name): list(bill.plan.whole_shape(tensor, number))
-                for tensor in bill.plan.tensors
+                layout.plan.own_name(number, tensor.name): list(layout.plan.whole_shape(tensor, number))
+                for tensor in layout.plan.tensors
                 if number in tensor.present
             }
         found = {name: list(shape) for name, (_, shape) in bundle.tensors_of(task.name).items()}

@@ -23,7 +23,7 @@ class Access:
     on_message: Callable[[str], None] = silent
     """Called before a download, with a message that gives the number of bytes and the target folder."""
 
-    def elsewhere(self) -> "Access":
+    def for_process(self) -> "Access":
         """The same access for another process, which downloads and reports nothing."""
         return replace(self, stream=None, on_message=silent)
 

@@ -120,22 +120,22 @@ def names_other_base(adapter: Adapter, base: Checkpoint) -> str | None:
     of its Hub cache, whose config gives it as its name, or that is called like it; and a path that is not on this
     machine and ends like the base's.
     """
-    told = adapter.base_name
-    if told is None:
+    named = adapter.base_name
+    if named is None:
         return None
     source = base.source
     hub = source.split("://", 1)[1].split("@")[0].split(":")[0] if is_hub(source) else None
-    if told.removeprefix("hf://") == hub:
+    if named.removeprefix("hf://") == hub:
         return None
     for start in (Path(), adapter.checkpoint.path):
-        place = start / Path(told)
+        place = start / Path(named)
         if hub is None and _exists(place):
-            return None if place.resolve() == base.path.resolve() else told
-    last = told.rstrip("/").replace("\\", "/").rpartition("/")[2].lower()
+            return None if place.resolve() == base.path.resolve() else named
+    last = named.rstrip("/").replace("\\", "/").rpartition("/")[2].lower()
     names = {base.path.name.lower(), base.path.resolve().name.lower()}
-    cached = "models--" + told.replace("/", "--")
-    same = hub is None and (last in names or cached in base.path.parts or base.config.get("_name_or_path") == told)
-    return None if same else told
+    cached = "models--" + named.replace("/", "--")
+    same = hub is None and (last in names or cached in base.path.parts or base.config.get("_name_or_path") == named)
+    return None if same else named
 
 
 def _exists(path: Path) -> bool:

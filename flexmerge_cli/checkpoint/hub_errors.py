@@ -22,10 +22,10 @@ def hub_errors(place: "HubPlace") -> Iterator[None]:
         raise
     except (http_error(), OSError, ValueError, LookupError, TypeError, errors.EntryNotFoundError) as error:
         # The last three and ValueError: a response that is not the Hub's, such as the page of a proxy.
-        raise told(place, error) from None
+        raise hub_error(place, error) from None
 
 
-def told(place: "HubPlace", error: Exception) -> FlexmergeError:
+def hub_error(place: "HubPlace", error: Exception) -> FlexmergeError:
     from huggingface_hub import constants, errors, get_token
 
     source, repository = place.source, place.repository

@@ -196,10 +196,10 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
 def _scale(config: "_Config", module: str, rank: int) -> float:
     """The scale: alpha / r, or alpha / √r. A pattern that matches the module's name, or its end, overrides the
     default."""
-    told = config.for_module("rank_pattern", module, config.number("r", 8))
-    if told != rank:
+    configured = config.for_module("rank_pattern", module, config.number("r", 8))
+    if configured != rank:
         raise DataError(
-            f"{config.path}: rank of `{module}` is {told:g} by the config, {rank} in the weights",
+            f"{config.path}: rank of `{module}` is {configured:g} by the config, {rank} in the weights",
             hint="get a sound copy of the adapter",
         )
     alpha = config.for_module("alpha_pattern", module, config.number("lora_alpha", 8))

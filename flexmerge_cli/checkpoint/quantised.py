@@ -23,11 +23,11 @@ HINT = (
 
 def by_config(config: Mapping[str, Any]) -> str | None:
     """The quantisation scheme that config.json names, or None."""
-    told = config.get("quantization_config")
-    if not isinstance(told, Mapping) or not told:
+    settings = config.get("quantization_config")
+    if not isinstance(settings, Mapping) or not settings:
         return None
-    method = told.get("quant_method")
-    if method is None and (told.get("load_in_4bit") or told.get("load_in_8bit")):
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"
     return METHODS.get(str(method), str(method)[:40]) if method is not None else None
 

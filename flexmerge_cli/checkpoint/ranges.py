@@ -96,8 +96,8 @@ def stream_range(
 
 def _first_byte(response: Any, url: str, position: int, *, whole: bool) -> int:
     """Where in the file a response begins. whole: whether the server may send the whole file."""
-    told = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if response.status_code == 206 and (told is None or int(told[1]) == position):
+    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if response.status_code == 206 and (start is None or int(start[1]) == position):
         return position
     if response.status_code == 200 and whole:
         return 0

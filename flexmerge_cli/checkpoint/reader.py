@@ -51,7 +51,7 @@ class Reader:
     def __init__(self, opened: Callable[[Path], int] | None = None) -> None:
         self._opened = opened
         self._files: dict[Path, int] = {}
-        self._told: dict[Path, tuple[int, int]] = {}
+        self._advised: dict[Path, tuple[int, int]] = {}
         """The byte range of each file for which the kernel was last advised."""
         self._cold: set[Path] = set()
         """Files for which the kernel is advised about the next reads. Advice costs time per page, so not for cached
@@ -167,10 +167,10 @@ class Reader:
             return
         if tensor.strides is not None or tensor.path not in self._cold or not hasattr(os, "posix_fadvise"):
             return
-        told = self._told.get(tensor.path, (0, 0))
-        if not (told[0] <= low and high <= told[1]):
+        advised = self._advised.get(tensor.path, (0, 0))
+        if not (advised[0] <= low and high <= advised[1]):
             high = max(high, low + AHEAD_BYTES)
-            self._told[tensor.path] = (low, high)  # two threads may advise twice, which does no harm
+            self._advised[tensor.path] = (low, high)  # two threads may advise twice, which does no harm
             os.posix_fadvise(self._open(tensor.path), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def _open(self, path: Path) -> int:

@@ -50,11 +50,11 @@ class UrlFile:
                 data = self.files.cat_file(self.name, start=start, end=stop)
                 break
             except (FileNotFoundError, PermissionError) as error:
-                raise told(self.name, error) from None
+                raise url_error(self.name, error) from None
             except Exception as error:  # every backend raises its own errors
                 tries += 1
                 if tries >= TRIES:
-                    raise told(self.name, error) from None
+                    raise url_error(self.name, error) from None
                 time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
         if len(data) != stop - start:
             raise SourceError(
@@ -189,7 +189,7 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
             hint="write hf://org/name[@revision][:folder]",
         ) from None
     except Exception as error:  # a backend that finds no credentials, or no such host
-        raise told(source, error) from None
+        raise url_error(source, error) from None
     name = source.rstrip("/").rpartition("/")[2]
     if name.endswith(WEIGHT_SUFFIXES):
         return UrlFolder(source.rstrip("/").rpartition("/")[0], files), name
@@ -206,10 +206,10 @@ def url_errors(url: str, missing: type[Exception] | None = None) -> Iterator[Non
     except Exception as error:  # every backend raises its own errors
         if missing is not None and isinstance(error, missing):
             raise
-        raise told(url, error) from None
+        raise url_error(url, error) from None
 
 
-def told(url: str, error: Exception) -> SourceError:
+def url_error(url: str, error: Exception) -> SourceError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, FileNotFoundError):
         return SourceError(f"nothing at {url}", hint="check the address")

@@ -96,7 +96,7 @@ def merge(
         options.note(message, quiet=quiet)
     with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)
-        bill, warnings = packing.bill(plan, device=device)
+        layout, warnings = packing.layout(plan, device=device)
     options.warn(warnings, quiet=quiet)
     chosen_by_auto = packing.auto()
     if chosen_by_auto is not None and not as_json:
@@ -106,11 +106,11 @@ def merge(
     try:
         with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             if not dry_run:
-                written = packing.write(plan, bill, output, force=force, on_progress=on_progress, **run)
+                written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
     except GateError as error:
         if not as_json:
             show_verdict(packing.verdict())
-        summary = merge_summary(bill, output, None, warnings=warnings, threads=threads)
+        summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
     if written is not None and chosen_by_auto and not packing.request.uses:  # of which the search sees nothing
@@ -118,5 +118,5 @@ def merge(
         surprises = unlike_predicted(chosen_by_auto["distance"], distances)
         options.warn(surprises, quiet=quiet)
         warnings += surprises
-    value = merge_summary(bill, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
+    value = merge_summary(layout, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
     options.emit(value, as_json=as_json, show=show_merge)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers
-from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -123,24 +123,24 @@ class Packing:
                 return plan
         return given.make(save_to=self.keep_plan, **run)
 
-    def bill(self, plan: Plan, *, device: str) -> tuple[Bill, list[str]]:
-        """The bill of what will be written. A gate whose spec or data do not fit is refused before merging."""
+    def layout(self, plan: Plan, *, device: str) -> tuple[BundleLayout, list[str]]:
+        """The layout of what will be written. A gate whose spec or data do not fit is refused before merging."""
         if self.spec is not None:
             references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
             self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)
         self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None)
-        bill = allocate(plan, self.request, self.pricer)
-        return bill, [*self.source_warnings, *advice(plan, bill, self.pricer)]
+        layout = allocate(plan, self.request, self.pricer)
+        return layout, [*self.source_warnings, *advice(plan, layout, self.pricer)]
 
     def auto(self) -> dict[str, Any] | None:
-        """The summary of what `auto` chose, after `bill`; None for other methods."""
+        """The summary of what `auto` chose, after `layout`; None for other methods."""
         assert self.pricer is not None
         found = auto_found(self.pricer, self.request)
         return None if found is None else auto_summary(*found)
 
     def write(
-        self, plan: Plan, bill: Bill, output: Path, *, force: bool, on_progress: OnProgress, **run: Any
+        self, plan: Plan, layout: BundleLayout, output: Path, *, force: bool, on_progress: OnProgress, **run: Any
     ) -> Measured:
         def examine(folder: Path) -> None:
             if self.gate is not None:
@@ -148,7 +148,7 @@ class Packing:
 
         return merge(
             plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,
-            force=force, bill=bill, examine=examine, on_progress=on_progress, **run,
+            force=force, layout=layout, examine=examine, on_progress=on_progress, **run,
         )[1]  # fmt: skip
 
     def verdict(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def plan(
     Example:
     flexmerge plan --base base/ --tasks finetuned/ -o plan.json
     """
-    from flexmerge_cli.allocation.ways import check_methods
+    from flexmerge_cli.allocation.options import check_methods
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.sources import plan_request
     from flexmerge_cli.errors import UsageError

@@ -172,10 +172,10 @@ def _tasks_in(
                 f"--ignore {name}: {place} has no such subfolder", hint=f"check the names of the subfolders of {place}"
             )
     if found.unfinished:
-        told = [f"`{name}` {why}" for name, why in found.unfinished.items()]
+        lines = [f"`{name}` {why}" for name, why in found.unfinished.items()]
         left_out = " ".join(f"--ignore {name}" for name in found.unfinished)
         raise SourceError(
-            f"some models in {place} are incomplete:\n  " + "\n  ".join(told),
+            f"some models in {place} are incomplete:\n  " + "\n  ".join(lines),
             hint=f"complete them, or skip them with {left_out}",
         )
     if not found.models:

@@ -40,8 +40,8 @@ class Encoder:
 
     def __init__(self, worker: Worker, output: Sink) -> None:
         self.worker, self.output = worker, output
-        self.plan, self.cast = worker.plan, worker.bill.allocation.dtype
-        self.unit_of = {name: unit.name for unit in worker.bill.allocation.units for name in unit.tensors}
+        self.plan, self.cast = worker.plan, worker.layout.allocation.dtype
+        self.unit_of = {name: unit.name for unit in worker.layout.allocation.units for name in unit.tensors}
         self.gamma: dict[tuple[str, Tasks], np.ndarray] = {}
         """(unit, tasks) -> float32 [k]: factors of masks."""
 
@@ -52,7 +52,7 @@ class Encoder:
 
     def dtype_of(self, tensor: str, group: StoredGroup) -> str:
         """In which a group's one value of a tensor is stored."""
-        return promote(self.dtypes(self.worker.bill.storages[tensor], group))
+        return promote(self.dtypes(self.worker.layout.storages[tensor], group))
 
     def dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:
         """The dtype that each task of a group gets."""
@@ -77,7 +77,7 @@ class Encoder:
         index = raw.span.start + int((~torch.isfinite(values)).nonzero()[0, 0])
         place = [int(axis) for axis in np.unravel_index(index, self.plan.tensor(raw.span.tensor).shape)]
         names = ", ".join(self.plan.tasks[task].name for task in group.tasks)
-        method = self.worker.bill.calls[group.method].method.name
+        method = self.worker.layout.calls[group.method].method.name
         raise DataError(
             f"`{method}` gives a value that is not finite as {FROM_TORCH[str(values.dtype).removeprefix('torch.')]} in "
             f"`{raw.span.tensor}` at {place}, tasks {names}",

@@ -1,8 +1,8 @@
-"""The run of `merge`: source weights in, the arrays of a bill out, and what was lost on the way.
+"""The run of `merge`: source weights in, the arrays of a layout out, and what was lost on the way.
 
-Each weight is read once here; statistics of a method, and factors of masks, read it before (beforehand.py). Threads
-take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that neither
-bytes nor numbers depend on threads.
+Each weight is read once here; statistics of a method, and factors of masks, read it before (statistics_pass.py).
+Threads take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that
+neither bytes nor numbers depend on threads.
 """
 
 import warnings
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from flexmerge_cli.allocation.allocation import Tasks
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Storage
 from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
-from flexmerge_cli.engine.beforehand import Beforehand
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
 from flexmerge_cli.engine.spans import Span, cut
+from flexmerge_cli.engine.statistics_pass import StatisticsPass
 from flexmerge_cli.engine.work import BASE, Raw, Sources, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
@@ -40,7 +40,7 @@ __all__ = ["CHUNK_ELEMENTS", "Sources", "materialise"]
 
 
 def materialise(
-    bill: Bill,
+    layout: BundleLayout,
     sources: Sources,
     output: Sink,
     *,
@@ -50,17 +50,17 @@ def materialise(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> Measured:
-    """Write the bill's parts to `output`. Raises DataError if a source is not what the plan saw.
+    """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
 
-    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is told the source bytes read. The bill may be of some of its
-    units and groups only, as in evaluation/in_memory.py: what they store does not depend on the rest.
+    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout
+    may hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), output:
-        worker = Worker(bill, sources, reader, device)
+        worker = Worker(layout, sources, reader, device)
         worker.on_bytes = on_bytes
         run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
-        before = Beforehand(worker, run.encoder, run.spans, threads, on_stage)
+        before = StatisticsPass(worker, run.encoder, run.spans, threads, on_stage)
         before.statistics()
         before.gains()
         measured = run.write()
@@ -92,7 +92,7 @@ class _Run:
         on_stage: Callable[[str], None],
     ) -> None:
         self.worker, self.encoder, self.output = worker, encoder, output
-        self.bill, self.plan = worker.bill, worker.plan
+        self.layout, self.plan = worker.layout, worker.plan
         self.threads, self.chunk_elements, self.on_stage = threads, chunk_elements, on_stage
 
     def spans(self, name: str, scope: Scope = "element") -> list[Span]:
@@ -107,7 +107,7 @@ class _Run:
 
     def items(self) -> list[list[tuple[Storage, Span]]]:
         """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit."""
-        storages = [storage for storage in self.bill.storages.values() if storage.parts]
+        storages = [storage for storage in self.layout.storages.values() if storage.parts]
         # The order of parts in their files, so that files are mostly written, and hashed, front to back.
         storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
         scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
@@ -190,7 +190,7 @@ class _Run:
                 for (storage, span), piece in zip(item, pieces):
                     self._join(storage, span, piece, joined, measured)
         self._write_gamma()
-        for storage in self.bill.storages.values():
+        for storage in self.layout.storages.values():
             tensor = storage.tensor
             if tensor.class_ is TensorClass.TIED:
                 target = measured.digests.get(tensor.reason, {})
@@ -229,7 +229,7 @@ class _Run:
     def _write_gamma(self) -> None:
         parts = {
             (part.tensor, part.task): part
-            for file in self.bill.files
+            for file in self.layout.files
             for part in file.parts
             if part.array.role == "gamma"
         }
@@ -243,7 +243,7 @@ class _Run:
         """Per task and per group of a unit, over ‖τ_k‖ of the whole task."""
         energy = self.plan.task_energy()
         totals = np.zeros(len(energy))
-        for unit in self.bill.allocation.units:
+        for unit in self.layout.allocation.units:
             for group in unit.groups:
                 sums = {task: sum(errors.get((name, task), 0.0) for name in unit.tensors) for task in group.tasks}
                 measured.group_distance[unit.name, group.tasks] = {

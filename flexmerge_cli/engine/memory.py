@@ -1,7 +1,7 @@
 """How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit. Reads no weights.
 
-A run is a bill of its passes: what each thread reads into and computes with, what waits to be hashed or added up, and
-what is kept meanwhile. Here that of `plan`; of `merge`: merge_memory.py.
+Each pass holds what its threads read into and compute with, what waits to be hashed or added up, and what is kept
+meanwhile. This module counts it for `plan`, and merge_memory.py for `merge`.
 """
 
 import ctypes

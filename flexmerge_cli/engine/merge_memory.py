@@ -1,7 +1,7 @@
-"""The bill of memory of `merge`: of its statistics, and of the pass that writes. Reads no weights.
+"""The memory estimate of `merge`: of its statistics, and of the pass that writes. Reads no weights.
 
-Methods, steps and coders tell their workspace themselves (methods/method.py, residuals/coder.py); what the engine adds
-to it is told here, of the code in work.py, writers/ and beforehand.py that takes it.
+Methods, steps and coders state their own workspace (methods/method.py, residuals/coder.py). What the engine adds to it
+in work.py, writers/ and statistics_pass.py is counted here.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexmerge_cli.allocation.allocation import Tasks
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
@@ -38,42 +38,44 @@ from flexmerge_cli.methods.step import StepCall
 SMALLEST_CHUNK = 1 << 12
 
 
-def merge_bytes(bill: Bill, threads: int, chunk_elements: int = CHUNK_ELEMENTS, sources: Sources | None = None) -> int:
-    """The most that `merge` takes for this bill. sources: what reading adapters takes is known from them alone."""
-    run = _Run(bill, chunk_elements, sources)
-    models = len(bill.plan.tasks) + 1
-    fixed = FIXED_BYTES + RECORD_BYTES * models * len(bill.plan.tensors) + threads * THREAD_BYTES
+def merge_bytes(
+    layout: BundleLayout, threads: int, chunk_elements: int = CHUNK_ELEMENTS, sources: Sources | None = None
+) -> int:
+    """The most that `merge` takes for this layout. sources: what reading adapters takes is known from them alone."""
+    run = _Run(layout, chunk_elements, sources)
+    models = len(layout.plan.tasks) + 1
+    fixed = FIXED_BYTES + RECORD_BYTES * models * len(layout.plan.tensors) + threads * THREAD_BYTES
     passes = [run.writing(), *run.statistics()]
     return fixed + SPAN_BYTES * run.num_spans + max(taken.bytes(threads) for taken in passes)
 
 
-def merge_chunk(bill: Bill, threads: int, max_memory: int | None, sources: Sources | None = None) -> int:
+def merge_chunk(layout: BundleLayout, threads: int, max_memory: int | None, sources: Sources | None = None) -> int:
     """Elements of one work item of `merge`. Raises UsageError if even the smallest does not fit."""
     return fitting(
-        lambda chunk: merge_bytes(bill, threads, chunk, sources), CHUNK_ELEMENTS, SMALLEST_CHUNK, max_memory, threads
+        lambda chunk: merge_bytes(layout, threads, chunk, sources), CHUNK_ELEMENTS, SMALLEST_CHUNK, max_memory, threads
     )
 
 
 class _Run:
-    """The passes of one bill."""
+    """The passes of one layout."""
 
-    def __init__(self, bill: Bill, chunk_elements: int, sources: Sources | None) -> None:
+    def __init__(self, layout: BundleLayout, chunk_elements: int, sources: Sources | None) -> None:
         self.sources = (sources.base, *sources.tasks) if sources is not None else ()
-        self.bill, self.plan, self.chunk_elements = bill, bill.plan, chunk_elements
-        pooled = bill.plan.pools_lora
-        self.chains = [Chain.of(use, pooled=pooled) for use in bill.allocation.methods]
+        self.layout, self.plan, self.chunk_elements = layout, layout.plan, chunk_elements
+        pooled = layout.plan.pools_lora
+        self.chains = [Chain.of(use, pooled=pooled) for use in layout.allocation.methods]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.num_spans = 0
 
     def writing(self) -> Pass:
         """The pass that writes; factors of masks are measured by the same calls."""
         found = Pass({})
-        for unit in self.bill.allocation.units:
-            storages = [self.bill.storages[name] for name in unit.tensors]
+        for unit in self.layout.allocation.units:
+            storages = [self.layout.storages[name] for name in unit.tensors]
             together = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
             if together:
                 self._block(found, together)
-        for storage in self.bill.storages.values():
+        for storage in self.layout.storages.values():
             scope = visit_scope(self.chains, storage)
             if scope != "block" and storage.parts:
                 span = self._span(storage, scope)
@@ -98,7 +100,7 @@ class _Run:
             assert group.method is not None
             chain, k = self.chains[group.method], len(tasks)
             if self.plan.pools_lora:
-                calls.append(pooled_workspace(self.bill.calls[group.method], k, shapes) + 100 * elements)
+                calls.append(pooled_workspace(self.layout.calls[group.method], k, shapes) + 100 * elements)
             elif chain.call is not None:
                 calls.append(sum(chain.call.workspace(k, shape) for shape in shapes.values()))
             calls[-1] += self._stepping(chain, storages, k)
@@ -115,14 +117,14 @@ class _Run:
         return taken + sum(4 * k * math.prod(shape) for shape in shapes)
 
     def statistics(self) -> Iterator[Pass]:
-        """What methods, steps and experts must know beforehand: a pass of each; later ones of the same take no more."""
+        """The statistics passes of methods, steps and experts; later ones of the same take no more."""
         mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
         everyone = [(name, self.plan.all_tasks) for name in mergeable]
         for index, chain in enumerate(self.chains):
             groups = [
                 (name, group.tasks)
-                for unit in self.bill.allocation.units
-                for storage in (self.bill.storages[name] for name in unit.tensors)
+                for unit in self.layout.allocation.units
+                for storage in (self.layout.storages[name] for name in unit.tensors)
                 for group in storage.groups
                 if group.method == index
                 for name in unit.tensors
@@ -211,8 +213,8 @@ class _Run:
 
     def _raw(self, storage: Storage, span: Span) -> int:
         tensor, count = storage.tensor, span.stop - span.start
-        leaders = {tensor.same[task] for group in storage.groups for task in group.tasks}
-        sizes = [ITEM_BYTES[tensor.dtype_of(leader)] for leader in leaders]
+        representatives = {tensor.same[task] for group in storage.groups for task in group.tasks}
+        sizes = [ITEM_BYTES[tensor.dtype_of(representative)] for representative in representatives]
         if tensor.base_dtype is not None:
             sizes.append(ITEM_BYTES[tensor.base_dtype])
         return sum(count * size + 64 for size in sizes)
@@ -255,7 +257,7 @@ class _Run:
     def _work(self, storage: Storage, group: StoredGroup, span: Span) -> int:
         """What computing one group of a range takes beside buffers and result."""
         tensor, n, k = storage.tensor, span.stop, len(group.tasks)
-        items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.bill.allocation.dtype)] for t in group.tasks]
+        items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.layout.allocation.dtype)] for t in group.tasks]
         chain, t, merging = None, n, 0
         if group.method is not None:
             chain = self.chains[group.method]
@@ -271,7 +273,7 @@ class _Run:
                 t=t,
                 items=items,
                 merging=merging,
-                is_cast=self.bill.allocation.dtype is not None,
+                is_cast=self.layout.allocation.dtype is not None,
             )
         )
 

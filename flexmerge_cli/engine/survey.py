@@ -19,8 +19,8 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded, to_bytes, torch_dtype
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
+from flexmerge_cli.engine.read_models import read_models
 from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows, view_of
-from flexmerge_cli.engine.together import read_together
 from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
 
 # Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
@@ -167,7 +167,7 @@ def _measure(
         raw.append(data[: (stop - start) * tensor.item_bytes])
         digests.append(digest_range(raw[-1], start * tensor.item_bytes, last=stop == tensor.num_elements))
 
-    longer, together = read_together(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
+    longer, together = read_models(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
     dtypes = [tensor.dtype for tensor in models]
     classes = _classes(raw, dtypes)
     is_base = _are_base(raw, dtypes, classes) if item.base is not None else [False] * len(item.tasks)
@@ -224,7 +224,7 @@ def _measure(
     stack = np.stack(grams) if grams else np.zeros((0, len(values) - 1, len(values) - 1))
     bad: list[tuple[int, int]] = []
     if not np.isfinite(stack).all() or not np.isfinite(energies).all():
-        fresh = read_together(models, [(start, stop)] * len(models), reader, Buffers())[0] if in_place else raw
+        fresh = read_models(models, [(start, stop)] * len(models), reader, Buffers())[0] if in_place else raw
         found = [
             _first_bad(data, tensor.dtype, position, start)
             for position, (data, tensor) in enumerate(zip(fresh, models))
@@ -299,12 +299,14 @@ def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:
 def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
     """Per model the first one with the same dtype and bytes."""
     first: list[int] = []
-    alike: dict[tuple[str, bytes], list[int]] = {}  # leaders that begin alike: hardly ever more than one
+    alike: dict[tuple[str, bytes], list[int]] = {}  # representatives that begin alike: hardly ever more than one
     for position, (data, dtype) in enumerate(zip(raw, dtypes)):
-        leaders = alike.setdefault((dtype, data[:EQUALITY_PROBE_BYTES].tobytes()), [])
-        equal = next((leader for leader in leaders if np.array_equal(raw[leader], data)), None)
+        representatives = alike.setdefault((dtype, data[:EQUALITY_PROBE_BYTES].tobytes()), [])
+        equal = next(
+            (representative for representative in representatives if np.array_equal(raw[representative], data)), None
+        )
         if equal is None:
-            leaders.append(position)
+            representatives.append(position)
         first.append(position if equal is None else equal)
     return first
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.allocation.allocation import Tasks
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
+from flexmerge_cli.engine.read_models import read_models
 from flexmerge_cli.engine.spans import Span, row_elements, tiles, widest
-from flexmerge_cli.engine.together import read_together
 from flexmerge_cli.methods.coded import Coded
 from flexmerge_cli.methods.method import Call, Scope, Where
 from flexmerge_cli.methods.pooled import pooled_call
@@ -91,13 +91,13 @@ class Raw:
 class Worker:
     """Reads and merges ranges. Thread-safe: what changes is the thread's own."""
 
-    def __init__(self, bill: Bill, sources: Sources, reader: Reader, device: torch.device) -> None:
-        self.bill, self.plan, self.sources = bill, bill.plan, sources
+    def __init__(self, layout: BundleLayout, sources: Sources, reader: Reader, device: torch.device) -> None:
+        self.layout, self.plan, self.sources = layout, layout.plan, sources
         self.reader = reader
         self._device, self._here = device, threading.local()
         self.buffers = Buffers()
-        pooled = bill.plan.pools_lora
-        self.chains = [Chain.of(use, pooled=pooled) for use in bill.allocation.methods]
+        pooled = layout.plan.pools_lora
+        self.chains = [Chain.of(use, pooled=pooled) for use in layout.allocation.methods]
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
 
@@ -123,10 +123,10 @@ class Worker:
 
     def models(self, storage: Storage) -> tuple[int, ...]:
         """What has to be read of a tensor: of equal tasks the first, and the base if something merges."""
-        leaders = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
+        representatives = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
         needs_base = any(self._needs_base(group) for group in storage.groups)
         needs_base = needs_base or any(part.array.role == "base" for part in storage.parts)
-        return (*leaders, BASE) if needs_base else tuple(leaders)
+        return (*representatives, BASE) if needs_base else tuple(representatives)
 
     def _needs_base(self, group: StoredGroup) -> bool:
         coded = self.chain(group).coded if group.bits else None
@@ -135,8 +135,8 @@ class Worker:
     def read(self, span: Span, models: Sequence[int], place: int = 0, *, digests: bool = False) -> Raw:
         """place: which of the thread's buffers, where several tensors are read at once. digests: take them, too."""
         same = self.plan.tensor(span.tensor).same
-        leaders = dict.fromkeys(model if model == BASE else same[model] for model in models)
-        tensors = [self.source(span.tensor, leader) for leader in leaders]
+        representatives = dict.fromkeys(model if model == BASE else same[model] for model in models)
+        tensors = [self.source(span.tensor, representative) for representative in representatives]
         # Private tensors of other shapes: each ends where it ends.
         ranges = [(min(span.start, tensor.num_elements), min(span.stop, tensor.num_elements)) for tensor in tensors]
         taken: list[RangeDigest] = []
@@ -147,13 +147,14 @@ class Worker:
                 last = start_byte + data.size >= tensor.num_elements * tensor.item_bytes
                 taken.append(digest_range(data, start_byte, last=last))
 
-        found, together = read_together(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
+        found, together = read_models(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
         bits = {
-            leader: as_tensor(data, tensor.dtype) for leader, data, tensor in zip(leaders, found, tensors, strict=True)
+            representative: as_tensor(data, tensor.dtype)
+            for representative, data, tensor in zip(representatives, found, tensors, strict=True)
         }
         self.on_bytes(sum(data.size for data in found))
         rows = as_tensor(together, tensors[0].dtype).view(len(tensors), -1) if together is not None else None
-        return Raw(span, bits, rows, dict(zip(leaders, taken)))
+        return Raw(span, bits, rows, dict(zip(representatives, taken)))
 
     def will_need(self, storage: Storage, span: Span) -> None:
         for model in self.models(storage):

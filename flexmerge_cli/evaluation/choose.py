@@ -56,7 +56,7 @@ class Choice:
     @property
     def message(self) -> str:
         what = "every task" if self.each else "the mean"
-        found, told = self.chosen_on, self.reported
+        found, reported = self.chosen_on, self.reported
         start = (
             f"{self.point.method} in {self.point.tensor_bytes:,} bytes is the smallest of which {what} keeps "
             f"{self.target:g} of the fine-tuned score with 95 %"
@@ -64,10 +64,10 @@ class Choice:
             else f"none is sure to keep {self.target:g} of the fine-tuned score ({what}, with 95 %); the best is "
             f"{self.point.method} in {self.point.tensor_bytes:,} bytes"
         )
-        low = (found.worst_low, told.worst_low) if self.each else (found.low, told.low)
+        low = (found.worst_low, reported.worst_low) if self.each else (found.low, reported.low)
         return (
             f"{start}: {found.value:.4f}, at least {low[0]:.4f}, on {self.data}; "
-            f"reported on the rest: {told.value:.4f}, at least {low[1]:.4f} (worst task {told.worst})"
+            f"reported on the rest: {reported.value:.4f}, at least {low[1]:.4f} (worst task {reported.worst})"
         )
 
     def record(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Accuracy against bytes: bills of a plan in, a score per bill and task out, without writing a bundle.
+"""Accuracy against bytes: layouts of a plan in, a score per layout and task out, without writing a bundle.
 
-A bill's tasks are scored again only where their weights changed: known by what decides their bits before anything is
+A layout's tasks are scored again only where their weights changed: known by what decides their bits before anything is
 made, and by their digest after that, so that also two methods that come to the same weights are scored once.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -20,20 +20,20 @@ OnScore = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A bill to score, and the request that it comes from."""
+    """A layout to score, and the request that it comes from."""
 
     method: str
     """The method as requested."""
     sizes: tuple[str, ...]
-    """The requested sizes that lead to this bill; empty if it is the method's own size."""
-    bill: Bill
+    """The requested sizes that lead to this layout; empty if it is the method's own size."""
+    layout: BundleLayout
     command: str
     """The command that writes the bundle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """The scores of a bill, without the bill, to keep it small."""
+    """The scores of a layout, without the layout, to keep it small."""
 
     method: str
     sizes: tuple[str, ...]
@@ -92,7 +92,7 @@ class Curve:
 
 @dataclass(kw_only=True)
 class CurveScorer:
-    """Scores bills of one plan. To be used from one thread; one model at a time."""
+    """Scores layouts of one plan. To be used from one thread; one model at a time."""
 
     memory: MemoryBundles
     scorer: Scorer
@@ -111,35 +111,35 @@ class CurveScorer:
     def points(self, cuts: Sequence[Cut], on_score: OnScore = lambda *_step: None) -> Iterator[Point]:
         """From the largest to the smallest, so that few groups change from one to the next.
 
-        What no later bill stores is forgotten before the next is made.
+        What no later layout stores is forgotten before the next is made.
         """
         if not cuts:  # of a method that reaches no size
             return
-        ordered = sorted(cuts, key=lambda cut: -cut.bill.tensor_bytes)
+        ordered = sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
         tasks = list(self.scorer.spec.tasks)
-        numbers = {task.name: number for number, task in enumerate(ordered[0].bill.plan.tasks)}
+        numbers = {task.name: number for number, task in enumerate(ordered[0].layout.plan.tasks)}
         wanted = [numbers[task] for task in tasks]
-        needed = [self.memory.keys(cut.bill, wanted) for cut in ordered]
+        needed = [self.memory.keys(cut.layout, wanted) for cut in ordered]
         for place in reversed(range(len(needed) - 1)):
             needed[place] |= needed[place + 1]
         for place, cut in enumerate(ordered):
             self.memory.keep_only(needed[place])
 
             def on_task(number: int, place: int = place, cut: Cut = cut) -> None:
-                on_score(f"{cut.method} at {told_size(cut)}", place * len(tasks) + number, len(ordered) * len(tasks))
+                on_score(f"{cut.method} at {format_size(cut)}", place * len(tasks) + number, len(ordered) * len(tasks))
 
             yield self._point(cut, tasks, numbers, on_task)
 
     def _point(
         self, cut: Cut, tasks: Sequence[str], numbers: Mapping[str, int], on_task: Callable[[int], None]
     ) -> Point:
-        bill, num_computed, num_cached = cut.bill, 0, 0
-        identities = {task: (task, self.memory.identity(bill, numbers[task])) for task in tasks}
+        layout, num_computed, num_cached = cut.layout, 0, 0
+        identities = {task: (task, self.memory.identity(layout, numbers[task])) for task in tasks}
         found = {
             task: self._by_identity[key] for task, key in identities.items() if self.reuse and key in self._by_identity
         }
         new = [task for task in tasks if task not in found]
-        bundle = self.memory.bundle(bill, [numbers[task] for task in new]) if new else None
+        bundle = self.memory.bundle(layout, [numbers[task] for task in new]) if new else None
         for task in new:
             assert bundle is not None
             on_task(tasks.index(task))
@@ -157,10 +157,10 @@ class CurveScorer:
         return Point(
             method=cut.method,
             sizes=cut.sizes,
-            tensor_bytes=bill.tensor_bytes,
-            total_bytes=bill.total_bytes,
-            merges=bill.allocation.merges,
-            undone=bill.allocation.undone,
+            tensor_bytes=layout.tensor_bytes,
+            total_bytes=layout.total_bytes,
+            merges=layout.allocation.merges,
+            undone=layout.allocation.undone,
             command=cut.command,
             scores={task: found[task][1] for task in tasks},
             digests={task: found[task][0] for task in tasks},
@@ -169,5 +169,5 @@ class CurveScorer:
         )
 
 
-def told_size(cut: Cut | Point) -> str:
+def format_size(cut: Cut | Point) -> str:
     return cut.sizes[0] if cut.sizes else "its own size"

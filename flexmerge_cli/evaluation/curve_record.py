@@ -98,13 +98,13 @@ def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -
     by_size = sorted(points, key=lambda point: (point["bytes"], point["total_bytes"]))
     passing = [point for point in by_size if point["gate"]["outcome"] == Outcome.PASS]
     if passing:
-        told = (
+        message = (
             f"pass: {passing[0]['method']} at {passing[0]['factor']:.4f}x is the smallest of {len(passing)} that pass"
         )
-        return {**passing[0]["gate"], "message": told, "command": passing[0]["command"]}
+        return {**passing[0]["gate"], "message": message, "command": passing[0]["command"]}
     nearest = min(by_size, key=lambda point: sum(t["outcome"] != Outcome.PASS for t in point["gate"]["tasks"].values()))
-    told = f"none passes; {nearest['method']} at {nearest['factor']:.4f}x is nearest: {nearest['gate']['message']}"
-    return {**nearest["gate"], "message": told, "command": nearest["command"]}
+    message = f"none passes; {nearest['method']} at {nearest['factor']:.4f}x is nearest: {nearest['gate']['message']}"
+    return {**nearest["gate"], "message": message, "command": nearest["command"]}
 
 
 def _point(

@@ -104,8 +104,8 @@ def read_table(task: TaskSpec, place: Place, columns: Mapping[str, Column]) -> T
     kept: dict[str, Any] = {role: source.get(name) for role, name in names.items()}
     sizes = {name: len(kept[role]) for role, name in names.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
-        raise place.error("data", f"the columns of {data.path} differ in length: {told}", hint="check the data")
+        sizes_text = ", ".join(f"`{name}` {size}" for name, size in sizes.items())
+        raise place.error("data", f"the columns of {data.path} differ in length: {sizes_text}", hint="check the data")
     count = next(iter(sizes.values()), 0)
     if count == 0:
         raise nothing
@@ -131,8 +131,8 @@ def _open(place: Place, written: str, kind: str | None, split: str | None) -> So
             )
         return open_source(path, kind, split)
     except (UsageError, SourceError) as error:
-        told = place.error("data", error.message, hint=error.hint or "check `data`")
-        raise type(error)(told.message, hint=told.hint) from None
+        at_place = place.error("data", error.message, hint=error.hint or "check `data`")
+        raise type(error)(at_place.message, hint=at_place.hint) from None
 
 
 def _found(role: str, column: Column, source: Source, place: Place, path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`curve`: a plan, methods and sizes in, scored points out. Which bills are asked for, and who scores them.
+"""`curve`: a plan, methods and sizes in, scored points out. Which layouts are asked for, and who scores them.
 
 Methods are drawn one after another, or, with `parallel`, in processes of their own; each has one model in memory.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import Allocation
-from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
@@ -42,30 +42,30 @@ def cuts_of(
     A method's own size is the smallest that it reaches, of `auto` what it takes without a size; it is added where the
     method stores something of each task, or where no size was asked for.
     """
-    found: dict[Allocation, tuple[list[str], Bill, str]] = {}
+    found: dict[Allocation, tuple[list[str], BundleLayout, str]] = {}
     unreached = []
     own: list[Size | None] = [None] if not sizes or method.stores_per_task else []
     for size in (*sizes, *own):
         asked = method.request.at(size)
         try:
-            bill = allocate(pricer.plan, asked, pricer)
+            layout = allocate(pricer.plan, asked, pricer)
         except GateError as error:
             assert size is not None
             unreached.append(Unreached(method=method.name, size=size.text, message=error.message))
             continue
-        key = replace(bill.allocation, merges=0, undone=0, fit="")
-        texts = found.setdefault(key, ([], bill, command_of(plan_path, asked)))[0]
+        key = replace(layout.allocation, merges=0, undone=0, fit="")
+        texts = found.setdefault(key, ([], layout, command_of(plan_path, asked)))[0]
         texts += [size.text] if size is not None else []
     return [
-        Cut(method=method.name, sizes=tuple(texts), bill=bill, command=command)
-        for texts, bill, command in found.values()
+        Cut(method=method.name, sizes=tuple(texts), layout=layout, command=command)
+        for texts, layout, command in found.values()
     ], unreached
 
 
 def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
     """Copies in fewer bits, if the family has more than one task to copy."""
     return [
-        Cut(method=name, sizes=(), bill=allocate(pricer.plan, asked, pricer), command=command_of(plan_path, asked))
+        Cut(method=name, sizes=(), layout=allocate(pricer.plan, asked, pricer), command=command_of(plan_path, asked))
         for name, asked in ALTERNATIVES.items()
     ]
 
@@ -173,7 +173,7 @@ def _run(drawing: Drawing, job: Job, on_score: OnScore = lambda *_step: None) ->
 
 def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> list[Result]:
     """Each job in one of a few processes, the results in order."""
-    alone = replace(drawing.request, access=drawing.request.access.elsewhere())
+    alone = replace(drawing.request, access=drawing.request.access.for_process())
     prepare = partial(_prepared, drawing.plan, drawing.plan_path, drawing.spec, alone)
 
     def on_job(number: int) -> None:

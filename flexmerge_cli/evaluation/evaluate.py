@@ -89,14 +89,14 @@ def evaluate(
     }
 
 
-def told_counts(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     """Where the scores of a document came from, on one line. counts: its `evaluations`."""
     return (
         f"{counts['computed']:,} run, {counts['repeated']:,} reused from this run, {counts['cached']:,} from the cache"
     )
 
 
-def told_methods(document: Mapping[str, Any]) -> str:
+def format_methods(document: Mapping[str, Any]) -> str:
     """The methods that merged a bundle, on one line."""
     return "; ".join(document["methods"]) or "copies"
 

@@ -72,7 +72,7 @@ class TaskVerdict:
     """The points in a drop of 1, in the unit of the limit."""
 
     @property
-    def told(self) -> str:
+    def message(self) -> str:
         """The verdict on one line."""
         if self.drop is None or self.high is None or self.low is None:
             return f"{self.name}: {self.outcome} (a number from outside has no paired bound)"
@@ -107,8 +107,8 @@ class Verdict:
 
     @property
     def message(self) -> str:
-        bad = [f"{task.told} (limit {task.limit})" for task in self.tasks if task.outcome is not Outcome.PASS]
-        bad += [told_forgotten(self.forgotten)] if self.forgotten else []
+        bad = [f"{task.message} (limit {task.limit})" for task in self.tasks if task.outcome is not Outcome.PASS]
+        bad += [forgotten_message(self.forgotten)] if self.forgotten else []
         if bad:
             return f"{self.outcome}: " + "; ".join(bad)
         left_out = f"; not scored: {', '.join(self.not_scored)}" if self.not_scored else ""
@@ -120,7 +120,7 @@ class Verdict:
             "message": self.message,
             "tasks": {
                 task.name: {
-                    "outcome": str(task.outcome), "message": task.told, "limit": task.limit,
+                    "outcome": str(task.outcome), "message": task.message, "limit": task.limit,
                     "drop": _finite(task.drop), "low": _finite(task.low), "high": _finite(task.high), "n": task.n,
                     "n_needed": task.needed,
                 }
@@ -131,7 +131,7 @@ class Verdict:
         }  # fmt: skip
 
 
-def told_forgotten(tasks: Sequence[str]) -> str:
+def forgotten_message(tasks: Sequence[str]) -> str:
     return f"the spec does not score {', '.join(tasks)}"
 
 
@@ -144,9 +144,9 @@ def require_pass(gate: Mapping[str, Any], what: str) -> None:
     """Raise GateError with the tasks and reasons unless all pass. gate: from `Verdict.record`."""
     if gate["outcome"] != Outcome.PASS:
         bad = [task for task in gate["tasks"].values() if task["outcome"] != Outcome.PASS]
-        told = [f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad]
-        told += [f"{Outcome.FAIL}: {told_forgotten(gate['forgotten'])}"] if gate["forgotten"] else []
-        lines = "\n  ".join(told or [gate["message"]])
+        reasons = [f"{task['outcome']}: {task['message']}, limit {task['limit']}" for task in bad]
+        reasons += [f"{Outcome.FAIL}: {forgotten_message(gate['forgotten'])}"] if gate["forgotten"] else []
+        lines = "\n  ".join(reasons or [gate["message"]])
         hint = "a larger --size, or another method"
         if gate["outcome"] == Outcome.UNDECIDED:
             hint = "score more examples (`limit` of the spec)"

@@ -2,7 +2,7 @@
 
 The engine writes its parts to memory and the reader of bundles decodes them from there, so nothing is done in two ways.
 A part is known by what decides its bits: the tensor, its group with the method, and the cast. It is made once, however
-many bills store it, until `keep_only` lets it go. Copies that are not cast stay in their source's file, mapped; their
+many layouts store it, until `keep_only` lets it go. Copies that are not cast stay in their source's file, mapped; their
 digest is compared with the plan's before their first use.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from flexmerge_cli.allocation.allocation import Tasks, Unit
-from flexmerge_cli.allocation.bill import Bill
 from flexmerge_cli.allocation.files import WeightFile
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Part, Storage
 from flexmerge_cli.bundle.read import Bundle
@@ -33,8 +33,8 @@ Key = Hashable
 
 
 @dataclass(frozen=True, slots=True)
-class _Bills:
-    """The keys of the parts and tasks of one bill."""
+class _Keys:
+    """The keys of the parts and tasks of one layout."""
 
     part: dict[Part, Key]
     tensor: dict[tuple[str, int], Key]
@@ -47,7 +47,7 @@ class _Bills:
 
 @dataclass(slots=True, kw_only=True)
 class MemoryBundles:
-    """The parts of one plan's bills in memory. Not thread-safe."""
+    """The parts of one plan's layouts in memory. Not thread-safe."""
 
     sources: Sources
     device: torch.device
@@ -63,17 +63,17 @@ class MemoryBundles:
     """Bytes as uint8: mapped sources, and parts by their paths."""
     _sound: set[tuple[str, int]] = field(default_factory=set)
     """(tensor, model) pairs whose source has been compared with the plan."""
-    _last: tuple[Bill, _Bills] | None = None
+    _last: tuple[BundleLayout, _Keys] | None = None
 
-    def identity(self, bill: Bill, task: int) -> Key:
-        """A key that is equal for two bills of one plan only if the task's weights are equal. Makes nothing."""
-        tensors = self._keys(bill).tensor
-        return tuple(tensors[name, task] for name, storage in bill.storages.items() if (name, task) in tensors)
+    def identity(self, layout: BundleLayout, task: int) -> Key:
+        """A key that is equal for two layouts of one plan only if the task's weights are equal. Makes nothing."""
+        tensors = self._keys(layout).tensor
+        return tuple(tensors[name, task] for name, storage in layout.storages.items() if (name, task) in tensors)
 
-    def keys(self, bill: Bill, tasks: Collection[int]) -> set[Key]:
+    def keys(self, layout: BundleLayout, tasks: Collection[int]) -> set[Key]:
         """The keys of all parts that these tasks read."""
-        keys = self._keys(bill).part
-        return {keys[part] for part in _parts(bill, tasks)}
+        keys = self._keys(layout).part
+        return {keys[part] for part in _parts(layout, tasks)}
 
     def keep_only(self, keys: Collection[Key]) -> None:
         """Drop all other parts and release their memory."""
@@ -85,56 +85,56 @@ class MemoryBundles:
         """The memory of all parts, in bytes."""
         return sum(self._files[place].size for place in self.places.values())
 
-    def bundle(self, bill: Bill, tasks: Collection[int]) -> Bundle:
+    def bundle(self, layout: BundleLayout, tasks: Collection[int]) -> Bundle:
         """Like `Bundle.open` of what `merge` would write, for these tasks only. Makes the parts that are missing.
 
         Parts stay alive with the bundle. Raises DataError as `merge` does.
         """
-        keys = self._keys(bill)
-        missing = [part for part in _parts(bill, tasks) if not self._is_here(bill, part, keys)]
+        keys = self._keys(layout)
+        missing = [part for part in _parts(layout, tasks) if not self._is_here(layout, part, keys)]
         if missing:
-            self._make(bill, missing, keys)
-        parts: dict[str, dict[str, StoredTensor]] = {file.path: {} for file in bill.files}
-        for file in bill.files:
+            self._make(layout, missing, keys)
+        parts: dict[str, dict[str, StoredTensor]] = {file.path: {} for file in layout.files}
+        for file in layout.files:
             for part in file.parts:
                 if any(reader in tasks for reader in part.readers):
-                    parts[file.path][part.name] = self._stored(bill, part, keys)
-        manifest = Manifest.model_validate_json(bill.manifest(Measured(digests=self._digests(bill, tasks, keys))))
+                    parts[file.path][part.name] = self._stored(layout, part, keys)
+        manifest = Manifest.model_validate_json(layout.manifest(Measured(digests=self._digests(layout, tasks, keys))))
         return Bundle(path=Path("memory"), manifest=manifest, parts=parts, memory=self._files)
 
     # What parts are known by
 
-    def _keys(self, bill: Bill) -> _Bills:
-        if self._last is None or self._last[0] is not bill:
-            self._last = bill, _keys_of(bill)
+    def _keys(self, layout: BundleLayout) -> _Keys:
+        if self._last is None or self._last[0] is not layout:
+            self._last = layout, _keys_of(layout)
         return self._last[1]
 
     # Where they are
 
-    def _is_here(self, bill: Bill, part: Part, keys: _Bills) -> bool:
-        return keys.part[part] in self.places or self._copied(bill, part, keys) is not None
+    def _is_here(self, layout: BundleLayout, part: Part, keys: _Keys) -> bool:
+        return keys.part[part] in self.places or self._copied(layout, part, keys) is not None
 
-    def _copied(self, bill: Bill, part: Part, keys: _Bills) -> tuple[StoredTensor, int] | None:
+    def _copied(self, layout: BundleLayout, part: Part, keys: _Keys) -> tuple[StoredTensor, int] | None:
         """The source that holds exactly these bytes, and the model that it belongs to."""
         if part not in keys.copies:
             return None
-        model = BASE if part.array.role == "base" else bill.plan.tensor(part.tensor).same[part.readers[0]]
+        model = BASE if part.array.role == "base" else layout.plan.tensor(part.tensor).same[part.readers[0]]
         source = (self.sources.base if model == BASE else self.sources.tasks[model]).get(part.tensor)
         fits = source is not None and (source.dtype, source.shape) == (part.array.dtype, part.array.shape)
         return (source, model) if source is not None and fits and lies_as_it_is(source) else None
 
-    def _stored(self, bill: Bill, part: Part, keys: _Bills) -> StoredTensor:
-        copied = self._copied(bill, part, keys)
+    def _stored(self, layout: BundleLayout, part: Part, keys: _Keys) -> StoredTensor:
+        copied = self._copied(layout, part, keys)
         if copied is not None:
-            self._check(bill, part.tensor, *copied)
+            self._check(layout, part.tensor, *copied)
             return replace(copied[0], name=part.name)
         place = self.places[keys.part[part]]
         return StoredTensor(name=part.name, dtype=part.array.dtype, shape=part.array.shape, path=place, offset=0)
 
-    def _check(self, bill: Bill, tensor: str, source: StoredTensor, model: int) -> None:
+    def _check(self, layout: BundleLayout, tensor: str, source: StoredTensor, model: int) -> None:
         if (tensor, model) in self._sound:
             return
-        record = bill.plan.tensor(tensor)
+        record = layout.plan.tensor(tensor)
         expected = record.base_digest if model == BASE else record.digests[model]
         if source.path not in self._files:
             self._files[source.path] = np.memmap(source.path, np.uint8, mode="c")
@@ -146,10 +146,10 @@ class MemoryBundles:
             )
         self._sound.add((tensor, model))
 
-    def _digests(self, bill: Bill, tasks: Collection[int], keys: _Bills) -> dict[str, dict[int, str]]:
+    def _digests(self, layout: BundleLayout, tasks: Collection[int], keys: _Keys) -> dict[str, dict[int, str]]:
         """Aligned name -> task -> digest."""
         found: dict[str, dict[int, str]] = {}
-        for name, storage in bill.storages.items():
+        for name, storage in layout.storages.items():
             tensor = storage.tensor
             if tensor.class_ is TensorClass.TIED:
                 target = found.get(tensor.reason, {})
@@ -164,10 +164,10 @@ class MemoryBundles:
 
     # Making them
 
-    def _make(self, bill: Bill, missing: list[Part], keys: _Bills) -> None:
+    def _make(self, layout: BundleLayout, missing: list[Part], keys: _Keys) -> None:
         """The groups that store missing parts, over all tensors of their units, for one run of the engine."""
         wanted = {keys.made_by[part] for part in missing}
-        some = _restricted(bill, wanted)
+        some = _restricted(layout, wanted)
         output = MemoryOutput(missing)
         measured = materialise(
             some, self.sources, output, device=self.device, threads=self.threads, chunk_elements=self.chunk_elements
@@ -183,10 +183,10 @@ class MemoryBundles:
                 self.digests.setdefault(keys.tensor[name, task], {})[task] = measured.digests[name][task]
 
 
-def _keys_of(bill: Bill) -> _Bills:
-    cast, found = bill.allocation.dtype, _Bills({}, {}, {}, set())
-    in_units = {name: unit for unit in bill.allocation.units for name in unit.tensors}
-    for name, storage in bill.storages.items():
+def _keys_of(layout: BundleLayout) -> _Keys:
+    cast, found = layout.allocation.dtype, _Keys({}, {}, {}, set())
+    in_units = {name: unit for unit in layout.allocation.units for name in unit.tensors}
+    for name, storage in layout.storages.items():
         unit = in_units.get(name)
         if unit is None:
             found.part.update({part: ("whole", part.name, part.readers, cast) for part in storage.parts})
@@ -194,18 +194,18 @@ def _keys_of(bill: Bill) -> _Bills:
             found.copies.update(part for part in storage.parts if part.array.role == "dense")
             found.tensor.update({(name, task): ("whole", name, cast) for task in storage.tensor.present})
         else:
-            _add_unit_tensor(found, bill, unit, storage)
-    for part in (part for file in bill.files for part in file.parts if part.array.role == "gamma"):
-        unit = next(unit for unit in bill.allocation.units if unit.name == part.tensor)
+            _add_unit_tensor(found, layout, unit, storage)
+    for part in (part for file in layout.files for part in file.parts if part.array.role == "gamma"):
+        unit = next(unit for unit in layout.allocation.units if unit.name == part.tensor)
         group = next(group for group in unit.groups if part.task in group.tasks)
         assert group.method is not None
-        found.part[part] = ("gamma", part.task, _group_key(bill, unit, group.tasks, group.method, None))
+        found.part[part] = ("gamma", part.task, _group_key(layout, unit, group.tasks, group.method, None))
         found.made_by[part] = unit.name, group.tasks
     return found
 
 
-def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) -> None:
-    name, cast = storage.tensor.name, bill.allocation.dtype
+def _add_unit_tensor(found: _Keys, layout: BundleLayout, unit: Unit, storage: Storage) -> None:
+    name, cast = storage.tensor.name, layout.allocation.dtype
 
     def copy_key(task: int) -> Key:
         return "copy", name, storage.tensor.same[task], cast
@@ -214,7 +214,7 @@ def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) ->
         for task in group.tasks:
             found.tensor[name, task] = copy_key(task)
         if group.method is not None:
-            key = _group_key(bill, unit, group.tasks, group.method, group.bits)
+            key = _group_key(layout, unit, group.tasks, group.method, group.bits)
             found.tensor.update({(name, task): (name, key) for task in group.coded_tasks})
         for part in group.parts:
             if part.array.role == "base":
@@ -231,34 +231,34 @@ def _add_unit_tensor(found: _Bills, bill: Bill, unit: Unit, storage: Storage) ->
                 found.made_by[part] = unit.name, group.tasks
 
 
-def _group_key(bill: Bill, unit: Unit, tasks: Tasks, method: int, bits: object) -> Key:
-    return unit.name, unit.tensors, tasks, bill.allocation.methods[method], bits, bill.allocation.dtype
+def _group_key(layout: BundleLayout, unit: Unit, tasks: Tasks, method: int, bits: object) -> Key:
+    return unit.name, unit.tensors, tasks, layout.allocation.methods[method], bits, layout.allocation.dtype
 
 
-def _parts(bill: Bill, tasks: Collection[int]) -> Iterable[Part]:
-    return (part for file in bill.files for part in file.parts if any(reader in tasks for reader in part.readers))
+def _parts(layout: BundleLayout, tasks: Collection[int]) -> Iterable[Part]:
+    return (part for file in layout.files for part in file.parts if any(reader in tasks for reader in part.readers))
 
 
-def _restricted(bill: Bill, wanted: Collection[tuple[str, Tasks | None]]) -> Bill:
-    """The part of the bill for these groups of units and these tensors outside of units."""
+def _restricted(layout: BundleLayout, wanted: Collection[tuple[str, Tasks | None]]) -> BundleLayout:
+    """The part of the layout for these groups of units and these tensors outside of units."""
     groups: dict[str, set[Tasks]] = {}
     for name, tasks in wanted:
         if tasks is not None:
             groups.setdefault(name, set()).add(tasks)
-    units, storages = [], {name: bill.storages[name] for name, tasks in sorted(wanted, key=str) if tasks is None}
-    for unit in bill.allocation.units:
+    units, storages = [], {name: layout.storages[name] for name, tasks in sorted(wanted, key=str) if tasks is None}
+    for unit in layout.allocation.units:
         chosen = groups.get(unit.name)
         if chosen is None:
             continue
         units.append(replace(unit, groups=tuple(group for group in unit.groups if group.tasks in chosen)))
-        for storage in (bill.storages[name] for name in unit.tensors):
+        for storage in (layout.storages[name] for name in unit.tensors):
             of_tensor = tuple(group for group in storage.groups if group.tasks in chosen)
             parts = tuple(dict.fromkeys(part for group in of_tensor for part in group.parts))
             storages[storage.tensor.name] = replace(storage, groups=of_tensor, parts=parts)
-    parts = tuple(part for file in bill.files for part in file.parts)
+    parts = tuple(part for file in layout.files for part in file.parts)
     return replace(
-        bill,
-        allocation=replace(bill.allocation, units=tuple(units)),
+        layout,
+        allocation=replace(layout.allocation, units=tuple(units)),
         storages=storages,
         files=(WeightFile(path="", readers=(), parts=parts, header=b""),),
         indices={},

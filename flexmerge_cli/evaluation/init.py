@@ -73,8 +73,8 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
         return ['command: [python, score.py, "{checkpoint}"]  # prints {"value": 0.9, "n": 100}; needs --allow-exec']
     suffix = "npz" if "image" in kind else "jsonl"
     found = _data(task, folder)
-    told = "" if found else "  # jsonl, csv, parquet, npz, safetensors, folders of images, or hf://org/name"
-    lines = [f"data: {_quoted(found or f'data/{task}.{suffix}')}{told}"]
+    comment = "" if found else "  # jsonl, csv, parquet, npz, safetensors, folders of images, or hf://org/name"
+    lines = [f"data: {_quoted(found or f'data/{task}.{suffix}')}{comment}"]
     names = label_names(read_config(side))
     named = bool(names) and len(names) <= MAX_LABELS and not all(map(UNNAMED.fullmatch, names))
     labels = f"labels: {_list(names)}" if named else "# labels: [first, second]  # names of the classes, in their order"

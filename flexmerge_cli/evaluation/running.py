@@ -79,7 +79,7 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     if request.parallel <= 1 or len(tasks) == 1:
         return _judged(request, *_scores(request, on_step))
     _check(request)
-    alone = replace(request, parallel=1, access=request.access.elsewhere())
+    alone = replace(request, parallel=1, access=request.access.for_process())
 
     def on_job(number: int) -> None:
         on_step(tasks[number], number, len(tasks))

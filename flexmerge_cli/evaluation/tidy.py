@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import told_methods
+from flexmerge_cli.evaluation.evaluate import format_methods
 from flexmerge_cli.writing import has_start
 
 COLUMNS = (
@@ -57,7 +57,7 @@ def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
             is_merged = who == "merged"
             of: Row = {"method": who.replace("_", "-")}
             if is_merged:
-                of = {"method": told_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}
+                of = {"method": format_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}
             for place, scored in enumerate((first, *first["others"])):
                 references = {
                     other: (found, *found["others"])[place]["value"]

@@ -105,8 +105,8 @@ def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mappi
         )
     if len(kinds) > 1:
         of = {kind: [task for task, adapter in adapters.items() if adapter.kind is kind] for kind in sorted(kinds)}
-        told = "; ".join(f"{kind.value}: {', '.join(names[:5])}" for kind, names in of.items())
-        raise DataError(f"a pool can hold only adapters of one kind, but found: {told}", hint=hint)
+        listed = "; ".join(f"{kind.value}: {', '.join(names[:5])}" for kind, names in of.items())
+        raise DataError(f"a pool can hold only adapters of one kind, but found: {listed}", hint=hint)
     forms: dict[str, tuple[str, float, int]] = {}
     problems = []
     for task, adapter in adapters.items():

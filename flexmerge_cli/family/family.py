@@ -225,8 +225,8 @@ def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, 
     """Raise DataError that lists every task whose config differs or, without a config, whose tensors do not fit."""
     by_config, by_tensors = [], []
     for name, (checkpoint, alignment) in tasks.items():
-        if told := differences(base.config, checkpoint.config):
-            by_config.append(f"task `{name}`: {'; '.join(told)} ({checkpoint.path}, {base.path})")
+        if found := differences(base.config, checkpoint.config):
+            by_config.append(f"task `{name}`: {'; '.join(found)} ({checkpoint.path}, {base.path})")
         elif 2 * alignment.num_matched < len(base.tensors):
             by_tensors.append(_misfit(name, base, checkpoint, alignment))
     if by_config or by_tensors:

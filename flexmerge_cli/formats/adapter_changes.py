@@ -96,14 +96,14 @@ class ChangeRecord(Record):
         for place in places:
             place.check(num_bytes)
         kinds = ((self.left, self.right, self.scale), (self.vector, self.axis))
-        told = [any(item is not None for item in kind) for kind in kinds]
+        given = [any(item is not None for item in kind) for kind in kinds]
         whole = [all(item is not None for item in kind) for kind in kinds]
-        if told != whole or sum(told) > 1 or not (any(told) or self.value is not None):
+        if given != whole or sum(given) > 1 or not (any(given) or self.value is not None):
             raise ValueError("a change of an adapter is not whole")
         if self.value is not None and (self.value.dtype, self.value.shape) != (dtype, shape):
             raise ValueError("a tensor of an adapter has another form than it is given")
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
-        fits = dtype in FLOATING and rows * columns > 0 if any(told) else True
+        fits = dtype in FLOATING and rows * columns > 0 if any(given) else True
         if self.left is not None and self.right is not None:
             fits = fits and len(self.left.shape) == len(self.right.shape) == 2
             fits = fits and (self.left.shape[0], self.right.shape[1]) == (rows, columns)

@@ -43,7 +43,7 @@ from flexmerge_cli.formats.plan_records import (
 )
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.order.order import Merge
-from flexmerge_cli.record import Count, Items, Record, Shape, Unsound, told
+from flexmerge_cli.record import Count, Items, Record, Shape, Unsound, first_error
 from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.request.size import Size, Target
 from flexmerge_cli.text import json_holds_text
@@ -375,7 +375,7 @@ def read_plan(path: Path) -> Plan:
             raise UsageError(f"{path} holds text that no file can hold", hint=again)
         return Plan.model_validate(fields)
     except (ValidationError, Unsound) as error:
-        reason = told(error) if isinstance(error, ValidationError) else error
+        reason = first_error(error) if isinstance(error, ValidationError) else error
         raise UsageError(f"{path} is not a sound plan: {reason}", hint=again) from None
     except ValueError as error:
         raise UsageError(f"{path} is not a plan: {error}", hint=again) from None

@@ -72,14 +72,14 @@ def method_from_package(name: str) -> Method | None:
     return replace(_method(value, f"{name} of {source}"), name=name, origin=origin)
 
 
-def _method(value: Any, told: str) -> Method:
+def _method(value: Any, name: str) -> Method:
     if isinstance(value, CodedMethod):
         raise UsageError(
-            f"`{told}` declares residuals, which a reader of the bundle could not decode",
+            f"`{name}` declares residuals, which a reader of the bundle could not decode",
             hint="write a @method that returns one merged task vector",
         )
     if isinstance(value, Method):
         return value
     hint = "write @method(paper=…, scope=…) above the function"
     what = "is a plain function" if isinstance(value, FunctionType) else "is no method"
-    raise UsageError(f"`{told}` {what}", hint=hint)
+    raise UsageError(f"`{name}` {what}", hint=hint)

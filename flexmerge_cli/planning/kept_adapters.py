@@ -82,7 +82,7 @@ def adapter_records(
             name: {"bytes": size, "digest": digest_file(path) if digests else NO_DIGEST}
             for name, (path, size) in sorted(_files(kept).items())
         }
-        told = "\n".join(f"{name} {files[name]['digest']}" for name in (CONFIG_NAME, weights.name))
+        text = "\n".join(f"{name} {files[name]['digest']}" for name in (CONFIG_NAME, weights.name))
         changes = {
             name: ChangeRecord.of(tensor, weights, digests.get((number, name), NO_DIGEST)).dump()
             for name, tensor in _changed(kept).items()
@@ -91,7 +91,7 @@ def adapter_records(
             {
                 "name": kept.name,
                 "source": source,
-                "fingerprint": xxhash.xxh3_128_hexdigest(f"{told}\n{base_fingerprint}".encode()),
+                "fingerprint": xxhash.xxh3_128_hexdigest(f"{text}\n{base_fingerprint}".encode()),
                 "kind": kept.adapter.kind.value,
                 "bytes": kept.model.num_bytes,
                 "tensor_bytes": checkpoint.num_bytes,

@@ -157,8 +157,8 @@ def open_sources(
 
 
 def _same_kinds(plan: Plan, adapters: Mapping[str, Adapter]) -> None:
-    told = {task.name: task.adapter for task in plan.tasks} | {each.name: each.kind for each in plan.adapters}
-    for name, kind in told.items():
+    kinds = {task.name: task.adapter for task in plan.tasks} | {each.name: each.kind for each in plan.adapters}
+    for name, kind in kinds.items():
         now = adapters[name].kind.value if name in adapters else None
         if now != kind:
             raise DataError(

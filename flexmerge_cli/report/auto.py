@@ -38,9 +38,9 @@ def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
                 }
             )
     most = sum(int(table.num_bytes[-1]) for table in search.tables)
-    twice = search.solve(max(search.smallest_bytes, min(most, 2 * found.bill.tensor_bytes - fixed)))
+    twice = search.solve(max(search.smallest_bytes, min(most, 2 * found.layout.tensor_bytes - fixed)))
     return {
-        "factor": found.bill.tensor_bytes / one,
+        "factor": found.layout.tensor_bytes / one,
         "smallest_factor": (search.smallest_bytes + fixed) / one,
         "searched_bytes": solution.num_bytes,
         "distortion": solution.cost,
@@ -125,12 +125,12 @@ def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
 
 def _centres(choices: Iterable[Choice]) -> str:
     """Choices by frequency, most frequent first: `average 8 bits ×12, none ×3`."""
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for centre in (choice.centre for choice in choices):
         bits = "" if centre.kind == "none" else " dense" if centre.bits == "dense" else f" {centre.bits} bits"
-        told[f"{centre.kind}{bits}"] += 1
-    found = sorted(told.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{name} ×{count}" if len(told) > 1 else name for name, count in found[:3]]
+        counts[f"{centre.kind}{bits}"] += 1
+    found = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{name} ×{count}" if len(counts) > 1 else name for name, count in found[:3]]
     return ", ".join(shown + ["…"] * (len(found) > 3))
 
 

@@ -3,47 +3,47 @@
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.allocation.ways import served_bytes
+from flexmerge_cli.allocation.options import served_bytes
 from flexmerge_cli.report.evaluation import show_evaluation
 from flexmerge_cli.report.text import human_bytes, merges_words, table
 
 
 def merge_summary(
-    bill: Bill, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
+    layout: BundleLayout, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
 ) -> dict[str, Any]:
     """Files, bytes and memory; after a run also the distances."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
-    plan = bill.plan
-    files = {file.path: file.num_bytes for file in bill.files} | {file.path: file.num_bytes for file in bill.small}
-    files["manifest.json"] = bill.total_bytes - sum(files.values())
+    plan = layout.plan
+    files = {file.path: file.num_bytes for file in layout.files} | {file.path: file.num_bytes for file in layout.small}
+    files["manifest.json"] = layout.total_bytes - sum(files.values())
     return {
         "bundle": str(output),
         "written": measured is not None,
-        "request": bill.request.dump() if bill.request is not None else None,
-        "methods": [use.text for use in bill.allocation.methods],
+        "request": layout.request.dump() if layout.request is not None else None,
+        "methods": [use.text for use in layout.allocation.methods],
         "allocation": {
-            "merges": bill.allocation.merges,
-            "undone": bill.allocation.undone,
-            "fit": bill.allocation.fit,
-            "dtype": bill.allocation.dtype,
+            "merges": layout.allocation.merges,
+            "undone": layout.allocation.undone,
+            "fit": layout.allocation.fit,
+            "dtype": layout.allocation.dtype,
         },
-        "factor": bill.tensor_bytes / max(1, plan.one_model_bytes),
-        "tensor_bytes": bill.tensor_bytes,
-        "total_bytes": bill.total_bytes,
-        "served_bytes": served_bytes(bill),
+        "factor": layout.tensor_bytes / max(1, plan.one_model_bytes),
+        "tensor_bytes": layout.tensor_bytes,
+        "total_bytes": layout.total_bytes,
+        "served_bytes": served_bytes(layout),
         "files": files,
         "tasks": {
             task.name: {
-                "route_bytes": bill.served_bytes(index),
+                "route_bytes": layout.served_bytes(index),
                 "distance": measured.task_distance.get(index, 0.0) if measured else None,
             }
             for index, task in enumerate(plan.readers)
         },
-        "peak_memory_bytes": merge_bytes(bill, threads or default_threads()),
+        "peak_memory_bytes": merge_bytes(layout, threads or default_threads()),
         "warnings": warnings,
     }
 

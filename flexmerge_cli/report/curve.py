@@ -3,7 +3,7 @@
 from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
-from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
+from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.report.evaluation import show_gate
 from flexmerge_cli.report.text import human_bytes, table
 
@@ -11,11 +11,13 @@ from flexmerge_cli.report.text import human_bytes, table
 def show_curve(value: dict[str, Any]) -> None:
     tasks = value["tasks"]
     rows = [
-        (name, record["metric"], record["n"], told(record["fine_tuned"]), told(record["base"]))
+        (name, record["metric"], record["n"], format_value(record["fine_tuned"]), format_value(record["base"]))
         for name, record in tasks.items()
     ]
     mean = value["mean"]
-    rows.append(("mean", one_metric(tasks) or NORMALISED, "", told(mean["fine_tuned"]), told(mean["base"])))
+    rows.append(
+        ("mean", one_metric(tasks) or NORMALISED, "", format_value(mean["fine_tuned"]), format_value(mean["base"]))
+    )
     table(["task", "metric", "n", "fine-tuned", "base"], rows)
     gated = "gate" in value
     table(
@@ -33,7 +35,7 @@ def show_curve(value: dict[str, Any]) -> None:
     if value["data_dependent"]:
         print(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
     counts = value["evaluations"]
-    print(f"{counts['asked']:,} evaluations: {told_counts(counts)}")
+    print(f"{counts['asked']:,} evaluations: {format_counts(counts)}")
     chosen = value.get("chosen")
     if chosen is not None and chosen["qualifies"]:
         print(f"{chosen['message']}\n{chosen['command']}")
@@ -41,11 +43,11 @@ def show_curve(value: dict[str, Any]) -> None:
         show_gate(value)
 
 
-def told(score: float | None) -> str:
+def format_value(score: float | None) -> str:
     return "" if score is None else f"{score:.4f}"
 
 
-def told_ends(interval: list[float] | None) -> str:
+def format_interval(interval: list[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.4f} … {interval[1]:.4f}"
 
 
@@ -58,8 +60,8 @@ def _row(point: dict[str, Any]) -> tuple[object, ...]:
         f"{point['factor']:.2f}x",
         human_bytes(point["bytes"]),
         human_bytes(point["total_bytes"]),
-        told(mean["value"]),
-        told_ends(mean["interval"]),
+        format_value(mean["value"]),
+        format_interval(mean["interval"]),
         "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
         worst + ("" if part is None else f" {100 * part:.1f} %"),
     )

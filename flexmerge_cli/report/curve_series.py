@@ -148,6 +148,6 @@ def _signs(record: dict[str, Any]) -> float:
     return -1.0 if falls and one_metric(record["tasks"]) is not None else 1.0
 
 
-def told_metric(record: dict[str, Any]) -> str:
+def metric_label(record: dict[str, Any]) -> str:
     """The metric of the means."""
     return one_metric(record["tasks"]) or "part of the fine-tuned score"

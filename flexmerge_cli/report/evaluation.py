@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import one_metric, told_counts
+from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.evaluation.gate import Outcome
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.report.text import table
@@ -15,7 +15,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
     table(columns, rows, left=2)
     for line in remarks(value):
         print(line)
-    print(f"scores: {told_counts(value['evaluations'])}")
+    print(f"scores: {format_counts(value['evaluations'])}")
     if "gate" in value:
         show_gate(value)
     if "factor" in value:
@@ -27,9 +27,9 @@ def show_gate(value: dict[str, Any]) -> None:
     gate, spec = value["gate"], value["spec"]
     for task in gate["tasks"].values():
         print(f"{task['message']}, limit {task['limit']}: {task['outcome']}")
-    for told, tasks in (("not scored, as the spec says", gate["not_scored"]), ("forgotten", gate["forgotten"])):
+    for label, tasks in (("not scored, as the spec says", gate["not_scored"]), ("forgotten", gate["forgotten"])):
         if tasks:
-            print(f"{told}: {', '.join(tasks)}")
+            print(f"{label}: {', '.join(tasks)}")
     print(f"spec {spec['path']}, sha256 {spec['sha256']}")
     print("data: " + ", ".join(f"{name} {record['data'] or DASH}" for name, record in value["tasks"].items()))
     if gate["outcome"] == Outcome.PASS:
@@ -51,18 +51,18 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         scale = scale_of(record["metric"])
         row = [name + (" (worst)" if name == worst else ""), record["metric"], str(record["n"] or "")]
         for who in whos:
-            row.append(told_number(record[who], scale))
+            row.append(format_score(record[who], scale))
             if who == "merged":
-                row += told_interval(record["merged_interval"], scale)
+                row += interval_cells(record["merged_interval"], scale)
         if has_merged:
-            row.append(told_number(record["normalised"], 100.0))
+            row.append(format_score(record["normalised"], 100.0))
         rows.append(row)
     if len(records) > 1:
         scale = scale_of(one_metric(records) or "")
         row = ["mean", "", ""]
         for who in whos:
-            row += ["" if mean[who] is None else told_number(mean[who], scale)] + ["", ""] * (who == "merged")
-        rows.append(row + ([told_number(mean["normalised"], 100.0)] if has_merged else []))
+            row += ["" if mean[who] is None else format_score(mean[who], scale)] + ["", ""] * (who == "merged")
+        rows.append(row + ([format_score(mean["normalised"], 100.0)] if has_merged else []))
     columns = [head for who in whos for head in heads[who]] + ["of it %"] * has_merged
     return ["task", "metric", "n", *columns], rows
 
@@ -73,15 +73,15 @@ def remarks(value: dict[str, Any]) -> list[str]:
     for name, record in value["tasks"].items():
         for who, scored in record["scores"].items():
             for one in (scored, *scored["others"]):
-                told = [] if one is scored else [_told_other(one)]
-                told += one["notes"]
-                if told:
-                    found.append(f"{name}, {who.replace('_', '-')}: {'; '.join(told)}")
+                notes = [] if one is scored else [_format_other(one)]
+                notes += one["notes"]
+                if notes:
+                    found.append(f"{name}, {who.replace('_', '-')}: {'; '.join(notes)}")
     return found
 
 
-def _told_other(scored: dict[str, Any]) -> str:
-    return f"{told_number(scored['value'], scale_of(scored['metric']))} {scored['metric']}"
+def _format_other(scored: dict[str, Any]) -> str:
+    return f"{format_score(scored['value'], scale_of(scored['metric']))} {scored['metric']}"
 
 
 def _worst(records: dict[str, Any]) -> str:
@@ -109,14 +109,14 @@ def scale_of(metric: str) -> float:
         return 1.0
 
 
-def told_number(value: float | None, scale: float) -> str:
+def format_score(value: float | None, scale: float) -> str:
     if value is None:
         return DASH
     return f"{scale * value:.1f}" if scale == 100.0 else f"{value:.4g}"
 
 
-def told_interval(ends: list[float] | None, scale: float) -> list[str]:
+def interval_cells(ends: list[float] | None, scale: float) -> list[str]:
     if ends is None or ends[0] == ends[1]:
         return [DASH, DASH]
     low, high = ends
-    return [told_number((high - low) / 2, scale), f"{told_number(low, scale)} … {told_number(high, scale)}"]
+    return [format_score((high - low) / 2, scale), f"{format_score(low, scale)} … {format_score(high, scale)}"]

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import told_counts
-from flexmerge_cli.report.curve import told, told_ends
-from flexmerge_cli.report.curve_series import Series, ranking, series_of, sizes_of, told_metric
+from flexmerge_cli.evaluation.evaluate import format_counts
+from flexmerge_cli.report.curve import format_interval, format_value
+from flexmerge_cli.report.curve_series import Series, metric_label, ranking, series_of, sizes_of
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_chart import Tick, chart, dots, nice_ticks
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of, of_task, series_css
@@ -26,7 +26,7 @@ def curve_page(record: dict[str, Any]) -> str:
             ("metric", text(metrics)),
             ("one model", human_bytes(record["one_model_bytes"])),
             ("methods", str(len(series))),
-            ("evaluations", f"{counts['asked']:,}: {told_counts(counts)}"),
+            ("evaluations", f"{counts['asked']:,}: {format_counts(counts)}"),
             ("plan", f"<span class=path>{text(record['plan'][:16])}…</span>"),
         ]
     )
@@ -67,7 +67,7 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
         picture,
         "<p class=axis>tensor data stored, in models (x) and bytes</p>",
         _methods(series),
-        note=f"Mean over the tasks: {told_metric(record)}; bands are 95 % intervals. Circles are what can be had "
+        note=f"Mean over the tasks: {metric_label(record)}; bands are 95 % intervals. Circles are what can be had "
         "without merging: copies of all models in fewer bits. Pick a method to see it alone.",
     )
 
@@ -166,7 +166,9 @@ def _references(record: dict[str, Any]) -> str:
     for task, found in record["tasks"].items():
         cells = [name(task), text(found["metric"]), f"{found['n']:,}", text(_split(found))]
         for who in ("fine_tuned", "base"):
-            cells.append(f"{told(found[who])} ({told_ends(found[f'{who}_interval'])})".removesuffix(" ()"))
+            cells.append(
+                f"{format_value(found[who])} ({format_interval(found[f'{who}_interval'])})".removesuffix(" ()")
+            )
         rows.append(cells)
     return section("References", table(["task", "metric", "n", "split", "fine-tuned", "base"], rows, left=2))
 
@@ -187,10 +189,10 @@ def _points(record: dict[str, Any]) -> str:
                 f"{point['factor']:.2f}x",
                 f"{point['bytes']:,}",
                 f"{point['total_bytes']:,}",
-                told(mean["value"]),
-                told_ends(mean["interval"]),
+                format_value(mean["value"]),
+                format_interval(mean["interval"]),
                 "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
-                *(told(point["tasks"][task]["value"]) for task in tasks),
+                *(format_value(point["tasks"][task]["value"]) for task in tasks),
             ]
         )
     heads = ["method", "asked", "is", "bytes", "on disk", "mean", "95 %", "of fine-tuned", *tasks]

@@ -106,10 +106,12 @@ def _series(
 
 
 def _mark(css: str, marker: str, point: dict[str, Any], value: float, x: float, y: float, method: str) -> str:
-    told = f"{point['method']}: {value:.4f} in {human_bytes(point['bytes'])}"
+    title = f"{point['method']}: {value:.4f} in {human_bytes(point['bytes'])}"
     name = method or (point["method"] if css == "other" else "")
     data = f' data-method="{text(name)}" data-bytes={point["bytes"]} data-value={value!r}' if name else ""
-    return f'<i class="{css}" style="left:{100 * x:.2f}%;bottom:{100 * y:.2f}%" title="{text(told)}"{data}>{marker}</i>'
+    return (
+        f'<i class="{css}" style="left:{100 * x:.2f}%;bottom:{100 * y:.2f}%" title="{text(title)}"{data}>{marker}</i>'
+    )
 
 
 def series_css(series: Sequence[Series]) -> str:

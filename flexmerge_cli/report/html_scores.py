@@ -4,9 +4,9 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import mean_of as mean_over_tasks
 from flexmerge_cli.evaluation.curve_record import reference_means
-from flexmerge_cli.evaluation.evaluate import one_metric, told_counts, told_methods
-from flexmerge_cli.report.curve_series import series_of, told_metric
-from flexmerge_cli.report.evaluation import remarks, scale_of, score_table, told_interval, told_number
+from flexmerge_cli.evaluation.evaluate import format_counts, format_methods, one_metric
+from flexmerge_cli.report.curve_series import metric_label, series_of
+from flexmerge_cli.report.evaluation import format_score, interval_cells, remarks, scale_of, score_table
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
@@ -21,14 +21,14 @@ def scores_page(document: dict[str, Any]) -> str:
     tasks, counts = document["tasks"], document["evaluations"]
     pairs = [
         ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
-        ("evaluations", told_counts(counts)),
+        ("evaluations", format_counts(counts)),
     ]
     if "bundle" in document:
         pairs += [
             ("size", f"{document['factor']:.4f}x"),
             ("tensors", f"{document['stored_bytes']:,} bytes"),
             ("on disk", f"{document['total_bytes']:,} bytes"),
-            ("method", text(told_methods(document))),
+            ("method", text(format_methods(document))),
             ("id", f"<span class=path>{text(document['bundle'][:16])}…</span>"),
         ]
     curve = as_curve(document)
@@ -50,7 +50,7 @@ def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
         return None
     one, models = document["one_model_bytes"], document["num_models"]
     own = {
-        "method": told_methods(document), "bytes": document["stored_bytes"], "factor": document["factor"],
+        "method": format_methods(document), "bytes": document["stored_bytes"], "factor": document["factor"],
         "total_bytes": document["total_bytes"],
     }  # fmt: skip
     copies = {"method": COPIES, "bytes": models * one, "total_bytes": models * one, "factor": float(models)}
@@ -93,7 +93,7 @@ def _place(curve: dict[str, Any]) -> str:
         "Accuracy against size",
         picture,
         "<p class=axis>tensor data stored, in models (x) and bytes</p>",
-        note=f"Mean over the tasks: {told_metric(curve)}, with its 95 % interval{copies}. Other sizes and methods: "
+        note=f"Mean over the tasks: {metric_label(curve)}, with its 95 % interval{copies}. Other sizes and methods: "
         "flexmerge curve.",
     )
 
@@ -108,7 +108,7 @@ def _numbers(document: dict[str, Any]) -> str:
                 rows.append(
                     [
                         name(task), text(who.replace("_", "-")), text(scored["metric"]),
-                        told_number(scored["value"], scale), told_interval(scored["interval"], scale)[1],
+                        format_score(scored["value"], scale), interval_cells(scored["interval"], scale)[1],
                         f"{scored['n']:,}" if scored["n"] else "", text(scored["split"] or ""),
                         "" if size is None else human_bytes(size),
                         f"<span class=path>{text(scored['weights'][:12])}</span>",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexmerge_cli.allocation.bill import INDEX_NAME
+from flexmerge_cli.allocation.layout import INDEX_NAME
 from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
@@ -106,7 +106,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
     }
 
 
-def told_gate(gate: Mapping[str, Any]) -> str:
+def gate_message(gate: Mapping[str, Any]) -> str:
     """The gate that a bundle passed when it was made, on one line."""
     limits = [f"{name.replace('_', ' ')} {gate[name]}" for name in ("max_drop", "max_mean_drop") if gate[name]]
     left_out = f", not scored: {', '.join(gate['not_scored'])}" if gate["not_scored"] else ""
@@ -151,7 +151,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         f"{len(value['files'])} files{merges_words(allocation, '; ')}"
     )
     if value["gate"]:
-        print(printable(told_gate(value["gate"])))
+        print(printable(gate_message(value["gate"])))
     if allocation["dtype"]:
         print(f"floating-point tensors are stored as {allocation['dtype']}")
     table(

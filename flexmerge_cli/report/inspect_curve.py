@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.method import Call, method
 from flexmerge_cli.methods.use import MethodUse

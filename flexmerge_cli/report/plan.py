@@ -8,8 +8,8 @@ import numpy as np
 
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import copies
-from flexmerge_cli.allocation.bill import Pricer
-from flexmerge_cli.allocation.ways import ways
+from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.allocation.options import storage_options
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
@@ -30,7 +30,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
 
     pricer = Pricer(plan)
     asked = allocate(plan, request, pricer) if request != MergeRequest() else None
-    rows = ways(pricer, str(path), methods=methods)
+    rows = storage_options(pricer, str(path), methods=methods)
     exact = next(row for row in rows if row.name == "exact deduplication")
     return {
         "plan": str(path),
@@ -45,7 +45,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "near_ties": plan.near_ties,
         "exact_bytes": exact.tensor_bytes,
         "sizes": size_rows(plan),
-        "ways": [
+        "options": [
             {
                 "name": row.name,
                 "disk_bytes": row.disk_bytes,
@@ -65,7 +65,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
             "factor": asked.tensor_bytes / max(1, plan.one_model_bytes),
             "total_bytes": asked.total_bytes,
         },
-        "peak_memory_bytes": merge_bytes(asked or pricer.bill(copies(plan)), default_threads()),
+        "peak_memory_bytes": merge_bytes(asked or pricer.layout(copies(plan)), default_threads()),
         "low_rank": low_rank_rows(plan),
         "warnings": warnings(plan),
     }
@@ -232,7 +232,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
-        "ways": [
+        "options": [
             {
                 "name": row.name,
                 "disk_bytes": row.disk_bytes,
@@ -240,7 +240,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
                 "factor": row.tensor_bytes / max(1, plan.one_model_bytes),
                 "command": None,
             }
-            for row in ways(pricer, "plan.json")
+            for row in storage_options(pricer, "plan.json")
             if row.name != "exact deduplication"
         ],
         "read_bytes": sum(task.bytes for task in plan.readers),
@@ -277,11 +277,11 @@ def show_plan(value: dict[str, Any]) -> None:
         ["way to store them", "size", "on disk", "served"],
         [
             (row["name"], f"{row['factor']:.2f}x", f"{row['disk_bytes']:,}", f"{row['served_bytes']:,}")
-            for row in value["ways"]
+            for row in value["options"]
         ],
     )
-    widest = max(len(row["name"]) for row in value["ways"])
-    for row in value["ways"]:
+    widest = max(len(row["name"]) for row in value["options"])
+    for row in value["options"]:
         if row["command"]:
             print(f"{row['name']:{widest}}  {row['command']}")
     if value.get("cut"):

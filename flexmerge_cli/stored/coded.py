@@ -18,7 +18,7 @@ from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.coder import Coder, Part, Parts
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
-from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.summary import Summary, residual_summary
 
 # Elements decoded at a time: a few MB, in and out of the cache together.
@@ -120,7 +120,7 @@ def _owner(of: Described, parts: RouteParts) -> str:
     return next((name for name in of.tasks if f"{of.tensor}@codes.{name}" in parts), of.task)
 
 
-def _layout(group: GroupTensor) -> Layout | None:
+def _layout(group: GroupTensor) -> GroupLayout | None:
     coded = declare(group.call)
     assert coded is not None
     if group.bits is not None:
@@ -128,14 +128,14 @@ def _layout(group: GroupTensor) -> Layout | None:
     form = coded.form(group.shape, group.dtypes)
     if form.residual is None:
         return None
-    return Layout(
+    return GroupLayout(
         centre=_centre_arrays(coded, form, group.shape, group.dtypes),
         base=_needs_base(coded, form),
         own=tuple(((place,), _own_arrays(form, dtype)) for place, dtype in enumerate(group.dtypes)),
     )
 
 
-def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) -> Layout | None:
+def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) -> GroupLayout | None:
     """Where each task has bits of its own; tasks with the same tensor and bits share their arrays."""
     classes: dict[tuple[int, int], list[int]] = {}
     for place, own in enumerate(bits):
@@ -144,7 +144,7 @@ def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) ->
     if not classes or not math.prod(group.shape):
         return None
     form = coded.form_of_bits(group.shape, 0)
-    return Layout(
+    return GroupLayout(
         centre=_centre_arrays(coded, form, group.shape, group.dtypes),
         base=_needs_base(coded, form),
         own=tuple(

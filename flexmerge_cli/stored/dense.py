@@ -8,7 +8,7 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
-from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.summary import Summary
 
 
@@ -41,9 +41,9 @@ def cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
     return from_float32(to_float32(bits, dtype), wanted)
 
 
-def _merged_layout(group: GroupTensor) -> Layout | None:
+def _merged_layout(group: GroupTensor) -> GroupLayout | None:
     dense = Array(role="dense", dtype=promote(group.dtypes), shape=group.shape)
-    found = Layout(centre=(dense,), base=False, own=tuple(((place,), ()) for place in range(len(group.dtypes))))
+    found = GroupLayout(centre=(dense,), base=False, own=tuple(((place,), ()) for place in range(len(group.dtypes))))
     return None if group.copies_bytes <= found.num_bytes else found
 
 

@@ -48,7 +48,7 @@ class GroupTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class GroupLayout:
     """The arrays of one tensor of one group."""
 
     centre: tuple[Array, ...]
@@ -76,7 +76,7 @@ class GroupForm:
     """In the manifest, and as methods declare it."""
     product: str
     """What a method of this form gives, in one word."""
-    layout: Callable[[GroupTensor], Layout | None]
+    layout: Callable[[GroupTensor], GroupLayout | None]
     """None where copies are exact and no larger."""
     summary: Callable[[Call], Summary]
     """What a method stores, in words and as a formula."""

@@ -11,7 +11,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
-from flexmerge_cli.stored.form import Array, GroupForm, GroupTensor, Layout
+from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.summary import Summary
 
 
@@ -50,11 +50,11 @@ class MaskedTensor:
         return parts[f"{name}@base"], parts[f"{name}@unified"], parts[f"{name}@mask.{task}"], gamma
 
 
-def _layout(group: GroupTensor) -> Layout | None:
+def _layout(group: GroupTensor) -> GroupLayout | None:
     mask = Array(role="mask", dtype="U8", shape=(masks.packed_bytes(math.prod(group.shape)),))
     unified = Array(role="unified", dtype=promote(group.dtypes), shape=group.shape)
     own = tuple(((place,), (mask,)) for place in range(len(group.dtypes)))
-    found = Layout(centre=(unified,), base=True, own=own)
+    found = GroupLayout(centre=(unified,), base=True, own=own)
     base_bytes = math.prod(group.shape) * ITEM_BYTES[group.base_dtype]
     return None if group.copies_bytes <= found.num_bytes + base_bytes else found
 

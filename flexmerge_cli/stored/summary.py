@@ -59,14 +59,14 @@ def _coder(coder: Coder) -> Summary:
             scale = 2 if coder.scales == "bfloat16" else 4
             levels = f" + {4 << coder.bits}" if coder.has_levels else ""
             codes = {1: "m·⌈c/8⌉", 8: "n"}.get(coder.bits, f"m·⌈{coder.bits}·c/8⌉")
-            told = f"{coder.bits} {'bit' if coder.bits == 1 else 'bits'} an element and a scale a row"
+            parts = f"{coder.bits} {'bit' if coder.bits == 1 else 'bits'} an element and a scale a row"
             return Summary(
-                parts=told + (", and levels" if coder.has_levels else ""), num_bytes=f"{scale}·m{levels} + {codes}"
+                parts=parts + (", and levels" if coder.has_levels else ""), num_bytes=f"{scale}·m{levels} + {codes}"
             )
         case BitDelta():
             by_row = coder.scope == "row"
-            told = f"signs and a scale {'a row' if by_row else 'a tensor'}"
-            return Summary(parts=told, num_bytes=f"{'4·m' if by_row else '4'} + m·⌈c/8⌉")
+            parts = f"signs and a scale {'a row' if by_row else 'a tensor'}"
+            return Summary(parts=parts, num_bytes=f"{'4·m' if by_row else '4'} + m·⌈c/8⌉")
         case LowRank():
             rank = "⌊min(m, c)/k⌋" if coder.shared_by else str(coder.rank or f"⌊{coder.fraction:g}·min(m, c)⌋")
             return Summary(parts="two factors of rank r", num_bytes=f"s·r·(m + c), r = {rank}")

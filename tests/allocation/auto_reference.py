@@ -36,38 +36,43 @@ def table(tensor, levels, w):
     if all(base or tensor.gram[k][k] <= 0 for k, base in enumerate(tensor.is_base)):
         return unchanged(tensor)
     least = 1e-12 * sum(tensor.gram[k][k] for k in range(len(tensor.same))) / len(tensor.same)
-    leaders = sorted(set(tensor.same))
-    members = {leader: [k for k, first in enumerate(tensor.same) if first == leader] for leader in leaders}
+    representatives = sorted(set(tensor.same))
+    members = {
+        representative: [k for k, first in enumerate(tensor.same) if first == representative]
+        for representative in representatives
+    }
 
-    def exact(leader):
-        return exact_bytes(tensor, leader), 0.0, "exact"
+    def exact(representative):
+        return exact_bytes(tensor, representative), 0.0, "exact"
 
-    def copies(leader):
+    def copies(representative):
         coded = [
-            (code_bytes(tensor.shape, b), w * len(members[leader]) * max(least, tensor.errors.average[b]), b)
+            (code_bytes(tensor.shape, b), w * len(members[representative]) * max(least, tensor.errors.average[b]), b)
             for b in (2, 3, 4, 8)
         ]
-        return [*coded, exact(leader)]
+        return [*coded, exact(representative)]
 
-    def residuals(leader, energy):
-        unit = w * len(members[leader]) * max(least, energy)
+    def residuals(representative, energy):
+        unit = w * len(members[representative]) * max(least, energy)
         coded = [(code_bytes(tensor.shape, b), unit * max(1e-12, tensor.errors.ratio[b]), b) for b in (1, 2, 3, 4, 8)]
-        return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(leader)]
+        return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(representative)]
 
-    rows = [(("none",), 0, [copies(leader) for leader in leaders])]
+    rows = [(("none",), 0, [copies(representative) for representative in representatives])]
     for bits in CENTRE_BITS:
         lost = 0.0 if bits == "dense" else tensor.errors.base[bits]
         size = base_bytes(tensor) if bits == "dense" else code_bytes(tensor.shape, bits)
         options = [
             [(0, 0.0, 0)]
-            if bits == "dense" and tensor.is_base[leader]
-            else residuals(leader, max(0.0, tensor.gram[leader][leader]) + lost)
-            for leader in leaders
+            if bits == "dense" and tensor.is_base[representative]
+            else residuals(representative, max(0.0, tensor.gram[representative][representative]) + lost)
+            for representative in representatives
         ]
         rows.append((("base", bits), size, options))
     seen = []
     for level in sorted(levels):
-        groups = [[leader for leader in leaders if leader in group] for group in levels[level]]
+        groups = [
+            [representative for representative in representatives if representative in group] for group in levels[level]
+        ]
         groups = sorted(group for group in groups if group)
         if groups in seen or all(len(group) == 1 for group in groups):
             continue
@@ -76,7 +81,7 @@ def table(tensor, levels, w):
             lost = 0.0 if bits == "dense" else tensor.errors.average[bits]
             size, options = 0, {}
             for group in groups:
-                tasks = sorted(k for leader in group for k in members[leader])
+                tasks = sorted(k for representative in group for k in members[representative])
                 if len(group) == 1:
                     options[group[0]] = copies(group[0])
                     continue
@@ -86,20 +91,24 @@ def table(tensor, levels, w):
                 for k in group:
                     cross = sum(tensor.gram[k][j] for j in tasks) / len(tasks)
                     options[k] = residuals(k, max(0.0, tensor.gram[k][k] - 2 * cross + within) + lost)
-            rows.append((("average", len(groups), bits), size, [options[leader] for leader in leaders]))
+            rows.append(
+                (("average", len(groups), bits), size, [options[representative] for representative in representatives])
+            )
     return rows
 
 
 def unchanged(tensor):
     """Exact: a copy of all that is distinct, or the base, where that serves, and a copy of the rest."""
-    leaders = sorted(set(tensor.same))
+    representatives = sorted(set(tensor.same))
 
-    def exact(leader):
-        return [(exact_bytes(tensor, leader), 0.0, "exact")]
+    def exact(representative):
+        return [(exact_bytes(tensor, representative), 0.0, "exact")]
 
-    rest = [[(0, 0.0, 0)] if tensor.is_base[leader] else exact(leader) for leader in leaders]
+    rest = [
+        [(0, 0.0, 0)] if tensor.is_base[representative] else exact(representative) for representative in representatives
+    ]
     return [
-        (("none",), 0, [exact(leader) for leader in leaders]),
+        (("none",), 0, [exact(representative) for representative in representatives]),
         (("base", "dense"), base_bytes(tensor), rest),
     ]
 

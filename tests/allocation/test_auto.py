@@ -72,8 +72,8 @@ def families(draw, max_tasks=4, max_tensors=3):
     num_tasks = draw(st.integers(1, max_tasks))
     tensors, block_of = [], {}
     for number in range(draw(st.integers(1, max_tensors))):
-        leaders = [draw(st.integers(0, task)) for task in range(num_tasks)]
-        same = [first if leaders[first] == first else task for task, first in enumerate(leaders)]
+        representatives = [draw(st.integers(0, task)) for task in range(num_tasks)]
+        same = [first if representatives[first] == first else task for task, first in enumerate(representatives)]
         unmoved = draw(st.sets(st.sampled_from(sorted(set(same)))))
         is_base = draw(st.sets(st.sampled_from(sorted(unmoved)))) if unmoved else set()
         name = draw(st.sampled_from([f"layer.{number}", f"tok_embeddings.{number}", f"wte.{number}"]))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from flexmerge_cli import load_plan, merge, open_bundle
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.clusters import spherical_kmeans, unit_gram
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.planning.make import replan
 from flexmerge_cli.random import Stream, key64

@@ -7,8 +7,8 @@ import pytest
 
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocation import from_groups
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.order import groups_after
@@ -34,8 +34,8 @@ def cut(pricer, method, text, fit=Fit.TIGHT):
 
 
 def cost(pricer, allocation, size):
-    bill = pricer.bill(allocation)
-    return bill.total_bytes if size.on_disk else bill.tensor_bytes
+    layout = pricer.layout(allocation)
+    return layout.total_bytes if size.on_disk else layout.tensor_bytes
 
 
 def undos(pricer, allocation):
@@ -65,7 +65,7 @@ def merges_of(allocation, num_tasks):
 def targets(pricer, method, kind, count, seed):
     """Between the smallest and all apart, and a little beyond."""
     made = cutter(pricer, method)
-    least, most = pricer.bill(made.smallest()), pricer.bill(made.prefix(0))
+    least, most = pricer.layout(made.smallest()), pricer.layout(made.prefix(0))
     draw = random.Random(seed)
     if kind == "bytes":
         return [f"{draw.randint(least.total_bytes, most.total_bytes + 500)}B" for _ in range(count)]
@@ -132,7 +132,7 @@ def test_an_unreachable_size_names_the_smallest_and_that_is_reached(pricer):
                 cut(pricer, method, f"{least - 1}B", fit)
         factor = raised.value.hint.split()[1].removesuffix(",")
         allocation, size = cut(pricer, method, factor, fit)
-        assert cost(pricer, allocation, size) == pricer.bill(made.smallest()).tensor_bytes
+        assert cost(pricer, allocation, size) == pricer.layout(made.smallest()).tensor_bytes
 
 
 def test_merges_are_counted_from_none_to_all(pricer):
@@ -144,10 +144,10 @@ def test_merges_are_counted_from_none_to_all(pricer):
             made.prefix(number)
 
 
-def test_sizes_are_those_of_the_bills(pricer):
+def test_sizes_are_those_of_the_layouts(pricer):
     for method in METHODS:
         made = cutter(pricer, method)
-        assert made.sizes() == [pricer.bill(made.prefix(n)).tensor_bytes for n in range(len(pricer.plan.order) + 1)]
+        assert made.sizes() == [pricer.layout(made.prefix(n)).tensor_bytes for n in range(len(pricer.plan.order) + 1)]
 
 
 def test_the_smallest_has_the_fewest_merges_among_equals(odd_plan):
@@ -172,7 +172,7 @@ def test_merges_that_save_nothing_are_undone(odd_plan):
 @pytest.mark.parametrize("method", ["emr", "consensus"])
 def test_masked_pairs_are_copies(method, pricer):
     for number in range(len(pricer.plan.order) + 1):
-        bill = pricer.bill(cutter(pricer, method).prefix(number))
-        for storage in bill.storages.values():
+        layout = pricer.layout(cutter(pricer, method).prefix(number))
+        for storage in layout.storages.values():
             for group in storage.groups:
                 assert group.method is None or len(group.tasks) > 2

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from flexmerge_cli.allocation.allocation import Bits, Group, Unit
-from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.storage import store_tensor, unit_parts
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import parse_use
@@ -36,8 +36,8 @@ def near_the_base(seed: int) -> Plan:
     plan, rng = synthetic_plan(5, 1, mixed=True, seed=seed), random.Random(seed)
     tensors = []
     for tensor in plan.tensors:
-        leader = rng.choice(tensor.same)
-        tensors.append(tensor.model_copy(update={"is_base": tuple(one == leader for one in tensor.same)}))
+        representative = rng.choice(tensor.same)
+        tensors.append(tensor.model_copy(update={"is_base": tuple(one == representative for one in tensor.same)}))
     return plan.model_copy(update={"tensors": tuple(tensors)})
 
 

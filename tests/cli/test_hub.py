@@ -68,7 +68,7 @@ def test_inspect_and_a_dry_run_read_headers_and_no_weight(hub, published):
     here = succeeds("plan", *published.arguments, "--dry-run", "--json").json
     # Not the bytes on disk: a manifest holds the names of its sources.
     for key in ("name", "served_bytes", "factor"):
-        assert [way[key] for way in priced["ways"]] == [way[key] for way in here["ways"]]
+        assert [way[key] for way in priced["options"]] == [way[key] for way in here["options"]]
 
 
 def test_plan_and_merge_fetch_each_file_once_and_give_the_bytes_of_local_ones(hub, published, tmp_path):

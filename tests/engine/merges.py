@@ -9,7 +9,7 @@ import torch
 
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocation import from_groups
-from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.formats.plan_file import Plan
@@ -130,21 +130,21 @@ def billed(
     groups: Sequence[list[tuple[int, ...]]] | None = None,
     dtype: str | None = None,
     **request: Any,
-) -> Bill:
+) -> BundleLayout:
     """Of groups by block, the partitions in turn unless told; several methods take turns, too."""
     uses = tuple(parse_use(text, **request) for text in methods)
     if groups is None:
         groups = [groups_of(len(plan.tasks), index) for index in range(len(plan.blocks))]
     turns = [index % len(uses) for index in range(len(plan.blocks))]
-    return Pricer(plan).bill(from_groups(plan, list(groups), methods=uses, method_of=turns, dtype=dtype))
+    return Pricer(plan).layout(from_groups(plan, list(groups), methods=uses, method_of=turns, dtype=dtype))
 
 
 def write(
-    folders: Folders, bill: Bill, target: Path, *, threads: int = 1, chunk_elements: int = CHUNK_ELEMENTS
+    folders: Folders, layout: BundleLayout, target: Path, *, threads: int = 1, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Path:
-    sources, side_files = open_sources(bill.plan, folders.root, {})
+    sources, side_files = open_sources(layout.plan, folders.root, {})
     write_bundle(
-        bill, sources.located, side_files, target,
+        layout, sources.located, side_files, target,
         force=False, device=torch.device("cpu"), threads=threads, chunk_elements=chunk_elements,
     )  # fmt: skip
     return target

@@ -126,15 +126,15 @@ def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, C
         size=size,
         merges=None if size or case.get("cluster") else len(plan.order),
     )
-    bill = allocate(plan, request)
+    layout = allocate(plan, request)
     chunk, threads = {"smallest": SMALLEST_CHUNK, "default": CHUNK_ELEMENTS}[case["chunk"]], case.get("threads", 1)
-    told = merge_bytes(bill, threads, chunk)
+    told = merge_bytes(layout, threads, chunk)
 
     def run() -> None:
         memory = told if case["chunk"] == "smallest" else None
         merge(
             plan, request, output, plan_folder=plan_file.parent, device="cpu", threads=threads, max_memory=memory,
-            bill=bill,
+            layout=layout,
         )  # fmt: skip
 
     return told, run

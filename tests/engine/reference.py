@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.allocation.allocation import Group, Unit
-from flexmerge_cli.allocation.bill import Bill
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import effective_dtype
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH, promote
 from flexmerge_cli.family.classes import TensorClass
@@ -25,9 +25,9 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return getattr(torch, TO_TORCH[dtype])
 
 
-def given_back(models: Models, bill: Bill) -> dict[str, State]:
+def given_back(models: Models, layout: BundleLayout) -> dict[str, State]:
     """Task -> name -> tensor. Names are the base's in every task."""
-    plan, cast = bill.plan, bill.allocation.dtype
+    plan, cast = layout.plan, layout.allocation.dtype
     mergeable = sorted(tensor.name for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE)
     family = Family(
         tasks=plan.task_names,
@@ -46,29 +46,30 @@ def given_back(models: Models, bill: Bill) -> dict[str, State]:
         back[task] = {
             name: models.tasks[task][name].to(torch_dtype(effective_dtype(dtype, cast))) for name, dtype in own.items()
         }
-    for unit in bill.allocation.units:
+    for unit in layout.allocation.units:
         for group in unit.groups:
-            for task, name, value in _group(models, bill, family, experts, unit, group):
+            for task, name, value in _group(models, layout, family, experts, unit, group):
                 back[task][name] = value.view(back[task][name].shape)
     return back
 
 
 def _group(
-    models: Models, bill: Bill, family: Family, experts: dict[Any, Any], unit: Unit, group: Group
+    models: Models, layout: BundleLayout, family: Family, experts: dict[Any, Any], unit: Unit, group: Group
 ) -> list[tuple[str, str, Tensor]]:
     """(task, tensor, value) of all that is not copied. experts: statistics that were taken before."""
     stored = [
         name
         for name in unit.tensors
-        if any(found.tasks == group.tasks and found.method is not None for found in bill.storages[name].groups)
+        if any(found.tasks == group.tasks and found.method is not None for found in layout.storages[name].groups)
     ]
     if group.method is None or not stored:
         return []
-    use, call = bill.allocation.methods[group.method], bill.calls[group.method]
+    use, call = layout.allocation.methods[group.method], layout.calls[group.method]
     names = tuple(family.tasks[task] for task in group.tasks)
     dtypes = {
         name: tuple(
-            effective_dtype(bill.storages[name].tensor.dtype_of(task), bill.allocation.dtype) for task in group.tasks
+            effective_dtype(layout.storages[name].tensor.dtype_of(task), layout.allocation.dtype)
+            for task in group.tasks
         )
         for name in family.blocks[unit.name]
     }
@@ -94,7 +95,7 @@ def _group(
     for name in stored:
         base = models.base[name].float().flatten()
         kept_base = models.base[name].to(
-            torch_dtype(effective_dtype(str(bill.storages[name].tensor.base_dtype), bill.allocation.dtype))
+            torch_dtype(effective_dtype(str(layout.storages[name].tensor.base_dtype), layout.allocation.dtype))
         )
         value = base + merged[name].unified.flatten() + 0.0 if maker is not None else base
         if coded is not None:

@@ -46,10 +46,10 @@ def large(tmp_path_factory):
 def test_a_bundle_is_the_same_for_any_chunk_size_and_number_of_threads(method, large, tmp_path):
     plan = plan_of(large)
     groups = [GROUPS[index % 3] for index in range(len(plan.blocks))]
-    bill, first = billed(plan, method, groups=groups), None
+    layout, first = billed(plan, method, groups=groups), None
     for chunk_elements, threads in ((1024, 1), (1024, 3), (65536, 3), (WHOLE, 1)):
         target = tmp_path / f"{chunk_elements}-{threads}"
-        files = tree(write(large, bill, target, threads=threads, chunk_elements=chunk_elements))
+        files = tree(write(large, layout, target, threads=threads, chunk_elements=chunk_elements))
         first = first or files
         assert files == first, (chunk_elements, threads)
 

@@ -96,14 +96,14 @@ def test_a_bundle_holds_what_was_priced_and_gives_back_what_the_method_makes(
 ):
     """Groups of one to eight tasks. What is not the default of a method is tried on the mixed family alone."""
     folders = family(dtype)
-    bill = billed(plan_of(folders), *methods)
-    bundle = write(folders, bill, tmp_path / "bundle")
-    assert disk_bytes(bundle) == bill.total_bytes
+    layout = billed(plan_of(folders), *methods)
+    bundle = write(folders, layout, tmp_path / "bundle")
+    assert disk_bytes(bundle) == layout.total_bytes
     stored = [part.num_bytes for file in Bundle.open(bundle).parts.values() for part in file.values()]
-    assert sum(stored) == bill.tensor_bytes
+    assert sum(stored) == layout.tensor_bytes
     assert sample_reader(bundle) == verified(bundle) > 0
     opened, near = open_bundle(bundle), parse_call(methods[0]).method.name in SPECTRAL_RESIDUALS
-    for task, state in given_back(folders.models, bill).items():
+    for task, state in given_back(folders.models, layout).items():
         view = opened.view(task)
         assert sorted(view) == sorted(state)
         for name, expected in state.items():

@@ -85,8 +85,8 @@ def assert_merged(folders, bundle, expected_of):
 @pytest.mark.parametrize("K", [0.1, 0.37, 0.9])
 def test_ties_keeps_exactly_the_largest_of_the_whole_model(K, chunk_elements, as_counted, ties_everywhere, tmp_path):
     plan = plan_of(ties_everywhere)
-    bill = billed(plan, f"ties:K={K}", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
-    bundle = write(ties_everywhere, bill, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
+    layout = billed(plan, f"ties:K={K}", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
+    bundle = write(ties_everywhere, layout, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
     deltas = side_by_side(ties_everywhere.models)
     n = deltas.shape[1]
     trimmed = np.zeros_like(deltas)
@@ -109,8 +109,8 @@ def test_ties_keeps_exactly_the_largest_of_the_whole_model(K, chunk_elements, as
 @pytest.mark.parametrize("chunk_elements", [1024, WHOLE])
 def test_pcb_competes_over_the_whole_model(chunk_elements, as_counted, ties_everywhere, tmp_path):
     plan, K = plan_of(ties_everywhere), 0.3
-    bill = billed(plan, f"pcb:K={K},scope=model", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
-    bundle = write(ties_everywhere, bill, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
+    layout = billed(plan, f"pcb:K={K},scope=model", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
+    bundle = write(ties_everywhere, layout, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
     deltas = side_by_side(ties_everywhere.models).astype(np.float64)
     n = deltas.shape[1]
 
@@ -137,8 +137,8 @@ def test_experts_of_free_are_scaled_by_means_over_the_whole_model(chunk_elements
     base = {name: normal(n, *shape) for n, (name, shape) in enumerate(SHAPES.items())}
     models = Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(3)})
     folders = planned(tmp_path, models)
-    bill = billed(plan_of(folders), "free:density=0.1,mu_scope=model,cutoff=0")
-    bundle = Bundle.open(write(folders, bill, tmp_path / "bundle", chunk_elements=chunk_elements))
+    layout = billed(plan_of(folders), "free:density=0.1,mu_scope=model,cutoff=0")
+    bundle = Bundle.open(write(folders, layout, tmp_path / "bundle", chunk_elements=chunk_elements))
     parts = {name: part for file in bundle.parts.values() for name, part in file.items()}
     for task, state in models.tasks.items():
         deltas = {name: (state[name] - base[name]).flatten().numpy() for name in NAMES}
@@ -170,8 +170,8 @@ def test_factors_of_emr_count_all_of_a_block(gamma, chunk_elements, tmp_path):
     models.tasks["task3"] = tuned(base, 9)  # else the tensor would be constant, and in no block
     folders = planned(tmp_path, models)
     plan = plan_of(folders)
-    bill = billed(plan, f"emr:gamma={gamma}", groups=[[(0, 1, 2), (3,)]] * len(plan.blocks))
-    bundle = Bundle.open(write(folders, bill, tmp_path / "bundle", chunk_elements=chunk_elements))
+    layout = billed(plan, f"emr:gamma={gamma}", groups=[[(0, 1, 2), (3,)]] * len(plan.blocks))
+    bundle = Bundle.open(write(folders, layout, tmp_path / "bundle", chunk_elements=chunk_elements))
     parts = {name: part for file in bundle.parts.values() for name, part in file.items()}
     unit = next(unit for unit in bundle.manifest.units if same in unit.tensors)
     assert len(unit.tensors) == 2 and f"{same}@unified" not in parts

@@ -45,10 +45,10 @@ def eight_mixed(tmp_path_factory):
     return planned(tmp_path_factory.mktemp("mixed"), mixed())
 
 
-def assert_as_in_memory(folders, bill, target):
-    bundle = open_bundle(write(folders, bill, target))
+def assert_as_in_memory(folders, layout, target):
+    bundle = open_bundle(write(folders, layout, target))
     assert verify(target, decode=True).bad == {}
-    for task, state in given_back(folders.models, bill).items():
+    for task, state in given_back(folders.models, layout).items():
         view = bundle.view(task)
         assert [name for name, value in state.items() if not same_bits(view[name], value)] == [], task
     return bundle
@@ -88,9 +88,9 @@ def long(tmp_path_factory):
 def test_steps_do_not_show_how_tensors_were_cut(step, long, tmp_path):
     groups = [[(0, 1, 2, 3)], [(0, 2, 3), (1,)]]
     plan = plan_of(long)
-    bill = billed(plan, "emr", "low_bit:bits=3", groups=groups[: len(plan.blocks)], steps=(step,))
-    one = write(long, bill, tmp_path / "one", threads=1, chunk_elements=1024)
-    other = write(long, bill, tmp_path / "other", threads=3, chunk_elements=WHOLE)
+    layout = billed(plan, "emr", "low_bit:bits=3", groups=groups[: len(plan.blocks)], steps=(step,))
+    one = write(long, layout, tmp_path / "one", threads=1, chunk_elements=1024)
+    other = write(long, layout, tmp_path / "other", threads=3, chunk_elements=WHOLE)
     assert tree(one) == tree(other)
 
 
@@ -139,8 +139,8 @@ def test_distances_are_to_the_task_as_it_is(method, eight, tmp_path):
 @pytest.mark.parametrize("steps", [(), ("dare:p=0.5",), ("fr",)])
 @pytest.mark.parametrize("method", ["average", "ties", "tsv_m", "opcm", "magmax", "low_bit:centre=tsv_m"])
 def test_calibration_sees_the_unstepped_task_vectors(method, steps, eight, tmp_path):
-    bill = billed(plan_of(eight), method, steps=steps, calibrate="svc:alpha=0.3")
-    bundle = assert_as_in_memory(eight, bill, tmp_path / "bundle")
+    layout = billed(plan_of(eight), method, steps=steps, calibrate="svc:alpha=0.3")
+    bundle = assert_as_in_memory(eight, layout, tmp_path / "bundle")
     assert bundle.manifest.methods[0].calibrate.startswith("svc:alpha=0.3")
     assert bundle.manifest.methods[0].steps == tuple(format_call(s.step.name, s.args) for s in map(parse_step, steps))
 
@@ -195,8 +195,8 @@ def test_a_step_goes_before_every_method_of_a_bundle(tmp_path):
     """And not before the copies: dare by p = 0.9 would be seen."""
     base = encoder(layers=1)
     folders = planned(tmp_path, Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(3)}))
-    bill = billed(plan_of(folders), "average", "tsv_m", groups=[[(0, 1), (2,)]] * 7, steps=("dare:p=0.9",))
-    bundle = assert_as_in_memory(folders, bill, tmp_path / "bundle")
+    layout = billed(plan_of(folders), "average", "tsv_m", groups=[[(0, 1), (2,)]] * 7, steps=("dare:p=0.9",))
+    bundle = assert_as_in_memory(folders, layout, tmp_path / "bundle")
     assert [len(method.steps) for method in bundle.manifest.methods] == [1, 1]
     for name, value in folders.models.tasks["task2"].items():
         assert same_bits(bundle.view("task2")[name], value)
@@ -211,8 +211,8 @@ def test_votes_and_masks_are_of_the_unstepped_task_vectors(tmp_path):
     models = Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(3)})
     folders, step = planned(tmp_path, models), parse_step("dare:p=0.5")
     blocks = plan_of(folders).blocks
-    bill = billed(plan_of(folders), "tall_masks", groups=[[(0, 1, 2)]] * len(blocks), steps=("dare:p=0.5",))
-    bundle = open_bundle(write(folders, bill, tmp_path / "bundle"))
+    layout = billed(plan_of(folders), "tall_masks", groups=[[(0, 1, 2)]] * len(blocks), steps=("dare:p=0.5",))
+    bundle = open_bundle(write(folders, layout, tmp_path / "bundle"))
     name = "encoder.layer.0.intermediate.dense.weight"
     deltas = torch.stack([models.tasks[task][name] - base[name] for task in sorted(models.tasks)])
     where = bundle_where(name, deltas.shape[1:])

@@ -9,7 +9,7 @@ import pytest
 
 from flexmerge_cli import merge
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.curve import Cut
@@ -80,7 +80,7 @@ def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
         Cut(
             method="average",
             sizes=(str(n),),
-            bill=allocate(plan, merge_request(method="average", merges=n), drawing.pricer),
+            layout=allocate(plan, merge_request(method="average", merges=n), drawing.pricer),
             command="",
         )
         for n in (number, number + 1)

@@ -60,7 +60,7 @@ def test_undecided_tells_examples_that_decide():
     assert task.outcome is Outcome.UNDECIDED and task.needed is not None and task.needed > 400
     times = -(-2 * task.needed // 400)
     assert outcome(hits(400 * times, 0.9, lost=2 * times), hits(400 * times, 0.9), "1pt") is Outcome.PASS
-    assert "would decide" in task.told and f"{task.needed:,}" in task.told
+    assert "would decide" in task.message and f"{task.needed:,}" in task.message
 
 
 def test_equal_weights_pass_with_any_number_of_examples():
@@ -124,7 +124,7 @@ def test_a_point_of_perplexity_is_one_of_its_units():
     assert 0.3 < lost < 0.5
     verdict = judge({"t": merged}, {"t": reference}, parse_gate("0.5pt", "0.5pt"))
     assert verdict.outcome is Outcome.PASS
-    assert [f"lost {lost:.2f}pt" in task.told for task in verdict.tasks] == [True, True]
+    assert [f"lost {lost:.2f}pt" in task.message for task in verdict.tasks] == [True, True]
     assert judge({"t": merged}, {"t": reference}, parse_gate("0.3pt", "0.3pt")).outcome is Outcome.FAIL
 
 

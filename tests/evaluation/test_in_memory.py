@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.bill import Bill, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.errors import DataError, GateError
@@ -54,7 +54,7 @@ def digests_of(bundle: Bundle, task: str) -> dict[str, str]:
     return {tensor.name: tensor.digests[task] for tensor in bundle.manifest.tensors if task in tensor.digests}
 
 
-def bills(folders: Folders, request: dict) -> list[Bill]:
+def layouts(folders: Folders, request: dict) -> list[BundleLayout]:
     """Of all sizes that the method reaches, and its smallest."""
     plan, found = plan_of(folders), []
     pricer = Pricer(plan)
@@ -70,10 +70,10 @@ def bills(folders: Folders, request: dict) -> list[Bill]:
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_are_those_of_the_bundle_as_the_cut_moves(family, plan, tmp_path, name):
     made = in_memory(family)
-    for number, bill in enumerate(bills(family, METHODS[name])):
-        tasks = range(len(bill.plan.tasks))
-        written = write(family, bill, tmp_path / str(number))
-        assert_same_bundle(made.bundle(bill, tasks), Bundle.open(written), list(bill.plan.task_names))
+    for number, layout in enumerate(layouts(family, METHODS[name])):
+        tasks = range(len(layout.plan.tasks))
+        written = write(family, layout, tmp_path / str(number))
+        assert_same_bundle(made.bundle(layout, tasks), Bundle.open(written), list(layout.plan.task_names))
 
 
 @pytest.fixture(scope="module")
@@ -100,40 +100,40 @@ def test_weights_are_those_of_the_bundle_of_odd_families(planned_family, tmp_pat
     for shift in range(2):
         count = len(plan.blocks)
         groups = [groups_of(len(plan.tasks), index + shift) for index in range(count)]
-        bill = billed(plan, "average", "emr", "low_bit:bits=2", "low_bit:centre=none", groups=groups, dtype=dtype)
-        written = write(folders, bill, tmp_path / f"{shift}")
-        assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(written), list(plan.task_names))
+        layout = billed(plan, "average", "emr", "low_bit:bits=2", "low_bit:centre=none", groups=groups, dtype=dtype)
+        written = write(folders, layout, tmp_path / f"{shift}")
+        assert_same_bundle(made.bundle(layout, plan.all_tasks), Bundle.open(written), list(plan.task_names))
 
 
 def test_one_task_at_a_time_gives_the_same(family, plan, tmp_path):
-    bill = bills(family, METHODS["two methods"])[2]
-    written, made = Bundle.open(write(family, bill, tmp_path / "bundle")), in_memory(family)
-    for task in reversed(bill.plan.all_tasks):
-        assert_same_bundle(made.bundle(bill, [task]), written, [bill.plan.task_names[task]])
+    layout = layouts(family, METHODS["two methods"])[2]
+    written, made = Bundle.open(write(family, layout, tmp_path / "bundle")), in_memory(family)
+    for task in reversed(layout.plan.all_tasks):
+        assert_same_bundle(made.bundle(layout, [task]), written, [layout.plan.task_names[task]])
 
 
 def test_a_part_is_made_once_and_only_those_of_new_groups(family, plan):
-    made, cuts = in_memory(family), bills(family, METHODS["dense"])
+    made, cuts = in_memory(family), layouts(family, METHODS["dense"])
     everyone = cuts[0].plan.all_tasks
     seen: set = set()
-    for bill in cuts:
+    for layout in cuts:
         before = made.num_made
-        new = {key for key in made.keys(bill, everyone) - seen if key[0] not in ("copy", "whole", "base")}
-        made.bundle(bill, everyone)
+        new = {key for key in made.keys(layout, everyone) - seen if key[0] not in ("copy", "whole", "base")}
+        made.bundle(layout, everyone)
         assert made.num_made - before == len(new)
-        seen |= made.keys(bill, everyone)
+        seen |= made.keys(layout, everyone)
     assert made.num_made > 0
 
 
 def test_what_is_forgotten_is_made_again(family, plan, tmp_path):
-    made, bill = in_memory(family), bills(family, METHODS["masked"])[-1]
-    everyone = bill.plan.all_tasks
-    made.bundle(bill, everyone)
+    made, layout = in_memory(family), layouts(family, METHODS["masked"])[-1]
+    everyone = layout.plan.all_tasks
+    made.bundle(layout, everyone)
     assert made.num_bytes > 0
     made.keep_only(set())
     assert made.num_bytes == 0
-    written = write(family, bill, tmp_path / "bundle")
-    assert_same_bundle(made.bundle(bill, everyone), Bundle.open(written), list(bill.plan.task_names))
+    written = write(family, layout, tmp_path / "bundle")
+    assert_same_bundle(made.bundle(layout, everyone), Bundle.open(written), list(layout.plan.task_names))
 
 
 @pytest.mark.parametrize("name", ["dense", "masked", "auto", "two methods"])
@@ -141,11 +141,11 @@ def test_identity_tells_which_tasks_changed(family, plan, name):
     """Equal identities have equal digests."""
     made = in_memory(family)
     found: dict = {}
-    for bill in bills(family, METHODS[name]):
-        bundle = made.bundle(bill, bill.plan.all_tasks)
-        for task, of_task in enumerate(bill.plan.task_names):
+    for layout in layouts(family, METHODS[name]):
+        bundle = made.bundle(layout, layout.plan.all_tasks)
+        for task, of_task in enumerate(layout.plan.task_names):
             digests = digests_of(bundle, of_task)
-            assert found.setdefault((task, made.identity(bill, task)), digests) == digests
+            assert found.setdefault((task, made.identity(layout, task)), digests) == digests
 
 
 def test_a_merge_changes_the_identity_of_its_tasks_alone(family, plan):
@@ -160,10 +160,10 @@ def test_a_merge_changes_the_identity_of_its_tasks_alone(family, plan):
 
 def test_chunks_and_forgetting_do_not_show(planned_family):
     folders = planned_family("float32")
-    bill = billed(plan_of(folders), "emr", "low_bit:bits=2", "ties:scope=model")
-    everyone = bill.plan.all_tasks
+    layout = billed(plan_of(folders), "emr", "low_bit:bits=2", "ties:scope=model")
+    everyone = layout.plan.all_tasks
     whole, cut = in_memory(folders), in_memory(folders, chunk_elements=1 << 10)
-    assert_same_bundle(whole.bundle(bill, everyone), cut.bundle(bill, everyone), list(bill.plan.task_names))
+    assert_same_bundle(whole.bundle(layout, everyone), cut.bundle(layout, everyone), list(layout.plan.task_names))
 
 
 def test_a_source_that_changed_is_refused(tmp_path):
@@ -174,7 +174,7 @@ def test_a_source_that_changed_is_refused(tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     plan = plan_of(folders)
-    bill, made = allocate(plan, merge_request()), in_memory(folders)
+    layout, made = allocate(plan, merge_request()), in_memory(folders)
     with pytest.raises(DataError, match="has changed since the plan"):
         for task in itertools.chain(plan.all_tasks):
-            made.bundle(bill, [task])
+            made.bundle(layout, [task])

@@ -6,7 +6,7 @@ import torch
 
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.bill import Pricer
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.bundle.write import write_bundle
@@ -31,10 +31,10 @@ def assert_as_written(path: Path) -> None:
     run = {"device": torch.device("cpu"), "threads": 1}
     made = MemoryBundles(sources=sources.located, **run)
     for method in ("average", "emr", "low_bit:bits=2,centre_bits=8", None):
-        bill = allocate(plan, merge_request(method=method), pricer)
+        layout = allocate(plan, merge_request(method=method), pricer)
         target = path.with_name(f"{path.stem}-{(method or 'copies').partition(':')[0]}")
-        write_bundle(bill, sources.located, side_files, target, force=False, **run)
-        assert_same_bundle(made.bundle(bill, plan.all_tasks), Bundle.open(target), list(plan.task_names))
+        write_bundle(layout, sources.located, side_files, target, force=False, **run)
+        assert_same_bundle(made.bundle(layout, plan.all_tasks), Bundle.open(target), list(plan.task_names))
 
 
 def test_references_of_adapters_are_the_models_that_they_make(tmp_path):

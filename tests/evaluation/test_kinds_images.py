@@ -162,5 +162,5 @@ def test_offline_holds_for_the_text_model_here_and_in_other_processes(tmp_path, 
     spec = tiny.spec_of(tmp_path, task | {"text_model": "hf://org/clip"})
     access = Access(offline=True, on_message=print)
     with pytest.raises(SourceError) as caught:
-        Scorer(spec=spec, access=access.elsewhere() if there else access).examples("it", model)
+        Scorer(spec=spec, access=access.for_process() if there else access).examples("it", model)
     assert "hf download org/clip" in str(caught.value.hint)

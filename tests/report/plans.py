@@ -83,7 +83,7 @@ def _tensor(
     return {
         "name": name, "class": "mergeable", "reason": "", "dtype": dtypes[0], "shape": [NUM_ELEMENTS],
         "base_dtype": "F32", "dtypes": dtypes, "shapes": None, "block": block,
-        "digests": [f"{leader:032x}" for leader in same],
+        "digests": [f"{representative:032x}" for representative in same],
         "base_digest": "0" * 32, "same": same, "is_base": [False] * num_tasks,
         "gram": ((product + product.T) / 2).tolist(), "base_energy": 100.0, "agreement": None, "finite": True,
     }  # fmt: skip

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.distance import linear_errors
@@ -18,11 +18,11 @@ from tests.report.plans import synthetic_plan
 
 @settings(max_examples=25, deadline=None)
 @given(num_tasks=st.sampled_from([1, 2, 3, 7]), num_blocks=st.integers(1, 5), seed=st.integers(0, 99))
-def test_sizes_are_those_of_the_bill(num_tasks: int, num_blocks: int, seed: int) -> None:
+def test_sizes_are_those_of_the_layout(num_tasks: int, num_blocks: int, seed: int) -> None:
     plan = synthetic_plan(num_tasks, num_blocks, mixed=True, seed=seed)
     cutter = Cutter(Pricer(plan), parse_use("average"))
-    bills = [cutter.pricer.bill(cutter.prefix(merges)) for merges in range(len(plan.order) + 1)]
-    assert dense_sizes(plan) == cutter.sizes() == [bill.tensor_bytes for bill in bills]
+    layouts = [cutter.pricer.layout(cutter.prefix(merges)) for merges in range(len(plan.order) + 1)]
+    assert dense_sizes(plan) == cutter.sizes() == [layout.tensor_bytes for layout in layouts]
 
 
 @settings(max_examples=25, deadline=None)

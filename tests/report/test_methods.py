@@ -1,4 +1,4 @@
-"""`flexmerge methods`: nothing is missing, names lead somewhere, and the formulas are the bytes of the bill."""
+"""`flexmerge methods`: nothing is missing, names lead somewhere, and the formulas are the bytes of the layout."""
 
 import math
 import re

@@ -176,8 +176,8 @@ def test_3x_counts_the_same_models_everywhere(tmp_path):
 
 def test_a_table_of_methods_parses_each_of_them_once(plan, monkeypatch):
     """Arguments are parsed when a method is named, and never again for a tensor or a group."""
-    from flexmerge_cli.allocation.bill import Pricer
-    from flexmerge_cli.allocation.ways import ways
+    from flexmerge_cli.allocation.layout import Pricer
+    from flexmerge_cli.allocation.options import storage_options
     from flexmerge_cli.methods import registry
 
     loaded, count, parse = load_plan(plan), 0, registry.split_call
@@ -187,9 +187,9 @@ def test_a_table_of_methods_parses_each_of_them_once(plan, monkeypatch):
         count += 1
         return parse(text)
 
-    ways(Pricer(loaded), "plan.json")
+    storage_options(Pricer(loaded), "plan.json")
     monkeypatch.setattr(registry, "split_call", counted)
-    ways(Pricer(loaded), "plan.json")
+    storage_options(Pricer(loaded), "plan.json")
     assert 0 < count < 40
 
 

@@ -9,7 +9,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers
 
 
-def read_together(
+def read_models(
     tensors: Sequence[StoredTensor],
     ranges: Sequence[tuple[int, int]],
     reader: Reader,

@@ -6,12 +6,12 @@ import pytest
 from safetensors import safe_open
 
 from flexmerge_cli import load_plan
-from flexmerge_cli.allocation.bill import Pricer
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.files import MAX_STEM_BYTES, file_stem, safetensors_header, weight_files
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured, fixed
+from flexmerge_cli.allocation.options import served_bytes
 from flexmerge_cli.allocation.storage import Part
-from flexmerge_cli.allocation.ways import served_bytes
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.use import parse_use
@@ -52,15 +52,15 @@ def test_a_part_is_in_the_file_of_exactly_its_readers(odd_plan):
     pricer = Pricer(load_plan(odd_plan("heads")))
     made = Cutter(pricer, parse_use("emr"))
     for number in range(0, len(pricer.plan.order) + 1, 5):
-        bill = pricer.bill(made.prefix(number))
+        layout = pricer.layout(made.prefix(number))
         seen = {}
-        for file in bill.files:
+        for file in layout.files:
             assert file.parts
             assert all(p.readers == file.readers for p in file.parts)
             seen |= {(p.name, file.readers): p for p in file.parts}
-        of_storages = {id(p) for storage in bill.storages.values() for p in storage.parts}
+        of_storages = {id(p) for storage in layout.storages.values() for p in storage.parts}
         assert of_storages <= {id(p) for p in seen.values()}
-        assert len(seen) == sum(len(file.parts) for file in bill.files)
+        assert len(seen) == sum(len(file.parts) for file in layout.files)
 
 
 def test_parts_are_aligned_to_their_items():
@@ -119,21 +119,21 @@ def test_measured_numbers_have_one_width(value):
 
 
 def test_what_was_measured_does_not_change_the_manifests_length(odd_plan):
-    bill = Pricer(load_plan(odd_plan("heads"))).bill(
+    layout = Pricer(load_plan(odd_plan("heads"))).layout(
         Cutter(Pricer(load_plan(odd_plan("heads"))), parse_use("emr")).smallest()
     )
     measured = Measured(
         task_distance={0: 0.123, 1: None, 2: 1e-30},
         group_distance={
-            (u.name, g.tasks): dict.fromkeys(g.tasks, 0.5) for u in bill.allocation.units for g in u.groups
+            (u.name, g.tasks): dict.fromkeys(g.tasks, 0.5) for u in layout.allocation.units for g in u.groups
         },
-        digests={name: dict.fromkeys(range(4), "f" * 32) for name in bill.storages},
-        sha256={file.path: "e" * 64 for file in (*bill.files, *bill.small)},
+        digests={name: dict.fromkeys(range(4), "f" * 32) for name in layout.storages},
+        sha256={file.path: "e" * 64 for file in (*layout.files, *layout.small)},
     )
     assert (
-        len(bill.manifest(measured))
-        == len(bill.manifest(Measured()))
-        == bill.total_bytes - sum(file.num_bytes for file in (*bill.files, *bill.small))
+        len(layout.manifest(measured))
+        == len(layout.manifest(Measured()))
+        == layout.total_bytes - sum(file.num_bytes for file in (*layout.files, *layout.small))
     )
 
 
@@ -141,10 +141,10 @@ def test_served_bytes_count_what_tasks_share_once(odd_plan, odd_family):
     pricer = Pricer(load_plan(odd_plan("plain")))
     one = sum(4 * value.numel() for value in odd_family("plain").models.base.values())
     made = Cutter(pricer, parse_use("average"))
-    assert served_bytes(pricer.bill(made.prefix(0))) == 4 * one
-    assert served_bytes(pricer.bill(made.prefix(len(made.order)))) == one
+    assert served_bytes(pricer.layout(made.prefix(0))) == 4 * one
+    assert served_bytes(pricer.layout(made.prefix(len(made.order)))) == one
     masked = Cutter(pricer, parse_use("emr"))
-    assert served_bytes(pricer.bill(masked.prefix(len(masked.order)))) == 4 * one
+    assert served_bytes(pricer.layout(masked.prefix(len(masked.order)))) == 4 * one
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

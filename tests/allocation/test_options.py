@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from flexmerge_cli.allocation.ways import COMMON
+from flexmerge_cli.allocation.options import COMMON
 from flexmerge_cli.methods.registry import all_methods
 
 from ..families import ODD, write_family
@@ -12,7 +12,7 @@ from ..program import fails, flexmerge, succeeds, tree
 
 
 def ways_of(*arguments):
-    return {row["name"]: row for row in succeeds("plan", *arguments, "--json").json["ways"]}
+    return {row["name"]: row for row in succeeds("plan", *arguments, "--json").json["options"]}
 
 
 @pytest.mark.parametrize("name", ["plain", "small_shapes", "bf16"])

@@ -25,14 +25,14 @@ Spans = Callable[[str, Scope], list[Span]]
 """(tensor, scope) -> its ranges."""
 
 
-class Beforehand:
+class StatisticsPass:
     """The passes before the one that writes."""
 
     def __init__(
         self, worker: Worker, encoder: Encoder, spans: Spans, threads: int, on_stage: Callable[[str], None]
     ) -> None:
         self.worker, self.encoder, self.spans = worker, encoder, spans
-        self.bill, self.plan = worker.bill, worker.plan
+        self.layout, self.plan = worker.layout, worker.plan
         self.threads, self.on_stage = threads, on_stage
 
     def statistics(self) -> None:
@@ -42,7 +42,7 @@ class Beforehand:
             used = self._used(index)
             if not used:
                 continue
-            name = self.bill.calls[index].method.name
+            name = self.layout.calls[index].method.name
             first = chain.call.statistics if chain.call is not None else None
             after = [step.statistics for step in chain.steps] + [first]
             for number, step in enumerate(chain.steps):
@@ -67,8 +67,8 @@ class Beforehand:
     def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
         """Tensors and groups of a method; tensors of their units that are copied count in its sums all the same."""
         found = []
-        for unit in self.bill.allocation.units:
-            storages = [self.bill.storages[name] for name in unit.tensors]
+        for unit in self.layout.allocation.units:
+            storages = [self.layout.storages[name] for name in unit.tensors]
             groups = {g.tasks: g for storage in storages for g in storage.groups if g.method == index}
             found += [(name, group) for group in groups.values() for name in unit.tensors]
         return found
@@ -122,7 +122,7 @@ class Beforehand:
         """The factors of masked methods: sums over each unit, known before its masks are decoded."""
         jobs = [
             (group, span)
-            for index, call in enumerate(self.bill.calls)
+            for index, call in enumerate(self.layout.calls)
             if call.gain is not None
             for name, group in self._used(index)
             for span in self.spans(name, self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape))
@@ -152,7 +152,7 @@ class Beforehand:
                 for place in np.ndindex(total_2k.shape):
                     total_2k[place] = added(float(total_2k[place]), part_2kR[place])
         for (unit, tasks, method), per_tensor in totals.items():
-            gain = self.bill.calls[method].gain
+            gain = self.layout.calls[method].gain
             assert gain is not None
             delta_kT, masked_kT = np.stack(list(per_tensor.values()), axis=-1)
             elements_T = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)

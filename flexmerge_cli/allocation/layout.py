@@ -41,7 +41,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bill:
+class BundleLayout:
     """All parts of an allocation, their files and their exact bytes."""
 
     plan: Plan
@@ -53,7 +53,7 @@ class Bill:
     """Per task that ordinary loaders can read from the bundle: its index file."""
     small: tuple[SmallFile, ...]
     entry_bytes: int
-    """Bytes of the manifest's entries of units and tensors, most of which every bill has in common."""
+    """Bytes of the manifest's entries of units and tensors, most of which every layout has in common."""
     gate: Mapping[str, Any] | None = None
     """The manifest's `gate`."""
     request: Request | None = None
@@ -117,7 +117,7 @@ class Pricer:
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
     def asked(self, request: MergeRequest) -> "Pricer":
-        """With the same memory: bills of bundles that record this request."""
+        """With the same memory: layouts of bundles that record this request."""
         other = copy.copy(self)
         other.request = recorded(request)
         return other
@@ -172,7 +172,7 @@ class Pricer:
             self.unit_bytes(unit, allocation.methods, allocation.dtype) for unit in allocation.units
         )
 
-    def bill(self, allocation: Allocation) -> Bill:
+    def layout(self, allocation: Allocation) -> BundleLayout:
         plan, cast = self.plan, allocation.dtype
         storages: dict[str, Storage] = {storage.tensor.name: storage for storage in self.whole(cast)}
         parts = [part for storage in storages.values() for part in storage.parts]
@@ -204,7 +204,7 @@ class Pricer:
             SmallFile(path=f"{BASE_FOLDER}/{name}", readers=adapters, num_bytes=side.bytes)
             for name, side in plan.base.files.items()
         ]
-        return Bill(
+        return BundleLayout(
             plan=plan,
             allocation=allocation,
             storages=storages,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
-from flexmerge_cli.allocation.bill import Bill, Pricer
 from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
@@ -32,7 +32,7 @@ COMMON = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class StorageOption:
     """One row."""
 
     name: str
@@ -51,7 +51,7 @@ def check_methods(choice: str) -> None:
         raise UsageError(f"--methods {choice} is not known", hint="one of: common, all")
 
 
-def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way]:
+def storage_options(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[StorageOption]:
     """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
     their smallest on the order: `common` or `all`."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
@@ -61,11 +61,13 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
     command = f"flexmerge merge {shlex.quote(plan_path)}"
     rows = _auto(pricer, command)
     rows += [
-        Way(name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None),
+        StorageOption(
+            name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None
+        ),
     ]
     if plan.tasks:
-        rows.append(way("cast to bf16", pricer.bill(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"))
-    rows.append(way("exact deduplication", pricer.bill(copies(plan)), f"{command} -o bundle/"))
+        rows.append(way("cast to bf16", pricer.layout(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"))
+    rows.append(way("exact deduplication", pricer.layout(copies(plan)), f"{command} -o bundle/"))
     if not plan.tasks:  # adapters alone: nothing to merge
         return rows
     rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
@@ -73,57 +75,57 @@ def ways(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[Way
         use = parse_use(method)
         if plan.pools_lora and not merges_products(use.call):
             continue
-        bill = pricer.bill(Cutter(pricer, use).smallest())
-        rows.append(way(name, bill, f"{command} --method {shlex.quote(method)} -o bundle/"))
+        layout = pricer.layout(Cutter(pricer, use).smallest())
+        rows.append(way(name, layout, f"{command} --method {shlex.quote(method)} -o bundle/"))
     return rows
 
 
-def _auto(pricer: Pricer, command: str) -> list[Way]:
+def _auto(pricer: Pricer, command: str) -> list[StorageOption]:
     """At its smallest, if that is more than the first size, then at all sizes that it reaches."""
     plan = pricer.plan
     if plan.settings.statistics != "all" or not plan.blocks:
         return []
     search = auto(pricer, Limits())
-    smallest, one = search.smallest().bill, max(1, plan.one_model_bytes)
+    smallest, one = search.smallest().layout, max(1, plan.one_model_bytes)
     count = len(plan.reader_names)
     sizes = [f"{size}x" for size in AUTO_SIZES if smallest.tensor_bytes <= size * one and size <= count]
     if smallest.tensor_bytes > AUTO_SIZES[0] * one and smallest_factor(smallest) <= count:
         sizes.insert(0, f"{smallest_factor(smallest):g}x")
     rows = []
     for text in sizes:
-        found = search.cut(plan.target(parse_size(text))).bill
+        found = search.cut(plan.target(parse_size(text))).layout
         rows.append(way(f"auto at {text}", found, f"{command} --method auto --size {text} -o bundle/"))
     return rows
 
 
-def way(name: str, bill: Bill, command: str) -> Way:
-    return Way(
+def way(name: str, layout: BundleLayout, command: str) -> StorageOption:
+    return StorageOption(
         name=name,
-        disk_bytes=bill.total_bytes,
-        served_bytes=served_bytes(bill),
-        tensor_bytes=bill.tensor_bytes,
+        disk_bytes=layout.total_bytes,
+        served_bytes=served_bytes(layout),
+        tensor_bytes=layout.tensor_bytes,
         command=command,
     )
 
 
-def served_bytes(bill: Bill) -> int:
+def served_bytes(layout: BundleLayout) -> int:
     """Memory of all tasks at once."""
     total = 0
-    for storage in bill.storages.values():
+    for storage in layout.storages.values():
         tensor = storage.tensor
         if tensor.class_ is TensorClass.TIED:
             continue
-        adapters = bill.plan.base_readers(tensor)
+        adapters = layout.plan.base_readers(tensor)
         total += sum(
             part.num_bytes
             for part in storage.parts
             if part.array.role == "dense" or (adapters and adapters[0] in part.readers)
         )
         if tensor.base_form is not None:
-            changed = sum(tensor.name in adapter.changes for adapter in bill.plan.adapters)
+            changed = sum(tensor.name in adapter.changes for adapter in layout.plan.adapters)
             total += changed * math.prod(tensor.base_form[1]) * ITEM_BYTES[tensor.base_form[0]]
         total += sum(
-            tensor.num_elements * ITEM_BYTES[bill.allocation.dtype or tensor.dtype_of(task)]
+            tensor.num_elements * ITEM_BYTES[layout.allocation.dtype or tensor.dtype_of(task)]
             for group in storage.groups
             if group.form.decoder is not None
             for task in group.tasks
