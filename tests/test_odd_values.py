@@ -9,6 +9,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flexmerge_cli.errors import FlexmergeError
@@ -89,6 +90,22 @@ def test_a_plan_that_does_not_merge_a_block_is_refused(files, tmp_path):
     (tmp_path / "plan.json").write_bytes(sealed(fields, "sha256"))
     with pytest.raises(FlexmergeError, match="does not merge all tasks of block"):
         read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("field", ["gram", "base_energy"])
+def test_measurements_that_no_weights_have_are_refused_or_nothing(field, files, tmp_path):
+    """1e308 overflowed in the first sum, which was called a defect or printed numpy's warnings."""
+    fields = parse_json(files[0][0].read_bytes())
+    for value in (1e101, -1e308, 5e-324):
+        for tensor in fields["tensors"]:
+            if field == "base_energy" or tensor["gram"] is not None:
+                tensor[field] = value if field == "base_energy" else [[value] * 3] * 3
+        (tmp_path / "plan.json").write_bytes(sealed(fields, "sha256"))
+        if abs(value) > 1:
+            with pytest.raises(FlexmergeError, match="no sum over weights in float32 is as large"):
+                read_plan(tmp_path / "plan.json")
+        else:
+            assert not any(np.any(getattr(tensor, field)) for tensor in read_plan(tmp_path / "plan.json").tensors)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ Answer = TypeVar("Answer")
 _signed: dict[str, str] = {}
 
 
+def allowed_seconds(num_bytes: int) -> float:
+    """What a read of so many bytes may take."""
+    return SLOW_SECONDS + num_bytes / SLOW_BYTES_PER_SECOND
+
+
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Read bytes [start, stop) at a Hub address. Raises like `stream_range`."""
     data = bytearray()
@@ -52,7 +57,7 @@ def stream_range(
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     position, tries = start, 0
-    deadline = time.monotonic() + SLOW_SECONDS + (stop - start) / SLOW_BYTES_PER_SECOND
+    deadline = time.monotonic() + allowed_seconds(stop - start)
     while position < stop:
         before_try()
         earlier = position
@@ -80,7 +85,7 @@ def stream_range(
                     if time.monotonic() > deadline:
                         raise SourceError(
                             f"{url} sends too slowly: {position - start:,} of {stop - start:,} bytes came in "
-                            f"{SLOW_SECONDS + (stop - start) / SLOW_BYTES_PER_SECOND:,.0f} s",
+                            f"{allowed_seconds(stop - start):,.0f} s",
                             hint="try again, or fetch the repository with `hf download`",
                         )
                     if position >= stop:

@@ -16,13 +16,16 @@ from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
-from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS
+from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS, allowed_seconds
+from flexmerge_cli.checkpoint.web_answers import bounded_response
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError, without_secrets
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
 MAX_SMALL_BYTES = 256 << 20  # of a file that is no weight file
 MAX_ENTRIES = 200_000
+LISTING_SECONDS = 300.0
+METADATA_SECONDS = 30.0
 
 # The side files to look for on a web server that does not list folders.
 USUAL_NAMES = (
@@ -44,25 +47,45 @@ class UrlFile:
     """The fsspec file system."""
 
     def read_range(self, start: int, stop: int) -> bytes:
-        tries = 0
-        while True:
-            try:
-                data = self.files.cat_file(self.name, start=start, end=stop)
-                break
-            except (FileNotFoundError, PermissionError) as error:
-                raise url_error(self.name, error) from None
-            except Exception as error:  # every backend raises its own errors
-                tries += 1
-                if tries >= TRIES:
-                    raise url_error(self.name, error) from None
-                time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
+        data = read_bytes(self.files, self.name, start, stop)
         if len(data) != stop - start:
             raise SourceError(
                 f"{self.name} does not answer requests for a range: {stop - start:,} bytes were asked for, "
                 f"{len(data):,} came",
                 hint="copy the checkpoint to this disk, and give its folder",
             )
-        return bytes(data)
+        return data
+
+
+def read_bytes(files: Any, url: str, start: int, stop: int) -> bytes:
+    """Read bytes [start, stop), or what there is of them, within seconds that are linear in their number.
+
+    A broken connection is tried again. Raises SourceError.
+    """
+    tries, seconds = 0, allowed_seconds(stop - start)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return bytes(files.cat_file(url, start=start, end=stop, **_within(files, deadline - time.monotonic())))
+        except FlexmergeError:
+            raise
+        except (FileNotFoundError, PermissionError) as error:
+            raise url_error(url, error) from None
+        except Exception as error:  # every backend raises its own errors
+            if time.monotonic() >= deadline:
+                raise SourceError(
+                    f"{url} sends too slowly: {stop - start:,} bytes did not come in {seconds:,.0f} s",
+                    hint="try again, or copy the checkpoint to this disk",
+                ) from None
+            tries += 1
+            if tries >= TRIES:
+                raise url_error(url, error) from None
+            time.sleep(WAIT_SECONDS * 2 ** (tries - 1))
+
+
+def _within(files: Any, seconds: float) -> dict[str, float]:
+    """The argument that bounds the seconds of a call, for the file systems that take it: all that reach a network."""
+    return {"timeout": max(seconds, 0.001)} if getattr(files, "async_impl", False) else {}
 
 
 class UrlFolder:
@@ -90,9 +113,7 @@ class UrlFolder:
         return name in self._sizes or self._look(name)
 
     def size(self, name: str) -> int:
-        size = self._sizes.get(name)
-        if size is None and self._look(name):
-            size = self._sizes[name]
+        size = self._reported(name)
         if size is None:
             raise SourceError(
                 f"{self._url}/{name}: the server does not report its size", hint="copy the checkpoint to this disk"
@@ -107,8 +128,10 @@ class UrlFolder:
     def local(self, name: str) -> Path:
         path = self._path / name
         if not path.is_file():
-            with url_errors(f"{self._url}/{name}"), self._files.open(f"{self._url}/{name}", "rb") as file:
-                data = file.read(MAX_SMALL_BYTES + 1)  # a server may send more than it reported, without end
+            # A server may send more than it reported, without end; a range of an empty file is an error to many.
+            size = self._reported(name)
+            most = MAX_SMALL_BYTES if size is None else min(size, MAX_SMALL_BYTES)
+            data = read_bytes(self._files, f"{self._url}/{name}", 0, most + 1) if size != 0 else b""
             if len(data) > MAX_SMALL_BYTES:
                 raise DataError(
                     f"{self._url}/{name} has more than {MAX_SMALL_BYTES:,} bytes, which is too much beside weights",
@@ -125,9 +148,14 @@ class UrlFolder:
     def incomplete(self, message: str) -> FlexmergeError:
         return DataError(message, hint=f"the checkpoint at {self._url} is incomplete: upload it again")
 
+    def _reported(self, name: str) -> int | None:
+        """The size of a file, if the server tells it."""
+        size = self._sizes.get(name)
+        return self._sizes[name] if size is None and self._look(name) else size
+
     def _list(self) -> None:
         try:
-            found = self._files.ls(self._url, detail=True)
+            found = self._files.ls(self._url, detail=True, **_within(self._files, LISTING_SECONDS))
         except (FileNotFoundError, NotADirectoryError):
             found = []
         if len(found) > MAX_ENTRIES:
@@ -151,7 +179,7 @@ class UrlFolder:
         """Whether a file exists that no listing has shown."""
         try:
             with url_errors(f"{self._url}/{name}", missing=FileNotFoundError):
-                info = self._files.info(f"{self._url}/{name}")
+                info = self._files.info(f"{self._url}/{name}", **_within(self._files, METADATA_SECONDS))
         except FileNotFoundError:
             return False
         if info.get("type") == "directory":
@@ -177,10 +205,17 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
             f"{source}: the address that was given has a user, a password or a query in it, which a plan would keep",
             hint="put credentials into ~/.netrc or the environment, or copy the checkpoint to this disk",
         )
+    from fsspec.config import conf
     from fsspec.core import url_to_fs
 
+    scheme = source.partition("://")[0]
     try:
-        files, _ = url_to_fs(source)
+        options = {}
+        if scheme in ("http", "https"):
+            options["client_kwargs"] = conf.get(scheme, {}).get("client_kwargs", {}) | {
+                "response_class": bounded_response()
+            }
+        files, _ = url_to_fs(source, **options)
     except ImportError as error:
         raise SourceError(f"{source}: {error}", hint="pip install 'flexmerge-cli[stream]'") from None
     except ValueError as error:

@@ -2,8 +2,11 @@
 
 import functools
 import json
+import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -71,11 +74,25 @@ def program(
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. Errors go to stderr and, with --json, as JSON to stdout."""
-    with interrupting_signals() as signals, shown_streams() as stdout:
+    with interrupting_signals() as signals, shown_streams() as stdout, shown_warnings():
         try:
             return _ended(arguments, stdout, signals)
         except KeyboardInterrupt as error:  # while an earlier error was being reported
             return failure_of(error).exit_code
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print Python's warnings like our own, without what libraries say about their arithmetic and their future.
+
+    Results are checked, and odd values in a stranger's file must not print lines of our code. -W shows everything.
+    """
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            for category in (RuntimeWarning, FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = lambda message, *_where, **_more: note(f"warning: {message}")
+        yield
 
 
 def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:

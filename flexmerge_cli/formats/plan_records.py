@@ -1,9 +1,9 @@
 """The records of plan.json, one by one; plan_file.py says what they mean together. Pure."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.family.adapters import Adapters
@@ -15,6 +15,16 @@ from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.request.plan import Statistics
 from flexmerge_cli.residuals.coding_error import CodingError
+
+
+def _of_weights(value: float) -> float:
+    """Squares of float32 lie between 1e-90 and 1e77, so what is far outside was made up, and would overflow."""
+    if abs(value) > 1e100:
+        raise ValueError("no sum over weights in float32 is as large")
+    return value if abs(value) > 1e-200 else 0.0
+
+
+Measurement = Annotated[float, AfterValidator(_of_weights)]
 
 
 class SideFile(Record):
@@ -87,15 +97,15 @@ class PlanAdapter(PlanReader):
 class CodedWeights(Record):
     """Bits -> squared error of the whole tensor coded: of the base's, and of the average of all tasks."""
 
-    base: Named[float]
-    average: Named[float]
+    base: Named[Measurement]
+    average: Named[Measurement]
 
 
 class CodingRecord(Record):
     """What residuals/coding_error.py measured of a tensor."""
 
     weights: CodedWeights
-    residuals: Named[float]
+    residuals: Named[Measurement]
     """Bits -> lost part of a residual's energy."""
 
 
@@ -118,8 +128,8 @@ class PlanTensor(Record):
     same: Items[Count]
     is_base: Items[bool]
     """Per task whether the base, cast to the task's dtype, has its bits."""
-    gram: Items[Items[float]] | None
-    base_energy: float
+    gram: Items[Items[Measurement]] | None
+    base_energy: Measurement
     agreement: Items[Items[Count]] | None
     finite: bool
     coding: CodingRecord | None = None
@@ -197,7 +207,7 @@ class PlanMerge(Record):
     block: str
     left: Items[Count]
     right: Items[Count]
-    similarity: float
+    similarity: Measurement
 
 
 class Settings(Record):

@@ -7,9 +7,11 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from flexmerge_cli.cli.app import run
@@ -54,6 +56,22 @@ def test_no_way_of_printing_passes_on_what_a_terminal_obeys():
         assert out.getvalue().startswith(  # all of it
             r"\x1b]0;owned\x07\x1b[2J\x00\x08\x7f\x9b31m\u202eevil\u2066\u2069\u200f\udcff\r"
         )
+
+
+def test_python_s_warnings_are_messages_like_ours_and_arithmetic_is_none(monkeypatch):
+    """Huge values in a stranger's file printed `RuntimeWarning: overflow` with a line of the code."""
+
+    def warns(_arguments):
+        warnings.warn(HOSTILE, stacklevel=1)
+        for category in (RuntimeWarning, FutureWarning, DeprecationWarning):
+            warnings.warn("overflow", category, stacklevel=1)
+        np.float64(1e308) * np.float64(1e308)
+        return 0
+
+    monkeypatch.setattr("flexmerge_cli.cli.app._code_of", warns)
+    result = flexmerge("methods")
+    assert result.code == 0 and result.err.startswith("warning: \\x1b]0;owned")
+    assert result.err.count("\n") == 1 and not HARMFUL & set(result.err)
 
 
 def test_tables_and_bars_keep_their_colours_and_none_of_a_name():
