@@ -1,6 +1,6 @@
 """The public API that `from flexmerge_cli import …` provides: a thin layer over the modules that do the work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from flexmerge_cli.request.plan import PlanRequest
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View
+    from flexmerge_cli.serving.runtime import Runtime
 
 Verify = Literal["first-use", "all", "off"]
 WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance")
@@ -71,11 +72,30 @@ class OpenBundle:
     def model(self, task: str, **kwargs: Any) -> Any:
         """Build the transformers model of the task's stored config, without a second copy of the weights.
 
+        Parameters on a mapped file, which other tasks of the group share, do not require gradients.
+
         Checks every file of the task against the manifest first, including config and tokenizer. Raises like `view`.
         """
         from flexmerge_cli.bundle.view import load_model
 
         return load_model(self.view(task), **kwargs)
+
+    def runtime(
+        self,
+        *,
+        tasks: Collection[str] | None = None,
+        device: str = "cpu",
+        dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    ) -> "Runtime":
+        """Serve several tasks from one process: what the bundle stores once lies in memory once.
+
+        tasks: those to begin with, by default all; each is loaded when it is first used. device: `cpu`, where dense
+        weights are the mapped file, `cuda` or `cuda:n`. dtype: of weights and arithmetic, by default the task's own.
+        Raises SourceError for an unknown task, UsageError for a device that does not exist.
+        """
+        from flexmerge_cli.serving.runtime import Runtime
+
+        return Runtime(self._bundle, tasks=tasks, device=device, dtype=dtype)
 
 
 def make_plan(

@@ -112,6 +112,19 @@ class Routes:
         found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
         return found.part if isinstance(found, DenseTensor) else None
 
+    def is_shared(self, task: str, aligned: str) -> bool:
+        """Whether the tensor is the bits of one part, unchanged, to which a view of the mapped file refers."""
+        return (task, aligned) not in self._rows and self.stored_as(task, aligned).is_plain
+
+    def identity(self, task: str, aligned: str) -> tuple[str, ...]:
+        """Equal for two tensors that have the same bits, dtype and shape, and are stored once."""
+        tensor = self._tensors[aligned]
+        if tensor.of is not None:
+            return self.identity(task, tensor.of)
+        if (task, aligned) in self._rows:
+            return aligned, task
+        return aligned, tensor.dtype_of(task), str(tensor.shape_of(task)), tensor.digests[task]
+
     def is_tied(self, aligned: str) -> bool:
         return self._tensors[aligned].of is not None
 

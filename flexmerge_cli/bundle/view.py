@@ -33,10 +33,10 @@ class View(Mapping[str, Tensor]):
         self.device = choose_device(device)
         self._tensors = bundle.tensors_of(task)
         own = bundle.manifest.tasks[task].names
-        self._aligned = {own.get(t.name, t.name): t.name for t in bundle.manifest.tensors if task in t.digests}
+        self.aligned = {own.get(t.name, t.name): t.name for t in bundle.manifest.tensors if task in t.digests}
 
     def __getitem__(self, name: str) -> Tensor:
-        aligned = self._aligned[name]
+        aligned = self.aligned[name]
         dtype, shape = self._tensors[name]
         on_cpu = self.device.type == "cpu"
         coded = None if on_cpu else self.bundle.coded(self.task, aligned)
@@ -56,17 +56,33 @@ class View(Mapping[str, Tensor]):
 def load_model(view: View, **kwargs: Any) -> Any:
     """The transformers model of the task's config, its parameters assigned from the view, without a second copy.
 
-    kwargs go to the model's `from_pretrained`. Raises UsageError without transformers or config, DataError if names of
-    model and checkpoint differ, IntegrityError if a file of the task is not the manifest's, or the bundle is replaced
-    meanwhile.
+    Parameters on a mapped file, which other models of the group have in common, are frozen. kwargs go to the model's
+    `from_pretrained`. Raises like task_model, and IntegrityError if a file of the task is not the manifest's.
     """
-    folder = view.bundle.config_folder(view.task)
-    if view.bundle.manifest.tasks[view.task].pooled is not None:
-        hint = f"flexmerge export {view.bundle.path} --task {view.task} -o FOLDER, and load it with peft"
-        raise UsageError(f"task `{view.task}` is an adapter of a pool, and no model", hint=hint)
     view.bundle.check_files(view.task)
-    built = assigned_model(view, folder, otherwise="use bundle.view and your own code", **kwargs)
-    view.bundle.check_files(view.task)  # transformers reads side files by their paths
+    tensors = dict(view)
+    bundle, task = view.bundle, view.task
+    shared = {tensors[own].data_ptr() for own, aligned in view.aligned.items() if bundle.is_shared(task, aligned)}
+    model = task_model(bundle, task, tensors, **kwargs)
+    for parameter in model.parameters() if view.device.type == "cpu" and not view.copy else ():
+        if parameter.data_ptr() in shared:
+            parameter.requires_grad_(False)
+    return model
+
+
+def task_model(bundle: Bundle, task: str, weights: Mapping[str, Tensor], **kwargs: Any) -> Any:
+    """The transformers model of a task's config with these weights, which have the task's own names, in eval mode.
+
+    kwargs go to the model's `from_pretrained`. Raises UsageError without transformers or config, DataError if the
+    names of model and checkpoint differ, IntegrityError if a side file is not the manifest's or the bundle is replaced.
+    """
+    folder = bundle.config_folder(task)
+    if bundle.manifest.tasks[task].pooled is not None:
+        hint = f"flexmerge export {bundle.path} --task {task} -o FOLDER, and load it with peft"
+        raise UsageError(f"task `{task}` is an adapter of a pool, and no model", hint=hint)
+    bundle.check_files(task, weights=False)
+    built = assigned_model(weights, folder, otherwise="use bundle.view and your own code", **kwargs)
+    bundle.check_files(task, weights=False)  # transformers reads side files by their paths
     # A model without a head, where the config names none, has no use for one that the task has.
-    built.require("missing", "of another shape", who=f"the weights of task `{view.task}`", hint="check its config.json")
+    built.require("missing", "of another shape", who=f"the weights of task `{task}`", hint="check its config.json")
     return built.model

@@ -1,0 +1,46 @@
+"""One batch of examples of several tasks: split by task, run, and put together again. Knows no bundle."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.errors import UsageError
+
+Run = Callable[[str, dict[str, Any]], Any]
+"""A task and the inputs of its examples -> the output of its model."""
+
+
+def run_batch(run: Run, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
+    """The output of every example, in order, without the axis of examples. tasks: one name per example.
+
+    Raises UsageError if a tensor has another number of examples.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != len(tasks)):
+            shape = list(value.shape)
+            raise UsageError(f"`{name}` is {shape}, and there are {len(tasks)} tasks", hint="give one task per example")
+    rows: dict[int, Any] = {}
+    for task in dict.fromkeys(tasks):
+        places = [place for place, name in enumerate(tasks) if name == task]
+        with torch.inference_mode():
+            output = run(task, {name: _rows(value, places) for name, value in inputs.items()})
+        rows |= {place: _row(output, number, len(places)) for number, place in enumerate(places)}
+    return [rows[place] for place in range(len(tasks))]
+
+
+def _rows(value: Any, places: list[int]) -> Any:
+    return value[places] if isinstance(value, Tensor) and len(places) < len(value) else value
+
+
+def _row(value: Any, number: int, count: int) -> Any:
+    """Of example `number` of `count`. What has no axis of examples, such as a mean loss or a cache, is left out."""
+    if isinstance(value, Tensor):
+        return value[number] if value.dim() and len(value) == count else None
+    if isinstance(value, Mapping):
+        rows = {key: row for key, part in value.items() if (row := _row(part, number, count)) is not None}
+        return type(value)(**rows)
+    if isinstance(value, (tuple, list)):
+        return tuple(_row(part, number, count) for part in value)
+    return None

@@ -1,0 +1,167 @@
+"""The tasks of a bundle in one process: every stored part is placed once, and the models of all tasks refer to it."""
+
+import threading
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.view import View
+from flexmerge_cli.engine.device import choose_device
+from flexmerge_cli.engine.pool import default_threads
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.serving.batch import run_batch
+from flexmerge_cli.serving.placeholder import Placeholder, fill, made_bytes, placeholders
+from flexmerge_cli.serving.skeleton import skeleton
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Key = tuple[Hashable, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """One tensor that a runtime holds."""
+
+    name: str
+    """In the first task that has it."""
+    tasks: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    num_bytes: int
+
+
+class Runtime:
+    """Models of a bundle's tasks that share what the bundle shares. Thread-safe; nothing is loaded before it is used.
+
+    Parameters are frozen, and a model's `to`, `half` and the like are refused where they would change something: they
+    would copy the shared weights of one task, or break those of the others.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        tasks: Collection[str] | None = None,
+        device: str = "cpu",
+        dtype: str | None = None,
+    ) -> None:
+        """Arguments and errors: `OpenBundle.runtime`."""
+        if dtype is not None and dtype not in DTYPES:
+            raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
+        self.device = choose_device(device)
+        self._bundle = bundle
+        self._dtype = None if dtype is None else DTYPES[dtype]
+        self._tasks: dict[str, _Task | None] = {}
+        """None: it was not asked for yet."""
+        self._placed: dict[Key, Tensor] = {}
+        self._lock = threading.RLock()
+        wanted = bundle.tasks if tasks is None else tuple(tasks)
+        bundle.check_tasks(wanted)
+        self._tasks.update(dict.fromkeys(wanted))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self._tasks)
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Device -> bytes of all tensors of all tasks, each once, whether or not they are loaded yet. Reads no weights.
+
+        On the CPU this includes parts that lie on the bundle's mapped files.
+        """
+        with self._lock:
+            own = sum(self._task(task).made_bytes for task in self.tasks)
+            return {str(self.device): own + sum(resident.num_bytes for resident in self.describe())}
+
+    def describe(self) -> tuple[Resident, ...]:
+        """Every tensor of the bundle that the runtime holds, or will hold once its tasks are loaded."""
+        found: dict[Key, tuple[Placeholder, list[str]]] = {}
+        with self._lock:
+            for task in self.tasks:
+                for key, held in self._task(task).needs.items():
+                    found.setdefault(key, (held, []))[1].append(task)
+        return tuple(
+            Resident(
+                name=held.value.name,
+                tasks=tuple(tasks),
+                dtype=str(held.dtype).removeprefix("torch."),
+                shape=tuple(held.shape),
+                device=str(self.device),
+                num_bytes=held.numel() * held.dtype.itemsize,
+            )
+            for held, tasks in found.values()
+        )
+
+    def model(self, task: str) -> Any:
+        """The transformers model of a task, in eval mode. It is loaded when it is first asked for.
+
+        Raises UsageError for a task that the runtime does not have, otherwise like `OpenBundle.model`.
+        """
+        with self._lock, torch.inference_mode(False):  # its tensors could not be used outside of inference mode
+            found = self._task(task)
+            if not found.is_loaded:
+                self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
+                fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
+                found.is_loaded = True
+            return found.model
+
+    def add(self, task: str) -> None:
+        """Load a task of the bundle, while others run. Reads the files of its route that were not read yet."""
+        self._bundle.check_task(task)
+        with self._lock:
+            self._tasks.setdefault(task, None)
+            self.model(task)
+
+    def drop(self, task: str) -> None:
+        """Forget a task, and free what no other one needs, as soon as nobody holds its model any more."""
+        with self._lock:
+            self._require(task)
+            del self._tasks[task]
+            needed = {key for held in self._tasks.values() if held is not None for key in held.needs}
+            self._placed = {key: tensor for key, tensor in self._placed.items() if key in needed}
+
+    def __call__(self, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
+        """Run one batch whose examples belong to different tasks.
+
+        inputs: arguments of the models' `forward`; the first axis of every tensor is the examples. tasks: one name per
+        example. Returns the output of every example, in order, its tensors without that axis: heads may have
+        different sizes. Raises UsageError if `tasks` does not fit the inputs, or like `model`.
+        """
+        return run_batch(lambda task, own: self.model(task)(**own), inputs, tasks)
+
+    def _task(self, task: str) -> "_Task":
+        self._require(task)
+        found = self._tasks[task]
+        if found is None:
+            with torch.inference_mode(False):
+                model = skeleton(self._bundle, task, device=str(self.device), dtype=self._dtype)
+            found = _Task(model=model, needs=placeholders(model), made_bytes=made_bytes(model))
+            self._tasks[task] = found
+        return found
+
+    def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
+        """The files are digested meanwhile: nothing is handed out before that has ended."""
+        with self._bundle.checking(task) as bundle, ThreadPoolExecutor(default_threads()) as pool:
+            view = View(bundle, task, device=str(self.device))
+            return dict(zip(needs, pool.map(lambda held: view[held.value.name].to(held.dtype), needs.values())))
+
+    def _require(self, task: str) -> None:
+        if task not in self._tasks:
+            raise UsageError(f"the runtime has no task `{task}`", hint=f"add() it; it has: {', '.join(self.tasks)}")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Task:
+    """The model of one task."""
+
+    model: Any
+    needs: dict[Key, Placeholder]
+    """What it is made of."""
+    made_bytes: int
+    is_loaded: bool = False
