@@ -10,7 +10,7 @@ from flexmerge_cli.allocation.auto import Solution
 from flexmerge_cli.allocation.auto_allocation import Auto, Found
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_table import Choice
-from flexmerge_cli.report.text import table
+from flexmerge_cli.report.table import say, table
 
 UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
 """(bits of the mean, bits of each task)."""
@@ -69,15 +69,15 @@ def show_auto(value: dict[str, Any]) -> None:
         for kind in value["kinds"]
     ]
     title = "chosen by auto; bits a weight and task, of all that is stored"
-    table(["kind", "centres", "tensors", "bits", "bytes", "of predicted\ndistortion"], rows, title=title, left=2)
+    table(["kind", "centres", "tensors", "bits", "bytes", "of predicted\ndistortion"], rows, title=title, text=(1,))
     cost = value["distortion"]
     for row in value["uniform"]:
         centre = f"mean in {row['centre_bits']} bits + {row['bits']} {'bit' if row['bits'] == 1 else 'bits'} per task"
-        print(f"{centre}, {row['factor']:.2f}x: {_times(row['distortion'], cost)} the predicted distortion")
+        say(f"{centre}, {row['factor']:.2f}x: {_times(row['distortion'], cost)} the predicted distortion")
     twice = value["doubled"]
     if twice["factor"] > value["factor"]:
-        print(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['distortion'], cost)} of it; {_range(twice)}")
-    print(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
+        say(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['distortion'], cost)} of it; {_range(twice)}")
+    say(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
 
 
 def unlike_predicted(predicted: Mapping[str, float | None], measured: Mapping[str, float | None]) -> list[str]:

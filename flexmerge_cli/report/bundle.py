@@ -7,7 +7,8 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.options import served_bytes
 from flexmerge_cli.report.evaluation import show_evaluation
-from flexmerge_cli.report.text import human_bytes, merges_words, table
+from flexmerge_cli.report.table import say, table
+from flexmerge_cli.report.text import human_bytes, merges_words
 
 
 def merge_summary(
@@ -62,10 +63,10 @@ def show_merge(value: dict[str, Any]) -> None:
         table(["task", "route bytes", "distance"], measured)
     else:
         table(["file", "bytes"], [(path, f"{size:,}") for path, size in sorted(value["files"].items())])
-        print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
+        say(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
         table(["task", "route bytes"], rows)
     verb = "wrote" if value["written"] else "would write"
-    print(
+    say(
         f"{verb} {value['bundle']}: {value['factor']:.4f}x, {value['total_bytes']:,} bytes on disk in "
         f"{len(value['files'])} files{merges_words(value['allocation'], ', ')}"
     )

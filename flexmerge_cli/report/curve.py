@@ -4,38 +4,40 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
-from flexmerge_cli.report.evaluation import show_gate
-from flexmerge_cli.report.text import human_bytes, table
+from flexmerge_cli.report.evaluation import format_score, scale_of, show_gate
+from flexmerge_cli.report.table import say, table
+from flexmerge_cli.report.text import human_bytes
 
 
 def show_curve(value: dict[str, Any]) -> None:
     tasks = value["tasks"]
     rows = [
-        (name, record["metric"], record["n"], format_value(record["fine_tuned"]), format_value(record["base"]))
+        (name, metric, record["n"], format_value(record["fine_tuned"], metric), format_value(record["base"], metric))
         for name, record in tasks.items()
+        for metric in [record["metric"]]
     ]
-    mean = value["mean"]
-    rows.append(
-        ("mean", one_metric(tasks) or NORMALISED, "", format_value(mean["fine_tuned"]), format_value(mean["base"]))
-    )
-    table(["task", "metric", "n", "fine-tuned", "base"], rows)
+    mean, metric = value["mean"], one_metric(tasks) or NORMALISED
+    rows.append(("mean", metric, "", format_value(mean["fine_tuned"], metric), format_value(mean["base"], metric)))
+    table(["task", "metric", "n", "fine-tuned", "base"], rows, text=(1,))
     gated = "gate" in value
     table(
-        ["method", "size", "tensors", "on disk", "mean", "95 %", "of fine-tuned", "worst task", *["gate"] * gated],
+        ["method", "size", "on disk", "mean", "95 %", "of fine-\ntuned %", "worst task, %", *["gate"] * gated],
         [
-            (*_row(point), *[point["gate"]["outcome"] if "gate" in point else ""] * gated)
+            (*_row(point, metric), *[point["gate"]["outcome"] if "gate" in point else ""] * gated)
             for point in (*value["points"], *value["alternatives"])
         ],
+        text=(6, 7),
+        keys=2,
     )
     unreached: dict[str, list[str]] = {}
     for item in value["unreached"]:
         unreached.setdefault(item["method"], []).append(item["size"])
     for method, sizes in unreached.items():
-        print(f"{method} does not reach {', '.join(sizes)}")
+        say(f"{method} does not reach {', '.join(sizes)}")
     if value["data_dependent"]:
-        print(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
+        say(f"data-dependent: {value['data_dependent']['arguments']}, chosen on {value['data_dependent']['spec']}")
     counts = value["evaluations"]
-    print(f"{counts['asked']:,} evaluations: {format_counts(counts)}")
+    say(f"{counts['asked']:,} evaluations: {format_counts(counts)}")
     chosen = value.get("chosen")
     if chosen is not None and chosen["qualifies"]:
         print(f"{chosen['message']}\n{chosen['command']}")
@@ -43,25 +45,25 @@ def show_curve(value: dict[str, Any]) -> None:
         show_gate(value)
 
 
-def format_value(score: float | None) -> str:
-    return "" if score is None else f"{score:.4f}"
+def format_value(score: float | None, metric: str) -> str:
+    """A score on the scale on which it is shown: percent, except for metrics such as perplexity."""
+    return "" if score is None else format_score(score, scale_of(metric))
 
 
-def format_interval(interval: list[float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.4f} … {interval[1]:.4f}"
+def format_interval(interval: list[float] | None, metric: str) -> str:
+    return "" if interval is None else " … ".join(format_value(end, metric) for end in interval)
 
 
-def _row(point: dict[str, Any]) -> tuple[object, ...]:
+def _row(point: dict[str, Any], metric: str) -> tuple[object, ...]:
     mean = point["mean"]
     worst = min(point["tasks"], key=lambda name: point["tasks"][name]["normalised"] or 0.0)
     part = point["tasks"][worst]["normalised"]
     return (
         point["method"],
         f"{point['factor']:.2f}x",
-        human_bytes(point["bytes"]),
         human_bytes(point["total_bytes"]),
-        format_value(mean["value"]),
-        format_interval(mean["interval"]),
-        "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
-        worst + ("" if part is None else f" {100 * part:.1f} %"),
+        format_value(mean["value"], metric),
+        format_interval(mean["interval"], metric),
+        "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f}",
+        worst + ("" if part is None else f" {100 * part:.1f}"),
     )

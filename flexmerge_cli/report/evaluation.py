@@ -2,38 +2,39 @@
 
 from typing import Any
 
+from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.evaluation.gate import Outcome
 from flexmerge_cli.evaluation.metrics import METRICS
-from flexmerge_cli.report.text import table
+from flexmerge_cli.report.table import say, table
 
 DASH = "–"
 
 
 def show_evaluation(value: dict[str, Any]) -> None:
     columns, rows = score_table(value)
-    table(columns, rows, left=2)
+    table(columns, rows, text=(1,))
     for line in remarks(value):
-        print(line)
-    print(f"scores: {format_counts(value['evaluations'])}")
+        say(line)
+    say(f"scores: {format_counts(value['evaluations'])}")
     if "gate" in value:
         show_gate(value)
     if "factor" in value:
-        print(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
+        say(f"bundle of {value['factor']:.4f}x, {value['stored_bytes']:,} bytes of tensors")
 
 
 def show_gate(value: dict[str, Any]) -> None:
     """Print the whole verdict and its evidence."""
     gate, spec = value["gate"], value["spec"]
     for task in gate["tasks"].values():
-        print(f"{task['message']}, limit {task['limit']}: {task['outcome']}")
+        say(f"{task['message']}, limit {task['limit']}: {task['outcome']}")
     for label, tasks in (("not scored, as the spec says", gate["not_scored"]), ("forgotten", gate["forgotten"])):
         if tasks:
-            print(f"{label}: {', '.join(tasks)}")
-    print(f"spec {spec['path']}, sha256 {spec['sha256']}")
-    print("data: " + ", ".join(f"{name} {record['data'] or DASH}" for name, record in value["tasks"].items()))
+            say(f"{label}: {', '.join(tasks)}")
+    say(f"spec {spec['path']}, sha256 {spec['sha256']}")
+    say("data: " + ", ".join(f"{name} {record['data'] or DASH}" for name, record in value["tasks"].items()))
     if gate["outcome"] == Outcome.PASS:
-        print(f"gate: {gate['message']}")
+        say(f"gate: {gate['message']}")
 
 
 def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -102,7 +103,9 @@ def _any(records: dict[str, Any], who: str) -> bool:
 
 
 def scale_of(metric: str) -> float:
-    """100 for metrics shown in percent, else 1."""
+    """100 for metrics shown in percent and for parts of the fine-tuned score, else 1."""
+    if metric == NORMALISED:
+        return 100.0
     try:
         return 100.0 if METRICS[metric].percent else 1.0
     except KeyError:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import format_counts
+from flexmerge_cli.evaluation.curve_record import NORMALISED
+from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.report.curve import format_interval, format_value
 from flexmerge_cli.report.curve_series import Series, metric_label, ranking, series_of, sizes_of
 from flexmerge_cli.report.html import facts, name, page, section, table, text
@@ -164,11 +165,11 @@ def _kind(block: str) -> str:
 def _references(record: dict[str, Any]) -> str:
     rows = []
     for task, found in record["tasks"].items():
-        cells = [name(task), text(found["metric"]), f"{found['n']:,}", text(_split(found))]
+        metric = found["metric"]
+        cells = [name(task), text(metric), f"{found['n']:,}", text(_split(found))]
         for who in ("fine_tuned", "base"):
-            cells.append(
-                f"{format_value(found[who])} ({format_interval(found[f'{who}_interval'])})".removesuffix(" ()")
-            )
+            ends = format_interval(found[f"{who}_interval"], metric)
+            cells.append(format_value(found[who], metric) + (f" ({ends})" if ends else ""))
         rows.append(cells)
     return section("References", table(["task", "metric", "n", "split", "fine-tuned", "base"], rows, left=2))
 
@@ -179,7 +180,7 @@ def _split(found: dict[str, Any]) -> str:
 
 def _points(record: dict[str, Any]) -> str:
     tasks = list(record["tasks"]) if len(record["tasks"]) <= MAX_TASK_COLUMNS else []
-    rows = []
+    rows, metric = [], one_metric(record["tasks"]) or NORMALISED
     for point in (*record["points"], *record["alternatives"]):
         mean = point["mean"]
         rows.append(
@@ -189,13 +190,13 @@ def _points(record: dict[str, Any]) -> str:
                 f"{point['factor']:.2f}x",
                 f"{point['bytes']:,}",
                 f"{point['total_bytes']:,}",
-                format_value(mean["value"]),
-                format_interval(mean["interval"]),
-                "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f} %",
-                *(format_value(point["tasks"][task]["value"]) for task in tasks),
+                format_value(mean["value"], metric),
+                format_interval(mean["interval"], metric),
+                "" if mean["normalised"] is None else f"{100 * mean['normalised']:.1f}",
+                *(format_value(point["tasks"][task]["value"], record["tasks"][task]["metric"]) for task in tasks),
             ]
         )
-    heads = ["method", "asked", "is", "bytes", "on disk", "mean", "95 %", "of fine-tuned", *tasks]
+    heads = ["method", "asked", "is", "bytes", "on disk", "mean", "95 %", "of fine-tuned %", *tasks]
     missing = "".join(
         f"<p class=note>{name(item['method'])} does not reach {text(item['size'])}.</p>"
         for item in record["unreached"][:50]

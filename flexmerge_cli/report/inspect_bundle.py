@@ -14,10 +14,12 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.manifest import GroupEntry, TensorEntry, UnitEntry
 from flexmerge_cli.report import inspect_draw as draw
-from flexmerge_cli.report.text import line_columns, merges_words, printable, table
+from flexmerge_cli.report.table import line_columns, say, table
+from flexmerge_cli.report.text import merges_words, printable
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALONE = "·"
+SHOWN_METHODS = 2
 LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones once; {ALONE}: a group of one"
 
 
@@ -138,22 +140,18 @@ def is_exact(group: GroupEntry, task: str) -> bool:
 def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> None:
     """Print tables on stdout."""
     allocation = value["allocation"]
-    print(printable(f"{value['bundle']}: a bundle of {len(value['tasks'])} tasks, id {value['id']}"))
-    print(
-        printable(
-            f"{value['generator']}, plan {value['plan'][:16]}…; {', '.join(value['methods']) or 'nothing merged'}"
-        )
-    )
+    say(f"{value['bundle']}: a bundle of {len(value['tasks'])} tasks, id {value['id']}")
+    say(f"{value['generator']}, plan {value['plan'][:16]}…; {_method_names(value['methods'])}")
     if value["request"] is not None:
         print(printable(f"made again by: {value['request']['command']}"))
-    print(
+    say(
         f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
         f"{len(value['files'])} files{merges_words(allocation, '; ')}"
     )
     if value["gate"]:
-        print(printable(gate_message(value["gate"])))
+        say(gate_message(value["gate"]))
     if allocation["dtype"]:
-        print(f"floating-point tensors are stored as {allocation['dtype']}")
+        say(f"floating-point tensors are stored as {allocation['dtype']}")
     table(
         ["task", "reads", "of it\nits own", "approximated", "distance", "its weights"],
         [
@@ -190,12 +188,16 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         [row[:shown] for row in rows],
         every=every,
         title="which tasks share a block",
-        left=2,
+        text=(4,),
     )
-    print(
-        printable("tasks from left to right: " + ", ".join(f"{n} {task}" for n, task in enumerate(value["tasks"], 1)))
-    )
-    print(LEGEND)
+    say("tasks from left to right: " + ", ".join(f"{n} {task}" for n, task in enumerate(value["tasks"], 1)))
+    say(LEGEND)
+
+
+def _method_names(methods: Sequence[str]) -> str:
+    """The methods; of `auto`, which has one for each choice of bits, how many."""
+    more = f", … {len(methods) - SHOWN_METHODS} more" if len(methods) > SHOWN_METHODS else ""
+    return (", ".join(methods[:SHOWN_METHODS]) or "nothing merged") + more
 
 
 def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int) -> tuple[str, ...]:

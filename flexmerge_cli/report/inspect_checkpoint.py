@@ -12,7 +12,8 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.blocks import partition
 from flexmerge_cli.family.classes import aliases, is_resnet, tied_by_config, why_private
 from flexmerge_cli.report.inspect_draw import long_table
-from flexmerge_cli.report.text import human_bytes, printable, table
+from flexmerge_cli.report.table import say, table
+from flexmerge_cli.report.text import human_bytes
 
 
 def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -71,19 +72,19 @@ def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
 def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
     """Print tables on stdout."""
     what = ", ".join(value["architectures"]) or value["model_type"] or "no config.json"
-    print(printable(f"{value['source']}: a checkpoint ({what})"))
+    say(f"{value['source']}: a checkpoint ({what})")
     if "adapter" in value:
         adapter = value["adapter"]
         what = f"{adapter['kind']} of {adapter['modules']} modules" if adapter["kind"] else adapter["refused"]
-        print(printable(f"a PEFT adapter: {what}; trained on {adapter['base'] or 'a base it does not name'}"))
-    print(
+        say(f"a PEFT adapter: {what}; trained on {adapter['base'] or 'a base it does not name'}")
+    say(
         f"{value['parameters']:,} parameters, {human_bytes(value['bytes'])} "
         f"in {sum(file['tensors'] for file in value['files'])} tensors; weight files: {len(value['files'])}"
     )
     if value["side_files"]:
-        print(printable(f"beside the weights: {', '.join(value['side_files'])}"))
+        say(f"beside the weights: {', '.join(value['side_files'])}")
     if value["ignored"]:
-        print(printable(f"left where it is: {', '.join(value['ignored'])}"))
+        say(f"left where it is: {', '.join(value['ignored'])}")
     table(["dtype", *SUMS], [(dtype, *_cells(sums)) for dtype, sums in value["dtypes"].items()])
     long_table(
         ["block", *SUMS],
@@ -96,12 +97,14 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
             ["private candidate", "why", "dtype", "shape"],
             [(found["name"], found["why"], found["dtype"], found["shape"]) for found in value["private"]],
             every=every,
-            left=2,
+            text=(1, 2, 3),
         )
     else:
-        print("no private candidates")
+        say("no private candidates")
     if value["tied"]:
-        table(["tied", "to", "why"], [(found["name"], found["of"], found["why"]) for found in value["tied"]], left=3)
+        table(
+            ["tied", "to", "why"], [(found["name"], found["of"], found["why"]) for found in value["tied"]], text=(1, 2)
+        )
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:

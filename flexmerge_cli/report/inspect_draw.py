@@ -1,26 +1,28 @@
 """Draws numbers on a terminal: a curve, a heat map, a shortened table. Legible without colour."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from flexmerge_cli.report.inspect_heat import LEVELS, Scale, ink
-from flexmerge_cli.report.text import PADDING, line_columns, printable, table, tail
+from flexmerge_cli.report.table import GAP, INDENT, line_columns, table
+from flexmerge_cli.report.text import printable, tail
 
 MANY_ROWS = 40  # a longer table is shortened to its two ends
 CHART_COLUMNS, CHART_ROWS = 64, 9
 SHORTEST_NAME = 20
-WIDE = 110  # characters of a line that has room for all columns
+WIDE = 100  # characters of a line that has room for all columns
 NUMBERED_TASKS = 12  # with more, a heat map has no numbers
 
 
 def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, str]) -> None:
     """An area from 0 to the greatest value. labels: of top, middle and floor. below: of the ends of the x axis."""
-    columns = np.linspace(0, len(values) - 1, CHART_COLUMNS).round().astype(int)
+    width = max(map(len, labels))
+    room = max(1, min(CHART_COLUMNS, line_columns() - width - 2))
+    columns = np.linspace(0, len(values) - 1, room).round().astype(int)
     eighths = np.array([values[column] for column in columns]) / (max(values) or 1.0) * CHART_ROWS * 8
     shown = dict(zip((CHART_ROWS - 1, CHART_ROWS // 2, 0), labels))
-    width = max(map(len, labels))
     for row in reversed(range(CHART_ROWS)):
         filled = np.clip(np.ceil(eighths - row * 8), 0, 8).astype(int)
         bars = "".join(" " if part == 0 else LEVELS[part - 1] for part in filled)
@@ -36,11 +38,13 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
 
     from flexmerge_cli.report.console import Console
 
-    numbered = len(names) <= NUMBERED_TASKS
     console = Console(soft_wrap=True)
     width = min(24, max(map(len, names)))
     texts = [[scale.text(float(value)) for value in row] for row in matrix]
-    cell = max(len(text) for row in texts for text in row) + 3 if numbered else 2 if len(names) <= 40 else 1
+    cell, room = max(len(text) for row in texts for text in row) + 3, line_columns() - width - 5
+    numbered = len(names) <= NUMBERED_TASKS and cell * len(names) <= room
+    if not numbered:
+        cell = 2 if 2 * len(names) <= room else 1
     heads = [printable(name)[: cell - 1] if numbered else "" for name in names]
     if numbered:
         print(" " * (width + 5) + "".join(f"{head:>{cell}}" for head in heads))
@@ -59,7 +63,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
 
 
 def long_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, every: bool, title: str = "", left: int = 1
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, every: bool, title: str = "", text: Collection[int] = ()
 ) -> None:
     """Print a table; of a long one only its two ends, unless all rows are requested.
 
@@ -72,9 +76,9 @@ def long_table(
     widths = [max(map(len, column.split("\n"))) for column in columns]
     for row in rows:
         widths = [max(width, len(str(cell))) for width, cell in zip(widths, row)]
-    room = line_columns() - sum(width + PADDING for width in widths[1:]) - PADDING
+    room = line_columns() - INDENT - sum(width + GAP for width in widths[1:])
     rows = [(tail(printable(str(first)), max(room, SHORTEST_NAME)), *rest) for first, *rest in rows]
-    table(columns, rows, title=title, left=left)
+    table(columns, rows, title=title, text=text)
 
 
 def number(value: float | None) -> str:

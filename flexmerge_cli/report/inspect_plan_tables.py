@@ -7,7 +7,8 @@ import numpy as np
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
 from flexmerge_cli.report.plan import adapter_words, show_low_rank
-from flexmerge_cli.report.text import human_bytes, line_columns, printable, table
+from flexmerge_cli.report.table import line_columns, say, table
+from flexmerge_cli.report.text import human_bytes
 from flexmerge_cli.report.vocabulary import show_vocabularies
 
 EXTREMES = 5  # most and least similar blocks that are listed
@@ -17,14 +18,14 @@ SIZE_COLUMNS = 6  # of the blocks × groups table
 def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
     """Print tables and pictures on stdout."""
     settings, one = value["settings"], value["one_model_bytes"]
-    print(printable(f"{value['plan']}: a plan of {len(value['tasks'])} tasks of {value['base']}"))
-    print(
+    say(f"{value['plan']}: a plan of {len(value['tasks'])} tasks of {value['base']}")
+    say(
         f"{len(value['blocks'])} blocks ({settings['blocks']}), {value['merges']:,} merges: {settings['similarity']}, "
         f"{settings['linkage']} linkage, {settings['strategy']}; 1x = one model = {human_bytes(one)}"
     )
     for task in value["tasks"]:
         if "adapter" in task:
-            print(printable(f"{task['name']}: {adapter_words(task)}"))
+            say(f"{task['name']}: {adapter_words(task)}")
     show_low_rank(value["low_rank"], value["plan"])
     if "block" in value:
         _show_block(facts, value["block"])
@@ -35,7 +36,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
     if value["merges"]:
         _show_sizes(value)
     else:
-        print("nothing to merge: " + ("no tensor merges" if len(value["tasks"]) > 1 else "there is one task"))
+        say("nothing to merge: " + ("no tensor merges" if len(value["tasks"]) > 1 else "there is one task"))
     if value["blocks"]:
         _show_blocks(value, every=every)
         _show_extremes(value)
@@ -43,7 +44,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
 
 def _show_sizes(value: dict[str, Any]) -> None:
     sizes, one = value["curve"]["tensor_bytes"], max(1, value["one_model_bytes"])
-    print("size after each merge, one dense value per merged block")
+    say("size after each merge, one dense value per merged block")
     labels = [f"{size / one:.2f}x {human_bytes(size):>7}" for size in (max(sizes), max(sizes) / 2, 0)]
     draw.curve(sizes, labels, below=("0 merges", f"{value['merges']:,} merges"))
     rows, wide = [], line_columns() >= draw.WIDE
@@ -90,14 +91,15 @@ def _show_extremes(value: dict[str, Any]) -> None:
             (b["name"], draw.number(b["similarity"]["mean"]), _pair(b["similarity"][which]), b["merges"][0])
             for b in blocks
         ]
-        draw.long_table(["block", "similarity", f"{which} similar pair", "first merge"], rows, every=True, title=title)
-    print("one block: --block NAME; all of them as pictures: --html report.html")
+        columns = ["block", "similarity", f"{which} similar pair", "first merge"]
+        draw.long_table(columns, rows, every=True, title=title, text=(2,))
+    say("one block: --block NAME; all of them as pictures: --html report.html")
 
 
 def _show_block(facts: PlanFacts, block: dict[str, Any]) -> None:
-    print(printable(f"block {block['name']}: {len(block['tensors'])} tensors, {block['parameters']:,} parameters"))
+    say(f"block {block['name']}: {len(block['tensors'])} tensors, {block['parameters']:,} parameters")
     for name in block["tensors"]:
-        print(printable(f"  {name}"))
+        say(f"  {name}")
     print("\nsimilarity of every two tasks; the eight heights span those of all blocks")
     draw.heat_map(np.array(block["similarity"]), facts.plan.task_names, facts.scale)
     rows = [
@@ -110,7 +112,10 @@ def _show_block(facts: PlanFacts, block: dict[str, Any]) -> None:
         for merge in block["merges"]
     ]
     table(
-        ["merge", "similarity", "of", "and"], rows, title=f"merges of the block, of {len(facts.plan.order):,}", left=4
+        ["merge", "similarity", "of", "and"],
+        rows,
+        title=f"merges of the block, of {len(facts.plan.order):,}",
+        text=(2, 3),
     )
 
 

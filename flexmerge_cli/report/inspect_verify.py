@@ -11,6 +11,7 @@ from flexmerge_cli.bundle.verify import verify_bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.errors import FlexmergeError, IntegrityError
 from flexmerge_cli.report.inspect_bundle import part_tensors
+from flexmerge_cli.report.table import say
 from flexmerge_cli.report.text import printable
 
 SHOWN = 20  # damaged parts that are named per file
@@ -87,18 +88,18 @@ def failure(value: dict[str, Any]) -> IntegrityError | None:
 
 def show_verification(value: dict[str, Any]) -> None:
     found = value["verification"]
-    print(printable(f"{value['bundle']}: id {value['id']}"))
+    say(f"{value['bundle']}: id {value['id']}")
     for name, problem in found["bad"].items():
-        print(printable(f"bad: {name}: {problem}"))
+        say(f"bad: {name}: {problem}")
         parts = found["damaged"].get(name, [])
         for part in parts[:SHOWN]:
-            print(printable(f"     part {part}"))
+            say(f"     part {part}")
         if len(parts) > SHOWN:
-            print(f"     and {len(parts) - SHOWN} more parts")
+            say(f"     and {len(parts) - SHOWN} more parts")
     for name in found["unknown"]:
-        print(printable(f"not of this bundle: {name}"))
+        say(f"not of this bundle: {name}")
     decoded = f", {found['tensors']:,} decoded tensors" if found["tensors"] else ""
-    print(f"checked {found['files']} files{decoded}: {'sound' if found['sound'] else 'damaged'}")
+    say(f"checked {found['files']} files{decoded}: {'sound' if found['sound'] else 'damaged'}")
     if not found["sound"]:
-        print(printable(f"broken tasks: {', '.join(found['broken_tasks']) or 'none'}"))
-        print(printable(f"sound tasks: {', '.join(found['sound_tasks']) or 'none'}"))
+        say(f"broken tasks: {', '.join(found['broken_tasks']) or 'none'}")
+        say(f"sound tasks: {', '.join(found['sound_tasks']) or 'none'}")

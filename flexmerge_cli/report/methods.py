@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,14 +20,13 @@ from flexmerge_cli.methods.registry import (
     split_call,
 )
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
-from flexmerge_cli.report.text import table
+from flexmerge_cli.report.table import say, table
 from flexmerge_cli.request.auto_options import auto
 from flexmerge_cli.stored.forms import form_of
 
 LEGEND = (
-    "Bytes are of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each.\n"
-    "Groups of one, and whatever copies store in no more bytes, are copies. The base is there once\n"
-    "for all groups."
+    "Bytes are those of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each. Groups of "
+    "one, and whatever copies store in no more bytes, are copies. The base is stored once for all groups."
 )
 TITLES = {
     "search": "Chosen for a size, from the plan alone",
@@ -71,44 +69,50 @@ def method_page(text: str) -> dict[str, Any]:
 def show_list(value: dict[str, Any]) -> None:
     for kind, title in TITLES.items():
         rows = [method for method in (*value["search"], *value["methods"]) if method["kind"] == kind]
-        _show_rows(title, "when", rows, with_stored=kind != "model")
+        _show_rows(title, "when", rows)
     _show_rows("Steps, before a method: --step NAME", "does", value["steps"])
     _show_rows("Calibrations, after a method: --calibrate NAME", "does", value["calibrations"])
-    print(LEGEND)
+    say(LEGEND)
     if value["installed"]:
-        print(f"From installed packages: {', '.join(value['installed'])}")
-    print(textwrap.fill(f"Names of mergekit: {', '.join(alias['name'] for alias in value['mergekit'])}", 100))
+        say(f"From installed packages: {', '.join(value['installed'])}")
+    say(f"Names of mergekit: {', '.join(alias['name'] for alias in value['mergekit'])}")
     print("One explained: flexmerge methods NAME")
 
 
 def show_page(value: dict[str, Any]) -> None:
     for one in value["found"]:
-        print(f"{one['what']} {one['name']} ({one['paper']})\n\n{one['text']}\n")
+        say(f"{one['what']} {one['name']} ({one['paper']})")
+        for paragraph in one["text"].split("\n\n"):
+            print()
+            for line in paragraph.split("\n") if "\n " in paragraph else [paragraph.replace("\n", " ")]:
+                say(line)
+        print()
         if one["arguments"]:
             rows = [(a["name"], a["takes"], _written(a["default"])) for a in one["arguments"]]
-            table(["argument", "takes", "default"], rows, left=3)
+            table(["argument", "takes", "default"], rows, text=(1, 2))
         if one["what"] == "method":
-            print(f"when:   {one['when']}\nstores: {one['stored']}\nbytes:  {one['size']}")
+            for head, words in (("when:  ", one["when"]), ("stores:", one["stored"]), ("bytes: ", one["size"])):
+                say(f"{head} {words}")
         print(f"scope:  {one['scope']}\n")
         if one["what"] == "method":
-            print(f"{LEGEND}\n")
+            say(LEGEND)
+            print()
     if value["mergekit"]:
-        print(value["mergekit"]["message"])
+        say(value["mergekit"]["message"])
 
 
-def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]], *, with_stored: bool = False) -> None:
-    columns = ["name", "arguments", *(["stored: bytes"] if with_stored else []), "paper", last]
-    cells = [
-        (
-            row["name"],
-            ", ".join(f"{a['name']}={_written(a['default'])}" for a in row["arguments"]),
-            *([f"{row['stored']}: {row['size']}"] if with_stored else []),
-            row["paper"],
-            row["when"] if last == "when" else row["summary"].split(" [")[0],  # drop the shapes
-        )
-        for row in rows
-    ]
-    table(columns, cells, title=title, left=len(columns))
+def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]]) -> None:
+    """A list: several lines for each name, the first of which says what it is for."""
+    cells = []
+    for row in rows:
+        lines = [row["when"] if last == "when" else row["summary"].split(" [")[0]]  # drop the shapes
+        lines.append(", ".join(f"{a['name']}={_written(a['default'])}" for a in row["arguments"]))
+        if row.get("kind", "model") != "model":
+            lines.append(f"stores {row['stored']}: {row['size']}")
+        cells += [
+            (row["name"] if place == 0 else "", text) for place, text in enumerate(filter(None, [*lines, row["paper"]]))
+        ]
+    table(["name", f"{last}, arguments, what is stored, paper"], cells, title=title, text=(1,))
 
 
 def _method(call: Call) -> dict[str, Any]:

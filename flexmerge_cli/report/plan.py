@@ -15,7 +15,8 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
-from flexmerge_cli.report.text import human_bytes, merges_words, table
+from flexmerge_cli.report.table import say, table
+from flexmerge_cli.report.text import human_bytes, merges_words
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.plan import PlanRequest
@@ -92,7 +93,7 @@ def low_rank_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def show_low_rank(rows: list[dict[str, Any]], plan: str) -> None:
     for row in rows:
-        print(
+        say(
             f"task `{row['task']}` is the base plus matrices of rank {row['rank']}, as a merged LoRA is: as low-rank "
             f"residuals the {row['matrices']} that changed take {row['residual_bytes']:,} bytes, not {row['bytes']:,}, "
             f"{row['bytes'] - row['residual_bytes']:,} less"
@@ -254,13 +255,13 @@ def show_plan(value: dict[str, Any]) -> None:
     """Print tables on stdout."""
     whole = sum(task["bytes"] for task in value["tasks"])
     one = value["one_model_bytes"]
-    print(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(whole)}; 1x = one model = {human_bytes(one)}")
+    say(f"{len(value['tasks'])} tasks of {value['base']}, {human_bytes(whole)}; 1x = one model = {human_bytes(one)}")
     adapters = any("adapter" in task for task in value["tasks"])
     rows = [
         (task["name"], task["source"], *([adapter_words(task)] if adapters else []), f"{task['bytes']:,}")
         for task in value["tasks"]
     ]
-    table(["task", "source", *(["adapter"] if adapters else []), "bytes"], rows, left=3 if adapters else 2)
+    table(["task", "source", *(["adapter"] if adapters else []), "bytes"], rows, text=(1, 2) if adapters else (1,))
     table(
         ["class", "tensors", "bytes", "names"],
         [
@@ -268,6 +269,7 @@ def show_plan(value: dict[str, Any]) -> None:
             for kind, found in value["classes"].items()
             if found["tensors"]
         ],
+        text=(3,),
     )
     show_vocabularies(value["vocabularies"])
     show_low_rank(value.get("low_rank", []), value.get("plan", ""))
@@ -286,21 +288,21 @@ def show_plan(value: dict[str, Any]) -> None:
             print(f"{row['name']:{widest}}  {row['command']}")
     if value.get("cut"):
         cut = value["cut"]
-        print(
+        say(
             f"requested: {cut['method'] or 'a cast'}: {cut['factor']:.4f}x, {cut['total_bytes']:,} bytes on disk"
             f"{merges_words(cut, ', ')}"
         )
     if value.get("fetch_bytes"):
-        print(f"to download: {value['fetch_bytes']:,} bytes of weights")
-    print(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
+        say(f"to download: {value['fetch_bytes']:,} bytes of weights")
+    say(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
     if "plan" in value:
-        print(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")
+        say(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")
 
 
 def _show_sizes(value: dict[str, Any]) -> None:
     names = [task["name"] for task in value["tasks"] if task.get("adapter", {}).get("becomes") != "keep"]
     exact = value["exact_bytes"]
-    print(f"after exact deduplication: {exact:,} bytes, {exact / value['one_model_bytes']:.2f}x")
+    say(f"after exact deduplication: {exact:,} bytes, {exact / value['one_model_bytes']:.2f}x")
     many = len(names) > MANY_TASKS
     for method in LINEAR:
         rows = []

@@ -1,10 +1,7 @@
-"""Numbers and tables as text."""
+"""Numbers and names as text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-PADDING = 3  # of a column
-LEAST_FOLDED = 12  # characters of a column that is folded
 
 
 def merges_words(allocation: Mapping[str, Any], before: str) -> str:
@@ -42,37 +39,3 @@ def tail(name: str, characters: int) -> str:
     end = name[-(characters - 1) :]
     dot = end.find(".")
     return "…" + (end[dot + 1 :] if 0 <= dot < len(end) // 2 else end)
-
-
-def line_columns() -> int:
-    """The width of the terminal in characters; 200 without a terminal."""
-    from flexmerge_cli.report.console import Console
-
-    console = Console()
-    return console.width if console.is_terminal else 200
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", left: int = 1) -> None:
-    """Print a table to stdout. Aligns the first `left` columns to the left, the rest to the right.
-
-    Only the left ones are folded where the line is short: half a number is a wrong number. A head may have line breaks.
-    """
-    from rich import box
-    from rich.table import Table
-
-    from flexmerge_cli.report.console import Console
-
-    heads = ["\n".join(map(printable, column.split("\n"))) for column in columns]
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
-    shown = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
-    needed = 0
-    for index, head in enumerate(heads):
-        is_left = index < left
-        shown.add_column(head, justify="left" if is_left else "right", overflow="fold", no_wrap=not is_left)
-        widest = max(map(len, [*head.split("\n"), *(row[index] for row in cells)]))
-        needed += PADDING + (min(widest, LEAST_FOLDED) if is_left else widest)
-    for row in cells:
-        shown.add_row(*row)
-    console = Console()
-    console.width = max(line_columns(), needed)
-    console.print(shown)

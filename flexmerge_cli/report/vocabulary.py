@@ -4,7 +4,7 @@ from typing import Any
 
 from flexmerge_cli.checkpoint.rows import num_rows, other_rows
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.report.text import table
+from flexmerge_cli.report.table import say, table
 
 SHOWN_RUNS = 8
 
@@ -60,4 +60,4 @@ def show_vocabularies(found: list[dict[str, Any]]) -> None:
             named = [f"{first}" if count == 1 else f"{first}–{first + count - 1}" for first, count in lacking]
             more = f", … {len(named) - SHOWN_RUNS} ranges more" if len(named) > SHOWN_RUNS else ""
             count = sum(count for _, count in lacking)
-            print(f"rows of the base that some task lacks: {count:,} ({', '.join(named[:SHOWN_RUNS])}{more})")
+            say(f"rows of the base that some task lacks: {count:,} ({', '.join(named[:SHOWN_RUNS])}{more})")

@@ -238,15 +238,15 @@ def test_a_short_line_cuts_names_and_never_numbers(
     source: Path | str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`124,160` over two lines was read as `124,16`."""
-    for name, value in (("COLUMNS", "80"), ("FORCE_COLOR", "1"), ("NO_COLOR", "1")):
+    for name, value in (("COLUMNS", "60"), ("FORCE_COLOR", "1"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
     paths = {"plan": plan_path(), "bundle": bundle_path("average", "3x")}
     assert run(["inspect", str(paths.get(str(source), source))]) == 0
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     tables = [line for line in text.splitlines() if line.startswith(" ")]
-    assert tables and max(map(len, tables)) <= 80
+    assert tables and max(map(len, tables)) <= 60
     assert not re.search(r"[0-9][,.][0-9]* *$\n *[0-9]{1,2} *$", text, re.MULTILINE)
-    assert "…encoder.layers.0.layer_norm1" in text or source == CHECKPOINT
+    assert "…" in text or source == CHECKPOINT
 
 
 def test_a_plan_whose_numbers_make_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from flexmerge_cli.cli.app import run
 from flexmerge_cli.cli.options import bars_on_stderr, emit, note, warn
 from flexmerge_cli.cli.terminal import ASCII, shown_streams
 from flexmerge_cli.report.console import Console
-from flexmerge_cli.report.text import table
+from flexmerge_cli.report.table import table
 
 from ..families import encoder, write_checkpoint
 from ..program import ROOT, fails, flexmerge

@@ -20,6 +20,6 @@ def test_a_dry_run_has_no_column_of_what_is_not_measured(plan, tmp_path):
 
 
 def test_what_auto_chose_fits_a_terminal_of_80_columns(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("flexmerge_cli.report.text.line_columns", lambda: 80)
+    monkeypatch.setattr("flexmerge_cli.report.table.line_columns", lambda: 80)
     shown = succeeds("merge", plan, "--method", "auto", "--size", "1x", "-o", tmp_path / "b").out
     assert "centres" in shown and max(len(line.rstrip()) for line in shown.split("mean in")[0].splitlines()) <= 80
