@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.verify import Verification, require_sound
@@ -12,13 +13,14 @@ from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
-from flexmerge_cli.formats.plan_file import Plan, save_plan
+from flexmerge_cli.formats.plan_file import Plan, is_plan, save_plan
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.planning.make import load_plan as load_plan
 from flexmerge_cli.planning.make import make_plan as _make_plan
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.plan import OrderSettings as OrderSettings
 from flexmerge_cli.request.plan import PlanRequest
+from flexmerge_cli.writing import check_file
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View
@@ -116,6 +118,7 @@ def make_plan(
 ) -> Plan:
     """Read every weight once and make a plan, which holds all that a later merge needs; with `output`, save it there.
 
+    An output replaces a plan, and no other file; it lies in no source and in no bundle.
     base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` skips those that `auto` needs.
     offline: use only what the Hub's cache holds. stream: read weights over the network, and store none of them.
     variant: the preferred variant of the weights, e.g. `fp16`. adapters: `keep`, `merge` or `pool` tasks that are PEFT
@@ -134,6 +137,10 @@ def make_plan(
         assume_base=assume_base,
     )
     path = Path(output) if output is not None else None
+    if path is not None:
+        rules = Path(request.order.blocks)
+        check_apart(path, [base, *tasks.values(), rules if rules.is_file() else None])
+        check_file(path, force=True, replaceable=is_plan, what="a plan of flexmerge")
     plan = _make_plan(request, save_to=path, **run)
     if path is not None:
         save_plan(plan, path)

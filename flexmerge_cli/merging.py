@@ -6,13 +6,13 @@ from pathlib import Path
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import MergeRequest
-from flexmerge_cli.writing import check_apart
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -14,12 +14,11 @@ import secrets
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.errors import MachineError, UsageError, machine_failure
-from flexmerge_cli.text import expanded
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -68,21 +67,6 @@ def check_file(path: Path, *, force: bool, replaceable: Callable[[Path], bool], 
             pass  # quotas, names that are too long, and systems whose permissions say nothing
     except OSError as error:
         raise cannot_write(error, path) from None
-
-
-def check_apart(output: Path, inputs: Iterable[Path | str | None]) -> None:
-    """Refuse an output that is one of the inputs, lies in one, or has one in it. Raises UsageError.
-
-    inputs: paths; None and addresses (`hf://…`) are passed over.
-    """
-    place = output.resolve()
-    for source in inputs:
-        if source is None or "://" in str(source):
-            continue
-        other = expanded(source).resolve()
-        if place == other or place in other.parents or other in place.parents:
-            how = "is" if place == other else "lies in" if other in place.parents else "contains"
-            raise UsageError(f"the output {output} {how} the input {source}", hint="choose another place")
 
 
 def has_start(path: Path, start: bytes) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.exported import exported_files
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import Ours, check_target, publish
@@ -18,7 +19,7 @@ from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
-from flexmerge_cli.writing import NOT_SUPPORTED, check_apart, no_space
+from flexmerge_cli.writing import NOT_SUPPORTED, no_space
 
 # Another file system, one without links, a file that has as many as it may, or whose owner is another.
 NO_LINK = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTTY)

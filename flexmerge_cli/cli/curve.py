@@ -127,4 +127,4 @@ def curve(
             threads=threads,
         )  # fmt: skip
         write_outputs(document, outputs)
-    finish(document, f"{plan}", as_json=as_json, show=show_curve)
+    finish(document, f"{plan}", as_json=as_json, show=show_curve, written=[*outputs.values()])

@@ -123,6 +123,7 @@ def evaluate(
     moved = relocations(relocate)
     if moved and plan is None:
         raise UsageError("--relocate is for the sources of --plan", hint="--plan plan.json")
+    outputs = {kind: path for kind, path in (("csv", csv), ("html", html)) if path}
     value = score_bundle(
         ScoreOptions(
             bundle=bundle,
@@ -137,8 +138,8 @@ def evaluate(
             offline=offline,
             quiet=quiet or as_json,
             gate=parse_gate(max_drop, max_mean_drop),
-            outputs={kind: path for kind, path in (("csv", csv), ("html", html)) if path},
+            outputs=outputs,
             force=force,
         )
     )
-    finish(value, f"{bundle or plan}", as_json=as_json, show=show_evaluation)
+    finish(value, f"{bundle or plan}", as_json=as_json, show=show_evaluation, written=[*outputs.values()])

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.tidy import curve_csv, is_csv, scores_csv
 from flexmerge_cli.report.curve_png import is_png, require_matplotlib
 from flexmerge_cli.report.html import is_page
-from flexmerge_cli.writing import check_apart, check_file, write_file
+from flexmerge_cli.writing import check_file, write_file
 
 Outputs = dict[str, Path]
 """Maps `csv`, `html` and `png` to the path to write."""

@@ -57,4 +57,4 @@ def export(
         for name, place in found["exported"].items():
             print(f"{name}: {place}")
 
-    emit(value, as_json=as_json, show=show)
+    emit(value, as_json=as_json, show=show, written=[output])

@@ -1,15 +1,23 @@
 """The end of a command whose document holds a verdict: print the whole document, then exit with 6 on failure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.cli.options import emit
+from flexmerge_cli.cli.terminal import OutputLost
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.gate import require_pass
 
 
-def finish(value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[Any], None]) -> None:
-    """Print a document. Raises GateError if its choice or gate is not met; with --json the error carries it."""
+def finish(
+    value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[Any], None], written: Sequence[Path]
+) -> None:
+    """Print a document. written: as in `emit`.
+
+    Raises GateError if its choice or gate is not met; with --json the error carries the document.
+    """
     chosen = value.get("chosen")
     try:
         if chosen is not None and not chosen["qualifies"]:
@@ -19,6 +27,7 @@ def finish(value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[A
     except GateError as error:
         error.document = value
         if not as_json:
-            show(value)
+            with suppress(OutputLost):  # the verdict weighs more
+                emit(value, as_json=False, show=show)
         raise
-    emit(value, as_json=as_json, show=show)
+    emit(value, as_json=as_json, show=show, written=written)

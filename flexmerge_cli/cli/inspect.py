@@ -47,7 +47,7 @@ def inspect(
         check_file(html, force=force, replaceable=is_page, what="a page")
     with options.progress(quiet=quiet or as_json) as on_progress:
         report = look(asked, kind, on_progress=on_progress)
-    options.emit(report.value, as_json=as_json, show=report.show)
+    options.emit(report.value, as_json=as_json, show=report.show, written=[html] if html is not None else [])
     if html is not None:
         options.note(f"wrote {html}", quiet=quiet)
     if report.error is not None:

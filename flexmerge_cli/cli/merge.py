@@ -1,5 +1,6 @@
 """`flexmerge merge`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,7 @@ def merge(
     """
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.packing import Packing
+    from flexmerge_cli.cli.terminal import OutputLost
     from flexmerge_cli.errors import GateError
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
@@ -109,7 +111,8 @@ def merge(
                 written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
     except GateError as error:
         if not as_json:
-            show_verdict(packing.verdict())
+            with suppress(OutputLost):  # the verdict weighs more
+                options.emit(packing.verdict(), as_json=False, show=show_verdict)
         summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
@@ -119,4 +122,4 @@ def merge(
         options.warn(surprises, quiet=quiet)
         warnings += surprises
     value = merge_summary(layout, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
-    options.emit(value, as_json=as_json, show=show_merge)
+    options.emit(value, as_json=as_json, show=show_merge, written=[output] if written is not None else [])

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,8 +114,11 @@ def access_of(
     return Access(offline=offline, variant=variant, stream=pool, on_message=lambda message: note(message, quiet=quiet))
 
 
-def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
-    """Print the result, after everything else: as ASCII JSON, which every encoding can hold, or with `show`."""
+def emit(value: Any, *, as_json: bool, show: Callable[[Any], None], written: Sequence[Path] = ()) -> None:
+    """Print the result, after everything else: as ASCII JSON, which every encoding can hold, or with `show`.
+
+    written: the outputs that took their places before, which an error about lost output names.
+    """
     from flexmerge_cli.cli.terminal import OutputLost
 
     try:
@@ -126,6 +129,9 @@ def emit(value: Any, *, as_json: bool, show: Callable[[Any], None]) -> None:
         sys.stdout.flush()
     except OutputLost as lost:
         lost.hint = "the command itself succeeded; only its output is lost"
+        if written:
+            lost.message += f"; complete and in place: {', '.join(map(str, written))}"
+            lost.unread = False  # whoever closed the pipe does not know that
         raise
 
 

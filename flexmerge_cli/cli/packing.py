@@ -8,6 +8,7 @@ from typing import Any
 from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
@@ -25,7 +26,6 @@ from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.text import expanded
-from flexmerge_cli.writing import check_apart
 
 
 @dataclass(slots=True, kw_only=True)

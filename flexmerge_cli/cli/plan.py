@@ -101,10 +101,10 @@ def plan(
     flexmerge plan --base base/ --tasks finetuned/ -o plan.json
     """
     from flexmerge_cli.allocation.options import check_methods
+    from flexmerge_cli.bundle.apart import check_apart
     from flexmerge_cli.cli import options
     from flexmerge_cli.cli.sources import plan_request
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.writing import check_apart
 
     check_methods(methods)
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
@@ -156,4 +156,4 @@ def plan(
         value = plan_summary(found, output, request, methods=methods)
     options.warn(value["warnings"], quiet=quiet)
     value["warnings"] = [*given.warnings, *value["warnings"]]
-    options.emit(value, as_json=as_json, show=show_plan)
+    options.emit(value, as_json=as_json, show=show_plan, written=[] if output is None or dry_run else [output])

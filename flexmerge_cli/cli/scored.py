@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.cli.eval_outputs import Outputs, check_outputs, write_outputs
 from flexmerge_cli.cli.options import access_of, note, progress
@@ -13,7 +14,7 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.planning.make import load_plan
-from flexmerge_cli.writing import check_apart, check_file, write_file
+from flexmerge_cli.writing import check_file, write_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.locate import holds_bundle, locate
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, standing
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -106,8 +107,8 @@ def check(asked: Asked) -> Kind:
         raise UsageError(f"--html shows a plan or a bundle, but {what}", hint="flexmerge plan, then inspect the plan")
     if asked.html is not None and asked.verify:
         raise UsageError("--html and --verify cannot be combined", hint="run one after the other")
-    if asked.html is not None and kind is not Kind.CHECKPOINT and _is_within(asked.html, expanded(asked.source)):
-        raise UsageError(f"{asked.html} is, or lies in, what is inspected", hint="choose another place with --html")
+    if asked.html is not None:
+        check_apart(asked.html, [asked.source])
     return kind
 
 
@@ -167,7 +168,3 @@ def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
     if error is not None:
         value["error"] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
     return Report(value=value, show=show_verification, error=error)
-
-
-def _is_within(path: Path, place: Path) -> bool:
-    return path.resolve().is_relative_to(place.resolve())

@@ -1,6 +1,11 @@
-"""No output is written over an input, into one, or around one: exit 2, whatever is forced."""
+"""No output is written over an input, into one, around one, or into any bundle: exit 2, whatever is forced."""
+
+import shutil
 
 import pytest
+
+from flexmerge_cli import OrderSettings
+from flexmerge_cli.errors import UsageError
 
 from ..families import plain, write_family
 from ..program import flexmerge, succeeds, tree
@@ -13,6 +18,7 @@ def made(tmp_path_factory):
     folders = write_family(root, plain(num_tasks=2))
     succeeds("plan", *folders.arguments, "-o", root / "plan.json")
     succeeds("merge", root / "plan.json", "-o", root / "bundle")
+    shutil.copytree(root / "bundle", root / "other")
     tasks = ", ".join(f"{name}: tasks/{name}" for name in folders.tasks)
     (root / "recipe.yaml").write_text(f"version: 1\nbase: base\ntasks: {{{tasks}}}\n")
     (root / "rules.yaml").write_text("blocks: []\n")
@@ -56,13 +62,16 @@ PLACES = {
 }  # fmt: skip
 
 
+IN_ANOTHER_BUNDLE = ["other/out", "other/tasks/out", "other/manifest.json/out"]
+
+
 @pytest.mark.parametrize("force", [(), ("--force",)])
 @pytest.mark.parametrize("output", PLACES)
 def test_no_output_is_an_input_or_lies_in_or_around_one(output, force, made, monkeypatch):
     monkeypatch.chdir(made)
     arguments, places = PLACES[output]
     before = tree(made)
-    for place in places:
+    for place in [*places, *IN_ANOTHER_BUNDLE]:
         for written in (place, made / place):
             result = flexmerge(*arguments, written, *force)
             assert result.code == 2 and "\nhint: " in result.err, (place, result.err)
@@ -74,3 +83,16 @@ def test_a_link_to_an_input_is_that_input(made, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(made / "base")
     assert flexmerge("plan", "recipe.yaml", "-o", tmp_path / "link/plan.json").code == 2
     assert flexmerge("merge", "recipe.yaml", "-o", tmp_path / "link/b").code == 2
+
+
+def test_python_writes_a_plan_over_no_input_no_bundle_and_no_other_file(made):
+    from flexmerge_cli import make_plan
+
+    before = tree(made)
+    sources = {name: made / "tasks" / name for name in ("task0", "task1")}
+    places = ["base/plan.json", "tasks/task1/model.safetensors", "rules.yaml", "other/plan.json", "recipe.yaml"]
+    for place in places:
+        order = OrderSettings(blocks=str(made / "rules.yaml"))
+        with pytest.raises(UsageError, match=r"the output|is not a plan"):
+            make_plan(made / "base", sources, output=made / place, order=order)
+    assert tree(made) == before

@@ -14,14 +14,16 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from flexmerge_cli.cli import gating
 from flexmerge_cli.cli.app import run
 from flexmerge_cli.cli.options import bars_on_stderr, emit, note, warn
 from flexmerge_cli.cli.terminal import ASCII, shown_streams
+from flexmerge_cli.errors import GateError
 from flexmerge_cli.report.console import Console
 from flexmerge_cli.report.table import table
 
-from ..families import encoder, write_checkpoint
-from ..program import ROOT, fails, flexmerge
+from ..families import encoder, plain, write_checkpoint, write_family
+from ..program import ROOT, fails, flexmerge, succeeds
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x00\x08\x7f\x9b31m\u202eevil\u2066\u2069\u200f\udcff\r"
 HARMFUL = set(HOSTILE) - set("]0;owned[2J31mevil")
@@ -170,6 +172,32 @@ def test_lost_output_is_exit_1_unless_more_went_wrong(error, arguments, code, sa
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
     assert run(arguments) == code
     assert err.getvalue().startswith(says) and bool(says) == bool(err.getvalue())
+
+
+def test_lost_output_of_what_was_written_says_that_it_is_in_place(tmp_path, monkeypatch):
+    """Also if the reader of a pipe went away, as after `| head`: the bundle is there, and the code was 1 in silence."""
+    folders = write_family(tmp_path, plain(num_tasks=2))
+    plan, bundle = tmp_path / "plan.json", tmp_path / "bundle"
+    commands = {
+        plan: ("plan", *folders.arguments, "-o", plan),
+        bundle: ("merge", plan, "-o", bundle),
+        tmp_path / "out": ("export", bundle, "--task", "task0", "-o", tmp_path / "out"),
+        tmp_path / "page.html": ("inspect", bundle, "--html", tmp_path / "page.html"),
+    }
+    for output, command in commands.items():
+        monkeypatch.setattr(sys, "stdout", Full(BrokenPipeError(32, "Broken pipe")))
+        monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+        assert run([str(argument) for argument in command]) == 1
+        assert f"complete and in place: {output}" in err.getvalue() and output.exists()
+    monkeypatch.undo()
+    succeeds("inspect", bundle, "--verify")
+
+
+def test_a_gate_that_fails_outweighs_lost_output(monkeypatch):
+    verdict = {"pass": False, "tasks": {}}
+    monkeypatch.setattr(gating, "require_pass", mock.Mock(side_effect=GateError("not met", hint="more")))
+    with contextlib.redirect_stdout(Full(NO_ROOM)), shown_streams(), pytest.raises(GateError):
+        gating.finish({"gate": verdict}, "b", as_json=False, show=print, written=[])
 
 
 @pytest.mark.parametrize("err", [None, Full(NO_ROOM), Full(BrokenPipeError(32, "Broken pipe"))])
