@@ -2,7 +2,7 @@
 
 LoRA (alpha over r or its root, patterns of both per module, transposed and convolution weights, embeddings) and (IA)³.
 Other adapters of peft are refused by name: their effect is not a product of two factors, or needs more than the files.
-Headers and configs only; adapted.py finds the modules in the base. Source: peft 0.21, tuners/lora, tuners/ia3.
+Headers and configs only; family/adapted.py finds the modules in the base. Source: peft 0.21, tuners/lora, tuners/ia3.
 """
 
 import math
@@ -80,6 +80,8 @@ class Adapter:
     """Modules whose input (IA)³ scales."""
     base_name: str | None
     """The model that the config says it was trained on."""
+    model_class: str | None
+    """The class of that model, which peft records where no kind of task was named."""
 
     def tensors(self) -> list[StoredTensor]:
         """Its factors and vectors, under the names of its file."""
@@ -130,6 +132,7 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
         transposed=config.flag("fan_in_fan_out"),
         feedforward=tuple(config.texts("feedforward_modules")),
         base_name=config.text("base_model_name_or_path") or None,
+        model_class=config.model_class(),
     )
 
 
@@ -219,6 +222,10 @@ class _Config:
 
     def flag(self, key: str) -> bool:
         return bool(self._typed(key, bool, False))
+
+    def model_class(self) -> str | None:
+        found = (self._typed("auto_mapping", dict, None) or {}).get("base_model_class")
+        return found[:200] if isinstance(found, str) else None
 
     def number(self, key: str, otherwise: float) -> float:
         return self._number(key, self.values.get(key, otherwise))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from flexmerge_cli.checkpoint.adapted import adapted, names_other_base
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME, WEIGHT_NAMES, Adapter, AdapterKind, is_adapter, read_adapter
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.family.align import align, aligned_names
+from flexmerge_cli.family.adapted import adapted, names_other_base
+from flexmerge_cli.family.align import align
 from flexmerge_cli.family.blocks import Block, partition
 
 Adapters = Literal["keep", "merge", "pool"]
@@ -86,9 +86,8 @@ def models_of(
 
 def keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
     """Align the names of the model that an adapter makes. They can differ only by a prefix."""
-    alignment = align(base.tensors, model.tensors)
-    names = {aligned: own for own, aligned in aligned_names(alignment, base.tensors, model.tensors).items()}
-    return KeptAdapter(name=name, adapter=adapter, model=model, names=names)
+    names = align(base.tensors, model.tensors).names
+    return KeptAdapter(name=name, adapter=adapter, model=model, names={aligned: own for own, aligned in names.items()})
 
 
 def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:

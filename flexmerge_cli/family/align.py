@@ -1,71 +1,287 @@
 """Maps the tensor names of a task to those of the base. Headers in, a map of names out.
 
-A fine-tune often wraps the base (`bert.encoder…` for `encoder…`) or is unwrapped from it. The prefix, of whole
-segments and on either side, is the one under which most tensors of equal name and shape coincide; ties: the shortest.
+A fine-tune wraps the base (`bert.encoder…` for `encoder…`), is unwrapped from it, is one tower of it, or was saved by
+another version of the same library, which moved its parts (`model.language_model.…` for `language_model.model.…`).
+So a model's names may differ by several renames of their first segments, on top of spellings (spelling.py). The rename
+under which most tensors of equal name and shape coincide is taken first, then the next among what is left. A rename
+only adds, drops or moves segments that wrap a model: it never makes `text_model.` of `vision_model.`. Where two renames
+are as good, and no name decides, none is taken and the alignment says so.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.family import spelling
+from flexmerge_cli.family.spelling import Spelling, spelled
 
 Tensors = Mapping[str, StoredTensor]
+T = TypeVar("T")
 
 # Wrappers have one to three segments. Without a bound, one name of a million dots takes 10^12 steps.
 MAX_PREFIX_SEGMENTS = 16
+# A common end that more of the base's tensors have says nothing about which of them is meant.
+MAX_SAME_ENDS = 64
+MAX_RENAMES = 32
+# After the first, a rename of fewer tensors is taken only if it concerns segments that are known to wrap models:
+# a head's `dense.weight` and another head's may be of one shape by chance.
+MIN_TENSORS = 8
+# Segments that say nothing about what they wrap.
+NEUTRAL = frozenset({"model", "module", "base_model"})
+WRAPPERS = NEUTRAL | {
+    "language_model", "text_model", "vision_model", "vision_tower", "visual", "audio_tower", "multi_modal_projector",
+    "transformer", "backbone", "timm_model",
+}  # fmt: skip
+# What names a tower, in the words of class names and of tensor names.
+TOWERS = {
+    "vision": ("vision", "visual", "image"), "text": ("text", "language"), "audio": ("audio", "speech"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """A change of the first segments of a name. `#` stands for any number, in the same order on both sides."""
+
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def apply(self, name: str) -> str | None:
+        """The new name; None if the name does not begin so."""
+        segments = name.split(".")
+        start, rest = segments[: len(self.old)], segments[len(self.old) :]
+        if _abstract(start) != self.old or not rest:
+            return None
+        numbers = (segment for segment in start if segment.isdecimal())
+        return ".".join([next(numbers) if segment == "#" else segment for segment in self.new] + rest)
+
+    @property
+    def changed(self) -> set[str]:
+        """The segments that it adds, drops or moves."""
+        old, new = Counter(self.old), Counter(self.new)
+        moved = set(self.old) if old == new and self.old != self.new else set()
+        return set((old - new) + (new - old)) | moved
+
+    def __str__(self) -> str:
+        return f"`{'.'.join(self.old)}` as `{'.'.join(self.new)}`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alignment:
     """How a task's tensor names map to the base's."""
 
-    task_prefix: str
-    """The prefix dropped from the task's names; empty, or ends in a dot. One of the two prefixes is always empty."""
-    base_prefix: str
-    """The prefix added to the task's names."""
-    num_matched: int
-    """The number of tensors of equal name and shape."""
+    names: dict[str, str]
+    """Own name -> aligned name, one to one: the base's name, or one of its own for a tensor that the base lacks."""
+    matched: frozenset[str]
+    """The own names of tensors that the base has with the same shape."""
+    renames: tuple[Rename, ...] = ()
+    """In the order of how many tensors they match, spellings apart."""
+    unclear: tuple[Rename, ...] = ()
+    """Renames that are as good as each other, so that none is taken."""
 
-    def aligned(self, own: str) -> str:
-        """The base's name of a task's tensor. A task's tensor outside the wrapper keeps its own name."""
-        if self.task_prefix:
-            return own.removeprefix(self.task_prefix)
-        return self.base_prefix + own
-
-
-def align(base: Tensors, task: Tensors) -> Alignment:
-    """Find the prefix. O(names x segments)."""
-    matches: Counter[tuple[str, str]] = Counter({("", ""): 0})
-    for name, tensor in task.items():
-        for prefix, rest in _splits(name):
-            if rest in base and base[rest].shape == tensor.shape:
-                matches[prefix, ""] += 1
-    for name, tensor in base.items():
-        for prefix, rest in _splits(name):
-            if prefix and rest in task and task[rest].shape == tensor.shape:
-                matches["", prefix] += 1
-    best = max(matches.items(), key=lambda item: (item[1], -_length(item[0]), item[0][0] == "", item[0]))
-    (task_prefix, base_prefix), num_matched = best
-    return Alignment(task_prefix=task_prefix, base_prefix=base_prefix, num_matched=num_matched)
+    @property
+    def wrapper(self) -> str:
+        """The prefix that all of the task's names have and the base's lack; empty, or ends in a dot."""
+        renames = [rename for rename in self.renames if rename.old != rename.new]
+        return "".join(f"{segment}." for segment in renames[0].old) if len(renames) == 1 and not renames[0].new else ""
 
 
-def aligned_names(alignment: Alignment, base: Tensors, task: Tensors) -> dict[str, str]:
-    """Own name -> aligned name, one to one.
+def same_shape(task: StoredTensor, base: StoredTensor) -> bool:
+    return task.shape == base.shape
 
-    With a prefix on the base's side only names that the base has take it (a head that the fine-tune added does not).
-    Where two would fall on one name, the one in the wrapper has it and the other keeps its full name under `//`.
+
+def align(
+    base: Tensors,
+    task: Mapping[str, T],
+    *,
+    model_types: tuple[str, ...] = (),
+    kind: str = "",
+    fits: Callable[[T, StoredTensor], bool] = same_shape,  # type: ignore[assignment]
+) -> Alignment:
+    """Find the names. O(names x segments), for each spelling.
+
+    model_types: those of the configs of both, whose spellings are tried. kind: what is known of the task in words, such
+    as its class, which decides between towers. fits: whether a task's tensor may be a tensor of the base.
     """
-    taken: dict[str, str] = {}
-    ordered = sorted(task, key=lambda own: not own.startswith(alignment.task_prefix))
-    for own in ordered:
-        aligned = alignment.aligned(own)
-        if alignment.base_prefix and aligned not in base:
-            aligned = own
-        while aligned in taken:
-            aligned = "//" + aligned
-        taken[aligned] = own
-    return {own: aligned for aligned, own in taken.items()}
+    best: Alignment | None = None
+    for of_base, of_task in _spellings(model_types):
+        found = _aligned(base, task, spelled(base, of_base), spelled(task, of_task), kind, fits)
+        if best is None or len(found.matched) > len(best.matched):
+            best = found
+        if len(best.matched) in (len(task), len(base)):
+            break
+    assert best is not None
+    return best
+
+
+def _spellings(model_types: tuple[str, ...]) -> Iterator[tuple[Spelling, Spelling]]:
+    yield spelling.plain, spelling.plain
+    for of_type in spelling.by_type(model_types):
+
+        def both(name: str, of_type: Spelling = of_type) -> str:
+            return of_type(spelling.plain(name))
+
+        yield from ((both, both), (both, spelling.plain), (spelling.plain, both))
+
+
+@dataclass(slots=True)
+class _Search:
+    """What is not matched yet, by spelled name, and what is."""
+
+    task: set[str]
+    base: set[str]
+    pairs: dict[str, str] = field(default_factory=dict)
+    renames: list[Rename] = field(default_factory=list)
+    unclear: tuple[Rename, ...] = ()
+
+    def live(self, found: Mapping[str, str]) -> dict[str, str]:
+        return {task: base for task, base in found.items() if task in self.task and base in self.base}
+
+    def take(self, rename: Rename, found: Mapping[str, str]) -> None:
+        self.renames.append(rename)
+        self.pairs |= found
+        self.task -= set(found)
+        self.base -= set(found.values())
+
+
+def _aligned(
+    base: Tensors,
+    task: Mapping[str, T],
+    base_names: Mapping[str, str],
+    task_names: Mapping[str, str],
+    kind: str,
+    fits: Callable[[T, StoredTensor], bool],
+) -> Alignment:
+    """names: own name -> spelled name."""
+    own_base = {new: own for own, new in base_names.items()}
+    own_task = {new: own for own, new in task_names.items()}
+    candidates = _candidates(
+        {new: task[own] for new, own in own_task.items()}, {new: base[own] for new, own in own_base.items()}, fits
+    )
+    search = _Search(set(own_task), set(own_base))
+    groups = {rename: found for rename, found in candidates.items() if not _is_other_tower(rename, kind)}
+    while len(search.renames) < MAX_RENAMES:
+        groups = {rename: live for rename, found in groups.items() if (live := search.live(found))}
+        usable = {rename: found for rename, found in groups.items() if not search.renames or _is_sure(rename, found)}
+        if not usable:
+            break
+        most = max(map(len, usable.values()))
+        best = [rename for rename, found in usable.items() if len(found) == most]
+        chosen = _chosen(best, usable, kind)
+        if chosen is not None:
+            search.take(chosen, usable[chosen])
+            continue
+        if not search.renames:
+            search.unclear = tuple(sorted(best, key=str))
+            break
+        for rename in best:
+            del groups[rename]
+    matched = frozenset(own_task[name] for name in search.pairs)
+    pairs = dict(search.pairs)
+    _pair_misfits(search, pairs)
+    names = {own_task[new]: own_base[found] for new, found in pairs.items()}
+    result = Alignment(names=names, matched=matched, renames=tuple(search.renames), unclear=search.unclear)
+    taken = set(names.values())
+    for own in task:
+        if own not in names:
+            aligned = spelling.plain(own).removeprefix(result.wrapper) or own
+            while aligned in taken or aligned in base:
+                aligned = "//" + aligned
+            names[own] = aligned
+            taken.add(aligned)
+    return result
+
+
+def _pair_misfits(search: _Search, pairs: dict[str, str]) -> None:
+    """Pair what has the same name after the renames and another shape, such as a resized vocabulary."""
+    for rename in () if search.unclear else (*search.renames, Rename((), ())):
+        for name in sorted(search.task):
+            renamed = rename.apply(name)
+            if renamed is not None and renamed in search.base:
+                pairs[name] = renamed
+                search.task.discard(name)
+                search.base.discard(renamed)
+
+
+def _candidates(
+    task: Mapping[str, T], base: Tensors, fits: Callable[[T, StoredTensor], bool]
+) -> dict[Rename, dict[str, str]]:
+    """Rename -> task's name -> base's name. Of a name only its longest end counts that a fitting tensor has."""
+    ends: dict[str, list[tuple[str, str]]] = {}
+    for name in base:
+        for start, end in _splits(name):
+            ends.setdefault(end, []).append((start, name))
+    found: dict[Rename, dict[str, str]] = {}
+    for name, tensor in task.items():
+        for start, end in _splits(name):
+            hits = ends.get(end, ())
+            renames = [
+                (rename, other)
+                for of_base, other in (hits if len(hits) <= MAX_SAME_ENDS else ())
+                if fits(tensor, base[other]) and (rename := _rename(start, of_base, end)) is not None
+            ]
+            for rename, other in renames:
+                found.setdefault(rename, {})[name] = other
+            if renames:
+                break
+    return found
+
+
+def _rename(old: str, new: str, end: str) -> Rename | None:
+    """The rename of one start to another; None if it is more than a change of wrappers, or too little is left."""
+    if old and new and "." not in end:
+        return None
+    starts = [start.rstrip(".").split(".") if start else [] for start in (old, new)]
+    numbers = [[segment for segment in start if segment.isdecimal()] for start in starts]
+    words = [Counter(segment for segment in _abstract(start) if segment not in NEUTRAL) for start in starts]
+    if numbers[0] != numbers[1] or not (words[0] <= words[1] or words[1] <= words[0]):
+        return None
+    return Rename(_abstract(starts[0]), _abstract(starts[1]))
+
+
+def _abstract(segments: list[str]) -> tuple[str, ...]:
+    return tuple("#" if segment.isdecimal() else segment for segment in segments)
+
+
+def _is_sure(rename: Rename, found: Mapping[str, str]) -> bool:
+    return len(found) >= MIN_TENSORS or rename.changed <= WRAPPERS
+
+
+def _chosen(best: list[Rename], found: Mapping[Rename, Mapping[str, str]], kind: str) -> Rename | None:
+    """The one to take of several that match as many; None if two of them exclude each other and no name decides."""
+    for first in (
+        [rename for rename in best if rename.old == rename.new],
+        [rename for rename in best if not (set(rename.old) | set(rename.new)) - NEUTRAL],
+        [rename for rename in best if _names_tower(rename, kind)],
+        best,
+    ):
+        if len(first) == 1 or (first and not _clash(first, found)):
+            return min(first, key=lambda rename: (len(rename.old) + len(rename.new), str(rename)))
+    return None
+
+
+def _clash(renames: list[Rename], found: Mapping[Rename, Mapping[str, str]]) -> bool:
+    """Whether two of them concern one tensor, of the task or of the base."""
+    of_task, of_base = Counter[str](), Counter[str]()
+    for rename in renames:
+        of_task.update(found[rename].keys())
+        of_base.update(set(found[rename].values()))
+    return max(of_task.values()) > 1 or max(of_base.values()) > 1
+
+
+def _towers(words: str) -> set[str]:
+    return {tower for tower, names in TOWERS.items() if any(name in words.lower() for name in names)}
+
+
+def _names_tower(rename: Rename, kind: str) -> bool:
+    return bool(_towers(kind) & _towers(".".join(rename.changed)))
+
+
+def _is_other_tower(rename: Rename, kind: str) -> bool:
+    """Whether it leads into a tower that the task's class says it is not."""
+    mine, theirs = _towers(kind), _towers(".".join(rename.changed))
+    return len(mine) == 1 and bool(theirs) and not mine & theirs
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
@@ -76,7 +292,3 @@ def _splits(name: str) -> list[tuple[str, str]]:
         cuts.append(position)
         position = name.find(".", position) + 1
     return [("", name)] + [(name[:cut], name[cut:]) for cut in cuts]
-
-
-def _length(prefixes: tuple[str, str]) -> int:
-    return len(prefixes[0]) + len(prefixes[1])

@@ -14,9 +14,10 @@ from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
-from flexmerge_cli.family.align import Alignment, align, aligned_names
+from flexmerge_cli.family.align import Alignment, align
 from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_resized, is_resnet, why_private
+from flexmerge_cli.family.spelling import model_types
 
 # What bundles call the parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
@@ -178,12 +179,9 @@ def make_family(
         raise DataError(
             "tensors with names that bundles give to parts of one:\n  " + "\n  ".join(taken[:20]), hint="rename them"
         )
-    alignments = [align(base.tensors, checkpoint.tensors) for checkpoint in checkpoints]
+    alignments = [aligned_models(base, checkpoint) for checkpoint in checkpoints]
     _check_architecture(base, dict(zip(names, zip(checkpoints, alignments))))
-    own_to_aligned = [
-        aligned_names(alignment, base.tensors, checkpoint.tensors)
-        for alignment, checkpoint in zip(alignments, checkpoints)
-    ]
+    own_to_aligned = [alignment.names for alignment in alignments]
     own_names = tuple({aligned: own for own, aligned in names.items()} for names in own_to_aligned)
     others = sorted({aligned for task in own_names for aligned in task} - set(base.tensors))
     resnet = is_resnet(base.tensors)
@@ -221,24 +219,47 @@ def make_family(
     )
 
 
+def aligned_models(base: Checkpoint, task: Checkpoint) -> Alignment:
+    """The task's names as the base's."""
+    words = [*(task.config.get("architectures") or ()), task.config.get("model_type")]
+    return align(
+        base.tensors,
+        task.tensors,
+        model_types=model_types(base.config, task.config),
+        kind=" ".join(word for word in words if isinstance(word, str)),
+    )
+
+
 def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:
-    """Raise DataError that lists every task whose config differs or, without a config, whose tensors do not fit."""
-    by_config, by_tensors = [], []
+    """Raise DataError that lists every task whose config differs, or whose tensors fit the base not or in two ways.
+
+    A task fits whose own tensors, or the base's, are for the most part in the other: it may be a part of the base, or
+    have parts that the base lacks.
+    """
+    problems, unclear = [], []
     for name, (checkpoint, alignment) in tasks.items():
+        most = min(len(base.tensors), len(checkpoint.tensors))
         if found := differences(base.config, checkpoint.config):
-            by_config.append(f"task `{name}`: {'; '.join(found)} ({checkpoint.path}, {base.path})")
-        elif 2 * alignment.num_matched < len(base.tensors):
-            by_tensors.append(_misfit(name, base, checkpoint, alignment))
-    if by_config or by_tensors:
+            problems.append(f"task `{name}`: {'; '.join(found)} ({checkpoint.path}, {base.path})")
+        elif alignment.unclear:
+            ways = "; ".join(map(str, alignment.unclear[:4]))
+            unclear.append(f"task `{name}` ({checkpoint.path}) fits the base in several ways: {ways}")
+        elif 2 * len(alignment.matched) < most:
+            problems.append(_misfit(name, base, checkpoint, alignment))
+    if unclear:
         raise DataError(
-            "not of one architecture:\n  " + "\n  ".join([*by_config, *by_tensors]),
+            "it is unclear which tensors of the base a task was trained from:\n  " + "\n  ".join(unclear),
+            hint="give the part of the base that was trained as the base, or save the task under the base's names",
+        )
+    if problems:
+        raise DataError(
+            "not of one architecture:\n  " + "\n  ".join(problems),
             hint="leave these tasks out, or give the base they were fine-tuned from",
         )
 
 
 def _misfit(name: str, base: Checkpoint, task: Checkpoint, alignment: Alignment) -> str:
-    aligned = aligned_names(alignment, base.tensors, task.tensors)
-    found = {aligned[own]: tensor for own, tensor in task.tensors.items()}
+    found = {alignment.names[own]: tensor for own, tensor in task.tensors.items()}
     kinds = [f"{model.config.get('model_type', '?')}" for model in (base, task)]
     other = [
         f"`{key}` is {list(found[key].shape)}, {list(tensor.shape)} in the base"
@@ -249,7 +270,7 @@ def _misfit(name: str, base: Checkpoint, task: Checkpoint, alignment: Alignment)
     examples = "; ".join((other + missing)[:3])
     types = f" ({kinds[1]}, the base is {kinds[0]})" if kinds[0] != kinds[1] else ""
     return (
-        f"task `{name}`{types}: {alignment.num_matched} of the base's {len(base.tensors)} tensors are in "
-        f"{task.path} with the same name and shape. {len(other)} have another shape, {len(missing)} are missing: "
-        f"{examples}"
+        f"task `{name}`{types}: {len(alignment.matched)} of its {len(task.tensors)} tensors are in the base's "
+        f"{len(base.tensors)} with the same name and shape ({task.path}). {len(other)} of the base's have another "
+        f"shape, {len(missing)} are missing: {examples}"
     )

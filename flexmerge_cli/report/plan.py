@@ -10,7 +10,7 @@ from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.options import storage_options
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
@@ -21,6 +21,7 @@ from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, voc
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.plan import PlanRequest
 
+MUCH = 0.05  # of a task's weights
 MANY_TASKS = 12  # more columns than this are summed up
 
 
@@ -183,7 +184,7 @@ def warnings(plan: Plan) -> list[str]:
             )
         if squared == 0:
             found.append(f"task `{task.name}` equals the base in every tensor that merges")
-    found += vocabulary_warnings(plan)
+    found += vocabulary_warnings(plan) + name_warnings(plan)
     damaged = [t.name for t in plan.stored if not t.finite]
     if damaged:
         found.append(
@@ -194,6 +195,23 @@ def warnings(plan: Plan) -> list[str]:
         found.append(
             f"{plan.near_ties} merges are closer than 2^-18 to another, so their order may differ between machines"
         )
+    return found
+
+
+def name_warnings(plan: Plan) -> list[str]:
+    """Tasks that have much under names that the base lacks, while it has as much under names that they lack."""
+    found = []
+    for number, task in enumerate(plan.tasks):
+        own = [tensor for tensor in plan.tensors if number in tensor.present and tensor.class_ is not TensorClass.TIED]
+        new = [tensor for tensor in own if tensor.base_form is None and tensor.dtype_of(number) in FLOATING]
+        gone = [t for t in plan.tensors if t.base_form is not None and number not in t.present and t.dtype in FLOATING]
+        weights = [sum(math.prod(tensor.shape) for tensor in tensors) for tensors in (own, new, gone)]
+        if weights[0] and min(weights[1:]) >= MUCH * weights[0]:
+            found.append(
+                f"task `{task.name}`: {len(new)} of its {len(own)} tensors, {weights[1] / weights[0]:.0%} of its "
+                f"weights, have names that the base lacks (`{plan.own_name(number, new[0].name)}`, …) and are stored "
+                f"unmerged, while it lacks {len(gone)} of the base's (`{gone[0].name}`, …): are they the same tensors?"
+            )
     return found
 
 
@@ -247,7 +265,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "read_bytes": sum(task.bytes for task in plan.readers),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(items, default_threads()),
-        "warnings": vocabulary_warnings(plan) + adapter_warnings(plan),
+        "warnings": vocabulary_warnings(plan) + name_warnings(plan) + adapter_warnings(plan),
     }
 
 

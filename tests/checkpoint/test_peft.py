@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flexmerge_cli.checkpoint.adapted import adapted
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.checkpoint.peft import read_adapter
 from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.family.adapted import adapted
 from tests.program import fails, succeeds
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": None}

@@ -167,22 +167,48 @@ def test_a_fine_tune_of_another_architecture_is_refused_and_all_of_them_at_once(
     models.configs = {"task1": {"model_type": "gpt2"}}
     folders = write_family(tmp_path, models)
     result = fails(3, "plan", *folders.arguments, "-o", tmp_path / "plan.json", says="not of one architecture")
-    assert "task `task1` (gpt2, the base is ?): 0 of the base's 15 tensors are in" in result.err
+    assert "task `task1` (gpt2, the base is ?): 0 of its 15 tensors are in the base" in result.err
     assert "15 are missing" in result.err
     assert "task `task3`" in result.err and "is [11, 16], [11, 8] in the base" in result.err
     assert "task0" not in result.err.replace(str(tmp_path), "") and "task2" not in result.err
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_half_of_the_bases_tensors_are_enough_and_fewer_are_not(tmp_path):
-    base = {f"layer.{n}.mlp.weight": normal(n, 3) for n in range(4)}
-    for count, code in ((2, 0), (1, 3)):
-        models = Models(base=base, tasks={"a": {name: value + 1 for name, value in list(base.items())[:count]}})
-        folders = write_family(tmp_path / str(count), models)
+def test_half_of_the_tasks_own_tensors_are_enough_and_fewer_are_not(tmp_path):
+    """A task may be one part of the base, and have parts of its own."""
+    base = {f"layer.{n}.mlp.weight": normal(n, 3) for n in range(8)}
+    for own, code in ((2, 0), (3, 3)):
+        task = {f"layer.{n}.mlp.weight": normal(n, 3) + 1 for n in range(2)}
+        task |= {f"other.{n}.weight": normal(n, 5) for n in range(own)}
+        folders = write_family(tmp_path / str(own), Models(base=base, tasks={"a": task}))
+        arguments = ("plan", *folders.arguments, "-o", tmp_path / str(own) / "plan.json")
         if code:
-            fails(code, "plan", *folders.arguments, "-o", tmp_path / str(count) / "plan.json", says="1 of the base's 4")
+            fails(code, *arguments, says="2 of its 5 tensors are in the base's 8")
         else:
-            succeeds("plan", *folders.arguments, "-o", tmp_path / str(count) / "plan.json")
+            succeeds(*arguments)
+
+
+def test_names_that_fit_two_parts_of_the_base_are_refused_with_both(tmp_path):
+    tower = {f"layers.{n}.weight": normal(n, 3) for n in range(4)}
+    base = {f"{part}.{name}": value + 1 for part in ("query_encoder", "doc_encoder") for name, value in tower.items()}
+    folders = write_family(tmp_path, Models(base=base, tasks={"a": tower}))
+    fails(3, "plan", *folders.arguments, "-o", tmp_path / "plan.json", says=("`doc_encoder`", "`query_encoder`"))
+
+
+def test_much_that_is_missing_in_the_base_beside_much_that_only_the_base_has_is_warned_of(tmp_path):
+    body = {f"layers.{n}.weight": normal(n, 3, 3) for n in range(6)}
+    base = body | {f"model.first.{n}.weight": normal(n, 4, 4) for n in range(4)}
+    renamed = {name: value + 0.1 for name, value in body.items()}
+    renamed |= {f"model.second.{n}.weight": normal(n, 4, 4) for n in range(4)}
+    folders = write_family(tmp_path, Models(base=base, tasks={"a": renamed, "b": base}))
+    result = succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    assert "task `a`: 4 of its 10 tensors" in result.err and "`model.second.0.weight`" in result.err
+    assert "`model.first.0.weight`" in result.err and "task `b`: " not in result.err
+    head = body | {"classifier.weight": normal(0, 9, 9)}
+    folders = write_family(
+        tmp_path / "head", Models(base=body | {"lm_head.weight": normal(1, 1, 3)}, tasks={"a": head})
+    )
+    assert "of its 7 tensors" not in succeeds("plan", *folders.arguments, "-o", tmp_path / "head.json").err
 
 
 @pytest.mark.parametrize("role", ["base", "unified", "mask.task0", "gamma", "codes.x", "rows"])

@@ -1,11 +1,10 @@
 """The model that an adapter and its base make: the base's tensors, some of them changed on reading.
 
-Modules are found by name, under the prefix of whole segments (on either side) and the spelling under which most are
-there. Headers only.
+Modules are found by name as the tensors of a fine-tune are (align.py), by the forms of their factors. Headers only.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
@@ -15,41 +14,8 @@ from flexmerge_cli.checkpoint.peft import BY_HAND, CONFIG_NAME, Adapter, Adapter
 from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-
-# What transformers 5 calls modules that its files call otherwise: (in the model, in the file), whole segments.
-# Source: transformers 5.24, conversion_mapping.py, of ViT, DeiT, BEiT, AST …, and of DINOv2.
-SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (),
-    (
-        ("layers", "encoder.layer"), ("attention.q_proj", "attention.attention.query"),
-        ("attention.k_proj", "attention.attention.key"), ("attention.v_proj", "attention.attention.value"),
-        ("attention.o_proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"),
-    ),
-    (
-        ("attention.q_proj", "attention.attention.query"), ("attention.k_proj", "attention.attention.key"),
-        ("attention.v_proj", "attention.attention.value"), ("attention.o_proj", "attention.output.dense"),
-    ),
-)  # fmt: skip
-MAX_PREFIX_SEGMENTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Naming:
-    """How a name in the adapter maps to a name in the base."""
-
-    spelling: tuple[tuple[str, str], ...] = ()
-    dropped: str = ""
-    """The prefix that only the adapter's names have; ends in a dot, or is empty."""
-    added: str = ""
-
-    def in_base(self, name: str) -> str:
-        return self.added + self.spelled(name).removeprefix(self.dropped)
-
-    def spelled(self, name: str) -> str:
-        dotted = f".{name}."
-        for model, file in self.spelling:
-            dotted = dotted.replace(f".{model}.", f".{file}.")
-        return dotted[1:-1]
+from flexmerge_cli.family.align import Alignment, align, same_shape
+from flexmerge_cli.family.spelling import model_types
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
@@ -57,16 +23,19 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
 
     Raises DataError with every module that the base has not, or has in another form.
     """
-    naming = _naming(adapter, base)
+    alignment = _alignment(adapter, base)
     changes: dict[str, Change] = {}
     problems: list[str] = []
-    own = {}
+    own, saved = {}, set()
     for name, tensor in adapter.own.items():
-        inside = naming.in_base(name)
-        own[inside if inside in base.tensors else naming.spelled(name)] = tensor
+        inside = alignment.names[name]
+        inside = inside if inside in base.tensors else name
+        own[inside] = tensor
+        saved |= {inside} if adapter.is_saved(name) else set()
     sources = base.tensors | own
     for module in (*adapter.factors, *adapter.vectors):
-        name = f"{naming.in_base(module)}.weight"
+        name = alignment.names[f"{module}.weight"]
+        bias_name = name.removesuffix("weight") + "bias"
         weight = sources.get(name)
         change: Change | None = None
         if weight is None:
@@ -78,9 +47,8 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             change = _low_rank(adapter, adapter.factors[module], weight)
         else:
             change = _scaled(adapter, module, adapter.vectors[module], weight)
-            bias = sources.get(f"{naming.in_base(module)}.bias")
-            if bias is not None and not _is_feedforward(adapter, module, weight):
-                changes[f"{naming.in_base(module)}.bias"] = Scaled(vector=_row(adapter.vectors[module]), axis=0)
+            if bias_name in sources and not _is_feedforward(adapter, module, weight):
+                changes[bias_name] = Scaled(vector=_row(adapter.vectors[module]), axis=0)
         if change is not None:
             changes[name] = change
         elif weight is not None and weight.dtype in FLOATING:
@@ -92,23 +60,23 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             f"{adapter.checkpoint.path} does not fit the base {base.path}:\n  " + "\n  ".join(problems[:20]),
             hint="use the base it was trained on, or " + BY_HAND,
         )
-    tensors = {}
-    for name, tensor in sources.items():
-        outer = name if name in own and name not in base.tensors else naming.dropped + name
-        tensors[outer] = replace(tensor, name=outer, change=changes.get(name))
+    # `model.` may wrap a part of the base alone; without it transformers finds the tensors all the same.
+    wrapper = "" if alignment.wrapper == "model." else alignment.wrapper
+    outer = {name: wrapper + name if name in base.tensors else name for name in sources}
+    tensors = {
+        outer[name]: replace(tensor, name=outer[name], change=changes.get(name)) for name, tensor in sources.items()
+    }
     side = {name: path for name, path in base.side_files.items() if name != "README.md"}
     side |= {
         name: path for name, path in adapter.checkpoint.side_files.items() if name not in (CONFIG_NAME, "README.md")
     }
-    saved = {naming.dropped + naming.in_base(name) for name in adapter.own if adapter.is_saved(name)}
-    saved |= {naming.spelled(name) for name in adapter.own if adapter.is_saved(name)}
     return replace(
         adapter.checkpoint,
         tensors=tensors,
         weight_bytes=base.weight_bytes | adapter.checkpoint.weight_bytes,
         config=base.config,
         side_files=dict(sorted(side.items())),
-        private=frozenset(saved & set(tensors)),
+        private=frozenset(outer[name] for name in saved),
         adapter=adapter.kind.value,
     )
 
@@ -145,26 +113,31 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _naming(adapter: Adapter, base: Checkpoint) -> _Naming:
-    """The spelling and prefix under which most modules are in the base; ties: first spelling, shortest prefix."""
-    modules = [*adapter.factors, *adapter.vectors]
-    best, most = _Naming(), -1
-    for spelling in SPELLINGS:
-        plain = _Naming(spelling)
-        first = f"{plain.spelled(modules[0])}.weight"
-        segments = first.split(".")
-        cuts = range(min(MAX_PREFIX_SEGMENTS, len(segments) - 2) + 1)
-        tries = [_Naming(spelling, "".join(f"{s}." for s in segments[:cut])) for cut in cuts]
-        tries += [
-            _Naming(spelling, "", name.removesuffix(first))
-            for name in sorted(base.tensors, key=len)
-            if name.endswith(f".{first}")
-        ][:8]
-        for naming in tries:
-            found = sum(f"{naming.in_base(module)}.weight" in base.tensors for module in modules)
-            if found > most:
-                best, most = naming, found
-    return best
+def _alignment(adapter: Adapter, base: Checkpoint) -> Alignment:
+    """The names of the adapter's parameters and of its modules' weights in the base. Raises DataError if unclear."""
+    parts: dict[str, StoredTensor | Factors] = {f"{module}.weight": found for module, found in adapter.factors.items()}
+    parts |= {f"{module}.weight": vector for module, vector in adapter.vectors.items()}
+    own = {name: tensor for name, tensor in adapter.own.items() if name not in parts}
+
+    def fits(part: StoredTensor | Factors, weight: StoredTensor) -> bool:
+        if isinstance(part, Factors):
+            rows, columns = part.b.shape[0], math.prod(part.a.shape[1:])
+            return len(weight.shape) >= 2 and {rows, columns} == {weight.shape[0], math.prod(weight.shape[1:])}
+        if part.name in vectors:
+            return len(weight.shape) >= 2 and math.prod(part.shape) in weight.shape[:2]
+        return same_shape(part, weight)
+
+    vectors = {vector.name for vector in adapter.vectors.values()}
+    found = align(
+        base.tensors, parts | own, model_types=model_types(base.config), kind=adapter.model_class or "", fits=fits
+    )
+    if found.unclear:
+        ways = "; ".join(map(str, found.unclear[:4]))
+        raise DataError(
+            f"{adapter.checkpoint.path} fits the base {base.path} in several ways: {ways}",
+            hint="give the part of the base that it was trained on as the base, or " + BY_HAND,
+        )
+    return found
 
 
 def _low_rank(adapter: Adapter, factors: Factors, weight: StoredTensor) -> LowRank | None:
