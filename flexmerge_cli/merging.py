@@ -50,7 +50,7 @@ def merge(
     layout = layout or allocate(plan, request)
     memory = access.memory_left(max_memory)
     check_output(output, layout, force=force)
-    sources, side_files = open_sources(plan, plan_folder, relocate or {}, access)
+    sources = open_sources(plan, plan_folder, relocate, access)
     chunk = merge_chunk(layout, threads, memory, sources.located)
     check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
@@ -85,7 +85,7 @@ def merge(
     measured = write_bundle(
         layout,
         sources.located,
-        side_files,
+        sources.side_files,
         output,
         force=force,
         device=where,

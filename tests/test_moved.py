@@ -22,7 +22,8 @@ def moved(tmp_path):
 
 def test_the_hint_of_sources_that_moved_is_relocate_and_it_does(moved):
     merge = ("merge", moved / "plan.json", "-o", moved / "b")
-    fails(4, *merge, says=("family/base, as the plan says, is not there", "--relocate family/base=NEW"))
+    says = ("family/base, as the plan says", "family/tasks/task1, as the plan says", "--relocate family/base=NEW")
+    fails(4, *merge, says=says)  # every source that is missing, at once
     succeeds(*merge, "--relocate", f"family={moved / 'elsewhere/family'}")
     assert tree(moved / "b") == tree(moved / "before")
 

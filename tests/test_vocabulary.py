@@ -428,7 +428,7 @@ def test_references_of_an_evaluation_are_whole(tied, tmp_path):
             (folder / "config.json").write_text('{"model_type": "test", "tie_word_embeddings": true}')
     plan = planned(tmp_path)
     assert plan.tensor(OUTPUT).class_ == ("tied" if tied else "mergeable")
-    sources, _ = open_sources(plan, tmp_path, {})
+    sources = open_sources(plan, tmp_path)
     folders = {name: tmp_path / "tasks" / name for name in models.tasks}
     fine_tuned, base = planned_models(plan, sources.located, folders, list(models.tasks))
     for task, state in models.tasks.items():

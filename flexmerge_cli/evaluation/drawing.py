@@ -97,12 +97,9 @@ class Drawing:
 
         request = self.request
         self.pricer = Pricer(self.plan)
-        sources, _ = open_sources(self.plan, self.plan_path.absolute().parent, request.relocate, request.access)
+        sources = open_sources(self.plan, self.plan_path.absolute().parent, request.relocate, request.access)
         fetch(sources.to_fetch(), request.access)
-        folders = {
-            task.name: source.path if source.path.is_dir() else source.path.parent
-            for task, source in zip(self.plan.tasks, sources.tasks)
-        }
+        folders = sources.folders(self.plan)
         tasks = list(self.spec.tasks)
         device = None if request.device == "auto" else request.device
         cache = ScoreCache(overwrite=not request.reuse)

@@ -192,11 +192,8 @@ def references_of(
                 else "the plan has no such task",
                 hint=f"not_scored: [{task}], or name its fine-tuned model by `checkpoint` and leave out --plan",
             )
-    sources, _ = open_sources(plan, folder, relocate or {}, access)
-    folders = {
-        task.name: source.path if source.path.is_dir() else source.path.parent
-        for task, source in zip(plan.tasks, sources.tasks)
-    }
+    sources = open_sources(plan, folder, relocate, access)
+    folders = sources.folders(plan)
 
     def opened(task: str, who: Who) -> TaskModel:
         _fetch(sources, plan.task_names.index(task), access)

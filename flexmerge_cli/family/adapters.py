@@ -33,7 +33,43 @@ class KeptAdapter:
     """Aligned name -> own name. The aligned name is the base's, or the own name if the base lacks the tensor."""
 
 
-def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """The tasks of a family by what becomes of them."""
+
+    base: Checkpoint
+    """What the models are compared with."""
+    models: Mapping[str, Checkpoint]
+    """The tasks that merge: whole models, models that adapters make of the base, or the adapters of a pool."""
+    kept: tuple[KeptAdapter, ...]
+    """The tasks that stay adapters, in code-point order of name."""
+
+    @property
+    def kinds(self) -> dict[str, str | None]:
+        """Task -> the kind of its adapter, or None."""
+        kept = {each.name: each.adapter.kind.value for each in self.kept}
+        return {name: model.adapter for name, model in self.models.items()} | kept
+
+
+def members_of(
+    base: Checkpoint, tasks: Mapping[str, Checkpoint], mode: Adapters, *, assume_base: bool = False
+) -> Members:
+    """What each task is a member as: a whole model, or an adapter that is kept, merged or pooled.
+
+    Raises DataError that lists every adapter that cannot be read, fits no base, or cannot be in a pool.
+    """
+    adapters = _adapters_of(base, tasks, assume_base=assume_base)
+    models = _models_of(base, tasks, adapters)
+    if mode == "pool":
+        pooled = _pool_base(base, tasks, adapters)
+        members = {name: replace(tasks[name], adapter=adapter.kind.value) for name, adapter in adapters.items()}
+        return Members(base=pooled, models=members, kept=())
+    names = sorted(adapters) if mode == "keep" else []
+    kept = tuple(_keep(base, name, adapters[name], models.pop(name)) for name in names)
+    return Members(base=base, models=models, kept=kept)
+
+
+def _adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
     """Task -> its adapter, for the tasks that are adapters.
 
     Raises DataError that lists every adapter that cannot be read or names another base. With assume_base, the base that
@@ -68,7 +104,7 @@ def adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_bas
     return found
 
 
-def models_of(
+def _models_of(
     base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
 ) -> dict[str, Checkpoint]:
     """The model of every task, with adapters applied to the base. Raises DataError that lists all that do not fit."""
@@ -84,13 +120,13 @@ def models_of(
     return models
 
 
-def keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
+def _keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
     """Align the names of the model that an adapter makes. They can differ only by a prefix."""
     names = align(base.tensors, model.tensors).names
     return KeptAdapter(name=name, adapter=adapter, model=model, names={aligned: own for own, aligned in names.items()})
 
 
-def pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:
+def _pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:
     """The base that a pool of adapters is compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
 
     Raises DataError unless all tasks are adapters of one kind, and LoRAs of one rank and scale in every module.

@@ -1,20 +1,19 @@
 """`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.family.adapters import adapters_of, keep, models_of, partition_pairs, pool_base
+from flexmerge_cli.errors import SourceError
+from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
-from flexmerge_cli.family.family import Family, FamilyTensor, make_family
+from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
@@ -27,56 +26,13 @@ from flexmerge_cli.planning.fields import (
     settings_fields,
     tensor_records,
 )
+from flexmerge_cli.planning.measuring import OnProgress, measure, silent
+from flexmerge_cli.planning.sources import files_to_fetch, open_family
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.survey import SurveyItem
-
-OnProgress = Callable[[str, int, int], None]
-"""(what, bytes done, bytes in all)"""
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """Show no progress."""
-
-
-def open_family(request: PlanRequest) -> Family:
-    """Open all sources and align them: headers only. Reports every source that is not there at once."""
-
-    def opened(source: str) -> Checkpoint | SourceError:
-        try:
-            return open_checkpoint(source, relative_to=request.relative_to, access=request.access)
-        except SourceError as error:
-            return error
-
-    sources = {"": request.base, **request.tasks}
-    found = dict(zip(sources, each_opened(opened, list(sources.values()), sources.values())))
-    problems = [error for error in found.values() if isinstance(error, SourceError)]
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise SourceError(
-            "\n  ".join(["several sources are not available:", *(e.message for e in problems)]), hint=problems[0].hint
-        )
-    checkpoints = {name: checkpoint for name, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
-    base = checkpoints.pop("")
-    if not checkpoints:
-        raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
-    adapters = adapters_of(base, checkpoints, assume_base=request.assume_base)
-    models = models_of(base, checkpoints, adapters)
-    if request.adapters == "pool":
-        pooled = {
-            name: replace(found, adapter=adapters[name].kind.value)
-            for name, found in checkpoints.items()
-            if name in adapters
-        }
-        base = pool_base(base, checkpoints, adapters)
-        return make_family(base, pooled, private=request.private, merge_heads=request.merge_heads)
-    kept = [
-        keep(base, name, adapter, models.pop(name)) for name, adapter in adapters.items() if request.adapters == "keep"
-    ]
-    return make_family(base, models, private=request.private, merge_heads=request.merge_heads, kept=kept)
 
 
 def make_plan(
@@ -94,38 +50,25 @@ def make_plan(
     Raises SourceError, DataError, UsageError.
     """
     from flexmerge_cli.engine.device import choose_device
-    from flexmerge_cli.engine.memory import survey_chunk
-    from flexmerge_cli.engine.pool import default_threads
-    from flexmerge_cli.engine.survey import survey
 
-    where = choose_device(device)
+    choose_device(device)  # reports a device that is not there before any source is opened
     family = open_family(request)
     _blocks_of(family, request.order.blocks)  # reports a bad rules file before the weights are read
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = split_vocabularies(settle_ties(family))
-    threads = threads or default_threads()
     if pools_lora(family, request):  # how factors code says nothing of their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
     of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
-    every = [*items, *of_base, *of_adapters]
-    total = sum(t.num_bytes for item in every for _, t in item.tasks) + sum(i.base.num_bytes for i in every if i.base)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress("compare", done, total)
-
-    memory, signs = request.access.memory_left(max_memory), request.order.similarity is Similarity.SIGN
-    measures = survey(
-        every,
-        device=where,
+    measures = measure(
+        [*items, *of_base, *of_adapters],
+        "compare",
+        device=device,
         threads=threads,
-        signs=signs,
-        chunk_elements=survey_chunk(every, threads, memory, signs=signs),
-        on_bytes=on_bytes,
+        max_memory=request.access.memory_left(max_memory),
+        signs=request.order.similarity is Similarity.SIGN,
+        on_progress=on_progress,
     )
     tensors = tensor_records(family, list(zip(owners, items, measures)))
     if family.kept:
@@ -191,9 +134,6 @@ def load_plan(path: Path | str) -> Plan:
 
 def to_fetch(family: Family) -> list[RemoteFile]:
     """Files of the Hub that hold a tensor which is compared or stored."""
-    remote: dict[Path, RemoteFile] = {}
-    for checkpoint in (family.base, *family.tasks, *(kept.model for kept in family.kept)):
-        remote |= checkpoint.remote
     read = [task for tensor in family.tensors for task in tensor.tasks if task is not None]
     read += [
         tensor.base
@@ -201,7 +141,7 @@ def to_fetch(family: Family) -> list[RemoteFile]:
         if tensor.base is not None and (tensor.tensor_class is TensorClass.MERGEABLE or tensor.resized)
     ]
     read += [tensor for kept in family.kept for tensor in kept.model.tensors.values()]
-    return [remote[path] for path in dict.fromkeys(path for tensor in read for path in tensor.paths) if path in remote]
+    return files_to_fetch([family.base, *family.tasks, *(kept.model for kept in family.kept)], read)
 
 
 def settle_ties(family: Family) -> Family:

@@ -1,7 +1,8 @@
-"""A plan without the statistics that `auto` needs in, the same with them out: reads the mergeable weights once more."""
+"""The one pass over the weights for a plan: of all tensors for a new one, of those that merge to add statistics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
@@ -10,6 +11,45 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan, sealed_plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.version import GENERATOR
+
+if TYPE_CHECKING:
+    from flexmerge_cli.engine.survey import Measure, SurveyItem
+
+OnProgress = Callable[[str, int, int], None]
+"""(what, bytes done, bytes in all)"""
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Show no progress."""
+
+
+def measure(
+    items: "Sequence[SurveyItem]",
+    what: str,
+    *,
+    device: str,
+    threads: int | None,
+    max_memory: int | None,
+    signs: bool = False,
+    on_progress: OnProgress = silent,
+) -> "list[Measure]":
+    """Read every item once and measure it. what: the name of the pass in its progress."""
+    from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.engine.memory import survey_chunk
+    from flexmerge_cli.engine.pool import default_threads
+    from flexmerge_cli.engine.survey import survey
+
+    read = [tensor for item in items for tensor in (item.base, *(own for _, own in item.tasks)) if tensor is not None]
+    done, total = 0, sum(tensor.num_bytes for tensor in read)
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(what, done, total)
+
+    where, threads = choose_device(device), threads or default_threads()
+    chunk = survey_chunk(items, threads, max_memory, signs=signs)
+    return survey(items, device=where, threads=threads, signs=signs, chunk_elements=chunk, on_bytes=on_bytes)
 
 
 def add_statistics(
@@ -21,13 +61,13 @@ def add_statistics(
     device: str = "auto",
     threads: int | None = None,
     max_memory: int | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    on_progress: OnProgress = silent,
 ) -> Plan:
-    """folder: what the plan's relative sources are relative to. Raises DataError if they are not what the plan saw."""
-    from flexmerge_cli.engine.device import choose_device
-    from flexmerge_cli.engine.memory import survey_chunk
-    from flexmerge_cli.engine.pool import default_threads
-    from flexmerge_cli.engine.survey import SurveyItem, survey
+    """Read the mergeable weights again and add what `auto` needs.
+
+    folder: what the plan's relative sources are relative to. Raises DataError if they are not what the plan saw.
+    """
+    from flexmerge_cli.engine.survey import SurveyItem
 
     if plan.settings.statistics == "all":
         return plan
@@ -35,7 +75,7 @@ def add_statistics(
         raise UsageError(
             "how factors of LoRA adapters code says nothing of their products", hint="leave out --statistics"
         )
-    sources, _ = open_sources(plan, folder, relocate or {}, access)
+    sources = open_sources(plan, folder, relocate, access)
     fetch(sources.to_fetch(), access, on_progress)
     located = sources.located
     tensors = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
@@ -43,33 +83,23 @@ def add_statistics(
         SurveyItem(
             name=tensor.name,
             base=located.base[tensor.name],
-            tasks=tuple((task, found[tensor.name]) for task, found in enumerate(located.tasks)),
+            tasks=tuple((task, of_task[tensor.name]) for task, of_task in enumerate(located.tasks)),
             gram=True,
             codes=True,
         )
         for tensor in tensors
     ]
-    total = sum(stored.num_bytes for item in items for _, stored in item.tasks)
-    total += sum(item.base.num_bytes for item in items if item.base)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress("code", done, total)
-
-    threads = threads or default_threads()
-    measures = survey(
+    measures = measure(
         items,
-        device=choose_device(device),
+        "code",
+        device=device,
         threads=threads,
-        chunk_elements=survey_chunk(items, threads, access.memory_left(max_memory)),
-        on_bytes=on_bytes,
+        max_memory=access.memory_left(max_memory),
+        on_progress=on_progress,
     )
-    for tensor, measure in zip(tensors, measures):
-        for model, (now, then) in enumerate(
-            zip([*measure.digests, measure.base_digest], [*tensor.digests, tensor.base_digest])
-        ):
+    for tensor, found in zip(tensors, measures):
+        models = zip([*found.digests, found.base_digest], [*tensor.digests, tensor.base_digest])
+        for model, (now, then) in enumerate(models):
             if now != then:
                 who = located.describe[model]
                 raise DataError(f"{who} has changed since the plan: `{tensor.name}`", hint="make the plan again")

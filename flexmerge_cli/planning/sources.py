@@ -1,71 +1,157 @@
-"""A plan's checkpoints, opened again: where every tensor that it names lies now. Headers and configs only."""
+"""Opens sources: those of a new plan, and those of a plan again, to find its tensors. Headers and configs only."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
-from flexmerge_cli.checkpoint.peft import CONFIG_NAME, Adapter
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
-from flexmerge_cli.family.adapters import KeptAdapter, adapters_of, keep, models_of, pool_base
+from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import Family, make_family
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
+from flexmerge_cli.formats.plan_records import SideFile
 from flexmerge_cli.planning import kept_adapters
+from flexmerge_cli.request.plan import PlanRequest
 from flexmerge_cli.text import expanded
 
 if TYPE_CHECKING:
     from flexmerge_cli.engine.materialise import Sources
 
 
+def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) -> dict[str, Checkpoint]:
+    """Open every source by its key. Raises SourceError that lists all sources that are not available."""
+
+    def attempt(key: str) -> Checkpoint | SourceError:
+        try:
+            return opened(key)
+        except SourceError as error:
+            return error
+
+    found = dict(zip(sources, each_opened(attempt, list(sources), sources.values())))
+    problems = [error for error in found.values() if isinstance(error, SourceError)]
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise SourceError(
+            "\n  ".join(["several sources are not available:", *(e.message for e in problems)]), hint=problems[0].hint
+        )
+    return {key: checkpoint for key, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
+
+
+def open_family(request: PlanRequest) -> Family:
+    """Open all sources and align them. Raises SourceError, DataError and UsageError."""
+    sources = {"": request.base, **request.tasks}
+    tasks = open_all(
+        sources, lambda key: open_checkpoint(sources[key], relative_to=request.relative_to, access=request.access)
+    )
+    base = tasks.pop("")
+    if not tasks:
+        raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
+    members = members_of(base, tasks, request.adapters, assume_base=request.assume_base)
+    return make_family(
+        members.base, members.models, private=request.private, merge_heads=request.merge_heads, kept=members.kept
+    )
+
+
+def files_to_fetch(checkpoints: Iterable[Checkpoint], tensors: Iterable[StoredTensor]) -> list[RemoteFile]:
+    """The files of the Hub that hold these tensors of the checkpoints and are not on this disk."""
+    remote = {path: file for checkpoint in checkpoints for path, file in checkpoint.remote.items()}
+    paths = dict.fromkeys(path for tensor in tensors for path in tensor.paths)
+    return [remote[path] for path in paths if path in remote]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSources:
-    """The plan's checkpoints, opened again."""
+    """The checkpoints of a plan, opened again."""
 
     base: Checkpoint | None
+    """None if nothing of the base is needed."""
     tasks: tuple[Checkpoint, ...]
-    """Kept adapters after those that merge."""
+    """The plan's tasks, then the models of its kept adapters."""
     located: "Sources"
-    kept: tuple[KeptAdapter, ...] = ()
+    kept: tuple[KeptAdapter, ...]
+    side_files: dict[str, Path]
+    """Path in the bundle -> the file that is copied there."""
 
     def to_fetch(self) -> list[RemoteFile]:
-        """Files of the Hub that are not on this disk, and hold a tensor of the plan."""
-        remote: dict[Path, RemoteFile] = {}
-        for checkpoint in [*self.tasks, *([self.base] if self.base else [])]:
-            remote |= checkpoint.remote
+        """The files of the Hub that hold a tensor of the plan and are not on this disk."""
         read = [tensor for found in (self.located.base, *self.located.tasks) for tensor in found.values()]
-        paths = [path for tensor in read for path in tensor.paths]
-        paths += [path for each in self.kept for path in each.adapter.checkpoint.weight_paths()]
-        return [remote[path] for path in dict.fromkeys(paths) if path in remote]
+        read += [tensor for each in self.kept for tensor in each.adapter.checkpoint.tensors.values()]
+        return files_to_fetch([*self.tasks, *([self.base] if self.base else [])], read)
+
+    def folders(self, plan: Plan) -> dict[str, Path]:
+        """Task -> the folder of its checkpoint."""
+        return {
+            task.name: found.path if found.path.is_dir() else found.path.parent
+            for task, found in zip(plan.tasks, self.tasks)
+        }
 
 
 def open_sources(
-    plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access = ONLINE
-) -> tuple[OpenSources, dict[str, Path]]:
-    """Open the plan's sources and find every tensor that it names.
+    plan: Plan, folder: Path, relocate: Mapping[str, str] | None = None, access: Access = ONLINE
+) -> OpenSources:
+    """Open the plan's sources and find every tensor and side file that it names.
 
-    Raises DataError if headers are not the plan's, SourceError for a source that is not there, UsageError for an OLD of
-    relocate that no source begins with.
+    folder: what the plan's relative sources are relative to. relocate: beginning of a source in the plan -> what is
+    there now. Raises DataError if headers are not the plan's, SourceError for sources that are not there, UsageError
+    for a key of relocate that no source begins with.
     """
     from flexmerge_cli.engine.materialise import Sources
 
-    access = replace(access, variant=plan.settings.variant)
-    everything = [plan.base.source, *(task.source for task in plan.tasks), *(each.source for each in plan.adapters)]
+    opened = _open_again(plan, folder, relocate or {}, replace(access, variant=plan.settings.variant))
+    base, kept = opened.pop("", None), tuple[KeptAdapter, ...]()
+    if base is not None:
+        members = members_of(base, opened, plan.settings.adapters, assume_base=plan.settings.assume_base)
+        _check_kinds(plan, members)
+        base, opened, kept = members.base, dict(members.models), members.kept
+    tasks = tuple(opened[name] for name in plan.task_names)
+    of_base, of_tasks = _located(plan, base, tasks)
+    side_files: dict[str, Path] = {}
+    for record, task in zip(plan.tasks, tasks):
+        side_files |= _side_files(f"tasks/{record.name}", record.files, task.path, task.side_files)
+    if base is not None and kept:
+        side_files |= kept_adapters.located(plan, kept)
+        side_files |= _side_files(BASE_FOLDER, plan.base.files, base.path, kept_adapters.base_side_files(base))
+    names = (*(f"task `{task.name}`" for task in plan.tasks), "the base")
+    return OpenSources(
+        base=base,
+        tasks=(*tasks, *(each.model for each in kept)),
+        located=Sources(base=of_base, tasks=of_tasks, describe=names),
+        kept=kept,
+        side_files=side_files,
+    )
+
+
+def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access) -> dict[str, Checkpoint]:
+    """Name -> checkpoint of every task, and, if it is needed, under the empty name of the base."""
+    is_merged = {task.name: task.adapter is not None and plan.settings.adapters == "merge" for task in plan.tasks}
+    needs: dict[str, Collection[str]] = {
+        each.name: [CONFIG_NAME] if is_merged.get(each.name) else each.files for each in plan.readers
+    }
+    sources = {each.name: each.source for each in plan.readers}
+    merges = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
+    if merges or plan.adapters or any(task.adapter is not None for task in plan.tasks):
+        sources = {"": plan.base.source} | sources
+        needs[""] = [*plan.base.files, *(name for task in plan.tasks if is_merged[task.name] for name in task.files)]
     for old, new in relocate.items():
+        everything = [plan.base.source, *sources.values()]
         if all(_relocated(source, folder, {old: new}) is None for source in everything):
             raise UsageError(
                 f"--relocate {old}={new}: no source of the plan begins with {old}",
                 hint=f"write it as the plan does, or absolute: {everything[0]}, …",
             )
 
-    def opened(named: tuple[str, Collection[str]]) -> Checkpoint:
-        source, side_files = named
+    def opened(key: str) -> Checkpoint:
+        source = sources[key]
         moved = _relocated(source, folder, relocate)
         if moved is None and not is_remote(source) and not (folder / expanded(source)).exists():
             raise SourceError(
@@ -76,33 +162,17 @@ def open_sources(
             moved if moved is not None else source,
             relative_to=folder if moved is None else None,
             access=access,
-            needs=side_files,
-            side_files=bool(side_files),
+            needs=needs[key],
+            side_files=bool(needs[key]),
         )
 
-    needs_base = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors) or bool(plan.adapters)
-    needs_base = needs_base or any(task.adapter is not None for task in plan.tasks)
-    in_base = plan.settings.adapters == "merge"
-    merged = [name for task in plan.tasks if task.adapter is not None and in_base for name in task.files]
-    base = opened((plan.base.source, [*plan.base.files, *merged])) if needs_base else None
-    named: list[tuple[str, Collection[str]]] = []
-    for record in plan.tasks:
-        is_merged = record.adapter is not None and plan.settings.adapters == "merge"
-        named.append((record.source, [CONFIG_NAME] if is_merged else record.files))
-    named += [(each.source, each.files) for each in plan.adapters]
-    sources = dict(zip(plan.reader_names, each_opened(opened, named, [source for source, _ in named])))
-    tasks = tuple(sources[name] for name in plan.task_names)
-    kept: list[KeptAdapter] = []
-    if base is not None and plan.settings.adapters == "pool":
-        adapters = adapters_of(base, sources, assume_base=plan.settings.assume_base)
-        _same_kinds(plan, adapters)
-        base = pool_base(base, sources, adapters)
-    elif base is not None:
-        adapters = adapters_of(base, sources, assume_base=plan.settings.assume_base)
-        models = models_of(base, sources, adapters)
-        _same_kinds(plan, adapters)
-        kept = [keep(base, each.name, adapters[each.name], models[each.name]) for each in plan.adapters]
-        tasks = tuple(models[name] for name in plan.task_names)
+    return open_all(sources, opened)
+
+
+def _located(
+    plan: Plan, base: Checkpoint | None, tasks: tuple[Checkpoint, ...]
+) -> tuple[dict[str, StoredTensor], tuple[dict[str, StoredTensor], ...]]:
+    """Where every tensor of the plan lies now, in the base and in the tasks, by aligned name."""
     problems: list[str] = []
 
     def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:
@@ -112,7 +182,7 @@ def open_sources(
             problems.append(f"{who}: `{own}` was {dtype} {list(shape)}, now {now}")
         return tensor
 
-    of_tasks: list[dict[str, StoredTensor]] = [{} for _ in tasks]
+    of_tasks: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in tasks)
     of_base: dict[str, StoredTensor] = {}
     for tensor in plan.stored:
         name, vocabulary = tensor.name.removesuffix(ROWS_SUFFIX), plan.vocabulary(tensor.name)
@@ -131,35 +201,28 @@ def open_sources(
             if found is not None and vocabulary is not None:
                 rows = vocabulary.tasks[task]
                 found = found.take(rows.common if name == tensor.name else other_rows(rows.common, rows.rows))
-            of_tasks[task] |= {tensor.name: found} if found else {}
+            of_tasks[task].update({tensor.name: found} if found else {})
     if problems:
         raise DataError(
             "sources have changed since the plan:\n  " + "\n  ".join(problems[:20]), hint="make the plan again"
         )
-    side_files = {}
-    for record, checkpoint in zip(plan.tasks, tasks):
-        for name, side in record.files.items():
-            path = checkpoint.side_files.get(name)
-            if path is None or path.stat().st_size != side.bytes:
-                raise DataError(f"{checkpoint.path / name} has changed since the plan", hint="make the plan again")
-            side_files[f"tasks/{record.name}/{name}"] = path
-    if base is not None and kept:
-        side_files |= kept_adapters.located(plan, kept)
-        there = kept_adapters.base_side_files(base)
-        for name, side in plan.base.files.items():
-            if name not in there or there[name].stat().st_size != side.bytes:
-                raise DataError(f"{base.path / name} has changed since the plan", hint="make the plan again")
-            side_files[f"{BASE_FOLDER}/{name}"] = there[name]
-    names = (*(f"task `{task.name}`" for task in plan.tasks), "the base")
-    places = Sources(base=of_base, tasks=tuple(of_tasks), describe=names)
-    everyone = (*tasks, *(each.model for each in kept))
-    return OpenSources(base=base, tasks=everyone, located=places, kept=tuple(kept)), side_files
+    return of_base, of_tasks
 
 
-def _same_kinds(plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+def _side_files(
+    target: str, recorded: Mapping[str, SideFile], folder: Path, there: Mapping[str, Path]
+) -> dict[str, Path]:
+    """Path below `target` in the bundle -> the file. Raises DataError for one whose size is not the recorded one."""
+    for name, side in recorded.items():
+        if name not in there or there[name].stat().st_size != side.bytes:
+            raise DataError(f"{folder / name} has changed since the plan", hint="make the plan again")
+    return {f"{target}/{name}": there[name] for name in recorded}
+
+
+def _check_kinds(plan: Plan, members: Members) -> None:
     kinds = {task.name: task.adapter for task in plan.tasks} | {each.name: each.kind for each in plan.adapters}
     for name, kind in kinds.items():
-        now = adapters[name].kind.value if name in adapters else None
+        now = members.kinds[name]
         if now != kind:
             raise DataError(
                 f"task `{name}` was {kind or 'no adapter'} by the plan, and is {now or 'no adapter'}",

@@ -234,7 +234,8 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.family.vocabulary import split_vocabularies
-    from flexmerge_cli.planning.make import open_family, provisional_plan, survey_items, to_fetch
+    from flexmerge_cli.planning.make import provisional_plan, survey_items, to_fetch
+    from flexmerge_cli.planning.sources import open_family
 
     if sources is None:
         raise UsageError(

@@ -142,9 +142,9 @@ def billed(
 def write(
     folders: Folders, layout: BundleLayout, target: Path, *, threads: int = 1, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Path:
-    sources, side_files = open_sources(layout.plan, folders.root, {})
+    sources = open_sources(layout.plan, folders.root)
     write_bundle(
-        layout, sources.located, side_files, target,
+        layout, sources.located, sources.side_files, target,
         force=False, device=torch.device("cpu"), threads=threads, chunk_elements=chunk_elements,
     )  # fmt: skip
     return target

@@ -146,7 +146,8 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
     from flexmerge_cli.family.vocabulary import split_vocabularies
     from flexmerge_cli.order.similarity import Similarity
-    from flexmerge_cli.planning.make import make_plan, open_family, survey_items
+    from flexmerge_cli.planning.make import make_plan, survey_items
+    from flexmerge_cli.planning.sources import open_family
     from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 
     root, threads = plan_file.parent, case.get("threads", 1)

@@ -40,9 +40,9 @@ def large(tmp_path_factory):
 
 def write(folders, request, target, *, threads=2, chunk_elements=CHUNK_ELEMENTS):
     plan = load_plan(folders.root / "plan.json")
-    sources, side_files = open_sources(plan, folders.root, {})
+    sources = open_sources(plan, folders.root)
     return write_bundle(
-        allocate(plan, request), sources.located, side_files, target,
+        allocate(plan, request), sources.located, sources.side_files, target,
         force=False, device=CPU, threads=threads, chunk_elements=chunk_elements,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ SIZES = ("4x", "3x", "2x", "1.2x", "1x")
 
 
 def in_memory(folders: Folders, **options: int) -> MemoryBundles:
-    sources, _ = open_sources(plan_of(folders), folders.root, {})
+    sources = open_sources(plan_of(folders), folders.root)
     return MemoryBundles(sources=sources.located, device=torch.device("cpu"), threads=1, **options)
 
 

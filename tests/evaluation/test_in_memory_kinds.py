@@ -27,13 +27,13 @@ from .test_in_memory import assert_same_bundle
 def assert_as_written(path: Path) -> None:
     plan = load_plan(path)
     pricer = Pricer(plan)
-    sources, side_files = open_sources(plan, path.parent, {})
+    sources = open_sources(plan, path.parent)
     run = {"device": torch.device("cpu"), "threads": 1}
     made = MemoryBundles(sources=sources.located, **run)
     for method in ("average", "emr", "low_bit:bits=2,centre_bits=8", None):
         layout = allocate(plan, merge_request(method=method), pricer)
         target = path.with_name(f"{path.stem}-{(method or 'copies').partition(':')[0]}")
-        write_bundle(layout, sources.located, side_files, target, force=False, **run)
+        write_bundle(layout, sources.located, sources.side_files, target, force=False, **run)
         assert_same_bundle(made.bundle(layout, plan.all_tasks), Bundle.open(target), list(plan.task_names))
 
 
@@ -42,7 +42,7 @@ def test_references_of_adapters_are_the_models_that_they_make(tmp_path):
     plan_path = tmp_path / "plan.json"
     succeeds("plan", "--base", made.base, "--tasks", made.tasks, "--adapters", "merge", "-o", plan_path)
     plan = load_plan(plan_path)
-    sources, _ = open_sources(plan, tmp_path, {})
+    sources = open_sources(plan, tmp_path)
     folders = dict.fromkeys(plan.task_names, tmp_path)
     fine_tuned, _ = planned_models(plan, sources.located, folders, plan.task_names)
     bundle = MemoryBundles(sources=sources.located, device=torch.device("cpu"), threads=1).bundle(

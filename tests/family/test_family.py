@@ -8,7 +8,7 @@ import torch
 from flexmerge_cli import load_plan, make_plan, open_bundle, verify
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.family import check_task_names, find_tasks
-from flexmerge_cli.planning.make import open_family
+from flexmerge_cli.planning.sources import open_family
 from flexmerge_cli.request.plan import PlanRequest
 
 from ..families import (
