@@ -13,10 +13,9 @@ from flexmerge_cli.allocation.manifest_bytes import (
     Measured,
     SmallFile,
     canonical,
-    has_entry,
+    entry_names,
     manifest_bytes,
     manifest_frame,
-    own_entries,
     tensor_entry,
     unit_entry,
 )
@@ -67,8 +66,7 @@ class BundleLayout:
     @cached_property
     def tensor_bytes(self) -> int:
         """Data stored: what factors and percentages count; kept adapters' own tensors among it."""
-        own = sum(adapter.tensor_bytes for adapter in self.plan.adapters)
-        return own + sum(part.num_bytes for file in self.files for part in file.parts)
+        return self.plan.own_bytes + sum(part.num_bytes for file in self.files for part in file.parts)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -78,11 +76,7 @@ class BundleLayout:
 
     def manifest(self, measured: Measured) -> bytes:
         units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]
-        tensors = [
-            tensor_entry(self.plan, storage, self.allocation.dtype, measured)
-            for storage in (self.storages[tensor.name] for tensor in self.plan.tensors)
-            if has_entry(self.plan, storage.tensor)
-        ] + own_entries(self.plan)
+        tensors = [tensor_entry(self.plan, name, self.allocation.dtype, measured) for name in entry_names(self.plan)]
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
@@ -91,9 +85,8 @@ class BundleLayout:
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
-        adapter = self.plan.adapter(task)
-        own = adapter.files[adapter.weights].bytes if adapter is not None else 0
-        return own + sum(file.num_bytes for file in self.files if task in file.readers)
+        of_bundle = sum(file.num_bytes for file in self.files if task in file.readers)
+        return self.plan.readers[task].own_file_bytes + of_bundle
 
 
 class Pricer:
@@ -163,8 +156,7 @@ class Pricer:
 
     def whole_bytes(self, cast: str | None) -> int:
         """Bytes of all that does not merge, the own tensors of kept adapters included."""
-        own = sum(adapter.tensor_bytes for adapter in self.plan.adapters)
-        return own + sum(storage.num_bytes for storage in self.whole(cast))
+        return self.plan.own_bytes + sum(storage.num_bytes for storage in self.whole(cast))
 
     def tensor_bytes(self, allocation: Allocation) -> int:
         """Data stored, without laying out files."""
@@ -199,9 +191,8 @@ class Pricer:
             SmallFile(path=f"tasks/{plan.tasks[task].name}/{INDEX_NAME}", readers=(task,), num_bytes=len(index))
             for task, index in indices.items()
         ]
-        adapters = tuple(range(len(plan.tasks), len(plan.reader_names)))
         small += [
-            SmallFile(path=f"{BASE_FOLDER}/{name}", readers=adapters, num_bytes=side.bytes)
+            SmallFile(path=f"{BASE_FOLDER}/{name}", readers=plan.kept, num_bytes=side.bytes)
             for name, side in plan.base.files.items()
         ]
         return BundleLayout(
@@ -226,9 +217,8 @@ class Pricer:
             lengths.append(self._entries[key])
         key = ("tensors", allocation.dtype)
         if key not in self._entries:
-            stored = [storages[tensor.name] for tensor in self.plan.tensors if has_entry(self.plan, tensor)]
-            entries = [tensor_entry(self.plan, storage, allocation.dtype, Measured()) for storage in stored]
-            entries += own_entries(self.plan)
+            names = entry_names(self.plan)
+            entries = [tensor_entry(self.plan, name, allocation.dtype, Measured()) for name in names]
             self._entries[key] = len(canonical(entries)) - 2
         return sum(lengths) + max(0, len(lengths) - 1) + self._entries[key]
 

@@ -17,7 +17,6 @@ from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_bas
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.version import GENERATOR
@@ -89,37 +88,23 @@ def manifest_frame(
     names = plan.reader_names
     inexact = inexact_tasks(plan, storages, allocation.dtype)
     tasks = {
-        task.name: {
-            "source": task.source,
-            "fingerprint": task.fingerprint,
+        member.name: {
+            "source": member.source,
+            "fingerprint": member.fingerprint,
             "exact": index not in inexact,
             "distance": fixed(measured.task_distance.get(index, 0.0)),
-            "names": task.names,
+            "names": member.names,
             "files": _files_of(index, files, small),
         }
-        | ({"pooled": task.adapter} if plan.settings.adapters == "pool" else {})
-        for index, task in enumerate(plan.tasks)
+        | member.entry(plan.settings.adapters)
+        for index, member in enumerate(plan.readers)
     }
-    for index, adapter in enumerate(plan.adapters, len(plan.tasks)):
-        tasks[adapter.name] = {
-            "source": adapter.source,
-            "fingerprint": adapter.fingerprint,
-            "exact": True,
-            "distance": fixed(0.0),
-            "names": adapter.names,
-            "files": _files_of(index, files, small),
-            "adapter": {
-                "kind": adapter.kind,
-                "weights": adapter.weights,
-                "changes": {name: change.dump() for name, change in adapter.changes.items()},
-            },
-        }
     entries = {
         file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in files
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
-    optional = _vocabulary_entries(plan, storages, allocation.dtype, measured) | ({"gate": gate} if gate else {})
+    optional = _vocabulary_entries(plan, allocation.dtype, measured) | ({"gate": gate} if gate else {})
     optional |= {"request": request.padded()} if request is not None else {}
     return optional | {
         "format": FORMAT,
@@ -133,8 +118,7 @@ def manifest_frame(
             "dtype": allocation.dtype,
         },
         "one_model_bytes": plan.one_model_bytes,
-        "stored_bytes": sum(part.num_bytes for file in files for part in file.parts)
-        + sum(adapter.tensor_bytes for adapter in plan.adapters),
+        "stored_bytes": sum(part.num_bytes for file in files for part in file.parts) + plan.own_bytes,
         "methods": [
             {
                 "name": use.call.method.name,
@@ -152,9 +136,7 @@ def manifest_frame(
     }
 
 
-def _vocabulary_entries(
-    plan: Plan, storages: Mapping[str, Storage], cast: str | None, measured: Measured
-) -> dict[str, Any]:
+def _vocabulary_entries(plan: Plan, cast: str | None, measured: Measured) -> dict[str, Any]:
     """`vocabularies` and `rows`; nothing where all models have the same rows."""
     found = [
         {
@@ -168,7 +150,7 @@ def _vocabulary_entries(
         }
         for vocabulary in plan.vocabularies
     ]
-    rows = [tensor_entry(plan, storages[tensor.name], cast, measured) for tensor in plan.rows]
+    rows = [tensor_entry(plan, tensor.name, cast, measured) for tensor in plan.rows]
     return ({"vocabularies": found} if found else {}) | ({"rows": rows} if rows else {})
 
 
@@ -220,54 +202,24 @@ def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
 
 
-def has_entry(plan: Plan, tensor: PlanTensor) -> bool:
-    """Whether some task has it; of what only the base has, whether a kept adapter needs it."""
-    return tensor.class_ is not TensorClass.BASE_ONLY or bool(plan.adapters)
+def entry_names(plan: Plan) -> list[str]:
+    """Names of the tensors that some member has, in the order of their entries."""
+    found = [tensor.name for tensor in plan.tensors if tensor.class_ is not TensorClass.BASE_ONLY or plan.kept]
+    return found + plan.own_names
 
 
-def own_entries(plan: Plan) -> list[dict[str, Any]]:
-    """Entries of what kept adapters hold and neither the base nor a task has."""
-    known = {tensor.name for tensor in plan.tensors}
-    names = sorted({name for adapter in plan.adapters for name in adapter.changes} - known)
-    return [_entry(plan, name, "private", {}, {}, {}) for name in names]
-
-
-def tensor_entry(plan: Plan, storage: Storage, cast: str | None, measured: Measured) -> dict[str, Any]:
-    tensor = storage.tensor
-    digests = measured.digests.get(tensor.name, {})
-    entry = _entry(
-        plan,
-        tensor.name,
-        tensor.class_.value,
-        {plan.tasks[task].name: effective_dtype(tensor.dtype_of(task), cast) for task in tensor.present},
-        {plan.tasks[task].name: list(tensor.shape_of(task)) for task in tensor.present},
-        {plan.tasks[task].name: digests.get(task, NO_DIGEST) for task in tensor.present},
-    )
-    if tensor.class_ is TensorClass.TIED:
-        entry["of"] = tensor.reason
-    return entry
-
-
-def _entry(
-    plan: Plan, name: str, kind: str, dtypes: dict[str, str], shapes: dict[str, list[int]], digests: dict[str, str]
-) -> dict[str, Any]:
-    """dtypes, shapes, digests: of the tasks that merge; those of kept adapters are told by the plan."""
-    tensor = plan.find(name)
-    form = tensor.base_form if tensor is not None else None
-    for adapter in plan.adapters:
-        change = adapter.changes.get(name)
-        if change is not None and change.value is not None:
-            found: tuple[str, Sequence[int], str | None] = (change.value.dtype, change.value.shape, change.digest)
-        elif tensor is not None and form is not None:
-            found = (*form, change.digest if change is not None else tensor.base_digest)
-        else:
-            continue
-        dtypes[adapter.name], shapes[adapter.name] = found[0], list(found[1])
-        digests[adapter.name] = str(found[2])
+def tensor_entry(plan: Plan, name: str, cast: str | None, measured: Measured) -> dict[str, Any]:
+    tensor, run = plan.find(name), measured.digests.get(name, {})
+    dtypes, shapes, digests = {}, {}, {}
+    for place, member in enumerate(plan.readers):
+        given = member.given(name, tensor, place)
+        if given is not None:
+            dtypes[member.name] = given.dtype if given.digest else effective_dtype(given.dtype, cast)
+            shapes[member.name], digests[member.name] = list(given.shape), given.digest or run.get(place, NO_DIGEST)
     first = next(iter(dtypes))
     entry: dict[str, Any] = {
         "name": name,
-        "class": kind,
+        "class": tensor.class_.value if tensor is not None else TensorClass.PRIVATE.value,
         "dtype": dtypes[first],
         "shape": shapes[first],
         "digests": digests,
@@ -276,4 +228,6 @@ def _entry(
         entry["dtypes"] = dtypes
     if any(shape != shapes[first] for shape in shapes.values()):
         entry["shapes"] = shapes
+    if tensor is not None and tensor.class_ is TensorClass.TIED:
+        entry["of"] = tensor.reason
     return entry

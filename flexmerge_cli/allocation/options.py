@@ -55,9 +55,8 @@ def storage_options(pricer: Pricer, plan_path: str, *, methods: str = "common") 
     """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
     their smallest on the order: `common` or `all`."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
-    found = sum(task.bytes for task in plan.tasks) + sum(adapter.tensor_bytes for adapter in plan.adapters)
-    weights = sum(adapter.files[adapter.weights].bytes for adapter in plan.adapters)
-    side = sum(file.bytes for task in plan.readers for file in task.files.values()) - weights
+    found = sum(member.source_bytes for member in plan.readers)
+    side = sum(sum(file.bytes for file in member.files.values()) - member.own_file_bytes for member in plan.readers)
     command = f"flexmerge merge {shlex.quote(plan_path)}"
     rows = _auto(pricer, command)
     rows += [
@@ -115,15 +114,15 @@ def served_bytes(layout: BundleLayout) -> int:
         tensor = storage.tensor
         if tensor.class_ is TensorClass.TIED:
             continue
-        adapters = layout.plan.base_readers(tensor)
+        of_base = layout.plan.base_readers(tensor)
         total += sum(
             part.num_bytes
             for part in storage.parts
-            if part.array.role == "dense" or (adapters and adapters[0] in part.readers)
+            if part.array.role == "dense" or (of_base and of_base[0] in part.readers)
         )
         if tensor.base_form is not None:
-            changed = sum(tensor.name in adapter.changes for adapter in layout.plan.adapters)
-            total += changed * math.prod(tensor.base_form[1]) * ITEM_BYTES[tensor.base_form[0]]
+            computed = sum(member.computes(tensor.name) for member in layout.plan.readers)
+            total += computed * math.prod(tensor.base_form[1]) * ITEM_BYTES[tensor.base_form[0]]
         total += sum(
             tensor.num_elements * ITEM_BYTES[layout.allocation.dtype or tensor.dtype_of(task)]
             for group in storage.groups

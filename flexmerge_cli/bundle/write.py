@@ -17,7 +17,6 @@ from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialis
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
-from flexmerge_cli.formats.plan_records import PlanAdapter
 from flexmerge_cli.writing import no_space
 
 COPY_BYTES = 4 << 20
@@ -106,17 +105,8 @@ def _check_written(layout: BundleLayout, folder: Path) -> None:
         raise IntegrityError(f"{total:,} bytes were written, {layout.total_bytes:,} were planned", hint="report this")
     bundle = Bundle.open(folder)
     for number, task in enumerate(layout.plan.readers):
-        if isinstance(task, PlanAdapter):
-            forms = {t.name: list(t.base_form[1]) for t in layout.plan.tensors if t.base_form is not None}
-            forms |= {name: list(change.value.shape) for name, change in task.changes.items() if change.value}
-            expected = {task.names.get(name, name): shape for name, shape in forms.items()}
-        else:
-            expected = {
-                layout.plan.own_name(number, tensor.name): list(layout.plan.whole_shape(tensor, number))
-                for tensor in layout.plan.tensors
-                if number in tensor.present
-            }
-        found = {name: list(shape) for name, (_, shape) in bundle.tensors_of(task.name).items()}
+        expected = layout.plan.shapes_of(number)
+        found = {name: shape for name, (_, shape) in bundle.tensors_of(task.name).items()}
         if found != expected:
             missing = sorted(set(expected) ^ set(found))[:5]
             raise IntegrityError(f"the bundle's task `{task.name}` is not as planned: {missing}", hint="report this")

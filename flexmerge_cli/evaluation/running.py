@@ -184,11 +184,10 @@ def references_of(
     """folder: what the plan's relative sources are relative to. Raises UsageError for a task that the plan keeps."""
     for task in spec.tasks:
         if task not in plan.task_names:
-            kept = any(task == adapter.name for adapter in plan.adapters)
             raise spec.document.error(
                 ("tasks", task),
                 "the plan keeps it as an adapter, exactly, and has no model of it"
-                if kept
+                if task in plan.reader_names
                 else "the plan has no such task",
                 hint=f"not_scored: [{task}], or name its fine-tuned model by `checkpoint` and leave out --plan",
             )

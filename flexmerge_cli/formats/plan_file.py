@@ -30,13 +30,11 @@ from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_records import (
-    PlanAdapter,
     PlanBase,
     PlanBlock,
     PlanMerge,
-    PlanReader,
-    PlanTask,
     PlanTensor,
     PlanVocabulary,
     Settings,
@@ -93,7 +91,7 @@ class Plan(Record):
         return self.tensors + self.rows
 
     @property
-    def readers(self) -> tuple[PlanReader, ...]:
+    def readers(self) -> tuple[Member, ...]:
         """All that read a bundle: the tasks, then the kept adapters."""
         return (*self.tasks, *self.adapters)
 
@@ -113,18 +111,29 @@ class Plan(Record):
         """Whether its tasks are LoRA adapters that merge among themselves: by their products, not by their factors."""
         return self.settings.adapters == "pool" and any(task.adapter == "lora" for task in self.tasks)
 
-    def adapter(self, reader: int) -> PlanAdapter | None:
-        return self.adapters[reader - len(self.tasks)] if reader >= len(self.tasks) else None
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The readers that are kept adapters."""
+        return tuple(range(len(self.tasks), len(self.readers)))
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the tensors that readers store in weight files of their own."""
+        return sum(reader.own_bytes for reader in self.readers)
+
+    @property
+    def own_names(self) -> list[str]:
+        """Tensors that only such files hold: no record of the plan has their names. Sorted."""
+        return sorted({name for reader in self.readers for name in reader.own_names} - set(self._by_name()))
 
     def base_readers(self, tensor: PlanTensor) -> tuple[int, ...]:
-        """The kept adapters that need a tensor of the base."""
-        if tensor.base_dtype is None or not self.adapters:
+        """The readers that need a tensor of the base."""
+        if tensor.base_dtype is None:
             return ()
         found: dict[str, tuple[int, ...]] = self.__dict__.setdefault("_base_readers", {})
         if tensor.name not in found:
-            changes = [adapter.changes.get(tensor.name) for adapter in self.adapters]
-            needs = [change is None or change.value is None for change in changes]
-            found[tensor.name] = tuple(len(self.tasks) + place for place, need in enumerate(needs) if need)
+            needs = [reader.needs_base(tensor.name) for reader in self.readers]
+            found[tensor.name] = tuple(place for place, need in enumerate(needs) if need)
         return found[tensor.name]
 
     def tensor(self, name: str) -> PlanTensor:
@@ -143,6 +152,19 @@ class Plan(Record):
         vocabulary = self.vocabulary(tensor.name)
         shape = tensor.shape_of(task)
         return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])
+
+    def shapes_of(self, reader: int) -> dict[str, Shape]:
+        """Own name -> shape of every tensor that a reader has."""
+        member, found = self.readers[reader], {}
+        for name in [*(tensor.name for tensor in self.tensors), *self.own_names]:
+            given, vocabulary = member.given(name, self.find(name), reader), self.vocabulary(name)
+            if given is None:
+                continue
+            shape = given.shape
+            if vocabulary is not None and reader < len(vocabulary.tasks):
+                shape = vocabulary.tasks[reader].rows, *shape[1:]
+            found[member.names.get(name, name)] = shape
+        return found
 
     def joined_tasks(self) -> set[int]:
         """Tasks of which some tensor is put together from rows that are stored apart."""
@@ -215,8 +237,9 @@ def _check(plan: Plan) -> None:
         ]
         if len(set(own)) < len(own):
             raise ValueError(f"two tensors of task `{record.name}` have one name")
+    in_base = {tensor.name: tensor.base_form for tensor in plan.tensors if tensor.base_form is not None}
     for adapter in plan.adapters:
-        _check_adapter(plan, adapter)
+        adapter.check(in_base)
     groups: dict[str, set[tuple[int, ...]]] = {block.name: {(task,) for task in range(count)} for block in plan.blocks}
     for merge in plan.order:
         block = groups.get(merge.block)
@@ -292,20 +315,6 @@ def _check_tensor(plan: Plan, tensor: PlanTensor, count: int) -> None:
         raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
     if tensor.class_ is TensorClass.TIED and not _is_tied(plan, tensor):
         raise ValueError(f"tensor `{tensor.name}` is tied to nothing of its form")
-
-
-def _check_adapter(plan: Plan, adapter: PlanAdapter) -> None:
-    if adapter.weights not in adapter.files:
-        raise ValueError(f"adapter `{adapter.name}` has no weights")
-    in_base = {tensor.name: tensor.base_form for tensor in plan.tensors if tensor.base_form is not None}
-    for name, change in adapter.changes.items():
-        form = in_base.get(name) if change.value is None else (change.value.dtype, change.value.shape)
-        if form is None:
-            raise ValueError(f"adapter `{adapter.name}` changes `{name}`, which the base has not")
-        change.check(*form, adapter.files[adapter.weights].bytes)
-    own = [adapter.names.get(name, name) for name in {*in_base, *adapter.changes}]
-    if len(set(own)) < len(own):
-        raise ValueError(f"two tensors of adapter `{adapter.name}` have one name")
 
 
 def _is_tied(plan: Plan, tensor: PlanTensor) -> bool:

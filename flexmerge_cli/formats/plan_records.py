@@ -1,14 +1,13 @@
 """The records of plan.json, one by one; plan_file.py says what they mean together. Pure."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
@@ -41,57 +40,6 @@ class PlanBase(Record):
     """What kept adapters need of it besides its tensors: config, tokenizer, …"""
     names: Named[str] = Field(default_factory=dict)
     """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
-
-
-class PlanReader(Record):
-    """What tasks that merge and kept adapters have in common."""
-
-    name: str
-    source: str
-    fingerprint: Digest
-    """Digest of every tensor's digest; for an adapter, of its files and of the base."""
-    bytes: Count
-    """Bytes of the model's tensors; for an adapter, of the model that it makes."""
-    files: Named[SideFile]
-    names: Named[str]
-    """Aligned name -> own name, where they differ."""
-
-
-class LowRankRecord(Record):
-    """A fine-tune that is the base plus matrices of low rank. A sketch finds it, so nothing rests on it."""
-
-    rank: Count
-    matrices: Count
-    """Matrices that differ from the base."""
-    bytes: Count
-    """Bytes of these matrices, as they are."""
-    residual_bytes: Count
-    """As residuals of this rank over the base."""
-
-
-class PlanTask(PlanReader):
-    config_base: str | None
-    """The model that its config says it comes from."""
-    adapter: Literal["lora", "ia3"] | None = None
-    """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
-    low_rank: LowRankRecord | None = None
-    """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
-
-
-class PlanAdapter(PlanReader):
-    """A task that is kept as an adapter of the base: it is in no group."""
-
-    kind: Literal["lora", "ia3"]
-    tensor_bytes: Count
-    """Bytes of its own tensors."""
-    weights: str
-    """Its weight file, one of `files`."""
-    changes: Named[ChangeRecord]
-
-    @property
-    def whole(self) -> tuple[str, ...]:
-        """Tensors that it holds whole: modules_to_save, resized embeddings, biases."""
-        return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
 
 
 class CodedWeights(Record):

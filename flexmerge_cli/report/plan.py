@@ -219,8 +219,8 @@ def adapter_warnings(plan: Plan) -> list[str]:
     """What inference engines do not support in the kept adapters."""
     found = []
     for each in plan.adapters:
-        if each.whole:
-            some = ", ".join(each.whole[:3]) + (", …" if len(each.whole) > 3 else "")
+        if each.own_names:
+            some = ", ".join(each.own_names[:3]) + (", …" if len(each.own_names) > 3 else "")
             found.append(
                 f"adapter `{each.name}` holds whole tensors ({some}), which vLLM and other engines do not load in an "
                 "adapter: they need `flexmerge export --merged`"

@@ -1,0 +1,162 @@
+"""The members of a family as a plan records them: each kind answers what the rest of the code asks of a member. Pure.
+
+Layout, manifest, prices and checks ask these questions of every member alike, and know no kind.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.formats.adapter_changes import ChangeRecord
+from flexmerge_cli.formats.plan_records import PlanTensor, SideFile
+from flexmerge_cli.record import Count, Digest, Named, Record, Shape
+
+
+class Given(NamedTuple):
+    """What a member has of a tensor."""
+
+    dtype: str
+    shape: Shape
+    digest: str | None
+    """None if it depends on what is merged."""
+
+
+class Member(Record):
+    """A task that reads a bundle."""
+
+    name: str
+    source: str
+    fingerprint: Digest
+    """Digest of every tensor's digest; for a kept adapter, of its files and of the base."""
+    bytes: Count
+    """Bytes of the model's tensors; for a kept adapter, of the model that it makes."""
+    files: Named[SideFile]
+    names: Named[str]
+    """Aligned name -> own name, where they differ."""
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the tensors in its source."""
+        return self.bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the tensors that are stored in a weight file beside the bundle's."""
+        return 0
+
+    @property
+    def own_file_bytes(self) -> int:
+        """Bytes of that file, one of `files`."""
+        return 0
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Aligned names of the tensors that it holds whole in that file, sorted."""
+        return ()
+
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+        """What it has of a tensor, or None. tensor: the plan's record of it, if there is one; place: its own number."""
+        raise NotImplementedError
+
+    def needs_base(self, name: str) -> bool:
+        """Whether it reads the base's own tensor of this name, if there is one."""
+        return False
+
+    def computes(self, name: str) -> bool:
+        """Whether its tensor is computed from the base's when it is loaded."""
+        return False
+
+    def entry(self, adapters: Adapters) -> dict[str, Any]:
+        """What the manifest says of it beyond what it says of every task. adapters: the plan's setting."""
+        return {}
+
+
+class LowRankRecord(Record):
+    """A fine-tune that is the base plus matrices of low rank. A sketch finds it, so nothing rests on it."""
+
+    rank: Count
+    matrices: Count
+    """Matrices that differ from the base."""
+    bytes: Count
+    """Bytes of these matrices, as they are."""
+    residual_bytes: Count
+    """As residuals of this rank over the base."""
+
+
+class PlanTask(Member):
+    """A task that merges: a whole model, the model that an adapter makes of the base, or an adapter of a pool."""
+
+    config_base: str | None
+    """The model that its config says it comes from."""
+    adapter: Literal["lora", "ia3"] | None = None
+    """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
+    low_rank: LowRankRecord | None = None
+    """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
+
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+        if tensor is None or tensor.digests[place] is None:
+            return None
+        return Given(tensor.dtype_of(place), tensor.shape_of(place), None)
+
+    def entry(self, adapters: Adapters) -> dict[str, Any]:
+        return {"pooled": self.adapter} if adapters == "pool" else {}
+
+
+class PlanAdapter(Member):
+    """A task that is kept as an adapter of the base: it is in no group."""
+
+    kind: Literal["lora", "ia3"]
+    tensor_bytes: Count
+    """Bytes of its own tensors."""
+    weights: str
+    """Its weight file, one of `files`."""
+    changes: Named[ChangeRecord]
+
+    @property
+    def source_bytes(self) -> int:
+        return self.tensor_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        return self.tensor_bytes
+
+    @property
+    def own_file_bytes(self) -> int:
+        return self.files[self.weights].bytes
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """modules_to_save, resized embeddings, biases."""
+        return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
+
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+        change = self.changes.get(name)
+        if change is not None and change.value is not None:
+            return Given(change.value.dtype, change.value.shape, change.digest)
+        if tensor is None or tensor.base_form is None:
+            return None
+        return Given(*tensor.base_form, str(tensor.base_digest if change is None else change.digest))
+
+    def needs_base(self, name: str) -> bool:
+        change = self.changes.get(name)
+        return change is None or change.value is None
+
+    def computes(self, name: str) -> bool:
+        return name in self.changes
+
+    def entry(self, adapters: Adapters) -> dict[str, Any]:
+        changes = {name: change.dump() for name, change in self.changes.items()}
+        return {"adapter": {"kind": self.kind, "weights": self.weights, "changes": changes}}
+
+    def check(self, in_base: Mapping[str, tuple[str, Shape]]) -> None:
+        """Raise ValueError if it is not sound. in_base: name -> dtype and shape of the base's tensors."""
+        if self.weights not in self.files:
+            raise ValueError(f"adapter `{self.name}` has no weights")
+        for name, change in self.changes.items():
+            form = in_base.get(name) if change.value is None else (change.value.dtype, change.value.shape)
+            if form is None:
+                raise ValueError(f"adapter `{self.name}` changes `{name}`, which the base has not")
+            change.check(*form, self.own_file_bytes)
+        own = [self.names.get(name, name) for name in {*in_base, *self.changes}]
+        if len(set(own)) < len(own):
+            raise ValueError(f"two tensors of adapter `{self.name}` have one name")
