@@ -398,11 +398,10 @@ def test_the_table_tells_where_bytes_go(plan, tmp_path):
     assert "twice the bytes" in text and "mean in 8 bits + 1 bit per task" in text
 
 
-def test_plan_offers_it_first(plan, tmp_path):
+def test_plan_offers_it(plan, tmp_path):
     ways = succeeds("plan", plan, "-o", tmp_path / "again.json", "--json").json["options"]
     offered = [way for way in ways if way["name"].startswith("auto at ")]
-    assert ways[: len(offered)] == offered
-    assert [way["name"] for way in offered][-3:] == ["auto at 1x", "auto at 1.5x", "auto at 2x"]
+    assert {way["name"] for way in offered} >= {"auto at 1x", "auto at 1.5x", "auto at 2x"}
     for number, way in enumerate(offered):
         bundle = tmp_path / str(number)
         arguments = way["command"].replace("bundle/", str(bundle)).replace(str(tmp_path / "again.json"), str(plan))

@@ -1,8 +1,12 @@
-"""The ways to store a family, one row each: bytes on disk, bytes when served, and the command that builds it. Pure."""
+"""The ways to store a family, one row each: bytes on disk and when served, bits per weight, what was measured of such
+bundles, and the command that builds it. Pure. Imports torch only for `methods="all"` and for pooled adapters.
+"""
 
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
@@ -11,24 +15,39 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.methods.products import merges_products
-from flexmerge_cli.methods.registry import all_methods
-from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.methods.aliases import PRESETS
+from flexmerge_cli.methods.method import Call, method
+from flexmerge_cli.methods.registry import format_call
+from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import parse_size
 
 AUTO_SIZES = (0.75, 1, 1.5, 2)
+COPIES, EXACT = "copies as found", "exact deduplication"
 
-_CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=search"
+# Methods that store one dense value per merged block, and all their arguments, which the manifest holds.
+DENSE: Mapping[str, Mapping[str, Any]] = {"average": {}, "tsv_m": {"scale": 1.0, "matrices": "linear"}}
+COMMON = (*PRESETS, *DENSE)
 
-# Name of a row -> method.
-COMMON = {
-    **{name: name for name in ("average", "task_arithmetic", "ties", "emr", "consensus")},
-    "mean + 2 bits per task": "low_bit:bits=2",
-    "mean in 8 bits + 2 bits per task": f"low_bit:bits=2,{_CODED_MEAN}",
-    "mean in 8 bits + 1 bit per task": f"low_bit:bits=1,{_CODED_MEAN}",
+Points = tuple[tuple[float, float], ...]
+"""(bits per weight and task, percent of the fine-tuned score that was kept), by bits."""
+
+Range = tuple[float, float]
+
+# What docs/benchmarks.md measured: bundle -> family -> points. A method without a size is at its smallest.
+MEASURED: Mapping[str, Mapping[str, Points]] = {
+    "auto": {
+        "digits": ((1.48, 94.3), (2.0, 99.7), (2.5, 99.9), (3.0, 100.0), (4.0, 100.0)),
+        "MiniLM": ((1.14, 100.8),),
+    },
+    "residual-2bit": {"digits": ((3.34, 100.0),)},
+    "residual-1bit": {"digits": ((2.36, 99.6),)},
+    "average": {"digits": ((2.02, 70.7),), "MiniLM": ((4.57, 71.9),)},
+    "tsv_m": {"digits": ((2.02, 74.1),), "MiniLM": ((4.57, 93.3),)},
 }
+WELL_KEPT = 99.0  # percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +60,13 @@ class StorageOption:
     served_bytes: int
     """Memory with every task loaded: a value that tasks share counts once, what must be decoded once per task."""
     tensor_bytes: int
+    bits: float
+    """Bits of tensor data per weight and task."""
+    kept: Range | None = None
+    """The least and the most percent of the fine-tuned score that such bundles of other families kept; None: not
+    measured. Exact bundles keep 100."""
+    is_larger: bool = False
+    """Whether it takes more bytes on disk than the models as they were found."""
     command: str | None
     """None for what is there already."""
 
@@ -52,59 +78,125 @@ def check_methods(choice: str) -> None:
 
 
 def storage_options(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[StorageOption]:
-    """`auto` at some sizes, if the plan has what it needs; copies as found, a cast, exact deduplication, and methods at
-    their smallest on the order: `common` or `all`."""
+    """All ways, by their bytes on disk: copies as found, exact deduplication, a cast if it saves anything, `auto` at
+    some sizes if the plan has what it needs, and, where tasks merge, methods at their smallest: `common` or `all`."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
-    found = sum(member.source_bytes for member in plan.readers)
-    side = sum(sum(file.bytes for file in member.files.values()) - member.own_file_bytes for member in plan.readers)
-    command = f"flexmerge merge {shlex.quote(plan_path)}"
-    rows = _auto(pricer, command)
-    rows += [
-        StorageOption(
-            name="copies as found", disk_bytes=found + side, served_bytes=found, tensor_bytes=found, command=None
-        ),
-    ]
+    weights, command = num_weights(plan), f"flexmerge merge {shlex.quote(plan_path)}"
+
+    def row(name: str, layout: BundleLayout, options: str = "", kept: Range | None = None) -> StorageOption:
+        return StorageOption(
+            name=name,
+            disk_bytes=layout.total_bytes,
+            served_bytes=served_bytes(layout),
+            tensor_bytes=layout.tensor_bytes,
+            bits=8 * layout.tensor_bytes / weights,
+            kept=kept or kept_by(name.partition(" at ")[0], 8 * layout.tensor_bytes / weights),
+            command=f"{command}{options} -o bundle/",
+        )
+
+    found = _as_found(plan, weights)
+    exact = row(EXACT, pricer.layout(copies(plan)), kept=(100.0, 100.0))
+    rows = [found, exact]
     if plan.tasks:
-        rows.append(way("cast to bf16", pricer.layout(copies(plan, "BF16")), f"{command} --dtype bf16 -o bundle/"))
-    rows.append(way("exact deduplication", pricer.layout(copies(plan)), f"{command} -o bundle/"))
-    if not plan.tasks:  # adapters alone: nothing to merge
-        return rows
-    rest = {name: name for name in all_methods() if name not in COMMON} if methods == "all" else {}
-    for name, method in (COMMON | rest).items():
-        use = parse_use(method)
-        if plan.pools_lora and not merges_products(use.call):
-            continue
-        layout = pricer.layout(Cutter(pricer, use).smallest())
-        rows.append(way(name, layout, f"{command} --method {shlex.quote(method)} -o bundle/"))
-    return rows
+        cast = row("cast to bf16", pricer.layout(copies(plan, "BF16")), " --dtype bf16")
+        rows += [cast] if cast.tensor_bytes < exact.tensor_bytes else []
+        rows += [row(f"auto at {size}", layout, f" --method auto --size {size}") for size, layout in _auto(pricer)]
+    if len(plan.tasks) > 1:
+        rows += [
+            row(name, pricer.layout(Cutter(pricer, use).smallest()), f" --method {shlex.quote(name)}")
+            for name, use in _uses(plan, methods)
+        ]
+    rows = [replace(one, is_larger=one.disk_bytes > found.disk_bytes) for one in rows]
+    return sorted(rows, key=lambda one: one.disk_bytes)
 
 
-def _auto(pricer: Pricer, command: str) -> list[StorageOption]:
+def begin_with(rows: Sequence[StorageOption]) -> tuple[str, str] | None:
+    """The name of the row to begin with, and why; None if copies as found are as good as anything."""
+    for row in rows:
+        if row.kept is not None and row.kept[0] >= WELL_KEPT and row.command is not None and not row.is_larger:
+            exact = row.name == EXACT
+            told = (
+                "the smallest that loses nothing"
+                if exact
+                else (
+                    f"the smallest of those that kept {WELL_KEPT:g} % or more of the fine-tuned score on other families"
+                )
+            )
+            return row.name, told
+    return None
+
+
+def kept_by(name: str, bits: float) -> Range | None:
+    """The least and the most that a bundle of so many bits kept: per family the measurement of the most bits that are
+    no more than these."""
+    known = [
+        next((kept for least, kept in reversed(points) if least <= bits + 0.05 or len(points) == 1), None)
+        for points in MEASURED.get(name, {}).values()
+    ]
+    values = [kept for kept in known if kept is not None]
+    return (min(values), max(values)) if values else None
+
+
+def num_weights(plan: Plan) -> int:
+    """The weights of all tasks; a kept adapter counts as the base, which it makes a model of."""
+    own = [tensor for tensor in plan.stored if tensor.class_ is not TensorClass.TIED]
+    merged = sum(math.prod(tensor.shape_of(task)) for tensor in own for task in tensor.present)
+    base = sum(math.prod(tensor.base_form[1]) for tensor in plan.tensors if tensor.base_form is not None)
+    return max(1, merged + len(plan.adapters) * base)
+
+
+def _as_found(plan: Plan, weights: int) -> StorageOption:
+    """The checkpoints as they are, and the base once if adapters need it."""
+    tensors = sum(member.source_bytes for member in plan.readers)
+    forms = [tensor.base_form for tensor in plan.tensors if tensor.base_form is not None]
+    if plan.adapters:
+        tensors += sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in forms)
+    side = sum(sum(file.bytes for file in member.files.values()) - member.own_file_bytes for member in plan.readers)
+    return StorageOption(
+        name=COPIES, disk_bytes=tensors + side, served_bytes=tensors, tensor_bytes=tensors, bits=8 * tensors / weights,
+        kept=(100.0, 100.0), command=None,
+    )  # fmt: skip
+
+
+@method(paper="", scope="element")
+def one_value(_deltas: object) -> None:
+    """Stands for any method that stores one dense value per group, which all have one price; it merges nothing."""
+
+
+def dense_use(name: str) -> MethodUse:
+    """A stand-in for a method of DENSE, which has its price and needs no torch."""
+    text = format_call(name, DENSE[name])
+    return MethodUse(Call(method=replace(one_value, name=name), args=DENSE[name], text=text, short=name))
+
+
+def _uses(plan: Plan, methods: str) -> Iterator[tuple[str, MethodUse]]:
+    names: Sequence[str] = COMMON
+    if methods == "all":
+        from flexmerge_cli.methods.registry import all_methods
+
+        names = (*COMMON, *(name for name in all_methods() if name not in COMMON))
+    for name in names:
+        if plan.pools_lora:
+            from flexmerge_cli.methods.products import merges_products
+
+            if not merges_products(parse_use(name).call):
+                continue
+        yield name, dense_use(name) if name in DENSE else parse_use(name)
+
+
+def _auto(pricer: Pricer) -> Iterator[tuple[str, BundleLayout]]:
     """At its smallest, if that is more than the first size, then at all sizes that it reaches."""
     plan = pricer.plan
     if plan.settings.statistics != "all" or not plan.blocks:
-        return []
+        return
     search = auto(pricer, Limits())
     smallest, one = search.smallest().layout, max(1, plan.one_model_bytes)
     count = len(plan.reader_names)
     sizes = [f"{size}x" for size in AUTO_SIZES if smallest.tensor_bytes <= size * one and size <= count]
     if smallest.tensor_bytes > AUTO_SIZES[0] * one and smallest_factor(smallest) <= count:
         sizes.insert(0, f"{smallest_factor(smallest):g}x")
-    rows = []
     for text in sizes:
-        found = search.cut(plan.target(parse_size(text))).layout
-        rows.append(way(f"auto at {text}", found, f"{command} --method auto --size {text} -o bundle/"))
-    return rows
-
-
-def way(name: str, layout: BundleLayout, command: str) -> StorageOption:
-    return StorageOption(
-        name=name,
-        disk_bytes=layout.total_bytes,
-        served_bytes=served_bytes(layout),
-        tensor_bytes=layout.tensor_bytes,
-        command=command,
-    )
+        yield text, search.cut(plan.target(parse_size(text))).layout
 
 
 def served_bytes(layout: BundleLayout) -> int:

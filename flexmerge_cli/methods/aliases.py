@@ -1,4 +1,4 @@
-"""The names that mergekit has for methods, in our terms. No torch.
+"""Short names for methods with many arguments, and the names that mergekit has for methods. No torch.
 
 mergekit's methods are ours with other defaults, or ours after a step. They differ from ours in detail even so: see the
 docstrings of ties, breadcrumbs, della, sce and model_stock.
@@ -17,6 +17,14 @@ class Alias(NamedTuple):
     message: str
     """The replacement as command-line options, and what happens to the arguments of mergekit's method."""
 
+
+_CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=search"
+
+# An average in 8 bits, and per task a residual of so many bits a weight.
+PRESETS = {
+    "residual-1bit": f"low_bit:bits=1,{_CODED_MEAN}",
+    "residual-2bit": f"low_bit:bits=2,{_CODED_MEAN}",
+}
 
 _SUM = "task_arithmetic:form=sum,scale=1.0"
 _ELECT = "ties:K=1.0,merge=sum"
@@ -38,8 +46,11 @@ ALIASES = {
 
 
 def resolve_alias(name: str) -> Alias | None:
-    """Our counterpart of mergekit's method of this name, or None. Case and `-` do not matter."""
+    """A preset, our counterpart of mergekit's method of this name, or None. Case and `-` do not matter."""
     key = name.lower().replace("-", "_")
+    preset = key.replace("_", "-")
+    if preset in PRESETS:
+        return Alias(PRESETS[preset], (), f"`{preset}` is `--method {PRESETS[preset]}`")
     if key not in ALIASES:
         return None
     method, steps, note = ALIASES[key]

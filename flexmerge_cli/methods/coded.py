@@ -173,6 +173,8 @@ def check_centre(declared: Coded, name: str) -> None:
         raise UsageError(
             f"`{name}`: centre=none leaves nothing to take residuals against", hint="use `base` or `average`"
         )
+    if declared.centre == "average":  # the usual one, which is known without importing torch
+        return
     call = declared.centre_call()
     if call is not None and call.method.form != "merged":
         raise UsageError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.aliases import Alias, resolve_alias
+from flexmerge_cli.methods.aliases import PRESETS, Alias, resolve_alias
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
 from flexmerge_cli.methods.method import Call, Method, Origin
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
@@ -88,7 +88,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
         if function in all_methods():
             raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
         return make_call(method_from_file(file, function, code), args, name=name)
-    method = all_methods().get(name) or method_from_package(name)
+    method = _declaration(name) or all_methods().get(name) or method_from_package(name)
     if method is None:
         alias = resolve_alias(name)
         if alias and _same_word(name) not in all_methods():
@@ -101,6 +101,14 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
     return make_call(method, args)
 
 
+def _declaration(name: str) -> Method | None:
+    """A method with residuals, which is a declaration and needs no torch."""
+    from flexmerge_cli.methods import coded
+
+    found = getattr(coded, name, None) if name.isidentifier() else None
+    return found if isinstance(found, coded.CodedMethod) else None
+
+
 def resolve(text: str) -> Alias:
     """Resolve `NAME[:key=value,…]`: itself or, for a name of mergekit, our counterpart with steps and a message.
 
@@ -108,9 +116,12 @@ def resolve(text: str) -> Alias:
     """
     itself = Alias(text, (), "")
     name, args = split_call(text)
+    alias = resolve_alias(name)
+    if not args and alias is not None and alias.method in PRESETS.values():
+        return alias
     if args or any(word in known() for known in (all_methods, packaged_methods) for word in (name, _same_word(name))):
         return itself
-    return resolve_alias(name) or itself
+    return alias or itself
 
 
 def parse_step(text: str) -> StepCall:

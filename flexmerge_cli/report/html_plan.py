@@ -11,12 +11,12 @@ from flexmerge_cli.report.html_block import heat_picture, one_block
 from flexmerge_cli.report.html_chart import Tick, band, chart, dots, fraction, line, nice_ticks
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.options import DISTANCE_NOTE, KEPT_NOTE, OPTION_HEADS, option_remarks, shown_options
 from flexmerge_cli.report.text import human_bytes, tail
 
 BINS = 32  # colours of the dots
 LABELLED_BLOCKS = 60  # with more, not every row has its name
 ROW_PIXELS = 15
-METHOD_STYLES = ("one", "two")
 
 
 def plan_page(facts: PlanFacts) -> str:
@@ -33,10 +33,20 @@ def plan_page(facts: PlanFacts) -> str:
             ("order", text(f"{settings.similarity}, {settings.linkage} linkage, {settings.strategy}")),
         ]
     )
-    sections = [_tasks(facts)]
+    sections = [_options(facts), _tasks(facts)]
     if plan.order:
-        sections = [_size(facts), _tiles(facts), _one(facts), _depth(facts), *sections]
+        sections[1:1] = [_size(facts), _tiles(facts), _one(facts), _depth(facts)]
     return page(f"{facts.path.name}: plan of {len(plan.tasks)} tasks", subtitle, sections)
+
+
+def _options(facts: PlanFacts) -> str:
+    commands = [row["command"] for row in facts.options["options"] if not row["is_larger"]]
+    rows = [
+        [text(cell) for cell in cells] + [f"<code>{text(command)}</code>" if command else ""]
+        for cells, command in zip(shown_options(facts.options), commands)
+    ]
+    remarks = "".join(f"<p>{text(line)}</p>" for line in option_remarks(facts.options))
+    return section("Ways to store them", remarks, table([*OPTION_HEADS, "command"], rows), note=f"{KEPT_NOTE}.")
 
 
 def _size(facts: PlanFacts) -> str:
@@ -53,18 +63,13 @@ def _size(facts: PlanFacts) -> str:
         below=[Tick(place=tick / merges, label=f"{tick:,.0f}") for tick in nice_ticks(0, merges, 5)],
         kind="both",
     )
-    worst = {method: _of_known(np.max, found) for method, found in curve.distance.items()}
-    high = max(1e-9, *(float(found.max()) for found in worst.values()))
-    low_x, high_x = float(factors.min()), float(factors.max())
-    parts, keys = [], []
-    for (method, found), style in zip(curve.distance.items(), METHOD_STYLES):
-        across = [fraction(float(factors[cut]), low_x, high_x) for cut in curve.cuts]
-        mean, best = _of_known(np.mean, found), _of_known(np.min, found)
-        upper, lower = list(zip(across, worst[method] / high)), list(zip(across, best / high))
-        parts.append(band(lower, upper, f"band {style}") + line(list(zip(across, mean / high)), f"line {style}"))
-        keys.append(f'<span class="key {style}">{text(method)}: mean, and from best to worst task</span>')
+    found = curve.distance["average"]
+    best, mean, worst = (_of_known(reduce, found) for reduce in (np.min, np.mean, np.max))
+    high, low_x, high_x = max(1e-9, float(worst.max())), float(factors.min()), float(factors.max())
+    across = [fraction(float(factors[cut]), low_x, high_x) for cut in curve.cuts]
     distance = chart(
-        "".join(parts),
+        band(list(zip(across, best / high)), list(zip(across, worst / high)), "band one")
+        + line(list(zip(across, mean / high)), "line one"),
         says="distance per task against size of the bundle, see the table",
         height="15rem",
         left=[Tick(place=tick / high, label=f"{tick:g}", line=True) for tick in nice_ticks(0, high)],
@@ -77,30 +82,25 @@ def _size(facts: PlanFacts) -> str:
         "Size",
         f"<div class=pair><div><h3>Size after each merge</h3>{size}<p class=axis>merges</p></div>"
         f"<div><h3>Distance ≈ at a size</h3>{distance}<p class=axis>size of the bundle</p>"
-        f"<p class=legend>{''.join(keys)}</p></div></div>",
+        '<p class=legend><span class="key one">mean, and from best to worst task</span></p></div></div>',
         _size_table(facts),
-        note="For methods that store one dense value per merged block. Distance per task: 0 is exact, 1 as far off as "
-        "the base; it compares sizes of one method and does not rank methods.",
+        note="Bytes are those of methods that store one dense value per merged block, and distances those of average. "
+        f"Distance per task: 0 is exact, 1 as far off as the base. {DISTANCE_NOTE}",
     )
 
 
 def _size_table(facts: PlanFacts) -> str:
     plan, curve = facts.plan, facts.curve
-    rows = []
+    rows, found = [], curve.distance["average"]
     for size, merges in curve.named:
         cut = curve.cuts.index(merges)
-        cells = [
-            f"{value:.3f}"
-            for found in curve.distance.values()
-            for value in (_of_known(np.mean, found)[cut], _of_known(np.max, found)[cut])
-        ]
+        cells = [f"{value:.3f}" for value in (_of_known(np.mean, found)[cut], _of_known(np.max, found)[cut])]
         groups = len(plan.blocks) * len(plan.tasks) - merges
         bytes_ = curve.tensor_bytes[merges]
         rows.append(
             [size, f"{bytes_ / max(1, plan.one_model_bytes):.2f}x", f"{bytes_:,}", f"{merges:,}", f"{groups:,}", *cells]
         )
-    heads = [f"{method} {which}" for method in curve.distance for which in ("mean", "worst")]
-    return table(["size", "is", "bytes", "merges", "groups", *heads], rows)
+    return table(["size", "is", "bytes", "merges", "groups", "mean distance", "worst distance"], rows)
 
 
 def _tiles(facts: PlanFacts) -> str:

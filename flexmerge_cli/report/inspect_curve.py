@@ -10,9 +10,8 @@ import numpy as np
 
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.allocation.options import dense_use
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.methods.method import Call, method
-from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.distance import weighted_errors
 from flexmerge_cli.request.size import parse_size
 
@@ -51,15 +50,7 @@ def curve_of(plan: Plan) -> Curve:
 
 def dense_sizes(plan: Plan) -> list[int]:
     """Tensor bytes after 0, 1, … all merges."""
-    return Cutter(Pricer(plan), ONE_VALUE).sizes()
-
-
-@method(paper="", scope="element")
-def one_value(_deltas: object) -> None:
-    """Stands for any method that stores one dense value per group, which all have one price; it merges nothing."""
-
-
-ONE_VALUE = MethodUse(Call(method=one_value, args={}, text="one_value", short="one_value"))
+    return Cutter(Pricer(plan), dense_use("average")).sizes()
 
 
 def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> list[np.ndarray]:

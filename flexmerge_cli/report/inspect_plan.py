@@ -16,6 +16,7 @@ from flexmerge_cli.order.similarity import similarity
 from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.report.inspect_curve import Curve, curve_of
 from flexmerge_cli.report.inspect_heat import Scale
+from flexmerge_cli.report.options import options_value, size_row
 from flexmerge_cli.report.plan import classes, low_rank_rows, task_rows
 from flexmerge_cli.report.vocabulary import vocabularies
 
@@ -39,6 +40,8 @@ class PlanFacts:
     """Per block, the places of its merges in the order, from 1: `--merges N` makes all up to N."""
     block: int | None
     """The block requested."""
+    options: dict[str, Any]
+    """The ways to store the family, as `options_value` gives them."""
 
     def groups(self, block: int, merges: int) -> int:
         """The groups of a block after so many merges."""
@@ -81,6 +84,7 @@ def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
         merges=merges,
         positions=tuple(map(tuple, positions)),
         block=chosen,
+        options=options_value(plan, str(path)),
     )
 
 
@@ -102,6 +106,7 @@ def plan_value(facts: PlanFacts) -> dict[str, Any]:
         "merges": len(plan.order),
         "near_ties": plan.near_ties,
         "sizes": [_size(facts, name, merges) for name, merges in curve.named],
+        **facts.options,
         "curve": {"tensor_bytes": list(curve.tensor_bytes)},
         "blocks": [
             {
@@ -141,22 +146,9 @@ def _block(facts: PlanFacts, index: int) -> dict[str, Any]:
 
 
 def _size(facts: PlanFacts, name: str, merges: int) -> dict[str, Any]:
-    plan, curve = facts.plan, facts.curve
-    cut = curve.cuts.index(merges)
-    return {
-        "size": name,
-        "factor": curve.tensor_bytes[merges] / max(1, plan.one_model_bytes),
-        "tensor_bytes": curve.tensor_bytes[merges],
-        "merges": merges,
-        "groups": len(plan.blocks) * len(plan.tasks) - merges,
-        "distance": {
-            method: {
-                task: None if np.isnan(value) else float(value)
-                for task, value in zip(plan.task_names, distance_CM[cut])
-            }
-            for method, distance_CM in curve.distance.items()
-        },
-    }
+    cut, curve = facts.curve.cuts.index(merges), facts.curve
+    distance = {method: distance_CM[cut] for method, distance_CM in curve.distance.items()}
+    return size_row(facts.plan, name, merges, curve.tensor_bytes[merges], distance)
 
 
 def _find(wanted: str, names: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.options import show_options, show_sizes
 from flexmerge_cli.report.plan import adapter_words, show_low_rank
 from flexmerge_cli.report.table import line_columns, say, table
 from flexmerge_cli.report.text import human_bytes
@@ -40,6 +41,7 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
     if value["blocks"]:
         _show_blocks(value, every=every)
         _show_extremes(value)
+    show_options(value)
 
 
 def _show_sizes(value: dict[str, Any]) -> None:
@@ -47,18 +49,7 @@ def _show_sizes(value: dict[str, Any]) -> None:
     say("size after each merge, one dense value per merged block")
     labels = [f"{size / one:.2f}x {human_bytes(size):>7}" for size in (max(sizes), max(sizes) / 2, 0)]
     draw.curve(sizes, labels, below=("0 merges", f"{value['merges']:,} merges"))
-    rows, wide = [], line_columns() >= draw.WIDE
-    for row in value["sizes"]:
-        cells = []
-        for distances in row["distance"].values():
-            known = [distance for distance in distances.values() if distance is not None]
-            cells += [draw.number(sum(known) / len(known)), draw.number(max(known))] if known else ["null", "null"]
-        counts = [f"{row['factor']:.2f}x", f"{row['groups']:,}"] if wide else []
-        rows.append((row["size"], f"{row['merges']:,}", f"{row['tensor_bytes']:,}", *counts, *cells))
-    methods = value["sizes"][0]["distance"]
-    heads = [f"{method}\n{which}".replace("_", "_\n") for method in methods for which in ("mean", "worst")]
-    counted = ["is", "groups"] if wide else []
-    table(["size", "merges", "bytes", *counted, *heads], rows, title="distance ≈ over the tasks")
+    show_sizes(value["sizes"])
 
 
 def _show_blocks(value: dict[str, Any], *, every: bool) -> None:

@@ -4,17 +4,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.layout import Pricer
-from flexmerge_cli.allocation.options import storage_options
+from flexmerge_cli.allocation.options import EXACT
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
+from flexmerge_cli.report.options import options_value, show_options, show_sizes, size_row
 from flexmerge_cli.report.table import say, table
 from flexmerge_cli.report.text import human_bytes, merges_words
 from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, vocabulary_warnings
@@ -22,7 +21,6 @@ from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.plan import PlanRequest
 
 MUCH = 0.05  # of a task's weights
-MANY_TASKS = 12  # more columns than this are summed up
 
 
 def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str = "common") -> dict[str, Any]:
@@ -32,8 +30,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
 
     pricer = Pricer(plan)
     asked = allocate(plan, request, pricer) if request != MergeRequest() else None
-    rows = storage_options(pricer, str(path), methods=methods)
-    exact = next(row for row in rows if row.name == "exact deduplication")
+    exact = pricer.layout(copies(plan))
     return {
         "plan": str(path),
         "sha256": plan.sha256,
@@ -47,16 +44,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         "near_ties": plan.near_ties,
         "exact_bytes": exact.tensor_bytes,
         "sizes": size_rows(plan),
-        "options": [
-            {
-                "name": row.name,
-                "disk_bytes": row.disk_bytes,
-                "served_bytes": row.served_bytes,
-                "factor": row.tensor_bytes / max(1, plan.one_model_bytes),
-                "command": row.command,
-            }
-            for row in rows
-        ],
+        **options_value(plan, str(path), methods=methods),
         "cut": None
         if asked is None
         else {
@@ -67,7 +55,7 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
             "factor": asked.tensor_bytes / max(1, plan.one_model_bytes),
             "total_bytes": asked.total_bytes,
         },
-        "peak_memory_bytes": merge_bytes(asked or pricer.layout(copies(plan)), default_threads()),
+        "peak_memory_bytes": merge_bytes(asked or exact, default_threads()),
         "low_rank": low_rank_rows(plan),
         "warnings": warnings(plan),
     }
@@ -147,26 +135,12 @@ def size_rows(plan: Plan) -> list[dict[str, Any]]:
     # Larger sizes need fewer merges; equal ones are one cut.
     cuts = sorted({merges for _, merges in named})
     distances = distances_at(plan, cuts, list(LINEAR.values()))
-    rows = []
-    for size, merges in named:
-        at = cuts.index(merges)
-        rows.append(
-            {
-                "size": size,
-                "factor": sizes[merges] / max(1, plan.one_model_bytes),
-                "tensor_bytes": sizes[merges],
-                "merges": merges,
-                "groups": len(plan.blocks) * len(plan.tasks) - merges,
-                "distance": {
-                    method: {
-                        task: None if np.isnan(value) else float(value)
-                        for task, value in zip(plan.task_names, distance[at])
-                    }
-                    for method, distance in zip(LINEAR, distances)
-                },
-            }
+    return [
+        size_row(
+            plan, size, merges, sizes[merges], {m: found[cuts.index(merges)] for m, found in zip(LINEAR, distances)}
         )
-    return rows
+        for size, merges in named
+    ]
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -243,7 +217,6 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         )
     family = open_family(sources)
     plan = provisional_plan(family, sources)
-    pricer = Pricer(plan)
     _, items = survey_items(split_vocabularies(family), sources)
     return {
         "one_model_bytes": plan.one_model_bytes,
@@ -252,22 +225,18 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),
         "blocks": len(plan.blocks),
-        "options": [
-            {
-                "name": row.name,
-                "disk_bytes": row.disk_bytes,
-                "served_bytes": row.served_bytes,
-                "factor": row.tensor_bytes / max(1, plan.one_model_bytes),
-                "command": None,
-            }
-            for row in storage_options(pricer, "plan.json")
-            if row.name != "exact deduplication"
-        ],
+        **_without_commands(options_value(plan, "plan.json")),
         "read_bytes": sum(task.bytes for task in plan.readers),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(items, default_threads()),
         "warnings": vocabulary_warnings(plan) + name_warnings(plan) + adapter_warnings(plan),
     }
+
+
+def _without_commands(value: dict[str, Any]) -> dict[str, Any]:
+    """Without a plan there is nothing to merge yet, and nobody knows yet what exact deduplication saves."""
+    rows = [row | {"command": None} for row in value["options"] if row["name"] != EXACT]
+    return {"options": rows, "begin_with": None}
 
 
 def show_plan(value: dict[str, Any]) -> None:
@@ -293,18 +262,11 @@ def show_plan(value: dict[str, Any]) -> None:
     show_vocabularies(value["vocabularies"])
     show_low_rank(value.get("low_rank", []), value.get("plan", ""))
     if "sizes" in value and value["blocks"]:
-        _show_sizes(value)
-    table(
-        ["way to store them", "size", "on disk", "served"],
-        [
-            (row["name"], f"{row['factor']:.2f}x", f"{row['disk_bytes']:,}", f"{row['served_bytes']:,}")
-            for row in value["options"]
-        ],
-    )
-    widest = max(len(row["name"]) for row in value["options"])
-    for row in value["options"]:
-        if row["command"]:
-            print(f"{row['name']:{widest}}  {row['command']}")
+        exact = value["exact_bytes"]
+        say(f"after exact deduplication: {exact:,} bytes, {exact / max(1, one):.2f}x")
+        if value["merges"]:
+            show_sizes(value["sizes"])
+    show_options(value)
     if value.get("cut"):
         cut = value["cut"]
         say(
@@ -316,23 +278,6 @@ def show_plan(value: dict[str, Any]) -> None:
     say(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
     if "plan" in value:
         say(f"plan: {value['plan']} ({value['blocks']} blocks, {value['merges']} merges)")
-
-
-def _show_sizes(value: dict[str, Any]) -> None:
-    names = [task["name"] for task in value["tasks"] if task.get("adapter", {}).get("becomes") != "keep"]
-    exact = value["exact_bytes"]
-    say(f"after exact deduplication: {exact:,} bytes, {exact / value['one_model_bytes']:.2f}x")
-    many = len(names) > MANY_TASKS
-    for method in LINEAR:
-        rows = []
-        for row in value["sizes"]:
-            distances = [row["distance"][method][name] for name in names]
-            known = [d for d in distances if d is not None]
-            shown = [sum(known) / len(known), max(known)] if many and known else distances
-            cells = ["null" if d is None else f"{d:.3f}" for d in shown]
-            rows.append((row["size"], f"{row['factor']:.2f}x", row["groups"], row["merges"], *cells))
-        columns = ["mean", "worst"] if many else names
-        table(["size", "is", "groups", "merges", *columns], rows, title=f"{method}: distance ≈ per task")
 
 
 def _names(found: list[dict[str, Any]]) -> str:
