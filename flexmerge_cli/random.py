@@ -37,8 +37,12 @@ def uniform(key: int, start: int, count: int) -> np.ndarray:
 
     Number i is the same whichever start it is reached from, so chunks may be drawn in any order.
     """
-    z = np.arange(count, dtype=np.uint64)  # arrays of uint64 wrap in silence, as is wanted; scalars would warn
-    z += np.uint64((start + 1) & MASK)
+    return uniform_at(key, np.arange(count, dtype=np.uint64) + np.uint64(start & MASK))
+
+
+def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
+    """The numbers at these places of the key's stream. indices: uint64 of any shape."""
+    z = indices + np.uint64(1)  # arrays of uint64 wrap in silence, as is wanted; scalars would warn
     z *= np.uint64(STEP)
     z += np.uint64(key)
     z ^= z >> np.uint64(30)
@@ -48,6 +52,14 @@ def uniform(key: int, start: int, count: int) -> np.ndarray:
     z ^= z >> np.uint64(31)
     z >>= np.uint64(11)
     return z * 2.0**-53
+
+
+def tie_numbers(tensor: str, indices: np.ndarray) -> np.ndarray:
+    """What decides between elements of equal magnitude, the smaller first: float64 in [0, 1), of the same shape.
+
+    tensor: its name, or nothing where a single one is ranked and its name is not known. indices: uint64, in C order.
+    """
+    return uniform_at(key64("flexmerge/tie/1", 0, tensor), indices)
 
 
 class Stream:

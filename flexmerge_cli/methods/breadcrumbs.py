@@ -36,7 +36,7 @@ def masked(deltas: Tensor, where: Where, kept: Kept | None, *, beta: float, gamm
     keys = magnitude_keys(deltas)
     if kept is None:
         removed, end = _cuts(deltas.shape[-1], beta=beta, gamma=gamma)
-        places = places_of(keys)
+        places = places_of(keys, where)
         return torch.where((places >= removed) & (places < end), deltas, 0.0)
     return torch.where(kept.mask(keys, where, 1) & ~kept.mask(keys, where, 0), deltas, 0.0)
 

@@ -38,7 +38,7 @@ def pruned(
     The element of place j of n (0 is the largest) has q = p - window/2 + window·j/(n - 1), or p where n = 1.
     """
     keys = magnitude_keys(deltas)
-    places = places_of(keys if scope == "row" else flat(keys)).view(deltas.shape)
+    places = places_of(keys if scope == "row" else flat(keys), where).view(deltas.shape)
     size = deltas.shape[-1] if scope == "row" else deltas[0].numel()
     q = p - window / 2 + window * places.double() / (size - 1) if size > 1 else torch.full_like(deltas, p).double()
     return torch.where(draws(deltas, where, seed) < q, 0.0, deltas.double() / (1 - q) if rescale else deltas.double())
@@ -60,7 +60,7 @@ def magprune(
     p: mean drop rate. window: from the rate of the largest element to that of the smallest, under 2·min(p, 1 - p).
     scope: where elements are ranked. rescale=false keeps the values that stay. With scope=tensor: [M, *shape].
     Source: declare-lab/della, which divides 0 by 0 on rows of one and ranks equal magnitudes arbitrarily; here ties go
-    by index. Random numbers as in dare.
+    by a hash. Random numbers as in dare.
     """
     return pruned(deltas, where, p=p, window=window, seed=seed, scope=scope, rescale=rescale)
 

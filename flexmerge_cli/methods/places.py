@@ -52,6 +52,12 @@ def values(keys: np.ndarray) -> np.ndarray:
     return found
 
 
+def tiles(deltas: Tensor, where: Where) -> Iterator[tuple[Tensor, Where]]:
+    """A range piece by piece, at least one: [R, n] and the place of each."""
+    for low in range(0, max(1, deltas.shape[1]), TILE_ELEMENTS):
+        yield deltas[:, low : low + TILE_ELEMENTS].contiguous(), replace(where, start=where.start + low)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """The keys at the places that were asked for. Place 0, before the first: the largest of all keys, quota 0."""
@@ -95,17 +101,17 @@ class AtPlaces:
     def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
         """Bytes of the tally of a range of so many elements, and of a scope of so many: keys are gathered or counted.
 
-        A byte an element and list at least, which is what finding the last tie takes.
+        At the least what finding the last tie takes (selection.py), twice.
         """
         lists, gathered = num_tasks * len(self.places(2, 1)), self.key_bytes * min(num_elements, GATHERED)
+        ties = int(128 * num_elements**0.5) + 2048
         if num_elements <= GATHERED:
-            return lists * gathered, lists * gathered
-        return lists * max(8 * BINS, num_elements), lists * (gathered + 2 * 8 * BINS)
+            return lists * max(gathered, ties), lists * max(gathered, ties)
+        return lists * max(8 * BINS, ties), lists * max(gathered + 2 * 8 * BINS, ties)
 
     def _tiles(self, deltas: Tensor, where: Where) -> Iterator[Tensor]:
-        for low in range(0, max(1, deltas.shape[1]), TILE_ELEMENTS):
-            tile = deltas[:, low : low + TILE_ELEMENTS].contiguous()
-            yield self.keys(tile, replace(where, start=where.start + low))
+        for tile, there in tiles(deltas, where):
+            yield self.keys(tile, there)
 
     def combine(self, left: "_Scope", right: "_Scope") -> "_Scope":
         positive_R = left.positive_R + right.positive_R

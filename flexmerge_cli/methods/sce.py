@@ -105,7 +105,7 @@ def sce(
     tensors of a language model, and a tensor on which all tasks agree returns to the base.
     """
     if stats is None:
-        deltas, weight = _rows(deltas, density)
+        deltas, weight = _rows(deltas, where, density)
     else:
         deltas = _select(deltas, where, stats.kept)
         weight = torch.from_numpy(stats.weight_k).to(deltas.device)[:, None]
@@ -114,12 +114,12 @@ def sce(
     return scale * torch.where(total > 0, sum_tasks(agreeing * deltas) / total, 0.0)
 
 
-def _rows(deltas: Tensor, density: float) -> tuple[Tensor, Tensor]:
+def _rows(deltas: Tensor, where: Where, density: float) -> tuple[Tensor, Tensor]:
     """Selection and weights of each row, in memory. [k, r, n] -> the same, [k, r, 1]."""
     if density < 1:
         differences = variance(deltas)
         differing = (differences > 0).sum(-1, keepdim=True)
         count = (differing * density).double().trunc().clamp(min=1).where(differing > 0, deltas.shape[-1])
-        deltas = torch.where(places_of(value_keys(differences)) < count, deltas, 0.0)
+        deltas = torch.where(places_of(value_keys(differences)[None], where)[0] < count, deltas, 0.0)
     energy = fold(deltas.double().square()).cpu().numpy()
     return deltas, torch.from_numpy(_weights(energy)).to(deltas.device)[..., None]

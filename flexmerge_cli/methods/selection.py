@@ -1,23 +1,29 @@
 """The c elements of largest magnitude (or of the largest score) of each row over a scope: exactly c, in bounded memory.
 
-One total order: larger key first, ties by position (tensors by name, then C order). The key at place c comes from
-places.py; where only some of the elements with that key are kept, one more pass finds the last of them.
+One total order: larger key first; among equal keys, smaller number first, a hash of the tensor's name and the element's
+index. So of many equal magnitudes every tensor, and every part of one, keeps its share, wherever it stands and whatever
+its name. The key at place c comes from places.py; where only some of the elements with that key are kept, one more pass
+finds the number of the last of them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
-from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys
+from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, tiles
+from flexmerge_cli.random import tie_numbers
 
-# R rows, T places of each row, N elements
+# R rows, T places of each row, S of them that split ties, N elements
 
-Position = tuple[str, int]
-"""The name of a tensor and an index in it."""
+WIDTH = 8.0
+"""Half the width of the window in which the last tie is looked for, in standard deviations."""
+
+MANY = 64
+"""Pieces of what was gathered that are joined to one: each takes a hundred bytes by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,35 +32,40 @@ class Kept:
 
     key_RT: np.ndarray
     """int64: elements with larger keys are kept."""
-    last: dict[tuple[int, int], Position] = field(default_factory=dict)
-    """(row, place) -> the last element with this very key that is kept; without an entry all of them are."""
+    last_RT: np.ndarray
+    """float64: elements with this very key are kept up to this number. Numbers are below 1, so 1 keeps all of them."""
 
     def take(self, tasks: list[int]) -> "Kept":
-        last = {
-            (new, place): position
-            for new, old in enumerate(tasks)
-            for (row, place), position in self.last.items()
-            if row == old
-        }
-        return Kept(key_RT=self.key_RT[tasks], last=last)
+        return Kept(key_RT=self.key_RT[tasks], last_RT=self.last_RT[tasks])
 
     def mask(self, keys: Tensor, where: Where, place: int = 0) -> Tensor:
         """Keys [R, *] of elements from where.start on -> bool [R, *]."""
         flat = keys.reshape(len(keys), keys[0].numel())
-        key_R = np.minimum(self.key_RT[:, place], torch.iinfo(flat.dtype).max)
-        kept = flat >= torch.from_numpy(key_R).to(flat.device, flat.dtype)[:, None]
-        for (row, column), (tensor, index) in self.last.items():
-            if column == place and (where.tensor, where.start + flat.shape[1] - 1) > (tensor, index):
-                first = index + 1 - where.start if where.tensor == tensor else 0  # the first tie that is dropped
-                first = max(first, 0)
-                kept[row, first:] = flat[row, first:] > int(self.key_RT[row, column])
+        key_R1 = np.minimum(self.key_RT[:, place, None], torch.iinfo(flat.dtype).max)
+        key_R1 = torch.from_numpy(key_R1).to(flat.device, flat.dtype)
+        kept, last_R1 = flat >= key_R1, self.last_RT[:, place, None]
+        if (last_R1 < 1).any():
+            ties_RN = (flat == key_R1).cpu().numpy() & (last_R1 < 1)
+            kept &= torch.from_numpy(~(ties_RN & (_numbers(ties_RN, where) > last_R1))).to(flat.device)
         return kept.view(keys.shape)
 
 
-def places_of(keys: Tensor) -> Tensor:
-    """The rank of each element along the last axis, in memory: 0 is the largest key, ties by index. int64, same
-    shape."""
-    order = keys.sort(dim=-1, descending=True, stable=True).indices
+def _numbers(ties_RN: np.ndarray, where: Where) -> np.ndarray:
+    """The numbers of the elements that tie in any row, else 0: bool [R, N], from where.start on -> float64 [N]."""
+    numbers, found = np.zeros(ties_RN.shape[1]), np.flatnonzero(ties_RN.any(0))
+    numbers[found] = tie_numbers(where.tensor, found.astype(np.uint64) + np.uint64(where.start))
+    return numbers
+
+
+def places_of(keys: Tensor, where: Where) -> Tensor:
+    """The rank of each element along the last axis, in memory: 0 is the largest key, ties by number. int64, same shape.
+
+    keys [k, *shape] of the elements of the tensor from where.start on.
+    """
+    indices = np.arange(where.start, where.start + keys[0].numel(), dtype=np.uint64)
+    by_number = torch.from_numpy(tie_numbers(where.tensor, indices)).view(keys.shape[1:])
+    first = by_number.argsort(dim=-1, stable=True).to(keys.device).expand(keys.shape)
+    order = first.gather(-1, keys.gather(-1, first).sort(dim=-1, descending=True, stable=True).indices)
     places = torch.empty_like(order)
     return places.scatter_(-1, order, torch.arange(keys.shape[-1], device=keys.device).expand_as(order))
 
@@ -77,52 +88,65 @@ def keep_largest(
     def settle(found: Found) -> object:
         split_RT = (found.quota_RT > 0) & (found.quota_RT < found.equal_RT) & (found.key_RT > 0)
         if split_RT.any():
-            return _Ties(
-                scope=scope, per=per, keys=keys, key_RT=found.key_RT, quota_RT=found.quota_RT * split_RT, then=then
-            )
-        return then(Kept(key_RT=found.key_RT))
+            return _Ties(scope=scope, per=per, keys=keys, found=found, split_RT=split_RT, then=then, width=WIDTH)
+        return then(Kept(key_RT=found.key_RT, last_RT=np.ones(found.key_RT.shape)))
 
     return AtPlaces(scope=scope, per=per, keys=keys, places=counts, then=settle)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ties:
-    """The last pass, only where some ties are kept and some are not: find the last one that is."""
+    """The last pass, only where some ties are kept and some are not: find the number of the last one that is.
+
+    q of E numbers that are spread evenly over [0, 1) lie below q/E, give or take √(q (1 - q/E))/E: so only those in a
+    window about it are gathered, and those below are counted. Should the last one not be there, a wider one is tried,
+    which in the end is all of [0, 1).
+    """
 
     scope: StatisticScope
     per: Per
     keys: Callable[[Tensor, Where], Tensor]
-    key_RT: np.ndarray
-    quota_RT: np.ndarray
-    """The number of ties to keep; 0 if there is nothing to find."""
+    found: Found
+    split_RT: np.ndarray
+    """Where there is something to find."""
     then: Callable[[Kept], object]
+    width: float
 
-    def measure(self, deltas: Tensor, where: Where) -> "_Walk":
-        keys = self.keys(deltas, where)
-        ties_RTN = keys[:, None, :] == torch.from_numpy(self.key_RT).to(keys.device)[:, :, None]
-        return _Walk(seen_RT=np.zeros_like(self.quota_RT), last={}, ahead=[(where, ties_RTN.cpu().numpy())])
+    def measure(self, deltas: Tensor, where: Where) -> "_Window":
+        at = self.split_RT.nonzero()
+        quota_S, equal_S = self.found.quota_RT[at], self.found.equal_RT[at]
+        half_S = self.width * np.sqrt(quota_S * (1 - quota_S / equal_S)) + self.width**2
+        low_S1, high_S1 = (((quota_S + half) / equal_S)[:, None] for half in (-half_S, half_S))
+        key_S1 = torch.from_numpy(self.found.key_RT[at][:, None]).to(deltas.device)
+        below_S, inside = np.zeros(len(quota_S), np.int64), []
+        for tile, there in tiles(deltas, where):
+            ties_SN = (self.keys(tile, there)[at[0]] == key_S1).cpu().numpy()
+            numbers = _numbers(ties_SN, there)
+            below_S += (ties_SN & (numbers < low_S1)).sum(1)
+            inside.append([numbers[near] for near in ties_SN & (low_S1 <= numbers) & (numbers < high_S1)])
+        return _Window(below_S, inside).packed()
 
-    def combine(self, left: "_Walk", right: "_Walk") -> "_Walk":
-        return self._walk(_Walk(seen_RT=left.seen_RT, last=left.last, ahead=left.ahead + right.ahead))
+    def combine(self, left: "_Window", right: "_Window") -> "_Window":
+        joined = _Window(left.below_S + right.below_S, left.inside + right.inside)
+        return joined if len(joined.inside) < MANY else joined.packed()
 
-    def finish(self, total: "_Walk") -> object:
-        return self.then(Kept(key_RT=self.key_RT, last=self._walk(total).last))
-
-    def _walk(self, walk: "_Walk") -> "_Walk":
-        seen_RT, last = walk.seen_RT, walk.last
-        for where, ties_RTN in walk.ahead:
-            before_RT, seen_RT = seen_RT, seen_RT + ties_RTN.sum(2)
-            for row, place in np.argwhere((before_RT < self.quota_RT) & (self.quota_RT <= seen_RT)):
-                nth = self.quota_RT[row, place] - before_RT[row, place] - 1
-                index = where.start + int(np.flatnonzero(ties_RTN[row, place])[nth])
-                last[int(row), int(place)] = (where.tensor, index)
-        return _Walk(seen_RT=seen_RT, last=last, ahead=[])
+    def finish(self, total: "_Window") -> object:
+        last_RT = np.ones(self.split_RT.shape)
+        place_S = self.found.quota_RT[self.split_RT] - total.below_S
+        for at, place, numbers in zip(zip(*self.split_RT.nonzero()), place_S, total.packed().inside[0]):
+            if not 0 < place <= len(numbers):
+                return replace(self, width=4 * self.width + 1)
+            last_RT[at] = np.sort(numbers)[place - 1]
+        return self.then(Kept(key_RT=self.found.key_RT, last_RT=last_RT))
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """Ties seen so far, the positions found among them, and ranges that were not walked yet."""
+class _Window:
+    """Of each of S rows and places: the number of ties below the window, and the numbers of those in it, in pieces."""
 
-    seen_RT: np.ndarray
-    last: dict[tuple[int, int], Position]
-    ahead: list[tuple[Where, np.ndarray]]
+    below_S: np.ndarray
+    inside: list[list[np.ndarray]]
+
+    def packed(self) -> "_Window":
+        """In one piece."""
+        return _Window(self.below_S, [[np.concatenate(numbers) for numbers in zip(*self.inside)]])

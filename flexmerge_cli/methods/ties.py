@@ -54,7 +54,7 @@ def ties(
     K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge, whose paper and scripts differ
     from the 0.2 of TIES. Groups of one keep the untrimmed model. Trimmed zeros are not counted in the mean.
     Source: prateeky2806/ties-merging. It keeps all ties at the threshold and lets one sum of signs over the whole model
-    decide exact cancellations; here exactly c are kept, ties by index, and cancellation elects +.
+    decide exact cancellations; here exactly c are kept, ties by a hash, and cancellation elects +.
     """
     return scale * merge_agreeing(trimmed(deltas, where, stats), merge)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
+from flexmerge_cli.random import tie_numbers
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.elias_fano import decode_positions, encode_positions, index_bytes
 
@@ -50,7 +51,7 @@ class Sparse:
         )
 
     def workspace(self, shape: Matrix) -> int:
-        return 28 * shape[0] * shape[1] + 32 * self.count(shape)
+        return 64 * shape[0] * shape[1] + 32 * self.count(shape)
 
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         m, n = matrix.shape
@@ -73,7 +74,7 @@ class Sparse:
         return out.reshape(stop - first, n)
 
     def keep(self, matrix: "Tensor") -> "Tensor":
-        """bool [m, n]: the elements of largest magnitude, ties to the lowest index. Exactly `count` of them."""
+        """bool [m, n]: the elements of largest magnitude, ties by a hash of the index. Exactly `count` of them."""
         m, n = matrix.shape
         if self.select == "row":
             return _largest(matrix, self._count_of(n))
@@ -95,9 +96,10 @@ class Sparse:
 
 
 def _largest(rows: "Tensor", count: int) -> "Tensor":
-    """bool [m, n]: the count largest |x| of each row, ties to the lowest index.
+    """bool [m, n]: the count largest |x| of each row; of equal ones those of the smallest hash of their index.
 
-    The bits of |x| order like |x|: the count-th is found as an integer, then ties at it are counted from the left.
+    The bits of |x| order like |x|: the count-th is found as an integer, and ties at it are ranked where a row keeps
+    only some of them.
     """
     import torch
 
@@ -106,6 +108,13 @@ def _largest(rows: "Tensor", count: int) -> "Tensor":
         return torch.zeros(m, n, dtype=torch.bool, device=rows.device)
     bits = rows.contiguous().view(torch.int32) & 0x7FFFFFFF
     threshold = bits.kthvalue(n - count + 1, dim=1, keepdim=True).values
-    above, at = bits > threshold, bits == threshold
-    quota = count - above.sum(1, keepdim=True)
-    return above | (at & (at.cumsum(1) <= quota))
+    kept = bits >= threshold
+    excess = kept.sum(1, keepdim=True) - count
+    if bool((excess > 0).any()):
+        at = ((bits == threshold) & (excess > 0)).reshape(-1).nonzero()[:, 0].cpu().numpy()
+        order = np.lexsort((-tie_numbers("", at.astype(np.uint64)), at // n))
+        of_row = at // n  # ascending, and in order: each row's last numbers come first
+        place = np.arange(len(at)) - np.searchsorted(of_row, of_row)
+        dropped = at[order[place < excess[:, 0].cpu().numpy()[of_row]]]
+        kept.view(-1)[torch.from_numpy(dropped).to(kept.device)] = False
+    return kept

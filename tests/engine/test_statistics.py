@@ -12,6 +12,7 @@ import torch
 from flexmerge_cli import open_bundle
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.methods import places
+from flexmerge_cli.random import tie_numbers
 
 from ..families import Models, normal, tuned
 from .merges import WHOLE, billed, plan_of, planned, write
@@ -89,9 +90,10 @@ def test_ties_keeps_exactly_the_largest_of_the_whole_model(K, chunk_elements, as
     bundle = write(ties_everywhere, layout, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
     deltas = side_by_side(ties_everywhere.models)
     n = deltas.shape[1]
+    numbers = np.concatenate([tie_numbers(name, np.arange(math.prod(SHAPES[name]), dtype=np.uint64)) for name in NAMES])
     trimmed = np.zeros_like(deltas)
     for row, delta in zip(trimmed, deltas):
-        kept = np.lexsort((np.arange(n), -np.abs(delta)))[: min(n, int(K * n) + 1)]
+        kept = np.lexsort((numbers, -np.abs(delta)))[: min(n, int(K * n) + 1)]
         threshold = np.abs(delta[kept[-1]])
         assert (
             (np.abs(delta) == threshold).sum() > (np.abs(delta[kept]) == threshold).sum() > 1

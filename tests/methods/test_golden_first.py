@@ -20,6 +20,7 @@ def assert_near(actual, expected, *, rtol, atol):
     assert (actual - expected).abs().max().item() <= bound
 
 
+@pytest.mark.usefixtures("ties_by_index")
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("name", CASES)
 def test_ties_zeros_and_constant_rows_are_golden(name, edge):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.methods.registry import parse_call
 
+from .conftest import break_ties_by_index
 from .drawn import few, quick, rows
 from .driver import family_of, merge
 
@@ -62,6 +63,8 @@ def test_model_scope_sees_one_long_vector(deltas, chunk):
     cut = deltas.shape[1] // 3
     parts = family_of({"a": deltas[:, :cut], "b": deltas[:, cut:]}, blocks={"one": ("a",), "other": ("b",)})
     for method in ("ties:K=0.2,scope=model", "breadcrumbs:gamma=0.1,scope=model", "fr:scope=model"):
-        merged = merge(parts, parse_call(method), chunk=chunk, bypass=False)
-        whole = merge(family_of({"w": deltas}), parse_call(method), bypass=False)["w"].unified
+        with pytest.MonkeyPatch.context() as patch:
+            break_ties_by_index(patch, {"b": cut})
+            merged = merge(parts, parse_call(method), chunk=chunk, bypass=False)
+            whole = merge(family_of({"w": deltas}), parse_call(method), bypass=False)["w"].unified
         assert torch.equal(torch.cat([merged["a"].unified, merged["b"].unified]), whole)

@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmerge_cli.methods import places as places_module
+from flexmerge_cli.methods import selection
 from flexmerge_cli.methods.method import Where
 from flexmerge_cli.methods.places import AtPlaces, magnitude_keys, magnitudes, value_keys, values
 from flexmerge_cli.methods.selection import keep_largest, places_of
 from flexmerge_cli.methods.sums import PIECE_ELEMENTS, Sums, fold
+from flexmerge_cli.random import tie_numbers
 
-from .drawn import quick, scopes
+from .drawn import anything, quick, rows, scopes
 from .driver import measure
 
 # Small sizes are gathered at once; 0 makes every pass count digits, as large scopes do.
@@ -25,6 +27,17 @@ def measured(statistic, scope, chunk):
 
 def joined(scope):
     return torch.cat([scope[name] for name in sorted(scope)], 1)
+
+
+def numbers_of(scope):
+    return np.concatenate([tie_numbers(name, np.arange(scope[name].shape[1]).astype("u8")) for name in sorted(scope)])
+
+
+def places_in(scope):
+    """The rank of each element over the scope, by sorting."""
+    plain, numbers = joined(scope).abs().numpy(), numbers_of(scope)
+    order = np.stack([np.lexsort((numbers, -row)) for row in plain])
+    return torch.from_numpy(order.argsort(1))
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -58,7 +71,7 @@ def test_keys_at_places_are_those_of_the_sorted_scope(limit, scope, chunk, data)
 @pytest.mark.parametrize("limit", LIMITS)
 @quick
 @given(scope=scopes(), chunk=st.sampled_from([1, 7, 1000]), other=st.sampled_from([1, 3, 1000]), data=st.data())
-def test_exactly_the_c_largest_are_kept_ties_by_index(limit, scope, chunk, other, data):
+def test_exactly_the_c_largest_are_kept_ties_by_number(limit, scope, chunk, other, data):
     plain = joined(scope)
     n = plain.shape[1]
     counts = tuple(data.draw(st.lists(st.integers(0, n), min_size=1, max_size=2)))
@@ -67,7 +80,7 @@ def test_exactly_the_c_largest_are_kept_ties_by_index(limit, scope, chunk, other
         patch.setattr(places_module, "GATHERED", limit)
         kept = measured(keep_largest(scope="model", counts=lambda *_: counts), scope, chunk).take(list(rows))
     for place, count in enumerate(counts):
-        expected = (places_of(magnitude_keys(plain)) < count)[list(rows)] & (plain[list(rows)] != 0)
+        expected = (places_in(scope) < count)[list(rows)] & (plain[list(rows)] != 0)
         parts = []
         for name in sorted(scope):  # applied to other ranges than it was measured on
             deltas = scope[name][list(rows)]
@@ -79,14 +92,25 @@ def test_exactly_the_c_largest_are_kept_ties_by_index(limit, scope, chunk, other
 
 
 @quick
-@given(scope=scopes())
-def test_places_are_a_permutation_largest_first(scope):
-    keys = magnitude_keys(joined(scope))
-    places = places_of(keys)
-    for row, place in zip(keys.tolist(), places.tolist()):
-        assert sorted(range(len(row)), key=lambda index: (-row[index], index)) == [
-            place.index(i) for i in range(len(row))
-        ]
+@given(values=rows(3, (4, 5), anything), start=st.sampled_from([0, 20]))
+def test_places_are_those_of_the_sorted_rows(values, start):
+    where = Where(tasks=("a", "b", "c"), tensor="t", start=start, shape=(9, 5))
+    places = places_of(magnitude_keys(values), where)
+    numbers = tie_numbers("t", np.arange(start, start + 20).astype("u8")).reshape(4, 5)
+    for task, row in np.ndindex(3, 4):
+        in_order = np.lexsort((numbers[row], -values[task, row].abs().numpy()))
+        assert places[task, row].tolist() == in_order.argsort().tolist()
+
+
+@pytest.mark.parametrize("width", [0.0, 0.01, 8.0])
+@pytest.mark.parametrize("chunk", [1_000, 100_000])
+def test_a_window_that_misses_the_last_tie_is_tried_wider(monkeypatch, width, chunk):
+    signs = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0)).sign()
+    scope = {"a": signs[:, :30_000], "b": signs[:, 30_000:]}
+    monkeypatch.setattr(selection, "WIDTH", width)
+    statistic = keep_largest(scope="model", counts=lambda n, _: (20_000, 1))
+    kept = measured(statistic, scope, chunk)
+    assert (kept.last_RT == np.sort(numbers_of(scope))[[19_999, 0]]).all()
 
 
 def squares(deltas, _where):
@@ -122,8 +146,8 @@ def test_large_scopes_count_digits_and_keep_the_same(monkeypatch):
     monkeypatch.setattr(places_module, "GATHERED", 100)
     counted = measured(statistic, scope, 1_000)
     assert (gathered.key_RT == counted.key_RT).all()
-    assert gathered.last == counted.last
-    assert len(counted.last) == 2
+    assert (gathered.last_RT == counted.last_RT).all()
+    assert (counted.last_RT < 1).all()
 
 
 @quick

@@ -5,29 +5,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from flexmerge_cli.random import tie_numbers
 from flexmerge_cli.residuals.sparse import Sparse
 
 FEW_VALUES = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])  # so that ties are common
 SIDES = st.sampled_from([0, 1, 2, 7])
 
 
-def kept_one_by_one(row, count):
-    ranked = sorted(range(len(row)), key=lambda index: (-abs(row[index]), index))
+def kept_one_by_one(row, count, start=0):
+    numbers = tie_numbers("", np.arange(start, start + len(row), dtype=np.uint64))
+    ranked = sorted(range(len(row)), key=lambda index: (-abs(row[index]), numbers[index]))
     return [index in ranked[:count] for index in range(len(row))]
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.tuples(SIDES, SIDES).flatmap(lambda shape: arrays(np.float32, shape, elements=FEW_VALUES)), st.data())
-def test_the_largest_are_kept_and_ties_go_to_the_lowest_index(matrix, data):
+def test_the_largest_are_kept_and_ties_go_by_the_hash_of_their_index(matrix, data):
     density = data.draw(st.sampled_from([0.05, 0.3, 0.5, 1.0]))
     tensor = torch.from_numpy(matrix)
     whole = Sparse(density=density)
     flat = kept_one_by_one(matrix.ravel(), whole.count(matrix.shape))
     assert whole.keep(tensor).numpy().ravel().tolist() == flat
     by_row = Sparse(density=density, select="row")
-    expected = [kept_one_by_one(row, int(density * len(row) + 1e-6)) for row in matrix]
+    expected = [kept_one_by_one(row, int(density * len(row) + 1e-6), at * len(row)) for at, row in enumerate(matrix)]
     assert by_row.keep(tensor).numpy().tolist() == expected
     assert by_row.keep(tensor).sum() == by_row.count(matrix.shape)
+
+
+@pytest.mark.parametrize("select", ["tensor", "row"])
+def test_equal_magnitudes_are_kept_all_over_a_tensor(select):
+    kept = Sparse(density=0.25, select=select).keep(torch.ones(64, 256))
+    assert kept.sum() == 64 * 64
+    for part in (kept[:32], kept[32:], kept[:, :128], kept[:, 128:]):
+        assert float(part.float().mean()) == pytest.approx(0.25, abs=0.02)
 
 
 @pytest.mark.parametrize(
