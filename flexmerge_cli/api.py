@@ -1,6 +1,7 @@
 """The public API that `from flexmerge_cli import …` provides: a thin layer over the modules that do the work."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,6 +115,8 @@ def make_plan(
     variant: str | None = None,
     adapters: Adapters = "keep",
     assume_base: bool = False,
+    ignore: Sequence[str] = (),
+    with_code: bool = False,
     **run: Any,
 ) -> Plan:
     """Read every weight once and make a plan, which holds all that a later merge needs; with `output`, save it there.
@@ -122,7 +125,9 @@ def make_plan(
     base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` skips those that `auto` needs.
     offline: use only what the Hub's cache holds. stream: read weights over the network, and store none of them.
     variant: the preferred variant of the weights, e.g. `fp16`. adapters: `keep`, `merge` or `pool` tasks that are PEFT
-    adapters; assume_base: accept adapters that name another base. run: device, threads, max_memory, on_progress.
+    adapters; assume_base: accept adapters that name another base. ignore: patterns of the sources' files to leave out.
+    with_code: carry their Python files. run: device, threads, max_memory, on_progress, and on_open, which gets the
+    opened sources before the weights are read.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -132,7 +137,9 @@ def make_plan(
         private=private,
         merge_heads=merge_heads,
         statistics=statistics,
-        access=_access(offline, stream, run.get("max_memory"), variant),
+        access=replace(
+            _access(offline, stream, run.get("max_memory"), variant), ignore=tuple(ignore), with_code=with_code
+        ),
         adapters=adapters,
         assume_base=assume_base,
     )

@@ -226,13 +226,15 @@ class Pricer:
 def _indices(
     plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
 ) -> dict[int, bytes]:
-    """Index files of the tasks of which nothing must be decoded, renamed, cast or put together: the others have none,
-    so that nothing can be half-loaded."""
+    """Index files of the tasks of which nothing must be decoded, renamed (as tensors of subfolders are), cast or put
+    together: the others have none, so that nothing can be half-loaded."""
     if plan.settings.adapters == "pool":
         return {}  # an adapter's folder has one weight file of another name
     where = {part: file.path for file in files for part in file.parts}
     joined = plan.joined_tasks()
-    weight_maps: dict[int, dict[str, str] | None] = {task: None if task in joined else {} for task in plan.all_tasks}
+    weight_maps: dict[int, dict[str, str] | None] = {
+        task: None if task in joined or plan.tasks[task].parts else {} for task in plan.all_tasks
+    }
     sizes = dict.fromkeys(plan.all_tasks, 0)
     for storage in storages.values():
         tensor = storage.tensor

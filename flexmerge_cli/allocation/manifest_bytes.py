@@ -96,6 +96,7 @@ def manifest_frame(
             "names": member.names,
             "files": _files_of(index, files, small),
         }
+        | ({"parts": member.parts} if member.parts else {})
         | member.entry(plan.settings.adapters)
         for index, member in enumerate(plan.readers)
     }

@@ -15,6 +15,7 @@ from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import Ours, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.parts import part_of
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
@@ -159,9 +160,22 @@ def _check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool
 
 
 def _write(bundle: Bundle, task: str, folder: Path) -> None:
+    """The weights of the model, and of each of its parts in the part's subfolder."""
+    parts = bundle.manifest.tasks[task].parts
+    inside: dict[str, list[str]] = {}
+    for own in bundle.tensors_of(task):
+        inside.setdefault(part_of(own, parts)[0], []).append(own)
+    for part, names in inside.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        _write_part(bundle, task, names, folder / part, parts[part] if part else _stem(bundle, task))
+
+
+def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
     """Tensors in the order of the source, in shards of at most SHARD_BYTES, streamed one tensor at a time."""
-    forms = bundle.tensors_of(task)
-    aligned = _aligned(bundle, task)
+    every = bundle.tensors_of(task)
+    forms = {name: every[name] for name in names}
+    aligned, parts = _aligned(bundle, task), bundle.manifest.tasks[task].parts
+    in_file = {name: part_of(name, parts)[1] for name in names}
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms, key=lambda name: (-ITEM_BYTES[forms[name][0]], name)):
@@ -171,17 +185,16 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
         shards[-1].append(name)
         size += _num_bytes(*forms[name])
     weight_map = {}
-    stem = _stem(bundle, task)
     for number, shard in enumerate(shards, 1):
         part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
         file_name = f"{stem}{part}.safetensors"
-        header = {name: (*forms[name], _num_bytes(*forms[name])) for name in shard}
+        header = {in_file[name]: (*forms[name], _num_bytes(*forms[name])) for name in shard}
         metadata = {"bundle": bundle.manifest.id, "flexmerge": VERSION, "format": "pt"}
         with (folder / file_name).open("xb") as file:
             file.write(safetensors_header(header, metadata))
             for name in shard:
                 file.write(bundle.array(task, aligned[name]).tobytes())
-                weight_map[name] = file_name
+                weight_map[in_file[name]] = file_name
     if len(shards) > 1:
         total = sum(_num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -218,6 +231,8 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
 
 def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:
     """Own name -> the file that holds it as it is; tied ones are left to the loader. None if one is held otherwise."""
+    if bundle.manifest.tasks[task].parts:
+        return None  # the files of subfolders have names without their paths
     found = {}
     for own, aligned in _aligned(bundle, task).items():
         if not bundle.is_tied(aligned):

@@ -1,6 +1,7 @@
 """Finds the files of a folder that an export wrote: `export --force` replaces these alone."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import sha256_of
@@ -10,8 +11,6 @@ from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
 
 STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "open_clip_model")
-# Not any name: a bundle's own weights bear the mark, too.
-WEIGHTS_NAME = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 
 def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
@@ -25,20 +24,30 @@ def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
         for name, task in manifest.tasks.items()
         if task.adapter is not None
     }
+    parts = {(part, stem) for task in manifest.tasks.values() for part, stem in task.parts.items()}
+    stems = {"": STEMS} | {part: (stem,) for part, stem in parts}
     weights = {
-        path.name
-        for path in folder.iterdir()
-        if path.suffix in WEIGHT_SUFFIXES and path.is_file() and (_bears_mark(path) or _is_kept(path, kept))
+        path.relative_to(folder).as_posix()
+        for part in stems
+        for path in _files_in(folder / part)
+        if path.suffix in WEIGHT_SUFFIXES and (_bears_mark(path, stems[part]) or _is_kept(path, kept))
     }
     if not weights:
         return None
+    indices = {f"{part}/{stem}.safetensors.index.json".lstrip("/") for part in stems for stem in stems[part]}
     beside = {_name_beside(path) for path in manifest.files} - {name for name, _ in kept}
-    return weights | {f"{stem}.safetensors.index.json" for stem in STEMS} | beside
+    return weights | indices | beside
 
 
-def _bears_mark(path: Path) -> bool:
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def _bears_mark(path: Path, stems: Sequence[str]) -> bool:
+    # Not any name: a bundle's own weights bear the mark, too.
+    name = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors\Z", "", path.name)
     try:
-        return bool(WEIGHTS_NAME.fullmatch(path.name)) and "flexmerge" in read_header(path)[1]
+        return name in stems and "flexmerge" in read_header(path)[1]
     except (FlexmergeError, OSError):
         return False
 

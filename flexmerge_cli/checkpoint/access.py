@@ -18,6 +18,10 @@ class Access:
     """Use only what the Hub's cache holds."""
     variant: str | None = None
     """The preferred variant of the weights, e.g. `fp16`; used where a source has it."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of files and folders of a source that are left out."""
+    with_code: bool = False
+    """Carry the Python files beside the weights."""
     stream: StreamPool | None = None
     """The pool through which remote weights are read in place. None: download them."""
     on_message: Callable[[str], None] = silent

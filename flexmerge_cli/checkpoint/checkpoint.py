@@ -1,6 +1,7 @@
 """One model's files: a source string in, its tensors (headers only), config and side files out. Reads no weights.
 
-safetensors wins where a folder holds both formats. Knows nothing of other models, classes or blocks.
+safetensors wins where a folder holds both formats. A model may have parts in subfolders, whose tensors have names like
+`2_Dense/linear.weight`. Knows nothing of other models, classes or blocks.
 """
 
 import os
@@ -12,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.choose import INDEX, WEIGHT_SUFFIXES, choose_weights, is_side_file, variants
-from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
+from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, variants
+from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left
+from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, inside
+from flexmerge_cli.checkpoint.parts import part_of, stem_of
 from flexmerge_cli.checkpoint.pickles import read_pickle
 from flexmerge_cli.checkpoint.quantised import HINT, by_config, by_names
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
@@ -51,9 +54,12 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     """The contents of config.json, or empty."""
     side_files: dict[str, Path] = field(default_factory=dict)
-    """The files beside the weights that belong to the model, by file name, sorted."""
-    ignored: tuple[str, ...] = ()
-    """The files beside the weights that are not taken."""
+    """The files beside the weights that belong to the model, by relative path, sorted."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Subfolder with weights of its own -> the stem of their files there; its tensors have its path before their
+    names."""
+    left: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Kind (see contents.py) -> the files of the source that are not taken."""
     remote: dict[Path, RemoteFile] = field(default_factory=dict)
     """Weight files that are not on this disk yet; `fetch` (fetch.py) downloads them to these paths."""
     private: frozenset[str] = frozenset()
@@ -68,6 +74,12 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """All files that are not taken, as readable text."""
+        names = sorted(name for names in self.left.values() for name in names)
+        return tuple(os.fsencode(name).decode(errors="replace") for name in names)
 
     def weight_paths(self) -> list[Path]:
         return list(dict.fromkeys(tensor.path for tensor in self.tensors.values()))
@@ -154,49 +166,107 @@ def _open_folder(
     source: str, folder: Folder, file: str | None, access: Access, *, side_files: bool = True
 ) -> Checkpoint:
     """file: the file that the user named. None: the folder's weights, with all files that belong to them."""
-    path = folder.path if file is None else folder.path / file
-    if file is not None and not file.endswith(WEIGHT_SUFFIXES):
-        raise SourceError(
-            f"{path} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
-            hint="give a checkpoint folder or a weight file",
-        )
-    weights = file if file is not None else _choose(source, folder, access)
-    config = _read_config(folder) if file is None else {}
-    if scheme := by_config(config):
-        raise DataError(f"{path} is quantised: its config.json says {scheme}", hint=HINT)
-    tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
-    if shown := by_names(tensors):
-        raise DataError(f"{path} is quantised by {shown[0]}: it holds `{shown[1]}`", hint=HINT)
-    names = sorted({tensor.path.name for tensor in tensors.values()})
-    remote = {folder.path / name: found for name in names if (found := folder.remote(name)) is not None}
+    tensors: dict[str, StoredTensor] = {}
+    read: set[str] = set()
+    if file is not None:
+        path = folder.path / file
+        if not file.endswith(WEIGHT_SUFFIXES):
+            raise SourceError(
+                f"{path} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
+                hint="give a checkpoint folder or a weight file",
+            )
+        tensors, read = _read(folder, file)
+        return _checkpoint(source, path, folder, access, tensors, read)
+    found = _contents(source, folder, access)
+    parts: dict[str, str] = {}
+    for name, weights in found.weights.items():
+        if weights in read:
+            continue  # the source's own index names it as a shard
+        own = _read_part(inside(folder, name), weights.rpartition("/")[2])
+        if name and (whole := _is_the_whole(own[0], tensors)):
+            raise DataError(
+                f"{folder.path / weights} is another checkpoint of the model, and no part of it: {whole} of its "
+                f"{len(own[0])} tensors are those of {folder.path}",
+                hint=f"give one of the two as the source, or --ignore {name}",
+            )
+        prefix = f"{name}/" if name else ""
+        for inner, tensor in own[0].items():
+            tensors[prefix + inner] = replace(tensor, name=prefix + inner)
+            if part_of(prefix + inner, found.weights)[1] != inner:
+                raise DataError(
+                    f"{folder.path / weights}: tensor `{inner}` is called like one of a subfolder", hint="rename it"
+                )
+        read |= {prefix + file for file in own[1]}
+        parts |= {name: stem_of(weights)} if name else {}
+    checkpoint = _checkpoint(source, folder.path, folder, access, tensors, read)
+    left = {kind: tuple(name for name in names if name not in read) for kind, names in found.left().items()}
+    wanted = found.side
+    if access.with_code:
+        wanted = tuple(sorted((*found.side, *left.pop("code", ()))))
+    carried = [name for name in wanted if folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES]
+    left["other"] = (*left.get("other", ()), *(name for name in wanted if name not in carried))
+    if side_files or isinstance(folder, LocalFolder):
+        folder.bring(carried)
+    return replace(
+        checkpoint,
+        config=_read_config(folder),
+        side_files={name: folder.path / name for name in carried},
+        parts=parts,
+        left={kind: names for kind, names in left.items() if names},
+    )
+
+
+def _is_the_whole(part: dict[str, StoredTensor], whole: dict[str, StoredTensor]) -> int:
+    """How many tensors a subfolder and the source have in common, if that is most of the subfolder's; else 0."""
+    common = sum(name in whole and whole[name].shape == tensor.shape for name, tensor in part.items())
+    return common if 2 * common >= len(part) else 0
+
+
+def _checkpoint(
+    source: str, path: Path, folder: Folder, access: Access, tensors: dict[str, StoredTensor], read: Collection[str]
+) -> Checkpoint:
+    """read: the weight files, by their paths in the folder."""
+    remote = {folder.path / name: found for name in sorted(read) if (found := folder.remote(name)) is not None}
     if access.stream is not None and remote:
         tensors = _streamed(tensors, remote, access.stream)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         source=source,
         path=path,
         tensors=tensors,
-        weight_bytes={folder.path / name: folder.size(name) for name in names},
+        weight_bytes={folder.path / name: folder.size(name) for name in sorted(read)},
         remote=remote,
     )
-    if file is not None:
-        return checkpoint
-    side, ignored = _side_files(folder, set(names))
-    if side_files or isinstance(folder, LocalFolder):
-        folder.bring(list(side))
-    return replace(checkpoint, config=config, side_files=side, ignored=ignored)
 
 
-def _choose(source: str, folder: Folder, access: Access) -> str:
-    """The weights of a folder. Raises SourceError if there are none, UsageError if it is unclear which to take."""
-    files, variant = _files(folder), access.variant
-    weights = choose_weights(files, variant)
-    if weights is None:
-        folders = [name for name in folder.entries() if name not in files]
+def _contents(source: str, folder: Folder, access: Access) -> Contents:
+    """The files of a folder. Raises SourceError if there are no weights, UsageError if it is unclear which to take."""
+    names = folder.files(lambda name: is_left(name, access.ignore))
+    irregular = [name for name in names if not name.endswith("/") and not folder.is_file(name)]
+    regular = [name for name in names if name not in set(irregular)]
+    found = contents_of(regular, variant=access.variant, ignore=access.ignore)
+    if not found.weights:
         where = str(folder.path) if isinstance(folder, LocalFolder) else source
-        raise no_weights(source, where, files, folders, variant)
-    if variant is not None and variant not in variants(files):
-        access.on_message(f"{source} has no variant {variant}: using its plain weights")
-    return weights
+        raise no_weights(source, where, regular, access.variant)
+    if access.variant is not None and not any(
+        access.variant in variants([name.rpartition("/")[2]]) for name in found.weights.values()
+    ):
+        access.on_message(f"{source} has no variant {access.variant}: using its plain weights")
+    return replace(found, other=(*found.other, *irregular))
+
+
+def _read_part(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str]]:
+    """The tensors of one folder, and the files that hold them."""
+    if scheme := by_config(_read_config(folder)):
+        raise DataError(f"{folder.path} is quantised: its config.json says {scheme}", hint=HINT)
+    return _read(folder, weights)
+
+
+def _read(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str]]:
+    """weights: a file, or the index of shards."""
+    tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
+    if shown := by_names(tensors):
+        raise DataError(f"{folder.path} is quantised by {shown[0]}: it holds `{shown[1]}`", hint=HINT)
+    return tensors, {tensor.path.relative_to(folder.path).as_posix() for tensor in tensors.values()}
 
 
 def _streamed(
@@ -218,10 +288,6 @@ def _streamed(
     return {name: replace(tensor, stream=files.get(tensor.path)) for name, tensor in tensors.items()}
 
 
-def _files(folder: Folder) -> list[str]:
-    return [name for name in folder.entries() if folder.is_file(name)]
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -230,9 +296,13 @@ def _exists(path: Path) -> bool:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weight file or index of a folder; None if it is not a checkpoint."""
-    files = _files(LocalFolder(folder))
-    name = choose_weights(files) or next((found[0] for found in variants(files).values()), None)
+    """A weight file or index of a folder; None if it is not a checkpoint."""
+    place = LocalFolder(folder)
+    names = [child.name for child in folder.iterdir() if child.is_file()]
+    if set(names) & set(COMPOSITES):
+        names = place.files(lambda name: is_left(name, ()))
+    found = list(contents_of(names).weights.values())
+    name = found[0] if found else next((found[0] for found in variants(names).values()), None)
     return None if name is None else folder / name
 
 
@@ -309,15 +379,3 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object", hint="get a sound copy of the file")
     return value
-
-
-def _side_files(folder: Folder, weights: set[str]) -> tuple[dict[str, Path], tuple[str, ...]]:
-    side, ignored = {}, []
-    for name in folder.entries():
-        if name.startswith(".") or name in weights or INDEX.fullmatch(name):
-            continue
-        if is_side_file(name) and folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES:
-            side[name] = folder.path / name
-        else:
-            ignored.append(os.fsencode(name).decode(errors="replace"))
-    return side, tuple(ignored)

@@ -1,4 +1,4 @@
-"""Chooses the files of a folder that are the model: its weights and side files. Names in, names out; no I/O.
+"""Chooses the weights among the files of one folder; what the other files are, contents.py says. No I/O.
 
 The names that libraries write are tried in order: safetensors before pickles, one file before shards. Failing these, a
 variant (`model.fp16.safetensors`) is taken if there is exactly one, else a single weight file of any name, as
@@ -7,9 +7,6 @@ variant (`model.fp16.safetensors`) is taken if there is exactly one, else a sing
 
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
-
-from flexmerge_cli.text import is_text
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # In order of preference: transformers and timm, open_clip, diffusers, last peft; one file, or an index of shards.
@@ -25,10 +22,6 @@ NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random
 VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # not the number of a shard
 INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
 NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of names that are known without them
-# Files that make the weights usable: config, tokenizer, processor, licence. Training state and code are not taken.
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml")
-SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_SIDE = ("trainer_state.json", "training_args.json", "optimizer.json")
 
 
 def choose_weights(names: Sequence[str], variant: str | None = None) -> str | None:
@@ -69,9 +62,3 @@ def variants(names: Sequence[str]) -> dict[str, list[str]]:
 def weight_files(names: Sequence[str]) -> list[str]:
     """All files that, by their names, hold weights."""
     return [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.fullmatch(name)]
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file belongs to the model beside its weights."""
-    wanted = PurePosixPath(name).suffix in SIDE_SUFFIXES or name in SIDE_NAMES
-    return wanted and name not in NOT_SIDE and is_text(name)

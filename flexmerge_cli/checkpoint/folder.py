@@ -1,12 +1,18 @@
 """The files of one model by name: a folder on this disk, with links guarded. The Hub's is in hub.py."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.errors import DataError, FlexmergeError
+from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
 
+MAX_ENTRIES = 200_000  # files and folders of one source
 SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"  # of the store that repositories of one Hub cache share
+
+
+Skip = Callable[[str], bool]
+"""Whether a folder, by its relative path, is not looked into."""
 
 
 class Folder(Protocol):
@@ -16,8 +22,11 @@ class Folder(Protocol):
     def path(self) -> Path:
         """The absolute path where its files lie, or will lie once they are downloaded."""
 
-    def entries(self) -> list[str]:
-        """Names of the files and folders directly in it, sorted."""
+    def files(self, skip: "Skip") -> list[str]:
+        """Relative paths of all files below it, sorted; of a folder that is skipped its path and a slash.
+
+        Raises DataError for a link to a folder elsewhere, SourceError if there is no end to them.
+        """
 
     def is_file(self, name: str) -> bool: ...
 
@@ -48,8 +57,35 @@ class LocalFolder:
     def path(self) -> Path:
         return self._path
 
-    def entries(self) -> list[str]:
-        return sorted(child.name for child in self._path.iterdir())
+    def files(self, skip: Skip) -> list[str]:
+        found: list[str] = []
+        for name in self._walk("", skip, frozenset()):
+            found.append(name)
+            check_count(len(found), str(self._path))
+        return sorted(found)
+
+    def _walk(self, folder: str, skip: Skip, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        """above: the folders around this one; a link that leads back to one of them is not followed."""
+        status = (self._path / folder).stat()
+        here = (status.st_dev, status.st_ino)
+        try:
+            names = [(child.name, child.is_dir()) for child in (self._path / folder).iterdir()]
+        except PermissionError:
+            if not folder:
+                raise
+            names, above = [], above | {here}
+        if here in above:
+            yield f"{folder}/"
+            return
+        for name, is_folder in names:
+            path = f"{folder}/{name}" if folder else name
+            if not is_folder:
+                yield path
+            elif skip(path):
+                yield f"{path}/"
+            else:
+                guard(self._path, self._path / path)
+                yield from self._walk(path, skip, above | {here})
 
     def is_file(self, name: str) -> bool:
         return (self._path / name).is_file()
@@ -73,14 +109,63 @@ class LocalFolder:
         return DataError(message, hint="download the checkpoint again")
 
 
+class Subfolder:
+    """A folder inside another, with the links and files that the other allows."""
+
+    def __init__(self, whole: Folder, name: str) -> None:
+        self._whole, self._prefix = whole, f"{name}/"
+
+    @property
+    def path(self) -> Path:
+        return self._whole.path / self._prefix
+
+    def files(self, skip: Skip) -> list[str]:
+        inside = [name for name in self._whole.files(skip) if name.startswith(self._prefix)]
+        return [name.removeprefix(self._prefix) for name in inside]
+
+    def is_file(self, name: str) -> bool:
+        return self._whole.is_file(self._prefix + name)
+
+    def size(self, name: str) -> int:
+        return self._whole.size(self._prefix + name)
+
+    def remote(self, name: str) -> RemoteFile | None:
+        return self._whole.remote(self._prefix + name)
+
+    def local(self, name: str) -> Path:
+        return self._whole.local(self._prefix + name)
+
+    def bring(self, names: list[str]) -> None:
+        self._whole.bring([self._prefix + name for name in names])
+
+    def incomplete(self, message: str) -> FlexmergeError:
+        return self._whole.incomplete(message)
+
+
+def inside(folder: Folder, name: str) -> Folder:
+    """A subfolder; the folder itself if the name is empty."""
+    return Subfolder(folder, name) if name else folder
+
+
+def check_count(count: int, source: str) -> None:
+    """Raises SourceError where a source has more files than any model has."""
+    if count > MAX_ENTRIES:
+        raise SourceError(
+            f"{source} holds more than {MAX_ENTRIES:,} files, and no checkpoint has as many",
+            hint="give the folder that holds the model",
+        )
+
+
 def guard(folder: Path, path: Path) -> None:
     """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache."""
-    if not path.is_symlink():
+    below = [path, *path.parents]
+    if not any(place.is_symlink() for place in below[: len(below) - 1 - len(folder.parents)]):
         return
     target = path.resolve()
     if not any(target.is_relative_to(place) for place in [folder.resolve(), *hub_blobs(folder)]):
         raise DataError(
-            f"{path} is a link to {target}, outside its folder", hint="copy the file into the folder if it is trusted"
+            f"{path} is a link to {target}, outside its folder",
+            hint="copy what it leads to into the folder if it is trusted",
         )
 
 

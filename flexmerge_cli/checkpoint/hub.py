@@ -16,8 +16,9 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.candidates import Candidates
-from flexmerge_cli.checkpoint.choose import choose_weights, variants
-from flexmerge_cli.checkpoint.folder import Folder, LocalFolder
+from flexmerge_cli.checkpoint.choose import variants
+from flexmerge_cli.checkpoint.contents import Contents, contents_of, is_left
+from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, Skip, inside
 from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub
 from flexmerge_cli.checkpoint.ranges import http_error, patiently
@@ -54,7 +55,8 @@ def is_offline(access: Access) -> bool:
 
 
 def open_hub(source: str, access: Access, needs: Collection[str] | None = None) -> OpenPlace:
-    """Find the commit and its files. needs: names of small files that make a pinned snapshot on this disk complete."""
+    """Find the commit and its files. needs: the side files, and the subfolders with weights (their path and a slash),
+    that make a pinned snapshot on this disk complete."""
     place = HubPlace.of(source)
     with hub_errors(place):
         if is_offline(access):
@@ -63,7 +65,8 @@ def open_hub(source: str, access: Access, needs: Collection[str] | None = None) 
             return OpenPlace(source=place.source, folder=CachedFolder(place), file=place.file)
         try:
             pinned = pin(place)
-            return OpenPlace(source=pinned.source, folder=HubFolder(pinned, list_files(pinned)), file=place.file)
+            folder = HubFolder(pinned, list_files(pinned, recursive=True))
+            return OpenPlace(source=pinned.source, folder=folder, file=place.file)
         except Exception as error:
             return _or_cached(error, lambda: _cached(place, access), access)
 
@@ -102,12 +105,12 @@ def checkpoints_in(source: str, access: Access) -> Candidates:
             folders.setdefault(folder, []).append(rest)
         else:
             found.add_file(name)
-    for folder, inside in folders.items():
-        files = [name for name in inside if "/" not in name]
-        if choose_weights(files, access.variant) or variants(files):
+    for folder, below in folders.items():
+        direct = [name for name in below if "/" not in name]
+        if contents_of(below, variant=access.variant).weights or variants(direct):
             found.models[folder] = inner(tree.source, folder)
         else:
-            found.add_folder(folder, inside)
+            found.add_folder(folder, below)
     return found
 
 
@@ -117,18 +120,17 @@ def list_names(source: str, access: Access) -> list[str]:
     if place.file is not None:
         return []
 
-    def cached() -> OpenPlace:
-        pinned = _cached_place(place)
-        return OpenPlace(source=pinned.source, folder=CachedFolder(pinned), file=None)
+    def cached() -> list[str]:
+        return [child.name for child in _cached_place(place).snapshot.iterdir()]
 
     with hub_errors(place):
         if is_offline(access):
-            return cached().folder.entries()
+            return sorted(cached())
         try:
             pinned = pin(place)
-            return HubFolder(pinned, list_files(pinned)).entries()
+            return sorted(entry.path.rpartition("/")[2] for entry in list_files(pinned))
         except Exception as error:
-            return _or_cached(error, cached, access).folder.entries()
+            return _or_cached(error, cached, access)
 
 
 def open_tree(source: str, access: Access) -> HubTree:
@@ -236,18 +238,18 @@ class HubFolder:
     def __init__(self, place: HubPlace, listed: list[Any]) -> None:
         inside = f"{place.folder}/" if place.folder else ""
         names = {entry.path.removeprefix(inside): entry for entry in listed}
-        unsound = [name for name in names if "/" in name or name in ("", ".", "..") or not is_text(name)]
+        unsound = [name for name in names if {"", ".", ".."} & set(name.split("/")) or not is_text(name)]
         if unsound:
             raise DataError(f"{place.source} lists `{unsound[0][:200]!r}`", hint="do not use this repository")
-        self._place, self._names = place, sorted(names)
+        self._place = place
         self._files = {name: hub_file(place, entry) for name, entry in names.items() if _is_file(entry)}
 
     @property
     def path(self) -> Path:
         return self._place.snapshot
 
-    def entries(self) -> list[str]:
-        return self._names
+    def files(self, skip: Skip) -> list[str]:
+        return sorted(self._files)
 
     def is_file(self, name: str) -> bool:
         return name in self._files
@@ -299,8 +301,7 @@ def _cached(place: HubPlace, access: Access) -> OpenPlace:
     folder = CachedFolder(pinned)
     if pinned.file is not None and not folder.is_file(pinned.file):
         raise offline(place, "is not in the Hub's cache")
-    names = [name for name in folder.entries() if folder.is_file(name)]
-    if pinned.file is None and choose_weights(names, access.variant) is None and not variants(names):
+    if pinned.file is None and not _contents(folder, access).weights and not variants(_direct(folder)):
         raise offline(place, "has no weights in the Hub's cache")
     return OpenPlace(source=pinned.source, folder=folder, file=pinned.file)
 
@@ -318,7 +319,7 @@ def _cached_place(place: HubPlace) -> HubPlace:
     return pinned
 
 
-Found = TypeVar("Found", OpenPlace, HubTree)
+Found = TypeVar("Found", OpenPlace, HubTree, list[str])
 
 
 def _or_cached(error: Exception, cached: Callable[[], Found], access: Access) -> Found:
@@ -329,7 +330,8 @@ def _or_cached(error: Exception, cached: Callable[[], Found], access: Access) ->
         found = cached()
     except SourceError:
         raise error from None
-    access.on_message(f"the Hub cannot be reached; what the cache has is used: {found.source}")
+    what = "" if isinstance(found, list) else f": {found.source}"
+    access.on_message(f"the Hub cannot be reached; what the cache has is used{what}")
     return found
 
 
@@ -347,16 +349,27 @@ def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
     from flexmerge_cli.checkpoint.checkpoint import missing_shards
 
     snapshot = place.snapshot
-    if not snapshot.is_dir() or not all((snapshot / name).is_file() for name in needs):
+    if not snapshot.is_dir() or not all((snapshot / name).exists() for name in needs):
         return False
     folder = CachedFolder(place)
     if place.file is not None:
         return folder.is_file(place.file)
-    names = [name for name in folder.entries() if folder.is_file(name)]
-    if access.variant is not None and access.variant not in variants(names):
+    if access.variant is not None and access.variant not in variants(_direct(folder)):
         return False  # the repository may have it although the cache does not
-    weights = choose_weights(names, access.variant)
-    return weights is not None and not missing_shards(folder, weights)
+    weights = _contents(folder, access).weights
+    parts = {name.removesuffix("/") for name in needs if name.endswith("/")}
+    places = [(inside(folder, part), file.rpartition("/")[2]) for part, file in weights.items()]
+    return bool(weights) and parts <= set(weights) and not any(missing_shards(*place) for place in places)
+
+
+def _contents(folder: LocalFolder, access: Access) -> Contents:
+    names = folder.files(lambda name: is_left(name, access.ignore))
+    names = [name for name in names if name.endswith("/") or folder.is_file(name)]  # not links to blobs that are gone
+    return contents_of(names, variant=access.variant, ignore=access.ignore)
+
+
+def _direct(folder: LocalFolder) -> list[str]:
+    return [child.name for child in folder.path.iterdir()]
 
 
 def _remember(place: HubPlace, commit: str) -> None:

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, variants, weight_files
+from flexmerge_cli.checkpoint.contents import COMPOSITES
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 
-PIPELINE = "model_index.json"  # the index of a diffusers pipeline, which holds several models in subfolders
 
-
-def no_weights(
-    source: str, where: str, files: Sequence[str], folders: Sequence[str], variant: str | None
-) -> FlexmergeError:
+def no_weights(source: str, where: str, names: Sequence[str], variant: str | None) -> FlexmergeError:
     """The error for a folder without usable weights: UsageError if the user can choose some, else SourceError.
 
-    source: the source string as the user would write it. where: the folder, as named in the message.
+    source: the source string as the user would write it. where: the folder, as named in the message. names: relative
+    paths of its files.
     """
-    found = variants(files)
+    files = [name for name in names if "/" not in name]
+    indices = sorted(set(files) & set(COMPOSITES))
+    found = variants([name.rpartition("/")[2] for name in names] if indices else files)
     if found and variant is not None:
         return SourceError(
             f"no weights of variant `{variant}` in {where}, and none without a variant; found: {', '.join(found)}",
@@ -26,11 +26,10 @@ def no_weights(
             f"{where} holds weights in {len(found)} variants ({', '.join(found)}), and none without a variant",
             hint=f"choose one: --variant {next(iter(found))}",
         )
-    if PIPELINE in files:
-        inside = ", ".join(folders) or "its subfolders"
-        return UsageError(
-            f"{where} is a diffusers pipeline, whose models are in {inside}",
-            hint=f"give one of them: {inner(source, next(iter(folders), 'unet'))}",
+    if indices:
+        return SourceError(
+            f"no checkpoint in {where}: it has {indices[0]}, and no subfolder with weights",
+            hint="get the whole folder",
         )
     several = [name for name in weight_files(files) if "adapter" not in name]
     if len(several) > 1:

@@ -16,14 +16,18 @@ from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.contents import COMPOSITES, MODULES, PIPELINE, is_portable
+from flexmerge_cli.checkpoint.folder import Skip
 from flexmerge_cli.checkpoint.ranges import TRIES, WAIT_SECONDS, allowed_seconds
 from flexmerge_cli.checkpoint.web_answers import bounded_response
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError, without_secrets
+from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
 MAX_SMALL_BYTES = 256 << 20  # of a file that is no weight file
 MAX_ENTRIES = 200_000
+MAX_FOLDERS = 32  # looked into on a server that lists nothing
 LISTING_SECONDS = 300.0
 METADATA_SECONDS = 30.0
 
@@ -31,7 +35,8 @@ METADATA_SECONDS = 30.0
 USUAL_NAMES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
-    "spiece.model", "README.md", "LICENSE",
+    "spiece.model", "sentencepiece.bpe.model", "bpe.codes", "scheduler_config.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "README.md", "LICENSE",
 )  # fmt: skip
 
 
@@ -98,16 +103,21 @@ class UrlFolder:
         self._path = Path(_temporary().name, scheme, *segments)
         self._sizes: dict[str, int | None] = {}
         """The files known to exist, with their sizes; None where the size is not known yet."""
-        self._folders: list[str] = []
-        with url_errors(self._url):
-            self._list()
+        self._listed: set[str] | None = None
 
     @property
     def path(self) -> Path:
         return self._path
 
-    def entries(self) -> list[str]:
-        return sorted([*self._sizes, *self._folders])
+    def files(self, skip: Skip) -> list[str]:
+        if self._listed is None:
+            self._listed = set()
+            deadline = time.monotonic() + LISTING_SECONDS
+            with url_errors(self._url):
+                self._list("", skip, deadline)
+                if not self._listed:
+                    self._look_around()
+        return sorted(self._listed)
 
     def is_file(self, name: str) -> bool:
         return name in self._sizes or self._look(name)
@@ -153,27 +163,47 @@ class UrlFolder:
         size = self._sizes.get(name)
         return self._sizes[name] if size is None and self._look(name) else size
 
-    def _list(self) -> None:
+    def _list(self, folder: str, skip: Skip, deadline: float) -> None:
+        """List a folder and those in it. An address without a listing is no error."""
+        assert self._listed is not None
         try:
-            found = self._files.ls(self._url, detail=True, **_within(self._files, LISTING_SECONDS))
+            seconds = _within(self._files, deadline - time.monotonic())
+            found = self._files.ls(f"{self._url}/{folder}".rstrip("/"), detail=True, **seconds)
         except (FileNotFoundError, NotADirectoryError):
             found = []
-        if len(found) > MAX_ENTRIES:
+        if len(self._listed) + len(found) > MAX_ENTRIES:
             raise SourceError(
-                f"{self._url} lists {len(found):,} files, and no checkpoint has more than {MAX_ENTRIES:,}",
+                f"{self._url} lists {len(self._listed) + len(found):,} files, and no checkpoint has more than "
+                f"{MAX_ENTRIES:,}",
                 hint="give the folder that holds the model",
             )
         for entry in found:
-            name = str(entry["name"]).rstrip("/").rpartition("/")[2]
-            if not is_text(name) or "\\" in name or name in ("", ".", ".."):
+            last = str(entry["name"]).rstrip("/").rpartition("/")[2]
+            if not is_text(last) or set(last) & set("\\?#") or last in ("", ".", ".."):
                 continue
-            if entry.get("type") == "directory":
-                self._folders.append(name)
-            else:
+            name = f"{folder}/{last}" if folder else last
+            if entry.get("type") != "directory":
                 self._sizes[name] = entry.get("size")
-        if not found:
-            for name in (*WEIGHT_FILES, *USUAL_NAMES):
-                self._look(name)
+                self._listed.add(name)
+            elif skip(name):
+                self._listed.add(f"{name}/")
+            else:
+                self._list(name, skip, deadline)
+
+    def _look_around(self) -> None:
+        """Look for what models usually consist of, on a server that lists nothing."""
+        assert self._listed is not None
+        names = [name for name in (*WEIGHT_FILES, *USUAL_NAMES, *COMPOSITES) if self._look(name)]
+        folders: list[str] = []
+        if MODULES in names:
+            modules = _json(self.local(MODULES), list)
+            folders += [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
+        if PIPELINE in names:
+            folders += [name for name in _json(self.local(PIPELINE), dict) if not name.startswith("_")]
+        for folder in dict.fromkeys(folders[:MAX_FOLDERS]):
+            if is_portable(folder):
+                names += [f for name in (*WEIGHT_FILES, *USUAL_NAMES) if self._look(f := f"{folder}/{name}")]
+        self._listed |= set(names)
 
     def _look(self, name: str) -> bool:
         """Whether a file exists that no listing has shown."""
@@ -229,6 +259,15 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
     if name.endswith(WEIGHT_SUFFIXES):
         return UrlFolder(source.rstrip("/").rpartition("/")[0], files), name
     return UrlFolder(source, files), None
+
+
+def _json(path: Path, kind: type) -> Any:
+    """The value of a small JSON file; empty if it is none of this kind."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError:
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 @contextmanager

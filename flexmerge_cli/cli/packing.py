@@ -19,8 +19,10 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.running import BundleGate, references_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
+from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import OnProgress, merge
+from flexmerge_cli.planning import left_out
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
@@ -112,16 +114,20 @@ class Packing:
             return load_plan(self.source)
         given = plan_request(self.source, None, None, [], {}, (), False, access=self.access)
         self.source_warnings = given.warnings
+
+        def on_open(family: Family) -> None:
+            self.source_warnings += tuple(left_out.warnings(family))
+
         if self.keep_plan is None:
             assert given.request is not None
             self.plan_folder = output.absolute().parent
-            return make_plan(given.request, save_to=self.plan_folder / "plan.json", **run)
+            return make_plan(given.request, save_to=self.plan_folder / "plan.json", on_open=on_open, **run)
         self.plan_folder = self.keep_plan.absolute().parent
         if self.keep_plan.is_file():
             plan = load_plan(self.keep_plan)
             if _holds(plan, given, self.plan_folder):
                 return plan
-        return given.make(save_to=self.keep_plan, **run)
+        return given.make(save_to=self.keep_plan, on_open=on_open, **run)
 
     def layout(self, plan: Plan, *, device: str) -> tuple[BundleLayout, list[str]]:
         """The layout of what will be written. A gate whose spec or data do not fit is refused before merging."""
@@ -172,7 +178,8 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed) == (
         order.linkage, order.strategy, order.similarity, order.seed,
     )  # fmt: skip
-    same_files = settings.variant == request.access.variant
+    asked, access = (settings.variant, settings.ignore, settings.with_code), request.access
+    same_files = asked == (access.variant, access.ignore, access.with_code)
     same_classes = (settings.merge_heads, settings.private, settings.adapters, settings.assume_base) == (
         request.merge_heads, request.private, request.adapters, request.assume_base,
     )  # fmt: skip

@@ -1,9 +1,12 @@
 """`flexmerge plan`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from flexmerge_cli.family.family import Family
 
 from flexmerge_cli.cli.options import (
     DeviceOption,
@@ -34,8 +37,14 @@ def plan(
     ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="NAME=SOURCE, once per fine-tune.")] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option("--ignore", help="Skip this subfolder of --tasks; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--ignore", help="Skip this subfolder of --tasks, or files of the sources that match; repeatable."
+        ),
     ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Carry the Python files of the sources, which loaders may run.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write plan.json.")] = None,
     blocks: Annotated[
         str | None,
@@ -124,6 +133,7 @@ def plan(
         adapters,
         assume_base,
         ignore or (),
+        with_code,
     )
     if output is None and not dry_run:
         raise UsageError("no output file given for the plan", hint="add -o plan.json")
@@ -145,6 +155,7 @@ def plan(
         value = dry_summary(given.request, request)
     else:
         assert output is not None
+        families: list[Family] = []
         with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             found = given.make(
                 save_to=output,
@@ -152,8 +163,9 @@ def plan(
                 threads=threads,
                 max_memory=memory,
                 on_progress=on_progress,
+                on_open=families.append,
             )
-        value = plan_summary(found, output, request, methods=methods)
+        value = plan_summary(found, output, request, *families, methods=methods)
     options.warn(value["warnings"], quiet=quiet)
     value["warnings"] = [*given.warnings, *value["warnings"]]
     options.emit(value, as_json=as_json, show=show_plan, written=[] if output is None or dry_run else [output])

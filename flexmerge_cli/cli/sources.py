@@ -1,6 +1,6 @@
 """Sources as given on the command line: a recipe, a plan, or --base, --tasks and --task."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -10,7 +10,7 @@ from flexmerge_cli.checkpoint.hub import checkpoints_in
 from flexmerge_cli.checkpoint.place import HubPlace, is_hub, is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
-from flexmerge_cli.family.family import find_tasks
+from flexmerge_cli.family.family import Family, find_tasks
 from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
@@ -48,10 +48,10 @@ class Given:
         found = [self.request.relative_to / expanded(source) for source in sources]
         return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
 
-    def make(self, *, save_to: Path, **run: Any) -> Plan:
-        """Make the plan and save it."""
+    def make(self, *, save_to: Path, on_open: Callable[[Family], None], **run: Any) -> Plan:
+        """Make the plan and save it. on_open: see make_plan; not called where a plan is made from another."""
         if self.request is not None:
-            plan = make_plan(self.request, save_to=save_to, **run)
+            plan = make_plan(self.request, save_to=save_to, on_open=on_open, **run)
         else:
             assert self.plan is not None
             plan = replan(self.plan, self.order, without_statistics=self.statistics == "gram")
@@ -76,6 +76,7 @@ def plan_request(
     adapters: str | None = None,
     assume_base: bool = False,
     ignore: Collection[str] = (),
+    with_code: bool = False,
 ) -> Given:
     """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
@@ -90,7 +91,7 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        if base or tasks or task or ignore or private or merge_heads or adapters or assume_base:
+        if base or tasks or task or ignore or with_code or private or merge_heads or adapters or assume_base:
             raise UsageError(
                 "the plan already fixes its sources and tensor classes", hint="leave out --base, --tasks, --private …"
             )
@@ -118,11 +119,9 @@ def plan_request(
     given: dict[str, str] = {}
     folders: dict[str, str] = {}
     if tasks is not None:
-        named, warnings = _tasks_in(tasks, base_source, start, ignore, access)
+        named, warnings, ignore = _tasks_in(tasks, base_source, start, ignore, access)
         folders = {name.lower(): name for name in named}
         given = {name.lower(): f"`{name}` of {tasks}" for name in named}
-    elif ignore:
-        raise UsageError("--ignore requires --tasks", hint="--tasks DIR --ignore NAME")
     for item in task:
         name, equals, path = item.partition("=")
         if not equals or not name or not path:
@@ -149,15 +148,20 @@ def plan_request(
         assume_base=assume_base or bool(recipe and recipe.assume_base),
         statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
         relative_to=start,
-        access=replace(access, variant=access.variant or (recipe.variant if recipe else None)),
+        access=replace(
+            access,
+            variant=access.variant or (recipe.variant if recipe else None),
+            ignore=tuple(ignore) or (recipe.ignore if recipe else ()),
+            with_code=with_code or bool(recipe and recipe.with_code),
+        ),
     )
     return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
 
 
 def _tasks_in(
     place: str, base: str, start: Path, ignore: Collection[str], access: Access
-) -> tuple[dict[str, str], list[str]]:
-    """One task for each subfolder that holds a checkpoint, and warnings about the others.
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """One task for each subfolder that holds a checkpoint, warnings about the others, and what of `ignore` is none.
 
     The base is not a task. A subfolder that looks like a model but has no weights is an error unless it is ignored.
     """
@@ -166,11 +170,8 @@ def _tasks_in(
             f"--tasks {place} is neither a folder nor a Hub repository", hint="name each task: --task NAME=SOURCE"
         )
     found = checkpoints_in(place, access) if is_hub(place) else find_tasks(expanded(place))
-    for name in ignore:
-        if not any(kind.pop(name, None) for kind in (found.models, found.unfinished, found.others)):
-            raise UsageError(
-                f"--ignore {name}: {place} has no such subfolder", hint=f"check the names of the subfolders of {place}"
-            )
+    kinds = (found.models, found.unfinished, found.others)
+    patterns = [name for name in ignore if not any(kind.pop(name, None) for kind in kinds)]
     if found.unfinished:
         lines = [f"`{name}` {why}" for name, why in found.unfinished.items()]
         left_out = " ".join(f"--ignore {name}" for name in found.unfinished)
@@ -187,7 +188,7 @@ def _tasks_in(
         found.others[name] = "the base"
     warnings = [f"skipped in {place}: " + ", ".join(f"{name} ({why})" for name, why in sorted(found.others.items()))]
     sources = {name: source if is_hub(place) else str(Path(source).absolute()) for name, source in found.models.items()}
-    return sources, warnings if found.others else []
+    return sources, warnings if found.others else [], patterns
 
 
 def _identity(source: str, start: Path) -> object:

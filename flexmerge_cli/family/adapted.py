@@ -10,6 +10,7 @@ from pathlib import Path
 from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.dtypes import FLOATING
+from flexmerge_cli.checkpoint.parts import part_of
 from flexmerge_cli.checkpoint.peft import BY_HAND, CONFIG_NAME, Adapter, AdapterKind, Factors
 from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -62,7 +63,8 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         )
     # `model.` may wrap a part of the base alone; without it transformers finds the tensors all the same.
     wrapper = "" if alignment.wrapper == "model." else alignment.wrapper
-    outer = {name: wrapper + name if name in base.tensors else name for name in sources}
+    inner = [name for name in base.tensors if not part_of(name, base.parts)[0]]
+    outer = {name: name for name in sources} | {name: wrapper + name for name in inner}
     tensors = {
         outer[name]: replace(tensor, name=outer[name], change=changes.get(name)) for name, tensor in sources.items()
     }
@@ -76,6 +78,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         weight_bytes=base.weight_bytes | adapter.checkpoint.weight_bytes,
         config=base.config,
         side_files=dict(sorted(side.items())),
+        parts=base.parts,
         private=frozenset(outer[name] for name in saved),
         adapter=adapter.kind.value,
     )

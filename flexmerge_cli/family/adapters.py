@@ -162,7 +162,7 @@ def _pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapp
             tensors.setdefault(
                 factor.name, replace(factor, path=base.path, offset=0, strides=None, stream=None, fill=fill)
             )
-    return replace(base, tensors=tensors, weight_bytes={}, config={}, side_files={}, remote={})
+    return replace(base, tensors=tensors, weight_bytes={}, config={}, side_files={}, parts={}, remote={})
 
 
 def partition_pairs(names: Sequence[str], blocks: str | Path) -> tuple[Block, ...]:

@@ -43,6 +43,7 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
     blocks: `component`; `layer`, where all of one layer is one block and what is in no layer stands as in `component`;
     `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). What
     its rules leave is grouped by number and module, as what the shipped rules leave is; those do not see it.
+    Parts of a model in subfolders, with tensors like `unet/conv_in.weight`, are partitioned one by one, without that.
     Returns blocks of unique names, in order of computation. Raises ValueError if a name comes twice, UsageError if
     `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take a few seconds.
     """
@@ -51,6 +52,19 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
     rules = _rules(blocks)
     if blocks == "model":
         return (Block(name="model", tensors=tuple(names)),) if names else ()
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, inner = name.rpartition("/")
+        parts.setdefault(folder + slash, []).append(inner)
+    return tuple(
+        Block(name=part + block.name, tensors=tuple(part + name for name in block.tensors))
+        for part in sorted(parts)
+        for block in _partition(parts[part], blocks, rules)
+    )
+
+
+def _partition(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[Block, ...]:
+    """The same of one folder of a model."""
     unmatched = _by_number_and_module(names)
     components = _grouped({name: rules.block_of(name) or unmatched[name] for name in names})
     order = _in_order(components, rules.rank)

@@ -54,7 +54,7 @@ def why_private(
 ) -> str | None:
     """Why a tensor is private, in words; None if it is not. Tasks hold None where the tensor is missing."""
     present = [tensor for tensor in tasks if tensor is not None]
-    segments = name.split(".")
+    segments = name.rpartition("/")[2].split(".")  # without the subfolder of a part
     if segments[0] in ("model", "module") and len(segments) > 1:
         segments = segments[1:]
     if any(tensor.dtype not in FLOATING for tensor in present):

@@ -182,7 +182,7 @@ def _members(family: Family) -> dict[Sizes, list[FamilyTensor]]:
 def _could_be(tensor: FamilyTensor) -> bool:
     if tensor.base is None or len(tensor.base.shape) not in (1, 2):
         return False
-    if tensor.name.removeprefix("model.").split(".")[0] in HEADS:
+    if tensor.name.rpartition("/")[2].removeprefix("model.").split(".")[0] in HEADS:
         return False
     return tensor.tensor_class is TensorClass.MERGEABLE or (
         tensor.tensor_class is TensorClass.PRIVATE and tensor.resized

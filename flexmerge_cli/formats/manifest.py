@@ -48,6 +48,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
+from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.stored.forms import known_form
@@ -78,6 +79,8 @@ class TaskEntry(Record):
     distance: float | None
     names: Named[str]
     files: Items[str]
+    parts: Parts = Field(default_factory=dict)
+    """Subfolder with weights of its own -> the stem of their files there."""
     adapter: AdapterEntry | None = None
     pooled: Literal["lora", "ia3"] | None = None
     """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
@@ -199,10 +202,8 @@ def _check(manifest: Manifest) -> None:
         folder, *below = path.split("/")
         if not set(file.tasks) <= tasks:
             raise ValueError(f"`{path}` is read by a task that is not there")
-        if folder == "tasks" and (len(below) != 2 or file.tasks != (below[0],)):
+        if folder == "tasks" and (len(below) < 2 or file.tasks != (below[0],)):
             raise ValueError(f"`{path}` is not a file of its task")
-        if folder == BASE_FOLDER and len(below) != 1:
-            raise ValueError(f"`{path}` is not a file of the base")
     for name, task in manifest.tasks.items():
         if set(task.files) != {path for path, file in manifest.files.items() if name in file.tasks}:
             raise ValueError(f"the files of task `{name}` are not those that it reads")

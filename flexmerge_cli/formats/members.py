@@ -6,9 +6,11 @@ Layout, manifest, prices and checks ask these questions of every member alike, a
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
-from flexmerge_cli.formats.plan_records import PlanTensor, SideFile
+from flexmerge_cli.formats.plan_records import Parts, PlanTensor, SideFile
 from flexmerge_cli.record import Count, Digest, Named, Record, Shape
 
 
@@ -33,6 +35,13 @@ class Member(Record):
     files: Named[SideFile]
     names: Named[str]
     """Aligned name -> own name, where they differ."""
+    parts: Parts = Field(default_factory=dict)
+    """Subfolder with weights of its own -> the stem of their files there; left out where there is none."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "parts" or value}
 
     @property
     def source_bytes(self) -> int:

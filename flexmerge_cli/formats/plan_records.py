@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.checkpoint.parts import are_parts
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.order.linkage import Linkage
@@ -24,6 +25,16 @@ def _of_weights(value: float) -> float:
 
 
 Measurement = Annotated[float, AfterValidator(_of_weights)]
+
+
+def _stay_inside(parts: dict[str, str]) -> dict[str, str]:
+    if not are_parts(parts):
+        raise ValueError("weights of a subfolder lie outside of it")
+    return parts
+
+
+Parts = Annotated[Named[str], AfterValidator(_stay_inside)]
+"""Subfolder with weights of its own -> the stem of their files there."""
 
 
 class SideFile(Record):
@@ -174,9 +185,14 @@ class Settings(Record):
     adapters: Adapters = "keep"
     assume_base: bool = False
     variant: str | None = None
-    """The variant of the weights that was taken, e.g. `fp16`; left out where it is null."""
+    """The variant of the weights that was taken, e.g. `fp16`."""
+    ignore: Items[str] = ()
+    """Patterns of files that were left out of the sources."""
+    with_code: bool = False
 
     @model_serializer(mode="wrap")
-    def _without_null(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`variant`, `ignore` and `with_code` are left out where nothing was asked."""
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "variant" or value is not None}
+        optional = ("variant", "ignore", "with_code")
+        return {name: value for name, value in fields.items() if value or name not in optional}

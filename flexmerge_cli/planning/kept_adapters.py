@@ -99,6 +99,7 @@ def adapter_records(
                 "files": files,
                 "names": {aligned: own for aligned, own in kept.names.items() if aligned != own},
                 "changes": changes,
+                "parts": kept.model.parts,
             }
         )
     return records

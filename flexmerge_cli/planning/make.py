@@ -1,5 +1,6 @@
 """`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,16 +44,19 @@ def make_plan(
     threads: int | None = None,
     max_memory: int | None = None,
     on_progress: OnProgress = silent,
+    on_open: Callable[[Family], None] = lambda _family: None,
 ) -> Plan:
     """Read every weight once and keep all that a cut needs. Writes nothing.
 
-    save_to: where the plan will be saved; sources are stored relative to its folder.
+    save_to: where the plan will be saved; sources are stored relative to its folder. on_open: called before the weights
+    are read, with all sources; left_out.py says which of their files are not carried.
     Raises SourceError, DataError, UsageError.
     """
     from flexmerge_cli.engine.device import choose_device
 
     choose_device(device)  # reports a device that is not there before any source is opened
     family = open_family(request)
+    on_open(family)
     _blocks_of(family, request.order.blocks)  # reports a bad rules file before the weights are read
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)

@@ -1,6 +1,6 @@
 """Opens sources: those of a new plan, and those of a plan again, to find its tensors. Headers and configs only."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,10 @@ from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, make_family
 from flexmerge_cli.formats.manifest import BASE_FOLDER
+from flexmerge_cli.formats.members import Member
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.formats.plan_records import SideFile
-from flexmerge_cli.planning import kept_adapters
+from flexmerge_cli.planning import kept_adapters, left_out
 from flexmerge_cli.request.plan import PlanRequest
 from flexmerge_cli.text import expanded
 
@@ -53,6 +54,7 @@ def open_family(request: PlanRequest) -> Family:
     tasks = open_all(
         sources, lambda key: open_checkpoint(sources[key], relative_to=request.relative_to, access=request.access)
     )
+    left_out.check(tasks.values(), request.access)
     base = tasks.pop("")
     if not tasks:
         raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
@@ -107,7 +109,9 @@ def open_sources(
     """
     from flexmerge_cli.engine.materialise import Sources
 
-    opened = _open_again(plan, folder, relocate or {}, replace(access, variant=plan.settings.variant))
+    asked, names = plan.settings, (*(f"task `{task.name}`" for task in plan.tasks), "the base")
+    access = replace(access, variant=asked.variant, ignore=asked.ignore, with_code=asked.with_code)
+    opened = _open_again(plan, folder, relocate or {}, access)
     base, kept = opened.pop("", None), tuple[KeptAdapter, ...]()
     if base is not None:
         members = members_of(base, opened, plan.settings.adapters, assume_base=plan.settings.assume_base)
@@ -121,7 +125,6 @@ def open_sources(
     if base is not None and kept:
         side_files |= kept_adapters.located(plan, kept)
         side_files |= _side_files(BASE_FOLDER, plan.base.files, base.path, kept_adapters.base_side_files(base))
-    names = (*(f"task `{task.name}`" for task in plan.tasks), "the base")
     return OpenSources(
         base=base,
         tasks=(*tasks, *(each.model for each in kept)),
@@ -134,14 +137,16 @@ def open_sources(
 def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access) -> dict[str, Checkpoint]:
     """Name -> checkpoint of every task, and, if it is needed, under the empty name of the base."""
     is_merged = {task.name: task.adapter is not None and plan.settings.adapters == "merge" for task in plan.tasks}
-    needs: dict[str, Collection[str]] = {
-        each.name: [CONFIG_NAME] if is_merged.get(each.name) else each.files for each in plan.readers
+    needs = {
+        each.name: [CONFIG_NAME] if is_merged.get(each.name) else [*each.files, *_folders(each)]
+        for each in plan.readers
     }
     sources = {each.name: each.source for each in plan.readers}
     merges = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
     if merges or plan.adapters or any(task.adapter is not None for task in plan.tasks):
         sources = {"": plan.base.source} | sources
-        needs[""] = [*plan.base.files, *(name for task in plan.tasks if is_merged[task.name] for name in task.files)]
+        needs[""] = [*plan.base.files, *(folder for each in plan.readers for folder in _folders(each))]
+        needs[""] += [name for task in plan.tasks if is_merged[task.name] for name in task.files]
     for old, new in relocate.items():
         everything = [plan.base.source, *sources.values()]
         if all(_relocated(source, folder, {old: new}) is None for source in everything):
@@ -167,6 +172,11 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
         )
 
     return open_all(sources, opened)
+
+
+def _folders(record: Member) -> list[str]:
+    """The subfolders with weights."""
+    return [f"{part}/" for part in record.parts]
 
 
 def _located(
@@ -202,6 +212,9 @@ def _located(
                 rows = vocabulary.tasks[task]
                 found = found.take(rows.common if name == tensor.name else other_rows(rows.common, rows.rows))
             of_tasks[task].update({tensor.name: found} if found else {})
+    for record, opened in zip(plan.tasks, tasks):
+        if opened.parts != record.parts:
+            problems.append(f"task `{record.name}`: other subfolders of {opened.path} hold weights")
     if problems:
         raise DataError(
             "sources have changed since the plan:\n  " + "\n  ".join(problems[:20]), hint="make the plan again"

@@ -1,6 +1,7 @@
 """What `plan` shows: a value for --json, and the same as tables."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.options import EXACT
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
+from flexmerge_cli.planning import left_out
 from flexmerge_cli.report.inspect_curve import LINEAR, dense_sizes, distances_at, named_cuts
 from flexmerge_cli.report.options import options_value, show_options, show_sizes, size_row
 from flexmerge_cli.report.table import say, table
@@ -23,8 +26,10 @@ from flexmerge_cli.request.plan import PlanRequest
 MUCH = 0.05  # of a task's weights
 
 
-def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str = "common") -> dict[str, Any]:
-    """The value that `plan` prints."""
+def plan_summary(
+    plan: Plan, path: Path, request: MergeRequest, family: Family | None = None, *, methods: str = "common"
+) -> dict[str, Any]:
+    """The value that `plan` prints. family: the sources, where they were opened for it."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
@@ -57,8 +62,14 @@ def plan_summary(plan: Plan, path: Path, request: MergeRequest, *, methods: str 
         },
         "peak_memory_bytes": merge_bytes(asked or exact, default_threads()),
         "low_rank": low_rank_rows(plan),
-        "warnings": warnings(plan),
+        "warnings": warnings(plan) + (left_out.warnings(family) if family is not None else []),
+        **({"left_out": left_out_rows(family)} if family is not None else {}),
     }
+
+
+def left_out_rows(family: Family) -> list[dict[str, Any]]:
+    """The files of each task that are not carried, by kind."""
+    return [asdict(each) for each in left_out.left_out(family)]
 
 
 def task_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -229,7 +240,11 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
         "read_bytes": sum(task.bytes for task in plan.readers),
         "fetch_bytes": sum(file.size for file in to_fetch(family)),
         "peak_memory_bytes": survey_bytes(items, default_threads()),
-        "warnings": vocabulary_warnings(plan) + name_warnings(plan) + adapter_warnings(plan),
+        "warnings": vocabulary_warnings(plan)
+        + name_warnings(plan)
+        + adapter_warnings(plan)
+        + left_out.warnings(family),
+        "left_out": left_out_rows(family),
     }
 
 

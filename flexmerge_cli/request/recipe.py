@@ -5,6 +5,7 @@ base     source
 tasks    {name: source, or {source, revision}}
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads;
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
+ignore   [pattern] of files of the sources, as --ignore;  with_code
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
@@ -77,6 +78,8 @@ class Recipe(Record):
     private: tuple[str, ...] = ()
     merge_heads: bool = False
     variant: str | None = None
+    ignore: tuple[str, ...] = ()
+    with_code: bool = False
     statistics: Literal["all", "gram"] | None = None
     adapters: Adapters | None = None
     assume_base: bool = False

@@ -80,7 +80,10 @@ def test_side_files_are_what_makes_the_weights_usable(tmp_path):
     assert list(found.side_files) == [
         "LICENSE", "README.md", "chat_template.jinja", "config.json", "tokenizer.json", "tokenizer.model", "vocab.txt",
     ]  # fmt: skip
-    assert set(found.ignored) == {"trainer_state.json", "optimizer.pt", "modeling_own.py", "run.log", "folder.json"}
+    assert found.left == {
+        "code": ("modeling_own.py",),
+        "training": (".hidden.json", "optimizer.pt", "run.log", "trainer_state.json"),
+    }
 
 
 def test_a_side_file_whose_name_is_no_text_is_left(tmp_path):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
-from flexmerge_cli.checkpoint.choose import choose_weights, is_side_file, variants
+from flexmerge_cli.checkpoint.choose import choose_weights, variants
 from flexmerge_cli.errors import SourceError, UsageError
 
 from ..families import encoder, normal, plain, write_checkpoint, write_family
@@ -51,11 +51,6 @@ def test_a_variant_is_taken_where_it_is():
     assert choose_weights(["model.bf16.safetensors"], "fp16") is None
     assert list(variants(["model.fp16.safetensors", "model.ema.safetensors", "model.safetensors"])) == ["ema", "fp16"]
     assert variants(["model.safetensors.index.json", "pytorch_model.bin.index.json", "a.fp16.safetensors"]) == {}
-
-
-def test_side_files_belong_to_the_model():
-    assert all(map(is_side_file, ["config.json", "merges.txt", "tokenizer.model", "LICENSE", "chat_template.jinja"]))
-    assert not any(map(is_side_file, ["trainer_state.json", "modeling.py", "run.log", "b\udcff.txt"]))
 
 
 # On the disk.
@@ -119,23 +114,29 @@ def test_several_weight_files_are_a_choice(tmp_path):
     assert set(open_checkpoint(f"{tmp_path}/epoch3.safetensors").tensors) == set(STATE)
 
 
-def test_a_pipeline_of_diffusers_points_at_its_models(tmp_path):
+def test_a_pipeline_of_diffusers_is_one_model_and_each_component_another(tmp_path):
     for name in ("unet", "vae"):
         (tmp_path / name).mkdir()
         save_file(STATE, tmp_path / name / "diffusion_pytorch_model.safetensors")
         (tmp_path / name / "config.json").write_text('{"_class_name": "X", "_diffusers_version": "0.30"}')
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UsageError, match="diffusers pipeline") as raised:
-        open_checkpoint(str(tmp_path))
-    assert raised.value.hint == f"give one of them: {tmp_path}/unet"
+    found = open_checkpoint(str(tmp_path))
+    assert set(found.tensors) == {f"{part}/{name}" for part in ("unet", "vae") for name in STATE}
+    assert set(open_checkpoint(f"{tmp_path}/unet").tensors) == set(STATE)
     assert open_checkpoint(f"{tmp_path}/unet").config["_class_name"] == "X"
 
 
-def test_the_hub_is_pointed_at_with_a_colon(hub, tmp_path):
-    hub.add("org/pipe", {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": b""})
-    with pytest.raises(UsageError, match="diffusers pipeline") as raised:
-        open_checkpoint("hf://org/pipe")
-    assert raised.value.hint.endswith(":unet") and "hf://org/pipe@" in raised.value.hint
+def test_a_pipeline_without_weights_and_one_of_several_variants_are_told(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(SourceError, match="and no subfolder with weights"):
+        open_checkpoint(str(tmp_path))
+    for variant in ("fp16", "bf16"):
+        save_file(STATE, tmp_path / f"unet/diffusion_pytorch_model.{variant}.safetensors")
+    with pytest.raises(UsageError, match="2 variants") as raised:
+        open_checkpoint(str(tmp_path))
+    assert raised.value.hint == "choose one: --variant bf16"
+    assert open_checkpoint(str(tmp_path), access=Access(variant="fp16")).parts == {"unet": "diffusion_pytorch_model"}
 
 
 # Through the commands.

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from flexmerge_cli.checkpoint import stream
+from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 
+from ..composites import PIPELINE, SENTENCES, write_pipeline, write_sentences
 from ..families import LAYOUTS, Models, normal, plain, tuned, write_checkpoint, write_family
 from ..program import fails, succeeds, tree
 
@@ -182,7 +184,7 @@ def web(request, tmp_path):
 
         def do_GET(self):
             asked, path = self.headers.get("Range"), self.translate_path(self.path)
-            if asked is None or not path.endswith((".safetensors", ".json", ".txt")):
+            if asked is None or not path.endswith((".safetensors", ".bin", ".json", ".txt")):
                 return super().do_GET()
             try:
                 data = Path(path).read_bytes()
@@ -245,6 +247,32 @@ def test_an_object_store_is_a_source(bucket, tmp_path):
     succeeds("merge", tmp_path / "plan.json", "--method", "emr", "--stream", "-o", tmp_path / "bundle")
     bucket.pipe("/models/tasks/task0/model.safetensors", (folders.tasks["task1"] / "model.safetensors").read_bytes())
     fails(3, "merge", tmp_path / "plan.json", "--stream", "-o", tmp_path / "other", says="has changed since the plan")
+
+
+@pytest.mark.parametrize("kind", ["sentences", "pipeline"])
+def test_a_composite_on_a_web_server_or_in_a_store_is_one_on_this_disk(kind, web, bucket):
+    root, address = web
+    write, parts = {"sentences": (write_sentences, SENTENCES), "pipeline": (write_pipeline, PIPELINE)}[kind]
+    found = open_checkpoint(str(write(root / "m", parts)))
+    bucket.put(str(root / "m"), "/models/m", recursive=True)
+    (root / "m/optimizer.pt").write_text("x")
+    for source in (f"{address}/m", "memory://models/m"):
+        there = open_checkpoint(source)
+        assert (list(there.tensors), there.parts) == (list(found.tensors), found.parts)
+        assert set(there.side_files) == set(found.side_files)
+        texts = [path.read_text() for path in there.side_files.values()]
+        assert texts == [path.read_text() for path in found.side_files.values()]
+        assert there.left in ({}, {"training": ("optimizer.pt",)})  # nobody asks for it where nothing is listed
+
+
+def test_a_server_that_lists_nothing_is_asked_for_the_parts_that_the_indices_name(web, tmp_path):
+    root, address = web
+    write_sentences(root / "m", SENTENCES)
+    (root / "m/index.html").write_text("no list")
+    for folder in ("m/2_Dense", "m/3_LayerNorm", "m/1_Pooling"):
+        (root / folder / "index.html").write_text("no list")
+    there = open_checkpoint(f"{address}/m")
+    assert set(there.parts) == {"2_Dense", "3_LayerNorm"} and "1_Pooling/config.json" in there.side_files
 
 
 @pytest.mark.parametrize(("source", "code", "says"), [

@@ -1,0 +1,189 @@
+"""Decides what each file of a source is: weights, carried beside them, code, or left behind, and why. Names in, names
+out; no I/O. The rules are the same for a folder on this disk, a repository of the Hub and a URL.
+"""
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+from flexmerge_cli.checkpoint.choose import INDEX, WEIGHT_FILES, WEIGHT_SUFFIXES, choose_weights, variants
+from flexmerge_cli.text import is_text
+
+# Indices of models that consist of several, each in a folder of its own: sentence-transformers, diffusers.
+PIPELINE = "model_index.json"
+MODULES = "modules.json"
+COMPOSITES = (PIPELINE, MODULES, "router_config.json")
+
+# What makes weights usable: config, tokenizer, processor, licence.
+SIDE_SUFFIXES = (
+    ".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml", ".codes", ".bpe", ".vocab",
+    ".tokenizer",
+)  # fmt: skip
+SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+LANGUAGE_MODEL = "language_model"  # of a speech recogniser: n-grams of kenlm, which are no tensors
+
+# What training leaves beside a model, and hidden files.
+TRAINING_FOLDER = re.compile(
+    r"\..*|checkpoint[-_]\d+|global_step[-_]?\d+|(epoch|step)[-_]\d+|optimizer_\d+"
+    r"|runs|logs|wandb|mlruns|tensorboard|lightning_logs|__pycache__|__MACOSX"
+)
+TRAINING_FILE = re.compile(
+    r"\..*|training_args\.(bin|json)|trainer_state\.json|optimizer\.json|events\.out\.tfevents.*|.*\.log|nohup\.out"
+    r"|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*\.(pt|pth|bin|pkl|safetensors|npz)"
+    r"|zero_to_fp32\.py|latest|latest_checkpointed_iteration\.txt"
+)
+
+# Files of weights that are not read. Beside weights that are, some are the same model for other programs.
+OTHER_WEIGHTS = (
+    ".h5", ".msgpack", ".ot", ".ckpt", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".keras", ".pdparams", ".nemo",
+    ".distcp", ".weights", ".params",
+)  # fmt: skip
+CONVERTED_SUFFIXES = (
+    ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel", ".ort", ".engine", ".pb", ".pte",
+)  # fmt: skip
+CONVERTED_FOLDERS = ("onnx", "openvino", "coreml", "tflite", "gguf", "original", "tensorrt", "mlx", "ort")
+CONVERTED_FILE = re.compile(
+    r"(tf_|tf2_|flax_|rust_|diffusion_flax_)?model(-\d+-of-\d+)?\.(h5|msgpack|ot)|openvino_.*|consolidated\..*"
+    r"|.*\.ckpt|.*-\d+-of-\d+\.(safetensors|bin)"
+)
+
+MAX_DEPTH = 8  # folders within folders
+MAX_NAME_BYTES = 255  # of one folder or file, the limit of usual file systems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """The files of a source, by their relative paths, each in exactly one place. A folder that is left as a whole is
+    named with a slash at its end."""
+
+    weights: dict[str, str] = field(default_factory=dict)
+    """Folder -> its weight file or index. The source itself is the folder ``""``; others hold parts of the model."""
+    indices: tuple[str, ...] = ()
+    """Indices of shards, which are written anew."""
+    side: tuple[str, ...] = ()
+    """Carried beside the weights."""
+    code: tuple[str, ...] = ()
+    """Python files, carried only where that is asked for."""
+    training: tuple[str, ...] = ()
+    """Left by training, or hidden."""
+    copies: tuple[str, ...] = ()
+    """Weights in another form or for another program, and shards: of these, some may be `weights`'s."""
+    unclear: tuple[str, ...] = ()
+    """Weights that are not understood."""
+    other: tuple[str, ...] = ()
+    """Of no known kind."""
+    ignored: tuple[str, ...] = ()
+    """Left because the user said so."""
+
+    def left(self) -> dict[str, tuple[str, ...]]:
+        """Kind -> files that are not carried."""
+        kinds = [name.name for name in fields(self) if name.name not in ("weights", "indices", "side")]
+        return {kind: names for kind in kinds if (names := getattr(self, kind))}
+
+
+def contents_of(names: Sequence[str], *, variant: str | None = None, ignore: Collection[str] = ()) -> Contents:
+    """Sort the files of a source.
+
+    names: relative paths; of a folder that was not looked into, its path and a slash. variant: the preferred one of
+    the weights. ignore: patterns of files and folders to leave out.
+    """
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    for name in sorted(names):
+        left = _left(name, ignore)
+        if left is None:
+            rest.append(name)
+        elif left[1] not in found.setdefault(left[0], []):
+            found[left[0]].append(left[1])
+    weights = _weights(rest, variant)
+    for name in rest:
+        if name not in weights.values():
+            found.setdefault(_kind(name, weights, rest), []).append(name)
+    return Contents(weights=weights, **{kind: tuple(names) for kind, names in found.items()})
+
+
+def is_left(folder: str, ignore: Collection[str]) -> bool:
+    """Whether a folder of a source need not be looked into."""
+    return _left(f"{folder}/", ignore) is not None
+
+
+def is_ignored(name: str, pattern: str) -> bool:
+    """Whether a pattern names a file or one of the folders around it, by the whole path or by a name in it."""
+    paths = [name.rstrip("/"), *_parents(name)]
+    segments = [] if "/" in pattern.rstrip("/") else name.rstrip("/").split("/")
+    return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for text in (*paths, *segments))
+
+
+def is_portable(name: str) -> bool:
+    """Whether every file system can hold a relative path, and none takes it for another."""
+    segments = name.split("/")
+    return (
+        is_text(name)
+        and not any(character in name for character in "\\:")
+        and all(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_NAME_BYTES for segment in segments)
+    )
+
+
+def _left(name: str, ignore: Collection[str]) -> tuple[str, str] | None:
+    """The kind of what is left out by rule, whatever else there is, and its name or that of the folder around it."""
+    if any(is_ignored(name, pattern) for pattern in ignore):
+        return "ignored", name
+    *folders, last = name.split("/")
+    for depth, folder in enumerate(folders, 1):
+        if TRAINING_FOLDER.fullmatch(folder):
+            return "training", "/".join(folders[:depth]) + "/"
+    if TRAINING_FILE.fullmatch(last):
+        return "training", name
+    too_deep = len(folders) > MAX_DEPTH
+    return ("other", "/".join(folders[: MAX_DEPTH + 1]) + "/") if too_deep else None
+
+
+def _weights(names: Sequence[str], variant: str | None) -> dict[str, str]:
+    """Folder -> its weights. None at all where a folder of models is no model: it has no index of its own."""
+    inside: dict[str, list[str]] = {"": []}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        inside.setdefault(folder, []).append(last)
+    chosen = {folder: choose_weights(files, variant) for folder, files in sorted(inside.items()) if _is_part(folder)}
+    # Adapters of adapters are no parts of a model: products of their factors would have to merge.
+    found = {f: w for f, w in chosen.items() if w is not None and not (f and w.startswith("adapter_"))}
+    if PIPELINE in inside[""] and len(found) > 1:
+        found.pop("", None)  # the whole pipeline once more, in one file
+    if "" not in found and not set(inside[""]) & set(COMPOSITES):
+        return {}
+    if found.get("", "").startswith("adapter_"):
+        found = {"": found[""]}
+    return {folder: f"{folder}/{last}" if folder else last for folder, last in found.items()}
+
+
+def _is_part(folder: str) -> bool:
+    return not set(folder.split("/")) & {*CONVERTED_FOLDERS, LANGUAGE_MODEL}
+
+
+def _kind(name: str, weights: dict[str, str], names: Sequence[str]) -> str:
+    folder, _, last = name.rpartition("/")
+    if INDEX.fullmatch(last):
+        return "indices"
+    if not is_portable(name):
+        return "other"
+    if LANGUAGE_MODEL in folder.split("/"):
+        return "side"
+    if not _is_part(folder):
+        return "copies"
+    if last.endswith(".py"):
+        return "code"
+    if last.endswith(CONVERTED_SUFFIXES):
+        return "copies"
+    if last.endswith((*WEIGHT_SUFFIXES, *OTHER_WEIGHTS)):
+        known = last in WEIGHT_FILES or variants([last]) or CONVERTED_FILE.fullmatch(last)
+        again = folder in weights and known
+        return "copies" if again or (not folder and weights and PIPELINE in names) else "unclear"
+    return "side" if last.endswith(SIDE_SUFFIXES) or last in SIDE_NAMES else "other"
+
+
+def _parents(name: str) -> Iterator[str]:
+    path = name.rstrip("/")
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path

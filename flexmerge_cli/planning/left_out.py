@@ -1,0 +1,94 @@
+"""Files of the sources that a bundle does not carry: which are refused, and what users are told. Reads no weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
+from flexmerge_cli.checkpoint.choose import variants
+from flexmerge_cli.checkpoint.contents import is_ignored
+from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.family.family import Family
+
+SHOWN = 8  # names in a message; the rest is counted
+WHY = {
+    "training": "left by training, or hidden",
+    "copies": "the same weights in another form",
+    "other": "of no known kind",
+    "ignored": "left out by --ignore",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """Files of one kind of one task."""
+
+    task: str
+    kind: str
+    """See contents.py."""
+    files: tuple[str, ...]
+    """Relative paths; of a folder that is left as a whole, its path and a slash."""
+
+
+def check(sources: Iterable[Checkpoint], access: Access) -> None:
+    """Raises DataError that lists the weights that are not understood, UsageError for a pattern that fits no file."""
+    sources = list(sources)
+    unclear = [f"{source.path / name}" for source in sources for name in source.left.get("unclear", ())]
+    if unclear:
+        last = [line.rpartition("/")[2] for line in unclear]
+        found = next(iter(variants(last)), None)
+        patterns = " ".join(f"--ignore {name}" for name in list(dict.fromkeys(last))[:SHOWN])
+        raise DataError(
+            "files hold weights, and it is not known of what:\n  " + "\n  ".join(unclear[:20]),
+            hint=f"--variant {found}" if found else f"to leave them out: {patterns}",
+        )
+    for pattern in access.ignore:
+        ignored = (name for source in sources for name in source.left.get("ignored", ()))
+        if not any(is_ignored(name, pattern) for name in ignored):
+            raise UsageError(
+                f"--ignore {pattern}: --tasks has no such subfolder, and no source has such a file",
+                hint="check the name, or leave it out",
+            )
+
+
+def left_out(family: Family) -> list[LeftOut]:
+    """All that the bundle will not carry of the tasks' folders, by task and kind."""
+    tasks = dict(zip(family.task_names, family.tasks)) | {each.name: each.adapter.checkpoint for each in family.kept}
+    return [
+        LeftOut(task=name, kind=kind, files=files)
+        for name, checkpoint in sorted(tasks.items())
+        for kind, files in checkpoint.left.items()
+    ]
+
+
+def warnings(family: Family) -> list[str]:
+    """One line per kind; code that the model's config names comes with what to do."""
+    found = left_out(family)
+    messages = [
+        f"not carried, {why}: {_names(of_kind)}"
+        for kind, why in WHY.items()
+        if (of_kind := [each for each in found if each.kind == kind])
+    ]
+    code = [each for each in found if each.kind == "code"]
+    if code:
+        configs = {name: task.config for name, task in zip(family.task_names, family.tasks)}
+        named = (
+            " that `auto_map` of config.json names"
+            if any("auto_map" in configs.get(each.task, {}) for each in code)
+            else ""
+        )
+        messages.append(
+            f"not carried, code{named}: {_names(code)}; models that need it will not load: add --with-code if you "
+            "trust it"
+        )
+    return messages
+
+
+def _names(found: list[LeftOut]) -> str:
+    """How many files, of which tasks, and the names of the first."""
+    count = sum(len(each.files) for each in found)
+    names = list(dict.fromkeys(name for each in found for name in each.files))
+    tasks = [each.task for each in found]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    of = f"`{tasks[0]}`" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    return f"{count} of {of} ({', '.join(names[:SHOWN])}{more})"
