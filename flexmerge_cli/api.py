@@ -88,17 +88,20 @@ class OpenBundle:
         *,
         tasks: Collection[str] | None = None,
         device: str = "cpu",
+        weights: Literal["dense", "packed"] = "dense",
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     ) -> "Runtime":
         """Serve several tasks from one process: what the bundle stores once lies in memory once.
 
         tasks: those to begin with, by default all; each is loaded when it is first used. device: `cpu`, where dense
-        weights are the mapped file, `cuda` or `cuda:n`. dtype: of weights and arithmetic, by default the task's own.
+        weights are the mapped file, `cuda` or `cuda:n`. weights: `packed` keeps those of layers as they are stored, in
+        few bits, and computes with them tile by tile, on the CPU alone. dtype: of weights and arithmetic, by default
+        the task's own.
         Raises SourceError for an unknown task, UsageError for a device that does not exist.
         """
         from flexmerge_cli.serving.runtime import Runtime
 
-        return Runtime(self._bundle, tasks=tasks, device=device, dtype=dtype)
+        return Runtime(self._bundle, tasks=tasks, device=device, weights=weights, dtype=dtype)
 
 
 def make_plan(

@@ -1,6 +1,7 @@
-"""Loops in C that go through memory once (native.c), called without the interpreter's lock; `lib` is None without them.
+"""Loops in C that go through memory once (native.c, decode.c), called without the interpreter's lock.
 
-The same bits as of the plain ways come out, but for products and errors of rows, which add up in another order.
+`lib` and `decoding` are None without them. The same bits as of the plain ways come out, but for products and errors of
+rows, which add up in another order.
 
 They are built where there is a compiler, and everything works without: their callers hold the plain way, too, and a
 test holds both against each other. Arguments are addresses of contiguous memory on the CPU, which the caller keeps.
@@ -8,9 +9,9 @@ test holds both against each other. Arguments are addresses of contiguous memory
 
 import ctypes
 import importlib.machinery
+from collections.abc import Mapping
 from pathlib import Path
 
-_VERSION = 2  # of the arguments, as in native.c: what an earlier one has built is left alone
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "flexmerge_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
@@ -25,16 +26,41 @@ _ARGUMENTS = {
 }  # fmt: skip
 
 
-def _load() -> ctypes.CDLL | None:
+_DECODE_ARGUMENTS = {
+    "flexmerge_decode": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
+    "flexmerge_dot": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT),
+}
+
+
+class Codes(ctypes.Structure):
+    """As in decode.c: rows of codes, which `table` and a scale decode."""
+
+    _fields_ = [
+        ("codes", _POINTER), ("row_bytes", _COUNT), ("bits", _COUNT), ("table", _POINTER), ("scale", _POINTER),
+        ("scale_step", _COUNT),
+    ]  # fmt: skip
+
+
+class Rows(ctypes.Structure):
+    """As in decode.c: rows of n elements, each the sum of what there is of these."""
+
+    _fields_ = [
+        ("n", _COUNT), ("dense", _POINTER), ("unified", _POINTER), ("dense_type", _COUNT), ("unified_type", _COUNT),
+        ("mask", _POINTER), ("gamma", ctypes.c_double), ("codes", Codes * 2),
+    ]  # fmt: skip
+
+
+def _load(name: str, version: int, functions: Mapping[str, tuple[object, ...]]) -> ctypes.CDLL | None:
+    """version: of the arguments, as in the source: what an earlier one has built is left alone."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
+        path = Path(__file__).with_name(f"{name}{suffix}")
         if path.is_file():
             try:
                 found = ctypes.CDLL(str(path))
-                if found.flexmerge_version() != _VERSION:
+                if found.flexmerge_version() != version:
                     continue
-                for name, arguments in _ARGUMENTS.items():
-                    function = getattr(found, name)
+                for function_name, arguments in functions.items():
+                    function = getattr(found, function_name)
                     function.argtypes, function.restype = arguments, None
             except (OSError, AttributeError):  # built for another machine, or of another version
                 continue
@@ -42,6 +68,12 @@ def _load() -> ctypes.CDLL | None:
     return None
 
 
-MOST_TASKS = 32  # of flexmerge_products
+def address(held: ctypes.Structure) -> int:
+    return ctypes.addressof(held)
 
-lib = _load()
+
+MOST_TASKS = 32  # of flexmerge_products
+TYPES = {"F32": 1, "BF16": 2}  # of decode.c
+
+lib = _load("_native", 2, _ARGUMENTS)
+decoding = _load("_decode", 1, _DECODE_ARGUMENTS)

@@ -3,7 +3,7 @@
 The same bits as on the CPU. What no table decodes (low rank, sparse) is decoded on the CPU, rows by rows, and moved.
 """
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,27 +11,40 @@ from torch import Tensor
 
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
-from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.look_up import scaled_levels_on
-from flexmerge_cli.residuals.low_bit import LowBit
-from flexmerge_cli.stored.coded import CodedTensor, Dense, Rows
+from flexmerge_cli.stored.coded import CodedTensor
+from flexmerge_cli.stored.packed import Packed
+
+# Elements decoded at a time on a device.
+BLOCK_ELEMENTS = 1 << 24
 
 
 def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tensor:
     """In the task's own dtype and shape, on the device."""
-    of = stored.of
-    out = torch.empty(math.prod(of.shape), dtype=torch_dtype(of.dtype), device=device)
-    for at, addends in stored.blocks(bundle.parts_of(of.task), bundle.bits):
-        first, *rest = [_values(addend, device) for addend in addends]
-        out[at] = (first + rest[0] if rest else first).to(out.dtype)
-    return out.reshape(of.shape)
+    packed = stored.packed(bundle.parts_of(stored.of.task), bundle.bits)
+    m, n = packed.matrix
+    out = torch.empty(m, n, dtype=torch_dtype(packed.dtype), device=device)
+    step = max(1, BLOCK_ELEMENTS // max(1, n))
+    for first in range(0, m, step):
+        rows = slice(first, min(m, first + step))
+        out[rows] = _values(packed, rows, device).to(out.dtype)
+    return out.reshape(stored.of.shape)
 
 
-def _values(addend: Rows | Dense, device: torch.device) -> Tensor:
-    """float32, one axis."""
-    if isinstance(addend, Dense):
-        raw = np.ascontiguousarray(addend.bits).view(np.uint8)
-        return as_tensor(raw, addend.dtype).to(device).to(torch.float32)
-    if isinstance(addend.coder, (LowBit, BitDelta)):
-        return scaled_levels_on(addend.coder.look_up(addend.chunk(), addend.matrix), device).flatten()
-    return torch.from_numpy(addend.values()).to(device)
+def _values(packed: Packed, rows: slice, device: torch.device) -> Tensor:
+    """float32 [rows, n]."""
+    addends = []
+    m, n = packed.matrix
+    if packed.dense is not None:
+        raw = np.ascontiguousarray(packed.dense.bits[rows.start * n : rows.stop * n]).view(np.uint8)
+        addends.append(as_tensor(raw, packed.dense.dtype).to(device).to(torch.float32).reshape(-1, n))
+    for look_up in packed.codes:
+        scale = look_up.scale[rows] if len(look_up.scale) == m else look_up.scale
+        addends.append(scaled_levels_on(look_up._replace(codes=look_up.codes[rows], scale=scale), device))
+    if packed.factors is not None or packed.kept is not None:
+        rest = replace(packed, dtype="F32", dense=None, codes=()).rows(np.arange(rows.start, rows.stop))
+        addends.append(torch.from_numpy(rest).to(device))
+    total = addends[0]
+    for addend in addends[1:]:
+        total = total + addend
+    return total

@@ -213,6 +213,10 @@ class Bundle(Routes):
         found = self.stored_as(task, aligned)
         return found.decode(self._parts[task], self.mapped if shared and found.is_plain else self.bits)
 
+    def held(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
+        """`mapped`, or a copy where the processor wants numbers at whole multiples of their size."""
+        return np.require(self.mapped(part, at), requirements="A")
+
     def bits(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
         """Elements of a part, one axis, read into memory of the caller's own."""
         if part.path in self.memory:

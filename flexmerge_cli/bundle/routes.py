@@ -14,6 +14,7 @@ from flexmerge_cli.stored.coded import CodedTensor
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.dense import DenseTensor
 from flexmerge_cli.stored.forms import stored_as
+from flexmerge_cli.stored.masked import MaskedTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,11 @@ class Routes:
         """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
         found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
         return found.part if isinstance(found, DenseTensor) else None
+
+    def packed(self, task: str, aligned: str) -> CodedTensor | MaskedTensor | None:
+        """How a tensor is stored as a sum that any rows can be decoded from alone; None if it is stored otherwise."""
+        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        return found if isinstance(found, (CodedTensor, MaskedTensor)) else None
 
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether the tensor is the bits of one part, unchanged, to which a view of the mapped file refers."""

@@ -23,13 +23,18 @@ def pack(mask: np.ndarray) -> np.ndarray:
 def unpack(packed: np.ndarray, num_elements: int) -> np.ndarray:
     """uint8 [..., ⌈n/8⌉] -> bool [..., n]; num_elements is n. The inverse of `pack`.
 
-    Raises ValueError if the bytes are not those of n elements, or a bit behind the last element is set.
+    Raises ValueError like `check`.
     """
+    check(packed, num_elements)
+    return np.unpackbits(packed, axis=-1, count=num_elements, bitorder="little").view(bool)
+
+
+def check(packed: np.ndarray, num_elements: int) -> None:
+    """Raises ValueError if the bytes are not those of n elements, or a bit behind the last element is set."""
     if packed.dtype != np.uint8 or packed.shape[-1] != packed_bytes(num_elements):
         raise ValueError(f"a mask of {num_elements} elements is not {packed.dtype} {list(packed.shape)}")
     if num_elements % 8 and (packed[..., -1] >> (num_elements % 8)).any():
         raise ValueError(f"a mask of {num_elements} elements has bits behind its end")
-    return np.unpackbits(packed, axis=-1, count=num_elements, bitorder="little").view(bool)
 
 
 def apply(base: np.ndarray, unified: np.ndarray, mask: np.ndarray, gamma: float | np.floating = 1.0) -> np.ndarray:

@@ -67,11 +67,15 @@ class Sparse:
         """The positions of the whole tensor are decoded whichever rows are wanted: ask for many at a time."""
         m, n = shape
         first, stop = rows or (0, m)
-        positions = decode_positions(parts["index"], m * n, self.count(shape))
+        positions = self.positions(parts, shape)
         begin, end = np.searchsorted(positions, [first * n, stop * n])
         out = np.zeros((stop - first) * n, np.float32)
         out[positions[begin:end] - first * n] = to_float32(parts["values"][begin:end], dtype)
         return out.reshape(stop - first, n)
+
+    def positions(self, parts: Parts, shape: Matrix) -> np.ndarray:
+        """Where the kept elements are: int64, ascending in C order. Raises ValueError if that cannot be."""
+        return decode_positions(parts["index"], shape[0] * shape[1], self.count(shape))
 
     def keep(self, matrix: "Tensor") -> "Tensor":
         """bool [m, n]: the elements of largest magnitude, ties by a hash of the index. Exactly `count` of them."""

@@ -11,8 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+# Smaller weights are decoded once: calling their products tile by tile would cost more than it saves.
+LEAST_ELEMENTS = 1 << 12
+
 _aten = torch.ops.aten
 _KEEPING = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An array that lies in memory once, whatever is made of it."""
+
+    key: Hashable
+    name: str
+    """Empty where a tensor has one part, itself; else its role, and where it is one task's alone, that."""
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,8 @@ class Value:
     name: str
     tensors: Mapping[str, Tensor]
     """Gives it, by its name."""
+    parts: tuple[Part, ...] = ()
+    """What it is made of where it can stay packed."""
 
     @property
     def tensor(self) -> Tensor:
@@ -61,6 +76,19 @@ def made_bytes(model: nn.Module) -> int:
     """Bytes of the tensors that the model made for itself, such as the frequencies of rotary embeddings."""
     made = {id(held): held for _, _, held in _tensors(model) if not isinstance(held, Placeholder)}
     return sum(held.nbytes for held in made.values())
+
+
+def packable(model: nn.Module) -> set[tuple[Hashable, torch.dtype]]:
+    """The values that can stay packed: weights of layers that compute with them tile by tile."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+    return {
+        (held.value.key, held.dtype)
+        for module, name, held in _tensors(model)
+        if isinstance(held, Placeholder) and held.value.parts and name == "weight" and isinstance(module, kinds)
+        if held.numel() >= LEAST_ELEMENTS
+    }
 
 
 def fill(model: nn.Module, place: Callable[[Placeholder], Tensor], device: torch.device) -> None:

@@ -15,8 +15,9 @@ from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
-from flexmerge_cli.serving.placeholder import Placeholder, fill, made_bytes, placeholders
+from flexmerge_cli.serving.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
 from flexmerge_cli.serving.skeleton import skeleton
+from flexmerge_cli.serving.weight import PackedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,9 +30,9 @@ class Resident:
 
     name: str
     """In the first task that has it."""
+    part: str
+    """Of a tensor that stays packed, which of its parts: its role, such as `codes`, and its task if it is one's own."""
     tasks: tuple[str, ...]
-    dtype: str
-    shape: tuple[int, ...]
     device: str
     num_bytes: int
 
@@ -49,13 +50,18 @@ class Runtime:
         *,
         tasks: Collection[str] | None = None,
         device: str = "cpu",
+        weights: str = "dense",
         dtype: str | None = None,
     ) -> None:
         """Arguments and errors: `OpenBundle.runtime`."""
+        if weights not in ("dense", "packed"):
+            raise UsageError(f"weights={weights!r} is neither `dense` nor `packed`", hint='weights="dense"')
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
         self.device = choose_device(device)
-        self._bundle = bundle
+        if weights == "packed" and self.device.type != "cpu":
+            raise UsageError(f"packed weights are computed on the CPU, not on {device}", hint='weights="dense"')
+        self._bundle, self._stays_packed = bundle, weights == "packed"
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._tasks: dict[str, _Task | None] = {}
         """None: it was not asked for yet."""
@@ -80,22 +86,18 @@ class Runtime:
             return {str(self.device): own + sum(resident.num_bytes for resident in self.describe())}
 
     def describe(self) -> tuple[Resident, ...]:
-        """Every tensor of the bundle that the runtime holds, or will hold once its tasks are loaded."""
-        found: dict[Key, tuple[Placeholder, list[str]]] = {}
+        """Every array of the bundle that the runtime holds, or will hold once its tasks are loaded."""
+        found: dict[Hashable, tuple[str, Part, dict[str, None]]] = {}
         with self._lock:
             for task in self.tasks:
-                for key, held in self._task(task).needs.items():
-                    found.setdefault(key, (held, []))[1].append(task)
+                state = self._task(task)
+                for key, held in state.needs.items():
+                    whole = Part(key, "", held.numel() * held.dtype.itemsize)
+                    for part in held.value.parts if key in state.packed else (whole,):
+                        found.setdefault(part.key, (held.value.name, part, {}))[2][task] = None
         return tuple(
-            Resident(
-                name=held.value.name,
-                tasks=tuple(tasks),
-                dtype=str(held.dtype).removeprefix("torch."),
-                shape=tuple(held.shape),
-                device=str(self.device),
-                num_bytes=held.numel() * held.dtype.itemsize,
-            )
-            for held, tasks in found.values()
+            Resident(name=name, part=part.name, tasks=tuple(tasks), device=str(self.device), num_bytes=part.num_bytes)
+            for name, part, tasks in found.values()
         )
 
     def model(self, task: str) -> Any:
@@ -141,15 +143,26 @@ class Runtime:
         if found is None:
             with torch.inference_mode(False):
                 model = skeleton(self._bundle, task, device=str(self.device), dtype=self._dtype)
-            found = _Task(model=model, needs=placeholders(model), made_bytes=made_bytes(model))
+            packed = packable(model) if self._stays_packed else set()
+            found = _Task(model=model, needs=placeholders(model), packed=packed, made_bytes=made_bytes(model))
             self._tasks[task] = found
         return found
 
     def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
         """The files are digested meanwhile: nothing is handed out before that has ended."""
         with self._bundle.checking(task) as bundle, ThreadPoolExecutor(default_threads()) as pool:
-            view = View(bundle, task, device=str(self.device))
-            return dict(zip(needs, pool.map(lambda held: view[held.value.name].to(held.dtype), needs.values())))
+            view, packed = View(bundle, task, device=str(self.device)), self._task(task).packed
+
+            def read(key: Key) -> Tensor:
+                held = needs[key]
+                if key not in packed:
+                    return view[held.value.name].to(held.dtype)
+                stored = bundle.packed(task, view.aligned[held.value.name])
+                assert stored is not None
+                found = stored.packed(bundle.parts_of(task), bundle.held)
+                return PackedWeight(found, tuple(held.shape), held.dtype)
+
+            return dict(zip(needs, pool.map(read, needs)))
 
     def _require(self, task: str) -> None:
         if task not in self._tasks:
@@ -163,5 +176,7 @@ class _Task:
     model: Any
     needs: dict[Key, Placeholder]
     """What it is made of."""
+    packed: set[Key]
+    """What of that stays packed."""
     made_bytes: int
     is_loaded: bool = False

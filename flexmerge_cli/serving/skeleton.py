@@ -9,7 +9,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View, task_model
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.serving.placeholder import Placeholder, Value
+from flexmerge_cli.serving.placeholder import Part, Placeholder, Value
 
 
 def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | None) -> Any:
@@ -18,12 +18,24 @@ def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | Non
     weights = {}
     for own, (stored, shape) in bundle.tensors_of(task).items():
         aligned = view.aligned[own]
-        value = Value(bundle.identity(task, aligned), own, view)
+        value = Value(bundle.identity(task, aligned), own, view, _parts(bundle, task, aligned, shape))
         weights[own] = Placeholder(value, shape, torch_dtype(stored))
     model = task_model(bundle, task, weights, **({} if dtype is None else {"dtype": dtype}))
     for module in model.modules():
         module._apply = _Refusal(module)
     return model
+
+
+def _parts(bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """None of a tensor that is stored otherwise, and of one whose rows are not its first axis."""
+    stored = bundle.packed(task, aligned)
+    if stored is None or len(shape) < 2 or stored.matrix[0] != shape[0]:
+        return ()
+    parts = stored.made_of(bundle.parts_of(task))
+    name = f"{stored.of.tensor}@"
+    return tuple(
+        Part((part.path, part.name), part.name.removeprefix(name), stored.resident_bytes(part)) for part in parts
+    )
 
 
 class _Refusal:

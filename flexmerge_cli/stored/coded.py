@@ -6,23 +6,25 @@
 import functools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import FLOATING, NUMPY, from_float32, promote, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, promote
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.coded import Coded, Form, declare
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import declared
-from flexmerge_cli.residuals.coder import Coder, Part, Parts
+from flexmerge_cli.residuals.bitdelta import BitDelta
+from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts
+from flexmerge_cli.residuals.low_bit import LookUp, LowBit
+from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.sparse import Sparse
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
+from flexmerge_cli.stored.packed import Elements, Kept, Packed
 from flexmerge_cli.stored.summary import Summary, residual_summary
-
-# Elements decoded at a time: a few MB, in and out of the cache together.
-BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,33 +57,49 @@ class CodedTensor:
         return all((parts[n].dtype, parts[n].shape) == (array.dtype, array.shape) for n, array in needed.items())
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
-        out = np.empty(math.prod(self.form.matrix), NUMPY[self.of.dtype])
-        for at, addends in self.blocks(parts, read):
-            first, *rest = [addend.values() for addend in addends]
-            out[at] = from_float32(np.add(first, rest[0], out=rest[0]) if rest else first, self.of.dtype)
-        return out.reshape(self.of.shape)
+        return self.packed(parts, read).decode().reshape(self.of.shape)
 
-    def blocks(self, parts: RouteParts, read: Read) -> Iterator[tuple[slice, list["Rows | Dense"]]]:
-        """Elements, and what they are the sum of: the centre, the residual, or both in this order."""
-        (m, n), dtype = self.form.matrix, self.of.dtype
+    @property
+    def matrix(self) -> Matrix:
+        return self.form.matrix
+
+    def resident_bytes(self, part: StoredTensor) -> int:
+        """Bytes of a part as `packed` holds it."""
+        residual = self.form.residual
+        if isinstance(residual, Sparse) and part.name == f"{self.of.tensor}@index.{self.owner}":
+            return Kept.index_bytes(self.matrix, residual.count(self.matrix))
+        return part.num_bytes
+
+    def made_of(self, parts: RouteParts) -> tuple[StoredTensor, ...]:
+        names = [self._centre_name(array) for array in self.centre] + [self._own_name(array) for array in self.own]
+        return tuple(parts[name] for name in ([f"{self.of.tensor}@base"] if self.base else []) + names)
+
+    def packed(self, parts: RouteParts, read: Read) -> Packed:
+        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
         residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
-        own = {a.role: read(parts[self._own_name(a)], ALL).reshape(a.shape) for a in self.own}
-        dense, coded_centre = None, {}
+        dense, codes = None, list[LookUp]()
         if centre is not None:
-            coded_centre = {a.role: read(parts[self._centre_name(a)], ALL).reshape(a.shape) for a in self.centre}
+            stored = {a.role: read(parts[self._centre_name(a)], ALL).reshape(a.shape) for a in self.centre}
+            codes.append(_look_up(centre, stored, self.form.matrix))
         elif self.coded.centre != "none":
-            dense = parts[f"{self.of.tensor}@{'base' if self.base else 'unified'}"]
-        step = max(1, BLOCK_ELEMENTS // max(1, n)) if residual is None or residual.scope == "row" else max(1, m)
-        for first in range(0, m, step):
-            rows = (first, min(m, first + step))
-            at = slice(rows[0] * n, rows[1] * n)
-            addends: list[Rows | Dense] = []
-            if centre is not None:
-                addends.append(Rows(centre, coded_centre, (m, n), dtype, rows))
-            elif dense is not None:
-                addends.append(Dense(dense.dtype, read(dense, at)))
-            addends += [Rows(residual, own, (m, n), dtype, rows)] if residual is not None else []
-            yield at, addends
+            part = parts[f"{self.of.tensor}@{'base' if self.base else 'unified'}"]
+            dense = Elements(read(part, ALL), part.dtype)
+        factors = kept = None
+        own = {a.role: read(parts[self._own_name(a)], ALL).reshape(a.shape) for a in self.own}
+        if isinstance(residual, LowRank):
+            left, right = (Elements(own[role].reshape(-1), self.of.dtype) for role in ("left", "right"))
+            factors = left, right
+        elif isinstance(residual, Sparse):
+            try:
+                positions = residual.positions(own, self.form.matrix)
+            except ValueError as error:
+                raise _undecodable(error) from None
+            kept = Kept.at(positions, Elements(own["values"], self.of.dtype), self.form.matrix)
+        elif residual is not None:
+            codes.append(_look_up(residual, own, self.form.matrix))
+        return Packed(
+            matrix=self.form.matrix, dtype=self.of.dtype, dense=dense, codes=tuple(codes), factors=factors, kept=kept
+        )
 
     def _centre_name(self, array: Array) -> str:
         return f"{self.of.tensor}@{array.role}"
@@ -180,39 +198,13 @@ def _declared(name: str, args: str) -> Coded | None:
     return declared(name, json.loads(args))
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Whole rows of what a coder stored."""
-
-    coder: Coder
-    parts: Parts
-    matrix: tuple[int, int]
-    dtype: str
-    rows: tuple[int, int]
-
-    def chunk(self) -> Parts:
-        """The parts that these rows need."""
-        by_row = {part.role: part.by_row for part in self.coder.parts(self.matrix, self.dtype)}
-        return {role: bits[slice(*self.rows)] if by_row[role] else bits for role, bits in self.parts.items()}
-
-    def values(self) -> np.ndarray:
-        """float32, one axis, the caller's own."""
-        try:
-            return self.coder.decode(self.chunk(), self.matrix, self.dtype, rows=self.rows).reshape(-1)
-        except ValueError as error:
-            raise DataError(f"a stored residual cannot be decoded: {error}", hint="fetch the bundle again") from None
+def _look_up(coder: Coder, parts: Parts, matrix: Matrix) -> LookUp:
+    assert isinstance(coder, (LowBit, BitDelta))
+    return coder.look_up(parts, matrix)
 
 
-@dataclass(frozen=True, slots=True)
-class Dense:
-    """Elements that are stored as they are."""
-
-    dtype: str
-    bits: np.ndarray
-
-    def values(self) -> np.ndarray:
-        """float32; may be the stored memory."""
-        return to_float32(self.bits, self.dtype)
+def _undecodable(error: ValueError) -> DataError:
+    return DataError(f"a stored residual cannot be decoded: {error}", hint="fetch the bundle again")
 
 
 def _summary(call: Call) -> Summary:

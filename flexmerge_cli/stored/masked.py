@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, from_float32, promote, to_float32
+from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.residuals.coder import Matrix, View
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
+from flexmerge_cli.stored.packed import Elements, Masked, Packed
 from flexmerge_cli.stored.summary import Summary
 
 
@@ -34,15 +36,33 @@ class MaskedTensor:
         )
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
-        base, unified, packed, gamma = self._parts(parts)
+        return self.packed(parts, read).decode().reshape(self.of.shape)
+
+    @property
+    def matrix(self) -> Matrix:
+        return View.FIRST_AXIS.matrix(self.of.shape)
+
+    def resident_bytes(self, part: StoredTensor) -> int:
+        return part.num_bytes
+
+    def made_of(self, parts: RouteParts) -> tuple[StoredTensor, ...]:
+        return tuple(part for part in self._parts(parts) if part is not None)
+
+    def packed(self, parts: RouteParts, read: Read) -> Packed:
+        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
+        base, unified, mask, gamma = self._parts(parts)
         factor = np.float32(1.0) if gamma is None else read(gamma, ALL)[0]
+        packed = read(mask, ALL)
         try:
-            taken = masks.unpack(read(packed, ALL), unified.num_elements)
+            masks.check(packed, unified.num_elements)
         except ValueError as error:
-            raise DataError(f"{parts.path}: `{packed.name}`: {error}", hint="fetch the bundle again") from None
-        dense = [to_float32(read(part, ALL), part.dtype) for part in (base, unified)]
-        decoded = masks.apply(dense[0], dense[1], taken, factor)
-        return from_float32(decoded, self.of.dtype).reshape(self.of.shape)
+            raise DataError(f"{parts.path}: `{mask.name}`: {error}", hint="fetch the bundle again") from None
+        return Packed(
+            matrix=self.matrix,
+            dtype=self.of.dtype,
+            dense=Elements(read(base, ALL), base.dtype),
+            masked=Masked(Elements(read(unified, ALL), unified.dtype), packed, factor),
+        )
 
     def _parts(self, parts: RouteParts) -> tuple[StoredTensor, StoredTensor, StoredTensor, StoredTensor | None]:
         name, task = self.of.tensor, self.of.task

@@ -1,0 +1,295 @@
+/* Rows of a weight out of what is stored of it: dense elements, a masked second tensor, and up to two arrays of codes.
+ * native.py says what they compute, and what is used where there is no compiler.
+ *
+ * Every element is the same sum of the same float32 products, in the same order, whatever the processor. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#define X86
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#define HAS_AVX512 __builtin_cpu_supports("avx512f")
+#else
+#define FOR_EVERY_PROCESSOR
+#define HAS_AVX512 0
+#endif
+
+#define EXPORTED __attribute__((visibility("default")))
+
+#define BLOCK 512 /* elements of a row at a time, a multiple of 16: what is decoded stays in the first-level cache */
+#define LANES 32
+
+enum { NONE, F32, BF16 };
+
+typedef struct {
+    const uint8_t *codes; /* NULL: none */
+    int64_t row_bytes, bits;
+    const float *table; /* 2^bits values; of 8 bits the first alone: the others follow in steps of 1 */
+    const float *scale;
+    int64_t scale_step; /* 1: a scale a row, 0: one for all */
+} Codes;
+
+typedef struct {
+    int64_t n; /* elements of a row */
+    const void *dense, *unified;
+    int64_t dense_type, unified_type;
+    const uint8_t *mask; /* bit e: element e takes gamma · unified */
+    double gamma;
+    Codes codes[2];
+} Rows;
+
+/* Of native.py, which calls no others. Raise it with every change of arguments. */
+EXPORTED int64_t flexmerge_version(void) { return 1; }
+
+static inline float number(const void *from, int64_t type, int64_t at)
+{
+    if (type == F32) return ((const float *)from)[at];
+    const uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static FOR_EVERY_PROCESSOR void dense_block(const void *from, int64_t type, int64_t at, int64_t n, float *out)
+{
+    if (type == F32) {
+        memcpy(out, (const float *)from + at, n * sizeof *out);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) out[i] = number(from, BF16, at + i);
+}
+
+static FOR_EVERY_PROCESSOR void masked_block(const Rows *of, int64_t at, int64_t n, float *out)
+{
+    const float gamma = (float)of->gamma;
+    float shift[BLOCK];
+    dense_block(of->unified, of->unified_type, at, n, shift);
+    if (at % 8 == 0) {
+        const uint8_t *mask = of->mask + at / 8;
+        for (int64_t i = 0; i < n; i++) out[i] = mask[i / 8] >> i % 8 & 1 ? out[i] + gamma * shift[i] : out[i];
+    } else {
+        for (int64_t i = 0; i < n; i++)
+            out[i] = of->mask[(at + i) / 8] >> (at + i) % 8 & 1 ? out[i] + gamma * shift[i] : out[i];
+    }
+}
+
+static inline __attribute__((always_inline)) uint64_t word_of(const uint8_t *from, int64_t bytes)
+{
+    uint64_t word = 0;
+    uint32_t low = 0;
+    uint16_t high = 0;
+    switch (bytes) {
+    case 6: /* not one copy: the processor would wait for its two halves */
+        memcpy(&low, from, 4), memcpy(&high, from + 4, 2);
+        return (uint64_t)high << 32 | low;
+    default:
+        memcpy(&word, from, (size_t)bytes);
+        return word;
+    }
+}
+
+#ifdef X86
+#define AVX512 __attribute__((target("avx512f,avx512bw")))
+#define INLINED static inline __attribute__((always_inline, target("avx512f,avx512bw")))
+
+/* What looks up 16 codes of `bits` bits at once: up to 4 bits in a table, 8 bits as numbers. */
+typedef struct {
+    __m512 table;
+    __m512i places;
+} Decoder;
+
+INLINED Decoder decoder(const float *values, int64_t bits)
+{
+    float repeated[16];
+    int32_t shifts[16];
+    for (int j = 0; j < 16; j++) {
+        repeated[j] = values[bits == 8 ? 0 : j & ((1 << bits) - 1)];
+        shifts[j] = (int32_t)(j % 8 * bits);
+    }
+    return (Decoder){_mm512_loadu_ps(repeated), _mm512_loadu_si512(shifts)};
+}
+
+/* 16 codes of up to 4 bits lie in two words of 32 bits. */
+INLINED __m512 decoded(const Decoder *by, const uint8_t *codes, int64_t bits)
+{
+    if (bits == 8)
+        return _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes))), by->table);
+    const uint64_t word = word_of(codes, 2 * bits);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32((int)(uint32_t)word)),
+                                            _mm256_set1_epi32((int)(uint32_t)(word >> 8 * bits)), 1);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, by->places), by->table);
+}
+
+INLINED int64_t decode_16(const uint8_t *codes, int64_t bits, const float *values, float scale, int64_t n, int add,
+                          float *out)
+{
+    const Decoder by = decoder(values, bits);
+    const __m512 factor = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512 product = _mm512_mul_ps(decoded(&by, codes + i * bits / 8, bits), factor);
+        _mm512_storeu_ps(out + i, add ? _mm512_add_ps(_mm512_loadu_ps(out + i), product) : product);
+    }
+    return i;
+}
+
+/* sums[v] = Σ value[i] · x[v, i] of the first elements, x in rows of n; four sums at a time, so that none waits. */
+INLINED int64_t dot_16(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n, int vectors,
+                       float *sums)
+{
+    const Decoder by = decoder(values, bits);
+    __m512 sum[4][4];
+    for (int v = 0; v < vectors; v++)
+        for (int j = 0; j < 4; j++) sum[v][j] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; j++) {
+            const __m512 value = decoded(&by, codes + (i + 16 * j) * bits / 8, bits);
+            for (int v = 0; v < vectors; v++)
+                sum[v][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i + 16 * j), sum[v][j]);
+        }
+    for (int v = 0; v < vectors; v++)
+        sums[v] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(sum[v][0], sum[v][1]), _mm512_add_ps(sum[v][2], sum[v][3])));
+    return i;
+}
+
+/* With the number of bits a constant. Return how many elements were done. */
+#define OF_BITS(CALL)                 \
+    switch (bits) {                   \
+    case 1: return CALL(1);           \
+    case 2: return CALL(2);           \
+    case 3: return CALL(3);           \
+    case 4: return CALL(4);           \
+    case 8: return CALL(8);           \
+    default: return 0;                \
+    }
+
+static AVX512 int64_t decode_fast(const uint8_t *codes, int64_t bits, const float *values, float scale, int64_t n,
+                                  int add, float *out)
+{
+#define DECODE(BITS) decode_16(codes, BITS, values, scale, n, add, out)
+    OF_BITS(DECODE)
+}
+
+static AVX512 int64_t dot_one(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n,
+                              float *sums)
+{
+#define DOT_ONE(BITS) dot_16(codes, BITS, values, x, n, 1, sums)
+    OF_BITS(DOT_ONE)
+}
+
+static AVX512 int64_t dot_four(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n,
+                               float *sums)
+{
+#define DOT_FOUR(BITS) dot_16(codes, BITS, values, x, n, 4, sums)
+    OF_BITS(DOT_FOUR)
+}
+#else
+#define decode_fast(...) 0
+#define dot_one(...) 0
+#define dot_four(...) 0
+#endif
+
+/* n elements of a row, from element `first`, a multiple of 8; added to what is there if `add`. */
+static void codes_block(const Codes *of, int64_t row, int64_t first, int64_t n, int add, float *out)
+{
+    const uint8_t *codes = of->codes + row * of->row_bytes + first * of->bits / 8;
+    const float scale = of->scale[row * of->scale_step];
+    int64_t i = HAS_AVX512 ? decode_fast(codes, of->bits, of->table, scale, n, add, out) : 0;
+    const int64_t bytes = (n * of->bits + 7) / 8;
+    const uint64_t last = ((uint64_t)1 << of->bits) - 1;
+    for (; i < n; i += 8) {
+        const int64_t at = i * of->bits / 8, left = bytes - at, count = n - i < 8 ? n - i : 8;
+        uint64_t word = left >= 8 ? word_of(codes + at, 8) : word_of(codes + at, left);
+        for (int64_t j = 0; j < count; j++, word >>= of->bits) {
+            const float value = of->bits == 8 ? (float)(word & last) + of->table[0] : of->table[word & last];
+            out[i + j] = add ? out[i + j] + value * scale : value * scale;
+        }
+    }
+}
+
+static void block(const Rows *of, int64_t row, int64_t first, int64_t n, float *out)
+{
+    int has = of->dense_type != NONE;
+    if (has) dense_block(of->dense, of->dense_type, row * of->n + first, n, out);
+    if (of->mask) masked_block(of, row * of->n + first, n, out);
+    for (int which = 0; which < 2; which++)
+        if (of->codes[which].codes) {
+            codes_block(&of->codes[which], row, first, n, has, out);
+            has = 1;
+        }
+}
+
+/* Rounded once, half to even; NaN stays NaN. */
+static FOR_EVERY_PROCESSOR void store_bf16(const float *from, int64_t n, uint16_t *out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        out[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+}
+
+/* `count` rows: those that `which` names, or from `first` on. Elements are rounded to `type`. */
+EXPORTED void flexmerge_decode(const Rows *of, const int64_t *which, int64_t first, int64_t count, int64_t type,
+                               void *out)
+{
+    const int64_t n = of->n;
+    float values[BLOCK];
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int64_t row = which ? which[r] : first + r, size = n - i < BLOCK ? n - i : BLOCK;
+            if (type == F32) {
+                block(of, row, i, size, (float *)out + r * n + i);
+            } else {
+                block(of, row, i, size, values);
+                store_bf16(values, size, (uint16_t *)out + r * n + i);
+            }
+        }
+}
+
+static FOR_EVERY_PROCESSOR float product_sum(const float *w, const float *x, int64_t n)
+{
+    float sums[LANES] = {0}, total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) sums[j] += w[i + j] * x[i + j];
+    for (; i < n; i++) total += w[i] * x[i];
+    for (int j = 0; j < LANES; j++) total += sums[j];
+    return total;
+}
+
+/* out[v, r] += scale · Σ value[r, i] · x[v, i], of `vectors` rows of n elements of x and `count` rows of codes from
+ * `first`. Codes are decoded once for four vectors. */
+EXPORTED void flexmerge_dot(const Codes *of, int64_t first, int64_t count, int64_t n, const float *x,
+                                                int64_t vectors, float *out, int64_t out_stride)
+{
+    const Codes plain = {NULL, of->row_bytes, of->bits, of->table, (const float[]){1}, 0};
+    float values[BLOCK];
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t *codes = of->codes + (first + r) * of->row_bytes;
+        const float scale = of->scale[(first + r) * of->scale_step];
+        for (int64_t v = 0; v < vectors;) {
+            const int64_t step = vectors - v < 4 ? 1 : 4;
+            float sums[4] = {0};
+            int64_t done = 0;
+            if (HAS_AVX512)
+                done = step == 4 ? dot_four(codes, of->bits, of->table, x + v * n, n, sums)
+                                 : dot_one(codes, of->bits, of->table, x + v * n, n, sums);
+            Codes rest = plain;
+            rest.codes = codes;
+            for (int64_t i = done; i < n; i += BLOCK) {
+                const int64_t size = n - i < BLOCK ? n - i : BLOCK;
+                codes_block(&rest, 0, i, size, 0, values);
+                for (int64_t w = 0; w < step; w++) sums[w] += product_sum(values, x + (v + w) * n + i, size);
+            }
+            for (int64_t w = 0; w < step; w++) out[(v + w) * out_stride + r] += scale * sums[w];
+            v += step;
+        }
+    }
+}

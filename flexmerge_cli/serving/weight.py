@@ -1,0 +1,234 @@
+"""A weight that stays in its stored bytes: a tensor that decodes the tiles a product needs, and forgets them.
+
+Linear layers, transformers' Conv1D, convolutions and embeddings find what they call below; every other operation gets
+the decoded weight, for as long as it lasts. On the CPU.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+from flexmerge_cli import native
+from flexmerge_cli.checkpoint.dtypes import NUMPY
+from flexmerge_cli.engine.device import as_tensor
+from flexmerge_cli.stored.packed import Elements, Packed, native_codes
+
+# Elements of a tile: in float32 it stays in the second-level cache between its decoding and its product.
+TILE_ELEMENTS = 1 << 18
+
+# Up to so many rows of x, multiplying by codes beats decoding a tile and multiplying by that.
+FEW_ROWS = 4
+
+_aten = torch.ops.aten
+
+
+class PackedWeight(Tensor):
+    """A weight [m, …] of the dtype that the model computes in."""
+
+    packed: Packed
+
+    @staticmethod
+    def __new__(cls, packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> "PackedWeight":
+        """packed: its rows are the first axis of `shape`."""
+        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made.packed = packed
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            found = product(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
+            args, kwargs = _decoded((args, kwargs or {}))
+            return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in (_aten.detach.default, _aten.alias.default):
+            return cls(args[0].packed, tuple(args[0].shape), args[0].dtype)
+        args, kwargs = _decoded((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def decoded(self) -> Tensor:
+        """The whole weight, in memory of its own."""
+        return self.piece(0, self.packed.matrix[0]).reshape(self.shape)
+
+    def piece(self, first: int, stop: int) -> Tensor:
+        """Rows [first, stop), [stop - first, n]."""
+        return self.gathered(np.arange(first, stop))
+
+    def gathered(self, rows: np.ndarray) -> Tensor:
+        """Rows, [k, n]. Decoded by as many threads as torch uses."""
+        packed = self.packed
+        n = packed.matrix[1]
+        whole = np.empty((len(rows), n), NUMPY[packed.dtype])
+        threads = min(torch.get_num_threads(), len(rows) * n // (TILE_ELEMENTS // 8), len(rows))
+        if threads > 1:
+            cuts = [len(rows) * part // threads for part in range(threads + 1)]
+            pieces = map(slice, cuts[:-1], cuts[1:])
+            list(_pool().map(lambda piece: packed.decode_into(rows[piece], whole[piece]), pieces))
+        else:
+            packed.decode_into(rows, whole)
+        return as_tensor(whole.reshape(-1).view(np.uint8), packed.dtype).reshape(len(rows), n).to(self.dtype)
+
+    def tiles(self) -> "list[tuple[int, int]]":
+        m, n = self.packed.matrix
+        step = max(1, TILE_ELEMENTS // max(1, n))
+        return [(first, min(m, first + step)) for first in range(0, m, step)]
+
+
+def _decoded(arguments: Any) -> Any:
+    return tree_map_only(PackedWeight, lambda held: held.decoded(), arguments)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """x · Wᵀ + bias."""
+    if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or isinstance(bias, PackedWeight):
+        return NotImplemented
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= FEW_ROWS and can_split(weight.packed):
+        found = split_product(rows, weight.packed)
+        found = (found if bias is None else found + bias).to(x.dtype)
+    else:
+        found = rows.new_empty(len(rows), len(weight))
+        for first, stop in weight.tiles():
+            tile, out = weight.piece(first, stop).T, found[:, first:stop]
+            if bias is None:
+                torch.mm(rows, tile, out=out)
+            else:
+                torch.addmm(bias[first:stop], rows, tile, out=out)
+    return found.reshape(*x.shape[:-1], len(weight))
+
+
+def can_split(packed: Packed) -> bool:
+    """Whether a product with it is the sum of products with what it is the sum of."""
+    return packed.masked is None and (not packed.codes or native.decoding is not None)
+
+
+def split_product(x: Tensor, packed: Packed) -> Tensor:
+    """x · Wᵀ in float32 without decoding codes, [k, m]."""
+    m, n = packed.matrix
+    x = x.to(torch.float32).contiguous()
+    found = x.new_zeros(len(x), m)
+    if packed.dense is not None:
+        found = functional.linear(x, _tensor(packed.dense, m, n).to(torch.float32))
+    for look_up in packed.codes:
+        add_codes_product(x, native_codes(look_up), found)
+    if packed.factors is not None:
+        left, right = packed.factors
+        rank = len(right.bits) // n
+        inner = functional.linear(x, _tensor(right, rank, n).to(torch.float32))
+        found += functional.linear(inner, _tensor(left, m, rank).to(torch.float32))
+    if packed.kept is not None:
+        kept = packed.kept
+        values = _tensor(kept.values, 1, len(kept.columns)).to(torch.float32)
+        of_row = torch.repeat_interleave(torch.arange(m), torch.from_numpy(np.diff(kept.starts)))
+        found.index_add_(1, of_row, x[:, torch.from_numpy(kept.columns.astype(np.int64))] * values)
+    return found
+
+
+def add_codes_product(x: Tensor, codes: native.Codes, out: Tensor) -> None:
+    """out += x · Wᵀ; float32 x [k, n] and out [k, m], contiguous. By as many threads as torch uses."""
+    assert native.decoding is not None
+    dot, held, (k, m), n = native.decoding.flexmerge_dot, native.address(codes), out.shape, x.shape[1]
+    threads = min(torch.get_num_threads(), m * n // (TILE_ELEMENTS // 8), m)
+
+    def rows(first: int, stop: int) -> None:
+        dot(held, first, stop - first, n, x.data_ptr(), k, out.data_ptr() + 4 * first, m)
+
+    if threads > 1:
+        cuts = [m * part // threads for part in range(threads + 1)]
+        list(_pool().map(rows, cuts[:-1], cuts[1:]))
+    else:
+        rows(0, m)
+
+
+def _addmm(added: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """bias + x · W, as transformers' Conv1D calls it."""
+    if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or (beta, alpha) != (1, 1):
+        return NotImplemented
+    found = added.expand(len(x), weight.shape[1]).to(torch.float32, copy=True)
+    for first, stop in weight.tiles():
+        tile = weight.piece(first, stop)
+        if x.dtype is torch.float32:
+            found.addmm_(x[:, first:stop], tile)
+        else:
+            found += x[:, first:stop] @ tile
+    return found.to(x.dtype)
+
+
+def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
+    def product(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:  # fmt: skip
+        if not isinstance(weight, PackedWeight) or groups != 1 or not _is_plain(x, weight):
+            return NotImplemented
+        return torch.cat(
+            [
+                convolve(
+                    x, weight.piece(first, stop).reshape(-1, *weight.shape[1:]),
+                    None if bias is None else bias[first:stop], stride, padding, dilation,
+                )
+                for first, stop in weight.tiles()
+            ],
+            dim=x.dim() - weight.dim() + 1,
+        )  # fmt: skip
+
+    return product
+
+
+def _embedding(
+    ids: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, *_: Any, **__: Any
+) -> Any:
+    """Decodes the rows that are asked for, each once."""
+    if not isinstance(weight, PackedWeight) or max_norm is not None:
+        return NotImplemented
+    rows, places = torch.unique(ids, return_inverse=True)
+    if rows.numel() and not (int(rows[0]) >= 0 and int(rows[-1]) < len(weight)):
+        raise IndexError(f"an index of an embedding is outside of its {len(weight)} rows")
+    return weight.gathered(rows.numpy())[places]
+
+
+def _item(weight: Tensor, index: Any) -> Any:
+    if not isinstance(weight, PackedWeight) or not isinstance(index, (slice, Tensor)) or weight.dim() != 2:
+        return NotImplemented
+    rows = torch.arange(len(weight))[index]
+    return weight.gathered(rows.reshape(-1).numpy()).reshape(*rows.shape, weight.shape[1])
+
+
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    functional.linear: _linear,
+    torch.addmm: _addmm,
+    functional.conv1d: _convolution(functional.conv1d),
+    functional.conv2d: _convolution(functional.conv2d),
+    functional.embedding: _embedding,
+    Tensor.__getitem__: _item,
+}
+
+
+def _is_plain(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether our products apply. What needs a gradient, or would raise for its dtype or device, goes to torch."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    return not needs_gradient and x.dtype == weight.dtype and x.device.type == "cpu" and type(x) is not PackedWeight
+
+
+def _tensor(part: Elements, m: int, n: int) -> Tensor:
+    """The same memory."""
+    return as_tensor(part.bits.view(np.uint8), part.dtype).reshape(m, n)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
