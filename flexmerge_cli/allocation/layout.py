@@ -72,7 +72,11 @@ class BundleLayout:
     def total_bytes(self) -> int:
         """Every byte on disk: what a byte target counts."""
         rest = sum(file.num_bytes for file in self.files) + sum(file.num_bytes for file in self.small)
-        return rest + len(canonical(self._frame(Measured()))) + self.entry_bytes
+        return rest + self.num_manifest_bytes
+
+    @cached_property
+    def num_manifest_bytes(self) -> int:
+        return len(canonical(self._frame(Measured()))) + self.entry_bytes
 
     def manifest(self, measured: Measured) -> bytes:
         units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]

@@ -162,12 +162,8 @@ class Bundle(Routes):
             self.files.hold(self._weight_files(task))
 
     def _bad_files(self, tasks: Collection[str]) -> dict[str, FlexmergeError]:
-        entries, readers = self.manifest.files, set(tasks)
-        return {
-            name: error
-            for name, error in self._problems.items()
-            if name in entries and readers & set(entries[name].tasks)
-        }
+        names = {name for task in tasks for name in self.manifest.tasks[task].files if name in self._problems}
+        return {name: self._problems[name] for name in sorted(names)}
 
     @property
     def _on_disk(self) -> BundleFiles:
@@ -183,7 +179,7 @@ class Bundle(Routes):
     def route(self, task: str) -> list[str]:
         """Weight files that a task reads."""
         self.check_task(task)
-        return [name for name in self.parts if task in self.manifest.files[name].tasks]
+        return [name for name in self.manifest.tasks[task].files if name in self.parts]
 
     def tensors_of(self, task: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Own name -> (dtype, shape), in the order of the base's files."""
@@ -244,8 +240,9 @@ def _look(
     """Headers and sizes of the files of these tasks, and what is wrong with which."""
     files, problems = BundleFiles(path, manifest.files, verify=verify), dict[str, FlexmergeError]()
     parts: dict[str, Mapping[str, StoredTensor]] = {}
+    wanted = set(tasks)
     for name, entry in manifest.files.items():
-        if not set(tasks) & set(entry.tasks):
+        if wanted.isdisjoint(entry.tasks):
             continue
         try:
             if name not in remote:

@@ -28,6 +28,8 @@ class Routes:
     """File -> part name -> where it lies."""
     _units: dict[str, UnitEntry] = field(init=False)
     _tensors: dict[str, TensorEntry] = field(init=False)
+    _entries: dict[str, list[TensorEntry]] = field(init=False)
+    """By task: of its tensors and rows, in the manifest's order."""
     _rows: dict[tuple[str, str], RowsEntry] = field(init=False)
     """(task, aligned name) of tensors that are put together from rows."""
     _dense: dict[str, dict[str, StoredTensor]] = field(init=False)
@@ -37,15 +39,23 @@ class Routes:
 
     def __post_init__(self) -> None:
         manifest = self.manifest
+        tensors = {tensor.name: tensor for tensor in manifest.stored}
+        entries: dict[str, list[TensorEntry]] = {task: [] for task in manifest.tasks}
+        for entry in manifest.stored:
+            for task in entry.digests:
+                entries[task].append(entry)
         dense: dict[str, dict[str, StoredTensor]] = {task: {} for task in manifest.tasks}
         parts = {task: RouteParts(self.path, task) for task in manifest.tasks}
         for name, found in self.parts.items():
             readers = manifest.files[name].tasks
             names = manifest.tasks[readers[0]].names  # dense parts have the names of the first reader
+            aligned = {own: name for name, own in names.items()}
             plain = {
-                tensor.name: found[own]
-                for tensor in manifest.stored
-                if readers[0] in tensor.digests and (own := names.get(tensor.name, tensor.name)) in found
+                tensor.name: part
+                for own, part in found.items()
+                if (tensor := tensors.get(aligned.get(own, own))) is not None
+                and readers[0] in tensor.digests
+                and names.get(tensor.name, tensor.name) == own
             }
             for task in readers:
                 dense[task] |= plain
@@ -57,7 +67,8 @@ class Routes:
             for name in vocabulary.tensors
         }
         object.__setattr__(self, "_units", {name: unit for unit in manifest.units for name in unit.tensors})
-        object.__setattr__(self, "_tensors", {tensor.name: tensor for tensor in manifest.stored})
+        object.__setattr__(self, "_tensors", tensors)
+        object.__setattr__(self, "_entries", entries)
         object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_dense", dense)
         object.__setattr__(self, "_parts", parts)
@@ -141,9 +152,8 @@ class Routes:
 
     def check_route(self, task: str) -> None:
         """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""
-        for tensor in self.manifest.stored:
-            is_own = tensor.of is None and task in tensor.digests
-            if is_own and not self.stored_as(task, tensor.name).fits(self._parts[task]):
+        for tensor in self._entries[task]:
+            if tensor.of is None and not self.stored_as(task, tensor.name).fits(self._parts[task]):
                 raise DataError(
                     f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
                     hint="fetch it again",

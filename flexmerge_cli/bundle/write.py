@@ -9,13 +9,13 @@ import torch
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
 from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output
-from flexmerge_cli.errors import DataError, IntegrityError
+from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.writing import no_space
 
@@ -25,6 +25,11 @@ COPY_BYTES = 4 << 20
 def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
     """What can be refused before a weight is read: a taken or unwritable place, a full disk."""
     check_target(target, force=force, ours=bundle_files)
+    if layout.num_manifest_bytes > MAX_MANIFEST_BYTES:
+        raise UsageError(
+            f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
+            hint="make several bundles of fewer tasks",
+        )
     free = shutil.disk_usage(target.absolute().parent).free
     if free < layout.total_bytes:
         raise no_space(target, layout.total_bytes)

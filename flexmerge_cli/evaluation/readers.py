@@ -25,6 +25,7 @@ import xxhash
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.evaluation.loading import require
+from flexmerge_cli.regular_file import read_file
 
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -34,6 +35,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 DATA_EXTRA = "flexmerge-cli[data]"
 MAX_FIELD = 16 << 20  # characters of one value of a .csv
+MAX_TEXT_BYTES = 256 << 20  # of .jsonl, .json, .csv and .tsv, which are read whole and take some ten times as much
 
 
 # Of bytes that are no sound .npz: zipfile's BadZipFile, and NotImplementedError for what it does not unpack; zlib's
@@ -76,7 +78,7 @@ def open_source(path: Path, kind: str, split: str | None) -> Source:
 
 
 def _jsonl(path: Path) -> Source:
-    data = path.read_bytes()
+    data = read_file(path, MAX_TEXT_BYTES, "a table in text")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -110,7 +112,7 @@ def _json(text: str, path: Path, line: int) -> Any:
 
 def _csv(path: Path) -> Source:
     csv.field_size_limit(MAX_FIELD)
-    data = path.read_bytes()
+    data = read_file(path, MAX_TEXT_BYTES, "a table in text")
     try:
         lines = data.decode("utf-8-sig").splitlines(keepends=True)
         rows = list(csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True))

@@ -175,14 +175,18 @@ def _in_order(paths: Iterable[str], rank: Mapping[str, int]) -> list[str]:
             first_below = first_below if _is_digits(segment) else rank.get(segment, first_below)
             place[node] = min(place.get(node, unknown), first_below)
 
+    naturals = {segment: _natural(segment) for segment in {segment for _, segment in nodes}}
+
     def key(path: str) -> list[tuple[object, ...]]:
-        return [(-1 if _is_digits(segment) else place[node], _natural(segment)) for segment, node in trails[path]]
+        return [(-1 if _is_digits(segment) else place[node], naturals[segment]) for segment, node in trails[path]]
 
     return sorted(trails, key=key)
 
 
 def _natural(text: str) -> tuple[object, ...]:
     """Runs of digits compare as integers, of any length; `01` and `1` by their text."""
+    if text.isalpha():
+        return (text, 0, "", text)
     runs = re.split(r"([0-9]+)", text)
     numbers = [run.lstrip("0") for run in runs[1::2]]
     return (*(x for run, number in zip(runs[::2], [*numbers, ""]) for x in (run, len(number), number)), text)

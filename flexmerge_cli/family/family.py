@@ -21,6 +21,7 @@ from flexmerge_cli.family.spelling import model_types
 
 # What bundles call the parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
+MAX_TASKS = 4096  # A plan's order and Gram matrices take memory by the square.
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -109,7 +110,12 @@ def are_task_names(names: Sequence[str]) -> bool:
 
 
 def check_task_names(names: Sequence[str]) -> None:
-    """Raise UsageError for a name that is not a valid file name on every system, or that two tasks have."""
+    """Raise UsageError for a name that is not a valid file name on every system, or that two tasks have.
+
+    Also for more names than MAX_TASKS.
+    """
+    if len(names) > MAX_TASKS:
+        raise UsageError(f"{len(names):,} tasks, more than {MAX_TASKS:,}", hint="make several bundles")
     seen: dict[str, str] = {}
     for name in names:
         if not _is_task_name(name):

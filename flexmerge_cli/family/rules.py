@@ -37,6 +37,7 @@ MAX_CHOICES = 20_000
 # `rules`, rule, `match`, pattern: 4 levels. PyYAML recurses.
 MAX_DEPTH = 8
 
+START = r"(?:\A|(?<=\.))"
 NUMBERED = r"(?:[^.]*_)?[0-9]+"
 SPECIAL = set(".|<>*")
 
@@ -59,9 +60,13 @@ class Rules:
     """Rules in file order. A rule with several patterns appears once per pattern."""
     rank: Mapping[str, int]
     """Maps each word to its position in the file."""
+    any_rule: re.Pattern[str]
+    """Matches the names that some rule matches: a name that none does costs one search."""
 
     def block_of(self, name: str) -> str | None:
         """The block of a tensor's name by the first rule that matches; None if none does."""
+        if not self.any_rule.search(name):
+            return None
         for rule in self.rules:
             if found := rule.pattern.search(name):
                 kept = name[: found.end("kept")]
@@ -130,7 +135,10 @@ class _Parser:
                 self.place(itertools.chain.from_iterable(self.words.values()))
             else:
                 rules += [rule for item in self.items(node, "`rules`") for rule in self.rule(item)]
-        return Rules(rules=tuple(rules), rank=self.rank)
+        every = "|".join(
+            dict.fromkeys(rule.pattern.pattern.removeprefix(START).replace("?P<kept>", "?:") for rule in rules)
+        )
+        return Rules(rules=tuple(rules), rank=self.rank, any_rule=re.compile(f"{START}(?:{every})"))
 
     def compose(self, text: str) -> yaml.Node:
         depth, line = 0, 1
@@ -178,7 +186,7 @@ class _Parser:
         dot = re.escape(".")
         head, tail = dot.join(segments[:kept]), dot.join(segments[kept:])
         between = dot if head and tail else ""
-        expression = rf"(?:\A|(?<=\.))(?P<kept>{head}){between}{tail}(?=\.|\Z)"
+        expression = rf"{START}(?P<kept>{head}){between}{tail}(?=\.|\Z)"
         return Rule(pattern=re.compile(expression), rename=rename)
 
     def segment(self, node: yaml.Node, text: str) -> str:

@@ -204,8 +204,12 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"`{path}` is read by a task that is not there")
         if folder == "tasks" and (len(below) < 2 or file.tasks != (below[0],)):
             raise ValueError(f"`{path}` is not a file of its task")
+    read_by: dict[str, set[str]] = {name: set() for name in tasks}
+    for path, file in manifest.files.items():
+        for name in file.tasks:
+            read_by[name].add(path)
     for name, task in manifest.tasks.items():
-        if set(task.files) != {path for path, file in manifest.files.items() if name in file.tasks}:
+        if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     if len(tensors) < len(manifest.stored):
@@ -231,19 +235,23 @@ def _check(manifest: Manifest) -> None:
             )
         ):
             raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
-    for name, task in manifest.tasks.items():
-        own = [task.names.get(tensor.name, tensor.name) for tensor in manifest.tensors if name in tensor.digests]
-        if len(set(own)) < len(own):
-            raise ValueError(f"two tensors of task `{name}` have one name")
+    own_names: dict[str, set[str]] = {name: set() for name in tasks}
+    for tensor in manifest.tensors:
+        for name in tensor.digests:
+            own = manifest.tasks[name].names.get(tensor.name, tensor.name)
+            if own in own_names[name]:
+                raise ValueError(f"two tensors of task `{name}` have one name")
+            own_names[name].add(own)
+    in_bundle = {tensor.name: tensor for tensor in manifest.tensors}
     for name, task in manifest.tasks.items():
         if task.adapter is not None:
-            _check_adapter(manifest, name, task.adapter)
+            _check_adapter(manifest, name, task.adapter, in_bundle)
     in_units = [name for unit in manifest.units for name in unit.tensors]
     if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
         raise ValueError("units do not hold tensors of the bundle, each once at most")
+    merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
     for unit in manifest.units:
         members = [task for group in unit.groups for task in group.tasks]
-        merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
         if len(set(members)) < len(members) or not set(members) <= merging:
             raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
         if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
@@ -286,14 +294,13 @@ def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) 
         raise ValueError("the rows of vocabularies are not those that are stored")
 
 
-def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry) -> None:
+def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry, tensors: Mapping[str, TensorEntry]) -> None:
     file = manifest.files.get(f"tasks/{name}/{adapter.weights}")
     if file is None:
         raise ValueError(f"adapter `{name}` has no weights")
-    tensors = {tensor.name: tensor for tensor in manifest.tensors if name in tensor.digests}
-    if not set(adapter.changes) <= set(tensors):
-        raise ValueError(f"adapter `{name}` changes a tensor that is not there")
     for key, change in adapter.changes.items():
+        if key not in tensors or name not in tensors[key].digests:
+            raise ValueError(f"adapter `{name}` changes a tensor that is not there")
         change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)
 
 

@@ -29,7 +29,7 @@ from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.family.family import MAX_TASKS, are_task_names
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_records import (
     PlanBase,
@@ -209,6 +209,8 @@ def _check(plan: Plan) -> None:
     in_order = list(plan.task_names) == sorted(set(plan.task_names)) and kept == sorted(set(kept))
     if len(set(names)) < len(names) or not in_order or not count + len(kept):
         raise ValueError("tensors or tasks are not unique, or out of order")
+    if len(plan.reader_names) > MAX_TASKS:
+        raise ValueError(f"{len(plan.reader_names):,} tasks, and no more than {MAX_TASKS:,} can be compared")
     if not are_task_names(plan.reader_names):
         raise ValueError("a task has a name that cannot be a task's")  # it becomes a folder
     in_blocks = [name for block in plan.blocks for name in block.tensors]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from flexmerge_cli import open_bundle, verify
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import DataError, FlexmergeError
 
-from ..families import assert_same_state
+from ..families import assert_same_state, plain, write_family
 from ..hostile import SLOW_FILES, json_values, mutations
-from ..program import fails, flexmerge, tree
+from ..program import fails, flexmerge, succeeds, tree
 from .bundles import copy, manifest_of, reads_or_says_why, seal, seal_file
 
 
@@ -104,6 +105,35 @@ def test_links_within_a_bundle_and_into_the_hubs_blobs_are_followed(merged, tmp_
         path.symlink_to(os.path.relpath(repository / "blobs" / str(number), path.parent))
     assert verify(snapshot, decode=True).bad == {}
     assert_same_state(open_bundle(snapshot).view("task1"), open_bundle(merged).view("task1"))
+
+
+def large(fields, count):
+    """As many tasks as files and tensors, each of one task."""
+    task = {"source": "", "fingerprint": "0" * 32, "exact": True, "distance": None, "names": {}}
+    file, tensor = {"bytes": 0, "sha256": "0" * 64}, {"class": "private", "dtype": "F32", "shape": []}
+    tasks = {f"{number}": task | {"files": [f"weights/{number}.safetensors"]} for number in range(count)}
+    files = {f"weights/{number}.safetensors": file | {"tasks": [f"{number}"]} for number in range(count)}
+    tensors = [tensor | {"name": f"t{number}", "digests": {f"{number}": "0" * 32}} for number in range(count)]
+    return fields | {"tasks": tasks, "files": files, "tensors": tensors, "units": []}
+
+
+def test_reading_takes_time_by_the_size_of_the_manifest_alone(merged, tmp_path):
+    """It went through all files and all tensors for each task: 1.7 MB took two minutes."""
+    bundle, seconds = copy(merged, tmp_path / "bundle"), []
+    for count in (400, 2000):
+        seal(bundle, large(manifest_of(bundle), count))
+        begun = time.process_time()
+        assert not Bundle.look(bundle).sound_tasks
+        seconds.append(time.process_time() - begun)
+    assert seconds[1] < 12 * seconds[0]  # by the square it would be 25
+
+
+def test_a_manifest_that_no_reader_takes_is_not_written(tmp_path, monkeypatch):
+    folders = write_family(tmp_path, plain(num_tasks=2))
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    monkeypatch.setattr("flexmerge_cli.bundle.write.MAX_MANIFEST_BYTES", 1000)
+    fails(2, "merge", tmp_path / "plan.json", "-o", tmp_path / "b", says="the manifest would have")
+    assert not (tmp_path / "b").exists()
 
 
 def change(fields, **of_tensor):

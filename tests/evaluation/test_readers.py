@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexmerge_cli.errors import DataError, FlexmergeError, UsageError
+from flexmerge_cli.evaluation import readers
 from flexmerge_cli.evaluation.data import Column, read_table
 from flexmerge_cli.evaluation.readers import guess_format, open_source
 
@@ -142,6 +143,14 @@ def test_a_malformed_file_is_told(tmp_path, name, data, said):
     with pytest.raises(DataError) as raised:
         table(tmp_path, name)
     assert said in raised.value.message and name in raised.value.message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.json"])
+def test_a_table_in_text_that_is_too_large_is_not_read(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 10)
+    (tmp_path / name).write_text("[" + " " * 10)
+    with pytest.raises(DataError, match="11 bytes"):
+        open_source(tmp_path / name, guess_format(tmp_path / name), None)
 
 
 def test_nothing_is_unpickled(tmp_path):
