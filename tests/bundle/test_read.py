@@ -42,9 +42,7 @@ def test_a_manifest_that_points_outside_is_refused(path, merged, tmp_path):
         verify(bundle)
 
 
-@pytest.mark.parametrize(
-    "path", ["tasks/task0/../../../../x", "tasks/task0/a/b", "tasks/task1/config.json", "tasks/x/y", "tasks/y"]
-)
+@pytest.mark.parametrize("path", ["tasks/task0/../../../../x", "tasks/task1/config.json", "tasks/x/y", "tasks/y"])
 def test_files_of_a_task_lie_in_its_folder(path, merged, tmp_path):
     """What `export` copies is named by the manifest."""
     bundle = copy(merged, tmp_path / "b")
