@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flexmerge_cli.checkpoint.choose import weight_files
+from flexmerge_cli.checkpoint.foreign import of_files, shards
 
 MODEL_FILE = re.compile(
     r"(adapter_|generation_|preprocessor_|processor_)?config\.json|model_index\.json|.*\.index\.json"
@@ -40,11 +41,16 @@ class Candidates:
 
 def why_unfinished(inside: Sequence[str]) -> str | None:
     """Why a folder without usable weights should hold a model; None if nothing suggests it."""
-    if several := weight_files([name for name in inside if "/" not in name]):
+    names = [name for name in inside if "/" not in name]
+    if (found_shards := shards(names)) is not None:
+        return f"holds {found_shards[0]} of {found_shards[1]} shards, and no index of them"
+    if several := weight_files(names):
         return f"holds {', '.join(several[:3])}, and it is unclear which of them is the model"
     split = [name.partition("/") for name in inside]
     deeper = [folder for folder, slash, rest in split if slash and (STEP.fullmatch(folder) or weight_files([rest]))]
     if deeper:
         return f"has no weights of its own; look in {sorted(deeper)[0]}/"
+    if (known := of_files([*names, *sorted({folder for folder, slash, _ in split if slash})])) is not None:
+        return f"is {known[1].what} (it holds {known[0]})"
     found = sorted(name for name in inside if MODEL_FILE.fullmatch(name))
     return f"holds {found[0]} and no weights" if found else None

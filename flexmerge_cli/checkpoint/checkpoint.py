@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES, variants
-from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left
+from flexmerge_cli.checkpoint.choose import ADAPTER_FILES, WEIGHT_FILES, WEIGHT_SUFFIXES, variants
+from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left, is_portable
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, inside
 from flexmerge_cli.checkpoint.parts import part_of, stem_of
 from flexmerge_cli.checkpoint.pickles import read_pickle
@@ -32,7 +33,7 @@ from flexmerge_cli.text import expanded, is_text
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 32 << 20
-MAX_NAME_BYTES = 255  # the usual limit of a file name
+MAX_ABSENT = 0.1  # of the tensors that an index lists, such as a layer that was taken out
 HEADERS_AT_ONCE = 8
 
 Source = TypeVar("Source")
@@ -171,14 +172,21 @@ def _open_folder(
     if file is not None:
         path = folder.path / file
         if not file.endswith(WEIGHT_SUFFIXES):
+            if (known := foreign.of_files([file])) is not None:
+                raise SourceError(f"{path} is {known[1].what}", hint=known[1].hint)
             raise SourceError(
                 f"{path} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
                 hint="give a checkpoint folder or a weight file",
             )
-        tensors, read = _read(folder, file)
+        if (part := foreign.shards([file])) is not None:
+            raise UsageError(
+                f"{path} is one of the {part[1]} shards of a model", hint="give the folder that holds them"
+            )
+        tensors, read, _ = _read(folder, file)
         return _checkpoint(source, path, folder, access, tensors, read)
     found = _contents(source, folder, access)
     parts: dict[str, str] = {}
+    odd: list[str] = []
     for name, weights in found.weights.items():
         if weights in read:
             continue  # the source's own index names it as a shard
@@ -197,6 +205,7 @@ def _open_folder(
                     f"{folder.path / weights}: tensor `{inner}` is called like one of a subfolder", hint="rename it"
                 )
         read |= {prefix + file for file in own[1]}
+        odd += own[2]
         parts |= {name: stem_of(weights)} if name else {}
     checkpoint = _checkpoint(source, folder.path, folder, access, tensors, read)
     left = {kind: tuple(name for name in names if name not in read) for kind, names in found.left().items()}
@@ -205,6 +214,7 @@ def _open_folder(
         wanted = tuple(sorted((*found.side, *left.pop("code", ()))))
     carried = [name for name in wanted if folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES]
     left["other"] = (*left.get("other", ()), *(name for name in wanted if name not in carried))
+    left["index"] = tuple(odd)
     if side_files or isinstance(folder, LocalFolder):
         folder.bring(carried)
     return replace(
@@ -251,22 +261,44 @@ def _contents(source: str, folder: Folder, access: Access) -> Contents:
         access.variant in variants([name.rpartition("/")[2]]) for name in found.weights.values()
     ):
         access.on_message(f"{source} has no variant {access.variant}: using its plain weights")
+    if found.weights.get("") in ADAPTER_FILES:
+        found = _beside_adapter(folder, found)
     return replace(found, other=(*found.other, *irregular))
 
 
-def _read_part(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str]]:
-    """The tensors of one folder, and the files that hold them."""
+def _beside_adapter(folder: Folder, found: Contents) -> Contents:
+    """What else there is beside an adapter: PPO's value head. Raises UsageError for the weights of a whole model."""
+    others = [name for name in (*found.copies, *found.indices) if name in WEIGHT_FILES and name not in ADAPTER_FILES]
+    for name in others:
+        if name in found.indices or not all(own.startswith("v_head.") for own in _read_file(folder, name)):
+            raise UsageError(
+                f"{folder.path} holds an adapter ({found.weights['']}) and the weights of a model ({name})",
+                hint="move one of them to a folder of its own",
+            )
+    copies = tuple(name for name in found.copies if name not in others)
+    return replace(found, copies=copies, value_heads=tuple(others))
+
+
+def _read_part(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
+    """The tensors of one folder, the files that hold them, and what is odd about their index."""
     if scheme := by_config(_read_config(folder)):
         raise DataError(f"{folder.path} is quantised: its config.json says {scheme}", hint=HINT)
     return _read(folder, weights)
 
 
-def _read(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str]]:
+def _read(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
     """weights: a file, or the index of shards."""
-    tensors = _read_index(folder, weights) if weights.endswith(".json") else _read_file(folder, weights)
+    odd: list[str] = []
+    if weights.endswith(".json"):
+        tensors, odd = _read_index(folder, weights)
+    else:
+        tensors = _read_file(folder, weights)
     if shown := by_names(tensors):
         raise DataError(f"{folder.path} is quantised by {shown[0]}: it holds `{shown[1]}`", hint=HINT)
-    return tensors, {tensor.path.relative_to(folder.path).as_posix() for tensor in tensors.values()}
+    other = None if weights in ADAPTER_FILES else foreign.of_tensors(tensors)
+    if other is not None:
+        raise DataError(f"{folder.path / weights} is {other[0]}: it holds `{other[1]}`", hint=other[2])
+    return tensors, {tensor.path.relative_to(folder.path).as_posix() for tensor in tensors.values()}, odd
 
 
 def _streamed(
@@ -315,54 +347,57 @@ def _read_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_index(folder: Folder, name: str) -> dict[str, StoredTensor]:
-    """Tensors of a sharded checkpoint. Checks that every shard exists and holds the tensors that the index lists."""
+def _read_index(folder: Folder, name: str) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Tensors of a sharded checkpoint, and where the index and its shards differ.
+
+    As transformers loads it: a shard may lie in a subfolder, and hold tensors that the index does not list. Where the
+    index names another shard for a tensor, it decides between two copies.
+    """
     index = folder.local(name)
-    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = _weight_map(folder, name)
+    if not weight_map:
         raise DataError(f"{index} has no `weight_map`", hint="get a sound copy of the file")
-    problems, there = [], []
-    for shard in sorted({str(value) for value in weight_map.values()}):
-        if not _is_file_name(shard):
+    names = sorted(set(weight_map.values()))
+    for shard in names:
+        if not is_portable(shard):
             raise DataError(
                 f"{index} points outside its folder: `{shard[:200]}`",
                 hint="do not use this checkpoint: it may be hostile",
             )
-        if not folder.is_file(shard):
-            problems.append(f"shard {shard} is missing")
-        else:
-            there.append(shard)
-    waits = any(folder.remote(shard) is not None for shard in there)
-    shards = dict(zip(there, _each(lambda shard: _read_file(folder, shard), there, waits=waits)))
-    tensors = {}
-    for tensor_name, shard in sorted(weight_map.items(), key=lambda item: str(item[1])):
-        if str(shard) in shards and tensor_name not in shards[str(shard)]:
-            problems.append(f"tensor `{tensor_name}` is not in {shard}")
-    for shard, found in shards.items():
+    if missing := [f"shard {shard} is missing" for shard in names if not folder.is_file(shard)]:
+        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(missing[:20]))
+    waits = any(folder.remote(shard) is not None for shard in names)
+    tensors: dict[str, StoredTensor] = {}
+    odd = []
+    for shard, found in zip(names, _each(lambda shard: _read_file(folder, shard), names, waits=waits)):
         for tensor_name, tensor in found.items():
-            if weight_map.get(tensor_name) == shard:
+            is_named = weight_map.get(tensor_name) == shard
+            if tensor_name in tensors:
+                other = tensors[tensor_name].path.name if is_named else shard
+                odd.append(f"another copy of `{tensor_name}` in {other}")
+            if is_named or tensor_name not in tensors:
                 tensors[tensor_name] = tensor
-            else:
-                said = weight_map.get(tensor_name)
-                problems.append(f"tensor `{tensor_name}` of {shard} is not where the index says ({said})")
-    if problems:
-        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(problems[:20]))
-    return tensors
+    absent = [listed for listed in weight_map if listed not in tensors]
+    if len(absent) > MAX_ABSENT * len(weight_map):
+        shown = [f"tensor `{listed}` is in none of them" for listed in absent[:20]]
+        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(shown))
+    return tensors, odd + [f"`{listed}`, which no shard holds" for listed in absent]
+
+
+def _weight_map(folder: Folder, index: str) -> dict[str, str]:
+    """Tensor -> shard, without `./` in front; empty if there is none."""
+    found = read_json(folder.local(index), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict):
+        return {}
+    return {tensor: str(PurePosixPath(str(shard))) if str(shard) else "" for tensor, shard in found.items()}
 
 
 def missing_shards(folder: Folder, weights: str) -> list[str]:
     """The missing shards that an index names; none for a single file."""
     if not weights.endswith(".json"):
         return []
-    weight_map = read_json(folder.local(weights), MAX_INDEX_BYTES).get("weight_map")
-    shards = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
-    return [shard for shard in dict.fromkeys(shards) if not _is_file_name(shard) or not folder.is_file(shard)]
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether it names a file directly in the folder, on every file system."""
-    plain = PurePosixPath(name).name == name and name not in ("", "..") and "\\" not in name
-    return plain and is_text(name) and len(name.encode()) <= MAX_NAME_BYTES
+    shards = sorted(set(_weight_map(folder, weights).values()))
+    return [shard for shard in shards if not is_portable(shard) or not folder.is_file(shard)]
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:
@@ -375,6 +410,8 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
     try:
         value = parse_json(data)
     except ValueError as error:
+        if found := foreign.of_bytes(data[: foreign.HEAD_BYTES]):
+            raise DataError(f"{path} is {found.what}", hint=found.hint) from None
         raise DataError(f"{path} is not valid JSON: {error}", hint="get a sound copy of the file") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} is not a JSON object", hint="get a sound copy of the file")

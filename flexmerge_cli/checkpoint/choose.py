@@ -8,7 +8,9 @@ variant (`model.fp16.safetensors`) is taken if there is exactly one, else a sing
 import re
 from collections.abc import Sequence
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+from flexmerge_cli.checkpoint.foreign import shards
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # In order of preference: transformers and timm, open_clip, diffusers, last peft; one file, or an index of shards.
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors",
@@ -17,8 +19,9 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
     "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
+ADAPTER_FILES = WEIGHT_FILES[-2:]
 # Files that training leaves beside a model: the state of the optimiser, not weights.
-NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state)[^/]*")
+NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state|openvino_model)[^/]*")
 VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # not the number of a shard
 INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
 NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of names that are known without them
@@ -33,13 +36,15 @@ def choose_weights(names: Sequence[str], variant: str | None = None) -> str | No
     if variant is not None and variant in found:
         return found[variant][0]
     plain = [name for name in WEIGHT_FILES if name in names]
+    if "adapter_config.json" in names and plain and plain[-1] in ADAPTER_FILES:
+        return next(name for name in plain if name in ADAPTER_FILES)
     if plain:
         return plain[0]
     if found:
         return next(iter(found.values()))[0] if len(found) == 1 and variant is None else None
-    for suffix in (".safetensors", ".pt", ".pth", ".bin"):
+    for suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
         lone = [name for name in weight_files(names) if name.endswith(suffix)]
-        if len(lone) == 1 and "adapter" not in lone[0]:
+        if len(lone) == 1 and "adapter" not in lone[0] and shards(lone) is None:
             return lone[0]
     return None
 

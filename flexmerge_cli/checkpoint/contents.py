@@ -18,9 +18,9 @@ COMPOSITES = (PIPELINE, MODULES, "router_config.json")
 # What makes weights usable: config, tokenizer, processor, licence.
 SIDE_SUFFIXES = (
     ".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml", ".codes", ".bpe", ".vocab",
-    ".tokenizer",
+    ".tokenizer", ".dic",
 )  # fmt: skip
-SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY", "vocab", "merges")
 LANGUAGE_MODEL = "language_model"  # of a speech recogniser: n-grams of kenlm, which are no tensors
 
 # What training leaves beside a model, and hidden files.
@@ -36,7 +36,7 @@ TRAINING_FILE = re.compile(
 
 # Files of weights that are not read. Beside weights that are, some are the same model for other programs.
 OTHER_WEIGHTS = (
-    ".h5", ".msgpack", ".ot", ".ckpt", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".keras", ".pdparams", ".nemo",
+    ".h5", ".msgpack", ".ot", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".keras", ".pdparams", ".nemo",
     ".distcp", ".weights", ".params",
 )  # fmt: skip
 CONVERTED_SUFFIXES = (
@@ -67,6 +67,8 @@ class Contents:
     """Python files, carried only where that is asked for."""
     training: tuple[str, ...] = ()
     """Left by training, or hidden."""
+    value_heads: tuple[str, ...] = ()
+    """What PPO leaves beside an adapter."""
     copies: tuple[str, ...] = ()
     """Weights in another form or for another program, and shards: of these, some may be `weights`'s."""
     unclear: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, Checkpoint, read_json
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
@@ -185,6 +186,8 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
         for module, a in a_of.items():
             b = b_of[module]
             rank = a.shape[0] if a.shape else 0
+            if not a.num_elements or not b.num_elements:
+                raise DataError(f"{where}: the factors of `{module}` {foreign.ZERO_3}", hint=foreign.ZERO_3_HINT)
             fits = len(a.shape) >= 2 and len(b.shape) >= 2 and b.shape[1] == rank > 0 and math.prod(b.shape[2:]) == 1
             if not fits or not {a.dtype, b.dtype} <= {"F32", "F16", "BF16", "F64"}:
                 raise DataError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES
 from flexmerge_cli.checkpoint.quantised import HINT, is_fp8
 from flexmerge_cli.checkpoint.remote import RangeFile
@@ -48,7 +49,7 @@ def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, Stored
         except UnsafePickle as error:
             raise DataError(
                 f"{path} is more than weights, and loading it would run code of the file: {error}",
-                hint="convert it to safetensors where it is trusted",
+                hint="convert it to safetensors where it is trusted, e.g., by model.save_pretrained(FOLDER)",
             ) from None
         except Exception as error:  # zipfile may raise anything for a damaged or hostile archive
             raise DataError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}", hint=GET_SOUND) from None
@@ -94,12 +95,18 @@ def _records(path: Path, file: Any) -> dict[str, _Record]:
     """
     size = file.seek(0, 2)
     if not zipfile.is_zipfile(_Bounded(file, size)):
+        file.seek(0)
+        head = file.read(foreign.HEAD_BYTES)
+        if found := foreign.SAFETENSORS if head[8:10] == b'{"' else foreign.of_bytes(head):
+            raise DataError(f"{path} is {found.what}", hint=found.hint)
         raise DataError(
             f"{path} is truncated, or saved by torch older than 1.6: it cannot be memory-mapped",
             hint=f"get a sound copy, or {CONVERT}",
         )
     with zipfile.ZipFile(_Bounded(file, size)) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise DataError(f"{path} is {foreign.TORCHSCRIPT.what}", hint=foreign.TORCHSCRIPT.hint)
         limit = min(size, archive.start_dir)
     if isinstance(file, RangeFile):
         file.prefetch((entry.header_offset, entry.header_offset + LOCAL_HEADER_BYTES) for entry in entries)
@@ -160,14 +167,23 @@ def _unwrap(path: Path, loaded: Any) -> Mapping[str, PickledTensor | OddTensor]:
         if not keys:
             break
         loaded = loaded[keys[0]]
+    if isinstance(loaded, Mapping):
+        # Transformer Engine and Megatron keep None, or bytes, where a module has no state of its own.
+        loaded = {name: value for name, value in loaded.items() if not (_is_extra(name) and value is None)}
     names = list(loaded) if isinstance(loaded, Mapping) else []
-    if not names or not all(isinstance(name, str) and _is_tensor(loaded[name]) for name in names):
+    odd = [name for name in names if not (isinstance(name, str) and _is_tensor(loaded[name]))]
+    if not names or odd:
+        shown = [f"`{name[:100]}` is no tensor" if isinstance(name, str) else "a key is no text" for name in odd[:1]]
         raise DataError(
-            f"{path} holds no state dict (a map of names to tensors)",
+            f"{path} holds no state dict (a map of names to tensors)" + "".join(f": {why}" for why in shown),
             hint=f"save `model.state_dict()` alone, or under one of {', '.join(WRAPPERS)}",
         )
     prefix = "module." if all(name.startswith("module.") for name in names) else ""
     return {name.removeprefix(prefix): loaded[name] for name in names}
+
+
+def _is_extra(name: object) -> bool:
+    return isinstance(name, str) and name.rpartition(".")[2] == "_extra_state"
 
 
 def _is_tensor(value: object) -> bool:

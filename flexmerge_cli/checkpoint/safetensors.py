@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.quantised import HINT, is_fp8
 from flexmerge_cli.checkpoint.remote import RangeFile
@@ -37,9 +38,14 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         prefix = file.read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 0 < header_bytes <= min(size - 8, MAX_HEADER_BYTES):
+            file.seek(0)
+            head = file.read(foreign.HEAD_BYTES)
+            if found := foreign.ZIP if head.startswith(b"PK\3\4") else foreign.of_bytes(head):
+                raise DataError(f"{path} is {found.what}", hint=found.hint)
         if len(prefix) < 8:
             raise DataError(f"{path} is truncated: {size} bytes, a safetensors file has at least 8", hint=BAD_COPY)
-        header_bytes = int.from_bytes(prefix, "little")
         if header_bytes > min(size - 8, MAX_HEADER_BYTES):
             raise DataError(
                 f"{path} is truncated or no safetensors file: its header claims {header_bytes:,} bytes, "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flexmerge_cli.checkpoint.choose import WEIGHT_FILES, variants, weight_files
 from flexmerge_cli.checkpoint.contents import COMPOSITES
+from flexmerge_cli.checkpoint.foreign import SHARD, of_files, shards
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 
 
@@ -31,6 +32,12 @@ def no_weights(source: str, where: str, names: Sequence[str], variant: str | Non
             f"no checkpoint in {where}: it has {indices[0]}, and no subfolder with weights",
             hint="get the whole folder",
         )
+    if (found_shards := shards(files)) is not None:
+        count, total, first = found_shards
+        return SourceError(
+            f"{where} holds {count} of the {total} shards of a model, and no index of their tensors",
+            hint=f"get the whole folder with its index, such as {index_of(first)}",
+        )
     several = [name for name in weight_files(files) if "adapter" not in name]
     if len(several) > 1:
         more = ", …" if len(several) > 5 else ""
@@ -39,10 +46,18 @@ def no_weights(source: str, where: str, names: Sequence[str], variant: str | Non
             "unclear which of them is the model",
             hint=f"name it: {inner(source, several[0])}",
         )
+    if (known := of_files(sorted({name.partition("/")[0] for name in names}))) is not None:
+        return SourceError(f"{where} is {known[1].what}: it holds {known[0]}", hint=known[1].hint)
     return SourceError(
         f"no checkpoint in {where}: it has none of {', '.join(WEIGHT_FILES[:5])}",
         hint="give the folder that holds the weights",
     )
+
+
+def index_of(shard: str) -> str:
+    """The usual name of the index of a shard: model.safetensors.index.json."""
+    match = SHARD.fullmatch(shard)
+    return f"{match[1]}.{match[5]}.index.json" if match else "model.safetensors.index.json"
 
 
 def inner(source: str, name: str) -> str:

@@ -27,8 +27,8 @@ DTYPE = re.compile(r"torch ((?:q?u?int|float|bfloat|complex|bits)\d\w*|bool)")
 STORAGE = re.compile(r"torch(?:\.storage|\.cuda)? (\w+)Storage")
 # Names whose arguments are ignored.
 READ_OVER = re.compile(
-    r"(__builtin__|builtins) (bytearray|set|complex)|_codecs encode|collections Counter|torch (device|per_\w+|Tensor)"
-    r"|torch\.serialization _get_layout"
+    r"(__builtin__|builtins) (bytearray|set|complex)|_codecs encode|collections Counter|_io BytesIO"
+    r"|torch (device|per_\w+|Tensor)|torch\.serialization _get_layout"
 )
 REBUILD = "torch._utils _rebuild_"
 # Constructors of tensors that are not plain arrays in a storage -> the name of the kind.

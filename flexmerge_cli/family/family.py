@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.candidates import Candidates
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
 from flexmerge_cli.checkpoint.rows import Runs
@@ -186,7 +187,9 @@ def make_family(
             "tensors with names that bundles give to parts of one:\n  " + "\n  ".join(taken[:20]), hint="rename them"
         )
     alignments = [aligned_models(base, checkpoint) for checkpoint in checkpoints]
-    _check_architecture(base, dict(zip(names, zip(checkpoints, alignments))))
+    aligned = dict(zip(names, zip(checkpoints, alignments)))
+    _check_elements(base, aligned)
+    _check_architecture(base, aligned)
     own_to_aligned = [alignment.names for alignment in alignments]
     own_names = tuple({aligned: own for own, aligned in names.items()} for names in own_to_aligned)
     others = sorted({aligned for task in own_names for aligned in task} - set(base.tensors))
@@ -234,6 +237,24 @@ def aligned_models(base: Checkpoint, task: Checkpoint) -> Alignment:
         model_types=model_types(base.config, task.config),
         kind=" ".join(word for word in words if isinstance(word, str)),
     )
+
+
+def _check_elements(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:
+    """Raise DataError for tensors that are empty in one model and not in the other."""
+    problems = []
+    for name, (checkpoint, alignment) in tasks.items():
+        for own, tensor in checkpoint.tensors.items():
+            other = base.tensors.get(alignment.names[own])
+            if other is None or (not tensor.num_elements) == (not other.num_elements):
+                continue
+            who, its = (f"task `{name}`", tensor) if not tensor.num_elements else ("the base", other)
+            full = other if its is tensor else tensor
+            problems.append(f"{who}: `{its.name}` {list(its.shape)} ({its.path}), not {list(full.shape)}")
+    if problems:
+        more = f"\n  … {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise DataError(
+            f"tensors that {foreign.ZERO_3}:\n  " + "\n  ".join(problems[:20]) + more, hint=foreign.ZERO_3_HINT
+        )
 
 
 def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:

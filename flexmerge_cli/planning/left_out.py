@@ -14,6 +14,8 @@ SHOWN = 8  # names in a message; the rest is counted
 WHY = {
     "training": "left by training, or hidden",
     "copies": "the same weights in another form",
+    "value_heads": "value heads beside an adapter",
+    "index": "where an index and its shards differ",
     "other": "of no known kind",
     "ignored": "left out by --ignore",
 }
@@ -27,7 +29,7 @@ class LeftOut:
     kind: str
     """See contents.py."""
     files: tuple[str, ...]
-    """Relative paths; of a folder that is left as a whole, its path and a slash."""
+    """Relative paths; of a folder that is left as a whole, its path and a slash. For `index`: tensors, in words."""
 
 
 def check(sources: Iterable[Checkpoint], access: Access) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
@@ -154,8 +154,8 @@ def test_every_missing_shard_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("shard", [
-    "../x.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "./x.safetensors", "a\\b", "x\0y", "\ud800",
-    "x" * 300, "~/x",
+    "../x.safetensors", "/etc/passwd", "a/../../x.safetensors", "..", ".", "", "a\\b", "x\0y", "\ud800",
+    "x" * 300, "C:/x",
 ])  # fmt: skip
 def test_an_index_that_points_outside_its_folder_is_refused(shard, tmp_path):
     save_file({"pooler.dense.weight": normal(0, 8, 8)}, tmp_path / "x.safetensors")
@@ -167,16 +167,51 @@ def test_an_index_that_points_outside_its_folder_is_refused(shard, tmp_path):
         open_checkpoint(str(tmp_path / "inside" if shard.startswith("..") else tmp_path))
 
 
-def test_tensors_that_are_elsewhere_than_the_index_says_are_named(tmp_path):
-    def change(index):
-        index["weight_map"]["not.there"] = "model-00001-of-00003.safetensors"
-        index["weight_map"].pop("pooler.dense.weight")
+def test_shards_in_a_subfolder_of_the_folder_are_read_and_links_out_of_it_are_not(tmp_path):
+    index = sharded(tmp_path / "model")
+    shards = tmp_path / "model/shards"
+    shards.mkdir()
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        shard.rename(shards / shard.name)
+    written = json.loads(index.read_text())
+    written["weight_map"] = {name: f"./shards/{shard}" for name, shard in written["weight_map"].items()}
+    written["metadata"] = {"total_size": 1}
+    index.write_text(json.dumps(written))
+    found = open_checkpoint(str(tmp_path / "model"))
+    assert set(found.tensors) == set(STATE) and set(found.weight_bytes) == set(shards.iterdir())
+    assert not found.ignored
+    shards.rename(tmp_path / "outside")
+    shards.symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match="outside its folder"):
+        open_checkpoint(str(tmp_path / "model"))
 
-    sharded(tmp_path, change)
-    with pytest.raises(DataError) as raised:
+
+def test_an_index_is_read_as_transformers_reads_it_and_what_is_odd_is_named(tmp_path):
+    """Listed and nowhere, not listed, listed for another shard, and in two shards, of which the index names one."""
+    first, last = tmp_path / "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
+
+    def change(index):
+        places = index["weight_map"]
+        places["not.there"] = first.name
+        places.pop("pooler.dense.weight")
+        moved = next(name for name, shard in places.items() if shard == last and name != "not.there")
+        places[moved] = first.name
+
+    index = sharded(tmp_path, change)
+    places = json.loads(index.read_text())["weight_map"]
+    twice = next(name for name, shard in places.items() if shard == "model-00002-of-00003.safetensors")
+    save_file(load_file(first) | {twice: normal(7, *STATE[twice].shape)}, first)
+    found = open_checkpoint(str(tmp_path))
+    assert set(found.tensors) == set(STATE)
+    assert found.tensors[twice].path.name == places[twice]
+    assert found.ignored == ("`not.there`, which no shard holds", f"another copy of `{twice}` in {first.name}")
+
+
+def test_an_index_of_which_much_is_nowhere_is_refused(tmp_path):
+    gone = {f"gone.{n}": "model-00001-of-00003.safetensors" for n in range(9)}
+    sharded(tmp_path, lambda index: index["weight_map"].update(gone))
+    with pytest.raises(DataError, match=r"`gone\.0` is in none of them"):
         open_checkpoint(str(tmp_path))
-    assert "tensor `not.there` is not in model-00001-of-00003.safetensors" in raised.value.message
-    assert "tensor `pooler.dense.weight` of model-0000" in raised.value.message
 
 
 @pytest.mark.parametrize(
