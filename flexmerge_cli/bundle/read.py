@@ -20,10 +20,8 @@ from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
 from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.stored.decoding import ALL
-from flexmerge_cli.stored.joined import join
 
 WEIGHTS = "weights/"
 MAX_LOOKS = 5
@@ -198,16 +196,12 @@ class Bundle(Routes):
         have in common.
         Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
         """
-        rows = self._rows.get((task, aligned))
-        if rows is None:
-            return self.stored(task, aligned, shared=shared)
-        own = self.stored(task, f"{self._tensors[aligned].of or aligned}{ROWS_SUFFIX}") if rows.has_own else None
-        return join(self.stored(task, aligned), own, rows.common, rows.rows)
-
-    def stored(self, task: str, aligned: str, *, shared: bool = False) -> np.ndarray:
-        """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
-        found = self.stored_as(task, aligned)
+        found = self.whole(task, aligned)
         return found.decode(self._parts[task], self.mapped if shared and found.is_plain else self.bits)
+
+    def stored(self, task: str, aligned: str) -> np.ndarray:
+        """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
+        return self.stored_as(task, aligned).decode(self._parts[task], self.bits)
 
     def held(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
         """`mapped`, or a copy where the processor wants numbers at whole multiples of their size."""

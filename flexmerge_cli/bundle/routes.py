@@ -9,11 +9,13 @@ from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
+from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.adapted import AdaptedTensor
 from flexmerge_cli.stored.coded import CodedTensor
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.dense import DenseTensor
 from flexmerge_cli.stored.forms import stored_as
+from flexmerge_cli.stored.joined import JoinedTensor
 from flexmerge_cli.stored.masked import MaskedTensor
 
 
@@ -114,24 +116,37 @@ class Routes:
         """All parts on a task's route."""
         return self._parts[task]
 
+    def whole(self, task: str, aligned: str) -> Stored:
+        """How a task's whole tensor is stored, its rows joined if it has a vocabulary. Raises as stored_as."""
+        found, rows = self.stored_as(task, aligned), self._rows.get((task, aligned))
+        if rows is None:
+            return found
+        own = f"{self._tensors[aligned].of or aligned}{ROWS_SUFFIX}"
+        return JoinedTensor(
+            shared=found,
+            own=self.stored_as(task, own) if rows.has_own else None,
+            common=rows.common,
+            rows=rows.rows,
+        )
+
     def coded(self, task: str, aligned: str) -> CodedTensor | None:
-        """How a tensor is stored as a centre and residuals; None of what is stored otherwise, or put together."""
-        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        """How a tensor is stored as a centre and residuals; None if it is stored otherwise."""
+        found = self.whole(task, aligned)
         return found if isinstance(found, CodedTensor) else None
 
     def dense(self, task: str, aligned: str) -> StoredTensor | None:
-        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded, or put together."""
-        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
+        found = self.whole(task, aligned)
         return found.part if isinstance(found, DenseTensor) else None
 
     def packed(self, task: str, aligned: str) -> CodedTensor | MaskedTensor | None:
         """How a tensor is stored as a sum that any rows can be decoded from alone; None if it is stored otherwise."""
-        found = None if (task, aligned) in self._rows else self.stored_as(task, aligned)
+        found = self.whole(task, aligned)
         return found if isinstance(found, (CodedTensor, MaskedTensor)) else None
 
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether the tensor is the bits of one part, unchanged, to which a view of the mapped file refers."""
-        return (task, aligned) not in self._rows and self.stored_as(task, aligned).is_plain
+        return self.whole(task, aligned).is_plain
 
     def identity(self, task: str, aligned: str) -> tuple[str, ...]:
         """Equal for two tensors that have the same bits, dtype and shape, and are stored once."""

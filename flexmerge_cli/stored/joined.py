@@ -1,12 +1,37 @@
-"""The rows of a vocabulary that one task has for itself, beside those that base and all tasks have. Stored as they are.
+"""A tensor with one row per token, of which a task stores the rows that not all models have for itself.
 
-The rows that all have are an ordinary tensor, in the base's order; a task's map says at which of its rows they stand.
-Its other rows, ascending, are what is stored for it alone.
+The rows that base and all tasks share are an ordinary tensor, in the base's order; a task's map says at which of its
+rows they stand. Its other rows, ascending, are stored for it alone, as they are.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.rows import Runs, other_rows
+from flexmerge_cli.stored.decoding import Read, RouteParts, Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedTensor:
+    """What is read for one task's whole tensor."""
+
+    shared: Stored
+    own: Stored | None
+    """None if the task has no rows but the shared ones."""
+    common: Runs
+    """The task's rows at which the shared ones stand."""
+    rows: int
+    """The number of all rows of the task."""
+
+    is_plain = False
+
+    def fits(self, parts: RouteParts) -> bool:
+        return self.shared.fits(parts) and (self.own is None or self.own.fits(parts))
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        own = self.own.decode(parts, read) if self.own is not None else None
+        return join(self.shared.decode(parts, read), own, self.common, self.rows)
 
 
 def join(shared: np.ndarray, own: np.ndarray | None, common: Runs, rows: int) -> np.ndarray:
