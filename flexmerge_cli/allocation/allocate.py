@@ -98,7 +98,7 @@ def near_duplicates(plan: Plan, layout: BundleLayout) -> list[str]:
     """One warning a method about groups of near-identical tasks that a sum multiplies, or whose masks stay empty."""
     texts_of: dict[int, list[str]] = {}
     for unit in layout.allocation.units:
-        groups = [group for group in unit.groups if group.method is not None and group.bits is None]
+        groups = [group for group in unit.groups if group.method is not None]
         if not groups:
             continue
         cosines = similarity(block_measure(unit.name, [plan.tensor(name) for name in unit.tensors]), Similarity.COSINE)

@@ -28,9 +28,11 @@ class Part:
     array: Array
     readers: Tasks
     tensor: str
-    """Aligned name; for `gamma` the unit's."""
+    """Aligned name; the unit's if `of_unit`."""
     task: int | None
     """Whose residual it is."""
+    of_unit: bool = False
+    """Whether it is stored once for all tensors of a unit."""
 
     @property
     def num_bytes(self) -> int:
@@ -175,6 +177,7 @@ def unit_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Seque
             readers=(task,),
             tensor=unit.name,
             task=task,
+            of_unit=True,
         )
         for tasks, group in methods.items()
         for task in tasks

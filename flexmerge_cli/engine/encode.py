@@ -42,8 +42,8 @@ class Encoder:
         self.worker, self.output = worker, output
         self.plan, self.cast = worker.plan, worker.layout.allocation.dtype
         self.unit_of = {name: unit.name for unit in worker.layout.allocation.units for name in unit.tensors}
-        self.gamma: dict[tuple[str, Tasks], np.ndarray] = {}
-        """(unit, tasks) -> float32 [k]: factors of masks."""
+        self.of_units: dict[tuple[str, Tasks], np.ndarray] = {}
+        """(unit, tasks of a group) -> what each task has once for all tensors of the unit, [k, …]."""
 
     def decoded(self, task: int, value: Tensor, dtype: str, group: StoredGroup, raw: Raw, piece: Piece) -> None:
         """Note the digest of what a task's reader will get. Raises DataError if a value is not finite."""

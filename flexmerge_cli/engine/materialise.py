@@ -1,6 +1,6 @@
 """The run of `merge`: source weights in, the arrays of a layout out, and what was lost on the way.
 
-Each weight is read once here; statistics of a method, and factors of masks, read it before (statistics_pass.py).
+Each weight is read once here; statistics_pass.py reads it before for what methods and forms must know of the whole.
 Threads take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that
 neither bytes nor numbers depend on threads.
 """
@@ -62,7 +62,7 @@ def materialise(
         run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
         before = StatisticsPass(worker, run.encoder, run.spans, threads, on_stage)
         before.statistics()
-        before.gains()
+        before.of_units()
         measured = run.write()
         measured.sha256 = output.finish()
         return measured
@@ -189,7 +189,7 @@ class _Run:
             for item, pieces in zip(items, visits):
                 for (storage, span), piece in zip(item, pieces):
                     self._join(storage, span, piece, joined, measured)
-        self._write_gamma()
+        self._write_of_units()
         for storage in self.layout.storages.values():
             tensor = storage.tensor
             if tensor.class_ is TensorClass.TIED:
@@ -226,16 +226,12 @@ class _Run:
                     f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="make the plan again"
                 )
 
-    def _write_gamma(self) -> None:
-        parts = {
-            (part.tensor, part.task): part
-            for file in self.layout.files
-            for part in file.parts
-            if part.array.role == "gamma"
-        }
-        for (unit, tasks), gamma in self.encoder.gamma.items():
+    def _write_of_units(self) -> None:
+        of_units = (part for file in self.layout.files for part in file.parts if part.of_unit)
+        parts = {(part.tensor, part.task): part for part in of_units}
+        for (unit, tasks), values in self.encoder.of_units.items():
             for row, task in enumerate(tasks):
-                data = np.frombuffer(gamma[row : row + 1].tobytes(), np.uint8)
+                data = np.frombuffer(values[row : row + 1].tobytes(), np.uint8)
                 self.output.write(parts[unit, task], 0, data)
                 self.output.hashed(parts[unit, task], 0, data)
 

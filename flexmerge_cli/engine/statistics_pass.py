@@ -1,7 +1,6 @@
-"""What a method must know of a whole scope before the first element is merged, and the factors of masks.
+"""Measures what methods and stored forms must know of a whole scope before the first element is merged.
 
-Reads the weights for it, as often as statistics have passes; what is found goes to the chains of the worker, and to the
-encoder.
+Reads the weights as often as statistics have passes. What is found goes to the chains of the worker and to the encoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +13,15 @@ from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import StoredGroup
 from flexmerge_cli.engine.encode import Encoder
 from flexmerge_cli.engine.pool import ordered_map
-from flexmerge_cli.engine.runs import added, sizes
+from flexmerge_cli.engine.runs import added
 from flexmerge_cli.engine.spans import Span, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
 from flexmerge_cli.engine.work import BASE, Chain, Worker
+from flexmerge_cli.engine.writers.table import writer_of
+from flexmerge_cli.engine.writers.writer import UnitValues
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope, Statistic
+from flexmerge_cli.stored.forms import form_of
 
 Spans = Callable[[str, Scope], list[Span]]
 """(tensor, scope) -> its ranges."""
@@ -118,42 +120,41 @@ class StatisticsPass:
         everyone = self.plan.all_tasks
         return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), everyone].take(list(tasks))
 
-    def gains(self) -> None:
-        """The factors of masked methods: sums over each unit, known before its masks are decoded."""
+    def of_units(self) -> None:
+        """What groups store once for all tensors of a unit, which the writers of these tensors need."""
         jobs = [
             (group, span)
             for index, call in enumerate(self.layout.calls)
-            if call.gain is not None
+            if form_of(call).of_unit(call)
             for name, group in self._used(index)
             for span in self.spans(name, self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape))
         ]
         if not jobs:
             return
-        self.on_stage("factors of the masks")
+        self.on_stage("factors of the blocks")
 
         def work(job: tuple[StoredGroup, Span]) -> np.ndarray:
             group, span = job
-            raw, chain = self.worker.read(span, (*group.tasks, BASE)), self.worker.chain(group)
-            dtype, sums = self.encoder.dtype_of(span.tensor, group), []
-            for low, high in self.worker.tiles(chain, span):
-                centre, deltas = self.worker.value(group, raw, low, high)
-                unified = self.worker.rounded(centre.delta.flatten(), dtype)
-                taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
-                stepped = self.worker.stepped(chain, deltas, self.worker.where(span, low, group.tasks), group.tasks)
-                sums.append(np.stack([sizes(stepped, span.run), sizes(taken, span.run)]))
-            return np.concatenate(sums, axis=2)
+            return _of_unit(group).sums(self.encoder, group, self.worker.read(span, (*group.tasks, BASE)))
 
-        totals: dict[tuple[str, Tasks, int], dict[str, np.ndarray]] = {}
+        groups: dict[tuple[str, Tasks], StoredGroup] = {}
+        totals: dict[tuple[str, Tasks], dict[str, np.ndarray]] = {}
         with ordered_map(jobs, work, threads=self.threads) as parts:
-            for (group, span), part_2kR in zip(jobs, parts):
-                assert group.method is not None
-                per_tensor = totals.setdefault((self.encoder.unit_of[span.tensor], group.tasks, group.method), {})
-                total_2k = per_tensor.setdefault(span.tensor, np.zeros(part_2kR.shape[:2]))
-                for place in np.ndindex(total_2k.shape):
-                    total_2k[place] = added(float(total_2k[place]), part_2kR[place])
-        for (unit, tasks, method), per_tensor in totals.items():
-            gain = self.layout.calls[method].gain
-            assert gain is not None
-            delta_kT, masked_kT = np.stack(list(per_tensor.values()), axis=-1)
-            elements_T = np.array([self.plan.tensor(name).num_elements for name in per_tensor], np.float64)
-            self.encoder.gamma[unit, tasks] = gain(delta_kT, masked_kT, elements_T).astype(np.float32)
+            for (group, span), part_skR in zip(jobs, parts):
+                key = self.encoder.unit_of[span.tensor], group.tasks
+                groups[key] = group
+                total_sk = totals.setdefault(key, {}).setdefault(span.tensor, np.zeros(part_skR.shape[:2]))
+                for place in np.ndindex(total_sk.shape):
+                    total_sk[place] = added(float(total_sk[place]), part_skR[place])
+        for key, group in groups.items():
+            assert group.method is not None
+            elements_T = np.array([self.plan.tensor(name).num_elements for name in totals[key]], np.float64)
+            sums_skT = np.stack(list(totals[key].values()), axis=-1)
+            call = self.layout.calls[group.method]
+            self.encoder.of_units[key] = _of_unit(group).values(call, sums_skT, elements_T)
+
+
+def _of_unit(group: StoredGroup) -> UnitValues:
+    found = writer_of(group).of_unit
+    assert found is not None
+    return found

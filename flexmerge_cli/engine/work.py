@@ -129,8 +129,10 @@ class Worker:
         return (*representatives, BASE) if needs_base else tuple(representatives)
 
     def _needs_base(self, group: StoredGroup) -> bool:
-        coded = self.chain(group).coded if group.bits else None
-        return group.method is not None and (coded is None or coded.centre != "none")
+        if group.method is None:
+            return False
+        coded = self.chain(group).coded
+        return coded is None or coded.centre != "none"
 
     def read(self, span: Span, models: Sequence[int], place: int = 0, *, digests: bool = False) -> Raw:
         """place: which of the thread's buffers, where several tensors are read at once. digests: take them, too."""

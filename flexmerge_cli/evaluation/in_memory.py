@@ -195,11 +195,11 @@ def _keys_of(layout: BundleLayout) -> _Keys:
             found.tensor.update({(name, task): ("whole", name, cast) for task in storage.tensor.present})
         else:
             _add_unit_tensor(found, layout, unit, storage)
-    for part in (part for file in layout.files for part in file.parts if part.array.role == "gamma"):
+    for part in (part for file in layout.files for part in file.parts if part.of_unit):
         unit = next(unit for unit in layout.allocation.units if unit.name == part.tensor)
         group = next(group for group in unit.groups if part.task in group.tasks)
         assert group.method is not None
-        found.part[part] = ("gamma", part.task, _group_key(layout, unit, group.tasks, group.method, None))
+        found.part[part] = (part.array.role, part.task, _group_key(layout, unit, group.tasks, group.method, None))
         found.made_by[part] = unit.name, group.tasks
     return found
 

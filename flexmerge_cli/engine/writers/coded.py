@@ -38,29 +38,26 @@ def _write_alike(
     form = coded.form(storage.tensor.shape, tuple(dtypes))
     assert form.residual is not None
     rows = _rows(form.matrix, raw)
-    base = worker.on_device(raw.bits[BASE])
-    plain = _plain(encoder, group, raw, whole)
     shared = {part.array.role: part for part in group.parts if part.task is None}
     dtype = promote(dtypes)
-    if coded.centre == "none":
-        centre = torch.zeros_like(base)
-    else:
-        centre = _centre(encoder, form, plain, shared, dtype, group, raw, piece)
+    centre = None
+    if coded.centre != "none":
+        centre = _centre(encoder, form, _plain(encoder, group, raw, whole), shared, dtype, group, raw, piece)
     factors = None
-    deltas = torch.empty(0)
+    base = deltas = torch.empty(0)
     if coded.expert is not None:
         factors = coded.expert.factors(chain.expert_stats(group.tasks, span.tensor))
-        deltas = worker.deltas(raw, group.tasks, 0, span.stop - span.start)
+        base, deltas = worker.on_device(raw.bits[BASE]), worker.deltas(raw, group.tasks, 0, span.stop - span.start)
     for row, task in enumerate(group.tasks):
         own = worker.on_device(worker.own(raw, task))
-        residual = own if coded.centre == "none" else own - centre
-        if coded.expert is not None and factors is not None:
+        residual = own if centre is None else own - centre
+        if coded.expert is not None and factors is not None and centre is not None:
             shape = storage.tensor.shape
             vectors = (deltas[row].view(shape), base.view(shape), centre.view(shape))
             residual = coded.expert.residual(*vectors, float(factors[row])).flatten()
         mine = {part.array.role: part for part in group.parts if part.task == task}
         back = _code(encoder, form.residual, residual, form.matrix, rows, dtypes[row], mine, piece)
-        value = torch.from_numpy(back) if coded.centre == "none" else centre.cpu() + torch.from_numpy(back)
+        value = torch.from_numpy(back) if centre is None else centre.cpu() + torch.from_numpy(back)
         decoded_task = cast(value, dtypes[row])
         encoder.decoded(task, decoded_task, dtypes[row], group, raw, piece)
         piece.errors[task] = lost_squares(decoded_task.float() - own.cpu(), span.run)

@@ -7,9 +7,10 @@ from torch import Tensor
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.engine.encode import Encoder, Piece, array, room_for_errors
-from flexmerge_cli.engine.runs import squares
+from flexmerge_cli.engine.runs import sizes, squares
 from flexmerge_cli.engine.work import BASE, Raw, cast
-from flexmerge_cli.engine.writers.writer import Work, Writer
+from flexmerge_cli.engine.writers.writer import UnitValues, Work, Writer
+from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
 
 
@@ -23,7 +24,8 @@ def _write(
     dtypes = encoder.dtypes(storage, group)
     decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
     taken = np.empty((len(group.tasks), count), bool)
-    gamma = encoder.gamma.get((encoder.unit_of[raw.span.tensor], group.tasks), np.ones(len(group.tasks), np.float32))
+    key = encoder.unit_of[raw.span.tensor], group.tasks
+    gamma = encoder.of_units.get(key, np.ones(len(group.tasks), np.float32))
     run, errors = raw.span.run, room_for_errors(len(group.tasks), raw)
     for low, high in encoder.tiles(group, raw, None):
         found, deltas = worker.value(group, raw, low, high)
@@ -46,9 +48,28 @@ def _write(
         piece.errors[task] = errors[row]
 
 
+def _sums(encoder: Encoder, group: StoredGroup, raw: Raw) -> np.ndarray:
+    """Σ |δ| of each task, and of what its mask takes of the unified delta."""
+    worker, span, found = encoder.worker, raw.span, []
+    chain, dtype = worker.chain(group), encoder.dtype_of(span.tensor, group)
+    for low, high in worker.tiles(chain, span):
+        centre, deltas = worker.value(group, raw, low, high)
+        unified = worker.rounded(centre.delta.flatten(), dtype)
+        taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
+        stepped = worker.stepped(chain, deltas, worker.where(span, low, group.tasks), group.tasks)
+        found.append(np.stack([sizes(stepped, span.run), sizes(taken, span.run)]))
+    return np.concatenate(found, axis=2)
+
+
+def _factors(call: Call, sums: np.ndarray, num_elements: np.ndarray) -> np.ndarray:
+    assert call.gain is not None
+    of_deltas, of_masked = sums
+    return call.gain(of_deltas, of_masked, num_elements).astype(np.float32)
+
+
 def _bytes(work: Work) -> int:
     n, t, k = work.n, work.t, len(work.group.tasks)
     return work.merging + 17 * k * t + sum(n * item + n + n // 8 for item in work.items)
 
 
-MASKS = Writer(write=_write, workspace=_bytes)
+MASKS = Writer(write=_write, workspace=_bytes, of_unit=UnitValues(sums=_sums, values=_factors))

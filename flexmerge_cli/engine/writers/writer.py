@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.work import Chain, Raw
-from flexmerge_cli.methods.method import Scope
+from flexmerge_cli.methods.method import Call, Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,16 @@ class Work:
     is_cast: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitValues:
+    """What each task of a group stores once for all tensors of a unit: it follows from sums over all of them."""
+
+    sums: Callable[[Encoder, StoredGroup, Raw], np.ndarray]
+    """What one range of a tensor adds to every sum, run by run: float64 [sums, k, runs]."""
+    values: Callable[[Call, np.ndarray, np.ndarray], np.ndarray]
+    """The call, the sums [sums, k, tensors], and the elements of each tensor -> one value per task."""
+
+
 def _any_range(_chain: Chain, _storage: Storage, _group: StoredGroup) -> Scope:
     return "element"
 
@@ -44,3 +55,5 @@ class Writer:
     """Bytes that one call takes beside buffers and what it writes."""
     scope: Callable[[Chain, Storage, StoredGroup], Scope] = _any_range
     """What one call must see of a tensor; what the method must see is known without."""
+    of_unit: UnitValues | None = None
+    """None if the form stores nothing of units."""
