@@ -3,9 +3,9 @@
 key     xxh3-128 of weights digest, data digest and settings, as canonical JSON
 header  {format, key, scores: [{metric, notes, given}]}, JSON as uint8; further metrics after the first
 p0, l0, p1, …   predictions and labels of each
-Below $XDG_CACHE_HOME/flexmerge/scores, else ~/.cache. A file is written beside and renamed, so it is whole or not
-there. What cannot be read as such is no entry, and is written anew; a folder that cannot be written to keeps nothing.
-It may be removed at any time.
+Entries are files below $XDG_CACHE_HOME/flexmerge/scores, or ~/.cache/flexmerge/scores. A file is written under another
+name and renamed, so it is never partial. A file that cannot be read counts as missing and is replaced; if the folder
+cannot be written to, nothing is cached. The folder may be removed at any time.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FORMAT = "flexmerge.score/1"
 
 def cache_folder() -> Path:
     root, home = os.environ.get("XDG_CACHE_HOME"), expanded("~")
-    # As the XDG specification has it, a relative one is no folder. Without a home nothing can be kept.
+    # The XDG specification says to ignore a relative path. Without a home directory nothing is cached.
     cache = Path(root) if root and Path(root).is_absolute() else home / ".cache" if home.is_absolute() else os.devnull
     return Path(cache) / "flexmerge" / "scores"
 
@@ -61,7 +61,7 @@ class ScoreCache:
                 if (header["format"], header["key"]) != (FORMAT, key):
                     return None
                 found = [_scored(entry, file[f"p{n}"], file[f"l{n}"]) for n, entry in enumerate(header["scores"])]
-        except UNSOUND_NPZ:  # the header's JSON, and what it tells of, raise no others
+        except UNSOUND_NPZ:  # a malformed header, or one that does not fit the arrays, raises no others
             return None
         return replace(found[0], others=tuple(found[1:])) if found else None
 

@@ -1,8 +1,9 @@
 """Chooses the smallest bundle that keeps enough, on one half of the data, and reports it on the other half. Pure.
 
 A point qualifies if the lower bound of a one-sided paired 95 % bootstrap of its mean normalised score reaches the
-target; with `each`, of every task's. Halves are drawn by a fixed seed; both models of a pair see the same examples.
-What was chosen on data looks better on them than it is, so the number that counts is of the half that chose nothing.
+target; with `each`, that of every task must. The halves are drawn with a fixed seed, and both models of a pair see the
+same examples. A point looks better on the data it was chosen on than it is, so the score to trust is that on the other
+half.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,9 +101,10 @@ def choose(
     each: bool,
     data: str,
 ) -> Choice:
-    """Choose a point. points: with scores on the data to choose on, and on those to report; references: likewise.
+    """Choose the smallest point in bytes that qualifies or, if none does, the one with the highest bound.
 
-    The smallest in bytes that qualifies, of equals the better; if none does, that with the highest bound.
+    points, references: the scores on the data to choose on, and those on the data to report. Among points of one size
+    the better one is chosen.
     """
     found = []
     for point, tuned_on, reported in points:

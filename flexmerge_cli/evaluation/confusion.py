@@ -1,6 +1,6 @@
 """Computes class metrics on many resamples at once, like scikit-learn, from counts of (label, prediction).
 
-scikit-learn takes a millisecond a resample, and an interval needs a thousand of them. Held against it in the tests.
+scikit-learn takes a millisecond per resample, and an interval needs a thousand of them. The tests compare both.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,7 +49,7 @@ def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
 
 def matthews(counts: np.ndarray) -> np.ndarray:
     hits, labels, predictions = _parts(counts)
-    none = counts[:, :, -1].sum(1, keepdims=True)  # one more class that is predicted, and never right
+    none = counts[:, :, -1].sum(1, keepdims=True)  # the additional class is predicted and never right
     predictions, labels = np.hstack([predictions, none]), np.hstack([labels, np.zeros_like(none)])
     n, right = labels.sum(1), hits.sum(1)
     covariance = right * n - (labels * predictions).sum(1)

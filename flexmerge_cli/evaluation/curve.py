@@ -1,7 +1,7 @@
 """Accuracy against bytes: layouts of a plan in, a score per layout and task out, without writing a bundle.
 
-A layout's tasks are scored again only where their weights changed: known by what decides their bits before anything is
-made, and by their digest after that, so that also two methods that come to the same weights are scored once.
+A task of a layout is scored again only if its weights changed. That is decided by what determines their bits, before
+anything is computed, and then by their digest, so that two methods that arrive at the same weights are scored once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreached:
-    """A size that a method does not come down to."""
+    """A size that is smaller than what a method can reach."""
 
     method: str
     size: str
@@ -64,7 +64,7 @@ class Unreached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """All that was drawn."""
+    """Everything that was scored."""
 
     points: tuple[Point, ...]
     alternatives: tuple[Point, ...]
@@ -92,7 +92,7 @@ class Curve:
 
 @dataclass(kw_only=True)
 class CurveScorer:
-    """Scores layouts of one plan. To be used from one thread; one model at a time."""
+    """Scores layouts of one plan, one model at a time. Not thread-safe."""
 
     memory: MemoryBundles
     scorer: Scorer
@@ -105,15 +105,15 @@ class CurveScorer:
     _by_digest: dict[tuple[str, str], Scored] = field(default_factory=dict)
 
     def known(self, task: str, digest: str, scored: Scored) -> None:
-        """Tell a score that is known already, as the fine-tuned model's is."""
+        """Add a score that is already known, such as that of the fine-tuned model."""
         self._by_digest[task, digest] = scored
 
     def points(self, cuts: Sequence[Cut], on_score: OnScore = lambda *_step: None) -> Iterator[Point]:
-        """From the largest to the smallest, so that few groups change from one to the next.
+        """Score from the largest layout to the smallest, so that few groups change from one to the next.
 
-        What no later layout stores is forgotten before the next is made.
+        Parts that no later layout stores are released before the next layout is made.
         """
-        if not cuts:  # of a method that reaches no size
+        if not cuts:  # the method reaches none of the sizes
             return
         ordered = sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
         tasks = list(self.scorer.spec.tasks)

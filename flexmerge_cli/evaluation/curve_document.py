@@ -1,6 +1,6 @@
-"""`curve`: what is asked, in words, in; the document of a curve out, with what --tune and --choose found.
+"""Makes the document of a curve from a request in words, with the results of --tune and --choose.
 
-Everything that can be refused is refused before a weight is read. How points are scored: drawing.py.
+Everything that can be refused is refused before a weight is read. drawing.py scores the points.
 """
 
 from collections.abc import Mapping
@@ -41,9 +41,10 @@ def curve_document(
 ) -> dict[str, Any]:
     """Score a plan's tasks by every method at every size. Writes nothing.
 
-    plan_path: as the commands in the document name it; the plan's relative sources are relative to its folder.
-    words: steps, calibrate, method_for, dtype of `merge_request`, for every method. target: of --choose, a part of the
-    fine-tuned score in (0, 2]. run: fields of CurveRequest: relocate, access, reuse, parallel, device, threads.
+    plan_path: the path that commands in the document give; relative sources are relative to its folder.
+    words: steps, calibrate, method_for and dtype of `merge_request`, for every method. target: the fraction of the
+    fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse, parallel, device and
+    threads of CurveRequest.
     Raises UsageError and GateError before a weight is read, SourceError, DataError.
     """
     gate = gate or Gate()
@@ -76,7 +77,7 @@ def curve_document(
             raise UsageError("--tune-spec needs --choose or --tune", hint="--choose 0.99, or --tune scale=1,2")
         tune_spec = read(tune_spec_path)
         require_other_data(tune_spec, spec)
-        tune_spec = tune_spec.only(*spec.tasks)  # what is not reported decides nothing
+        tune_spec = tune_spec.only(*spec.tasks)  # the methods that are not reported play no part in the choice
     data_dependent = None
     if tune is not None:
         if tune_spec is None:

@@ -1,22 +1,22 @@
-"""The document of a curve: `flexmerge.eval/1` with `points`, as JSON. As CSV: tidy.py.
+"""The document of a curve: `flexmerge.eval/1` with `points`, as JSON. tidy.py writes it as CSV.
 
-plan, one_model_bytes     of the plan, and the bytes that a factor counts in
+plan, one_model_bytes     the path of the plan, and the bytes of one model, the unit of factors
 tasks         {name: {kind, metric, higher_is_better, n, fine_tuned, base, …_interval, scores}}: the references
 points        [{method, sizes, bytes, total_bytes, factor, merges, undone, command, tasks, mean}], by method and bytes;
-              `sizes` that were asked for and came to this point, none where it is the method's own;
+              `sizes` are those requested that lead to this point, empty if it is at the method's own size;
               tasks {name: {value, interval, normalised, weights}}; mean {value, interval, normalised}
-mean, mean_of  of the references; what means are of: the metric, or `normalised` where tasks have different ones
-alternatives  the same of copies in fewer bits: `method` is their name
+mean, mean_of  means of the references, and what they average: the metric, or `normalised` if tasks have different ones
+alternatives  points of copies in fewer bits, whose name is `method`
 unreached     [{method, size, message}]
-evaluations   {asked, computed, repeated, cached}: points times tasks; models that were run, scores of this same run,
-              and scores of the cache
-order         [{block, position, similarity}] of the blocks, in forward order: mean place of their merges in the order,
-              0 first and 1 last
-spec          {path, sha256, not_scored} of eval.yaml
-gate          with limits: {outcome, message, command, tasks, not_scored, forgotten}, of each point and of the smallest
-              that passes
-data_dependent   {arguments, spec} of arguments that were chosen on data; null where none were
-An interval is of 95 %; that of a mean adds the squares of its tasks' half widths, which are independent.
+evaluations   {asked, computed, repeated, cached}: points times tasks, models that were run, scores of this run reused,
+              and scores found in the cache
+order         [{block, position, similarity}] for every block, in forward order. position is the mean place of its
+              merges in the order, from 0 (first) to 1 (last)
+spec          {path, sha256, not_scored}: the file of the spec
+gate          present if there are limits: {outcome, message, command, tasks, not_scored, forgotten}, for each point and
+              for the smallest that passes
+data_dependent   {arguments, spec}: arguments that were chosen on data; null if none were
+Intervals cover 95 %. Tasks are independent, so the half width of a mean is the root of the sum of their squares.
 """
 
 import math
@@ -84,12 +84,12 @@ def curve_record(
 
 
 def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
-    """By task: whether its weights are the fine-tuned model's."""
+    """Task -> whether its weights are those of the fine-tuned model."""
     return {task: digest == curve.models[task]["fine_tuned"].digest for task, digest in point.digests.items()}
 
 
 def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The gate of a curve: that some point of it passes. Else the tasks of the one that is nearest to it."""
+    """The gate of a curve, which passes if some point does. If none does, it lists the tasks of the nearest point."""
     if not points:
         return {
             "outcome": str(Outcome.FAIL), "message": "no method reaches a size", "command": None, "tasks": {},
@@ -114,7 +114,7 @@ def _point(
     records: Mapping[str, Mapping[str, Any]],
     seen: dict[tuple[str, str], Interval],
 ) -> dict[str, Any]:
-    """seen: intervals of (task, weights), which are resampled once."""
+    """seen: intervals by (task, weights), so that each is resampled once."""
     tasks = {}
     for task, scored in point.scores.items():
         key = (task, point.digests[task])
@@ -142,9 +142,9 @@ def _point(
 
 
 def mean_of(tasks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Over tasks: value, its interval, and the part of the fine-tuned score, each null where a task has none.
+    """Means over tasks of the value, with its interval, and of the normalised score; null if a task lacks one.
 
-    Of different metrics the value is of these parts, where none counts as nothing. references: `task_record`s.
+    If metrics differ, the value averages normalised scores, and a missing one counts as 0. references: `task_record`s.
     """
     triples = [(record["value"], *(record["interval"] or (None, None))) for record in tasks.values()]
     if one_metric(references) is None:
@@ -161,7 +161,7 @@ def mean_of(tasks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Map
 
 
 def reference_means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """What the `mean_of` of a point stands beside: fine-tuned and base, in the same unit."""
+    """The means of the fine-tuned models and of the base, in the unit of `mean_of`."""
     if one_metric(records) is not None:
         return {who: means(records)[who] for who in ("fine_tuned", "base")}
     return {

@@ -1,6 +1,6 @@
 """Reads a task's examples as a table: the columns that its kind needs, for the examples that the spec selects.
 
-Which file has them and how: readers.py. What they mean: the kinds.
+readers.py reads the formats; the kinds of tasks interpret the columns.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""`curve`: a plan, methods and sizes in, scored points out. Which layouts are asked for, and who scores them.
+"""Scores the points of a curve: decides which layouts methods and sizes ask for, and has them scored.
 
-Methods are drawn one after another, or, with `parallel`, in processes of their own; each has one model in memory.
+Methods are scored one after another or, with `parallel`, in several processes; each has one model in memory.
 """
 
 import shlex
@@ -31,16 +31,16 @@ ALTERNATIVES = {
     "copies as bf16": merge_request(dtype="bf16"),
     "copies as int8 per row": merge_request(method="low_bit:bits=8,centre=none"),
 }
-"""What a team can do without merging anything: M models, each smaller."""
+"""The layouts that merge nothing: M models, each in fewer bits."""
 
 
 def cuts_of(
     pricer: Pricer, sizes: Sequence[Size], method: CurveMethod, plan_path: str
 ) -> tuple[list[Cut], list[Unreached]]:
-    """Bills of one method: at every size that it reaches, and at its own. Sizes of one allocation are one cut.
+    """The layouts of one method at every size that it reaches, and at its own. Sizes with equal allocations are one.
 
-    A method's own size is the smallest that it reaches, of `auto` what it takes without a size; it is added where the
-    method stores something of each task, or where no size was asked for.
+    A method's own size is the smallest that it reaches; for `auto` it is the size chosen when none is given. It is
+    added if the method stores something for each task, or if no size was requested.
     """
     found: dict[Allocation, tuple[list[str], BundleLayout, str]] = {}
     unreached = []
@@ -71,13 +71,13 @@ def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
 
 
 def command_of(plan_path: str, asked: MergeRequest) -> str:
-    """The `merge` that writes it."""
+    """The `merge` command that writes it."""
     return shlex.join(["flexmerge", "merge", plan_path, *asked.words(), "-o", "bundle/"])
 
 
 @dataclass(kw_only=True)
 class Drawing:
-    """A curve being drawn: what one process needs for it."""
+    """What one process needs to score points of a curve."""
 
     plan: Plan
     plan_path: Path
@@ -89,7 +89,7 @@ class Drawing:
     base: dict[str, TaskModel] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Opens the sources. Raises DataError, SourceError; UsageError for what does not fit in the spec."""
+        """Open the sources. Raises DataError, SourceError, and UsageError if the spec does not fit them."""
         from flexmerge_cli.engine.device import choose_device
         from flexmerge_cli.engine.pool import default_threads
         from flexmerge_cli.evaluation.in_memory import MemoryBundles
@@ -130,7 +130,7 @@ class Drawing:
 def draw(
     plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest, *, on_score: OnScore = lambda *_step: None
 ) -> Curve:
-    """Score every method at every size. plan_path: as a command is to name it; sources are relative to its folder.
+    """Score every method at every size. plan_path: as commands name it; sources are relative to its folder.
 
     Raises UsageError before a weight is read, DataError for sources that are not what the plan saw.
     """
@@ -160,7 +160,7 @@ def draw(
 
 
 Job = CurveMethod | None
-"""A method; None: the alternatives."""
+"""A method; None for the alternatives."""
 Result = tuple[list[Point], list[Unreached]]
 
 

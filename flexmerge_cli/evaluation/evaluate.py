@@ -2,15 +2,15 @@
 
 `flexmerge.eval/1`, one JSON document:
 spec   {path, sha256, not_scored} of eval.yaml
-gate   with limits, {outcome, message, tasks: {name: {outcome, message, limit, drop, low, high, n, n_needed}},
-       not_scored, forgotten}: tasks of the bundle that the spec leaves out by name, and those that it does not speak of
+gate   present if there are limits: {outcome, message, tasks: {name: {outcome, message, limit, drop, low, high, n,
+       n_needed}}, not_scored, forgotten}; the last two list tasks that the spec excludes, and that it does not name
 tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base, normalised, …_interval, scores}};
        data is the digest of the examples;
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
-mean   of merged, fine-tuned, base and normalised scores, each where every task has one; null of different metrics
-bundle, methods, num_models, one_model_bytes   of the bundle, if there is one: its id, what merged it, its models
-stored_bytes, total_bytes, factor   and its size: of tensors, of every file, in models
-evaluations  {computed, repeated, cached}: models that were run, scores of this same run, and scores of the cache
+mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
+bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
+stored_bytes, total_bytes, factor   its size: bytes of tensors, bytes of all files, and in models
+evaluations  {computed, repeated, cached}: models that were run, scores reused from this run, scores found in the cache
 """
 
 from collections.abc import Callable, Mapping
@@ -49,9 +49,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score every task; without a bundle, only the references. One model is in memory at a time.
 
-    references: by default those that the spec names. Raises UsageError before a weight is read where spec, data or
-    side files do not fit, DataError for weights that do not, IntegrityError if a file that a scored task reads differs
-    from the bundle's manifest: before any of its scores counts, computed or known.
+    references: by default those that the spec names. Raises UsageError, before a weight is read, if spec, data and
+    side files do not fit together, DataError if weights do not fit, and IntegrityError if a file that a scored task
+    reads differs from the manifest; then a cached score does not count either.
     """
     scorer = scorer or Scorer(spec=spec)
     if references is None:
@@ -59,18 +59,18 @@ def evaluate(
     folders = {task: bundle.config_folder(task) for task in spec.tasks} if bundle is not None else references.folders
     for task in spec.tasks:
         if bundle is not None:
-            bundle.check_files(task, weights=False)  # of which the examples are made
+            bundle.check_files(task, weights=False)  # from which the examples are made
         examples = scorer.examples(task, folders[task])
         if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
             raise no_reference(spec.place(task, folders[task]))
     if bundle is not None:
         for task in spec.tasks:
-            bundle.check_files(task)  # of all before the first is scored, which may take long
+            bundle.check_files(task)  # for all tasks before the first is scored, which may take long
     records = {}
     for task in spec.tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
         if bundle is not None:
-            bundle.check_files(task)  # config and tokenizer were read by their paths: nothing was replaced meanwhile
+            bundle.check_files(task)  # config and tokenizer were read by path: nothing was replaced meanwhile
         on_scored(task, models, scored)
         data = scorer.examples(task, folders[task]).digest
         records[task] = task_record(spec, task, models, scored, data=data)
@@ -119,7 +119,7 @@ def _score_task(
     models, found = {}, {}
     for who, opened in openers.items():
         model = fine_tuned if who == "fine_tuned" and fine_tuned is not None else opened()
-        # The side files are the bundle's copies of the task's own: examples are made ready with them once.
+        # The side files are copies of the task's own, so the examples are prepared with them once.
         model = replace(model, folder=folder)
 
         def on_example(done: int, total: int, who: str = who) -> None:
@@ -133,9 +133,9 @@ def _score_task(
 def task_record(
     spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored], *, data: str | None
 ) -> dict[str, Any]:
-    """The report on one task. models, found: keyed by `merged`, `fine_tuned`, `base`; null where missing.
+    """The report on one task. models, found: keyed by `merged`, `fine_tuned` and `base`.
 
-    data: digest of its examples, empty where code or a harness has them.
+    data: the digest of its examples; empty if external code or a harness provides them.
     """
     source = spec.tasks[task].data_spec
     scores = {
@@ -165,9 +165,7 @@ def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict
     ends = interval(scored)
     return {
         "metric": scored.metric,
-        "value": scored.value
-        if isfinite(scored.value)
-        else None,  # a perplexity beyond all numbers, which JSON has not
+        "value": scored.value if isfinite(scored.value) else None,  # JSON has no infinity, which a perplexity may be
         "interval": list(ends) if all(map(isfinite, ends)) else None,
         "n": scored.n,
         "split": split,
@@ -179,7 +177,7 @@ def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict
 
 
 def one_metric(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The metric of all tasks. None if they differ: then only means of parts of the fine-tuned scores make sense."""
+    """The metric of all tasks; None if they differ, and only normalised scores can be averaged."""
     metrics = {record["metric"] for record in records.values()}
     return metrics.pop() if len(metrics) == 1 else None
 

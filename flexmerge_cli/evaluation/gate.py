@@ -1,9 +1,9 @@
 """Decides whether scores are close enough to the fine-tuned models' for a release. Limits and paired scores in.
 
 A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (of perplexity and divergence its own units). A
-task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop is beyond it with the
-same certainty, and is undecided otherwise; then the verdict says how many examples are needed. A gate judges every
-task of a bundle: it fails if one was neither scored nor named as `not_scored`, whatever the others keep. Pure.
+task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop exceeds the limit with
+the same confidence, and is undecided otherwise; then the verdict says how many examples are needed. A gate judges every
+task of a bundle: if one is neither scored nor listed under `not_scored`, it fails whatever the other scores are. Pure.
 """
 
 import re
@@ -193,7 +193,7 @@ def judge(
 ) -> Verdict:
     """Judge the scores. references: those of the fine-tuned models, on the same examples.
 
-    not_scored, forgotten: the bundle's other tasks, those that the spec names as such and the rest.
+    not_scored: tasks of the bundle that the spec excludes; forgotten: tasks that it does not mention.
     """
     found: list[TaskVerdict] = []
     if gate.max_drop is not None:

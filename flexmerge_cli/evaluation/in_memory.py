@@ -1,9 +1,9 @@
 """Reads the tasks of bundles that are never written: the weights are bit for bit those of `merge` and a view.
 
-The engine writes its parts to memory and the reader of bundles decodes them from there, so nothing is done in two ways.
-A part is known by what decides its bits: the tensor, its group with the method, and the cast. It is made once, however
-many layouts store it, until `keep_only` lets it go. Copies that are not cast stay in their source's file, mapped; their
-digest is compared with the plan's before their first use.
+The engine writes parts to memory, and the reader of bundles decodes them from there, as `merge` and a view do.
+The key of a part is what determines its bits: the tensor, its group and method, and the cast. A part is made once for
+all layouts that store it, and kept until `keep_only` drops it. Copies that are not cast stay mapped in the source's
+file; their digest is compared with the plan's before their first use.
 """
 
 from collections.abc import Collection, Hashable, Iterable
@@ -86,9 +86,9 @@ class MemoryBundles:
         return sum(self._files[place].size for place in self.places.values())
 
     def bundle(self, layout: BundleLayout, tasks: Collection[int]) -> Bundle:
-        """Like `Bundle.open` of what `merge` would write, for these tasks only. Makes the parts that are missing.
+        """The bundle that `Bundle.open` gives of what `merge` would write, for these tasks. Makes missing parts.
 
-        Parts stay alive with the bundle. Raises DataError as `merge` does.
+        The bundle keeps its parts alive. Raises DataError as `merge` does.
         """
         keys = self._keys(layout)
         missing = [part for part in _parts(layout, tasks) if not self._is_here(layout, part, keys)]
@@ -102,14 +102,14 @@ class MemoryBundles:
         manifest = Manifest.model_validate_json(layout.manifest(Measured(digests=self._digests(layout, tasks, keys))))
         return Bundle(path=Path("memory"), manifest=manifest, parts=parts, memory=self._files)
 
-    # What parts are known by
+    # Keys of parts
 
     def _keys(self, layout: BundleLayout) -> _Keys:
         if self._last is None or self._last[0] is not layout:
             self._last = layout, _keys_of(layout)
         return self._last[1]
 
-    # Where they are
+    # Finding parts
 
     def _is_here(self, layout: BundleLayout, part: Part, keys: _Keys) -> bool:
         return keys.part[part] in self.places or self._copied(layout, part, keys) is not None
@@ -162,7 +162,7 @@ class MemoryBundles:
             }
         return found
 
-    # Making them
+    # Making parts
 
     def _make(self, layout: BundleLayout, missing: list[Part], keys: _Keys) -> None:
         """The groups that store missing parts, over all tensors of their units, for one run of the engine."""

@@ -1,7 +1,7 @@
 """Writes a starter spec for a bundle: kinds from the configs' architectures, label names, and facts from side files.
 
-Text out; reads side files, and looks for data near the place where the spec is to lie. What it cannot know stands in
-a comment, or is a file name to be filled in.
+Reads side files and looks for data near the place where the spec will be. What it cannot know is a comment, or a file
+name to be filled in.
 """
 
 import json
@@ -27,7 +27,7 @@ version: 1
 # dtype: float32          # what models compute in; by default what they are stored in
 tasks:
 """
-UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a class without a name
+UNNAMED = re.compile(r"LABEL_\d+")  # the name that transformers gives to a class without one
 MAX_LABELS = 1000
 FOLDERS = ("test", "data", "validation", ".")
 
@@ -46,7 +46,7 @@ def _task(bundle: Bundle, task: str, folder: Path) -> str:
     side = bundle.config_folder(task)
     lines = [f"kind: {_kind(side)}", *_keys(side, task, folder)]
     source = bundle.manifest.tasks[task].source
-    # A path is relative to the plan, which is not known here.
+    # The path is relative to the plan, whose place is not known here.
     lines.append(f"{'' if is_remote(source) else '# '}checkpoint: {_quoted(source)}  # the fine-tuned model")
     return f"  {_quoted(task)}:\n" + "".join(f"    {line}\n" for line in lines)
 

@@ -1,8 +1,8 @@
 """Computes 95 % intervals of scores, and the paired difference of two models on the same examples.
 
-Proportions: Wilson's interval as Brown, Cai and DasGupta (2001) mend it. The plain one covers less than 90 % where
-about half an example is expected (np = 0.55); with one-sided Poisson limits for up to 2 hits or misses (3 where
-n > 50) it does not, and nothing else changes. All else: percentiles of a seeded bootstrap over examples.
+Proportions have Wilson's interval with the correction of Brown, Cai and DasGupta (2001). The plain interval covers less
+than 90 % if about half a hit is expected (np = 0.55); one-sided Poisson limits for up to 2 hits or misses (3 if n > 50)
+correct that and change nothing else. Other metrics have percentiles of a seeded bootstrap over examples.
 """
 
 import functools
@@ -19,7 +19,7 @@ from flexmerge_cli.evaluation.scored import Scored
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 SEED = 0
-MAX_KEPT = 4_000_000  # indices, 16 MB: of more examples the draws are made anew for every model
+MAX_KEPT = 4_000_000  # indices, 16 MB: with more examples the draws are made again for every model
 
 
 def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
@@ -107,9 +107,10 @@ def paired_bound(
 ) -> PairedBound | None:
     """One-sided 95 % bounds of how much `merged` is below `reference`; None for an external number.
 
-    relative: as a part of the reference's score. same_weights: both are one model (equal digests), so the drop is 0.
-    Hits and misses: score intervals of Tango (1998) and Tang, Tang and Chan (2003). Other means: Student's t, by the
-    delta method where relative. No means: bootstrap over examples. Raises ValueError if the examples differ in number.
+    relative: the drop is a fraction of the reference's score. same_weights: both models are equal, so the drop is 0.
+    For hits and misses these are the score intervals of Tango (1998) and Tang, Tang and Chan (2003), for other means
+    Student's t, with the delta method if relative, and for metrics that are no means a bootstrap over examples. Raises
+    ValueError if the numbers of examples differ.
     """
     if merged.given is not None or reference.given is not None:
         return None

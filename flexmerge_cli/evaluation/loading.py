@@ -39,10 +39,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def build_model(model: TaskModel, dtype: str | None, device: str, *, architecture: str = "AutoModel") -> Any:
-    """The model of the config's class, in eval mode, on `device`.
-
-    dtype: what it computes in; None: what its weights are stored in. Where that is the stored one, and on the CPU,
-    parameters lie on the view's own memory. architecture: a class of transformers, where the config names none.
+    """Build the model of the config's class, in eval mode, on `device`.  dtype: the dtype to compute in; None for that
+    of the weights. On the CPU and in that dtype, parameters use the memory of the view. architecture: the transformers
+    class if the config names none.
     Raises DataError that lists missing, unexpected and mismatched tensors, UsageError without config.
     """
     quiet_transformers()
@@ -52,7 +51,7 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
     known = skeletons.filled(key, weights)
     if known is not None:
         return known.to(device)
-    if wanted == "float32":  # all weights are, or become, that: cast here, transformers takes them as they lie
+    if wanted == "float32":  # all weights have this dtype, or are cast to it here: transformers uses their memory
         weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     built = assigned_model(weights, model.folder, otherwise=OTHERWISE, architecture=architecture, dtype=wanted)
     built.require(

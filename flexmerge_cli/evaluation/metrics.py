@@ -1,8 +1,8 @@
 """Metrics by name: predictions and labels in, one number out. Values agree with scikit-learn's and scipy's.
 
-A metric that is a mean over examples has `outcomes`: the numbers it is the mean of. From them follow Wilson intervals
-and paired bounds; where there are none (F1, correlations, perplexity), intervals come from resampling. numpy only
-until a value is asked for; no models, no files.
+A metric that is a mean over examples has `outcomes`, the numbers that it averages: Wilson intervals and paired bounds
+follow from them. For the others (F1, correlations, perplexity) intervals come from resampling. Only computing a value
+needs more than numpy.
 """
 
 import re
@@ -52,7 +52,7 @@ def _sklearn(name: str, **options: Any) -> Measure:
     def value(predictions: np.ndarray, labels: np.ndarray) -> float:
         import sklearn.metrics
 
-        with warnings.catch_warnings():  # a class that a resample lacks
+        with warnings.catch_warnings():  # a resample may lack a class
             warnings.simplefilter("ignore")
             return float(getattr(sklearn.metrics, name)(labels, predictions, **options))
 
@@ -83,7 +83,7 @@ def _mean_of(outcomes: Outcomes) -> Measure:
 def _correlation(predictions: np.ndarray, labels: np.ndarray, *, ranked: bool) -> float:
     """Pearson's or Spearman's correlation; 0 without variance. NaN outputs count as no correlation.
 
-    So it is that of the others, times their share.
+    The value is the correlation of the other outputs, times their fraction.
     """
     import scipy.stats
 
@@ -131,7 +131,7 @@ def _recall_at(k: int) -> Metric:
 
     def value(predictions: np.ndarray, labels: np.ndarray) -> float:
         classes = predictions.shape[1]
-        if classes < 3 or k >= classes:  # two classes are another problem to scikit-learn, and k of k always holds
+        if classes < 3 or k >= classes:  # two classes are another problem to scikit-learn; k of k always holds
             return float(outcomes(predictions, labels).mean())
         from sklearn.metrics import top_k_accuracy_score
 
@@ -186,6 +186,6 @@ METRICS: dict[str, Metric] = _Metrics({metric.name: metric for metric in _all()}
 
 
 def normalised(value: float, reference: float, *, higher_is_better: bool) -> float | None:
-    """The part of the fine-tuned model's score that is kept; 1 is as good. None if the reference is not above 0."""
+    """The fraction of the fine-tuned model's score that is kept. None if the reference is not above 0."""
     above, below = (value, reference) if higher_is_better else (reference, value)
     return above / below if below > 0 and np.isfinite(above / below) else None

@@ -35,7 +35,8 @@ def lies_as_it_is(stored: StoredTensor) -> bool:
 class StoredWeights(Mapping[str, "Tensor"]):
     """Own name -> tensor on the mapped file. The mapping is copy-on-write, so that writes never reach the file.
 
-    joined: own name -> of a vocabulary's tensor (stored/joined.py) other rows, places of these here, rows in all.
+    joined: own name -> for a tensor joined from rows (stored/joined.py), the task's other rows, the places of the
+    common rows, and the number of all rows.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class StoredWeights(Mapping[str, "Tensor"]):
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
     """The model of a bundle's task, through its route. Raises IntegrityError if a file differs from the manifest.
 
-    The model's digest is the manifest's, which says nothing of damaged files: so every file of the route is read first.
-    A bundle in memory has no files.
+    The digest of the model comes from the manifest and would hide damaged files, so every file of the route is checked
+    first. A bundle in memory has no files.
     """
     from flexmerge_cli.bundle.view import View
 
@@ -112,10 +113,10 @@ def source_model(task: str, source: str, *, relative_to: Path | None = None) -> 
 
 
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:
-    """The base as a task's model: its values of everything that merges, with the task's own heads from the bundle.
+    """The base as a model of the task: its values of all tensors that merge, and the task's heads from the bundle.
 
-    digests: own name -> digest of the base's tensors that were digested already; what is new is added.
-    Raises DataError if the base has not what the bundle's tasks share, IntegrityError if a file of the bundle differs
+    digests: own name -> digest of the base's tensors that are known; new ones are added.
+    Raises DataError if the base lacks what the bundle's tasks share, IntegrityError if a file of the bundle differs
     from its manifest.
     """
     from flexmerge_cli.bundle.view import View

@@ -1,7 +1,7 @@
-"""One-sided limits of a paired difference, from what two models did on the same examples.
+"""Computes one-sided limits of a paired difference from the outcomes of two models on the same examples.
 
-ours, theirs: [n] outcomes of the merged and of the reference model. The drop is mean(theirs) - mean(ours), or that as
-a part of mean(theirs). Pure; numpy and scipy.
+ours, theirs: [n] outcomes of the merged and of the reference model. The drop is mean(theirs) - mean(ours), or its
+fraction of mean(theirs). Pure; numpy and scipy.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
         """Observed minus assumed drop, in standard errors under the assumed drop. Falls as the assumed drop rises."""
         a, b = 2 * n, -lost - gained + (2 * n - lost + gained) * drop
         c = -gained * drop * (1 - drop)
-        share = (np.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # of gained, at the assumed drop
+        share = (np.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # the proportion gained, at the assumed drop
         variance = n * (2 * share + drop * (1 - drop))
         return _over(lost - gained - n * drop, variance)
 
@@ -43,7 +43,7 @@ def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
         ratio = 1 - drop
         a, b = n * (1 + ratio), (both + lost) * ratio**2 - (both + gained + 2 * lost)
         c = lost * (1 - ratio) * (both + gained + lost) / n
-        share = (-b + np.sqrt(max(0.0, b * b - 4 * a * c))) / (2 * a)  # of lost, at the assumed ratio
+        share = (-b + np.sqrt(max(0.0, b * b - 4 * a * c))) / (2 * a)  # the proportion lost, at the assumed ratio
         variance = n * (1 + ratio) * share + (both + gained + lost) * (ratio - 1)
         return -_over(both + gained - (both + lost) * ratio, variance)
 

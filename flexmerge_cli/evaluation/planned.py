@@ -1,6 +1,6 @@
 """The references of a curve: each task's fine-tuned model and the base, from a plan's sources.
 
-The base is scored as every task's model with the base's values of all that merges, and the task's own heads.
+The base is scored as a model of each task: the base's values of all tensors that merge, and the task's own heads.
 """
 
 from collections.abc import Mapping, Sequence

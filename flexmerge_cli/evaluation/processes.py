@@ -1,7 +1,7 @@
-"""Jobs in several processes: a function that each process prepares once, and jobs in; their results out, in order.
+"""Runs jobs in several processes, with a function that each process prepares once, and yields their results in order.
 
-Every process computes with one thread. None outlives the call: on an error, and when this process is interrupted, the
-others are told to end, and clean up behind themselves. They are deaf to Ctrl-C, which a terminal sends to all of them.
+Every process computes with one thread. No process outlives the call: on an error, and if this process is interrupted,
+the others are told to end and clean up. They ignore Ctrl-C, which a terminal sends to all of them.
 """
 
 import multiprocessing
@@ -32,8 +32,8 @@ def in_processes(
 ) -> list[Result]:
     """The results of jobs, at most `parallel` of them at a time.
 
-    prepare: gives the function that does a job, once in every process. It, jobs and results are pickled.
-    on_job: takes the number of the job that is waited for.
+    prepare: returns the function that does a job; called once in every process. Jobs and results are pickled, too.
+    on_job: is called with the number of the job that is awaited.
     Raises what `prepare` or the first failing job raises, and MachineError if a process dies.
     """
     others = multiprocessing.active_children()
@@ -62,10 +62,10 @@ def in_processes(
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Signals that end a run wait until a process is started whole: half of one fails, and prints how.
+    """Delay signals that end a run until a process has started: one that is interrupted halfway prints a traceback.
 
-    The process holds them, too, until it can answer them. The mask of this thread is not enough for this process:
-    another thread may be given the signal, and Python's handlers run in the main thread all the same.
+    The new process delays them, too, until it can handle them. Blocking them in this thread is not enough here: another
+    thread may receive the signal, and Python runs handlers in the main thread all the same.
     """
     came: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
@@ -91,15 +91,15 @@ _work: Work[Any, Any] | None = None
 
 
 def _begin(prepare: Callable[[], Work[Any, Any]]) -> None:
-    """Nothing here can fail: what an initialiser raises is printed, and reaches nobody."""
+    """Nothing here may fail: errors of an initialiser are printed, and not raised in the parent."""
 
     def end(number: int, _frame: object) -> None:
         raise _Ended(128 + number)
 
     global _prepare
     _prepare = prepare
-    signal.signal(signal.SIGINT, lambda *_signal: None)  # not SIG_IGN, which programs that a job starts would inherit
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came meanwhile ends this process without a word
+    signal.signal(signal.SIGINT, lambda *_signal: None)  # not SIG_IGN, which programs started by a job would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a signal that came meanwhile ends this process silently
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
@@ -114,5 +114,5 @@ def _run(job: Any) -> Any:
             torch.set_num_threads(1)  # the processes share the cores
             _work = _prepare()
         return _work(job)
-    except _Ended as ended:  # the pool would take it for a job's error, and give this process another
+    except _Ended as ended:  # the pool would take it for an error of a job, and give this process another job
         os._exit(int(str(ended.code)))

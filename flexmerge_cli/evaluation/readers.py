@@ -1,11 +1,11 @@
 """Reads files of examples, one reader per format: named columns, each read on demand, and a digest of the bytes.
 
-jsonl        an object a line (or, in a .json, a list of objects); a column is a key that some line has
+jsonl        one object per line (or, in a .json, a list of objects); a column is a key that some line has
 csv          with a header; .tsv: tabs. Values are texts
 parquet      needs pyarrow
-npz, safetensors   arrays of one first axis, by name
+npz, safetensors   arrays by name, with equal first axes
 imagefolder  CLASS/FILE below the folder, or below its subfolder `split`: columns `image` (paths) and `label` (CLASS)
-datasets     a folder that `save_to_disk` left, or hf://org/name[@revision][:config]; needs Hugging Face `datasets`
+datasets     a folder written by `save_to_disk`, or hf://org/name[@revision][:config]; needs Hugging Face `datasets`
 Knows nothing of kinds or specs. No code comes from data: nothing is unpickled, no loading script is run.
 """
 
@@ -34,13 +34,13 @@ SUFFIXES = {
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HUB = re.compile(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 DATA_EXTRA = "flexmerge-cli[data]"
-MAX_FIELD = 16 << 20  # characters of one value of a .csv
+MAX_FIELD = 16 << 20  # the most characters of one value of a .csv
 MAX_TEXT_BYTES = 256 << 20  # of .jsonl, .json, .csv and .tsv, which are read whole and take some ten times as much
 
 
-# Of bytes that are no sound .npz: zipfile's BadZipFile, and NotImplementedError for what it does not unpack; zlib's
-# error, EOFError and OSError for members that are cut; numpy's ValueError for headers and pickles, KeyError for one
-# that is not there, and AttributeError and TypeError for an .npy under this name, which is loaded as an array.
+# What a malformed .npz raises: BadZipFile and NotImplementedError by zipfile; zlib's error, EOFError and OSError for
+# truncated members; and by numpy ValueError for headers and pickles, KeyError for a missing member, and AttributeError
+# and TypeError for an .npy under this name, which is loaded as an array.
 UNSOUND_NPZ = (
     OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, AttributeError, zipfile.BadZipFile,
     zlib.error,
@@ -205,7 +205,7 @@ def _saved_dataset(path: Path, split: str | None) -> Source:
 
     try:
         found = datasets.load_from_disk(str(path))
-    except Exception as error:  # of arrow, JSON and the library's own: the folder is not what it should be
+    except Exception as error:  # raised by arrow, JSON and the library for a malformed folder
         raise DataError(f"{path} cannot be opened by `datasets`: {error}", hint="save_to_disk writes one") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
@@ -231,7 +231,7 @@ def open_hub(reference: str, split: str | None) -> Source:
         found = datasets.load_dataset(repository, config, split=split, revision=revision)
     except ValueError as error:  # the message names an unknown config or split and the existing ones
         raise UsageError(f"{reference}: {error}", hint="check config and split") from None
-    except Exception as error:  # of the network, the Hub and the library's own
+    except Exception as error:  # raised by the network, the Hub and the library
         raise SourceError(
             f"{reference} is not available: {error}", hint="download it once while online, or give a local path"
         ) from None

@@ -33,8 +33,8 @@ class References:
 def spec_references(spec: EvalSpec, bundle: Bundle, *, access: Access = ONLINE, needed: bool = False) -> References:
     """The references that the spec names by `checkpoint` and `base`. Reads headers.
 
-    needed: also the source that the bundle remembers, where that is a place that can be found from here; raises
-    UsageError for a task without one.
+    needed: for a task without `checkpoint` in the spec, take the source that the bundle records; raises UsageError if
+    it cannot be found.
     """
     digests: dict[str, str] = {}
     base = open_checkpoint(spec.base, relative_to=spec.folder, access=access) if spec.base is not None else None

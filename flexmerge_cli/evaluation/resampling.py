@@ -19,13 +19,14 @@ def mean_drops(
 ) -> tuple[float, np.ndarray]:
     """(mean drop over tasks, the same in each draw [R]); above 0 is worse.
 
-    relative: as parts of the references, else in points / 100: of perplexity and divergence a unit is a point.
+    relative: as fractions of the references; otherwise in points / 100, where a unit of perplexity or divergence is
+    one point.
     """
     drops, draws = [], []
     for number, (_, ours, theirs) in enumerate(_pairs(merged, references)):
         sign = 1.0 if ours.higher_is_better else -1.0
         if not relative and not METRICS[ours.metric].percent:
-            sign /= 100  # one of its own units is a point
+            sign /= 100  # one unit of the metric is a point
         ours_R, theirs_R = (resampled_values(scored, _seed(seed, number)) for scored in (ours, theirs))
         drops.append(float(_drop(np.array(ours.value), np.array(theirs.value), sign, relative)))
         draws.append(_drop(ours_R, theirs_R, sign, relative))
@@ -63,7 +64,7 @@ def _drop(ours: np.ndarray, theirs: np.ndarray, sign: float, relative: bool) -> 
 
 
 def _kept(ours: np.ndarray, theirs: np.ndarray, higher_is_better: bool) -> np.ndarray:
-    """The part kept; all of it if the reference has nothing to keep."""
+    """The fraction kept; 1 if the reference has nothing to keep."""
     return _over(ours, theirs, 1.0) if higher_is_better else _over(theirs, ours, 1.0)
 
 

@@ -1,6 +1,6 @@
-"""`eval BUNDLE` and `eval --sources`: which models are scored, and beside which; in this process or in several.
+"""Scores a bundle or its sources, in this process or in several: decides which models, and what they are compared with.
 
-One model is in memory at a time, in each process. Curves of a plan: drawing.py.
+Each process has one model in memory at a time. drawing.py scores the curves of plans.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,22 +34,22 @@ class ScoreRequest:
     spec: EvalSpec
     bundle: Path | None = None
     plan: Path | None = None
-    """Whose sources the references are; None: those that the spec names."""
+    """The plan whose sources are the references; None for those that the spec names."""
     relocate: Mapping[str, str] = field(default_factory=dict)
     """New places of the plan's sources, as in MergeRequest."""
     sources: bool = False
-    """Every task's fine-tuned model and the base, and of a bundle nothing else."""
+    """Whether to score every task's fine-tuned model and the base, and no bundle."""
     device: str | None = None
     reuse: bool = True
     parallel: int = 1
     access: Access = ONLINE
     gate: Gate = field(default_factory=Gate)
-    """What the bundle has to keep of the fine-tuned scores; the verdict is in the document."""
+    """The limits on the drop from the fine-tuned scores; the verdict is in the document."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Pairs:
-    """What a gate goes by, by task."""
+    """The scores that a gate compares, by task."""
 
     merged: dict[str, Scored] = field(default_factory=dict)
     references: dict[str, Scored] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class _Pairs:
 def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> dict[str, Any]:
     """`flexmerge.eval/1`.
 
-    Raises UsageError before a weight is read where spec, data and models do not fit; DataError, SourceError.
+    Raises UsageError, before a weight is read, if spec, data and models do not fit together; DataError, SourceError.
     """
     tasks = list(request.spec.tasks)
     if request.parallel <= 1 or len(tasks) == 1:
@@ -141,7 +141,7 @@ def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
     bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
     if bundle is not None:
         for task in request.spec.tasks:
-            bundle.check_files(task, weights=False)  # the examples are made with them, also beside --sources
+            bundle.check_files(task, weights=False)  # the examples are prepared with them, also for --sources
     if request.plan is not None:
         references = planned_references(request)
     else:
@@ -169,7 +169,7 @@ def _require_pairs(request: ScoreRequest, references: References) -> None:
 
 
 def planned_references(request: ScoreRequest) -> References:
-    """A plan's sources as models. Reads headers; weights are read, and checked against the plan, when asked for.
+    """The sources of a plan as models. Reads headers; weights are read and checked when a model is opened.
 
     Raises SourceError, DataError.
     """
@@ -205,7 +205,7 @@ def references_of(
 
 @dataclass(kw_only=True)
 class BundleGate:
-    """What a bundle has to pass before it is published; all but its scores is known before it is made."""
+    """The gate that a bundle must pass before it is published. Everything but its scores is known before it is made."""
 
     spec: EvalSpec
     gate: Gate
@@ -215,7 +215,7 @@ class BundleGate:
     """`flexmerge.eval/1` with the verdict, after `require`."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError, SourceError, DataError for what does not fit of spec and data; reads no weight."""
+        """Raises UsageError, SourceError and DataError if spec and data do not fit together; reads no weights."""
         scorer = self._scorer()
         self._data = {
             task: scorer.examples(task, self.references.folders[task]).digest or None for task in self.spec.tasks
@@ -226,7 +226,7 @@ class BundleGate:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the manifest tells of it (formats/manifest.py)."""
+        """The manifest's `gate` (formats/manifest.py)."""
         limits = {"max_drop": self.gate.max_drop, "max_mean_drop": self.gate.max_mean_drop}
         return {
             **{name: limit.text for name, limit in limits.items() if limit is not None},

@@ -1,7 +1,7 @@
 """Scores one task's model on one task's data: the only entry into the kinds.
 
-`Scorer` prepares a task's examples once, and scores any number of models on them; `score` is one of each. Scores are
-kept on disk (cache.py) by weights, data and settings: what is known is not computed again.
+`Scorer` prepares a task's examples once and scores any number of models on them; `score` scores one model. Scores are
+cached on disk by weights, data and settings (cache.py).
 """
 
 from collections.abc import Callable, Mapping

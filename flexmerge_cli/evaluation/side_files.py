@@ -6,7 +6,7 @@ import xxhash
 
 from flexmerge_cli.checkpoint.digest import digest_bytes
 
-# By the beginnings of their names: config, processor, tokenizer.
+# Beginnings of their names: config, processor, tokenizer.
 SIDE_FILES = (
     "config.json", "generation_config", "preprocessor_config", "processor_config", "tokenizer", "vocab", "merges",
     "special_tokens", "added_tokens", "spiece", "sentencepiece", "chat_template", "templates.json",

@@ -1,7 +1,7 @@
-"""Caches models without their weights, since a curve builds the same ones hundreds of times, and slowly.
+"""Caches models without their weights, since a curve builds the same ones hundreds of times, and building is slow.
 
-A skeleton is kept of a model whose parameters lie on the weights' own memory, each on one and none left over: so it is
-known which is which, whatever transformers calls them. All else is built anew every time.
+A model is cached if its parameters and the weights share memory one to one, which says which weight is which parameter
+whatever transformers calls it. All other models are built every time.
 """
 
 import copy
@@ -46,7 +46,7 @@ def key_of(folder: Path, *more: object) -> Key:
 
 
 def filled(key: Key, weights: Mapping[str, Any]) -> Any | None:
-    """A model with these weights, or None: then build it, and `keep` it."""
+    """A model with these weights; None if there is no skeleton: build the model and `keep` it."""
     kept = _kept.get(key)
     return kept.filled(weights) if kept is not None else None
 

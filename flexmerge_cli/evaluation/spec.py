@@ -2,11 +2,11 @@
 
 version  1
 tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each kind in kinds/
-limit, batch_size, dtype, seed, device   of all tasks that do not say otherwise
+limit, batch_size, dtype, seed, device   defaults for all tasks
 base     the base, scored with each task's own head
 not_scored  [tasks] of the bundle that are left out on purpose: a gate fails if one is neither scored nor named here
-Nothing of it is run, but what `python` and `command` name, with --allow-exec. Readers refuse unknown keys; a change of
-meaning makes it /2.
+Only what `python` and `command` name is run, and only with --allow-exec. Readers refuse unknown keys; if the meaning of
+a key changes, the version becomes 2.
 """
 
 import difflib
@@ -97,7 +97,7 @@ class _Outer(EvalSpec):
 def read_spec(
     path: Path, tasks: tuple[str, ...], *, unscorable: tuple[str, ...] = (), allow_exec: bool = False
 ) -> EvalSpec:
-    """Read a spec. Checks its form, its tasks, and that checkpoints exist; `prepare` checks the data.
+    """Read a spec. Checks its form, its tasks, and that checkpoints exist; the kinds check the data.
 
     unscorable: further tasks of the bundle that the command cannot score; the spec may name them under `not_scored`.
     Raises UsageError with file, line and key, SourceError.

@@ -1,10 +1,11 @@
 """Writes scores as tidy CSV, one row per score, with the same columns for curves, bundles and sources.
 
-method   of a curve's point as it was asked for, of a bundle what merged it; `fine-tuned` and `base` of those models
-sizes, bytes, total_bytes, factor   of the bundle, written or not; empty of other models
+method   the requested method of a curve's point, or the methods of a bundle; `fine-tuned` and `base` for those models
+sizes, bytes, total_bytes, factor   the size of the bundle, written or not; empty for other models
 task, metric, n, split, value, low, high, weights   one number, its 95 % interval, the digest of what was scored
-normalised, fine_tuned, base   the part of the fine-tuned score, of the task's first metric; and the references' scores
-Curves have the first metric of each task, and the references in every row alone.
+normalised, fine_tuned, base   for the task's first metric: the fraction of the fine-tuned score, and the references'
+         scores
+Curves have only the first metric of each task, and no rows for the references.
 """
 
 import csv

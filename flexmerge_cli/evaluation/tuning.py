@@ -1,8 +1,8 @@
-"""`curve --tune`: one argument of methods chosen on validation data, which are never those reported.
+"""Chooses an argument of methods on validation data, which are never the data that are reported.
 
-Every method that takes the argument is drawn with each value at every size; the value with the best mean over sizes and
-tasks is the method's own, of equals the one nearest to the default. Methods that do not take it, or say it themselves,
-stay as they are.
+Every method that takes the argument is scored with each value at every size. The value with the best mean over sizes
+and tasks is chosen; among equals, the one nearest to the default. Methods that do not take the argument, or give it
+themselves, are left unchanged.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from flexmerge_cli.request.merge import Cut
 def tuned(
     plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest, tune: Tune, *, on_score: OnScore
 ) -> dict[str, CurveMethod]:
-    """Name of a method -> itself with the value that is best on the spec's data."""
+    """Method name -> the method with the value that is best on the spec's data."""
     tried = tuple(variant for by_value in tune.variants.values() for variant in by_value.values())
     curve = draw(plan, plan_path, spec, replace(request, methods=tried, alternatives=False), on_score=on_score)
     means = {
@@ -42,7 +42,7 @@ def tuned(
 
 
 def _mean(points: Sequence[Point], references: dict[str, Scored]) -> float:
-    """Over sizes and tasks; parts of the fine-tuned score, so that tasks and metrics count alike."""
+    """The mean over sizes and tasks of normalised scores, so that tasks and metrics count alike."""
     parts = [
         normalised(scored.value, references[task].value, higher_is_better=scored.higher_is_better) or 0.0
         for point in points

@@ -29,7 +29,7 @@ PRESETS = {
 _SUM = "task_arithmetic:form=sum,scale=1.0"
 _ELECT = "ties:K=1.0,merge=sum"
 
-# mergekit's defaults: weights are not normalised but in linear, ties and della; density is 1, so it is always given.
+# mergekit's defaults: weights are normalised only in linear, ties and della; density is 1, so it is always given.
 ALIASES = {
     "linear": ("average", (), "with weights: weighted_average"),
     "task_arithmetic": (_SUM, (), "equal weights become scale"),

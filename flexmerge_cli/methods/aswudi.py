@@ -58,8 +58,8 @@ def aswudi(
 ) -> Tensor:
     """WUDI's minimiser in as many of the largest directions as the rule says. [k, *shape] float32 -> [*shape].
 
-    rule: gavish_donoho is the authors' for full Llama deltas; none takes all, and divides by noise where the deltas are
-    of low rank. Directions left out keep `init`, as in swudi. Tensors that are no matrices get the mean.
+    rule: gavish_donoho is the authors' choice for full Llama deltas; none takes all directions, and divides by noise if
+    the deltas have low rank. Directions left out keep `init`, as in swudi. Tensors that are no matrices get the mean.
     Source: WalkerWorldPeace/MLLMerging, where float32 can put a rank off by one at exact integers.
     """
 

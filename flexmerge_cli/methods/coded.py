@@ -1,9 +1,10 @@
-"""Methods that store a centre per group and a few bits per task: which centre and coder, and which tensors are copied.
+"""Declares the methods that store a centre per group and a few bits per task: their centre, their coder, and their
+copies.
 
     @coded(paper="…", when="…")
     def low_bit(*, bits: Bits = 2, centre: str = "average", …) -> Coded: ...
 
-A declaration: keyword arguments in, the same machinery as `@method`, no weights seen. The arithmetic is in residuals/.
+A declaration maps keyword arguments to a Coded, without weights. The arithmetic is in residuals/.
 θ̂_k = centre + decode(residual_k), residual_k = θ_k - centre in float32, against the centre as it is stored.
 """
 
@@ -46,7 +47,7 @@ class Vectors(StrEnum):
 
 
 class Expert(Protocol):
-    """Makes a residual from the task vector, where it is not θ_k - centre: methods/free.py."""
+    """Makes residuals that are not θ_k - centre, from the task vectors (methods/free.py)."""
 
     def factors(self, group: Any) -> "np.ndarray":
         """One number per task of a group, from its finished statistic: [k]."""
@@ -100,7 +101,7 @@ class Coded:
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
     def form_of_bits(self, shape: tuple[int, ...], bits: int) -> Form:
-        """The form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded like all else.
+        """The form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded, too.
 
         bits: 0 stores nothing beside the centre, and then `residual` is None.
         """
@@ -138,8 +139,8 @@ class CodedMethod(Method):
 
 @functools.lru_cache(maxsize=1024)
 def _centre_call(text: str) -> Call:
-    """Parse the centre's method, once: a plan asks for it for every tensor and group."""
-    from flexmerge_cli.methods.registry import parse_call  # imported here because it imports this module, and torch
+    """The centre's method. It is parsed once, because a plan asks for it for every tensor and group."""
+    from flexmerge_cli.methods.registry import parse_call  # it imports this module, and torch
 
     return parse_call(text)
 
@@ -192,8 +193,8 @@ def bitdelta(
 ) -> Coded:
     """The sign of every element of the residual, and its mean magnitude.
 
-    scale: one for the tensor, as the authors have it, or one a row. gain: norm takes the root mean square of each row.
-    This is the authors' variant before distillation, which needs data.
+    scale: one per tensor, as in the authors' code, or one per row. gain: norm takes the root mean square of each row.
+    This is the authors' method without its distillation, which needs data.
     """
     coder = BitDelta(scale=scale, gain=gain)
     return Coded(centre=centre, coder=lambda num_tasks: coder)
@@ -210,11 +211,12 @@ def low_bit(
     scales: Literal["float32", "bfloat16"] = "float32",
     clip: Literal["none", "search"] = "none",
 ) -> Coded:
-    """Residuals in 1 to 8 bits an element, one scale a row; on a dense centre, a coded one, or none.
+    """Residuals in 1 to 8 bits per element, with one scale per row; on a dense centre, a coded one, or none.
 
-    levels: up to 3 bits, those of a normal distribution, or fitted to each tensor and stored. gain: norm keeps each
-    row's length. centre: base, none, or a merging method. centre_bits: 2, 3, 4, 8 or dense; coded centres have bfloat16
-    scales and at 4 bits a clip search, and vectors are then 8 bits on 8 bits. clip: search for the best cut at 4 bits.
+    levels: up to 3 bits, the levels of a normal distribution, or levels fitted to each tensor. gain: norm keeps the
+    length of each row. centre: base, none, or a merging method. centre_bits: 2, 3, 4, 8 or dense; coded centres have
+    bfloat16 scales and at 4 bits a clip search, and vectors have 8 bits on 8 bits. clip: search finds the best cut at
+    4 bits.
     """
     if levels == "empirical" and bits > 3:
         raise UsageError(f"`low_bit`: levels=empirical supports at most 3 bits, not {bits}", hint="use levels=gauss")
@@ -238,7 +240,7 @@ def low_bit(
 def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, centre: str = "average") -> Coded:
     """Residuals as two thin factors, by truncated singular value decomposition.
 
-    rank: of every matrix, at most its own; or fraction of min(m, n), 0.125 unless either is given.
+    rank: the rank for every matrix, at most its own; fraction: the rank as a fraction of min(m, n), by default 0.125.
     """
     if rank is not None and fraction is not None:
         raise UsageError(f"`low_rank`: rank={rank} and fraction={fraction} are both given", hint="leave one out")
@@ -248,7 +250,7 @@ def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, cent
 
 @coded(paper="Gargiulo et al. 2025 (TSV-Compress)", when="two models' worth of matrices, however many tasks")
 def tsv_c() -> Coded:
-    """Task vectors as two thin factors, of rank min(m, n) over the group's size, on the base.
+    """Task vectors as two thin factors on the base, of rank min(m, n) divided by the size of the group.
 
     The authors divide by all tasks instead, leave convolutions whole, and store U, Σ and V apart.
     """
@@ -259,10 +261,10 @@ def tsv_c() -> Coded:
 def sparse(
     *, density: Fraction = 0.05, rescale: Literal["none", "l1", "l2"] = "none", centre: str = "average"
 ) -> Coded:
-    """The largest elements of every residual, and where they are.
+    """The largest elements of every residual and their positions.
 
-    density: the fraction kept, at least one element a tensor. rescale: a factor on them that restores the residual's
-    norm; l2 keeps the length, l1 makes the error larger than none does.
+    density: the fraction kept, at least one element per tensor. rescale: a factor that restores a norm of the residual:
+    l2 keeps its length; l1 makes the error larger than none does.
     """
     coder = Sparse(density=density, rescale=rescale)
     return Coded(centre=centre, coder=lambda num_tasks: coder)

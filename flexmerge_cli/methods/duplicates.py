@@ -1,13 +1,13 @@
-"""Warnings about groups of near-duplicates, which sums multiply and which get empty masks of sums. Pure; no tensors.
+"""Warns about groups of near-duplicates, which sums multiply, and whose masks of sums are empty. Pure; no tensors.
 
-Grouping by similarity produces just such groups, so users are warned about methods that suffer from them.
+Grouping by similarity produces such groups, so users are warned about methods that suffer from them.
 """
 
 from collections.abc import Sequence
 
 from flexmerge_cli.methods.method import Call
 
-# Smallest cosine of a group from which on its tasks count as near-duplicates, and the factor that is still tolerated.
+# The smallest cosine of near-duplicates, and the largest factor that needs no warning.
 NEAR, TOLERATED = 0.9, 2.0
 
 

@@ -33,8 +33,8 @@ def rescale(*, gamma: str) -> Gain:
 def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted") -> Any:
     """The largest delta of the elected sign, masked per task where the task agrees, rescaled. [k, n] float32 -> Centre.
 
-    gamma: `weighted` counts all elements of a block alike; `tensor_mean` is the authors' eight-task form, in which a
-    bias weighs as much as a matrix. γ > 1 happens, for a task that loses most elections.
+    gamma: `weighted` gives all elements of a block equal weight; `tensor_mean`, the authors' form for eight tasks,
+    gives a bias the weight of a matrix. A task that loses most elections can have γ > 1.
     Source: harveyhuang18/EMR_Merging, which gives NaN for a zero task; here γ = 0.
     """
     elected = elect(deltas)

@@ -31,7 +31,7 @@ def task_arithmetic(deltas: Tensor, *, form: Literal["mean", "sum"] = "mean", sc
     """Scaled mean (or sum) of the task vectors. [k, n] float32 -> [n].
 
     scale: 1.5 for form=mean, as in FlexMerge, 0.3 for form=sum, the usual value for eight tasks. FlexMerge takes the
-    mean since k differs from block to block: sum with scale x at k tasks is mean with scale x·k.
+    mean because k differs between blocks: sum with scale x at k tasks is mean with scale x·k.
     """
     if form == "sum":
         return (0.3 if scale is None else scale) * sum_tasks(deltas)
@@ -59,8 +59,8 @@ def weighted_average(
 ) -> Tensor:
     """Weighted mean of the task vectors, or with normalize=false their weighted sum. [k, n] float32 -> [n].
 
-    weights: {task: number >= 0}; a task that is not named has 1. They are normalised inside each group, so they change
-    nothing in a group whose weights are equal. Raises UsageError for a group whose weights are all 0.
+    weights: {task: number >= 0}; a task that is not named has 1. They are normalised in each group, so equal
+    weights have no effect. Raises UsageError for a group whose weights are all 0.
     """
     weight_k = [float((weights or {}).get(task, 1.0)) for task in where.tasks]
     if not normalize:
@@ -76,7 +76,7 @@ def weighted_average(
 def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:
     """(divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None of all others.
 
-    This is what native.c needs; its loop gives the same bits as the functions above.
+    native.c needs only these; its loop gives the same bits as the functions above.
     """
     if call.method is average:
         return float(num_tasks), 1.0

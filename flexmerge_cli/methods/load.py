@@ -1,7 +1,7 @@
 """Loads user-defined methods from a file, `./my.py#my_method`, or from an installed package.
 
-A package offers them as entry points of the group `flexmerge.methods`, by name: `my_method = "my_package:my_method"`.
-Both run code, so the caller must have the user's consent (registry.parse_call).
+A package lists its methods as entry points of the group `flexmerge.methods`: `my_method = "my_package:my_method"`.
+Both run code, so the caller needs the user's consent (registry.parse_call).
 """
 
 import hashlib

@@ -15,7 +15,7 @@ def magmax(deltas: Tensor, *, scale: Positive = 1.0) -> Tensor:
     """The delta of largest magnitude, element by element; of x and -x, x > 0. [k, n] float32 -> [n].
 
     scale: the authors take 0.5 for independent fine-tunes.
-    Source: tanganke/fusion_bench, where of equal magnitudes the later task wins, so that the order of tasks shows.
+    Source: tanganke/fusion_bench, where the later task wins a tie, so that the result depends on the order of tasks.
     """
     highest, lowest = deltas.amax(0).double(), deltas.amin(0).double()
     return scale * highest.where(highest >= -lowest, lowest)

@@ -1,11 +1,12 @@
 """Decides which tensors spectral methods treat as matrices, and merges the others.
 
-    2d       two axes, and no `text_projection` in the name: the rule of most authors' codes
-    linear   two axes of two and more, and no embedding, output head or position bias by its name (the default)
-    all      two axes and more, seen as [out, the rest], both of two and more, whatever the name
+    2d       tensors with two axes and no `text_projection` in the name: the rule of most authors' code
+    linear   tensors with two axes, each of length 2 or more, whose names are not those of embeddings, output heads or
+             position biases (the default)
+    all      tensors with two or more axes, seen as [out, the rest], each of length 2 or more, whatever their names
 
-The other tensors get the mean of the group's task vectors, so convolutions do unless `all` is asked for. Tensors are
-taken as they are stored; fused weights (q, k and v in one) are one matrix.
+The other tensors get the mean of the group's task vectors; without `all` these include convolutions. Fused weights (q,
+k and v in one tensor) are one matrix.
 """
 
 import math
@@ -43,7 +44,7 @@ def is_other(tensor: str, shape: tuple[int, ...], *, matrices: Matrices, **_: ob
 def of_matrices(each_task: float, once: float, *, small: float = 0, wide: float = 0, others: float = 0) -> Workspace:
     """A workspace in float64 matrices: each_task and once [m, n], small [p, p] with p = min(m, n), wide [n, n].
 
-    others: bytes an element and task of what is no matrix, beside those of a weighted sum.
+    others: bytes per element and task for tensors that are no matrices, in addition to those of a weighted sum.
     """
 
     def workspace(num_tasks: int, shape: tuple[int, ...], **_args: object) -> int:
@@ -60,7 +61,8 @@ def merge_matrices(
 ) -> Tensor:
     """scale · merge of a matrix [k, m, n] float64 -> [m, n]; of any other tensor scale · mean.
 
-    deltas [k, *shape] float32, of other tensors also any range of them, [k, n]. Returns [*shape] or [n] float64.
+    deltas: [k, *shape] float32; tensors that are no matrices may come in ranges [k, n]. Returns [*shape] or [n]
+    float64.
     """
     if not is_matrix(where.tensor, where.shape, matrices) or deltas[0].numel() == 0:
         return scale * mean_tasks(deltas)

@@ -9,9 +9,8 @@ Scopes, and the deltas of a call (float32, k tasks of one group in task order):
     element  [k, n]        any range of a tensor's elements, in C order
     row      [k, r, n]     whole rows: everything under one index of axis 0; 0 or 1 axes make one row
     tensor   [k, *shape]   a whole tensor
-    block    {name: [k, *shape]}   all mergeable tensors of a block, sorted by name; returns {name: [*shape]}
-
-What a method returns may be float64; the engine rounds it once. Steps and calibrations, before and after it: step.py.
+    block    {name: [k, *shape]}   all mergeable tensors of a block, sorted by name; returns {name: [*shape]}  A method
+    may return float64, which the engine rounds once. step.py has the steps before it and the calibrations after it.
 """
 
 import inspect
@@ -71,12 +70,12 @@ class Statistic(Protocol):
         """Whether it is measured for every task, once for all groups, or for each group."""
 
     def measure(self, deltas: "Tensor", where: Where) -> Any:
-        """What one range adds. deltas [R, n] float32: of all tasks of the family or, per group, of those of the group.
+        """What one range adds. deltas [R, n] float32: of all tasks of the family or, per group, of the group's tasks.
 
-        Takes the method's workspace for TILE_ELEMENTS at the most, or for the whole tensor where that is its scope.
-        A method `memory(num_tasks, num_elements)` may tell how many bytes the result holds for a range of so many
-        elements, and what is combined for a scope of so many, in this pass and in those that follow; without it a few
-        numbers a task are assumed.
+        Needs at most the method's workspace for TILE_ELEMENTS, or for a whole tensor if that is its scope. A method
+        `memory(num_tasks, num_elements)` may give the bytes of the result for a range of that many elements, and of
+        the combined results for such a scope, in this pass and the following ones; without it a few numbers per task
+        are assumed.
         """
 
     def combine(self, left: Any, right: Any) -> Any:
@@ -125,8 +124,8 @@ class Range:
 Workspace = Callable[..., int]
 """(number of tasks, shape of what a call sees, **arguments) -> bytes that it takes at most, beside its deltas.
 
-Results count. With a statistic, those of measuring a range of this shape as well. Shapes: [n] for scope `element`,
-[r, n] for `row`, else a tensor's.
+Results count, and for a method with a statistic the bytes of measuring such a range. Shapes: [n] for scope `element`,
+[r, n] for `row`, otherwise that of a tensor.
 """
 
 
@@ -139,7 +138,7 @@ def per_element(each_task: float, once: float) -> Workspace:
     return workspace
 
 
-# The default for methods that declare no workspace: more than any elementwise method of flexmerge takes.
+# For methods that declare no workspace: more than any elementwise method of this package needs.
 UNTOLD = per_element(64, 64)
 
 Fraction = Annotated[float, Range(above=0, most=1)]

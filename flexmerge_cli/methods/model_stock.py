@@ -1,4 +1,4 @@
-"""Model Stock: the mean, drawn toward the base the less the tasks agree in direction."""
+"""Model Stock: the mean, moved towards the base by as much as the tasks disagree in direction."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def _statistics(*, scope: Literal["row", "tensor", "block"]) -> Sums | None:
 def ratio(gram_kk: Tensor) -> Tensor:
     """The fraction of the mean kept: t = k c / (1 + (k - 1) c), c the mean cosine, at least 0. [k, k, *] -> [*].
 
-    In [0, 1]. Two zero vectors have cosine 1, a zero and another one 0.
+    It is in [0, 1]. Two zero vectors have cosine 1; a zero vector and another have cosine 0.
     """
     k = len(gram_kk)
     if k == 1:
@@ -71,10 +71,10 @@ def ratio(gram_kk: Tensor) -> Tensor:
 def model_stock(deltas: Tensor, stats: Gram | None, *, scope: Literal["row", "tensor", "block"] = "tensor") -> Tensor:
     """The mean of the task vectors times a ratio that follows from their mean cosine. [k, n] float32 -> [n].
 
-    scope: over what the cosines are taken, and the ratio is one number; scope=row takes [k, r, n] and returns [r, n].
-    Source: arcee-ai/mergekit, which floors products of norms at 1e-6, so that small deltas get too small a ratio, and
-    takes a negative mean cosine as it is, which moves away from the mean or divides by 0. tanganke/fusion_bench
-    averages angles, not cosines. mergekit's filter_wise is our row for tensors of one and two axes.
+    scope: what the cosines and the ratio are computed over; scope=row takes [k, r, n] and returns [r, n].
+    Source: arcee-ai/mergekit, which bounds products of norms below by 1e-6, so that small deltas get too small a ratio,
+    and uses negative mean cosines, which moves away from the mean or divides by 0. tanganke/fusion_bench averages
+    angles, not cosines. mergekit's filter_wise equals scope=row for tensors of one and two axes.
     """
     if stats is None:
         pairs = gram(deltas)

@@ -13,8 +13,8 @@ from flexmerge_cli.methods.svd import svd
 def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
     """The task without its part along merged. [m, n] float64.
 
-    In the singular bases of merged: nothing in the leading corner, as large as holds more than alpha of the sum of
-    singular values, and nothing on the diagonal. Null directions of merged are left alone; 0 takes nothing away.
+    In the singular bases of merged, its leading corner, which holds more than alpha of the sum of singular values, and
+    its diagonal are zeroed. Null directions of merged are left unchanged, so a zero matrix changes nothing.
     """
     found = svd(merged)
     if len(found.s) == 0:
@@ -48,11 +48,11 @@ def opcm(
 ) -> dict[str, Tensor]:
     """Add the tasks in order, each projected off the merge so far, and keep the norm of a task.
 
-    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}; norms are over the block, the authors' over
-    the model. Tensors that are no matrices are added as they are. Tasks come in the order of the deltas; the authors
-    shuffle them by a seed.
-    Source: tanganke/fusion_bench. alpha=1 means 0 there (argmax over no True); of a merge of low rank it zeroes a
-    diagonal in an arbitrary basis of the null space, which is left alone here.
+    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}. Norms are over the block; the authors' are
+    over the model. Tensors that are no matrices are added unchanged. Tasks come in the order of the deltas; the
+    authors shuffle them with a seed.
+    Source: tanganke/fusion_bench. There alpha=1 means 0 (argmax over no True), and for a merge of low rank a diagonal
+    in an arbitrary basis of the null space is zeroed, which is left unchanged here.
     """
     names = [name for name in deltas if deltas[name][0].numel()]
     tasks = [

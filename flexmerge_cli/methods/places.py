@@ -1,9 +1,9 @@
-"""The values at given places of an ordered scope, of each row, exactly and in bounded memory.
+"""Finds the values at given places in the order of a scope, per row, exactly and in bounded memory.
 
-Keys are integers that order like the values: float32 magnitudes in 32 bits, float64 in 64. The key at a place is found
-from its top by digits of 16 bits: a pass counts one digit of the keys that agree so far, and where those are few it has
-gathered them all and needs no further pass. One pass for small scopes, else two for 32 bits and two to four for 64.
-Knows nothing of what the values are for.
+Keys are integers in the order of the values: float32 magnitudes in 32 bits, float64 in 64. The key at a place is found
+by digits of 16 bits, from the top: a pass counts one digit of the keys that agree so far, and if those are few it
+gathers them all and no further pass is needed. Small scopes take one pass, others two for 32 bits and two to four for
+64.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
 
 # Keys of a row that are gathered before they are counted: 2 MiB. The second pass over a block of seven million elements
-# gathers all that are left, and a tensor of fewer elements than this is done in one.
+# gathers all that are left, and a tensor of fewer elements takes one pass.
 GATHERED = 1 << 18
 
 # Elements whose keys are made at once: keys may take a hundred bytes an element and task, ranges have half a million.

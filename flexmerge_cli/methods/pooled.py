@@ -1,9 +1,10 @@
-"""Merges LoRA adapters with one another: the factors of a group in, those of one adapter of the same rank out. Pure.
+"""Merges LoRA adapters with one another: from the factors of a group to those of one adapter of the same rank. Pure.
 
-What is compared and merged is ΔW = B · A of a module, never A and B apart: they are free up to a rotation. A linear
+The ΔW = B · A of modules are compared and merged, never A and B, which are unique only up to a rotation. A linear
 method's Σ w ΔW is the product of the stacked factors [w₁B₁ … w_kB_k] and [A₁; …; A_k]; its truncated singular value
-decomposition follows from that of the small core between their QR factors, and ΔW is never formed. Other methods take
-the ΔW of one module at a time. The factors' scale (alpha over r) is one for all tasks of a pool, and stays outside.
+decomposition follows from that of the small core between their QR factors, and ΔW is never formed. Other methods get
+the ΔW of one module at a time. The scale of the factors (alpha over r) is equal for all tasks of a pool and not
+applied.
 """
 
 import math

@@ -5,7 +5,7 @@ from flexmerge_cli.methods.method import Call
 
 
 def merges_products(call: Call) -> bool:
-    """Whether a method needs only the ΔW of one module and group, and makes one value of them."""
+    """Whether a method can merge the ΔW of one module, without other tensors, into one value."""
     return call.method.form == "merged" and call.statistics is None and call.scope != "block"
 
 

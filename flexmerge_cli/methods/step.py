@@ -4,9 +4,8 @@
     def dare(deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0) -> Tensor: ...
 
 Both are pure functions with keyword arguments, declared and written like methods (method.py). Steps see all tasks of
-the family, whatever the groups; the value of a step is rounded to float32. A step's scope and the shapes of its deltas
-are those of method.py, `block` excepted; statistics of a step, or of what follows it, are of deltas that the steps
-before have been through.
+the family, whatever the groups, and their values are rounded to float32. Scopes and shapes of deltas are those of
+method.py without `block`. Statistics of a step or method are measured on the deltas that the steps before it return.
 """
 
 import inspect

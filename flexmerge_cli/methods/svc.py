@@ -1,4 +1,5 @@
-"""SVC: singular values of a merged matrix set so that each direction holds what the tasks hold in it on average."""
+"""SVC: rescale the singular values of a merged matrix so that each direction holds what the tasks hold in it on
+average."""
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ def svc(merged: Tensor, unstepped: Tensor, *, alpha: Positive = 0.1, matrices: M
     merged [*shape] float64, after the method's scale; unstepped [k, *shape] float32, the task vectors before any step.
     Direction r of the merge, a_r = σ_r v_r, holds s_i = ⟨a_r, u_rᵀτ_i⟩/‖u_rᵀτ_i‖² of task i, at least alpha (0 where
     the norm is 0); σ_r becomes k/Σ s_i times as large. Where nothing is clamped the scale before has no effect.
-    alpha: 1 only shrinks, the authors' choice after tsv_m; 1/M after task_arithmetic, dare and ties.
-    Source: lyymuwu/SVC, where an absolute 1e-12 is added to the norm, too much for small deltas; its per-task target is
-    not in the paper.
+    alpha: 1, the authors' choice after tsv_m, only shrinks; they take 1/M after task_arithmetic, dare and ties.
+    Source: lyymuwu/SVC, which adds an absolute 1e-12 to the norm, too much for small deltas, and whose per-task target
+    is not in the paper.
     """
     tasks = unstepped.flatten(2).to(torch.float64)
     found = svd(merged.flatten(1))

@@ -1,8 +1,8 @@
-"""Singular value decompositions and polar factors in float64, by way of the smaller Gram matrix.
+"""Computes singular value decompositions and polar factors in float64 from the smaller Gram matrix.
 
-eigh of A Aᵀ or Aᵀ A is two to three times as fast as a full decomposition, and in float64 better than one in float32
-while the condition number is under 1e5; singular values up to 1e-6 of the largest are dropped anyway. Signs of singular
-vectors, and bases of equal singular values, are LAPACK's choice; what is made of them here does not depend on signs.
+eigh of A Aᵀ or Aᵀ A is two to three times as fast as a full decomposition, and in float64 more accurate than one in
+float32 for condition numbers below 1e5; singular values up to 1e-6 of the largest are dropped anyway. LAPACK chooses
+the signs of singular vectors and the bases of equal singular values; results here do not depend on the signs.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Singular values up to this part of the largest are noise: their vectors are what LAPACK returns for a null space.
+# Singular values up to this fraction of the largest are noise: their vectors are an arbitrary basis of the null space.
 CUT = 1e-6
 
 
@@ -27,7 +27,7 @@ class Svd:
         return Svd(self.u[:, :rank], self.s[:rank], self.vt[:rank])
 
     def alone(self) -> "Svd":
-        """A copy in memory of its own. `first` returns a view, which keeps all triples alive."""
+        """A copy in separate memory. `first` returns a view, which keeps all triples alive."""
         return Svd(self.u.clone(), self.s, self.vt.clone())
 
     def above(self, size: float) -> "Svd":
@@ -57,8 +57,8 @@ def svd(matrix: Tensor) -> Svd:
 def polar(matrix: Tensor) -> Tensor:
     """U Vᵀ over the triples above the cut: the partial isometry nearest to [m, n]; 0 for 0. float64.
 
-    The orthogonal factor of a matrix of full rank. Where the rank is lower the null space stays empty; the U Vᵀ of a
-    full decomposition fills it with an arbitrary basis.
+    For a matrix of full rank it is the orthogonal factor. For lower rank the null space stays zero, which the U Vᵀ of a
+    full decomposition fills with an arbitrary basis.
     """
     found = svd(matrix)
     return found.u @ found.vt

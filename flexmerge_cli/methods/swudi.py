@@ -14,7 +14,7 @@ from flexmerge_cli.methods.wudi import interference
 
 Init = Literal["sum", "mean", "zero"]
 
-# Least eigenvalue of C, whose trace is the number of tasks that are not zero: an absolute floor is free of scale.
+# The smallest eigenvalue of C that is used. The trace of C is the number of nonzero tasks, whatever their scale.
 FLOOR = 1e-8
 
 
@@ -53,10 +53,10 @@ def swudi(
 ) -> Tensor:
     """The gradient flow of WUDI's loss stopped at `time`, in the `ratio` largest directions. [k, *shape] -> [*shape].
 
-    Directions left out keep `init` of the tasks: their sum, k-fold, or their mean, which gives k copies of a task back.
-    time, ratio: 1300, 0.65 are the authors' for ViT-B/32 and eight tasks; 300, 0.85 for Llama-3.2-3B.
+    Directions left out keep `init` of the tasks: their sum, or their mean, which reproduces a task from k copies of it.
+    time, ratio: the authors take 1300 and 0.65 for ViT-B/32 and eight tasks, 300 and 0.85 for Llama-3.2-3B.
     Tensors that are no matrices get the mean. One eigendecomposition of n × n: seconds at 3072, minutes at 11008.
-    Source: WalkerWorldPeace/MLLMerging; the paper's text was not at hand.
+    Source: WalkerWorldPeace/MLLMerging, not the paper's text.
     """
 
     def weights(squares: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
 def tall_masks(deltas: Tensor, *, lam: Lam = 0.4, scale: Positive = 1.0) -> Any:
     """Scaled sum of the task vectors, masked per task where |τ| > lam·|u - τ|. [k, n] float32 -> Centre.
 
-    The mask is of the task vectors before any step. lam: the authors choose it per task on validation data, from 0.2 to
-    0.6; larger takes fewer elements. k equal tasks have empty masks once lam (k - 1) >= 1.
+    The mask compares task vectors before any step. lam: the authors choose it per task on validation data, from 0.2 to
+    0.6; a larger lam takes fewer elements. The masks of k equal tasks are empty if lam (k - 1) >= 1.
     Source: nik-dim/tall_masks. The paper has >= for >; they differ where both sides are equal.
     """
     return Centre(scale * sum_tasks(deltas), lambda deltas, unified: near(deltas, unified, lam))

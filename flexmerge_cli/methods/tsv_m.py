@@ -29,9 +29,9 @@ def tsv_m(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrice
     """polar(U) · S · polar(Vᵀ) of the tasks' leading singular triples, side by side. [k, *shape] float32 -> [*shape].
 
     Each of the k tasks of the group gives max(1, min(m, n) // k) triples. Tensors that are no matrices get the mean.
-    scale: of everything; the paper selects it on validation data, up to 3. A zero task takes its share of the rank.
-    Source: AntoAndGar/task_singular_vectors, compute_and_sum_svd_mem_reduction. There int(n·(1/k)) is 0 for k = n = 49,
-    more tasks than the rank give a zero matrix, and equal tasks or a zero task an arbitrary one; here null directions
-    are dropped (svd.py).
+    scale: applies to all tensors; the paper selects it on validation data, up to 3. A zero task takes its share of the
+    rank. Source: AntoAndGar/task_singular_vectors, compute_and_sum_svd_mem_reduction. There int(n·(1/k)) is 0 for
+    k = n = 49, more tasks than the rank give a zero matrix, and equal tasks or a zero task give an arbitrary one; here
+    null directions are dropped (svd.py).
     """
     return merge_matrices(deltas, where, matrices, merge_singular_vectors, scale)

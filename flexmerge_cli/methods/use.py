@@ -1,4 +1,4 @@
-"""A method in use, with its steps and its calibration: parsed once, and an object from then on."""
+"""Defines a method in use, with its steps and its calibration, as an object that is parsed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,8 +53,8 @@ def parse_use(
 ) -> MethodUse:
     """Parse a method, its steps and its calibration, and check that they go together. Raises UsageError.
 
-    A name that only mergekit has stands for what is nearest here; the steps that this brings come last, and one that
-    was asked for by itself counts instead. run_files: as in `parse_call`.
+    A name that only mergekit has stands for the nearest method here. The steps that this adds come last; a step that
+    the user requested replaces its like. run_files: as in `parse_call`.
     """
     found = resolve(text)
     call = parse_call(found.method, run_files=run_files)

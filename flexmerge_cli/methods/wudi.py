@@ -56,11 +56,11 @@ def wudi(
     scale: Scale = 1.0,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """Least Σ ‖(θ - τ_i) τ_iᵀ‖²/‖τ_i‖² by a few hundred steps of Adam from Σ τ_i. [k, *shape] float32 -> [*shape].
+    """Minimise Σ ‖(θ - τ_i) τ_iᵀ‖²/‖τ_i‖² by a few hundred steps of Adam from Σ τ_i. [k, *shape] float32 -> [*shape].
 
-    lr: absolute, so an element moves about steps·lr at the most, and the result depends on the scale of the deltas.
-    Tensors that are no matrices get the mean. Minutes for matrices of 768 × 3072 on one core.
-    Source: nathanielyvo/WUDI-Merging, which leaves all but attention and MLP weights at the base; tanganke/fusion_bench
-    takes the mean as here, and 400 steps. A zero task gives NaN there.
+    lr: absolute, so an element moves by about steps·lr at most, and the result depends on the scale of the deltas.
+    Tensors that are no matrices get the mean. A matrix of 768 × 3072 takes minutes on one core.
+    Source: nathanielyvo/WUDI-Merging, which leaves all but attention and MLP weights at the base, and gives NaN for a
+    zero task; tanganke/fusion_bench takes the mean, as here, and 400 steps.
     """
     return merge_matrices(deltas, where, matrices, lambda tasks: descend(tasks, steps, lr), scale)

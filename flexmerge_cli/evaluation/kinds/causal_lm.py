@@ -6,7 +6,7 @@ normalise   choices by `tokens` (default), `characters` or `none`
 join        between context and choice; by default a space
 max_length  tokens of a window; by default the tokenizer's. Longer texts are cut into windows, each predicted by itself:
             its first token is not scored. Longer contexts lose their beginning
-A beginning-of-text token stands first where the tokenizer adds one, and is not scored.
+If the tokenizer adds a beginning-of-text token, it comes first and is not scored.
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def _choices(task: CausalLm, place: Place, tokenizer: Any, length: int | None) -
 def _continued(
     tokenizer: Any, context: str, choice: str, join: str, length: int | None, table: Table, index: int, place: Place
 ) -> Continuation:
-    """The choice after the context, split where the context's own tokens end; spaces go to the choice."""
+    """Tokens of context and choice, split where those of the context alone end; spaces belong to the choice."""
     stripped = context.rstrip()
     between = context[len(stripped) :] or (join if stripped else "")
     before = tokenizer(stripped, add_special_tokens=False)["input_ids"] if stripped else []
@@ -146,7 +146,7 @@ def _start(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _any_start(tokenizer: Any, first: int) -> tuple[int, ...]:
-    """Something to predict the first token from, where there is no context."""
+    """The token from which the first one is predicted if there is no context."""
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return tuple(mark for mark in marks if mark is not None)[:1] if first == 0 else ()
 

@@ -13,7 +13,7 @@ from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.task_spec import TaskSpec
 
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "f1", "f1_macro", "matthews", "recall@k", AGREEMENT)
-DEFAULT_LABELS = 2  # of a config that names none, as transformers has it
+DEFAULT_LABELS = 2  # the number that transformers assumes if the config has none
 
 
 def num_classes(task: TaskSpec, place: Place, head: str) -> int:

@@ -2,8 +2,8 @@
 
 command    a list of arguments, no shell; `{checkpoint}` is the task's model as a folder (config, tokenizer,
            model.safetensors), `{task}` its name. Runs in the folder of the spec
-timeout_s  seconds after which it is stopped; by default none
-The last line of its output that is JSON is the score: a number, or a value as in outside.py. Its errors are shown.
+timeout_s  the seconds after which it is stopped; by default it is not
+The last line of its output that is JSON is the score: a number, or a value as in outside.py. Its stderr is shown.
 """
 
 import json
@@ -21,7 +21,7 @@ from flexmerge_cli.evaluation.materialise import materialised
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
 
-TOLD = 800  # characters of what a program that failed has said last
+TOLD = 800  # characters shown of the end of a failed program's output
 
 
 class Command(TaskSpec):

@@ -3,8 +3,8 @@
 task          its name there
 metric        as the harness names it, `acc`, `acc_norm`, `word_perplexity`; by default the first that it gives
 num_fewshot   examples in the prompt
-include_path  folder of one's own task files; they can name code, so it needs --allow-exec
-Data come from where the harness has them. Its standard error becomes a 95 % interval.
+include_path  a folder of task files of the user, which can name code, so it needs --allow-exec
+The harness loads the data. Its standard error becomes a 95 % interval.
 """
 
 from collections.abc import Sequence

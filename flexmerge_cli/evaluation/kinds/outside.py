@@ -1,10 +1,10 @@
 """Results of external code: a number, or predictions and labels. JSON-like values in, `Scored` out.
 
 value             the score; n: examples; interval: [low, high]
-metric            its name; by default the one that the spec has, else `score`
+metric            its name; by default that of the spec, or `score`
 higher_is_better  by default true
-predictions, labels   instead of value: of a metric of flexmerge's, one an example; then it has an interval and a
-                  paired bound like any other
+predictions, labels   instead of value: one per example, for a metric of flexmerge, with an interval and a paired
+                  bound like those of other kinds
 """
 
 from collections.abc import Mapping

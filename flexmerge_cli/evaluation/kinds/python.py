@@ -3,7 +3,7 @@
 kind     python:module:function; the module lies beside the spec, or is installed
 options  keyword arguments of the function
 The function is called as `function(weights, folder, **options)`: weights, a mapping of the task's own names to
-tensors, read-only; folder, of its config, tokenizer, processor. It gives a number, or a value described in outside.py.
+tensors, read-only; folder holds its config, tokenizer and processor. It returns a number, or a value as in outside.py.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from flexmerge_cli.evaluation.task_spec import TaskSpec
 NAME = re.compile(r"python:([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
-TOLD = 500  # characters of an error of the function
+TOLD = 500  # characters shown of an error of the function
 
 
 class Python(TaskSpec):

@@ -57,7 +57,7 @@ def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
     built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}")
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    # A decoder finds the last token by the padding's id; one that has none takes a text at a time.
+    # A decoder finds the last token by the id of the padding; without padding it takes one text at a time.
     alone = tokenizer.pad_token is None or built.config.pad_token_id is None
     size = 1 if alone and not built.config.is_encoder_decoder and _is_decoder(built) else run.batch_size
     found = []

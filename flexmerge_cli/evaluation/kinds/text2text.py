@@ -1,13 +1,13 @@
 """`text2text`: a text in, a text out, as T5 does every task.
 
-template   with columns in braces, `sst2 sentence: {sentence}`; MAY be left out where there is one column of inputs
-columns    text (without a template), target (a text or a number; a class by number where there are `labels`), choices
+template   with columns in braces, `sst2 sentence: {sentence}`; MAY be left out if there is one column of inputs
+columns    text (without a template), target (a text or a number; with `labels`, also the number of a class), choices
 labels     texts of the classes, in their order; one may be a list of texts that all mean it
 scoring    generate (default): the greedy output is compared; rank: the likeliest of `labels` or of the column `choices`
            is the output, as T0 is scored
 normalise  likelihoods by `none` (default, as for T0), `tokens` or `characters`
 max_length, max_new_tokens   of input and output
-Texts are compared stripped and lower-cased. For correlations outputs are parsed as numbers; others count
+Texts are compared stripped and in lower case. For correlations outputs are parsed as numbers; one that is none counts
 as no correlation. An output that is not a label is a miss. Both are reported.
 """
 

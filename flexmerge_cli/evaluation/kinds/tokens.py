@@ -11,7 +11,7 @@ from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model",
          "sentencepiece.bpe.model")  # fmt: skip
-UNBOUNDED = 1_000_000  # what a tokenizer without a length says is far above
+UNBOUNDED = 1_000_000  # a tokenizer without a maximum length reports a far larger number
 OFFSET = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}  # positions that these keep for padding
 
 
@@ -26,7 +26,7 @@ def open_tokenizer(side: Path, place: Place) -> Any:
     transformers = quiet_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(side, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of transformers, tokenizers and JSON, for files that are not what they should be
+    except Exception as error:  # what transformers, tokenizers and JSON raise for malformed files
         said = str(error).split("\n")[0][:200]
         raise place.error("kind", f"the tokenizer in {side} cannot be opened: {said}", hint="check its files") from None
 

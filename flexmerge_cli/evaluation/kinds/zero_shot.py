@@ -1,4 +1,4 @@
-"""`zero-shot-image-classification`: CLIP. The image encoder is the task's, text tower and templates are the base's.
+"""`zero-shot-image-classification`: CLIP with the task's image encoder and the base's text tower and templates.
 
 columns     image, label (numbers, or names)
 labels      names of the classes, in their order; what the templates are filled with
@@ -87,7 +87,7 @@ def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Seq
     import torch
 
     images, labels, classes = examples.items
-    texts, scale, projection = classes.embedded(run)  # before the encoder: one model at a time
+    texts, scale, projection = classes.embedded(run)  # before the encoder is built: one model in memory at a time
     built = build_model(model, run.dtype, run.device)
     found = []
     with torch.inference_mode():
