@@ -222,17 +222,16 @@ def evaluate(
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
-    from flexmerge_cli.evaluation.running import ScoreRequest, scores
-    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.evaluation.running import score_request, scores
 
-    located = locate(str(bundle))
-    request = ScoreRequest(
-        spec=read_spec(Path(spec), located.open().tasks, allow_exec=allow_exec),
-        bundle=located.path,
+    request = score_request(
+        str(bundle),
+        Path(spec),
         plan=Path(plan) if plan is not None else None,
         device=device,
         reuse=reuse,
         parallel=parallel,
+        allow_exec=allow_exec,
         gate=parse_gate(max_drop, max_mean_drop),
     )
     return scores(request)
@@ -242,7 +241,7 @@ def draw_curve(
     plan: Path | str,
     spec: Path | str,
     *,
-    methods: str = "task_arithmetic",
+    methods: str | Sequence[str] = "task_arithmetic",
     sizes: str | None = None,
     max_drop: str | None = None,
     max_mean_drop: str | None = None,
@@ -260,10 +259,11 @@ def draw_curve(
 ) -> dict[str, Any]:
     """Score a plan's tasks with every method at every size, without writing bundles, like `flexmerge curve --json`.
 
-    methods: separated by `;`, or `all`. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own. max_drop,
-    max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in (0, 2];
-    `chosen` in the document says which point does; if none does, nothing is raised. tune: `scale=0.5:2.5:0.25`,
-    chosen on the data of tune_spec. options: steps, calibrate, method_for and dtype, as in `merge`.
+    methods: one or several; `all` is every method. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own.
+    max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
+    (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
+    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit and dtype, as in
+    `merge`.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document

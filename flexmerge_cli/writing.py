@@ -33,6 +33,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     """
     data = data.encode() if isinstance(data, str) else data
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with _beside(path) as (partial, descriptor):
             view = memoryview(data)
             while view:
@@ -58,15 +59,24 @@ def check_file(path: Path, *, force: bool, replaceable: Callable[[Path], bool], 
             raise UsageError(f"{path} exists", hint="choose another place, or replace it with --force")
         if not path.is_file() or not (path.stat().st_size == 0 or replaceable(path)):
             raise UsageError(f"{path} is not {what}, so --force does not replace it", hint="choose another place")
-    if not parent.is_dir():
-        raise UsageError(f"no folder {parent}", hint=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent} is not writable", hint="choose another place")
+    check_parent(path)
     try:
-        with _beside(path):
+        with _beside(path) if parent.is_dir() else contextlib.nullcontext():
             pass  # quotas, names that are too long, and systems whose permissions say nothing
     except OSError as error:
         raise cannot_write(error, path) from None
+
+
+def check_parent(path: Path) -> None:
+    """Whether an output can be made there; missing folders above it are made when it is written.
+
+    Raises UsageError, MachineError.
+    """
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file, so nothing can be written in it", hint="choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{parent} is not writable", hint="choose another place")
 
 
 def has_start(path: Path, start: bytes) -> bool:

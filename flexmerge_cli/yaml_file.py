@@ -174,7 +174,43 @@ def _explained(document: Document, error: ValidationError, schema: type[BaseMode
         near = difflib.get_close_matches(str(place[-1])[:MAX_TOLD], known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
         return UsageError(f"{where}: unknown key `{key[:MAX_TOLD]}`", hint=hint)
-    return UsageError(f"{where}: {key[:MAX_TOLD]}: {first['msg'][:500]}", hint="see the README")
+    return UsageError(f"{where}: {key[:MAX_TOLD]}: {_problem(first)}", hint="docs/formats.md describes every key")
+
+
+# What pydantic calls a problem, and what we say of it.
+PROBLEMS = {
+    "missing": "is missing",
+    "too_short": "is empty",
+    "string_type": "is not a text; put it in quotes",
+    "bool_type": "is not true or false",
+    "bool_parsing": "is not true or false",
+    "int_type": "is not a whole number",
+    "int_parsing": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_type": "is not a number",
+    "float_parsing": "is not a number",
+    "finite_number": "is not a finite number",
+    "dict_type": "is not a mapping of keys to values",
+    "model_type": "is not a mapping of keys to values",
+    "list_type": "is not a list",
+    "tuple_type": "is not a list",
+    "literal_error": "is not one of {expected}",
+    "enum": "is not one of {expected}",
+    "greater_than_equal": "is less than {ge}",
+    "greater_than": "is not above {gt}",
+    "less_than_equal": "is above {le}",
+    "less_than": "is not below {lt}",
+}
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One problem in our own words, with the value that was found."""
+    message = str(error["msg"])[:500].removeprefix("Value error, ")
+    if error["type"] in PROBLEMS:
+        message = PROBLEMS[error["type"]].format(**error.get("ctx", {}))
+    found = error.get("input")
+    shown = isinstance(found, str | int | float) and error["type"] != "value_error"
+    return f"`{str(found)[:MAX_TOLD]}` {message}" if shown else message
 
 
 def _keys(schema: type[BaseModel], place: Place) -> list[str]:

@@ -21,5 +21,5 @@ def test_the_functions_give_what_the_command_prints(tmp_path):
     assert {t: r["value"] for t, r in curve["points"][0]["tasks"].items()} == {
         task: record["merged"] for task, record in printed["tasks"].items()
     }
-    arguments = [sample.plan_path, "--spec", sample.spec_path, "--methods", "average", "--sizes", "2x"]
+    arguments = [sample.plan_path, "--spec", sample.spec_path, "--method", "average", "--sizes", "2x"]
     assert succeeds("curve", *arguments, "--json").json["points"] == curve["points"]

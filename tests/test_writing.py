@@ -111,8 +111,9 @@ def test_a_place_is_checked_before_any_work(tmp_path):
     for name in ("other", "folder"):
         with pytest.raises(UsageError, match="is not a table"):
             check(name, force=True)
-    with pytest.raises(UsageError, match="no folder"):
-        check("no/where", force=False)
+    check("new/folder", force=False)
+    with pytest.raises(UsageError, match="is a file"):
+        check("other/file", force=False)
     with pytest.raises(MachineError, match="cannot be written: File name too long"):
         check("n" * 250, force=False)
     assert sorted(tree(tmp_path)) == ["empty", "old", "other"]

@@ -1,5 +1,5 @@
 """The ways to store a family, one row each: bytes on disk and when served, bits per weight, what was measured of such
-bundles, and the command that builds it. Pure. Imports torch only for `methods="all"` and for pooled adapters.
+bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters.
 """
 
 import math
@@ -13,7 +13,6 @@ from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.aliases import PRESETS
@@ -71,15 +70,9 @@ class StorageOption:
     """None for what is there already."""
 
 
-def check_methods(choice: str) -> None:
-    """Raises UsageError."""
-    if choice not in ("common", "all"):
-        raise UsageError(f"--methods {choice} is not known", hint="one of: common, all")
-
-
-def storage_options(pricer: Pricer, plan_path: str, *, methods: str = "common") -> list[StorageOption]:
+def storage_options(pricer: Pricer, plan_path: str, *, all_methods: bool = False) -> list[StorageOption]:
     """All ways, by their bytes on disk: copies as found, exact deduplication, a cast if it saves anything, `auto` at
-    some sizes if the plan has what it needs, and, where tasks merge, methods at their smallest: `common` or `all`."""
+    some sizes if the plan has what it needs, and, where tasks merge, the usual methods, or all, at their smallest."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
     weights, command = num_weights(plan), f"flexmerge merge {shlex.quote(plan_path)}"
 
@@ -104,7 +97,7 @@ def storage_options(pricer: Pricer, plan_path: str, *, methods: str = "common") 
     if len(plan.tasks) > 1:
         rows += [
             row(name, pricer.layout(Cutter(pricer, use).smallest()), f" --method {shlex.quote(name)}")
-            for name, use in _uses(plan, methods)
+            for name, use in _uses(plan, all_methods)
         ]
     rows = [replace(one, is_larger=one.disk_bytes > found.disk_bytes) for one in rows]
     return sorted(rows, key=lambda one: one.disk_bytes)
@@ -169,9 +162,9 @@ def dense_use(name: str) -> MethodUse:
     return MethodUse(Call(method=replace(one_value, name=name), args=DENSE[name], text=text, short=name))
 
 
-def _uses(plan: Plan, methods: str) -> Iterator[tuple[str, MethodUse]]:
+def _uses(plan: Plan, every: bool) -> Iterator[tuple[str, MethodUse]]:
     names: Sequence[str] = COMMON
-    if methods == "all":
+    if every:
         from flexmerge_cli.methods.registry import all_methods
 
         names = (*COMMON, *(name for name in all_methods() if name not in COMMON))

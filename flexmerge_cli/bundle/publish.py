@@ -25,7 +25,15 @@ from pathlib import Path, PurePosixPath
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, machine_failure
-from flexmerge_cli.writing import NOT_SUPPORTED, cannot_write, in_place, sync_folder, sync_tree, undisturbed
+from flexmerge_cli.writing import (
+    NOT_SUPPORTED,
+    cannot_write,
+    check_parent,
+    in_place,
+    sync_folder,
+    sync_tree,
+    undisturbed,
+)
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -55,15 +63,11 @@ def bundle_files(folder: Path) -> Collection[str] | None:
 
 
 def check_target(target: Path, *, force: bool, ours: Ours) -> None:
-    """Before any weight is read: the parent exists and is writable, and the place is free or may be replaced.
+    """Before any weight is read: the folder can be made there, and the place is free or may be replaced.
 
     Mends what a killed run left there. Raises UsageError, MachineError.
     """
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"no folder {parent}", hint=f"mkdir -p {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent} is not writable", hint="choose another place with -o")
+    check_parent(target)
     mend(target)
     if os.path.lexists(target):
         if not force:
@@ -115,6 +119,7 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
     target = target.absolute()
     partial, is_done = target, False
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target) as locked, contextlib.ExitStack() as spare:
             _mend(target, locked=locked)
             partial, old = _partial(target, locked=locked), _beside(target, "old")

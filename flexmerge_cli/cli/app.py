@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmerge_cli.cli import curve, export, inspect, merge, methods, plan
+from flexmerge_cli.cli import cache, curve, export, inspect, merge, methods, plan
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
-from flexmerge_cli.cli.options import note, tell
+from flexmerge_cli.cli.output import note, tell
 from flexmerge_cli.cli.signals import Signals, interrupting_signals
 from flexmerge_cli.cli.terminal import OutputLost, Stream, shown_streams
 from flexmerge_cli.errors import FlexmergeError
@@ -22,8 +22,7 @@ from flexmerge_cli.version import VERSION
 
 app = typer.Typer(
     name="flexmerge",
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -34,7 +33,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command.evaluate,
     "curve": curve.curve,
     "methods": methods.methods,
+    "cache": cache.cache,
 }
+
+PARSERS = {"eval": eval_command.EvalCommand, "plan": plan.PlanCommand}
 
 
 class _Carried(Exception):
@@ -53,12 +55,12 @@ def _carrying(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for name, command in COMMANDS.items():
-    app.command(name=name, cls=eval_command.EvalCommand if name == "eval" else None)(_carrying(command))
+    app.command(name=name, cls=PARSERS.get(name))(_carrying(command))
 
 
 @app.callback(invoke_without_command=True)
 def program(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("-V", "--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.
 
@@ -122,7 +124,10 @@ def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
 
 def _code_of(arguments: list[str]) -> int:
     """Exit code of a run without errors. Raises whatever goes wrong."""
-    if arguments == ["--version"]:  # typer imports pydantic before it runs anything, which would double the time
+    if arguments in (
+        ["--version"],
+        ["-V"],
+    ):  # typer imports pydantic first, twice the time
         print(VERSION)
         return 0
     try:
@@ -130,6 +135,8 @@ def _code_of(arguments: list[str]) -> int:
     except _Carried as carried:
         assert carried.__cause__ is not None
         raise carried.__cause__ from None
+    except SystemExit as done:  # the parser's own, after completing words for a shell
+        result = done.code
     return result if isinstance(result, int) else 0
 
 
@@ -141,4 +148,8 @@ def _failure(error: BaseException, arguments: list[str]) -> FlexmergeError:
 
 
 def _without_debug(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    """The arguments for the parser: `help COMMAND` is `COMMAND --help`."""
+    words = [argument for argument in arguments if argument != "--debug"]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    return words or ["--help"]

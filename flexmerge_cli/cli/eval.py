@@ -2,25 +2,14 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from typer.core import TyperCommand
 
-from flexmerge_cli.cli.options import (
-    AllowExecOption,
-    CsvOption,
-    DeviceOption,
-    ForceOption,
-    JsonOption,
-    MaxDropOption,
-    MaxMeanDropOption,
-    NoReuseOption,
-    OfflineOption,
-    QuietOption,
-    RelocateOption,
-    SpecOption,
-)
+from flexmerge_cli.cli import options as o
+
+if TYPE_CHECKING:
+    from flexmerge_cli.checkpoint.access import Access
 
 
 class EvalCommand(TyperCommand):
@@ -58,36 +47,26 @@ def _curve_words(curve: Any, args: list[str]) -> list[str] | None:
 
 
 def evaluate(
-    bundle: Annotated[str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.")] = None,
-    spec: SpecOption = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="Plan whose sources to compare with, or to score with --sources.")
-    ] = None,
-    sources: Annotated[
-        bool,
-        typer.Option("--sources", help="Score the fine-tuned models and the base, to which normalised scores refer."),
-    ] = False,
-    init: Annotated[bool, typer.Option("--init", help="Write a starter spec for a bundle to -o.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where --init writes the spec, e.g. eval.yaml.")
-    ] = None,
-    no_reuse: NoReuseOption = False,
-    parallel: Annotated[
-        int, typer.Option("--parallel", min=1, help="Number of tasks to score at once, each in its own process.")
-    ] = 1,
-    csv: CsvOption = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a self-contained HTML report of all scores.")
-    ] = None,
-    max_drop: MaxDropOption = None,
-    max_mean_drop: MaxMeanDropOption = None,
-    allow_exec: AllowExecOption = False,
-    relocate: RelocateOption = None,
-    offline: OfflineOption = False,
-    device: DeviceOption = "auto",
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    bundle: o.BundleOrNone = None,
+    spec: o.Spec = None,
+    plan: o.ComparedPlan = None,
+    sources: o.ScoreSources = False,
+    init: o.Init = False,
+    output: o.SpecOutput = None,
+    no_reuse: o.NoReuse = False,
+    parallel: o.Parallel = 1,
+    csv: o.Csv = None,
+    html: o.Html = None,
+    max_drop: o.MaxDrop = None,
+    max_mean_drop: o.MaxMeanDrop = None,
+    allow_exec: o.AllowExec = False,
+    relocate: o.Relocate = None,
+    offline: o.Offline = False,
+    device: o.Device = "auto",
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
 ) -> None:
     """Score every task of a bundle on your data.
 
@@ -100,46 +79,67 @@ def evaluate(
     flexmerge eval bundle/ --spec eval.yaml --html scores.html
     flexmerge eval --sources --plan plan.json --spec eval.yaml
     """
+    from flexmerge_cli.cli.eval_outputs import check_outputs, write_outputs
     from flexmerge_cli.cli.gating import finish
-    from flexmerge_cli.cli.options import relocations
-    from flexmerge_cli.cli.scored import ScoreOptions, score_bundle, write_starter
+    from flexmerge_cli.cli.output import progress
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.gate import parse_gate
+    from flexmerge_cli.evaluation.running import score_request, scores
     from flexmerge_cli.report.evaluation import show_evaluation
 
+    access, moved = o.access_of(offline=offline, quiet=quiet), o.relocations(relocate)
     if init:
         if bundle is None or spec is not None:
-            raise UsageError("--init takes a bundle, and no --spec", hint="flexmerge eval --init bundle/ -o eval.yaml")
-        write_starter(bundle, output, force=force, offline=offline, quiet=quiet)
+            raise UsageError("--init takes a bundle, and no --spec", hint=INIT)
+        _write_starter(bundle, output, plan, access, force=force, quiet=quiet)
         return
     if output is not None:
-        raise UsageError("-o is where --init writes", hint="flexmerge eval --init bundle/ -o eval.yaml")
+        raise UsageError("-o is where --init writes", hint=INIT)
     if spec is None:
         raise UsageError("no --spec: the data to score each task on", hint="flexmerge eval bundle/ --spec eval.yaml")
-    if bundle is None and plan is None:
-        raise UsageError(
-            "give a bundle, or --sources and --plan", hint=f"flexmerge eval bundle/ --spec {shlex.quote(str(spec))}"
-        )
-    moved = relocations(relocate)
     if moved and plan is None:
         raise UsageError("--relocate is for the sources of --plan", hint="--plan plan.json")
     outputs = {kind: path for kind, path in (("csv", csv), ("html", html)) if path}
-    value = score_bundle(
-        ScoreOptions(
-            bundle=bundle,
+    check_outputs(outputs, (bundle, plan, spec), force=force)
+    with progress(quiet=quiet or as_json) as on_progress:
+        request = score_request(
+            bundle,
+            spec,
             plan=plan,
             relocate=moved,
-            spec=spec,
             sources=sources,
             device=device,
             reuse=not no_reuse,
             parallel=parallel,
             allow_exec=allow_exec,
-            offline=offline,
-            quiet=quiet or as_json,
+            access=access,
             gate=parse_gate(max_drop, max_mean_drop),
-            outputs=outputs,
-            force=force,
+            on_progress=on_progress,
         )
-    )
-    finish(value, f"{bundle or plan}", as_json=as_json, show=show_evaluation, written=[*outputs.values()])
+    with progress(quiet=quiet or as_json, verbose=verbose, counts=True, stages=request.num_models) as on_step:
+        document = scores(request, on_step=lambda what, done, total: on_step(f"scoring {what}", done, total))
+        write_outputs(document, outputs)
+    written = [*outputs.values()]
+    finish(document, f"{bundle or plan}", as_json=as_json, quiet=quiet, show=show_evaluation, written=written)
+
+
+INIT = "flexmerge eval --init bundle/ -o eval.yaml"
+
+
+def _write_starter(
+    bundle: str, output: Path | None, plan: Path | None, access: "Access", *, force: bool, quiet: bool
+) -> None:
+    """Write a starter spec. Reads no weights."""
+    from flexmerge_cli.bundle.apart import check_apart
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.cli.output import note
+    from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.evaluation.init import is_starter_spec, starter_spec
+    from flexmerge_cli.writing import check_file, write_file
+
+    if output is None:
+        raise UsageError("no output file given for the spec", hint=INIT)
+    check_apart(output, [bundle])
+    check_file(output, force=force, replaceable=is_starter_spec, what="a spec that --init wrote")
+    write_file(output, starter_spec(locate(bundle, access).open(), output.absolute().parent, plan))
+    note(f"wrote {output}; now enter the data of each task in it", quiet=quiet)

@@ -1,19 +1,18 @@
 """`flexmerge export`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import ForceOption, JsonOption, OfflineOption, QuietOption
+from flexmerge_cli.cli import options as o
 
 
 def export(
-    bundle: Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write; several tasks get one subfolder each.")
-    ],
-    task: Annotated[list[str] | None, typer.Option("--task", help="Task to export; repeatable.")] = None,
+    bundle: o.Bundle,
+    output: o.ExportOutput,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME", help="Task to export; repeatable.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Export every task.")] = False,
     link: Annotated[
         bool, typer.Option("--link", help="Link files instead of copying; fails if any tensor needs decoding.")
@@ -21,10 +20,11 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Export a kept adapter as the full model it produces, not as an adapter.")
     ] = False,
-    offline: OfflineOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    offline: o.Offline = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
 ) -> None:
     """Export a task as an ordinary checkpoint folder.
 
@@ -36,14 +36,14 @@ def export(
     """
     from flexmerge_cli.bundle.export import export_task, export_tasks
     from flexmerge_cli.bundle.locate import locate
-    from flexmerge_cli.cli.options import access_of, emit, progress
+    from flexmerge_cli.cli.output import emit, progress
     from flexmerge_cli.errors import UsageError
 
     tasks = task or []
     if bool(tasks) == every:
         raise UsageError("give either --task or --all", hint="--task NAME exports one task, --all every task")
-    with progress(quiet=quiet or as_json) as on_progress:
-        access = access_of(offline=offline, quiet=quiet)
+    with progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+        access = o.access_of(offline=offline, quiet=quiet)
         located = locate(bundle, access, tasks=tasks or None, on_progress=on_progress)
     opened = located.open()
     if len(tasks) == 1:
@@ -57,4 +57,4 @@ def export(
         for name, place in found["exported"].items():
             print(f"{name}: {place}")
 
-    emit(value, as_json=as_json, show=show, written=[output])
+    emit(value, as_json=as_json, quiet=quiet, show=show, written=[output])

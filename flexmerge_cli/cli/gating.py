@@ -5,14 +5,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.cli.options import emit
+from flexmerge_cli.cli.output import emit
 from flexmerge_cli.cli.terminal import OutputLost
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.gate import require_pass
 
 
 def finish(
-    value: dict[str, Any], what: str, *, as_json: bool, show: Callable[[Any], None], written: Sequence[Path]
+    value: dict[str, Any],
+    what: str,
+    *,
+    as_json: bool,
+    show: Callable[[Any], None],
+    quiet: bool = False,
+    written: Sequence[Path] = (),
 ) -> None:
     """Print a document. written: as in `emit`.
 
@@ -21,13 +27,13 @@ def finish(
     chosen = value.get("chosen")
     try:
         if chosen is not None and not chosen["qualifies"]:
-            raise GateError(chosen["message"], hint="try larger --sizes, other --methods, or more examples")
+            raise GateError(chosen["message"], hint="try larger --sizes, another --method, or more examples")
         if chosen is None and "gate" in value:
             require_pass(value["gate"], what)
     except GateError as error:
         error.document = value
         if not as_json:
             with suppress(OutputLost):  # the verdict weighs more
-                emit(value, as_json=False, show=show)
+                emit(value, as_json=False, quiet=quiet, show=show)
         raise
-    emit(value, as_json=as_json, show=show, written=written)
+    emit(value, as_json=as_json, quiet=quiet, show=show, written=written)

@@ -1,66 +1,37 @@
 """`flexmerge merge`."""
 
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from flexmerge_cli.cli.options import (
-    CalibrateOption,
-    ClusterOption,
-    DeviceOption,
-    DtypeOption,
-    FitOption,
-    ForceOption,
-    JsonOption,
-    MemoryOption,
-    MergesOption,
-    MethodForOption,
-    MethodOption,
-    OfflineOption,
-    QuietOption,
-    RelocateOption,
-    SizeOption,
-    StepOption,
-    StreamOption,
-    ThreadsOption,
-    VerboseOption,
-)
+from flexmerge_cli.cli import options as o
 
 
 def merge(
-    source: Annotated[Path, typer.Argument(help="A plan.json or a recipe.yaml.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write the bundle to.")],
-    method: MethodOption = None,
-    step: StepOption = None,
-    calibrate: CalibrateOption = None,
-    method_for: MethodForOption = None,
-    size: SizeOption = None,
-    merges: MergesOption = None,
-    fit: FitOption = None,
-    cluster: ClusterOption = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Seed of the k-means initialisation; requires --cluster.")
-    ] = None,
-    dtype: DtypeOption = None,
-    max_distance: Annotated[
-        float | None, typer.Option("--max-distance", min=0, help="Publish only if every task's distance is below this.")
-    ] = None,
-    relocate: RelocateOption = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Save the recipe's plan here and reuse it.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show files, exact bytes and memory; read no weights.")
-    ] = False,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    max_memory: MemoryOption = None,
-    offline: OfflineOption = False,
-    stream: StreamOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+    source: o.PlanOrRecipe,
+    output: o.BundleOutput,
+    method: o.Method = None,
+    step: o.Step = None,
+    calibrate: o.Calibrate = None,
+    method_for: o.MethodFor = None,
+    size: o.Size = None,
+    merges: o.Merges = None,
+    fit: o.Fit = None,
+    cluster: o.Cluster = None,
+    seed: o.ClusterSeed = None,
+    dtype: o.Dtype = None,
+    max_distance: o.MaxDistance = None,
+    relocate: o.Relocate = None,
+    plan_file: o.KeptPlan = None,
+    html: o.Html = None,
+    dry_run: o.DryRun = False,
+    device: o.Device = "auto",
+    threads: o.Threads = None,
+    max_memory: o.MaxMemory = None,
+    offline: o.Offline = False,
+    stream: o.Stream = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
 ) -> None:
     """Write a bundle of any size. Without a method and a size, deduplicate exactly: nothing is lost.
 
@@ -69,14 +40,16 @@ def merge(
     flexmerge merge plan.json --method auto --size 1x -o bundle/
     flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
     """
-    from flexmerge_cli.cli import options
+    from flexmerge_cli.cli import output as out
+    from flexmerge_cli.cli.eval_outputs import check_outputs
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.cli.terminal import OutputLost
-    from flexmerge_cli.errors import GateError
+    from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
+    from flexmerge_cli.report.inspect import Kind, write_page
 
-    memory = options.memory_of(max_memory)
+    memory = o.memory_of(max_memory)
     chosen = {
         "method": method,
         "steps": tuple(step) if step else None,
@@ -90,36 +63,41 @@ def merge(
         "max_distance": max_distance,
         "fit": fit,
     }
-    access = options.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
-    packing = Packing.of(source, chosen, options.relocations(relocate), plan_file, access)
+    access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
+    packing = Packing.of(source, chosen, o.relocations(relocate), plan_file, access)
     run = {"device": device, "threads": threads, "max_memory": memory}
     packing.check(output, force=force)
+    check_outputs({"html": html} if html else {}, [source, output], force=force)
+    if html is not None and dry_run:
+        raise UsageError("--html shows a bundle, and --dry-run writes none", hint="leave one of them out")
     for message in packing.request.notes:
-        options.note(message, quiet=quiet)
-    with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+        out.note(message, quiet=quiet)
+    with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         plan = packing.plan(output, on_progress=on_progress, **run)
         layout, warnings = packing.layout(plan, device=device)
-    options.warn(warnings, quiet=quiet)
+    out.warn(warnings, quiet=quiet)
     chosen_by_auto = packing.auto()
-    if chosen_by_auto is not None and not as_json:
+    if chosen_by_auto is not None and not as_json and not quiet:
         show_auto(chosen_by_auto)
     more = {"auto": chosen_by_auto} if chosen_by_auto else {}
     written = None
     try:
-        with options.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+        with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             if not dry_run:
                 written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
     except GateError as error:
         if not as_json:
             with suppress(OutputLost):  # the verdict weighs more
-                options.emit(packing.verdict(), as_json=False, show=show_verdict)
+                out.emit(packing.verdict(), as_json=False, quiet=quiet, show=show_verdict)
         summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
     if written is not None and chosen_by_auto and not packing.request.uses:  # of which the search sees nothing
         distances = {plan.tasks[task].name: distance for task, distance in written.task_distance.items()}
         surprises = unlike_predicted(chosen_by_auto["distance"], distances)
-        options.warn(surprises, quiet=quiet)
+        out.warn(surprises, quiet=quiet)
         warnings += surprises
+    if html is not None and written is not None:
+        write_page(output, html, Kind.BUNDLE)
     value = merge_summary(layout, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
-    options.emit(value, as_json=as_json, show=show_merge, written=[output] if written is not None else [])
+    out.emit(value, as_json=as_json, quiet=quiet, show=show_merge, written=[output] if written is not None else [])

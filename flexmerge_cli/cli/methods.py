@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
-from flexmerge_cli.cli.options import JsonOption
+from flexmerge_cli.cli import options as o
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Method, step or calibration to explain.")] = None,
-    as_json: JsonOption = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Method, step or calibration to explain.")
+    ] = None,
+    as_json: o.Json = False,
 ) -> None:
     """List all methods, or explain one.
 
@@ -17,7 +19,7 @@ def methods(
     Example:
     flexmerge methods ties
     """
-    from flexmerge_cli.cli.options import emit
+    from flexmerge_cli.cli.output import emit
     from flexmerge_cli.report.methods import method_list, method_page, show_list, show_page
 
     if name is None:

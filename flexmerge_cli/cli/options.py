@@ -1,98 +1,236 @@
-"""Options that several commands share, and the functions that show results, messages and progress."""
+"""The options of all commands, each declared once, in the panels in which the help shows them."""
 
-import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
-
     from flexmerge_cli.checkpoint.access import Access
-    from flexmerge_cli.errors import FlexmergeError
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Show neither progress nor messages.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also show how long each stage took.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda or cuda:N.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Number of worker threads (default: one per core).")
+
+def _panel(title: str) -> Callable[..., Any]:
+    """Declares options of a panel: names, what stands for the value in the help (empty for a flag), and the help."""
+
+    def declare(*words: str, **more: Any) -> Any:
+        *names, metavar, text = words
+        return typer.Option(*names, metavar=metavar or " ", help=text, rich_help_panel=title, **more)
+
+    return declare
+
+
+_sources, _stored, _sizes = _panel("Sources"), _panel("What is stored"), _panel("How much is stored")
+_order, _scores, _gates = _panel("Merge order"), _panel("Scores"), _panel("Gates and choices")
+_run, _output = _panel("How it runs"), _panel("Output")
+
+# Sources.
+PlanSource = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RECIPE|PLAN]", help="A recipe.yaml, or a plan.json to derive a new plan from."),
 ]
-MemoryOption = Annotated[
-    str | None, typer.Option("--max-memory", help="Limit on the run's anonymous memory, e.g. 8GiB.")
+PlanOrRecipe = Annotated[Path, typer.Argument(metavar="PLAN|RECIPE", help="A plan.json or a recipe.yaml.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")]
+Inspected = Annotated[
+    str, typer.Argument(help="A checkpoint (path or hf://...), a plan.json, or a bundle.", metavar="SOURCE")
 ]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Cast stored tensors to bf16, fp16 or fp32.")]
-OfflineOption = Annotated[
-    bool, typer.Option("--offline", help="Use only what the Hub cache holds, like HF_HUB_OFFLINE=1.")
+Bundle = Annotated[str, typer.Argument(help="Folder of the bundle, or hf://org/name.", metavar="BUNDLE")]
+BundleOrNone = Annotated[
+    str | None, typer.Argument(help="Folder of the bundle, or hf://org/name.", metavar="[BUNDLE]", show_default=False)
 ]
-RelocateOption = Annotated[
-    list[str] | None, typer.Option("--relocate", help="OLD=NEW, for a plan whose sources have moved; repeatable.")
-]
-VariantOption = Annotated[
-    str | None,
-    typer.Option(
-        "--variant", help="Prefer this weight variant where a source has it, e.g. fp16: model.fp16.safetensors."
-    ),
-]
-StreamOption = Annotated[
-    bool,
-    typer.Option(
-        "--stream", help="Read the weights of hf://, s3://, gs:// and https:// sources over the network; store none."
-    ),
-]
-MethodOption = Annotated[
-    str | None, typer.Option("--method", help="Merging method: auto, or NAME[:key=value,...]; see `flexmerge methods`.")
-]
-StepOption = Annotated[
-    list[str] | None, typer.Option("--step", help="Apply this step before the method, e.g. dare:p=0.9; repeatable.")
-]
-CalibrateOption = Annotated[
-    str | None, typer.Option("--calibrate", help="Apply this calibration after the method: svc.")
-]
-MethodForOption = Annotated[
+Base = Annotated[str | None, _sources("--base", "MODEL", "The pre-trained model.")]
+Tasks = Annotated[
     list[str] | None,
-    typer.Option(
-        "--method-for", help="PATTERN=METHOD: use this method for matching blocks; `keep` leaves them unmerged."
+    _sources(
+        "--tasks",
+        "FOLDER…",
+        "Fine-tunes: folders that hold one each, or hf://org/name with one in each subfolder, or the fine-"
+        "tunes themselves.",
     ),
 ]
-SpecOption = Annotated[Path | None, typer.Option("--spec", help="eval.yaml: the data to score each task on.")]
-AllowExecOption = Annotated[
-    bool, typer.Option("--allow-exec", help="Run the code that the spec names: kinds python and command.")
+Task = Annotated[
+    list[str] | None,
+    _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it is called as its folder."),
 ]
-NoReuseOption = Annotated[
-    bool, typer.Option("--no-reuse", help="Compute every score anew, also where weights and data are known.")
+Ignore = Annotated[
+    list[str] | None,
+    _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or files of the sources that match; repeatable."),
 ]
-CsvOption = Annotated[Path | None, typer.Option("--csv", help="A table with one score per row.")]
-MaxDropOption = Annotated[
+WithCode = Annotated[bool, _sources("--with-code", "", "Carry the Python files of the sources, which loaders may run.")]
+Adapters = Annotated[
     str | None,
-    typer.Option("--max-drop", help="Gate: how much each task may lose, 1% of its fine-tuned score or 1pt; exit 6."),
-]
-MaxMeanDropOption = Annotated[
-    str | None, typer.Option("--max-mean-drop", help="Gate: how much the mean over tasks may lose.")
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--size", help="Bundle size: 2.25x one model, 40% of all copies, or bytes on disk (600MiB, 6GB, 123456B)."
+    _sources(
+        "--adapters",
+        "keep|merge|pool",
+        "What to do with PEFT adapters: keep them unchanged beside the base (default), merge each into the "
+        "base and treat it like any fine-tune, or pool them, which merges them with one another.",
     ),
 ]
-MergesOption = Annotated[int | None, typer.Option("--merges", help="Stop after N merges instead of at a size.")]
-FitOption = Annotated[
+AssumeBase = Annotated[bool, _sources("--assume-base", "", "Accept --base for adapters that name a different base.")]
+Variant = Annotated[
     str | None,
-    typer.Option("--fit", help="tight (default): undo merges while the size still fits; prefix: the paper's cut."),
+    _sources(
+        "--variant", "NAME", "Prefer this weight variant where a source has it, e.g. fp16: model.fp16.safetensors."
+    ),
 ]
-ClusterOption = Annotated[
-    str | None, typer.Option("--cluster", help="channels: group tasks by k-means in every tensor; requires --size Kx.")
+Relocate = Annotated[
+    list[str] | None,
+    _sources("--relocate", "OLD=NEW", "New beginning of the paths of a plan's sources that have moved; repeatable."),
 ]
+Offline = Annotated[bool, _sources("--offline", "", "Use only what the Hub cache holds, like HF_HUB_OFFLINE=1.")]
+Stream = Annotated[
+    bool,
+    _sources(
+        "--stream", "", "Read the weights of hf://, s3://, gs:// and https:// sources over the network; store none."
+    ),
+]
+
+# The merge order.
+Blocks = Annotated[
+    str | None,
+    _order(
+        "--blocks",
+        "UNIT|FILE",
+        "Unit of merging: component, layer, tensor, model, or a rules.yaml. With --linkage average, `model` "
+        "clusters whole models, to be merged at --size Kx.",
+    ),
+]
+Linkage = Annotated[
+    str | None, _order("--linkage", "NAME", "Similarity of groups: complete, average, single or centroid.")
+]
+Strategy = Annotated[
+    str | None, _order("--strategy", "NAME", "Merge order: greedy, left-to-right, right-to-left or random.")
+]
+Similarity = Annotated[str | None, _order("--similarity", "NAME", "Similarity of tasks: cosine, euclidean or sign.")]
+OrderSeed = Annotated[int | None, _order("--seed", "N", "Seed of --strategy random.", min=0)]
+Private = Annotated[
+    list[str] | None, _order("--private", "PATTERN", "Never merge tensors whose names match this pattern; repeatable.")
+]
+MergeHeads = Annotated[bool, _order("--merge-heads", "", "Merge task heads of equal shape.")]
+StatisticsWord = Annotated[
+    str | None,
+    _order("--statistics", "all|gram", "all (default), or gram, which skips the statistics that --method auto needs."),
+]
+
+# What is stored, and how much.
+Method = Annotated[
+    str | None,
+    _stored(
+        "--method",
+        "NAME",
+        "Merging method: auto, a preset such as residual-2bit, or NAME[:key=value,...]; see `flexmerge methods`.",
+    ),
+]
+CurveMethods = Annotated[
+    list[str] | None,
+    _stored(
+        "--method",
+        "NAME",
+        "A method, such as auto or low_bit:bits=2, or all; repeatable; else task_arithmetic.",
+    ),
+]
+AllMethods = Annotated[bool, _output("--all-methods", "", "List what every method would store.")]
+Step = Annotated[
+    list[str] | None, _stored("--step", "NAME", "Apply this step before the method, e.g. dare:p=0.9; repeatable.")
+]
+Calibrate = Annotated[str | None, _stored("--calibrate", "NAME", "Apply this calibration after the method: svc.")]
+MethodFor = Annotated[
+    list[str] | None,
+    _stored(
+        "--method-for",
+        "PATTERN=METHOD",
+        "Use this method for matching blocks; `keep` leaves them unmerged; repeatable.",
+    ),
+]
+Dtype = Annotated[str | None, _stored("--dtype", "bf16|fp16|fp32", "Cast stored tensors.")]
+Size = Annotated[
+    str | None,
+    _sizes(
+        "--size", "SIZE", "Bundle size: 2.25x one model, 40% of all copies, or bytes on disk (600MiB, 6GB, 123456B)."
+    ),
+]
+Sizes = Annotated[
+    str | None,
+    _sizes("--sizes", "SIZES", "0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: each method's own."),
+]
+Merges = Annotated[int | None, _sizes("--merges", "N", "Stop after N merges instead of at a size.")]
+Fit = Annotated[
+    str | None,
+    _sizes("--fit", "tight|prefix", "tight (default): undo merges while the size still fits; prefix: the paper's cut."),
+]
+Cluster = Annotated[
+    str | None, _sizes("--cluster", "channels", "Group tasks by k-means in every tensor; requires --size Kx.")
+]
+ClusterSeed = Annotated[
+    int | None, _sizes("--seed", "N", "Seed of the k-means initialisation; requires --cluster.", min=0)
+]
+MaxDistance = Annotated[
+    float | None, _sizes("--max-distance", "NUMBER", "Publish only if every task's distance is below this.", min=0)
+]
+
+# Scores.
+Spec = Annotated[Path | None, _scores("--spec", "FILE", "eval.yaml: the data to score each task on.")]
+ComparedPlan = Annotated[
+    Path | None, _scores("--plan", "FILE", "Plan whose sources to compare with, or to score with --sources.")
+]
+ScoreSources = Annotated[
+    bool, _scores("--sources", "", "Score the fine-tuned models and the base, to which normalised scores refer.")
+]
+Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
+NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, also where weights and data are known.")]
+AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]
+MaxDrop = Annotated[
+    str | None,
+    _gates("--max-drop", "LIMIT", "How much each task may lose, 1% of its fine-tuned score or 1pt; else exit 6."),
+]
+MaxMeanDrop = Annotated[
+    str | None, _gates("--max-mean-drop", "LIMIT", "How much the mean over tasks may lose; else exit 6.")
+]
+Choose = Annotated[
+    float | None,
+    _gates(
+        "--choose",
+        "PART",
+        "Find the smallest that keeps this part of the fine-tuned score, e.g. 0.99; if none does, exit 6.",
+    ),
+]
+Tune = Annotated[
+    str | None,
+    _gates("--tune", "NAME=VALUES", "Try scale=0.5:2.5:0.25 and take what is best on the data of --tune-spec."),
+]
+TuneSpec = Annotated[
+    Path | None,
+    _gates("--tune-spec", "FILE", "Data to choose and tune on; --choose without it uses one half of the data."),
+]
+
+# How it runs.
+Device = Annotated[str, _run("--device", "DEVICE", "Where to compute: auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, _run("--threads", "N", "Number of worker threads; one per core unless given.", min=1)]
+Parallel = Annotated[
+    int, _run("--parallel", "N", "Number of tasks, or of methods, to score at once, each in its own process.", min=1)
+]
+MaxMemory = Annotated[str | None, _run("--max-memory", "BYTES", "Limit on the run's anonymous memory, e.g. 8GiB.")]
+DryRun = Annotated[bool, _run("--dry-run", "", "Report without writing anything; read no weights.")]
+
+# Output.
+PlanOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where to write plan.json.")]
+BundleOutput = Annotated[Path, _output("-o", "--output", "FOLDER", "Folder to write the bundle to.")]
+ExportOutput = Annotated[
+    Path, _output("-o", "--output", "FOLDER", "Folder to write; several tasks get one subfolder each.")
+]
+SpecOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where --init writes the spec, e.g. eval.yaml.")]
+KeptPlan = Annotated[Path | None, _output("--plan", "FILE", "Save the recipe's plan here and reuse it.")]
+Csv = Annotated[Path | None, _output("--csv", "FILE", "Write a table with one score per row.")]
+Html = Annotated[Path | None, _output("--html", "FILE", "Write a self-contained HTML report.")]
+Png = Annotated[Path | None, _output("--png", "FILE", "Write a picture of the curve.")]
+Force = Annotated[bool, _output("--force", "", "Replace an existing output.")]
+Json = Annotated[bool, _output("--json", "", "Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, _output("-q", "--quiet", "", "Print nothing but errors, and with --json the result.")]
+Verbose = Annotated[bool, _output("-v", "--verbose", "", "Show how long each stage took, and long tables whole.")]
 
 
 def memory_of(text: str | None) -> int | None:
+    """--max-memory in bytes."""
     from flexmerge_cli.request.size import parse_bytes
 
     return parse_bytes(text) if text else None
@@ -109,104 +247,10 @@ def access_of(
     """How the run reaches its sources. Downloads are reported on stderr."""
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.checkpoint.stream import StreamPool
+    from flexmerge_cli.cli.output import note
 
     pool = StreamPool.within(max_memory) if stream else None
     return Access(offline=offline, variant=variant, stream=pool, on_message=lambda message: note(message, quiet=quiet))
-
-
-def emit(value: Any, *, as_json: bool, show: Callable[[Any], None], written: Sequence[Path] = ()) -> None:
-    """Print the result, after everything else: as ASCII JSON, which every encoding can hold, or with `show`.
-
-    written: the outputs that took their places before, which an error about lost output names.
-    """
-    from flexmerge_cli.cli.terminal import OutputLost
-
-    try:
-        if as_json:
-            print(json.dumps(value, indent=2))
-        else:
-            show(value)
-        sys.stdout.flush()
-    except OutputLost as lost:
-        lost.hint = "the command itself succeeded; only its output is lost"
-        if written:
-            lost.message += f"; complete and in place: {', '.join(map(str, written))}"
-            lost.unread = False  # whoever closed the pipe does not know that
-        raise
-
-
-def warn(messages: Iterable[str], *, quiet: bool = False) -> None:
-    for message in () if quiet else messages:
-        note(f"warning: {message}")
-
-
-def note(message: str, *, quiet: bool = False) -> None:
-    """Print a message on stderr. Further lines are indented, so that a line break in a name starts no new message."""
-    from flexmerge_cli.report.text import visible
-
-    first, *rest = visible(message).split(
-        "\n"
-    )  # here too, not only in the stream: rich interprets markup before it writes
-    if not quiet:
-        print(first, *(line if not line or line[0] == " " else f"  {line}" for line in rest), sep="\n", file=sys.stderr)
-
-
-def tell(error: "FlexmergeError") -> None:
-    """Print an error on stderr."""
-    note(f"error: {error.message}")
-    if error.hint:
-        note(f"hint: {error.hint}")
-
-
-@contextmanager
-def progress(*, quiet: bool, verbose: bool = False, counts: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar per stage if stderr is a terminal. With verbose, print the seconds of each stage.
-
-    counts: progress counts items, not bytes.
-    """
-    started: dict[str, float] = {}
-
-    def timed(what: str) -> None:
-        started.setdefault(what, time.perf_counter())
-
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, _done, _total: timed(what)
-    else:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            ProgressColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns: list[ProgressColumn] = [MofNCompleteColumn()] if counts else [DownloadColumn(), TransferSpeedColumn()]
-        with bars_on_stderr(BarColumn(), *columns, TimeRemainingColumn()) as bars:
-            shown: dict[str, Any] = {}
-
-            def update(what: str, done: int, total: int) -> None:
-                timed(what)
-                if what not in shown:
-                    shown[what] = bars.add_task(what, total=total)
-                bars.update(shown[what], completed=done)
-
-            yield update
-    if verbose and started:
-        ends = [*list(started.values())[1:], time.perf_counter()]
-        for (what, start), end in zip(started.items(), ends):
-            print(f"{end - start:8.2f} s  {what}", file=sys.stderr)
-
-
-def bars_on_stderr(*columns: "ProgressColumn") -> "Progress":
-    """Progress bars on stderr with these columns after the description. Finished bars disappear."""
-    from rich.progress import Progress, TextColumn
-
-    from flexmerge_cli.report.console import Console
-
-    described = TextColumn("{task.description}", markup=False)
-    # Results must go to stdout even while bars are shown; rich would redirect them to stderr.
-    return Progress(described, *columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
 def relocations(items: list[str] | None) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Packing:
         """Read the source and parse the request. chosen: arguments of `merge_request`."""
         if not source.is_file():
             raise SourceError(f"no plan or recipe at {source}", hint="create a plan with `flexmerge plan`")
-        recipe = read_recipe(source) if source.suffix in (".yaml", ".yml") else None
+        recipe = read_recipe(source, access) if source.suffix in (".yaml", ".yml") else None
         if recipe is None and keep_plan is not None:
             raise UsageError(
                 "--plan requires a recipe as the source", hint="to merge an existing plan: flexmerge merge plan.json"
@@ -112,7 +112,7 @@ class Packing:
         if self.recipe is None:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
-        given = plan_request(self.source, None, None, [], {}, (), False, access=self.access)
+        given = plan_request(self.source, None, (), (), {}, (), False, access=self.access)
         self.source_warnings = given.warnings
 
         def on_open(family: Family) -> None:

@@ -1,22 +1,25 @@
 """Sources as given on the command line: a recipe, a plan, or --base, --tasks and --task."""
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.hub import checkpoints_in
-from flexmerge_cli.checkpoint.place import HubPlace, is_hub, is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
-from flexmerge_cli.family.family import Family, find_tasks
+from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
+from flexmerge_cli.request.tasks import found_tasks, name_of
 from flexmerge_cli.text import expanded
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,8 @@ class Given:
 def plan_request(
     source: Path | None,
     base: str | None,
-    tasks: str | None,
-    task: list[str],
+    tasks: Sequence[str],
+    task: Sequence[str],
     order: Mapping[str, Any],
     private: tuple[str, ...],
     merge_heads: bool,
@@ -87,7 +90,7 @@ def plan_request(
         if not source.is_file():
             raise SourceError(f"no recipe or plan at {source}", hint="check the path, or give --base and --tasks")
         if source.suffix in (".yaml", ".yml"):
-            recipe = read_recipe(source)
+            recipe = read_recipe(source, access)
         else:
             plan = load_plan(source)
     if plan is not None:
@@ -114,27 +117,28 @@ def plan_request(
     if base_source is None:
         raise UsageError("no base model given", hint="add --base PATH, or give a recipe")
     start = recipe.folder if recipe else Path()
+    require_local("--base ", base_source, start)
     named: dict[str, str] = dict(recipe.task_sources()) if recipe else {}
-    warnings: list[str] = []
-    given: dict[str, str] = {}
-    folders: dict[str, str] = {}
-    if tasks is not None:
-        named, warnings, ignore = _tasks_in(tasks, base_source, start, ignore, access)
-        folders = {name.lower(): name for name in named}
-        given = {name.lower(): f"`{name}` of {tasks}" for name in named}
+    warnings: list[str] = list(recipe.warnings) if recipe else []
+    found = found_tasks(tasks, base_source, start, ignore=ignore, access=access)
+    if tasks:
+        named, warnings = found.sources, found.warnings
+    given = {name.lower(): f"`{name}` of {place}" for name, place in found.places.items()}
     for item in task:
         name, equals, path = item.partition("=")
-        if not equals or not name or not path:
+        name, path = (name, path) if equals else (name_of(item), item)
+        if not name or not path:
             raise UsageError(
                 f"--task {item} is not of the form NAME=SOURCE", hint="for example --task sst2=finetuned/sst2"
             )
         if name.lower() in given:
-            folder = folders.get(name.lower())
+            folder = next((other for other in found.folders if other.lower() == name.lower()), None)
             raise UsageError(
                 f"two tasks have the same name: {given[name.lower()]} and `{name}` of --task {item} (case is ignored)",
                 hint=f"rename one, or skip the subfolder: --ignore {folder}" if folder else "rename one",
             )
         given[name.lower()] = f"`{name}` of --task"
+        require_local(f"--task {name}=", path, Path())
         named[name] = _from_here(path, recipe)
     if not named:
         raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
@@ -151,56 +155,11 @@ def plan_request(
         access=replace(
             access,
             variant=access.variant or (recipe.variant if recipe else None),
-            ignore=tuple(ignore) or (recipe.ignore if recipe else ()),
+            ignore=found.patterns or (recipe.ignore if recipe else ()),
             with_code=with_code or bool(recipe and recipe.with_code),
         ),
     )
     return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
-
-
-def _tasks_in(
-    place: str, base: str, start: Path, ignore: Collection[str], access: Access
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """One task for each subfolder that holds a checkpoint, warnings about the others, and what of `ignore` is none.
-
-    The base is not a task. A subfolder that looks like a model but has no weights is an error unless it is ignored.
-    """
-    if is_remote(place) and not is_hub(place):
-        raise UsageError(
-            f"--tasks {place} is neither a folder nor a Hub repository", hint="name each task: --task NAME=SOURCE"
-        )
-    found = checkpoints_in(place, access) if is_hub(place) else find_tasks(expanded(place))
-    kinds = (found.models, found.unfinished, found.others)
-    patterns = [name for name in ignore if not any(kind.pop(name, None) for kind in kinds)]
-    if found.unfinished:
-        lines = [f"`{name}` {why}" for name, why in found.unfinished.items()]
-        left_out = " ".join(f"--ignore {name}" for name in found.unfinished)
-        raise SourceError(
-            f"some models in {place} are incomplete:\n  " + "\n  ".join(lines),
-            hint=f"complete them, or skip them with {left_out}",
-        )
-    if not found.models:
-        example = "hf://…" if is_hub(place) else "PATH"
-        raise SourceError(f"no checkpoint in any subfolder of {place}", hint=f"name each task: --task NAME={example}")
-    of_base = _identity(base, start)
-    for name in [name for name, source in found.models.items() if _identity(source, Path()) == of_base]:
-        del found.models[name]
-        found.others[name] = "the base"
-    warnings = [f"skipped in {place}: " + ", ".join(f"{name} ({why})" for name, why in sorted(found.others.items()))]
-    sources = {name: source if is_hub(place) else str(Path(source).absolute()) for name, source in found.models.items()}
-    return sources, warnings if found.others else [], patterns
-
-
-def _identity(source: str, start: Path) -> object:
-    """A key that is equal for two source strings of one model, as far as is known without reading it."""
-    if is_hub(source):
-        place = HubPlace.of(source)
-        return place.repository, place.folder
-    if is_remote(source):
-        return source
-    path = start / expanded(source)
-    path = path.parent if path.is_file() else path  # the source names a weight file
-    return path.resolve()
 
 
 def _twice(named: Mapping[str, str], start: Path) -> list[str]:
@@ -215,6 +174,15 @@ def _twice(named: Mapping[str, str], start: Path) -> list[str]:
         for same, names in tasks.items()
         if len(names) > 1
     ]
+
+
+def require_local(option: str, source: str, start: Path) -> None:
+    """Raises SourceError for what looks like the name of a model on the Hub, and is no path here."""
+    if HUB_NAME.fullmatch(source) and not (start / expanded(source)).exists():
+        raise SourceError(
+            f"no checkpoint at {source}: a path without a scheme is a local one",
+            hint=f"for the model of that name on the Hub: {option}hf://{source}",
+        )
 
 
 def _from_here(source: str, recipe: Recipe | None) -> str:

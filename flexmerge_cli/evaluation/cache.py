@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,25 @@ def cache_folder() -> Path:
     # The XDG specification says to ignore a relative path. Without a home directory nothing is cached.
     cache = Path(root) if root and Path(root).is_absolute() else home / ".cache" if home.is_absolute() else os.devnull
     return Path(cache) / "flexmerge" / "scores"
+
+
+def cache_contents() -> dict[str, Any]:
+    """The folder of all that flexmerge caches, the number of entries, and their bytes."""
+    folder = cache_folder().parent
+    sizes = [path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {"folder": str(folder), "entries": len(sizes), "bytes": sum(sizes)}
+
+
+def clear_cache() -> dict[str, Any]:
+    """Remove the folder. Returns what it held. Raises MachineError."""
+    found = cache_contents()
+    folder = Path(found["folder"])
+    if folder.is_dir():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise MachineError(f"{folder} cannot be removed: {error.strerror}", hint="check its permissions") from None
+    return found
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 Everything that can be refused is refused before a weight is read. drawing.py scores the points.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def curve_document(
     plan_path: Path,
     spec_path: Path,
     *,
-    methods: str = DEFAULT_METHODS,
+    methods: str | Sequence[str] = DEFAULT_METHODS,
     sizes: str | None = None,
     words: Mapping[str, Any],
     gate: Gate | None = None,
@@ -42,7 +42,7 @@ def curve_document(
     """Score a plan's tasks by every method at every size. Writes nothing.
 
     plan_path: the path that commands in the document give; relative sources are relative to its folder.
-    words: steps, calibrate, method_for and dtype of `merge_request`, for every method. target: the fraction of the
+    words: steps, calibrate, method_for, fit and dtype of `merge_request`, for every method. target: the fraction of the
     fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse, parallel, device and
     threads of CurveRequest.
     Raises UsageError and GateError before a weight is read, SourceError, DataError.

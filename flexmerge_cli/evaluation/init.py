@@ -1,40 +1,78 @@
 """Writes a starter spec for a bundle: kinds from the configs' architectures, label names, and facts from side files.
 
-Reads side files and looks for data near the place where the spec will be. What it cannot know is a comment, or a file
-name to be filled in.
+Reads side files, the plan if there is one, and the columns of data near the place where the spec will be. What it
+cannot know is a comment, or a file name to be filled in.
 """
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.place import is_remote
-from flexmerge_cli.errors import FlexmergeError
+from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.evaluation.kinds.classes import architecture_of, label_count, label_names
 from flexmerge_cli.evaluation.loading import read_config
-from flexmerge_cli.evaluation.readers import SUFFIXES
+from flexmerge_cli.evaluation.readers import SUFFIXES, guess_format, open_source
+from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.writing import has_start
 
 HEAD = """\
 # flexmerge.eval-spec/1: what each task is scored on; paths are relative to this file.
 version: 1
-# base: path/of/the/base  # scored with each task's own head
+{base}  # scored with each task's own head
 # limit: 200              # examples of each task; the first ones, or with `seed` drawn ones
 # dtype: float32          # what models compute in; by default what they are stored in
 tasks:
 """
 UNNAMED = re.compile(r"LABEL_\d+")  # the name that transformers gives to a class without one
 MAX_LABELS = 1000
+USUAL = {
+    "image": ("image", "images", "img", "pixel_values"),
+    "text": ("text", "sentence", "sentence1", "premise", "question", "input"),
+    "target": ("target", "targets", "label", "output", "answer", "labels"),
+    "label": ("label", "labels", "target", "class", "score"),
+}
+"""What columns are usually called, by what is in them."""
 FOLDERS = ("test", "data", "validation", ".")
 
 
-def starter_spec(bundle: Bundle, folder: Path) -> str:
-    """The text of a starter spec. folder: where the spec will be."""
-    return HEAD + "".join(_task(bundle, task, folder) for task in bundle.tasks)
+def starter_spec(bundle: Bundle, folder: Path, plan_path: Path | None = None) -> str:
+    """The text of a starter spec. folder: where the spec will be.
+
+    plan_path: the bundle's plan, which knows its sources; by default a plan.json beside the bundle or in the current
+    folder, if the bundle was made from it. Raises UsageError for another one.
+    """
+    sources = _sources(bundle, folder, plan_path)
+    base = f"base: {_quoted(sources[''])}" if "" in sources else "# base: path/of/the/base"
+    return HEAD.replace("{base}", base) + "".join(_task(bundle, task, folder, sources) for task in bundle.tasks)
+
+
+def _sources(bundle: Bundle, folder: Path, plan_path: Path | None) -> dict[str, str]:
+    """Task -> its source as the spec names it, and the base under the empty name; nothing without the plan."""
+    beside = [bundle.path.absolute().parent / "plan.json", Path("plan.json").absolute()]
+    for path in [plan_path] if plan_path is not None else [path for path in beside if path.is_file()]:
+        try:
+            plan = load_plan(path)
+        except FlexmergeError:
+            if plan_path is not None:
+                raise
+            continue
+        if plan.sha256 != bundle.manifest.plan:
+            if plan_path is not None:
+                raise UsageError(f"the bundle was not made from {plan_path}", hint="give its own plan, or none")
+            continue
+        start = path.absolute().parent
+        named = {"": plan.base.source} | {task.name: task.source for task in plan.readers}
+        return {
+            name: source if is_remote(source) else Path(os.path.relpath(start / source, folder)).as_posix()
+            for name, source in named.items()
+        }
+    return {}
 
 
 def is_starter_spec(path: Path) -> bool:
@@ -42,12 +80,13 @@ def is_starter_spec(path: Path) -> bool:
     return has_start(path, HEAD.partition(":")[0].encode())
 
 
-def _task(bundle: Bundle, task: str, folder: Path) -> str:
+def _task(bundle: Bundle, task: str, folder: Path, sources: Mapping[str, str]) -> str:
     side = bundle.config_folder(task)
     lines = [f"kind: {_kind(side)}", *_keys(side, task, folder)]
-    source = bundle.manifest.tasks[task].source
-    # The path is relative to the plan, whose place is not known here.
-    lines.append(f"{'' if is_remote(source) else '# '}checkpoint: {_quoted(source)}  # the fine-tuned model")
+    source = sources.get(task, bundle.manifest.tasks[task].source)
+    # Without the plan it is not known what a path is relative to.
+    is_known = task in sources or is_remote(source)
+    lines.append(f"{'' if is_known else '# '}checkpoint: {_quoted(source)}  # the fine-tuned model")
     return f"  {_quoted(task)}:\n" + "".join(f"    {line}\n" for line in lines)
 
 
@@ -78,8 +117,9 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
     names = label_names(read_config(side))
     named = bool(names) and len(names) <= MAX_LABELS and not all(map(UNNAMED.fullmatch, names))
     labels = f"labels: {_list(names)}" if named else "# labels: [first, second]  # names of the classes, in their order"
+    names_found = _column_names(folder / found) if found else ()
     if kind == "image-classification":
-        return [*lines, "columns: {image: images, label: labels}", labels]
+        return [*lines, _columns({"image": "images", "label": "labels"}, names_found), labels]
     if kind == "zero-shot-image-classification":
         of_classes = labels if named else "labels: [cat, dog]  # names of the classes, in their order"
         return [
@@ -87,15 +127,43 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
             "text_model: path/of/the/base  # a whole CLIP model; by default `base`",
         ]  # fmt: skip
     if kind == "text-classification":
-        return [*lines, "columns: {text: text, label: label}  # pair: the second text's", labels]
+        return [*lines, _columns({"text": "text", "label": "label"}, names_found, "pair: the second text's"), labels]
     if kind == "regression":
-        return [*lines, "columns: {text: text, label: label}  # pair: the second text's", "metric: [spearman, pearson]"]
+        columns = _columns({"text": "text", "label": "label"}, names_found, "pair: the second text's")
+        return [*lines, columns, "metric: [spearman, pearson]"]
     if kind == "causal-lm":
-        return [*lines, "columns: {text: text}  # for multiple choice {context: …, choices: …, label: …}"]
+        more = "for multiple choice {context: …, choices: …, label: …}"
+        return [*lines, _columns({"text": "text"}, names_found, more)]
     return [
-        *lines, 'template: "{text}"', "columns: {target: label}", "# labels: [negative, positive]  # of classes",
+        *lines, _template(names_found), _columns({"target": "label"}, names_found),
+        "# labels: [negative, positive]  # of classes",
         "metric: exact_match  # with labels accuracy, f1; of numbers spearman",
     ]  # fmt: skip
+
+
+def _column_names(path: Path) -> tuple[str, ...]:
+    """The columns of a file of data; none if it cannot be read."""
+    try:
+        return tuple(open_source(path, guess_format(path) or "", None).names)
+    except FlexmergeError:
+        return ()
+
+
+def _columns(usual: Mapping[str, str], names: Sequence[str], comment: str = "") -> str:
+    """`columns:` with what the data have. usual: role -> name, where the data are not known."""
+    found = {
+        role: next((name for name in (default, *USUAL[role]) if name in names), default)
+        for role, default in usual.items()
+    }
+    missing = bool(names) and not set(found.values()) <= set(names)
+    comments = [f"the data have {', '.join(names)}"] * missing + [comment] * bool(comment)
+    pairs = ", ".join(f"{role}: {_quoted(name)}" for role, name in found.items())
+    return f"columns: {{{pairs}}}" + (f"  # {'; '.join(comments)}" if comments else "")
+
+
+def _template(names: Sequence[str]) -> str:
+    column = next((name for name in USUAL["text"] if name in names), "text")
+    return f"template: {json.dumps('{' + column + '}')}"
 
 
 def _data(task: str, folder: Path) -> str | None:

@@ -3,16 +3,18 @@
 Each process has one model in memory at a time. drawing.py scores the curves of plans.
 """
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
-from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
 from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
@@ -21,7 +23,7 @@ from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.references import References, Who, spec_references
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer, library_versions
-from flexmerge_cli.evaluation.spec import EvalSpec
+from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.planning.sources import OpenSources, open_sources
@@ -45,6 +47,54 @@ class ScoreRequest:
     access: Access = ONLINE
     gate: Gate = field(default_factory=Gate)
     """The limits on the drop from the fine-tuned scores; the verdict is in the document."""
+
+    @property
+    def num_models(self) -> int:
+        """The models that are scored; an upper bound if the spec gives further models to only some tasks."""
+        if self.parallel > 1 and len(self.spec.tasks) > 1:
+            return len(self.spec.tasks)  # one step per task
+        named = any(task.checkpoint is not None for task in self.spec.tasks.values())
+        references = 2 if self.plan is not None else named + (self.spec.base is not None)
+        return len(self.spec.tasks) * (references if self.sources else 1 + references)
+
+
+def score_request(
+    bundle: str | None,
+    spec: Path,
+    *,
+    plan: Path | None = None,
+    device: str | None = None,
+    allow_exec: bool = False,
+    access: Access = ONLINE,
+    on_progress: OnStep = lambda *_step: None,
+    **asked: Any,
+) -> ScoreRequest:
+    """What is asked in words: the bundle is found, or fetched, and the spec read. asked: further fields.
+
+    Raises UsageError, SourceError, DataError, before a weight is read.
+    """
+    path: Path | None = None
+    tasks: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    if plan is not None and not plan.is_file():
+        raise SourceError(f"no plan at {plan}", hint="make one with `flexmerge plan`")
+    if bundle is not None:
+        located = locate(bundle, access, on_progress=on_progress)
+        path, tasks = located.path, located.open().tasks
+    elif plan is not None:
+        loaded = load_plan(plan)
+        tasks, kept = loaded.task_names, tuple(adapter.name for adapter in loaded.adapters)
+    else:
+        again = f"flexmerge eval bundle/ --spec {shlex.quote(str(spec))}"
+        raise UsageError("give a bundle, or --sources and --plan", hint=again)
+    return ScoreRequest(
+        spec=read_spec(spec, tasks, unscorable=kept, allow_exec=allow_exec),
+        bundle=path,
+        plan=plan,
+        device=None if device == "auto" else device,
+        access=access,
+        **asked,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -96,7 +96,8 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
         if name == "auto":
             raise UsageError("`auto` chooses for the whole bundle, not for some blocks", hint="use --method auto")
         if "," in name and set(name.split(",")) <= {*all_methods(), "auto"}:
-            raise UsageError(f"no method `{name}`", hint=f"several: '{name.replace(',', ';')}'")
+            several = " ".join(f"--method {one}" for one in name.split(","))
+            raise UsageError(f"no method `{name}`", hint=f"several: {several}")
         raise _unknown("method", name)
     return make_call(method, args)
 

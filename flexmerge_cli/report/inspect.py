@@ -150,6 +150,11 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
     return report
 
 
+def write_page(source: Path, html: Path, kind: Kind) -> None:
+    """Write the page of a plan or a bundle."""
+    look(Asked(source=str(source), html=html), kind, on_progress=lambda *_step: None)
+
+
 def _verified(path: Path, asked: Asked, on_progress: OnProgress) -> Report:
     from flexmerge_cli.bundle.read import Bundle
     from flexmerge_cli.report.inspect_verify import failure, show_verification, verification

@@ -20,9 +20,9 @@ KEPT_NOTE = (
 )
 
 
-def options_value(plan: Plan, path: str, *, methods: str = "common") -> dict[str, Any]:
+def options_value(plan: Plan, path: str, *, all_methods: bool = False) -> dict[str, Any]:
     """`options`, by their bytes on disk, and `begin_with`: the name of one and why, or null."""
-    rows = storage_options(Pricer(plan), path, methods=methods)
+    rows = storage_options(Pricer(plan), path, all_methods=all_methods)
     begin = begin_with(rows)
     return {
         "options": [

@@ -27,7 +27,7 @@ MUCH = 0.05  # of a task's weights
 
 
 def plan_summary(
-    plan: Plan, path: Path, request: MergeRequest, family: Family | None = None, *, methods: str = "common"
+    plan: Plan, path: Path, request: MergeRequest, family: Family | None = None, *, all_methods: bool = False
 ) -> dict[str, Any]:
     """The value that `plan` prints. family: the sources, where they were opened for it."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
@@ -49,7 +49,7 @@ def plan_summary(
         "near_ties": plan.near_ties,
         "exact_bytes": exact.tensor_bytes,
         "sizes": size_rows(plan),
-        **options_value(plan, str(path), methods=methods),
+        **options_value(plan, str(path), all_methods=all_methods),
         "cut": None
         if asked is None
         else {

@@ -55,20 +55,20 @@ class Tune:
     """Name of a method that takes the argument -> value -> the method with that value."""
 
 
-def curve_methods(text: str, *, has_statistics: bool, **common: Any) -> tuple[CurveMethod, ...]:
-    """Methods separated by semicolons, `auto;emr;low_bit:bits=2`; `all` is every method.
+def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common: Any) -> tuple[CurveMethod, ...]:
+    """One method or several; `all` is every method.
 
     has_statistics: whether the plan has what `auto` needs; then it is among `all`. common: words of `merge_request`
     for every method; `auto` does not read steps, calibrate and fit. Raises UsageError.
     """
     names: list[str] = []
-    for item in filter(None, (item.strip() for item in text.split(";"))):
+    for item in [asked] if isinstance(asked, str) else asked:
         if item == "all":
             names += (["auto"] if has_statistics else []) + list(all_methods())
         else:
-            names.append(item)
+            names.append(item.strip())
     if not names:
-        raise UsageError(f"--methods `{text}` names no method", hint="--methods 'auto;emr;low_bit:bits=2'")
+        raise UsageError("no method is named", hint="--method auto --method low_bit:bits=2")
     return tuple(_curve_method(name, common) for name in dict.fromkeys(names))
 
 
@@ -97,8 +97,9 @@ def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune
 def _curve_method(name: str, common: Mapping[str, Any]) -> CurveMethod:
     words = dict(common)
     if split_call(name)[0] == "auto":
-        words = {key: value for key, value in words.items() if key not in ("steps", "calibrate")}
-    request = merge_request(method=name, run_files=True, **words)
+        words = {key: value for key, value in words.items() if key not in ("steps", "calibrate", "fit")}
+    size = None if words.get("fit") is None else "1x"  # any: a fit is of a size
+    request = merge_request(method=name, size=size, run_files=True, **words).at(None)
     assert isinstance(request.choice, Cut | Auto)
     return CurveMethod(name=name, request=request)
 

@@ -2,10 +2,10 @@
 
 version  1
 base     source
-tasks    {name: source, or {source, revision}}
+tasks    {name: source, or {source, revision}}, or a folder with one subfolder per task
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads;
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
-ignore   [pattern] of files of the sources, as --ignore;  with_code
+ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
@@ -16,9 +16,10 @@ Unknown keys are refused, with the line and the nearest valid name. Nothing of a
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from flexmerge_cli.checkpoint.place import is_hub
+from flexmerge_cli.checkpoint.access import ONLINE, Access
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.order.linkage import Linkage
@@ -26,7 +27,9 @@ from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Record
 from flexmerge_cli.request.merge import Cluster, MethodMissing, merge_request
-from flexmerge_cli.yaml_file import read_yaml
+from flexmerge_cli.request.tasks import found_tasks
+from flexmerge_cli.text import expanded
+from flexmerge_cli.yaml_file import read_document
 
 
 class TaskSource(Record):
@@ -47,12 +50,18 @@ class MergeRecord(Record):
     calibrate: str | None = None
     method_for: dict[str, str] | None = None
     size: str | None = None
+    """A bare number is a multiple of one model."""
     merges: int | None = Field(default=None, ge=0)
     fit: Literal["tight", "prefix"] | None = None
     cluster: Cluster | None = None
     seed: int | None = Field(default=None, ge=0)
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = Field(default=None, ge=0)
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _factor(cls, size: Any) -> Any:
+        return f"{size:g}x" if isinstance(size, int | float) and not isinstance(size, bool) else size
 
 
 class GateRecord(Record):
@@ -72,7 +81,7 @@ class Recipe(Record):
 
     version: Literal[1]
     base: str
-    tasks: dict[str, str | TaskSource] = Field(min_length=1)
+    tasks: dict[str, str | TaskSource]
     blocks: str | None = None
     order: OrderRecord = OrderRecord()
     private: tuple[str, ...] = ()
@@ -86,11 +95,17 @@ class Recipe(Record):
     merge: MergeRecord = MergeRecord()
     gate: GateRecord | None = None
     _folder: Path = PrivateAttr(default=Path())
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def folder(self) -> Path:
         """The folder of the recipe, to which its paths are relative."""
         return self._folder
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What `tasks: FOLDER` left out, and why."""
+        return self._warnings
 
     def task_sources(self) -> dict[str, str]:
         return {name: _source(value) for name, value in self.tasks.items()}
@@ -106,14 +121,25 @@ class Recipe(Record):
         return {name: value for name, value in self.merge.model_dump().items() if value is not None}
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, access: Access = ONLINE) -> Recipe:
     """Raises UsageError with file, line and key.
 
     The words of methods and steps are checked here, and not only where they are used: a file that a stranger's recipe
     names must not run because a method was typed.
     """
-    recipe = read_yaml(path, Recipe, "recipe")
-    recipe._folder = path.absolute().parent
+    document, folder = read_document(path, "recipe"), path.absolute().parent
+    place = document.value.get("tasks") if isinstance(document.value, dict) else None
+    if isinstance(place, str):
+        document.value["tasks"] = {}  # listed below, once the rest is known to be sound
+    recipe = document.check(Recipe)
+    if isinstance(place, str):
+        where = place if is_remote(place) else str(folder / expanded(place))
+        found = found_tasks([where], recipe.base, folder, ignore=recipe.ignore, access=access)
+        recipe = recipe.model_copy(update={"tasks": found.sources, "ignore": found.patterns})
+        recipe._warnings = tuple(found.warnings)
+    if not recipe.tasks:
+        raise document.error(("tasks",), "names no task", hint="tasks: {NAME: SOURCE}, or a folder")
+    recipe._folder = folder
     words = recipe.merge_words()
     try:
         merge_request(**words)

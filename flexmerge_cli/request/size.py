@@ -8,10 +8,11 @@ from decimal import Decimal
 from flexmerge_cli.errors import UsageError
 
 UNITS = {
-    "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "B": 1, "KB": 10**3, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
 }  # fmt: skip
-PATTERN = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*(x|%|[kKMGT]?i?B)")
+PATTERN = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)\s*(x|%|[kKMGT]?i?B)", re.IGNORECASE)
+SPELLED = {unit.lower(): unit for unit in ("x", "%", *UNITS)}
 MAX_SIZES = 1000
 
 
@@ -68,9 +69,10 @@ def parse_size(text: str) -> Size:
     Raises UsageError.
     """
     match = PATTERN.fullmatch(text.strip())
-    if match is None or (match[2] not in ("x", "%") and match[2] not in UNITS):
+    unit = SPELLED.get(match[2].lower()) if match is not None else None
+    if match is None or unit is None:
         raise UsageError(f"`{text}` is not a size", hint="write 2.25x, 40%, 600MiB, 6GB or 123456B")
-    value, unit = float(match[1]), match[2]
+    value, text = float(match[1]), text if unit == match[2] else f"{match[1]}{unit}"
     if unit == "%" and not 0 < value <= 100:
         raise UsageError(f"size {text} is outside (0%, 100%]", hint="100% keeps all models apart")
     if not 0 < value < math.inf:
@@ -94,14 +96,15 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 def parse_bytes(text: str) -> int:
     """An amount of memory, such as `8GiB`, in bytes. Raises UsageError."""
     match = PATTERN.fullmatch(text.strip())
-    if match is None or match[2] not in UNITS or not 0 < float(match[1]) < math.inf:
+    unit = SPELLED.get(match[2].lower(), "") if match is not None else ""
+    if match is None or unit not in UNITS or not 0 < float(match[1]) < math.inf:
         raise UsageError(f"`{text}` is not an amount of memory", hint="write 8GiB, 500MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * UNITS[unit])
 
 
 def _range(text: str) -> list[str]:
     matches = [PATTERN.fullmatch(end.strip()) for end in text.split(":")]
-    if len(matches) != 3 or None in matches or len({match[2] for match in matches if match}) != 1:
+    if len(matches) != 3 or None in matches or len({match[2].lower() for match in matches if match}) != 1:
         raise UsageError(f"`{text}` is not a range of sizes", hint="write FROM:TO:STEP in one unit: 0.75x:8x:0.25x")
     first, last, step = (Decimal(match[1]) for match in matches if match)
     unit = next(match[2] for match in matches if match)

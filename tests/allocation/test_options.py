@@ -23,7 +23,7 @@ def test_every_command_builds_a_bundle_of_the_bytes_that_the_table_says(name, tm
     family = write_family(tmp_path / "family of mine", ODD[name]())
     monkeypatch.chdir(tmp_path)
     plan = "family of mine/plan.json"
-    rows = ways_of(*family.arguments, "-o", plan, "--methods", "all" if name == "plain" else "common")
+    rows = ways_of(*family.arguments, "-o", plan, *(["--all-methods"] * (name == "plain")))
     for row in rows.values():
         if row["command"] is None:
             continue
@@ -133,10 +133,6 @@ def test_commands_are_printed_whole_however_narrow_the_line(plan, tmp_path, monk
     printed = succeeds("plan", plan, "-o", tmp_path / "plan.json").out
     for row in ways_of(plan, "-o", tmp_path / "plan.json", "--force").values():
         assert row["command"] is None or row["is_larger"] or f"{row['command']}\n" in printed
-
-
-def test_ways_that_are_neither_common_nor_all_are_refused(plan, tmp_path):
-    fails(2, "plan", plan, "-o", tmp_path / "plan.json", "--methods", "some", says="--methods some is not known")
 
 
 @pytest.mark.parametrize("method", ["average", "auto"])

@@ -194,7 +194,8 @@ def test_the_place_of_several_tasks_is_free_or_empty_or_all_theirs(merged, tmp_p
     fails(2, "export", merged, "--all", "-o", tmp_path / "other", "--force", says="is not what flexmerge wrote")
     (tmp_path / "file").write_text("")
     fails(2, "export", merged, "--all", "-o", tmp_path / "file")
-    fails(2, "export", merged, "--all", "-o", tmp_path / "no/where", says="no folder")
+    (tmp_path / "file").touch()
+    fails(2, "export", merged, "--all", "-o", tmp_path / "file/all", says="is a file")
     assert (tmp_path / "other/mine").exists() and len(list(tmp_path.iterdir())) == 3
 
 

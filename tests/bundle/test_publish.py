@@ -217,7 +217,11 @@ def test_what_exists_is_not_written_over(plan, tmp_path):
     fails(2, "merge", plan, "-o", tmp_path / "link", says="exists")
     fails(2, "merge", plan, "-o", tmp_path / "link", "--force", says="is not what flexmerge wrote")
     assert sorted(tree(tmp_path)) == ["b/mine", "file"]
-    fails(2, "merge", plan, "-o", tmp_path / "no/where", says="no folder")
+    (tmp_path / "file").touch()
+    fails(2, "merge", plan, "-o", tmp_path / "file/bundle", says="is a file")
+    fails(2, "merge", plan, "--method", "nothing", "-o", tmp_path / "out/bundle")
+    assert not (tmp_path / "out").exists(), "what is refused leaves nothing behind"
+    succeeds("merge", plan, "-o", tmp_path / "out/of/bundle")
 
 
 def test_a_place_is_refused_before_anything_is_read(plan, tmp_path, monkeypatch):
@@ -340,8 +344,8 @@ def test_modes_follow_the_umask(plan, tmp_path):
 
 def test_places_are_checked(tmp_path):
     check_target(tmp_path / "free", force=False, ours=lambda _: None)
-    with pytest.raises(UsageError, match="no folder"):
-        check_target(tmp_path / "a/b", force=False, ours=lambda _: None)
+    check_target(tmp_path / "a/b", force=False, ours=lambda _: None)
+    assert not list(tmp_path.iterdir()), "a check makes nothing"
     with pytest.raises((MachineError, UsageError)):
         check_target(tmp_path / "x" / ".." / "..", force=False, ours=lambda _: None)
 

@@ -16,7 +16,7 @@ import pytest
 
 from flexmerge_cli.cli import gating
 from flexmerge_cli.cli.app import run
-from flexmerge_cli.cli.options import bars_on_stderr, emit, note, warn
+from flexmerge_cli.cli.output import bars_on_stderr, emit, note, warn
 from flexmerge_cli.cli.terminal import ASCII, shown_streams
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.report.console import Console

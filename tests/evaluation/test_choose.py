@@ -86,7 +86,7 @@ def test_what_has_no_halves_is_refused(whole):
 
 
 def test_the_command_prints_the_merge_that_builds_it(sample, tmp_path):
-    arguments = sample.drawn(methods="average")
+    arguments = sample.drawn(method="average")
     out = succeeds(*arguments, "--sizes", "1x,3x", "--choose", "0.9").out.rstrip().splitlines()[-1]
     words = out.split()
     assert words[:2] == ["flexmerge", "merge"] and words[-1] == "bundle/"
@@ -110,7 +110,7 @@ def validation(path, source: str):
 
 
 def test_another_spec_chooses_and_the_whole_of_this_one_is_reported(sample, tmp_path):
-    arguments = sample.drawn(methods="average", sizes="3x")
+    arguments = sample.drawn(method="average", sizes="3x")
     spec = validation(tmp_path / "val.yaml", "others")
     found = succeeds(*arguments, "--choose", "0.9", "--tune-spec", spec, "--json").json["chosen"]
     assert found["chosen_on"]["data"] == str(spec) and found["reported"]["n"] == 30
@@ -118,7 +118,7 @@ def test_another_spec_chooses_and_the_whole_of_this_one_is_reported(sample, tmp_
 
 def test_tasks_of_the_other_spec_that_are_not_reported_decide_nothing(sample, tmp_path):
     """They were drawn, and counted among those that had to be kept."""
-    arguments = [*sample.drawn(methods="average", sizes="1x", choose="0.1"), "--tune-spec"]
+    arguments = [*sample.drawn(method="average", sizes="1x", choose="0.1"), "--tune-spec"]
     both = validation(tmp_path / "val.yaml", "others")
     one = yaml.safe_load(sample.spec_path.read_text())
     del one["tasks"]["rotation"]
@@ -134,7 +134,7 @@ def test_tasks_of_the_other_spec_that_are_not_reported_decide_nothing(sample, tm
 
 
 def test_the_same_data_are_refused_under_another_path_too(sample, tmp_path):
-    arguments = sample.drawn(methods="average", choose="0.9")
+    arguments = sample.drawn(method="average", choose="0.9")
     fails(2, *arguments, "--tune-spec", sample.spec_path, says="same data")
     spec = write_spec(tmp_path / "val.yaml")
     for task in ("digit", "rotation"):
@@ -146,14 +146,24 @@ def test_the_same_data_are_refused_under_another_path_too(sample, tmp_path):
 def test_an_argument_is_tuned_on_other_data_and_marked(sample, tmp_path):
     arguments = sample.drawn(sizes="1x")
     spec = validation(tmp_path / "val.yaml", "others")
-    words = [*arguments, "--methods", "task_arithmetic;auto", "--tune", "scale=0.01,1", "--tune-spec", spec]
+    words = [
+        *arguments,
+        "--method",
+        "task_arithmetic",
+        "--method",
+        "auto",
+        "--tune",
+        "scale=0.01,1",
+        "--tune-spec",
+        spec,
+    ]
     found = succeeds(*words, "--json", "--html", tmp_path / "page.html").json
     assert found["data_dependent"] == {"arguments": "task_arithmetic:scale=1", "spec": str(spec)}
     assert {point["method"] for point in found["points"]} == {"task_arithmetic:scale=1", "auto"}
     assert "Data-dependent" in (tmp_path / "page.html").read_text()
     fails(2, *arguments, "--tune", "scale=0.01,1", says="data other than those reported")
     fails(2, *arguments, "--tune", "scale=0.01,1", "--tune-spec", sample.spec_path, says="same data")
-    fails(2, *arguments, "--methods", "average", "--tune", "scale=0.01,1", "--tune-spec", spec, says="scale")
+    fails(2, *arguments, "--method", "average", "--tune", "scale=0.01,1", "--tune-spec", spec, says="scale")
 
 
 @pytest.mark.parametrize(

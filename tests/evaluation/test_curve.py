@@ -28,7 +28,7 @@ METHODS = ("task_arithmetic", "emr", "low_bit:bits=2", "auto")
 
 
 def asked(*methods, sizes=None, common=None, **fields):
-    found = curve_methods(";".join(methods), has_statistics=True, **(common or {}))
+    found = curve_methods(list(methods), has_statistics=True, **(common or {}))
     return CurveRequest(methods=found, sizes=parse_sizes(sizes) if sizes else (), threads=1, **fields)
 
 
@@ -155,7 +155,7 @@ def test_sizes_that_are_none_are_refused(text):
 
 
 def test_all_methods_are_every_one_and_auto(sample):
-    found = [method.name for method in curve_methods("all;ties:K=0.1", has_statistics=True)]
+    found = [method.name for method in curve_methods(["all", "ties:K=0.1"], has_statistics=True)]
     assert found[0] == "auto" and {"emr", "low_bit", "tsv_m", "ties:K=0.1"} <= set(found)
 
 
@@ -171,7 +171,7 @@ def test_csv_has_a_row_per_point_and_task(sample, curve):
 
 
 def test_the_command_tells_what_was_saved(sample, tmp_path):
-    arguments = sample.drawn(methods="average", sizes="3x")
+    arguments = sample.drawn(method="average", sizes="3x")
     result = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--json")
     assert result.json["evaluations"]["repeated"] >= 2
     assert (tmp_path / "rows.csv").read_text().startswith("method,")
@@ -180,7 +180,7 @@ def test_the_command_tells_what_was_saved(sample, tmp_path):
 
 def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
     """Its curve without a point ended in a KeyError."""
-    arguments = sample.drawn(methods="average")
+    arguments = sample.drawn(method="average")
     found = succeeds(*arguments, "--sizes", "0.5x", "--json").json
     assert found["points"] == [] and [item["size"] for item in found["unreached"]] == ["0.5x"]
     assert len(found["alternatives"]) == 3
@@ -191,10 +191,10 @@ def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--methods", "tiess"], "ties"),
+        (["--method", "tiess"], "ties"),
         (["--sizes", "9x"], "9x"),
         (["--method-for", "ties"], "PATTERN=METHOD"),
-        (["--methods", "average", "--calibrate", "nothing"], "nothing"),
+        (["--method", "average", "--calibrate", "nothing"], "nothing"),
         (["--choose", "0"], "--choose 0.99"),
         (["--tune-spec", "x.yaml"], "--tune-spec needs --choose or --tune"),
         (["--csv", "x", "--html", "x"], "one file"),
@@ -218,7 +218,18 @@ def test_eval_says_the_curve_command_that_takes_what_it_was_given(sample, tmp_pa
     path = tmp_path / "my plan.json"
     path.write_bytes(sample.plan_path.read_bytes())
     plan = [word.replace("PLAN", str(path)) for word in plan]
-    options = ["--spec", sample.spec_path, "--sizes", "1x,3x", "--methods", "auto;average", "--choose", "0.9"]
+    options = [
+        "--spec",
+        sample.spec_path,
+        "--sizes",
+        "1x,3x",
+        "--method",
+        "auto",
+        "--method",
+        "average",
+        "--choose",
+        "0.9",
+    ]
     for arguments in ([*plan, *options], [*options, *plan]):
         said = fails(2, "eval", *arguments, says="hint: flexmerge curve ").err
         words = shlex.split(said.rpartition("hint: ")[2])

@@ -169,7 +169,7 @@ def test_a_bundle_passes_fails_or_is_undecided(sample, bundles, bundle, limit, e
 
 
 def test_a_curve_passes_where_some_point_does(sample):
-    arguments = sample.drawn(methods="average")
+    arguments = sample.drawn(method="average")
     assert (
         succeeds(*arguments, "--sizes", "1x,3x", "--max-drop", "1%")
         .out.rstrip()
@@ -226,8 +226,8 @@ def test_a_gate_fails_where_the_spec_forgets_a_task(sample, bundles, tmp_path):
     assert {task["outcome"] for task in found.json["gate"]["tasks"].values()} == {"pass"}
     verdict = flexmerge_cli.evaluate(bundles / "exact", spec, plan=sample.plan_path, max_drop="1%")["gate"]
     assert verdict["outcome"] == "fail" and verdict["forgotten"] == ["parity"]
-    fails(6, *sample.drawn(methods="average", sizes="3x")[:3], spec, "--max-drop", "1%", says="parity")
-    fails(6, *sample.drawn(methods="average", sizes="3x")[:3], spec, "--choose", "0.1", says="parity")
+    fails(6, *sample.drawn(method="average", sizes="3x")[:3], spec, "--max-drop", "1%", says="parity")
+    fails(6, *sample.drawn(method="average", sizes="3x")[:3], spec, "--choose", "0.1", says="parity")
 
 
 def test_a_task_that_is_left_out_by_name_is_named_in_the_verdict(sample, bundles, tmp_path):

@@ -229,7 +229,27 @@ def test_a_starter_spec_is_a_spec_and_knows_kinds_labels_and_data(place):
     assert spec.tasks["first"].labels == ("no", "yes") and spec.tasks["first"].data == "first.jsonl"
     found = succeeds("eval", place / "merged", "--spec", place / "starter.yaml", "--json").json
     wanted = succeeds("eval", place / "merged", "--spec", place / "bare.yaml", "--json").json
-    assert found["mean"] == wanted["mean"]
+    assert found["mean"]["merged"] == wanted["mean"]["merged"]
+    assert found["mean"]["base"] is not None, "plan.json lies beside the bundle"
+
+
+def test_a_starter_spec_names_the_sources_that_the_plan_knows_and_the_columns_of_the_data(place, tmp_path):
+    from flexmerge_cli.evaluation.spec import read_spec
+
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"sentence": "a", "target": 0, "id": 1}), json.dumps({"sentence": "b", "target": 1, "id": 2})]
+    (tmp_path / "data" / "first.jsonl").write_text("\n".join(lines))
+    succeeds("eval", "--init", place / "merged", "--plan", place / "plan.json", "-o", tmp_path / "eval.yaml")
+    spec = read_spec(tmp_path / "eval.yaml", tuple(LABELS))
+    plan = json.loads((place / "plan.json").read_text())
+    assert (tmp_path / spec.base).resolve() == (place / plan["base"]["source"]).resolve()
+    for task in plan["tasks"]:
+        assert (tmp_path / spec.tasks[task["name"]].checkpoint).resolve() == (place / task["source"]).resolve()
+    assert (spec.tasks["first"].columns.text, spec.tasks["first"].columns.label) == ("sentence", "target")
+    other = tmp_path / "other.json"
+    succeeds("plan", place / "plan.json", "--blocks", "tensor", "-o", other)
+    again = ("--plan", other, "-o", tmp_path / "again.yaml")
+    fails(2, "eval", "--init", place / "merged", *again, says="was not made from")
 
 
 def test_init_never_replaces_and_says_where_it_writes(place, tmp_path):

@@ -153,4 +153,4 @@ def test_a_source_that_changed_since_the_plan_has_no_scores(place, tmp_path):
     path.write_bytes(data)
     fails(3, *arguments, says="changed since the plan")
     fails(3, "eval", folder / "coded", *arguments[2:], says="changed since the plan")
-    fails(3, "curve", *arguments[3:], "--methods", "average", "--sizes", "1x", says="changed since the plan")
+    fails(3, "curve", *arguments[3:], "--method", "average", "--sizes", "1x", says="changed since the plan")

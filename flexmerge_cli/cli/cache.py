@@ -1,0 +1,34 @@
+"""`flexmerge cache`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from flexmerge_cli.cli import options as o
+
+
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all that is cached; it is computed anew when needed.")
+    ] = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show what is cached below $XDG_CACHE_HOME/flexmerge, or remove it.
+
+    \b
+    Examples:
+    flexmerge cache
+    flexmerge cache --clear
+    """
+    from flexmerge_cli.cli.output import emit
+    from flexmerge_cli.evaluation.cache import cache_contents, clear_cache
+    from flexmerge_cli.report.text import human_bytes
+
+    value = clear_cache() if clear else cache_contents()
+
+    def show(found: dict[str, Any]) -> None:
+        done = "removed from" if clear else "in"
+        print(f"{found['entries']:,} scores, {human_bytes(found['bytes'])}, {done} {found['folder']}")
+
+    emit(value, as_json=as_json, quiet=quiet, show=show)
