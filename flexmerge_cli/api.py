@@ -120,6 +120,7 @@ def make_plan(
     assume_base: bool = False,
     ignore: Sequence[str] = (),
     with_code: bool = False,
+    follow_links: bool = False,
     **run: Any,
 ) -> Plan:
     """Read every weight once and make a plan, which holds all that a later merge needs; with `output`, save it there.
@@ -129,8 +130,8 @@ def make_plan(
     offline: use only what the Hub's cache holds. stream: read weights over the network, and store none of them.
     variant: the preferred variant of the weights, e.g. `fp16`. adapters: `keep`, `merge` or `pool` tasks that are PEFT
     adapters; assume_base: accept adapters that name another base. ignore: patterns of the sources' files to leave out.
-    with_code: carry their Python files. run: device, threads, max_memory, on_progress, and on_open, which gets the
-    opened sources before the weights are read.
+    with_code: carry their Python files. follow_links: follow links out of them, as DVC and git-annex make them. run:
+    device, threads, max_memory, on_progress, and on_open, which gets the opened sources before the weights are read.
     Raises SourceError, DataError, UsageError.
     """
     request = PlanRequest(
@@ -141,7 +142,10 @@ def make_plan(
         merge_heads=merge_heads,
         statistics=statistics,
         access=replace(
-            _access(offline, stream, run.get("max_memory"), variant), ignore=tuple(ignore), with_code=with_code
+            _access(offline, stream, run.get("max_memory"), variant),
+            ignore=tuple(ignore),
+            with_code=with_code,
+            follow_links=follow_links,
         ),
         adapters=adapters,
         assume_base=assume_base,

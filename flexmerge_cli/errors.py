@@ -77,6 +77,35 @@ _NO_MEMORY = (
 _NO_THREAD = ("can't start new thread", "can't allocate lock", "thread constructor failed")
 
 
+HINTS = {
+    errno.ENOSPC: "make room on the disk, or choose another place",
+    errno.EDQUOT: "make room within your quota, or choose another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or use a file system that allows larger files",
+    errno.EACCES: "check the permissions of the file and of the folders above it",
+    errno.EPERM: "check the owner and the permissions of the file",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.EIO: "the disk or its connection is failing: check the system log, and copy the data elsewhere",
+    errno.EAGAIN: "the system cannot start more processes: wait, or raise the limit (ulimit -u)",
+    errno.ENOENT: "the file or its folder does not exist, or was removed meanwhile: check the path",
+    errno.EEXIST: "the file appeared meanwhile: check the path",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "the path is a folder: give the path of a file",
+    errno.ELOOP: "symbolic links form a loop: check them with `readlink -f`",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ETIMEDOUT: "the file system or the network does not answer: try again",
+    errno.ESTALE: "the file was replaced on its server: try again",
+    errno.EBUSY: "another program uses it: try again",
+    errno.ETXTBSY: "another program uses it: try again",
+    errno.ENOTCONN: "the file system is not connected any more: mount it again",
+    errno.EHOSTDOWN: "the server of the file system does not answer: try again",
+}
+
+
+def hint_of(error: BaseException) -> str:
+    """What to do about an error of the system, by its errno."""
+    return HINTS.get(getattr(error, "errno", None) or 0, "check the path and the disk")
+
+
 def machine_failure(error: BaseException) -> MachineError | None:
     """Recognise a foreign exception that means out of memory, threads or open files; None for any other.
 

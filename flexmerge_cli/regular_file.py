@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from flexmerge_cli.errors import DataError, MachineError, SourceError, machine_failure
+from flexmerge_cli.errors import DataError, MachineError, SourceError, hint_of, machine_failure
 
 KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
@@ -28,7 +28,7 @@ def open_file(path: Path) -> BinaryIO:
     except (OSError, ValueError) as error:
         check_kind(path)
         reason = getattr(error, "strerror", None) or error
-        failed = MachineError(f"{path} cannot be opened: {reason}", hint="check its permissions")
+        failed = MachineError(f"{path} cannot be opened: {reason}", hint=hint_of(error))
         raise machine_failure(error) or failed from None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.errors import MachineError, UsageError, machine_failure
+from flexmerge_cli.errors import MachineError, UsageError, hint_of, machine_failure
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -136,9 +136,7 @@ def cannot_write(error: OSError, path: Path, needed_bytes: int = 0) -> MachineEr
     lacks = machine_failure(error)
     if lacks is not None:
         return MachineError(f"{path} cannot be written: {lacks.message}", hint=lacks.hint)
-    return MachineError(
-        f"{path} cannot be written: {error.strerror or error}", hint="check the permissions, the disk and its quota"
-    )
+    return MachineError(f"{path} cannot be written: {error.strerror or error}", hint=hint_of(error))
 
 
 def no_space(path: Path, needed_bytes: int) -> MachineError:

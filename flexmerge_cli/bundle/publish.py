@@ -19,12 +19,13 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
 from flexmerge_cli.checkpoint.open_files import open_one_more
-from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, machine_failure
+from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, hint_of, machine_failure
 from flexmerge_cli.writing import (
     NOT_SUPPORTED,
     cannot_write,
@@ -73,6 +74,25 @@ def check_target(target: Path, *, force: bool, ours: Ours) -> None:
         if not force:
             raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
         check_replaceable(target, ours)
+        _check_movable(target)
+
+
+def _check_movable(target: Path) -> None:
+    """Raise MachineError for a folder that cannot be renamed, as one of a lower layer of overlayfs: without moving it.
+
+    A folder never takes the place of one that is not empty, and what cannot be moved at all is told before that.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as name:
+        (Path(name) / "not-empty").mkdir()
+        try:
+            os.rename(target, name)  # noqa: PTH104  it is to fail
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise MachineError(
+                    f"{target} cannot be replaced: it lies in a lower layer of an overlay file system, as files of a "
+                    "container's image do",
+                    hint="remove it first, or choose another place with -o",
+                ) from None
 
 
 def check_replaceable(target: Path, ours: Ours) -> None:
@@ -146,7 +166,7 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
             raise in_place(target, f"could not be forced to disk: {error.strerror}") from None
         place = str(partial) if error.filename is None else os.fsdecode(error.filename)
         if not place.startswith((str(target), str(_beside(target, "")))):  # of what is read, not of what is written
-            failed = MachineError(f"{place}: {error.strerror}", hint="check the disk")
+            failed = MachineError(f"{place}: {error.strerror}", hint=hint_of(error))
             raise machine_failure(error) or failed from None
         raise cannot_write(error, Path(place), needed_bytes) from None
 

@@ -22,6 +22,8 @@ class Access:
     """Patterns of files and folders of a source that are left out."""
     with_code: bool = False
     """Carry the Python files beside the weights."""
+    follow_links: bool = False
+    """Read what a link out of a source leads to, such as the store of DVC or git-annex."""
     stream: StreamPool | None = None
     """The pool through which remote weights are read in place. None: download them."""
     on_message: Callable[[str], None] = silent

@@ -125,7 +125,7 @@ def open_checkpoint(
         return _open_folder(source, _FileFolder(path.parent), path.name, access)
     if (in_bundle := _task_of_bundle(path)) is not None:
         raise in_bundle
-    return _open_folder(source, LocalFolder(path), None, access)
+    return _open_folder(source, LocalFolder(path, follow_links=access.follow_links), None, access)
 
 
 def _task_of_bundle(folder: Path) -> UsageError | None:
@@ -254,6 +254,13 @@ def _contents(source: str, folder: Folder, access: Access) -> Contents:
     irregular = [name for name in names if not name.endswith("/") and not folder.is_file(name)]
     regular = [name for name in names if name not in set(irregular)]
     found = contents_of(regular, variant=access.variant, ignore=access.ignore)
+    if not found.weights and irregular:
+        name = min(irregular, key=lambda name: not name.endswith(WEIGHT_SUFFIXES))
+        raise SourceError(
+            f"no checkpoint in {folder.path}: {os.fsencode(name).decode(errors='replace')} is no file, or a link that "
+            "leads nowhere",
+            hint="get what it leads to: git annex get, or dvc pull",
+        )
     if not found.weights:
         where = str(folder.path) if isinstance(folder, LocalFolder) else source
         raise no_weights(source, where, regular, access.variant)

@@ -50,12 +50,17 @@ class Folder(Protocol):
 class LocalFolder:
     """A folder on this disk."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        """follow_links: also out of the folder."""
+        self._path, self._follow_links = path, follow_links
 
     @property
     def path(self) -> Path:
         return self._path
+
+    def _guard(self, path: Path) -> None:
+        if not self._follow_links:
+            guard(self._path, path)
 
     def files(self, skip: Skip) -> list[str]:
         found: list[str] = []
@@ -84,7 +89,7 @@ class LocalFolder:
             elif skip(path):
                 yield f"{path}/"
             else:
-                guard(self._path, self._path / path)
+                self._guard(self._path / path)
                 yield from self._walk(path, skip, above | {here})
 
     def is_file(self, name: str) -> bool:
@@ -98,7 +103,7 @@ class LocalFolder:
         return None
 
     def local(self, name: str) -> Path:
-        guard(self._path, self._path / name)
+        self._guard(self._path / name)
         return self._path / name
 
     def bring(self, names: list[str]) -> None:
@@ -165,7 +170,7 @@ def guard(folder: Path, path: Path) -> None:
     if not any(target.is_relative_to(place) for place in [folder.resolve(), *hub_blobs(folder)]):
         raise DataError(
             f"{path} is a link to {target}, outside its folder",
-            hint="copy what it leads to into the folder if it is trusted",
+            hint="if it is trusted, as in the store of DVC or git-annex: plan with --follow-links",
         )
 
 

@@ -19,7 +19,7 @@ from flexmerge_cli.checkpoint.change import LowRank, add_product, multiply
 from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.errors import DataError, SourceError, machine_failure
+from flexmerge_cli.errors import DataError, SourceError, hint_of, machine_failure
 from flexmerge_cli.regular_file import open_descriptor, open_file
 
 AHEAD_BYTES = 4 << 20  # bytes per call of fadvise
@@ -184,7 +184,7 @@ class Reader:
                     try:
                         descriptor = open_one_more(open_descriptor, path)
                     except OSError as error:
-                        missing = SourceError(f"{path} cannot be read: {error.strerror}", hint="check the file")
+                        missing = SourceError(f"{path} cannot be read: {error.strerror}", hint=hint_of(error))
                         raise machine_failure(error) or missing from None
                     self._files[path] = descriptor
         return descriptor

@@ -1,32 +1,9 @@
 """Turns any exception into an error for the user: message, hint and exit code. Prints nothing."""
 
-import errno
-
 import typer
 
 from flexmerge_cli.cli.signals import Interrupted
-from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, machine_failure
-
-HINTS = {
-    errno.ENOSPC: "make room on the disk, or choose another place",
-    errno.EDQUOT: "make room within your quota, or choose another place",
-    errno.EFBIG: "raise the limit (ulimit -f), or use a file system that allows larger files",
-    errno.EACCES: "check the permissions of the file and of the folders above it",
-    errno.EPERM: "check the owner and the permissions of the file",
-    errno.EROFS: "the file system is read-only: choose another place",
-    errno.EIO: "the disk or its connection is failing: check the system log, and copy the data elsewhere",
-    errno.EAGAIN: "the system cannot start more processes: wait, or raise the limit (ulimit -u)",
-    errno.ENOENT: "the file or its folder does not exist, or was removed meanwhile: check the path",
-    errno.EEXIST: "the file appeared meanwhile: check the path",
-    errno.ENOTDIR: "a part of the path is a file: check the path",
-    errno.EISDIR: "the path is a folder: give the path of a file",
-    errno.ELOOP: "symbolic links form a loop: check them with `readlink -f`",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ETIMEDOUT: "the file system or the network does not answer: try again",
-    errno.ESTALE: "the file was replaced on its server: try again",
-    errno.EBUSY: "another program uses it: try again",
-    errno.ETXTBSY: "another program uses it: try again",
-}
+from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, hint_of, machine_failure
 
 
 class Interruption(FlexmergeError):
@@ -56,8 +33,7 @@ def failure_of(error: BaseException, command: str = "") -> FlexmergeError:
     if isinstance(error, OSError):
         names = " -> ".join(_text(name) for name in (error.filename, error.filename2) if name is not None)
         what = error.strerror or str(error) or type(error).__name__
-        hint = HINTS.get(error.errno or 0, "check the path and the disk")
-        return MachineError(f"{names or 'reading or writing failed'}: {what}", hint=hint)
+        return MachineError(f"{names or 'reading or writing failed'}: {what}", hint=hint_of(error))
     if isinstance(error, ImportError):
         return MachineError(f"a library cannot be loaded: {error}", hint="reinstall flexmerge and its dependencies")
     if hasattr(error, "format_message"):  # a parser error, such as an unknown option or a missing value

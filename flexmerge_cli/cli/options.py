@@ -56,6 +56,9 @@ Ignore = Annotated[
     list[str] | None,
     _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or files of the sources that match; repeatable."),
 ]
+FollowLinks = Annotated[
+    bool, _sources("--follow-links", "", "Follow links out of the sources, as DVC and git-annex make them.")
+]
 WithCode = Annotated[bool, _sources("--with-code", "", "Carry the Python files of the sources, which loaders may run.")]
 Adapters = Annotated[
     str | None,

@@ -178,8 +178,10 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed) == (
         order.linkage, order.strategy, order.similarity, order.seed,
     )  # fmt: skip
-    asked, access = (settings.variant, settings.ignore, settings.with_code), request.access
-    same_files = asked == (access.variant, access.ignore, access.with_code)
+    access = request.access
+    same_files = (settings.variant, settings.ignore, settings.with_code, settings.follow_links) == (
+        access.variant, access.ignore, access.with_code, access.follow_links,
+    )  # fmt: skip
     same_classes = (settings.merge_heads, settings.private, settings.adapters, settings.assume_base) == (
         request.merge_heads, request.private, request.adapters, request.assume_base,
     )  # fmt: skip

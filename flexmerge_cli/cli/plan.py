@@ -32,6 +32,7 @@ def plan(
     task: o.Task = None,
     ignore: o.Ignore = None,
     with_code: o.WithCode = False,
+    follow_links: o.FollowLinks = False,
     output: o.PlanOutput = None,
     blocks: o.Blocks = None,
     linkage: o.Linkage = None,
@@ -92,6 +93,7 @@ def plan(
         assume_base,
         ignore or (),
         with_code,
+        follow_links,
     )
     if output is None and not dry_run:
         raise UsageError("no output file given for the plan", hint="add -o plan.json")

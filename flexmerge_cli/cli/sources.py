@@ -80,6 +80,7 @@ def plan_request(
     assume_base: bool = False,
     ignore: Collection[str] = (),
     with_code: bool = False,
+    follow_links: bool = False,
 ) -> Given:
     """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
@@ -94,7 +95,8 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        if base or tasks or task or ignore or with_code or private or merge_heads or adapters or assume_base:
+        fixed = (base, tasks, task, ignore, with_code, follow_links, private, merge_heads, adapters, assume_base)
+        if any(fixed):
             raise UsageError(
                 "the plan already fixes its sources and tensor classes", hint="leave out --base, --tasks, --private …"
             )
@@ -157,6 +159,7 @@ def plan_request(
             variant=access.variant or (recipe.variant if recipe else None),
             ignore=found.patterns or (recipe.ignore if recipe else ()),
             with_code=with_code or bool(recipe and recipe.with_code),
+            follow_links=follow_links or bool(recipe and recipe.follow_links),
         ),
     )
     return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))

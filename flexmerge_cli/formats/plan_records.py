@@ -189,10 +189,11 @@ class Settings(Record):
     ignore: Items[str] = ()
     """Patterns of files that were left out of the sources."""
     with_code: bool = False
+    follow_links: bool = False
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`variant`, `ignore` and `with_code` are left out where nothing was asked."""
+        """What is seldom asked for is left out where it was not."""
         fields: dict[str, Any] = handler(self)
-        optional = ("variant", "ignore", "with_code")
+        optional = ("variant", "ignore", "with_code", "follow_links")
         return {name: value for name, value in fields.items() if value or name not in optional}

@@ -208,6 +208,7 @@ def plan_of(
             "variant": request.access.variant,
             "ignore": list(request.access.ignore),
             "with_code": request.access.with_code,
+            "follow_links": request.access.follow_links,
             **settings_fields(request.order),
         },
         **order_fields(tensors, blocks, request.order),

@@ -110,7 +110,13 @@ def open_sources(
     from flexmerge_cli.engine.materialise import Sources
 
     asked, names = plan.settings, (*(f"task `{task.name}`" for task in plan.tasks), "the base")
-    access = replace(access, variant=asked.variant, ignore=asked.ignore, with_code=asked.with_code)
+    access = replace(
+        access,
+        variant=asked.variant,
+        ignore=asked.ignore,
+        with_code=asked.with_code,
+        follow_links=asked.follow_links,
+    )
     opened = _open_again(plan, folder, relocate or {}, access)
     base, kept = opened.pop("", None), tuple[KeptAdapter, ...]()
     if base is not None:

@@ -5,7 +5,7 @@ base     source
 tasks    {name: source, or {source, revision}}, or a folder with one subfolder per task
 blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pattern];  merge_heads;
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
-ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code
+ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code, follow_links
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
@@ -89,6 +89,7 @@ class Recipe(Record):
     variant: str | None = None
     ignore: tuple[str, ...] = ()
     with_code: bool = False
+    follow_links: bool = False
     statistics: Literal["all", "gram"] | None = None
     adapters: Adapters | None = None
     assume_base: bool = False

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from flexmerge_cli import verify
-from flexmerge_cli.bundle.publish import check_target, publish
+from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine import output
 from flexmerge_cli.errors import MachineError, UsageError
@@ -375,3 +375,28 @@ def test_where_few_files_can_be_open_it_is_said_so_and_nothing_is_left(tmp_path)
             assert not list(outputs.iterdir()), (most, printed)
             codes.add(code)
     assert codes == {0, 1}
+
+
+def test_a_folder_of_an_overlays_lower_layer_is_refused_before_the_work(tmp_path):
+    """Such a folder can be removed, and not be renamed: EXDEV."""
+    lower = tmp_path / "lower"
+    (lower / "bundle").mkdir(parents=True)
+    layers = {name: tmp_path / name for name in ("upper", "work", "merged")}
+    for place in layers.values():
+        place.mkdir()
+    options = f"lowerdir={lower},upperdir={layers['upper']},workdir={layers['work']}"
+    mounted = subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, layers["merged"]], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("overlay file systems cannot be mounted here")
+    try:
+        target = layers["merged"] / "bundle"
+        with pytest.raises(MachineError, match="overlay"):
+            check_target(target, force=True, ours=bundle_files)
+        assert target.is_dir() and [path.name for path in layers["merged"].iterdir()] == ["bundle"]
+        new = layers["merged"] / "new"
+        new.mkdir()
+        check_target(new, force=True, ours=bundle_files)
+    finally:
+        subprocess.run(["umount", layers["merged"]], check=True)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from flexmerge_cli.cli.failures import HINTS, failure_of
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.cli.failures import failure_of
+from flexmerge_cli.errors import HINTS, DataError
 from flexmerge_cli.report import inspect
 
 from ..program import fails
