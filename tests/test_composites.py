@@ -235,3 +235,47 @@ def test_a_manifest_whose_parts_leave_the_folder_is_refused(folder, stem, senten
 
 def test_a_plan_without_parts_has_no_word_of_them(family, plan):
     assert b'"parts"' not in plan.read_bytes() and b'"with_code"' not in plan.read_bytes()
+
+
+# Adapters over a base of several parts.
+
+
+@pytest.fixture
+def adapted(sentences):
+    """A LoRA of the base, kept as it is beside a fine-tune."""
+    folder = sentences.root / "tasks/lora"
+    folder.mkdir()
+    module = "base_model.model.encoder.layer.0.attention.self.query"
+    factors = {f"{module}.lora_A.weight": normal(1, 2, 8), f"{module}.lora_B.weight": normal(2, 8, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return sentences
+
+
+def test_a_kept_adapter_comes_back_as_it_was_and_merged_with_the_parts_of_the_base(adapted):
+    bundle = adapted.bundle("--method", "average", "--size", "3x")
+    succeeds("inspect", bundle, "--verify")
+    succeeds("export", bundle, "--task", "lora", "-o", adapted.root / "out")
+    assert tree(adapted.root / "out") == tree(adapted.root / "tasks/lora")
+    succeeds("export", bundle, "--task", "lora", "--merged", "-o", adapted.root / "merged")
+    for part in ("2_Dense", "3_LayerNorm"):
+        assert_same_state(load_file(adapted.root / "merged" / part / "model.safetensors"), SENTENCES[part])
+    assert texts(adapted.root / "merged") == texts(adapted.root / "base")
+    query = "encoder.layer.0.attention.self.query.weight"
+    assert not load_file(adapted.root / "merged/model.safetensors")[query].equal(SENTENCES[""][query])
+    assert set(open_bundle(bundle).view("lora")) == set(named(SENTENCES))
+
+
+def test_an_adapter_that_is_merged_has_the_parts_of_the_base(adapted):
+    adapted.arguments += ["--adapters", "merge"]
+    bundle = adapted.bundle()
+    succeeds("export", bundle, "--task", "lora", "-o", adapted.root / "out")
+    assert_same_state(load_file(adapted.root / "out/2_Dense/model.safetensors"), SENTENCES["2_Dense"])
+
+
+def test_weights_beside_an_adapter_are_not_understood(adapted):
+    shutil.copytree(adapted.root / "tasks/a/2_Dense", adapted.root / "tasks/lora/2_Dense")
+    plan = ["plan", *adapted.arguments, "-o", adapted.root / "plan.json"]
+    fails(3, *plan, says="lora/2_Dense/model.safetensors")
+    succeeds(*plan, "--ignore", "*_Dense")
