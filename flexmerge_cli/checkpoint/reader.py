@@ -76,6 +76,11 @@ class Reader:
             one = from_float32(np.full(1, tensor.fill, np.float32), tensor.dtype)
             filled.view(NUMPY[tensor.dtype])[:] = one[0]
             return filled
+        if tensor.pieces:
+            done = 0
+            for piece, low, high in tensor.pieces_of(start, stop):
+                done += self.read(piece, low, high, filled[done:]).size
+            return filled
         if tensor.selection is not None:
             done = 0
             for low, high in tensor.selection.ranges(start, stop):
@@ -156,6 +161,10 @@ class Reader:
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Advise the kernel that these elements are read soon, so that the disk or network works during computation."""
         if tensor.fill is not None:
+            return
+        if tensor.pieces:
+            for piece, low, high in islice(tensor.pieces_of(start, stop), MAX_ADVICES):
+                self.will_need(piece, low, high)
             return
         if tensor.selection is not None:
             for low, high in islice(tensor.selection.ranges(start, stop), MAX_ADVICES):

@@ -40,10 +40,18 @@ class StoredTensor:
     fill: float | None = None
     """The value of every element of a tensor that has no bytes: the base of a pool of adapters."""
 
+    pieces: tuple["StoredTensor", ...] = ()
+    """Tensors of one shape and dtype, whose elements follow each other in this one. Then no other field but `name`,
+    `dtype` and `shape` counts."""
+
     @property
     def paths(self) -> tuple[Path, ...]:
         """All files that are needed to read it."""
-        change = self.selection.of.change if self.selection is not None else self.change
+        if self.pieces:
+            return tuple(dict.fromkeys(path for piece in self.pieces for path in piece.paths))
+        if self.selection is not None:
+            return self.selection.of.paths
+        change = self.change
         return (self.path, *(factor.path for factor in (change.factors if change is not None else ())))
 
     @property
@@ -61,7 +69,17 @@ class StoredTensor:
     @property
     def is_contiguous(self) -> bool:
         """Whether its bytes are contiguous in the file, from `offset` on."""
-        return self.strides is None and self.selection is None and self.change is None and self.fill is None
+        plain = self.strides is None and self.selection is None and self.change is None and self.fill is None
+        return plain and not self.pieces
+
+    def pieces_of(self, start: int, stop: int) -> "Iterator[tuple[StoredTensor, int, int]]":
+        """Elements [start, stop) as ranges of elements of the pieces, in order."""
+        size = self.pieces[0].num_elements
+        while start < stop and size:
+            piece, inside = divmod(start, size)
+            count = min(size - inside, stop - start)
+            yield self.pieces[piece], inside, inside + count
+            start += count
 
     def take(self, runs: Runs) -> "StoredTensor":
         """The tensor of these rows of axis 0, in this order. runs: as in rows.py."""
@@ -70,7 +88,7 @@ class StoredTensor:
             first = runs[0][0] if runs else 0
             return replace(self, shape=shape, offset=self.offset + first * math.prod(shape[1:]) * self.item_bytes)
         ends = tuple(accumulate(count for _, count in runs))
-        return replace(self, shape=shape, change=None, selection=Selection(of=self, runs=runs, ends=ends))
+        return replace(self, shape=shape, change=None, pieces=(), selection=Selection(of=self, runs=runs, ends=ends))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def lies_as_it_is(stored: StoredTensor) -> bool:
     """Whether its bytes are contiguous in its file: not computed, picked out, filled in, or streamed."""
     special = (stored.strides, stored.change, stored.selection, stored.fill, stored.stream)
-    return all(one is None for one in special)
+    return all(one is None for one in special) and not stored.pieces
 
 
 class StoredWeights(Mapping[str, "Tensor"]):

@@ -15,6 +15,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.adapted import adapted, names_other_base
 from flexmerge_cli.family.align import align
 from flexmerge_cli.family.blocks import Block, partition
+from flexmerge_cli.family.experts import in_form_of
 
 Adapters = Literal["keep", "merge", "pool"]
 """How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated as any
@@ -66,7 +67,9 @@ def members_of(
         return Members(base=pooled, models=members, kept=())
     names = sorted(adapters) if mode == "keep" else []
     kept = tuple(_keep(base, name, adapters[name], models.pop(name)) for name in names)
-    return Members(base=base, models=models, kept=kept)
+    # Kept adapters need the base as it is.
+    seen = base if kept else in_form_of(list(models.values()), base)
+    return Members(base=seen, models=models, kept=kept)
 
 
 def _adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
