@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #define X86
 #define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#define HAS_AVX512 __builtin_cpu_supports("avx512f")
+#define HAS_AVX512 __builtin_cpu_supports("avx512vbmi")
 #else
 #define FOR_EVERY_PROCESSOR
 #define HAS_AVX512 0
@@ -92,8 +92,8 @@ static inline __attribute__((always_inline)) uint64_t word_of(const uint8_t *fro
 }
 
 #ifdef X86
-#define AVX512 __attribute__((target("avx512f,avx512bw")))
-#define INLINED static inline __attribute__((always_inline, target("avx512f,avx512bw")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
+#define INLINED static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vbmi")))
 
 /* What looks up 16 codes of `bits` bits at once: up to 4 bits in a table, 8 bits as numbers. */
 typedef struct {
@@ -104,23 +104,28 @@ typedef struct {
 INLINED Decoder decoder(const float *values, int64_t bits)
 {
     float repeated[16];
-    int32_t shifts[16];
-    for (int j = 0; j < 16; j++) {
-        repeated[j] = values[bits == 8 ? 0 : j & ((1 << bits) - 1)];
-        shifts[j] = (int32_t)(j % 8 * bits);
-    }
-    return (Decoder){_mm512_loadu_ps(repeated), _mm512_loadu_si512(shifts)};
+    uint64_t places[8];
+    for (int j = 0; j < 16; j++) repeated[j] = values[bits == 8 ? 0 : j & ((1 << bits) - 1)];
+    for (uint64_t j = 0; j < 8; j++) places[j] = 2 * j * (uint64_t)bits | (2 * j + 1) * (uint64_t)bits << 32;
+    return (Decoder){_mm512_loadu_ps(repeated), _mm512_loadu_si512(places)};
 }
 
-/* 16 codes of up to 4 bits lie in two words of 32 bits. */
-INLINED __m512 decoded(const Decoder *by, const uint8_t *codes, int64_t bits)
+/* Each 32 bits begin with the 8 bits that begin with its code; a look-up heeds the last 4. `whole`: 8 bytes are there. */
+INLINED __m512 decoded(const Decoder *by, const uint8_t *codes, int64_t bits, int whole)
 {
     if (bits == 8)
         return _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes))), by->table);
-    const uint64_t word = word_of(codes, 2 * bits);
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32((int)(uint32_t)word)),
-                                            _mm256_set1_epi32((int)(uint32_t)(word >> 8 * bits)), 1);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, by->places), by->table);
+    const uint64_t word = word_of(codes, whole ? 8 : 2 * bits);
+    const __m512i index = _mm512_multishift_epi64_epi8(by->places, _mm512_set1_epi64((long long)word));
+    return _mm512_permutexvar_ps(index, by->table);
+}
+
+/* Up to which element whole words of codes can be read, in steps of `step` elements. */
+INLINED int64_t whole_words(int64_t n, int64_t bits, int64_t step)
+{
+    const int64_t bytes = (n * bits + 7) / 8 - 8; /* where the last word begins */
+    const int64_t last = bits == 8 ? n - step : bytes * 8 / bits - (step - 16);
+    return last < n - step ? last : n - step;
 }
 
 INLINED int64_t decode_16(const uint8_t *codes, int64_t bits, const float *values, float scale, int64_t n, int add,
@@ -128,9 +133,11 @@ INLINED int64_t decode_16(const uint8_t *codes, int64_t bits, const float *value
 {
     const Decoder by = decoder(values, bits);
     const __m512 factor = _mm512_set1_ps(scale);
+    const int64_t last = whole_words(n, bits, 16);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        const __m512 product = _mm512_mul_ps(decoded(&by, codes + i * bits / 8, bits), factor);
+        const uint8_t *from = codes + i * bits / 8;
+        const __m512 product = _mm512_mul_ps(i <= last ? decoded(&by, from, bits, 1) : decoded(&by, from, bits, 0), factor);
         _mm512_storeu_ps(out + i, add ? _mm512_add_ps(_mm512_loadu_ps(out + i), product) : product);
     }
     return i;
@@ -144,13 +151,18 @@ INLINED int64_t dot_16(const uint8_t *codes, int64_t bits, const float *values, 
     __m512 sum[4][4];
     for (int v = 0; v < vectors; v++)
         for (int j = 0; j < 4; j++) sum[v][j] = _mm512_setzero_ps();
+    const int64_t last = whole_words(n, bits, 64);
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64)
+    for (; i <= last; i += 64)
         for (int j = 0; j < 4; j++) {
-            const __m512 value = decoded(&by, codes + (i + 16 * j) * bits / 8, bits);
+            const __m512 value = decoded(&by, codes + (i + 16 * j) * bits / 8, bits, 1);
             for (int v = 0; v < vectors; v++)
                 sum[v][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i + 16 * j), sum[v][j]);
         }
+    for (; i + 16 <= n; i += 16) {
+        const __m512 value = decoded(&by, codes + i * bits / 8, bits, 0);
+        for (int v = 0; v < vectors; v++) sum[v][0] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i), sum[v][0]);
+    }
     for (int v = 0; v < vectors; v++)
         sums[v] = _mm512_reduce_add_ps(
             _mm512_add_ps(_mm512_add_ps(sum[v][0], sum[v][1]), _mm512_add_ps(sum[v][2], sum[v][3])));

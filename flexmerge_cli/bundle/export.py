@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from flexmerge_cli.allocation.files import SHARD_BYTES, safetensors_header
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.exported import exported_files
@@ -17,6 +19,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.parts import part_of
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
+from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
@@ -171,7 +174,7 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 
 def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
-    """Tensors in the order of the source, in shards of at most SHARD_BYTES, streamed one tensor at a time."""
+    """Tensors in the order of the source, in shards of at most SHARD_BYTES, decoded some tensors ahead."""
     every = bundle.tensors_of(task)
     forms = {name: every[name] for name in names}
     aligned, parts = _aligned(bundle, task), bundle.manifest.tasks[task].parts
@@ -192,9 +195,12 @@ def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, s
         metadata = {"bundle": bundle.manifest.id, "flexmerge": VERSION, "format": "pt"}
         with (folder / file_name).open("xb") as file:
             file.write(safetensors_header(header, metadata))
-            for name in shard:
-                file.write(bundle.array(task, aligned[name]).tobytes())
-                weight_map[in_file[name]] = file_name
+            with ordered_map(
+                shard, lambda name: bundle.array(task, aligned[name]), threads=default_threads()
+            ) as arrays:
+                for name, array in zip(shard, arrays):
+                    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                    weight_map[in_file[name]] = file_name
     if len(shards) > 1:
         total = sum(_num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

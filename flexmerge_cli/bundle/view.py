@@ -1,6 +1,7 @@
 """A task's model out of a bundle: a read-only mapping of tensors, or the transformers model."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from flexmerge_cli.bundle.decode_on import decode_on
 from flexmerge_cli.bundle.model import assigned_model
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, choose_device
+from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 
 
@@ -46,6 +48,11 @@ class View(Mapping[str, Tensor]):
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
         return tensor if on_cpu else tensor.to(self.device)
 
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors, decoded by as many threads as there are cores."""
+        with ThreadPoolExecutor(default_threads()) as pool:
+            return dict(zip(self, pool.map(self.__getitem__, self)))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -59,9 +66,9 @@ def load_model(view: View, **kwargs: Any) -> Any:
     Parameters on a mapped file, which other models of the group have in common, are frozen. kwargs go to the model's
     `from_pretrained`. Raises like task_model, and IntegrityError if a file of the task is not the manifest's.
     """
-    view.bundle.check_files(view.task)
-    tensors = dict(view)
     bundle, task = view.bundle, view.task
+    with bundle.checking(task) as checked:
+        tensors = View(checked, task, copy=view.copy, device=str(view.device)).read_all()
     shared = {tensors[own].data_ptr() for own, aligned in view.aligned.items() if bundle.is_shared(task, aligned)}
     model = task_model(bundle, task, tensors, **kwargs)
     for parameter in model.parameters() if view.device.type == "cpu" and not view.copy else ():

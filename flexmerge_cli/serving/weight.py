@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.engine.device import as_tensor
-from flexmerge_cli.stored.packed import Elements, Packed, native_codes
+from flexmerge_cli.stored.packed import Elements, Packed
 
 # Elements of a tile: in float32 it stays in the second-level cache between its decoding and its product.
 TILE_ELEMENTS = 1 << 18
@@ -113,7 +113,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 def can_split(packed: Packed) -> bool:
     """Whether a product with it is the sum of products with what it is the sum of."""
-    return packed.masked is None and (not packed.codes or native.decoding is not None)
+    has_loops = native.decoding is not None and packed.loops is not None
+    return packed.masked is None and (not packed.codes or has_loops)
 
 
 def split_product(x: Tensor, packed: Packed) -> Tensor:
@@ -123,8 +124,9 @@ def split_product(x: Tensor, packed: Packed) -> Tensor:
     found = x.new_zeros(len(x), m)
     if packed.dense is not None:
         found = functional.linear(x, _tensor(packed.dense, m, n).to(torch.float32))
-    for look_up in packed.codes:
-        add_codes_product(x, native_codes(look_up), found)
+    for place in range(len(packed.codes)):
+        assert packed.loops is not None
+        add_codes_product(x, packed.loops.codes[place], found)
     if packed.factors is not None:
         left, right = packed.factors
         rank = len(right.bits) // n

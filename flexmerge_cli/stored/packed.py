@@ -11,8 +11,7 @@ m rows of n elements, the sum in float32, in this order, of what there is of
 rounded once to the dtype of the task. Of whole rows the result does not depend on which are decoded together.
 """
 
-import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -85,6 +84,11 @@ class Packed:
     factors: tuple[Elements, Elements] | None = None
     """Left [m, r] and right [r, n], both one axis."""
     kept: Kept | None = None
+    loops: native.Rows | None = field(init=False, compare=False, repr=False)
+    """What the loops in C are told; None where they do not know a dtype. Valid as long as the arrays are."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loops", _native_rows(self))
 
     def decode(self) -> np.ndarray:
         """All elements as bits, one axis."""
@@ -107,11 +111,11 @@ class Packed:
             return
         is_sum = self.factors is not None or self.kept is not None
         direct = None if is_sum else native.TYPES.get(self.dtype)
-        if native.decoding is not None and direct is not None and self._native(rows, direct, out):
+        if direct is not None and self._native(rows, direct, out):
             return
         n = self.matrix[1]
         values = np.empty((len(rows), n), np.float32)
-        if native.decoding is None or not self._native(rows, native.TYPES["F32"], values):
+        if not self._native(rows, native.TYPES["F32"], values):
             values = self._plain(rows)
         if self.factors is not None:
             left, right = (_float64(part) for part in self.factors)
@@ -137,21 +141,22 @@ class Packed:
         return np.zeros((len(rows), n), np.float32) if values is None else values
 
     def _native(self, rows: np.ndarray, wanted: int, out: np.ndarray) -> bool:
-        """False where the loops in C do not know a dtype."""
-        assert native.decoding is not None
-        elements = [self.dense, None if self.masked is None else self.masked.unified]
-        if any(part is not None and part.dtype not in native.TYPES for part in elements):
+        """False where the loops in C cannot."""
+        if native.decoding is None or self.loops is None:
             return False
-        if self.dense is None and not self.codes:
-            return False
-        held = ctypes.byref(native_rows(self))
         which = np.ascontiguousarray(rows, np.int64)
-        native.decoding.flexmerge_decode(held, which.ctypes.data, 0, len(rows), wanted, out.ctypes.data)
+        native.decoding.flexmerge_decode(
+            native.address(self.loops), which.ctypes.data, 0, len(rows), wanted, out.ctypes.data
+        )  # fmt: skip
         return True
 
 
-def native_rows(packed: Packed) -> native.Rows:
-    """What decode.c is told; valid as long as the arrays are."""
+def _native_rows(packed: Packed) -> native.Rows | None:
+    parts = [packed.dense, None if packed.masked is None else packed.masked.unified]
+    if any(part is not None and part.dtype not in native.TYPES for part in parts):
+        return None
+    if packed.dense is None and not packed.codes:
+        return None
     found = native.Rows(n=packed.matrix[1])
     if packed.dense is not None:
         found.dense, found.dense_type = packed.dense.bits.ctypes.data, native.TYPES[packed.dense.dtype]
