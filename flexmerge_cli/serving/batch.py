@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
 
-Run = Callable[[str, dict[str, Any]], Any]
-"""A task and the inputs of its examples -> the output of its model."""
+Run = Callable[[dict[str, dict[str, Any]]], list[Any]]
+"""Task -> inputs of its examples; gives the outputs of the tasks' models, in this order."""
 
 
 def run_batch(run: Run, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
@@ -22,11 +21,10 @@ def run_batch(run: Run, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list
             shape = list(value.shape)
             raise UsageError(f"`{name}` is {shape}, and there are {len(tasks)} tasks", hint="give one task per example")
     rows: dict[int, Any] = {}
-    for task in dict.fromkeys(tasks):
-        places = [place for place, name in enumerate(tasks) if name == task]
-        with torch.inference_mode():
-            output = run(task, {name: _rows(value, places) for name, value in inputs.items()})
-        rows |= {place: _row(output, number, len(places)) for number, place in enumerate(places)}
+    places = {task: [place for place, name in enumerate(tasks) if name == task] for task in tasks}
+    outputs = run({task: {name: _rows(value, own) for name, value in inputs.items()} for task, own in places.items()})
+    for output, own in zip(outputs, places.values()):
+        rows |= {place: _row(output, number, len(own)) for number, place in enumerate(own)}
     return [rows[place] for place in range(len(tasks))]
 
 

@@ -1,9 +1,10 @@
 """The tasks of a bundle in one process: every stored part is placed once, and the models of all tasks refer to it."""
 
 import threading
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
+from flexmerge_cli.serving.meeting import run_together, shared_weights
 from flexmerge_cli.serving.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
 from flexmerge_cli.serving.skeleton import skeleton
 from flexmerge_cli.serving.weight import PackedWeight
@@ -135,7 +137,25 @@ class Runtime:
         example. Returns the output of every example, in order, its tensors without that axis: heads may have
         different sizes. Raises UsageError if `tasks` does not fit the inputs, or like `model`.
         """
-        return run_batch(lambda task, own: self.model(task)(**own), inputs, tasks)
+        return run_batch(lambda own: self._together(own, lambda model: model), inputs, tasks)
+
+    def generate(self, inputs: Mapping[str, Any], tasks: Sequence[str], **options: Any) -> list[Tensor]:
+        """Generate with models of several tasks in one batch. inputs, tasks and errors: as in a call.
+
+        options: of transformers' `generate`. Returns the sequence of every example, in order. Decoders want padding on
+        the left, with an attention mask.
+        """
+        return run_batch(
+            lambda own: self._together(own, lambda model: partial(model.generate, **options)), inputs, tasks
+        )
+
+    def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
+        models = {task: self.model(task) for task in inputs}
+        runs = [partial(run(model), **inputs[task]) for task, model in models.items()]
+        if len(runs) == 1:
+            with torch.inference_mode():
+                return [runs[0]()]
+        return run_together(runs, shared_weights(models.values()))
 
     def _task(self, task: str) -> "_Task":
         self._require(task)

@@ -7,6 +7,7 @@ the decoded weight, for as long as it lasts. On the CPU.
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,7 @@ class PackedWeight(Tensor):
     """A weight [m, …] of the dtype that the model computes in."""
 
     packed: Packed
+    _halves: "tuple[PackedWeight, Packed | None] | None" = None
 
     @staticmethod
     def __new__(cls, packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> "PackedWeight":
@@ -59,6 +61,18 @@ class PackedWeight(Tensor):
             return cls(args[0].packed, tuple(args[0].shape), args[0].dtype)
         args, kwargs = _decoded((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def halves(self) -> "tuple[PackedWeight, Packed | None]":
+        """The first of what it is the sum of, which tasks share, as a weight in float32, and the rest."""
+        if self._halves is None:
+            packed = self.packed
+            centre = Packed(matrix=packed.matrix, dtype="F32", dense=packed.dense, codes=packed.codes[:1])
+            rest = replace(packed, dtype="F32", dense=None, codes=packed.codes[1:])
+            if packed.dense is not None:
+                centre, rest = replace(centre, codes=()), replace(rest, codes=packed.codes)
+            has_rest = bool(rest.codes) or rest.factors is not None or rest.kept is not None
+            self._halves = PackedWeight(centre, tuple(self.shape), torch.float32), rest if has_rest else None
+        return self._halves
 
     def decoded(self) -> Tensor:
         """The whole weight, in memory of its own."""

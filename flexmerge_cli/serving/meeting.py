@@ -1,0 +1,156 @@
+"""The models of several tasks run side by side, and meet where they share a weight: its product is taken once for all.
+
+Every task's model runs its own code on its own rows, in a thread of its own, one thread at a time: so any architecture,
+its caches and `generate` included, computes what it computes alone. A linear layer whose weight, or centre, several of
+the tasks have in common waits until every other thread waits too or has ended; then the rows of all that wait for the
+same weight are multiplied together, and each goes on with its own. Knows neither bundles nor tasks.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from flexmerge_cli.serving.weight import FEW_ROWS, PackedWeight, can_split, split_product
+
+Result = TypeVar("Result")
+
+Product = Callable[[Tensor], Tensor]
+"""Rows [k, n] -> [k, m]."""
+
+
+def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
+    """Where the weights, or the centres of packed weights, lie that several models have in common."""
+    seen, shared = set[int](), set[int]()
+    for model in models:
+        own = {place for held in model.parameters() if (place := _place(held)) is not None}
+        shared |= seen & own
+        seen |= own
+    return frozenset(shared)
+
+
+def run_together(runs: Sequence[Callable[[], Result]], shared: Collection[int]) -> list[Result]:
+    """The result of every run, in order. The first error, in that order, is raised once all have ended.
+
+    shared: of `shared_weights`. Runs without gradients.
+    """
+    meeting = _Meeting(runs, shared)
+    threads = [threading.Thread(target=meeting.attend, args=(place,), daemon=True) for place in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in meeting.errors:
+        if error is not None:
+            raise error
+    return meeting.results
+
+
+class _Meeting:
+    """Who runs, who waits for which product, and what each has found. One thread runs at a time: it needs no lock."""
+
+    def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int]) -> None:
+        self.results: list[Any] = [None] * len(runs)
+        self.errors: list[BaseException | None] = [None] * len(runs)
+        self._runs, self._shared = runs, shared
+        self._turns = [threading.Semaphore(0) for _ in runs]
+        self._ready = list(range(len(runs)))
+        """Who may go on, in order."""
+        self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
+        self._found: dict[int, Tensor | BaseException] = {}
+        self._next()
+
+    def attend(self, place: int) -> None:
+        torch.get_num_threads()  # takes over what was set; without it a thread uses all cores
+        self._turns[place].acquire()
+        try:
+            with torch.inference_mode(), _Mode(self, place):
+                self.results[place] = self._runs[place]()
+        except BaseException as error:  # raised by run_together
+            self.errors[place] = error
+        self._next()
+
+    def linear(self, place: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """NotImplemented where there is nothing to be shared."""
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(weight, PackedWeight):
+            if len(rows) > FEW_ROWS or not can_split(weight.packed) or _place(weight) not in self._shared:
+                return NotImplemented
+            centre, residual = weight.halves()
+            found = self._product(place, _place(weight), rows.float(), lambda x: functional.linear(x, centre))
+            found = found if residual is None else found + split_product(rows, residual)
+            found = (found if bias is None else found + bias).to(x.dtype)
+        elif weight.data_ptr() in self._shared:
+            key = weight.data_ptr(), None if bias is None else bias.data_ptr()
+            found = self._product(place, key, rows, lambda x: functional.linear(x, weight, bias))
+        else:
+            return NotImplemented
+        return found.reshape(*x.shape[:-1], len(weight))
+
+    def addmm(self, place: int, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
+        """As transformers' Conv1D calls it."""
+        if isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
+            return NotImplemented
+        key = weight.data_ptr(), bias.data_ptr()
+        return self._product(place, key, x, lambda x: torch.addmm(bias, x, weight))
+
+    def _product(self, place: int, key: Hashable, x: Tensor, product: Product) -> Tensor:
+        """product(x), taken together with those of the others that come here with the same key."""
+        self._waiting[place] = (key, x.dtype), x, product
+        self._next()
+        self._turns[place].acquire()
+        found = self._found.pop(place)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _next(self) -> None:
+        """Let the next one go on; if all wait, take the products first."""
+        if not self._ready:
+            self._multiply()
+        if self._ready:
+            self._turns[self._ready.pop(0)].release()
+
+    def _multiply(self) -> None:
+        together: dict[Hashable, list[int]] = {}
+        for place, (key, _, _) in sorted(self._waiting.items()):
+            together.setdefault(key, []).append(place)
+        for places in together.values():
+            rows, product = [self._waiting[place][1] for place in places], self._waiting[places[0]][2]
+            try:
+                with torch.inference_mode():
+                    found = product(torch.cat(rows) if len(rows) > 1 else rows[0])
+                self._found.update(zip(places, torch.split(found, [len(x) for x in rows])))
+            except Exception as error:  # each of those that wait for it raises it
+                self._found.update(dict.fromkeys(places, error))
+        self._ready = sorted(self._waiting)
+        self._waiting.clear()
+
+
+class _Mode(TorchFunctionMode):
+    """Sees the products of one thread."""
+
+    def __init__(self, meeting: _Meeting, place: int) -> None:
+        super().__init__()
+        self._meeting, self._place = meeting, place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = NotImplemented
+        if func is functional.linear:
+            found = self._meeting.linear(self._place, *args, **(kwargs or {}))
+        elif func is torch.addmm and not kwargs:
+            found = self._meeting.addmm(self._place, *args)
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _place(weight: Tensor) -> int | None:
+    """Where it, or its centre, lies. None of what is no matrix."""
+    if not isinstance(weight, PackedWeight):
+        return weight.data_ptr() if weight.dim() == 2 else None
+    packed = weight.packed
+    first = packed.dense.bits if packed.dense is not None else packed.codes[0].codes if packed.codes else None
+    return None if first is None else int(first.ctypes.data)

@@ -1,0 +1,131 @@
+"""Batches of several tasks: each example has the output of its task's model alone, shared products are taken once."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from torch.nn import functional  # noqa: E402
+
+from flexmerge_cli import open_bundle  # noqa: E402
+from flexmerge_cli.serving import meeting, placeholder  # noqa: E402
+from flexmerge_cli.serving.meeting import run_together, shared_weights  # noqa: E402
+
+from ..transformers_families import FAMILIES, TASKS  # noqa: E402
+
+FORMS = {
+    "merged": {"method": "average", "size": "2x"},
+    "auto": {"method": "auto", "size": "1x"},
+    "dense centre": {"method": "low_bit:bits=2"},
+    "low rank": {"method": "low_rank"},
+    "masks": {"method": "emr"},
+}
+BATCH = ("beta", "alpha", "gamma", "beta")
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placeholder, "LEAST_ELEMENTS", 0)
+
+
+def inputs_of(name: str) -> dict:
+    """Of four examples."""
+    found = {key: torch.cat([value, value.flip(-1)]) for key, value in FAMILIES[name].inputs().items()}
+    dtype = FAMILIES[name].dtype
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in found.items()}
+
+
+@pytest.mark.parametrize("weights", ["dense", "packed"])
+@pytest.mark.parametrize("name", ["vit", "bert with its prefix", "t5", "llama, tied", "gpt2", "whisper", "resnet"])
+@pytest.mark.parametrize("form", ["merged", "auto"])
+def test_every_example_has_the_output_of_its_task_alone(
+    form: str, name: str, weights: str, bundle_of: Callable[..., Path]
+) -> None:
+    bundle = open_bundle(bundle_of(name, **FORMS[form]))
+    runtime, inputs = bundle.runtime(weights=weights), inputs_of(name)
+    found = runtime(inputs, BATCH)
+    tolerance = 2e-2 if FAMILIES[name].dtype is torch.bfloat16 else 1e-5
+    for place, task in enumerate(BATCH):
+        with torch.inference_mode():
+            alone = bundle.model(task)(**{key: value[place : place + 1] for key, value in inputs.items()})
+        assert torch.allclose(found[place].logits, alone.logits[0], rtol=tolerance, atol=tolerance), task
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama, tied"])
+def test_generated_sequences_are_those_of_each_task_alone(name: str, form: str, bundle_of: Callable[..., Path]) -> None:
+    """Greedy, with padding on the left, and of tasks that stop at different lengths."""
+    bundle = open_bundle(bundle_of(name, **FORMS[form]))
+    ids = torch.tensor([[1, 1, 5, 7], [3, 4, 5, 6], [1, 9, 8, 7], [5, 5, 6, 30]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    found = bundle.runtime(weights="packed", dtype="fp32").generate(inputs, BATCH, **options)
+    for task in TASKS:
+        places = [place for place, name in enumerate(BATCH) if name == task]
+        own = {key: value[places] for key, value in inputs.items()}
+        alone = bundle.model(task, dtype=torch.float32).generate(**own, **options)
+        for place, sequence in zip(places, alone):
+            assert found[place].tolist() == sequence.tolist(), (task, place)
+
+
+def test_a_shared_product_is_taken_once_for_all(
+    bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bundle of one group every linear layer but the heads runs once, with the rows of all."""
+    runtime = open_bundle(bundle_of("vit", method="average", size="1x")).runtime()
+    products, multiply = [], meeting._Meeting._multiply
+
+    def counted(self: meeting._Meeting) -> None:
+        products.append(sorted((key, len(x)) for key, x, _ in self._waiting.values()))
+        multiply(self)
+
+    monkeypatch.setattr(meeting._Meeting, "_multiply", counted)
+    runtime({key: value[:3] for key, value in inputs_of("vit").items()}, TASKS)
+    joined = [waiting for waiting in products if waiting]
+    layers = [layer for layer in runtime.model("alpha").modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(joined) == len(layers) - 1
+    for waiting in joined:
+        assert len(waiting) == 3 and len({key for key, _ in waiting}) == 1
+
+
+def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
+    weight = torch.eye(2)
+
+    def fails() -> "torch.Tensor":
+        functional.linear(torch.ones(1, 2), weight)
+        raise ArithmeticError("no")
+
+    def works() -> "torch.Tensor":
+        return functional.linear(functional.linear(torch.ones(1, 2), weight), weight)
+
+    def wrong() -> "torch.Tensor":
+        return functional.linear(torch.ones(1, 3), weight)
+
+    count = threading.active_count()
+    with pytest.raises(ArithmeticError):
+        run_together([works, fails, works], {weight.data_ptr()})
+    with pytest.raises(RuntimeError, match="shape"):
+        run_together([wrong, wrong], {weight.data_ptr()})
+    assert [found.tolist() for found in run_together([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
+    assert threading.active_count() == count
+
+
+def test_weights_of_one_model_alone_are_not_shared() -> None:
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert shared_weights([first, second]) == frozenset()
+    second.weight = first.weight
+    assert shared_weights([first, second]) == {first.weight.data_ptr()}
+
+
+def test_several_threads_may_call_at_once(bundle_of: Callable[..., Path]) -> None:
+    bundle = open_bundle(bundle_of("vit", **FORMS["auto"]))
+    runtime, inputs = bundle.runtime(weights="packed"), inputs_of("vit")
+    expected = [output.logits for output in bundle.runtime(weights="packed")(inputs, BATCH)]
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: runtime(inputs, BATCH), range(8)):
+            assert all(torch.equal(one.logits, other) for one, other in zip(found, expected))
