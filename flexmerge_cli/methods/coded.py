@@ -257,14 +257,20 @@ def tsv_c() -> Coded:
     return Coded(centre="base", coder=lambda num_tasks: LowRank(shared_by=num_tasks))
 
 
-@coded(paper="magnitude pruning, as in FusionBench", when="residuals of few large elements")
+@coded(paper="magnitude pruning of task vectors", when="residuals of few large elements")
 def sparse(
-    *, density: Fraction = 0.05, rescale: Literal["none", "l1", "l2"] = "none", centre: str = "average"
+    *,
+    density: Fraction = 0.05,
+    rescale: Literal["none", "l1", "l2"] = "none",
+    select: Literal["tensor", "row"] = "tensor",
+    centre: str = "average",
 ) -> Coded:
     """The largest elements of every residual and their positions.
 
-    density: the fraction kept, at least one element per tensor. rescale: a factor that restores a norm of the residual:
-    l2 keeps its length; l1 makes the error larger than none does.
+    density: the fraction kept, at least one element per tensor; with select=row of every row, perhaps none. rescale: a
+    factor that restores a norm of the residual: l2 keeps its length; l1 makes the error larger than none does.
+    centre=base,select=row is FusionBench's magnitude pruning of task vectors with prune_ratio = 1 - density; it rounds
+    the number that a row keeps up, not down.
     """
-    coder = Sparse(density=density, rescale=rescale)
+    coder = Sparse(density=density, rescale=rescale, select=select)
     return Coded(centre=centre, coder=lambda num_tasks: coder)

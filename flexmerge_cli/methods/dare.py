@@ -1,12 +1,14 @@
 """DARE: drop elements at random and rescale the rest."""
 
-from typing import Annotated
+import math
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Range, Where, per_element
+from flexmerge_cli.methods.method import Range, Scope, Where, per_element
 from flexmerge_cli.methods.step import step
+from flexmerge_cli.methods.sums import fold
 from flexmerge_cli.random import key64, uniform
 
 Rate = Annotated[float, Range(least=0, below=1)]
@@ -24,12 +26,41 @@ def draws(deltas: Tensor, where: Where, seed: int) -> Tensor:
     return numbers.view(deltas.shape).to(deltas.device)
 
 
-@step(paper="Yu et al. 2024", scope="element", workspace=per_element(25, 8))
-def dare(deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0) -> Tensor:
+def with_l1_norm(kept: Tensor, whole: Tensor) -> Tensor:
+    """kept, scaled so that each task has the l1 norm of whole. [M, *shape] -> [M, *shape] float64; 0 stays 0."""
+    kept = kept.double()
+    for part, task in zip(kept, whole):
+        norm, of_all = (fold(x.abs().double().flatten()) for x in (part, task))
+        part *= torch.where(norm > 0, of_all / norm, 1.0)
+    return kept
+
+
+def l1_workspace(num_tasks: int, shape: tuple[int, ...]) -> int:
+    """Bytes of with_l1_norm: the result, and the terms of one task padded to a power of two, twice."""
+    return 8 * num_tasks * math.prod(shape) + 60 * math.prod(shape)
+
+
+def _scope(*, rescale: bool | str, **_: object) -> Scope:
+    return "tensor" if rescale == "l1" else "element"
+
+
+def _workspace(num_tasks: int, shape: tuple[int, ...], **args: Any) -> int:
+    extra = l1_workspace(num_tasks, shape) if args["rescale"] == "l1" else 0
+    return extra + per_element(25, 8)(num_tasks, shape)
+
+
+@step(paper="Yu et al. 2024", scope=_scope, workspace=_workspace)
+def dare(
+    deltas: Tensor, where: Where, *, p: Rate = 0.9, seed: Seed = 0, rescale: bool | Literal["l1"] = True
+) -> Tensor:
     """Zero elements with probability p and divide the others by 1 - p, which keeps the mean. [M, n] float32 -> [M, n].
 
+    rescale: false keeps the values that stay; l1 scales each tensor to the l1 norm that it had, as mergekit does, and
+    takes [M, *shape].
     Source: yule-BUAA/MergeLM. There one stream of random numbers runs over all tasks, so that one task more changes
     every mask; here an element's fate hangs on names and index alone.
     """
     dropped = draws(deltas, where, seed) < p
-    return torch.where(dropped, 0.0, deltas.double() / (1 - p))
+    if rescale == "l1":
+        return with_l1_norm(torch.where(dropped, 0.0, deltas), deltas)
+    return torch.where(dropped, 0.0, deltas.double() / (1 - p) if rescale else deltas.double())

@@ -122,9 +122,9 @@ def free(
     mu: Positive | Mu = "code",
     mu_scope: Literal["block", "tensor", "model"] = "block",
     combine: Literal["add", "replace"] = "add",
-    variant: Variant = "paper",
+    variant: Variant = "code",
     cutoff: Cutoff | None = None,
-    coef: Coef | None = None,
+    coef: Coef = "eq3",
     scope: Literal["block", "tensor", "model"] = "block",
     others: Literal["coef", "mean", "base"] | None = None,
     scale: Scale | None = None,
@@ -136,7 +136,8 @@ def free(
     axis, and may keep none. mu: the factor, a number or the rule of code or paper. With K the mean magnitude kept and
     all means over mu_scope, code is -log10(density) · K / mean |G(τ)|, and paper -ln(density) · K / (λ · mean |τ|) with
     λ the task's share of all magnitudes: larger by some 2.3 times the number of tasks. combine: add, as in the paper's
-    algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre.
+    algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre; coef=align is
+    the code's: on eight small vision models (docs/methods.md) it has 43.9 % accuracy, where the default has 88.3 %.
     Source: Zhengsh123/FREE-Merging.
     """
     from flexmerge_cli.methods.registry import format_call  # which imports this module

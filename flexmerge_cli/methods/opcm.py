@@ -48,9 +48,9 @@ def opcm(
 ) -> dict[str, Tensor]:
     """Add the tasks in order, each projected off the merge so far, and keep the norm of a task.
 
-    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}. Norms are over the block; the authors' are
-    over the model. Tensors that are no matrices are added unchanged. Tasks come in the order of the deltas; the
-    authors shuffle them with a seed.
+    deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}. Norms are over the block. The authors' are
+    over the model: for those, make the plan with `--blocks model`, which takes the memory of all tasks at once. Tensors
+    that are no matrices are added unchanged. Tasks come in the order of the deltas; the authors shuffle them.
     Source: tanganke/fusion_bench. There alpha=1 means 0 (argmax over no True), and for a merge of low rank a diagonal
     in an arbitrary basis of the null space is zeroed, which is left unchanged here.
     """

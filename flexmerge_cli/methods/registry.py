@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.absent import explain_absent
 from flexmerge_cli.methods.aliases import PRESETS, Alias, resolve_alias
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
 from flexmerge_cli.methods.method import Call, Method, Origin
@@ -204,6 +205,10 @@ MANY = 8  # names that a hint can list without hiding its point
 
 def _unknown(kind: str, name: str) -> UsageError:
     """The error for an unknown name: says what else it is, or suggests the nearest name of any kind."""
+    absent = explain_absent(name) if kind == "method" else None
+    if absent is not None:
+        what, hint = absent
+        return UsageError(f"no method `{name}`: it {what}", hint=hint)
     word = _same_word(name)[:MAX_WORD]
     known = {"method": [*all_methods(), "auto"], "step": list(all_steps()), "calibration": list(all_calibrations())}
     for other, names in known.items():

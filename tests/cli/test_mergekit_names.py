@@ -18,17 +18,17 @@ def merged(plan, folder, *options):
 @pytest.mark.parametrize("name", ["dare_ties", "DARE-TIES"])
 def test_a_name_is_resolved_and_the_message_says_what_to(name, plan, tmp_path):
     done, method = merged(plan, tmp_path / "b", "--method", name)
-    assert "mergekit's `dare_ties` is `--method ties:K=1.0,merge=sum --step dare` here" in done.err
+    assert "mergekit's `dare_ties` is `--method ties:K=1.0,merge=sum --step dare:rescale=l1` here" in done.err
     assert (method.name, method.args["K"], method.args["merge"]) == ("ties", 1.0, "sum")
-    assert method.steps == ("dare:p=0.9,seed=0",)
-    merged(plan, tmp_path / "same", "--method", "ties:K=1.0,merge=sum", "--step", "dare")
+    assert method.steps == ("dare:p=0.9,seed=0,rescale=l1",)
+    merged(plan, tmp_path / "same", "--method", "ties:K=1.0,merge=sum", "--step", "dare:rescale=l1")
     assert tree(tmp_path / "b") == tree(tmp_path / "same")
 
 
 def test_a_step_that_was_asked_for_takes_the_place_of_its_own(plan, tmp_path):
     options = ["--method", "dare_linear", "--step", "trim:K=0.5", "--step", "dare:p=0.2"]
     _, method = merged(plan, tmp_path / "b", *options)
-    assert method.steps == ("trim:K=0.5,scope=model", "dare:p=0.2,seed=0")
+    assert method.steps == ("trim:K=0.5,scope=model", "dare:p=0.2,seed=0,rescale=true")
 
 
 def test_names_are_resolved_by_block_in_a_recipe_in_a_plan_and_in_python(family, plan, tmp_path):
@@ -45,7 +45,7 @@ def test_names_are_resolved_by_block_in_a_recipe_in_a_plan_and_in_python(family,
     planned = succeeds("plan", plan, "-o", tmp_path / "plan.json", "--method", "linear", "--size", "1x", "--json")
     assert "mergekit's `linear`" in planned.err and planned.json["cut"]["merges"] > 0
     bundle = merge(plan, tmp_path / "python", method="dare_ties", size="1x")
-    assert bundle.manifest.methods[0].steps == ("dare:p=0.9,seed=0",)
+    assert bundle.manifest.methods[0].steps == ("dare:p=0.9,seed=0,rescale=l1",)
 
 
 def test_a_name_of_ours_stays_ours_and_nothing_is_told(plan, tmp_path):
@@ -56,6 +56,21 @@ def test_a_name_of_ours_stays_ours_and_nothing_is_told(plan, tmp_path):
 
 def test_arguments_of_mergekit_are_refused_with_what_to_write(plan, tmp_path):
     fails(
-        2, "merge", plan, "--method", "dare_ties:density=0.5", "-o", tmp_path / "b", says="density d becomes dare:p=1-d"
+        2,
+        "merge",
+        plan,
+        "--method",
+        "dare_ties:density=0.5",
+        "-o",
+        tmp_path / "b",
+        says="density d becomes dare:p=1-d,rescale=l1",
     )
     fails(2, "merge", plan, "--method", "TIES", "-o", tmp_path / "b", says="did you mean `ties`?")
+
+
+@pytest.mark.parametrize("command", [("methods",), ("merge", "--method")])
+def test_a_method_that_is_not_here_is_explained(command, plan, tmp_path):
+    name, *option = command
+    words = (name, "RegMean") if not option else (name, plan, *option, "RegMean", "-o", tmp_path / "b")
+    failed = fails(2, *words, says="no method `RegMean`: it solves a least-squares problem")
+    assert "the nearest here is --method swudi" in failed.err

@@ -5,8 +5,10 @@ import re
 import pytest
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
 from flexmerge_cli.methods.registry import all_methods, parse_calibrate, parse_call, parse_step
+from flexmerge_cli.methods.use import parse_use
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_a_call_is_read(text, name, args):
         ("trimm", "no method `trimm`", "did you mean the step `trim`?"),
         ("aut", "no method `aut`", "did you mean `auto`"),
         ("auto", "`auto` chooses for the whole bundle", "--method auto"),
-        ("auto,ties", "no method `auto,ties`", "several: 'auto;ties'"),
+        ("auto,ties", "no method `auto,ties`", "several: --method auto --method ties"),
         ("own/median.py:median", "cannot read `median`", "./own/median.py#median"),
         ("ties:k=0.2", "no argument `k`", "did you mean `K`|takes: K"),
         ("ties:K=0", "K=0 is not a number in \\(0, 1\\]", None),
@@ -69,7 +71,7 @@ def test_what_cannot_be_meant_is_refused(text, message, hint):
 
 
 def test_steps_and_calibrations_are_read_and_refused():
-    assert parse_step("dare:p=0.5,seed=7").args == {"p": 0.5, "seed": 7}
+    assert parse_step("dare:p=0.5,seed=7").args == {"p": 0.5, "seed": 7, "rescale": True}
     assert parse_step("breadcrumbs:scope=row").step.name == "breadcrumbs"
     assert parse_calibrate("svc:alpha=1").args == {"alpha": 1.0, "matrices": "linear"}
     with pytest.raises(UsageError, match="`average` is a method, not a step"):
@@ -109,3 +111,16 @@ def test_an_unknown_name_of_mergekit_is_a_hint():
     with pytest.raises(UsageError, match="no method `dare_ties`") as raised:
         parse_call("dare_ties")
     assert "--step dare" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", [*ABSENT, *_OTHER_NAMES])
+def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(name):
+    assert name not in all_methods() and resolve_alias(name) is None
+    with pytest.raises(UsageError, match=f"no method `{re.escape(name)}`: it ") as raised:
+        parse_call(name)
+    words = (raised.value.hint or "").partition("--method ")[2].split()
+    if words:
+        parse_call(words[0])
+        parse_use(words[0], steps=words[words.index("--step") + 1 :][:1] if "--step" in words else ())
+    else:
+        assert "flexmerge methods" in str(raised.value.hint)

@@ -1,5 +1,7 @@
 """Steps: what they keep, and what still sees the task vectors as they were."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,33 @@ def test_a_group_of_one_is_not_stepped():
     family = family_of({"w": torch.ones(3, 50)})
     merged = merge(family, parse_call("average"), group="b", steps=[parse_step("dare")])["w"]
     assert torch.equal(merged.tasks["b"], torch.ones(50))
+
+
+@pytest.mark.parametrize("step", ["dare:p=0.6", "magprune:p=0.6", "magprune:p=0.6,scope=tensor"])
+@pytest.mark.parametrize("shape", [(40, 30), (50,), (6, 5, 4), (1, 1), (0, 3)])
+def test_l1_scales_each_tensor_to_the_norm_that_it_had(step, shape):
+    """As mergekit: what is kept is that of rescale=false, times one factor a task."""
+    deltas = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    deltas[1] *= 1e-6
+    family = family_of({"w": deltas})
+    places = Where(tasks=family.tasks, tensor="w", start=0, shape=shape)
+    l1, plain = (parse_step(f"{step},rescale={rescale}") for rescale in ("l1", "false"))
+    found = l1(deltas, places)
+    row = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    kept = plain(deltas.view(2, math.prod(shape) // row, row) if plain.scope == "row" else deltas, places)
+    kept = kept.view(deltas.shape)
+    for task in range(2):
+        norm = kept[task].abs().double().sum()
+        factor = deltas[task].abs().double().sum() / norm if norm > 0 else 1.0
+        assert torch.equal(found[task], (kept[task].double() * factor).float()) or torch.allclose(
+            found[task].double(), kept[task].double() * factor, rtol=1e-6
+        )
+
+
+def test_della_of_mergekit_has_the_norms_of_the_tasks():
+    deltas = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0))
+    family = family_of({"w": deltas})
+    by_rate, by_norm = (merge(family, parse_call(f"della:p=0.5,merge=sum,rescale={r}"))["w"] for r in ("true", "l1"))
+    step = parse_step("magprune:p=0.5,rescale=l1")
+    stepped = merge(family, parse_call("ties:K=1.0,merge=sum"), steps=[step])["w"]
+    assert torch.equal(by_norm.unified, stepped.unified) and not torch.equal(by_norm.unified, by_rate.unified)

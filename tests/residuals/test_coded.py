@@ -1,6 +1,7 @@
 import inspect
 
 import pytest
+import torch
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods import coded, free
@@ -69,7 +70,7 @@ def test_a_centre_is_a_method_with_its_arguments():
 def test_arguments_of_fr_reach_the_centre_of_free():
     centre = stored(free.free, variant="code", cutoff=0.5, scale=0.3, others="base").centre_call()
     assert centre.method.name == "fr"
-    assert {**centre.args, "coef": None} == centre.args
+    assert {**centre.args, "coef": "eq3"} == centre.args
     assert [centre.args[name] for name in ("variant", "cutoff", "scale", "others")] == ["code", 0.5, 0.3, "base"]
 
 
@@ -123,3 +124,13 @@ def test_tasks_of_several_dtypes_are_priced_each_in_its_own():
 def test_tensors_with_nothing_to_code_are_copies(method, shape):
     found = form(method, shape, 3)
     assert found.residual is None or coded.residual_bytes(found, ("BF16",) * 3) < 6
+
+
+def test_sparse_by_row_is_magnitude_pruning_of_each_row():
+    """As FusionBench: the smallest int(n·prune_ratio) of every row become 0."""
+    residual = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
+    found = form(coded.sparse, (6, 40), 4, "F32", density=0.25, select="row", centre="base")
+    decoded = found.residual.decode(found.residual.encode(residual, "F32"), found.matrix, "F32")
+    pruned = residual.clone()
+    pruned.scatter_(1, residual.abs().argsort(1)[:, : int(40 * 0.75)], 0.0)
+    assert torch.equal(torch.from_numpy(decoded), pruned)

@@ -1,0 +1,120 @@
+"""Methods by names that other programs have for them and that are not ours: what each is, and what is nearest here.
+
+FusionBench's methods, under the names of its folders and configurations, and those of mergekit that aliases.py lacks.
+No torch.
+"""
+
+_SAME = "has another name here"
+_MIXES = "mixes the tasks' weights for each input with a router that is trained on data; here the task is known"
+_PRUNES = "prunes the weights of a single model"
+_MOE = "builds a mixture of experts, or prunes one"
+_MODELS = "runs several models and combines their outputs"
+_TWO = "interpolates on a sphere or by rules of its own between the weights themselves, not task vectors"
+
+# Name -> (what it is, the nearest here as options of `merge`, or nothing).
+ABSENT = {
+    "regmean": ("solves a least-squares problem per linear layer: needs data, the layers' inputs", "swudi"),
+    "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "swudi"),
+    "fisher": ("weighs every element by its Fisher information: needs data, for gradients", "weighted_average"),
+    "adamerging": ("learns a coefficient per task or layer: needs data, unlabelled", "task_arithmetic"),
+    "wemoe": (_MIXES, "emr"),
+    "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
+    "sparse_wemoe": (_MIXES, "emr"),
+    "dawe": (_MIXES, "emr"),
+    "rankone_moe": (_MIXES, "low_rank:centre=base,rank=1"),
+    "smile": (
+        "adds to the base a low-rank expert per task, which a gate chooses for each input; here the task is known",
+        "low_rank:centre=base",
+    ),
+    "ada_svd": ("averages the experts of SMILE by its routing weights: needs data", "tsv_m"),
+    "randes": (
+        "superposes all tasks after random shuffles of layers and flips of signs, and undoes one task's to serve it",
+        "low_bit:bits=1,centre=base",
+    ),
+    "surgery": ("trains a small module per task that corrects the merged model's features: needs data", "low_rank"),
+    "concrete": ("learns a mask of a subspace that the tasks share: needs data", "consensus_original"),
+    "concrete_tsvm": ("learns a mask of a subspace before TSV-Merge: needs data", "tsv_m"),
+    "doge_ta": ("minimises what the tasks lose by projected gradients of the task vectors", "wudi"),
+    "dop": ("merges one task after the other by projections in two directions", "opcm"),
+    "gossip": ("merges neighbours among the tasks again and again", "average"),
+    "fw_merging": ("chooses models and weights by Frank-Wolfe steps: needs data, for gradients", "weighted_average"),
+    "trust_region": ("leaves out what conflicts, judged by gradients of the tasks' losses: needs data", "ties"),
+    "knots": ("aligns LoRA updates in the basis of their joint SVD, then merges them as TIES", "tsv_m"),
+    "expo": ("extrapolates beyond one aligned model", "task_arithmetic:scale=1.5"),
+    "model_recombination": ("shuffles layers between the models at random", "average"),
+    "simple_ensemble": (_MODELS, ""),
+    "weighted_ensemble": (_MODELS, ""),
+    "max_model_predictor": (_MODELS, ""),
+    "depth_upscaling": ("stacks copies of layers to a deeper model", ""),
+    "mixtral_moe": (_MOE, ""),
+    "moe_pruner": (_MOE, ""),
+    "expert_sparsity": (_MOE, ""),
+    "sparselo": (_PRUNES, "sparse"),
+    "wanda": (_PRUNES, "sparse"),
+    "sparsegpt": (_PRUNES, "sparse"),
+    "random_pruning": (_PRUNES, "average --step dare:rescale=false"),
+    "magnitude_pruning": (_PRUNES, "sparse"),
+    "slerp": (_TWO, "weighted_average"),
+    "nuslerp": (_TWO, "weighted_average"),
+    "multislerp": (_TWO, "weighted_average"),
+    "karcher": (_TWO, "average"),
+    "nearswap": (_TWO, "weighted_average"),
+    "arcee_fusion": ("takes over what changed most of a second model", "magmax"),
+    "passthrough": ("copies one model's tensors", "average --method-for '*=keep'"),
+    "cabs": ("prunes the tasks one after the other, so that they do not overlap", "ties"),
+    "core_space": ("merges LoRA updates in a basis that they share", "tsv_m"),
+    "ram": ("averages what several tasks changed, and keeps what a single one did", "consensus_original"),
+    "simple_average": (_SAME, "average"),
+    "linear_interpolation": (_SAME, "weighted_average"),
+    "ties_merging": (_SAME, "ties"),
+    "emr_merging": (_SAME, "emr"),
+    "tall_mask": (_SAME, "tall_masks"),
+    "task_singular_vector": (_SAME, "tsv_m"),
+    "isotropic_merging": (_SAME, "iso_c"),
+    "singular_value_calibration": (_SAME, "task_arithmetic --calibrate svc"),
+    "magnitude_diff_pruning": (_SAME, "sparse:centre=base,select=row"),
+}
+
+_OTHER_NAMES = {
+    "regmean_plusplus": "regmean_pp",
+    "regmean++": "regmean_pp",
+    "fisher_merging": "fisher",
+    "task_wise_adamerging": "adamerging",
+    "layer_wise_adamerging": "adamerging",
+    "we_moe": "wemoe",
+    "weight_ensembling_moe": "wemoe",
+    "sparse_we_moe": "sparse_wemoe",
+    "sparse_weight_ensembling_moe": "sparse_wemoe",
+    "smile_upscaling": "smile",
+    "singular_projection_merging": "smile",
+    "superposed_task_arithmetic": "randes",
+    "adamerging_surgery": "surgery",
+    "representation_surgery": "surgery",
+    "concrete_subspace": "concrete",
+    "concrete_task_arithmetic": "concrete",
+    "concrete_adamerging": "concrete",
+    "doge": "doge_ta",
+    "frank_wolfe": "fw_merging",
+    "ensemble": "simple_ensemble",
+    "mixture_of_experts": "mixtral_moe",
+    "mixtral_moe_merging": "mixtral_moe",
+    "mixtral_moe_upscaling": "mixtral_moe",
+    "pruning": "magnitude_pruning",
+    "sparselo_pruning": "sparselo",
+    "tsvm": "task_singular_vector",
+}
+
+
+def explain_absent(name: str) -> tuple[str, str] | None:
+    """What a method is that is not ours, and a hint at the nearest, `use --method …`; None for a name not known either.
+
+    Case and `-` do not matter.
+    """
+    key = name.lower().replace("-", "_")
+    found = ABSENT.get(_OTHER_NAMES.get(key, key))
+    if found is None:
+        return None
+    what, nearest = found
+    if not nearest:
+        return what, "`flexmerge methods` lists and explains what there is"
+    return what, f"{'write' if what == _SAME else 'the nearest here is'} --method {nearest}"
