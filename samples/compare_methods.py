@@ -19,12 +19,12 @@ import torch
 from family import arguments, plan_of
 
 from flexmerge_cli import load_plan, merge
-from flexmerge_cli.allocation.options import COMMON
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.formats.plan_file import save_plan
+from flexmerge_cli.methods.aliases import PRESETS
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.linkage import Linkage
@@ -33,7 +33,7 @@ from flexmerge_cli.request.plan import OrderSettings
 
 SIZES = ("1x", "1.5x", "2x", "3x", "4x")
 SMALLEST = None
-LOW_BIT = {name: method for name, method in COMMON.items() if method.startswith("low_bit")}
+LOW_BIT = {"low_bit:bits=2": "low_bit:bits=2", **PRESETS}
 BLOCK_MERGING = ("task_arithmetic", "average", "tsv_m")  # set beside low_bit
 CHANNELS, MODELS = "task_arithmetic, channels clustered", "task_arithmetic, whole models clustered"
 Row = dict[str, Any]  # `size` asked for; `factor`, `accuracy`, `accuracies` got; accuracy None where nothing was

@@ -28,7 +28,7 @@ from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from .driver import Family
 
 # The variant of cases that name none: methods-2 was made when it was the default.
-PAPER: Mapping[str, Mapping[str, Any]] = {"fr": {"variant": "paper"}, "free": {"variant": "paper"}}
+PAPER: Mapping[str, Mapping[str, Any]] = {"fr": {"variant": "paper"}}
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FIRST = json.loads((GOLDEN / "methods-1.json").read_text())

@@ -94,9 +94,10 @@ def test_parts_are_as_they_were_billed(family, case):
 
 
 def declare(golden):
-    # The file was made when `paper` was the default.
-    variant = {"variant": "paper"} if golden["method"] == "free" else {}
-    return coded.declare(make_call(METHODS[golden["method"]], variant | golden["arguments"]))
+    args = dict(golden["arguments"])
+    if golden["method"] == "free":  # the file was made when `paper` was the default, and `coef` that of the variant
+        args = {"variant": "paper", "coef": "align" if args.get("variant") == "code" else "eq3"} | args
+    return coded.declare(make_call(METHODS[golden["method"]], args))
 
 
 def stack(family, tasks, tensor):
