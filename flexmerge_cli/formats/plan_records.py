@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.parts import are_parts
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
@@ -123,13 +122,6 @@ class PlanTensor(Record):
     def shape_of(self, task: int) -> Shape:
         shape = self.shapes[task] if self.shapes else None
         return self.shape if shape is None else shape
-
-    def bytes_of(self, task: int) -> int:
-        return math.prod(self.shape_of(task)) * ITEM_BYTES[self.dtype_of(task)]
-
-    def group_dtype(self, tasks: tuple[int, ...]) -> str:
-        """What one value of several tasks is stored in."""
-        return promote([self.dtype_of(task) for task in tasks])
 
 
 class PlanRows(Record):

@@ -17,6 +17,7 @@ import inspect
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
@@ -188,49 +189,102 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """A function with its declarations."""
+class Declared:
+    """What methods, steps and calibrations declare about their function."""
 
     name: str
     function: Callable[..., Any]
     paper: str
-    scope: Scope | Callable[..., Scope]
-    """The scope of a call, or a function of the arguments if it depends on them."""
     elementwise: Callable[..., bool]
     """(name, shape, arguments) -> whether this tensor may be processed in chunks anyway, as with scope `element`."""
-    statistics: Callable[..., Statistic | None]
-    """The first pass that the function needs, from its arguments."""
-    form: str
-    """How its groups are stored: `merged` returns one delta, `masked` a Centre; a CodedMethod is `residual`."""
-    gain: Callable[..., Gain | None]
-    """The factor per task of a method of form `masked`, from the arguments."""
-    when: str
-    """When to use it, in one line."""
     workspace: Workspace
-    check: Callable[..., None]
-    """A check that raises UsageError for arguments that do not go together."""
     parameters: dict[str, Parameter]
-    wants_where: bool
-    wants_stats: bool
-    wants_unstepped: bool
-    origin: Origin | None = None
-    """Where the method comes from. None: flexmerge."""
 
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoped(Declared):
+    """What methods and steps declare, which see deltas of a scope."""
+
+    scope: Scope | Callable[..., Scope]
+    """The scope of a call, or a function of the arguments if it depends on them."""
+    statistics: Callable[..., Statistic | None]
+    """The first pass that the function needs, from its arguments. For steps it is per task: they know no groups."""
+    check: Callable[..., None]
+    """A check that raises UsageError for arguments that do not go together."""
+    wants_where: bool
+    wants_stats: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method(Scoped):
+    """A function with its declarations."""
+
+    form: str
+    """How its groups are stored: `merged` returns one delta, `masked` a Centre; a CodedMethod is `residual`."""
+    gain: Callable[..., Gain | None]
+    """The factor per task of a method of form `masked`, from the arguments."""
+    when: str
+    """When to use it, in one line."""
+    wants_unstepped: bool
+    origin: Origin | None = None
+    """Where the method comes from. None: flexmerge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation(ABC):
+    """A method, step or calibration with all its arguments. Equal if the texts are equal."""
+
+    args: Mapping[str, Any] = field(compare=False)
+    text: str
+    """`NAME:key=value,…` with every argument, defaults included; a method from a file keeps the path as typed."""
+    short: str = field(compare=False)
+    """The same text without arguments that have their default values."""
+
+    @property
+    @abstractmethod
+    def declared(self) -> Declared: ...
+
+    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
+        """Bytes that one call on this shape takes, beside its deltas."""
+        return self.declared.workspace(num_tasks, shape, **self.args)
+
+
+class ScopedInvocation(Invocation):
+    """A method or a step with all its arguments."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def declared(self) -> Scoped: ...
+
+    @property
+    def scope(self) -> Scope:
+        scope = self.declared.scope
+        return scope(**self.args) if callable(scope) else scope
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        """The scope for this tensor. What takes whole matrices sees any range of other tensors."""
+        return "element" if self.declared.elementwise(tensor, shape, **self.args) else self.scope
+
+    @property
+    def statistics(self) -> Statistic | None:
+        return self.declared.statistics(**self.args)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Call:
+class Call(ScopedInvocation):
     """A method with all its arguments: what `NAME:key=value` means. Calls with the same text and origin are equal."""
 
     method: Method
-    args: Mapping[str, Any]
-    text: str
-    """`NAME:key=value,…` with every argument, defaults included; a method from a file keeps the path as typed."""
-    short: str
-    """The same text without arguments that have their default values."""
+
+    @property
+    def declared(self) -> Method:
+        return self.method
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Call) and (self.text, self.method.origin) == (other.text, other.method.origin)
@@ -244,23 +298,6 @@ class Call:
         from flexmerge_cli.methods.registry import parse_call_again
 
         return parse_call_again, (self.text, self.method.origin)
-
-    @property
-    def scope(self) -> Scope:
-        scope = self.method.scope
-        return scope(**self.args) if callable(scope) else scope
-
-    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """The scope for this tensor. Spectral methods take whole matrices, and any range of other tensors."""
-        return "element" if self.method.elementwise(tensor, shape, **self.args) else self.scope
-
-    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes that one call on this shape takes, beside its deltas."""
-        return self.method.workspace(num_tasks, shape, **self.args)
-
-    @property
-    def statistics(self) -> Statistic | None:
-        return self.method.statistics(**self.args)
 
     @property
     def gain(self) -> Gain | None:

@@ -9,13 +9,14 @@ applied.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
-from flexmerge_cli.methods.method import UNTOLD, Call, Method, Where, nothing, nowhere
+from flexmerge_cli.methods.method import UNTOLD, Call, Where, nothing, nowhere
 
 LINEAR = (average, task_arithmetic, weighted_average)
 
@@ -29,10 +30,6 @@ def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
         if other != name and other in known:
             found.append((name, other))
     return found
-
-
-def is_factor(name: str) -> bool:
-    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
 
 
 def pooled_call(call: Call) -> Call:
@@ -49,23 +46,10 @@ def pooled_call(call: Call) -> Call:
             found[name] = torch.einsum("k,k...->...", _weights(call, where), deltas[name].double()).float()
         return found
 
-    method = Method(
-        name=call.method.name,
-        function=merge_factors,
-        paper=call.method.paper,
-        scope="block",
-        elementwise=nowhere,
-        statistics=nothing,
-        form="merged",
-        gain=nothing,
-        when="",
-        workspace=UNTOLD,
-        check=nothing,
-        parameters={},
-        wants_where=True,
-        wants_stats=False,
-        wants_unstepped=False,
-    )
+    method = replace(
+        call.method, function=merge_factors, scope="block", elementwise=nowhere, statistics=nothing, workspace=UNTOLD,
+        parameters={}, wants_where=True, wants_stats=False, wants_unstepped=False,
+    )  # fmt: skip
     return Call(method=method, args={}, text=call.text, short=call.short)
 
 

@@ -8,8 +8,7 @@ the family, whatever the groups, and their values are rounded to float32. Scopes
 method.py without `block`. Statistics of a step or method are measured on the deltas that the steps before it return.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,12 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.method import (
     UNTOLD,
     Call,
+    Declared,
+    Invocation,
     Method,
-    Parameter,
     Scope,
+    Scoped,
+    ScopedInvocation,
     Statistic,
     Where,
     Workspace,
@@ -34,67 +36,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(Scoped):
     """The function: deltas -> deltas of the same shape."""
-
-    name: str
-    function: Callable[..., "Tensor"]
-    paper: str
-    scope: Scope | Callable[..., Scope]
-    elementwise: Callable[..., bool]
-    """As for methods (method.py)."""
-    statistics: Callable[..., Statistic | None]
-    """The first pass, per task, since a step knows no groups."""
-    workspace: Workspace
-    """As for methods (method.py)."""
-    check: Callable[..., None]
-    parameters: dict[str, Parameter]
-    wants_where: bool
-    wants_stats: bool
-
-    @property
-    def summary(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepCall:
-    """A step with all its arguments. Calls with the same text are equal."""
+class StepCall(ScopedInvocation):
+    """A step with all its arguments."""
 
     step: Step = field(compare=False)
-    args: Mapping[str, Any] = field(compare=False)
-    text: str
-    """`NAME:key=value,…` with every argument, defaults included."""
-    short: str = field(compare=False)
-    """The same text without arguments that have their default values."""
+
+    @property
+    def declared(self) -> Step:
+        return self.step
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_step
 
         return parse_step, (self.text,)
 
-    @property
-    def scope(self) -> Scope:
-        scope = self.step.scope
-        return scope(**self.args) if callable(scope) else scope
-
-    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """The scope for this tensor. A filter of matrices leaves the others alone."""
-        return "element" if self.step.elementwise(tensor, shape, **self.args) else self.scope
-
-    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes that one call on this shape takes, beside its deltas."""
-        return self.step.workspace(num_tasks, shape, **self.args)
-
-    @property
-    def statistics(self) -> Statistic | None:
-        return self.step.statistics(**self.args)
-
     def __call__(self, deltas: "Tensor", where: Where, stats: Any = None) -> "Tensor":
         """Apply the step: float32 in, float32 out."""
         extra: dict[str, Any] = {"where": where} if self.step.wants_where else {}
         extra |= {"stats": stats} if self.step.wants_stats else {}
-        return self.step.function(deltas, **extra, **self.args).to(deltas.dtype)
+        changed: Tensor = self.step.function(deltas, **extra, **self.args)
+        return changed.to(deltas.dtype)
 
 
 def step(
@@ -128,35 +94,25 @@ def step(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """The function: (merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged."""
+class Calibration(Declared):
+    """The function: (merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged.
 
-    name: str
-    function: Callable[..., "Tensor"]
-    paper: str
-    elementwise: Callable[..., bool]
-    """(name, shape, arguments) -> whether it leaves this tensor unchanged. It takes other tensors whole."""
-    workspace: Workspace
-    """Bytes that it takes on a tensor that it changes."""
+    It leaves tensors that are `elementwise` unchanged and takes others whole.
+    """
+
     refuse: Callable[[Method], str | None]
     """Why it cannot follow a method; None if it can."""
-    parameters: dict[str, Parameter]
-
-    @property
-    def summary(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationCall:
-    """A calibration with all its arguments. Calls with the same text are equal."""
+class CalibrationCall(Invocation):
+    """A calibration with all its arguments."""
 
     calibration: Calibration = field(compare=False)
-    args: Mapping[str, Any] = field(compare=False)
-    text: str
-    """`NAME:key=value,…` with every argument, defaults included."""
-    short: str = field(compare=False)
-    """The same text without arguments that have their default values."""
+
+    @property
+    def declared(self) -> Calibration:
+        return self.calibration
 
     def __reduce__(self) -> tuple[Any, ...]:
         from flexmerge_cli.methods.registry import parse_calibrate
@@ -165,10 +121,6 @@ class CalibrationCall:
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
         return "element" if self.calibration.elementwise(tensor, shape, **self.args) else "tensor"
-
-    def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes that one call on a whole tensor of this shape takes."""
-        return self.calibration.workspace(num_tasks, shape, **self.args)
 
     def require_after(self, call: Call) -> None:
         """Raise UsageError if it cannot follow this method."""
@@ -182,7 +134,8 @@ class CalibrationCall:
     def __call__(self, merged: "Tensor", unstepped: "Tensor", where: Where) -> "Tensor":
         if self.calibration.elementwise(where.tensor, where.shape, **self.args):
             return merged
-        return self.calibration.function(merged, unstepped, **self.args)
+        changed: Tensor = self.calibration.function(merged, unstepped, **self.args)
+        return changed
 
 
 def calibration(
