@@ -42,6 +42,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
@@ -66,7 +67,7 @@ class FileEntry(Record):
 
 
 class AdapterEntry(Record):
-    kind: Literal["lora", "ia3"]
+    kind: AdapterKind
     weights: str
     """File name, in tasks/NAME."""
     changes: Named[ChangeRecord]
@@ -82,7 +83,7 @@ class TaskEntry(Record):
     parts: Parts = Field(default_factory=dict)
     """Subfolder with weights of its own -> the stem of their files there."""
     adapter: AdapterEntry | None = None
-    pooled: Literal["lora", "ia3"] | None = None
+    pooled: AdapterKind | None = None
     """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
 
 

@@ -4,10 +4,11 @@ Layout, manifest, prices and checks ask these questions of every member alike, a
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.plan_records import Parts, PlanTensor, SideFile
@@ -97,7 +98,7 @@ class PlanTask(Member):
 
     config_base: str | None
     """The model that its config says it comes from."""
-    adapter: Literal["lora", "ia3"] | None = None
+    adapter: AdapterKind | None = None
     """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
     low_rank: LowRankRecord | None = None
     """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
@@ -114,7 +115,7 @@ class PlanTask(Member):
 class PlanAdapter(Member):
     """A task that is kept as an adapter of the base: it is in no group."""
 
-    kind: Literal["lora", "ia3"]
+    kind: AdapterKind
     tensor_bytes: Count
     """Bytes of its own tensors."""
     weights: str
