@@ -27,7 +27,7 @@ class Access:
     stream: StreamPool | None = None
     """The pool through which remote weights are read in place. None: download them."""
     on_message: Callable[[str], None] = silent
-    """Called before a download, with a message that gives the number of bytes and the target folder."""
+    """Called with what a user should know: before a download its bytes and target, and which files are not carried."""
 
     def for_process(self) -> "Access":
         """The same access for another process, which downloads and reports nothing."""

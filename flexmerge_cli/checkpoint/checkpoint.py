@@ -251,8 +251,8 @@ def _checkpoint(
 def _contents(source: str, folder: Folder, access: Access) -> Contents:
     """The files of a folder. Raises SourceError if there are no weights, UsageError if it is unclear which to take."""
     names = folder.files(lambda name: is_left(name, access.ignore))
-    irregular = [name for name in names if not name.endswith("/") and not folder.is_file(name)]
-    regular = [name for name in names if name not in set(irregular)]
+    regular = [name for name in names if name.endswith("/") or folder.is_file(name)]
+    irregular = sorted(set(names) - set(regular))
     found = contents_of(regular, variant=access.variant, ignore=access.ignore)
     if not found.weights and irregular:
         name = min(irregular, key=lambda name: not name.endswith(WEIGHT_SUFFIXES))

@@ -90,18 +90,19 @@ def contents_of(names: Sequence[str], *, variant: str | None = None, ignore: Col
     names: relative paths; of a folder that was not looked into, its path and a slash. variant: the preferred one of
     the weights. ignore: patterns of files and folders to leave out.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}  # names in order, each once
     rest: list[str] = []
     for name in sorted(names):
         left = _left(name, ignore)
         if left is None:
             rest.append(name)
-        elif left[1] not in found.setdefault(left[0], []):
-            found[left[0]].append(left[1])
+        else:
+            found.setdefault(left[0], {})[left[1]] = None
     weights = _weights(rest, variant)
+    chosen, is_pipeline = set(weights.values()), PIPELINE in rest
     for name in rest:
-        if name not in weights.values():
-            found.setdefault(_kind(name, weights, rest), []).append(name)
+        if name not in chosen:
+            found.setdefault(_kind(name, weights, is_pipeline), {})[name] = None
     return Contents(weights=weights, **{kind: tuple(names) for kind, names in found.items()})
 
 
@@ -163,7 +164,7 @@ def _is_part(folder: str) -> bool:
     return not set(folder.split("/")) & {*CONVERTED_FOLDERS, LANGUAGE_MODEL}
 
 
-def _kind(name: str, weights: dict[str, str], names: Sequence[str]) -> str:
+def _kind(name: str, weights: dict[str, str], is_pipeline: bool) -> str:
     folder, _, last = name.rpartition("/")
     if INDEX.fullmatch(last):
         return "indices"
@@ -180,7 +181,7 @@ def _kind(name: str, weights: dict[str, str], names: Sequence[str]) -> str:
     if last.endswith((*WEIGHT_SUFFIXES, *OTHER_WEIGHTS)):
         known = last in WEIGHT_FILES or variants([last]) or CONVERTED_FILE.fullmatch(last)
         again = folder in weights and known
-        return "copies" if again or (not folder and weights and PIPELINE in names) else "unclear"
+        return "copies" if again or (not folder and weights and is_pipeline) else "unclear"
     return "side" if last.endswith(SIDE_SUFFIXES) or last in SIDE_NAMES else "other"
 
 

@@ -11,13 +11,15 @@ from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.family import Family
 
 SHOWN = 8  # names in a message; the rest is counted
-WHY = {
+EXPECTED = {
     "training": "left by training, or hidden",
     "copies": "the same weights in another form",
+    "ignored": "left out by --ignore",
+}
+UNEXPECTED = {
     "value_heads": "value heads beside an adapter",
     "index": "where an index and its shards differ",
     "other": "of no known kind",
-    "ignored": "left out by --ignore",
 }
 
 
@@ -63,14 +65,15 @@ def left_out(family: Family) -> list[LeftOut]:
     ]
 
 
+def notes(family: Family) -> list[str]:
+    """One line per kind that no model misses."""
+    return _lines(left_out(family), EXPECTED)
+
+
 def warnings(family: Family) -> list[str]:
-    """One line per kind; code that the model's config names comes with what to do."""
+    """One line per kind that a model may miss; code that its config names comes with what to do."""
     found = left_out(family)
-    messages = [
-        f"not carried, {why}: {_names(of_kind)}"
-        for kind, why in WHY.items()
-        if (of_kind := [each for each in found if each.kind == kind])
-    ]
+    messages = _lines(found, UNEXPECTED)
     code = [each for each in found if each.kind == "code"]
     if code:
         configs = {name: task.config for name, task in zip(family.task_names, family.tasks)}
@@ -84,6 +87,11 @@ def warnings(family: Family) -> list[str]:
             "trust it"
         )
     return messages
+
+
+def _lines(found: list[LeftOut], kinds: dict[str, str]) -> list[str]:
+    of_kinds = {why: [each for each in found if each.kind == kind] for kind, why in kinds.items()}
+    return [f"not carried, {why}: {_names(of_kind)}" for why, of_kind in of_kinds.items() if of_kind]
 
 
 def _names(found: list[LeftOut]) -> str:

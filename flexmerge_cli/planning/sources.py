@@ -49,7 +49,10 @@ def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) ->
 
 
 def open_family(request: PlanRequest) -> Family:
-    """Open all sources and align them. Raises SourceError, DataError and UsageError."""
+    """Open all sources and align them. Raises SourceError, DataError and UsageError.
+
+    Files that are not carried, and that no model misses, are told by `on_message` of the request's access.
+    """
     sources = {"": request.base, **request.tasks}
     tasks = open_all(
         sources, lambda key: open_checkpoint(sources[key], relative_to=request.relative_to, access=request.access)
@@ -59,9 +62,12 @@ def open_family(request: PlanRequest) -> Family:
     if not tasks:
         raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
     members = members_of(base, tasks, request.adapters, assume_base=request.assume_base)
-    return make_family(
+    family = make_family(
         members.base, members.models, private=request.private, merge_heads=request.merge_heads, kept=members.kept
     )
+    for message in left_out.notes(family):
+        request.access.on_message(message)
+    return family
 
 
 def files_to_fetch(checkpoints: Iterable[Checkpoint], tensors: Iterable[StoredTensor]) -> list[RemoteFile]:
