@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flexmerge_cli.serving.runtime import Runtime
 
 Verify = Literal["first-use", "all", "off"]
-WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance")
+WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance", "layout")
 """Options of `merge` that define the request."""
 
 
@@ -178,8 +178,8 @@ def merge(
 
     A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: steps, calibrate, method_for, merges, fit, cluster, seed and max_distance, with the values of the command
-    line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance and layout, with the values of the
+    command line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
     Raises UsageError for unknown words, and for options that would have no effect.
     """
     path = None if isinstance(plan, Plan) else Path(plan)

@@ -22,6 +22,8 @@ from flexmerge_cli.errors import MachineError, UsageError, hint_of, machine_fail
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# Another file system, one without links, a file that has as many as it may, or whose owner is another.
+NO_LINK = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTTY)
 # What file systems answer that cannot force a folder to disk: CIFS, 9p, several of FUSE.
 NO_FOLDER_SYNC = (*NOT_SUPPORTED, errno.EBADF, errno.EPERM, errno.EACCES, errno.EISDIR)
 

@@ -1,8 +1,9 @@
 """Read any flexmerge bundle with numpy and json alone: `python read_bundle.py BUNDLE [TASK]` checks every tensor.
 
 `read_task(bundle, task)` gives {name: (dtype, array)}; bfloat16 comes as its bits. The format is on one page:
-manifest.json says which files a task reads; a part is stored once, in the file of exactly the tasks that read it. A
-tensor under its plain name is dense. Otherwise it is decoded from `<tensor>@<role>[.<task>]`, as its group's kind says:
+manifest.json says which files of weights/ a task reads; links in tasks/NAME lead to the same files. A part is stored
+once, in the file of exactly the tasks that read it. A tensor under its plain name is dense. Otherwise it is decoded
+from `<tensor>@<role>[.<task>]`, as its group's kind says:
 
     masked     base + gamma · mask · unified     mask: one bit an element; gamma, of the unit, may be absent
     residual   centre + residual, both float32   centre: base, unified, codes and scale, or none at all

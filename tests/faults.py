@@ -1,8 +1,8 @@
 """Every call that writes, failed once with each error and killed once: `python -m tests.faults [COMMAND ...]`.
 
-A command is run in a forked child to count its calls: opening for writing, write, pwrite, fsync, rename, link, unlink,
-mkdir, rmdir and the reserving of blocks, through Python's os module and its files, and renameat2. Then it is run anew
-for each call with ENOSPC, EIO, EMFILE, ENOMEM and SIGKILL in its place, and each time it is checked that
+A command is run in a forked child to count its calls: opening for writing, write, pwrite, fsync, rename, link, symlink,
+unlink, mkdir, rmdir and the reserving of blocks, through Python's os module and its files, and renameat2. Then it is
+run anew for each call with ENOSPC, EIO, EMFILE, ENOMEM and SIGKILL in its place, and each time it is checked that
 
 - the exit code is 1, or what it is without, and that nothing is called a bug in flexmerge,
 - the old output is there, or the new one, whole; an error that comes after the new one is there says so,
@@ -31,7 +31,8 @@ from .program import Child, flexmerge, tree
 
 ERRORS = ("ENOSPC", "EIO", "EMFILE", "ENOMEM")
 CALLS = (
-    "write", "pwrite", "fsync", "rename", "replace", "link", "unlink", "mkdir", "rmdir", "posix_fallocate", "ftruncate",
+    "write", "pwrite", "fsync", "rename", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "posix_fallocate",
+    "ftruncate",
 )  # fmt: skip
 
 

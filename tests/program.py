@@ -103,3 +103,9 @@ class Child:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder: relative path -> bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored_sizes(folder: Path) -> dict[str, int]:
+    """Every file below a folder but links, whose bytes are those of other files: relative path -> bytes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}

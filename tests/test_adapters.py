@@ -14,7 +14,7 @@ from flexmerge_cli.errors import IntegrityError
 from samples import read_bundle
 from tests.adapters import IA3, LORA, Adapted, make
 from tests.families import same_bits
-from tests.program import fails, flexmerge, succeeds, tree
+from tests.program import fails, flexmerge, stored_sizes, succeeds, tree
 
 CONFIGS = {
     "llama": {
@@ -148,7 +148,7 @@ def test_kept_adapters_stand_beside_full_fine_tunes(adapted: Adapted, options: l
     succeeds("plan", "--base", adapted.base, "--tasks", adapted.tasks, *full, "-o", tmp_path / "p.json")
     dry = succeeds("merge", tmp_path / "p.json", *options, "-o", tmp_path / "b", "--dry-run", "--json").json
     told = succeeds("merge", tmp_path / "p.json", *options, "-o", tmp_path / "b", "--json").json
-    files = {path: len(data) for path, data in tree(tmp_path / "b").items()}
+    files = stored_sizes(tmp_path / "b")
     assert dry["files"] == told["files"] == files and dry["total_bytes"] == sum(files.values())
     assert "sound" in succeeds("inspect", tmp_path / "b", "--verify", "--decode").out
     for name in (*CONFIGS["llama"], "full0", "full1", "full2"):

@@ -18,7 +18,7 @@ from flexmerge_cli.request.size import parse_size
 
 from .allocation.test_auto_golden import as_golden
 from .families import Models, encoder, normal, plain, same_bits, tuned, write_family
-from .program import ROOT, fails, succeeds, tree
+from .program import ROOT, fails, stored_sizes, succeeds, tree
 
 GOLDEN = Path(__file__).parent / "golden"
 AUTO = json.loads((GOLDEN / "auto.json").read_text())
@@ -33,7 +33,7 @@ def planned(models: Models, folder: Path) -> Path:
 
 
 def on_disk(bundle: Path) -> int:
-    return sum(len(data) for data in tree(bundle).values())
+    return sum(stored_sizes(bundle).values())
 
 
 def pricer_of(plan: Path) -> Pricer:

@@ -54,7 +54,7 @@ MEASURED = ("distance", "sha256", "id", "plan", "generator", "request")
 def digest(bundle: Path) -> str:
     """64 hexadecimal digits of what a bundle stores."""
     whole = hashlib.sha256()
-    for path in sorted(bundle.rglob("*.safetensors")):
+    for path in sorted(path for path in bundle.rglob("*.safetensors") if not path.is_symlink()):
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])

@@ -59,11 +59,14 @@ def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
     fails(2, *drawn, "--relocate", "family", says="--relocate family is not of the form OLD=NEW")
 
 
-@pytest.mark.parametrize("method", ["average", "emr"])
-def test_a_task_of_a_bundle_is_no_checkpoint_and_the_hint_exports_it(method, plan, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [("--method", "average", "--layout", "pointer"), ("--method", "emr")])
+def test_a_task_of_a_bundle_without_weights_is_no_checkpoint_and_the_hint_exports_it(
+    options, plan, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    succeeds("merge", plan, "--method", method, "-o", "bundle")
-    done = fails(2, "inspect", "bundle/tasks/task0", says="is a task of a bundle")
+    succeeds("merge", plan, *options, "-o", "bundle")
+    folder = "tasks" if "pointer" in options else "coded"
+    done = fails(2, "inspect", f"bundle/{folder}/task0", says="is a task of a bundle")
     assert "hostile" not in done.err
     hint = done.err.split("hint: flexmerge ")[1].split()
     succeeds(*hint)

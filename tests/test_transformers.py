@@ -54,9 +54,11 @@ def test_a_bundle_of_nothing_merged_gives_the_sources_logits(plan: Path, tmp_pat
         assert torch.equal(logits(bundle.model(task), task), logits(load(DIGITS / "tasks" / task), task))
 
 
-def test_a_masked_task_has_no_index_and_loads_through_the_api_and_an_export(plan: Path, tmp_path: Path) -> None:
+def test_a_masked_task_is_no_checkpoint_and_loads_through_the_api_and_an_export(plan: Path, tmp_path: Path) -> None:
     bundle = merge(plan, tmp_path / "bundle", method="emr")
-    assert not list((tmp_path / "bundle" / "tasks").rglob("*.index.json"))
+    assert not (tmp_path / "bundle/tasks").exists()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        load(tmp_path / "bundle/coded/parity")
     export(tmp_path / "bundle", "parity", tmp_path / "parity")
     assert torch.equal(logits(bundle.model("parity"), "parity"), logits(load(tmp_path / "parity"), "parity"))
 

@@ -166,7 +166,7 @@ def test_three_added_tokens_of_one_task_among_eight_cost_their_rows_alone(file, 
         f"{EMBEDDING}@rows": (3, 8), f"{OUTPUT}@rows": (3, 8), f"{BIAS}@rows": (3,),
     }  # fmt: skip
     # The others read one file, that of all, and load in transformers from the bundle; task3 after an export.
-    assert {task for task in opened.tasks if (bundle / "tasks" / task / "model.safetensors.index.json").is_file()} == {
+    assert {task for task in opened.tasks if (bundle / "tasks" / task / "model.safetensors").is_file()} == {
         task for task in opened.tasks if task != "task3"
     }
     assert all(opened._bundle.route(task) == ["weights/all.safetensors"] for task in opened.tasks if task != "task3")
@@ -296,7 +296,7 @@ def test_one_size_and_one_order_of_tokens_is_no_vocabulary_of_its_own(tmp_path):
     (tmp_path / "tasks/a/tokenizer.json").write_text(json.dumps(value, indent=1))
     plan = planned(tmp_path)
     assert not plan.vocabularies and not plan.rows
-    assert (merged(tmp_path) / "tasks/a/model.safetensors.index.json").is_file()
+    assert (merged(tmp_path) / "tasks/a").exists()
 
 
 def test_equal_own_rows_are_stored_once(tmp_path):

@@ -1,8 +1,7 @@
 """What a bundle will be, to the byte, before a weight is read: parts, files, headers, index files, manifest. Pure."""
 
 import copy
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,20 +22,18 @@ from flexmerge_cli.allocation.prices import GroupPrices, UnitPrice
 from flexmerge_cli.allocation.storage import (
     Part,
     Storage,
-    effective_dtype,
     store_tensor,
     store_whole,
     unit_parts,
 )
+from flexmerge_cli.allocation.task_folders import task_folders
+from flexmerge_cli.checkpoint.libraries import shard_names
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request, recorded
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.use import MethodUse
-from flexmerge_cli.request.merge import MergeRequest
-
-INDEX_NAME = "model.safetensors.index.json"
+from flexmerge_cli.request.merge import Layout, MergeRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +45,8 @@ class BundleLayout:
     storages: Mapping[str, Storage]
     """By aligned name, in the plan's order."""
     files: tuple[WeightFile, ...]
-    indices: Mapping[int, bytes]
-    """Per task that ordinary loaders can read from the bundle: its index file."""
+    stems: Mapping[int, str]
+    """Task -> stem of the links in its folder to its weight files; a task without links has none."""
     small: tuple[SmallFile, ...]
     entry_bytes: int
     """Bytes of the manifest's entries of units and tensors, most of which every layout has in common."""
@@ -78,6 +75,22 @@ class BundleLayout:
     def num_manifest_bytes(self) -> int:
         return len(canonical(self._frame(Measured()))) + self.entry_bytes
 
+    @cached_property
+    def links(self) -> dict[str, str]:
+        """Path of each link -> the weight file to which it leads."""
+        paths = {task: sorted(file.path for file in self.files if task in file.readers) for task in self.stems}
+        return {
+            f"tasks/{self.plan.tasks[task].name}/{name}": path
+            for task, stem in self.stems.items()
+            for name, path in zip(shard_names(stem, len(paths[task])), paths[task], strict=True)
+        }
+
+    @cached_property
+    def unlinked_bytes(self) -> int:
+        """Every byte where a link becomes a copy, as in an upload to a store that has no links."""
+        sizes = {file.path: file.num_bytes for file in self.files}
+        return self.total_bytes + sum(sizes[path] for path in self.links.values())
+
     def manifest(self, measured: Measured) -> bytes:
         units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]
         tensors = [tensor_entry(self.plan, name, self.allocation.dtype, measured) for name in entry_names(self.plan)]
@@ -85,7 +98,7 @@ class BundleLayout:
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
         of_run = measured, self.gate, self.request
-        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, *of_run)
+        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, self.stems, *of_run)
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
@@ -101,6 +114,8 @@ class Pricer:
         self.plan, self.gate = plan, gate
         self.request: Request | None = None
         """What the bundles record."""
+        self.links = True
+        """Whether tasks have links to their weights."""
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
         self._files: dict[Any, list[WeightFile]] = {}
         self._entries: dict[Any, int] = {}
@@ -117,6 +132,7 @@ class Pricer:
         """With the same memory: layouts of bundles that record this request."""
         other = copy.copy(self)
         other.request = recorded(request)
+        other.links = request.layout is Layout.LINKS
         return other
 
     def unit(
@@ -186,26 +202,14 @@ class Pricer:
             if key not in self._files:
                 self._files[key] = weight_files(readers, by_readers[readers], plan.reader_names, plan.sha256)
             files += self._files[key]
-        indices = _indices(plan, storages, files, cast)
-        small = [
-            SmallFile(path=f"tasks/{task.name}/{name}", readers=(number,), num_bytes=side.bytes)
-            for number, task in enumerate(plan.readers)
-            for name, side in sorted(task.files.items())
-        ] + [
-            SmallFile(path=f"tasks/{plan.tasks[task].name}/{INDEX_NAME}", readers=(task,), num_bytes=len(index))
-            for task, index in indices.items()
-        ]
-        small += [
-            SmallFile(path=f"{BASE_FOLDER}/{name}", readers=plan.kept, num_bytes=side.bytes)
-            for name, side in plan.base.files.items()
-        ]
+        folders = task_folders(plan, storages, files, cast, links=self.links)
         return BundleLayout(
             plan=plan,
             allocation=allocation,
             storages=storages,
             files=tuple(files),
-            indices=indices,
-            small=tuple(sorted(small, key=lambda file: file.path)),
+            stems=folders.stems,
+            small=folders.small,
             entry_bytes=self._entry_bytes(allocation, storages),
             gate=self.gate,
             request=self.request,
@@ -225,38 +229,3 @@ class Pricer:
             entries = [tensor_entry(self.plan, name, allocation.dtype, Measured()) for name in names]
             self._entries[key] = len(canonical(entries)) - 2
         return sum(lengths) + max(0, len(lengths) - 1) + self._entries[key]
-
-
-def _indices(
-    plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None
-) -> dict[int, bytes]:
-    """Index files of the tasks of which nothing must be decoded, renamed (as tensors of subfolders are), cast or put
-    together: the others have none, so that nothing can be half-loaded."""
-    if plan.settings.adapters == "pool":
-        return {}  # an adapter's folder has one weight file of another name
-    where = {part: file.path for file in files for part in file.parts}
-    joined = plan.joined_tasks()
-    weight_maps: dict[int, dict[str, str] | None] = {
-        task: None if task in joined or plan.tasks[task].parts else {} for task in plan.all_tasks
-    }
-    sizes = dict.fromkeys(plan.all_tasks, 0)
-    for storage in storages.values():
-        tensor = storage.tensor
-        if tensor.class_ is TensorClass.TIED:
-            continue
-        dense = {task: part for part in storage.parts if part.array.role == "dense" for task in part.readers}
-        for task in tensor.present:  # kept adapters are none of these: theirs is an adapter's folder
-            weight_map, part, own = weight_maps[task], dense.get(task), plan.own_name(task, tensor.name)
-            if weight_map is None:
-                continue
-            if part is None or part.name != own or part.array.dtype != effective_dtype(tensor.dtype_of(task), cast):
-                weight_maps[task] = None
-                continue
-            weight_map[own] = f"../../{where[part]}"
-            sizes[task] += part.num_bytes
-    found = {}
-    for task, weight_map in weight_maps.items():
-        if weight_map is not None:
-            value = {"metadata": {"total_size": sizes[task]}, "weight_map": weight_map}
-            found[task] = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-    return found

@@ -44,6 +44,10 @@ class SmallFile:
     path: str
     readers: Tasks
     num_bytes: int
+    origin: tuple[str, str] | None = None
+    """The task, or "" for the base, and the name of the side file that this is a copy of."""
+    content: bytes = b""
+    """What is in a file that is no copy."""
 
 
 class _Number(str):
@@ -80,11 +84,12 @@ def manifest_frame(
     storages: Mapping[str, Storage],
     files: Sequence[WeightFile],
     small: Sequence[SmallFile],
+    stems: Mapping[int, str],
     measured: Measured,
     gate: Mapping[str, Any] | None = None,
     request: Request | None = None,
 ) -> dict[str, Any]:
-    """The whole manifest but its units and tensors, with the id open."""
+    """The whole manifest but its units and tensors, with the id open. stems: of the links, by task."""
     names = plan.reader_names
     inexact = inexact_tasks(plan, storages, allocation.dtype)
     tasks = {
@@ -98,6 +103,7 @@ def manifest_frame(
         }
         | ({"parts": member.parts} if member.parts else {})
         | member.entry(plan.settings.adapters)
+        | ({"stem": stems[index]} if index in stems else {})
         for index, member in enumerate(plan.readers)
     }
     entries = {

@@ -1,6 +1,5 @@
 """Tasks of a bundle as ordinary checkpoint folders."""
 
-import errno
 import json
 import os
 import shutil
@@ -16,18 +15,17 @@ from flexmerge_cli.bundle.exported import exported_files
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import Ours, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
+from flexmerge_cli.checkpoint.choose import INDEX
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.libraries import LIBRARIES, LibraryName, index_name, library_of, shard_names
 from flexmerge_cli.checkpoint.parts import part_of
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
-from flexmerge_cli.writing import NOT_SUPPORTED, no_space
-
-# Another file system, one without links, a file that has as many as it may, or whose owner is another.
-NO_LINK = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTTY)
-INDEX_NAME = "model.safetensors.index.json"
+from flexmerge_cli.writing import NO_LINK, no_space
 
 
 def export_task(
@@ -124,9 +122,9 @@ def _check(bundle: Bundle, path: str, sha256: str) -> None:
 
 def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     """Path in the bundle -> name in the export, of all but weights and index."""
-    prefix, adapter = f"tasks/{task}/", bundle.manifest.tasks[task].adapter
+    prefix, adapter = f"{bundle.manifest.side_folder(task)}/", bundle.manifest.tasks[task].adapter
     own = {path: path.removeprefix(prefix) for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
-    own.pop(f"{prefix}{INDEX_NAME}", None)
+    own = {path: name for path, name in own.items() if not INDEX.fullmatch(name)}
     if adapter is None or not merged:
         return own
     own = {path: name for path, name in own.items() if name not in (adapter.weights, CONFIG_NAME, "README.md")}
@@ -144,10 +142,16 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
     as_adapter = adapter is not None and not merged
     if link and bundle.manifest.tasks[task].pooled is not None:
         raise UsageError(f"task `{task}` is an adapter, of one file of its own", hint="leave out --link")
-    if link and not as_adapter and _weight_map(bundle, task) is None:
-        raise UsageError(
-            f"task `{task}` cannot be linked: its tensors must be decoded, renamed or cast", hint="leave out --link"
-        )
+    if link and not as_adapter:
+        weight_map = _weight_map(bundle, task)
+        count = len(set((weight_map or {}).values()))
+        if weight_map is None:
+            why = "its tensors must be decoded, renamed or cast"
+        elif count > 1 and not LIBRARIES[library := _library(bundle, task)].reads_shards:
+            why = f"its weights lie in {count} files, and {library} reads one"
+        else:
+            return 0
+        raise UsageError(f"task `{task}` cannot be linked: {why}", hint="leave out --link")
     if link:
         return 0
     if as_adapter:
@@ -170,7 +174,7 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
         inside.setdefault(part_of(own, parts)[0], []).append(own)
     for part, names in inside.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        _write_part(bundle, task, names, folder / part, parts[part] if part else _stem(bundle, task))
+        _write_part(bundle, task, names, folder / part, parts[part] if part else LIBRARIES[_library(bundle, task)].stem)
 
 
 def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
@@ -188,9 +192,7 @@ def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, s
         shards[-1].append(name)
         size += _num_bytes(*forms[name])
     weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-        file_name = f"{stem}{part}.safetensors"
+    for file_name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
         header = {in_file[name]: (*forms[name], _num_bytes(*forms[name])) for name in shard}
         metadata = {"bundle": bundle.manifest.id, "flexmerge": VERSION, "format": "pt"}
         with (folder / file_name).open("xb") as file:
@@ -204,35 +206,34 @@ def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, s
     if len(shards) > 1:
         total = sum(_num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        index_name = f"{stem}.safetensors.index.json"
-        (folder / index_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / index_name(stem)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _stem(bundle: Bundle, task: str) -> str:
-    """The beginning of the weight files' names, as the library of the task's config looks for them."""
+def _library(bundle: Bundle, task: str) -> LibraryName:
+    """The library that loads the task's model."""
     if bundle.manifest.tasks[task].pooled is not None:
-        return "adapter_model"
-    folder = bundle.path / "tasks" / task
-    config = folder / "config.json"
-    if config.is_file() and b'"_diffusers_version"' in config.read_bytes():
-        return "diffusion_pytorch_model"
-    return "open_clip_model" if not config.is_file() and (folder / "open_clip_config.json").is_file() else "model"
+        return "peft"
+    names = _side_files(bundle, task, merged=False).values()
+    config = bundle.config_folder(task) / "config.json"
+    return library_of(read_json(config, MAX_CONFIG_BYTES) if "config.json" in names else {}, names)
 
 
 def _link(bundle: Bundle, task: str, folder: Path) -> None:
-    """The bundle's files under names that loaders and tools that glob a folder know as shards."""
+    """The bundle's files under the names that the task's library knows, with an index if there are several."""
     weight_map = _weight_map(bundle, task)
     assert weight_map is not None
     files = sorted(set(weight_map.values()))
-    stem = _stem(bundle, task)
-    new_names = {path: f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number, path in enumerate(files, 1)}
+    stem = LIBRARIES[_library(bundle, task)].stem
+    new_names = dict(zip(files, shard_names(stem, len(files)), strict=True))
     for path, new in new_names.items():
         _link_file(bundle, path.relative_to(bundle.path).as_posix(), folder / new)
+    if len(files) == 1:
+        return
     value = {
         "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
         "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    (folder / index_name(stem)).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:

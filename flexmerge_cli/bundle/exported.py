@@ -6,11 +6,10 @@ from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
+from flexmerge_cli.checkpoint.libraries import STEMS
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
-
-STEMS = ("model", "adapter_model", "diffusion_pytorch_model", "open_clip_model")
 
 
 def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
@@ -61,6 +60,10 @@ def _is_kept(path: Path, kept: set[tuple[str, str]]) -> bool:
 def _name_beside(path: str) -> str:
     """What a side file of the bundle is called in an export; of a weight file nothing."""
     folder, _, name = path.partition("/")
-    if folder == "tasks":
-        return name.partition("/")[2]
-    return name if folder == BASE_FOLDER else ""
+    match folder:
+        case "tasks":
+            return name.partition("/")[2]
+        case "coded":
+            return name.partition("/files/")[2]
+        case _:
+            return name if folder == BASE_FOLDER else ""

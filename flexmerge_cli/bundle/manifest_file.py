@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, SourceError
-from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, Manifest
+from flexmerge_cli.formats.manifest import FORMAT, FORMATS, NO_SHA256, Manifest
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.record import Unsound, first_error
 from flexmerge_cli.regular_file import check_kind, open_file, read_file
@@ -19,21 +19,21 @@ MANIFEST_NAME = "manifest.json"
 # 64 tasks of 1,000 tensors take 5 MB, of 18,867 (128 experts in 48 layers) 60 MB. In memory up to 35 times that.
 MAX_MANIFEST_BYTES = 128 << 20
 PIECE_BYTES = 1 << 20
+MARKS = [f'"format":"{name}"'.encode() for name in FORMATS]
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a folder has a manifest of this format, looked for in pieces: memory does not depend on its size."""
-    wanted = f'"format":"{FORMAT}"'.encode()
+    """Whether a folder has a manifest of a bundle, looked for in pieces: memory does not depend on its size."""
     last = b""
     try:
         with open_file(path / MANIFEST_NAME) as file:
             for _ in range(MAX_MANIFEST_BYTES // PIECE_BYTES):
                 piece = file.read(PIECE_BYTES)
-                if wanted in last + piece:
+                if any(mark in last + piece for mark in MARKS):
                     return True
                 if not piece:
                     return False
-                last = piece[-len(wanted) :]
+                last = piece[-len(MARKS[0]) :]
     except (FlexmergeError, OSError):
         pass
     return False
@@ -61,7 +61,7 @@ def read_manifest(path: Path) -> Manifest:
     data = read_file(file, MAX_MANIFEST_BYTES, "a manifest")
     # The id first: a damaged manifest may be no JSON any more, or tell of anything.
     claimed = re.search(rb'"id":"([0-9a-f]{64})"', data)
-    ours = f'"format":"{FORMAT}"'.encode() in data
+    ours = any(mark in data for mark in MARKS)
     if claimed is None and not ours:
         raise DataError(f"{file} is not a manifest of {FORMAT}", hint="give the folder that `merge` wrote")
     zeroed = data if claimed is None else data[: claimed.start(1)] + NO_SHA256.encode() + data[claimed.end(1) :]
@@ -79,7 +79,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{file} is not sound: {reason}", hint="fetch the bundle again") from None
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON: {error}", hint="fetch the bundle again") from None
-    for name in manifest.files:
+    for name in (*manifest.files, *manifest.all_links):
         file_inside(path, name)
     return manifest
 

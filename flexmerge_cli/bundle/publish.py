@@ -51,11 +51,12 @@ Ours = Callable[[Path], Collection[str] | None]
 
 
 def bundle_files(folder: Path) -> Collection[str] | None:
-    """What a bundle's manifest lists, and itself: what `--force` may replace. Raises UsageError if it is damaged."""
+    """What a bundle's manifest tells of, and itself: what `--force` may replace. Raises UsageError if it is damaged."""
     if not is_bundle(folder):
         return None
     try:
-        return {MANIFEST_NAME, *read_manifest(folder).files}
+        manifest = read_manifest(folder)
+        return {MANIFEST_NAME, *manifest.files, *manifest.all_links}
     except FlexmergeError as error:
         raise UsageError(
             f"{folder} is not replaced: its manifest does not say any more what flexmerge wrote there: {error.message}",

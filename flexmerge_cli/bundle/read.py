@@ -19,11 +19,10 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
-from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
+from flexmerge_cli.formats.manifest import BASE_FOLDER, WEIGHTS, Manifest
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.stored.decoding import ALL
 
-WEIGHTS = "weights/"
 MAX_LOOKS = 5
 
 
@@ -223,7 +222,7 @@ class Bundle(Routes):
 
     def config_folder(self, task: str) -> Path:
         """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
-        folder = self.path / "tasks" / task
+        folder = self.path / self.manifest.side_folder(task)
         has_own = self.manifest.tasks[task].adapter is None or f"tasks/{task}/config.json" in self.manifest.files
         return folder if has_own else self.path / BASE_FOLDER
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from flexmerge_cli.bundle.files import FETCH_AGAIN, DigestError
+from flexmerge_cli.bundle.links import MISSING, link_problem
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.folder import hub_blobs
 from flexmerge_cli.errors import FlexmergeError, IntegrityError
 
 
@@ -49,6 +51,13 @@ def verify_bundle(
         problems[name] = problem
     bad = {name: _said(bundle.path / name, problem) for name, problem in problems.items() if problem is not None}
     broken = {task for name in bad for task in manifest.files[name].tasks}
+    is_download = bool(hub_blobs(bundle.path))  # what flexmerge needs, and it needs no links
+    for task in manifest.tasks:
+        for link, name in manifest.links(task).items():
+            said = link_problem(bundle.path / link, bundle.path / name, manifest.files[name])
+            if said is not None and not (is_download and said == MISSING):
+                bad[link] = said
+                broken.add(task)
     for task in [name for name in manifest.tasks if name not in broken]:
         problem = bundle.problem(task)
         if problem is not None:
@@ -59,7 +68,7 @@ def verify_bundle(
         found, num_tensors = _decode(bundle, set(manifest.tasks) - broken)
         bad |= {f"{tensor} of {task}": problem for (task, tensor), problem in found.items()}
         broken |= {task for task, _ in found}
-    known = {bundle.path / name for name in (*manifest.files, MANIFEST_NAME)}
+    known = {bundle.path / name for name in (*manifest.files, *manifest.all_links, MANIFEST_NAME)}
     unknown = sorted(
         str(p.relative_to(bundle.path)) for p in bundle.path.rglob("*") if not p.is_dir() and p not in known
     )

@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
 from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
@@ -16,7 +17,6 @@ from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
-from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.writing import no_space
 
 COPY_BYTES = 4 << 20
@@ -38,7 +38,7 @@ def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
 def write_bundle(
     layout: BundleLayout,
     sources: Sources,
-    side_files: dict[str, Path],
+    side_files: Mapping[tuple[str, str], Path],
     target: Path,
     *,
     force: bool,
@@ -50,10 +50,11 @@ def write_bundle(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> Measured:
-    """side_files: path in the bundle -> source. accept may raise, after measuring and before publishing; so may
-    examine, which gets the folder of the whole bundle where it is not published yet.
+    """side_files: (task, or "" for the base, name) -> source. accept may raise, after measuring and before publishing;
+    so may examine, which gets the folder of the whole bundle where it is not published yet.
     """
     with publish(target, force=force, ours=bundle_files, needed_bytes=layout.total_bytes) as folder:
+        link = linker(folder) if layout.links else None
         measured = materialise(
             layout,
             sources,
@@ -66,6 +67,10 @@ def write_bundle(
         )
         on_stage("files of the tasks")
         _write_small(layout, side_files, folder, measured)
+        for path, weights in layout.links.items():
+            assert link is not None
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            link(folder / weights, folder / path)
         accept(measured)
         (folder / MANIFEST_NAME).write_bytes(layout.manifest(measured))
         _check_written(layout, folder)
@@ -73,25 +78,23 @@ def write_bundle(
     return measured
 
 
-def _write_small(layout: BundleLayout, side_files: dict[str, Path], folder: Path, measured: Measured) -> None:
-    """Side and index files; equal ones are hard links where that works."""
+def _write_small(
+    layout: BundleLayout, side_files: Mapping[tuple[str, str], Path], folder: Path, measured: Measured
+) -> None:
+    """Side files, and what is written beside them; equal ones are hard links where that works."""
     written: dict[str, Path] = {}
-    digests = {
-        f"tasks/{task.name}/{name}": side.digest for task in layout.plan.readers for name, side in task.files.items()
-    } | {f"{BASE_FOLDER}/{name}": side.digest for name, side in layout.plan.base.files.items()}
-    indices = {f"tasks/{layout.plan.tasks[task].name}/": data for task, data in layout.indices.items()}
+    records = {reader.name: reader.files for reader in layout.plan.readers} | {"": layout.plan.base.files}
     for small in layout.small:
-        source = side_files.get(small.path)
         path = folder / small.path
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
-            if source is None:
-                file.write(indices[small.path.rpartition("/")[0] + "/"])
+            if small.origin is None:
+                file.write(small.content)
             else:
-                with source.open("rb") as read:  # an adapter's weights may be large
+                with side_files[small.origin].open("rb") as read:  # an adapter's weights may be large
                     shutil.copyfileobj(read, file, COPY_BYTES)
-        if source is not None and digest_file(path) != digests[small.path]:
-            raise DataError(f"{source} has changed since the plan", hint="make the plan again")
+        if small.origin is not None and digest_file(path) != records[small.origin[0]][small.origin[1]].digest:
+            raise DataError(f"{side_files[small.origin]} has changed since the plan", hint="make the plan again")
         measured.sha256[small.path] = sha256_of(path)
         first = written.setdefault(measured.sha256[small.path], path)
         if first is not path:
@@ -105,7 +108,13 @@ def _write_small(layout: BundleLayout, side_files: dict[str, Path], folder: Path
 
 def _check_written(layout: BundleLayout, folder: Path) -> None:
     """Every tensor of every task is on its route, with its dtype and shape, and the bytes are those of the layout."""
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    small, weights = ([folder / file.path for file in files] for files in (layout.small, layout.files))
+    total = sum(path.stat().st_size for path in (*small, *weights, folder / MANIFEST_NAME))
+    links = [folder / path for path in layout.links]
+    if sorted(path for path in folder.rglob("*") if not path.is_dir()) != sorted(
+        [*small, *weights, *links, folder / MANIFEST_NAME]
+    ) or any(not link.samefile(folder / layout.links[link.relative_to(folder).as_posix()]) for link in links):
+        raise IntegrityError("the files that were written are not those that were planned", hint="report this")
     if total != layout.total_bytes:
         raise IntegrityError(f"{total:,} bytes were written, {layout.total_bytes:,} were planned", hint="report this")
     bundle = Bundle.open(folder)

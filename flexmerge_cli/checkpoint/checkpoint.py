@@ -16,7 +16,7 @@ from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.choose import ADAPTER_FILES, WEIGHT_FILES, WEIGHT_SUFFIXES, variants
 from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left, is_portable
-from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, inside
+from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, bundle_of, inside
 from flexmerge_cli.checkpoint.parts import part_of, stem_of
 from flexmerge_cli.checkpoint.pickles import read_pickle
 from flexmerge_cli.checkpoint.quantised import HINT, by_config, by_names
@@ -130,8 +130,9 @@ def open_checkpoint(
 
 def _task_of_bundle(folder: Path) -> UsageError | None:
     """The error for a task's folder in a bundle, whose weights lie elsewhere: it says how to export the task."""
-    bundle = folder.parent.parent
-    if folder.parent.name != "tasks" or not (bundle / "manifest.json").is_file() or not (bundle / "weights").is_dir():
+    folder = folder.parent if folder.parent.parent.name == "coded" else folder
+    bundle = bundle_of(folder)
+    if bundle is None:
         return None
     if any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):  # a kept adapter is whole
         return None

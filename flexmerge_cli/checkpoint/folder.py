@@ -8,6 +8,7 @@ from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
 
 MAX_ENTRIES = 200_000  # files and folders of one source
+WEIGHTS = "weights"  # the folder of a bundle that holds them
 SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"  # of the store that repositories of one Hub cache share
 
 
@@ -162,16 +163,25 @@ def check_count(count: int, source: str) -> None:
 
 
 def guard(folder: Path, path: Path) -> None:
-    """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache."""
+    """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache, and from a
+    task's folder in a bundle to the bundle's weights."""
     below = [path, *path.parents]
     if not any(place.is_symlink() for place in below[: len(below) - 1 - len(folder.parents)]):
         return
-    target = path.resolve()
-    if not any(target.is_relative_to(place) for place in [folder.resolve(), *hub_blobs(folder)]):
+    target, bundle = path.resolve(), bundle_of(folder)
+    allowed = [folder.resolve(), *hub_blobs(folder), *([bundle / WEIGHTS] if bundle is not None else [])]
+    if not any(target.is_relative_to(place) for place in allowed):
         raise DataError(
             f"{path} is a link to {target}, outside its folder",
             hint="if it is trusted, as in the store of DVC or git-annex: plan with --follow-links",
         )
+
+
+def bundle_of(folder: Path) -> Path | None:
+    """The bundle that a folder belongs to as that of a task; None for any other folder."""
+    bundle = folder.resolve().parent.parent
+    is_task = folder.resolve().parent.name in ("tasks", "coded")
+    return bundle if is_task and (bundle / "manifest.json").is_file() and (bundle / WEIGHTS).is_dir() else None
 
 
 def hub_blobs(folder: Path) -> list[Path]:

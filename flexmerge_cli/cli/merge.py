@@ -19,6 +19,7 @@ def merge(
     seed: o.ClusterSeed = None,
     dtype: o.Dtype = None,
     max_distance: o.MaxDistance = None,
+    layout_: o.Layout = None,
     relocate: o.Relocate = None,
     plan_file: o.KeptPlan = None,
     html: o.Html = None,
@@ -61,6 +62,7 @@ def merge(
         "seed": seed,
         "dtype": dtype,
         "max_distance": max_distance,
+        "layout": layout_,
         "fit": fit,
     }
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)

@@ -146,6 +146,10 @@ MethodFor = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, _stored("--dtype", "bf16|fp16|fp32", "Cast stored tensors.")]
+Layout = Annotated[
+    str | None,
+    _stored("--layout", "links|pointer", "How tasks/NAME has weights that need no decoding (default: links)."),
+]
 Size = Annotated[
     str | None,
     _sizes(

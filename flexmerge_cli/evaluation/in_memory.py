@@ -261,6 +261,6 @@ def _restricted(layout: BundleLayout, wanted: Collection[tuple[str, Tasks | None
         allocation=replace(layout.allocation, units=tuple(units)),
         storages=storages,
         files=(WeightFile(path="", readers=(), parts=parts, header=b""),),
-        indices={},
+        stems={},
         small=(),
     )

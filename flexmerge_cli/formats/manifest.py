@@ -1,9 +1,12 @@
-"""manifest.json, `flexmerge.bundle/1`: canonical JSON, sorted keys, UTF-8. Its schema; manifest_bytes.py writes it.
+"""manifest.json, `flexmerge.bundle/2`: canonical JSON, sorted keys, UTF-8. Its schema; manifest_bytes.py writes it.
 
 id        sha256 of these bytes with its own 64 digits set to 0
 files     {path: {bytes, sha256, tasks}} of every file but this one; a path MUST stay inside the bundle
-tasks     {name: {…, names, files}}: `names` maps aligned to own names where they differ; `files` is the route and the
-          files under tasks/NAME
+tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` is the route and
+          the task's other files: those under tasks/NAME, or, where it must be decoded, coded/NAME/README.md, which says
+          so, and those under coded/NAME/files. With a `stem`, tasks/NAME also holds links to the weight files, which
+          are in no list: their names follow from the stem and the route. `flexmerge.bundle/1` has neither: all tasks
+          are under tasks/NAME, and those of which nothing must be decoded have an index that points to ../../weights
 units     which tasks share what, how (kind), and each task's distance there
 tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ), and per
           task that has it the digest of what a reader gets; `of` is the target of a tied one
@@ -42,6 +45,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.checkpoint.libraries import STEMS, index_name, shard_names
 from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
@@ -54,10 +58,19 @@ from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.stored.forms import known_form
 
-FORMAT = "flexmerge.bundle/1"
+FORMAT = "flexmerge.bundle/2"
+FORMATS = ("flexmerge.bundle/1", FORMAT)
 NO_SHA256 = "0" * 64
 BASE_FOLDER = "base"
+WEIGHTS = "weights/"
+CODED_README = "README.md"
 MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
+
+
+def _known_stem(value: str) -> str:
+    if value not in STEMS:
+        raise ValueError("a stem of weight files that no library has")
+    return value
 
 
 class FileEntry(Record):
@@ -85,6 +98,9 @@ class TaskEntry(Record):
     adapter: AdapterEntry | None = None
     pooled: AdapterKind | None = None
     """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
+    stem: Annotated[str, AfterValidator(_known_stem)] | None = None
+    """Its folder holds links to the weight files of its route, in the order of their paths: one is called
+    `<stem>.safetensors`, several are numbered as shards."""
 
 
 class MethodEntry(Record):
@@ -161,7 +177,7 @@ class GateEntry(Record):
 
 
 class Manifest(Record):
-    format: Literal["flexmerge.bundle/1"]
+    format: Literal["flexmerge.bundle/1", "flexmerge.bundle/2"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
     generator: str
     plan: str
@@ -183,10 +199,36 @@ class Manifest(Record):
         """All that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
+    def side_folder(self, task: str) -> str:
+        """Where a task's config, tokenizer and other side files lie."""
+        return side_folder(task, coded=f"coded/{task}/{CODED_README}" in self.files)
+
+    def lies_in_place(self, task: str) -> bool:
+        """Whether a folder holds the weights of the task's model as its library reads them, or an index to them."""
+        indices = {f"tasks/{task}/{index_name(stem)}" for stem in STEMS}
+        return self.tasks[task].stem is not None or not indices.isdisjoint(self.tasks[task].files)
+
+    def links(self, task: str) -> dict[str, str]:
+        """Path of each link in a task's folder -> the weight file to which it leads."""
+        entry = self.tasks[task]
+        route = sorted(path for path in entry.files if path.startswith(WEIGHTS))
+        names = shard_names(entry.stem, len(route)) if entry.stem is not None else []
+        return {f"tasks/{task}/{name}": path for name, path in zip(names, route)}
+
+    @property
+    def all_links(self) -> dict[str, str]:
+        """The same of all tasks."""
+        return {link: path for task in self.tasks for link, path in self.links(task).items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
         _check(self)
         return self
+
+
+def side_folder(task: str, *, coded: bool) -> str:
+    """coded: the task must be decoded; loaders find no config in the folder of its name."""
+    return f"coded/{task}/files" if coded else f"tasks/{task}"
 
 
 def _check(manifest: Manifest) -> None:
@@ -203,7 +245,7 @@ def _check(manifest: Manifest) -> None:
         folder, *below = path.split("/")
         if not set(file.tasks) <= tasks:
             raise ValueError(f"`{path}` is read by a task that is not there")
-        if folder == "tasks" and (len(below) < 2 or file.tasks != (below[0],)):
+        if folder in ("tasks", "coded") and file.tasks != (below[0],):
             raise ValueError(f"`{path}` is not a file of its task")
     read_by: dict[str, set[str]] = {name: set() for name in tasks}
     for path, file in manifest.files.items():
@@ -212,6 +254,18 @@ def _check(manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
+        folder, links = manifest.side_folder(name), manifest.links(name)
+        is_coded = folder.startswith("coded/")
+        for path in task.files:
+            is_known = (
+                path.startswith((WEIGHTS, f"{BASE_FOLDER}/", f"{folder}/")) or path == f"coded/{name}/{CODED_README}"
+            )
+            if not is_known or path in links:
+                raise ValueError(f"`{path}` is not a file of task `{name}`, or is called like a link to its weights")
+        if task.stem is not None and (is_coded or task.adapter is not None):
+            raise ValueError(f"the weights of task `{name}` are linked, and no loader reads them so")
+        if manifest.format == FORMATS[0] and (is_coded or task.stem is not None):
+            raise ValueError(f"task `{name}` is not stored as {FORMATS[0]} stores it")
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     if len(tensors) < len(manifest.stored):
         raise ValueError("a tensor is there twice")
@@ -306,10 +360,10 @@ def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry, tensors
 
 
 def _stays_inside(path: str) -> bool:
-    """weights/FILE, tasks/NAME/… or base/FILE, of names that every disk can hold."""
+    """weights/FILE, tasks/NAME/…, coded/NAME/… or base/FILE, of names that every disk can hold."""
     folder, *below = path.split("/")
     return (
-        folder in ("weights", "tasks", BASE_FOLDER)
+        folder in ("weights", "tasks", "coded", BASE_FOLDER)
         and below != []
         and not set(below) & {"", ".", ".."}
         and not any(character in path for character in ("\\", ":", "\0"))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
@@ -40,9 +41,10 @@ class Member(Record):
     """Subfolder with weights of its own -> the stem of their files there; left out where there is none."""
 
     @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "parts" or value}
+        usual = {"parts": {}, "library": "transformers"}
+        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
 
     @property
     def source_bytes(self) -> int:
@@ -102,6 +104,8 @@ class PlanTask(Member):
     """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
     low_rank: LowRankRecord | None = None
     """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
+    library: LibraryName = "transformers"
+    """What loads the model; left out where it is transformers, or not known."""
 
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
         if tensor is None or tensor.digests[place] is None:

@@ -39,6 +39,7 @@ class Request(Record):
     """What `cluster` draws from."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = None
+    layout: Literal["pointer"] | None = None
     command: str = Field(max_length=1 << 20)
     """Makes the bundle again, where the plan is `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")

@@ -15,6 +15,7 @@ import xxhash
 from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
+from flexmerge_cli.checkpoint.libraries import library_of
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.adapters import partition_pairs
@@ -190,6 +191,7 @@ def plan_of(
                 "config_base": _config_base(checkpoint),
                 "adapter": checkpoint.adapter,
                 "low_rank": (low_rank or {}).get(task),
+                "library": library_of(checkpoint.config, checkpoint.side_files),
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],

@@ -105,8 +105,8 @@ def adapter_records(
     return records
 
 
-def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[str, Path]:
-    """Path in the bundle -> source, of the adapters' files. Raises DataError if an adapter is not what the plan saw."""
+def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[tuple[str, str], Path]:
+    """(adapter, name) -> the file, of the adapters' files. Raises DataError if an adapter is not what the plan saw."""
     check_on_disk(kept)
     files, problems = {}, []
     for record, found in zip(plan.adapters, kept, strict=True):
@@ -122,7 +122,7 @@ def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[str, Path]:
             if size != file.bytes:
                 problems.append(f"adapter `{record.name}`: {found.adapter.checkpoint.path / name}")
             else:
-                files[f"tasks/{record.name}/{name}"] = path
+                files[record.name, name] = path
     if problems:
         raise DataError("changed since the plan:\n  " + "\n  ".join(problems), hint="make the plan again")
     return files

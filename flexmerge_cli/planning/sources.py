@@ -16,7 +16,6 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, make_family
-from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.formats.members import Member
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.formats.plan_records import SideFile
@@ -87,8 +86,8 @@ class OpenSources:
     """The plan's tasks, then the models of its kept adapters."""
     located: "Sources"
     kept: tuple[KeptAdapter, ...]
-    side_files: dict[str, Path]
-    """Path in the bundle -> the file that is copied there."""
+    side_files: dict[tuple[str, str], Path]
+    """Task, or "" for the base, and the name of a side file in it -> the file."""
 
     def to_fetch(self) -> list[RemoteFile]:
         """The files of the Hub that hold a tensor of the plan and are not on this disk."""
@@ -131,12 +130,12 @@ def open_sources(
         base, opened, kept = members.base, dict(members.models), members.kept
     tasks = tuple(opened[name] for name in plan.task_names)
     of_base, of_tasks = _located(plan, base, tasks)
-    side_files: dict[str, Path] = {}
+    side_files: dict[tuple[str, str], Path] = {}
     for record, task in zip(plan.tasks, tasks):
-        side_files |= _side_files(f"tasks/{record.name}", record.files, task.path, task.side_files)
+        side_files |= _side_files(record.name, record.files, task.path, task.side_files)
     if base is not None and kept:
         side_files |= kept_adapters.located(plan, kept)
-        side_files |= _side_files(BASE_FOLDER, plan.base.files, base.path, kept_adapters.base_side_files(base))
+        side_files |= _side_files("", plan.base.files, base.path, kept_adapters.base_side_files(base))
     return OpenSources(
         base=base,
         tasks=(*tasks, *(each.model for each in kept)),
@@ -235,13 +234,13 @@ def _located(
 
 
 def _side_files(
-    target: str, recorded: Mapping[str, SideFile], folder: Path, there: Mapping[str, Path]
-) -> dict[str, Path]:
-    """Path below `target` in the bundle -> the file. Raises DataError for one whose size is not the recorded one."""
+    task: str, recorded: Mapping[str, SideFile], folder: Path, there: Mapping[str, Path]
+) -> dict[tuple[str, str], Path]:
+    """(task, name) -> the file. Raises DataError for one whose size is not the recorded one."""
     for name, side in recorded.items():
         if name not in there or there[name].stat().st_size != side.bytes:
             raise DataError(f"{folder / name} has changed since the plan", hint="make the plan again")
-    return {f"{target}/{name}": there[name] for name in recorded}
+    return {(task, name): there[name] for name in recorded}
 
 
 def _check_kinds(plan: Plan, members: Members) -> None:

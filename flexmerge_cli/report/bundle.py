@@ -35,6 +35,7 @@ def merge_summary(
         "factor": layout.tensor_bytes / max(1, plan.one_model_bytes),
         "tensor_bytes": layout.tensor_bytes,
         "total_bytes": layout.total_bytes,
+        "unlinked_bytes": layout.unlinked_bytes,
         "served_bytes": served_bytes(layout),
         "files": files,
         "tasks": {
@@ -63,6 +64,8 @@ def show_merge(value: dict[str, Any]) -> None:
         table(["task", "route bytes", "distance"], measured)
     else:
         table(["file", "bytes"], [(path, f"{size:,}") for path, size in sorted(value["files"].items())])
+        if value["unlinked_bytes"] > value["total_bytes"]:
+            say(f"{value['unlinked_bytes']:,} bytes for an upload that sends each link as a copy")
         say(f"estimated peak memory beyond Python and torch: {human_bytes(value['peak_memory_bytes'])}")
         table(["task", "route bytes"], rows)
     verb = "wrote" if value["written"] else "would write"

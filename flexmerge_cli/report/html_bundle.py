@@ -66,8 +66,8 @@ def _tasks(value: dict[str, object]) -> str:
         "Tasks",
         table(columns, rows),
         note="Exact: the share of its parameters that come back as they were. Distance: 0 is exact, 1 as far off as "
-        "the base; null where a task does not differ from the base and yet is not exact. Weights in place are files "
-        "under the task's own names, with an index; others are made by <code>export</code>.",
+        "the base; null where a task does not differ from the base and yet is not exact. Weights in place are those "
+        "of a checkpoint in <code>tasks/</code>; others are made by <code>export</code>.",
     )
 
 

@@ -68,7 +68,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
     check_kind(path)
     if path.is_dir():
         # Also if the manifest is missing or damaged, so that the problem is reported.
-        if (path / "weights").is_dir() and ((path / MANIFEST_NAME).is_file() or (path / "tasks").is_dir()):
+        if (path / "weights").is_dir() and any((path / name).exists() for name in (MANIFEST_NAME, "tasks", "coded")):
             return Kind.BUNDLE
         if is_bundle(path):
             return Kind.BUNDLE

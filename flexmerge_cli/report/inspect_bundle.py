@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexmerge_cli.allocation.layout import INDEX_NAME
 from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
@@ -241,8 +240,8 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
         "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),
         "files": list(entry.files),
-        "in_place": f"tasks/{task}/{INDEX_NAME}" in entry.files,
-        "config": f"tasks/{task}/config.json" in entry.files,
+        "in_place": manifest.lies_in_place(task),
+        "config": f"{manifest.side_folder(task)}/config.json" in entry.files,
     }
 
 

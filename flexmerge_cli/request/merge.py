@@ -30,6 +30,15 @@ class Fit(StrEnum):
     """The shortest prefix that fits, as in the paper."""
 
 
+class Layout(StrEnum):
+    """How the folder of a task that needs no decoding holds its weights."""
+
+    LINKS = "links"
+    """Links to the files that store them."""
+    POINTER = "pointer"
+    """An index that names these files, for places that have no links."""
+
+
 class Cluster(StrEnum):
     """What is clustered instead of following a merge order."""
 
@@ -99,6 +108,7 @@ class MergeRequest:
     """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps theirs."""
     max_distance: float | None = None
     """Every task must end up nearer to its model than this; at least 0."""
+    layout: Layout = Layout.LINKS
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Messages that say which methods stand in for those of mergekit."""
 
@@ -148,6 +158,7 @@ class MergeRequest:
             found += [("--cluster", choice.cluster.value), ("--seed", choice.seed or None)]
         found.append(("--dtype", next((word for word, dtype in CASTS.items() if dtype == self.dtype), None)))
         found.append(("--max-distance", self.max_distance))
+        found.append(("--layout", None if self.layout is Layout.LINKS else self.layout.value))
         return [str(word) for option, value in found if value is not None for word in (option, value)]
 
 
@@ -190,14 +201,15 @@ def merge_request(
     seed: int | None = None,
     dtype: str | None = None,
     max_distance: float | None = None,
+    layout: str | None = None,
     run_files: bool = False,
 ) -> MergeRequest:
     """Parse what was asked for; None: not asked. Reads no plan and no weight, and runs a method's file at most once.
 
     method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: pattern -> method or `keep`, or
     texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`. dtype:
-    `bf16`, `fp16` or `fp32`. max_distance: at least 0. run_files: whether a method may come from `./FILE.py#NAME`,
-    which is code that runs; never for words of a stranger's file.
+    `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. run_files: whether a method may
+    come from `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
 
     Raises UsageError for words that are not known, for options that contradict each other, and for every option that
     would not be read; MethodMissing for a size without a method.
@@ -217,7 +229,8 @@ def merge_request(
     if max_distance is not None and not max_distance >= 0:
         raise UsageError(f"--max-distance {max_distance} is not a number of 0 or more", hint="write 0.5")
     cast = CASTS[_word(CASTS, dtype, "dtype")] if dtype is not None else None
-    return MergeRequest(choice=choice, dtype=cast, max_distance=max_distance, notes=notes)
+    folders = Layout(_word(Layout, layout, "layout")) if layout is not None else Layout.LINKS
+    return MergeRequest(choice=choice, dtype=cast, max_distance=max_distance, layout=folders, notes=notes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
 ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code, follow_links
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
-         max_distance}
+         max_distance, layout}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
          spec is an eval.yaml, of which no code is run; it scores every task, or names it under `not_scored`
 Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
@@ -57,6 +57,7 @@ class MergeRecord(Record):
     seed: int | None = Field(default=None, ge=0)
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = Field(default=None, ge=0)
+    layout: Literal["links", "pointer"] | None = None
 
     @field_validator("size", mode="before")
     @classmethod

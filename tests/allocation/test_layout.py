@@ -18,7 +18,7 @@ from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.stored.form import Array
 
 from ..families import ODD
-from ..program import succeeds
+from ..program import stored_sizes, succeeds
 
 
 def part(name, dtype="F32", shape=(2,)):
@@ -33,11 +33,7 @@ def test_dry_run_is_right_to_the_byte(name, method, odd_plan, tmp_path):
     said = succeeds("merge", odd_plan(name), *options, "-o", tmp_path / "b", "--dry-run", "--json").json
     assert not (tmp_path / "b").exists() and not said["written"]
     done = succeeds("merge", odd_plan(name), *options, "-o", tmp_path / "b", "--json").json
-    files = {
-        str(path.relative_to(tmp_path / "b")): path.stat().st_size
-        for path in (tmp_path / "b").rglob("*")
-        if path.is_file()
-    }
+    files = stored_sizes(tmp_path / "b")
     assert said["files"] == done["files"] == files
     assert said["total_bytes"] == done["total_bytes"] == sum(files.values())
     data = {}

@@ -142,7 +142,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(large, tmp_
         assert list(disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("free_pages", [0, 1, 3, 5, 7])
+@pytest.mark.parametrize("free_pages", [0, 1, 3, 5, 6])
 def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(free_pages, tmp_path):
     """The bytes would fit; their blocks do not, be it in the weights, a side file or the manifest."""
     folders = write_family(tmp_path / "family", plain(num_tasks=3))

@@ -98,6 +98,10 @@ def test_links_within_a_bundle_and_into_the_hubs_blobs_are_followed(merged, tmp_
     repository = tmp_path / "models--org--name"
     (repository / "blobs").mkdir(parents=True)
     snapshot = copy(merged, repository / "snapshots/abc")
+    for path in [path for path in snapshot.rglob("*") if path.is_symlink()]:
+        file = path.resolve()  # the cache has a file for every link, and one blob for equal files
+        path.unlink()
+        os.link(file, path)
     for number, path in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
         path.rename(repository / "blobs" / str(number))
         path.symlink_to(os.path.relpath(repository / "blobs" / str(number), path.parent))
@@ -142,7 +146,7 @@ W = "pooler.dense.weight"
 
 # A sealed manifest, and what does not fit together: in itself, or with the files.
 INCONSISTENT = {
-    "a newer format": lambda f: f.update(format="flexmerge.bundle/2"),
+    "a newer format": lambda f: f.update(format="flexmerge.bundle/3"),
     "an unknown key": lambda f: f.update(extra=1),
     "a missing key": lambda f: f.pop("units"),
     "no tasks": lambda f: f.update(tasks={}),

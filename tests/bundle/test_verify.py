@@ -54,7 +54,7 @@ def test_a_flipped_bit_of_the_manifest_is_found_wherever_it_is(merged, tmp_path)
             (bundle / "manifest.json").write_bytes(data)
 
 
-@pytest.mark.parametrize("word", ["id", "format", "flexmerge.bundle/1"])
+@pytest.mark.parametrize("word", ["id", "format", "flexmerge.bundle/2"])
 def test_a_flipped_bit_of_what_a_manifest_is_known_by_is_found(word, merged, tmp_path):
     bundle = copy(merged, tmp_path / "b")
     place = (bundle / "manifest.json").read_bytes().index(f'"{word}"'.encode()) + 1

@@ -17,6 +17,7 @@ from flexmerge_cli.cli.app import run
 from flexmerge_cli.formats.plan_file import save_plan
 from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.report.plan import size_rows
+from tests.program import stored_sizes
 from tests.report.examples import GOLDEN, bundle_path, copy_of, plan_path
 from tests.report.plans import synthetic_plan
 
@@ -135,7 +136,7 @@ def test_a_bundle_tells_where_its_bytes_are(capsys: pytest.CaptureFixture[str]) 
         value = inspect(path, capsys)
         assert sum(unit["bytes"] for unit in value["units"]) == value["classes"]["mergeable"]["bytes"]
         assert sum(found["bytes"] for found in value["classes"].values()) == value["stored_bytes"]
-        assert value["total_bytes"] == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        assert value["total_bytes"] == sum(stored_sizes(path).values())
         for task in value["tasks"].values():
             assert (task["approximated"] == 0) == task["exact"] == (method is None)
             assert task["own_bytes"] <= task["route_bytes"]

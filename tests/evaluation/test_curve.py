@@ -21,7 +21,7 @@ from flexmerge_cli.request.curve import CurveRequest, curve_methods
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.size import parse_sizes
 
-from ..program import fails, succeeds
+from ..program import fails, stored_sizes, succeeds
 from .curves import SCORED, Digits
 
 METHODS = ("task_arithmetic", "emr", "low_bit:bits=2", "auto")
@@ -55,7 +55,7 @@ def test_moving_the_cut_scores_as_bundles_that_are_written_do(sample, curve, tmp
         for task in SCORED:
             assert point.digests[task] == found[task]["scores"]["merged"]["weights"]
         assert point.tensor_bytes == bundle.manifest.stored_bytes
-        assert point.total_bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        assert point.total_bytes == sum(stored_sizes(path).values())
     assert {point.method for point in curve.points} == set(METHODS)
     assert sum(bool(point.sizes) for point in curve.points) >= 9
 

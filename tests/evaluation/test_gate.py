@@ -16,7 +16,7 @@ from flexmerge_cli.evaluation.resampling import mean_drops, parts_kept
 from flexmerge_cli.evaluation.scored import Given, Scored
 from flexmerge_cli.formats.manifest import Manifest
 
-from ..program import fails, flexmerge, succeeds
+from ..program import fails, flexmerge, stored_sizes, succeeds
 from .curves import DIGITS, TASKS, Digits, write_spec
 
 
@@ -273,7 +273,7 @@ def test_a_recipes_gate_is_told_and_recorded(sample, tmp_path):
     gate = manifest["gate"]
     assert gate.pop("versions")["torch"] == torch.__version__
     assert gate == {"max_drop": "1%", "spec": spec, "data": data, "not_scored": ["parity"]}
-    on_disk = sum(file.stat().st_size for file in (tmp_path / "bundle").rglob("*") if file.is_file())
+    on_disk = sum(stored_sizes(tmp_path / "bundle").values())
     assert found["total_bytes"] == on_disk
     shown = succeeds("inspect", tmp_path / "bundle")
     assert "passed its gate" in shown.out and spec[:16] in shown.out and "not scored: parity" in shown.out
@@ -291,7 +291,7 @@ def test_a_byte_target_counts_the_record_of_the_gate(sample, tmp_path):
     fields["merge"]["size"] = f"{size - 1}B"
     path.write_text(yaml.safe_dump(fields))
     smaller = succeeds("merge", path, "-o", tmp_path / "smaller", "--json").json
-    on_disk = sum(file.stat().st_size for file in (tmp_path / "smaller").rglob("*") if file.is_file())
+    on_disk = sum(stored_sizes(tmp_path / "smaller").values())
     assert smaller["total_bytes"] == on_disk < size
 
 

@@ -12,7 +12,7 @@ import transformers
 
 from flexmerge_cli.evaluation.kinds import sequences
 
-from ..program import fails, succeeds
+from ..program import fails, stored_sizes, succeeds
 from . import tiny
 
 N = 30
@@ -192,7 +192,7 @@ def test_csv_has_every_number_of_the_document(place, tmp_path):
     assert sorted(tuple(row[key] for key in keys) for row in rows) == sorted(numbers)
     assert len(rows) == 2 * 3 * 2 and {(row["n"], row["split"]) for row in rows} == {(str(N), "test")}
     sizes = {(row["method"], row["bytes"], row["total_bytes"]) for row in rows}
-    on_disk = sum(path.stat().st_size for path in (place / "merged").rglob("*") if path.is_file())
+    on_disk = sum(stored_sizes(place / "merged").values())
     assert sizes == {
         ("average", str(found["stored_bytes"]), str(on_disk)), ("fine-tuned", "", ""), ("base", "", ""),
     }  # fmt: skip
