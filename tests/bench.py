@@ -6,7 +6,8 @@ least that comparing them can take: positional reads into reused buffers, one su
 reads the input and writes the output once. For `serve` it loads
 one task's own checkpoint with safetensors and copies it out of the mapped file; ours decodes it of a bundle that the
 method `auto` has made at 1x, which is built once and takes minutes. For `verify`, export and the first use of a view
-(every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded bundle.
+(every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded bundle,
+also of files that are not in the page cache (`cold`).
 Imports are apart:
 each part runs in a process of its own and tells the time from after its imports. Files are read once before, so that
 all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
@@ -70,7 +71,7 @@ def compare_verified(folder: Path, repeat: int) -> None:
     if not (folder / "coded").exists():
         run_part("our-plan-gram", folder)
         run_part("our-bundles", folder)
-    for what in ("export-dense", "export-coded", "view-dense", "view-coded"):
+    for what in ("export-dense", "export-coded", "view-dense", "view-coded", "cold-view-dense", "cold-view-coded"):
         best: dict[str, dict[str, float]] = {}
         for _ in range(repeat):
             for name in (what, f"{what}-verified"):
@@ -243,7 +244,7 @@ def our_export(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]
     return lambda: export_task(Bundle.open(folder / bundle, tasks=["task1"], verify=verify), "task1", target)
 
 
-def our_view(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]:
+def our_view(folder: Path, bundle: str, *, verify: bool, cold: bool = False) -> Callable[[], None]:
     import torch
 
     from flexmerge_cli.bundle.read import Bundle
@@ -253,7 +254,11 @@ def our_view(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]:
     assert coded
     torch.set_num_threads(1)
     for file in (folder / bundle).rglob("*.safetensors"):
-        shutil.copyfile(file, os.devnull)
+        if cold:
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            shutil.copyfile(file, os.devnull)
     return lambda: (
         {name: value.clone() for name, value in View(Bundle.open(folder / bundle, verify=verify), "task1").items()}
         and None
@@ -272,7 +277,7 @@ PARTS = {
     "our-bundles": our_bundles,
     **{
         f"{what}-{bundle}{'-verified' if verify else ''}": partial(part, bundle=bundle, verify=verify)
-        for what, part in (("export", our_export), ("view", our_view))
+        for what, part in (("export", our_export), ("view", our_view), ("cold-view", partial(our_view, cold=True)))
         for bundle in ("dense", "coded")
         for verify in (False, True)
     },

@@ -53,6 +53,8 @@ class BundleFiles:
         """Name -> descriptor."""
         self._maps: dict[str, np.ndarray] = {}
         self._lock = threading.RLock()
+        self._ahead = set[str]()
+        """Files that some thread has digested, or will."""
         self._turns: dict[str, threading.Lock] = {}
         """One lock per file that is being digested: whoever comes second waits, and need not do it again."""
         weakref.finalize(self, _close, self._held)
@@ -126,6 +128,23 @@ class BundleFiles:
         Raises IntegrityError that names all that differ, with both digests, MachineError if one cannot be read.
         """
         raise_all(self._folder, [problem for problem in self.problems(list(names)) if problem is not None])
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Digest files in the background, several at a time, and return at once. A read waits for its own file alone.
+
+        Damage is raised where a file is read.
+        """
+        with self._lock:
+            waiting = [name for name in names if self._verify and name not in self._ahead]
+            self._ahead.update(waiting)
+
+        def digest() -> None:
+            while waiting:
+                with contextlib.suppress(FlexmergeError, IndexError):  # another thread took the last
+                    self._digest(waiting.pop(0))
+
+        for _ in range(min(len(waiting), MAX_THREADS, os.cpu_count() or 1)):
+            threading.Thread(target=digest, daemon=True).start()  # which no end of the program waits for
 
     @contextlib.contextmanager
     def checking(self, names: Iterable[str]) -> Iterator["BundleFiles"]:

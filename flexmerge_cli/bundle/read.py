@@ -152,6 +152,11 @@ class Bundle(Routes):
         """A file of the manifest, from beginning to end. Raises after the last byte if its sha256 is another."""
         return self._on_disk.chunks(name)
 
+    def ahead(self, task: str) -> None:
+        """Begin to digest the weight files of a task's route, where that has not been done; see BundleFiles.ahead."""
+        if self.files is not None:
+            self.files.ahead(self._weight_files(task))
+
     def hold(self, task: str) -> None:
         """Keep the weight files of a task's route open, to be read even if the bundle is replaced or removed."""
         self.check_task(task)

@@ -24,9 +24,10 @@ class View(Mapping[str, Tensor]):
     coded in few bits goes there packed and is decoded there, to the same bits.
 
     A file's sha256 is compared before the first tensor comes out of it, unless the bundle was opened with
-    verify="off". The files stay open: a bundle that is replaced or removed meanwhile is read on as it was. If the disk
-    fails, a look-up raises MachineError where it reads; a tensor on the mapped file cannot: the process gets SIGBUS
-    if it touches a page that is in memory no more. copy=True excludes that.
+    verify="off". From the second look-up on, the other files of the task are digested meanwhile. The files stay open:
+    a bundle that is replaced or removed meanwhile is read on as it was. If the disk fails, a look-up raises
+    MachineError where it reads; a tensor on the mapped file cannot: the process gets SIGBUS if it touches a page that
+    is in memory no more. copy=True excludes that.
     """
 
     def __init__(self, bundle: Bundle, task: str, *, copy: bool = False, device: str = "cpu") -> None:
@@ -34,11 +35,15 @@ class View(Mapping[str, Tensor]):
         self.bundle, self.task, self.copy = bundle, task, copy
         self.device = choose_device(device)
         self._tensors = bundle.tensors_of(task)
+        self._looked_up = 0
         own = bundle.manifest.tasks[task].names
         self.aligned = {own.get(t.name, t.name): t.name for t in bundle.manifest.tensors if task in t.digests}
 
     def __getitem__(self, name: str) -> Tensor:
         aligned = self.aligned[name]
+        self._looked_up += 1
+        if self._looked_up == 2:  # whoever wants one tensor alone does not have the other files read
+            self.bundle.ahead(self.task)
         dtype, shape = self._tensors[name]
         on_cpu = self.device.type == "cpu"
         coded = None if on_cpu else self.bundle.coded(self.task, aligned)
@@ -50,6 +55,7 @@ class View(Mapping[str, Tensor]):
 
     def read_all(self) -> dict[str, Tensor]:
         """All tensors, decoded by as many threads as there are cores."""
+        self.bundle.ahead(self.task)
         with ThreadPoolExecutor(default_threads()) as pool:
             return dict(zip(self, pool.map(self.__getitem__, self)))
 

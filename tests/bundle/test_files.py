@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -98,6 +99,26 @@ def test_a_file_is_digested_once_and_only_when_it_is_read(merged, monkeypatch):
     read.clear()
     dict(View(Bundle.open(merged, verify=False), "task1"))
     assert read == []
+
+
+def test_from_the_second_tensor_on_a_views_other_files_are_digested_meanwhile(merged, monkeypatch):
+    read, all_read = [], threading.Event()
+    chunks = files.BundleFiles.chunks
+
+    def noted(self, name):
+        yield from chunks(self, name)
+        read.append(name)
+        if set(read) >= set(Bundle.open(merged).route("task1")):
+            all_read.set()
+
+    monkeypatch.setattr(files.BundleFiles, "chunks", noted)
+    view = View(Bundle.open(merged), "task1")
+    assert len(view.bundle.route("task1")) > 1
+    name = next(iter(view))
+    view[name]
+    assert len(read) == 1
+    view[name]
+    assert all_read.wait(20) and len(read) == len(set(read))
 
 
 def replaced(bundle, other):
