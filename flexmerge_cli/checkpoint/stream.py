@@ -7,9 +7,10 @@ that will be read soon are prefetched. Independent of the server (remote.py).
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 from flexmerge_cli.checkpoint.remote import RemoteFile
 
@@ -29,7 +30,9 @@ class StreamPool:
         """The most bytes held at one time."""
         self._models = 0
         self._held: OrderedDict[tuple[StreamedFile, int], Future[bytes]] = OrderedDict()
-        self._bytes, self._lock = 0, threading.Lock()
+        self._readers: Counter[tuple[StreamedFile, int]] = Counter()
+        """How many are reading a piece, which is then not dropped."""
+        self._bytes, self._lock = 0, threading.Condition()
         self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="flexmerge-stream")
 
     @staticmethod
@@ -50,10 +53,21 @@ class StreamPool:
         share = self.max_bytes // (PIECES_PER_MODEL * max(1, self._models))
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, share))
 
-    def get(self, file: "StreamedFile", piece: int) -> "Future[bytes]":
-        """A future for the bytes of a piece."""
+    @contextmanager
+    def piece(self, file: "StreamedFile", piece: int) -> Iterator[bytes]:
+        """The bytes of a piece, once there is room. Whoever has one open asks for no other. Raises SourceError."""
+        key = (file, piece)
         with self._lock:
-            return self._submit(file, piece)
+            while key not in self._held and not self._make_room(file.piece_bytes(piece)) and self._held:
+                self._lock.wait()  # for one in transit, or one that is being read
+            found = self._submit(file, piece)
+            self._readers[key] += 1
+        try:
+            yield found.result()
+        finally:
+            with self._lock:
+                self._readers[key] -= 1
+                self._lock.notify_all()
 
     def will_need(self, file: "StreamedFile", piece: int) -> None:
         """Prefetch a piece if there is room for it."""
@@ -68,18 +82,22 @@ class StreamPool:
             self._held.move_to_end(key)
             return found
         if found is None:
-            self._make_room(file.piece_bytes(piece))
             self._bytes += file.piece_bytes(piece)
             self.most_bytes = max(self.most_bytes, self._bytes)
         self._held[key] = self._threads.submit(file.fetch, piece)
+        self._held[key].add_done_callback(self._arrived)
         return self._held[key]
 
+    def _arrived(self, _found: "Future[bytes]") -> None:
+        with self._lock:
+            self._lock.notify_all()
+
     def _make_room(self, num_bytes: int) -> bool:
-        """Drop the least recently used pieces. Returns whether num_bytes fit now. Pieces in transit stay."""
-        for key in [key for key, found in self._held.items() if found.done()]:
+        """Drop the least recently used pieces, none in transit or being read. Returns whether num_bytes fit."""
+        for key in [key for key, found in self._held.items() if found.done() and not self._readers[key]]:
             if self._bytes + num_bytes <= self.max_bytes:
                 break
-            del self._held[key]
+            del self._held[key], self._readers[key]
             self._bytes -= key[0].piece_bytes(key[1])
         return self._bytes + num_bytes <= self.max_bytes
 
@@ -99,11 +117,13 @@ class StreamedFile:
         """Read bytes [start, stop), which lie in tensors. Raises SourceError."""
         assert self.pool is not None
         first, last = self._pieces(start, stop)
-        coming = [self.pool.get(self, piece) for piece in range(first, last + 1)]
-        for piece, found in zip(range(first, last + 1), coming):
-            data, low = found.result(), self.bounds[piece]
-            begin, end = max(start, low), min(stop, low + len(data))
-            view[begin - start : end - start] = data[begin - low : end - low]
+        for piece in range(first + 1, last + 1):
+            self.pool.will_need(self, piece)  # those that fit come at the same time
+        for piece in range(first, last + 1):
+            with self.pool.piece(self, piece) as data:
+                low = self.bounds[piece]
+                begin, end = max(start, low), min(stop, low + len(data))
+                view[begin - start : end - start] = data[begin - low : end - low]
 
     def will_need(self, start: int, stop: int) -> None:
         assert self.pool is not None

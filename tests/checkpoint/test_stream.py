@@ -1,6 +1,7 @@
 """Streamed files: how they are cut into requests, that each byte comes once, and that no more is held than was said."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,6 +98,24 @@ def test_front_to_back_each_byte_comes_once_and_memory_is_bounded():
     assert [len(source.asked) for source in sources] == [40] * models
     assert all(sum(high - low for low, high in source.asked) == size for source in sources)
     assert pool.most_bytes <= pool.max_bytes
+
+
+def test_with_more_readers_than_room_they_take_turns():
+    """Each took a piece whether there was room or not: 16 requests in transit, whatever --max-memory was."""
+    size, readers = 12 * MIN_REQUEST_BYTES, 8
+    pool = StreamPool(max_bytes=2 * MIN_REQUEST_BYTES)
+    files = [StreamedFile(Source(bytes([number]) * size), [(0, size)]) for number in range(readers)]
+    for file in files:
+        pool.add([file])
+
+    def read(number: int) -> bool:
+        buffer = bytearray(size)
+        files[number].read_into(0, size, memoryview(buffer))
+        return set(buffer) == {number}
+
+    with ThreadPoolExecutor(readers) as threads:
+        assert all(threads.map(read, range(readers)))
+    assert 0 < pool.most_bytes <= pool.max_bytes
 
 
 def test_a_piece_that_did_not_come_is_told_and_asked_for_again():

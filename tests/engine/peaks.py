@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ SHAPES = {
     "thin": {"layers.0.mlp.weight": (1, 300000), "layers.1.mlp.weight": (300000, 1), "layers.2.mlp.bias": (250000,)},
 }
 """Families: tensors of the base by name."""
+RANK = 16
+"""Of adapters."""
 
 
 def measured(cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -83,43 +86,75 @@ def _status(field: str) -> int:
     return int(text.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def make_family(folder: Path, family: str, num_tasks: int, dtype: str = "float32") -> Path:
-    """Its plan, made once."""
+def make_family(folder: Path, family: str, num_tasks: int, dtype: str = "float32", kind: str = "") -> Path:
+    """Its plan, made once.
+
+    kind: `mixed`, tasks in bfloat16; `rows`, every task with as many rows more as its number; `kept` or `pool`, tasks
+    that are LoRA adapters, and one that is not where they are kept.
+    """
     import torch
     from safetensors.torch import save_file
 
     from ..program import succeeds
 
-    root = folder / f"{family}-{num_tasks}-{dtype}"
+    root = folder / f"{family}-{num_tasks}-{dtype}-{kind}"
     plan = root / "plan.json"
     if plan.exists():
         return plan
     draw = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES[family].items()}
-    for name in ("base", *(f"tasks/task{number}" for number in range(num_tasks))):
-        state = {
-            key: (value + 0.02 * torch.randn(value.shape, generator=draw) * (name != "base")).to(getattr(torch, dtype))
-            for key, value in base.items()
-        }
+    for number, name in enumerate(("base", *(f"tasks/task{number}" for number in range(num_tasks)))):
+        stored = getattr(torch, "bfloat16" if kind == "mixed" and number else dtype)
         (root / name).mkdir(parents=True)
-        save_file(state, root / name / "model.safetensors")
-    succeeds("plan", "--base", root / "base", "--tasks", root / "tasks", "-o", plan, "-q")
+        if number and (kind == "pool" or (kind == "kept" and number > 1)):
+            _save_adapter(root / name, base, draw)
+            continue
+        state = {
+            key: value + 0.02 * torch.randn(value.shape, generator=draw) * (number > 0) for key, value in base.items()
+        }
+        if kind == "rows":
+            state = {
+                key: torch.cat([value, torch.randn(number, *value.shape[1:], generator=draw)])
+                if "embed" in key
+                else value
+                for key, value in state.items()
+            }
+        save_file({key: value.to(stored) for key, value in state.items()}, root / name / "model.safetensors")
+    adapters = ("--adapters", "pool" if kind == "pool" else "keep", "--assume-base")
+    succeeds("plan", "--base", root / "base", "--tasks", root / "tasks", *adapters, "-o", plan, "-q")
     return plan
+
+
+def _save_adapter(folder: Path, base: dict[str, Any], draw: Any) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    modules = {key.removesuffix(".weight"): value.shape for key, value in base.items() if value.dim() == 2}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(modules)}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "base"}))
+    state = {}
+    for module, (rows, columns) in modules.items():
+        state[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, columns, generator=draw)
+        state[f"base_model.model.{module}.lora_B.weight"] = 0.02 * torch.randn(rows, RANK, generator=draw)
+    save_file(state, folder / "adapter_model.safetensors")
 
 
 def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, Callable[[], object]]:
     """(bytes that are told, the run) of one case of `merge`."""
     from flexmerge_cli import load_plan
     from flexmerge_cli.allocation.allocate import allocate
+    from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
     from flexmerge_cli.engine.merge_memory import SMALLEST_CHUNK, merge_bytes
     from flexmerge_cli.merging import merge
+    from flexmerge_cli.planning.sources import open_sources
     from flexmerge_cli.request.merge import merge_request
 
     plan = load_plan(plan_file)
     size = case.get("size")
     request = merge_request(
         method=case["method"],
+        cluster=case.get("cluster"),
         steps=tuple(case.get("steps", ())),
         calibrate=case.get("calibrate"),
         dtype=case.get("cast"),
@@ -128,7 +163,8 @@ def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, C
     )
     layout = allocate(plan, request)
     chunk, threads = {"smallest": SMALLEST_CHUNK, "default": CHUNK_ELEMENTS}[case["chunk"]], case.get("threads", 1)
-    told = merge_bytes(layout, threads, chunk)
+    sources = open_sources(plan, plan_file.parent, {}, Access())
+    told = merge_bytes(layout, threads, chunk, sources.located)
 
     def run() -> None:
         memory = told if case["chunk"] == "smallest" else None
@@ -146,6 +182,7 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
     from flexmerge_cli.family.vocabulary import split_vocabularies
     from flexmerge_cli.order.similarity import Similarity
+    from flexmerge_cli.planning import kept_adapters
     from flexmerge_cli.planning.make import make_plan, survey_items
     from flexmerge_cli.planning.sources import open_family
     from flexmerge_cli.request.plan import OrderSettings, PlanRequest
@@ -153,8 +190,14 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     root, threads = plan_file.parent, case.get("threads", 1)
     tasks = {f"task{number}": str(root / f"tasks/task{number}") for number in range(case["tasks"])}
     order = OrderSettings(similarity=Similarity(case.get("similarity", "cosine")))
-    request = PlanRequest(base=str(root / "base"), tasks=tasks, statistics=case["statistics"], order=order)
-    _, items = survey_items(split_vocabularies(open_family(request)), request)
+    adapters = "pool" if case.get("kind") == "pool" else "keep"
+    request = PlanRequest(
+        base=str(root / "base"), tasks=tasks, statistics=case["statistics"], order=order, adapters=adapters,
+        assume_base=True,
+    )  # fmt: skip
+    opened = split_vocabularies(open_family(request))
+    _, items = survey_items(opened, replace(request, statistics="gram") if adapters == "pool" else request)
+    items += kept_adapters.base_items(opened) + kept_adapters.change_items(opened)
     chunk = {"smallest": PRODUCT_ELEMENTS, "default": CHUNK_ELEMENTS}[case["chunk"]]
     told = survey_bytes(items, threads, chunk, signs=order.similarity is Similarity.SIGN)
     limit = told if case["chunk"] == "smallest" else None
@@ -178,7 +221,7 @@ def main() -> None:
     all_methods()
     folder, cases = Path(sys.argv[1]), json.loads(sys.stdin.read())
     for case in cases:
-        family = (folder, case["family"], case["tasks"], case.get("dtype", "float32"))
+        family = (folder, case["family"], case["tasks"], case.get("dtype", "float32"), case.get("kind", ""))
         in_child(partial(_making, *family))  # what it leaves behind would be had again, and not counted
         plan = make_family(*family)
         with tempfile.TemporaryDirectory(dir=folder) as output:

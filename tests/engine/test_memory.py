@@ -45,15 +45,31 @@ PLANS = [
     for family in ("few", "embedding", "thin", "long")
     for statistics in ("all", "gram")
 ]
+ODD = [
+    *({"family": "few", "method": method, "kind": "kept"} for method in ("ties", "average")),
+    {"family": "wide", "method": "average", "kind": "pool"},
+    {"family": "few", "method": "ties", "kind": "mixed"},
+    *({"family": "embedding", "method": method, "kind": "rows"} for method in ("ties", "low_bit:bits=3")),
+    *({"family": family, "method": "average", "cluster": "channels", "size": "2x"} for family in ("few", "conv")),
+    *({"family": "wide", "method": method, "tasks": 8, "threads": 2} for method in ("average", "low_bit:bits=3")),
+    {"family": "few", "method": "tsv_m", "tasks": 8, "threads": 2},
+    *(
+        {"family": family, "statistics": "all", "kind": kind}
+        for family, kind in (("few", "kept"), ("wide", "pool"), ("few", "mixed"), ("embedding", "rows"))
+    ),
+    {"family": "long", "statistics": "all", "tasks": 8, "threads": 2},
+]
 CASES = [
     {"tasks": 4, "chunk": "smallest", "threads": 1 + number % 2, **case}
-    for number, case in enumerate([*MERGES, *PLANS])
+    for number, case in enumerate([*MERGES, *PLANS, *ODD])
 ]
 
 
 def label(case):
     return " ".join(
-        str(case[key]) for key in ("family", "method", "statistics", "steps", "calibrate", "cast") if key in case
+        str(case[key])
+        for key in ("family", "kind", "method", "statistics", "steps", "calibrate", "cluster", "cast", "tasks")
+        if key in case
     )
 
 
