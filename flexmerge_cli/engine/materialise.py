@@ -146,7 +146,7 @@ class _Run:
                 for name, value in self.worker.block_values(group, members).items():
                     values[name][tasks] = value
         pieces = [encode(self.encoder, storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
-        if self.plan.pools_lora:
+        if any(chain.products is not None for chain in self.worker.chains):
             self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
         self.worker.buffers.drop()  # a buffer for each tensor of the unit: the next unit has others
         return pieces

@@ -12,6 +12,7 @@ from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
+from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.engine.memory import (
     FIXED_BYTES,
@@ -26,13 +27,12 @@ from flexmerge_cli.engine.memory import (
 )
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
-from flexmerge_cli.engine.work import Chain, Sources, runs_in_tiles
+from flexmerge_cli.engine.work import Sources, runs_in_tiles
 from flexmerge_cli.engine.writers.table import visit_scope, writer_of
 from flexmerge_cli.engine.writers.writer import Work
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.method import Scope, Statistic
-from flexmerge_cli.methods.pooled import pooled_workspace
 from flexmerge_cli.methods.step import StepCall
 
 SMALLEST_CHUNK = 1 << 12
@@ -62,8 +62,7 @@ class _Run:
     def __init__(self, layout: BundleLayout, chunk_elements: int, sources: Sources | None) -> None:
         self.sources = (sources.base, *sources.tasks) if sources is not None else ()
         self.layout, self.plan, self.chunk_elements = layout, layout.plan, chunk_elements
-        pooled = layout.plan.pools_lora
-        self.chains = [Chain.of(use, pooled=pooled) for use in layout.allocation.methods]
+        self.chains = chains_of(layout)
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.num_spans = 0
 
@@ -99,11 +98,8 @@ class _Run:
         for tasks, group in groups.items():
             assert group.method is not None
             chain, k = self.chains[group.method], len(tasks)
-            if self.plan.pools_lora:
-                calls.append(pooled_workspace(self.layout.calls[group.method], k, shapes) + 100 * elements)
-            elif chain.call is not None:
-                calls.append(sum(chain.call.workspace(k, shape) for shape in shapes.values()))
-            calls[-1] += self._stepping(chain, storages, k)
+            errors = 100 * elements if chain.products is not None else 0
+            calls.append(chain.block_workspace(k, shapes) + errors + self._stepping(chain, storages, k))
         calls += [self._work(s, group, span) for s, span in zip(storages, spans) for group in s.groups]
         result = sum(self._result(storage, span) for storage, span in zip(storages, spans))
         found.add(work=work + max(calls), result=result)

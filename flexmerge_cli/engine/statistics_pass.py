@@ -11,12 +11,13 @@ import torch
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import StoredGroup
+from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.runs import added
 from flexmerge_cli.engine.spans import Span, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
-from flexmerge_cli.engine.work import BASE, Chain, Worker
+from flexmerge_cli.engine.work import BASE, Worker
 from flexmerge_cli.engine.writers.table import writer_of
 from flexmerge_cli.engine.writers.writer import UnitValues
 from flexmerge_cli.family.classes import TensorClass

@@ -6,29 +6,25 @@ Knows nothing of what is stored (writers/), nor of order, sums over ranges or fi
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.read_models import read_models
 from flexmerge_cli.engine.spans import Span, row_elements, tiles, widest
-from flexmerge_cli.methods.coded import Coded
-from flexmerge_cli.methods.method import Call, Scope, Where
-from flexmerge_cli.methods.pooled import pooled_call
+from flexmerge_cli.methods.method import Scope, Where
 from flexmerge_cli.methods.reductions import flat
-from flexmerge_cli.methods.step import CalibrationCall, StepCall
-from flexmerge_cli.methods.use import MethodUse
 
 BASE = -1
 
@@ -41,38 +37,6 @@ class Sources:
     tasks: tuple[Mapping[str, StoredTensor], ...]
     describe: tuple[str, ...]
     """Per task, then the base: what to call it in an error."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Chain:
-    """A method as it is used: steps, the call that makes the value, calibration, and how residuals are coded."""
-
-    steps: tuple[StepCall, ...]
-    call: Call | None
-    """What makes a group's one value: the method itself, or of a coded one its centre; None for the base, or none."""
-    calibrate: CalibrationCall | None
-    coded: Coded | None
-    step_stats: list[Any] = field(default_factory=list)
-    """Finished statistics of each step: domain -> value per task."""
-    stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
-    """Finished statistics of the call for a group's tasks and a tensor."""
-    expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
-
-    @staticmethod
-    def of(use: MethodUse, *, pooled: bool = False) -> "Chain":
-        """pooled: tensors are factors of LoRA adapters, and their products merge."""
-        if pooled:
-            return Chain(steps=(), call=pooled_call(use.call), calibrate=None, coded=None)
-        coded = use.coded
-        call = coded.centre_call() if coded is not None else use.call
-        return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=coded)
-
-    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """What one call must see of a tensor."""
-        scopes: list[Scope] = [step.scope_of(tensor, shape) for step in self.steps]
-        scopes += [self.call.scope_of(tensor, shape)] if self.call else []
-        scopes += [self.calibrate.scope_of(tensor, shape)] if self.calibrate else []
-        return widest(scopes)
 
 
 @dataclass(slots=True)
@@ -96,8 +60,7 @@ class Worker:
         self.reader = reader
         self._device, self._here = device, threading.local()
         self.buffers = Buffers()
-        pooled = layout.plan.pools_lora
-        self.chains = [Chain.of(use, pooled=pooled) for use in layout.allocation.methods]
+        self.chains = chains_of(layout)
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest
 from flexmerge_cli.checkpoint.dtypes import promote
+from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece, lost_squares
-from flexmerge_cli.engine.work import BASE, Chain, Raw, cast
+from flexmerge_cli.engine.work import BASE, Raw, cast
 from flexmerge_cli.engine.writers.dense import write_copies
 from flexmerge_cli.engine.writers.writer import Work, Writer
 from flexmerge_cli.methods.coded import Form

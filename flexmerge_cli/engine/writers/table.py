@@ -6,9 +6,10 @@ from torch import Tensor
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.spans import widest
-from flexmerge_cli.engine.work import BASE, Chain, Raw, cast
+from flexmerge_cli.engine.work import BASE, Raw, cast
 from flexmerge_cli.engine.writers.coded import RESIDUALS
 from flexmerge_cli.engine.writers.dense import COPIES, MERGE
 from flexmerge_cli.engine.writers.masked import MASKS

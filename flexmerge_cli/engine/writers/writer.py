@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
+from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece
-from flexmerge_cli.engine.work import Chain, Raw
+from flexmerge_cli.engine.work import Raw
 from flexmerge_cli.methods.method import Call, Scope
 
 

@@ -1,0 +1,60 @@
+"""Methods as the engine applies them: steps, the call that makes a value, calibration, coding, and their statistics."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.layout import BundleLayout
+from flexmerge_cli.engine.spans import widest
+from flexmerge_cli.methods.coded import Coded
+from flexmerge_cli.methods.method import Call, Scope
+from flexmerge_cli.methods.pooled import pooled_call, pooled_workspace
+from flexmerge_cli.methods.step import CalibrationCall, StepCall
+from flexmerge_cli.methods.use import MethodUse
+
+
+@dataclass(slots=True, kw_only=True)
+class Chain:
+    """A method as it is used: steps, the call that makes the value, calibration, and how residuals are coded."""
+
+    steps: tuple[StepCall, ...]
+    call: Call | None
+    """What makes a group's one value: the method itself, or of a coded one its centre; None for the base, or none."""
+    calibrate: CalibrationCall | None
+    coded: Coded | None
+    products: Call | None = None
+    """For a pool of LoRA adapters: what merges the products of the factors that `call` gets."""
+    step_stats: list[Any] = field(default_factory=list)
+    """Finished statistics of each step: domain -> value per task."""
+    stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
+    """Finished statistics of the call for a group's tasks and a tensor."""
+    expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        """What one call must see of a tensor."""
+        scopes: list[Scope] = [step.scope_of(tensor, shape) for step in self.steps]
+        scopes += [self.call.scope_of(tensor, shape)] if self.call else []
+        scopes += [self.calibrate.scope_of(tensor, shape)] if self.calibrate else []
+        return widest(scopes)
+
+    def block_workspace(self, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that one call on all tensors of a unit takes, beside their deltas."""
+        if self.products is not None:
+            return pooled_workspace(self.products, num_tasks, shapes)
+        return sum(self.call.workspace(num_tasks, shape) for shape in shapes.values()) if self.call is not None else 0
+
+
+def chains_of(layout: BundleLayout) -> list[Chain]:
+    """The chains of an allocation's methods, in its order."""
+    return [_pooled(use) if layout.plan.pools_lora else _chain(use) for use in layout.allocation.methods]
+
+
+def _chain(use: MethodUse) -> Chain:
+    coded = use.coded
+    call = coded.centre_call() if coded is not None else use.call
+    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=coded)
+
+
+def _pooled(use: MethodUse) -> Chain:
+    return Chain(steps=(), call=pooled_call(use.call), calibrate=None, coded=None, products=use.call)
