@@ -39,9 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def build_model(model: TaskModel, dtype: str | None, device: str, *, architecture: str = "AutoModel") -> Any:
-    """Build the model of the config's class, in eval mode, on `device`.  dtype: the dtype to compute in; None for that
-    of the weights. On the CPU and in that dtype, parameters use the memory of the view. architecture: the transformers
-    class if the config names none.
+    """Build the model of the config's class, in eval mode, on `device`.
+
+    dtype: the dtype to compute in; None for that of the weights. On the CPU and in that dtype, parameters use the
+    memory of the view. architecture: the transformers class if the config names none.
     Raises DataError that lists missing, unexpected and mismatched tensors, UsageError without config.
     """
     quiet_transformers()

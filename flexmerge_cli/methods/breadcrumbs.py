@@ -20,7 +20,7 @@ def _scope(*, scope: str, **_: object) -> Scope:
 
 
 def _cuts(num_elements: int, *, beta: float, gamma: float) -> tuple[int, int]:
-    """Places of the last element that is dropped at the top, and of the last one that is kept."""
+    """The places of the last element that is dropped at the top, and of the last one that is kept."""
     removed = max(0, min(int(gamma * num_elements), num_elements - 1))
     return removed, removed + min(num_elements - removed, max(1, int(beta * num_elements)))
 
@@ -61,11 +61,11 @@ def breadcrumbs(
 ) -> Tensor:
     """Scaled sum (or mean) of task vectors without their largest and their small elements. [k, n] float32 -> [n].
 
-    gamma: fraction dropped at the top within `scope`, at least one element staying; beta: fraction kept below that, at
-    least one. scale: 0.3 for sum, of the authors' search from 0.1 to 1; 1.0 for mean.
+    gamma: the fraction dropped at the top within `scope`, leaving at least one element; beta: the fraction kept below
+    that, at least one. scale: 0.3 for sum, within the authors' search from 0.1 to 1; 1.0 for mean.
     scope: `tensor` is the paper's layer; scope=row takes [k, r, n] and returns [r, n].
-    Source: rezazzr/breadcrumbs, which works along the last axis, so that rows shorter than 1/gamma lose no outlier and
-    those shorter than 1/beta everything; row is the same for one and two axes. mergekit zeroes whole small tensors.
+    Source: rezazzr/breadcrumbs, which works along the last axis: rows shorter than 1/gamma lose no outlier, and those
+    shorter than 1/beta lose everything. scope=row equals it for one and two axes. mergekit zeroes whole small tensors.
     """
     kept = masked(deltas, where, stats, beta=beta, gamma=gamma)
     if merge == "sum":

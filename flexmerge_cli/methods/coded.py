@@ -1,5 +1,4 @@
-"""Declares the methods that store a centre per group and a few bits per task: their centre, their coder, and their
-copies.
+"""Declares the methods that store a centre per group and a few bits per task: centre, coder, and what is copied.
 
     @coded(paper="…", when="…")
     def low_bit(*, bits: Bits = 2, centre: str = "average", …) -> Coded: ...

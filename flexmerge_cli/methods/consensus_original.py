@@ -38,9 +38,9 @@ def consensus_original(
 ) -> Tensor:
     """Scaled sum of the task vectors (or of what TIES leaves), where kappa masks of tall_masks agree. [k, n] -> [n].
 
-    Masks are of the unscaled sum and of the task vectors before any trimming or step; a group smaller than kappa asks
-    for all its votes. K, scope: of the trimming, with on=ties. scale: the authors tune it.
-    Near-duplicates: k equal tasks lose everything once lam (k - 1) >= 1.
+    Masks compare the unscaled sum with the task vectors before any trimming or step; a group smaller than kappa needs
+    the votes of all its tasks. K, scope: for the trimming, with on=ties. scale: tuned by the authors.
+    Near-duplicates: k equal tasks lose everything if lam (k - 1) >= 1.
     Source: nik-dim/tall_masks, where lam is tuned per task and masks are read from disk.
     """
     total = merge_agreeing(trimmed(deltas, where, stats), "sum") if on == "ties" else sum_tasks(deltas)

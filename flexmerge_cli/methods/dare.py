@@ -18,7 +18,7 @@ Seed = Annotated[int, Range(least=0)]
 def draws(deltas: Tensor, where: Where, seed: int) -> Tensor:
     """A number in [0, 1) for each element, the same whatever the chunk, group, device and order. [M, *] -> float64.
 
-    A function of seed, task name, tensor name and index of the element in the tensor.
+    It is a function of the seed, the names of task and tensor, and the element's index in the tensor.
     """
     num_elements = deltas[0].numel()
     keys = [key64("flexmerge/drop/1", seed, task, where.tensor) for task in where.tasks]
@@ -57,8 +57,8 @@ def dare(
 
     rescale: false keeps the values that stay; l1 scales each tensor to the l1 norm that it had, as mergekit does, and
     takes [M, *shape].
-    Source: yule-BUAA/MergeLM. There one stream of random numbers runs over all tasks, so that one task more changes
-    every mask; here an element's fate hangs on names and index alone.
+    Source: yule-BUAA/MergeLM. There all tasks share one stream of random numbers, so that another task changes every
+    mask; here masks depend on names and indices alone.
     """
     dropped = draws(deltas, where, seed) < p
     if rescale == "l1":

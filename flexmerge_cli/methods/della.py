@@ -41,7 +41,7 @@ def _check_window(*, p: float, window: float, **_: object) -> None:
 def pruned(deltas: Tensor, where: Where, *, p: float, window: float, seed: int, scope: str, rescale: Rescale) -> Tensor:
     """Drop each element with a probability that falls with its rank in the row (or tensor). Same shape, float64.
 
-    The element of place j of n (0 is the largest) has q = p - window/2 + window·j/(n - 1), or p where n = 1.
+    The element at place j of n (0 is the largest) has q = p - window/2 + window·j/(n - 1), or p if n = 1.
     """
     ranked = where.shape[1:] if scope == "row" and len(where.shape) > 1 else where.shape
     size = max(1, math.prod(ranked))
@@ -67,11 +67,12 @@ def magprune(
 ) -> Tensor:
     """Drop small elements more often than large ones; divide the others by 1 - their drop rate. [M, r, n] -> [M, r, n].
 
-    p: mean drop rate. window: from the rate of the largest element to that of the smallest, under 2·min(p, 1 - p).
+    p: the mean drop rate. window: the difference of the rates of the smallest and the largest element, below
+    2·min(p, 1 - p).
     scope: where elements are ranked. rescale=false keeps the values that stay, l1 scales each tensor to the l1 norm it
     had, as mergekit does. With scope=tensor or rescale=l1: [M, *shape].
-    Source: declare-lab/della, which divides 0 by 0 on rows of one and ranks equal magnitudes arbitrarily; here ties go
-    by a hash. Random numbers as in dare.
+    Source: declare-lab/della, which divides 0 by 0 on rows of one element and ranks equal magnitudes arbitrarily; here
+    a hash breaks ties. Random numbers are those of dare.
     """
     return pruned(deltas, where, p=p, window=window, seed=seed, scope=scope, rescale=rescale)
 

@@ -1,4 +1,4 @@
-"""FR-Merging: task matrices without their lowest frequencies, added up with a weight each."""
+"""FR-Merging: the weighted sum of the tasks' matrices without their lowest frequencies."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def pass_mask(height: int, width: int, variant: Variant, cutoff: float | None = 
 def filtered(matrices: Tensor, variant: Variant, cutoff: float | None = None) -> Tensor:
     """G: each matrix with its spectrum multiplied by the mask, the real part. [k, m, n] -> the same, float64.
 
-    One matrix at a time: a spectrum takes sixteen bytes an element, several times over.
+    One matrix at a time: a spectrum takes sixteen bytes per element, several times.
     """
     out = torch.empty(matrices.shape, dtype=torch.float64, device=matrices.device)
     if matrices.numel() == 0:
@@ -81,8 +81,9 @@ def fr_step(
 ) -> Tensor:
     """Take frequencies out of every task's matrices, before any method. [M, *shape] -> [M, *shape].
 
-    Arguments: as the method's. Other tensors stay as they are. Measured on eight small vision models (docs/methods.md):
-    variant=code lifts tsv_m from 71.9 to 76.2 % accuracy and lowers ties from 66.7 to 63.0; variant=paper does nothing.
+    The arguments are those of the method. Other tensors are unchanged. Measured on eight small vision models
+    (docs/methods.md): variant=code lifts tsv_m from 71.9 to 76.2 % accuracy and lowers ties from 66.7 to 63.0;
+    variant=paper does nothing.
     """
     if not is_matrix(where.tensor, where.shape, matrices):
         return deltas
@@ -134,16 +135,16 @@ def fr(
 ) -> Tensor:
     """scale · Σ λ_i G(τ_i), G a filter that removes the lowest frequencies of a matrix. [k, *shape] -> [*shape].
 
-    variant: code is the authors' release, paper their text, whose filter takes next to nothing away. cutoff: 0.016 for
+    variant: code is the authors' release, paper their text, whose filter removes next to nothing. cutoff: 0.016 for
     paper, 0.7 for code; see pass_mask for its effect.
     coef: eq3 (default of paper), λ_i the share of task i in the mean magnitudes over `scope`, which sums to 1; align
     (default of code), λ_i = max E/E_i of the filtered tensor, so that small tasks grow; uniform, 1/k.
-    scale: 0.7 with align, else 1. others, the tensors that are no matrices: coef (default of paper) treats them alike
-    but for the filter, mean (default of code) ignores scale, base leaves them.
+    scale: 0.7 with align, else 1. others: for tensors that are no matrices, coef (default of paper) applies all
+    but the filter, mean (default of code) ignores scale, base keeps the base's values.
     Measured on eight small vision models (docs/methods.md): 41.5 %; with coef=eq3 68.9, with variant=paper 68.7.
-    The filter sees the order of rows and columns, unlike every other method here.
-    Source: Zhengsh123/FREE-Merging. Its equation 3 is nowhere in its code, which moves no frequency to the middle
-    before it measures distance from there, and gives most other tensors the first task's delta.
+    The filter depends on the order of rows and columns, unlike every other method here.
+    Source: Zhengsh123/FREE-Merging. Its code does not use its equation 3, measures distance from the middle without
+    moving frequency 0 there, and gives most other tensors the first task's delta.
     """
     coef = _coef(variant, coef)
     others = others or ("coef" if variant == "paper" else "mean")

@@ -1,7 +1,7 @@
-"""FREE-Merging: the FR backbone, and per task a sparse expert of its largest changes, made larger.
+"""FREE-Merging: the FR backbone and, per task, a sparse expert of its largest changes times a factor.
 
-Expert i is μ_i · τ_i on the top set of |τ_i|, for every tensor, vectors included. μ aims at the outputs of the merged
-model, not at its weights: experts may well raise the distance to θ_i. Stored as residuals/sparse.py has it.
+Expert i is μ_i · τ_i on the top set of |τ_i|, for every tensor, vectors included. μ is chosen for the outputs of the
+merged model, not for its weights: experts may increase the distance to θ_i. residuals/sparse.py stores them.
 """
 
 import math
@@ -130,12 +130,13 @@ def free(
     scale: Scale | None = None,
     matrices: Matrices = "linear",
 ) -> Coded:
-    """The `fr` merge, and per task its largest changes times a factor.
+    """The `fr` merge and, per task, its largest changes times a factor.
 
-    density: part of a tensor's elements that an expert has, at least one; select=row counts in every run of the last
-    axis, and may keep none. mu: the factor, a number or the rule of code or paper. With K the mean magnitude kept and
+    density: the fraction of a tensor's elements in an expert, at least one; select=row applies it to every run of the
+    last axis, and may keep none. mu: the factor, a number or the rule of code or paper. With K the mean magnitude kept
+    and
     all means over mu_scope, code is -log10(density) · K / mean |G(τ)|, and paper -ln(density) · K / (λ · mean |τ|) with
-    λ the task's share of all magnitudes: larger by some 2.3 times the number of tasks. combine: add, as in the paper's
+    λ the task's share of all magnitudes: about 2.3 times the number of tasks as large. combine: add, as in the paper's
     algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre; coef=align is
     the code's: on eight small vision models (docs/methods.md) it has 43.9 % accuracy, where the default has 88.3 %.
     Source: Zhengsh123/FREE-Merging.

@@ -31,7 +31,7 @@ def clamped(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> tuple[Te
 def scores(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
     """P = exp(k (own - 1)) · tanh(τ Σ τ), own the square of |τ| scaled to [0, 1]. [k, n] -> [k, n] float64.
 
-    The authors' exp(k own), which is e^k times as large, gives the same result and overflows float32 from k = 89 on.
+    The authors' exp(k own) is e^k times as large, gives the same result, and overflows float32 from k = 89 on.
     """
     sizes, span = clamped(deltas, lowest, highest)
     start = torch.from_numpy(lowest).to(deltas.device)[:, None]
@@ -89,12 +89,12 @@ def pcb(
 ) -> Tensor:
     """Mean of the clamped deltas, weighted by the scores above each task's threshold. [k, n] float32 -> [n].
 
-    K: fraction kept per task within `scope`; the authors' example has 0.05. scale: they start a search at 1.2.
-    Magnitudes are clamped to their 0.01 % and 99.99 % places; a task whose scores are all alike has weight 1
-    everywhere, or 0 where they are not above 0. Scores are float64. They depend on the group: four or five passes for
-    each, no sharing. Not homogeneous: tanh of products of deltas saturates for deltas near 1.
-    Source: duguodong7/pcb-merging. FlexMerge's code takes thresholds of all tasks and the whole model and scores of a
-    group and its block, which are not comparable; there K is the fraction that is dropped.
+    K: fraction kept per task within `scope`; the authors' example has 0.05. scale: their search starts at 1.2.
+    Magnitudes are clamped to their 0.01 % and 99.99 % places. A task whose scores are all equal has weight 1, or 0 if
+    they are not above 0. Scores are float64 and depend on the group, so each group takes four or five passes. The
+    method is not homogeneous: tanh of products of deltas saturates for deltas near 1.
+    Source: duguodong7/pcb-merging. FlexMerge's code compares thresholds of all tasks over the model with scores of a
+    group over its block; there K is the fraction that is dropped.
     """
     best, threshold = (torch.from_numpy(x).to(deltas.device)[:, None] for x in (stats.best, stats.threshold))
     sizes, _ = clamped(deltas, stats.lowest, stats.highest)

@@ -1,7 +1,7 @@
 """Registers all methods, steps and calibrations by name; parses and writes `NAME[:key=value,…]`.
 
-One is known once its module is in MODULES; values are YAML flow: `ties:K=0.2,scope=block`. Methods of other people come
-from installed packages under their name, and from a file as `./my.py#NAME`: load.py.
+They are registered by listing their module in MODULES. Values are YAML flow: `ties:K=0.2,scope=block`. load.py finds
+other methods in installed packages, by name, and in files, as `./my.py#NAME`.
 """
 
 import difflib
@@ -114,7 +114,8 @@ def _declaration(name: str) -> Method | None:
 def resolve(text: str) -> Alias:
     """Resolve `NAME[:key=value,…]`: itself or, for a name of mergekit, our counterpart with steps and a message.
 
-    One with arguments is left as it is, since they mean other things there: `parse_call` refuses it and says which.
+    A name of mergekit with arguments is returned unchanged, since they have other meanings there: `parse_call` refuses
+    it and says what to use.
     """
     itself = Alias(text, (), "")
     name, args = split_call(text)
@@ -137,7 +138,7 @@ def parse_step(text: str) -> StepCall:
 def parse_calibrate(text: str) -> CalibrationCall:
     """Parse `NAME[:key=value,…]` to a calibration with all its arguments. Raises UsageError.
 
-    Whether it can follow a method: `require_after` of the result.
+    `require_after` of the result checks whether it can follow a method.
     """
     name, args = split_call(text)
     if name not in all_calibrations():
@@ -160,7 +161,8 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
     """What a method with residuals stores, from its entry in a manifest; None for other methods.
 
-    Its centre is not looked at, since decoding only needs what is stored: torch is not imported. Raises UsageError.
+    Its centre is not parsed, because decoding needs only what is stored, and so torch is not imported. Raises
+    UsageError.
     """
     from flexmerge_cli.methods import coded, experts
 

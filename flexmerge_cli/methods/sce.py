@@ -99,10 +99,10 @@ def sce(
 ) -> Tensor:
     """Weighted mean, of the elected sign, of the elements of largest variance over tasks. [k, n] float32 -> [n].
 
-    density: of the elements whose variance is not 0; 1 selects all (mergekit's default). A task's weight is its share
-    of the squares that are selected. Where no element differs, nothing is zeroed. scope=row: [k, r, n] -> [r, n].
-    Source: arcee-ai/mergekit. There squares that sum to less than 1e-6 give equal weights, which is the case for most
-    tensors of a language model, and a tensor on which all tasks agree returns to the base.
+    density: the fraction of the elements with variance above 0; 1 selects all (mergekit's default). A task's weight is
+    its share of the selected squares. If no element differs, nothing is zeroed. scope=row: [k, r, n] -> [r, n].
+    Source: arcee-ai/mergekit. There squares that sum to less than 1e-6 give equal weights, as in most tensors of a
+    language model, and a tensor on which all tasks agree returns to the base.
     """
     if stats is None:
         deltas, weight = _rows(deltas, where, density)

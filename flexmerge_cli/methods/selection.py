@@ -1,9 +1,9 @@
-"""The c elements of largest magnitude (or of the largest score) of each row over a scope: exactly c, in bounded memory.
+"""Selects the c elements of largest magnitude, or of the largest score, of each row over a scope, in bounded memory.
 
-One total order: larger key first; among equal keys, smaller number first, a hash of the tensor's name and the element's
-index. So of many equal magnitudes every tensor, and every part of one, keeps its share, wherever it stands and whatever
-its name. The key at place c comes from places.py; where only some of the elements with that key are kept, one more pass
-finds the number of the last of them.
+Elements have a total order: the larger key comes first and, among equal keys, the smaller number, which is a hash of
+the tensor's name and the element's index. So every tensor, and every part of one, keeps its share of equal magnitudes.
+places.py finds the key at place c; if only some of the elements with that key are kept, one more pass finds the number
+of the last one.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Kept:
     key_RT: np.ndarray
     """int64: elements with larger keys are kept."""
     last_RT: np.ndarray
-    """float64: elements with this very key are kept up to this number. Numbers are below 1, so 1 keeps all of them."""
+    """float64: elements with exactly this key are kept up to this number; numbers are below 1, so 1 keeps all."""
 
     def take(self, tasks: list[int]) -> "Kept":
         return Kept(key_RT=self.key_RT[tasks], last_RT=self.last_RT[tasks])
@@ -81,8 +81,8 @@ def keep_largest(
     """A statistic whose value is a Kept.
 
     counts: (elements of the scope, those of a row with a key above 0) -> numbers c, each at most the elements.
-    keys: of what is compared, by default the magnitude. then: what follows, by default the Kept itself.
-    Elements with key 0 are all kept where one of them is: zeros are the same kept or not.
+    keys: computes the keys to compare, by default magnitudes. then: makes the value from the Kept, by default itself.
+    If one element with key 0 is kept, all of them are: zeros are the same kept or not.
     """
 
     def settle(found: Found) -> object:
@@ -96,11 +96,11 @@ def keep_largest(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ties:
-    """The last pass, only where some ties are kept and some are not: find the number of the last one that is.
+    """The last pass, needed if only some ties are kept: find the number of the last one that is kept.
 
     q of E numbers that are spread evenly over [0, 1) lie below q/E, give or take √(q (1 - q/E))/E: so only those in a
-    window about it are gathered, and those below are counted. Should the last one not be there, a wider one is tried,
-    which in the end is all of [0, 1).
+    window about it are gathered, and those below it are counted. If the last one is not in the window, wider windows
+    are tried, up to all of [0, 1).
     """
 
     scope: StatisticScope
@@ -108,7 +108,7 @@ class _Ties:
     keys: Callable[[Tensor, Where], Tensor]
     found: Found
     split_RT: np.ndarray
-    """Where there is something to find."""
+    """The rows and places where some ties are kept and some are not."""
     then: Callable[[Kept], object]
     width: float
 
@@ -142,11 +142,11 @@ class _Ties:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Of each of S rows and places: the number of ties below the window, and the numbers of those in it, in pieces."""
+    """For each of S rows and places: how many ties are below the window, and the numbers of those in it, in pieces."""
 
     below_S: np.ndarray
     inside: list[list[np.ndarray]]
 
     def packed(self) -> "_Window":
-        """In one piece."""
+        """The numbers in one piece."""
         return _Window(self.below_S, [[np.concatenate(numbers) for numbers in zip(*self.inside)]])

@@ -1,9 +1,9 @@
 """Sums over a scope in float64: the same bits for any chunks, threads and device.
 
-A tensor is cut into pieces of 2^16 elements, counted from its first. A piece is summed by halving (x[:h] + x[h:], so by
-elementwise additions alone), and the pieces are added in order, tensors by name. Ranges that end inside a piece carry
-its elements along until the piece is whole, so any ranges give the same bits; those cut at multiples of PIECE_ELEMENTS
-carry nothing.
+A tensor is cut into pieces of 2^16 elements from its first element on. A piece is summed by halving (x[:h] + x[h:]),
+that is by elementwise additions, and the pieces are added in order, tensors by name. A range that ends inside a piece
+keeps the piece's elements until it is complete, so all ranges give the same bits; ranges that end at multiples of
+PIECE_ELEMENTS keep nothing.
 """
 
 import math

@@ -51,10 +51,11 @@ def ties(
 ) -> Tensor:
     """Trim each task to its largest elements, elect a sign, merge the deltas that agree with it. [k, n] float32 -> [n].
 
-    K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge, whose paper and scripts differ
-    from the 0.2 of TIES. Groups of one keep the untrimmed model. Trimmed zeros are not counted in the mean.
-    Source: prateeky2806/ties-merging. It keeps all ties at the threshold and lets one sum of signs over the whole model
-    decide exact cancellations; here exactly c are kept, ties by a hash, and cancellation elects +.
+    K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge; TIES has 0.2. Groups of one
+    keep the untrimmed model. Trimmed zeros are not counted in the mean.
+    Source: prateeky2806/ties-merging, which keeps all ties at the threshold and decides exact cancellations by one sum
+    of signs over the whole model. Here exactly c elements are kept, chosen by a hash among ties, and cancellation
+    elects +.
     """
     return scale * merge_agreeing(trimmed(deltas, where, stats), merge)
 
