@@ -60,11 +60,6 @@ class Document:
             raise _explained(self, error, schema, place) from None
 
 
-def read_yaml(path: Path, schema: type[Schema], what: str) -> Schema:
-    """The file as a `schema`. what: `recipe`, `spec`, … for messages. Raises SourceError, UsageError."""
-    return read_document(path, what).check(schema)
-
-
 def read_document(path: Path, what: str) -> Document:
     """Its plain values, bounded in size and depth, not yet checked. Raises SourceError, UsageError."""
     try:

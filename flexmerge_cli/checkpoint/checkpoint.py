@@ -73,10 +73,6 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
-    def num_parameters(self) -> int:
-        return sum(tensor.num_elements for tensor in self.tensors.values())
-
-    @property
     def ignored(self) -> tuple[str, ...]:
         """All files that are not taken, as readable text."""
         names = sorted(name for names in self.left.values() for name in names)

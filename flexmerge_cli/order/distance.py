@@ -1,31 +1,12 @@
-"""A Gram matrix and a group in, how far a linear method leaves its tasks out. Numpy only; no weights are read.
+"""Computes how far a linear method leaves the tasks of a group, from inner products. Numpy only; no weights are read.
 
-Of a linear method (average, weighted_average, task_arithmetic, model_stock) u = Σ_j w_j τ_j, so ‖u - τ_k‖² follows from
-inner products. Before rounding to the stored dtype, hence shown with `≈`.
+The value of a linear method (average, weighted_average, task_arithmetic, model_stock) is u = Σ_j w_j τ_j, so ‖u - τ_k‖²
+follows from the Gram matrix. It is the error before rounding to the stored dtype, hence shown with `≈`.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
 # M tasks, k tasks of one group
-
-
-def linear_errors(
-    gram: np.ndarray, group: Sequence[int], scale: float, *, identical: np.ndarray | None = None
-) -> np.ndarray:
-    """Squared errors ‖u - τ_k‖² of the tasks of a group for u = scale · mean of its task vectors: [k] float64, >= 0.
-
-    gram: [M, M] of one tensor, or of a block; group: indices of tasks. 0 for a group of one and for a group of
-    identical tasks, which are copied whatever the scale. identical: [M, M] bool, who is; None: whose Gram entries are
-    all equal. Copies are made per tensor, so the sum over tensors is right where the Gram matrix of a block is
-    too large: by the tensors of it that are identical.
-    """
-    gram_kk = gram[np.ix_(group, group)]
-    same_kk = gram_kk == gram_kk[:1, :1] if identical is None else identical[np.ix_(group, group)]
-    if len(group) == 1 or same_kk.all():
-        return np.zeros(len(group))
-    return weighted_errors(gram_kk, np.full(len(group), scale / len(group)))
 
 
 def weighted_errors(gram_kk: np.ndarray, weights_k: np.ndarray) -> np.ndarray:

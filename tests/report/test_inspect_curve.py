@@ -9,7 +9,7 @@ from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import parse_use
-from flexmerge_cli.order.distance import linear_errors
+from flexmerge_cli.order.distance import weighted_errors
 from flexmerge_cli.order.order import groups_after
 from flexmerge_cli.report.inspect_curve import LINEAR, curve_of, dense_sizes, distances_at
 from flexmerge_cli.report.plan import size_rows
@@ -47,9 +47,9 @@ def slow_distances(plan: Plan, groups: list[list[tuple[int, ...]]], scale: float
             tensor = plan.tensor(name)
             same = np.array(tensor.same)
             for group in of_block:
-                if len(group) > 1:
-                    identical = same[:, None] == same[None, :]
-                    errors[list(group)] += linear_errors(plan.gram(tensor), group, scale, identical=identical)
+                if len(set(same[list(group)])) > 1:  # equal tasks are copied
+                    gram = plan.gram(tensor)[np.ix_(group, group)]
+                    errors[list(group)] += weighted_errors(gram, np.full(len(group), scale / len(group)))
     pairs = zip(errors, plan.task_energy())
     return [0.0 if error == 0 else float("nan") if energy == 0 else (error / energy) ** 0.5 for error, energy in pairs]
 
