@@ -3,14 +3,11 @@
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
 256 k-element chunk, two workers; `our-plan-gram` takes no more, `our-plan` what `auto` needs, too. For `merge` at 1x it
-reads the input and writes the output once. For `serve` it loads
-one task's own checkpoint with safetensors and copies it out of the mapped file; ours decodes it of a bundle that the
-method `auto` has made at 1x, which is built once and takes minutes. For `verify`, export and the first use of a view
-(every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded bundle,
-also of files that are not in the page cache (`cold`).
-Imports are apart:
-each part runs in a process of its own and tells the time from after its imports. Files are read once before, so that
-all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
+reads the input and writes the output once. `serve` is bench_serve.py's. For `verify`, export and the first use of a
+view (every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded
+bundle, also of files that are not in the page cache (`cold`). Imports are apart: each part runs in a process of its own
+and tells the time from after its imports. Files are read once before, so that all runs find them in the page cache.
+Numbers of shared machines are noisy: compare ratios of one run.
 """
 
 import argparse
@@ -26,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tests.bench_serve import compare_served
+
 NUM_TASKS = 8
 CHUNK_ELEMENTS = 1 << 18
 WORKERS = 2
@@ -40,14 +39,15 @@ def main() -> None:
     if arguments.what in PARTS:
         print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
         return
+    if arguments.what == "serve":
+        compare_served(arguments.folder / "serve")
+        return
     make_family(arguments.folder)
     if arguments.what == "verify":
         compare_verified(arguments.folder, arguments.repeat)
         return
-    if arguments.what == "merge" or (arguments.what == "serve" and not (arguments.folder / "auto").exists()):
+    if arguments.what == "merge":
         run_part("our-plan", arguments.folder)
-    if arguments.what == "serve" and not (arguments.folder / "auto").exists():
-        print(f"merge --method auto at 1x: {run_part('our-auto', arguments.folder)}", flush=True)
     names = [f"bare-{arguments.what}", f"our-{arguments.what}"]
     names += ["our-plan-gram"] if arguments.what == "plan" else []
     best: dict[str, dict[str, float]] = {}
@@ -196,32 +196,6 @@ def our_merge(folder: Path) -> Callable[[], None]:
     return lambda: merge(folder / "plan.json", folder / "bundle", **options) and None
 
 
-def our_auto(folder: Path) -> Callable[[], None]:
-    from flexmerge_cli import merge
-    from flexmerge_cli.bundle import write
-
-    assert write
-    return lambda: merge(folder / "plan.json", folder / "auto", method="auto", size="1x", device="cpu") and None
-
-
-def bare_serve(folder: Path) -> Callable[[], None]:
-    import torch
-    from safetensors.torch import load_file
-
-    torch.set_num_threads(1)  # load_file reads with one, and so does ours
-    path = folder / "tasks" / "task1" / "model.safetensors"
-    return lambda: {name: value.clone() for name, value in load_file(path).items()} and None
-
-
-def our_serve(folder: Path) -> Callable[[], None]:
-    from flexmerge_cli import open_bundle
-    from flexmerge_cli.bundle import view
-    from flexmerge_cli.methods import coded
-
-    assert view and coded
-    return lambda: dict(open_bundle(folder / "auto").view("task1")) and None
-
-
 def our_bundles(folder: Path) -> Callable[[], None]:
     from flexmerge_cli import merge
 
@@ -271,9 +245,6 @@ PARTS = {
     "our-plan-gram": lambda folder: our_plan(folder, "gram"),
     "bare-merge": bare_merge,
     "our-merge": our_merge,
-    "our-auto": our_auto,
-    "bare-serve": bare_serve,
-    "our-serve": our_serve,
     "our-bundles": our_bundles,
     **{
         f"{what}-{bundle}{'-verified' if verify else ''}": partial(part, bundle=bundle, verify=verify)
