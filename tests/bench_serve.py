@@ -174,14 +174,15 @@ def first_answer(bundle: Path, weights: str) -> dict[str, float]:
 
 
 def best_of(runs: dict[str, Callable[[], object]], repeat: int = 2) -> dict[str, float]:
-    """Least seconds of each, turn by turn: what else the machine does slows all alike. The first turn warms up."""
+    """Least seconds of processor time of each, turn by turn; with one thread that is what it takes where nothing else
+    runs. The first turn warms up."""
     found = dict.fromkeys(runs, float("inf"))
     for turn in range(repeat + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if turn:
-                found[name] = min(found[name], time.perf_counter() - start)
+                found[name] = min(found[name], time.process_time() - start)
     return found
 
 

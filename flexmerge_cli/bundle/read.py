@@ -208,8 +208,8 @@ class Bundle(Routes):
         return self.stored_as(task, aligned).decode(self._parts[task], self.bits)
 
     def held(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
-        """`mapped`, or a copy where the processor wants numbers at whole multiples of their size."""
-        return np.require(self.mapped(part, at), requirements="A")
+        """`mapped`, or a copy of what is not row by row, or not where a processor wants its numbers."""
+        return self.bits(part, at) if part.strides is not None else np.require(self.mapped(part, at), requirements="A")
 
     def bits(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
         """Elements of a part, one axis, read into memory of the caller's own."""

@@ -12,7 +12,7 @@ from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, RowsEntry, Te
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.adapted import AdaptedTensor
 from flexmerge_cli.stored.coded import CodedTensor
-from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
+from flexmerge_cli.stored.decoding import Described, Packable, RouteParts, Stored
 from flexmerge_cli.stored.dense import DenseTensor
 from flexmerge_cli.stored.forms import stored_as
 from flexmerge_cli.stored.joined import JoinedTensor
@@ -139,10 +139,16 @@ class Routes:
         found = self.whole(task, aligned)
         return found.part if isinstance(found, DenseTensor) else None
 
-    def packed(self, task: str, aligned: str) -> CodedTensor | MaskedTensor | None:
-        """How a tensor is stored as a sum that any rows can be decoded from alone; None if it is stored otherwise."""
-        found = self.whole(task, aligned)
-        return found if isinstance(found, (CodedTensor, MaskedTensor)) else None
+    def packed(self, task: str, aligned: str) -> Packable | None:
+        """How a tensor is stored of which any rows can be decoded alone; None if it is dense, or stored otherwise."""
+        match found := self.whole(task, aligned):
+            case CodedTensor() | MaskedTensor():
+                return found
+            case AdaptedTensor():
+                return found if found.is_low_rank else None
+            case JoinedTensor():
+                return found if found.is_packable else None
+        return None
 
     def is_shared(self, task: str, aligned: str) -> bool:
         """Whether the tensor is the bits of one part, unchanged, to which a view of the mapped file refers."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from flexmerge_cli.serving.weight import FEW_ROWS, PackedWeight, can_split, split_product
+from flexmerge_cli.serving.weight import FEW_ROWS, PackedWeight, split_product
 
 Result = TypeVar("Result")
 
@@ -78,7 +78,7 @@ class _Meeting:
         """NotImplemented where there is nothing to be shared."""
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(weight, PackedWeight):
-            if len(rows) > FEW_ROWS or not can_split(weight.packed) or _place(weight) not in self._shared:
+            if len(rows) > FEW_ROWS or not weight.packed.is_split or _place(weight) not in self._shared:
                 return NotImplemented
             centre, residual = weight.halves()
             found = self._product(place, _place(weight), rows.float(), lambda x: functional.linear(x, centre))
@@ -151,6 +151,4 @@ def _place(weight: Tensor) -> int | None:
     """Where it, or its centre, lies. None of what is no matrix."""
     if not isinstance(weight, PackedWeight):
         return weight.data_ptr() if weight.dim() == 2 else None
-    packed = weight.packed
-    first = packed.dense.bits if packed.dense is not None else packed.codes[0].codes if packed.codes else None
-    return None if first is None else int(first.ctypes.data)
+    return weight.packed.address

@@ -31,11 +31,8 @@ def _parts(bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]) -> t
     stored = bundle.packed(task, aligned)
     if stored is None or len(shape) < 2 or stored.matrix[0] != shape[0]:
         return ()
-    parts = stored.made_of(bundle.parts_of(task))
-    name = f"{stored.of.tensor}@"
-    return tuple(
-        Part((part.path, part.name), part.name.removeprefix(name), stored.resident_bytes(part)) for part in parts
-    )
+    pieces = stored.pieces(bundle.parts_of(task))
+    return tuple(Part((part.path, part.offset), role, num_bytes) for role, (part, num_bytes) in pieces.items())
 
 
 class _Refusal:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.engine.device import as_tensor
-from flexmerge_cli.stored.packed import Elements, Packed
+from flexmerge_cli.stored.packed import Elements, JoinedRows, Packed
 
 # Elements of a tile: in float32 it stays in the second-level cache between its decoding and its product.
 TILE_ELEMENTS = 1 << 18
@@ -34,11 +34,11 @@ _aten = torch.ops.aten
 class PackedWeight(Tensor):
     """A weight [m, …] of the dtype that the model computes in."""
 
-    packed: Packed
+    packed: Packed | JoinedRows
     _halves: "tuple[PackedWeight, Packed | None] | None" = None
 
     @staticmethod
-    def __new__(cls, packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> "PackedWeight":
+    def __new__(cls, packed: Packed | JoinedRows, shape: tuple[int, ...], dtype: torch.dtype) -> "PackedWeight":
         """packed: its rows are the first axis of `shape`."""
         made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.packed = packed
@@ -66,6 +66,7 @@ class PackedWeight(Tensor):
         """The first of what it is the sum of, which tasks share, as a weight in float32, and the rest."""
         if self._halves is None:
             packed = self.packed
+            assert isinstance(packed, Packed)
             centre = Packed(matrix=packed.matrix, dtype="F32", dense=packed.dense, codes=packed.codes[:1])
             rest = replace(packed, dtype="F32", dense=None, codes=packed.codes[1:])
             if packed.dense is not None:
@@ -111,7 +112,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or isinstance(bias, PackedWeight):
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= FEW_ROWS and can_split(weight.packed):
+    if len(rows) <= FEW_ROWS and weight.packed.is_split:
+        assert isinstance(weight.packed, Packed)
         found = split_product(rows, weight.packed)
         found = (found if bias is None else found + bias).to(x.dtype)
     else:
@@ -123,12 +125,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
             else:
                 torch.addmm(bias[first:stop], rows, tile, out=out)
     return found.reshape(*x.shape[:-1], len(weight))
-
-
-def can_split(packed: Packed) -> bool:
-    """Whether a product with it is the sum of products with what it is the sum of."""
-    has_loops = native.decoding is not None and packed.loops is not None
-    return packed.masked is None and (not packed.codes or has_loops)
 
 
 def split_product(x: Tensor, packed: Packed) -> Tensor:

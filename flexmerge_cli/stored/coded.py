@@ -63,16 +63,15 @@ class CodedTensor:
     def matrix(self) -> Matrix:
         return self.form.matrix
 
-    def resident_bytes(self, part: StoredTensor) -> int:
-        """Bytes of a part as `packed` holds it."""
-        residual = self.form.residual
-        if isinstance(residual, Sparse) and part.name == f"{self.of.tensor}@index.{self.owner}":
-            return Kept.index_bytes(self.matrix, residual.count(self.matrix))
-        return part.num_bytes
-
-    def made_of(self, parts: RouteParts) -> tuple[StoredTensor, ...]:
+    def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
         names = [self._centre_name(array) for array in self.centre] + [self._own_name(array) for array in self.own]
-        return tuple(parts[name] for name in ([f"{self.of.tensor}@base"] if self.base else []) + names)
+        found = {}
+        for name in ([f"{self.of.tensor}@base"] if self.base else []) + names:
+            role, part = name.removeprefix(f"{self.of.tensor}@"), parts[name]
+            found[role] = part, part.num_bytes
+            if isinstance(self.form.residual, Sparse) and role == f"index.{self.owner}":
+                found[role] = part, Kept.index_bytes(self.matrix, self.form.residual.count(self.matrix))
+        return found
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
         """The tensor in its own bytes. Raises DataError if they cannot be decoded."""

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from flexmerge_cli.stored.packed import JoinedRows, Packed
 
 ALL = slice(None)
 
@@ -39,6 +42,20 @@ class Stored(Protocol):
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
         """The tensor's bits in the task's own dtype and shape. Raises DataError if the parts cannot be decoded."""
+
+
+class Packable(Stored, Protocol):
+    """One that any rows can be decoded of alone."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows, and elements of each."""
+
+    def pieces(self, parts: RouteParts) -> "dict[str, tuple[StoredTensor, int]]":
+        """By role: the parts that it is made of, and the bytes that `packed` holds of each."""
+
+    def packed(self, parts: RouteParts, read: Read) -> "Packed | JoinedRows":
+        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.residuals.coder import Matrix, View
 from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
+from flexmerge_cli.stored.packed import Elements, Packed
 from flexmerge_cli.stored.summary import Summary
 
 
@@ -27,6 +29,16 @@ class DenseTensor:
     def fits(self, parts: RouteParts) -> bool:
         casts = self.is_plain or {self.part.dtype, self.dtype} <= set(FLOATING)
         return casts and self.part.num_elements == math.prod(self.shape)
+
+    @property
+    def matrix(self) -> Matrix:
+        return View.FIRST_AXIS.matrix(self.shape)
+
+    def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
+        return {"dense": (self.part, self.part.num_bytes)}
+
+    def packed(self, parts: RouteParts, read: Read) -> Packed:
+        return Packed(matrix=self.matrix, dtype=self.dtype, dense=Elements(read(self.part, ALL), self.part.dtype))
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
         return cast(read(self.part, ALL), self.part.dtype, self.dtype).reshape(self.shape)

@@ -42,11 +42,9 @@ class MaskedTensor:
     def matrix(self) -> Matrix:
         return View.FIRST_AXIS.matrix(self.of.shape)
 
-    def resident_bytes(self, part: StoredTensor) -> int:
-        return part.num_bytes
-
-    def made_of(self, parts: RouteParts) -> tuple[StoredTensor, ...]:
-        return tuple(part for part in self._parts(parts) if part is not None)
+    def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
+        roles = "base", "unified", f"mask.{self.of.task}", f"gamma.{self.of.task}"
+        return {role: (part, part.num_bytes) for role, part in zip(roles, self._parts(parts)) if part is not None}
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
         """The tensor in its own bytes. Raises DataError if they cannot be decoded."""

@@ -90,6 +90,18 @@ class Packed:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loops", _native_rows(self))
 
+    @property
+    def is_split(self) -> bool:
+        """Whether a product with it may be taken as the sum of products with what it is the sum of."""
+        has_loops = native.decoding is not None and self.loops is not None
+        return self.masked is None and (not self.codes or has_loops)
+
+    @property
+    def address(self) -> int | None:
+        """Where the first array lies, which tasks that share a centre have in common."""
+        first = self.dense.bits if self.dense is not None else self.codes[0].codes if self.codes else None
+        return None if first is None else int(first.ctypes.data)
+
     def decode(self) -> np.ndarray:
         """All elements as bits, one axis."""
         m, n = self.matrix
@@ -149,6 +161,35 @@ class Packed:
             native.address(self.loops), which.ctypes.data, 0, len(rows), wanted, out.ctypes.data
         )  # fmt: skip
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRows:
+    """Rows of two weights under one number each; decodes like Packed."""
+
+    shared: Packed
+    own: Packed | None
+    places: np.ndarray
+    """int32 [m]: a row of `shared`, or -1 less the row of `own`."""
+
+    is_split = False
+    address = None
+
+    @property
+    def matrix(self) -> Matrix:
+        return len(self.places), self.shared.matrix[1]
+
+    @property
+    def dtype(self) -> str:
+        return self.shared.dtype
+
+    def decode_into(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """As Packed.decode_into."""
+        places, whole = self.places[rows].astype(np.int64), out.reshape(len(rows), self.matrix[1])
+        is_shared = places >= 0
+        whole[is_shared] = self.shared.rows(places[is_shared])
+        if self.own is not None:
+            whole[~is_shared] = self.own.rows(-1 - places[~is_shared])
 
 
 def _native_rows(packed: Packed) -> native.Rows | None:
