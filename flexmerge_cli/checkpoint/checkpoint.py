@@ -33,7 +33,7 @@ from flexmerge_cli.text import expanded, is_text
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 32 << 20
-MAX_ABSENT = 0.1  # of the tensors that an index lists, such as a layer that was taken out
+MAX_ABSENT = 0.5  # of the tensors that an index lists, such as a layer that was taken out; they are told
 HEADERS_AT_ONCE = 8
 
 Source = TypeVar("Source")

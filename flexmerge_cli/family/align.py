@@ -64,7 +64,8 @@ class Rename:
         return set((old - new) + (new - old)) | moved
 
     def __str__(self) -> str:
-        return f"`{'.'.join(self.old)}` as `{'.'.join(self.new)}`"
+        old, new = (".".join((*segments, "*")) for segments in (self.old, self.new))
+        return f"`{old}` as `{new}`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
