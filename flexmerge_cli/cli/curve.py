@@ -83,5 +83,5 @@ def curve(
             device=device,
             threads=threads,
         )
-        write_outputs(document, outputs)
+        write_outputs(document, outputs, plan.name)
     finish(document, f"{plan}", as_json=as_json, quiet=quiet, show=show_curve, written=[*outputs.values()])

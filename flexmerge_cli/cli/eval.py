@@ -118,7 +118,7 @@ def evaluate(
         )
     with progress(quiet=quiet or as_json, verbose=verbose, counts=True, stages=request.num_models) as on_step:
         document = scores(request, on_step=lambda what, done, total: on_step(f"scoring {what}", done, total))
-        write_outputs(document, outputs)
+        write_outputs(document, outputs, Path(str(bundle or plan).rstrip("/")).name)
     written = [*outputs.values()]
     finish(document, f"{bundle or plan}", as_json=as_json, quiet=quiet, show=show_evaluation, written=written)
 

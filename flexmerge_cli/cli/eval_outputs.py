@@ -31,8 +31,8 @@ def check_outputs(outputs: Outputs, inputs: Sequence[Path | str | None], *, forc
         require_matplotlib()
 
 
-def write_outputs(document: dict[str, Any], outputs: Outputs) -> None:
-    """Write the files. document: a curve, or scored models, which have no picture."""
+def write_outputs(document: dict[str, Any], outputs: Outputs, source: str) -> None:
+    """Write the files. document: a curve, or scored models, which have no picture. source: what was scored."""
     is_curve = "points" in document
     if "csv" in outputs:
         write_file(outputs["csv"], curve_csv(document) if is_curve else scores_csv(document))
@@ -40,7 +40,7 @@ def write_outputs(document: dict[str, Any], outputs: Outputs) -> None:
         from flexmerge_cli.report.html_eval import curve_page
         from flexmerge_cli.report.html_scores import scores_page
 
-        write_file(outputs["html"], curve_page(document) if is_curve else scores_page(document))
+        write_file(outputs["html"], curve_page(document, source) if is_curve else scores_page(document, source))
     if "png" in outputs:
         from flexmerge_cli.report.curve_png import write_png
 

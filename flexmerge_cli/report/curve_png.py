@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.report.curve_series import axes_of, factor_ticks, metric_label, series_of
+from flexmerge_cli.report.curve_series import axes_of, factor_ticks, mean_scale, mean_title, series_of
 from flexmerge_cli.report.text import human_bytes, printable
 from flexmerge_cli.writing import has_start, write_file
 
@@ -82,7 +82,8 @@ def write_png(record: dict[str, Any], path: Path) -> None:
     plot.set_xticks([tick * one for tick in ticks], [f"{tick:.4g}x\n{human_bytes(tick * one)}" for tick in ticks])
     plot.minorticks_off()
     plot.set_xlabel("tensor data stored, in models and in bytes")
-    plot.set_ylabel(f"mean over {len(record['tasks'])} tasks: {printable(metric_label(record))}")
+    plot.set_ylabel(printable(mean_title(record)))
+    plot.yaxis.set_major_formatter(lambda value, _: f"{mean_scale(record) * value:g}")
     plot.grid(color="#e2e2e2", linewidth=0.7)
     plot.set_axisbelow(True)
     title = "chosen on data: " + record["data_dependent"]["arguments"] if record["data_dependent"] else ""

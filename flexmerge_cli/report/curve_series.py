@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import one_metric
+from flexmerge_cli.report.evaluation import scale_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +114,25 @@ def sizes_of(record: dict[str, Any]) -> list[str]:
 
 
 def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
-    """Method -> its rank at a size, 1 is best; equal means share a rank. Only methods that reach the size."""
+    """Method -> its rank at a size, 1 is best. Only methods that reach the size.
+
+    Methods share a rank whose intervals overlap with that of the best of them: a difference within them is no order.
+    """
     better = _signs(record)
-    at = {
-        point["method"]: better * point["mean"]["value"]
-        for point in record["points"]
-        if size in point["sizes"] and point["mean"]["value"] is not None
-    }
-    return {method: 1 + sum(other > value for other in at.values()) for method, value in at.items()}
+    ranks: dict[str, int] = {}
+    low, rank = math.inf, 0
+    for place, point in enumerate(_by_mean(record, size), 1):
+        ends = sorted(better * end for end in point["mean"]["interval"])
+        if ends[1] < low:  # it ends below the interval of the best of the rank before
+            low, rank = ends[0], place
+        ranks[point["method"]] = rank
+    return ranks
+
+
+def _by_mean(record: dict[str, Any], size: str) -> list[dict[str, Any]]:
+    """The points at a size, from the best mean to the worst."""
+    reached = [point for point in record["points"] if size in point["sizes"] and point["mean"]["value"] is not None]
+    return sorted(reached, key=lambda point: -_signs(record) * point["mean"]["value"])
 
 
 def factor_ticks(low: float, high: float) -> list[float]:
@@ -130,8 +143,8 @@ def factor_ticks(low: float, high: float) -> list[float]:
 
 def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:
     """A sort key, small for methods that are best at some size, then by the best part of the fine-tuned score."""
-    places = [ranking(record, size).get(method) for size in sizes_of(record)]
-    known = [place for place in places if place is not None]
+    at_sizes = [[point["method"] for point in _by_mean(record, size)] for size in sizes_of(record)]
+    known = [1 + methods.index(method) for methods in at_sizes if method in methods]
     best = max((_part(point) for point in record["points"] if point["method"] == method), default=0.0)
     small = min((point["bytes"] for point in record["points"] if point["method"] == method), default=0)
     return (min(known, default=99) + sum(known) / max(1, len(known)) / 100, -best, f"{small:020d}{method}")
@@ -151,3 +164,14 @@ def _signs(record: dict[str, Any]) -> float:
 def metric_label(record: dict[str, Any]) -> str:
     """The metric of the means."""
     return one_metric(record["tasks"]) or "part of the fine-tuned score"
+
+
+def mean_scale(record: dict[str, Any]) -> float:
+    """100 if the means are shown in percent, else 1."""
+    return scale_of(one_metric(record["tasks"]) or NORMALISED)
+
+
+def mean_title(record: dict[str, Any]) -> str:
+    """What the vertical axis of the means shows."""
+    percent = ", %" if mean_scale(record) == 100 else ""
+    return f"{metric_label(record)}, mean over {len(record['tasks'])} tasks{percent}"

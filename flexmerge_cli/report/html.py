@@ -8,7 +8,8 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from flexmerge_cli.report.inspect_heat import NOTHING, RAMP, Colour, Scale, ink
@@ -61,6 +62,11 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
     )
 
 
+def today() -> str:
+    """The date that a page bears."""
+    return datetime.now(UTC).date().isoformat()
+
+
 def is_page(path: Path) -> bool:
     """Whether a file is a page written by --html, which --force may replace."""
     return has_start(path, b"<!doctype html>")
@@ -77,14 +83,16 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<div><dt>{text(term)}</dt><dd>{value}</dd></div>" for term, value in pairs) + "</dl>"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """A table. Cells are markup; the first `left` columns are left-aligned. Scrolls sideways on narrow pages."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, words: Collection[int] = ()) -> str:
+    """A table. Cells are markup; the first `left` columns, and those of words, are left-aligned. Scrolls sideways on
+    narrow pages."""
+    of_words = {*range(left), *words}
     head = "".join(
-        f"<th scope=col{' class=l' if place < left else ''}>{text(c)}</th>" for place, c in enumerate(columns)
+        f"<th scope=col{' class=l' if place in of_words else ''}>{text(c)}</th>" for place, c in enumerate(columns)
     )
     body = "".join(
         "<tr>"
-        + "".join(f"<td{' class=l' if place < left else ''}>{cell}</td>" for place, cell in enumerate(row))
+        + "".join(f"<td{' class=l' if place in of_words else ''}>{cell}</td>" for place, cell in enumerate(row))
         + "</tr>\n"
         for row in rows
     )

@@ -90,8 +90,9 @@ def _tree(facts: PlanFacts, merges: Sequence[tuple[int, Merge]], leaves: Sequenc
         ],
         over="".join(places) if numbered else "",
         kind="tasks" if numbered else "tasks dense",
+        across="similarity at which tasks merge",
     )
-    return f"<div><h4>Merges</h4>{picture}<p class=axis>similarity</p></div>"
+    return f"<div><h4>Merges</h4>{picture}</div>"
 
 
 def _heat(facts: PlanFacts, index: int, leaves: Sequence[int]) -> str:

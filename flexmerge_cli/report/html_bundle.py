@@ -7,15 +7,17 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.formats.manifest import UnitEntry
-from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text
+from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text, today
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.inspect_bundle import (
     ALONE,
     LEGEND,
     BundleFacts,
     bundle_value,
+    has_bits,
     is_exact,
     letters,
+    method_names,
     weights_words,
 )
 from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
@@ -33,7 +35,7 @@ def bundle_page(facts: BundleFacts) -> str:
         ("size", f"{value['factor']:.4f}x"),
         ("tensors", f"{value['stored_bytes']:,} bytes"),
         ("on disk", f"{value['total_bytes']:,} bytes in {len(value['files']):,} files"),
-        ("method", text(", ".join(bundle.methods) or "none: nothing is merged")),
+        ("method", text(method_names(value))),
         ("merges", f"{allocation['merges']:,} ({allocation['undone']:,} undone)"),
         ("dtypes", text(allocation["dtype"] or "as found")),
         *([("made again by", f"<code>{text(value['request']['command'])}</code>")] if value["request"] else []),
@@ -41,9 +43,9 @@ def bundle_page(facts: BundleFacts) -> str:
     ]
     sections = [_tasks(value)]
     if bundle.manifest.units:
-        chosen = any(group.bits for unit in bundle.manifest.units for group in unit.groups)
-        sections += [_routing(facts), _bytes(facts), *([_bits(facts)] if chosen else []), _distance(facts)]
-    return page(f"{bundle.path.resolve().name}: bundle of {len(bundle.tasks)} tasks", fact_list(pairs), sections)
+        sections += [_bits(facts) if has_bits(bundle.manifest) else _routing(facts), _bytes(facts), _distance(facts)]
+    title = f"{bundle.path.resolve().name}: a bundle of {len(bundle.tasks)} tasks"
+    return page(title, fact_list([*pairs, ("page of", today())]), sections)
 
 
 def _tasks(value: dict[str, object]) -> str:
@@ -67,7 +69,7 @@ def _tasks(value: dict[str, object]) -> str:
         table(columns, rows),
         note="Exact: the share of its parameters that come back as they were. Distance: 0 is exact, 1 as far off as "
         "the base; null where a task does not differ from the base and yet is not exact. Weights in place are those "
-        "of a checkpoint in <code>tasks/</code>; others are made by <code>export</code>.",
+        "of a checkpoint in tasks/; others are made by `flexmerge export`.",
     )
 
 
@@ -117,7 +119,7 @@ def _bytes(facts: BundleFacts) -> str:
 
 
 def _bits(facts: BundleFacts) -> str:
-    """The section on bits, for bundles made by `auto`."""
+    """The bits that `auto` chose. Its groups are no news: nearly every tensor has one of all tasks."""
     tasks, scale = facts.bundle.tasks, Scale(low=0.0, high=8.0)
 
     def row(unit: UnitEntry) -> str:
@@ -133,10 +135,11 @@ def _bits(facts: BundleFacts) -> str:
 
     rows = ((unit.name, row(unit)) for unit in facts.bundle.manifest.units)
     return section(
-        "Bits along depth",
+        "Bits of every task and tensor",
         legend("0 bits", "8 bits"),
         _grid(tasks, rows),
-        note="Bits a weight of what is stored of a task alone, beside its group's centre; =: an exact copy.",
+        note="Bits per weight that are stored of a task alone, beside the centre that its group shares; 0: the centre "
+        "is all that it has; =: an exact copy.",
     )
 
 

@@ -27,11 +27,13 @@ class Tick:
 
 def chart(
     body: str, *, says: str, height: str, left: Sequence[Tick] = (), right: Sequence[Tick] = (),
-    below: Sequence[Tick] = (), above: Sequence[Tick] = (), over: str = "", kind: str = "",
+    below: Sequence[Tick] = (), above: Sequence[Tick] = (), over: str = "", kind: str = "", up: str = "",
+    across: str = "",
 ) -> str:  # fmt: skip
     """A figure of `body`, SVG paths, with ticks around it.
 
     says: the chart in words, for who cannot see it. height: CSS. over: markup on top. kind: class that sets margins.
+    up, across: titles of the axes.
     """
     lines = "".join(f'<path class=grid d="M0 {_y(tick.place)}H{UNITS}"/>' for tick in left if tick.line)
     lines += "".join(f'<path class=grid d="M{_x(tick.place)} 0V{UNITS}"/>' for tick in (*below, *above) if tick.line)
@@ -42,10 +44,12 @@ def chart(
         )
         for tick in ticks
     ]  # fmt: skip
+    title = f"<p class='axis up'>↑ {text(up)}</p>" if up else ""
     return (
-        f'<figure class="chart {kind}" role=img aria-label="{text(says)}"><div class=plot style="height:{height}">'
+        f'{title}<figure class="chart {kind}" role=img aria-label="{text(says)}">'
+        f'<div class=plot style="height:{height}">'
         f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none">{lines}{body}</svg>{"".join(labels)}{over}'
-        "</div></figure>"
+        "</div></figure>" + (f"<p class=axis>{text(across)}</p>" if across else "")
     )
 
 

@@ -7,7 +7,7 @@ from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.report.curve import format_interval, format_value
 from flexmerge_cli.report.curve_series import Series, metric_label, ranking, series_of, sizes_of
-from flexmerge_cli.report.html import facts, name, page, section, table, text
+from flexmerge_cli.report.html import facts, name, page, section, table, text, today
 from flexmerge_cli.report.html_chart import Tick, chart, dots, nice_ticks
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of, of_task, series_css
 from flexmerge_cli.report.text import human_bytes
@@ -16,8 +16,8 @@ MAX_TASK_COLUMNS = 12
 KINDS = (("attention", "#0072b2"), ("mlp", "#d55e00"), ("norm", "#009e73"), ("others", "#555555"))
 
 
-def curve_page(record: dict[str, Any]) -> str:
-    """The whole document."""
+def curve_page(record: dict[str, Any], source: str) -> str:
+    """The whole document. source: the name of the plan."""
     series = series_of(record)
     counts = record["evaluations"]
     metrics = ", ".join(sorted({task["metric"] for task in record["tasks"].values()}))
@@ -29,11 +29,20 @@ def curve_page(record: dict[str, Any]) -> str:
             ("methods", str(len(series))),
             ("evaluations", f"{counts['asked']:,}: {format_counts(counts)}"),
             ("plan", f"<span class=path>{text(record['plan'][:16])}…</span>"),
+            *spec_facts(record),
         ]
     )
     sections = [eval_style(series), *verdicts(record), _curve(series, record), _tasks(series, record)]
     sections += [_ranking(series, record), _order(record), _references(record), _points(record)]
-    return page(f"Accuracy against size: {len(record['tasks'])} tasks", subtitle, filter(None, sections))
+    title = f"{source}: accuracy against size, {len(record['tasks'])} tasks"
+    return page(title, subtitle, filter(None, sections))
+
+
+def spec_facts(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the scores rest on, and when the page was made."""
+    spec = document.get("spec")
+    named = [("spec", f"{name(spec['path'])} <span class=path>{text(spec['sha256'][:16])}…</span>")] if spec else []
+    return [*named, ("page of", today())]
 
 
 def eval_style(series: list[Series]) -> str:
@@ -66,7 +75,6 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
     return section(
         "Accuracy against size",
         picture,
-        "<p class=axis>tensor data stored, in models (x) and bytes</p>",
         _methods(series),
         note=f"Mean over the tasks: {metric_label(record)}; bands are 95 % intervals. Circles are what can be had "
         "without merging: copies of all models in fewer bits. Pick a method to see it alone.",
@@ -89,7 +97,7 @@ def _tasks(series: list[Series], record: dict[str, Any]) -> str:
     for task, reference in record["tasks"].items():
         picture = curve_chart(
             series, record, of_task(task), fine_tuned=reference["fine_tuned"], base=reference["base"], height="11rem",
-            says=f"{reference['metric']} of {task} against bytes", small=True,
+            says=f"{reference['metric']} of {task} against bytes", metric=reference["metric"],
         )  # fmt: skip
         panels.append(
             f"<div><h3>{name(task, 30)} <span class=note>{text(reference['metric'])}</span></h3>{picture}</div>"
@@ -119,8 +127,8 @@ def _ranking(series: list[Series], record: dict[str, Any]) -> str:
         "Ranking at each size",
         f"<div class=scroll><table class=rank><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>",
-        note="1 is the best mean at that size; – is out of the method's reach. Differences within the bands of the "
-        "curve are no ranking.",
+        note="1 is the best mean at that size; methods share a rank where their 95 % intervals overlap with the best "
+        "of them; – is out of the method's reach.",
     )
 
 
@@ -143,12 +151,13 @@ def _order(record: dict[str, Any]) -> str:
         height="15rem",
         left=[Tick(place=1, label="first"), Tick(place=0.5, label="", line=True), Tick(place=0, label="last")],
         below=[Tick(place=tick / total, label=f"{tick:g}") for tick in nice_ticks(0, total, 7)],
+        up="mean place of a block's merges in the order",
+        across="block, from the first to the last of the model",
     )
     return section(
         "Merge order along depth",
         f"<p class=legend>{keys}</p>",
         picture,
-        "<p class=axis>block, from the first to the last of the model</p>",
         note="Each dot is a block: how early its merges come, on average. What merges first is most alike.",
     )
 

@@ -6,7 +6,8 @@ Every marker carries method, bytes and value as data attributes: what the page s
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flexmerge_cli.report.curve_series import Axes, Series, axes_of, factor_ticks
+from flexmerge_cli.report.curve_series import Axes, Series, axes_of, factor_ticks, mean_scale, mean_title
+from flexmerge_cli.report.evaluation import scale_of
 from flexmerge_cli.report.html import text
 from flexmerge_cli.report.html_chart import Tick, band, chart, line, nice_ticks
 from flexmerge_cli.report.text import human_bytes
@@ -36,9 +37,10 @@ def _triple(number: dict[str, Any]) -> tuple[float, float, float] | None:
 
 def curve_chart(
     series: Sequence[Series], record: dict[str, Any], values: Values, *, fine_tuned: float | None, base: float | None,
-    says: str, height: str, small: bool = False,
+    says: str, height: str, metric: str | None = None,
 ) -> str:  # fmt: skip
-    """One chart. small: one of many side by side, without the copies and the second axis."""
+    """One chart of the means. metric: of one task, whose chart stands among others: without copies and titles."""
+    small, scale = metric is not None, mean_scale(record) if metric is None else scale_of(metric)
     one = max(1, record["one_model_bytes"])
     others = _drawn([] if small else record["alternatives"], values)
     drawn = {place: found for place, one in enumerate(series) if (found := _drawn(one.points, values))}
@@ -74,13 +76,15 @@ def curve_chart(
         says=says,
         height=height,
         left=[
-            Tick(place=axes.up(v), label=f"{v:g}", line=True)
+            Tick(place=axes.up(v), label=f"{scale * v:g}", line=True)
             for v in nice_ticks(axes.low, axes.high, 4 if small else 7)
         ],
         right=[] if small else right,
         below=below,
         over="".join(marks),
         kind="small" if small else "curve",
+        up="" if small else mean_title(record),
+        across="" if small else "tensor data stored, in models (x) and bytes",
     )
 
 
@@ -106,7 +110,7 @@ def _series(
 
 
 def _mark(css: str, marker: str, point: dict[str, Any], value: float, x: float, y: float, method: str) -> str:
-    title = f"{point['method']}: {value:.4f} in {human_bytes(point['bytes'])}"
+    title = f"{point['method']}: {value:.4g} in {human_bytes(point['bytes'])}"
     name = method or (point["method"] if css == "other" else "")
     data = f' data-method="{text(name)}" data-bytes={point["bytes"]} data-value={value!r}' if name else ""
     return (
@@ -120,10 +124,10 @@ def series_css(series: Sequence[Series]) -> str:
     for place, one_line in enumerate(series):
         style, width = one_line.style, 1 if one_line.is_grey else 2
         rules += [
-            f"svg .trace.s{place} {{ stroke: {style.colour}; stroke-width: {width}; "
+            f"svg .trace.s{place} {{ stroke: {css_colour(style.colour)}; stroke-width: {width}; "
             f"stroke-dasharray: {style.dash or 'none'}; }}",
-            f"svg .area.s{place} {{ fill: {style.colour}; {'opacity: 0;' if one_line.is_grey else ''} }}",
-            f"i.s{place}, .m{place} {{ color: {style.colour}; }}",
+            f"svg .area.s{place} {{ fill: {css_colour(style.colour)}; {'opacity: 0;' if one_line.is_grey else ''} }}",
+            f"i.s{place}, .m{place} {{ color: {css_colour(style.colour)}; }}",
             f"main:has(#pick{place}:checked) .s:not(.s{place}) {{ opacity: .08; }}",
             f"main:has(#pick{place}:checked) svg .trace.s{place} {{ stroke-width: 3; stroke: {picked(one_line)}; }}",
             f"main:has(#pick{place}:checked) svg .area.s{place} {{ opacity: .25; fill: {picked(one_line)}; }}",
@@ -134,4 +138,9 @@ def series_css(series: Sequence[Series]) -> str:
 
 def picked(series: Series) -> str:
     """Grey lines turn blue when they are highlighted."""
-    return "#0072b2" if series.is_grey else series.style.colour
+    return "#0072b2" if series.is_grey else css_colour(series.style.colour)
+
+
+def css_colour(colour: str) -> str:
+    """Black is the page's ink, which is white on a dark page."""
+    return "var(--ink)" if colour == "#000000" else colour

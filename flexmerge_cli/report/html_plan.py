@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flexmerge_cli.report.html import facts as fact_list
-from flexmerge_cli.report.html import legend, name, page, section, table, text
+from flexmerge_cli.report.html import legend, name, page, section, table, text, today
 from flexmerge_cli.report.html_block import heat_picture, one_block
 from flexmerge_cli.report.html_chart import Tick, band, chart, dots, fraction, line, nice_ticks
 from flexmerge_cli.report.inspect_heat import Scale
@@ -31,12 +31,13 @@ def plan_page(facts: PlanFacts) -> str:
             ("blocks", f"{len(plan.blocks):,} ({text(settings.blocks)})"),
             ("merges", f"{len(plan.order):,}"),
             ("order", text(f"{settings.similarity}, {settings.linkage} linkage, {settings.strategy}")),
+            ("page of", today()),
         ]
     )
     sections = [_options(facts), _tasks(facts)]
     if plan.order:
         sections[1:1] = [_size(facts), _tiles(facts), _one(facts), _depth(facts)]
-    return page(f"{facts.path.name}: plan of {len(plan.tasks)} tasks", subtitle, sections)
+    return page(f"{facts.path.name}: a plan of {len(plan.tasks)} tasks", subtitle, sections)
 
 
 def _options(facts: PlanFacts) -> str:
@@ -46,7 +47,12 @@ def _options(facts: PlanFacts) -> str:
         for cells, command in zip(shown_options(facts.options), commands)
     ]
     remarks = "".join(f"<p>{text(line)}</p>" for line in option_remarks(facts.options))
-    return section("Ways to store them", remarks, table([*OPTION_HEADS, "command"], rows), note=f"{KEPT_NOTE}.")
+    return section(
+        "Ways to store them",
+        remarks,
+        table([*OPTION_HEADS, "command"], rows, words=(len(OPTION_HEADS),)),
+        note=f"{KEPT_NOTE}.",
+    )
 
 
 def _size(facts: PlanFacts) -> str:
@@ -62,6 +68,8 @@ def _size(facts: PlanFacts) -> str:
         right=[Tick(place=tick / (top * one), label=human_bytes(tick)) for tick in nice_ticks(0, top * one)],
         below=[Tick(place=tick / merges, label=f"{tick:,.0f}") for tick in nice_ticks(0, merges, 5)],
         kind="both",
+        up="size in models (left) and bytes (right)",
+        across="merges made",
     )
     found = curve.distance["average"]
     best, mean, worst = (_of_known(reduce, found) for reduce in (np.min, np.mean, np.max))
@@ -77,11 +85,13 @@ def _size(facts: PlanFacts) -> str:
             Tick(place=fraction(tick, low_x, high_x), label=f"{tick:g}x", line=True)
             for tick in nice_ticks(low_x, high_x, 7)
         ],
+        up="distance of a task (0 exact, 1 the base)",
+        across="size of the bundle, in models",
     )
     return section(
         "Size",
-        f"<div class=pair><div><h3>Size after each merge</h3>{size}<p class=axis>merges</p></div>"
-        f"<div><h3>Distance ≈ at a size</h3>{distance}<p class=axis>size of the bundle</p>"
+        f"<div class=pair><div><h3>Size after each merge</h3>{size}</div>"
+        f"<div><h3>Distance ≈ at a size</h3>{distance}"
         '<p class=legend><span class="key one">mean, and from best to worst task</span></p></div></div>',
         _size_table(facts),
         note="Bytes are those of methods that store one dense value per merged block, and distances those of average. "
@@ -166,12 +176,13 @@ def _depth(facts: PlanFacts) -> str:
         above=_apart([Tick(place=cut / len(merges), label=size, line=True) for size, cut in facts.curve.named]),
         below=[Tick(place=tick / len(merges), label=f"{tick:,.0f}") for tick in nice_ticks(0, len(merges), 5)],
         kind="named",
+        up="block, the first of the model on top",
+        across="place in the order of all merges",
     )
     return section(
         "Order of merges along depth",
         _legend(scale),
         picture,
-        "<p class=axis>merges</p>",
         note="Each dot is a merge of two groups: from left to right its place in the order, from top to bottom the "
         "block, the first on top. Lines: where the order is cut for a size.",
     )

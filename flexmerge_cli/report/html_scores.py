@@ -8,7 +8,7 @@ from flexmerge_cli.evaluation.evaluate import format_counts, format_methods, one
 from flexmerge_cli.report.curve_series import metric_label, series_of
 from flexmerge_cli.report.evaluation import format_score, interval_cells, remarks, scale_of, score_table
 from flexmerge_cli.report.html import facts, name, page, section, table, text
-from flexmerge_cli.report.html_eval import eval_style, verdicts
+from flexmerge_cli.report.html_eval import eval_style, spec_facts, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
 from flexmerge_cli.report.text import human_bytes
 
@@ -16,8 +16,8 @@ COPIES = "copies"
 """The name of the fine-tuned models, unmerged."""
 
 
-def scores_page(document: dict[str, Any]) -> str:
-    """The whole page. document: from `evaluate`."""
+def scores_page(document: dict[str, Any], source: str) -> str:
+    """The whole page. document: from `evaluate`. source: the name of the bundle or plan."""
     tasks, counts = document["tasks"], document["evaluations"]
     pairs = [
         ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
@@ -33,10 +33,10 @@ def scores_page(document: dict[str, Any]) -> str:
         ]
     curve = as_curve(document)
     series = series_of(curve) if curve is not None else []
-    title = f"{'A bundle' if 'bundle' in document else 'Sources'} of {len(tasks)} tasks, scored"
+    title = f"{source}: scores of {len(tasks)} tasks" + ("" if "bundle" in document else ", sources")
     sections = [eval_style(series), *verdicts(document), _table(document)]
     sections += [_place(curve) if curve is not None else "", _numbers(document)]
-    return page(title, facts(pairs), filter(None, sections))
+    return page(title, facts([*pairs, *spec_facts(document)]), filter(None, sections))
 
 
 def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
@@ -92,7 +92,6 @@ def _place(curve: dict[str, Any]) -> str:
     return section(
         "Accuracy against size",
         picture,
-        "<p class=axis>tensor data stored, in models (x) and bytes</p>",
         note=f"Mean over the tasks: {metric_label(curve)}, with its 95 % interval{copies}. Other sizes and methods: "
         "flexmerge curve.",
     )

@@ -11,15 +11,16 @@ from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import GroupEntry, TensorEntry, UnitEntry
+from flexmerge_cli.formats.manifest import GroupEntry, Manifest, TensorEntry, UnitEntry
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.table import line_columns, say, table
 from flexmerge_cli.report.text import merges_words, printable
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ALONE = "·"
-SHOWN_METHODS = 2
 LEGEND = f"one letter in a row: one group; a capital: kept as copies, equal ones once; {ALONE}: a group of one"
+
+BITS_LEGEND = "a number: bits of what a task has beside the centre that its group shares; =: an exact copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +132,20 @@ def letters(unit: UnitEntry) -> dict[str, str]:
     return found
 
 
+def has_bits(manifest: Manifest) -> bool:
+    """Whether every task has its own number of bits, as `auto` chooses them."""
+    return any(group.bits for unit in manifest.units for group in unit.groups)
+
+
+def bits(unit: UnitEntry) -> dict[str, str]:
+    """Task -> the bits per weight of what it has alone; `=` for an exact copy."""
+    return {
+        task: "=" if (group.bits or {}).get(task) is None else str((group.bits or {})[task])
+        for group in unit.groups
+        for task in group.tasks
+    }
+
+
 def is_exact(group: GroupEntry, task: str) -> bool:
     """Whether the task's values are restored exactly."""
     return group.kind == "copy" and group.distance.get(task) == 0
@@ -140,7 +155,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     """Print tables on stdout."""
     allocation = value["allocation"]
     say(f"{value['bundle']}: a bundle of {len(value['tasks'])} tasks, id {value['id']}")
-    say(f"{value['generator']}, plan {value['plan'][:16]}…; {_method_names(value['methods'])}")
+    say(f"{value['generator']}, plan {value['plan'][:16]}…; {method_names(value)}")
     if value["request"] is not None:
         print(printable(f"made again by: {value['request']['command']}"))
     say(
@@ -176,35 +191,37 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     )
     if not facts.bundle.manifest.units:
         return
+    chosen = has_bits(facts.bundle.manifest)
     rows = [
-        _row(facts.bundle.tasks, *found)
+        _row(facts.bundle.tasks, *found, chosen=chosen)
         for found in zip(facts.bundle.manifest.units, facts.unit_elements, facts.unit_bytes)
     ]
-    columns = ["block", "groups by task", "bytes", "worst\ndistance", "stored as", "parameters"]
+    heads = ("tensor", "bits by task") if chosen else ("block", "groups by task")
+    columns = [*heads, "bytes", "worst\ndistance", "stored as", "parameters"]
     shown = len(columns) if line_columns() >= draw.WIDE else 4
     draw.long_table(
         columns[:shown],
         [row[:shown] for row in rows],
         every=every,
-        title="which tasks share a block",
+        title="bits per weight of each task" if chosen else "which tasks share a block",
         text=(4,),
     )
     say("tasks from left to right: " + ", ".join(f"{n} {task}" for n, task in enumerate(value["tasks"], 1)))
-    say(LEGEND)
+    say(BITS_LEGEND if chosen else LEGEND)
 
 
-def _method_names(methods: Sequence[str]) -> str:
-    """The methods; of `auto`, which has one for each choice of bits, how many."""
-    more = f", … {len(methods) - SHOWN_METHODS} more" if len(methods) > SHOWN_METHODS else ""
-    return (", ".join(methods[:SHOWN_METHODS]) or "nothing merged") + more
+def method_names(value: Mapping[str, Any]) -> str:
+    """The method that was asked for, where it is known; else the methods that are stored."""
+    asked = (value["request"] or {}).get("method")
+    return str(asked) if asked else ", ".join(value["methods"]) or "nothing merged"
 
 
-def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int) -> tuple[str, ...]:
+def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int, *, chosen: bool) -> tuple[str, ...]:
     kinds = Counter(group.kind for group in unit.groups)
     distances = [found for group in unit.groups for found in group.distance.values()]
     known = [distance for distance in distances if distance is not None]
     is_all_exact = len(known) == len(distances) and max(known, default=0) == 0
-    shared = letters(unit)
+    shared = bits(unit) if chosen else letters(unit)
     return (
         unit.name,
         (" " if len(tasks) <= draw.NUMBERED_TASKS else "").join(shared.get(task, " ") for task in tasks),

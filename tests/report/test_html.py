@@ -1,9 +1,12 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexmerge_cli.report import html
 from flexmerge_cli.report.html import block_name, name
 from flexmerge_cli.report.html_chart import fraction, nice_ticks
 from flexmerge_cli.report.text import tail
@@ -39,3 +42,16 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
 
 def test_fraction_of_nothing_is_zero() -> None:
     assert fraction(3.0, 3.0, 3.0) == 0.0
+
+
+@pytest.mark.parametrize("sheet", ["page.css", "eval.css"])
+def test_colours_of_a_page_are_those_of_the_readers_scheme(sheet):
+    """A colour outside of the variables would be the same on a light and on a dark page."""
+    css = (Path(html.__file__).parent / sheet).read_text(encoding="utf-8")
+    rules = re.sub(r":root \{[^}]*\}", "", css)
+    assert set(re.findall(r"#[0-9a-f]{3,8}\b", rules)) <= {"#d55e00"}, "of a warning's edge"
+    if sheet == "page.css":
+        light, dark = re.findall(r":root \{([^}]*)\}", css)[:2]
+        assert "prefers-color-scheme: dark" in css and "color-scheme: light dark" in light
+        colours = r"(--[a-z]+): #"
+        assert set(re.findall(colours, light)) == set(re.findall(colours, dark))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli.cli.terminal import shown_streams
@@ -85,6 +85,8 @@ def on_terminal(folder: Path, command: tuple[str, ...] | Callable[[], None]) -> 
 
 
 def told(text: str) -> str:
+    """Digits of bytes are 0: they are checked elsewhere, and any change of what a manifest says would change them."""
+    text = re.sub(r"\d{1,3}(,\d{3})+", lambda number: re.sub(r"\d", "0", number[0]), text)
     for pattern, instead in VOLATILE:
         text = re.sub(pattern, instead, text)
     return text
@@ -110,6 +112,7 @@ def test_what_a_command_prints_fits_80_columns(folder, name):
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=60)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     columns=st.integers(40, 200),
     rows=st.lists(st.tuples(names, st.integers(0, 10**9), names, st.integers(0, 10**15)), min_size=1, max_size=5),
