@@ -33,6 +33,7 @@ from flexmerge_cli.text import expanded, is_text
 MAX_SIDE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 32 << 20
+MAX_POINTER_BYTES = 1024  # of Git LFS, whose pointers have some 130
 MAX_ABSENT = 0.5  # of the tensors that an index lists, such as a layer that was taken out; they are told
 HEADERS_AT_ONCE = 8
 
@@ -212,6 +213,7 @@ def _open_folder(
     carried = [name for name in wanted if folder.is_file(name) and folder.size(name) <= MAX_SIDE_BYTES]
     left["other"] = (*left.get("other", ()), *(name for name in wanted if name not in carried))
     left["index"] = tuple(odd)
+    _check_pointers(folder, carried)
     if side_files or isinstance(folder, LocalFolder):
         folder.bring(carried)
     return replace(
@@ -221,6 +223,17 @@ def _open_folder(
         parts=parts,
         left={kind: names for kind, names in left.items() if names},
     )
+
+
+def _check_pointers(folder: Folder, carried: Iterable[str]) -> None:
+    """Raise DataError for a tokenizer or the like of which Git LFS or git-annex has only the pointer here."""
+    for name in carried if isinstance(folder, LocalFolder) else ():
+        if 0 < folder.size(name) <= MAX_POINTER_BYTES:
+            found = foreign.of_bytes(
+                read_file(folder.local(name), MAX_POINTER_BYTES, "a pointer")[: foreign.HEAD_BYTES]
+            )
+            if found is not None and "pointer" in found.what:
+                raise DataError(f"{folder.path / name} is {found.what}", hint=found.hint)
 
 
 def _is_the_whole(part: dict[str, StoredTensor], whole: dict[str, StoredTensor]) -> int:

@@ -49,6 +49,14 @@ def test_a_config_or_index_that_is_a_pointer_is_named(tmp_path):
     assert "git lfs pull" in refused(tmp_path, "config.json", "Git LFS pointer").hint
 
 
+def test_a_tokenizer_that_is_a_pointer_is_named(tmp_path):
+    save_file(BASE, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.model").write_bytes(LFS)
+    assert "git lfs pull" in refused(tmp_path, "tokenizer.model", "Git LFS pointer").hint
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    open_checkpoint(str(tmp_path))
+
+
 def test_torchscript_is_named_and_its_hint_works(tmp_path):
     torch.jit.trace(torch.nn.Linear(4, 4), torch.ones(1, 4)).save(tmp_path / "script.pt")
     refused(tmp_path / "script.pt", "TorchScript")
