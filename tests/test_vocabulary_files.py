@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexmerge_cli import open_bundle
+from flexmerge_cli.errors import IntegrityError
+
 from .bundle.bundles import copy, manifest_of, reads_or_says_why
 from .bundle.bundles import seal as seal_manifest
-from .families import ODD, write_family
+from .families import ODD, assert_same_state, write_family
 from .hostile import SLOW_FILES, json_values, sealed
 from .program import fails, flexmerge, succeeds, tree
 
@@ -32,6 +35,17 @@ def made(tmp_path_factory):
     succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
     succeeds("merge", folders.root / "plan.json", "--method", "average", "--size", "1x", "-o", folders.root / "bundle")
     return folders
+
+
+def test_a_view_of_rows_goes_on_with_the_bundle_that_was_opened(made, tmp_path):
+    """A tensor that is put together from rows reads two files."""
+    bundle = copy(made.root / "bundle", tmp_path / "b")
+    expected = dict(open_bundle(bundle).view("task1", copy=True))
+    view, late = open_bundle(bundle).view("task1"), open_bundle(bundle)
+    succeeds("merge", made.root / "plan.json", "-o", bundle, "--force")
+    assert_same_state(view, expected)
+    with pytest.raises(IntegrityError, match="was replaced or changed since"):
+        dict(late.view("task1"))
 
 
 def vocabulary(fields):

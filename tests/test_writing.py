@@ -8,7 +8,9 @@ import stat
 import pytest
 
 from flexmerge_cli import writing
+from flexmerge_cli.cli.eval_outputs import check_outputs
 from flexmerge_cli.errors import MachineError, UsageError
+from flexmerge_cli.evaluation.tidy import COLUMNS
 from flexmerge_cli.writing import check_file, write_file
 
 from .program import fails, flexmerge, succeeds, tree
@@ -166,6 +168,25 @@ def test_force_replaces_only_what_an_output_of_its_kind_can_be(kind, family, pla
             fails(2, *arguments, "--force", says="does not replace it")
         assert place.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("kind", "ours"), [
+    ("csv", f"{','.join(COLUMNS)}\n1,2\n".encode()), ("png", b"\x89PNG\r\n\x1a\nrest"),
+    ("html", b'<!doctype html>\n<html lang="en"'),
+])  # fmt: skip
+def test_force_replaces_tables_and_pictures_by_their_kind(kind, ours, family, plan, tmp_path):
+    place = tmp_path / "out"
+    others = [plan.read_bytes(), (family.base / "model.safetensors").read_bytes(), b"id,score\n1,2\n", ours[1:]]
+    for data in (b"", *others, ours):
+        place.write_bytes(data)
+        with pytest.raises(UsageError, match="exists"):
+            check_outputs({kind: place}, [], force=False)
+        if data in others:
+            with pytest.raises(UsageError, match="does not replace it"):
+                check_outputs({kind: place}, [], force=True)
+        else:
+            check_outputs({kind: place}, [], force=True)
+        assert place.read_bytes() == data and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

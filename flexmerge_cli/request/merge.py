@@ -15,6 +15,7 @@ from flexmerge_cli.methods.method import Call, Statistic
 from flexmerge_cli.methods.registry import format_call, resolve
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits, parse_auto
+from flexmerge_cli.request.plan import require_text
 from flexmerge_cli.request.size import Size, parse_size
 
 KEEP = "keep"
@@ -223,6 +224,7 @@ def merge_request(
         cluster=cluster,
         seed=seed,
     )
+    require_text("method-for", *(pattern for pattern, _ in given.method_for))
     texts = [text for text in (method, *(text for _, text in given.method_for)) if text not in (None, KEEP)]
     notes = tuple(dict.fromkeys(note for text in texts if text and (note := resolve(text).message)))
     choice = _choice(method, size, given, run_files)

@@ -12,6 +12,7 @@ from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.order.linkage import Linkage, check_settings
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.text import is_text
 
 Statistics = Literal["all", "gram"]
 """The statistics to measure: all, or only those that a merge order needs."""
@@ -71,6 +72,15 @@ class PlanRequest:
     def __post_init__(self) -> None:
         known_word(get_args(Adapters), self.adapters, "adapters")
         known_word(get_args(Statistics), self.statistics, "statistics")
+        require_text("private", *self.private)
+        require_text("variant", self.access.variant or "")
+
+
+def require_text(option: str, *texts: str) -> None:
+    """Raise UsageError for what no plan or manifest can hold: bytes of a command line that are no Unicode text."""
+    for text in texts:
+        if not is_text(text):
+            raise UsageError(f"--{option} {text!r} is not Unicode text", hint="write it in UTF-8")
 
 
 def known_word(known: "list[str] | tuple[str, ...]", word: str, option: str) -> str:

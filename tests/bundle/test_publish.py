@@ -49,7 +49,7 @@ def test_killed_at_any_moment_a_merge_leaves_no_bundle_or_a_whole_one(large, tmp
     seen = set()
     for number in range(10):
         place = tmp_path / str(number)
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         child = Child(*merge_arguments(large, place / "b"))
         child.wait_for(place / ".b.lock")
         time.sleep(draw.uniform(0, took))
@@ -121,7 +121,7 @@ def test_a_plan_that_is_interrupted_exits_with_130_and_leaves_nothing(large, tmp
 @contextlib.contextmanager
 def small_disk(place, size):
     """A file system of `size` bytes at `place`; skips where it cannot be made."""
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False
     )
@@ -159,6 +159,22 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(free_pages, 
             says=(f"no space at {disk}", f"{needed:,} bytes are needed"),
         )
         assert "b" in result.err and list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5, 9])
+def test_every_output_on_a_disk_that_fills_up_is_told_and_nothing_is_left(pages, merged, tmp_path):
+    family = write_family(tmp_path / "family", plain(num_tasks=3))
+    succeeds("plan", *family.arguments, "-o", tmp_path / "plan.json")
+    for command in (
+        ("plan", *family.arguments, "-o"),
+        ("export", merged, "--task", "task0", "-o"),
+        ("export", merged, "--all", "-o"),
+        ("inspect", merged, "--html"),
+    ):
+        with small_disk(tmp_path / "disk", f"{4 * pages}k") as disk:
+            if flexmerge(*command, disk / "out").code:
+                fails(1, *command, disk / "out", says="no space at")
+                assert list(disk.iterdir()) == []
 
 
 def test_a_disk_that_is_just_large_enough_is_enough(tmp_path):
@@ -383,7 +399,7 @@ def test_a_folder_of_an_overlays_lower_layer_is_refused_before_the_work(tmp_path
     (lower / "bundle").mkdir(parents=True)
     layers = {name: tmp_path / name for name in ("upper", "work", "merged")}
     for place in layers.values():
-        place.mkdir()
+        place.mkdir(exist_ok=True)
     options = f"lowerdir={lower},upperdir={layers['upper']},workdir={layers['work']}"
     mounted = subprocess.run(
         ["mount", "-t", "overlay", "overlay", "-o", options, layers["merged"]], capture_output=True, check=False
