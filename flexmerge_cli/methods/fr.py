@@ -19,6 +19,10 @@ Coef = Literal["eq3", "align", "uniform"]
 Cutoff = Annotated[float, Range(least=0, below=1.5)]
 
 
+# What the filter leaves of a constant matrix is rounding, of 1e-16 of it, and counts as nothing.
+NOISE = 1e-12
+
+
 @dataclass(frozen=True, slots=True)
 class Magnitudes:
     """Σ|τ| of each task over a scope, [M] float64: proportional to the means of |τ|, with a common factor."""
@@ -106,9 +110,10 @@ def _elementwise(
     return is_other(tensor, shape, matrices=matrices) and _coef(variant, coef) != "align"
 
 
-def _aligned(vectors: Tensor) -> list[float]:
-    """max E / E, E the mean magnitude; 0 where E = 0. [k, *]."""
-    sizes = flat(vectors.double().abs()).sum(1)
+def _aligned(vectors: Tensor, unfiltered: Tensor) -> list[float]:
+    """max E / E, E the mean magnitude; 0 where the filter leaves nothing. [k, *]."""
+    sizes, before = (flat(x.double().abs()).sum(1) for x in (vectors, unfiltered))
+    sizes = torch.where(sizes > NOISE * before, sizes, 0.0)
     return torch.where(sizes > 0, sizes.max() / sizes, 0.0).tolist()
 
 
@@ -157,7 +162,7 @@ def fr(
         mean = mean_tasks(deltas)
         return mean if others == "mean" else torch.zeros_like(mean)
     if coef == "align":
-        weight_k = _aligned(vectors)
+        weight_k = _aligned(vectors, deltas)
     elif stats is not None and stats.sums.sum() > 0:
         weight_k = (stats.sums / stats.sums.sum()).tolist()
     else:

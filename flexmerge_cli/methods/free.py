@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexmerge_cli.methods import experts
 from flexmerge_cli.methods.coded import Coded, coded
-from flexmerge_cli.methods.fr import Coef, Cutoff, Variant, filtered
+from flexmerge_cli.methods.fr import NOISE, Coef, Cutoff, Variant, filtered
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
 from flexmerge_cli.methods.method import Fraction, Per, Positive, StatisticScope, Where
 from flexmerge_cli.methods.reductions import flat
@@ -97,7 +97,8 @@ class Expert:
             return np.full(len(group.kept), self.mu)
         kept = _ratio(group.kept, group.num_kept)
         if self.mu == "code":
-            return -math.log10(self.top.density) * _ratio(kept, _ratio(group.passed, group.num_elements))
+            passed = np.where(group.passed > NOISE * group.whole, group.passed, 0.0)
+            return -math.log10(self.top.density) * _ratio(kept, _ratio(passed, group.num_elements))
         mean = _ratio(group.whole, group.num_elements)
         share = _ratio(mean, np.full_like(mean, mean.sum()))
         return -math.log(self.top.density) * _ratio(kept, share * mean)

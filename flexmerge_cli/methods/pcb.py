@@ -1,15 +1,16 @@
 """PCB: parameters compete, inside a task by size and between tasks by agreement; the losers are dropped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Fraction, Positive, Statistic, method, per_element
+from flexmerge_cli.methods.method import Fraction, Per, Positive, Scope, Statistic, StatisticScope, method, per_element
 from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, magnitudes, value_keys, values
-from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.methods.reductions import flat, sum_tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,22 @@ class Competition:
     highest: np.ndarray
     threshold: np.ndarray
     best: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """Per task, threshold and maximum of its scores among all tasks and over the whole model. [M] float64."""
+
+    threshold: np.ndarray
+    best: np.ndarray
+    num_tasks: int
+    """M, also where some were taken."""
+
+    def take(self, tasks: list[int]) -> "Thresholds":
+        return Thresholds(threshold=self.threshold[tasks], best=self.best[tasks], num_tasks=self.num_tasks)
+
+
+Within = Literal["block", "model", "tensor", "whole"]
 
 
 def clamped(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -39,9 +56,18 @@ def scores(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
     return (len(deltas) * (own - 1)).exp() * (deltas * sum_tasks(deltas)).tanh()
 
 
-def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: object) -> Statistic:
+def _bound_places(n: int) -> tuple[int, int]:
+    """From the smallest, 0, of n: where the bounds of magnitudes are."""
+    return int(0.0001 * n), max(0, int(0.9999 * n - 1))
+
+
+def _statistics(*, K: float, scope: Within, **_: object) -> Statistic:
+    over: StatisticScope = "model" if scope in ("model", "whole") else scope  # type: ignore[assignment]
+    per: Per = "task" if scope == "model" else "group"
+
     def bounds(n: int, _positive: int) -> tuple[int, int]:
-        return n - int(0.0001 * n), n - max(0, int(0.9999 * n - 1))
+        low, high = _bound_places(n)
+        return n - low, n - high
 
     def thresholds(n: int, _positive: int) -> tuple[int, int]:
         return n - min(n - 1, int(n * (1 - K))), 1
@@ -49,13 +75,15 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
     def compete(sizes: Found) -> AtPlaces:
         lowest, highest = magnitudes(sizes.key_RT).astype(np.float64).T
 
-        def scored(found: Found) -> Competition:
+        def scored(found: Found) -> Competition | Thresholds:
             threshold, best = values(found.key_RT).T
+            if scope == "model":
+                return Thresholds(threshold=threshold, best=best, num_tasks=len(best))
             return Competition(lowest=lowest, highest=highest, threshold=threshold, best=best)
 
         return AtPlaces(
-            scope=scope,
-            per="group",
+            scope=over,
+            per=per,
             keys=lambda deltas, _where: value_keys(scores(deltas, lowest, highest)),
             key_bytes=8,
             places=thresholds,
@@ -63,8 +91,8 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
         )
 
     return AtPlaces(
-        scope=scope,
-        per="group",
+        scope=over,
+        per=per,
         keys=lambda deltas, _where: magnitude_keys(deltas),
         key_bytes=8,
         places=bounds,
@@ -72,34 +100,68 @@ def _statistics(*, K: float, scope: Literal["block", "model", "tensor"], **_: ob
     )
 
 
+def _scope(*, scope: Within, **_: object) -> Scope:
+    return "block" if scope == "model" else "element"
+
+
 @method(
     paper="Du et al. 2024",
-    scope="element",
+    scope=_scope,
     statistics=_statistics,
     when="as ties, where size inside a task should count too",
-    workspace=per_element(46, 64),
+    workspace=per_element(90, 64),
 )
 def pcb(
-    deltas: Tensor,
-    stats: Competition,
+    deltas: Any,
+    stats: Any,
     *,
     K: Fraction = 0.1,
     scale: Positive = 1.0,
-    scope: Literal["block", "model", "tensor"] = "block",
-) -> Tensor:
+    scope: Within = "block",
+) -> Any:
     """Mean of the clamped deltas, weighted by the scores above each task's threshold. [k, n] float32 -> [n].
 
-    K: fraction kept per task within `scope`; the authors' example has 0.05. scale: their search starts at 1.2.
+    K: fraction kept per task; the authors' example has 0.05. scale: their search starts at 1.2. scope: where the tasks
+    of a group compete, `whole` being the model; or `model` for FlexMerge's release, where all tasks set a threshold
+    each over the whole model, which applies to the scores of a group in a block: {name: [k, *shape]} of a block ->
+    {name: [*shape]}. Its K is the dropped fraction, 1 - K here.
     Magnitudes are clamped to their 0.01 % and 99.99 % places. A task whose scores are all equal has weight 1, or 0 if
-    they are not above 0. Scores are float64 and depend on the group, so each group takes four or five passes. The
-    method is not homogeneous: tanh of products of deltas saturates for deltas near 1.
-    Source: duguodong7/pcb-merging. FlexMerge's code compares thresholds of all tasks over the model with scores of a
-    group over its block; there K is the fraction that is dropped.
+    they are not above its threshold. Scores are float64 and depend on the group, so each group takes four or five
+    passes, except with `model`. The method is not homogeneous: tanh of products of deltas saturates for deltas near 1.
+    Source: duguodong7/pcb-merging; sacs-epfl/flexmerge, which has NaN where a block has no score above the threshold.
     """
+    if scope == "model":
+        return {name: scale * merged for name, merged in _with_thresholds(deltas, stats).items()}
     best, threshold = (torch.from_numpy(x).to(deltas.device)[:, None] for x in (stats.best, stats.threshold))
-    sizes, _ = clamped(deltas, stats.lowest, stats.highest)
     span = best - threshold
     above = scores(deltas, stats.lowest, stats.highest).maximum(threshold) - threshold
     weight = torch.where(span > 0, above / span, (threshold > 0).double())
+    return scale * _weighted(deltas, weight, stats.lowest, stats.highest)
+
+
+def _weighted(deltas: Tensor, weight: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
+    sizes, _ = clamped(deltas, lowest, highest)
     total = sum_tasks(weight)
-    return scale * torch.where(total > 0, sum_tasks(deltas.sign() * sizes * weight) / total, 0.0)
+    return torch.where(total > 0, sum_tasks(deltas.sign() * sizes * weight) / total, 0.0)
+
+
+def _with_thresholds(deltas: Mapping[str, Tensor], stats: Thresholds) -> dict[str, Tensor]:
+    """FlexMerge's: scores of the block in memory, cut off where thresholds of the model are, and scaled to [0, 1]."""
+    rows = torch.cat([flat(delta) for delta in deltas.values()], 1)
+    k, n = rows.shape
+    if n == 0:
+        return {name: delta[0].double() for name, delta in deltas.items()}
+    ordered = rows.abs().sort(1).values.double()
+    lowest, highest = (ordered[:, place].cpu().numpy() for place in _bound_places(n))
+    del ordered
+    # Scores are e^-k times the authors', so of other groups' sizes they compare only after this.
+    unit = np.exp(min(stats.num_tasks - k, 700))
+    threshold, best = (torch.from_numpy(x * unit).to(rows.device)[:, None] for x in (stats.threshold, stats.best))
+    inside = scores(rows, lowest, highest).maximum(threshold).minimum(best)
+    least, most = inside.amin(1, keepdim=True), inside.amax(1, keepdim=True)
+    weight = torch.where(most > least, (inside - least) / (most - least), (least > threshold).double())
+    merged, found, start = _weighted(rows, weight, lowest, highest), {}, 0
+    for name, delta in deltas.items():
+        stop = start + delta[0].numel()
+        found[name], start = merged[start:stop].view(delta.shape[1:]), stop
+    return found

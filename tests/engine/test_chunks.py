@@ -13,7 +13,7 @@ from .merges import DEFAULTS, WHOLE, billed, plan_of, planned, write
 
 ROWS_AND_BLOCKS = (
     "breadcrumbs:scope=row", "model_stock:scope=row", "sce:scope=row", "della:scope=tensor", "ties:K=0.3,scope=block",
-    "pcb:scope=model", "emr:gamma=tensor_mean", "consensus:K=0.3", "bitdelta:scale=row,centre=della",
+    "pcb:scope=model", "pcb:scope=whole", "emr:gamma=tensor_mean", "consensus:K=0.3", "bitdelta:scale=row,centre=della",
     "low_bit:levels=empirical", "low_bit:bits=3,centre=opcm", "low_bit:centre_bits=4", "low_bit:bits=4,centre=none",
     "sparse:centre=iso_c", "free:select=row,mu_scope=model",
 )  # fmt: skip

@@ -111,7 +111,7 @@ def test_ties_keeps_exactly_the_largest_of_the_whole_model(K, chunk_elements, as
 @pytest.mark.parametrize("chunk_elements", [1024, WHOLE])
 def test_pcb_competes_over_the_whole_model(chunk_elements, as_counted, ties_everywhere, tmp_path):
     plan, K = plan_of(ties_everywhere), 0.3
-    layout = billed(plan, f"pcb:K={K},scope=model", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
+    layout = billed(plan, f"pcb:K={K},scope=whole", groups=[GROUPS[index % 3] for index in range(len(plan.blocks))])
     bundle = write(ties_everywhere, layout, tmp_path / "bundle", threads=3, chunk_elements=chunk_elements)
     deltas = side_by_side(ties_everywhere.models).astype(np.float64)
     n = deltas.shape[1]
@@ -139,7 +139,7 @@ def test_experts_of_free_are_scaled_by_means_over_the_whole_model(chunk_elements
     base = {name: normal(n, *shape) for n, (name, shape) in enumerate(SHAPES.items())}
     models = Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(3)})
     folders = planned(tmp_path, models)
-    layout = billed(plan_of(folders), "free:density=0.1,mu_scope=model,cutoff=0")
+    layout = billed(plan_of(folders), "free:density=0.1,mu_scope=model,variant=paper,cutoff=0")
     bundle = Bundle.open(write(folders, layout, tmp_path / "bundle", chunk_elements=chunk_elements))
     parts = {name: part for file in bundle.parts.values() for name, part in file.items()}
     for task, state in models.tasks.items():

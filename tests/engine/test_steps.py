@@ -25,7 +25,7 @@ AFTER = (
 )
 SEVERAL = (
     (("dare:p=0.5", "trim:K=0.5"), "ties:K=0.5"),
-    (("trim:K=0.5,scope=tensor", "breadcrumbs:beta=0.5,scope=block"), "pcb:K=0.5,scope=model"),
+    (("trim:K=0.5,scope=tensor", "breadcrumbs:beta=0.5,scope=block"), "pcb:K=0.5,scope=whole"),
     (("trim:K=0.5,scope=block", "dare:p=0.3"), "consensus:K=0.4,scope=model"),
     (("fr:cutoff=0.3", "magprune"), "emr"),
     (("fr:variant=code", "trim:K=0.7,scope=tensor"), "opcm"),

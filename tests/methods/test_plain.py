@@ -1,5 +1,6 @@
 """Methods out of core against the same computed in memory, in the plainest way, to the last bit."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -53,7 +54,7 @@ def test_competition_of_a_model_is_that_of_one_long_vector(deltas, chunk, kept):
     family = family_of(
         {"a": deltas[:, :cut], "b": deltas[:, cut:]}, blocks={"one": ("a",), "other": ("b",)}
     )  # an empty tensor where the vector is short
-    merged = merge(family, parse_call(f"pcb:K={kept},scope=model"), chunk=chunk, bypass=False)
+    merged = merge(family, parse_call(f"pcb:K={kept},scope=whole"), chunk=chunk, bypass=False)
     assert torch.equal(torch.cat([merged["a"].unified, merged["b"].unified]), pcb(deltas, kept))
 
 
@@ -68,3 +69,49 @@ def test_model_scope_sees_one_long_vector(deltas, chunk):
             merged = merge(parts, parse_call(method), chunk=chunk, bypass=False)
             whole = merge(family_of({"w": deltas}), parse_call(method), bypass=False)["w"].unified
         assert torch.equal(torch.cat([merged["a"].unified, merged["b"].unified]), whole)
+
+
+def released_pcb(model, group, block, dropped):
+    """FlexMerge's release in float64: model [M, N] of all tasks, the group's rows and the block's columns."""
+
+    def clamped(rows):
+        ordered, n = np.sort(np.abs(rows), 1), rows.shape[1]
+        return np.clip(np.abs(rows), ordered[:, [int(n * 0.0001)]], ordered[:, [int(n * (1 - 0.0001) - 1)]])
+
+    def scores(rows):
+        sizes = clamped(rows)
+        least, most = sizes.min(1, keepdims=True), sizes.max(1, keepdims=True)
+        return np.exp(len(rows) * ((sizes - least) / (most - least)) ** 2) * np.tanh(rows * rows.sum(0))
+
+    everyone = np.sort(scores(model), 1)
+    low, high = everyone[:, [int(model.shape[1] * dropped)]], everyone[:, [-1]]
+    rows = model[group][:, block]
+    inside = np.clip(scores(rows), low[group], high[group])
+    least, most = inside.min(1, keepdims=True), inside.max(1, keepdims=True)
+    weight = (inside - least) / (most - least)
+    return (np.sign(rows) * clamped(rows) * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)
+
+
+@pytest.mark.parametrize("group", ["abcde", "bd", "ace"])
+@pytest.mark.parametrize("kept", [0.1, 0.75])
+def test_pcb_of_the_release_has_thresholds_of_all_tasks_and_the_model(group, kept):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (40, 30), "b": (25,), "c": (30, 20)}
+    deltas = {name: torch.randn(5, *shape, generator=draw) for name, shape in shapes.items()}
+    family = family_of(deltas, blocks={"one": ("a", "b"), "other": ("c",)})
+    merged = merge(family, parse_call(f"pcb:K={kept},scope=model,scale=1.5"), group=group, chunk=101)
+    model = np.concatenate([rows.flatten(1).double().numpy() for rows in deltas.values()], 1)
+    rows = ["abcde".index(task) for task in group]
+    for block, columns in ((("a", "b"), slice(0, 1225)), (("c",), slice(1225, None))):
+        expected = 1.5 * released_pcb(model, rows, columns, 1 - kept)
+        found = torch.cat([merged[name].unified.flatten() for name in block])
+        assert np.abs(found.numpy() - expected).max() < 1e-6
+
+
+def test_pcb_of_the_release_gives_nothing_where_no_score_is_above_the_threshold():
+    """The release divides 0 by 0 there."""
+    draw = torch.Generator().manual_seed(0)
+    deltas = {"a": torch.randn(3, 50, generator=draw), "b": 1e-4 * torch.randn(3, 50, generator=draw)}
+    family = family_of(deltas, blocks={"one": ("a",), "other": ("b",)})
+    merged = merge(family, parse_call("pcb:K=0.1,scope=model"))
+    assert not merged["b"].unified.any() and merged["a"].unified.any()

@@ -141,3 +141,13 @@ def test_filter_takes_out_the_mean_and_nothing_at_cutoff_0():
     matrices = random(2, 6, 10)
     assert filtered(matrices, "paper").mean(dim=(1, 2)).abs().max() < 1e-15
     assert torch.allclose(filtered(matrices, "paper", 0.0), matrices, atol=1e-14)
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_a_task_of_which_the_filter_leaves_rounding_has_no_weight(variant):
+    """The filter takes the constant away: a task that changed all elements alike must not weigh 1e16."""
+    deltas = torch.randn(2, 9, 14, generator=torch.Generator().manual_seed(0))
+    deltas[1] = -0.25
+    merged = merge(family_of({"w": deltas}), parse_call(f"fr:variant={variant},coef=align,scale=1"))["w"].unified
+    alone = filtered(deltas[:1], variant)[0]
+    assert torch.allclose(merged.double(), alone, atol=1e-6)
