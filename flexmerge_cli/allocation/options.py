@@ -135,14 +135,14 @@ def num_weights(plan: Plan) -> int:
     own = [tensor for tensor in plan.stored if tensor.class_ is not TensorClass.TIED]
     merged = sum(math.prod(tensor.shape_of(task)) for tensor in own for task in tensor.present)
     base = sum(math.prod(tensor.base_form[1]) for tensor in plan.tensors if tensor.base_form is not None)
-    return max(1, merged + len(plan.adapters) * base)
+    return max(1, merged + len(plan.kept) * base)
 
 
 def _as_found(plan: Plan, weights: int) -> StorageOption:
     """The checkpoints as they are, and the base once if adapters need it."""
     tensors = sum(member.source_bytes for member in plan.readers)
     forms = [tensor.base_form for tensor in plan.tensors if tensor.base_form is not None]
-    if plan.adapters:
+    if plan.kept:
         tensors += sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in forms)
     side = sum(sum(file.bytes for file in member.files.values()) - member.own_file_bytes for member in plan.readers)
     return StorageOption(

@@ -18,11 +18,8 @@ def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
     Weights are if they bear flexmerge's mark under a name that exports use, or are those of an adapter of this bundle;
     their index is; and so is what is called as a file beside some task of this bundle.
     """
-    kept = {
-        (task.adapter.weights, manifest.files[f"tasks/{name}/{task.adapter.weights}"].sha256)
-        for name, task in manifest.tasks.items()
-        if task.adapter is not None
-    }
+    own = [path for task in manifest.tasks if (path := manifest.own_weights(task)) is not None]
+    kept = {(path.rpartition("/")[2], manifest.files[path].sha256) for path in own}
     parts = {(part, stem) for task in manifest.tasks.values() for part, stem in task.parts.items()}
     stems = {"": STEMS} | {part: (stem,) for part, stem in parts}
     weights = {

@@ -136,7 +136,7 @@ class Bundle(Routes):
         """
         self.check_task(task)
         if self.files is not None:
-            of_weights = self._weight_files(task)
+            of_weights = self.manifest.weight_files(task)
             self.files.check(name for name in self.manifest.tasks[task].files if weights or name not in of_weights)
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Bundle(Routes):
         if self.files is None:
             yield self
             return
-        with self.files.checking(self._weight_files(task)) as files:
+        with self.files.checking(self.manifest.weight_files(task)) as files:
             yield replace(self, files=files)
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -155,13 +155,13 @@ class Bundle(Routes):
     def ahead(self, task: str) -> None:
         """Begin to digest the weight files of a task's route, where that has not been done; see BundleFiles.ahead."""
         if self.files is not None:
-            self.files.ahead(self._weight_files(task))
+            self.files.ahead(self.manifest.weight_files(task))
 
     def hold(self, task: str) -> None:
         """Keep the weight files of a task's route open, to be read even if the bundle is replaced or removed."""
         self.check_task(task)
         if self.files is not None:
-            self.files.hold(self._weight_files(task))
+            self.files.hold(self.manifest.weight_files(task))
 
     def _bad_files(self, tasks: Collection[str]) -> dict[str, FlexmergeError]:
         names = {name for task in tasks for name in self.manifest.tasks[task].files if name in self._problems}
@@ -171,12 +171,6 @@ class Bundle(Routes):
     def _on_disk(self) -> BundleFiles:
         assert self.files is not None
         return self.files
-
-    def _weight_files(self, task: str) -> list[str]:
-        """Names of the files that hold a task's tensors."""
-        entry = self.manifest.tasks[task]
-        adapter = [] if entry.adapter is None else [f"tasks/{task}/{entry.adapter.weights}"]
-        return [name for name in entry.files if name.startswith(WEIGHTS)] + adapter
 
     def route(self, task: str) -> list[str]:
         """Weight files that a task reads."""

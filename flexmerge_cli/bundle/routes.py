@@ -166,11 +166,6 @@ class Routes:
     def is_tied(self, aligned: str) -> bool:
         return self._tensors[aligned].of is not None
 
-    def adapter_file(self, task: str) -> Path | None:
-        """The weight file of a kept adapter."""
-        adapter = self.manifest.tasks[task].adapter
-        return None if adapter is None else file_inside(self.path, f"tasks/{task}/{adapter.weights}")
-
     def check_route(self, task: str) -> None:
         """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""
         for tensor in self._entries[task]:
@@ -187,7 +182,6 @@ class Routes:
         if change is None or change.value is None:
             base = parts.get(name) or self._dense[task].get(tensor.name) or parts[name]
         if change is not None:
-            weights = self.adapter_file(task)
-            assert weights is not None
+            weights = file_inside(self.path, str(self.manifest.own_weights(task)))
             changed = replace(change.tensor(base, weights), shape=shape)
         return AdaptedTensor(base=base, changed=changed, dtype=dtype, shape=shape)

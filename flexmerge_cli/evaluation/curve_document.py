@@ -56,8 +56,7 @@ def curve_document(
         )
 
     def read(path: Path) -> EvalSpec:
-        kept = tuple(adapter.name for adapter in plan.adapters)
-        return read_spec(path, plan.task_names, unscorable=kept, allow_exec=allow_exec)
+        return read_spec(path, plan.task_names, unscorable=plan.kept_names, allow_exec=allow_exec)
 
     spec = read(spec_path)
     if target is not None:

@@ -83,7 +83,7 @@ def score_request(
         path, tasks = located.path, located.open().tasks
     elif plan is not None:
         loaded = load_plan(plan)
-        tasks, kept = loaded.task_names, tuple(adapter.name for adapter in loaded.adapters)
+        tasks, kept = loaded.task_names, loaded.kept_names
     else:
         again = f"flexmerge eval bundle/ --spec {shlex.quote(str(spec))}"
         raise UsageError("give a bundle, or --sources and --plan", hint=again)

@@ -199,6 +199,16 @@ class Manifest(Record):
         """All that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
+    def own_weights(self, task: str) -> str | None:
+        """Path of the weight file that is a kept adapter's own; None for other tasks."""
+        adapter = self.tasks[task].adapter
+        return None if adapter is None else f"tasks/{task}/{adapter.weights}"
+
+    def weight_files(self, task: str) -> list[str]:
+        """Paths of the files that hold a task's tensors."""
+        own = self.own_weights(task)
+        return [path for path in self.tasks[task].files if path.startswith(WEIGHTS) or path == own]
+
     def side_folder(self, task: str) -> str:
         """Where a task's config, tokenizer and other side files lie."""
         return side_folder(task, coded=f"coded/{task}/{CODED_README}" in self.files)
@@ -350,7 +360,7 @@ def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) 
 
 
 def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry, tensors: Mapping[str, TensorEntry]) -> None:
-    file = manifest.files.get(f"tasks/{name}/{adapter.weights}")
+    file = manifest.files.get(str(manifest.own_weights(name)))
     if file is None:
         raise ValueError(f"adapter `{name}` has no weights")
     for key, change in adapter.changes.items():

@@ -117,6 +117,10 @@ class Plan(Record):
         return tuple(range(len(self.tasks), len(self.readers)))
 
     @property
+    def kept_names(self) -> tuple[str, ...]:
+        return tuple(self.readers[reader].name for reader in self.kept)
+
+    @property
     def own_bytes(self) -> int:
         """Bytes of the tensors that readers store in weight files of their own."""
         return sum(reader.own_bytes for reader in self.readers)
@@ -205,9 +209,10 @@ def _check(plan: Plan) -> None:
     """What types do not say. A sound sha256 does not make a plan consistent."""
     count = len(plan.tasks)
     names = [tensor.name for tensor in plan.stored]
-    kept = [adapter.name for adapter in plan.adapters]
-    in_order = list(plan.task_names) == sorted(set(plan.task_names)) and kept == sorted(set(kept))
-    if len(set(names)) < len(names) or not in_order or not count + len(kept):
+    in_order = list(plan.task_names) == sorted(set(plan.task_names)) and list(plan.kept_names) == sorted(
+        set(plan.kept_names)
+    )
+    if len(set(names)) < len(names) or not in_order or not plan.readers:
         raise ValueError("tensors or tasks are not unique, or out of order")
     if len(plan.reader_names) > MAX_TASKS:
         raise ValueError(f"{len(plan.reader_names):,} tasks, and no more than {MAX_TASKS:,} can be compared")

@@ -237,9 +237,7 @@ PLURALS = {"copy": "copies"}
 
 def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
     bundle, manifest = facts.bundle, facts.bundle.manifest
-    entry, route = manifest.tasks[task], bundle.route(task)
-    if entry.adapter is not None:
-        route = [*route, f"tasks/{task}/{entry.adapter.weights}"]
+    entry, route = manifest.tasks[task], manifest.weight_files(task)
     approximated = sum(
         elements
         for unit, elements in zip(manifest.units, facts.unit_elements)
