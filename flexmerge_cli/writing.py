@@ -74,11 +74,18 @@ def check_parent(path: Path) -> None:
 
     Raises UsageError, MachineError.
     """
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    parent = folder_above(path)
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} names no file or folder to make", hint="give the place a name")
     if not parent.is_dir():
         raise UsageError(f"{parent} is a file, so nothing can be written in it", hint="choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent} is not writable", hint="choose another place")
+
+
+def folder_above(path: Path) -> Path:
+    """The nearest folder above an output that is there; the ones between are made when it is written."""
+    return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
 
 
 def has_start(path: Path, start: bytes) -> bool:

@@ -25,7 +25,7 @@ from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
-from flexmerge_cli.writing import NO_LINK, no_space
+from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 
 
 def export_task(
@@ -162,7 +162,7 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
 def _check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool, ours: Ours) -> None:
     check_apart(target, [bundle.path])
     check_target(target, force=force, ours=ours)
-    if shutil.disk_usage(target.absolute().parent).free < needed_bytes:
+    if shutil.disk_usage(folder_above(target)).free < needed_bytes:
         raise no_space(target, needed_bytes)
 
 

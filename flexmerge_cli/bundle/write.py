@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
-from flexmerge_cli.writing import no_space
+from flexmerge_cli.writing import folder_above, no_space
 
 COPY_BYTES = 4 << 20
 
@@ -30,7 +30,7 @@ def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
             f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
             hint="make several bundles of fewer tasks",
         )
-    free = shutil.disk_usage(target.absolute().parent).free
+    free = shutil.disk_usage(folder_above(target)).free
     if free < layout.total_bytes:
         raise no_space(target, layout.total_bytes)
 

@@ -192,6 +192,7 @@ def test_the_place_of_several_tasks_is_free_or_empty_or_all_theirs(merged, tmp_p
     fails(2, "export", merged, "--all", "-o", tmp_path / "file")
     (tmp_path / "file").touch()
     fails(2, "export", merged, "--all", "-o", tmp_path / "file/all", says="is a file")
+    succeeds("export", merged, "--all", "-o", tmp_path / "new/folders/all")
     assert (tmp_path / "other/mine").exists() and len(list(tmp_path.iterdir())) == 3
 
 

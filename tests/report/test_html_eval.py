@@ -9,6 +9,7 @@ from flexmerge_cli.report.curve_png import write_png
 from flexmerge_cli.report.curve_series import STYLES, ranking, series_of, sizes_of
 from flexmerge_cli.report.html_eval import curve_page
 
+from ..program import ROOT
 from .browser import CHROMIUM, open_page
 from .pages import Page, check_self_contained
 from .records import record
@@ -147,3 +148,9 @@ def test_a_browser_would_tell_of_errors_and_requests(tmp_path):
     (tmp_path / "page.html").write_text("<img src=http://example.invalid/x.png><script>nothing.at.all</script>")
     opened = open_page(tmp_path / "page.html", tmp_path)
     assert opened.console and opened.requests
+
+
+def test_the_picture_in_the_docs_has_all_its_colours():
+    """It had a palette of 64 colours, in which two methods were one teal."""
+    data = (ROOT / "samples" / "digits" / "curve.png").read_bytes()
+    assert data[25] in (2, 6), "of a PNG: red, green and blue for each pixel, with or without alpha"
