@@ -46,7 +46,8 @@ def no_weights(source: str, where: str, names: Sequence[str], variant: str | Non
             "unclear which of them is the model",
             hint=f"name it: {inner(source, several[0])}",
         )
-    if (known := of_files(sorted({name.partition("/")[0] for name in names}))) is not None:
+    ends = {part for name in names for part in (name.partition("/")[0], name.rpartition("/")[2]) if part}
+    if (known := of_files(sorted(ends))) is not None:
         return SourceError(f"{where} is {known[1].what}: it holds {known[0]}", hint=known[1].hint)
     return SourceError(
         f"no checkpoint in {where}: it has none of {', '.join(WEIGHT_FILES[:5])}",

@@ -11,6 +11,7 @@ are as good, and no name decides, none is taken and the alignment says so.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -23,7 +24,7 @@ T = TypeVar("T")
 # Wrappers have one to three segments. Without a bound, one name of a million dots takes 10^12 steps.
 MAX_PREFIX_SEGMENTS = 16
 # A common end that more of the base's tensors have says nothing about which of them is meant.
-MAX_SAME_ENDS = 64
+MAX_SAME_ENDS = 128  # the deepest models have 126 layers
 MAX_RENAMES = 32
 # After the first, a rename of fewer tensors is taken only if it concerns segments that are known to wrap models:
 # a head's `dense.weight` and another head's may be of one shape by chance.
@@ -214,13 +215,14 @@ def _candidates(
         for start, end in _splits(name):
             ends.setdefault(end, []).append((start, name))
     found: dict[Rename, dict[str, str]] = {}
+    renamed = cache(_rename)  # of few starts, by many names
     for name, tensor in task.items():
         for start, end in _splits(name):
             hits = ends.get(end, ())
             renames = [
                 (rename, other)
                 for of_base, other in (hits if len(hits) <= MAX_SAME_ENDS else ())
-                if fits(tensor, base[other]) and (rename := _rename(start, of_base, end)) is not None
+                if fits(tensor, base[other]) and (rename := renamed(start, of_base, "." in end)) is not None
             ]
             for rename, other in renames:
                 found.setdefault(rename, {})[name] = other
@@ -229,9 +231,12 @@ def _candidates(
     return found
 
 
-def _rename(old: str, new: str, end: str) -> Rename | None:
-    """The rename of one start to another; None if it is more than a change of wrappers, or too little is left."""
-    if old and new and "." not in end:
+def _rename(old: str, new: str, has_module: bool) -> Rename | None:
+    """The rename of one start to another; None if it is more than a change of wrappers, or too little is left.
+
+    has_module: whether more than the parameter's own name follows.
+    """
+    if old and new and not has_module:
         return None
     starts = [start.rstrip(".").split(".") if start else [] for start in (old, new)]
     numbers = [[segment for segment in start if segment.isdecimal()] for start in starts]

@@ -66,6 +66,7 @@ def test_torchscript_is_named_and_its_hint_works(tmp_path):
 
 @pytest.mark.parametrize(("files", "says"), [
     ([".metadata", "__0_0.distcp"], "DCP"), (["latest", "zero_to_fp32.py"], "DeepSpeed"),
+    (["pytorch_model_fsdp_0/__0_0.distcp"], "DCP"),
     (["global_step500/mp_rank_00_model_states.pt"], "DeepSpeed"), (["flax_model.msgpack"], "Flax"),
     (["tf_model.h5"], "TensorFlow"), (["weights.npz"], "MLX"), (["adapters.safetensors"], "mlx-lm"),
     (["model-Q4_K_M.gguf"], "GGUF"), (["model.onnx"], "ONNX"), (["openvino_model.bin"], "OpenVINO"),
