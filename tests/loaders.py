@@ -4,8 +4,12 @@ Each is the library's own code. It loads a fine-tuned model, then the same model
 ways, and the outputs must be equal to the bit. tests/test_loaders.py runs those whose libraries the tests have.
 """
 
+import ast
 import contextlib
+import fnmatch
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
@@ -14,11 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .program import ROOT, flexmerge, succeeds
@@ -181,6 +185,38 @@ def _diffusers(folder: Path) -> Any:
     return lambda images: model(images, 1).sample
 
 
+def _mlx(folder: Path) -> Any:
+    """mlx-lm runs on its own arrays: the pattern of its `load_model`."""
+    source = _source("mlx_lm", "utils.py")
+    pattern = re.search(r'glob\.glob\(str\(model_path / "(model\*\.safetensors)"\)\)', source)
+    assert pattern, "mlx_lm.utils.load_model looks for weights in another way"
+    return _tensors(sorted(folder.glob(pattern[1])))
+
+
+def _sglang(folder: Path) -> Any:
+    """sglang needs its own torch: its function that chooses among files, compiled out of its source."""
+    tree = ast.parse(_source("sglang", "srt/model_loader/weight_utils.py"))
+    name = "filter_duplicate_safetensors_files"
+    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    space: dict[str, Any] = {"os": os, "json": json, "fnmatch": fnmatch, "List": list, "Optional": Optional}
+    exec(compile(ast.Module(wanted, []), name, "exec"), space)
+    found = [str(path) for path in folder.glob("*.safetensors")]
+    return _tensors([Path(path) for path in space[name](found, str(folder), "model.safetensors.index.json")])
+
+
+def _source(package: str, name: str) -> str:
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / name).read_text()
+
+
+def _tensors(files: list[Path]) -> Any:
+    """The values of all tensors in the files, by their names."""
+    assert files, "no weights were found"
+    state = {name: value for path in files for name, value in load_file(path).items()}
+    return lambda _given: torch.cat([state[name].flatten() for name in sorted(state)])
+
+
 FAMILIES: dict[str, Callable[[Path, bool], Tensor]] = {
     "vit": vit, "llama": llama, "timm": timm_vit, "open_clip": clip, "diffusers": unet, "lora": lora,
 }  # fmt: skip
@@ -196,6 +232,8 @@ LOADERS = {
     "timm": Loader(package="timm", family="timm", load=_timm),
     "open_clip": Loader(package="open_clip", family="open_clip", load=_open_clip),
     "diffusers": Loader(package="diffusers", family="diffusers", load=_diffusers),
+    "mlx-lm, its choice of files": Loader(package="mlx_lm", family="llama", load=_mlx),
+    "sglang, its choice of files": Loader(package="sglang", family="llama", load=_sglang),
 }
 
 
