@@ -13,7 +13,7 @@ import torch
 from flexmerge_cli import open_bundle, verify
 
 from .families import plain, write_family
-from .program import ROOT, fails, succeeds
+from .program import ROOT, fails, stored_sizes, succeeds
 
 SAMPLES = ROOT / "samples/own_method"
 MEDIAN = SAMPLES / "median.py"
@@ -65,7 +65,7 @@ def test_a_dry_run_prices_it_to_the_byte(four, tmp_path):
     assert not (tmp_path / "bundle").exists()
     wet = succeeds(*arguments, "-o", tmp_path / "bundle").json
     assert dry["total_bytes"] == wet["total_bytes"]
-    assert wet["total_bytes"] == sum(p.stat().st_size for p in (tmp_path / "bundle").rglob("*") if p.is_file())
+    assert wet["total_bytes"] == sum(stored_sizes(tmp_path / "bundle").values())
 
 
 def test_reading_needs_no_method(four, tmp_path):

@@ -16,7 +16,7 @@ from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.planning.sources import open_sources
 
 from .families import LAYOUTS, Models, assert_same_state, encoder, normal, same_bits, tuned, write_checkpoint
-from .program import ROOT, fails, flexmerge, succeeds
+from .program import ROOT, fails, flexmerge, stored_sizes, succeeds
 
 EMBEDDING = "embeddings.word_embeddings.weight"
 OUTPUT, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
@@ -88,7 +88,7 @@ def merged(root: Path, *options: object) -> Path:
     bundle = root / ("bundle" + "-".join(map(str, options)).replace("/", "_").replace(":", "_"))
     foretold = succeeds("merge", root / "plan.json", *options, "-o", bundle, "--dry-run", "--json").json
     succeeds("merge", root / "plan.json", *options, "-o", bundle)
-    assert sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) == foretold["total_bytes"]
+    assert sum(stored_sizes(bundle).values()) == foretold["total_bytes"]
     assert verify(bundle, decode=True).bad == {}
     opened, reader = open_bundle(bundle), independent_reader()
     succeeds("export", bundle, "--all", "-o", root / "exports" / bundle.name)

@@ -19,7 +19,7 @@ from flexmerge_cli.planning.sources import open_sources
 
 from ..families import Folders, Models, State, encoder, normal, tuned, write_family
 from ..methods.variants import FASTER, arguments
-from ..program import succeeds
+from ..program import stored_sizes, succeeds
 
 WHOLE = 1 << 24  # elements of a chunk that every tensor here fits in
 
@@ -151,7 +151,7 @@ def write(
 
 
 def disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(stored_sizes(folder).values())
 
 
 def edges() -> Models:
