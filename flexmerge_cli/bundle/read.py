@@ -5,9 +5,11 @@ wrong with a file concerns the tasks that read it, and no other.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -34,6 +36,8 @@ class Bundle(Routes):
     """None of a bundle in memory."""
     memory: Mapping[Path, np.ndarray] = field(default_factory=dict)
     """Bytes of paths that are not on disk."""
+    joined: "WeakValueDictionary[Hashable, Any]" = field(default_factory=WeakValueDictionary, compare=False)
+    """Parameters that models of several tasks have in common and that lie in no file (view.py)."""
     _problems: dict[str, FlexmergeError] = field(default_factory=dict)
     """File, or task -> why it cannot be read."""
 

@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from flexmerge_cli.bundle.decode_on import decode_on
 from flexmerge_cli.bundle.model import assigned_model
+from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, placeholders
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.engine.device import as_tensor, choose_device
+from flexmerge_cli.engine.device import as_tensor, choose_device, torch_dtype
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 
@@ -53,12 +55,6 @@ class View(Mapping[str, Tensor]):
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
         return tensor if on_cpu else tensor.to(self.device)
 
-    def read_all(self) -> dict[str, Tensor]:
-        """All tensors, decoded by as many threads as there are cores."""
-        self.bundle.ahead(self.task)
-        with ThreadPoolExecutor(default_threads()) as pool:
-            return dict(zip(self, pool.map(self.__getitem__, self)))
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -66,20 +62,43 @@ class View(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
+@torch.inference_mode(False)  # its tensors could not be trained, or used outside of inference mode
 def load_model(view: View, **kwargs: Any) -> Any:
     """The transformers model of the task's config, its parameters assigned from the view, without a second copy.
 
-    Parameters on a mapped file, which other models of the group have in common, are frozen. kwargs go to the model's
+    Parameters that models of the group have in common are frozen: those on a mapped file, and what the loader joins of
+    such ones, as the experts of a mixture, which lies in memory once while a model has it. kwargs go to the model's
     `from_pretrained`. Raises like task_model, and IntegrityError if a file of the task is not the manifest's.
     """
     bundle, task = view.bundle, view.task
-    with bundle.checking(task) as checked:
-        tensors = View(checked, task, copy=view.copy, device=str(view.device)).read_all()
-    shared = {tensors[own].data_ptr() for own, aligned in view.aligned.items() if bundle.is_shared(task, aligned)}
-    model = task_model(bundle, task, tensors, **kwargs)
-    for parameter in model.parameters() if view.device.type == "cpu" and not view.copy else ():
-        if parameter.data_ptr() in shared:
-            parameter.requires_grad_(False)
+    maps = view.device.type == "cpu" and not view.copy
+    forms = {own: (torch_dtype(dtype), shape) for own, (dtype, shape) in bundle.tensors_of(task).items()}
+    weights = {
+        own: Placeholder(Value(bundle.identity(task, view.aligned[own]), own, view), shape, dtype)
+        for own, (dtype, shape) in forms.items()
+    }
+    model = task_model(bundle, task, weights, **kwargs)
+
+    def placed(held: Placeholder, tensors: View) -> nn.Parameter:
+        names, key = held.value.names, (held.value.key, held.dtype)
+        is_joined = held.value.made is not None
+        is_shared = maps and all(bundle.is_shared(task, view.aligned[name]) for name in names)
+        is_shared = is_shared and (is_joined or held.dtype == forms[names[0]][0])
+        there: nn.Parameter | None = bundle.joined.get(key) if is_joined and is_shared else None
+        if there is not None:
+            return there
+        tensor = held.value.taken(tensors).to(held.dtype)
+        made = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() and not is_shared)
+        if is_joined and is_shared:
+            bundle.joined[key] = made
+        return made
+
+    needs = placeholders(model)
+    with bundle.checking(task) as checked, ThreadPoolExecutor(default_threads()) as pool:
+        checked.ahead(task)
+        tensors = View(checked, task, copy=view.copy, device=str(view.device))
+        found = dict(zip(needs, pool.map(lambda held: placed(held, tensors), needs.values())))
+    fill(model, lambda held: found[held.value.key, held.dtype])
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmerge_cli.bundle.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.engine.device import choose_device
@@ -17,7 +18,6 @@ from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
 from flexmerge_cli.serving.meeting import run_together, shared_weights
-from flexmerge_cli.serving.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
 from flexmerge_cli.serving.skeleton import skeleton
 from flexmerge_cli.serving.weight import PackedWeight
 
@@ -176,7 +176,7 @@ class Runtime:
             def read(key: Key) -> Tensor:
                 held = needs[key]
                 if key not in packed:
-                    return view[held.value.name].to(held.dtype)
+                    return held.value.taken(view).to(held.dtype)
                 stored = bundle.packed(task, view.aligned[held.value.name])
                 assert stored is not None
                 found = stored.packed(bundle.parts_of(task), bundle.held)

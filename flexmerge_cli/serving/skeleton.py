@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexmerge_cli.bundle.placeholder import Part, Placeholder, Value
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View, task_model
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.serving.placeholder import Part, Placeholder, Value
 
 
 def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | None) -> Any:

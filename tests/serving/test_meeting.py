@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 from torch.nn import functional  # noqa: E402
 
 from flexmerge_cli import open_bundle  # noqa: E402
-from flexmerge_cli.serving import meeting, placeholder  # noqa: E402
+from flexmerge_cli.bundle import placeholder  # noqa: E402
+from flexmerge_cli.serving import meeting  # noqa: E402
 from flexmerge_cli.serving.meeting import run_together, shared_weights  # noqa: E402
 
 from ..transformers_families import FAMILIES, TASKS  # noqa: E402

@@ -17,8 +17,9 @@ transformers = pytest.importorskip("transformers")
 from torch.nn import functional  # noqa: E402
 
 from flexmerge_cli import native, open_bundle  # noqa: E402
+from flexmerge_cli.bundle import placeholder  # noqa: E402
 from flexmerge_cli.errors import UsageError  # noqa: E402
-from flexmerge_cli.serving import placeholder, weight  # noqa: E402
+from flexmerge_cli.serving import weight  # noqa: E402
 from flexmerge_cli.serving.weight import PackedWeight  # noqa: E402
 
 from ..transformers_families import FAMILIES, TASKS, outputs  # noqa: E402

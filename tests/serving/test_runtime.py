@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from flexmerge_cli import open_bundle  # noqa: E402
+from flexmerge_cli.bundle.placeholder import Placeholder, Value  # noqa: E402
 from flexmerge_cli.errors import SourceError, UsageError  # noqa: E402
-from flexmerge_cli.serving.placeholder import Placeholder, Value  # noqa: E402
 
 from ..transformers_families import FAMILIES, TASKS, outputs  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Tensors without memory, of which a model is built before a weight is read. Knows neither bundles nor transformers.
 
-A loader detaches, casts and assigns them like any other tensor, so it decides the names, ties and dtypes of the model.
+A loader detaches, casts, joins and assigns them like any other tensor, so it decides the names, ties, forms and dtypes
+of the model. What it joins, such as the experts of a mixture, stands for that operation.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # Smaller weights are decoded once: calling their products tile by tile would cost more than it saves.
 LEAST_ELEMENTS = 1 << 12
 
 _aten = torch.ops.aten
+_JOINING = (_aten.stack.default, _aten.cat.default)
 _KEEPING = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
 
@@ -39,10 +41,48 @@ class Value:
     """Gives it, by its name."""
     parts: tuple[Part, ...] = ()
     """What it is made of where it can stay packed."""
+    made: "Made | None" = None
+    """How it is made of others; `name` is then that of the first."""
 
     @property
     def tensor(self) -> Tensor:
-        return self.tensors[self.name]
+        return self.taken(self.tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that it is made of; else its own."""
+        return (self.name,) if self.made is None else tuple(n for held in self.made.of for n in held.value.names)
+
+    def taken(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The value, of tensors by their names."""
+        return tensors[self.name] if self.made is None else self.made.taken(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An operation of a loader that is done once its operands are read."""
+
+    function: Any
+    args: Any
+    kwargs: dict[str, Any]
+
+    @property
+    def of(self) -> list[Any]:
+        """The placeholders among the operands."""
+        return [held for held in tree_leaves((self.args, self.kwargs)) if isinstance(held, Placeholder)]
+
+    @property
+    def key(self) -> Hashable:
+        leaves = tree_leaves((self.args, self.kwargs))
+        return str(self.function), *((x.value.key, x.dtype) if isinstance(x, Placeholder) else x for x in leaves)
+
+    def taken(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        def read(held: Placeholder) -> Tensor:
+            return held.value.taken(tensors).to(held.dtype)
+
+        args, kwargs = tree_map_only(Placeholder, read, (self.args, self.kwargs))
+        result: Tensor = self.function(*args, **kwargs)
+        return result
 
 
 class Placeholder(Tensor):
@@ -58,13 +98,22 @@ class Placeholder(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Whatever else a loader does, such as joining the weights of experts, it does to the weights themselves."""
+        """Whatever else a loader does but to join, it does to the weights themselves."""
         kwargs = dict(kwargs or {})
         source = args[0]
-        if isinstance(source, Placeholder) and (func in _KEEPING or func is _aten._to_copy.default):
+        stays = kwargs.get("device") in (None, torch.device("cpu"))
+        if isinstance(source, Placeholder) and (func in _KEEPING or (func is _aten._to_copy.default and stays)):
             return cls(source.value, tuple(source.shape), kwargs.get("dtype") or source.dtype)
+        if func in _JOINING and all(isinstance(held, Placeholder) for held in source):
+            made, first = Made(func, args, kwargs), source[0].value
+            form = func(*tree_map_only(Placeholder, _without_memory, args), **kwargs)
+            return cls(Value(made.key, first.name, first.tensors, made=made), tuple(form.shape), form.dtype)
         args, kwargs = tree_map_only(Placeholder, lambda held: held.value.tensor.to(held.dtype), (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _without_memory(held: Placeholder) -> Tensor:
+    return torch.empty(held.shape, dtype=held.dtype, device="meta")
 
 
 def placeholders(model: nn.Module) -> dict[tuple[Hashable, torch.dtype], Placeholder]:
@@ -91,21 +140,33 @@ def packable(model: nn.Module) -> set[tuple[Hashable, torch.dtype]]:
     }
 
 
-def fill(model: nn.Module, place: Callable[[Placeholder], Tensor], device: torch.device) -> None:
-    """Put the values where their placeholders are, as frozen parameters and as buffers; what is tied stays one."""
+def fill(model: nn.Module, place: Callable[[Placeholder], Tensor], device: torch.device | None = None) -> None:
+    """Put the values where their placeholders are, as buffers and parameters; what is tied stays one.
+
+    A parameter is frozen unless `place` gives an nn.Parameter. device: where the model's own tensors go, frozen too;
+    None leaves them as they are.
+    """
     parameters: dict[tuple[Hashable, torch.dtype], nn.Parameter] = {}
+    placed: Tensor
     for module, name, held in list(_tensors(model)):
         if not isinstance(held, Placeholder):
-            placed = held.detach().to(device)
-            parameter = nn.Parameter(placed, requires_grad=False) if isinstance(held, nn.Parameter) else placed
+            if device is None:
+                continue
+            own = held.detach().to(device)
+            placed = nn.Parameter(own, requires_grad=False) if isinstance(held, nn.Parameter) else own
         elif isinstance(held, nn.Parameter):
             key = held.value.key, held.dtype
             if key not in parameters:
-                parameters[key] = nn.Parameter(place(held), requires_grad=False)
-            parameter = parameters[key]
+                parameters[key] = _as_parameter(place(held))
+            placed = parameters[key]
         else:
-            parameter = place(held)
-        setattr(module, name, parameter)
+            placed = place(held)
+            placed = placed.data if isinstance(placed, nn.Parameter) else placed
+        setattr(module, name, placed)
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def _tensors(model: nn.Module) -> "list[tuple[nn.Module, str, Tensor]]":
