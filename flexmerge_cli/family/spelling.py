@@ -7,7 +7,7 @@ How transformers renames the tensors of files on loading, by model type, is in t
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ def spelled(names: Iterable[str], spelling: Spelling) -> dict[str, str]:
     return unique if len(set(unique.values())) == len(own) else {name: name for name in own}
 
 
-def _spelling(rules: list[tuple[re.Pattern[str], str]]) -> Spelling:
+def _spelling(rules: list[list[str]]) -> Spelling:
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
     def apply(name: str) -> str:
         if len(name) > MAX_CHARACTERS:
             return name
-        for pattern, replacement in rules:
+        for pattern, replacement in compiled:
             if match := pattern.search(name):
                 new = match.expand(replacement) if "\\" in replacement else replacement
                 name = name[: match.start()] + new + name[match.end() :]
@@ -76,13 +78,13 @@ def _spelling(rules: list[tuple[re.Pattern[str], str]]) -> Spelling:
     return apply
 
 
-@lru_cache(maxsize=1)
-def _renames() -> dict[str, list[list[tuple[re.Pattern[str], str]]]]:
-    found = parse_json((Path(__file__).parent / "transformers_names.json").read_bytes())
-    return {
-        model_type: [[(re.compile(pattern), new) for pattern, new in rules] for rules in lists]
-        for model_type, lists in found["rules"].items()
-    }
+@cache
+def _renames() -> dict[str, list[list[list[str]]]]:
+    """Model type -> lists of (regular expression, replacement)."""
+    found: dict[str, list[list[list[str]]]] = parse_json(
+        (Path(__file__).parent / "transformers_names.json").read_bytes()
+    )["rules"]
+    return found
 
 
 def _types(config: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
