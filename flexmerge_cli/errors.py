@@ -11,9 +11,17 @@ USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@]*@")
 QUERY = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2}[^\s?#`'\"]*)[?#][^\s`'\"]*")
 
 
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def without_secrets(text: str) -> str:
     """The text with every address reduced to scheme, host and path: without user, password and query."""
     return QUERY.sub(r"\1", USER.sub(r"\1", text)) if ":/" in text else text
+
+
+def without_colours(text: str) -> str:
+    """The text without the escape sequences by which libraries such as torch colour their messages."""
+    return COLOURS.sub("", text)
 
 
 class FlexmergeError(Exception):
@@ -25,8 +33,8 @@ class FlexmergeError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """message: what is wrong and where, without a final period. hint: what to do next, if possible a command."""
-        self.message = without_secrets(message)
-        self.hint = None if hint is None else without_secrets(hint)
+        self.message = without_colours(without_secrets(message))
+        self.hint = None if hint is None else without_colours(without_secrets(hint))
         super().__init__(self.message)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexmerge_cli.errors import MachineError, machine_failure
+from flexmerge_cli.errors import DataError, MachineError, machine_failure
 
 
 def raised(run):
@@ -85,3 +85,10 @@ def test_a_file_too_many():
 )
 def test_other_errors_are_not_the_machine(error):
     assert machine_failure(error) is None
+
+
+def test_colours_of_libraries_are_no_part_of_a_message():
+    """torch marks words of its messages in bold; a terminal showed the escape sequences as text."""
+    error = DataError("weights: \x1b[1mno\x1b[0m such \x1b[38;5;208mkey\x1b[m", hint="\x1b[31mlook\x1b[0m")
+    assert (error.message, error.hint, str(error)) == ("weights: no such key", "look", "weights: no such key")
+    assert DataError("name \x1b[2J").message == "name \x1b[2J", "what is no colour is made visible where it is shown"
