@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from flexmerge_cli import make_plan, merge, open_bundle  # noqa: E402
-from flexmerge_cli.serving import placeholder, weight  # noqa: E402
+from flexmerge_cli.bundle import placeholder  # noqa: E402
+from flexmerge_cli.serving import weight  # noqa: E402
 from flexmerge_cli.serving.weight import PackedWeight  # noqa: E402
 from flexmerge_cli.stored.packed import JoinedRows, Packed  # noqa: E402
 
