@@ -50,10 +50,15 @@ def scores(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
 
     The authors' exp(k own) is e^k times as large, gives the same result, and overflows float32 from k = 89 on.
     """
+    return _scores(deltas, sum_tasks(deltas), len(deltas), lowest, highest)
+
+
+def _scores(deltas: Tensor, total: Tensor, k: int, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
+    """The same of some of k tasks whose sum is known."""
     sizes, span = clamped(deltas, lowest, highest)
     start = torch.from_numpy(lowest).to(deltas.device)[:, None]
     own = torch.where(span > 0, (sizes - start) / span, 0.0).square()
-    return (len(deltas) * (own - 1)).exp() * (deltas * sum_tasks(deltas)).tanh()
+    return (k * (own - 1)).exp() * (deltas * total).tanh()
 
 
 def _bound_places(n: int) -> tuple[int, int]:
@@ -104,12 +109,16 @@ def _scope(*, scope: Within, **_: object) -> Scope:
     return "block" if scope == "model" else "element"
 
 
+def _workspace(num_tasks: int, shape: tuple[int, ...], *, scope: Within, **_: object) -> int:
+    return (per_element(46, 170) if scope == "model" else per_element(46, 64))(num_tasks, shape)
+
+
 @method(
     paper="Du et al. 2024",
     scope=_scope,
     statistics=_statistics,
     when="as ties, where size inside a task should count too",
-    workspace=per_element(90, 64),
+    workspace=_workspace,
 )
 def pcb(
     deltas: Any,
@@ -146,21 +155,25 @@ def _weighted(deltas: Tensor, weight: Tensor, lowest: np.ndarray, highest: np.nd
 
 
 def _with_thresholds(deltas: Mapping[str, Tensor], stats: Thresholds) -> dict[str, Tensor]:
-    """FlexMerge's: scores of the block in memory, cut off where thresholds of the model are, and scaled to [0, 1]."""
+    """FlexMerge's: scores of the block in memory, cut off where thresholds of the model are, and scaled to [0, 1].
+
+    One task after another, which takes the memory of one.
+    """
     rows = torch.cat([flat(delta) for delta in deltas.values()], 1)
     k, n = rows.shape
-    if n == 0:
-        return {name: delta[0].double() for name, delta in deltas.items()}
-    ordered = rows.abs().sort(1).values.double()
-    lowest, highest = (ordered[:, place].cpu().numpy() for place in _bound_places(n))
-    del ordered
+    above, below = (torch.zeros(n, dtype=torch.float64, device=rows.device) for _ in range(2))
+    total = sum_tasks(rows)
     # Scores are e^-k times the authors', so of other groups' sizes they compare only after this.
     unit = np.exp(min(stats.num_tasks - k, 700))
-    threshold, best = (torch.from_numpy(x * unit).to(rows.device)[:, None] for x in (stats.threshold, stats.best))
-    inside = scores(rows, lowest, highest).maximum(threshold).minimum(best)
-    least, most = inside.amin(1, keepdim=True), inside.amax(1, keepdim=True)
-    weight = torch.where(most > least, (inside - least) / (most - least), (least > threshold).double())
-    merged, found, start = _weighted(rows, weight, lowest, highest), {}, 0
+    places = _bound_places(n)
+    for row, threshold, best in zip(rows if n else (), stats.threshold * unit, stats.best * unit):
+        lowest, highest = np.partition(row.abs().cpu().numpy(), places)[[*places], None].astype(np.float64)
+        weight = _scores(row[None], total, k, lowest, highest)[0].clamp_(threshold, best)
+        least, most = float(weight.min()), float(weight.max())
+        weight = (weight - least) / (most - least) if most > least else torch.full_like(weight, least > threshold)
+        above += clamped(row[None], lowest, highest)[0][0].mul_(row.sign()).mul_(weight)
+        below += weight
+    merged, found, start = torch.where(below > 0, above / below, 0.0), {}, 0
     for name, delta in deltas.items():
         stop = start + delta[0].numel()
         found[name], start = merged[start:stop].view(delta.shape[1:]), stop

@@ -34,7 +34,7 @@ MERGES = [
     {"family": "few", "method": "auto", "size": "1x"},
     {"family": "few", "method": "average", "dtype": "bfloat16"},
     {"family": "few", "method": "ties", "dtype": "bfloat16", "cast": "fp16"},
-    *({"family": "many", "method": method} for method in ("average", "pcb", "ties", "free", "opcm")),
+    *({"family": "many", "method": method} for method in ("average", "pcb", "pcb:scope=model", "ties", "free", "opcm")),
     *({"family": "conv", "method": method} for method in ("della", "low_bit", "sparse")),
     *({"family": "embedding", "method": method} for method in ("pcb", "emr", "low_rank")),
     {"family": "thin", "method": "sce:scope=row"},
