@@ -169,16 +169,17 @@ def _open_folder(
     read: set[str] = set()
     if file is not None:
         path = folder.path / file
+        where = str(path) if isinstance(folder, LocalFolder) else source
         if not file.endswith(WEIGHT_SUFFIXES):
             if (known := foreign.of_files([file])) is not None:
-                raise SourceError(f"{path} is {known[1].what}", hint=known[1].hint)
+                raise SourceError(f"{where} is {known[1].what}", hint=known[1].hint)
             raise SourceError(
-                f"{path} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
+                f"{where} is not a weight file (its name ends in none of {', '.join(WEIGHT_SUFFIXES)})",
                 hint="give a checkpoint folder or a weight file",
             )
         if (part := foreign.shards([file])) is not None:
             raise UsageError(
-                f"{path} is one of the {part[1]} shards of a model", hint="give the folder that holds them"
+                f"{where} is one of the {part[1]} shards of a model", hint="give the folder that holds them"
             )
         tensors, read, _ = _read(folder, file)
         return _checkpoint(source, path, folder, access, tensors, read)

@@ -232,7 +232,8 @@ def test_a_web_server_is_a_source(web, tmp_path):
     succeeds("inspect", tmp_path / "b", "--verify")
     fails(4, "plan", *given, "--offline", "--stream", "-o", tmp_path / "x.json", says="offline")
     fails(4, "inspect", f"{address}/nothing", says="no checkpoint")
-    assert succeeds("inspect", f"{address}/base/model-00001-of-00003.safetensors", "--json").json["parameters"] > 0
+    shard = f"{address}/base/model-00001-of-00003.safetensors"
+    fails(2, "inspect", shard, says=f"{shard} is one of the 3 shards of a model")
     fails(4, "inspect", f"{address}/base/other.safetensors", says="other.safetensors")
 
 
