@@ -19,7 +19,7 @@ from .program import stored_sizes, succeeds
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Ten blocks, four tasks with heads of their own."""
-    base = encoder(layers=1, width=6)
+    base = encoder(layers=1, width=16)
     tasks = {f"task{n}": tuned(base, n + 1) | {"classifier.bias": normal(n, n + 2)} for n in range(4)}
     folders = write_family(tmp_path_factory.mktemp("small"), Models(base=base, tasks=tasks))
     succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")

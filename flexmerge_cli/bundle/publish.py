@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -83,10 +82,11 @@ def _check_movable(target: Path) -> None:
 
     A folder never takes the place of one that is not empty, and what cannot be moved at all is told before that.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as name:
-        (Path(name) / "not-empty").mkdir()
+    place = _partial(target.absolute(), locked=False)
+    try:
+        (place / "not-empty").mkdir(parents=True)
         try:
-            os.rename(target, name)  # noqa: PTH104  it is to fail
+            target.rename(place)  # it is to fail
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise MachineError(
@@ -94,6 +94,10 @@ def _check_movable(target: Path) -> None:
                     "container's image do",
                     hint="remove it first, or choose another place with -o",
                 ) from None
+    finally:
+        for folder in (place / "not-empty", place):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def check_replaceable(target: Path, ours: Ours) -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from flexmerge_cli import load_plan
+from flexmerge_cli import load_plan, make_plan
 from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import Pricer
@@ -15,13 +15,18 @@ from flexmerge_cli.order.order import groups_after
 from flexmerge_cli.request.merge import Fit
 from flexmerge_cli.request.size import parse_size
 
+from ..families import Models, encoder, normal, tuned, write_family
+
 METHODS = ("average", "ties", "emr", "consensus")
 
 
 @pytest.fixture(scope="module")
-def pricer(odd_plan):
-    """Side files, four tasks, a head of each task's own."""
-    return Pricer(load_plan(odd_plan("heads")))
+def pricer(tmp_path_factory):
+    """Four tasks, a head of each task's own; wide enough for masks to weigh less than copies."""
+    base = encoder(width=16)
+    tasks = {f"task{n}": tuned(base, n + 1) | {"classifier.bias": normal(n, n + 2)} for n in range(4)}
+    folders = write_family(tmp_path_factory.mktemp("wide"), Models(base=base, tasks=tasks))
+    return Pricer(make_plan(folders.base, folders.tasks))
 
 
 def cutter(pricer, method):

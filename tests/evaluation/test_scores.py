@@ -166,7 +166,8 @@ def test_one_model_is_in_memory_at_a_time(place, monkeypatch):
     assert len(most) == 6 and max(most) == 0
 
 
-def test_the_table_marks_the_worst_task_and_has_every_column(place):
+def test_the_table_marks_the_worst_task_and_has_every_column(place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     out = succeeds("eval", place / "merged", "--spec", place / "eval.yaml").out
     head = next(line for line in out.splitlines() if "metric" in line)
     assert head.split() == ["task", "metric", "n", "merged", "±", "95", "%", "fine-tuned", "base", "of", "it", "%"]
