@@ -15,12 +15,12 @@ from flexmerge_cli.bundle.exported import exported_files
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.bundle.publish import Ours, check_target, publish
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.checkpoint.choose import INDEX
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.libraries import LIBRARIES, LibraryName, index_name, library_of, shard_names
 from flexmerge_cli.checkpoint.parts import part_of
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
+from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.formats.manifest import BASE_FOLDER

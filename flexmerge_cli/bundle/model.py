@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
+from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError, UsageError
 
 MAX_LISTED = 20

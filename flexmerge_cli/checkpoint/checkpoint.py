@@ -7,35 +7,28 @@ safetensors wins where a folder holds both formats. A model may have parts in su
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.choose import ADAPTER_FILES, WEIGHT_FILES, WEIGHT_SUFFIXES, variants
-from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left, is_portable
+from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, bundle_of, inside
 from flexmerge_cli.checkpoint.parts import part_of, stem_of
-from flexmerge_cli.checkpoint.pickles import read_pickle
-from flexmerge_cli.checkpoint.quantised import HINT, by_config, by_names
-from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
-from flexmerge_cli.checkpoint.safetensors import read_header
+from flexmerge_cli.checkpoint.quantised import HINT, by_config
+from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.stream import StreamedFile, StreamPool
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.unclear import no_weights
+from flexmerge_cli.checkpoint.weights import each, read_config, read_weight_file, read_weights
 from flexmerge_cli.errors import DataError, SourceError, UsageError
-from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.regular_file import check_kind, read_file
 from flexmerge_cli.text import expanded, is_text
 
 MAX_SIDE_BYTES = 256 << 20
-MAX_CONFIG_BYTES = 16 << 20
-MAX_INDEX_BYTES = 32 << 20
 MAX_POINTER_BYTES = 1024  # of Git LFS, whose pointers have some 130
-MAX_ABSENT = 0.5  # of the tensors that an index lists, such as a layer that was taken out; they are told
-HEADERS_AT_ONCE = 8
 
 Source = TypeVar("Source")
 Opened = TypeVar("Opened")
@@ -143,15 +136,7 @@ def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], n
     """`opened` of each, in order. Several run at once if one of the names is a remote source, which has to wait."""
     from flexmerge_cli.checkpoint.place import is_remote
 
-    return _each(opened, sources, waits=any(map(is_remote, names)))
-
-
-def _each(work: Callable[[Source], Opened], items: Sequence[Source], *, waits: bool) -> list[Opened]:
-    """Apply `work` to each item, in order; several at once if they wait for the network."""
-    if not waits:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="flexmerge-open") as pool:
-        return list(pool.map(work, items))
+    return each(opened, sources, waits=any(map(is_remote, names)))
 
 
 class _FileFolder(LocalFolder):
@@ -181,7 +166,7 @@ def _open_folder(
             raise UsageError(
                 f"{where} is one of the {part[1]} shards of a model", hint="give the folder that holds them"
             )
-        tensors, read, _ = _read(folder, file)
+        tensors, read, _ = read_weights(folder, file)
         return _checkpoint(source, path, folder, access, tensors, read)
     found = _contents(source, folder, access)
     parts: dict[str, str] = {}
@@ -219,7 +204,7 @@ def _open_folder(
         folder.bring(carried)
     return replace(
         checkpoint,
-        config=_read_config(folder),
+        config=read_config(folder),
         side_files={name: folder.path / name for name in carried},
         parts=parts,
         left={kind: names for kind, names in left.items() if names},
@@ -288,7 +273,7 @@ def _beside_adapter(folder: Folder, found: Contents) -> Contents:
     """What else there is beside an adapter: PPO's value head. Raises UsageError for the weights of a whole model."""
     others = [name for name in (*found.copies, *found.indices) if name in WEIGHT_FILES and name not in ADAPTER_FILES]
     for name in others:
-        if name in found.indices or not all(own.startswith("v_head.") for own in _read_file(folder, name)):
+        if name in found.indices or not all(own.startswith("v_head.") for own in read_weight_file(folder, name)):
             raise UsageError(
                 f"{folder.path} holds an adapter ({found.weights['']}) and the weights of a model ({name})",
                 hint="move one of them to a folder of its own",
@@ -299,24 +284,9 @@ def _beside_adapter(folder: Folder, found: Contents) -> Contents:
 
 def _read_part(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
     """The tensors of one folder, the files that hold them, and what is odd about their index."""
-    if scheme := by_config(_read_config(folder)):
+    if scheme := by_config(read_config(folder)):
         raise DataError(f"{folder.path} is quantised: its config.json says {scheme}", hint=HINT)
-    return _read(folder, weights)
-
-
-def _read(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
-    """weights: a file, or the index of shards."""
-    odd: list[str] = []
-    if weights.endswith(".json"):
-        tensors, odd = _read_index(folder, weights)
-    else:
-        tensors = _read_file(folder, weights)
-    if shown := by_names(tensors):
-        raise DataError(f"{folder.path} is quantised by {shown[0]}: it holds `{shown[1]}`", hint=HINT)
-    other = None if weights in ADAPTER_FILES else foreign.of_tensors(tensors)
-    if other is not None:
-        raise DataError(f"{folder.path / weights} is {other[0]}: it holds `{other[1]}`", hint=other[2])
-    return tensors, {tensor.path.relative_to(folder.path).as_posix() for tensor in tensors.values()}, odd
+    return read_weights(folder, weights)
 
 
 def _streamed(
@@ -354,83 +324,3 @@ def find_weights(folder: Path) -> Path | None:
     found = list(contents_of(names).weights.values())
     name = found[0] if found else next((found[0] for found in variants(names).values()), None)
     return None if name is None else folder / name
-
-
-def _read_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
-    path, remote = folder.path / name, folder.remote(name)
-    file = RangeFile(remote) if remote is not None else None
-    tensors = read_header(path, file)[0] if path.suffix == ".safetensors" else read_pickle(path, file)
-    if not tensors:
-        raise DataError(f"{path} holds no tensors", hint="get a sound copy of the file")
-    return tensors
-
-
-def _read_index(folder: Folder, name: str) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Tensors of a sharded checkpoint, and where the index and its shards differ.
-
-    As transformers loads it: a shard may lie in a subfolder, and hold tensors that the index does not list. Where the
-    index names another shard for a tensor, it decides between two copies.
-    """
-    index = folder.local(name)
-    weight_map = _weight_map(folder, name)
-    if not weight_map:
-        raise DataError(f"{index} has no `weight_map`", hint="get a sound copy of the file")
-    names = sorted(set(weight_map.values()))
-    for shard in names:
-        if not is_portable(shard):
-            raise DataError(
-                f"{index} points outside its folder: `{shard[:200]}`",
-                hint="do not use this checkpoint: it may be hostile",
-            )
-    if missing := [f"shard {shard} is missing" for shard in names if not folder.is_file(shard)]:
-        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(missing[:20]))
-    waits = any(folder.remote(shard) is not None for shard in names)
-    tensors: dict[str, StoredTensor] = {}
-    odd = []
-    for shard, found in zip(names, _each(lambda shard: _read_file(folder, shard), names, waits=waits)):
-        for tensor_name, tensor in found.items():
-            is_named = weight_map.get(tensor_name) == shard
-            if tensor_name in tensors:
-                other = tensors[tensor_name].path.name if is_named else shard
-                odd.append(f"another copy of `{tensor_name}` in {other}")
-            if is_named or tensor_name not in tensors:
-                tensors[tensor_name] = tensor
-    absent = [listed for listed in weight_map if listed not in tensors]
-    if len(absent) > MAX_ABSENT * len(weight_map):
-        shown = [f"tensor `{listed}` is in none of them" for listed in absent[:20]]
-        raise folder.incomplete(f"{index} does not fit its shards:\n  " + "\n  ".join(shown))
-    return tensors, odd + [f"`{listed}`, which no shard holds" for listed in absent]
-
-
-def _weight_map(folder: Folder, index: str) -> dict[str, str]:
-    """Tensor -> shard, without `./` in front; empty if there is none."""
-    found = read_json(folder.local(index), MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(found, dict):
-        return {}
-    return {tensor: str(PurePosixPath(str(shard))) if str(shard) else "" for tensor, shard in found.items()}
-
-
-def missing_shards(folder: Folder, weights: str) -> list[str]:
-    """The missing shards that an index names; none for a single file."""
-    if not weights.endswith(".json"):
-        return []
-    shards = sorted(set(_weight_map(folder, weights).values()))
-    return [shard for shard in shards if not is_portable(shard) or not folder.is_file(shard)]
-
-
-def _read_config(folder: Folder) -> dict[str, Any]:
-    return read_json(folder.local("config.json"), MAX_CONFIG_BYTES) if folder.is_file("config.json") else {}
-
-
-def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """Read a file that holds a JSON object. Raises DataError."""
-    data = read_file(path, max_bytes, "such a file")
-    try:
-        value = parse_json(data)
-    except ValueError as error:
-        if found := foreign.of_bytes(data[: foreign.HEAD_BYTES]):
-            raise DataError(f"{path} is {found.what}", hint=found.hint) from None
-        raise DataError(f"{path} is not valid JSON: {error}", hint="get a sound copy of the file") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON object", hint="get a sound copy of the file")
-    return value

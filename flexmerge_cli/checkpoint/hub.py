@@ -23,6 +23,7 @@ from flexmerge_cli.checkpoint.hub_errors import hub_errors, offline
 from flexmerge_cli.checkpoint.place import COMMIT, HubFile, HubPlace, is_etag, is_hub
 from flexmerge_cli.checkpoint.ranges import http_error, patiently
 from flexmerge_cli.checkpoint.unclear import inner
+from flexmerge_cli.checkpoint.weights import missing_shards
 from flexmerge_cli.errors import DataError, FlexmergeError, MachineError, SourceError
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.text import is_text
@@ -346,8 +347,6 @@ def _is_inside(place: HubPlace, file: HubFile) -> bool:
 
 def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
     """Whether the snapshot on this disk holds the weights, index and shards, and these files."""
-    from flexmerge_cli.checkpoint.checkpoint import missing_shards
-
     snapshot = place.snapshot
     if not snapshot.is_dir() or not all((snapshot / name).exists() for name in needs):
         return False

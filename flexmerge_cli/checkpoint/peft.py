@@ -13,8 +13,9 @@ from enum import StrEnum
 from typing import Any
 
 from flexmerge_cli.checkpoint import foreign
-from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, Checkpoint, read_json
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError
 
 CONFIG_NAME = "adapter_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flexmerge_cli.checkpoint.checkpoint import MAX_CONFIG_BYTES, read_json
+from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.data import Column, Table, read_table
 from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, label_column
