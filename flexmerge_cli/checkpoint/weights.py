@@ -1,6 +1,6 @@
-"""Reads the headers of weight files, alone or by an index of shards, and JSON files. A folder and a name in, tensors out.
+"""Reads the headers of weight files, alone or by an index of shards, and small JSON files.
 
-Which files of a source make a model is decided in checkpoint.py.
+A folder and a name in, tensors out. Which files of a source make a model is decided in checkpoint.py.
 """
 
 from collections.abc import Callable, Sequence
