@@ -7,8 +7,8 @@ meanwhile. This module counts it for `plan`, and merge_memory.py for `merge`.
 import ctypes
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.change import TILE_ELEMENTS as PRODUCT_TILE
@@ -37,12 +37,13 @@ def survey_bytes(
     items: Sequence[SurveyItem], threads: int, chunk_elements: int = CHUNK_ELEMENTS, *, signs: bool = False
 ) -> int:
     """The most that `plan` takes for these tensors. signs: whether their agreement is counted."""
-    found = Pass({})
+    found = Pass()
     records = spans = 0
     for item in items:
         models, k = [tensor for _, tensor in item.tasks] + ([item.base] if item.base else []), len(item.tasks)
         size = models[0].num_elements
-        spans += -(-size // chunk_elements)
+        ranges = -(-size // chunk_elements)
+        spans += ranges
         records += (k + 1) * RECORD_BYTES + (100 * k * k if item.gram else 0)
         count = chunk = min(size, chunk_elements)
         tile = min(chunk, TILE_ELEMENTS)
@@ -60,18 +61,19 @@ def survey_bytes(
                 work,
                 comparing,
                 (400 if columns >= FEWEST_COLUMNS else 130) * some
-                + 28 * k * sampled * columns
+                + (16 * k + 4) * sampled * columns
                 + 80 * min(count, PRODUCT_ELEMENTS) * (some > 0),
             )
         found.add(
+            ranges,
             raw=sum(count * tensor.item_bytes + 64 for tensor in models),
             deltas=4 * k * tile if item.gram else 0,
             average=(8 * count + 8 * tile) if some else 0,
             codes=0 if native.lib is not None or not some else 16 * max(ROW_BLOCK, min(count, columns)),
             work=max(work, count),  # whether all is finite, an element a byte
             result=grams + 64 * some + 40 * k * sampled + sum(unjoined_bytes(t.item_bytes * chunk) for t in models),
-            totals=grams * -(-size // chunk_elements)
-            + 400 * (k + 1) * -(-size // chunk_elements)
+            totals=grams * ranges
+            + 400 * (k + 1) * ranges
             + sum(open_bytes(chunk * tensor.item_bytes, tensor.num_bytes) for tensor in models),
         )
     return FIXED_BYTES + records + threads * THREAD_BYTES + SPAN_BYTES * spans + found.bytes(threads)
@@ -137,25 +139,35 @@ def _give_back_what_is_freed() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
-@dataclass(slots=True)
 class Pass:
-    """What one pass takes: the largest of its items."""
+    """What one pass takes: the largest of its items, as many as there can be at once."""
 
-    buffers: dict[str, int]
-    """Bytes that each thread keeps from item to item, by what they are for."""
-    work: int = 0
-    """Bytes that each thread takes while it computes."""
-    result: int = 0
-    """Bytes of one item's result, from when it is made to when the next one is asked for."""
-    totals: int = 0
-    """Bytes of everything that is added up."""
+    def __init__(self) -> None:
+        self._held: dict[str, Counter[int]] = {}
+        """What is held -> bytes of an item -> the number of such items."""
+        self._totals = 0
 
-    def add(self, *, work: int, result: int, totals: int = 0, **buffers: int) -> None:
-        self.work, self.result = max(self.work, work), max(self.result, result)
-        self.totals = max(self.totals, totals)
-        for name, size in buffers.items():
-            self.buffers[name] = max(self.buffers.get(name, 0), size)
+    def add(self, items: int, *, work: int, result: int, totals: int = 0, **buffers: int) -> None:
+        """So many items that take the same. All in bytes.
+
+        work: while a thread computes. result: from when it is made to when the next one is asked for. totals: of all
+        that is added up over the items. buffers: what a thread keeps from item to item, by what it is for.
+        """
+        for name, size in {"work": work, "result": result, **buffers}.items():
+            self._held.setdefault(name, Counter())[size] += items
+        self._totals = max(self._totals, totals)
 
     def bytes(self, threads: int) -> int:
+        """A thread has one item at a time, and holds a large buffer only if it had a large item."""
         waiting = threads + AHEAD + 1
-        return threads * (sum(self.buffers.values()) + self.work) + waiting * self.result + self.totals
+        held = (_largest(sizes, waiting if name == "result" else threads) for name, sizes in self._held.items())
+        return sum(held) + self._totals
+
+
+def _largest(sizes: Counter[int], count: int) -> int:
+    """The sum of the largest so many."""
+    found = 0
+    for size in sorted(sizes, reverse=True):
+        taken = min(count, sizes[size])
+        found, count = found + taken * size, count - taken
+    return found

@@ -68,7 +68,7 @@ class _Run:
 
     def writing(self) -> Pass:
         """The pass that writes; factors of masks are measured by the same calls."""
-        found = Pass({})
+        found = Pass()
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
             together = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
@@ -83,7 +83,8 @@ class _Run:
                 work = max(work, self._reading(span.tensor, span.stop))
                 deltas = max((self._deltas(group, span) for group in storage.groups), default=0)
                 totals = self._unjoined(storage, span, whole=True)
-                found.add(raw=self._raw(storage, span), deltas=deltas, work=work, result=result, totals=totals)
+                items = -(-_elements(storage.tensor) // max(1, span.stop))
+                found.add(items, raw=self._raw(storage, span), deltas=deltas, work=work, result=result, totals=totals)
         return found
 
     def _block(self, found: Pass, storages: Sequence[Storage]) -> None:
@@ -102,7 +103,7 @@ class _Run:
             calls.append(chain.block_workspace(k, shapes) + errors + self._stepping(chain, storages, k))
         calls += [self._work(s, group, span) for s, span in zip(storages, spans) for group in s.groups]
         result = sum(self._result(storage, span) for storage, span in zip(storages, spans))
-        found.add(work=work + max(calls), result=result)
+        found.add(1, work=work + max(calls), result=result)
 
     def _stepping(self, chain: Chain, storages: Sequence[Storage], k: int) -> int:
         """Bytes over all tensors of a unit: what steps give, and what they take one at a time."""
@@ -146,7 +147,7 @@ class _Run:
         num_steps: int,
         scope: Scope = "element",
     ) -> Pass:
-        found = Pass({})
+        found = Pass()
         sets: dict[str, set[Tasks]] = {}
         elements: dict[str, int] = {}
         for name, tasks in groups:
@@ -178,6 +179,7 @@ class _Run:
             work = max(work, self._reading(name, n))
             item = max(ITEM_BYTES[dtype] for dtype in self._dtypes_of(tensor))
             found.add(
+                -(-tensor.num_elements // max(1, n)),
                 raw=(needed + 1) * (n * item + 64),
                 deltas=4 * needed * n + (4 * n if item != 4 else 0),
                 work=work,
@@ -193,9 +195,7 @@ class _Run:
         return max((reading_bytes(model[name], count) for model in self.sources if name in model), default=0)
 
     def _span(self, storage: Storage, scope: Scope) -> Span:
-        tensor = storage.tensor
-        sizes = [math.prod(shape) for shape in tensor.shapes or () if shape is not None]  # of private ones
-        return self._cut(tensor.name, max([tensor.num_elements, *sizes]), tensor.shape, scope)
+        return self._cut(storage.tensor.name, _elements(storage.tensor), storage.tensor.shape, scope)
 
     def _cut(self, name: str, num_elements: int, shape: tuple[int, ...], scope: Scope) -> Span:
         """The first range of a tensor, which is the longest."""
@@ -290,6 +290,11 @@ class _Run:
 
     def _domain(self, scope: str, tensor: str) -> str:
         return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
+
+
+def _elements(tensor: PlanTensor) -> int:
+    """Elements of a tensor, the largest one where it is private and its shapes differ."""
+    return max([tensor.num_elements, *(math.prod(shape) for shape in tensor.shapes or () if shape is not None)])
 
 
 def _few_numbers(num_tasks: int, _num_elements: int) -> tuple[int, int]:
