@@ -157,7 +157,7 @@ def read_stored(bundle, task):
         name, dtype = tensor.get("of", tensor["name"]), tensor.get("dtypes", {}).get(task, tensor["dtype"])
         shape = tensor.get("shapes", {}).get(task, tensor["shape"])
         if adapter:
-            base = coded.get(f"{name}@base", dense.get(name))
+            base = coded.get(f"{name}@base", dense.get(name, coded.get(name)))
             dtype, bits = adapt(base, adapter["changes"].get(name, {}), weights)
         elif name in dense:
             stored, bits = dense[name]

@@ -158,12 +158,9 @@ def _logits(model: Any) -> Any:
 def _peft(folder: Path) -> Any:
     import peft
 
-    base = transformers.LlamaForCausalLM.from_pretrained(_base_of(folder))
-    return _logits(peft.PeftModel.from_pretrained(base, folder).eval())
-
-
-def _base_of(folder: Path) -> Path:
-    return next(place / "base" for place in folder.resolve().parents if (place / "base/model.safetensors").is_file())
+    above = folder.resolve().parents  # a bundle, whose `base` links to its weights, or the folder of the sources
+    base = next(place / "base" for place in above if (place / "base/model.safetensors").is_file())
+    return _logits(peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), folder).eval())
 
 
 def _timm(folder: Path) -> Any:

@@ -27,8 +27,8 @@ from flexmerge_cli.allocation.storage import (
     unit_parts,
 )
 from flexmerge_cli.allocation.task_folders import task_folders
-from flexmerge_cli.checkpoint.libraries import shard_names
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.folders import BASE_FOLDER, linked_names
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request, recorded
 from flexmerge_cli.methods.method import Call
@@ -48,6 +48,8 @@ class BundleLayout:
     stems: Mapping[int, str]
     """Task -> stem of the links in its folder to its weight files; a task without links has none."""
     small: tuple[SmallFile, ...]
+    base_stem: str | None = None
+    """Stem of the links in `base` to the weight files of the base of kept adapters, if it has links."""
     entry_bytes: int
     """Bytes of the manifest's entries of units and tensors, most of which every layout has in common."""
     gate: Mapping[str, Any] | None = None
@@ -78,12 +80,14 @@ class BundleLayout:
     @cached_property
     def links(self) -> dict[str, str]:
         """Path of each link -> the weight file to which it leads."""
-        paths = {task: sorted(file.path for file in self.files if task in file.readers) for task in self.stems}
-        return {
-            f"tasks/{self.plan.tasks[task].name}/{name}": path
-            for task, stem in self.stems.items()
-            for name, path in zip(shard_names(stem, len(paths[task])), paths[task], strict=True)
-        }
+        folders = [(f"tasks/{self.plan.tasks[task].name}", stem, {task}) for task, stem in self.stems.items()]
+        if self.base_stem is not None:
+            folders.append((BASE_FOLDER, self.base_stem, set(self.plan.kept)))
+        found: dict[str, str] = {}
+        for folder, stem, readers in folders:
+            route = [file.path for file in self.files if not readers.isdisjoint(file.readers)]
+            found |= linked_names(folder, stem, route)
+        return found
 
     @cached_property
     def unlinked_bytes(self) -> int:
@@ -98,7 +102,8 @@ class BundleLayout:
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
         of_run = measured, self.gate, self.request
-        return manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, self.stems, *of_run)
+        frame = manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, self.stems, *of_run)
+        return frame | ({"base_stem": self.base_stem} if self.base_stem is not None else {})
 
     def served_bytes(self, task: int) -> int:
         """Bytes of the weight files that one task, or kept adapter, reads."""
@@ -209,6 +214,7 @@ class Pricer:
             storages=storages,
             files=tuple(files),
             stems=folders.stems,
+            base_stem=folders.base_stem,
             small=folders.small,
             entry_bytes=self._entry_bytes(allocation, storages),
             gate=self.gate,

@@ -135,7 +135,8 @@ def with_base(plan: Plan, storage: Storage) -> Storage:
     found = next((part for part in [*bases, *copies] if _holds_base(tensor, part)), None)
     if found is None:
         array = Array(role="base", dtype=dtype, shape=shape)
-        part = Part(name=f"{tensor.name}@base", array=array, readers=readers, tensor=tensor.name, task=None)
+        # A plain name, so that the base loads as it lies. Tasks that decode with the base would take it for their own.
+        part = Part(name=tensor.name, array=array, readers=readers, tensor=tensor.name, task=None)
         return replace(storage, parts=(*storage.parts, part))
     wider = replace(found, readers=(*found.readers, *readers))
     groups = tuple(

@@ -2,6 +2,7 @@
 
 A task loads as it lies if each of its tensors is a part of the same name and dtype, and if its library reads as many
 files as there are on its route. Then the folder holds links to these files, and, if there are several, their index.
+So does `base`, the model of kept adapters; where it does not load, its files lie in `base/files`.
 """
 
 import json
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest_bytes import SmallFile
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
-from flexmerge_cli.checkpoint.libraries import LIBRARIES, LibraryName, index_name, shard_names
+from flexmerge_cli.checkpoint.libraries import LIBRARIES, Library, LibraryName, index_name, shard_names
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import BASE_FOLDER, CODED_README, side_folder
+from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, base_files_folder, side_folder
 from flexmerge_cli.formats.plan_file import Plan
 
 README = """# {name} is no checkpoint
@@ -23,6 +24,13 @@ else belongs to the model. `flexmerge export BUNDLE --task {name} -o {name}` wri
 `flexmerge_cli.open_bundle(BUNDLE).model("{name}")` is the model. BUNDLE is the folder that holds `manifest.json`.
 """
 
+BASE_README = """# The base is no checkpoint here
+
+Its weights lie in the bundle's folder `weights`, partly in a form that only flexmerge reads, because other tasks share
+them; `files` has its config and tokenizer. `flexmerge export BUNDLE --task NAME --merged -o NAME` writes the model that
+an adapter makes of the base. BUNDLE is the folder that holds `manifest.json`.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFolders:
@@ -30,6 +38,8 @@ class TaskFolders:
 
     stems: Mapping[int, str]
     """Task -> the stem of the links to its weight files; a task without has none."""
+    base_stem: str | None
+    """The stem of the links to the base's weight files."""
     small: tuple[SmallFile, ...]
     """All files but weights, in the order of their paths."""
 
@@ -38,30 +48,54 @@ def task_folders(
     plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None, *, links: bool
 ) -> TaskFolders:
     """links: whether tasks have links to their weights; otherwise an index that points to `../../weights`."""
-    routes = {task: [file for file in files if task in file.readers] for task in plan.all_tasks}
     stems: dict[int, str] = {}
     small: list[SmallFile] = []
     coded: set[int] = set()
+
+    def loads(folder: str, held: Mapping[str, Part], stem: str, readers: tuple[int, ...]) -> None:
+        """Add the index of a folder that loads, if it needs one. held: own name -> the part that is the tensor."""
+        route = [file for file in files if not set(readers).isdisjoint(file.readers)]
+        if links and len(route) == 1:
+            return
+        paths = sorted(file.path for file in route)
+        up = "../" * (folder.count("/") + 1)
+        linked = shard_names(stem, len(paths)) if links else [f"{up}{path}" for path in paths]
+        called = dict(zip(paths, linked, strict=True))
+        where = {part: called[file.path] for file in route for part in file.parts}
+        index = _index({own: where[part] for own, part in held.items()}, sum(p.num_bytes for p in held.values()))
+        small.append(_made(f"{folder}/{index_name(stem)}", readers, index))
+
     for task, held in _held(plan, storages, cast).items():
         name, library = plan.tasks[task].name, LIBRARIES[library_of_task(plan, task)]
-        if held is None or (not library.reads_shards and not (links and len(routes[task]) == 1)):
+        if held is None or not _reads(library, files, (task,), links=links):
             coded.add(task)
-            small.append(_made(f"coded/{name}/{CODED_README}", task, README.format(name=name).encode()))
+            small.append(_made(f"coded/{name}/{CODED_README}", (task,), README.format(name=name).encode()))
             continue
         if links:
             stems[task] = library.stem
-        if not links or len(routes[task]) != 1:
-            paths = sorted(file.path for file in routes[task])
-            linked = shard_names(library.stem, len(paths)) if links else [f"../../{path}" for path in paths]
-            called = dict(zip(paths, linked, strict=True))
-            where = {part: called[file.path] for file in routes[task] for part in file.parts}
-            index = _index({own: where[part] for own, part in held.items()}, sum(p.num_bytes for p in held.values()))
-            small.append(_made(f"tasks/{name}/{index_name(library.stem)}", task, index))
+        loads(f"tasks/{name}", held, library.stem, (task,))
     for number, reader in enumerate(plan.readers):
         folder = side_folder(reader.name, coded=number in coded)
         small += [_copied(folder, reader.name, name, (number,), side.bytes) for name, side in reader.files.items()]
-    small += [_copied(BASE_FOLDER, "", name, plan.kept, side.bytes) for name, side in plan.base.files.items()]
-    return TaskFolders(stems=stems, small=tuple(sorted(small, key=lambda file: file.path)))
+    of_base, library = _held_of_base(plan, storages), LIBRARIES[plan.base.library]
+    in_place = of_base is not None and _reads(library, files, plan.kept, links=links)
+    if plan.kept and in_place and of_base is not None:
+        loads(BASE_FOLDER, of_base, library.stem, plan.kept)
+    elif plan.kept:
+        small.append(_made(f"{BASE_FOLDER}/{CODED_README}", plan.kept, BASE_README.encode()))
+    folder = base_files_folder(coded=not in_place)
+    small += [_copied(folder, "", name, plan.kept, side.bytes) for name, side in plan.base.files.items()]
+    return TaskFolders(
+        stems=stems,
+        base_stem=library.stem if plan.kept and links and in_place else None,
+        small=tuple(sorted(small, key=lambda file: file.path)),
+    )
+
+
+def _reads(library: Library, files: Sequence[WeightFile], readers: tuple[int, ...], *, links: bool) -> bool:
+    """Whether a library reads as many files as the readers have together."""
+    count = sum(not set(readers).isdisjoint(file.readers) for file in files)
+    return library.reads_shards or (links and count == 1)
 
 
 def library_of_task(plan: Plan, task: int) -> LibraryName:
@@ -91,13 +125,29 @@ def _held(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> dict
     return found
 
 
+def _held_of_base(plan: Plan, storages: Mapping[str, Storage]) -> dict[str, Part] | None:
+    """The same of the base of kept adapters. Files on their routes hold nothing else."""
+    if any(adapter.parts for adapter in plan.adapters):
+        return None
+    found = {}
+    for name, storage in storages.items():
+        readers = plan.base_readers(storage.tensor)
+        if not readers:
+            continue
+        part = next(part for part in storage.parts if set(readers) <= set(part.readers))
+        if part.name != name:
+            return None
+        found[name] = part
+    return found
+
+
 def _index(weight_map: dict[str, str], total_size: int) -> bytes:
     value = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
-def _made(path: str, task: int, content: bytes) -> SmallFile:
-    return SmallFile(path=path, readers=(task,), num_bytes=len(content), content=content)
+def _made(path: str, readers: tuple[int, ...], content: bytes) -> SmallFile:
+    return SmallFile(path=path, readers=readers, num_bytes=len(content), content=content)
 
 
 def _copied(folder: str, of: str, name: str, readers: tuple[int, ...], num_bytes: int) -> SmallFile:

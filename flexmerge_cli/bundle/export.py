@@ -23,7 +23,6 @@ from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
-from flexmerge_cli.formats.manifest import BASE_FOLDER
 from flexmerge_cli.version import VERSION
 from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 
@@ -128,8 +127,9 @@ def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     if adapter is None or not merged:
         return own
     own = {path: name for path, name in own.items() if name not in (adapter.weights, CONFIG_NAME, "README.md")}
-    of_base = {path for path in bundle.manifest.tasks[task].files if path.startswith(f"{BASE_FOLDER}/")}
-    names = {path: path.removeprefix(f"{BASE_FOLDER}/") for path in sorted(of_base)}
+    prefix = f"{bundle.manifest.base_folder}/"
+    of_base = {path for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
+    names = {path: path.removeprefix(prefix) for path in sorted(of_base) if not INDEX.fullmatch(path)}
     return own | {path: name for path, name in names.items() if name not in own.values()}
 
 

@@ -9,7 +9,8 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.libraries import STEMS
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import FlexmergeError
-from flexmerge_cli.formats.manifest import BASE_FOLDER, Manifest
+from flexmerge_cli.formats.folders import BASE_FOLDER
+from flexmerge_cli.formats.manifest import Manifest
 
 
 def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
@@ -63,4 +64,4 @@ def _name_beside(path: str) -> str:
         case "coded":
             return name.partition("/files/")[2]
         case _:
-            return name if folder == BASE_FOLDER else ""
+            return name.removeprefix("files/") if folder == BASE_FOLDER else ""

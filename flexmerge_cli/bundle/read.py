@@ -21,7 +21,8 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
-from flexmerge_cli.formats.manifest import BASE_FOLDER, WEIGHTS, Manifest
+from flexmerge_cli.formats.folders import WEIGHTS
+from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.stored.decoding import ALL
 
@@ -186,7 +187,7 @@ class Bundle(Routes):
         self.check_task(task)
         names = self.manifest.tasks[task].names
         return {
-            names.get(tensor.name, tensor.name): self.tensor_of(task, tensor.name)
+            names.get(tensor.name, tensor.name): (tensor.dtype_of(task), self._shape(tensor, task))
             for tensor in self.manifest.tensors
             if task in tensor.digests
         }
@@ -227,7 +228,7 @@ class Bundle(Routes):
         """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
         folder = self.path / self.manifest.side_folder(task)
         has_own = self.manifest.tasks[task].adapter is None or f"tasks/{task}/config.json" in self.manifest.files
-        return folder if has_own else self.path / BASE_FOLDER
+        return folder if has_own else self.path / self.manifest.base_folder
 
 
 def _look(

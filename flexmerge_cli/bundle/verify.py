@@ -52,12 +52,13 @@ def verify_bundle(
     bad = {name: _said(bundle.path / name, problem) for name, problem in problems.items() if problem is not None}
     broken = {task for name in bad for task in manifest.files[name].tasks}
     is_download = bool(hub_blobs(bundle.path))  # what flexmerge needs, and it needs no links
-    for task in manifest.tasks:
-        for link, name in manifest.links(task).items():
+    linked = [([task], manifest.links(task)) for task in manifest.tasks] + [(manifest.kept, manifest.base_links)]
+    for tasks, links in linked:
+        for link, name in links.items():
             said = link_problem(bundle.path / link, bundle.path / name, manifest.files[name])
             if said is not None and not (is_download and said == MISSING):
                 bad[link] = said
-                broken.add(task)
+                broken.update(tasks)
     for task in [name for name in manifest.tasks if name not in broken]:
         problem = bundle.problem(task)
         if problem is not None:

@@ -120,12 +120,18 @@ def open_checkpoint(
 
 def _task_of_bundle(folder: Path) -> UsageError | None:
     """The error for a task's folder in a bundle, whose weights lie elsewhere: it says how to export the task."""
-    folder = folder.parent if folder.parent.parent.name == "coded" else folder
+    is_inner = folder.parent.parent.name == "coded" or (folder.parent.name, folder.name) == ("base", "files")
+    folder = folder.parent if is_inner else folder
     bundle = bundle_of(folder)
     if bundle is None:
         return None
     if any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):  # a kept adapter is whole
         return None
+    if folder.parent == bundle:
+        return UsageError(
+            f"{folder} is the base of a bundle, whose weights are stored in the bundle",
+            hint=f"flexmerge export {shlex.quote(str(bundle))} --task NAME --merged -o NAME",
+        )
     return UsageError(
         f"{folder} is a task of a bundle, whose weights are stored in the bundle",
         hint=shlex.join(["flexmerge", "export", str(bundle), "--task", folder.name, "-o", folder.name]),

@@ -164,7 +164,7 @@ def check_count(count: int, source: str) -> None:
 
 def guard(folder: Path, path: Path) -> None:
     """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache, and from a
-    task's folder in a bundle to the bundle's weights."""
+    folder of a task or of the base in a bundle to the bundle's weights."""
     below = [path, *path.parents]
     if not any(place.is_symlink() for place in below[: len(below) - 1 - len(folder.parents)]):
         return
@@ -178,10 +178,11 @@ def guard(folder: Path, path: Path) -> None:
 
 
 def bundle_of(folder: Path) -> Path | None:
-    """The bundle that a folder belongs to as that of a task; None for any other folder."""
-    bundle = folder.resolve().parent.parent
-    is_task = folder.resolve().parent.name in ("tasks", "coded")
-    return bundle if is_task and (bundle / "manifest.json").is_file() and (bundle / WEIGHTS).is_dir() else None
+    """The bundle that a folder belongs to as that of a task, or of the base; None for any other folder."""
+    place = folder.resolve()
+    above = [place.parent.parent] if place.parent.name in ("tasks", "coded") else []
+    above += [place.parent] if place.name == "base" else []
+    return next((path for path in above if (path / "manifest.json").is_file() and (path / WEIGHTS).is_dir()), None)
 
 
 def hub_blobs(folder: Path) -> list[Path]:

@@ -262,5 +262,6 @@ def _restricted(layout: BundleLayout, wanted: Collection[tuple[str, Tasks | None
         storages=storages,
         files=(WeightFile(path="", readers=(), parts=parts, header=b""),),
         stems={},
+        base_stem=None,
         small=(),
     )

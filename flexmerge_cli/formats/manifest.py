@@ -17,8 +17,10 @@ vocabularies, rows   where not all models have the same rows of some tensors: th
           the base. Neither key is there without such tensors
 A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
 bit by bit; `changes` says where in its weight file lies what it makes of a tensor (adapter_changes.py). What they leave
-is the base's own: `<tensor>@base` on its route, or, where a task has the same bits, the plain name. base/ holds the
-base's config and tokenizer, for the model that an adapter makes.
+is the base's own: the plain name on its route, or, where other tasks decode with it, `<tensor>@base`. base/ is the base
+as a checkpoint: its config and tokenizer, and with `base_stem` links to the weight files on the routes of all kept
+adapters. Where parts have other names than the base's tensors, base/README.md says that it is none, and its config and
+tokenizer are under base/files.
 request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
           asks the same of the plan, here called plan.json, which gives the same id, or, where there is a `gate`, the
           same weights without it. Not there in bundles from before it was recorded
@@ -45,13 +47,22 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.checkpoint.libraries import STEMS, index_name, shard_names
+from flexmerge_cli.checkpoint.libraries import STEMS, index_name
 from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
+from flexmerge_cli.formats.folders import (
+    BASE_FOLDER,
+    CODED_README,
+    WEIGHTS,
+    base_files_folder,
+    linked_names,
+    side_folder,
+    stays_inside,
+)  # fmt: skip
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
@@ -61,16 +72,15 @@ from flexmerge_cli.stored.forms import known_form
 FORMAT = "flexmerge.bundle/2"
 FORMATS = ("flexmerge.bundle/1", FORMAT)
 NO_SHA256 = "0" * 64
-BASE_FOLDER = "base"
-WEIGHTS = "weights/"
-CODED_README = "README.md"
-MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
 
 
 def _known_stem(value: str) -> str:
     if value not in STEMS:
         raise ValueError("a stem of weight files that no library has")
     return value
+
+
+Stem = Annotated[str, AfterValidator(_known_stem)]
 
 
 class FileEntry(Record):
@@ -98,7 +108,7 @@ class TaskEntry(Record):
     adapter: AdapterEntry | None = None
     pooled: AdapterKind | None = None
     """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
-    stem: Annotated[str, AfterValidator(_known_stem)] | None = None
+    stem: Stem | None = None
     """Its folder holds links to the weight files of its route, in the order of their paths: one is called
     `<stem>.safetensors`, several are numbered as shards."""
 
@@ -193,6 +203,8 @@ class Manifest(Record):
     vocabularies: Items[VocabularyEntry] = ()
     gate: GateEntry | None = None
     request: Request | None = None
+    base_stem: Stem | None = None
+    """The folder of the base of kept adapters holds links to its weight files, called as those of a task."""
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -221,24 +233,33 @@ class Manifest(Record):
     def links(self, task: str) -> dict[str, str]:
         """Path of each link in a task's folder -> the weight file to which it leads."""
         entry = self.tasks[task]
-        route = sorted(path for path in entry.files if path.startswith(WEIGHTS))
-        names = shard_names(entry.stem, len(route)) if entry.stem is not None else []
-        return {f"tasks/{task}/{name}": path for name, path in zip(names, route)}
+        return linked_names(f"tasks/{task}", entry.stem, [path for path in entry.files if path.startswith(WEIGHTS)])
+
+    @property
+    def kept(self) -> list[str]:
+        """The tasks that are kept adapters."""
+        return [name for name, task in self.tasks.items() if task.adapter is not None]
+
+    @property
+    def base_links(self) -> dict[str, str]:
+        """Path of each link in the folder of the kept adapters' base -> the weight file to which it leads."""
+        route = {path for task in self.kept for path in self.tasks[task].files if path.startswith(WEIGHTS)}
+        return linked_names(BASE_FOLDER, self.base_stem, route)
+
+    @property
+    def base_folder(self) -> str:
+        """Where the base's config and tokenizer lie."""
+        return base_files_folder(coded=f"{BASE_FOLDER}/{CODED_README}" in self.files)
 
     @property
     def all_links(self) -> dict[str, str]:
-        """The same of all tasks."""
-        return {link: path for task in self.tasks for link, path in self.links(task).items()}
+        """The links of all tasks, and of the base."""
+        return self.base_links | {link: path for task in self.tasks for link, path in self.links(task).items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
         _check(self)
         return self
-
-
-def side_folder(task: str, *, coded: bool) -> str:
-    """coded: the task must be decoded; loaders find no config in the folder of its name."""
-    return f"coded/{task}/files" if coded else f"tasks/{task}"
 
 
 def _check(manifest: Manifest) -> None:
@@ -250,7 +271,7 @@ def _check(manifest: Manifest) -> None:
     if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
         raise ValueError("its gate does not speak of every task once")
     for path, file in manifest.files.items():
-        if not _stays_inside(path):
+        if not stays_inside(path):
             raise ValueError(f"it points outside the bundle: `{path}`")
         folder, *below = path.split("/")
         if not set(file.tasks) <= tasks:
@@ -261,6 +282,8 @@ def _check(manifest: Manifest) -> None:
     for path, file in manifest.files.items():
         for name in file.tasks:
             read_by[name].add(path)
+    if not manifest.files.keys().isdisjoint(manifest.base_links):
+        raise ValueError("a file is called like a link to the base's weights")
     for name, task in manifest.tasks.items():
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
@@ -274,7 +297,7 @@ def _check(manifest: Manifest) -> None:
                 raise ValueError(f"`{path}` is not a file of task `{name}`, or is called like a link to its weights")
         if task.stem is not None and (is_coded or task.adapter is not None):
             raise ValueError(f"the weights of task `{name}` are linked, and no loader reads them so")
-        if manifest.format == FORMATS[0] and (is_coded or task.stem is not None):
+        if manifest.format == FORMATS[0] and (is_coded or task.stem is not None or manifest.base_stem is not None):
             raise ValueError(f"task `{name}` is not stored as {FORMATS[0]} stores it")
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     if len(tensors) < len(manifest.stored):
@@ -367,15 +390,3 @@ def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry, tensors
         if key not in tensors or name not in tensors[key].digests:
             raise ValueError(f"adapter `{name}` changes a tensor that is not there")
         change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)
-
-
-def _stays_inside(path: str) -> bool:
-    """weights/FILE, tasks/NAME/…, coded/NAME/… or base/FILE, of names that every disk can hold."""
-    folder, *below = path.split("/")
-    return (
-        folder in ("weights", "tasks", "coded", BASE_FOLDER)
-        and below != []
-        and not set(below) & {"", ".", ".."}
-        and not any(character in path for character in ("\\", ":", "\0"))
-        and all(len(name.encode()) <= MAX_NAME_BYTES for name in below)
-    )

@@ -131,13 +131,14 @@ class Plan(Record):
         return sorted({name for reader in self.readers for name in reader.own_names} - set(self._by_name()))
 
     def base_readers(self, tensor: PlanTensor) -> tuple[int, ...]:
-        """The readers that need a tensor of the base."""
+        """The kept adapters that need a tensor of the base. What each of them replaces, all of them read: it is stored
+        because a base that lacks it would not load."""
         if tensor.base_dtype is None:
             return ()
         found: dict[str, tuple[int, ...]] = self.__dict__.setdefault("_base_readers", {})
         if tensor.name not in found:
             needs = [reader.needs_base(tensor.name) for reader in self.readers]
-            found[tensor.name] = tuple(place for place, need in enumerate(needs) if need)
+            found[tensor.name] = tuple(place for place, need in enumerate(needs) if need) or self.kept
         return found[tensor.name]
 
     def tensor(self, name: str) -> PlanTensor:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
+from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.parts import are_parts
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
@@ -44,12 +45,21 @@ class SideFile(Record):
 
 
 class PlanBase(Record):
+    """Left out where it is as usual: `library`."""
+
     source: str
     fingerprint: Digest
     files: Named[SideFile] = Field(default_factory=dict)
     """What kept adapters need of it besides its tensors: config, tokenizer, …"""
     names: Named[str] = Field(default_factory=dict)
     """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
+    library: LibraryName = "transformers"
+    """What loads the model; left out where it is transformers, or not known."""
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("library", "transformers")}
 
 
 class CodedWeights(Record):

@@ -178,6 +178,7 @@ def plan_of(
             "fingerprint": base_fingerprint,
             "files": _side_files(of_base),
             "names": {t.name: t.base.name for t in family.tensors if t.base and t.name not in family.base.tensors},
+            "library": library_of(family.base.config, family.base.side_files),
         },
         "tasks": [
             {
