@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-# Smaller weights are decoded once: calling their products tile by tile would cost more than it saves.
-LEAST_ELEMENTS = 1 << 12
-
 _aten = torch.ops.aten
 _JOINING = (_aten.stack.default, _aten.cat.default)
 _KEEPING = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
@@ -136,7 +133,6 @@ def packable(model: nn.Module) -> set[tuple[Hashable, torch.dtype]]:
         (held.value.key, held.dtype)
         for module, name, held in _tensors(model)
         if isinstance(held, Placeholder) and held.value.parts and name == "weight" and isinstance(module, kinds)
-        if held.numel() >= LEAST_ELEMENTS
     }
 
 

@@ -187,7 +187,7 @@ class Bundle(Routes):
         self.check_task(task)
         names = self.manifest.tasks[task].names
         return {
-            names.get(tensor.name, tensor.name): (tensor.dtype_of(task), self._shape(tensor, task))
+            names.get(tensor.name, tensor.name): self.tensor_of(task, tensor.name)
             for tensor in self.manifest.tensors
             if task in tensor.digests
         }

@@ -79,9 +79,11 @@ class Routes:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.manifest.tasks)
 
-    def _shape(self, tensor: TensorEntry, task: str) -> tuple[int, ...]:
-        rows = self._rows.get((task, tensor.name))
-        return tensor.shape_of(task) if rows is None else (rows.rows, *tensor.shape_of(task)[1:])
+    def tensor_of(self, task: str, aligned: str) -> tuple[str, tuple[int, ...]]:
+        """A task's (dtype, shape) of one tensor."""
+        tensor, rows = self._tensors[aligned], self._rows.get((task, aligned))
+        shape = tensor.shape_of(task)
+        return tensor.dtype_of(task), shape if rows is None else (rows.rows, *shape[1:])
 
     def stored_as(self, task: str, aligned: str) -> Stored:
         """How what has an entry in the manifest is stored: of a vocabulary the common rows, or `@rows`.

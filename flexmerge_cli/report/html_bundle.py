@@ -18,6 +18,7 @@ from flexmerge_cli.report.inspect_bundle import (
     is_exact,
     letters,
     method_names,
+    resident_message,
     weights_words,
 )
 from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
@@ -35,6 +36,7 @@ def bundle_page(facts: BundleFacts) -> str:
         ("size", f"{value['factor']:.4f}x"),
         ("tensors", f"{value['stored_bytes']:,} bytes"),
         ("on disk", f"{value['total_bytes']:,} bytes in {len(value['files']):,} files"),
+        ("in memory", text(resident_message(value["resident"]).partition(": ")[2])),
         ("method", text(method_names(value))),
         ("merges", f"{allocation['merges']:,} ({allocation['undone']:,} undone)"),
         ("dtypes", text(allocation["dtype"] or "as found")),

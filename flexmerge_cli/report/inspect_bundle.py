@@ -9,6 +9,7 @@ from typing import Any
 from flexmerge_cli.bundle.locate import Located
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.resident import resident
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.manifest import GroupEntry, Manifest, TensorEntry, UnitEntry
@@ -104,8 +105,30 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
             }
             for unit, elements, num_bytes in zip(manifest.units, facts.unit_elements, facts.unit_bytes)
         ],
+        "resident": resident_value(bundle),
         "gate": manifest.gate.model_dump(mode="json") if manifest.gate is not None else None,
     }
+
+
+def resident_value(bundle: Bundle) -> dict[str, Any]:
+    """Bytes that a runtime of all sound tasks holds, and which weights it can keep as they are stored."""
+    held = resident(bundle)
+    return {
+        "dense_bytes": sum(found.dense for found in held.values()),
+        "packed_bytes": sum(found.packed for found in held.values()),
+        "weights": {
+            name: {"dense_bytes": found.dense, "packed_bytes": found.packed, "stays_packed": found.stays_packed}
+            for name, found in held.items()
+        },
+    }
+
+
+def resident_message(value: Mapping[str, Any]) -> str:
+    """The memory that a runtime takes, on one line."""
+    weights = value["weights"].values()
+    count = sum(found["stays_packed"] for found in weights)
+    packed = f", {value['packed_bytes']:,} if {count} of {len(weights)} tensors stay packed" if count else ""
+    return f"in memory, all tasks: {value['dense_bytes']:,} bytes{packed}"
 
 
 def gate_message(gate: Mapping[str, Any]) -> str:
@@ -162,6 +185,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         f"{value['factor']:.4f}x: {value['stored_bytes']:,} bytes of tensors, {value['total_bytes']:,} on disk in "
         f"{len(value['files'])} files{merges_words(allocation, '; ')}"
     )
+    say(resident_message(value["resident"]))
     if value["gate"]:
         say(gate_message(value["gate"]))
     if allocation["dtype"]:

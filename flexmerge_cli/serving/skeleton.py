@@ -7,6 +7,7 @@ from torch import nn
 
 from flexmerge_cli.bundle.placeholder import Part, Placeholder, Value
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.resident import packed_pieces
 from flexmerge_cli.bundle.view import View, task_model
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.errors import UsageError
@@ -27,11 +28,7 @@ def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | Non
 
 
 def _parts(bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """None of a tensor that is stored otherwise, and of one whose rows are not its first axis."""
-    stored = bundle.packed(task, aligned)
-    if stored is None or len(shape) < 2 or stored.matrix[0] != shape[0]:
-        return ()
-    pieces = stored.pieces(bundle.parts_of(task))
+    pieces = packed_pieces(bundle, task, aligned, shape)
     return tuple(Part((part.path, part.offset), role, num_bytes) for role, (part, num_bytes) in pieces.items())
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from flexmerge_cli import make_plan, merge, open_bundle  # noqa: E402
-from flexmerge_cli.bundle import placeholder  # noqa: E402
+from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.serving import weight  # noqa: E402
 from flexmerge_cli.serving.weight import PackedWeight  # noqa: E402
 from flexmerge_cli.stored.packed import JoinedRows, Packed  # noqa: E402
@@ -19,7 +19,7 @@ from ..adapters import IA3, LORA, Adapted, make  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def every_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placeholder, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
     monkeypatch.setattr(weight, "TILE_ELEMENTS", 100)
 
 

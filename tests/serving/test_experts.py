@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from flexmerge_cli import export, make_plan, merge, open_bundle  # noqa: E402
+from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.bundle.view import load_model  # noqa: E402
 
 CONFIG = {
@@ -54,6 +55,18 @@ def test_the_models_compute_what_an_export_does(kind, root, tmp_path) -> None:
             expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / task).eval()(**TOKENS).logits
             assert bundle.model(task)(**TOKENS).logits.equal(expected)
             assert bundle.runtime().model(task)(**TOKENS).logits.equal(expected)
+
+
+def test_inspect_knows_that_joined_experts_do_not_stay_packed(root, monkeypatch) -> None:
+    """Routers it takes for layers: their weights are called as those of layers."""
+    monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
+    merge(root / "plan.json", root / "coded", method="low_bit:bits=4")
+    bundle = open_bundle(root / "coded")
+    told = {k: v for k, v in resident.resident(bundle._bundle).items() if not k.endswith("mlp.gate.weight")}
+    for weights in ("dense", "packed"):
+        held = [h for h in bundle.runtime(weights=weights).describe() if not h.name.endswith("mlp.gate.weight")]
+        assert sum(getattr(found, weights) for found in told.values()) == sum(found.num_bytes for found in held)
+    assert {name for name, found in told.items() if found.stays_packed and ".experts." in name} == set()
 
 
 def test_what_is_joined_is_freed_with_the_last_model(root) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from torch.nn import functional  # noqa: E402
 
 from flexmerge_cli import open_bundle  # noqa: E402
-from flexmerge_cli.bundle import placeholder  # noqa: E402
+from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.serving import meeting  # noqa: E402
 from flexmerge_cli.serving.meeting import run_together, shared_weights  # noqa: E402
 
@@ -31,7 +31,7 @@ BATCH = ("beta", "alpha", "gamma", "beta")
 
 @pytest.fixture(autouse=True)
 def every_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placeholder, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
 
 
 def inputs_of(name: str) -> dict:

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from torch.nn import functional  # noqa: E402
 
 from flexmerge_cli import native, open_bundle  # noqa: E402
-from flexmerge_cli.bundle import placeholder  # noqa: E402
+from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.errors import UsageError  # noqa: E402
 from flexmerge_cli.serving import weight  # noqa: E402
 from flexmerge_cli.serving.weight import PackedWeight  # noqa: E402
@@ -44,7 +44,7 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def every_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small, and in tiles of some rows."""
-    monkeypatch.setattr(placeholder, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
     monkeypatch.setattr(weight, "TILE_ELEMENTS", 100)
 
 
@@ -163,9 +163,9 @@ def test_tasks_share_the_centre_and_each_has_its_own_residual(bundle_of: Callabl
     assert first[0].codes.ctypes.data == second[0].codes.ctypes.data
     assert first[1].codes.ctypes.data != second[1].codes.ctypes.data
     found = {}
-    for resident in runtime.describe():
-        if resident.name.endswith("layer.0.intermediate.dense.weight"):
-            found[resident.part] = resident.tasks
+    for held in runtime.describe():
+        if held.name.endswith("layer.0.intermediate.dense.weight"):
+            found[held.part] = held.tasks
     assert {len(tasks) for part, tasks in found.items() if "." not in part} == {3}
     assert {part: tasks for part, tasks in found.items() if part.startswith("codes.")} == {
         f"codes.{task}": (task,) for task in TASKS
