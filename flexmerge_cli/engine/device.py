@@ -9,6 +9,8 @@ import torch
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.errors import UsageError
 
+KINDS: tuple[str, ...] = ("cpu", "cuda")
+
 
 def choose_device(wanted: str = "auto") -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
@@ -18,7 +20,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise UsageError(f"no device `{wanted}`", hint="--device auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in KINDS:
         raise UsageError(f"device `{wanted}` is not supported", hint="--device auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"no device `{wanted}`: torch sees {torch.cuda.device_count()}", hint="--device cpu")
