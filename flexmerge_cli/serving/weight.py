@@ -1,7 +1,8 @@
 """A weight that stays in its stored bytes: a tensor that decodes the tiles a product needs, and forgets them.
 
 Linear layers, transformers' Conv1D, convolutions and embeddings find what they call below; every other operation gets
-the decoded weight, for as long as it lasts. On the CPU.
+the decoded weight, for as long as it lasts. `torch.compile` breaks its graph at these products, and compiles what lies
+between. On the CPU.
 """
 
 import os
@@ -81,8 +82,10 @@ class PackedWeight(Tensor):
 
     def piece(self, first: int, stop: int) -> Tensor:
         """Rows [first, stop), [stop - first, n]."""
-        return self.gathered(np.arange(first, stop))
+        found: Tensor = self.gathered(np.arange(first, stop))
+        return found
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it can look neither into numpy nor into C
     def gathered(self, rows: np.ndarray) -> Tensor:
         """Rows, [k, n]. Decoded by as many threads as torch uses."""
         packed = self.packed
@@ -221,12 +224,15 @@ def _item(weight: Tensor, index: Any) -> Any:
 
 
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
-    functional.linear: _linear,
-    torch.addmm: _addmm,
-    functional.conv1d: _convolution(functional.conv1d),
-    functional.conv2d: _convolution(functional.conv2d),
-    functional.embedding: _embedding,
-    Tensor.__getitem__: _item,
+    function: torch.compiler.disable(product)  # type: ignore[no-untyped-call]
+    for function, product in {
+        functional.linear: _linear,
+        torch.addmm: _addmm,
+        functional.conv1d: _convolution(functional.conv1d),
+        functional.conv2d: _convolution(functional.conv2d),
+        functional.embedding: _embedding,
+        Tensor.__getitem__: _item,
+    }.items()
 }
 
 
