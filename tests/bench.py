@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from tests.bench_serve import compare_served
+from tests.bench_serve import served
 
 NUM_TASKS = 8
 CHUNK_ELEMENTS = 1 << 18
@@ -35,12 +35,14 @@ def main() -> None:
     parser.add_argument("what", choices=["plan", "merge", "serve", "verify", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="of serve")
     arguments = parser.parse_args()
     if arguments.what in PARTS:
         print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
         return
     if arguments.what == "serve":
-        compare_served(arguments.folder / "serve")
+        for what, figure in served(arguments.folder / "serve", arguments.device):
+            print(f"{what:50} {figure}", flush=True)
         return
     make_family(arguments.folder)
     if arguments.what == "verify":
@@ -274,8 +276,8 @@ def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]]]:
     return files, sorted(items)
 
 
-def make_family(folder: Path) -> None:
-    """A base and NUM_TASKS fine-tunes with the names and shapes of CLIP's ViT-B/32 image tower."""
+def make_family(folder: Path, *, width: int = 768, layers: int = 12) -> None:
+    """A base and NUM_TASKS fine-tunes with the names and, as they are, the shapes of CLIP's ViT-B/32 image tower."""
     import torch
     from safetensors.torch import save_file
 
@@ -283,11 +285,11 @@ def make_family(folder: Path) -> None:
         for path in folder.rglob("model.safetensors"):
             shutil.copyfile(path, os.devnull)
         return
-    width, shapes = 768, {}
+    shapes = {}
     shapes["vision_model.embeddings.class_embedding"] = [width]
     shapes["vision_model.embeddings.patch_embedding.weight"] = [width, 3, 32, 32]
     shapes["vision_model.embeddings.position_embedding.weight"] = [50, width]
-    for layer in range(12):
+    for layer in range(layers):
         prefix = f"vision_model.encoder.layers.{layer}."
         for norm in ("layer_norm1", "layer_norm2"):
             shapes |= {f"{prefix}{norm}.weight": [width], f"{prefix}{norm}.bias": [width]}

@@ -1,8 +1,9 @@
-"""`python -m tests.bench serve`: memory, throughput and loading of a runtime, beside plain transformers models.
+"""`python -m tests.bench serve [--device cuda]`: memory, throughput and loading of a runtime, beside plain models.
 
 Two families of eight synthetic fine-tunes, made once in --folder: CLIP's ViT-B/32 image tower (88 M parameters), and a
 Llama-shaped language model (110 M). Each is merged by average at 1x, 2.25x and 4x, and packed by `auto` at 1x. Every
-figure comes from a process of its own. Numbers of shared machines are noisy: compare ratios of one run.
+figure comes from a process of its own. On the CPU times are processor times and memory is PSS; on a GPU they are those
+of the clock and what torch has allocated there. Numbers of shared machines are noisy: compare ratios of one run.
 """
 
 import gc
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,63 +50,62 @@ def llama() -> Any:
 FAMILIES = {"vit": clip, "llama": llama}
 
 
-def make_families(folder: Path) -> None:
+def make_family(root: Path, sizes: Collection[str]) -> None:
     """A base and its fine-tunes, their plan, and a bundle of every size."""
     import torch
 
     from flexmerge_cli import make_plan, merge
 
-    for name, form in FAMILIES.items():
-        root = folder / name
-        if not (root / "plan.json").exists():
-            kind, config = form()
-            torch.manual_seed(0)
-            model = kind(config)
-            model.save_pretrained(root / "base")
-            base = {key: value.clone() for key, value in model.state_dict().items()}
-            for number in range(NUM_TASKS):
-                generator = torch.Generator().manual_seed(number + 1)
-                with torch.no_grad():
-                    for key, value in model.named_parameters():
-                        value.copy_(base[key] + 0.001 * torch.randn(value.shape, generator=generator))
-                model.save_pretrained(root / "tasks" / f"task{number}", max_shard_size="10GB")
-            tasks = {path.name: path for path in (root / "tasks").iterdir()}
-            make_plan(root / "base", tasks, output=root / "plan.json", device="cpu")
-        for bundle, (method, size) in SIZES.items():
-            if not (root / bundle).exists():
-                merge(root / "plan.json", root / bundle, method=method, size=size, device="cpu")
-        for path in root.rglob("*.safetensors"):
-            shutil.copyfile(path, "/dev/null")  # all runs then find it in the page cache
+    if not (root / "plan.json").exists():
+        kind, config = FAMILIES[root.name]()
+        torch.manual_seed(0)
+        model = kind(config)
+        model.save_pretrained(root / "base")
+        base = {key: value.clone() for key, value in model.state_dict().items()}
+        for number in range(NUM_TASKS):
+            generator = torch.Generator().manual_seed(number + 1)
+            with torch.no_grad():
+                for key, value in model.named_parameters():
+                    value.copy_(base[key] + 0.001 * torch.randn(value.shape, generator=generator))
+            model.save_pretrained(root / "tasks" / f"task{number}", max_shard_size="10GB")
+        tasks = {path.name: path for path in (root / "tasks").iterdir()}
+        make_plan(root / "base", tasks, output=root / "plan.json", device="cpu")
+    for bundle in sizes:
+        method, size = SIZES[bundle]
+        if not (root / bundle).exists():
+            merge(root / "plan.json", root / bundle, method=method, size=size, device="cpu")
+    for path in root.rglob("*.safetensors"):
+        shutil.copyfile(path, "/dev/null")  # all runs then find it in the page cache
 
 
 # Figures: each runs in a process of its own and prints one JSON value.
 
 
-def resident(bundle: Path, weights: str) -> dict[str, float]:
-    """PSS of all tasks after one forward each, beyond the process with its imports; and the peak while they load."""
+def resident(bundle: Path, weights: str, device: str) -> dict[str, float]:
+    """Memory of all tasks after one forward each, beyond the process with its imports; and the peak while they load."""
     import transformers
 
     from flexmerge_cli import open_bundle
 
     assert transformers.CLIPVisionModelWithProjection and transformers.LlamaForCausalLM
-    plain_forward(bundle)
+    plain_forward(bundle, device)
     gc.collect()
-    before = pss_bytes()
+    before = held_bytes(device)
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.05):
-            peak[0] = max(peak[0], pss_bytes())
+            peak[0] = max(peak[0], held_bytes(device))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    runtime = open_bundle(bundle, verify="off").runtime(weights=weights)
+    runtime = open_bundle(bundle, verify="off").runtime(weights=weights, device=device)
     for task in runtime.tasks:
         model = runtime.model(task)
         with torch_inference():
-            model(**small_inputs(bundle))
+            model(**inputs_of(bundle, 1, device))
     gc.collect()
-    found = pss_bytes() - before
+    found = held_bytes(device) - before
     stop.set()
     watcher.join()
     told = sum(runtime.num_bytes.values())
@@ -113,13 +113,13 @@ def resident(bundle: Path, weights: str) -> dict[str, float]:
     return {"found": found, "told": told, "stored": stored, "peak": peak[0] - before}
 
 
-def throughput(bundle: Path, weights: str) -> dict[str, float]:
+def throughput(bundle: Path, weights: str, device: str) -> dict[str, float]:
     """Seconds of 32 examples: of one task, of eight tasks in one batch, and of the plain model, turn by turn."""
     from flexmerge_cli import open_bundle
 
     opened = open_bundle(bundle, verify="off")
-    runtime = opened.runtime(weights=weights)
-    plain, inputs = plain_model(bundle), inputs_of(bundle, 32)
+    runtime = opened.runtime(weights=weights, device=device)
+    plain, inputs = plain_model(bundle, device), inputs_of(bundle, 32, device)
     tasks = [task for task in runtime.tasks for _ in range(32 // len(runtime.tasks))]
     one = runtime.model(runtime.tasks[0])
     with torch_inference():
@@ -128,62 +128,76 @@ def throughput(bundle: Path, weights: str) -> dict[str, float]:
                 "plain": lambda: plain(**inputs),
                 "one": lambda: one(**inputs),
                 "eight": lambda: runtime(inputs, tasks),
-            }
+            },
+            device,
         )
 
 
-def tokens(bundle: Path, weights: str) -> dict[str, float]:
+def tokens(bundle: Path, weights: str, device: str) -> dict[str, float]:
     """Seconds of 16 generated tokens after a prompt of 16: plain, one task, and eight tasks at once, one row each."""
     from flexmerge_cli import open_bundle
 
-    runtime = open_bundle(bundle, verify="off").runtime(weights=weights)
-    plain, one = plain_model(bundle), runtime.model(runtime.tasks[0])
+    runtime = open_bundle(bundle, verify="off").runtime(weights=weights, device=device)
+    plain, one = plain_model(bundle, device), runtime.model(runtime.tasks[0])
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    single, eight = inputs_of(bundle, 1), inputs_of(bundle, len(runtime.tasks))
+    single, eight = inputs_of(bundle, 1, device), inputs_of(bundle, len(runtime.tasks), device)
     with torch_inference():
         return best_of(
             {
                 "plain": lambda: plain.generate(**single, **options),
                 "one": lambda: one.generate(**single, **options),
                 "eight": lambda: runtime.generate(eight, list(runtime.tasks), **options),
-            }
+            },
+            device,
         )
 
 
-def first_answer(bundle: Path, weights: str) -> dict[str, float]:
+def first_answer(bundle: Path, weights: str, device: str) -> dict[str, float]:
     """Seconds from an open bundle to a task's first output; and those of load_file, a copy and one forward."""
     from safetensors.torch import load_file
 
     from flexmerge_cli import open_bundle
 
-    opened, plain = open_bundle(bundle, verify="off"), plain_model(bundle)
-    inputs, path = inputs_of(bundle, 1), bundle.parent / "tasks" / "task1" / "model.safetensors"
+    opened, plain = open_bundle(bundle, verify="off"), plain_model(bundle, device)
+    inputs, path = inputs_of(bundle, 1, device), bundle.parent / "tasks" / "task1" / "model.safetensors"
 
     def answer() -> None:
-        opened.runtime(weights=weights, tasks=["task1"]).model("task1")(**inputs)
+        opened.runtime(weights=weights, device=device, tasks=["task1"]).model("task1")(**inputs)
 
     with torch_inference():
         return best_of(
             {
-                "load": lambda: {name: value.clone() for name, value in load_file(path).items()},
+                "load": lambda: {name: value.to(device, copy=True) for name, value in load_file(path).items()},
                 "forward": lambda: plain(**inputs),
                 "answer": answer,
             },
+            device,
             repeat=3,
         )
 
 
-def best_of(runs: dict[str, Callable[[], object]], repeat: int = 2) -> dict[str, float]:
-    """Least seconds of processor time of each, turn by turn; with one thread that is what it takes where nothing else
-    runs. The first turn warms up."""
+def best_of(runs: dict[str, Callable[[], object]], device: str, repeat: int = 2) -> dict[str, float]:
+    """Least seconds of each, turn by turn. The first turn warms up.
+
+    On the CPU of processor time: with one thread that is what it takes where nothing else runs.
+    """
     found = dict.fromkeys(runs, float("inf"))
     for turn in range(repeat + 1):
         for name, run in runs.items():
-            start = time.process_time()
+            start = seconds(device)
             run()
             if turn:
-                found[name] = min(found[name], time.process_time() - start)
+                found[name] = min(found[name], seconds(device) - start)
     return found
+
+
+def seconds(device: str) -> float:
+    import torch
+
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def torch_inference() -> Any:
@@ -192,29 +206,32 @@ def torch_inference() -> Any:
     return torch.inference_mode()
 
 
-def plain_model(bundle: Path) -> Any:
-    return FAMILIES[bundle.parent.name]()[0].from_pretrained(bundle.parent / "tasks" / "task1").eval()
+def plain_model(bundle: Path, device: str) -> Any:
+    return FAMILIES[bundle.parent.name]()[0].from_pretrained(bundle.parent / "tasks" / "task1").eval().to(device)
 
 
-def plain_forward(bundle: Path) -> None:
+def plain_forward(bundle: Path, device: str) -> None:
     """So that what torch sets up at its first products is there before memory is measured."""
     kind, config = FAMILIES[bundle.parent.name]()
     with torch_inference():
-        kind(config).eval()(**small_inputs(bundle))
+        kind(config).eval().to(device)(**inputs_of(bundle, 1, device))
 
 
-def small_inputs(bundle: Path) -> dict[str, Any]:
-    return inputs_of(bundle, 1)
-
-
-def inputs_of(bundle: Path, count: int) -> dict[str, Any]:
+def inputs_of(bundle: Path, count: int, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(1)
     if bundle.parent.name == "llama":
-        ids = torch.randint(3, 32000, (count, 16), generator=generator)
+        ids = torch.randint(3, 32000, (count, 16), generator=generator).to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"pixel_values": torch.randn(count, 3, 224, 224, generator=generator)}
+    return {"pixel_values": torch.randn(count, 3, 224, 224, generator=generator).to(device)}
+
+
+def held_bytes(device: str) -> int:
+    """Of the process on the CPU, PSS; on a GPU what torch has allocated there."""
+    import torch
+
+    return pss_bytes() if device == "cpu" else torch.cuda.memory_allocated()
 
 
 def pss_bytes() -> int:
@@ -224,38 +241,51 @@ def pss_bytes() -> int:
 FIGURES = {"resident": resident, "throughput": throughput, "tokens": tokens, "first_answer": first_answer}
 
 
-def run_figure(figure: str, bundle: Path, weights: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.bench_serve", figure, str(bundle), weights]
+def run_figure(figure: str, bundle: Path, weights: str, device: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.bench_serve", figure, str(bundle), weights, device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_served(folder: Path) -> None:
-    """The table of docs/serving.md."""
-    make_families(folder)
-    for family in FAMILIES:
-        for name in SIZES:
-            bundle, weights = folder / family / name, "packed" if name.startswith("auto") else "dense"
-            show = partial(print, f"{family:6}{name:14}{weights:7}", flush=True)
-            memory = run_figure("resident", bundle, weights)
+def served(
+    folder: Path, device: str, sizes: Collection[str] = tuple(SIZES), families: Collection[str] = tuple(FAMILIES)
+) -> Iterator[tuple[str, str]]:
+    """What was measured, and the figure: the table of docs/serving.md."""
+    for family in families:
+        make_family(folder / family, sizes)
+        for name in sizes:
+            bundle, weights = (
+                folder / family / name,
+                "packed" if name.startswith("auto") and device == "cpu" else "dense",
+            )
+            who, figure = (
+                f"{family} {name} {weights}",
+                partial(run_figure, bundle=bundle, weights=weights, device=device),
+            )
+            memory = figure("resident")
             limit = 1.1 * memory["stored"] + 60e6
-            sizes = {key: f"{value / 1e6:.0f}" for key, value in memory.items()}
-            show(f"MB resident {sizes['found']} (limit {limit / 1e6:.0f}), told {sizes['told']}, peak {sizes['peak']}")
+            megabytes = {key: f"{value / 1e6:.0f}" for key, value in memory.items()}
+            told = f"told {megabytes['told']}, peak {megabytes['peak']}"
+            yield f"{who}: MB resident", f"{megabytes['found']} (limit {limit / 1e6:.0f}), {told}"
             if family == "vit":
-                found = run_figure("throughput", bundle, weights)
-                show(f"batch of 32 of one task: {found['plain'] / found['one']:.2f} of plain ({found['plain']:.2f} s)")
-                show(f"8 tasks x 4 examples: {found['plain'] / found['eight']:.2f} of plain")
+                found = figure("throughput")
+                one, eight = found["plain"] / found["one"], found["plain"] / found["eight"]
+                yield f"{who}: batch of 32 of one task", f"{one:.2f} of plain ({found['plain']:.3f} s)"
+                yield f"{who}: 8 tasks x 4 examples", f"{eight:.2f} of plain"
             else:
-                found = run_figure("tokens", bundle, weights)
-                show(f"tokens/s at batch 1: {16 / found['one']:.1f}, {found['plain'] / found['one']:.2f} of plain")
-                show(f"8 tasks x 1 row: {8 * 16 / found['eight']:.1f} tokens/s")
-            found = run_figure("first_answer", bundle, weights)
+                found = figure("tokens")
+                yield (
+                    f"{who}: tokens/s at batch 1",
+                    f"{16 / found['one']:.1f}, {found['plain'] / found['one']:.2f} of plain",
+                )
+                yield f"{who}: 8 tasks x 1 row", f"{8 * 16 / found['eight']:.1f} tokens/s"
+            found = figure("first_answer")
             ratio = found["answer"] / (1.3 * found["load"] + found["forward"])
-            show(f"first answer: {found['answer']:.2f} s, {ratio:.2f} of 1.3 x load_file + forward")
+            yield f"{who}: first answer", f"{found['answer']:.2f} s, {ratio:.2f} of 1.3 x load_file + forward"
 
 
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    print(json.dumps(FIGURES[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(FIGURES[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))

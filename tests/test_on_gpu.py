@@ -1,6 +1,9 @@
 """Paths that compute on a device, on a pretended GPU: nothing lies on the wrong one, and results are the CPU's."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from flexmerge_cli import make_plan, merge, open_bundle  # noqa: E402
 from flexmerge_cli.methods.registry import parse_call  # noqa: E402
 
+from . import bench_gpu  # noqa: E402
 from .bundle.bundles import make as make_bundle  # noqa: E402
 from .families import Folders, mixed_dtypes, same_bits, write_family  # noqa: E402
 from .methods.driver import Family  # noqa: E402
@@ -31,6 +35,28 @@ FORMS = ["average", "ties", "emr", "consensus", "low_bit:bits=3", "low_rank", "s
 
 def on_gpu(family: Family) -> Family:
     return Family(tasks=family.tasks, blocks=family.blocks, deltas={k: v.to(GPU) for k, v in family.deltas.items()})
+
+
+def test_the_script_for_gpus_says_where_there_is_none() -> None:
+    done = subprocess.run(
+        ["bash", str(Path(__file__).with_name("gpu.sh"))],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    assert torch.cuda.is_available() or (done.returncode == 1 and "error: no CUDA device" in done.stderr)
+
+
+def test_the_script_for_gpus_compares_results_with_those_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_gpu, "CALLS", {name: CALLS[name] for name in ("average", "emr")})
+    monkeypatch.setattr(bench_gpu, "METHODS", ["average", "emr", "low_bit:bits=4"])
+    with pretended_gpu():
+        rows = list(bench_gpu.rows(str(GPU), tmp_path, width=8, layers=1))
+    assert len(rows) == 9 and not [row for row in rows if row[1].endswith("DIFFERS")]
+    # A device that computes something else is found.
+    double = lambda *, deltas, **of: Family(deltas={k: 2 * v for k, v in deltas.items()}, **of)  # noqa: E731
+    monkeypatch.setattr(bench_gpu, "Family", double)
+    assert next(bench_gpu.methods("cpu"))[1].endswith("DIFFERS")
 
 
 def test_the_gpu_refuses_what_a_real_one_does() -> None:
