@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmerge_cli.cli import cache, curve, export, inspect, merge, methods, plan
+from flexmerge_cli.cli import cache, curve, diff, export, inspect, merge, methods, plan
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.output import note, tell
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "merge": merge.merge,
     "inspect": inspect.inspect,
+    "diff": diff.diff,
     "export": export.export,
     "eval": eval_command.evaluate,
     "curve": curve.curve,

@@ -48,6 +48,30 @@ def record(
     }
 
 
+def difference() -> dict[str, Any]:
+    """Of two bundles, as diff_value makes it: one block has other groups, one task other values, and one is new."""
+    layer = "vision_model.encoder.layers.11.self_attn"
+
+    def groups(*tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [{"tasks": list(of), "method": "ties:K=0.1" if len(of) > 1 else None, "bits": None} for of in tasks]
+
+    return {
+        "kind": "bundle",
+        "a": {"source": "bundle/", "id": "0" * 64, "generator": "flexmerge 1.0", "tasks": 2},
+        "b": {"source": "hf://org/a-bundle-with-a-long-name", "id": "1" * 64, "generator": "flexmerge 1.0", "tasks": 3},
+        "equal": False,
+        "keys": ["files", "tasks", "units"],
+        "settings": {
+            "stored_bytes": [ONE, 3 * ONE],
+            "methods": [["ties:K=0.1"], ["ties:K=0.1", "average"]],
+            "command": ["flexmerge merge plan.json --method ties:K=0.1 --size 1x -o bundle/", None],
+        },
+        "tasks": {"only_a": [], "only_b": ["sst2"], "changed": {"cola": {"distance": [0.25, 0.5]}}},
+        "blocks": {layer: [groups(("cola", "mnli")), groups(("cola",), ("mnli", "sst2"))]},
+        "values": {"cola": {"tensors": [f"{layer}.q_proj.weight"], "bytes": ONE, "of": 12, "files": ["config.json"]}},
+    }
+
+
 def scores(num_tasks: int = 3, *, name: str = "task", metrics: tuple[str, ...] = ("accuracy",)) -> dict[str, Any]:
     """Of a bundle, as `eval BUNDLE` has it; metrics: of the tasks in turn."""
     tasks = {

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from flexmerge_cli.cli.terminal import shown_streams
 from flexmerge_cli.report.curve import show_curve
+from flexmerge_cli.report.diff import show_diff
 from flexmerge_cli.report.evaluation import show_evaluation
 from flexmerge_cli.report.table import table
 
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[str, ...] | Callable[[], None]] = {
     "merge_dry_run": ("merge", "plan.json", "--method", "emr", "--dry-run", "-o", "never"),
     "inspect_bundle": ("inspect", "bundle"),
     "inspect_verify": ("inspect", "bundle", "--verify"),
+    "diff": lambda: show_diff(records.difference()),
     "eval": lambda: show_evaluation(records.scores(metrics=("accuracy", "perplexity"), name="a-task-with-a-long-name")),
     "curve": lambda: show_curve(records.record(3, name="low_bit:gain=norm,method")),
     "methods": ("methods",),
