@@ -179,7 +179,8 @@ def merge(
     A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
     options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance and layout, with the values of the
-    command line; relocate, a mapping; device, threads, max_memory, on_progress. offline, stream: as in `make_plan`.
+    command line; relocate, a mapping; card, whether README.md is written; device, threads, max_memory, on_progress.
+    offline, stream: as in `make_plan`.
     Raises UsageError for unknown words, and for options that would have no effect.
     """
     path = None if isinstance(plan, Plan) else Path(plan)

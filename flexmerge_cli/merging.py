@@ -7,8 +7,11 @@ from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
+from flexmerge_cli.bundle.card import Scores, make_card
+from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
+from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
@@ -31,12 +34,15 @@ def merge(
     max_memory: int | None = None,
     layout: BundleLayout | None = None,
     examine: Callable[[Path], None] = lambda _folder: None,
+    card: bool = True,
+    scores: Scores | None = None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[BundleLayout, Measured]:
     """Write the bundle. plan_folder: what the plan's relative sources are relative to.
 
     relocate: prefix of a source as the plan has it -> what stands there now. access: how sources are fetched.
-    examine: is given the folder of the finished bundle, and raises for what must not be published.
+    examine: is given the folder of the finished bundle, and raises for what must not be published. card: whether the
+    bundle gets a README.md. scores: what it tells of the bundle's tasks.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
@@ -82,6 +88,14 @@ def merge(
                 hint="a larger --size, or another method",
             )
 
+    def finish(folder: Path) -> None:
+        examine(folder)
+        manifest = read_manifest(folder)
+        if scores is not None:
+            scores.check(manifest)
+        if card:
+            (folder / CARD_NAME).write_text(make_card(folder, manifest, plan, scores))
+
     measured = write_bundle(
         layout,
         sources.located,
@@ -92,7 +106,7 @@ def merge(
         threads=threads,
         chunk_elements=chunk,
         accept=accept,
-        examine=examine,
+        examine=finish,
         on_bytes=on_bytes,
         on_stage=on_stage,
     )

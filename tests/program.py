@@ -106,6 +106,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def stored_sizes(folder: Path) -> dict[str, int]:
-    """Every file below a folder but links, whose bytes are those of other files: relative path -> bytes."""
+    """Every file below a folder that a size counts: relative path -> bytes.
+
+    Not links, whose bytes are those of other files, and not the card of a bundle.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    files = [path for path in files if path != folder / "README.md"]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}

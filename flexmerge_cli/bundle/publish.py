@@ -22,7 +22,9 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
+from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, hint_of, machine_failure
 from flexmerge_cli.writing import (
@@ -50,12 +52,16 @@ Ours = Callable[[Path], Collection[str] | None]
 
 
 def bundle_files(folder: Path) -> Collection[str] | None:
-    """What a bundle's manifest tells of, and itself: what `--force` may replace. Raises UsageError if it is damaged."""
+    """What a bundle's manifest tells of, itself, and a card that nobody has changed: what `--force` may replace.
+
+    Raises UsageError if it is damaged.
+    """
     if not is_bundle(folder):
         return None
     try:
         manifest = read_manifest(folder)
-        return {MANIFEST_NAME, *manifest.files, *manifest.all_links}
+        card = {CARD_NAME} if is_own_card(folder / CARD_NAME) else set()
+        return {MANIFEST_NAME, *manifest.files, *manifest.all_links, *card}
     except FlexmergeError as error:
         raise UsageError(
             f"{folder} is not replaced: its manifest does not say any more what flexmerge wrote there: {error.message}",

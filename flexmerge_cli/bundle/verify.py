@@ -12,6 +12,7 @@ from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.folder import hub_blobs
+from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.errors import FlexmergeError, IntegrityError
 
 
@@ -27,7 +28,7 @@ class Verification:
     num_tensors: int
     """Decoded and compared; 0 if only files were."""
     unknown: tuple[str, ...]
-    """Files in the folder that the manifest does not tell of."""
+    """Files in the folder that the manifest does not tell of, but for its card."""
 
 
 def verify(path: Path, *, decode: bool = False, on_bytes: Callable[[int], None] = lambda _count: None) -> Verification:
@@ -69,7 +70,7 @@ def verify_bundle(
         found, num_tensors = _decode(bundle, set(manifest.tasks) - broken)
         bad |= {f"{tensor} of {task}": problem for (task, tensor), problem in found.items()}
         broken |= {task for task, _ in found}
-    known = {bundle.path / name for name in (*manifest.files, *manifest.all_links, MANIFEST_NAME)}
+    known = {bundle.path / name for name in (*manifest.files, *manifest.all_links, MANIFEST_NAME, CARD_NAME)}
     unknown = sorted(
         str(p.relative_to(bundle.path)) for p in bundle.path.rglob("*") if not p.is_dir() and p not in known
     )

@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.choose import ADAPTER_FILES, WEIGHT_FILES, WEIGHT_SUFFIXES, variants
 from flexmerge_cli.checkpoint.contents import COMPOSITES, Contents, contents_of, is_left
 from flexmerge_cli.checkpoint.folder import Folder, LocalFolder, bundle_of, inside
+from flexmerge_cli.checkpoint.license import CARD_NAME, read_license
 from flexmerge_cli.checkpoint.parts import part_of, stem_of
 from flexmerge_cli.checkpoint.quantised import HINT, by_config
 from flexmerge_cli.checkpoint.remote import RemoteFile
@@ -61,6 +62,8 @@ class Checkpoint:
     """Own names of tensors that stay private whatever other models hold: those that an adapter saved whole."""
     adapter: str | None = None
     """The kind of the adapter that makes this model from a base."""
+    license: str | None = None
+    """What its card names, if it does."""
 
     @property
     def num_bytes(self) -> int:
@@ -213,6 +216,7 @@ def _open_folder(
         config=read_config(folder),
         side_files={name: folder.path / name for name in carried},
         parts=parts,
+        license=read_license(folder.path / CARD_NAME) if CARD_NAME in carried else None,
         left={kind: names for kind, names in left.items() if names},
     )
 

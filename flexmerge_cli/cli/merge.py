@@ -23,6 +23,8 @@ def merge(
     relocate: o.Relocate = None,
     plan_file: o.KeptPlan = None,
     html: o.Html = None,
+    no_card: o.NoCard = False,
+    scores: o.CardScores = None,
     dry_run: o.DryRun = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
@@ -46,6 +48,7 @@ def merge(
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.cli.terminal import OutputLost
     from flexmerge_cli.errors import GateError, UsageError
+    from flexmerge_cli.evaluation.scores_file import read_scores
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
     from flexmerge_cli.report.inspect import Kind, write_page
@@ -68,6 +71,9 @@ def merge(
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
     packing = Packing.of(source, chosen, o.relocations(relocate), plan_file, access)
     run = {"device": device, "threads": threads, "max_memory": memory}
+    if scores is not None and no_card:
+        raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
+    packing.card, packing.scores = not no_card, read_scores(scores) if scores is not None else None
     packing.check(output, force=force)
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:

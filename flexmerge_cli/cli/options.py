@@ -229,6 +229,10 @@ SpecOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where --i
 KeptPlan = Annotated[Path | None, _output("--plan", "FILE", "Save the recipe's plan here and reuse it.")]
 Csv = Annotated[Path | None, _output("--csv", "FILE", "Write a table with one score per row.")]
 Html = Annotated[Path | None, _output("--html", "FILE", "Write a self-contained HTML report.")]
+NoCard = Annotated[bool, _output("--no-card", "", "Write no README.md, which tells people what the bundle is.")]
+CardScores = Annotated[
+    Path | None, _output("--scores", "FILE", "What `eval bundle/ --json` printed, for the table of tasks in README.md.")
+]
 Png = Annotated[Path | None, _output("--png", "FILE", "Write a picture of the curve.")]
 Force = Annotated[bool, _output("--force", "", "Replace an existing output.")]
 Json = Annotated[bool, _output("--json", "", "Print one JSON document and nothing else.")]

@@ -9,6 +9,7 @@ from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offe
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
+from flexmerge_cli.bundle.card import Scores
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
@@ -48,6 +49,10 @@ class Packing:
     limits: Gate = field(default_factory=Gate)
     gate: BundleGate | None = None
     """The recipe's gate, once there is a plan."""
+    card: bool = True
+    """Whether the bundle gets a card."""
+    scores: Scores | None = None
+    """What the card tells of its tasks."""
 
     @staticmethod
     def of(
@@ -154,7 +159,8 @@ class Packing:
 
         return merge(
             plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,
-            force=force, layout=layout, examine=examine, on_progress=on_progress, **run,
+            force=force, layout=layout, examine=examine, card=self.card, scores=self.scores, on_progress=on_progress,
+            **run,
         )[1]  # fmt: skip
 
     def verdict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.peft import AdapterKind
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
-from flexmerge_cli.formats.plan_records import Parts, PlanTensor, SideFile
+from flexmerge_cli.formats.plan_records import License, Parts, PlanTensor, SideFile
 from flexmerge_cli.record import Count, Digest, Named, Record, Shape
 
 
@@ -39,11 +39,13 @@ class Member(Record):
     """Aligned name -> own name, where they differ."""
     parts: Parts = Field(default_factory=dict)
     """Subfolder with weights of its own -> the stem of their files there; left out where there is none."""
+    license: License | None = None
+    """What the source's card names; left out where it is not known."""
 
     @model_serializer(mode="wrap")
     def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        usual = {"parts": {}, "library": "transformers"}
+        usual: dict[str, Any] = {"parts": {}, "library": "transformers", "license": None}
         return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.libraries import LibraryName
+from flexmerge_cli.checkpoint.license import MAX_LICENSE
 from flexmerge_cli.checkpoint.parts import are_parts
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
@@ -37,6 +38,9 @@ Parts = Annotated[Named[str], AfterValidator(_stay_inside)]
 """Subfolder with weights of its own -> the stem of their files there."""
 
 
+License = Annotated[str, Field(min_length=1, max_length=MAX_LICENSE)]
+
+
 class SideFile(Record):
     """A config, tokenizer, … beside a task's weights."""
 
@@ -45,8 +49,6 @@ class SideFile(Record):
 
 
 class PlanBase(Record):
-    """Left out where it is as usual: `library`."""
-
     source: str
     fingerprint: Digest
     files: Named[SideFile] = Field(default_factory=dict)
@@ -55,11 +57,14 @@ class PlanBase(Record):
     """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
     library: LibraryName = "transformers"
     """What loads the model; left out where it is transformers, or not known."""
+    license: License | None = None
+    """What its card names; left out where it is not known."""
 
     @model_serializer(mode="wrap")
     def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("library", "transformers")}
+        usual = {"library": "transformers", "license": None}
+        return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
 
 
 class CodedWeights(Record):

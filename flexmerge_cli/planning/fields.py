@@ -179,6 +179,7 @@ def plan_of(
             "files": _side_files(of_base),
             "names": {t.name: t.base.name for t in family.tensors if t.base and t.name not in family.base.tensors},
             "library": library_of(family.base.config, family.base.side_files),
+            "license": family.base.license,
         },
         "tasks": [
             {
@@ -193,6 +194,7 @@ def plan_of(
                 "adapter": checkpoint.adapter,
                 "low_rank": (low_rank or {}).get(task),
                 "library": library_of(checkpoint.config, checkpoint.side_files),
+                "license": checkpoint.license,
             }
             for task, (name, checkpoint) in enumerate(zip(family.task_names, family.tasks))
         ],

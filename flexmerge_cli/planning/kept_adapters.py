@@ -100,6 +100,7 @@ def adapter_records(
                 "names": {aligned: own for aligned, own in kept.names.items() if aligned != own},
                 "changes": changes,
                 "parts": kept.model.parts,
+                "license": checkpoint.license,
             }
         )
     return records
