@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmerge_cli.cli import cache, curve, diff, export, inspect, merge, methods, plan
+from flexmerge_cli.cli import cache, curve, diff, export, inspect, merge, methods, plan, push
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.output import note, tell
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export.export,
     "eval": eval_command.evaluate,
     "curve": curve.curve,
+    "push": push.push,
     "methods": methods.methods,
     "cache": cache.cache,
 }

@@ -4,8 +4,12 @@ Repositories are git-like: a commit is the digest of its files, a branch names a
 LFS files: `resolve` redirects them to a second origin (`localhost` instead of `127.0.0.1`) with a signed address, as
 the Hub's CDN is, which must never see a token. Things that go wrong are asked for by a test: `cut`, `slow`, `gated`,
 `private`, `expire`, `fail`.
+
+It is written to as well: repositories and branches are created, contents of LFS files are received, once each, and a
+commit appears whole. Who may write where is in `writers`.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -57,6 +61,14 @@ class Hub:
     """`org/name/path` -> seconds for which each of the next answers stops in its middle."""
     failures: dict[str, list[int]] = field(default_factory=dict)
     """`org/name/path` -> status of each of the next answers."""
+    writers: dict[str, str] = field(default_factory=dict)
+    """Token -> the organisation in which it may write."""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """sha256 -> contents of LFS files that were received."""
+    received: Counter[str] = field(default_factory=Counter)
+    """sha256 -> bytes that were received of it."""
+    posted: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    """(`org/name`, lines) of every commit that was sent."""
     answers: dict[str, bytes] = field(default_factory=dict)
     """End of a path of the API -> what is answered instead."""
     signature: int = 0
@@ -73,6 +85,7 @@ class Hub:
         listed = "".join(f"{path} {hashlib.sha256(data).hexdigest()}\n" for path, data in sorted(files.items()))
         commit = hashlib.sha1((name + listed).encode()).hexdigest()
         repository.commits[commit] = dict(files)
+        self.blobs |= {hashlib.sha256(data).hexdigest(): data for path, data in files.items() if is_lfs(path)}
         repository.branches[branch] = commit
         return commit
 
@@ -83,11 +96,21 @@ class Hub:
     def forget(self) -> None:
         """Start counting anew."""
         self.sent.clear()
+        self.received.clear()
+        self.posted.clear()
         self.requests.clear()
 
     def take(self, queue: dict[str, list[Any]], key: str) -> Any:
         with self.lock:
             return queue[key].pop(0) if queue.get(key) else None
+
+
+def is_lfs(path: str) -> bool:
+    return path.endswith(LFS_SUFFIXES)
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @contextmanager
@@ -156,6 +179,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         self._answer()
 
+    def do_PUT(self) -> None:
+        """The contents of an LFS file."""
+        data, oid = self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.path.rpartition("/")[2]
+        status = self.hub.take(self.hub.failures, "lfs")
+        if status is not None:
+            return self._error(status, None, "asked for by the test")
+        assert hashlib.sha256(data).hexdigest() == oid
+        with self.hub.lock:
+            self.hub.received[oid] += len(data)
+            self.hub.blobs[oid] = data
+        return self._send(200, b"", {})
+
     def _answer(self) -> None:
         with self.hub.lock:
             self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
@@ -164,6 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
         for end, answer in self.hub.answers.items():
             if path.endswith(end):
                 return self._send(200, answer, {"Content-Type": "application/json"})
+        if self.command == "POST" and (written := self._written(path)) is not NotImplemented:
+            return written
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"), query)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -201,6 +238,88 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return commit, repository.commits[commit]
 
+    # Writing
+
+    def _written(self, path: str) -> Any:
+        """Answers what writes; NotImplemented for any other request."""
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            return self._create(json.loads(self.body))
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return self._batch(match[1], json.loads(self.body)["objects"])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/(.+)", path):
+            name, verb, revision = match.groups()
+            if self._files(name, "main") is None or not self._may_write(name):
+                return None
+            return {"preupload": self._preupload, "commit": self._commit, "branch": self._branch}[verb](name, revision)
+        return NotImplemented
+
+    def _may_write(self, name: str) -> bool:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.hub.writers.get(token) == name.split("/")[0]:
+            return True
+        self._error(403 if token else 401, None, "You have no write access here")
+        return False
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if not self._may_write(name):
+            return None
+        if name in self.hub.repositories:
+            return self._error(409, None, "You already created this repo")
+        self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.hub.repositories[name].private = "private" in (asked.get("visibility"), asked.get("private") and "private")
+        return self._json({"url": f"{self.hub.url}/{name}", "id": name, "name": name})
+
+    def _batch(self, name: str, objects: list[dict[str, Any]]) -> None:
+        if not self._may_write(name):
+            return None
+        answers = []
+        for one in objects:
+            action = {"upload": {"href": f"{self.hub.url}/upload/{one['oid']}"}}
+            answers.append(one | ({} if one["oid"] in self.hub.blobs else {"actions": action}))
+        return self._json({"objects": answers, "transfer": "basic"})
+
+    def _preupload(self, name: str, revision: str) -> None:
+        found = self._files(name, revision)
+        if found is None:
+            return None
+
+        def entry(path: str) -> dict[str, Any]:
+            data = found[1].get(path)
+            oid = None if data is None else hashlib.sha256(data).hexdigest() if is_lfs(path) else git_oid(data)
+            mode = "lfs" if is_lfs(path) else "regular"
+            return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+        return self._json({"files": [entry(one["path"]) for one in json.loads(self.body)["files"]]})
+
+    def _commit(self, name: str, revision: str) -> None:
+        status = self.hub.take(self.hub.failures, f"{name}/commit")
+        if status is not None:
+            return self._error(status, None, "asked for by the test")
+        head, files = self._files(name, revision) or ("", {})
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        files = dict(files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit", head) != head:
+                return self._error(412, None, "A commit has happened since")
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        self.hub.posted.append((name, lines))
+        commit = self.hub.add(name, files, branch=revision)
+        return self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _branch(self, name: str, branch: str) -> None:
+        repository = self.hub.repositories[name]
+        repository.branches[branch] = repository.branches["main"]
+        self._json({})
+
     # The API
 
     def _info(self, name: str, revision: str) -> None:
@@ -219,7 +338,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _entry(self, path: str, data: bytes) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
         if path.endswith(LFS_SUFFIXES):
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return entry
@@ -278,7 +397,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "Location": f"http://localhost:{port}/cdn/{name}/{commit}/{path}?signature={self.hub.signature}",
             }
             return self._send(302, b"", headers)
-        return self._body(key, data, headers | {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        return self._body(key, data, headers | {"ETag": f'"{git_oid(data)}"'})
 
     def _cdn(self, address: str, query: dict[str, list[str]]) -> None:
         if self.headers.get("Authorization"):
