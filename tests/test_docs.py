@@ -63,8 +63,9 @@ def records() -> list[type[BaseModel]]:
     return sorted((one for one in found if one.__module__.startswith("flexmerge_cli")), key=lambda one: one.__name__)
 
 
-def test_every_key_of_every_file_is_described():
-    described = set(re.findall(r"`([^`\n]+)`", without_code(read("docs/formats.md") + read("docs/evaluation.md"))))
+def test_every_key_of_every_file_and_request_is_described():
+    pages = "".join(read(f"docs/{page}.md") for page in ("formats", "evaluation", "serving"))
+    described = set(re.findall(r"`([^`\n]+)`", without_code(pages)))
     keys = {field.alias or name: one.__name__ for one in records() for name, field in one.model_fields.items()}
     assert len(keys) > 90
     assert {key: where for key, where in keys.items() if key not in described} == {}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmerge_cli.cli import cache, curve, diff, export, inspect, merge, methods, plan, push
+from flexmerge_cli.cli import cache, curve, diff, export, inspect, merge, methods, plan, push, serve
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.output import note, tell
@@ -34,11 +34,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command.evaluate,
     "curve": curve.curve,
     "push": push.push,
+    "serve": serve.serve,
     "methods": methods.methods,
     "cache": cache.cache,
 }
 
-PARSERS = {"eval": eval_command.EvalCommand, "plan": plan.PlanCommand}
+PARSERS = {"eval": eval_command.EvalCommand, "plan": plan.PlanCommand, "serve": plan.PlanCommand}
 
 
 class _Carried(Exception):

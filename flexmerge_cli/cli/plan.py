@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class PlanCommand(TyperCommand):
-    """`plan`, whose --tasks takes all words up to the next option, as a shell's wildcard gives them."""
+    """`plan` and `serve`, whose --tasks takes all words up to the next option, as a shell's wildcard gives them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words: list[str] = []

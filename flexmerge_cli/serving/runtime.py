@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from flexmerge_cli.serving.weight import PackedWeight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Key = tuple[Hashable, torch.dtype]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,13 +150,24 @@ class Runtime:
             lambda own: self._together(own, lambda model: partial(model.generate, **options)), inputs, tasks
         )
 
-    def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
-        models = {task: self.model(task) for task in inputs}
-        runs = [partial(run(model), **inputs[task]) for task, model in models.items()]
-        if len(runs) == 1:
+    def together(self, runs: Sequence[tuple[str, Callable[[Any], Result]]]) -> list[Result]:
+        """Call functions with the models of their tasks, side by side, and return their results, in order.
+
+        runs: (task, function of its model); a task may occur several times. Where the models share weights, products
+        are taken once for all. Raises the first error once all have ended, or like `model`.
+        """
+        models = [self.model(task) for task, _ in runs]
+        calls = [partial(run, model) for (_, run), model in zip(runs, models)]
+        if len(calls) == 1:
             with torch.inference_mode():
-                return [runs[0]()]
-        return run_together(runs, shared_weights(models.values()))
+                return [calls[0]()]
+        return run_together(calls, shared_weights(models))
+
+    def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
+        def of(own: Mapping[str, Any]) -> Callable[[Any], Any]:
+            return lambda model: run(model)(**own)
+
+        return self.together([(task, of(own)) for task, own in inputs.items()])
 
     def _task(self, task: str) -> "_Task":
         self._require(task)

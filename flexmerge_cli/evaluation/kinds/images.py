@@ -62,15 +62,28 @@ class Images:
 
     def pixels(self, start: int, stop: int, side: Path) -> Any:
         """A batch as float32 tensor [batch, channels, height, width]. side: folder of preprocessor_config.json."""
-        import torch
-
         if self.arrays is not None:
-            scale, mean, std = _preprocessing(side, self.arrays.shape[1])
-            return torch.from_numpy((self.arrays[start:stop].astype(np.float32) * scale - mean) / std)
-        processor = quiet_transformers().AutoImageProcessor.from_pretrained(side, local_files_only=True)
-        mode = "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
-        batch = [opened(self.pictures[index]).convert(mode) for index in range(start, min(stop, len(self.pictures)))]
-        return processor(images=batch, return_tensors="pt")["pixel_values"].float()
+            return pixels_of_array(self.arrays[start:stop], side)
+        return pixels_of(image_processor(side), self.pictures[start:stop])
+
+
+def image_processor(side: Path) -> Any:
+    return quiet_transformers().AutoImageProcessor.from_pretrained(side, local_files_only=True)
+
+
+def pixels_of(processor: Any, pictures: Sequence[Any]) -> Any:
+    """float32 tensor [batch, channels, height, width]. Raises DataError for what is no picture."""
+    mode = "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
+    batch = [opened(picture).convert(mode) for picture in pictures]
+    return processor(images=batch, return_tensors="pt")["pixel_values"].float()
+
+
+def pixels_of_array(array: np.ndarray, side: Path) -> Any:
+    """Numbers [batch, channels, height, width], scaled and normalised: a float32 tensor of that shape."""
+    import torch
+
+    scale, mean, std = _preprocessing(side, array.shape[1])
+    return torch.from_numpy((array.astype(np.float32) * scale - mean) / std)
 
 
 def images_of(table: Table, place: Place) -> tuple[Images, str]:
@@ -132,17 +145,21 @@ def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
 
 
 def _check_size(shape: tuple[int, ...], place: Place) -> None:
-    """Channels, height and width, if the config has them."""
-    config = read_config(place.side)
-    config = config.get("vision_config", config) if isinstance(config.get("vision_config"), dict) else config
-    size, channels = config.get("image_size"), config.get("num_channels", shape[0])
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else shape[1:]
-    if (channels, *sides) != tuple(shape):
+    if (wanted := image_shape(place.side, shape)) != tuple(shape):
         raise place.error(
             "columns.image",
-            f"images of {list(shape)}, and the model takes {[channels, *sides]} by {place.side}/config.json",
+            f"images of {list(shape)}, and the model takes {list(wanted)} by {place.side}/config.json",
             hint="channels, height, width: resize the images",
         )
+
+
+def image_shape(side: Path, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """Channels, height and width of the images that a model takes; usual: where the config does not say."""
+    config = read_config(side)
+    config = config.get("vision_config", config) if isinstance(config.get("vision_config"), dict) else config
+    size, channels = config.get("image_size"), config.get("num_channels", usual[0])
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else usual[1:]
+    return (channels, *sides)
 
 
 def _preprocessing(folder: Path, channels: int) -> tuple[np.float32, np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Shared by the two kinds with a head over a whole text: texts or pairs in, the head's outputs out."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,36 +41,56 @@ def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
     tokenizer = load_tokenizer(place)
     length = max_length(tokenizer, place.side, task.max_length)
     texts = [table.texts(role, place) for role in ("text", "pair") if role in table.columns]
-    encoded = tokenizer(*texts, truncation=length is not None, max_length=length)
-    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
-    rows = [{name: encoded[name][index] for name in names} for index in range(len(table))]
+    rows = encodings(tokenizer, *texts, truncation=length is not None, max_length=length)
     empty = next((index for index, row in enumerate(rows) if not row["input_ids"]), None)
     if empty is not None:
         raise place.error("columns.text", f"{table.row(empty)} has no tokens", hint="leave out empty texts")
     return tokenizer, rows
 
 
+def encodings(tokenizer: Any, *texts: Sequence[str], **options: Any) -> list[dict[str, list[int]]]:
+    """The model's inputs for each text, or pair of texts. options: of the tokenizer."""
+    encoded = tokenizer(*texts, **options)
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
+    return [{name: encoded[name][index] for name in names} for index in range(len(texts[0]))]
+
+
 def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
     """The outputs of the head, float32 [n, outputs]."""
-    import torch
-
     tokenizer, rows = items
     built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}")
+    size = run.batch_size if takes_batches(built, tokenizer) else 1
+    found = []
+    for start in range(0, len(rows), size):
+        found.append(head_batch(built, tokenizer, rows[start : start + size]))
+        run.on_example(min(start + size, len(rows)), len(rows))
+    return np.concatenate(found)
+
+
+def takes_batches(built: Any, tokenizer: Any) -> bool:
+    """Whether the model can take several texts at once. Gives the tokenizer a token to pad with, if it has none.
+
+    A decoder finds the last token by the id of the padding; without padding it takes one text at a time.
+    """
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    # A decoder finds the last token by the id of the padding; without padding it takes one text at a time.
-    alone = tokenizer.pad_token is None or built.config.pad_token_id is None
-    size = 1 if alone and not built.config.is_encoder_decoder and _is_decoder(built) else run.batch_size
-    found = []
+    has_padding = tokenizer.pad_token is not None and built.config.pad_token_id is not None
+    return has_padding or built.config.is_encoder_decoder or not _is_decoder(built)
+
+
+def head_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The outputs of the head for one batch of encodings, float32 [len(rows), outputs]."""
+    import torch
+
+    if len(rows) == 1:
+        inputs = {name: torch.tensor([rows[0][name]]) for name in rows[0]}
+    else:
+        inputs = dict(tokenizer.pad(rows, padding=True, return_tensors="pt"))
     with torch.inference_mode():
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            inputs = {name: torch.tensor([batch[0][name]]) for name in batch[0]} if len(batch) == 1 else None
-            inputs = inputs or dict(tokenizer.pad(batch, padding=True, return_tensors="pt"))
-            inputs = {name: value.to(built.device) for name, value in inputs.items()}
-            found.append(built(**inputs).logits.float().cpu().numpy())
-            run.on_example(min(start + size, len(rows)), len(rows))
-    return np.concatenate(found)
+        found: np.ndarray = (
+            built(**{name: value.to(built.device) for name, value in inputs.items()}).logits.float().cpu().numpy()
+        )
+    return found
 
 
 def _is_decoder(built: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.kinds.kind import Place
 from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
 
@@ -23,12 +24,20 @@ def load_tokenizer(place: Place) -> Any:
 
 
 def open_tokenizer(side: Path, place: Place) -> Any:
+    try:
+        return read_tokenizer(side)
+    except DataError as error:
+        raise place.error("kind", error.message, hint="check its files") from None
+
+
+def read_tokenizer(side: Path) -> Any:
+    """The tokenizer of a folder. Raises DataError."""
     transformers = quiet_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(side, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # what transformers, tokenizers and JSON raise for malformed files
         said = str(error).split("\n")[0][:200]
-        raise place.error("kind", f"the tokenizer in {side} cannot be opened: {said}", hint="check its files") from None
+        raise DataError(f"the tokenizer in {side} cannot be opened: {said}", hint="check its files") from None
 
 
 def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
@@ -38,6 +47,11 @@ def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
         return wanted
     if tokenizer.model_max_length < UNBOUNDED:
         return int(tokenizer.model_max_length)
+    return num_positions(side)
+
+
+def num_positions(side: Path) -> int | None:
+    """The most tokens that a model has positions for, by its config. None: as many as one likes."""
     config = read_config(side)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int) or positions <= 0 or config.get("model_type") == "t5":
@@ -45,13 +59,14 @@ def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
     return positions - OFFSET.get(str(config.get("model_type")), 0)
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Any, Any]:
-    """Token ids and attention mask, int64 [batch, longest], padded to the right."""
+def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[Any, Any]:
+    """Token ids and attention mask, int64 [batch, longest], padded to the right, or to the left."""
     import torch
 
     longest = max(map(len, rows))
     ids = np.full((len(rows), longest), fill, np.int64)
     mask = np.zeros((len(rows), longest), np.int64)
     for index, row in enumerate(rows):
-        ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[index, place], mask[index, place] = row, 1
     return torch.from_numpy(ids), torch.from_numpy(mask)

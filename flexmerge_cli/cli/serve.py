@@ -1,0 +1,81 @@
+"""`flexmerge serve`."""
+
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli import options as o
+
+
+def serve(
+    bundle: o.Bundle,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0: one that is free.")
+    ] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. There is no authentication.")
+    ] = "127.0.0.1",
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="NAME…", help="Tasks to serve; default: all.")
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option("--weights", metavar="dense|packed", help="Keep coded weights decoded, or as they are stored."),
+    ] = "dense",
+    device: o.Device = "cpu",
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Inputs that are computed at once.")
+    ] = 32,
+    max_wait: Annotated[
+        float, typer.Option("--max-wait", metavar="MS", min=0, help="Milliseconds that a batch waits to be filled.")
+    ] = 5.0,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", metavar="N", min=1, help="Inputs that may wait; more are refused with 503.")
+    ] = 1024,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Limit on the tokens of a generated text.")
+    ] = 1024,
+    max_body: Annotated[
+        str, typer.Option("--max-body", metavar="BYTES", help="Limit on the size of a request, e.g. 16MiB.")
+    ] = "16MiB",
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Answer requests over HTTP with the tasks of a bundle: OpenAI's API for language models, predictions for others.
+
+    Ctrl-C or SIGTERM finishes the requests that run, and ends it. Nothing is loaded from the network.
+
+    \b
+    Examples:
+    flexmerge serve bundle/
+    flexmerge serve bundle/ --tasks sst2 cola --port 8080
+    """
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.cli.output import emit, note
+    from flexmerge_cli.evaluation.loading import require
+    from flexmerge_cli.request.size import parse_bytes
+
+    require("fastapi", "uvicorn", "transformers", extra="flexmerge-cli[serve]")
+    from flexmerge_cli.server.run import Settings, bound_socket, make_service, url_of
+    from flexmerge_cli.server.run import serve as run
+
+    settings = Settings(
+        tasks=tasks,
+        weights=weights,
+        device=device,
+        max_batch=max_batch,
+        max_wait=max_wait / 1000,
+        max_queue=max_queue,
+        max_tokens=max_tokens,
+        max_body=parse_bytes(max_body),
+    )
+    with bound_socket(host, port) as listener:
+        opened = locate(bundle, o.access_of(offline=True, quiet=quiet), tasks=tasks).open()
+        service = make_service(opened, settings)
+        value = {"url": url_of(listener), "tasks": {name: task.kind for name, task in service.tasks.items()}}
+
+        def show(_value: object) -> None:
+            print(f"serving {', '.join(service.tasks)} on {value['url']}")
+
+        run(service, listener, lambda: emit(value, as_json=as_json, quiet=quiet, show=show))
+    note("stopped", quiet=quiet)

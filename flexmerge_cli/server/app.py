@@ -1,0 +1,99 @@
+"""The application: routes of predictions, models and health, and errors in the form of OpenAI's API."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from flexmerge_cli.server.generation import Choice
+from flexmerge_cli.server.limits import BoundedBodies
+from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.requests import Predict
+from flexmerge_cli.server.service import Service
+from flexmerge_cli.server.tasks import Task
+from flexmerge_cli.version import VERSION
+
+STOP_SECONDS = 10.0
+"""How long what is running may take to end, once clients are gone."""
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application. Starts the worker when it starts, and ends it when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        service.worker.stop(STOP_SECONDS)
+
+    # The pages that FastAPI makes of the schema load their scripts from the network.
+    app = FastAPI(title="flexmerge", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(BoundedBodies, max_bytes=service.max_body)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+
+    @app.get("/health")
+    async def health() -> Any:
+        if not service.worker.is_alive:
+            raise Refusal("the server is stopping", status=503, code="stopping")
+        return {"status": "ok", "tasks": len(service.tasks), "waiting": service.worker.num_waiting}
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [_model(task) for task in service.tasks.values()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Any:
+        return _model(service.task(name))
+
+    @app.post("/v1/tasks/{name}/predict")
+    async def predict(name: str, body: Predict) -> Any:
+        task = service.task(name)
+        service.worker.require_room(len(body.inputs))
+        items = await service.prepared(
+            lambda: [task.prepare(value, max_tokens=body.max_tokens) for value in body.inputs]
+        )
+        answers = await service.answers(name, items)
+        return {"task": name, "kind": task.kind, "outputs": [_output(answer) for answer in answers]}
+
+    return app
+
+
+def _model(task: Task) -> dict[str, Any]:
+    found = {"id": task.name, "object": "model", "created": 0, "owned_by": "flexmerge", "kind": task.kind}
+    labels = getattr(task, "labels", None)
+    return found | ({"labels": labels} if labels and task.kind != "regression" else {})
+
+
+def _output(answer: Any) -> Any:
+    if not isinstance(answer, Choice):
+        return answer
+    return {"text": answer.text, "finish_reason": answer.finish, "tokens": len(answer.tokens)}
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Refusal)
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """The body is no JSON, or its keys are not as they should be."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(step)[:100] for step in first["loc"] if step != "body"]
+    if first["type"] == "json_invalid":
+        place, first = [], {"msg": f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"}
+    key = ".".join(place[:20])
+    said = str(first["msg"])[:500]
+    return await _refused(request, Refusal(f"{key}: {said}" if key else said, param=place[0] if place else None))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    """No such route, or no such method, or a body that cannot be read."""
+    assert isinstance(error, HTTPException)
+    return await _refused(request, Refusal(str(error.detail), status=error.status_code))

@@ -1,0 +1,54 @@
+"""Bodies of requests: of JSON alone, and no longer than a limit. An ASGI middleware; it knows no route."""
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flexmerge_cli.server.refusal import Refusal
+
+
+class BoundedBodies:
+    """Reads the body of each request up to the limit before the application sees it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._body(dict(scope["headers"]), receive)
+        except Refusal as refusal:
+            response = JSONResponse(refusal.body, refusal.status, headers={"Connection": "close"})
+            await response(scope, receive, send)
+            return
+        if body is None:
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replayed() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replayed, send)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """None if the client went away. Raises Refusal."""
+        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal("a body is JSON, sent with `Content-Type: application/json`", status=415)
+        length = headers.get(b"content-length", b"0")
+        too_long = Refusal(f"the body is longer than {self._max_bytes:,} bytes, the server's limit", status=413)
+        if length.isdigit() and int(length[:20]) > self._max_bytes:
+            raise too_long
+        body = bytearray()
+        while True:
+            message: dict[str, Any] = dict(await receive())
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise too_long
+            if not message.get("more_body", False):
+                return bytes(body)

@@ -1,0 +1,123 @@
+"""From a bundle to a server that answers on a socket, and stops when it is asked to. Raises; prints nothing."""
+
+import errno
+import signal
+import socket
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.errors import MachineError, UsageError, hint_of
+from flexmerge_cli.server.app import make_app
+from flexmerge_cli.server.service import Service
+from flexmerge_cli.server.tasks import tasks_of
+from flexmerge_cli.server.worker import Worker
+from flexmerge_cli.serving.runtime import Runtime
+
+GRACE_SECONDS = 30
+"""How long requests may go on after the server was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What may be chosen, apart from the bundle."""
+
+    tasks: Collection[str] | None = None
+    """None: all."""
+    weights: str = "dense"
+    device: str = "cpu"
+    max_batch: int = 32
+    """Inputs that are computed at once."""
+    max_wait: float = 0.005
+    """Seconds that a batch which is not full waits for more."""
+    max_queue: int = 1024
+    """Inputs that wait."""
+    max_tokens: int = 1024
+    """Tokens of a generated text."""
+    max_body: int = 16 << 20
+    """Bytes of a request."""
+
+
+def make_service(bundle: Bundle, settings: Settings) -> Service:
+    """Load every task. Raises like `Runtime.model`, and UsageError for a task that can't be served."""
+    runtime = Runtime(bundle, tasks=settings.tasks, device=settings.device, weights=settings.weights)
+    tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
+    for name in runtime.tasks:
+        runtime.model(name)
+    worker = Worker(
+        runtime, tasks, max_batch=settings.max_batch, max_wait=settings.max_wait, max_queue=settings.max_queue
+    )
+    return Service(tasks=tasks, runtime=runtime, worker=worker, max_body=settings.max_body)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, on which nothing listens yet. port: 0 for one that is free.
+
+    Raises UsageError for a host that does not exist, MachineError for a port that is in use or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"--host {host}: {error}", hint="--host 127.0.0.1, or --host 0.0.0.0 for all") from None
+    found = socket.socket(family, kind, protocol)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+        found.listen(uvicorn.Config(app="").backlog)
+    except OSError as error:
+        found.close()
+        is_taken = error.errno == errno.EADDRINUSE
+        said = "another program listens on this port" if is_taken else error.strerror
+        hint = "choose another one with --port, or --port 0 for one that is free" if is_taken else hint_of(error)
+        raise MachineError(f"{host}:{port}: {said}", hint=hint) from None
+    return found
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Answer requests until a signal ends it: then finish those that run, and return.
+
+    on_ready: called once requests are answered.
+    """
+    config = uvicorn.Config(
+        make_app(service),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        server_header=False,
+        ws="none",
+    )
+    _Server(config, on_ready).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server for which a signal to stop is an ordinary end, not one to raise again afterwards."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, self.handle_exit)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

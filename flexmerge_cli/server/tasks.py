@@ -1,0 +1,296 @@
+"""What a task of a bundle can be asked: how inputs become rows, how rows run in a batch, and what comes out.
+
+Inputs are prepared, and outputs read, by the code of `eval`'s kinds, so that an answer is what `eval` scores. Knows no
+HTTP; raises Refusal for what a client sent.
+"""
+
+import base64
+import binascii
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.errors import FlexmergeError, UsageError
+from flexmerge_cli.evaluation.kinds.classes import architecture_of, label_count, label_names
+from flexmerge_cli.evaluation.kinds.images import PROCESSOR, image_processor, image_shape, pixels_of, pixels_of_array
+from flexmerge_cli.evaluation.kinds.sequences import encodings, head_batch, takes_batches
+from flexmerge_cli.evaluation.kinds.tokens import FILES, max_length, num_positions, read_tokenizer
+from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
+from flexmerge_cli.server.generation import Choice, generate
+from flexmerge_cli.server.refusal import Refusal
+
+
+class Task:
+    """One task: its side files are read when it is made, and none of its weights."""
+
+    kind: str
+
+    def __init__(self, name: str, side: Path) -> None:
+        """side: the folder of its config, and tokenizer or processor. Raises FlexmergeError."""
+        self.name, self.side, self.config = name, side, read_config(side)
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        """One input as a row. Raises Refusal. May be called by several threads."""
+        raise NotImplementedError
+
+    def batches(self, items: Sequence[Any]) -> list[list[Any]]:
+        """Rows that may run as one batch."""
+        return [list(items)]
+
+    def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
+        """What the model makes of one batch, in order."""
+        raise NotImplementedError
+
+    def cancel(self, item: Any) -> None:
+        """End a row that runs, as soon as that can be done."""
+
+
+class _Classes(Task):
+    """What the heads of classes have in common."""
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        count = label_count(self.config)
+        known = label_names(self.config)
+        self.labels = known if len(known) == count else [f"LABEL_{number}" for number in range(count)]
+        self.is_multi_label = self.config.get("problem_type") == "multi_label_classification"
+
+    def _outputs(self, logits: np.ndarray) -> list[dict[str, Any]]:
+        """[n, classes] float32."""
+        _require_finite(logits)
+        values = torch.from_numpy(logits)
+        scores = values.sigmoid() if self.is_multi_label else values.softmax(-1)
+        return [
+            {"label": self.labels[best], "index": best, "score": own[best], "scores": own}
+            for best, own in zip(logits.argmax(-1).tolist(), scores.tolist())
+        ]
+
+
+class Texts(_Classes):
+    """`text-classification` or `regression`: a text, or a pair of texts, in."""
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        self.kind = "regression" if len(self.labels) == 1 else "text-classification"
+        self.tokens = _Tokens(name, side)
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        _require_no_options(self, options)
+        pair = value if isinstance(value, list) else [value]
+        if not 1 <= len(pair) <= 2 or not all(isinstance(text, str) for text in pair):
+            raise Refusal("an input is a text, or a list of two texts", param="inputs")
+        return self.tokens.encoded(*pair)
+
+    def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
+        step = len(items) if takes_batches(model, self.tokens.tokenizer) else 1
+        found = [head_batch(model, self.tokens.tokenizer, items[at : at + step]) for at in range(0, len(items), step)]
+        logits = np.concatenate(found)
+        if self.kind == "regression":
+            _require_finite(logits)
+            return [{"value": value} for value in logits[:, 0].tolist()]
+        return self._outputs(logits)
+
+
+class Images(_Classes):
+    """`image-classification`: an array of pixels, or the bytes of a picture, in."""
+
+    kind = "image-classification"
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        self._processor: Any = None
+        self._lock = threading.Lock()
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        _require_no_options(self, options)
+        pixels = self._of_picture(value) if isinstance(value, str) else self._of_array(value)
+        if not bool(torch.isfinite(pixels).all()):
+            raise Refusal("an image has numbers that are not finite", param="inputs")
+        return pixels
+
+    def batches(self, items: Sequence[Any]) -> list[list[Any]]:
+        shapes = {tuple(item.shape) for item in items}
+        return [[item for item in items if tuple(item.shape) == shape] for shape in sorted(shapes)]
+
+    def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
+        logits = model(pixel_values=torch.cat(list(items)).to(model.device, model.dtype)).logits
+        return self._outputs(logits.float().cpu().numpy())
+
+    def _of_array(self, value: Any) -> torch.Tensor:
+        try:
+            array = np.array(value)
+        except (ValueError, OverflowError):  # lists of different lengths
+            array = np.empty(0)
+        if array.ndim != 3 or array.dtype.kind not in "uif" or not array.size:
+            raise Refusal("an image is numbers [channels, height, width], or a picture in base64", param="inputs")
+        self._require_shape(array.shape)
+        found: torch.Tensor = pixels_of_array(array[None], self.side)
+        return found
+
+    def _of_picture(self, text: str) -> torch.Tensor:
+        try:
+            data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        except (binascii.Error, ValueError):
+            raise Refusal("a picture is the bytes of a file in base64", param="inputs") from None
+        try:
+            with self._lock:
+                if self._processor is None:
+                    self._processor = self._opened_processor()
+            found: torch.Tensor = pixels_of(self._processor, [data])
+        except FlexmergeError as error:
+            raise Refusal(error.message, param="inputs") from None
+        self._require_shape(tuple(found.shape[1:]))
+        return found
+
+    def _opened_processor(self) -> Any:
+        if not (self.side / PROCESSOR).is_file():
+            raise Refusal(f"task `{self.name}` has no {PROCESSOR}: send pixels instead of a picture", param="inputs")
+        try:
+            return image_processor(self.side)
+        except Exception as error:  # of transformers, and of what it makes of a malformed file
+            said = str(error).split("\n")[0][:200]
+            raise Refusal(
+                f"the {PROCESSOR} of task `{self.name}` prepares no pictures ({said}): send pixels", param="inputs"
+            ) from None
+
+    def _require_shape(self, shape: tuple[int, ...]) -> None:
+        if (wanted := image_shape(self.side, shape)) != shape:
+            raise Refusal(f"an image of {list(shape)}, and the model takes {list(wanted)}", param="inputs")
+
+
+class Generated(Task):
+    """`text2text` or `causal-lm`: a text in, a text out."""
+
+    def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
+        """max_tokens: of a generated text."""
+        super().__init__(name, side)
+        self.tokens, self.max_tokens = _Tokens(name, side), max_tokens
+        self.positions = num_positions(side)
+        self.vocabulary: int = self.config.get("vocab_size", len(self.tokens.tokenizer))
+
+    def answers(self, model: Any, items: Sequence[Choice]) -> list[Any]:
+        generate(model, self.tokens.tokenizer, items)
+        return list(items)
+
+    def cancel(self, item: Choice) -> None:
+        item.is_cancelled = True
+
+    def allowed(self, wanted: int | None, usual: int, most: int | None) -> int:
+        """How many tokens to generate. wanted: as asked. most: as the model has positions for."""
+        limit = self.max_tokens if most is None else min(self.max_tokens, most)
+        if wanted is not None and wanted > self.max_tokens:
+            raise Refusal(f"max_tokens is {wanted}, and the server's limit {self.max_tokens}", param="max_tokens")
+        if wanted is not None and wanted > limit:
+            raise Refusal(
+                f"the input leaves {limit} tokens of the model's {self.positions} and max_tokens is {wanted}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return wanted if wanted is not None else min(usual, limit)
+
+
+class Text2Text(Generated):
+    kind = "text2text"
+
+    def prepare(self, value: Any, **options: Any) -> Choice:
+        """options: max_tokens."""
+        if not isinstance(value, str):
+            raise Refusal("an input is a text", param="inputs")
+        prompt = self.tokens.encoded(value)["input_ids"]
+        return Choice(prompt=prompt, max_tokens=self.allowed(options.get("max_tokens"), 32, self.positions))
+
+
+class CausalLM(Generated):
+    kind = "causal-lm"
+
+    def prepare(self, value: Any, **options: Any) -> Choice:
+        raise Refusal(f"task `{self.name}` is a language model: use /v1/completions or /v1/chat/completions")
+
+    def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
+        """Those that are done go on until all of a batch are, and must not run out of positions."""
+        found: list[list[Choice]] = []
+        for item in items:
+            for batch in found:
+                longest = max(len(one.prompt) for one in (*batch, item))
+                if self.positions is None or longest + max(one.max_tokens for one in (*batch, item)) <= self.positions:
+                    batch.append(item)
+                    break
+            else:
+                found.append([item])
+        return found
+
+
+class _Tokens:
+    """A task's tokenizer, which is used by one thread at a time."""
+
+    def __init__(self, name: str, side: Path) -> None:
+        if not any((side / file).is_file() for file in FILES):
+            raise UsageError(f"task `{name}` has no tokenizer in {side}", hint="leave the task out with --tasks")
+        self.name, self.tokenizer, self.lock = name, read_tokenizer(side), threading.Lock()
+        self.longest = max_length(self.tokenizer, side, None)
+
+    def encoded(self, *texts: str) -> dict[str, list[int]]:
+        """The model's inputs. Raises Refusal for no token, and for more than the model takes."""
+        try:
+            with self.lock:
+                row = encodings(self.tokenizer, *([text] for text in texts))[0]
+        except Exception as error:  # of tokenizers, for texts that no encoding has
+            raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}", param="inputs") from None
+        self.require_length(row["input_ids"])
+        return row
+
+    def require_length(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise Refusal("an input has no tokens")
+        if self.longest is not None and len(ids) > self.longest:
+            said = f"an input has {len(ids)} tokens, and task `{self.name}` takes {self.longest}"
+            raise Refusal(said, code="context_length_exceeded")
+
+
+def tasks_of(bundle: Bundle, names: Sequence[str], *, max_tokens: int) -> dict[str, Task]:
+    """The tasks that are served. Raises UsageError for one that can't be, FlexmergeError for unsound side files."""
+    found: dict[str, Task] = {}
+    for name in names:
+        bundle.check_files(name, weights=False)
+        side = bundle.config_folder(name)
+        found[name] = _kind_of(name, side)(name, side, max_tokens)
+    return found
+
+
+def _kind_of(name: str, side: Path) -> Callable[[str, Path, int], Task]:
+    quiet_transformers()
+    from transformers.models.auto import modeling_auto as auto
+
+    architecture = architecture_of(read_config(side))
+    kinds: list[tuple[Any, Callable[[str, Path, int], Task]]] = [
+        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Texts(name, side)),
+        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Images(name, side)),
+        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: Text2Text(name, side, max_tokens=n)),
+        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: CausalLM(name, side, max_tokens=n)),
+    ]
+    for table, make in kinds:
+        if architecture in {
+            each for names in table.values() for each in ([names] if isinstance(names, str) else names)
+        }:
+            return make
+    raise UsageError(
+        f"task `{name}`: {side}/config.json names {architecture}, which is not served",
+        hint="classification of texts and images, regression, text2text and causal language models are; "
+        "choose such tasks with --tasks",
+    )
+
+
+def _require_no_options(task: Task, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise Refusal(f"task `{task.name}` is {task.kind}, which has no `{name}`", param=name)
+
+
+def _require_finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ArithmeticError("the model's outputs are not finite")

@@ -1,0 +1,140 @@
+"""One thread that computes: rows of all requests wait in one bounded queue, and are run batch by batch across tasks."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.tasks import Task
+from flexmerge_cli.serving.runtime import Runtime
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row:
+    """One input of one task."""
+
+    task: str
+    item: Any
+    """Of the task's `prepare`."""
+    answer: "Future[Any]" = field(default_factory=Future)
+
+
+class Worker:
+    """Runs rows with the models of a runtime. `submit` may be called from any thread."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tasks: Mapping[str, Task],
+        *,
+        max_batch: int,
+        max_wait: float,
+        max_queue: int,
+        on_batch: Callable[[Sequence[Row]], None] = lambda _rows: None,
+    ) -> None:
+        """max_batch: rows of a batch. max_wait: seconds that a batch which is not full waits for more. max_queue: rows
+        that wait. on_batch: called with every batch."""
+        self._runtime, self._tasks, self._on_batch = runtime, tasks, on_batch
+        self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
+        self._waiting: deque[Row] = deque()
+        self._running: Sequence[Row] = ()
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._is_stopping
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Let rows wait for their turn, all or none. Raises Refusal."""
+        self.require_room(len(rows))
+        with self._changed:
+            if self._is_stopping:
+                raise Refusal("the server is stopping", status=503, code="stopping")
+            if len(self._waiting) + len(rows) > self._max_queue:
+                said = f"{len(self._waiting)} inputs are waiting already, of at most {self._max_queue}: try again"
+                raise Refusal(said, status=503, code="overloaded")
+            self._waiting.extend(rows)
+            self._changed.notify()
+
+    def require_room(self, count: int) -> None:
+        """Raises Refusal for more rows than may ever wait."""
+        if count > self._max_queue:
+            raise Refusal(f"{count} inputs in one request, and at most {self._max_queue} may wait: send fewer")
+
+    def stop(self, seconds: float) -> bool:
+        """Refuse new rows and end what is running or waiting. Returns whether that was done within `seconds`."""
+        with self._changed:
+            self._is_stopping = True
+            for row in (*self._running, *self._waiting):
+                self._tasks[row.task].cancel(row.item)
+            _fail(self._waiting, Refusal("the server is stopping", status=503, code="stopping"))
+            self._waiting.clear()
+            self._changed.notify()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while rows := self._next_batch():
+            self._on_batch(rows)
+            try:
+                self._run(rows)
+            except BaseException as error:
+                _fail(rows, error)
+
+    def _next_batch(self) -> Sequence[Row]:
+        """Empty at the end."""
+        with self._changed:
+            self._running = []
+            while not self._running and not self._is_stopping:
+                while not self._waiting and not self._is_stopping:
+                    self._changed.wait()
+                until = time.monotonic() + self._max_wait
+                while len(self._waiting) < self._max_batch and (left := until - time.monotonic()) > 0:
+                    if self._is_stopping:
+                        break
+                    self._changed.wait(left)
+                taken = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+                self._running = [row for row in taken if row.answer.set_running_or_notify_cancel()]
+            return self._running
+
+    def _run(self, rows: Sequence[Row]) -> None:
+        of_task: dict[str, list[Row]] = {}
+        for row in rows:
+            of_task.setdefault(row.task, []).append(row)
+        runs = []
+        for name, own in of_task.items():
+            rows_of = {id(row.item): row for row in own}
+            for items in self._tasks[name].batches([row.item for row in own]):
+                runs.append((name, self._answering(name, [rows_of[id(item)] for item in items])))
+        self._runtime.together(runs)
+
+    def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:
+        """What is wrong with these rows is no error of the others."""
+
+        def run(model: Any) -> None:
+            try:
+                for row, answer in zip(rows, self._tasks[name].answers(model, [row.item for row in rows]), strict=True):
+                    row.answer.set_result(answer)
+            except Exception as error:
+                _fail(rows, error)
+
+        return run
+
+
+def _fail(rows: Iterable[Row], error: BaseException) -> None:
+    for row in rows:
+        if not row.answer.done():
+            row.answer.set_exception(error)

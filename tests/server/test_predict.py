@@ -1,0 +1,211 @@
+"""Predictions over HTTP are those of the offline models, and what cannot be answered is refused with its reason."""
+
+import base64
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from flexmerge_cli import open_bundle
+from flexmerge_cli.evaluation.kinds.images import image_processor, pixels_of, pixels_of_array
+
+from ..evaluation.tiny import WORDS, sentences
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def predict(client, task, inputs, **more):
+    return client.post(f"/v1/tasks/{task}/predict", json={"inputs": inputs, **more})
+
+
+def outputs(client, task, inputs, **more):
+    answer = predict(client, task, inputs, **more)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["outputs"]
+
+
+def refused(answer, status, *says):
+    """An error in OpenAI's form."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in says:
+        assert word in error["message"], error
+    return error
+
+
+def offline_logits(bundle, task, text, pair=None):
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "tasks" / task)
+    with torch.inference_mode():
+        return open_bundle(bundle).model(task)(**tokenizer(text, pair, return_tensors="pt")).logits[0]
+
+
+def test_texts_and_pairs_are_classified_as_offline(client_of, bundle_of):
+    client, bundle = client_of("texts"), bundle_of("texts")
+    texts = sentences(5, seed=1)
+    for task, count in (("two", 2), ("three", 3)):
+        found = outputs(client, task, [*texts, ["red is", "blue"]])
+        expected = [offline_logits(bundle, task, text) for text in texts] + [
+            offline_logits(bundle, task, "red is", "blue")
+        ]
+        for output, logits in zip(found, expected, strict=True):
+            scores = logits.softmax(-1)
+            assert len(output["scores"]) == count
+            np.testing.assert_allclose(output["scores"], scores, **CLOSE)
+            assert output["index"] == int(scores.argmax())
+            assert output["label"] == f"LABEL_{output['index']}"
+            assert output["score"] == max(output["scores"])
+
+
+def test_a_head_of_one_output_gives_a_number(client_of, bundle_of):
+    found = outputs(client_of("texts"), "grade", ["red is not blue"])
+    expected = offline_logits(bundle_of("texts"), "grade", "red is not blue")
+    np.testing.assert_allclose(found[0]["value"], expected[0], **CLOSE)
+
+
+def test_images_come_as_pixels_or_as_pictures(client_of, bundle_of):
+    client, bundle = client_of("images"), bundle_of("images")
+    side, model = bundle / "tasks" / "dogs", open_bundle(bundle).model("dogs")
+    drawn = np.random.default_rng(0).integers(0, 256, (20, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(drawn).save(file, "png")
+    text = base64.b64encode(file.getvalue()).decode()
+    array = drawn[:8, :8].transpose(2, 0, 1)
+    pixels = [pixels_of(image_processor(side), [file.getvalue()]), pixels_of_array(array[None], side)]
+    found = outputs(client, "dogs", [text, f"data:image/png;base64,{text}", array.tolist()])
+    for output, own in zip(found, [pixels[0], *pixels], strict=True):
+        with torch.inference_mode():
+            np.testing.assert_allclose(output["scores"], model(own).logits[0].softmax(-1), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ("no picture", "base64"),
+        (base64.b64encode(b"text").decode(), "not a valid picture"),
+        ([[[1, 2], [3]]], "numbers [channels, height, width]"),
+        ([[["a"]]], "numbers"),
+        ([], "numbers"),
+        (True, "numbers"),
+        ({"bytes": ""}, "numbers"),
+        ([[[10**400]]], "numbers"),
+        (np.zeros((3, 4, 4)).tolist(), "the model takes [3, 8, 8]"),
+        (np.zeros((1, 8, 8)).tolist(), "the model takes [3, 8, 8]"),
+    ],
+)
+def test_what_is_no_image_of_the_model_is_refused(client_of, image, says):
+    refused(predict(client_of("images"), "cats", [image]), 400, says)
+
+
+def test_numbers_that_are_not_finite_are_refused(client_of):
+    client = client_of("images")
+    for number in ("NaN", "Infinity", "1e999"):
+        image = json.dumps(np.zeros((3, 8, 8)).tolist()).replace("0.0", number, 1)
+        answer = client.post(
+            "/v1/tasks/cats/predict", content=f'{{"inputs": [{image}]}}', headers={"Content-Type": "application/json"}
+        )
+        refused(answer, 400, "not finite")
+
+
+def test_texts_are_generated_as_offline(client_of, bundle_of):
+    client, bundle = client_of("t5"), bundle_of("t5")
+    texts = sentences(4, seed=2)
+    for task in ("sums", "words"):
+        found = outputs(client, task, texts, max_tokens=7)
+        tokenizer, model = AutoTokenizer.from_pretrained(bundle / "tasks" / task), open_bundle(bundle).model(task)
+        for output, text in zip(found, texts, strict=True):
+            made = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=7, do_sample=False)
+            assert output["text"] == tokenizer.decode(made[0], skip_special_tokens=True)
+            assert output["tokens"] == len(made[0]) - 1  # without the token that decoders start with
+            assert output["finish_reason"] == ("stop" if made[0][-1] == model.config.eos_token_id else "length")
+
+
+def test_many_clients_at_once_get_their_own_answers_in_few_batches(client_of):
+    client = client_of("texts", max_wait=0.02)
+    asked = [(("two", "three", "grade")[number % 3], text) for number, text in enumerate(sentences(60, seed=3))]
+    alone = [outputs(client, task, [text])[0] for task, text in asked]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda one: outputs(client, one[0], [one[1]])[0], asked))
+    for first, second in zip(alone, together, strict=True):
+        assert first.keys() == second.keys()
+        for key in first:
+            if isinstance(first[key], str):
+                assert first[key] == second[key]
+            else:
+                np.testing.assert_allclose(first[key], second[key], **CLOSE)
+
+
+def test_models_are_listed_with_their_kind_and_labels(client_of):
+    client = client_of("texts")
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert {one["id"]: one["kind"] for one in listed["data"]} == {
+        "two": "text-classification", "three": "text-classification", "grade": "regression",
+    }  # fmt: skip
+    assert client.get("/v1/models/two").json()["labels"] == ["LABEL_0", "LABEL_1"]
+    assert client.get("/health").json() == {"status": "ok", "tasks": 3, "waiting": 0}
+    assert client_of("texts", tasks=["two"]).get("/health").json()["tasks"] == 1
+
+
+def test_what_is_asked_wrongly_is_told(client_of):
+    client = client_of("texts", max_body=2000, max_queue=8)
+    error = refused(predict(client, "four", ["red"]), 404, "no task `four`", "two", "three", "grade")
+    assert error["code"] == "model_not_found"
+    refused(client.get("/nothing"), 404)
+    refused(client.get("/v1/tasks/two/predict"), 405)
+    refused(predict(client, "two", []), 400, "inputs")
+    refused(predict(client, "two", "red"), 400, "inputs", "list")
+    refused(predict(client, "two", ["red"], temperature=1), 400, "temperature")
+    refused(predict(client, "two", ["red"], max_tokens=1), 400, "max_tokens")
+    refused(predict(client, "two", ["red"], max_tokens=True), 400, "max_tokens")
+    refused(predict(client, "two", [3]), 400, "text")
+    refused(predict(client, "two", [["a", "b", "c"]]), 400, "two texts")
+    refused(predict(client, "two", ["red"] * 9), 400, "at most 8")
+    refused(predict(client, "two", [" ".join(WORDS[:8] * 5)]), 400, "42 tokens", "takes 24")
+    refused(predict(client, "two", ["red " * 900]), 413, "2,000 bytes")
+    assert predict(client, "two", ["red"], max_tokens=None).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 900, b'{"inputs": ["\\ud800"]}', b"null"])
+def test_what_is_no_sound_body_is_refused(client_of, body):
+    client = client_of("texts", max_body=1000)
+    headers = {"Content-Type": "application/json"}
+    refused(client.post("/v1/tasks/two/predict", content=body, headers=headers), 400)
+    refused(client.post("/v1/tasks/two/predict", content=body), 415, "application/json")
+    chunks = iter([b" " * 400] * 3)
+    refused(client.post("/v1/tasks/two/predict", content=chunks, headers=headers), 413)
+    assert client.get("/health").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(client_of):
+    client = client_of("texts", max_batch=1, max_wait=0, max_queue=2)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: predict(client, "two", ["red", "blue"]), range(40)))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert refused(answer, 503, "waiting")["code"] == "overloaded"
+            assert answer.headers["Retry-After"] == "1"
+
+
+def test_a_model_that_fails_takes_no_other_task_with_it(client_of, monkeypatch):
+    client = client_of("texts", max_wait=0.2)
+    from flexmerge_cli.server.tasks import Texts
+
+    answers = Texts.answers
+
+    def failing(self, model, items):
+        if self.name == "two":
+            raise RuntimeError("/secret/path")
+        return answers(self, model, items)
+
+    monkeypatch.setattr(Texts, "answers", failing)
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = pool.map(lambda task: predict(client, task, ["red"]), ["two", "three"])
+    assert "secret" not in refused(bad, 500, "task `two`")["message"]
+    assert good.status_code == 200
