@@ -52,6 +52,10 @@ Task = Annotated[
     list[str] | None,
     _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it is called as its folder."),
 ]
+Add = Annotated[
+    list[str] | None, _sources("--add", "NAME=MODEL", "Add this fine-tune to the tasks of a plan.json; repeatable.")
+]
+Remove = Annotated[list[str] | None, _sources("--remove", "NAME", "Remove this task of a plan.json; repeatable.")]
 Ignore = Annotated[
     list[str] | None,
     _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or files of the sources that match; repeatable."),

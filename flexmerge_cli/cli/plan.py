@@ -30,6 +30,8 @@ def plan(
     base: o.Base = None,
     tasks: o.Tasks = None,
     task: o.Task = None,
+    add: o.Add = None,
+    remove: o.Remove = None,
     ignore: o.Ignore = None,
     with_code: o.WithCode = False,
     follow_links: o.FollowLinks = False,
@@ -94,6 +96,8 @@ def plan(
         ignore or (),
         with_code,
         follow_links,
+        add or (),
+        remove or (),
     )
     if output is None and not dry_run:
         raise UsageError("no output file given for the plan", hint="add -o plan.json")

@@ -13,6 +13,7 @@ from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.planning.changed import Known, changed_request
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
@@ -51,10 +52,13 @@ class Given:
         found = [self.request.relative_to / expanded(source) for source in sources]
         return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
 
+    known: Known | None = None
+    """What the other plan knows of sources, where tasks are added or removed."""
+
     def make(self, *, save_to: Path, on_open: Callable[[Family], None], **run: Any) -> Plan:
         """Make the plan and save it. on_open: see make_plan; not called where a plan is made from another."""
         if self.request is not None:
-            plan = make_plan(self.request, save_to=save_to, on_open=on_open, **run)
+            plan = make_plan(self.request, save_to=save_to, on_open=on_open, known=self.known, **run)
         else:
             assert self.plan is not None
             plan = replan(self.plan, self.order, without_statistics=self.statistics == "gram")
@@ -81,6 +85,8 @@ def plan_request(
     ignore: Collection[str] = (),
     with_code: bool = False,
     follow_links: bool = False,
+    add: Collection[str] = (),
+    remove: Collection[str] = (),
 ) -> Given:
     """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
@@ -95,7 +101,19 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        fixed = (base, tasks, task, ignore, with_code, follow_links, private, merge_heads, adapters, assume_base)
+        changes = bool(add or remove)
+        fixed = (
+            base,
+            tasks,
+            task,
+            ignore and not changes,
+            with_code,
+            follow_links,
+            private,
+            merge_heads,
+            adapters,
+            assume_base,
+        )
         if any(fixed):
             raise UsageError(
                 "the plan already fixes its sources and tensor classes", hint="leave out --base, --tasks, --private …"
@@ -107,6 +125,17 @@ def plan_request(
         if old["blocks"] == "rules" and not order.get("blocks"):
             raise UsageError("the plan was made with a rules file", hint="give it again: --blocks rules.yaml")
         assert source is not None
+        if changes:
+            added = dict(_named("--add", item) for item in add)
+            return _changed(
+                plan,
+                source,
+                added,
+                remove,
+                order_settings(order, old),
+                statistics,
+                replace(access, ignore=tuple(ignore)),
+            )
         return Given(
             request=None,
             plan=plan,
@@ -115,6 +144,8 @@ def plan_request(
             folder=source.absolute().parent,
             access=access,
         )
+    if add or remove:
+        raise UsageError("--add and --remove change a plan", hint="give one: flexmerge plan plan.json --add NAME=MODEL")
     base_source = _from_here(base, recipe) if base is not None else recipe.base if recipe else None
     if base_source is None:
         raise UsageError("no base model given", hint="add --base PATH, or give a recipe")
@@ -127,12 +158,7 @@ def plan_request(
         named, warnings = found.sources, found.warnings
     given = {name.lower(): f"`{name}` of {place}" for name, place in found.places.items()}
     for item in task:
-        name, equals, path = item.partition("=")
-        name, path = (name, path) if equals else (name_of(item), item)
-        if not name or not path:
-            raise UsageError(
-                f"--task {item} is not of the form NAME=SOURCE", hint="for example --task sst2=finetuned/sst2"
-            )
+        name, path = _named("--task", item)
         if name.lower() in given:
             folder = next((other for other in found.folders if other.lower() == name.lower()), None)
             raise UsageError(
@@ -163,6 +189,41 @@ def plan_request(
         ),
     )
     return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
+
+
+def _named(option: str, item: str) -> tuple[str, str]:
+    """Name and source of NAME=SOURCE, or of a source alone."""
+    name, equals, path = item.partition("=")
+    name, path = (name, path) if equals else (name_of(item), item)
+    if not name or not path:
+        raise UsageError(
+            f"{option} {item} is not of the form NAME=SOURCE", hint=f"for example {option} sst2=finetuned/sst2"
+        )
+    return name, path
+
+
+def _changed(
+    plan: Plan,
+    source: Path,
+    add: Mapping[str, str],
+    remove: Collection[str],
+    order: OrderSettings,
+    statistics: str | None,
+    access: Access,
+) -> Given:
+    """A plan of which tasks are added or removed."""
+    for name, path in add.items():
+        require_local(f"--add {name}=", path, Path())
+    folder = source.absolute().parent
+    words = cast(Statistics | None, statistics)
+    request = changed_request(plan, folder, add, remove, order=order, statistics=words, access=access)
+    return Given(
+        request=request,
+        plan=plan,
+        order=order,
+        warnings=tuple(_twice(request.tasks, Path())),
+        known=Known(plan=plan, new=frozenset(add)),
+    )
 
 
 def _twice(named: Mapping[str, str], start: Path) -> list[str]:

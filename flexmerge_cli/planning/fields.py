@@ -108,20 +108,32 @@ def _is_measured(measure: Any) -> bool:
     return bool(np.isfinite(np.concatenate(sums)).all())
 
 
-def low_rank_records(family: Family, records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, int]]:
-    """Task -> what is found of it, for full fine-tunes that are the base plus matrices of low rank."""
+def low_rank_records(
+    family: Family,
+    records: Sequence[Mapping[str, Any]],
+    known: Mapping[str, tuple[frozenset[str], dict[str, int] | None]],
+) -> dict[int, dict[str, int]]:
+    """Task -> what is found of it, for full fine-tunes that are the base plus matrices of low rank.
+
+    known: task -> the names of matrices, and what was found of these.
+    """
     from flexmerge_cli.checkpoint.reader import Reader
     from flexmerge_cli.engine.low_rank_sketch import Pair, low_rank_of, matrix_shape
 
     found = {}
     with Reader() as reader:
         for task, checkpoint in enumerate(family.tasks):
-            pairs = []
+            pairs, names = [], set()
             for tensor, record in zip(family.tensors, records):
                 own = tensor.tasks[task]
                 changed = record["class"] is TensorClass.MERGEABLE and not record["is_base"][task]
                 if changed and own is not None and tensor.base is not None and len(own.shape) >= 2:
                     pairs.append(Pair(base=tensor.base, task=own))
+                    names.add(tensor.name)
+            then, of_then = known.get(family.task_names[task], (None, None))
+            if then == names:
+                found |= {task: of_then} if of_then is not None else {}
+                continue
             rank = None if checkpoint.adapter is not None else low_rank_of(pairs, reader)
             if rank is not None:
                 as_residuals = [rank * sum(matrix_shape(pair.task)) * pair.task.item_bytes for pair in pairs]

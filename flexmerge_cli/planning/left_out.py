@@ -1,6 +1,6 @@
 """Files of the sources that a bundle does not carry: which are refused, and what users are told. Reads no weights."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from flexmerge_cli.checkpoint.access import Access
@@ -34,8 +34,11 @@ class LeftOut:
     """Relative paths; of a folder that is left as a whole, its path and a slash. For `index`: tensors, in words."""
 
 
-def check(sources: Iterable[Checkpoint], access: Access) -> None:
-    """Raises DataError that lists the weights that are not understood, UsageError for a pattern that fits no file."""
+def check(sources: Iterable[Checkpoint], access: Access, may_ignore: Collection[str] = ()) -> None:
+    """Raises DataError that lists the weights that are not understood, UsageError for a pattern that fits no file.
+
+    may_ignore: patterns that need not fit one.
+    """
     sources = list(sources)
     unclear = [f"{source.path / name}" for source in sources for name in source.left.get("unclear", ())]
     if unclear:
@@ -46,7 +49,7 @@ def check(sources: Iterable[Checkpoint], access: Access) -> None:
             "files hold weights, and it is not known of what:\n  " + "\n  ".join(unclear[:20]),
             hint=f"--variant {found}" if found else f"to leave them out: {patterns}",
         )
-    for pattern in access.ignore:
+    for pattern in set(access.ignore) - set(may_ignore):
         ignored = (name for source in sources for name in source.left.get("ignored", ()))
         if not any(is_ignored(name, pattern) for name in ignored):
             raise UsageError(

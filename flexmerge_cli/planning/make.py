@@ -1,6 +1,6 @@
 """`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning import kept_adapters
+from flexmerge_cli.planning.changed import Known
 from flexmerge_cli.planning.fields import (
     low_rank_records,
     order_fields,
@@ -33,7 +34,7 @@ from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
 
 if TYPE_CHECKING:
-    from flexmerge_cli.engine.survey import SurveyItem
+    from flexmerge_cli.engine.survey import Measure, SurveyItem
 
 
 def make_plan(
@@ -45,46 +46,63 @@ def make_plan(
     max_memory: int | None = None,
     on_progress: OnProgress = silent,
     on_open: Callable[[Family], None] = lambda _family: None,
+    known: Known | None = None,
 ) -> Plan:
     """Read every weight once and keep all that a cut needs. Writes nothing.
 
     save_to: where the plan will be saved; sources are stored relative to its folder. on_open: called before the weights
-    are read, with all sources; left_out.py says which of their files are not carried.
+    are read, with all sources; left_out.py says which of their files are not carried. known: what need not be read.
     Raises SourceError, DataError, UsageError.
     """
     from flexmerge_cli.engine.device import choose_device
 
     choose_device(device)  # reports a device that is not there before any source is opened
-    family = open_family(request)
+    family = open_family(request, may_ignore=known.plan.settings.ignore if known is not None else ())
     on_open(family)
+    if known is not None:
+        known.check_headers(family)
     _blocks_of(family, request.order.blocks)  # reports a bad rules file before the weights are read
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
-    family = split_vocabularies(settle_ties(family))
+    family = split_vocabularies(settle_ties(family, known))
     if pools_lora(family, request):  # how factors code says nothing of their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
     of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
-    measures = measure(
-        [*items, *of_base, *of_adapters],
-        "compare",
-        device=device,
-        threads=threads,
-        max_memory=request.access.memory_left(max_memory),
-        signs=request.order.similarity is Similarity.SIGN,
-        on_progress=on_progress,
-    )
+
+    def run(chosen: "Sequence[SurveyItem]", what: str = "compare") -> "list[Measure]":
+        return measure(
+            chosen,
+            what,
+            device=device,
+            threads=threads,
+            max_memory=request.access.memory_left(max_memory),
+            signs=request.order.similarity is Similarity.SIGN,
+            on_progress=on_progress,
+        )
+
+    if known is None:
+        found = run([*items, *of_base, *of_adapters])
+        measures, more = found[: len(items)], found[len(items) :]
+    else:
+        kept = [each.name for each in family.kept]
+        measures = known.measure(family, owners, items, run)
+        more = known.measure_alone(of_base, known.base_digest, run)
+        more += known.measure_alone(of_adapters, lambda name, task: known.change_digest(kept[task], name), run)
     tensors = tensor_records(family, list(zip(owners, items, measures)))
     if family.kept:
         digests = {item.name: measure.base_digest for item, measure in zip(items, measures) if item.base is not None}
-        digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, measures[len(items) :])}
+        digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, more)}
         for record in tensors:
             record["base_digest"] = digests.get(record["name"])
     if pools_lora(family, request):
         kept_adapters.products_in_grams(family, tensors)
-    low_rank = low_rank_records(family, tensors)
-    made = kept_adapters.digests_of_changes(family, of_adapters, measures[len(items) + len(of_base) :])
-    return plan_of(family, tensors, request, save_to, made, low_rank)
+    low_rank = low_rank_records(family, tensors, known.low_rank(family) if known is not None else {})
+    made = kept_adapters.digests_of_changes(family, of_adapters, more[len(of_base) :])
+    plan = plan_of(family, tensors, request, save_to, made, low_rank)
+    if known is not None:
+        known.check_files(plan)
+    return plan
 
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
@@ -148,7 +166,7 @@ def to_fetch(family: Family) -> list[RemoteFile]:
     return files_to_fetch([family.base, *family.tasks, *(kept.model for kept in family.kept)], read)
 
 
-def settle_ties(family: Family) -> Family:
+def settle_ties(family: Family, known: Known | None = None) -> Family:
     """Class `tied` where every task that has a tensor has it as an alias: by shared storage, or by its config and bits.
 
     Compares only the pairs that a config ties, and stops at the first byte that differs. A task that lacks the alias,
@@ -159,7 +177,11 @@ def settle_ties(family: Family) -> Family:
     for task, checkpoint in enumerate(family.tasks):
         aligned = {own: name for name, own in family.own_names[task].items()}
         pairs = tied_by_config(checkpoint.config, checkpoint.tensors)
-        ties = {alias: target for alias, target in pairs.items() if same_bits(checkpoint, alias, target)}
+        ties = {}
+        for alias, target in pairs.items():
+            is_tied = known.is_tied(family.task_names[task], aligned[alias], aligned[target]) if known else None
+            if same_bits(checkpoint, alias, target) if is_tied is None else is_tied:
+                ties[alias] = target
         for alias, target in (ties | aliases(checkpoint.tensors)).items():
             candidates.setdefault(aligned[alias], [None] * len(family.tasks))[task] = aligned[target]
     tied: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Opens sources: those of a new plan, and those of a plan again, to find its tensors. Headers and configs only."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,16 +47,16 @@ def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) ->
     return {key: checkpoint for key, checkpoint in found.items() if isinstance(checkpoint, Checkpoint)}
 
 
-def open_family(request: PlanRequest) -> Family:
+def open_family(request: PlanRequest, *, may_ignore: Collection[str] = ()) -> Family:
     """Open all sources and align them. Raises SourceError, DataError and UsageError.
 
-    Files that are not carried, and that no model misses, are told by `on_message` of the request's access.
+    may_ignore: patterns of --ignore that no file needs to fit, as those whose files a removed task had. Files that are not carried, and that no model misses, are told by `on_message` of the request's access.
     """
     sources = {"": request.base, **request.tasks}
     tasks = open_all(
         sources, lambda key: open_checkpoint(sources[key], relative_to=request.relative_to, access=request.access)
     )
-    left_out.check(tasks.values(), request.access)
+    left_out.check(tasks.values(), request.access, may_ignore)
     base = tasks.pop("")
     if not tasks:
         raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
