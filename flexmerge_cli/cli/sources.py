@@ -13,7 +13,8 @@ from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.order.order import Strategy
-from flexmerge_cli.planning.changed import Known, changed_request
+from flexmerge_cli.planning.changed import changed_request
+from flexmerge_cli.planning.known import Known
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
@@ -101,20 +102,9 @@ def plan_request(
         else:
             plan = load_plan(source)
     if plan is not None:
-        changes = bool(add or remove)
-        fixed = (
-            base,
-            tasks,
-            task,
-            ignore and not changes,
-            with_code,
-            follow_links,
-            private,
-            merge_heads,
-            adapters,
-            assume_base,
-        )
-        if any(fixed):
+        changes = add or remove
+        fixed = (base, tasks, task, with_code, follow_links, private, merge_heads, adapters, assume_base)
+        if any(fixed) or (ignore and not changes):
             raise UsageError(
                 "the plan already fixes its sources and tensor classes", hint="leave out --base, --tasks, --private …"
             )
@@ -125,21 +115,13 @@ def plan_request(
         if old["blocks"] == "rules" and not order.get("blocks"):
             raise UsageError("the plan was made with a rules file", hint="give it again: --blocks rules.yaml")
         assert source is not None
+        chosen = order_settings(order, old)
         if changes:
-            added = dict(_named("--add", item) for item in add)
-            return _changed(
-                plan,
-                source,
-                added,
-                remove,
-                order_settings(order, old),
-                statistics,
-                replace(access, ignore=tuple(ignore)),
-            )
+            return _changed(plan, source, add, remove, chosen, statistics, replace(access, ignore=tuple(ignore)))
         return Given(
             request=None,
             plan=plan,
-            order=order_settings(order, old),
+            order=chosen,
             statistics=cast(Statistics | None, statistics),
             folder=source.absolute().parent,
             access=access,
@@ -205,24 +187,28 @@ def _named(option: str, item: str) -> tuple[str, str]:
 def _changed(
     plan: Plan,
     source: Path,
-    add: Mapping[str, str],
+    add: Collection[str],
     remove: Collection[str],
     order: OrderSettings,
     statistics: str | None,
     access: Access,
 ) -> Given:
     """A plan of which tasks are added or removed."""
-    for name, path in add.items():
+    added: dict[str, str] = {}
+    for name, path in (_named("--add", item) for item in add):
+        if name.lower() in map(str.lower, added):
+            raise UsageError(f"--add gives two tasks the name `{name}` (case is ignored)", hint="rename one")
         require_local(f"--add {name}=", path, Path())
+        added[name] = path
     folder = source.absolute().parent
     words = cast(Statistics | None, statistics)
-    request = changed_request(plan, folder, add, remove, order=order, statistics=words, access=access)
+    request = changed_request(plan, folder, added, remove, order=order, statistics=words, access=access)
     return Given(
         request=request,
         plan=plan,
         order=order,
         warnings=tuple(_twice(request.tasks, Path())),
-        known=Known(plan=plan, new=frozenset(add)),
+        known=Known(plan=plan, new=frozenset(added)),
     )
 
 

@@ -120,18 +120,18 @@ def low_rank_records(
     from flexmerge_cli.checkpoint.reader import Reader
     from flexmerge_cli.engine.low_rank_sketch import Pair, low_rank_of, matrix_shape
 
-    found = {}
+    found: dict[int, dict[str, int]] = {}
     with Reader() as reader:
         for task, checkpoint in enumerate(family.tasks):
-            pairs, names = [], set()
+            pairs, names = [], list[str]()
             for tensor, record in zip(family.tensors, records):
                 own = tensor.tasks[task]
                 changed = record["class"] is TensorClass.MERGEABLE and not record["is_base"][task]
                 if changed and own is not None and tensor.base is not None and len(own.shape) >= 2:
                     pairs.append(Pair(base=tensor.base, task=own))
-                    names.add(tensor.name)
+                    names.append(tensor.name)
             then, of_then = known.get(family.task_names[task], (None, None))
-            if then == names:
+            if then == frozenset(names):
                 found |= {task: of_then} if of_then is not None else {}
                 continue
             rank = None if checkpoint.adapter is not None else low_rank_of(pairs, reader)

@@ -19,7 +19,6 @@ from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning import kept_adapters
-from flexmerge_cli.planning.changed import Known
 from flexmerge_cli.planning.fields import (
     low_rank_records,
     order_fields,
@@ -28,6 +27,7 @@ from flexmerge_cli.planning.fields import (
     settings_fields,
     tensor_records,
 )
+from flexmerge_cli.planning.known import Known
 from flexmerge_cli.planning.measuring import OnProgress, measure, silent
 from flexmerge_cli.planning.sources import files_to_fetch, open_family
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest

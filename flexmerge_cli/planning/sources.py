@@ -50,7 +50,8 @@ def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) ->
 def open_family(request: PlanRequest, *, may_ignore: Collection[str] = ()) -> Family:
     """Open all sources and align them. Raises SourceError, DataError and UsageError.
 
-    may_ignore: patterns of --ignore that no file needs to fit, as those whose files a removed task had. Files that are not carried, and that no model misses, are told by `on_message` of the request's access.
+    may_ignore: patterns of --ignore that no file needs to fit, such as those whose files a removed task had. Files that
+    are not carried, and that no model misses, are told by `on_message` of the request's access.
     """
     sources = {"": request.base, **request.tasks}
     tasks = open_all(
