@@ -33,7 +33,7 @@ def merge(
     threads: int | None = None,
     max_memory: int | None = None,
     layout: BundleLayout | None = None,
-    examine: Callable[[Path], None] = lambda _folder: None,
+    examine: Callable[[Path], Scores | None] = lambda _folder: None,
     card: bool = True,
     scores: Scores | None = None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
@@ -41,8 +41,8 @@ def merge(
     """Write the bundle. plan_folder: what the plan's relative sources are relative to.
 
     relocate: prefix of a source as the plan has it -> what stands there now. access: how sources are fetched.
-    examine: is given the folder of the finished bundle, and raises for what must not be published. card: whether the
-    bundle gets a README.md. scores: what it tells of the bundle's tasks.
+    examine: is given the folder of the finished bundle, and raises for what must not be published; it may return the
+    bundle's scores. card: whether the bundle gets a README.md. scores: what that tells of tasks, in place of examine's.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
@@ -89,12 +89,12 @@ def merge(
             )
 
     def finish(folder: Path) -> None:
-        examine(folder)
+        found = examine(folder)
         manifest = read_manifest(folder)
         if scores is not None:
             scores.check(manifest)
         if card:
-            (folder / CARD_NAME).write_text(make_card(folder, manifest, plan, scores))
+            (folder / CARD_NAME).write_text(make_card(folder, manifest, plan, scores or found))
 
     measured = write_bundle(
         layout,

@@ -19,6 +19,7 @@ from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.running import BundleGate, references_of
+from flexmerge_cli.evaluation.scores_file import scores_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
@@ -153,9 +154,8 @@ class Packing:
     def write(
         self, plan: Plan, layout: BundleLayout, output: Path, *, force: bool, on_progress: OnProgress, **run: Any
     ) -> Measured:
-        def examine(folder: Path) -> None:
-            if self.gate is not None:
-                self.gate.require(folder, on_progress)
+        def examine(folder: Path) -> Scores | None:
+            return None if self.gate is None else scores_of(self.gate.require(folder, on_progress))
 
         return merge(
             plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,

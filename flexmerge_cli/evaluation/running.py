@@ -286,8 +286,11 @@ class BundleGate:
             "versions": library_versions(),
         }
 
-    def require(self, folder: Path, on_step: OnStep) -> None:
-        """Score the finished bundle, wherever it lies. Raises GateError unless it passes, DataError for other data."""
+    def require(self, folder: Path, on_step: OnStep) -> dict[str, Any]:
+        """Score the finished bundle, wherever it lies, and return its scores.
+
+        Raises GateError unless it passes, DataError for other data.
+        """
         pairs = _Pairs()
         document = evaluate(
             Bundle.open(folder), self.spec, scorer=self._scorer(), references=self.references, on_step=on_step,
@@ -298,6 +301,7 @@ class BundleGate:
                 raise DataError(f"the data of task `{task}` changed during the run", hint="run it again")
         self.document = document | {"gate": pairs.verdict(self.spec, self.gate)}
         require_pass(self.document["gate"], "the bundle is not published: it")
+        return self.document
 
 
 def _fetch(sources: OpenSources, task: int, access: Access) -> None:

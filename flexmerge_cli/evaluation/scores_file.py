@@ -1,5 +1,6 @@
 """The document of `flexmerge eval --json`, read again for a bundle's card."""
 
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ MAX_DOCUMENT_BYTES = 64 << 20
 def read_scores(path: Path) -> Scores:
     """Raises SourceError, DataError, and UsageError if it is no document of a bundle's scores."""
     document = read_json(path, MAX_DOCUMENT_BYTES)
-    tasks = document.get("tasks")
-    if document.get("format") != FORMAT or not isinstance(document.get("bundle"), str) or not isinstance(tasks, dict):
+    bundle, tasks = document.get("bundle"), document.get("tasks")
+    if document.get("format") != FORMAT or not isinstance(bundle, str) or not isinstance(tasks, dict):
         raise UsageError(f"{path} does not hold scores of a bundle", hint="flexmerge eval bundle/ --spec … --json")
-    return Scores(bundle=document["bundle"], tasks={name: _score(record) for name, record in tasks.items()})
+    return scores_of(document)
+
+
+def scores_of(document: Mapping[str, Any]) -> Scores:
+    """The same of a document that is at hand."""
+    return Scores(bundle=document["bundle"], tasks={name: _score(one) for name, one in document["tasks"].items()})
 
 
 def _score(record: Any) -> TaskScore:
