@@ -16,6 +16,7 @@ from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.size import parse_size
 
+from .allocation.test_auto import single_improvements
 from .allocation.test_auto_golden import as_golden
 from .families import Models, encoder, normal, plain, same_bits, tuned, write_family
 from .program import ROOT, fails, stored_sizes, succeeds, tree
@@ -118,6 +119,19 @@ def test_the_golden_bundle_has_the_golden_bytes(golden):
 # Sizes
 
 
+@pytest.mark.parametrize("num_tasks", [2, 4])
+def test_no_better_choice_of_one_tensor_fits_a_target_on_disk(num_tasks, tmp_path):
+    """Every choice by brute force, at the bytes that its layout has, headers and small files among them."""
+    auto_of = search_of(planned(plain(num_tasks=num_tasks, layers=1, width=16), tmp_path))
+    one = auto_of.plan.one_model_bytes
+    least, most = auto_of.smallest().layout.total_bytes, auto_of.exact().layout.total_bytes
+    for target in np.linspace(least, most, 6).astype(int)[:-1]:
+        found = auto_of.cut(parse_size(f"{target}B").target(num_tasks=num_tasks, one_model_bytes=one))
+        assert found.layout.total_bytes <= target
+        for better in single_improvements(auto_of.search, found.solution):
+            assert auto_of._found(better).layout.total_bytes > target
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bundles_are_what_the_layout_says_and_never_over(dtype, tmp_path):
     plan = planned(plain(dtype), tmp_path)
@@ -158,6 +172,7 @@ def test_the_smallest_size_is_named_and_reached(tmp_path):
     result = fails(6, "merge", plan, "--method", "auto", "--size", "0.1x", "-o", tmp_path / "b", says="its smallest is")
     named = result.err.split("hint: --size ")[1].split(",")[0]
     succeeds("merge", plan, "--method", "auto", "--size", named, "-o", tmp_path / "b")
+    result = fails(6, "merge", plan, "--method", "auto", "--size", "1B", "-o", tmp_path / "c", says="its smallest is")
     num_bytes = int(result.err.split("B on disk")[0].split()[-1])
     fails(
         6,

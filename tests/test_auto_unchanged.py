@@ -92,7 +92,7 @@ def test_unchanged_tensors_are_stored_once_and_exact_at_every_size(name, dtype, 
     models = Models(base=base, tasks=FROZEN[name](base))
     plan = planned(models, tmp_path)
     search = auto(pricer_of(plan), Limits())
-    smallest = min(found.layout.total_bytes for found in (search.smallest(), search.exact()))
+    smallest = min(found.layout.total_bytes for found in (search.smallest_on_disk(), search.exact()))
     sizes = [f"{smallest}B", f"{smallest + 700}B", f"{len(models.tasks)}x", None]
     for number, size in enumerate(sizes):
         bundle = tmp_path / str(number)

@@ -4,6 +4,7 @@ Tables of all tensors come in, with a budget; choices come out, in milliseconds,
 Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the layout's affair.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ PLAIN_ROUNDS = 3
 
 # Then larger budgets are tried, by what is left and by halves of it. A round lays out a bundle, so that they are few.
 GROWTH_ROUNDS = 12
+
+# At last single better points are tried. A trial lays out a whole bundle, so that more tensors get fewer: this number
+# over theirs. That adds 0.8 s to the 0.4 s that the search for 207 tensors of eight tasks takes without, on one core.
+TRIAL_TENSORS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,8 @@ class Search:
         """
         smallest = self.solve(self.smallest_bytes)
         if price(smallest) > max_bytes:
+            smallest = self.smallest_priced(price)
+        if price(smallest) > max_bytes:
             raise GateError(
                 f"`auto` cannot reach {max_bytes:,.0f} bytes; its smallest bundle has {price(smallest):,.0f}",
                 hint="raise the size",
@@ -82,10 +89,15 @@ class Search:
             solution = self.solve(budget)
             excess = price(solution) - max_bytes
             if excess <= 0:
-                return self._grown(solution, budget, max_bytes, price)
+                return self._improved(self._grown(solution, budget, max_bytes, price), max_bytes, price)
             rounds += 1
             budget = solution.num_bytes - math.ceil(excess) * 2 ** max(0, rounds - PLAIN_ROUNDS)
-        return smallest
+        return self._improved(smallest, max_bytes, price)
+
+    def smallest_priced(self, price: Callable[[Solution], float]) -> Solution:
+        """The choices of the fewest bytes, and from there single better ones as long as these weigh less."""
+        smallest = self.solve(self.smallest_bytes)
+        return self._improved(smallest, price(smallest) - 1, price, shrink=True)
 
     def _grown(self, solution: Solution, budget: int, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
         """Spend what is left of the limit: more bytes may mean fewer parts, and so less of headers."""
@@ -100,6 +112,49 @@ class Search:
             else:
                 spare //= 2
         return solution
+
+    def _improved(
+        self, solution: Solution, max_bytes: float, price: Callable[[Solution], float], *, shrink: bool = False
+    ) -> Solution:
+        """Replace single choices by better ones until none fits: a better choice may need less of headers and names.
+
+        Of the better points whose data alone fit, the nearest are tried, greatest saving per byte first, over and over
+        until a pass over all of them takes none, or the trials are used up. shrink: each has to weigh less than the
+        one before.
+        """
+        points = [int(np.searchsorted(t.num_bytes, c.num_bytes)) for t, c in zip(self.tables, solution.choices)]
+        trials = TRIAL_TENSORS // max(1, len(points))
+        takes_any = True
+        while takes_any:
+            takes_any = False
+            for tensor, point in self._better(points, int(max_bytes - solution.num_bytes), trials):
+                if point <= points[tensor]:
+                    continue  # this pass took a better one
+                if not trials:
+                    return solution
+                trials -= 1
+                tried = self._solution([*points[:tensor], point, *points[tensor + 1 :]])
+                weight = price(tried)
+                if weight <= max_bytes:
+                    solution, points[tensor], takes_any = tried, point, True
+                    max_bytes = weight - 1 if shrink else max_bytes
+        return solution
+
+    def _better(self, points: list[int], most_bytes: int, count: int) -> list[tuple[int, int]]:
+        """(tensor, point) of the better points that add the fewest bytes, greatest saving per byte first."""
+        found: list[tuple[int, float, int, int]] = []
+        for tensor, (table, now) in enumerate(zip(self.tables, points)):
+            added = table.num_bytes[now + 1 :] - table.num_bytes[now]
+            saved = (table.cost[now] - table.cost[now + 1 :]) / added
+            stop = int(np.searchsorted(added, most_bytes, side="right"))
+            found += zip(
+                added[:stop].tolist(),
+                (-saved[:stop]).tolist(),
+                itertools.repeat(tensor),
+                range(now + 1, now + 1 + stop),
+            )
+        nearest = sorted(found)[:count]
+        return [(tensor, point) for _, _, tensor, point in sorted(nearest, key=lambda item: item[1:])]
 
     def solve_distance(self, max_distance: float) -> Solution:
         """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.

@@ -76,9 +76,9 @@ class Auto:
         if (exact.layout.total_bytes if size.on_disk else exact.layout.tensor_bytes) <= size.max_bytes:
             return exact
         if size.on_disk:
-            if self.smallest().layout.total_bytes > size.max_bytes:
+            if all(least().layout.total_bytes > size.max_bytes for least in (self.smallest, self.smallest_on_disk)):
                 self._refuse(size)
-            return self._found(self.search.solve_priced(size.max_bytes, lambda s: self._found(s).layout.total_bytes))
+            return self._found(self.search.solve_priced(size.max_bytes, self._disk_bytes))
         budget = self._budget(size.max_bytes)
         if budget < self.search.smallest_bytes:
             self._refuse(size)
@@ -86,6 +86,10 @@ class Auto:
 
     def smallest(self) -> Found:
         return self._found(self.search.solve(self.search.smallest_bytes))
+
+    def smallest_on_disk(self) -> Found:
+        """The smallest, headers and names counted, which may take more data."""
+        return self._found(self.search.smallest_priced(self._disk_bytes))
 
     def within(self, max_distance: float) -> Found:
         """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
@@ -118,7 +122,8 @@ class Auto:
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
 
     def _refuse(self, size: Target) -> None:
-        one, layouts = max(1, self.plan.one_model_bytes), [self.smallest().layout, self.exact().layout]
+        one = max(1, self.plan.one_model_bytes)
+        layouts = [(self.smallest_on_disk() if size.on_disk else self.smallest()).layout, self.exact().layout]
         layout = min(layouts, key=lambda layout: layout.total_bytes if size.on_disk else layout.tensor_bytes)
         raise GateError(
             f"`auto` does not reach {size.text}: its smallest is {layout.tensor_bytes / one:.4f}x, "
@@ -126,6 +131,9 @@ class Auto:
             hint=f"--size {smallest_factor(layout):g}x"
             + (", or --dtype bf16" if self.dtype is None and self.pricer.cast_saves else ""),
         )
+
+    def _disk_bytes(self, solution: Solution) -> int:
+        return self._found(solution).layout.total_bytes
 
     def _found(self, solution: Solution) -> Found:
         return Found(solution=solution, layout=self.pricer.layout(self._allocation(solution.choices)))

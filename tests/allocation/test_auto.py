@@ -327,8 +327,51 @@ def test_a_price_above_the_choices_is_never_exceeded(family, place, overhead):
     limit = smallest + place * sum(int(table.num_bytes[-1]) for table in found.tables)
     solution = found.solve_priced(limit, price)
     assert price(solution) <= limit
-    with pytest.raises(GateError, match=f"{smallest:,}"):
-        found.solve_priced(smallest - 1, price)
+    least = price(found.smallest_priced(price))
+    assert least <= smallest and price(found.solve_priced(least, price)) <= least
+    with pytest.raises(GateError, match=f"{least:,}"):
+        found.solve_priced(least - 1, price)
+
+
+@settings(deadline=None, max_examples=60)
+@given(families(), st.floats(0, 1), st.integers(0, 400))
+def test_no_better_choice_of_one_tensor_fits_a_price_with_headers(family, place, header):
+    found = search(*family)
+
+    def price(solution):
+        """A header for every array, so that exact copies and fewer centres save some."""
+        codes = sum(bits not in ("exact", 0) for choice in solution.choices for bits in choice.bits)
+        centres = sum(len(choice.centre.groups) for choice in solution.choices)
+        return solution.num_bytes + header * (codes + centres)
+
+    smallest = price(found.solve(found.smallest_bytes))
+    limit = smallest + place * sum(int(table.num_bytes[-1]) for table in found.tables)
+    solution = found.solve_priced(limit, price)
+    assert price(solution) <= limit
+    assert all(price(better) > limit for better in single_improvements(found, solution))
+
+
+def single_improvements(found, solution):
+    """Solutions that store one tensor better, by any point of its frontier."""
+    for number, (table, choice) in enumerate(zip(found.tables, solution.choices)):
+        now = table.num_bytes.tolist().index(choice.num_bytes)
+        for point in range(now + 1, len(table.num_bytes)):
+            choices = (*solution.choices[:number], table.choice(point), *solution.choices[number + 1 :])
+            yield replace(solution, choices=choices, num_bytes=sum(choice.num_bytes for choice in choices))
+
+
+def test_trials_are_bounded_however_many_tensors_there_are():
+    rng = np.random.default_rng(0)
+    tensors = [tensor_of(f"t{number:03}", (64, 64), 2, rng) for number in range(200)]
+    found = search(tensors, dict.fromkeys((t.name for t in tensors), "b"), {"b": random_levels(2, rng)})
+    calls = []
+
+    def price(solution):
+        calls.append(solution)
+        return solution.num_bytes + 500 * sum(bits != "exact" for choice in solution.choices for bits in choice.bits)
+
+    found.solve_priced(1.2 * price(found.solve(found.smallest_bytes)), price)
+    assert len(calls) < 80  # a dozen rounds of growth price twice, and 20 trials
 
 
 def test_what_better_choices_save_in_headers_is_spent():
