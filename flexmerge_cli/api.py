@@ -95,8 +95,7 @@ class OpenBundle:
 
         tasks: those to begin with, by default all; each is loaded when it is first used. device: `cpu`, where dense
         weights are the mapped file, `cuda` or `cuda:n`. weights: `packed` keeps those of layers as they are stored, in
-        few bits, and computes with them tile by tile, on the CPU alone. dtype: of weights and arithmetic, by default
-        the task's own.
+        few bits, and computes with them tile by tile. dtype: of weights and arithmetic, by default the task's own.
         Raises SourceError for an unknown task, UsageError for a device that does not exist.
         """
         from flexmerge_cli.serving.runtime import Runtime

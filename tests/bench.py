@@ -1,13 +1,13 @@
-"""`python -m tests.bench plan|merge|serve|verify`: our time and peak anonymous memory beside a bare loop, in one run.
+"""`python -m tests.bench plan|merge|serve|cost|verify`: our time and peak anonymous memory beside a bare loop.
 
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
 256 k-element chunk, two workers; `our-plan-gram` takes no more, `our-plan` what `auto` needs, too. For `merge` at 1x it
-reads the input and writes the output once. `serve` is bench_serve.py's. For `verify`, export and the first use of a
-view (every tensor is looked up, and copied) with the comparison of digests beside without, of a dense and a coded
-bundle, also of files that are not in the page cache (`cold`). Imports are apart: each part runs in a process of its own
-and tells the time from after its imports. Files are read once before, so that all runs find them in the page cache.
-Numbers of shared machines are noisy: compare ratios of one run.
+reads the input and writes the output once. `serve` and `cost` are of bench_serve.py and bench_cost.py. For `verify`,
+export and the first use of a view (every tensor is looked up, and copied) with the comparison of digests beside
+without, of a dense and a coded bundle, also of files that are not in the page cache (`cold`). Imports are apart: each
+part runs in a process of its own and tells the time from after its imports. Files are read once before, so that all
+runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tests.bench_cost import cost
 from tests.bench_serve import served
 
 NUM_TASKS = 8
@@ -32,16 +33,17 @@ WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["plan", "merge", "serve", "verify", *PARTS])
+    parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--device", default="cpu", help="of serve")
+    parser.add_argument("--device", default="cpu", help="of serve and cost")
     arguments = parser.parse_args()
     if arguments.what in PARTS:
         print(json.dumps(measured(PARTS[arguments.what], arguments.folder)))
         return
-    if arguments.what == "serve":
-        for what, figure in served(arguments.folder / "serve", arguments.device):
+    if arguments.what in ("serve", "cost"):
+        measure = served if arguments.what == "serve" else cost
+        for what, figure in measure(arguments.folder / "serve", arguments.device):
             print(f"{what:50} {figure}", flush=True)
         return
     make_family(arguments.folder)

@@ -238,13 +238,27 @@ def pss_bytes() -> int:
     return int(Path("/proc/self/smaps_rollup").read_text().split("\nPss:")[1].split()[0]) * 1024
 
 
-FIGURES = {"resident": resident, "throughput": throughput, "tokens": tokens, "first_answer": first_answer}
+FIGURES: dict[str, Callable[[Path, str, str], dict[str, float]]] = {
+    "resident": resident,
+    "throughput": throughput,
+    "tokens": tokens,
+    "first_answer": first_answer,
+}
 
 
 def run_figure(figure: str, bundle: Path, weights: str, device: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.bench_serve", figure, str(bundle), weights, device]
+    module = FIGURES[figure].__module__
+    command = [sys.executable, "-m", module, figure, str(bundle), weights, device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_figure() -> None:
+    """What `run_figure` runs."""
+    import torch
+
+    torch.set_num_threads(1)
+    print(json.dumps(FIGURES[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))
 
 
 def served(
@@ -256,7 +270,7 @@ def served(
         for name in sizes:
             bundle, weights = (
                 folder / family / name,
-                "packed" if name.startswith("auto") and device == "cpu" else "dense",
+                "packed" if name.startswith("auto") else "dense",
             )
             who, figure = (
                 f"{family} {name} {weights}",
@@ -285,7 +299,4 @@ def served(
 
 
 if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(1)
-    print(json.dumps(FIGURES[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))
+    print_figure()

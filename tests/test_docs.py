@@ -57,7 +57,7 @@ def records() -> list[type[BaseModel]]:
     """Every schema of a file: the models of all modules."""
     found: set[type[BaseModel]] = set()
     for module in pkgutil.walk_packages(flexmerge_cli.__path__, "flexmerge_cli."):
-        if not module.name.endswith(("__main__", "_native", "_decode")):
+        if not module.name.endswith(("__main__", "_native", "_decode", "serving.fused")):  # the last needs Triton
             values = vars(importlib.import_module(module.name)).values()
             found |= {value for value in values if isinstance(value, type) and issubclass(value, BaseModel)}
     return sorted((one for one in found if one.__module__.startswith("flexmerge_cli")), key=lambda one: one.__name__)

@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli.bundle.packed_on import packed_on
 from flexmerge_cli.bundle.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
@@ -62,14 +64,12 @@ class Runtime:
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
         self.device = choose_device(device)
-        if weights == "packed" and self.device.type != "cpu":
-            raise UsageError(f"packed weights are computed on the CPU, not on {device}", hint='weights="dense"')
         self._bundle, self._stays_packed = bundle, weights == "packed"
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._tasks: dict[str, _Task | None] = {}
         """None: it was not asked for yet."""
         self._placed: dict[Key, Tensor] = {}
-        self._lock = threading.RLock()
+        self._lock, self._lock_of_arrays = threading.RLock(), threading.Lock()
         wanted = bundle.tasks if tasks is None else tuple(tasks)
         bundle.check_tasks(wanted)
         self._tasks.update(dict.fromkeys(wanted))
@@ -192,9 +192,26 @@ class Runtime:
                 stored = bundle.packed(task, view.aligned[held.value.name])
                 assert stored is not None
                 found = stored.packed(bundle.parts_of(task), bundle.held)
-                return PackedWeight(found, tuple(held.shape), held.dtype)
+                there = (
+                    found if self.device.type == "cpu" else packed_on(found, self.device, partial(self._place, task))
+                )
+                return PackedWeight(there, tuple(held.shape), held.dtype)
 
             return dict(zip(needs, pool.map(read, needs)))
+
+    def _place(self, task: str, array: np.ndarray) -> Tensor:
+        """An array of a packed weight on the device, where tasks that share it have it once.
+
+        Two arrays at one place in memory are the same, since each is kept as long as a task has it.
+        """
+        key = array.ctypes.data, array.nbytes, array.dtype.str
+        with self._lock_of_arrays:
+            held = [own.arrays for own in self._tasks.values() if own is not None]
+            found = next((arrays[key] for arrays in held if key in arrays), None)
+            if found is None:
+                found = array, torch.from_numpy(array).to(self.device, copy=True)
+            self._task(task).arrays[key] = found
+            return found[1].reshape(array.shape)
 
     def _require(self, task: str) -> None:
         if task not in self._tasks:
@@ -211,4 +228,6 @@ class _Task:
     packed: set[Key]
     """What of that stays packed."""
     made_bytes: int
+    arrays: dict[tuple[int, int, str], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    """Of packed weights on a GPU, by where they come from: array and what it is there."""
     is_loaded: bool = False

@@ -1,8 +1,10 @@
 """A weight that stays in its stored bytes: a tensor that decodes the tiles a product needs, and forgets them.
 
+On a GPU torch decodes them; products of few rows with codes alone are one kernel, where Triton is there (fused.py).
+
 Linear layers, transformers' Conv1D, convolutions and embeddings find what they call below; every other operation gets
 the decoded weight, for as long as it lasts. `torch.compile` breaks its graph at these products, and compiles what lies
-between. On the CPU.
+between.
 """
 
 import os
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,15 +22,20 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from flexmerge_cli import native
+from flexmerge_cli.bundle.packed_on import JoinedRowsOn, PackedOn
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.engine.device import as_tensor
 from flexmerge_cli.stored.packed import Elements, JoinedRows, Packed
 
 # Elements of a tile: in float32 it stays in the second-level cache between its decoding and its product.
 TILE_ELEMENTS = 1 << 18
+# On a GPU: some 200 MB while it is decoded.
+DEVICE_TILE_ELEMENTS = 1 << 22
 
 # Up to so many rows of x, multiplying by codes beats decoding a tile and multiplying by that.
 FEW_ROWS = 4
+# The same of the fused kernel, which reads the weight once for 16 rows.
+FEW_ROWS_FUSED = 16
 
 _aten = torch.ops.aten
 
@@ -35,13 +43,16 @@ _aten = torch.ops.aten
 class PackedWeight(Tensor):
     """A weight [m, …] of the dtype that the model computes in."""
 
-    packed: Packed | JoinedRows
+    packed: Packed | JoinedRows | PackedOn | JoinedRowsOn
     _halves: "tuple[PackedWeight, Packed | None] | None" = None
 
     @staticmethod
-    def __new__(cls, packed: Packed | JoinedRows, shape: tuple[int, ...], dtype: torch.dtype) -> "PackedWeight":
+    def __new__(
+        cls, packed: Packed | JoinedRows | PackedOn | JoinedRowsOn, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> "PackedWeight":
         """packed: its rows are the first axis of `shape`."""
-        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        device = packed.device if isinstance(packed, (PackedOn, JoinedRowsOn)) else torch.device("cpu")
+        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.packed = packed
         return made
 
@@ -82,14 +93,18 @@ class PackedWeight(Tensor):
 
     def piece(self, first: int, stop: int) -> Tensor:
         """Rows [first, stop), [stop - first, n]."""
-        found: Tensor = self.gathered(np.arange(first, stop))
+        if isinstance(self.packed, (PackedOn, JoinedRowsOn)):
+            return self.packed.decode(slice(first, stop)).to(self.dtype)
+        found: Tensor = self.gathered(torch.arange(first, stop))
         return found
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it can look neither into numpy nor into C
-    def gathered(self, rows: np.ndarray) -> Tensor:
-        """Rows, [k, n]. Decoded by as many threads as torch uses."""
+    def gathered(self, places: Tensor) -> Tensor:
+        """Rows, [k, n]. places: int64 [k] on the weight's device. Decoded by as many threads as torch uses."""
         packed = self.packed
-        n = packed.matrix[1]
+        if isinstance(packed, (PackedOn, JoinedRowsOn)):
+            return packed.decode(places).to(self.dtype)
+        rows, n = places.numpy(), packed.matrix[1]
         whole = np.empty((len(rows), n), NUMPY[packed.dtype])
         threads = min(torch.get_num_threads(), len(rows) * n // (TILE_ELEMENTS // 8), len(rows))
         if threads > 1:
@@ -102,7 +117,8 @@ class PackedWeight(Tensor):
 
     def tiles(self) -> "list[tuple[int, int]]":
         m, n = self.packed.matrix
-        step = max(1, TILE_ELEMENTS // max(1, n))
+        elements = TILE_ELEMENTS if self.device.type == "cpu" else DEVICE_TILE_ELEMENTS
+        step = max(1, elements // max(1, n))
         return [(first, min(m, first + step)) for first in range(0, m, step)]
 
 
@@ -119,6 +135,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         assert isinstance(weight.packed, Packed)
         found = split_product(rows, weight.packed)
         found = (found if bias is None else found + bias).to(x.dtype)
+    elif len(rows) <= FEW_ROWS_FUSED and _has_kernel(weight):
+        from flexmerge_cli.serving import fused
+
+        assert isinstance(weight.packed, PackedOn)
+        found = fused.product(rows, weight.packed)
+        found = (found if bias is None else found + bias).to(x.dtype)
     else:
         found = rows.new_empty(len(rows), len(weight))
         for first, stop in weight.tiles():
@@ -128,6 +150,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
             else:
                 torch.addmm(bias[first:stop], rows, tile, out=out)
     return found.reshape(*x.shape[:-1], len(weight))
+
+
+def _has_kernel(weight: PackedWeight) -> bool:
+    """Whether products with it can be the fused kernel: on CUDA, of codes alone."""
+    if not weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not has_triton():
+        return False
+    return isinstance(weight.packed, PackedOn) and weight.packed.is_codes_alone
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def split_product(x: Tensor, packed: Packed) -> Tensor:
@@ -213,14 +247,14 @@ def _embedding(
     rows, places = torch.unique(ids, return_inverse=True)
     if rows.numel() and not (int(rows[0]) >= 0 and int(rows[-1]) < len(weight)):
         raise IndexError(f"an index of an embedding is outside of its {len(weight)} rows")
-    return weight.gathered(rows.numpy())[places]
+    return weight.gathered(rows)[places]
 
 
 def _item(weight: Tensor, index: Any) -> Any:
     if not isinstance(weight, PackedWeight) or not isinstance(index, (slice, Tensor)) or weight.dim() != 2:
         return NotImplemented
-    rows = torch.arange(len(weight))[index]
-    return weight.gathered(rows.reshape(-1).numpy()).reshape(*rows.shape, weight.shape[1])
+    rows = torch.arange(len(weight), device=weight.device)[index]
+    return weight.gathered(rows.reshape(-1)).reshape(*rows.shape, weight.shape[1])
 
 
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
@@ -239,7 +273,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 def _is_plain(x: Tensor, weight: PackedWeight) -> bool:
     """Whether our products apply. What needs a gradient, or would raise for its dtype or device, goes to torch."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    return not needs_gradient and x.dtype == weight.dtype and x.device.type == "cpu" and type(x) is not PackedWeight
+    return not needs_gradient and x.dtype == weight.dtype and x.device == weight.device and type(x) is not PackedWeight
 
 
 def _tensor(part: Elements, m: int, n: int) -> Tensor:
