@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from flexmerge_cli.server.completions import add_completions
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.limits import BoundedBodies
 from flexmerge_cli.server.refusal import Refusal
@@ -61,6 +62,7 @@ def make_app(service: Service) -> FastAPI:
         answers = await service.answers(name, items)
         return {"task": name, "kind": task.kind, "outputs": [_output(answer) for answer in answers]}
 
+    add_completions(app, service)
     return app
 
 
@@ -86,10 +88,12 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = [str(step)[:100] for step in first["loc"] if step != "body"]
-    if first["type"] == "json_invalid":
-        place, first = [], {"msg": f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"}
-    key = ".".join(place[:20])
     said = str(first["msg"])[:500]
+    if first["type"] == "json_invalid":
+        place, said = [], f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"
+    elif first["type"] == "extra_forbidden":
+        said = "this key is not supported"
+    key = ".".join(place[:20])
     return await _refused(request, Refusal(f"{key}: {said}" if key else said, param=place[0] if place else None))
 
 

@@ -61,8 +61,8 @@ class Choice:
             self._sent = certain
 
 
-def generate(model: Any, tokenizer: Any, choices: Sequence[Choice]) -> None:
-    """Generate all texts in one batch."""
+def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Callable[[int], None]) -> None:
+    """Generate all texts in one batch. on_end: called with the number of each that ends."""
     continues = not model.config.is_encoder_decoder
     ids, mask = padded([choice.prompt for choice in choices], 0, left=continues)
     ends = _ends(model)
@@ -77,9 +77,11 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice]) -> None:
         return scores
 
     def has_ended(ids: Tensor, _scores: Tensor, **_more: Any) -> Tensor:
-        for choice, token in zip(choices, ids[:, -1].tolist()):
+        for number, (choice, token) in enumerate(zip(choices, ids[:, -1].tolist())):
             if not choice.finish:
                 choice.take(token, tokenizer, ends, continues=continues)
+                if choice.finish:
+                    on_end(number)
         return torch.tensor([bool(choice.finish) for choice in choices], device=ids.device)
 
     model.generate(
@@ -92,6 +94,10 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice]) -> None:
         logits_processor=[pick],
         stopping_criteria=[has_ended],
     )
+    for number, choice in enumerate(choices):
+        if not choice.finish:  # the model's generation_config.json may have a limit of its own
+            choice.finish = "length"
+            on_end(number)
 
 
 def _certain(text: str, stop: Sequence[str]) -> str:
@@ -103,7 +109,8 @@ def _certain(text: str, stop: Sequence[str]) -> str:
 
 def _drawn(scores: Tensor, choice: Choice, generator: torch.Generator) -> int:
     """A token, by its probability."""
-    chances = torch.softmax(scores.float().cpu() / choice.temperature, dim=-1)
+    scores = scores.double().cpu()  # in float32 a temperature may be 0
+    chances = torch.softmax((scores - scores.max()) / choice.temperature, dim=-1).float()
     if choice.top_p < 1:
         ordered, tokens = chances.sort(descending=True, stable=True)
         chances[tokens[ordered.cumsum(0) - ordered >= choice.top_p]] = 0  # keeps the first

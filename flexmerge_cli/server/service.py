@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmerge_cli.errors import FlexmergeError, machine_failure
+from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.server.worker import Row, Worker
@@ -39,16 +40,16 @@ class Service:
         """What `make` returns, in a thread of its own: it may take a while, and other requests go on."""
         return await asyncio.to_thread(make)
 
-    async def answers(self, name: str, items: Sequence[Any]) -> list[Any]:
-        """Answers of prepared inputs, in order. Raises Refusal."""
+    def submit(self, name: str, items: Sequence[Any]) -> "list[asyncio.Future[Any]]":
+        """Let prepared inputs wait for their turn. Raises Refusal if there is no room. `outcome` gives the answers."""
         rows = [Row(task=name, item=item) for item in items]
         self.worker.submit(rows)
+        return [asyncio.wrap_future(row.answer) for row in rows]
+
+    async def outcome(self, name: str, answer: "asyncio.Future[Any]") -> Any:
+        """An answer. Raises Refusal."""
         try:
-            return await asyncio.gather(*(asyncio.wrap_future(row.answer) for row in rows))
-        except asyncio.CancelledError:
-            for item in items:
-                self.tasks[name].cancel(item)
-            raise
+            found = await answer
         except Refusal:
             raise
         except FlexmergeError as error:
@@ -58,3 +59,19 @@ class Service:
             failure = machine_failure(error)
             said = failure.message if failure is not None else f"the model failed: {type(error).__name__}"
             raise Refusal(f"task `{name}`: {said}", status=500) from None
+        if isinstance(found, Choice) and found.finish == "cancelled":
+            raise Refusal("the server is stopping", status=503, code="stopping")
+        return found
+
+    async def answers(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """Answers of prepared inputs, in order. Raises Refusal."""
+        waited = self.submit(name, items)
+        try:
+            return await asyncio.gather(*(self.outcome(name, answer) for answer in waited))
+        finally:
+            self.cancel(name, items)
+
+    def cancel(self, name: str, items: Sequence[Any]) -> None:
+        """End what nobody waits for any more."""
+        for item in items:
+            self.tasks[name].cancel(item)

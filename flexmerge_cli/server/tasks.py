@@ -42,6 +42,11 @@ class Task:
         """Rows that may run as one batch."""
         return [list(items)]
 
+    def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
+        """Run one batch. deliver: called once for each row, with its number and answer, as soon as that is known."""
+        for number, answer in enumerate(self.answers(model, items)):
+            deliver(number, answer)
+
     def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
         """What the model makes of one batch, in order."""
         raise NotImplementedError
@@ -173,25 +178,20 @@ class Generated(Task):
         self.positions = num_positions(side)
         self.vocabulary: int = self.config.get("vocab_size", len(self.tokens.tokenizer))
 
-    def answers(self, model: Any, items: Sequence[Choice]) -> list[Any]:
-        generate(model, self.tokens.tokenizer, items)
-        return list(items)
+    def run(self, model: Any, items: Sequence[Choice], deliver: Callable[[int, Any], None]) -> None:
+        generate(model, self.tokens.tokenizer, items, lambda number: deliver(number, items[number]))
 
     def cancel(self, item: Choice) -> None:
         item.is_cancelled = True
 
     def allowed(self, wanted: int | None, usual: int, most: int | None) -> int:
         """How many tokens to generate. wanted: as asked. most: as the model has positions for."""
-        limit = self.max_tokens if most is None else min(self.max_tokens, most)
         if wanted is not None and wanted > self.max_tokens:
             raise Refusal(f"max_tokens is {wanted}, and the server's limit {self.max_tokens}", param="max_tokens")
-        if wanted is not None and wanted > limit:
-            raise Refusal(
-                f"the input leaves {limit} tokens of the model's {self.positions} and max_tokens is {wanted}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        return wanted if wanted is not None else min(usual, limit)
+        if most is not None and most < (wanted or 1):
+            said = f"the input leaves {most} of the model's {self.positions} tokens, and max_tokens is {wanted or 1}"
+            raise Refusal(said, param="max_tokens", code="context_length_exceeded")
+        return wanted or min(usual, self.max_tokens, *([] if most is None else [most]))
 
 
 class Text2Text(Generated):
@@ -210,6 +210,36 @@ class CausalLM(Generated):
 
     def prepare(self, value: Any, **options: Any) -> Choice:
         raise Refusal(f"task `{self.name}` is a language model: use /v1/completions or /v1/chat/completions")
+
+    def prompt(self, value: str | list[int]) -> list[int]:
+        """The tokens of a text, or the tokens themselves. Raises Refusal."""
+        if isinstance(value, str):
+            return self.tokens.encoded(value)["input_ids"]
+        outside = next((token for token in value if token >= self.vocabulary), None)
+        if outside is not None:
+            raise Refusal(f"token {outside} is not one of the model's {self.vocabulary}", param="prompt")
+        self.tokens.require_length(value)
+        return value
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins. Raises Refusal."""
+        tokenizer = self.tokens.tokenizer
+        if not tokenizer.chat_template:
+            raise Refusal(f"task `{self.name}` has no chat template: use /v1/completions", param="messages")
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of jinja and of the template itself, for conversations that it does not take
+            said = f"the chat template of task `{self.name}` refuses the messages: {str(error)[:200]}"
+            raise Refusal(said, param="messages") from None
+        return self.tokens.encoded(text, add_special_tokens=False)["input_ids"]  # the template has them
+
+    def choices(
+        self, prompt: list[int], count: int, *, max_tokens: int | None, usual: int, **options: Any
+    ) -> list[Choice]:
+        """Texts to generate behind a prompt. max_tokens: None for `usual`, if that is left. options: a Choice's."""
+        most = None if self.positions is None else self.positions - len(prompt)
+        allowed = self.allowed(max_tokens, usual, most)
+        return [Choice(prompt=prompt, max_tokens=allowed, **options) for _ in range(count)]
 
     def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
         """Those that are done go on until all of a batch are, and must not run out of positions."""
@@ -234,11 +264,11 @@ class _Tokens:
         self.name, self.tokenizer, self.lock = name, read_tokenizer(side), threading.Lock()
         self.longest = max_length(self.tokenizer, side, None)
 
-    def encoded(self, *texts: str) -> dict[str, list[int]]:
-        """The model's inputs. Raises Refusal for no token, and for more than the model takes."""
+    def encoded(self, *texts: str, **options: Any) -> dict[str, list[int]]:
+        """The model's inputs. options: of the tokenizer. Raises Refusal for no token, or more than the model takes."""
         try:
             with self.lock:
-                row = encodings(self.tokenizer, *([text] for text in texts))[0]
+                row = encodings(self.tokenizer, *([text] for text in texts), **options)[0]
         except Exception as error:  # of tokenizers, for texts that no encoding has
             raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}", param="inputs") from None
         self.require_length(row["input_ids"])

@@ -124,10 +124,12 @@ class Worker:
     def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:
         """What is wrong with these rows is no error of the others."""
 
+        def deliver(number: int, answer: Any) -> None:
+            rows[number].answer.set_result(answer)
+
         def run(model: Any) -> None:
             try:
-                for row, answer in zip(rows, self._tasks[name].answers(model, [row.item for row in rows]), strict=True):
-                    row.answer.set_result(answer)
+                self._tasks[name].run(model, [row.item for row in rows], deliver)
             except Exception as error:
                 _fail(rows, error)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from flexmerge_cli import make_plan, merge
@@ -45,4 +46,24 @@ def t5(root: Path) -> Path:
     return _bundle(root, base, {"sums": base, "words": base})
 
 
-MADE: dict[str, Callable[[Path], Path]] = {"texts": texts, "images": images, "t5": t5}
+def gpt2(root: Path) -> Path:
+    base = tiny.gpt2(root / "base")
+    return _bundle(root, base, {"first": base, "second": base})
+
+
+def mixed(root: Path) -> Path:
+    """Eight tasks of one Llama: four language models, one of them with a chat template, and four with heads."""
+    base = tiny.llama(root / "base")
+    config = transformers.LlamaConfig.from_pretrained(base)
+    made = dict.fromkeys(("code", "prose", "verse"), base)
+    made["talk"] = tiny.saved(root / "talk", transformers.LlamaForCausalLM(config), tiny.tokenizer(start=True))
+    template = "{% for one in messages %}{{ one.content }} is {% endfor %}"
+    (made["talk"] / "chat_template.jinja").write_text(template)
+    for name, labels in {"mood": 2, "topic": 3, "tone": 4, "grade": 1}.items():
+        config.num_labels = labels
+        head = transformers.LlamaForSequenceClassification(config)
+        made[name] = tiny.saved(root / name, head, tiny.tokenizer(start=True))
+    return _bundle(root, base, made, method="average", size="3x")
+
+
+MADE: dict[str, Callable[[Path], Path]] = {"texts": texts, "images": images, "t5": t5, "gpt2": gpt2, "mixed": mixed}

@@ -1,0 +1,228 @@
+"""Completions and chats are what the offline model generates, whole and streamed, alone and in a batch of others."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from flexmerge_cli import open_bundle
+from flexmerge_cli.server.generation import Choice, generate
+
+from ..evaluation.tiny import LENGTH, WORDS, sentences
+from .test_predict import refused
+
+LANGUAGES = ("code", "prose", "verse", "talk")
+
+
+def complete(client, model, prompt, **more):
+    return client.post("/v1/completions", json={"model": model, "prompt": prompt, "temperature": 0, **more})
+
+
+def completed(client, model, prompt, **more):
+    answer = complete(client, model, prompt, **more)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(answer):
+    """The JSON of every event but the last, which says that it is."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *sent, last, rest = answer.text.split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in sent]
+
+
+class Offline:
+    """A task of a bundle, without a server."""
+
+    def __init__(self, bundle, task):
+        self.tokenizer = AutoTokenizer.from_pretrained(bundle / "tasks" / task)
+        self.model = open_bundle(bundle).model(task)
+
+    def completion(self, prompt, max_tokens):
+        """(text behind the prompt, tokens, finish)."""
+        ids = self.tokenizer(prompt, return_tensors="pt")
+        made = self.model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)[0]
+        start = ids["input_ids"].shape[1]
+        before, whole = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (made[:start], made))
+        has_ended = made[-1] == self.model.config.eos_token_id
+        return whole[len(before) :], len(made) - start, "stop" if has_ended else "length"
+
+    def drawn(self, prompt, max_tokens, seed, temperature, top_p):
+        """Tokens drawn one by one, each from a forward of all before it."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        generator = torch.Generator().manual_seed(seed)
+        start = len(ids)
+        while len(ids) < start + max_tokens:
+            with torch.inference_mode():
+                chances = (self.model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+            kept, total = torch.zeros_like(chances), 0.0
+            for token in chances.argsort(descending=True):
+                if total >= top_p:
+                    break
+                kept[token] = chances[token]
+                total += float(chances[token])
+            ids.append(int(torch.multinomial(kept, 1, generator=generator)))
+            if ids[-1] == self.model.config.eos_token_id:
+                break
+        return self.tokenizer.decode(ids, skip_special_tokens=True)[len(prompt) :]
+
+
+@pytest.mark.parametrize(("name", "tasks"), [("mixed", LANGUAGES), ("gpt2", ("first", "second"))])
+def test_texts_of_many_clients_are_those_of_offline_models(client_of, bundle_of, name, tasks):
+    client = client_of(name, max_wait=0.02)
+    offline = {task: Offline(bundle_of(name), task) for task in tasks}
+    asked = [
+        (tasks[number % len(tasks)], text, 1 + number % 15) for number, text in enumerate(sentences(24, seed=len(name)))
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda one: completed(client, one[0], one[1], max_tokens=one[2]), asked))
+    for answer, (task, prompt, max_tokens) in zip(found, asked, strict=True):
+        text, count, finish = offline[task].completion(prompt, max_tokens)
+        choice = answer["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (text, finish)
+        prompt_tokens = len(offline[task].tokenizer(prompt)["input_ids"])
+        assert answer["usage"] == {
+            "prompt_tokens": prompt_tokens, "completion_tokens": count, "total_tokens": prompt_tokens + count,
+        }  # fmt: skip
+        assert (answer["object"], answer["model"]) == ("text_completion", task)
+
+
+def test_prompts_may_be_several_and_tokens(client_of, bundle_of):
+    client, offline = client_of("mixed"), Offline(bundle_of("mixed"), "prose")
+    prompts = sentences(3, seed=8)
+    ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    expected = [offline.completion(prompt, 16)[0] for prompt in prompts]
+    for given in (prompts, ids):
+        answer = completed(client, "prose", given)
+        assert [choice["text"] for choice in answer["choices"]] == expected
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
+    assert completed(client, "prose", ids[0])["choices"][0]["text"] == expected[0]
+
+
+def test_a_seed_decides_what_is_drawn_whatever_else_is_in_the_batch(client_of, bundle_of):
+    client, offline = client_of("mixed", max_wait=0.05), Offline(bundle_of("mixed"), "code")
+    prompt = "red is not the"
+    asked = {"temperature": 1.5, "top_p": 0.9, "max_tokens": 10}
+    expected = [offline.drawn(prompt, 10, seed, 1.5, 0.9) for seed in (7, 8, 9)]
+    assert len(set(expected)) == 3
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(completed, client, "code", text, temperature=1) for text in sentences(6)]
+        answer = completed(client, "code", prompt, seed=7, n=3, **asked)
+        assert all(other.result()["choices"] for other in others)
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert answer["usage"]["prompt_tokens"] == len(offline.tokenizer(prompt)["input_ids"])
+    unseeded = {completed(client, "code", prompt, **asked)["choices"][0]["text"] for _ in range(8)}
+    assert len(unseeded) > 1
+    almost_greedy = completed(client, "code", prompt, temperature=1e-300, max_tokens=10)
+    assert almost_greedy["choices"] == completed(client, "code", prompt, max_tokens=10)["choices"]
+
+
+def test_a_text_ends_before_the_first_stop(client_of):
+    client = client_of("mixed")
+    whole = completed(client, "prose", "one two", max_tokens=12)["choices"][0]["text"]
+    words = whole.split()
+    stop = words[len(words) // 2]
+    for given in (stop, ["no such word", stop]):
+        choice = completed(client, "prose", "one two", max_tokens=12, stop=given)["choices"][0]
+        assert choice == {
+            "index": 0, "text": whole[: whole.index(stop)], "logprobs": None, "finish_reason": "stop",
+        }  # fmt: skip
+        streamed = events(complete(client, "prose", "one two", max_tokens=12, stop=given, stream=True))
+        assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
+
+
+def test_a_stream_is_the_whole_text_in_pieces(client_of):
+    client = client_of("mixed")
+    asked = {"n": 2, "seed": 3, "temperature": 1.2, "max_tokens": 9}
+    whole = completed(client, "verse", ["red", "blue is"], **asked)
+    sent = events(
+        complete(client, "verse", ["red", "blue is"], stream=True, stream_options={"include_usage": True}, **asked)
+    )
+    usage = sent.pop()
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    assert {event["id"] for event in sent} == {usage["id"]}
+    for choice in whole["choices"]:
+        own = [event["choices"][0] for event in sent if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in own) == choice["text"]
+        assert [piece["finish_reason"] for piece in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+        assert len(own) > 2
+
+
+def chat(client, content, **more):
+    messages = [{"role": "system", "content": "yes"}, {"role": "user", "content": content}]
+    body = {"model": "talk", "messages": messages, "temperature": 0, "max_completion_tokens": 6, **more}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_a_chat_is_rendered_by_the_tasks_template(client_of, bundle_of):
+    client, offline = client_of("mixed"), Offline(bundle_of("mixed"), "talk")
+    prompt = "yes is red one is "
+    ids = torch.tensor([offline.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    made = offline.model.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    text = offline.tokenizer.decode(made, skip_special_tokens=True)[len(prompt) - 1 :]
+    for content in ("red one", [{"type": "text", "text": "red "}, {"type": "text", "text": "one"}]):
+        answer = chat(client, content).json()
+        assert answer["object"] == "chat.completion"
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
+        assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+    sent = events(chat(client, "red one", stream=True))
+    assert {event["object"] for event in sent} == {"chat.completion.chunk"}
+    first, *rest = (event["choices"][0]["delta"] for event in sent)
+    assert first == {"role": "assistant", "content": ""}
+    assert rest.pop() == {}
+    assert "".join(delta["content"] for delta in rest) == text
+    # Without a limit of its own it may take all that is left of the model's positions.
+    most = LENGTH - ids.shape[1]
+    found = chat(client, "red one", max_completion_tokens=None).json()
+    assert found["usage"]["completion_tokens"] == most or found["choices"][0]["finish_reason"] == "stop"
+
+
+def test_what_is_not_supported_or_out_of_range_is_told(client_of):
+    client = client_of("mixed", max_tokens=20, max_queue=10)
+    assert refused(complete(client, "nobody", "red"), 404, "no task `nobody`", "code")["param"] == "model"
+    refused(complete(client, "mood", "red"), 400, "/v1/tasks/mood/predict")
+    refused(client.post("/v1/tasks/code/predict", json={"inputs": ["red"]}), 400, "/v1/completions")
+    for key, value in {
+        "logprobs": 0, "echo": True, "frequency_penalty": 0.5, "logit_bias": {"3": 1}, "best_of": 2, "suffix": "x",
+        "temprature": 1,
+    }.items():  # fmt: skip
+        assert refused(complete(client, "code", "red", **{key: value}), 400, key, "not supported")["param"] == key
+    for key, value in {
+        "temperature": -1, "top_p": 0, "n": 0, "max_tokens": 0, "stop": ["a"] * 5, "seed": 1.5, "stream": "yes",
+        "prompt": [], "model": 3,
+    }.items():  # fmt: skip
+        assert refused(complete(client, **{"model": "code", "prompt": "red", key: value}), 400, key)["param"] == key
+    refused(complete(client, "code", [[1], []]), 400, "prompt")
+    refused(complete(client, "code", [1, 999]), 400, "token 999", "27")
+    refused(complete(client, "code", [-1]), 400, "prompt")
+    refused(complete(client, "code", "red", max_tokens=21), 400, "max_tokens is 21", "20")
+    refused(complete(client, "code", " ".join(WORDS[:20]), max_tokens=9), 400, "leaves 3", "max_tokens is 9")
+    refused(complete(client, "code", " ".join(WORDS * 2)), 400, "takes 24")
+    refused(complete(client, "code", ["red"] * 6, n=2), 400, "at most 10")
+    neutral = {"logprobs": None, "echo": False, "frequency_penalty": 0.0, "best_of": 1, "user": "me", "stop": None}
+    assert complete(client, "code", "red", **neutral).status_code == 200
+    refused(client.post("/v1/chat/completions", json={"model": "code", "messages": []}), 400, "messages")
+    image = [{"type": "image_url", "image_url": {"url": "http://x"}}]
+    refused(chat(client, image), 400, "messages")
+    refused(chat(client, "red", tools=[{"type": "function"}]), 400, "tools", "not supported")
+    refused(chat(client, "red", model="code"), 400, "no chat template")
+    # A stream is refused with a status, too.
+    refused(complete(client, "code", "red", max_tokens=21, stream=True), 400)
+    refused(complete(client, "code", ["red"] * 11, stream=True), 400)
+
+
+def test_what_nobody_waits_for_ends(bundle_of):
+    offline = Offline(bundle_of("gpt2"), "first")
+    choices = [Choice(prompt=[5, 6], max_tokens=20) for _ in range(2)]
+    choices[0].on_text = lambda _text: setattr(choices[0], "is_cancelled", True)
+    ended = []
+    generate(offline.model, offline.tokenizer, choices, ended.append)
+    assert choices[0].finish == "cancelled"
+    assert len(choices[0].tokens) < len(choices[1].tokens)
+    assert ended == [0, 1]
