@@ -43,7 +43,12 @@ def of(kind: type, **sizes: Any) -> Callable[[], Any]:
     return partial(kind, **sizes)
 
 
-VISION_LANGUAGE = {"image_token_index": 63}
+def seeing(model: type, config: type, text: dict[str, Any], vision: dict[str, Any], **more: Any) -> Architecture:
+    """A language model with a vision tower."""
+    return Architecture(model, of(config, text_config=text, vision_config=vision, **more))
+
+
+IMAGE_TOKEN = {"image_token_index": 63}
 ATTENTION = ["q_proj", "v_proj"]
 ARCHITECTURES = {
     "BERT": Architecture(hf.BertForSequenceClassification, of(hf.BertConfig, **TEXT)),
@@ -75,61 +80,40 @@ ARCHITECTURES = {
     "CLIP": Architecture(hf.CLIPModel, both(hf.CLIPConfig, projection_dim=8)),
     "CLIP, vision tower": Architecture(hf.CLIPVisionModel, both(hf.CLIPConfig, projection_dim=8), hf.CLIPModel),
     "SigLIP, vision tower": Architecture(hf.SiglipVisionModel, both(hf.SiglipConfig), hf.SiglipModel, ATTENTION),
-    "LLaVA": Architecture(
-        hf.LlavaForConditionalGeneration, of(hf.LlavaConfig, text_config=LLAMA, vision_config=CLIP, **VISION_LANGUAGE)
-    ),
-    "LLaVA-NeXT": Architecture(
-        hf.LlavaNextForConditionalGeneration,
-        of(hf.LlavaNextConfig, text_config=LLAMA, vision_config=CLIP, **VISION_LANGUAGE),
-    ),
-    "PaliGemma": Architecture(
+    "LLaVA": seeing(hf.LlavaForConditionalGeneration, hf.LlavaConfig, LLAMA, CLIP, **IMAGE_TOKEN),
+    "LLaVA-NeXT": seeing(hf.LlavaNextForConditionalGeneration, hf.LlavaNextConfig, LLAMA, CLIP, **IMAGE_TOKEN),
+    "PaliGemma": seeing(
         hf.PaliGemmaForConditionalGeneration,
-        of(
-            hf.PaliGemmaConfig,
-            text_config={"model_type": "gemma", "head_dim": 8} | LANGUAGE,
-            vision_config=SIGLIP,
-            projection_dim=16,
-            **VISION_LANGUAGE,
-        ),
+        hf.PaliGemmaConfig,
+        {"model_type": "gemma", "head_dim": 8} | LANGUAGE,
+        SIGLIP,
+        projection_dim=16,
+        **IMAGE_TOKEN,
     ),
-    "Gemma 3": Architecture(
+    "Gemma 3": seeing(
         hf.Gemma3ForConditionalGeneration,
-        of(
-            hf.Gemma3Config,
-            text_config={"model_type": "gemma3_text", "head_dim": 8} | LANGUAGE,
-            vision_config=SIGLIP,
-            mm_tokens_per_image=4,
-        ),
+        hf.Gemma3Config,
+        {"model_type": "gemma3_text", "head_dim": 8} | LANGUAGE,
+        SIGLIP,
+        mm_tokens_per_image=4,
     ),
-    "Qwen2-VL": Architecture(
+    "Qwen2-VL": seeing(
         hf.Qwen2VLForConditionalGeneration,
-        of(
-            hf.Qwen2VLConfig,
-            text_config=LANGUAGE | MROPE,
-            vision_config={"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2},
-        ),
+        hf.Qwen2VLConfig,
+        LANGUAGE | MROPE,
+        {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 2},
     ),
-    "Qwen2.5-VL": Architecture(
+    "Qwen2.5-VL": seeing(
         hf.Qwen2_5_VLForConditionalGeneration,
-        of(
-            hf.Qwen2_5_VLConfig,
-            text_config=LANGUAGE | MROPE,
-            vision_config={
-                "depth": 2,
-                "num_heads": 2,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "out_hidden_size": 16,
-            },
-        ),
+        hf.Qwen2_5_VLConfig,
+        LANGUAGE | MROPE,
+        {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 16},
     ),
-    "InternVL": Architecture(
+    "InternVL": seeing(
         hf.InternVLForConditionalGeneration,
-        of(
-            hf.InternVLConfig,
-            text_config={"model_type": "qwen2"} | LANGUAGE,
-            vision_config=SIZES | {"image_size": [32, 32], "patch_size": [16, 16]},
-        ),
+        hf.InternVLConfig,
+        {"model_type": "qwen2"} | LANGUAGE,
+        SIZES | {"image_size": [32, 32], "patch_size": [16, 16]},
     ),
     "Mixtral": Architecture(
         hf.MixtralForCausalLM, of(hf.MixtralConfig, num_local_experts=4, **LANGUAGE), lora=ATTENTION

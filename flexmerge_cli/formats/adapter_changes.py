@@ -8,7 +8,6 @@ places    {offset, dtype, shape, strides}: bytes of the weight file, which is th
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +29,7 @@ class Place(Record):
     dtype: str
     shape: Items[Count] = Field(max_length=8)
     strides: Items[Count] | None = None
-    """In elements; None if row-major."""
+    """Strides in elements; None if row-major."""
 
     @staticmethod
     def of(tensor: StoredTensor) -> "Place":
@@ -116,9 +115,5 @@ class ChangeRecord(Record):
             raise ValueError("the factors of an adapter do not fit their tensor")
 
     def dump(self) -> dict[str, Any]:
-        """For JSON, without what is not there."""
+        """Return it for JSON, without what is not there."""
         return self.model_dump(mode="json", exclude_none=True)
-
-
-Changes = Mapping[str, ChangeRecord]
-"""By aligned name."""

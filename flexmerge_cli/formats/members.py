@@ -3,6 +3,7 @@
 Layout, manifest, prices and checks ask these questions of every member alike, and know no kind.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,9 +69,9 @@ class Member(Record):
         """Aligned names of the tensors that it holds whole in that file, sorted."""
         return ()
 
+    @abstractmethod
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
         """What it has of a tensor, or None. tensor: the plan's record of it, if there is one; place: its own number."""
-        raise NotImplementedError
 
     def needs_base(self, name: str) -> bool:
         """Whether it reads the base's own tensor of this name, if there is one."""
@@ -94,7 +95,7 @@ class LowRankRecord(Record):
     bytes: Count
     """Bytes of these matrices, as they are."""
     residual_bytes: Count
-    """As residuals of this rank over the base."""
+    """Bytes of these matrices as residuals of this rank over the base."""
 
 
 class PlanTask(Member):

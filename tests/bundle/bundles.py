@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from flexmerge_cli import open_bundle, verify
@@ -22,7 +23,7 @@ def make(root: Path, *options: object, name: str = "heads", layout: str = "file"
 
 
 def copy(bundle: Path, target: Path) -> Path:
-    """With hard links of its own, as they were."""
+    """Copy a bundle with hard links of its own, as they were."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(bundle, target, symlinks=True)
     return target
@@ -34,6 +35,14 @@ def manifest_of(bundle: Path) -> dict:
 
 def seal(bundle: Path, fields: object) -> None:
     (bundle / "manifest.json").write_bytes(sealed(fields, "id"))
+
+
+def changed(bundle: Path, target: Path, change: Callable[[dict], object]) -> Path:
+    """Copy a bundle, change the manifest of the copy, and seal it again."""
+    fields = manifest_of(copy(bundle, target))
+    change(fields)
+    seal(target, fields)
+    return target
 
 
 def seal_file(bundle: Path, name: str) -> None:

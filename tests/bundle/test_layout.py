@@ -16,7 +16,7 @@ from flexmerge_cli.formats.manifest import Manifest
 
 from ..families import ODD, assert_same_state, write_family
 from ..program import fails, flexmerge, stored_sizes, succeeds, tree
-from .bundles import copy, make, manifest_of, seal
+from .bundles import changed, copy, make, manifest_of, seal
 
 LOADERS_LOOK_FOR = ("*.safetensors", "*.bin", "*.pt", "*.pth", "config.json", "*.index.json", "adapter_config.json")
 
@@ -72,7 +72,7 @@ def test_a_route_of_one_file_has_no_index_and_others_have_base_names(merged, tmp
 
 
 def test_equal_parts_of_a_bundle_count_once(merged):
-    """On disk, in the manifest and in a byte target; `--dry-run` says what they are without links."""
+    """They agree on disk, in the manifest and in a byte target; `--dry-run` says what they are without links."""
     plan = merged.parent / "plan.json"
     value = succeeds("merge", plan, "--method", "average", "--size", "2x", "--dry-run", "-o", "never", "--json").json
     assert value["total_bytes"] == sum(stored_sizes(merged).values())
@@ -168,7 +168,7 @@ def json_of(path: Path):
 
 
 def a_link(bundle: Path) -> tuple[str, str]:
-    """Of task1, to a file that is its own."""
+    """Return a link of task1 to a file that is its own."""
     return next((link, file) for link, file in links_of(bundle).items() if file == "weights/task1.safetensors")
 
 
@@ -237,10 +237,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("change", STRANGE)
 def test_manifests_of_strangers_with_odd_links_are_refused(change, merged, tmp_path):
-    bundle = copy(merged, tmp_path / "b")
-    fields = manifest_of(bundle)
-    STRANGE[change](fields)
-    seal(bundle, fields)
+    bundle = changed(merged, tmp_path / "b", STRANGE[change])
     fails(3, "export", bundle, "--all", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ from flexmerge_cli.errors import DataError, FlexmergeError
 from ..families import assert_same_state, plain, write_family
 from ..hostile import SLOW_FILES, json_values, mutations
 from ..program import fails, flexmerge, succeeds, tree
-from .bundles import copy, manifest_of, reads_or_says_why, seal, seal_file
+from .bundles import changed, copy, manifest_of, reads_or_says_why, seal, seal_file
 
 
 def rename_file(fields, old, new):
@@ -33,10 +33,7 @@ def rename_file(fields, old, new):
     "~/x", "weights/" + "x" * 300,
 ])  # fmt: skip
 def test_a_manifest_that_points_outside_is_refused(path, merged, tmp_path):
-    bundle = copy(merged, tmp_path / "b")
-    fields = manifest_of(bundle)
-    rename_file(fields, "weights/all.safetensors", path)
-    seal(bundle, fields)
+    bundle = changed(merged, tmp_path / "b", lambda fields: rename_file(fields, "weights/all.safetensors", path))
     fails(3, "export", bundle, "--task", "task0", "-o", tmp_path / "out", says="points outside the bundle")
     with pytest.raises(DataError):
         verify(bundle)
@@ -45,10 +42,7 @@ def test_a_manifest_that_points_outside_is_refused(path, merged, tmp_path):
 @pytest.mark.parametrize("path", ["tasks/task0/../../../../x", "tasks/task1/config.json", "tasks/x/y", "tasks/y"])
 def test_files_of_a_task_lie_in_its_folder(path, merged, tmp_path):
     """What `export` copies is named by the manifest."""
-    bundle = copy(merged, tmp_path / "b")
-    fields = manifest_of(bundle)
-    rename_file(fields, "tasks/task0/vocab.txt", path)
-    seal(bundle, fields)
+    bundle = changed(merged, tmp_path / "b", lambda fields: rename_file(fields, "tasks/task0/vocab.txt", path))
     fails(3, "export", bundle, "--task", "task0", "-o", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b"]
 
@@ -58,10 +52,7 @@ def test_files_of_a_task_lie_in_its_folder(path, merged, tmp_path):
 )
 def test_a_task_has_no_file_that_the_manifest_does_not_list(path, merged, tmp_path):
     (tmp_path / "secret").write_text("secret")
-    bundle = copy(merged, tmp_path / "b")
-    fields = manifest_of(bundle)
-    fields["tasks"]["task0"]["files"].append(path)
-    seal(bundle, fields)
+    bundle = changed(merged, tmp_path / "b", lambda fields: fields["tasks"]["task0"]["files"].append(path))
     fails(3, "export", bundle, "--task", "task0", "-o", tmp_path / "out", says="the files of task `task0` are not")
 
 
@@ -110,7 +101,7 @@ def test_links_within_a_bundle_and_into_the_hubs_blobs_are_followed(merged, tmp_
 
 
 def large(fields, count):
-    """As many tasks as files and tensors, each of one task."""
+    """Return a manifest of as many tasks as files and tensors, each of one task."""
     task = {"source": "", "fingerprint": "0" * 32, "exact": True, "distance": None, "names": {}}
     file, tensor = {"bytes": 0, "sha256": "0" * 64}, {"class": "private", "dtype": "F32", "shape": []}
     tasks = {f"{number}": task | {"files": [f"weights/{number}.safetensors"]} for number in range(count)}
@@ -179,10 +170,7 @@ INCONSISTENT = {
 
 @pytest.mark.parametrize("what", INCONSISTENT)
 def test_a_manifest_that_does_not_fit_is_refused(what, merged, tmp_path):
-    bundle = copy(merged, tmp_path / "b")
-    fields = manifest_of(bundle)
-    INCONSISTENT[what](fields)
-    seal(bundle, fields)
+    bundle = changed(merged, tmp_path / "b", INCONSISTENT[what])
     fails(3, "export", bundle, "--task", "task0", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
