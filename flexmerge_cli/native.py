@@ -33,7 +33,7 @@ _DECODE_ARGUMENTS = {
 
 
 class Codes(ctypes.Structure):
-    """As in decode.c: rows of codes, which `table` and a scale decode."""
+    """Mirrors the struct in decode.c: rows of codes, which `table` and a scale decode."""
 
     _fields_ = [
         ("codes", _POINTER), ("row_bytes", _COUNT), ("bits", _COUNT), ("table", _POINTER), ("scale", _POINTER),
@@ -42,7 +42,7 @@ class Codes(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """As in decode.c: rows of n elements, each the sum of what there is of these."""
+    """Mirrors the struct in decode.c: rows of n elements, each the sum of what there is of these."""
 
     _fields_ = [
         ("n", _COUNT), ("dense", _POINTER), ("unified", _POINTER), ("dense_type", _COUNT), ("unified_type", _COUNT),

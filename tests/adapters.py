@@ -54,7 +54,7 @@ class Adapted:
         return place
 
     def logits(self, model: Any) -> Tensor:
-        """Of an input that is always the same."""
+        """Compute outputs of an input that is always the same."""
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             if self.kind == "vit":

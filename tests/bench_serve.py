@@ -228,7 +228,7 @@ def inputs_of(bundle: Path, count: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def held_bytes(device: str) -> int:
-    """Of the process on the CPU, PSS; on a GPU what torch has allocated there."""
+    """Measure the PSS of the process on the CPU, and on a GPU what torch has allocated there."""
     import torch
 
     return pss_bytes() if device == "cpu" else torch.cuda.memory_allocated()

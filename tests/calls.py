@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def num_calls(run: Callable[[], object]) -> int:
-    """Of functions in Python and in C, by this thread."""
+    """Count calls of functions in Python and in C by this thread."""
     count = 0
 
     def on_event(_frame: object, event: str, _argument: object) -> None:

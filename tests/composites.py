@@ -30,7 +30,7 @@ def fine_tune(parts: Parts, seed: int, *, same: tuple[str, ...] = ()) -> Parts:
 
 
 def named(parts: Parts) -> dict[str, Tensor]:
-    """As a checkpoint calls the tensors."""
+    """Name the tensors as a checkpoint does."""
     return {f"{part}/{name}" if part else name: value for part, state in parts.items() for name, value in state.items()}
 
 

@@ -40,7 +40,7 @@ class Folders:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `flexmerge plan`."""
+        """The arguments of `flexmerge plan`."""
         return ["--base", str(self.base), "--tasks", str(self.root / "tasks")]
 
     @property

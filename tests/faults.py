@@ -70,7 +70,7 @@ class Written(io.FileIO):
 
 
 def install(fault: Fault) -> None:
-    """In a child that is run once: nothing is put back."""
+    """Patch a child that is run once: nothing is put back."""
 
     def faulty(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

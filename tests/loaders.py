@@ -1,4 +1,4 @@
-"""Which loaders read a task as it lies in a bundle, exported, and exported with links (`python -m tests.loaders`).
+"""Tries loaders on a task as it lies in a bundle, exported, and exported with links (`python -m tests.loaders`).
 
 Each is the library's own code. It loads a fine-tuned model, then the same model out of an exact bundle in each of three
 ways, and the outputs must be equal to the bit. tests/test_loaders.py runs those whose libraries the tests have.

@@ -75,7 +75,7 @@ class Device(TorchDispatchMode):
     """Sees what is made on the device, and what goes there."""
 
     allocations_left = float("inf")
-    """Of new tensors; then memory is out."""
+    """Bytes of new tensors until memory is out."""
 
     def __enter__(self) -> Any:
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(…, device=…)` moves where it can be seen

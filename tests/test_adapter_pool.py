@@ -133,7 +133,7 @@ def test_what_cannot_merge_products_is_refused(pool: Adapted, options: list[str]
 
 
 def test_products_that_float32_cannot_hold_are_told() -> None:
-    """Of finite factors: their singular values did not converge."""
+    """Factors are finite, and their singular values did not converge."""
     factors = {"m.lora_A.weight": torch.full((2, 1, 3), 1e30), "m.lora_B.weight": torch.full((2, 3, 1), 1e30)}
     with pytest.raises(DataError, match="ΔW in `m` exceeds the range of float32"):
         pooled_call(parse_call("magmax"))(factors, Where(tasks=("a", "b"), tensor="m", start=0, shape=()))

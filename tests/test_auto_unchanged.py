@@ -173,7 +173,7 @@ def is_base(state, base):
 
 
 def write_lora(folder, base):
-    """Of `block.q`, by hand."""
+    """Write a LoRA of `block.q` by hand."""
     folder.mkdir()
     config = {
         "peft_type": "LORA",

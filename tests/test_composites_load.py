@@ -25,7 +25,7 @@ def moved(model, seed):
 
 
 def exported(root, *more):
-    """Of `root/a`, a fine-tune of `root/base`, merged beside `root/b` without a loss."""
+    """Make a bundle of `root/a`, a fine-tune of `root/base`, merged beside `root/b` without a loss."""
     tasks = [word for name in ("a", "b") for word in ("--task", f"{name}={root / name}")]
     succeeds("plan", "--base", root / "base", *tasks, *more, "-o", root / "plan.json")
     succeeds("merge", root / "plan.json", "-o", root / "bundle")

@@ -80,7 +80,7 @@ def test_every_command_is_in_the_readme_and_every_exit_code_is_explained():
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Make anchors as GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

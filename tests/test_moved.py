@@ -40,7 +40,7 @@ def test_a_place_that_no_source_has_is_not_relocated_in_silence(moved):
 
 
 def test_a_curve_and_scores_of_sources_that_moved(tmp_path):
-    """As of those that did not: --relocate is that of merge."""
+    """It is scored as those that did not move: --relocate is that of merge."""
     family = tmp_path / "family"
     for name in ("base", "tasks/digit", "tasks/rotation"):
         shutil.copytree(DIGITS / name, family / name)

@@ -45,7 +45,7 @@ def test_a_larger_file_is_refused_with_both_sizes(tmp_path):
 
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero", "pipe.bin", "model/model.safetensors", "model/config.json"])
 def test_no_command_waits_for_what_is_no_file(name, tmp_path):
-    """As a source, a plan, a recipe, a spec; and as a file within a checkpoint."""
+    """It may be given as a source, a plan, a recipe, a spec, or lie within a checkpoint."""
     (tmp_path / "model").mkdir()
     if not name.startswith("/"):
         os.mkfifo(tmp_path / name)

@@ -100,7 +100,7 @@ def tokenizer(words: list[str]):
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_models_with_added_tokens_come_back_with_their_tokenizers(kind, tmp_path):
-    """As `resize_token_embeddings` makes them: by three tokens, and padded to a multiple of 8."""
+    """Resize as `resize_token_embeddings` does: by three tokens, and padded to a multiple of 8."""
     words = ["[UNK]", "[PAD]"] + [f"word{number}" for number in range(27)]
     if kind == "gpt2":
         config = transformers.GPT2Config(vocab_size=29, n_positions=16, n_embd=16, n_layer=2, n_head=2)

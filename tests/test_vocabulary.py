@@ -55,7 +55,7 @@ def family(root: Path, words: dict[str, list[str | None]], *, tokenizers=True, l
 
 
 def write_tokenizer(folder: Path, words: list[str | None], file: str) -> None:
-    """Of a model's words, as different tokenizers keep them."""
+    """Write a model's words as different tokenizers keep them."""
     rows = {word: row for row, word in enumerate(words) if word is not None}
     added = {word: row for word, row in rows.items() if word not in WORDS}
     known = {word: row for word, row in rows.items() if word in WORDS}
@@ -132,7 +132,7 @@ def by_hand(models: Models, words: dict, name: str, wanted: list[str], scale: fl
 
 
 def assert_merged_and_own(models, words, bundle, common):
-    """At 1x: common rows are the merged ones, all other rows the task's own bits."""
+    """At 1x, common rows are the merged ones, all other rows the task's own bits."""
     opened = open_bundle(bundle)
     for task, state in models.tasks.items():
         view = opened.view(task)

@@ -114,7 +114,7 @@ def test_a_manifest_whose_vocabulary_does_not_fit_is_refused(what, made, tmp_pat
 @settings(max_examples=60, deadline=None, suppress_health_check=SLOW_FILES)
 @given(st.data())
 def test_mutated_vocabularies_end_in_a_clean_error(made, tmp_path, data):
-    """Of the plan and of the manifest: read, merged, viewed; nothing but what was asked for is written."""
+    """The plan and the manifest are read, merged, viewed; nothing but what was asked for is written."""
     fields = json.loads((made.root / "plan.json").read_bytes())
     changed = data.draw(json_values({key: fields[key] for key in ("vocabularies", "rows")}))
     if isinstance(changed, dict):

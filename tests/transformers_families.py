@@ -26,7 +26,7 @@ class TinyFamily:
     inputs: Callable[[], dict[str, Tensor]]
     output: str = "logits"
     of_base: Mapping[str, Any] = field(default_factory=dict)
-    """For `config`."""
+    """Arguments of `config`."""
     of_task: tuple[Mapping[str, Any], ...] = ({}, {}, {})
     dtype: torch.dtype = torch.float32
     shard: str | None = None
@@ -43,7 +43,7 @@ def image_inputs() -> dict[str, Tensor]:
 
 
 def text(kind: type, **sizes: Any) -> Callable[..., Any]:
-    """Of encoders and decoders of text."""
+    """Return a maker of configs of encoders and decoders of text."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 24, "max_position_embeddings": 20, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
@@ -203,7 +203,7 @@ def _move(model: nn.Module, seed: int, size: float) -> None:
 
 
 def _base_value(state: Mapping[str, Tensor], key: str) -> Tensor | None:
-    """Of a task's tensor: under its own name, or in or out of the prefix of a wrapped model."""
+    """Find a task's tensor: under its own name, or in or out of the prefix of a wrapped model."""
     wrapped = next((state[name] for name in state if name.endswith(f".{key}")), None)
     return state.get(key, state.get(key.partition(".")[2], wrapped))
 
@@ -236,7 +236,7 @@ def merge_by_hand(root: Path, is_merged: Callable[[str], bool], target: Path) ->
 
 
 def load(family: TinyFamily, folder: Path) -> Any:
-    """From files alone; nothing missing, nothing made up."""
+    """Load from files alone; nothing is missing, nothing made up."""
     model, info = family.task.from_pretrained(folder, output_loading_info=True, dtype=family.dtype)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval()

@@ -111,7 +111,7 @@ class Auto:
         return sum(int(table.num_bytes[-1]) for table in self.search.tables)
 
     def _budget(self, max_bytes: float) -> int:
-        """For the tensors of the search, of bytes of tensor data."""
+        """Return what is left of these bytes of tensor data for the tensors of the search."""
         most = self._most_bytes
         return min(most, math.floor(max_bytes) - self.fixed_bytes) if math.isfinite(max_bytes) else most
 

@@ -101,7 +101,7 @@ def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray
 
 
 def _distances_to_mean(tensor: TensorStatistics, groups: Groups, firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Per class: whether it shares its group with another, and ‖τ - mean of the group‖², below 0 by rounding alone."""
+    """Say whether each class shares its group, and ‖τ - mean of the group‖², below 0 by rounding alone."""
     member_GM = np.zeros((len(groups), len(tensor.gram)))
     for number, group in enumerate(groups):
         member_GM[number, list(group)] = 1 / len(group)

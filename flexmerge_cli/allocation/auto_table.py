@@ -102,7 +102,7 @@ class Table:
         return shared + len(self._classes) * tensor.code_bytes[bits], cost
 
     def _set_options(self, limits: Limits) -> None:
-        """Per centre and class: the hull of its options, as unit costs times a factor, so that each is found once."""
+        """Set the hull of every centre and class as unit costs times a factor, so that each is found once."""
         tensor, firsts = self.tensor, [tasks[0] for tasks in self._classes]
         stored_K = [bool(tensor.copy_is_stored) and tensor.copy_is_stored[task] for task in firsts]
         copy = {bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()}

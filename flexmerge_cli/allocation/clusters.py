@@ -105,7 +105,7 @@ def _distances(unit_MM: np.ndarray, weights_CM: np.ndarray) -> np.ndarray:
 
 
 def _fill_empty(labels_M: np.ndarray, distances_MC: np.ndarray) -> None:
-    """In place, one empty cluster after another."""
+    """Fill one empty cluster after another, in place."""
     tasks = np.arange(len(labels_M))
     for centre in range(distances_MC.shape[1]):
         sizes_C = np.bincount(labels_M, minlength=distances_MC.shape[1])

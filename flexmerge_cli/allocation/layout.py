@@ -43,7 +43,7 @@ class BundleLayout:
     plan: Plan
     allocation: Allocation
     storages: Mapping[str, Storage]
-    """By aligned name, in the plan's order."""
+    """Storages by aligned name, in the plan's order."""
     files: tuple[WeightFile, ...]
     stems: Mapping[int, str]
     """Task -> stem of the links in its folder to its weight files; a task without links has none."""
@@ -134,7 +134,7 @@ class Pricer:
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
     def asked(self, request: MergeRequest) -> "Pricer":
-        """With the same memory: layouts of bundles that record this request."""
+        """Return a pricer with the same memory, for bundles that record this request."""
         other = copy.copy(self)
         other.request = recorded(request)
         other.links = request.layout is Layout.LINKS

@@ -178,7 +178,7 @@ def _uses(plan: Plan, every: bool) -> Iterator[tuple[str, MethodUse]]:
 
 
 def _auto(pricer: Pricer) -> Iterator[tuple[str, BundleLayout]]:
-    """At its smallest, if that is more than the first size, then at all sizes that it reaches."""
+    """Yield `auto` at its smallest size, if that is more than the first size, then at all sizes that it reaches."""
     plan = pricer.plan
     if plan.settings.statistics != "all" or not plan.blocks:
         return

@@ -97,7 +97,7 @@ class _TensorPrice:
         return own + (0 if has_base else self.kept_bytes)
 
     def change(self, group: Group, sign: int) -> tuple[int, int]:
-        """By how many bytes a group that comes (1) or goes (-1) changes it; and what the group has once a unit."""
+        """Return what a group that comes (1) or goes (-1) changes in bytes, and what the group has once a unit."""
         before, price = self.base_bytes(), self.prices.of(self.tensor, group, self.known)
         change = sign * price.num_bytes
         self.readers += sign * price.base

@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tensor:
-    """In the task's own dtype and shape, on the device."""
+    """Decode in the task's own dtype and shape, on the device."""
     packed = stored.packed(bundle.parts_of(stored.of.task), bundle.bits)
     m, n = packed.matrix
     out = torch.empty(m, n, dtype=torch_dtype(packed.dtype), device=device)

@@ -47,7 +47,7 @@ class Value:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors that it is made of; else its own."""
+        """The names of the tensors that it is made of, or its own."""
         return (self.name,) if self.made is None else tuple(n for held in self.made.of for n in held.value.names)
 
     def taken(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -74,7 +74,7 @@ class Contents:
     unclear: tuple[str, ...] = ()
     """Weights that are not understood."""
     other: tuple[str, ...] = ()
-    """Of no known kind."""
+    """Files of no known kind."""
     ignored: tuple[str, ...] = ()
     """Left because the user said so."""
 

@@ -17,7 +17,7 @@ class Foreign:
     """What a file or folder is."""
 
     what: str
-    """With its article, e.g. `a Git LFS pointer`."""
+    """The name with its article, e.g. `a Git LFS pointer`."""
     hint: str
 
 

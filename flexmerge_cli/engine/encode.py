@@ -51,7 +51,7 @@ class Encoder:
         piece.decoded[task] = digest_of(data, raw, dtype)
 
     def dtype_of(self, tensor: str, group: StoredGroup) -> str:
-        """In which a group's one value of a tensor is stored."""
+        """Return the dtype in which a group's one value of a tensor is stored."""
         return promote(self.dtypes(self.worker.layout.storages[tensor], group))
 
     def dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:

@@ -236,7 +236,7 @@ class _Run:
                 self.output.hashed(parts[unit, task], 0, data)
 
     def _distances(self, measured: Measured, errors: dict[tuple[str, int], float]) -> None:
-        """Per task and per group of a unit, over ‖τ_k‖ of the whole task."""
+        """Set the distances of each task and of each group of a unit, over ‖τ_k‖ of the whole task."""
         energy = self.plan.task_energy()
         totals = np.zeros(len(energy))
         for unit in self.layout.allocation.units:

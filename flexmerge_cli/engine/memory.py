@@ -129,7 +129,7 @@ def fitting(needed: Callable[[int], int], chunk: int, smallest: int, max_memory:
 
 
 def _give_back_what_is_freed() -> None:
-    """From now on glibc returns large arrays to the system. Else it keeps tens of megabytes a thread, to save time.
+    """Make glibc return large arrays to the system from now on. Else it keeps tens of megabytes a thread, to save time.
 
     Its threshold rises to the size of what was freed, up to 32 MiB; setting it keeps it where it is.
     """

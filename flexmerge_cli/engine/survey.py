@@ -297,7 +297,7 @@ def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:
 
 
 def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
-    """Per model the first one with the same dtype and bytes."""
+    """Return, for each model, the first one with the same dtype and bytes."""
     first: list[int] = []
     alike: dict[tuple[str, bytes], list[int]] = {}  # representatives that begin alike: hardly ever more than one
     for position, (data, dtype) in enumerate(zip(raw, dtypes)):
@@ -312,7 +312,7 @@ def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
 
 
 def _are_base(raw: list[np.ndarray], dtypes: list[str], classes: list[int]) -> list[bool]:
-    """Per task whether the base, which is the last, has its bits once cast to its dtype, as a reader casts it."""
+    """Say of each task whether the base, the last of raw, has its bits once a reader casts it to the task's dtype."""
     *tasks, base = raw
     of_base = as_tensor(base, dtypes[-1])
     cast: dict[str, np.ndarray] = {}

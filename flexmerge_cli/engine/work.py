@@ -45,7 +45,7 @@ class Raw:
 
     span: Span
     bits: dict[int, Tensor]
-    """In the source's dtype, one axis, on the CPU: valid until this thread reads again."""
+    """The bits in the source's dtype, one axis, on the CPU: valid until this thread reads again."""
     rows: Tensor | None
     """[models, n], in the order of `bits`, where all have one dtype and length; the same memory."""
     digests: dict[int, RangeDigest]

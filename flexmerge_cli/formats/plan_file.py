@@ -153,7 +153,7 @@ class Plan(Record):
         return next((found for found in self.vocabularies if name in found.tensors), None)
 
     def whole_shape(self, tensor: PlanTensor, task: int) -> Shape:
-        """As the task's own file has it."""
+        """The shape that the task's own file has."""
         vocabulary = self.vocabulary(tensor.name)
         shape = tensor.shape_of(task)
         return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])

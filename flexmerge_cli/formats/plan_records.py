@@ -140,7 +140,7 @@ class PlanTensor(Record):
 
 
 class PlanRows(Record):
-    """At which rows of one model's tensor those stand that all models have."""
+    """The rows of one model's tensor that all models have."""
 
     rows: Count
     """Number of rows of the whole tensor."""

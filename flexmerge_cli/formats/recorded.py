@@ -55,7 +55,7 @@ class Request(Record):
         return value
 
     def dump(self) -> dict[str, Any]:
-        """For JSON, without padding."""
+        """Return it for JSON, without padding."""
         return self.model_dump(mode="json", exclude_none=True, exclude={"padding"})
 
     def padded(self) -> dict[str, Any]:

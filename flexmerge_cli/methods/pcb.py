@@ -15,7 +15,7 @@ from flexmerge_cli.methods.reductions import flat, sum_tasks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Competition:
-    """Per task of a group: the bounds of |τ| in the scope, and the threshold and maximum of its scores. [k] float64."""
+    """The bounds of |τ| in the scope, and the threshold and maximum of its scores. [k] float64."""
 
     lowest: np.ndarray
     highest: np.ndarray
@@ -25,7 +25,7 @@ class Competition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Per task, threshold and maximum of its scores among all tasks and over the whole model. [M] float64."""
+    """The threshold and maximum of its scores among all tasks and over the whole model. [M] float64."""
 
     threshold: np.ndarray
     best: np.ndarray

@@ -142,7 +142,7 @@ class _Ties:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """For each of S rows and places: how many ties are below the window, and the numbers of those in it, in pieces."""
+    """For S rows and places: the number of ties below the window, and the numbers of those in it, in pieces."""
 
     below_S: np.ndarray
     inside: list[list[np.ndarray]]

@@ -78,7 +78,7 @@ def merge_order(
 
 
 def groups_after(num_blocks: int, num_tasks: int, merges: Iterable[Merge]) -> list[list[tuple[int, ...]]]:
-    """Per block its groups after these merges, by smallest task; tasks of a group ascend.
+    """Return each block's groups after these merges, by smallest task; tasks of a group ascend.
 
     Raises ValueError if a merge joins what is no group at that point.
     """

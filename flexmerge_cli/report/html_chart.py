@@ -76,7 +76,7 @@ def brackets(joins: Sequence[tuple[Point, Point, float]]) -> str:
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` round numbers in [low, high]."""
+    """Return at most `most` round numbers in [low, high]."""
     if not high > low:
         return [low]
     rough = (high - low) / max(1, most - 1)

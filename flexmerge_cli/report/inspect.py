@@ -39,7 +39,7 @@ class Asked:
     block: str | None = None
     verify: bool = False
     decode: bool = False
-    """With `verify`: also check the digests of decoded tensors."""
+    """Check also, with `verify`, the digests of decoded tensors."""
     html: Path | None = None
     every: bool = False
     """Show all rows of long tables."""

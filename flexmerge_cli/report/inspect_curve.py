@@ -54,9 +54,9 @@ def dense_sizes(plan: Plan) -> list[int]:
 
 
 def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> list[np.ndarray]:
-    """Per scale, cut and task ‖θ̂ - θ‖ / ‖τ‖ of scale · mean, from the Gram matrices, before rounding: [C, M] each.
+    """Compute ‖θ̂ - θ‖ / ‖τ‖ of scale · mean from the Gram matrices, before rounding.
 
-    cuts: numbers of merges, ascending.
+    Returns [C, M], cuts by tasks, for each scale. cuts: numbers of merges, ascending.
     """
     errors_CM = [np.zeros((len(cuts), len(plan.tasks))) for _ in scales]
     merges = plan.merges()

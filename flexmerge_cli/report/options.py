@@ -75,7 +75,7 @@ def show_options(value: dict[str, Any]) -> None:
 
 
 def option_remarks(value: dict[str, Any]) -> list[str]:
-    """Which row to begin with, and which are left out."""
+    """Say which row to begin with, and which are left out."""
     begin, larger = value["begin_with"], [row["name"] for row in value["options"] if row["is_larger"]]
     return [
         *([f"{BEGIN} begin with {begin['name']}: {begin['why']}"] if begin else []),

@@ -21,7 +21,7 @@ class CurveMethod:
     name: str
     """The method as requested."""
     request: MergeRequest
-    """Without a size."""
+    """The request without a size."""
 
     @property
     def stores_per_task(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which fine-tunes a folder, a Hub repository or a list of models holds, and what they are called. Reads no weights."""
+"""Finds the fine-tunes that a folder, a Hub repository or a list of models holds, and their names. Reads no weights."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field

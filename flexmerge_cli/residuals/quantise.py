@@ -41,7 +41,7 @@ def quantise(matrix: "Tensor", coder: LowBit, levels: np.ndarray) -> "tuple[Tens
 
 
 def squared_errors(matrix: "Tensor", coder: LowBit) -> "Tensor":
-    """Per row Σ (x - decoded x)², float64 [m]: what coding loses, without packing it."""
+    """Return Σ (x - decoded x)² of each row, float64 [m]: what coding loses, without packing it."""
     import torch
 
     levels = torch.from_numpy(coder.table()).to(matrix.device)

@@ -48,7 +48,7 @@ class _Trials:
 
 
 def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
-    """Per number of bits and row Σ (x - decoded x)² under `weight_code`: float32 [m, n] -> float64 [bits, m].
+    """Sum (x - decoded x)² of each row under `weight_code`, by bits: float32 [m, n] -> float64 [bits, m].
 
     bits: ascending.
     """

@@ -33,7 +33,7 @@ def _rows(value: Any, places: list[int]) -> Any:
 
 
 def _row(value: Any, number: int, count: int) -> Any:
-    """Of example `number` of `count`. What has no axis of examples, such as a mean loss or a cache, is left out."""
+    """Return example `number` of `count`, without what has no axis of examples, such as a mean loss or a cache."""
     if isinstance(value, Tensor):
         return value[number] if value.dim() and len(value) == count else None
     if isinstance(value, Mapping):

@@ -51,7 +51,10 @@ def run_together(runs: Sequence[Callable[[], Result]], shared: Collection[int]) 
 
 
 class _Meeting:
-    """Who runs, who waits for which product, and what each has found. One thread runs at a time: it needs no lock."""
+    """Tracks who runs, who waits for which product, and what each has found.
+
+    One thread runs at a time, so that it needs no lock.
+    """
 
     def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int]) -> None:
         self.results: list[Any] = [None] * len(runs)
@@ -59,7 +62,7 @@ class _Meeting:
         self._runs, self._shared = runs, shared
         self._turns = [threading.Semaphore(0) for _ in runs]
         self._ready = list(range(len(runs)))
-        """Who may go on, in order."""
+        """The tasks that may go on, in order."""
         self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
         self._found: dict[int, Tensor | BaseException] = {}
         self._next()
@@ -92,7 +95,7 @@ class _Meeting:
         return found.reshape(*x.shape[:-1], len(weight))
 
     def addmm(self, place: int, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
-        """As transformers' Conv1D calls it."""
+        """Multiply as transformers' Conv1D calls it."""
         if isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
             return NotImplemented
         key = weight.data_ptr(), bias.data_ptr()

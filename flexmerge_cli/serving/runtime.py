@@ -34,9 +34,9 @@ class Resident:
     """One tensor that a runtime holds."""
 
     name: str
-    """In the first task that has it."""
+    """Its name in the first task that has it."""
     part: str
-    """Of a tensor that stays packed, which of its parts: its role, such as `codes`, and its task if it is one's own."""
+    """The part of a tensor that stays packed: its role, such as `codes`, and its task if it is one's own."""
     tasks: tuple[str, ...]
     device: str
     num_bytes: int

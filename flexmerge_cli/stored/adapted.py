@@ -42,7 +42,7 @@ class AdaptedTensor:
         return View.FIRST_AXIS.matrix(self.shape)
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
-        """Of one that is low rank. The left factor is held in float64, with the scale."""
+        """Return the base and the factors of a low-rank tensor. The left factor is held in float64, with the scale."""
         base, change = self._low_rank()
         left, right = change.left, change.right
         return {
@@ -52,7 +52,7 @@ class AdaptedTensor:
         }
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
-        """Of one that is low rank; off by the rounding of a product that is not summed term by term."""
+        """Keep a low-rank tensor packed; values are off by the rounding of a product not summed term by term."""
         base, change = self._low_rank()
         left, right = change.left, change.right
         scaled = to_float32(read(left, ALL), left.dtype).astype(np.float64) * change.scale

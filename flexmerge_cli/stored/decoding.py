@@ -52,7 +52,7 @@ class Packable(Stored, Protocol):
         """Rows, and elements of each."""
 
     def pieces(self, parts: RouteParts) -> "dict[str, tuple[StoredTensor, int]]":
-        """By role: the parts that it is made of, and the bytes that `packed` holds of each."""
+        """Map each role to the parts that it is made of, and the bytes that `packed` holds of each."""
 
     def packed(self, parts: RouteParts, read: Read) -> "Packed | JoinedRows":
         """The tensor in its own bytes. Raises DataError if they cannot be decoded."""

@@ -60,7 +60,7 @@ class GroupLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Without the base, which all groups of a tensor share."""
+        """The bytes without the base, which all groups of a tensor share."""
         return sum(array.num_bytes for arrays in (self.centre, *(own for _, own in self.own)) for array in arrays)
 
 

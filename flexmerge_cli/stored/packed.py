@@ -184,7 +184,7 @@ class JoinedRows:
         return self.shared.dtype
 
     def decode_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """As Packed.decode_into."""
+        """Decode as Packed.decode_into does."""
         places, whole = self.places[rows].astype(np.int64), out.reshape(len(rows), self.matrix[1])
         is_shared = places >= 0
         whole[is_shared] = self.shared.rows(places[is_shared])

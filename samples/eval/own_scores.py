@@ -20,7 +20,7 @@ def accuracy(weights: Mapping[str, torch.Tensor], folder: Path, *, data: str) ->
 
 
 def predictions(model: ViTForImageClassification, data: Path) -> dict[str, object]:
-    """On the first hundred images."""
+    """Score the first hundred images."""
     with np.load(data) as file:
         images, labels = file["images"][:100], file["labels"][:100]
     with torch.inference_mode():

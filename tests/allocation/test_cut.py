@@ -156,7 +156,7 @@ def test_sizes_are_those_of_the_layouts(pricer):
 
 
 def test_the_smallest_has_the_fewest_merges_among_equals(odd_plan):
-    """Of equal tensors merges save nothing: deduplication was there before."""
+    """Merges of equal tensors save nothing: deduplication was there before."""
     for name in ("all_zero", "one_task", "private_only"):
         assert Cutter(Pricer(load_plan(odd_plan(name))), parse_use("average")).smallest().merges == 0
     pricer = Pricer(load_plan(odd_plan("duplicates")))

@@ -122,7 +122,7 @@ def test_from_the_second_tensor_on_a_views_other_files_are_digested_meanwhile(me
 
 
 def replaced(bundle, other):
-    """As `merge --force` does: the new folder is exchanged for the old one, which is removed."""
+    """Replace it as `merge --force` does: the new folder is exchanged for the old one, which is removed."""
     fresh = copy(other, bundle.with_name("fresh"))
     bundle.rename(bundle.with_name("old"))
     fresh.rename(bundle)

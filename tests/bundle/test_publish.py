@@ -100,7 +100,7 @@ def test_an_interrupted_merge_exits_with_130_and_leaves_nothing(large, tmp_path)
 
 def test_a_plan_that_is_interrupted_exits_with_130_and_leaves_nothing(large, tmp_path):
     def interrupted() -> None:
-        """As by a person, while weights are read."""
+        """Interrupt as a person does, while weights are read."""
         read = Reader.read
 
         def first(*arguments):

@@ -47,7 +47,7 @@ def test_what_a_crash_left_is_removed_and_an_old_folder_is_put_back(tmp_path):
 
 
 def no_exchange(monkeypatch):
-    """As on macOS; a kernel or a file system without it answers in another way, and comes to the same."""
+    """It is so on macOS; a kernel or a file system without it answers in another way, and comes to the same."""
     monkeypatch.setattr("ctypes.CDLL", lambda *_arguments, **_options: object())
 
 

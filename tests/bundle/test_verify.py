@@ -113,7 +113,7 @@ def test_wrong_digests_of_decoded_tensors_are_found(masked, tmp_path):
 
 
 def test_verifying_needs_no_torch(masked, tmp_path):
-    """As on a machine that only keeps bundles."""
+    """A machine that only keeps bundles has none."""
     import subprocess
     import sys
 

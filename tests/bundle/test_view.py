@@ -72,7 +72,7 @@ def test_every_task_gets_its_own_dtype(name, method, tmp_path):
 
 
 def test_a_group_of_several_dtypes_is_stored_in_what_holds_them_all(tmp_path):
-    """And each task's cast is of the one value: a bf16 task gets the float32 value rounded."""
+    """Each task's cast is of the one value: a bf16 task gets the float32 value rounded."""
     bundle = open_bundle(make(tmp_path, "--method", "average", name="mixed_dtypes"))
     for name in ("pooler.dense.weight", "encoder.layer.0.attention.self.query.weight"):
         wide = bundle.view("single")[name]

@@ -72,7 +72,7 @@ class Hub:
     answers: dict[str, bytes] = field(default_factory=dict)
     """End of a path of the API -> what is answered instead."""
     signature: int = 0
-    """Of addresses at the second origin; older ones are refused."""
+    """The generation of addresses at the second origin; older ones are refused."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, name: str, files: Mapping[str, bytes] | Path, *, branch: str = "main", **kind: bool) -> str:

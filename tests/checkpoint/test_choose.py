@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: preference, variants, and what is never guessed."""
+"""The files of a folder that are the model: preference, variants, and what is never guessed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Which file of a source is what: by name alone, the same for a disk, the Hub and a URL."""
+"""Files of a source are told apart by name alone, the same for a disk, the Hub and a URL."""
 
 import os
 import random

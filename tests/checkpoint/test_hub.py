@@ -432,7 +432,7 @@ def test_where_the_hub_cannot_be_reached_the_cache_is_used_and_said(hub, tmp_pat
 ])  # fmt: skip
 @pytest.mark.parametrize("what", ["info", "tree"])
 def test_answers_that_are_none_of_the_hubs_are_clean_errors(answer, what, hub, tmp_path):
-    """As a proxy's page, or a server that is no Hub."""
+    """A proxy's page is such an answer, or a server that is no Hub."""
     commit = publish(hub, tmp_path / "made")
     hub.answers["/revision/main" if what == "info" else f"/tree/{commit}"] = answer
     try:

@@ -51,7 +51,7 @@ def test_options_stand_in_panels_and_say_what_they_take():
 
 
 def test_options_of_one_name_mean_the_same_everywhere():
-    """But where the thing they are of differs, as with -o."""
+    """They may differ only where the thing that they concern differs, as with -o."""
     known: dict[str, set[str]] = {}
     for name in COMMANDS:
         for parameter in typer.main.get_command(app).commands[name].params:

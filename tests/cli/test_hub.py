@@ -222,7 +222,7 @@ def test_quiet_is_silent(hub, published, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_is_driven_by_the_environment(hub, published, tmp_path):
-    """As a user has it: the endpoint, home and token of the environment."""
+    """Set what a user has: the endpoint, home and token of the environment."""
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_friend",
     }  # fmt: skip

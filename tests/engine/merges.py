@@ -105,7 +105,7 @@ PARTITIONS = ((8,), (1, 7), (2, 6), (3, 5), (4, 4), (1, 2, 5), (2, 3, 3), (1,) *
 
 
 def planned(root: Path, models: Models, *options: object) -> Folders:
-    """On disk, with `root/plan.json`."""
+    """Write a family to disk, with its `root/plan.json`."""
     folders = write_family(root, models)
     succeeds("plan", *folders.arguments, *options, "-o", root / "plan.json")
     return folders
@@ -131,7 +131,7 @@ def billed(
     dtype: str | None = None,
     **request: Any,
 ) -> BundleLayout:
-    """Of groups by block, the partitions in turn unless told; several methods take turns, too."""
+    """Allocate groups by block, the partitions in turn unless told; several methods take turns, too."""
     uses = tuple(parse_use(text, **request) for text in methods)
     if groups is None:
         groups = [groups_of(len(plan.tasks), index) for index in range(len(plan.blocks))]

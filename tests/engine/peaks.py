@@ -30,7 +30,7 @@ SHAPES = {
 }
 """Families: tensors of the base by name."""
 RANK = 16
-"""Of adapters."""
+"""The rank of adapters."""
 
 
 def measured(cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

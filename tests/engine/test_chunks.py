@@ -57,7 +57,7 @@ def test_a_bundle_is_the_same_for_any_chunk_size_and_number_of_threads(method, l
 @pytest.mark.parametrize("sums", [runs.squares, runs.sizes])
 @pytest.mark.parametrize("run", [1, 8, 257, RUN_ELEMENTS, 3000])
 def test_a_sum_over_runs_does_not_show_how_it_was_cut(sums, run):
-    """Of float64 bits, which a bundle's seven digits would hide."""
+    """These are float64 bits, which a bundle's seven digits would hide."""
     values = torch.cat([normal(1, 3, 50_003), normal(1, 3, 50_003)])
     whole = sums(values, run)
     assert whole.shape == (6, -(-50_003 // run))

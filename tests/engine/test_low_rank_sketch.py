@@ -25,7 +25,7 @@ def model(dtype: torch.dtype = torch.float32, side: int = 96) -> dict[str, torch
 
 
 def merged(base: dict[str, torch.Tensor], rank: int, seed: int, size: float = 0.02) -> dict[str, torch.Tensor]:
-    """As peft merges: in float32, rounded once; norms stay as they are."""
+    """Merge as peft does: in float32, rounded once; norms stay as they are."""
     return {
         name: (v.float() + size * drawn(seed + n, v.shape[0], rank) @ drawn(seed - n - 1, rank, v.shape[1])).to(v.dtype)
         if v.ndim == 2

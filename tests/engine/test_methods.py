@@ -130,7 +130,7 @@ def edge(tmp_path_factory):
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("method", DEFAULTS.values())
 def test_no_family_is_too_odd_for_a_method(method, name, edge, tmp_path):
-    """As a user merges all that the method can: priced by a dry run, finite, and sound when read back."""
+    """Merge as a user does all that the method can: priced by a dry run, finite, and sound when read back."""
     folders = edge(name)
     arguments = ("merge", folders.root / "plan.json", "--method", method, "-o", tmp_path / "bundle", "--json")
     priced = succeeds(*arguments, "--dry-run").json

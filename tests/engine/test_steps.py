@@ -192,7 +192,7 @@ def test_a_pattern_that_no_block_matches_is_refused(eight, tmp_path):
 
 
 def test_a_step_goes_before_every_method_of_a_bundle(tmp_path):
-    """And not before the copies: dare by p = 0.9 would be seen."""
+    """The step does not come before the copies: dare by p = 0.9 would be seen."""
     base = encoder(layers=1)
     folders = planned(tmp_path, Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(3)}))
     layout = billed(plan_of(folders), "average", "tsv_m", groups=[[(0, 1), (2,)]] * 7, steps=("dare:p=0.9",))

@@ -90,7 +90,7 @@ def test_the_same_bits_are_found_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_task_in_another_dtype_is_the_base_if_a_cast_gives_its_bits(dtype, tmp_path):
-    """As readers cast: by way of float32. One value in the last range, and the sign of a zero, make a difference."""
+    """Readers cast by way of float32. One value in the last range, and the sign of a zero, make a difference."""
     size = 2 * PRODUCT_ELEMENTS + 3
     base = normal(0, size).to(dtype)
     base[7] = 0.0

@@ -70,7 +70,7 @@ def test_equal_weights_pass_with_any_number_of_examples():
 
 
 def test_an_infinite_bound_is_null_in_json():
-    """Of one example: it was Infinity, which no JSON has."""
+    """The bound of one example was Infinity, which no JSON has."""
     one = Scored(metric="kl_divergence", predictions=np.array([[0.0, 1.0]]), labels=np.array([[1.0, 0.0]]))
     record = judge({"t": one}, {"t": one}, parse_gate("1%", None)).record()
     assert record["outcome"] == "undecided" and record["tasks"]["t"]["high"] is None

@@ -55,7 +55,7 @@ def digests_of(bundle: Bundle, task: str) -> dict[str, str]:
 
 
 def layouts(folders: Folders, request: dict) -> list[BundleLayout]:
-    """Of all sizes that the method reaches, and its smallest."""
+    """Return the layouts of all sizes that the method reaches, and of its smallest."""
     plan, found = plan_of(folders), []
     pricer = Pricer(plan)
     for size in (*SIZES, None) if "method" in request else (None,):

@@ -50,7 +50,7 @@ def test_one_example_has_an_interval_inside_0_and_1():
 
 
 def scored(outcomes: np.ndarray) -> Scored:
-    """Of 0 and 1: right where it is 1."""
+    """Return outcomes of 0 and 1: right where it is 1."""
     return Scored(metric="accuracy", predictions=outcomes.astype(int), labels=np.ones(len(outcomes), int))
 
 

@@ -18,7 +18,7 @@ N = 20
 
 
 def images(seed: int = 0) -> np.ndarray:
-    """Of different colours, a little noisy."""
+    """Make images of different colours, a little noisy."""
     rng = np.random.default_rng(seed)
     return np.clip(rng.integers(0, 256, (N, 3, 1, 1)) + rng.integers(-9, 9, (N, 3, 8, 8)), 0, 255).astype(np.uint8)
 

@@ -30,7 +30,7 @@ def token_losses(built, ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("make", [tiny.gpt2, tiny.llama])
 def test_perplexity_equals_a_loop_over_tokens(tmp_path, make):
-    """Of Llama's tokenizer a text begins with <s>, so its first word is scored, too; of GPT-2's it does not."""
+    """A text begins with <s> in Llama's tokenizer, so its first word is scored, too; in GPT-2's it does not."""
     model = make(tmp_path / "model")
     texts = tiny.sentences(N)
     found = tiny.scored(model, {"kind": "causal-lm", "data": tiny.rows(tmp_path / "d.jsonl", text=texts)})

@@ -58,7 +58,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def accuracy(path: Path, name: str, state: dict[str, torch.Tensor] | None = None) -> float:
-    """Of a checkpoint folder, one text at a time."""
+    """Score a checkpoint folder, one text at a time."""
     built = transformers.BertForSequenceClassification.from_pretrained(path).eval()
     built.load_state_dict(state or {}, strict=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

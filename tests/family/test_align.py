@@ -87,7 +87,7 @@ def test_two_names_never_fall_on_one():
 
 @pytest.mark.parametrize("turned", [False, True], ids=["old base", "new base"])
 def test_the_parts_of_a_model_are_renamed_each_for_itself(turned):
-    """As transformers 4.52 moved them in LLaVA."""
+    """Move names as transformers 4.52 did in LLaVA."""
     old = (
         *under("vision_tower.vision_model."), *under("language_model.model."), "language_model.lm_head.weight",
         "multi_modal_projector.linear.weight",

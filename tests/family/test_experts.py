@@ -29,7 +29,7 @@ def apart(seed, names=NAMES["qwen"]):
 
 
 def stacked(state, names=NAMES["qwen"]):
-    """As transformers 5 has them in memory."""
+    """Stack experts as transformers 5 has them in memory."""
     found = {name: value for name, value in state.items() if ".experts." not in name}
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"

@@ -1,4 +1,4 @@
-"""Which row of a task is which of the base: by token, and by place where there is none."""
+"""Rows of a task are matched to the base's by token, and by place where there is none."""
 
 import pytest
 from hypothesis import given

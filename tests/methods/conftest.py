@@ -14,7 +14,7 @@ def one_thread():
 
 
 def break_ties_by_index(patch: pytest.MonkeyPatch, first: Mapping[str, int] | None = None) -> None:
-    """Of elements of equal magnitude those of the lowest index are kept, as the reference that made golden/ does.
+    """Keep the elements of the lowest index among those of equal magnitude, as the reference that made golden/ does.
 
     first: where a tensor begins in a scope of several.
     """

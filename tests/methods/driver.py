@@ -146,7 +146,7 @@ class _Run:
         return _Run(family=self.family, deltas=stepped, chunk=self.chunk)
 
     def statistic(self, statistic: Statistic | None, tensor: str, group: Sequence[str]) -> Any:
-        """Of the group, for this tensor. All statistics of a run are of one method."""
+        """Return the statistics of the group for this tensor. All statistics of a run are of one method."""
         if statistic is None:
             return None
         scope = statistic.scope
@@ -164,7 +164,7 @@ class _Run:
         return value.take(rows) if statistic.per == "task" else value
 
     def call(self, call: Call, block: str, group: Sequence[str], deltas: Any, unstepped: Any) -> dict[str, Any]:
-        """By tensor: the merged delta, or for masked methods a list of (start, end, Centre)."""
+        """Map each tensor to the merged delta, or for masked methods a list of (start, end, Centre)."""
         if call.scope == "block":
             stats = self.statistic(call.statistics, next(iter(deltas)), group)
             return dict(call(deltas, Where(tasks=tuple(group), tensor=block, start=0, shape=()), stats, unstepped))

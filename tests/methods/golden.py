@@ -57,7 +57,7 @@ def golden_family() -> Family:
 
 
 def first_case(name: str) -> tuple[Call, list[StepCall]]:
-    """Of methods-1.json."""
+    """Make the call and the steps of a case of methods-1.json."""
     case = FIRST["cases"][name]
     args = dict(case["arguments"])
     if case["method"] == "pcb" and args["scope"] == "model":  # of the authors, not of FlexMerge's release
@@ -69,7 +69,7 @@ def first_case(name: str) -> tuple[Call, list[StepCall]]:
 
 
 def second_case(case: Mapping[str, Any]) -> tuple[Call, list[StepCall], CalibrationCall | None]:
-    """Of methods-2.json, whose `prefilter` and `calibrate` are our step fr and calibration svc."""
+    """Make the calls of a methods-2.json case: its `prefilter` is our step fr, its `calibrate` our calibration svc."""
     args = PAPER.get(case["method"], {}) | case["arguments"]
     prefilter, calibrate = args.pop("prefilter", None), args.pop("calibrate", None)
     return (

@@ -31,7 +31,7 @@ def test_a_vector_is_one_row(method, deltas, chunk):
 
 
 def pcb(deltas, kept):
-    """From the definition, one sort for each order statistic. [k, n] float32 -> [n] float32."""
+    """Compute it from the definition, one sort for each order statistic. [k, n] float32 -> [n] float32."""
     k, n = deltas.shape
     ordered = deltas.abs().sort(1).values.double()
     low, high = ordered[:, int(0.0001 * n)][:, None], ordered[:, max(0, int(0.9999 * n - 1))][:, None]

@@ -104,7 +104,7 @@ def test_a_group_of_one_is_not_stepped():
 @pytest.mark.parametrize("step", ["dare:p=0.6", "magprune:p=0.6", "magprune:p=0.6,scope=tensor"])
 @pytest.mark.parametrize("shape", [(40, 30), (50,), (6, 5, 4), (1, 1), (0, 3)])
 def test_l1_scales_each_tensor_to_the_norm_that_it_had(step, shape):
-    """As mergekit: what is kept is that of rescale=false, times one factor a task."""
+    """As in mergekit, what is kept is that of rescale=false, times one factor a task."""
     deltas = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     deltas[1] *= 1e-6
     family = family_of({"w": deltas})

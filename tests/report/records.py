@@ -49,7 +49,7 @@ def record(
 
 
 def difference() -> dict[str, Any]:
-    """Of two bundles, as diff_value makes it: one block has other groups, one task other values, and one is new."""
+    """Make what diff_value makes of two bundles: a block has other groups, a task other values, and one is new."""
     layer = "vision_model.encoder.layers.11.self_attn"
 
     def groups(*tasks: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def difference() -> dict[str, Any]:
 
 
 def scores(num_tasks: int = 3, *, name: str = "task", metrics: tuple[str, ...] = ("accuracy",)) -> dict[str, Any]:
-    """Of a bundle, as `eval BUNDLE` has it; metrics: of the tasks in turn."""
+    """Make the record of a bundle that `eval BUNDLE` has; metrics: of the tasks in turn."""
     tasks = {
         f"{name}{number}": _scored(0.9 - 0.03 * number, metrics[number % len(metrics)]) for number in range(num_tasks)
     }

@@ -64,7 +64,7 @@ def test_other_orders_have_a_page(similarity: Similarity, linkage: Linkage, tmp_
 
 
 def test_page_of_thirty_tasks_stays_small(tmp_path: Path) -> None:
-    """With an element per number, 100 kB a block; 300 blocks of a large model would be 30 MB."""
+    """An element per number would take 100 kB a block; 300 blocks of a large model would be 30 MB."""
     page = page_of(synthetic_plan(30, 40), tmp_path)
     assert len(page.encode()) < 40 * 13_000
 

@@ -15,7 +15,7 @@ def page_of(document):
 
 
 def sources(num_tasks: int) -> dict:
-    """As `eval --sources` has it."""
+    """Make the record that `eval --sources` has."""
     found = scores(num_tasks)
     for key in ("bundle", "methods", "num_models", "one_model_bytes", "stored_bytes", "total_bytes", "factor"):
         del found[key]

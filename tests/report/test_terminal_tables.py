@@ -103,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_a_command_prints_fits_80_columns(folder, name):
-    """In order: each command needs what those before it wrote."""
+    """Run them in order: each command needs what those before it wrote."""
     printed = told(on_terminal(folder, COMMANDS[name]))
     assert printed == (GOLDEN / f"{name}.txt").read_text(), "python -m tests.report.test_terminal_tables writes it anew"
     lines = printed.splitlines()

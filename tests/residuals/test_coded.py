@@ -127,7 +127,7 @@ def test_tensors_with_nothing_to_code_are_copies(method, shape):
 
 
 def test_sparse_by_row_is_magnitude_pruning_of_each_row():
-    """As FusionBench: the smallest int(n·prune_ratio) of every row become 0."""
+    """As in FusionBench, the smallest int(n·prune_ratio) of every row become 0."""
     residual = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
     found = form(coded.sparse, (6, 40), 4, "F32", density=0.25, select="row", centre="base")
     decoded = found.residual.decode(found.residual.encode(residual, "F32"), found.matrix, "F32")

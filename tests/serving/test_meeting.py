@@ -35,7 +35,7 @@ def every_layer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs_of(name: str) -> dict:
-    """Of four examples."""
+    """Make a batch of four examples."""
     found = {key: torch.cat([value, value.flip(-1)]) for key, value in FAMILIES[name].inputs().items()}
     dtype = FAMILIES[name].dtype
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in found.items()}
@@ -77,7 +77,7 @@ def test_generated_sequences_are_those_of_each_task_alone(name: str, form: str, 
 def test_a_shared_product_is_taken_once_for_all(
     bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a bundle of one group every linear layer but the heads runs once, with the rows of all."""
+    """Every linear layer but the heads of a bundle of one group runs once, with the rows of all."""
     runtime = open_bundle(bundle_of("vit", method="average", size="1x")).runtime()
     products, multiply = [], meeting._Meeting._multiply
 

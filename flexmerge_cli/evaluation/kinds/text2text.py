@@ -56,7 +56,7 @@ class Text2Text(TaskSpec):
 
     @property
     def label_texts(self) -> list[tuple[str, ...]]:
-        """For each class, the texts that mean it, in the form in which they are compared; the first is ranked."""
+        """The texts that mean each class, in the form in which they are compared; the first is ranked."""
         return [(label,) if isinstance(label, str) else label for label in self.labels or ()]
 
 
