@@ -9,7 +9,7 @@ import numpy as np
 
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.fetch import fetch
@@ -105,11 +105,6 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
         digest=weights_digest(lines),
         num_bytes=sum(bundle.manifest.files[file].bytes for file in bundle.route(task)),
     )
-
-
-def source_model(task: str, source: str, *, relative_to: Path | None = None) -> TaskModel:
-    """The model of a checkpoint. Reads its weights once, for their digest. Raises SourceError, DataError."""
-    return checkpoint_model(task, fetched(open_checkpoint(source, relative_to=relative_to)))
 
 
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:

@@ -286,7 +286,7 @@ def test_an_interrupted_run_ends_soon_and_keeps_what_it_has(hub, tmp_path, monke
 
 
 def test_sources_of_an_evaluation_are_fetched(hub, published):
-    from flexmerge_cli.evaluation.models import source_model
+    from ..evaluation.tiny import source_model
 
     ours = source_model("task0", "hf://org/task0")
     assert ours.digest == source_model("task0", str(published.tasks["task0"])).digest

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from flexmerge_cli.evaluation.cache import ScoreCache, cache_folder, key_of
-from flexmerge_cli.evaluation.models import source_model
 from flexmerge_cli.evaluation.scored import Given, Scored
 from flexmerge_cli.evaluation.scoring import Scorer
 
@@ -90,7 +89,7 @@ def test_the_folder_is_where_xdg_says(monkeypatch, tmp_path):
 @pytest.fixture
 def task(tmp_path):
     """A model, and what makes a scorer of a changed spec with the cache of this test."""
-    model = source_model("it", str(tiny.bert(tmp_path / "model", 2)))
+    model = tiny.source_model("it", str(tiny.bert(tmp_path / "model", 2)))
     data = tiny.rows(tmp_path / "d.jsonl", text=tiny.sentences(12), label=[0, 1] * 6)
     cache = ScoreCache(folder=tmp_path / "cache")
 

@@ -127,7 +127,6 @@ def test_zero_shot_equals_a_loop_with_the_text_tower_of_the_base(tmp_path, encod
 
 def test_classes_are_embedded_once_and_templates_are_those_of_the_base(tmp_path, monkeypatch):
     from flexmerge_cli.evaluation.kinds import zero_shot
-    from flexmerge_cli.evaluation.models import source_model
     from flexmerge_cli.evaluation.scoring import Scorer
 
     model = tiny.clip(tmp_path / "model")
@@ -138,7 +137,7 @@ def test_classes_are_embedded_once_and_templates_are_those_of_the_base(tmp_path,
     calls, embed = [], zero_shot._embedded
     monkeypatch.setattr(zero_shot, "_embedded", lambda *args: calls.append(1) or embed(*args))
     scorer = Scorer(spec=spec, device="cpu", cache=None)
-    values = {scorer.score(source_model("it", str(model))).value for _ in range(3)}
+    values = {scorer.score(tiny.source_model("it", str(model))).value for _ in range(3)}
     assert len(values) == 1 and len(calls) == 1
     assert scorer.examples("it", model).items[2].prompts == [["a red of"], ["a blue of"]]
 

@@ -88,9 +88,8 @@ def test_what_a_command_gets_loads_in_transformers_with_the_same_logits(model, t
     import transformers
 
     from flexmerge_cli.evaluation.materialise import materialised
-    from flexmerge_cli.evaluation.models import source_model
 
-    with materialised(source_model("it", str(model))) as folder:
+    with materialised(tiny.source_model("it", str(model))) as folder:
         models = [transformers.GPT2LMHeadModel.from_pretrained(path).eval() for path in (model, folder)]
     assert not folder.exists()
     ids = torch.arange(10)[None]

@@ -11,14 +11,14 @@ import transformers
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation import loading, skeletons
 from flexmerge_cli.evaluation.loading import build_model
-from flexmerge_cli.evaluation.models import Lazy, source_model
+from flexmerge_cli.evaluation.models import Lazy
 
 from . import tiny
 
 
 @pytest.fixture
 def model(tmp_path):
-    return source_model("it", str(tiny.bert(tmp_path / "model", 3)))
+    return tiny.source_model("it", str(tiny.bert(tmp_path / "model", 3)))
 
 
 def with_weights(model, **changed):
@@ -46,7 +46,7 @@ def test_the_model_is_that_of_from_pretrained(model):
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.t5, tiny.clip])
 def test_buffers_that_no_checkpoint_has_are_made(tmp_path, make):
     """Rotary frequencies, position numbers, causal masks: on the meta device they have no values."""
-    model = source_model("it", str(make(tmp_path / "model")))
+    model = tiny.source_model("it", str(make(tmp_path / "model")))
     built = build_model(model, None, "cpu")
     whole = type(built).from_pretrained(model.folder)
     for (name, ours), theirs in zip(built.named_buffers(), whole.buffers()):
@@ -98,15 +98,15 @@ def test_a_config_that_is_missing_or_names_no_model_is_asked_wrongly(model):
 
 
 def test_equal_weights_have_one_digest_and_other_weights_another(tmp_path):
-    first, second = (source_model("it", str(tiny.gpt2(tmp_path / name))) for name in "ab")
-    other = source_model("it", str(tiny.llama(tmp_path / "c")))
+    first, second = (tiny.source_model("it", str(tiny.gpt2(tmp_path / name))) for name in "ab")
+    other = tiny.source_model("it", str(tiny.llama(tmp_path / "c")))
     assert first.digest == second.digest != other.digest
 
 
 def test_a_strided_tensor_of_a_pickle_is_read_in_its_own_order(tmp_path):
     tensor = torch.arange(12.0).reshape(3, 4).T
     torch.save({"t": tensor}, tmp_path / "pytorch_model.bin")
-    assert torch.equal(source_model("it", str(tmp_path)).weights["t"], tensor)
+    assert torch.equal(tiny.source_model("it", str(tmp_path)).weights["t"], tensor)
 
 
 def test_lazy_weights_are_made_when_asked_for():
@@ -121,14 +121,14 @@ def test_a_model_generates_by_its_generation_config(tmp_path):
     path = tiny.t5(tmp_path)
     options = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps(options | {"forced_bos_token_id": 7}))
-    built = build_model(source_model("it", str(path)), None, "cpu")
+    built = build_model(tiny.source_model("it", str(path)), None, "cpu")
     wanted = transformers.T5ForConditionalGeneration.from_pretrained(path)
     assert built.generation_config == wanted.generation_config
     ids = torch.tensor([[5, 6, 3]])
     assert built.generate(ids, max_new_tokens=3).equal(wanted.generate(ids, max_new_tokens=3))
     (path / "generation_config.json").write_text("{")
     with pytest.raises(DataError, match="generation_config"):
-        build_model(source_model("it", str(path)), None, "cpu")
+        build_model(tiny.source_model("it", str(path)), None, "cpu")
 
 
 def counted(monkeypatch):
@@ -148,7 +148,7 @@ def state_of(built):
 def test_what_is_built_again_is_what_would_have_been_built(tmp_path, monkeypatch, make, dtype):
     """Other weights of the same config; and neither model has anything of the other."""
     calls = counted(monkeypatch)
-    model = source_model("it", str(make(tmp_path / "model")))
+    model = tiny.source_model("it", str(make(tmp_path / "model")))
     others = {n: v * 2 + 1 if v.is_floating_point() else v for n, v in dict(model.weights).items()}
     other = replace(model, weights=others)
     first = build_model(model, dtype, "cpu")
@@ -171,7 +171,7 @@ def test_what_is_built_again_is_what_would_have_been_built(tmp_path, monkeypatch
 @pytest.mark.parametrize("make", [tiny.vit, tiny.llama, lambda path: tiny.bert(path, 3)])
 def test_a_model_is_built_once_and_again_for_another_config(tmp_path, monkeypatch, make):
     calls = counted(monkeypatch)
-    model = source_model("it", str(make(tmp_path / "model")))
+    model = tiny.source_model("it", str(make(tmp_path / "model")))
     for _ in range(3):
         build_model(model, "float32", "cpu")
     assert len(calls) == 1

@@ -9,7 +9,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from flexmerge_cli.evaluation.models import source_model
+from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
+from flexmerge_cli.evaluation.models import TaskModel, checkpoint_model, fetched
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
@@ -127,6 +128,11 @@ def spec_of(folder: Path, task: dict[str, Any], **top: Any) -> EvalSpec:
     path = folder / "eval.yaml"
     path.write_text(json.dumps({"version": 1, **top, "tasks": {"it": task}}))  # JSON is YAML
     return read_spec(path, ("it",), allow_exec=True)
+
+
+def source_model(task: str, source: str) -> TaskModel:
+    """The model of a checkpoint."""
+    return checkpoint_model(task, fetched(open_checkpoint(source)))
 
 
 def scored(model: Path, task: dict[str, Any], *, reference: Path | None = None, **top: Any) -> Scored:
