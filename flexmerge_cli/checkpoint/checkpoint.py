@@ -6,7 +6,7 @@ safetensors wins where a folder holds both formats. A model may have parts in su
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,12 +178,14 @@ def _open_folder(
         tensors, read, _ = read_weights(folder, file)
         return _checkpoint(source, path, folder, access, tensors, read)
     found = _contents(source, folder, access)
+    config = read_config(folder)
     parts: dict[str, str] = {}
     odd: list[str] = []
     for name, weights in found.weights.items():
         if weights in read:
             continue  # the source's own index names it as a shard
-        own = _read_part(inside(folder, name), weights.rpartition("/")[2])
+        place = inside(folder, name)
+        own = _read_part(place, weights.rpartition("/")[2], read_config(place) if name else config)
         if name and (whole := _is_the_whole(own[0], tensors)):
             raise DataError(
                 f"{folder.path / weights} is another checkpoint of the model, and no part of it: {whole} of its "
@@ -213,7 +215,7 @@ def _open_folder(
         folder.bring(carried)
     return replace(
         checkpoint,
-        config=read_config(folder),
+        config=config,
         side_files={name: folder.path / name for name in carried},
         parts=parts,
         license=read_license(folder.path / CARD_NAME) if CARD_NAME in carried else None,
@@ -292,9 +294,11 @@ def _beside_adapter(folder: Folder, found: Contents) -> Contents:
     return replace(found, copies=copies, value_heads=tuple(others))
 
 
-def _read_part(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
+def _read_part(
+    folder: Folder, weights: str, config: Mapping[str, Any]
+) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
     """The tensors of one folder, the files that hold them, and what is odd about their index."""
-    if scheme := by_config(read_config(folder)):
+    if scheme := by_config(config):
         raise DataError(f"{folder.path} is quantised: its config.json says {scheme}", hint=HINT)
     return read_weights(folder, weights)
 

@@ -72,7 +72,7 @@ class Given:
 
 
 def plan_request(
-    source: Path | None,
+    source: Path | Recipe | None,
     base: str | None,
     tasks: Sequence[str],
     task: Sequence[str],
@@ -92,9 +92,9 @@ def plan_request(
     """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
         known_word(get_args(Statistics), statistics, "statistics")
-    recipe: Recipe | None = None
+    recipe = source if isinstance(source, Recipe) else None
     plan: Plan | None = None
-    if source is not None:
+    if isinstance(source, Path):
         if not source.is_file():
             raise SourceError(f"no recipe or plan at {source}", hint="check the path, or give --base and --tasks")
         if source.suffix in (".yaml", ".yml"):
@@ -114,7 +114,7 @@ def plan_request(
             old["seed"] = settings.seed
         if old["blocks"] == "rules" and not order.get("blocks"):
             raise UsageError("the plan was made with a rules file", hint="give it again: --blocks rules.yaml")
-        assert source is not None
+        assert isinstance(source, Path)
         chosen = order_settings(order, old)
         if changes:
             return _changed(plan, source, add, remove, chosen, statistics, replace(access, ignore=tuple(ignore)))

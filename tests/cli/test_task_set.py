@@ -4,6 +4,9 @@ import shutil
 
 import pytest
 
+from flexmerge_cli.request import recipe
+from flexmerge_cli.request.tasks import found_tasks
+
 from ..families import plain, write_family
 from ..program import fails, succeeds
 
@@ -95,8 +98,17 @@ def test_a_folder_with_nothing_but_unfinished_models_says_so(family):
     fails(4, "plan", *family.arguments, *given, "--dry-run", says="no checkpoint in any subfolder")
 
 
+def test_the_folder_of_a_recipes_tasks_is_listed_once(family, monkeypatch):
+    """It may be a repository of the Hub, and may change."""
+    listed = []
+    monkeypatch.setattr(recipe, "found_tasks", lambda *a, **more: listed.append(a) or found_tasks(*a, **more))
+    (family.root / "recipe.yaml").write_text("version: 1\nbase: base\ntasks: tasks\n")
+    succeeds("merge", family.root / "recipe.yaml", "-o", family.root / "bundle", "--dry-run")
+    assert len(listed) == 1
+
+
 def test_a_recipe_with_one_model_under_two_names_is_told_by_merge_too(family):
-    recipe = family.root / "recipe.yaml"
-    recipe.write_text("version: 1\nbase: base\ntasks: {a: tasks/task0, b: tasks/task0/, c: tasks/task1}\n")
-    warnings = succeeds("merge", recipe, "-o", family.root / "bundle", "--dry-run", "--json").json["warnings"]
+    path = family.root / "recipe.yaml"
+    path.write_text("version: 1\nbase: base\ntasks: {a: tasks/task0, b: tasks/task0/, c: tasks/task1}\n")
+    warnings = succeeds("merge", path, "-o", family.root / "bundle", "--dry-run", "--json").json["warnings"]
     assert f"tasks `a`, `b` are the same model: {family.tasks['task0'].resolve()}" in warnings
