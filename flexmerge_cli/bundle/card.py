@@ -154,6 +154,7 @@ def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
     python = f'from flexmerge_cli import open_bundle\n\nmodel = open_bundle("hf://{REPOSITORY}").model("{first}")'
     parts.append(f"Any task, of which only its own files are fetched:\n\n{_fence(chr(10).join(commands), 'bash')}")
     parts.append(f"Several tasks in one process share what the bundle stores once:\n\n{_fence(python, 'python')}")
+    parts.append(f"All tasks over HTTP:\n\n{_fence(f'flexmerge serve hf://{REPOSITORY}', 'bash')}")
     return "\n\n".join(parts)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def export_task(
     """
     needed_bytes = check_export(bundle, task, link=link, merged=merged)
     ours = partial(exported_files, bundle.manifest)
-    _check_place(bundle, target, needed_bytes, force=force, ours=ours)
+    check_place(bundle, target, needed_bytes, force=force, ours=ours)
     with publish(target, force=force, ours=ours, needed_bytes=needed_bytes) as folder:
         _fill(bundle, task, folder, link=link, merged=merged)
 
@@ -70,7 +70,7 @@ def export_tasks(
         known = {f"{task}/{name}" for task, files in found.items() if files is not None for name in files}
         return known or None
 
-    _check_place(bundle, target, needed_bytes, force=force, ours=ours)
+    check_place(bundle, target, needed_bytes, force=force, ours=ours)
     with publish(target, force=force, ours=ours, needed_bytes=needed_bytes) as folder:
         for task in tasks:
             (folder / task).mkdir()
@@ -80,12 +80,12 @@ def export_tasks(
 
 def _fill(bundle: Bundle, task: str, folder: Path, *, link: bool, merged: bool) -> None:
     adapter = bundle.manifest.tasks[task].adapter
-    for path, name in _side_files(bundle, task, merged=merged).items():
+    for path, name in side_files(bundle, task, merged=merged).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if link and adapter is not None:
             _link_file(bundle, path, folder / name)
         else:
-            _copy_file(bundle, path, folder / name)
+            copy_file(bundle, path, folder / name)
     if adapter is not None and not merged:
         return
     if link:
@@ -95,7 +95,7 @@ def _fill(bundle: Bundle, task: str, folder: Path, *, link: bool, merged: bool) 
             _write(unchecked, task, folder)
 
 
-def _copy_file(bundle: Bundle, path: str, target: Path) -> None:
+def copy_file(bundle: Bundle, path: str, target: Path) -> None:
     with target.open("xb") as write:
         for data in bundle.chunks(path):
             write.write(data)
@@ -119,7 +119,7 @@ def _check(bundle: Bundle, path: str, sha256: str) -> None:
         )
 
 
-def _side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
+def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     """Path in the bundle -> name in the export, of all but weights and index."""
     prefix, adapter = f"{bundle.manifest.side_folder(task)}/", bundle.manifest.tasks[task].adapter
     own = {path: path.removeprefix(prefix) for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
@@ -155,11 +155,11 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
     if link:
         return 0
     if as_adapter:
-        return sum(bundle.manifest.files[path].bytes for path in _side_files(bundle, task, merged=False))
-    return sum(_num_bytes(*form) for form in bundle.tensors_of(task).values())
+        return sum(bundle.manifest.files[path].bytes for path in side_files(bundle, task, merged=False))
+    return sum(num_bytes(*form) for form in bundle.tensors_of(task).values())
 
 
-def _check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool, ours: Ours) -> None:
+def check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool, ours: Ours) -> None:
     check_apart(target, [bundle.path])
     check_target(target, force=force, ours=ours)
     if shutil.disk_usage(folder_above(target)).free < needed_bytes:
@@ -178,33 +178,44 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 
 def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
-    """Tensors in the order of the source, in shards of at most SHARD_BYTES, decoded some tensors ahead."""
-    every = bundle.tensors_of(task)
-    forms = {name: every[name] for name in names}
-    aligned, parts = _aligned(bundle, task), bundle.manifest.tasks[task].parts
-    in_file = {name: part_of(name, parts)[1] for name in names}
+    """Tensors of the source in one folder, which are called without the folder's path in its files."""
+    every, aligned, parts = bundle.tensors_of(task), _aligned(bundle, task), bundle.manifest.tasks[task].parts
+    own = {part_of(name, parts)[1]: name for name in names}
+    forms = {name: every[whole] for name, whole in own.items()}
+    write_weights(folder, stem, forms, lambda name: bundle.array(task, aligned[own[name]]), bundle.manifest.id)
+
+
+def write_weights(
+    folder: Path,
+    stem: str,
+    forms: Mapping[str, tuple[str, tuple[int, ...]]],
+    value: Callable[[str], np.ndarray],
+    bundle_id: str,
+) -> None:
+    """Write weight files of at most SHARD_BYTES each, with an index if there are several.
+
+    Values are made some tensors ahead. forms: name -> dtype and shape. value: name -> bits.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms, key=lambda name: (-ITEM_BYTES[forms[name][0]], name)):
-        if shards[-1] and size + _num_bytes(*forms[name]) > SHARD_BYTES:
+        if shards[-1] and size + num_bytes(*forms[name]) > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += _num_bytes(*forms[name])
+        size += num_bytes(*forms[name])
     weight_map = {}
     for file_name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
-        header = {in_file[name]: (*forms[name], _num_bytes(*forms[name])) for name in shard}
-        metadata = {"bundle": bundle.manifest.id, "flexmerge": VERSION, "format": "pt"}
+        header = {name: (*forms[name], num_bytes(*forms[name])) for name in shard}
+        metadata = {"bundle": bundle_id, "flexmerge": VERSION, "format": "pt"}
         with (folder / file_name).open("xb") as file:
             file.write(safetensors_header(header, metadata))
-            with ordered_map(
-                shard, lambda name: bundle.array(task, aligned[name]), threads=default_threads()
-            ) as arrays:
+            with ordered_map(shard, value, threads=default_threads()) as arrays:
                 for name, array in zip(shard, arrays):
                     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                    weight_map[in_file[name]] = file_name
+                    weight_map[name] = file_name
     if len(shards) > 1:
-        total = sum(_num_bytes(*forms[name]) for name in forms)
+        total = sum(num_bytes(*forms[name]) for name in forms)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / index_name(stem)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -213,7 +224,7 @@ def _library(bundle: Bundle, task: str) -> LibraryName:
     """The library that loads the task's model."""
     if bundle.manifest.tasks[task].pooled is not None:
         return "peft"
-    names = _side_files(bundle, task, merged=False).values()
+    names = side_files(bundle, task, merged=False).values()
     config = bundle.config_folder(task) / "config.json"
     return library_of(read_json(config, MAX_CONFIG_BYTES) if "config.json" in names else {}, names)
 
@@ -230,7 +241,7 @@ def _link(bundle: Bundle, task: str, folder: Path) -> None:
     if len(files) == 1:
         return
     value = {
-        "metadata": {"total_size": sum(_num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
+        "metadata": {"total_size": sum(num_bytes(*bundle.tensors_of(task)[name]) for name in weight_map)},
         "weight_map": {name: new_names[path] for name, path in weight_map.items()},
     }
     (folder / index_name(stem)).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
@@ -274,7 +285,7 @@ def _reflink(source: Path, target: Path) -> None:
             ) from None
 
 
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     count = ITEM_BYTES[dtype]
     for axis in shape:
         count *= axis

@@ -1,6 +1,6 @@
 """`flexmerge export`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,10 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Export a kept adapter as the full model it produces, not as an adapter.")
     ] = False,
+    as_lora: Annotated[
+        bool,
+        typer.Option("--as-lora", help="Export one base and a PEFT adapter per task, for engines that serve these."),
+    ] = False,
     offline: o.Offline = False,
     force: o.Force = False,
     as_json: o.Json = False,
@@ -33,19 +37,27 @@ def export(
     flexmerge export bundle/ --task sst2 -o sst2/
     flexmerge export bundle/ --task sst2 --task cola -o models/
     flexmerge export hf://org/bundle --task sst2 -o sst2/
+    flexmerge export bundle/ --as-lora -o served/
     """
+    from flexmerge_cli.bundle.as_lora import export_as_lora
     from flexmerge_cli.bundle.export import export_task, export_tasks
     from flexmerge_cli.bundle.locate import locate
     from flexmerge_cli.cli.output import emit, progress
     from flexmerge_cli.errors import UsageError
 
     tasks = task or []
-    if bool(tasks) == every:
+    if as_lora and (tasks or every or link or merged):
+        raise UsageError("--as-lora exports all tasks, in its own form", hint="leave out the other options")
+    if bool(tasks) == every and not as_lora:
         raise UsageError("give either --task or --all", hint="--task NAME exports one task, --all every task")
     with progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         access = o.access_of(offline=offline, quiet=quiet)
         located = locate(bundle, access, tasks=tasks or None, on_progress=on_progress)
     opened = located.open()
+    if as_lora:
+        served = {"as_lora": str(output), "commands": export_as_lora(opened, output, force=force)}
+        emit(served, as_json=as_json, quiet=quiet, show=_show_commands, written=[output])
+        return
     if len(tasks) == 1:
         export_task(opened, tasks[0], output, force=force, link=link, merged=merged)
         places = {tasks[0]: output}
@@ -58,3 +70,9 @@ def export(
             print(f"{name}: {place}")
 
     emit(value, as_json=as_json, quiet=quiet, show=show, written=[output])
+
+
+def _show_commands(value: dict[str, Any]) -> None:
+    print(value["as_lora"])
+    for engine, lines in value["commands"].items():
+        print(f"{engine}:", *(f"  {line}" for line in lines), sep="\n")

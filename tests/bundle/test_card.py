@@ -41,6 +41,7 @@ def test_the_hub_reads_the_front_matter_and_tasks_have_their_bytes_and_distances
         assert f"| {stored:,} | {task['distance']:.4f} |" in row
     assert manifest["request"]["command"] in card.text
     assert 'subfolder="tasks/' in card.text and "flexmerge export hf://ORG/NAME --task task0" in card.text
+    assert "flexmerge serve hf://ORG/NAME" in card.text
 
 
 def test_the_card_counts_nothing_and_is_no_stranger(merged, tmp_path):
