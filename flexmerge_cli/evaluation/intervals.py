@@ -18,23 +18,22 @@ from flexmerge_cli.evaluation.scored import Scored
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-SEED = 0
 MAX_KEPT = 4_000_000  # indices, 16 MB: with more examples the draws are made again for every model
 
 
-def interval(scored: Scored, *, seed: int = SEED) -> tuple[float, float]:
+def interval(scored: Scored) -> tuple[float, float]:
     """(low, high), 95 %. For an external number without an interval, the number itself, twice."""
     if scored.given is not None:
         return scored.given.interval or (scored.given.value, scored.given.value)
     outcomes = scored.outcomes
     if outcomes is not None and np.isin(outcomes, (0.0, 1.0)).all():
         return proportion(int(outcomes.sum()), len(outcomes))
-    values = resampled_values(scored, seed)
+    values = resampled_values(scored)
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def resampled_values(scored: Scored, seed: int = SEED) -> np.ndarray:
+def resampled_values(scored: Scored, seed: int = 0) -> np.ndarray:
     """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with those of other
     models."""
     outcomes, rows = scored.outcomes, resamples(scored.n, seed)
@@ -67,10 +66,10 @@ def _kept_resamples(n: int, seed: int) -> np.ndarray:
     return np.array(list(resamples(n, seed)), np.int32)
 
 
-def resamples(n: int, seed: int = SEED, count: int = RESAMPLES) -> Iterator[np.ndarray]:
-    """`count` draws of n examples with repetition; the same for the same n and seed, so that models are paired."""
+def resamples(n: int, seed: int) -> Iterator[np.ndarray]:
+    """RESAMPLES draws of n examples with repetition; the same for the same n and seed, so that models are paired."""
     rng = np.random.default_rng([seed, n])
-    for _ in range(count):
+    for _ in range(RESAMPLES):
         yield rng.integers(n, size=n)
 
 
@@ -103,7 +102,7 @@ class PairedBound:
 
 
 def paired_bound(
-    merged: Scored, reference: Scored, *, relative: bool, same_weights: bool = False, seed: int = SEED
+    merged: Scored, reference: Scored, *, relative: bool, same_weights: bool = False
 ) -> PairedBound | None:
     """One-sided 95 % bounds of how much `merged` is below `reference`; None for an external number.
 
@@ -122,7 +121,7 @@ def paired_bound(
     drop = _drop(merged.value, reference.value, sign, relative)
     ours, theirs = merged.outcomes, reference.outcomes
     if ours is None or theirs is None:
-        both = zip(resampled_values(merged, seed), resampled_values(reference, seed))
+        both = zip(resampled_values(merged), resampled_values(reference))
         draws = [_drop(float(one), float(other), sign, relative) for one, other in both]
         low, high = (float(np.quantile(draws, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
     elif np.isin([ours, theirs], (0.0, 1.0)).all():

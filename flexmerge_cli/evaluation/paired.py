@@ -25,7 +25,7 @@ def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
         variance = n * (2 * share + drop * (1 - drop))
         return _over(lost - gained - n * drop, variance)
 
-    return _crossing(statistic, confidence, upper, -1.0, 1.0)
+    return _crossing(statistic, confidence, upper, -1.0)
 
 
 def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
@@ -50,7 +50,7 @@ def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
     lowest = -1.0
     while not upper and statistic(lowest) < _normal(confidence) and lowest > -1e6:
         lowest *= 2
-    return _crossing(statistic, confidence, upper, lowest, 1.0)
+    return _crossing(statistic, confidence, upper, lowest)
 
 
 def mean_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
@@ -90,11 +90,12 @@ def _normal(confidence: float) -> float:
     return float(norm.ppf(confidence))
 
 
-def _crossing(
-    statistic: Callable[[float], float], confidence: float, upper: bool, lowest: float, highest: float
-) -> float:
-    """The point where the falling statistic is -z (upper) or z (lower); by bisection, which needs no values at the
-    ends."""
+def _crossing(statistic: Callable[[float], float], confidence: float, upper: bool, lowest: float) -> float:
+    """The point below 1 where the falling statistic is -z (upper) or z (lower).
+
+    It is found by bisection, which needs no values at the ends.
+    """
+    highest = 1.0
     goal = -_normal(confidence) if upper else _normal(confidence)
     for _ in range(60):
         middle = (lowest + highest) / 2

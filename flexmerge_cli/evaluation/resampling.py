@@ -1,13 +1,13 @@
 """Resamples means over tasks: every task's examples are drawn with repetition, identically for all models. Pure.
 
-Draws are equal for equal seed and number of examples, so that models are compared on the same ones.
+The seed is the task's number, so that draws of tasks are independent.
 """
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from flexmerge_cli.evaluation.intervals import SEED, resampled_values
+from flexmerge_cli.evaluation.intervals import resampled_values
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.scored import Scored
 
@@ -15,7 +15,7 @@ from flexmerge_cli.evaluation.scored import Scored
 
 
 def mean_drops(
-    merged: Mapping[str, Scored], references: Mapping[str, Scored], *, relative: bool, seed: int = SEED
+    merged: Mapping[str, Scored], references: Mapping[str, Scored], *, relative: bool
 ) -> tuple[float, np.ndarray]:
     """(mean drop over tasks, the same in each draw [R]); above 0 is worse.
 
@@ -27,19 +27,17 @@ def mean_drops(
         sign = 1.0 if ours.higher_is_better else -1.0
         if not relative and not METRICS[ours.metric].percent:
             sign /= 100  # one unit of the metric is a point
-        ours_R, theirs_R = (resampled_values(scored, _seed(seed, number)) for scored in (ours, theirs))
+        ours_R, theirs_R = (resampled_values(scored, number) for scored in (ours, theirs))
         drops.append(float(_drop(np.array(ours.value), np.array(theirs.value), sign, relative)))
         draws.append(_drop(ours_R, theirs_R, sign, relative))
     return float(np.mean(drops)), np.mean(draws, axis=0)
 
 
-def parts_kept(
-    merged: Mapping[str, Scored], references: Mapping[str, Scored], *, seed: int = SEED
-) -> dict[str, tuple[float, np.ndarray]]:
+def parts_kept(merged: Mapping[str, Scored], references: Mapping[str, Scored]) -> dict[str, tuple[float, np.ndarray]]:
     """Task -> (normalised score, the same in each draw [R]); 1 is as good as the fine-tuned model."""
     found = {}
     for number, (task, ours, theirs) in enumerate(_pairs(merged, references)):
-        ours_R, theirs_R = (resampled_values(scored, _seed(seed, number)) for scored in (ours, theirs))
+        ours_R, theirs_R = (resampled_values(scored, number) for scored in (ours, theirs))
         value = float(_kept(np.array(ours.value), np.array(theirs.value), ours.higher_is_better))
         found[task] = value, _kept(ours_R, theirs_R, ours.higher_is_better)
     return found
@@ -51,11 +49,6 @@ def _pairs(merged: Mapping[str, Scored], references: Mapping[str, Scored]) -> It
         if ours.n != theirs.n or ours.metric != theirs.metric:
             raise ValueError(f"{task}: {ours.metric} of {ours.n} examples beside {theirs.metric} of {theirs.n}")
         yield task, ours, theirs
-
-
-def _seed(seed: int, number: int) -> int:
-    """Draws of each task, independent of those of the others."""
-    return seed * 1_000_003 + number
 
 
 def _drop(ours: np.ndarray, theirs: np.ndarray, sign: float, relative: bool) -> np.ndarray:

@@ -201,10 +201,11 @@ def settle_ties(family: Family, known: Known | None = None) -> Family:
     return replace(family, tensors=tensors)
 
 
-def same_bits(checkpoint: Checkpoint, left: str, right: str, chunk: int = 1 << 20) -> bool:
+def same_bits(checkpoint: Checkpoint, left: str, right: str) -> bool:
     """Whether two tensors of one model, of one shape and dtype, hold the same bytes."""
     from flexmerge_cli.checkpoint.reader import Reader
 
+    chunk = 1 << 20  # elements
     a, b = checkpoint.tensors[left], checkpoint.tensors[right]
     buffers = [np.empty(chunk * a.item_bytes, np.uint8) for _ in range(2)]
     with Reader() as reader:
