@@ -110,7 +110,7 @@ HINTS = {
 
 
 def hint_of(error: BaseException) -> str:
-    """What to do about an error of the system, by its errno."""
+    """Return what to do about an error of the system, by its errno."""
     return HINTS.get(getattr(error, "errno", None) or 0, "check the path and the disk")
 
 

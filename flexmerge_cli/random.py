@@ -55,7 +55,7 @@ def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
 
 
 def tie_numbers(tensor: str, indices: np.ndarray) -> np.ndarray:
-    """What decides between elements of equal magnitude, the smaller first: float64 in [0, 1), of the same shape.
+    """Return what decides between elements of equal magnitude, the smaller first: float64 in [0, 1), of the same shape.
 
     tensor: its name, or nothing where a single one is ranked and its name is not known. indices: uint64, in C order.
     """

@@ -37,7 +37,7 @@ def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
 
 
 def first_error(error: ValidationError) -> str:
-    """Where its first error is, and what is wrong there."""
+    """Return where its first error is, and what is wrong there."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(step)[:100] for step in first["loc"][:20])
     return f"{place}: {first['msg'][:500]}" if place else first["msg"][:500]

@@ -17,7 +17,7 @@ def is_text(text: str) -> bool:
 
 
 def holds_text(value: Any) -> bool:
-    """Whether all texts of a JSON value are, keys too. Recursive: for what a parser of bounded depth has made."""
+    """Say whether all texts of a JSON value are valid, keys too. A parser of bounded depth has made it."""
     if isinstance(value, str):
         return is_text(value)
     if isinstance(value, dict):
@@ -26,7 +26,7 @@ def holds_text(value: Any) -> bool:
 
 
 def json_holds_text(data: bytes, value: Any) -> bool:
-    """Whether the texts of `value`, parsed from `data`, are valid. Plain ASCII without escapes needs no walk through
+    """Return whether the texts of `value`, parsed from `data`, are. Plain ASCII without escapes needs no walk through
     it."""
     return (data.isascii() and b"\\u" not in data and b"\0" not in data) or holds_text(value)
 

@@ -70,7 +70,7 @@ def check_file(path: Path, *, force: bool, replaceable: Callable[[Path], bool], 
 
 
 def check_parent(path: Path) -> None:
-    """Whether an output can be made there; missing folders above it are made when it is written.
+    """Check that an output can be made there; missing folders above it are made when it is written.
 
     Raises UsageError, MachineError.
     """
@@ -89,7 +89,7 @@ def folder_above(path: Path) -> Path:
 
 
 def has_start(path: Path, start: bytes) -> bool:
-    """Whether a file begins with these bytes, upper and lower case being equal."""
+    """Return whether a file begins with these bytes, upper and lower case being equal."""
     try:
         with path.open("rb") as file:
             return file.read(len(start)).lower() == start.lower()
@@ -139,7 +139,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def cannot_write(error: OSError, path: Path, needed_bytes: int = 0) -> MachineError:
-    """What is said of a write that failed. needed_bytes: of the whole output, for a full disk."""
+    """Return what is said of a write that failed. needed_bytes: of the whole output, for a full disk."""
     if error.errno in NO_SPACE:
         return no_space(path, needed_bytes)
     lacks = machine_failure(error)
@@ -154,7 +154,7 @@ def no_space(path: Path, needed_bytes: int) -> MachineError:
 
 
 def in_place(path: Path, problem: str) -> MachineError:
-    """What is said if something failed after the new file or folder took its place."""
+    """Return what is said if something failed after the new file or folder took its place."""
     return MachineError(f"the new {path} is complete and in its place, but {problem}", hint="check the disk")
 
 

@@ -50,7 +50,7 @@ class Document:
         return UsageError(f"{self.path}, line {line}: {key}: {message}", hint=hint)
 
     def check(self, schema: type[Schema], place: Place = ()) -> Schema:
-        """What stands at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""
+        """Return what stands at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""
         value = self.value
         for step in place:
             value = value[step]

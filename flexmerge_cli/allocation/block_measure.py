@@ -9,7 +9,7 @@ from flexmerge_cli.order.similarity import BlockMeasure
 
 
 def block_measure(name: str, tensors: Sequence[PlanTensor]) -> BlockMeasure:
-    """What the order needs to know of a block: its tensors' Gram matrices, added in the block's order."""
+    """Return what the order needs to know of a block: its tensors' Gram matrices, added in the block's order."""
     count = len(tensors[0].same)
     gram, identical = np.zeros((count, count)), np.ones((count, count), bool)
     agreement = np.zeros((count, count), np.int64) if all(t.agreement is not None for t in tensors) else None

@@ -158,7 +158,7 @@ class Pricer:
     def price(
         self, tensors: Iterable[str], methods: tuple[MethodUse, ...], cast: str | None, groups: Iterable[Group] = ()
     ) -> UnitPrice:
-        """What a unit of these tensors comes to with groups, without making the parts; groups may come and go."""
+        """Price a unit of these tensors with groups, without making the parts; groups may come and go."""
         key = (methods, cast)
         if key not in self._groups:
             self._groups[key] = GroupPrices([use.call for use in methods], cast)

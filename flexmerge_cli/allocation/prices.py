@@ -85,7 +85,7 @@ class _TensorPrice:
             self.holders = tuple({tensor.same[task] for task in plan.all_tasks if self._holds_base(task)})
 
     def _holds_base(self, task: int) -> bool:
-        """Whether a copy of the task's tensor has the base's own bits."""
+        """Return whether a copy of the task's tensor has the base's own bits."""
         dtype = effective_dtype(self.tensor.dtype_of(task), self.prices.cast)
         return copy_is_base(self.tensor, task) and (dtype, self.tensor.shape_of(task)) == self.tensor.base_form
 

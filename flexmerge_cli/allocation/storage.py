@@ -55,7 +55,7 @@ class StoredGroup:
     """Per task, where each has its own: `Group.bits`."""
 
     def has_copy(self, part: Part) -> bool:
-        """Whether a part is an exact copy of its readers' tensor."""
+        """Return whether a part is an exact copy of its readers' tensor."""
         return part.array.role == "dense" and part.readers[0] not in self.coded_tasks
 
 
@@ -73,7 +73,7 @@ class Storage:
 
 
 def effective_dtype(dtype: str, cast: str | None) -> str:
-    """What a tensor's values are stored in and given back as, after `--dtype`."""
+    """Return what a tensor's values are stored in and given back as, after `--dtype`."""
     return cast if cast is not None and dtype in FLOATING else dtype
 
 
@@ -147,7 +147,7 @@ def with_base(plan: Plan, storage: Storage) -> Storage:
 
 
 def _holds_base(tensor: PlanTensor, part: Part) -> bool:
-    """Whether the base, or a copy of a task's tensor, has the base's own bits."""
+    """Return whether the base, or a copy of a task's tensor, has the base's own bits."""
     if (part.array.dtype, part.array.shape) != tensor.base_form:
         return False
     own = [task for task in part.readers if task < len(tensor.is_base)]
@@ -155,7 +155,7 @@ def _holds_base(tensor: PlanTensor, part: Part) -> bool:
 
 
 def reads_base(tensor: PlanTensor, group: StoredGroup, task: int) -> bool:
-    """Whether a task of the group reads the dense base, and nothing else, and gets its own bits.
+    """Return whether a task of the group reads the dense base, and nothing else, and gets its own bits.
 
     Readers cast by way of float32, in which float64 is not whole.
     """
@@ -164,7 +164,7 @@ def reads_base(tensor: PlanTensor, group: StoredGroup, task: int) -> bool:
 
 
 def copy_is_base(tensor: PlanTensor, task: int) -> bool:
-    """Whether a task's tensor, uncast, is the base's, bit by bit."""
+    """Return whether a task's tensor, uncast, is the base's, bit by bit."""
     return tensor.is_base[task] and tensor.dtype_of(task) == tensor.base_dtype
 
 
@@ -187,7 +187,7 @@ def unit_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Seque
 
 
 def unit_bytes(group: Group | StoredGroup, calls: Sequence[Call]) -> int:
-    """What a group that is not copied has once for all tensors of a unit."""
+    """Return what a group that is not copied has once for all tensors of a unit."""
     return len(group.tasks) * sum(array.num_bytes for array in _of_unit(group, calls))
 
 

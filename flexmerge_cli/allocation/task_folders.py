@@ -93,7 +93,7 @@ def task_folders(
 
 
 def _reads(library: Library, files: Sequence[WeightFile], readers: tuple[int, ...], *, links: bool) -> bool:
-    """Whether a library reads as many files as the readers have together."""
+    """Return whether a library reads as many files as the readers have together."""
     count = sum(not set(readers).isdisjoint(file.readers) for file in files)
     return library.reads_shards or (links and count == 1)
 

@@ -34,7 +34,7 @@ class Access:
         return replace(self, stream=None, on_message=silent)
 
     def memory_left(self, max_memory: int | None) -> int | None:
-        """What remains of --max-memory beside the buffers of streamed files."""
+        """Return what remains of --max-memory beside the buffers of streamed files."""
         held = self.stream.max_bytes if self.stream is not None else 0
         return None if max_memory is None else max(0, max_memory - held)
 

@@ -235,7 +235,7 @@ def _check_pointers(folder: Folder, carried: Iterable[str]) -> None:
 
 
 def _is_the_whole(part: dict[str, StoredTensor], whole: dict[str, StoredTensor]) -> int:
-    """How many tensors a subfolder and the source have in common, if that is most of the subfolder's; else 0."""
+    """Return how many tensors a subfolder and the source have in common, if that is most of the subfolder's; else 0."""
     common = sum(name in whole and whole[name].shape == tensor.shape for name, tensor in part.items())
     return common if 2 * common >= len(part) else 0
 
@@ -282,7 +282,7 @@ def _contents(source: str, folder: Folder, access: Access) -> Contents:
 
 
 def _beside_adapter(folder: Folder, found: Contents) -> Contents:
-    """What else there is beside an adapter: PPO's value head. Raises UsageError for the weights of a whole model."""
+    """Return what else lies beside an adapter: PPO's value head. Raises UsageError for the weights of a whole model."""
     others = [name for name in (*found.copies, *found.indices) if name in WEIGHT_FILES and name not in ADAPTER_FILES]
     for name in others:
         if name in found.indices or not all(own.startswith("v_head.") for own in read_weight_file(folder, name)):

@@ -107,19 +107,19 @@ def contents_of(names: Sequence[str], *, variant: str | None = None, ignore: Col
 
 
 def is_left(folder: str, ignore: Collection[str]) -> bool:
-    """Whether a folder of a source need not be looked into."""
+    """Return whether a folder of a source need not be looked into."""
     return _left(f"{folder}/", ignore) is not None
 
 
 def is_ignored(name: str, pattern: str) -> bool:
-    """Whether a pattern names a file or one of the folders around it, by the whole path or by a name in it."""
+    """Return whether a pattern names a file or one of the folders around it, by the whole path or by a name in it."""
     paths = [name.rstrip("/"), *_parents(name)]
     segments = [] if "/" in pattern.rstrip("/") else name.rstrip("/").split("/")
     return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for text in (*paths, *segments))
 
 
 def is_portable(name: str) -> bool:
-    """Whether every file system can hold a relative path, and none takes it for another."""
+    """Return whether every file system can hold a relative path, and none takes it for another."""
     segments = name.split("/")
     return (
         is_text(name)

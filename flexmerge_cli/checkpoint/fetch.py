@@ -145,7 +145,7 @@ def _sha256(path: Path, num_bytes: int) -> Any:
 
 
 def _is_xet(metadata: object) -> bool:
-    """Whether the client would download a file from Xet storage."""
+    """Return whether the client would download a file from Xet storage."""
     from huggingface_hub import constants
 
     has = getattr(metadata, "xet_file_data", None) is not None

@@ -186,7 +186,7 @@ def bundle_of(folder: Path) -> Path | None:
 
 
 def hub_blobs(folder: Path) -> list[Path]:
-    """Where the Hub's cache keeps the files of the snapshot that contains the folder; empty if there is none."""
+    """Return where the Hub's cache keeps the files of the snapshot that contains the folder; empty if there is none."""
     home = folder.resolve()
     for place in (home, *home.parents):
         if place.parent.name == "snapshots":

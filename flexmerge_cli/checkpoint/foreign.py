@@ -97,7 +97,7 @@ FILES = (
 
 
 def of_bytes(head: bytes) -> Foreign | None:
-    """What a file is by its first HEAD_BYTES, or fewer if it has no more; None if they say nothing."""
+    """Return what a file is by its first HEAD_BYTES, or fewer if it has no more; None if they say nothing."""
     if not head:
         return EMPTY
     if not head.strip(b"\0"):

@@ -341,12 +341,12 @@ def _is_file(listed: Any) -> bool:
 
 
 def _is_inside(place: HubPlace, file: HubFile) -> bool:
-    """Whether a listed path stays in its folder."""
+    """Return whether a listed path stays in its folder."""
     return is_text(file.name) and ".." not in file.name.split("/") and file.path.is_relative_to(place.snapshot)
 
 
 def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
-    """Whether the snapshot on this disk holds the weights, index and shards, and these files."""
+    """Return whether the snapshot on this disk holds the weights, index and shards, and these files."""
     snapshot = place.snapshot
     if not snapshot.is_dir() or not all((snapshot / name).exists() for name in needs):
         return False
@@ -381,7 +381,7 @@ def _remember(place: HubPlace, commit: str) -> None:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether there was no answer at all, or one that says the Hub is down."""
+    """Return whether there was no answer at all, or one that says the Hub is down."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return bool(status >= 500)

@@ -31,5 +31,5 @@ def stem_of(weights: str) -> str:
 
 
 def are_parts(parts: Mapping[str, str]) -> bool:
-    """Whether folders and stems stay inside a folder on every file system. For files, which may be hostile."""
+    """Return whether folders and stems stay inside a folder on every file system. For files, which may be hostile."""
     return all(is_portable(f"{folder}/{stem}") and "/" not in stem for folder, stem in parts.items())

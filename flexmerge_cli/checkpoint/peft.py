@@ -91,12 +91,12 @@ class Adapter:
         return pairs + list(self.vectors.values())
 
     def is_saved(self, parameter: str) -> bool:
-        """Whether a parameter belongs to `modules_to_save`."""
+        """Return whether a parameter belongs to `modules_to_save`."""
         return any(f".{module}." in f".{parameter}" for module in self.saved_modules)
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is an adapter, so that its tensors are factors and not those of a model."""
+    """Return whether a checkpoint is an adapter, so that its tensors are factors and not those of a model."""
     weights = {path.name for path in checkpoint.weight_paths()}
     return CONFIG_NAME in checkpoint.side_files and bool(weights) and weights <= set(WEIGHT_NAMES)
 

@@ -18,7 +18,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_remote(source: str) -> bool:
-    """Whether the string has a scheme. Without one it is always a path."""
+    """Return whether the string has a scheme. Without one it is always a path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", source) is not None
 
 
@@ -109,5 +109,5 @@ class HubFile:
 
 
 def is_etag(text: object) -> bool:
-    """Whether a text can name a blob of the cache."""
+    """Return whether a text can name a blob of the cache."""
     return isinstance(text, str) and re.fullmatch(r"[\w-]{1,128}", text) is not None

@@ -56,5 +56,5 @@ def by_names(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def is_fp8(dtype: str) -> bool:
-    """Whether this is a quantised dtype, as safetensors or torch spell it."""
+    """Return whether this is a quantised dtype, as safetensors or torch spell it."""
     return dtype.startswith(("F8_", "F6_", "F4", "float8_", "torch.float8_", "torch.float4_", "torch.float6_"))

@@ -26,7 +26,7 @@ _signed: dict[str, str] = {}
 
 
 def allowed_seconds(num_bytes: int) -> float:
-    """What a read of so many bytes may take."""
+    """Return what a read of so many bytes may take."""
     return SLOW_SECONDS + num_bytes / SLOW_BYTES_PER_SECOND
 
 
@@ -100,7 +100,7 @@ def stream_range(
 
 
 def _first_byte(response: Any, url: str, position: int, *, whole: bool) -> int:
-    """Where in the file a response begins. whole: whether the server may send the whole file."""
+    """Return where in the file a response begins. whole: whether the server may send the whole file."""
     start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if response.status_code == 206 and (start is None or int(start[1]) == position):
         return position
@@ -126,7 +126,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether a connection broke or stalled. Error responses do not count: the client retries those."""
+    """Return whether a connection broke or stalled. Error responses do not count: the client retries those."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     answered = isinstance(error, (FlexmergeError, HfHubHTTPError, OfflineModeIsEnabled))

@@ -65,7 +65,7 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
 
 
 def is_shape(shape: Sequence[int]) -> bool:
-    """Whether torch and numpy can represent an array of this shape: they bound the product even beside an axis of 0."""
+    """Say whether torch and numpy can have an array of this shape: they bound the product even beside an axis of 0."""
     return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) * MAX_ITEM_BYTES < 1 << 63
 
 

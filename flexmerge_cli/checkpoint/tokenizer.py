@@ -56,7 +56,7 @@ def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
 
 
 def is_one_tokenizer(left: Mapping[str, Path], right: Mapping[str, Path]) -> bool:
-    """Whether two models have the same files, byte by byte, as most fine-tunes have those of their base."""
+    """Return whether two models have the same files, byte by byte, as most fine-tunes have those of their base."""
     return all(
         (name in left) == (name in right) and (name not in left or _same_bytes(left[name], right[name]))
         for name in FILES

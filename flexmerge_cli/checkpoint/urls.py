@@ -206,7 +206,7 @@ class UrlFolder:
         self._listed |= set(names)
 
     def _look(self, name: str) -> bool:
-        """Whether a file exists that no listing has shown."""
+        """Return whether a file exists that no listing has shown."""
         try:
             with url_errors(f"{self._url}/{name}", missing=FileNotFoundError):
                 info = self._files.info(f"{self._url}/{name}", **_within(self._files, METADATA_SECONDS))

@@ -259,7 +259,7 @@ def access_of(
     stream: bool = False,
     max_memory: int | None = None,
 ) -> "Access":
-    """How the run reaches its sources. Downloads are reported on stderr."""
+    """Return how the run reaches its sources. Downloads are reported on stderr."""
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.checkpoint.stream import StreamPool
     from flexmerge_cli.cli.output import note

@@ -32,7 +32,7 @@ class Chain:
     expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """What one call must see of a tensor."""
+        """Return what one call must see of a tensor."""
         scopes: list[Scope] = [step.scope_of(tensor, shape) for step in self.steps]
         scopes += [self.call.scope_of(tensor, shape)] if self.call else []
         scopes += [self.calibrate.scope_of(tensor, shape)] if self.calibrate else []

@@ -191,7 +191,7 @@ class _Run:
     # One item
 
     def _reading(self, name: str, count: int) -> int:
-        """What reading so many elements of one model takes, of the model that takes most."""
+        """Return what reading so many elements of one model takes, of the model that takes most."""
         return max((reading_bytes(model[name], count) for model in self.sources if name in model), default=0)
 
     def _span(self, storage: Storage, scope: Scope) -> Span:
@@ -230,14 +230,14 @@ class _Run:
         return high - low
 
     def _result(self, storage: Storage, span: Span) -> int:
-        """What is written of a range, which is hashed later, its errors, and what digests carry of what was read."""
+        """Sum what is written of a range and hashed later, its errors, and what digests carry of what was read."""
         tensor = storage.tensor
         written = storage.num_bytes * span.stop // max(1, tensor.num_elements)
         written += self._unjoined(storage, span, whole=False)
         return written + 8 * len(tensor.present) * -(-span.stop // span.run) + 1024 * len(tensor.present)
 
     def _unjoined(self, storage: Storage, span: Span, *, whole: bool) -> int:
-        """What digests of sources and of decoded tensors carry of a range, or of the whole tensor, until it is joined.
+        """Sum what digests of sources and decoded tensors carry of a range, or of the whole tensor, until it is joined.
 
         A tensor that is read at once carries nothing.
         """
@@ -251,7 +251,7 @@ class _Run:
         return sum(unjoined_bytes(item * span.stop) for item in items)
 
     def _work(self, storage: Storage, group: StoredGroup, span: Span) -> int:
-        """What computing one group of a range takes beside buffers and result."""
+        """Return what computing one group of a range takes beside buffers and result."""
         tensor, n, k = storage.tensor, span.stop, len(group.tasks)
         items = [ITEM_BYTES[effective_dtype(tensor.dtype_of(t), self.layout.allocation.dtype)] for t in group.tasks]
         chain, t, merging = None, n, 0
@@ -298,7 +298,7 @@ def _elements(tensor: PlanTensor) -> int:
 
 
 def _few_numbers(num_tasks: int, _num_elements: int) -> tuple[int, int]:
-    """What a statistic holds that does not tell."""
+    """Return what a statistic holds that does not tell."""
     return 64 * num_tasks, 64 * num_tasks
 
 

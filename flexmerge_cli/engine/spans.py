@@ -28,7 +28,7 @@ class Span:
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:
-    """What all of them can work with."""
+    """Return what all of them can work with."""
     return max(scopes, key=ORDER.index, default="element")
 
 

@@ -85,7 +85,7 @@ class Worker:
         return self.sources.base[name] if model == BASE else self.sources.tasks[model][name]
 
     def models(self, storage: Storage) -> tuple[int, ...]:
-        """What has to be read of a tensor: of equal tasks the first, and the base if something merges."""
+        """Return what has to be read of a tensor: of equal tasks the first, and the base if something merges."""
         representatives = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
         needs_base = any(self._needs_base(group) for group in storage.groups)
         needs_base = needs_base or any(part.array.role == "base" for part in storage.parts)
@@ -194,7 +194,7 @@ class Worker:
         return tiles(count, span.run) if in_tiles else [(0, count)]
 
     def value(self, group: StoredGroup, raw: Raw, low: int, high: int, whole: Any = None) -> tuple[Any, Tensor]:
-        """What the method makes of the group here (a flat tensor, or a Centre), and the unstepped task vectors.
+        """Return what the method makes of the group here (a flat tensor, or a Centre), and the unstepped task vectors.
 
         whole: what a method of scope `block` has made of this tensor.
         """
@@ -238,7 +238,7 @@ class Worker:
         return self.chains[group.method]
 
     def domain(self, scope: str, tensor: str) -> str:
-        """What a statistic is measured over: the model, a block, a tensor."""
+        """Return what a statistic is measured over: the model, a block, a tensor."""
         return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
 
     def rounded(self, delta: Tensor, dtype: str) -> Tensor:
@@ -247,7 +247,7 @@ class Worker:
 
 
 def runs_in_tiles(scope: Scope, shape: tuple[int, ...], span: Span) -> bool:
-    """Whether what has this scope may see a range piece by piece: pieces end where runs do."""
+    """Return whether what has this scope may see a range piece by piece: pieces end where runs do."""
     return scope == "element" or (scope == "row" and span.run == row_elements(shape))
 
 

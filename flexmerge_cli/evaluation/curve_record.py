@@ -180,7 +180,7 @@ def _part(value: float | None, reference: Mapping[str, Any]) -> float:
 
 
 def _finite(*values: float) -> bool:
-    """Whether JSON can hold the values: a perplexity that overflows is infinite."""
+    """Return whether JSON can hold the values: a perplexity that overflows is infinite."""
     return all(map(math.isfinite, values))
 
 

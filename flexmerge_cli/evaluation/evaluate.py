@@ -90,7 +90,7 @@ def evaluate(
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """Where the scores of a document came from, on one line. counts: its `evaluations`."""
+    """Return where the scores of a document came from, on one line. counts: its `evaluations`."""
     return (
         f"{counts['computed']:,} run, {counts['repeated']:,} reused from this run, {counts['cached']:,} from the cache"
     )

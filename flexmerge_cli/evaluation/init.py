@@ -76,7 +76,7 @@ def _sources(bundle: Bundle, folder: Path, plan_path: Path | None) -> dict[str, 
 
 
 def is_starter_spec(path: Path) -> bool:
-    """Whether a file begins like a starter spec, so that --init may replace it with --force."""
+    """Return whether a file begins like a starter spec, so that --init may replace it with --force."""
     return has_start(path, HEAD.partition(":")[0].encode())
 
 

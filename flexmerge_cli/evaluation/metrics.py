@@ -64,7 +64,7 @@ def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _agrees(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the likeliest classes are equal; for texts, whether the texts are."""
+    """Return whether the likeliest classes are equal; for texts, whether the texts are."""
     return _hits(*((found.argmax(-1) if found.ndim == 2 else found) for found in (predictions, labels)))
 
 

@@ -69,7 +69,7 @@ def score_request(
     on_progress: OnStep = lambda *_step: None,
     **asked: Any,
 ) -> ScoreRequest:
-    """What is asked in words: the bundle is found, or fetched, and the spec read. asked: further fields.
+    """Return what is asked in words: the bundle is found, or fetched, and the spec read. asked: further fields.
 
     Raises UsageError, SourceError, DataError, before a weight is read.
     """

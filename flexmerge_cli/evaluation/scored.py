@@ -92,7 +92,7 @@ DigestLine = tuple[str, str, tuple[int, ...], str]
 
 
 def places_line(own: str, rows: int, common: Iterable[tuple[int, int]]) -> DigestLine:
-    """Where the common rows are in a tensor that is joined, since the digests of the rows do not determine it."""
+    """Return where the common rows are in a joined tensor, since the digests of the rows do not determine it."""
     return f"{own}@places", "runs", (rows, *(number for run in common for number in run)), ""
 
 

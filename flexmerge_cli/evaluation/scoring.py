@@ -64,7 +64,7 @@ class Scorer:
         return self._examples[key]
 
     def run(self, task: str, on_example: OnExample = lambda _done, _total: None) -> Run:
-        """How a task is computed."""
+        """Return how a task is computed."""
         from flexmerge_cli.engine.device import choose_device
 
         settled = self.spec.settled(task)
@@ -162,7 +162,7 @@ def no_reference(place: Place) -> UsageError:
 
 
 def _agreement(outputs: Scored, reference: Scored) -> Scored:
-    """How often two models agree and, if they have distributions, how far these are apart."""
+    """Return how often two models agree and, if they have distributions, how far these are apart."""
     agreed = replace(outputs, labels=reference.predictions)
     is_text = agreed.predictions.ndim == 1
     return agreed if is_text else replace(agreed, others=(replace(agreed, metric="kl_divergence"),))

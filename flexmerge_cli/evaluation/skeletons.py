@@ -40,7 +40,7 @@ _kept: dict[Key, Skeleton] = {}
 
 
 def key_of(folder: Path, *more: object) -> Key:
-    """What a model is built from, besides its weights: the bytes of its configs."""
+    """Return what a model is built from, besides its weights: the bytes of its configs."""
     paths = [folder / name for name in CONFIGS]
     return (*(path.read_bytes() if path.is_file() else None for path in paths), *more)
 

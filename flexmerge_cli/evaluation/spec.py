@@ -79,7 +79,7 @@ class EvalSpec(Record):
         return kind
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
-        """Where the task is. side: folder of its config, tokenizer, processor."""
+        """Return where the task is. side: folder of its config, tokenizer, processor."""
         return Place(document=self.document, task=task, side=side, access=access)
 
     def settled(self, task: str) -> TaskSpec:

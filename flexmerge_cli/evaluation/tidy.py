@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 
 def is_csv(path: Path) -> bool:
-    """Whether a file has these columns, so that --csv may replace it with --force."""
+    """Return whether a file has these columns, so that --csv may replace it with --force."""
     return has_start(path, f"{','.join(COLUMNS)}\n".encode())
 
 

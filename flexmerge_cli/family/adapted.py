@@ -167,7 +167,7 @@ def _scaled(adapter: Adapter, module: str, vector: StoredTensor, weight: StoredT
 
 
 def _is_feedforward(adapter: Adapter, module: str, weight: StoredTensor) -> bool:
-    """Whether the vector scales the input: [1, in] of a linear layer, not [out, 1]; if both fit, the config decides."""
+    """Return whether the vector scales the input: [1, in] of a layer, not [out, 1]; if both fit, the config decides."""
     vector = adapter.vectors[module]
     if len(weight.shape) == 2 and len(vector.shape) == 2 and vector.shape[0] != vector.shape[1]:
         return vector.shape[0] == 1

@@ -55,7 +55,7 @@ class Members:
 def members_of(
     base: Checkpoint, tasks: Mapping[str, Checkpoint], mode: Adapters, *, assume_base: bool = False
 ) -> Members:
-    """What each task is a member as: a whole model, or an adapter that is kept, merged or pooled.
+    """Return what each task is a member as: a whole model, or an adapter that is kept, merged or pooled.
 
     Raises DataError that lists every adapter that cannot be read, fits no base, or cannot be in a pool.
     """

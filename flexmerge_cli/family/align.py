@@ -268,7 +268,7 @@ def _chosen(best: list[Rename], found: Mapping[Rename, Mapping[str, str]], kind:
 
 
 def _clash(renames: list[Rename], found: Mapping[Rename, Mapping[str, str]]) -> bool:
-    """Whether two of them concern one tensor, of the task or of the base."""
+    """Return whether two of them concern one tensor, of the task or of the base."""
     of_task, of_base = Counter[str](), Counter[str]()
     for rename in renames:
         of_task.update(found[rename].keys())
@@ -285,7 +285,7 @@ def _names_tower(rename: Rename, kind: str) -> bool:
 
 
 def _is_other_tower(rename: Rename, kind: str) -> bool:
-    """Whether it leads into a tower that the task's class says it is not."""
+    """Return whether it leads into a tower that the task's class says it is not."""
     mine, theirs = _towers(kind), _towers(".".join(rename.changed))
     return len(mine) == 1 and bool(theirs) and not mine & theirs
 

@@ -79,7 +79,7 @@ def why_private(
 def is_resized(
     name: str, base: StoredTensor | None, tasks: Sequence[StoredTensor | None], *, resnet: bool, **asked: Any
 ) -> bool:
-    """Whether a tensor would merge but for its number of rows. asked: as in `why_private`."""
+    """Return whether a tensor would merge but for its number of rows. asked: as in `why_private`."""
     if base is None or not base.shape or any(tensor is None for tensor in tasks):
         return False
     present = [tensor for tensor in tasks if tensor is not None]

@@ -190,7 +190,7 @@ def _could_be(tensor: FamilyTensor) -> bool:
 
 
 def is_vocabulary_name(name: str) -> bool:
-    """Whether a tensor is named like a token embedding, an output layer over tokens, or the bias of the latter."""
+    """Return whether a name is that of a token embedding, an output layer over tokens, or the bias of the latter."""
     segments = name.split(".")
     if any("pos" in segment for segment in segments):  # embed_positions, position_embeddings, pos_embed
         return False
@@ -207,7 +207,7 @@ def _sizes(tensor: FamilyTensor) -> Sizes:
 
 
 def _are_vocab_sizes(sizes: Sizes, vocab_sizes: Sequence[set[int]]) -> bool:
-    """Whether at least one config names a vocabulary size, and every config that does names this one."""
+    """Return whether at least one config names a vocabulary size, and every config that does names this one."""
     named = [(size, known) for size, known in zip(sizes, vocab_sizes) if known]
     return bool(named) and all(size in known for size, known in named)
 

@@ -77,7 +77,7 @@ class ChangeRecord(Record):
         return ChangeRecord(digest=digest, value=value)
 
     def tensor(self, base: StoredTensor | None, weights: Path) -> StoredTensor:
-        """What is read for it. base: where the base's bits lie, if they are needed."""
+        """Return what is read for it. base: where the base's bits lie, if they are needed."""
         change: Change | None = None
         if self.left is not None and self.right is not None:
             change = LowRank(

@@ -71,18 +71,18 @@ class Member(Record):
 
     @abstractmethod
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
-        """What it has of a tensor, or None. tensor: the plan's record of it, if there is one; place: its own number."""
+        """Say what it has of a tensor, or None. tensor: the plan's record, if there is one. place: its own number."""
 
     def needs_base(self, name: str) -> bool:
-        """Whether it reads the base's own tensor of this name, if there is one."""
+        """Return whether it reads the base's own tensor of this name, if there is one."""
         return False
 
     def computes(self, name: str) -> bool:
-        """Whether its tensor is computed from the base's when it is loaded."""
+        """Return whether its tensor is computed from the base's when it is loaded."""
         return False
 
     def entry(self, adapters: Adapters) -> dict[str, Any]:
-        """What the manifest says of it beyond what it says of every task. adapters: the plan's setting."""
+        """Return what the manifest says of it beyond what it says of every task. adapters: the plan's setting."""
         return {}
 
 

@@ -27,7 +27,7 @@ NOT_LINEAR = {"wte", "wpe", "shared", "lm_head", "text_projection", "relative_at
 
 
 def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
-    """Whether the rule selects this tensor."""
+    """Return whether the rule selects this tensor."""
     if matrices == "2d":
         return len(shape) == 2 and "text_projection" not in tensor
     if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
@@ -37,7 +37,7 @@ def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
 
 
 def is_other(tensor: str, shape: tuple[int, ...], *, matrices: Matrices, **_: object) -> bool:
-    """Whether a tensor gets the mean, which can be computed for any range of it."""
+    """Return whether a tensor gets the mean, which can be computed for any range of it."""
     return not is_matrix(tensor, shape, matrices)
 
 

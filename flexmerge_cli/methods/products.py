@@ -5,7 +5,7 @@ from flexmerge_cli.methods.method import Call
 
 
 def merges_products(call: Call) -> bool:
-    """Whether a method can merge the ΔW of one module, without other tensors, into one value."""
+    """Return whether a method can merge the ΔW of one module, without other tensors, into one value."""
     return call.method.form == "merged" and call.statistics is None and call.scope != "block"
 
 

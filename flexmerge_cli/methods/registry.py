@@ -159,7 +159,7 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
 
 
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
-    """What a method with residuals stores, from its entry in a manifest; None for other methods.
+    """Return what a method with residuals stores, from its entry in a manifest; None for other methods.
 
     Its centre is not parsed, because decoding needs only what is stored, and so torch is not imported. Raises
     UsageError.

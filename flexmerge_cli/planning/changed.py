@@ -22,7 +22,7 @@ def changed_request(
     statistics: Statistics | None,
     access: Access,
 ) -> PlanRequest:
-    """What to ask for a new plan of the plan's tasks, with some added and some removed.
+    """Return what to ask for a new plan of the plan's tasks, with some added and some removed.
 
     folder: what the plan's relative sources are relative to. add: name -> source, relative to the working directory.
     Raises UsageError for a task that is not there, for a name that is taken, and where no task is left.

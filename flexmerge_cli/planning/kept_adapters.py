@@ -40,7 +40,7 @@ def base_items(family: Family) -> "list[SurveyItem]":
 
 
 def change_items(family: Family) -> "list[SurveyItem]":
-    """What the adapters make, tensor by tensor: those of one form together, tasks being the adapters' numbers."""
+    """List what the adapters make, by tensor: those of one form together, tasks being the adapters' numbers."""
     from flexmerge_cli.engine.survey import SurveyItem
 
     forms: dict[Any, list[tuple[int, StoredTensor]]] = {}
@@ -140,7 +140,7 @@ def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
 
 
 def base_side_files(base: Checkpoint) -> dict[str, Path]:
-    """What a merged model takes from the base."""
+    """Return what a merged model takes from the base."""
     return {name: path for name, path in base.side_files.items() if name != "README.md"}
 
 

@@ -98,7 +98,7 @@ def _lines(found: list[LeftOut], kinds: dict[str, str]) -> list[str]:
 
 
 def _names(found: list[LeftOut]) -> str:
-    """How many files, of which tasks, and the names of the first."""
+    """Return how many files, of which tasks, and the names of the first."""
     count = sum(len(each.files) for each in found)
     names = list(dict.fromkeys(name for each in found for name in each.files))
     tasks = [each.task for each in found]

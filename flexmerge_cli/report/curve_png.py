@@ -21,7 +21,7 @@ def require_matplotlib() -> None:
 
 
 def is_png(path: Path) -> bool:
-    """Whether a file is a picture written by --png, which --force may replace."""
+    """Return whether a file is a picture written by --png, which --force may replace."""
     return has_start(path, b"\x89PNG\r\n\x1a\n")
 
 

@@ -172,6 +172,6 @@ def mean_scale(record: dict[str, Any]) -> float:
 
 
 def mean_title(record: dict[str, Any]) -> str:
-    """What the vertical axis of the means shows."""
+    """Return what the vertical axis of the means shows."""
     percent = ", %" if mean_scale(record) == 100 else ""
     return f"{metric_label(record)}, mean over {len(record['tasks'])} tasks{percent}"

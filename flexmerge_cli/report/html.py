@@ -68,7 +68,7 @@ def today() -> str:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page written by --html, which --force may replace."""
+    """Return whether a file is a page written by --html, which --force may replace."""
     return has_start(path, b"<!doctype html>")
 
 

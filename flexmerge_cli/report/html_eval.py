@@ -39,7 +39,7 @@ def curve_page(record: dict[str, Any], source: str) -> str:
 
 
 def spec_facts(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the scores rest on, and when the page was made."""
+    """Return what the scores rest on, and when the page was made."""
     spec = document.get("spec")
     named = [("spec", f"{name(spec['path'])} <span class=path>{text(spec['sha256'][:16])}…</span>")] if spec else []
     return [*named, ("page of", today())]

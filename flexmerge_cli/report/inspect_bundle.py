@@ -156,7 +156,7 @@ def letters(unit: UnitEntry) -> dict[str, str]:
 
 
 def has_bits(manifest: Manifest) -> bool:
-    """Whether every task has its own number of bits, as `auto` chooses them."""
+    """Return whether every task has its own number of bits, as `auto` chooses them."""
     return any(group.bits for unit in manifest.units for group in unit.groups)
 
 
@@ -170,7 +170,7 @@ def bits(unit: UnitEntry) -> dict[str, str]:
 
 
 def is_exact(group: GroupEntry, task: str) -> bool:
-    """Whether the task's values are restored exactly."""
+    """Return whether the task's values are restored exactly."""
     return group.kind == "copy" and group.distance.get(task) == 0
 
 
@@ -285,7 +285,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
 
 
 def weights_words(task: dict[str, Any]) -> str:
-    """Where a task's weights are, and whether a config describes them; does not say which library loads them."""
+    """Return where a task's weights are, and whether a config describes them; does not say which library loads them."""
     if "adapter" in task:
         return "kept adapter"
     return ("in place" if task["in_place"] else "after export") + ("" if task["config"] else ", no config")

@@ -84,7 +84,7 @@ def option_remarks(value: dict[str, Any]) -> list[str]:
 
 
 def size_row(plan: Plan, size: str, merges: int, tensor_bytes: int, distance: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What `plan` and `inspect` tell of a named size. distance: per method [M], NaN where a task has none."""
+    """Return what `plan` and `inspect` tell of a named size. distance: per method [M], NaN where a task has none."""
     return {
         "size": size,
         "factor": tensor_bytes / max(1, plan.one_model_bytes),

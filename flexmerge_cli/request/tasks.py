@@ -50,7 +50,7 @@ def found_tasks(
 
 
 def name_of(source: str) -> str:
-    """What a task is called that has no name: as the last folder of its source, or the repository."""
+    """Return what a task is called that has no name: as the last folder of its source, or the repository."""
     if is_hub(source):
         place = HubPlace.of(source)
         return PurePosixPath(place.folder or place.repository).name

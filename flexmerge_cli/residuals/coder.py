@@ -71,7 +71,7 @@ class View(StrEnum):
         return shape[0], math.prod(shape[1:])
 
     def is_vector(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is a single row by nature: it has fewer than two axes."""
+        """Return whether a tensor is a single row by nature: it has fewer than two axes."""
         return len(self._axes(shape)) < 2
 
     def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ class Sparse:
         return out.reshape(stop - first, n)
 
     def positions(self, parts: Parts, shape: Matrix) -> np.ndarray:
-        """Where the kept elements are: int64, ascending in C order. Raises ValueError if that cannot be."""
+        """Return where the kept elements are: int64, ascending in C order. Raises ValueError if that cannot be."""
         return decode_positions(parts["index"], shape[0] * shape[1], self.count(shape))
 
     def keep(self, matrix: "Tensor") -> "Tensor":

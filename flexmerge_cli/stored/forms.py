@@ -13,7 +13,7 @@ FORMS = {form.word: form for form in (COPY, MERGED, MASKED, CODED)}
 
 
 def form_of(call: Call) -> GroupForm:
-    """How a group is stored under a method."""
+    """Return how a group is stored under a method."""
     return FORMS[call.method.form]
 
 
@@ -25,7 +25,7 @@ def known_form(word: str) -> str:
 
 
 def stored_as(word: str, described: Described, parts: RouteParts) -> Stored:
-    """How a tensor without a dense part is decoded. Raises DataError if the manifest does not say so soundly."""
+    """Return how a tensor without a dense part is decoded. Raises DataError if the manifest does not say so soundly."""
     decoder = FORMS[word].decoder
     if decoder is None:
         name, task = described.tensor, described.task

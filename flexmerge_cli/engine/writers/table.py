@@ -39,7 +39,7 @@ def encode(encoder: Encoder, storage: Storage, raw: Raw, values: Mapping[Tasks, 
 
 
 def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
-    """What one visit must see of a tensor, for every group of it."""
+    """Return what one visit must see of a tensor, for every group of it."""
     tensor, scopes = storage.tensor, list[Scope]()
     for group in storage.groups:
         if group.method is not None:

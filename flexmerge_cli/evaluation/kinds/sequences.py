@@ -68,7 +68,7 @@ def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
 
 
 def takes_batches(built: Any, tokenizer: Any) -> bool:
-    """Whether the model can take several texts at once. Gives the tokenizer a token to pad with, if it has none.
+    """Return whether the model can take several texts at once. Gives the tokenizer a token to pad with, if it has none.
 
     A decoder finds the last token by the id of the padding; without padding it takes one text at a time.
     """
@@ -94,5 +94,5 @@ def head_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _is_decoder(built: Any) -> bool:
-    """Whether the head reads the last token, like those of GPT-2 and Llama."""
+    """Return whether the head reads the last token, like those of GPT-2 and Llama."""
     return hasattr(built, "score")
