@@ -60,7 +60,7 @@ def merge(
     chunk = merge_chunk(layout, threads, memory, sources.located)
     check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
-    # Of a pass over all; of equal tensors, and of a base that nothing merges with, less is read.
+    # This is a pass over all; less is read of equal tensors, and of a base that nothing merges with.
     read = (sources.located.base, *sources.located.tasks)
     stage, done, total = "", 0, sum(tensor.num_bytes for found in read for tensor in found.values())
 

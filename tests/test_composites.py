@@ -125,7 +125,7 @@ def test_large_parts_are_sharded_where_they_lie(sentences, monkeypatch):
     succeeds("export", bundle, "--task", "b", "-o", sentences.root / "out", "--force")
 
 
-# Of the Hub and the web.
+# Sources on the Hub and the web.
 
 
 def test_the_hub_gives_the_same_bundle_and_is_asked_nothing_once_all_is_here(made, hub, monkeypatch):

@@ -20,7 +20,7 @@ from flexmerge_cli.residuals.low_bit import weight_code
 Groups = tuple[tuple[int, ...], ...]
 """A partition of the tasks, by smallest task."""
 
-# Of a tensor's energy: far below what a plan's float32 products can tell from nothing (1e-7).
+# This part of a tensor's energy is far below what a plan's float32 products can tell from nothing (1e-7).
 LEAST_ERROR = 1e-12
 
 # Energies come from float32 task vectors, of which the smallest is 1e-45; less would be a plan that nobody measured.

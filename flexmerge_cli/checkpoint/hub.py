@@ -31,7 +31,7 @@ from flexmerge_cli.writing import write_file
 
 FILES_AT_ONCE = 8
 METADATA_TIMEOUT = 30  # seconds
-# Of one listing. The Hub has 1,000 entries a page; the largest repositories have some 100,000 files.
+# Entries of one listing. The Hub has 1,000 entries a page; the largest repositories have some 100,000 files.
 MAX_ENTRIES = 200_000
 MAX_PAGES = 1_000
 MAX_PAGE_BYTES = 16 << 20

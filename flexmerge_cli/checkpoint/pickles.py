@@ -26,7 +26,7 @@ from flexmerge_cli.text import is_text
 CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
 GET_SOUND = "get a sound copy of the file"
 LOCAL_HEADER_BYTES = 30  # of a record, before its name
-# Of the pickle, and of the archive's directory. A model of 100,000 tensors has 15 MB of each.
+# Bytes of the pickle, and of the archive's directory. A model of 100,000 tensors has 15 MB of each.
 MAX_READ_BYTES = 16 << 20
 # Different tensors may share bytes, such as a fused matrix and its parts. Without a limit, 100 bytes more of file would
 # be as much work as all of it.

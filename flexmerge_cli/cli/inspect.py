@@ -11,10 +11,10 @@ def inspect(
     source: o.Inspected,
     block: Annotated[
         str | None,
-        typer.Option("--block", metavar="NAME", help="For a plan: show the similarities of the tasks in this block."),
+        typer.Option("--block", metavar="NAME", help="Show the similarities of the tasks in this block of a plan."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="For a bundle: check every byte against the manifest.")
+        bool, typer.Option("--verify", help="Check every byte of a bundle against the manifest.")
     ] = False,
     decode: Annotated[
         bool, typer.Option("--decode", help="With --verify: check every decoded tensor as well.")

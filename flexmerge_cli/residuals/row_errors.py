@@ -213,7 +213,7 @@ def _above_lowest(bits: int, value: "Tensor", exact_m1: "Tensor", level: "Tensor
     rest = value
     for number, threshold in enumerate(thresholds):
         step = levels[number + 1] - levels[number]
-        # Of one dtype in and out a comparison gives 0 and 1.
+        # A comparison of one dtype in and out gives 0 and 1.
         torch.ge(value, threshold * exact_m1, out=above)
         rest = torch.add(rest, above, alpha=-step, out=level)
     if not thresholds:

@@ -152,5 +152,5 @@ def test_a_views_model_is_the_transformers_model(tmp_path):
             for other in others:
                 assert_same_state(ours.state_dict(), other.state_dict())
                 with torch.no_grad():
-                    # Of equal weights. Products of matrices may differ with the place of the weights in memory.
+                    # Weights are equal. Products of matrices may differ with the place of the weights in memory.
                     assert ours(ids).logits.allclose(other(ids).logits, rtol=0, atol=1e-6)

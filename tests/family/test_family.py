@@ -27,7 +27,7 @@ from ..program import fails, succeeds
 
 HEAD = {"classifier.weight": "private", "classifier.bias": "private"}
 
-# Of each odd family: what is not mergeable.
+# What is not mergeable in each odd family.
 CLASSES = {
     "plain": {}, "bf16": {}, "fp16": {}, "bf16_of_fp32": {}, "mixed_dtypes": {}, "doubles": {}, "duplicates": {},
     "zero_task": {}, "one_task": {}, "two_tasks": {}, "small_shapes": {}, "outliers": {},

@@ -9,7 +9,7 @@ from .golden import FIRST, first_case, golden_family, values
 CASES = list(FIRST["cases"])
 EDGES = list(FIRST["edge"])
 
-# Of masked methods the file has two tasks.
+# The file has two tasks of masked methods.
 STORED = ("cars", "svhn")
 
 

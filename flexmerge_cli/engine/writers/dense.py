@@ -72,7 +72,7 @@ def _merge(
         for dtype in set(dtypes):
             rows = [row for row, own in enumerate(dtypes) if own == dtype]
             lost = deltas if len(rows) == len(dtypes) else deltas[rows]
-            # Of the task vectors, not of the weights: what is lost is as small as they are, or smaller.
+            # These are the task vectors, not the weights: what is lost is as small as they are, or smaller.
             lost.sub_(worker.on_device(cast(stored[low:high], dtype)) - base)
             errors[rows, low // run : -(-high // run)] = squares(lost, run)
     if not np.isfinite(errors).all():  # they are of every value, as every task reads it
