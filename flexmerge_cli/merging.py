@@ -109,5 +109,6 @@ def merge(
         examine=finish,
         on_bytes=on_bytes,
         on_stage=on_stage,
+        on_message=access.on_message,
     )
     return layout, measured

@@ -4,7 +4,7 @@ It is written to `.{name}.partial/` beside its place, under the lock `.{name}.lo
 crash leaves: before the rename, the partial folder and the lock; with `--force`, the old folder at `.{name}.partial`
 (exchanged, not yet removed), or, on file systems without an atomic exchange, at `.{name}.old` with nothing in its place
 (between two renames). Readers may then read `.{name}.old`. The next command that is to write there puts it back and
-removes the rest (`mend`).
+removes the rest (`mend`); a merge goes on with a partial folder that has a journal of its own (engine/journal.py).
 
 Where the file system has no locks, every writer has a partial folder of its own, `.{name}.{host}-{pid}-{hex}.partial`,
 which the next one removes if that process of its host has ended. Writers then do not know of each other: the last one
@@ -26,6 +26,7 @@ from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.open_files import open_one_more
+from flexmerge_cli.engine.journal import holds_journal
 from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, hint_of, machine_failure
 from flexmerge_cli.writing import (
     NOT_SUPPORTED,
@@ -69,13 +70,14 @@ def bundle_files(folder: Path) -> Collection[str] | None:
         ) from None
 
 
-def check_target(target: Path, *, force: bool, ours: Ours) -> None:
+def check_target(target: Path, *, force: bool, ours: Ours, resumes: bool = False) -> None:
     """Before any weight is read: the folder can be made there, and the place is free or may be replaced.
 
-    Mends what a killed run left there. Raises UsageError, MachineError.
+    Mends what a killed run left there. resumes: a partial folder with a journal stays, if it may take the place. Raises
+    UsageError, MachineError.
     """
     check_parent(target)
-    mend(target)
+    mend(target, resumes=resumes and (force or not os.path.lexists(target)))
     if os.path.lexists(target):
         if not force:
             raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
@@ -140,25 +142,35 @@ def foreign(folder: Path, known: Collection[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, needed_bytes: int = 0) -> Iterator[Path]:
+def publish(
+    target: Path,
+    *,
+    force: bool = False,
+    ours: Ours = lambda _: None,
+    needed_bytes: int = 0,
+    resumes: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """The folder to write into; it becomes `target` when the block ends well, and is gone when it does not.
 
-    ours: looked at once more before something is replaced. needed_bytes: what will be written, for the error of a full
-    disk. Raises UsageError if the place was taken meanwhile, MachineError; what is raised after the new folder took its
-    place says so.
+    resumes: whether a partial folder with a journal, which a killed run left, can be gone on with. ours: looked at once
+    more before something is replaced. needed_bytes: what will be written, for the error of a full disk. Raises
+    UsageError if the place was taken meanwhile, MachineError; what is raised after the new folder took its place says
+    so.
     """
     target = target.absolute()
     partial, is_done = target, False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target) as locked, contextlib.ExitStack() as spare:
-            _mend(target, locked=locked)
+            _mend(target, locked=locked, resumes=resumes is not None)
             partial, old = _partial(target, locked=locked), _beside(target, "old")
             left = None
             for _ in range(SPARE_FILES):
                 spare.callback(os.close, open_one_more(os.open, target.parent, os.O_RDONLY))
             try:
-                partial.mkdir()
+                if resumes is None or not os.path.lexists(partial) or not resumes(partial):
+                    _remove(partial)
+                    partial.mkdir()
                 yield partial
                 sync_tree(partial)
                 with undisturbed():
@@ -182,22 +194,25 @@ def publish(target: Path, *, force: bool = False, ours: Ours = lambda _: None, n
         raise cannot_write(error, Path(place), needed_bytes) from None
 
 
-def mend(target: Path) -> None:
+def mend(target: Path, *, resumes: bool = False) -> None:
     """Put back the folder that a killed run had moved away, and remove what it left beside. Never raises.
 
-    Does nothing while another run is writing there, or where this one may not write.
+    resumes: leave a partial folder that has a journal. Does nothing while another run is writing there, or where this
+    one may not write.
     """
     target = target.absolute()
     if _left(target):
         with contextlib.suppress(OSError, MachineError), _locked(target) as locked:
-            _mend(target, locked=locked)
+            _mend(target, locked=locked, resumes=resumes)
 
 
-def _mend(target: Path, *, locked: bool) -> None:
+def _mend(target: Path, *, locked: bool, resumes: bool) -> None:
     """locked: no other run is writing there."""
     old = _beside(target, "old")
     _put_back(old, target)
     for path in _left(target):
+        if resumes and locked and path == _beside(target, "partial") and holds_journal(path):
+            continue
         is_dead = _is_dead(path, target)
         if (locked and path == _beside(target, "partial")) or is_dead or (path == old and os.path.lexists(target)):
             _remove(path)
@@ -210,6 +225,14 @@ def _left(target: Path) -> list[Path]:
         prefix = f".{target.name}.{_host()}-"
         fixed += [target.with_name(name) for name in os.listdir(target.parent) if name.startswith(prefix)]  # noqa: PTH208
     return [path for path in fixed if os.path.lexists(path)]
+
+
+def partial_bytes(target: Path) -> int:
+    """Bytes of the disk that a partial folder takes which may be gone on with."""
+    folder = _beside(target.absolute(), "partial")
+    if not holds_journal(folder):
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if not path.is_symlink())
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -1,22 +1,28 @@
 """A layout and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from flexmerge_cli import native
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
-from flexmerge_cli.bundle.publish import bundle_files, check_target, publish
+from flexmerge_cli.bundle.publish import bundle_files, check_target, partial_bytes, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_file
+from flexmerge_cli.engine import journal
+from flexmerge_cli.engine.journal import JOURNAL_NAME, Journal, holds_journal, read_journal
 from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
+from flexmerge_cli.formats.folders import WEIGHTS
 from flexmerge_cli.writing import folder_above, no_space
 
 COPY_BYTES = 4 << 20
@@ -24,13 +30,13 @@ COPY_BYTES = 4 << 20
 
 def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
     """What can be refused before a weight is read: a taken or unwritable place, a full disk."""
-    check_target(target, force=force, ours=bundle_files)
+    check_target(target, force=force, ours=bundle_files, resumes=True)
     if layout.num_manifest_bytes > MAX_MANIFEST_BYTES:
         raise UsageError(
             f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
             hint="make several bundles of fewer tasks",
         )
-    free = shutil.disk_usage(folder_above(target)).free
+    free = shutil.disk_usage(folder_above(target)).free + partial_bytes(target)
     if free < layout.total_bytes:
         raise no_space(target, layout.total_bytes)
 
@@ -49,21 +55,37 @@ def write_bundle(
     examine: Callable[[Path], None] = lambda _folder: None,
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
+    on_message: Callable[[str], None] = lambda _message: None,
 ) -> Measured:
     """side_files: (task, or "" for the base, name) -> source. accept may raise, after measuring and before publishing;
-    so may examine, which gets the folder of the whole bundle where it is not published yet.
+    so may examine, which gets the folder of the whole bundle where it is not published yet. on_message: is told whether
+    a killed run of the same merge is gone on with.
     """
-    with publish(target, force=force, ours=bundle_files, needed_bytes=layout.total_bytes) as folder:
+    key = _key(layout, device)
+
+    def resumes(folder: Path) -> bool:
+        found = read_journal(folder, key)
+        if isinstance(found, str):
+            on_message(f"what a killed merge left at {folder} is discarded: {found}")
+            return False
+        on_message(f"going on with a merge that was killed; it has finished {len(found[0]):,} tensors")
+        _leave_weights(layout, folder)
+        return True
+
+    publishing = publish(target, force=force, ours=bundle_files, needed_bytes=layout.total_bytes, resumes=resumes)
+    with publishing as folder, ExitStack() as stack:
         link = linker(folder) if layout.links else None
+        is_long = layout.total_bytes >= journal.JOURNALED_BYTES
         measured = materialise(
             layout,
             sources,
-            Output(folder, layout.files, layout.total_bytes),
+            Output(folder, layout.files, layout.total_bytes, resumes=holds_journal(folder)),
             device=device,
             threads=threads,
             chunk_elements=chunk_elements,
             on_bytes=on_bytes,
             on_stage=on_stage,
+            journal=stack.enter_context(Journal(folder, key)) if is_long else None,
         )
         on_stage("files of the tasks")
         _write_small(layout, side_files, folder, measured)
@@ -75,7 +97,25 @@ def write_bundle(
         (folder / MANIFEST_NAME).write_bytes(layout.manifest(measured))
         _check_written(layout, folder)
         examine(folder)
+        (folder / JOURNAL_NAME).unlink(missing_ok=True)
     return measured
+
+
+def _key(layout: BundleLayout, device: torch.device) -> str:
+    """What all bundles of the same bytes have in common, and most others have not: plan, request, methods, versions."""
+    text = f"{device.type} {torch.__version__} {native.lib is not None}\n".encode() + layout.manifest(Measured())
+    return hashlib.sha256(text).hexdigest()
+
+
+def _leave_weights(layout: BundleLayout, folder: Path) -> None:
+    """Of a partial folder leave the weight files, which may hold what is finished, and the journal."""
+    weights = {folder / file.path for file in layout.files}
+    for path in folder.iterdir():
+        if path.name == WEIGHTS.rstrip("/") and path.is_dir() and not path.is_symlink():
+            for file in set(path.iterdir()) - weights:
+                file.unlink()
+        elif path.name != JOURNAL_NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write_small(
@@ -111,9 +151,10 @@ def _check_written(layout: BundleLayout, folder: Path) -> None:
     small, weights = ([folder / file.path for file in files] for files in (layout.small, layout.files))
     total = sum(path.stat().st_size for path in (*small, *weights, folder / MANIFEST_NAME))
     links = [folder / path for path in layout.links]
-    if sorted(path for path in folder.rglob("*") if not path.is_dir()) != sorted(
-        [*small, *weights, *links, folder / MANIFEST_NAME]
-    ) or any(not link.samefile(folder / layout.links[link.relative_to(folder).as_posix()]) for link in links):
+    there = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / JOURNAL_NAME]
+    if sorted(there) != sorted([*small, *weights, *links, folder / MANIFEST_NAME]) or any(
+        not link.samefile(folder / layout.links[link.relative_to(folder).as_posix()]) for link in links
+    ):
         raise IntegrityError("the files that were written are not those that were planned", hint="report this")
     if total != layout.total_bytes:
         raise IntegrityError(f"{total:,} bytes were written, {layout.total_bytes:,} were planned", hint="report this")

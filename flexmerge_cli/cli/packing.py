@@ -95,7 +95,7 @@ class Packing:
     def check(self, output: Path, *, force: bool) -> None:
         """Check, before anything is read, where the bundle and a kept plan go."""
         check_apart(output, self._inputs())
-        check_target(output, force=force, ours=bundle_files)
+        check_target(output, force=force, ours=bundle_files, resumes=True)
         if self.keep_plan is not None:
             check_apart(self.keep_plan, [output, *self._inputs()])
             check_plan_place(self.keep_plan, force=True)

@@ -6,7 +6,7 @@ neither bytes nor numbers depend on threads.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,8 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece
-from flexmerge_cli.engine.output import Sink
+from flexmerge_cli.engine.journal import Journal
+from flexmerge_cli.engine.output import Output, Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
 from flexmerge_cli.engine.spans import Span, cut
@@ -49,11 +50,14 @@ def materialise(
     chunk_elements: int = CHUNK_ELEMENTS,
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
+    journal: Journal | None = None,
 ) -> Measured:
     """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
 
     chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout
     may hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
+    journal: is told of each tensor that is written, and knows those that an earlier run has written to the same files,
+    which are not computed again; `output` then is an Output.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), output:
@@ -63,7 +67,7 @@ def materialise(
         before = StatisticsPass(worker, run.encoder, run.spans, threads, on_stage)
         before.statistics()
         before.of_units()
-        measured = run.write()
+        measured = run.write(journal)
         measured.sha256 = output.finish()
         return measured
 
@@ -105,9 +109,13 @@ class _Run:
     def scope(self, storage: Storage) -> Scope:
         return visit_scope(self.worker.chains, storage)
 
-    def items(self) -> list[list[tuple[Storage, Span]]]:
-        """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit."""
-        storages = [storage for storage in self.layout.storages.values() if storage.parts]
+    def items(self, kept: Collection[str] = ()) -> list[list[tuple[Storage, Span]]]:
+        """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit.
+
+        kept: tensors that are left out.
+        """
+        found = self.layout.storages.items()
+        storages = [storage for name, storage in found if storage.parts and name not in kept]
         # The order of parts in their files, so that files are mostly written, and hashed, front to back.
         storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
         scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
@@ -172,10 +180,32 @@ class _Run:
         with self.worker.on_cpu():
             return self._visit(item)
 
-    def write(self) -> Measured:
+    def _keep(self, journal: Journal, joined: "_Joined", measured: Measured) -> set[str]:
+        """The tensors that an earlier run has written. What it measured goes to `joined` and `measured`."""
+        assert isinstance(self.output, Output)
+        found = {
+            name
+            for name, done in journal.found.items()
+            if (storage := self.layout.storages.get(name)) is not None
+            and list(done.parts) == [self.output.digest(part) for part in storage.parts]
+        }
+        for unit in self.layout.allocation.units:  # that merges as one
+            if not found.issuperset(unit.tensors) and any(
+                self.scope(self.layout.storages[name]) == "block" for name in unit.tensors
+            ):
+                found.difference_update(unit.tensors)
+        for name in sorted(found):
+            done = journal.found[name]
+            for part in self.layout.storages[name].parts:
+                self.output.keep(part)
+            measured.digests[name] = done.digests
+            joined.errors |= {(name, task): error for task, error in done.errors.items()}
+        return found
+
+    def write(self, journal: Journal | None = None) -> Measured:
         self.on_stage("merge")
-        measured, items = Measured(), self.items()
-        joined = _Joined()
+        measured, joined = Measured(), _Joined()
+        items = self.items(self._keep(journal, joined, measured) if journal is not None else ())
 
         def work(place: int) -> list[Piece]:
             for item in items[place + self.threads + 1 : place + self.threads + 2]:
@@ -188,7 +218,7 @@ class _Run:
         with ordered_map(range(len(items)), work, threads=self.threads) as visits:
             for item, pieces in zip(items, visits):
                 for (storage, span), piece in zip(item, pieces):
-                    self._join(storage, span, piece, joined, measured)
+                    self._join(storage, span, piece, joined, measured, journal)
         self._write_of_units()
         for storage in self.layout.storages.values():
             tensor = storage.tensor
@@ -198,10 +228,20 @@ class _Run:
         self._distances(measured, joined.errors)
         return measured
 
-    def _join(self, storage: Storage, span: Span, piece: Piece, joined: "_Joined", measured: Measured) -> None:
+    def _join(
+        self,
+        storage: Storage,
+        span: Span,
+        piece: Piece,
+        joined: "_Joined",
+        measured: Measured,
+        journal: Journal | None,
+    ) -> None:
         """Take a piece's hashes and sums; at the end of its tensor, check and tell its digests."""
         for part, start_byte, data in piece.written:
             self.output.hashed(part, start_byte, data)
+            if journal is not None:
+                journal.hashed(part, start_byte, data)
         for into, found in ((joined.sources, piece.sources), (joined.decoded, piece.decoded)):
             for model, digest in found.items():
                 into.setdefault(model, TensorDigest()).add(digest)
@@ -215,6 +255,10 @@ class _Run:
                 for task in storage.tensor.present
             }
             joined.sources, joined.decoded = {}, {}
+            if journal is not None:
+                name, digests = span.tensor, measured.digests[span.tensor]
+                errors = {task: joined.errors[name, task] for task in digests if (name, task) in joined.errors}
+                journal.finished(name, storage.parts, digests, errors)
 
     def _check_sources(self, storage: Storage, digests: dict[int, TensorDigest]) -> None:
         tensor = storage.tensor

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
+import xxhash
 
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Part
@@ -70,7 +71,9 @@ class MemoryOutput:
 class Output:
     """The weight files of a bundle being written; a context manager. `write` may be called from any thread."""
 
-    def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int) -> None:
+    def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int, *, resumes: bool = False) -> None:
+        """resumes: the files may be there, with parts that can be kept."""
+        self._resumes = resumes
         self._folder, self._files, self._total_bytes = folder, files, total_bytes
         self._descriptors: list[int] = []
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flexmerge-flush")
@@ -116,6 +119,21 @@ class Output:
             self._unflushed[number] = 0
             self._flush = self._flusher.submit(self._force, number)
 
+    def digest(self, part: Part) -> str:
+        """xxh3 of what lies in its file at the place of a part."""
+        number, offset = self._place[part]
+        found, end = xxhash.xxh3_128(), offset + part.num_bytes
+        while offset < end:
+            data = os.pread(self._descriptors[number], min(READ_BACK_BYTES, end - offset), offset)
+            found.update(data)
+            offset += len(data)
+        return found.hexdigest()
+
+    def keep(self, part: Part) -> None:
+        """Take a part as it lies in its file: it is not written."""
+        number, offset = self._place[part]
+        self._hashes[number].keep(self._descriptors[number], offset, part.num_bytes)
+
     def finish(self) -> dict[str, str]:
         """Force everything to disk; sha256 by path."""
         self._flushed()
@@ -129,8 +147,11 @@ class Output:
     def _create(self, path: Path, num_bytes: int) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = open_one_more(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            how = os.O_NOFOLLOW if self._resumes else os.O_EXCL
+            descriptor = open_one_more(os.open, path, os.O_RDWR | os.O_CREAT | how, 0o666)
             self._descriptors.append(descriptor)
+            if self._resumes:
+                os.ftruncate(descriptor, num_bytes)
             _reserve(descriptor, num_bytes)
         except OSError as error:
             raise self._failed(error, path) from None
@@ -189,6 +210,15 @@ class _FileHash:
             return
         self._hash.update(data.data)
         self._position += data.size
+        self._read_early(descriptor)
+
+    def keep(self, descriptor: int, offset: int, num_bytes: int) -> None:
+        """Of bytes that lie in the file already."""
+        if num_bytes:
+            self._early[offset] = num_bytes
+            self._read_early(descriptor)
+
+    def _read_early(self, descriptor: int) -> None:
         while self._position in self._early:
             self._read_back(descriptor, self._early.pop(self._position))
 
