@@ -26,12 +26,12 @@ from family import arguments, plan_of
 from flexmerge_cli import load_plan, merge
 from flexmerge_cli.errors import GateError
 
-SIZES = ("smallest", "1x", "1.25x", "1.5x", "2x")
+SIZES = ("smallest", "0.5x", "0.75x", "1x", "1.25x", "1.5x", "2x")
 UNIFORM = {
     f"{centre} + {bits}": f"low_bit:bits={bits},gain={'norm' if bits < 3 else 'none'},centre=average,"
     f"centre_bits={centre},scales=bfloat16,clip=search"
     for centre, bits in ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3))
-}
+} | {f"4 + {bits:g}": f"sign_runs:run={run},centre_bits=4" for run, bits in ((16, 0.3125), (8, 0.5), (4, 0.75))}
 BLOCK_MERGING = ("average", "task_arithmetic", "ties", "tsv_m")
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c564b", "#555555")
 DRAWS = 2000

@@ -26,6 +26,7 @@ import numpy as np
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8"}  # fmt: skip
 CODED = ("base", "unified", "codes", "scale", "levels", "left", "right", "index", "values")
+RUNS = {0.1875: 32, 0.3125: 16, 0.5: 8, 0.75: 4}  # bits of an element -> elements of a pattern
 GAUSS = {1: [0.797884560803], 2: [0.452780034636, 1.510417608499],
          3: [0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537]}  # fmt: skip
 
@@ -80,6 +81,14 @@ def decode(parts, size, bits, levels=None):
         values[positions(parts["index"][1], size, parts["values"][1].size)] = floats(parts["values"])
     elif "left" in parts:
         values = floats(parts["left"], np.float64) @ floats(parts["right"], np.float64)
+    elif bits < 1:  # patterns of signs
+        codes, run = parts["codes"][1], RUNS[bits]
+        m, at = len(codes), np.arange(run)
+        odd = sum((at[:, None] & at) >> bit & 1 for bit in range(5)) & 1
+        patterns = np.concatenate([1 - 2 * odd, 2 * odd - 1]).astype(np.float32)
+        n = size // m
+        signs = patterns[numbers(codes, -(-n // run), run.bit_length())].reshape(m, -1)[:, :n]
+        values = signs * floats(parts["scale"])[:, None]
     else:
         if "levels" in parts:
             levels = parts["levels"][1]
@@ -99,6 +108,8 @@ def decode_residual(parts, name, task, size, method, group):
     own = {role: parts[f"{name}@{role}.{who}"] for who in group["tasks"] for role in CODED
            if f"{name}@{role}.{who}" in parts}  # fmt: skip
     bits, centre_bits = method["args"].get("bits", 1), method["args"].get("centre_bits")
+    if "run" in method["args"]:
+        bits = {run: bits for bits, run in RUNS.items()}[method["args"]["run"]]
     if "bits" in group:
         bits = group["bits"][task]
     elif "codes" in shared and len(shared["codes"][1]) == 1:  # a vector: 8 bits on 8 bits

@@ -13,7 +13,7 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.residuals.coder import Matrix, View, num_bytes
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, CodingError
-from flexmerge_cli.residuals.low_bit import weight_code
+from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
 
 # M tasks
 
@@ -68,9 +68,16 @@ class TensorStatistics:
         return len({self.same[task] for task in group})
 
     @property
-    def code_bytes(self) -> dict[int, int]:
+    def code_bytes(self) -> dict[float, int]:
         """Bits -> bytes of the matrix in that code."""
-        return {bits: num_bytes(weight_code(bits).parts(self.matrix, "F32")) for bits in RESIDUAL_BITS}
+        every = (*RUNS, *RESIDUAL_BITS)
+        return {bits: num_bytes(residual_code(bits).parts(self.matrix, "F32")) for bits in every}
+
+    @property
+    def residual_losses(self) -> dict[float, float]:
+        """Bits -> lost part of a residual's energy: measured, and below one bit predicted from that of one."""
+        measured = self.errors.ratio
+        return {bits: SignRuns(run=run).loss(measured[1]) for bits, run in RUNS.items()} | dict(measured)
 
     def dense_bytes(self, dtype: str) -> int:
         return math.prod(self.shape) * ITEM_BYTES[dtype]

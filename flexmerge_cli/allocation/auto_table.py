@@ -105,8 +105,10 @@ class Table:
         """Set the hull of every centre and class as unit costs times a factor, so that each is found once."""
         tensor, firsts = self.tensor, [tasks[0] for tasks in self._classes]
         stored_K = [bool(tensor.copy_is_stored) and tensor.copy_is_stored[task] for task in firsts]
-        copy = {bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()}
-        coded = {bits: max(ratio, LEAST_ERROR) for bits, ratio in tensor.errors.ratio.items()}
+        copy: dict[float, float] = {
+            bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()
+        }
+        coded = {bits: max(ratio, LEAST_ERROR) for bits, ratio in tensor.residual_losses.items()}
         coded |= {0: 1.0} if tensor.may_drop else {}
         if tensor.is_unchanged:
             copy, coded = {}, {}
@@ -167,12 +169,12 @@ class Table:
         """The points on the lower convex hull."""
 
 
-def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[int, float], limits: Limits) -> Options:
+def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[float, float], limits: Limits) -> Options:
     """The options of a class whose exact copy takes this many bytes. unit: cost by bits."""
     code_bytes = {0: 0, **tensor.code_bytes}
-    labels: list[Bits] = [bits for bits in sorted(unit) if limits.allows(bits)]
-    option_bytes = np.array([*(code_bytes[int(b)] for b in labels), exact_bytes], np.int64)
-    cost = np.array([*(unit[int(b)] for b in labels), 0.0])
-    labels.append("exact")
+    allowed = [bits for bits in sorted(unit) if limits.allows(bits)]
+    option_bytes = np.array([*(code_bytes[bits] for bits in allowed), exact_bytes], np.int64)
+    cost = np.array([*(unit[bits] for bits in allowed), 0.0])
+    labels: list[Bits] = [*allowed, "exact"]
     vertices = hull(option_bytes, cost)
     return tuple(labels[v] for v in vertices), option_bytes[vertices], cost[vertices]

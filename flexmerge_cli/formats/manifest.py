@@ -67,6 +67,8 @@ from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
+from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS
+from flexmerge_cli.residuals.sign_runs import RUNS
 from flexmerge_cli.stored.forms import known_form
 
 FORMAT = "flexmerge.bundle/2"
@@ -81,6 +83,15 @@ def _known_stem(value: str) -> str:
 
 
 Stem = Annotated[str, AfterValidator(_known_stem)]
+
+
+def _known_bits(value: int | float) -> int | float:
+    if value not in (0, *RUNS, *RESIDUAL_BITS):
+        raise ValueError("a number of bits that no code has")
+    return value
+
+
+TaskBits = Annotated[int | float, AfterValidator(_known_bits)]
 
 
 class FileEntry(Record):
@@ -127,7 +138,7 @@ class GroupEntry(Record):
     kind: Annotated[str, AfterValidator(known_form)]
     method: int | None
     distance: Named[float | None]
-    bits: Named[Literal[0, 1, 2, 3, 4, 8]] | None = None
+    bits: Named[TaskBits] | None = None
 
 
 class UnitEntry(Record):

@@ -19,8 +19,9 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.method import Call, Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
-from flexmerge_cli.residuals.low_bit import LowBit, residual_code, weight_code
+from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
 from flexmerge_cli.residuals.sparse import Sparse
 
 if TYPE_CHECKING:
@@ -99,15 +100,15 @@ class Coded:
         copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
-    def form_of_bits(self, shape: tuple[int, ...], bits: int) -> Form:
+    def form_of_bits(self, shape: tuple[int, ...], bits: float) -> Form:
         """The form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded, too.
 
-        bits: 0 stores nothing beside the centre, and then `residual` is None.
+        bits: 0 stores nothing beside the centre, and then `residual` is None. Less than 1 only beside a centre.
         """
-        code = weight_code if self.centre == "none" else residual_code
+        code = weight_code(int(bits)) if self.centre == "none" and bits else residual_code(bits) if bits else None
         return Form(
             matrix=View.SQUEEZED.matrix(shape),
-            residual=code(bits) if bits else None,
+            residual=code,
             centre=None if self.centre == "none" or self.centre_bits == "dense" else weight_code(self.centre_bits),
         )
 
@@ -183,6 +184,11 @@ def check_centre(declared: Coded, name: str) -> None:
         )
 
 
+def _check_centre_bits(name: str, centre_bits: int | str) -> None:
+    if centre_bits != "dense" and centre_bits not in CENTRE_BITS:
+        raise UsageError(f"`{name}`: centre_bits={centre_bits} is not one of 2, 3, 4, 8, dense")
+
+
 @coded(paper="Liu et al. 2024", when="many fine-tunes close to one base; a model is its base and one bit an element")
 def bitdelta(
     *,
@@ -219,8 +225,7 @@ def low_bit(
     """
     if levels == "empirical" and bits > 3:
         raise UsageError(f"`low_bit`: levels=empirical supports at most 3 bits, not {bits}", hint="use levels=gauss")
-    if centre_bits != "dense" and centre_bits not in CENTRE_BITS:
-        raise UsageError(f"`low_bit`: centre_bits={centre_bits} is not one of 2, 3, 4, 8, dense")
+    _check_centre_bits("low_bit", centre_bits)
     if centre == "none" and (gain != "none" or centre_bits != "dense"):
         raise UsageError("`low_bit`: gain and centre_bits have no effect with centre=none", hint="leave them out")
     coder = LowBit(bits=bits, levels=levels, gain=gain, scales=scales, clip=clip)
@@ -231,6 +236,29 @@ def low_bit(
         centre_bits=centre_bits,
         coder=lambda num_tasks: coder,
         view=View.SQUEEZED if of_auto else View.FIRST_AXIS,
+        vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
+    )
+
+
+@coded(paper="own construction; patterns by Muller 1954", when="dozens of tasks, in less than one bit each")
+def sign_runs(
+    *, run: Annotated[int, Range(least=4, most=32)] = 8, centre: str = "average", centre_bits: CentreBits = "dense"
+) -> Coded:
+    """The signs of each run of elements as one of 2·run patterns: (log2(run) + 1)/run bits an element.
+
+    run: elements of a run; 4, 8, 16 and 32 take 0.75, 0.5, 0.3125 and 0.1875 bits an element. Rows keep their length.
+    centre: base or a merging method; centre_bits: 2, 3, 4, 8 or dense. Vectors are exact copies on a dense centre, and
+    have 8 bits on 8 bits on a coded one.
+    """
+    if run not in RUNS.values():
+        raise UsageError(f"`sign_runs`: run={run} is not one of 4, 8, 16, 32")
+    _check_centre_bits("sign_runs", centre_bits)
+    coder = SignRuns(run=run)
+    return Coded(
+        centre=centre,
+        centre_bits=centre_bits,
+        coder=lambda num_tasks: coder,
+        view=View.FIRST_AXIS if centre_bits == "dense" else View.SQUEEZED,
         vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
     )
 

@@ -134,7 +134,7 @@ def _auto(call: Call) -> dict[str, Any]:
         "kind": "search",
         **_common(call.method, "model"),
         "when": call.method.when,
-        "stored": "per tensor a coded or dense centre, or none; per task 1 to 8 bits, nothing, or a copy",
+        "stored": "per tensor a coded or dense centre, or none; per task up to 8 bits a weight, or a copy",
         "size": "what --size says",
     }
 

@@ -18,13 +18,14 @@ class Limits:
     changed."""
 
     min_bits: int = 0
-    """Fewest bits of a residual or coded copy, in [0, 8]; 0 allows dropping residuals, in embedding tables alone."""
+    """Fewest bits of a residual or coded copy, in [0, 8]; 0 allows residuals of less than one bit an element, and
+    dropping them in embedding tables alone."""
     max_bits: int = 8
     """Most bits of a residual or coded copy, in [1, 8]."""
     centres: tuple[Kind, ...] = KINDS
     """A tensor that can have none of these, as an average of a single task, has no centre."""
 
-    def allows(self, bits: int) -> bool:
+    def allows(self, bits: float) -> bool:
         return self.min_bits <= bits <= self.max_bits
 
 
@@ -52,9 +53,9 @@ def auto(
 ) -> Limits:
     """Per tensor a centre and per task a residual, a coded copy or an exact one, chosen for a size from the plan alone.
 
-    min_bits, max_bits: of residuals and coded copies; exact copies are always allowed, and 0 bits in embedding tables
-    alone. centres: all, or some of none, base, average, joined by `+`. Without a size: the smallest bundle whose
-    predicted distance stays under --max-distance, or 0.35.
+    min_bits, max_bits: of residuals and coded copies; exact copies are always allowed, and min_bits=0 allows residuals
+    of less than one bit, and in embedding tables none. centres: all, or some of none, base, average, joined by `+`.
+    Without a size: the smallest bundle whose predicted distance stays under --max-distance, or 0.35.
     """
     kinds = KINDS if "all" in centres.split("+") else tuple(kind for kind in KINDS if kind in centres.split("+"))
     return Limits(min_bits=min_bits, max_bits=max_bits, centres=kinds)

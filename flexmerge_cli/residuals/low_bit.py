@@ -143,8 +143,3 @@ def scaled_levels(look_up: LookUp) -> np.ndarray:
 def weight_code(bits: int) -> LowBit:
     """The code of weights: of a coded centre, or a coded copy; also what `auto` measures its statistics with."""
     return LowBit(bits=bits, scales="bfloat16", clip="search")
-
-
-def residual_code(bits: int) -> LowBit:
-    """The code of a residual that `auto` stores: rows of 1 and 2 bits keep their length."""
-    return LowBit(bits=bits, scales="bfloat16", clip="search", gain="norm" if bits <= 2 else "none")

@@ -20,6 +20,8 @@ from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit
 from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.packing import row_bytes
+from flexmerge_cli.residuals.sign_runs import SignRuns
 from flexmerge_cli.residuals.sparse import Sparse
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
@@ -69,8 +71,11 @@ class CodedTensor:
         for name in ([f"{self.of.tensor}@base"] if self.base else []) + names:
             role, part = name.removeprefix(f"{self.of.tensor}@"), parts[name]
             found[role] = part, part.num_bytes
-            if isinstance(self.form.residual, Sparse) and role == f"index.{self.owner}":
-                found[role] = part, Kept.index_bytes(self.matrix, self.form.residual.count(self.matrix))
+            residual = self.form.residual
+            if isinstance(residual, Sparse) and role == f"index.{self.owner}":
+                found[role] = part, Kept.index_bytes(self.matrix, residual.count(self.matrix))
+            if isinstance(residual, SignRuns) and role == f"codes.{self.owner}":  # one bit an element once it is read
+                found[role] = part, self.matrix[0] * row_bytes(self.matrix[1], 1)
         return found
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
@@ -154,7 +159,7 @@ def _layout(group: GroupTensor) -> GroupLayout | None:
 
 def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) -> GroupLayout | None:
     """Where each task has bits of its own; tasks with the same tensor and bits share their arrays."""
-    classes: dict[tuple[int, int], list[int]] = {}
+    classes: dict[tuple[int, float], list[int]] = {}
     for place, own in enumerate(bits):
         if own != "exact":
             classes.setdefault((group.same[place], own), []).append(place)
@@ -198,7 +203,7 @@ def _declared(name: str, args: str) -> Coded | None:
 
 
 def _look_up(coder: Coder, parts: Parts, matrix: Matrix) -> LookUp:
-    assert isinstance(coder, (LowBit, BitDelta))
+    assert isinstance(coder, (LowBit, BitDelta, SignRuns))
     return coder.look_up(parts, matrix)
 
 

@@ -71,8 +71,8 @@ class Described:
     """Every task of the group."""
     dtypes: tuple[str, ...]
     """The dtype that each of them gets."""
-    bits: Mapping[str, int] | None
-    """Bits per task, where each has its own."""
+    bits: Mapping[str, float] | None
+    """Bits an element, per task, where each has its own."""
     method: tuple[str, str] | None
     """Name, and arguments as JSON."""
 

@@ -10,8 +10,8 @@ from flexmerge_cli.methods.method import Call
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.summary import Summary
 
-Bits = int | Literal["exact"]
-"""What a task stores for itself: 0 is nothing, exact a dense copy."""
+Bits = float | Literal["exact"]
+"""What a task stores for itself, in bits an element: 0 is nothing, exact a dense copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.sign_runs import SignRuns
 from flexmerge_cli.residuals.sparse import Sparse
 
 
@@ -62,6 +63,11 @@ def _coder(coder: Coder) -> Summary:
             parts = f"{coder.bits} {'bit' if coder.bits == 1 else 'bits'} an element and a scale a row"
             return Summary(
                 parts=parts + (", and levels" if coder.has_levels else ""), num_bytes=f"{scale}·m{levels} + {codes}"
+            )
+        case SignRuns():
+            return Summary(
+                parts=f"one of {2 * coder.run} patterns of signs for {coder.run} elements and a scale a row",
+                num_bytes=f"2·m + m·⌈{coder.code_bits}·⌈c/{coder.run}⌉/8⌉",
             )
         case BitDelta():
             by_row = coder.scope == "row"

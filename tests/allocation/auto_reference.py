@@ -11,10 +11,15 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.residuals.coder import View
 
 CENTRE_BITS = (2, 3, 4, 8, "dense")
+RUNS = {0.1875: (32, 0.827851, 0.30), 0.3125: (16, 0.730326, 0.45), 0.5: (8, 0.602450, 0.65), 0.75: (4, 0.463643, 0.85)}
+"""Bits -> elements of a run, what is lost of a normal distribution, and the exponent for its tails."""
 
 
 def code_bytes(shape, bits):
     m, n = View.SQUEEZED.matrix(shape)
+    if bits in RUNS:
+        run = RUNS[bits][0]
+        return 2 * m + m * math.ceil(math.ceil(n / run) * round(math.log2(2 * run)) / 8)
     return 2 * m + m * -(-n * bits // 8) if bits else 0
 
 
@@ -54,7 +59,11 @@ def table(tensor, levels, w):
 
     def residuals(representative, energy):
         unit = w * len(members[representative]) * max(least, energy)
-        coded = [(code_bytes(tensor.shape, b), unit * max(1e-12, tensor.errors.ratio[b]), b) for b in (1, 2, 3, 4, 8)]
+        lost = dict(tensor.errors.ratio)
+        for b, (_, normal, exponent) in RUNS.items():
+            caught = (1 - normal) * ((1 - lost[1]) * math.pi / 2) ** exponent
+            lost[b] = min(1.0, max(lost[1], 1 - caught))
+        coded = [(code_bytes(tensor.shape, b), unit * max(1e-12, lost[b]), b) for b in (*RUNS, 1, 2, 3, 4, 8)]
         return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(representative)]
 
     rows = [(("none",), 0, [copies(representative) for representative in representatives])]

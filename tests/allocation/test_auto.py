@@ -421,8 +421,8 @@ def test_a_uniform_plan_is_priced_from_the_same_table():
     assert num_bytes == matrix_bytes + 4 * (2 + 64)
     rows = {row[0]: row[2] for row in reference_tables(*family)[0]}
     vector_rows = {row[0]: row[2] for row in reference_tables(*family)[1]}
-    expected = [options[0][1] for options in rows["average", 1, 4]]
-    expected += [options[4][1] for options in vector_rows["average", 1, 8]]
+    expected = [cost for options in rows["average", 1, 4] for _, cost, bits in options if bits == 1]
+    expected += [cost for options in vector_rows["average", 1, 8] for _, cost, bits in options if bits == 8]
     assert cost == pytest.approx(sum(expected))
 
 
@@ -456,3 +456,14 @@ def test_work_grows_with_tensors_and_tasks_and_no_faster(num_tensors, num_tasks)
             found.solve(int(share * found.smallest_bytes))
 
     assert num_calls(run) < 600 * num_tensors * num_tasks
+
+
+def test_thirty_tasks_of_16_bits_fit_into_one_model():
+    rng = np.random.default_rng(0)
+    tensor = tensor_of("w", (768, 768), 30, rng, dtypes=["BF16"] * 30)
+    family = [tensor], {"w": "w"}, {"w": random_levels(30, rng)}
+    one = 2 * 768 * 768
+    assert search(*family).smallest_bytes < 0.55 * one
+    (choice,) = search(*family).solve(one).choices
+    assert 0 not in choice.bits  # every task keeps something of its own
+    assert search(*family, Limits(min_bits=1)).smallest_bytes > 2 * one

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from flexmerge_cli.allocation import auto_statistics
 from flexmerge_cli.allocation.auto import search
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import CodingError
-from flexmerge_cli.residuals.low_bit import residual_code, weight_code
+from flexmerge_cli.residuals.low_bit import weight_code
+from flexmerge_cli.residuals.sign_runs import residual_code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 AUTO = json.loads((GOLDEN / "auto.json").read_text())
@@ -23,6 +25,12 @@ CASES = [
     for allocation in (family["allocations"].values() if name == "family" else family["allocations"])
 ]
 DECODED = AUTO["decoded"]
+
+
+@pytest.fixture(autouse=True)
+def _whole_bits(monkeypatch):
+    """The reference knows no codes of less than one bit an element."""
+    monkeypatch.setattr(auto_statistics, "RUNS", {})
 
 
 def statistics(name, data, item_bytes):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import View
-from flexmerge_cli.residuals.low_bit import LowBit, residual_code, weight_code
+from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.sign_runs import RUNS, residual_code
 from flexmerge_cli.residuals.sparse import Sparse
 
 CODERS = [
@@ -21,7 +22,7 @@ CODERS = [
     LowBit(bits=2, levels="empirical"),
     LowBit(bits=3, levels="empirical", gain="norm", scales="bfloat16"),
     *(weight_code(bits) for bits in (2, 3, 4, 8)),
-    *(residual_code(bits) for bits in (1, 2, 3, 4, 8)),
+    *(residual_code(bits) for bits in (*RUNS, 1, 2, 3, 4, 8)),
     LowRank(),
     LowRank(rank=1000),
     LowRank(shared_by=3),

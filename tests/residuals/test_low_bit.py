@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
-from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, LowBit, half_range, residual_code
+from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, LowBit, half_range
 from flexmerge_cli.residuals.packing import unpack
+from flexmerge_cli.residuals.sign_runs import residual_code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VECTORS = json.loads((GOLDEN / "auto.json").read_text())["vectors"]

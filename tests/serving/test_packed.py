@@ -30,6 +30,8 @@ FORMS = [
     {"method": "low_bit:bits=2"},
     {"method": "low_bit:bits=3,levels=empirical,centre_bits=8"},
     {"method": "low_bit:bits=5,centre=base"},
+    {"method": "sign_runs:run=4,centre_bits=8"},
+    {"method": "sign_runs:run=32"},
     {"method": "low_bit:bits=8,centre=none"},
     {"method": "bitdelta"},
     {"method": "low_rank"},

@@ -76,7 +76,7 @@ def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: 
     if coded.centre != "none":
         form = coded.form_of_bits(shape, 0)
         centre = _centre(encoder, form, _plain(encoder, group, raw), shared, promote(dtypes), group, raw, piece)
-    found: dict[tuple[int, int], tuple[RangeDigest, np.ndarray]] = {}
+    found: dict[tuple[int, float], tuple[RangeDigest, np.ndarray]] = {}
     for task, dtype in zip(group.tasks, dtypes):
         bits = bits_of[task]
         if bits == "exact":
@@ -175,7 +175,7 @@ def _bytes(work: Work) -> int:
     tensor, group, n = work.storage.tensor, work.group, work.n
     coded = work.chain.coded if work.chain is not None else None
     assert coded is not None
-    forms = [coded.form_of_bits(tensor.shape, int(bits)) for bits in {*(group.bits or ())} if bits != "exact"]
+    forms = [coded.form_of_bits(tensor.shape, bits) for bits in {*(group.bits or ())} if bits != "exact"]
     forms += [coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))] if not forms else []
     columns = forms[0].matrix[1]
     part = (n // columns if columns else forms[0].matrix[0], columns)
