@@ -23,7 +23,7 @@ from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import parse_size
 
-AUTO_SIZES = (0.75, 1, 1.5, 2)
+AUTO_SIZES = (0.5, 0.75, 1, 1.5, 2)
 COPIES, EXACT = "copies as found", "exact deduplication"
 
 # Methods that store one dense value per merged block, and all their arguments, which the manifest holds.
@@ -38,7 +38,7 @@ Range = tuple[float, float]
 # What docs/benchmarks.md measured: bundle -> family -> points. A method without a size is at its smallest.
 MEASURED: Mapping[str, Mapping[str, Points]] = {
     "auto": {
-        "digits": ((1.48, 94.3), (2.0, 99.7), (2.5, 99.9), (3.0, 100.0), (4.0, 100.0)),
+        "digits": ((0.71, 83.9), (1.0, 95.3), (1.5, 98.4), (2.0, 99.6), (2.5, 99.9), (3.0, 100.0), (4.0, 100.0)),
         "MiniLM": ((1.14, 100.8),),
     },
     "residual-2bit": {"digits": ((3.34, 100.0),)},
@@ -120,10 +120,10 @@ def begin_with(rows: Sequence[StorageOption]) -> tuple[str, str] | None:
 
 
 def kept_by(name: str, bits: float) -> Range | None:
-    """The least and the most that a bundle of so many bits kept: per family the measurement of the most bits that are
-    no more than these."""
+    """The least and the most that a bundle of so many bits kept. Of `auto` per family the measurement of the most bits
+    that are no more than these; other methods have one each, at their smallest."""
     known = [
-        next((kept for least, kept in reversed(points) if least <= bits + 0.05 or len(points) == 1), None)
+        next((kept for least, kept in reversed(points) if least <= bits + 0.05 or name != "auto"), None)
         for points in MEASURED.get(name, {}).values()
     ]
     values = [kept for kept in known if kept is not None]

@@ -111,7 +111,15 @@ def test_what_was_measured_stands_in_the_docs():
 
 
 @pytest.mark.parametrize(
-    ("bits", "kept"), [(1.0, (100.8, 100.8)), (1.5, (94.3, 100.8)), (2.2, (99.7, 100.8)), (9.0, (100.0, 100.8))]
+    ("bits", "kept"),
+    [
+        (0.3, None),
+        (0.8, (83.9, 83.9)),
+        (1.0, (95.3, 95.3)),
+        (1.5, (98.4, 100.8)),
+        (2.2, (99.6, 100.8)),
+        (9.0, (100.0, 100.8)),
+    ],
 )
 def test_auto_is_held_against_measurements_of_no_more_bits(bits, kept):
     assert kept_by("auto", bits) == kept

@@ -7,7 +7,16 @@ from flexmerge_cli.methods.registry import all_methods, parse_call
 from flexmerge_cli.stored.form import GroupTensor
 from flexmerge_cli.stored.forms import FORMS, form_of
 
-METHODS = ("average", "emr", "consensus", "low_bit:bits=2", "low_bit:bits=2,centre=none", "sign_runs", "bitdelta", "sparse")
+METHODS = (
+    "average",
+    "emr",
+    "consensus",
+    "low_bit:bits=2",
+    "low_bit:bits=2,centre=none",
+    "sign_runs",
+    "bitdelta",
+    "sparse",
+)
 
 
 def group(method, dtypes=("F32",) * 4, shape=(6, 40), **more):
