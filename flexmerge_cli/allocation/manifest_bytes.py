@@ -112,6 +112,7 @@ def manifest_frame(
     for path, entry in entries.items():
         entry["sha256"] = measured.sha256.get(path, NO_SHA256)
     optional = _vocabulary_entries(plan, allocation.dtype, measured) | ({"gate": gate} if gate else {})
+    optional |= {"splits": [split.model_dump() for split in plan.splits]} if plan.splits else {}
     optional |= {"request": request.padded()} if request is not None else {}
     return optional | {
         "format": FORMAT,

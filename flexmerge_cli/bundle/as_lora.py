@@ -51,6 +51,8 @@ class Factored:
 
 def factored(bundle: Bundle) -> Factored:
     """Raises UsageError that names the first tensor that is not low rank over what the tasks share."""
+    for split in bundle.manifest.splits:
+        raise _refused(split.tensor, bundle.tasks[0], "is stored in parts")
     centres: dict[str, StoredTensor] = {}
     factors: dict[str, dict[str, tuple[StoredTensor, StoredTensor]]] = {task: {} for task in bundle.tasks}
     rank = 0

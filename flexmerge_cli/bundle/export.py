@@ -179,7 +179,8 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
     """Tensors of the source in one folder, which are called without the folder's path in its files."""
-    every, aligned, parts = bundle.tensors_of(task), _aligned(bundle, task), bundle.manifest.tasks[task].parts
+    every, aligned = bundle.tensors_of(task), bundle.manifest.aligned(task)
+    parts = bundle.manifest.tasks[task].parts
     own = {part_of(name, parts)[1]: name for name in names}
     forms = {name: every[whole] for name, whole in own.items()}
     write_weights(folder, stem, forms, lambda name: bundle.array(task, aligned[own[name]]), bundle.manifest.id)
@@ -252,21 +253,13 @@ def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:
     if bundle.manifest.tasks[task].parts:
         return None  # the files of subfolders have names without their paths
     found = {}
-    for own, aligned in _aligned(bundle, task).items():
+    for own, aligned in bundle.manifest.aligned(task).items():
         if not bundle.is_tied(aligned):
             part = bundle.dense(task, aligned)
             if part is None or (part.name, part.dtype) != (own, bundle.tensors_of(task)[own][0]):
                 return None
             found[own] = part.path
     return found
-
-
-def _aligned(bundle: Bundle, task: str) -> dict[str, str]:
-    """Own name -> aligned name of the task's tensors."""
-    names = bundle.manifest.tasks[task].names
-    return {
-        names.get(tensor.name, tensor.name): tensor.name for tensor in bundle.manifest.tensors if task in tensor.digests
-    }
 
 
 def _reflink(source: Path, target: Path) -> None:

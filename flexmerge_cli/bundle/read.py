@@ -185,12 +185,7 @@ class Bundle(Routes):
     def tensors_of(self, task: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Own name -> (dtype, shape), in the order of the base's files."""
         self.check_task(task)
-        names = self.manifest.tasks[task].names
-        return {
-            names.get(tensor.name, tensor.name): self.tensor_of(task, tensor.name)
-            for tensor in self.manifest.tensors
-            if task in tensor.digests
-        }
+        return {own: self.tensor_of(task, name) for own, name in self.manifest.aligned(task).items()}
 
     def array(self, task: str, aligned: str, *, shared: bool = False) -> np.ndarray:
         """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype, in memory of the caller's own.

@@ -52,23 +52,19 @@ def resident(bundle: Bundle) -> dict[str, Held]:
     arrays: dict[str, tuple[dict[Hashable, int], dict[Hashable, int]]] = {}
     packed_names, seen = set[str](), set[Hashable]()
     for task in bundle.sound_tasks:
-        names = bundle.manifest.tasks[task].names
-        for tensor in bundle.manifest.tensors:
-            if task not in tensor.digests:
-                continue
-            key, own = bundle.identity(task, tensor.name), names.get(tensor.name, tensor.name)
-            dtype, shape = bundle.tensor_of(task, tensor.name)
+        for own, name in bundle.manifest.aligned(task).items():
+            key, (dtype, shape) = bundle.identity(task, name), bundle.tensor_of(task, name)
             is_weight = own.endswith(".weight") and not ONE.fullmatch(own)
-            pieces = packed_pieces(bundle, task, tensor.name, shape) if is_weight else {}
+            pieces = packed_pieces(bundle, task, name, shape) if is_weight else {}
             num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
             parts: dict[Hashable, int] = {(part.path, part.offset): held for part, held in pieces.values()}
             whole: dict[Hashable, int] = {key: num_bytes}
             for place, needed in enumerate((whole, parts or whole)):
                 new = {found: held for found, held in needed.items() if (place, found) not in seen}
                 seen |= {(place, found) for found in new}
-                arrays.setdefault(tensor.name, ({}, {}))[place].update(new)
+                arrays.setdefault(name, ({}, {}))[place].update(new)
             if pieces:
-                packed_names.add(tensor.name)
+                packed_names.add(name)
     return {
         name: Held(sum(dense.values()), sum(packed.values()), name in packed_names)
         for name, (dense, packed) in arrays.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.family.split import Split
 from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.adapted import AdaptedTensor
@@ -17,6 +18,7 @@ from flexmerge_cli.stored.dense import DenseTensor
 from flexmerge_cli.stored.forms import stored_as
 from flexmerge_cli.stored.joined import JoinedTensor
 from flexmerge_cli.stored.masked import MaskedTensor
+from flexmerge_cli.stored.split import SplitTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class Routes:
     """By task: of its tensors and rows, in the manifest's order."""
     _rows: dict[tuple[str, str], RowsEntry] = field(init=False)
     """(task, aligned name) of tensors that are put together from rows."""
+    _splits: dict[str, Split] = field(init=False)
+    """Aligned name of the whole -> how it is split."""
     _dense: dict[str, dict[str, StoredTensor]] = field(init=False)
     """Task -> aligned name -> the dense part."""
     _parts: dict[str, RouteParts] = field(init=False)
@@ -72,6 +76,7 @@ class Routes:
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_entries", entries)
         object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "_splits", {split.tensor: split for split in manifest.splits})
         object.__setattr__(self, "_dense", dense)
         object.__setattr__(self, "_parts", parts)
 
@@ -81,6 +86,9 @@ class Routes:
 
     def tensor_of(self, task: str, aligned: str) -> tuple[str, tuple[int, ...]]:
         """A task's (dtype, shape) of one tensor."""
+        if (split := self._splits.get(aligned)) is not None:
+            dtype, shape = self.tensor_of(task, split.names[0])
+            return dtype, split.whole(shape)
         tensor, rows = self._tensors[aligned], self._rows.get((task, aligned))
         shape = tensor.shape_of(task)
         return tensor.dtype_of(task), shape if rows is None else (rows.rows, *shape[1:])
@@ -119,7 +127,12 @@ class Routes:
         return self._parts[task]
 
     def whole(self, task: str, aligned: str) -> Stored:
-        """How a task's whole tensor is stored, its rows joined if it has a vocabulary. Raises as stored_as."""
+        """How a task's whole tensor is stored, its rows joined if it has a vocabulary, its parts if it is split.
+
+        Raises as stored_as.
+        """
+        if (split := self._splits.get(aligned)) is not None:
+            return SplitTensor(parts=tuple(self.stored_as(task, name) for name in split.names), dim=split.dim)
         found, rows = self.stored_as(task, aligned), self._rows.get((task, aligned))
         if rows is None:
             return found
@@ -158,6 +171,8 @@ class Routes:
 
     def identity(self, task: str, aligned: str) -> tuple[str, ...]:
         """Equal for two tensors that have the same bits, dtype and shape, and are stored once."""
+        if (split := self._splits.get(aligned)) is not None:
+            return tuple(word for name in split.names for word in self.identity(task, name))
         tensor = self._tensors[aligned]
         if tensor.of is not None:
             return self.identity(task, tensor.of)
@@ -166,7 +181,7 @@ class Routes:
         return aligned, tensor.dtype_of(task), str(tensor.shape_of(task)), tensor.digests[task]
 
     def is_tied(self, aligned: str) -> bool:
-        return self._tensors[aligned].of is not None
+        return aligned not in self._splits and self._tensors[aligned].of is not None
 
     def check_route(self, task: str) -> None:
         """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""

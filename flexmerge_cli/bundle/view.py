@@ -38,8 +38,7 @@ class View(Mapping[str, Tensor]):
         self.device = choose_device(device)
         self._tensors = bundle.tensors_of(task)
         self._looked_up = 0
-        own = bundle.manifest.tasks[task].names
-        self.aligned = {own.get(t.name, t.name): t.name for t in bundle.manifest.tensors if task in t.digests}
+        self.aligned = bundle.manifest.aligned(task)
 
     def __getitem__(self, name: str) -> Tensor:
         aligned = self.aligned[name]

@@ -4,6 +4,7 @@ A vocabulary that was enlarged is one run; one whose tokens were shuffled may be
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -17,6 +18,12 @@ def runs_of(rows: Iterable[int]) -> Runs:
         else:
             found.append([row, 1])
     return tuple((first, count) for first, count in found)
+
+
+@lru_cache(maxsize=1024)
+def every(count: int, step: int, first: int) -> Runs:
+    """So many runs of one row, `step` rows apart. Tensors of one form have them in common."""
+    return tuple((first + place * step, 1) for place in range(count))
 
 
 def num_rows(runs: Runs) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.change import Change
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.checkpoint.rows import Runs, num_rows
+from flexmerge_cli.checkpoint.rows import Runs, every, num_rows
 
 if TYPE_CHECKING:
     from flexmerge_cli.checkpoint.stream import StreamedFile
@@ -33,7 +33,7 @@ class StoredTensor:
     stream: "StreamedFile | None" = field(default=None, compare=False, repr=False)
     """The stream that its bytes are read from, instead of from `path`."""
     selection: "Selection | None" = None
-    """The rows picked out of another tensor. Then all fields but `shape` describe that other tensor."""
+    """What is picked out of another tensor. Then all fields but `shape` describe that other tensor."""
     change: Change | None = None
     """The change applied on reading, for a tensor of a model that an adapter makes."""
 
@@ -87,25 +87,39 @@ class StoredTensor:
         if self.is_contiguous and len(runs) <= 1:
             first = runs[0][0] if runs else 0
             return replace(self, shape=shape, offset=self.offset + first * math.prod(shape[1:]) * self.item_bytes)
+        return self._picked(shape, runs, math.prod(self.shape[1:]))
+
+    def section(self, axis: int, parts: int, place: int) -> "StoredTensor":
+        """One of so many equal runs along axis 0 or 1, which `parts` divides. Its own axes are those of the tensor."""
+        size = self.shape[axis] // parts
+        if axis == 0:
+            return self.take(((place * size, size),))
+        shape = (self.shape[0], size, *self.shape[2:])
+        return self._picked(shape, every(self.shape[0], parts, place), math.prod(shape[1:]))
+
+    def _picked(self, shape: tuple[int, ...], runs: Runs, row: int) -> "StoredTensor":
         ends = tuple(accumulate(count for _, count in runs))
-        return replace(self, shape=shape, change=None, pieces=(), selection=Selection(of=self, runs=runs, ends=ends))
+        selection = Selection(of=self, runs=runs, ends=ends, row=max(1, row))
+        return replace(self, shape=shape, change=None, pieces=(), selection=selection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Rows of another tensor, in any order."""
+    """Rows of another tensor, in any order, or pieces of its rows."""
 
     of: StoredTensor
     runs: Runs
     ends: tuple[int, ...]
     """The number of rows up to the end of each run."""
+    row: int
+    """Elements of what the runs count as a row; at least 1."""
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Elements [start, stop) of the picked rows, as ranges of elements of the other tensor, in order.
 
         Elements behind the last are omitted.
         """
-        row = max(1, math.prod(self.of.shape[1:]))
+        row = self.row
         stop = min(stop, self.ends[-1] * row if self.ends else 0)
         place = bisect_right(self.ends, start // row)
         while start < stop:

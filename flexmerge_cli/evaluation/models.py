@@ -1,6 +1,6 @@
 """Models to be scored, as `TaskModel`s: a bundle's task, or a checkpoint. Weights are mapped, and read when used."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,14 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
+from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.joined import join
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from flexmerge_cli.bundle.view import View
 
 
 def lies_as_it_is(stored: StoredTensor) -> bool:
@@ -36,19 +39,24 @@ class StoredWeights(Mapping[str, "Tensor"]):
     """Own name -> tensor on the mapped file. The mapping is copy-on-write, so that writes never reach the file.
 
     joined: own name -> for a tensor joined from rows (stored/joined.py), the task's other rows, the places of the
-    common rows, and the number of all rows.
+    common rows, and the number of all rows. split: own name -> for a split tensor (family/split.py), its parts and the
+    axis along which they are joined.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
         joined: Mapping[str, tuple[StoredTensor | None, Runs, int]] | None = None,
+        split: Mapping[str, tuple[Sequence[StoredTensor], int]] | None = None,
     ) -> None:
-        self.tensors, self.joined = tensors, joined or {}
+        self.tensors, self.joined, self.split = tensors, joined or {}, split or {}
         self._maps: dict[Path, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> "Tensor":
-        return self.tensor(self.tensors[name], self.joined.get(name))
+        if name not in self.split:
+            return self.tensor(self.tensors[name], self.joined.get(name))
+        parts, dim = self.split[name]
+        return _joined([partial(self.tensor, part) for part in parts], dim)
 
     def tensor(self, stored: StoredTensor, joined: tuple[StoredTensor | None, Runs, int] | None = None) -> "Tensor":
         from flexmerge_cli.engine.device import as_tensor
@@ -62,8 +70,9 @@ class StoredWeights(Mapping[str, "Tensor"]):
     def array(self, stored: StoredTensor) -> np.ndarray:
         """Its bits (`NUMPY[dtype]`), in its shape; strided if the file stores it so."""
         if stored.selection is not None:
-            whole = self.array(stored.selection.of)
-            return np.concatenate([whole[first : first + count] for first, count in stored.selection.runs])
+            whole = self.array(stored.selection.of).reshape(-1, stored.selection.row)
+            picked = [whole[first : first + count] for first, count in stored.selection.runs]
+            return np.concatenate(picked).reshape(stored.shape)
         if not lies_as_it_is(stored) and stored.strides is None:
             with Reader() as reader:
                 made = reader.read(stored, 0, stored.num_elements, np.empty(stored.num_bytes, np.uint8))
@@ -73,10 +82,10 @@ class StoredWeights(Mapping[str, "Tensor"]):
         return strided(stored, self._maps[stored.path])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+        return iter([*self.tensors, *self.split])
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self.tensors) + len(self.split)
 
 
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
@@ -110,7 +119,7 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:
     """The base as a model of the task: its values of all tensors that merge, and the task's heads from the bundle.
 
-    digests: own name -> digest of the base's tensors that are known; new ones are added.
+    digests: aligned name -> digest of the base's tensors that are known; new ones are added.
     Raises DataError if the base lacks what the bundle's tasks share, IntegrityError if a file of the bundle differs
     from its manifest.
     """
@@ -123,22 +132,28 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
     lines, lacking = [], []
     entries = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     own_of = {tensor.name: tensor for tensor in bundle.manifest.rows}
+    splits = {name: split for split in bundle.manifest.splits for name in split.names}
     for entry in entries.values():
         if task not in entry.digests:
             continue
         own, tensor = names.get(entry.name, entry.name), entries[entry.of] if entry.of is not None else entry
-        stored = base.tensors.get(tensor.name) or absent_alias(base.config, base.tensors, tensor.name)
+        split = splits.get(tensor.name)
+        whole = tensor.name if split is None else split.tensor
+        stored = base.tensors.get(whole) or absent_alias(base.config, base.tensors, whole)
         vocabulary = next((v for v in bundle.manifest.vocabularies if tensor.name in v.tensors), None)
         if vocabulary is not None and stored is not None and stored.shape[:1] == (vocabulary.base.rows,):
             stored = stored.take(vocabulary.base.common)
+        if split is not None and stored is not None:
+            is_whole = stored.shape == split.whole(tensor.shape_of(task))
+            stored = split.take(stored, tensor.name) if is_whole else None
         if tensor.class_ is not TensorClass.MERGEABLE:
-            found[own] = partial(view.__getitem__, own)
+            found[own] = partial(view.__getitem__, own) if split is None else partial(_part, view, own, split)
             lines.append((own, tensor.dtype_of(task), tensor.shape_of(task), tensor.digests[task]))
         elif stored is None or stored.shape != tensor.shape_of(task):
             lacking.append(tensor.name)
         else:
-            if stored.name not in digests:
-                digests[stored.name] = _digest(weights, stored)
+            if tensor.name not in digests:
+                digests[tensor.name] = _digest(weights, stored)
             rows = vocabulary.tasks.get(task) if vocabulary is not None else None
             found[own] = partial(weights.tensor, stored)
             if rows is not None:
@@ -148,15 +163,41 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
                 if own_rows is not None and task in own_rows.digests:
                     form = own_rows.dtype_of(task), own_rows.shape_of(task)
                     lines.append((f"{own}{ROWS_SUFFIX}", *form, own_rows.digests[task]))
-            lines.append((own, stored.dtype, stored.shape, digests[stored.name]))
+            lines.append((own, stored.dtype, stored.shape, digests[tensor.name]))
     if lacking:
         raise DataError(
             f"{base.path} is not the base of {bundle.path}: it has no {', '.join(lacking[:5])}", hint="check `base`"
         )
     return TaskModel(
-        task=task, weights=Lazy(found), folder=bundle.config_folder(task), digest=weights_digest(lines),
+        task=task, weights=Lazy(_wholes(found, bundle, task)), folder=bundle.config_folder(task),
+        digest=weights_digest(lines),
         num_bytes=base.num_bytes,
     )  # fmt: skip
+
+
+def _part(view: "View", own: str, split: Split) -> "Tensor":
+    """A part of a task's tensor, by its own name."""
+    whole, place = whole_of(own)
+    assert place is not None
+    return view[whole].chunk(split.parts, split.dim)[place]
+
+
+def _wholes(
+    found: "Mapping[str, Callable[[], Tensor]]", bundle: Bundle, task: str
+) -> "dict[str, Callable[[], Tensor]]":
+    """The same, with split tensors whole."""
+    left, names = dict(found), bundle.manifest.tasks[task].names
+    for split in bundle.manifest.splits:
+        own = [names.get(name, name) for name in split.names]
+        if own[0] in left:
+            left[whole_of(own[0])[0]] = partial(_joined, [left.pop(name) for name in own], split.dim)
+    return left
+
+
+def _joined(parts: "Sequence[Callable[[], Tensor]]", dim: int) -> "Tensor":
+    import torch
+
+    return torch.cat([part() for part in parts], dim)
 
 
 def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", places: Runs) -> "Tensor":

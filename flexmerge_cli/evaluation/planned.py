@@ -15,6 +15,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import StoredWeights
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 
 
@@ -30,6 +31,7 @@ def planned_models(
     sound: set[tuple[str, int]] = set()
     for number, task in ((plan.task_names.index(name), name) for name in tasks):
         own, with_base, rows, joined = {}, {}, {}, {}
+        split: dict[str, tuple[list[str], int]] = {}
         for tensor in plan.tensors:
             if number not in tensor.present:
                 continue
@@ -40,6 +42,8 @@ def planned_models(
                 with_base[name] = sources.base[stored_as.name], str(stored_as.base_digest), BASE
             else:
                 with_base[name] = own[name]
+            if (of_split := plan.split(tensor.name)) is not None:
+                split.setdefault(whole_of(name)[0], ([], of_split.dim))[0].append(name)
             vocabulary = plan.vocabulary(tensor.name)
             if vocabulary is not None and not vocabulary.tasks[number].is_plain:
                 of_rows = f"{stored_as.name}{ROWS_SUFFIX}"
@@ -47,8 +51,13 @@ def planned_models(
                 joined[name] = has, places.common, places.rows
                 if has is not None:
                     rows[f"{name}{ROWS_SUFFIX}"] = has, str(plan.tensor(of_rows).digests[number]), number
+        parts = {name for names, _ in split.values() for name in names}
         for found, into in ((own | rows, fine_tuned), (with_base | rows, base)):
-            weights = StoredWeights({name: found[name][0] for name in own}, joined)
+            weights = StoredWeights(
+                {name: found[name][0] for name in own if name not in parts},
+                joined,
+                {whole: ([found[name][0] for name in names], dim) for whole, (names, dim) in split.items()},
+            )
             for name, (stored, expected, model) in found.items():
                 if (name, model) not in sound:
                     _check(weights, stored, expected, sources.describe[model])

@@ -13,12 +13,13 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.rules import Rules, nearest, read_rules
+from flexmerge_cli.family.split import whole_of
 
 BLOCKS = ("component", "layer", "tensor", "model")
 
@@ -43,15 +44,45 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
     blocks: `component`; `layer`, where all of one layer is one block and what is in no layer stands as in `component`;
     `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). What
     its rules leave is grouped by number and module, as what the shipped rules leave is; those do not see it.
+    Parts of split tensors (split.py) at one place are a block of their own, `<block>@part0`, if the rules split; other
+    rules put all parts of a tensor into its block.
     Parts of a model in subfolders, with tensors like `unet/conv_in.weight`, are partitioned one by one, without that.
     Returns blocks of unique names, in order of computation. Raises ValueError if a name comes twice, UsageError if
     `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take a few seconds.
     """
     if len(set(names)) != len(names):
         raise ValueError("a tensor name occurs twice")
-    rules = _rules(blocks)
+    rules = rules_of(blocks)
     if blocks == "model":
         return (Block(name="model", tensors=tuple(names)),) if names else ()
+    places: dict[str, dict[int | None, str]] = {}
+    for name in names:
+        whole, place = whole_of(name)
+        places.setdefault(whole, {})[place] = name
+    return tuple(
+        found for block in _whole_blocks(list(places), blocks, rules) for found in _of_parts(block, places, rules)
+    )
+
+
+def _of_parts(block: Block, places: Mapping[str, Mapping[int | None, str]], rules: Rules) -> list[Block]:
+    """The blocks of a block of whole tensors: one per place of the split ones, if the rules split, else one of all.
+
+    places: whole name -> place, None of what is not split -> name.
+    """
+    if not rules.splits:
+        return [replace(block, tensors=tuple(name for whole in block.tensors for name in places[whole].values()))]
+    found: dict[int | None, list[str]] = {}
+    for whole in block.tensors:
+        for place, name in places[whole].items():
+            found.setdefault(place, []).append(name)
+    return [
+        Block(name=block.name if place is None else f"{block.name}@part{place}", tensors=tuple(found[place]))
+        for place in sorted(found, key=lambda place: -1 if place is None else place)
+    ]
+
+
+def _whole_blocks(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[Block, ...]:
+    """The same of tensors that are not split."""
     parts: dict[str, list[str]] = {}
     for name in names:
         folder, slash, inner = name.rpartition("/")
@@ -81,13 +112,13 @@ def _partition(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[
     return tuple(Block(name=path, tensors=components[path]) for path in order)
 
 
-def _rules(blocks: str | Path) -> Rules:
-    if isinstance(blocks, Path):
-        return read_rules(blocks)
-    if blocks in BLOCKS:
+def rules_of(blocks: str | Path) -> Rules:
+    """The rules file that `blocks` names, or the default one. Raises as `partition`."""
+    if not isinstance(blocks, Path) and blocks in BLOCKS:
         return _shipped_rules()
-    if blocks.lower().endswith((".yaml", ".yml")) or "/" in blocks or os.sep in blocks:
-        return read_rules(Path(blocks))
+    if isinstance(blocks, Path) or blocks.lower().endswith((".yaml", ".yml")) or "/" in blocks or os.sep in blocks:
+        own = read_rules(Path(blocks))
+        return own if own.rules else replace(_shipped_rules(), splits=own.splits)
     choices = ", ".join(f"`{word}`" for word in BLOCKS)
     raise UsageError(f"unknown blocks `{blocks}`: neither {choices} nor a .yaml file", hint=nearest(blocks, BLOCKS))
 

@@ -19,9 +19,10 @@ from flexmerge_cli.family.align import Alignment, align
 from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_resized, is_resnet, why_private
 from flexmerge_cli.family.spelling import model_types
+from flexmerge_cli.family.split import Split
 
 # What bundles call the parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a name.
-PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows)(\.|\Z)")
+PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows|part[0-9]+)(\.|\Z)")
 MAX_TASKS = 4096  # A plan's order and Gram matrices take memory by the square.
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -90,6 +91,8 @@ class Family:
     """The embeddings whose rows are not the same tokens in all models (vocabulary.py)."""
     rows: tuple[FamilyTensor, ...] = ()
     """The rows of such tensors that are not common to all models, each stored as a tensor `<tensor>@rows`."""
+    splits: tuple[Split, ...] = ()
+    """The tensors of which the parts are in `tensors` (splitting.py)."""
     kept: tuple[KeptAdapter, ...] = ()
     """The tasks that stay adapters of the base, in code-point order. They appear in no list above."""
 

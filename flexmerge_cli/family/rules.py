@@ -3,6 +3,9 @@
 words   {set: [word, …]}, MAY be left out. A pattern names a set as `<set>`
 rules   [rule, …], the first that matches a name decides. A rule is a pattern, or
         {match: pattern or [pattern, …], as: word}; `as` MAY be left out
+split   [{match: pattern or [pattern, …], parts: number, dim: 0 or 1}, …], MAY be left out: tensors that are split into
+        so many equal runs along an axis, 0 unless `dim` says otherwise. Then `rules` MAY be left out, too: the default
+        ones hold
 
 A pattern is segments with dots between them. It matches a run of whole segments anywhere in a name, the leftmost; what
 comes before (`model.`, `bert.`) and after (`q_proj.weight`) is free. A segment is a word, `<set>`, `N` (a number, or a
@@ -24,11 +27,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import yaml
 
 from flexmerge_cli.errors import MachineError, SourceError, UsageError
+from flexmerge_cli.family.split import MAX_PARTS
 
 # Bounds the time that PyYAML takes: 64 KiB of the worst, one-letter words, are 2 s. rules.yaml has 4 KiB.
 MAX_BYTES = 64 << 10
@@ -53,6 +57,16 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitRule:
+    """Which tensors are split, and how."""
+
+    pattern: re.Pattern[str]
+    parts: int
+    """At least 2."""
+    dim: Literal[0, 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """A rules file, checked and compiled."""
 
@@ -62,6 +76,8 @@ class Rules:
     """Maps each word to its position in the file."""
     any_rule: re.Pattern[str]
     """Matches the names that some rule matches: a name that none does costs one search."""
+    splits: tuple[SplitRule, ...] = ()
+    """In file order."""
 
     def block_of(self, name: str) -> str | None:
         """The block of a tensor's name by the first rule that matches; None if none does."""
@@ -122,23 +138,30 @@ class _Parser:
         self.num_choices = 0
 
     def parse(self, text: str) -> Rules:
-        top = self.mapping(self.compose(text), "a rules file", ("words", "rules"))
+        top = self.mapping(self.compose(text), "a rules file", ("words", "rules", "split"))
         # Sets first: a pattern may stand above them. The order of words is that of the file.
         if "words" in top:
             sets = self.mapping(top["words"], "`words`")
             self.words = {key: tuple(map(self.word, self.items(node, f"<{key}>"))) for key, node in sets.items()}
-        if "rules" not in top:
+        if "rules" not in top and "split" not in top:
             self.fault(1, "no `rules`", "list at least one pattern under `rules:`")
         rules: list[Rule] = []
         for key, node in top.items():
             if key == "words":
                 self.place(itertools.chain.from_iterable(self.words.values()))
-            else:
+            elif key == "rules":
                 rules += [rule for item in self.items(node, "`rules`") for rule in self.rule(item)]
         every = "|".join(
             dict.fromkeys(rule.pattern.pattern.removeprefix(START).replace("?P<kept>", "?:") for rule in rules)
         )
-        return Rules(rules=tuple(rules), rank=self.rank, any_rule=re.compile(f"{START}(?:{every})"))
+        splits = (
+            [rule for item in self.items(top["split"], "`split`") for rule in self.split(item)]
+            if "split" in top
+            else []
+        )
+        return Rules(
+            rules=tuple(rules), rank=self.rank, any_rule=re.compile(f"{START}(?:{every})"), splits=tuple(splits)
+        )
 
     def compose(self, text: str) -> yaml.Node:
         depth, line = 0, 1
@@ -176,6 +199,24 @@ class _Parser:
         rules = [self.pattern(item, rename) for item in nodes]
         self.place([rename] if rename else [])
         return rules
+
+    def split(self, node: yaml.Node) -> list[SplitRule]:
+        """Parse an entry of `split`."""
+        fields = self.mapping(node, "an entry of `split`", ("match", "parts", "dim"))
+        for key in ("match", "parts"):
+            if key not in fields:
+                self.fault(node, f"an entry of `split` without `{key}`", "write {match: N.self_attn.q_proj, parts: 12}")
+        match = fields["match"]
+        nodes = [match] if isinstance(match, yaml.ScalarNode) else self.items(match, "`match`")
+        parts = self.number(fields["parts"], "`parts`", range(2, MAX_PARTS + 1))
+        dim = self.number(fields["dim"], "`dim`", range(2)) if "dim" in fields else 0
+        return [SplitRule(pattern=self.pattern(item, None).pattern, parts=parts, dim=1 if dim else 0) for item in nodes]
+
+    def number(self, node: yaml.Node, what: str, valid: range) -> int:
+        text = self.scalar(node, what)
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) not in valid:
+            self.fault(node, f"{what} is `{text}`", f"give a whole number from {valid[0]} to {valid[-1]}")
+        return int(text)
 
     def pattern(self, node: yaml.Node, rename: str | None) -> Rule:
         text = self.scalar(node, "a pattern")
@@ -231,7 +272,9 @@ class _Parser:
 
     def items(self, node: yaml.Node, what: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
-            self.fault(node, f"{what} must be a list with something in it", None)
+            self.fault(
+                node, f"{what} must be a list with something in it", "write [a, b], or one item a line, after `- `"
+            )
         return list(node.value)
 
     def mapping(self, node: yaml.Node, what: str, valid: tuple[str, ...] | None = None) -> dict[str, yaml.Node]:

@@ -15,6 +15,8 @@ vocabularies, rows   where not all models have the same rows of some tensors: th
           task's own tensor, of `rows` rows, where the common ones stand, in their order; the others are its `@rows`,
           ascending. A task that is left out has the common rows alone, as they are. `base` says where these stand in
           the base. Neither key is there without such tensors
+splits    where tensors are split (family/split.py): `tensors` enters their parts, `<tensor>@part0`, …, which a reader
+          joins along `dim`. Not there without such tensors
 A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
 bit by bit; `changes` says where in its weight file lies what it makes of a tensor (adapter_changes.py). What they leave
 is the base's own: the plain name on its route, or, where other tasks decode with it, `<tensor>@base`. base/ is the base
@@ -53,6 +55,7 @@ from flexmerge_cli.checkpoint.rows import are_runs, num_rows
 from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
+from flexmerge_cli.family.split import Split, check_splits, whole_of
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.folders import (
     BASE_FOLDER,
@@ -212,6 +215,7 @@ class Manifest(Record):
     tensors: Items[TensorEntry]
     rows: Items[TensorEntry] = ()
     vocabularies: Items[VocabularyEntry] = ()
+    splits: Items[Split] = ()
     gate: GateEntry | None = None
     request: Request | None = None
     base_stem: Stem | None = None
@@ -221,6 +225,21 @@ class Manifest(Record):
     def stored(self) -> tuple[TensorEntry, ...]:
         """All that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
+
+    def aligned(self, task: str) -> dict[str, str]:
+        """Own name -> aligned name of the tensors of a task's model, in the order of the base's files.
+
+        Of a split tensor those of the whole.
+        """
+        wholes = {
+            part: (split.tensor, f"@part{place}") for split in self.splits for place, part in enumerate(split.names)
+        }
+        names, found = self.tasks[task].names, dict[str, str]()
+        for tensor in self.tensors:
+            if task in tensor.digests:
+                whole, suffix = wholes.get(tensor.name, (tensor.name, ""))
+                found[names.get(tensor.name, tensor.name).removesuffix(suffix)] = whole
+        return found
 
     def own_weights(self, task: str) -> str | None:
         """Path of the weight file that is a kept adapter's own; None for other tasks."""
@@ -314,6 +333,12 @@ def _check(manifest: Manifest) -> None:
     if len(tensors) < len(manifest.stored):
         raise ValueError("a tensor is there twice")
     _check_vocabularies(manifest, tensors)
+    check_splits(
+        manifest.splits,
+        {t.name: {task: (t.dtype_of(task), t.shape_of(task)) for task in t.digests} for t in manifest.stored},
+    )
+    if any(tensor.of is not None for split in manifest.splits for tensor in map(tensors.__getitem__, split.names)):
+        raise ValueError("a part of a split tensor is tied to another")
     for tensor in manifest.stored:
         readers = set(tensor.digests)
         if not readers <= tasks:
@@ -334,6 +359,11 @@ def _check(manifest: Manifest) -> None:
             )
         ):
             raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
+    for name in tasks:
+        if sorted(manifest.aligned(name).values()) != sorted(
+            {whole_of(tensor.name)[0] for tensor in manifest.tensors if name in tensor.digests}
+        ):
+            raise ValueError(f"two tensors of task `{name}` have one name, or parts of one have several")
     own_names: dict[str, set[str]] = {name: set() for name in tasks}
     for tensor in manifest.tensors:
         for name in tensor.digests:

@@ -8,6 +8,7 @@ tensors     every tensor of every file. Per task: `digests`, `same` (first task 
             well they code in few bits, which `auto` needs
 rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
 vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
+splits      tensors that are split (family/split.py): `tensors` has their parts, `<tensor>@part0`, … in place of them
 adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see
             adapter_changes.py
 blocks      in forward order; `order` refers to them by name
@@ -30,6 +31,7 @@ from flexmerge_cli.checkpoint.safetensors import is_shape
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import MAX_TASKS, are_task_names
+from flexmerge_cli.family.split import Split, check_splits, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_records import (
     PlanBase,
@@ -70,6 +72,7 @@ class Plan(Record):
     near_ties: Count
     rows: Items[PlanTensor] = ()
     vocabularies: Items[PlanVocabulary] = ()
+    splits: Items[Split] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
@@ -152,10 +155,17 @@ class Plan(Record):
         name = tensor.removesuffix(ROWS_SUFFIX)
         return next((found for found in self.vocabularies if name in found.tensors), None)
 
+    def split(self, tensor: str) -> Split | None:
+        """The split that has a tensor as a part; None if it is not of one."""
+        whole, place = whole_of(tensor)
+        return None if place is None else next(split for split in self.splits if split.tensor == whole)
+
     def whole_shape(self, tensor: PlanTensor, task: int) -> Shape:
         """The shape that the task's own file has."""
-        vocabulary = self.vocabulary(tensor.name)
+        vocabulary, split = self.vocabulary(tensor.name), self.split(tensor.name)
         shape = tensor.shape_of(task)
+        if split is not None:
+            return split.whole(shape)
         return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])
 
     def shapes_of(self, reader: int) -> dict[str, Shape]:
@@ -168,12 +178,15 @@ class Plan(Record):
             shape = given.shape
             if vocabulary is not None and reader < len(vocabulary.tasks):
                 shape = vocabulary.tasks[reader].rows, *shape[1:]
-            found[member.names.get(name, name)] = shape
+            if (split := self.split(name)) is not None:
+                shape = split.whole(shape)
+            found[whole_of(member.names.get(name, name))[0]] = shape
         return found
 
     def joined_tasks(self) -> set[int]:
-        """Tasks of which some tensor is put together from rows that are stored apart."""
-        return {task for found in self.vocabularies for task, rows in enumerate(found.tasks) if not rows.is_plain}
+        """Tasks of which some tensor is put together from rows or parts that are stored apart."""
+        joined = {task for found in self.vocabularies for task, rows in enumerate(found.tasks) if not rows.is_plain}
+        return joined | {task for split in self.splits for task in self.tensor(split.names[0]).present}
 
     def own_name(self, task: int, tensor: str) -> str:
         return self.tasks[task].names.get(tensor, tensor)
@@ -228,6 +241,12 @@ def _check(plan: Plan) -> None:
     for tensor in plan.stored:
         _check_lengths(tensor, count)
     _check_vocabularies(plan, count)
+    check_splits(
+        plan.splits,
+        {t.name: {task: (t.dtype_of(task), t.shape_of(task)) for task in t.present} for t in plan.stored},
+    )
+    if any(t.class_ not in (TensorClass.MERGEABLE, TensorClass.CONSTANT) for t in plan.stored if plan.split(t.name)):
+        raise ValueError("a part of a split tensor neither merges nor is constant")
     for tensor in plan.stored:
         _check_tensor(plan, tensor, count)
         if plan.adapters and tensor.base_dtype is not None and tensor.base_digest is None:

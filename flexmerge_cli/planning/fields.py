@@ -22,6 +22,7 @@ from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
+from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
@@ -158,7 +159,8 @@ def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any,
             stored = item.base if position < 0 else item.tasks[position][1]
             who = "the base" if position < 0 else f"task `{family.task_names[item.tasks[position][0]]}`"
             place = [int(axis) for axis in np.unravel_index(index, stored.shape)] if stored.shape else []
-            lines.append(f"{who} has NaN or Inf in `{stored.name}` at {place} ({stored.path})")
+            part = "" if whole_of(tensor.name)[1] is None else f", in its part `{tensor.name}`,"
+            lines.append(f"{who} has NaN or Inf in `{stored.name}`{part} at {place} ({stored.path})")
     return lines
 
 
@@ -189,7 +191,11 @@ def plan_of(
             "source": _relative(family.base, folder),
             "fingerprint": base_fingerprint,
             "files": _side_files(of_base),
-            "names": {t.name: t.base.name for t in family.tensors if t.base and t.name not in family.base.tensors},
+            "names": {
+                whole_of(t.name)[0]: t.base.name
+                for t in family.tensors
+                if t.base and whole_of(t.name)[0] not in family.base.tensors
+            },
             "library": library_of(family.base.config, family.base.side_files),
             "license": family.base.license,
         },
@@ -216,6 +222,7 @@ def plan_of(
         "tensors": records[: len(family.tensors)],
         "rows": records[len(family.tensors) :],
         "vocabularies": [asdict(vocabulary) for vocabulary in family.vocabularies],
+        "splits": [split.model_dump() for split in family.splits],
         "settings": {
             "adapters": request.adapters,
             "assume_base": request.assume_base,

@@ -14,6 +14,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
+from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.record import Shape
 
@@ -40,7 +41,10 @@ class Known:
         """Raise DataError if the base or a known task has other tensors than the plan says."""
         forms = [(tensor, tensor.base_form) for tensor in self.plan.tensors]
         of_base = {
-            self.plan.base.names.get(tensor.name, tensor.name): (form[0], self._whole_base(tensor.name, form[1]))
+            self.plan.base.names.get(whole := whole_of(tensor.name)[0], whole): (
+                form[0],
+                self._whole_base(tensor.name, form[1]),
+            )
             for tensor, form in forms
             if form is not None
         }
@@ -49,7 +53,7 @@ class Known:
             place = self._place(name)
             if place is not None:
                 own = {
-                    self.plan.own_name(place, tensor.name): (
+                    whole_of(self.plan.own_name(place, tensor.name))[0]: (
                         tensor.dtype_of(place),
                         self.plan.whole_shape(tensor, place),
                     )
@@ -164,7 +168,9 @@ class Known:
         return change.digest if change is not None else None
 
     def _whole_base(self, name: str, shape: Shape) -> Shape:
-        vocabulary = self.plan.vocabulary(name)
+        vocabulary, split = self.plan.vocabulary(name), self.plan.split(name)
+        if split is not None:
+            return split.whole(shape)
         return shape if vocabulary is None else (vocabulary.base.rows, *shape[1:])
 
     def _digest(self, family: Family, owner: FamilyTensor, task: str, stored: StoredTensor) -> str | None:

@@ -15,6 +15,7 @@ from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor
+from flexmerge_cli.family.splitting import require_splits, split_tensors
 from flexmerge_cli.family.vocabulary import split_vocabularies
 from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
@@ -62,9 +63,10 @@ def make_plan(
     if known is not None:
         known.check_headers(family)
     _blocks_of(family, request.order.blocks)  # reports a bad rules file before the weights are read
+    split_tensors(family, request.order.blocks)
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
-    family = split_vocabularies(settle_ties(family, known))
+    family = divided(settle_ties(family, known), request)
     if pools_lora(family, request):  # how factors code says nothing of their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
@@ -107,7 +109,7 @@ def make_plan(
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     """A plan from headers alone: no order, no digests, and whatever could be constant still as it seems. For prices."""
-    family = split_vocabularies(family)
+    family = divided(family, request)
     records = [
         record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in tensor_records(family, [])
     ]
@@ -127,12 +129,18 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
     return sealed_plan(fields)
 
 
+def divided(family: Family, request: PlanRequest) -> Family:
+    """The family with its vocabularies and other tensors split, as they are compared. Ties must be settled."""
+    return split_tensors(split_vocabularies(family), request.order.blocks)
+
+
 def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:
     """Make a plan from the same measurements with other blocks, linkage, strategy or similarity. Reads no weights.
 
     without_statistics: without those that `auto` needs, for a smaller file.
     """
     mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
+    require_splits({tensor.name: tensor.shape for tensor in mergeable}, plan.splits, order.blocks)
     blocks = partition_pairs([tensor.name for tensor in mergeable], order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
     fields = plan.model_dump(mode="json", by_alias=True)
@@ -232,7 +240,7 @@ def _survey_items(tensor: FamilyTensor) -> list[Any]:
 
 
 def survey_items(family: Family, request: PlanRequest) -> "tuple[list[FamilyTensor], list[SurveyItem]]":
-    """What is compared of each stored tensor, and whose it is. The family's vocabularies are split."""
+    """What is compared of each stored tensor, and whose it is. The family is `divided`."""
     found = [(tensor, item) for tensor in family.stored for item in _survey_items(tensor)]
     codes = request.statistics == "all"
     return [owner for owner, _ in found], [replace(item, codes=item.gram and codes) for _, item in found]

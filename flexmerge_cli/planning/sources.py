@@ -16,6 +16,7 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, make_family
+from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.members import Member
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.formats.plan_records import SideFile
@@ -208,29 +209,34 @@ def _located(
     of_base: dict[str, StoredTensor] = {}
     for tensor in plan.stored:
         name, vocabulary = tensor.name.removesuffix(ROWS_SUFFIX), plan.vocabulary(tensor.name)
+        whole, split = whole_of(name)[0], plan.split(name)
         if base is not None and (tensor.class_ is TensorClass.MERGEABLE or plan.base_readers(tensor)):
             assert tensor.base_form is not None
             dtype, shape = tensor.base_form
             if vocabulary is not None:
                 shape = (vocabulary.base.rows, *shape[1:])
-            found = located(base, "the base", plan.base.names.get(name, name), dtype, shape)
+            if split is not None:
+                shape = split.whole(shape)
+            found = located(base, "the base", plan.base.names.get(whole, whole), dtype, shape)
+            if found is not None and vocabulary is not None:
+                found = found.take(vocabulary.base.common)
             if found is not None:
-                of_base[name] = found if vocabulary is None else found.take(vocabulary.base.common)
+                of_base[name] = found if split is None else split.take(found, name)
         for task in tensor.present:
-            own = plan.own_name(task, name)
+            own = whole_of(plan.own_name(task, name))[0]
             who = f"task `{plan.tasks[task].name}`"
             found = located(tasks[task], who, own, tensor.dtype_of(task), plan.whole_shape(tensor, task))
             if found is not None and vocabulary is not None:
                 rows = vocabulary.tasks[task]
                 found = found.take(rows.common if name == tensor.name else other_rows(rows.common, rows.rows))
-            of_tasks[task].update({tensor.name: found} if found else {})
+            if found is not None:
+                of_tasks[task][tensor.name] = found if split is None else split.take(found, name)
     for record, opened in zip(plan.tasks, tasks):
         if opened.parts != record.parts:
             problems.append(f"task `{record.name}`: other subfolders of {opened.path} hold weights")
     if problems:
-        raise DataError(
-            "sources have changed since the plan:\n  " + "\n  ".join(problems[:20]), hint="make the plan again"
-        )
+        some = list(dict.fromkeys(problems))[:20]  # parts of a split tensor say the same
+        raise DataError("sources have changed since the plan:\n  " + "\n  ".join(some), hint="make the plan again")
     return of_base, of_tasks
 
 

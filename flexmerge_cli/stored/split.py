@@ -1,0 +1,23 @@
+"""A tensor whose equal runs along one axis are stored as tensors of their own (family/split.py)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.stored.decoding import Read, RouteParts, Stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTensor:
+    """What is read for one task's whole tensor."""
+
+    parts: tuple[Stored, ...]
+    dim: int
+
+    is_plain = False
+
+    def fits(self, parts: RouteParts) -> bool:
+        return all(part.fits(parts) for part in self.parts)
+
+    def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
+        return np.concatenate([part.decode(parts, read) for part in self.parts], axis=self.dim)
