@@ -232,7 +232,11 @@ def partial_bytes(target: Path) -> int:
     folder = _beside(target.absolute(), "partial")
     if not holds_journal(folder):
         return 0
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if not path.is_symlink())
+    found = 0
+    with contextlib.suppress(OSError):  # another run is writing there, or removes it: that is told later
+        for place, _, names in os.walk(folder):
+            found += sum(os.lstat(Path(place, name)).st_blocks * 512 for name in names)
+    return found
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from flexmerge_cli.bundle import publish
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.engine import journal
 
@@ -174,6 +175,21 @@ def test_where_something_else_lies_by_now_it_is_removed(killed, tmp_path):
     (tmp_path / "b").mkdir()
     fails(2, *killed, says="exists")
     assert not (tmp_path / ".b.partial").exists()
+
+
+def test_what_lies_there_is_no_room_that_is_missing(killed, tmp_path, monkeypatch):
+    taken = sum(path.stat().st_blocks * 512 for path in (tmp_path / ".b.partial").rglob("*") if path.is_file())
+    assert publish.partial_bytes(tmp_path / "b") == taken > 0
+    whole = sum(map(len, tree(tmp_path / "whole").values()))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage._replace(free=whole - taken))
+    assert "going on" in said_of(killed, tmp_path)
+    assert publish.partial_bytes(tmp_path / "b") == 0
+
+
+def test_a_file_that_another_run_removes_meanwhile_is_no_error(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "walk", lambda folder: iter([(str(folder), [], ["gone"])]))
+    assert publish.partial_bytes(tmp_path / "b") == 0
 
 
 def test_an_error_still_leaves_nothing(killed, family, tmp_path):
