@@ -38,14 +38,17 @@ def push(
     from flexmerge_cli.bundle.verify import require_sound
     from flexmerge_cli.checkpoint.access import Access
     from flexmerge_cli.checkpoint.hub import is_offline
-    from flexmerge_cli.checkpoint.hub_errors import offline as refused
     from flexmerge_cli.checkpoint.place import HubPlace
     from flexmerge_cli.cli.output import emit, note
+    from flexmerge_cli.errors import SourceError
 
     target = HubPlace.of(repository)
     pushing.repositories(target, None)
     if is_offline(Access(offline=offline)):
-        raise refused(target, "is to be written")
+        raise SourceError(
+            f"{target.source} is to be written, and the Hub is not asked: offline",
+            hint="leave out --offline and HF_HUB_OFFLINE",
+        )
     opened = Bundle.open(bundle)
     if not dry_run:
         require_sound(opened)
