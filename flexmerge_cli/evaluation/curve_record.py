@@ -21,11 +21,10 @@ Intervals cover 95 %. Tasks are independent, so the half width of a mean is the 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmerge_cli.evaluation.curve import Curve, Point
 from flexmerge_cli.evaluation.evaluate import FORMAT, means, one_metric, task_record
 from flexmerge_cli.evaluation.gate import Gate, Outcome, judge
 from flexmerge_cli.evaluation.intervals import interval
@@ -34,6 +33,9 @@ from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.formats.plan_file import Plan
 
+if TYPE_CHECKING:
+    from flexmerge_cli.evaluation.curve import Curve, Point
+
 Interval = tuple[float, float]
 NORMALISED = "normalised"
 
@@ -41,7 +43,7 @@ NORMALISED = "normalised"
 def curve_record(
     plan: Plan,
     spec: EvalSpec,
-    curve: Curve,
+    curve: "Curve",
     *,
     gate: Gate | None = None,
     data_dependent: Mapping[str, Any] | None = None,
@@ -83,7 +85,7 @@ def curve_record(
     } | ({"gate": _smallest_that_passes(spec, points)} if gate else {})
 
 
-def same_as_fine_tuned(point: Point, curve: Curve) -> dict[str, bool]:
+def same_as_fine_tuned(point: "Point", curve: "Curve") -> dict[str, bool]:
     """Task -> whether its weights are those of the fine-tuned model."""
     return {task: digest == curve.models[task]["fine_tuned"].digest for task, digest in point.digests.items()}
 
@@ -109,7 +111,7 @@ def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -
 
 def _point(
     plan: Plan,
-    point: Point,
+    point: "Point",
     references: Mapping[str, Scored],
     records: Mapping[str, Mapping[str, Any]],
     seen: dict[tuple[str, str], Interval],
