@@ -39,7 +39,7 @@ def found_tasks(
     """
     found, unknown = FoundTasks(), set(ignore)
     for place in places:
-        if not is_remote(place) and find_weights(expanded(place)) is not None:
+        if not is_remote(place) and expanded(place).is_dir() and find_weights(expanded(place)) is not None:
             _add(found, name_of(place), str(expanded(place).absolute()), place)
             continue
         for name, source in _inside(found, place, base, start, unknown, access).items():

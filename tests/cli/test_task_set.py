@@ -98,6 +98,14 @@ def test_a_folder_with_nothing_but_unfinished_models_says_so(family):
     fails(4, "plan", *family.arguments, *given, "--dry-run", says="no checkpoint in any subfolder")
 
 
+@pytest.mark.parametrize("name", ["nowhere", "recipe.yaml"])
+def test_a_folder_of_tasks_that_is_none_is_exit_4(name, family):
+    (family.root / "recipe.yaml").write_text(f"version: 1\nbase: base\ntasks: {name}\n")
+    where = family.root / name
+    fails(4, "plan", "--base", family.base, "--tasks", where, "--dry-run", says=f"no folder {where}")
+    fails(4, "merge", family.root / "recipe.yaml", "-o", family.root / "bundle", says=f"no folder {where}")
+
+
 def test_the_folder_of_a_recipes_tasks_is_listed_once(family, monkeypatch):
     """It may be a repository of the Hub, and may change."""
     listed = []
