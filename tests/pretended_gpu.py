@@ -92,7 +92,8 @@ class Device(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = tree_leaves((args, kwargs))
     there = [held for held in leaves if isinstance(held, OnDevice)]
-    wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else GPU if there else CPU
+    asked = kwargs.get("device")
+    wanted = (GPU if there else CPU) if asked is None else GPU if torch.device(asked).type == GPU.type else CPU
     here = [held for held in leaves if isinstance(held, Tensor) and not isinstance(held, OnDevice) and held.dim()]
     name = func._schema.name.partition("::")[2]
     if there:
@@ -135,7 +136,7 @@ def _check(func: Any, name: str, args: Any, there: list[OnDevice], here: list[Te
 
 @contextmanager
 def pretended_gpu() -> Iterator[type[Device]]:
-    """`device=str(GPU)` works in this thread, and in those that it starts."""
+    """`device=GPU.type` works in this thread, and in those that it starts."""
     run = threading.Thread.run
 
     def run_there(self: threading.Thread) -> None:

@@ -51,7 +51,7 @@ def test_the_script_for_gpus_compares_results_with_those_of_the_cpu(
     monkeypatch.setattr(bench_gpu, "CALLS", {name: CALLS[name] for name in ("average", "emr")})
     monkeypatch.setattr(bench_gpu, "METHODS", ["average", "emr", "low_bit:bits=4"])
     with pretended_gpu():
-        rows = list(bench_gpu.rows(str(GPU), tmp_path, width=8, layers=1))
+        rows = list(bench_gpu.rows(GPU.type, tmp_path, width=8, layers=1))
     assert len(rows) == 9 and not [row for row in rows if row[1].endswith("DIFFERS")]
     # A device that computes something else is found.
     double = lambda *, deltas, **of: Family(deltas={k: 2 * v for k, v in deltas.items()}, **of)  # noqa: E731
@@ -115,7 +115,7 @@ def weights_of(bundle: Path) -> dict[str, bytes]:
 def test_a_plan_measures_what_it_does_on_the_cpu(mixed: Folders, tmp_path: Path) -> None:
     """What is added in float32 differs in its last bits where C adds otherwise."""
     plans = []
-    for place, device in enumerate(("cpu", str(GPU))):
+    for place, device in enumerate(("cpu", GPU.type)):
         with pretended_gpu():
             make_plan(mixed.base, mixed.sources, output=tmp_path / f"{place}.json", device=device)
         plans.append(json.loads((tmp_path / f"{place}.json").read_text()))
@@ -145,7 +145,7 @@ def test_a_merge_gives_the_bytes_of_the_cpu(method: str, mixed_plan: Path, tmp_p
     options = {"size": "2x"} if method == "auto" else {}
     merge(mixed_plan, tmp_path / "cpu", method=method, device="cpu", **options)
     with pretended_gpu():
-        merge(mixed_plan, tmp_path / "gpu", method=method, device=str(GPU), **options)
+        merge(mixed_plan, tmp_path / "gpu", method=method, device=GPU.type, **options)
     assert weights_of(tmp_path / "gpu") == weights_of(tmp_path / "cpu")
 
 
@@ -154,7 +154,7 @@ def test_what_finds_no_memory_on_the_device_runs_on_the_cpu(method: str, mixed_p
     merge(mixed_plan, tmp_path / "cpu", method=method, device="cpu")
     with pretended_gpu() as device, pytest.warns(UserWarning, match="out of memory"):
         device.allocations_left = 100
-        merge(mixed_plan, tmp_path / "gpu", method=method, device=str(GPU), threads=1)
+        merge(mixed_plan, tmp_path / "gpu", method=method, device=GPU.type, threads=1)
     assert weights_of(tmp_path / "gpu") == weights_of(tmp_path / "cpu")
 
 
@@ -174,7 +174,7 @@ def test_a_view_has_the_bits_of_the_cpu(method: str, name: str, tmp_path: Path) 
     bundle = open_bundle(make_bundle(tmp_path, "--method", method, name=name))
     for task in bundle.tasks:
         with pretended_gpu():
-            there = dict(bundle.view(task, device=str(GPU)))
+            there = dict(bundle.view(task, device=GPU.type))
             assert all(held.device == GPU for held in there.values())
             there = {own: held.cpu() for own, held in there.items()}
         assert all(same_bits(there[own], held) for own, held in bundle.view(task).items())
@@ -209,7 +209,7 @@ def test_a_runtime_computes_on_the_device_what_it_does_on_the_cpu(
         with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
             expected = getattr(bundle.runtime().model(task)(**inputs), family.output)
         with pretended_gpu(), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-            model = bundle.runtime(device=str(GPU)).model(task)
+            model = bundle.runtime(device=GPU.type).model(task)
             assert {held.device for held in [*model.parameters(), *model.buffers()]} == {GPU}
             found = getattr(model(**{k: v.to(GPU) for k, v in inputs.items()}), family.output)
             assert found.device == GPU
@@ -222,7 +222,7 @@ def test_what_is_stored_once_is_placed_once_per_device_and_dtype(
 ) -> None:
     bundle = open_bundle(bundle_of("vit", "average"))
     with pretended_gpu():
-        runtime = bundle.runtime(device=str(GPU), dtype=dtype)
+        runtime = bundle.runtime(device=GPU.type, dtype=dtype)
         told = runtime.num_bytes
         models = [runtime.model(task) for task in TASKS]
         held = {tensor.held.data_ptr(): tensor.nbytes for model in models for tensor in tensors_of(model)}

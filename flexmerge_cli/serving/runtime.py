@@ -63,7 +63,7 @@ class Runtime:
             raise UsageError(f"weights={weights!r} is neither `dense` nor `packed`", hint='weights="dense"')
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
-        self.device = choose_device(device)
+        self.device = torch.empty(0, device=choose_device(device)).device  # with its number, as tensors have it
         self._bundle, self._stays_packed = bundle, weights == "packed"
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._tasks: dict[str, _Task | None] = {}

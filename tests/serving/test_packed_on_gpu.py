@@ -44,7 +44,7 @@ def test_every_form_decodes_and_computes_there_what_it_does_on_the_cpu(
         expected = getattr(bundle.model("beta")(**inputs), family.output)
     here = {own: held.decoded() for own, held in packed_weights(bundle.runtime(weights="packed").model("beta")).items()}
     with pretended_gpu(), torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
-        model = bundle.runtime(weights="packed", device=str(GPU)).model("beta")
+        model = bundle.runtime(weights="packed", device=GPU.type).model("beta")
         there = packed_weights(model)
         assert there.keys() == here.keys() and {held.device for held in model.parameters()} == {GPU}
         for own, held in there.items():
@@ -56,7 +56,7 @@ def test_every_form_decodes_and_computes_there_what_it_does_on_the_cpu(
 def test_tasks_share_the_arrays_of_a_centre_there(bundle_of: Callable[..., Path]) -> None:
     bundle = open_bundle(bundle_of("vit", method="low_bit:bits=2,centre_bits=8"))
     with pretended_gpu():
-        runtime = bundle.runtime(weights="packed", device=str(GPU))
+        runtime = bundle.runtime(weights="packed", device=GPU.type)
         first, second = (runtime.model(task).vit.layers[0].mlp.fc1.weight.packed.codes for task in TASKS[:2])
         assert first[0].codes.data_ptr() == second[0].codes.data_ptr()
         assert first[1].codes.data_ptr() != second[1].codes.data_ptr()
