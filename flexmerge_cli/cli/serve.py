@@ -55,7 +55,7 @@ def serve(
     from flexmerge_cli.evaluation.loading import require
     from flexmerge_cli.request.size import parse_bytes
 
-    require("fastapi", "uvicorn", "transformers", extra="flexmerge-cli[serve]")
+    require("fastapi", "uvicorn", "prometheus_client", "transformers", extra="flexmerge-cli[serve]")
     from flexmerge_cli.server.run import Settings, bound_socket, make_service, url_of
     from flexmerge_cli.server.run import serve as run
 

@@ -1,4 +1,4 @@
-"""The application: routes of predictions, models and health, and errors in the form of OpenAI's API."""
+"""The application: routes of predictions, models, health and metrics, and errors in the form of OpenAI's API."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -6,12 +6,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from flexmerge_cli.server.completions import add_completions
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.limits import BoundedBodies
+from flexmerge_cli.server.metrics import Measured
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.requests import Predict
 from flexmerge_cli.server.service import Service
@@ -34,15 +36,21 @@ def make_app(service: Service) -> FastAPI:
     # The pages that FastAPI makes of the schema load their scripts from the network.
     app = FastAPI(title="flexmerge", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BoundedBodies, max_bytes=service.max_body)
+    app.add_middleware(Measured, metrics=service.metrics)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _failed)
 
     @app.get("/health")
     async def health() -> Any:
         if not service.worker.is_alive:
             raise Refusal("the server is stopping", status=503, code="stopping")
         return {"status": "ok", "tasks": len(service.tasks), "waiting": service.worker.num_waiting}
+
+    @app.get("/metrics")
+    async def metrics() -> Any:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -101,3 +109,8 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     """No such route, or no such method, or a body that cannot be read."""
     assert isinstance(error, HTTPException)
     return await _refused(request, Refusal(str(error.detail), status=error.status_code))
+
+
+async def _failed(request: Request, _error: Exception) -> JSONResponse:
+    """A bug; it is logged elsewhere."""
+    return await _refused(request, Refusal("the server failed", status=500))

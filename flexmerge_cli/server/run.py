@@ -13,6 +13,7 @@ import uvicorn
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import MachineError, UsageError, hint_of
 from flexmerge_cli.server.app import make_app
+from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.service import Service
 from flexmerge_cli.server.tasks import tasks_of
 from flexmerge_cli.server.worker import Worker
@@ -48,10 +49,17 @@ def make_service(bundle: Bundle, settings: Settings) -> Service:
     tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
     for name in runtime.tasks:
         runtime.model(name)
+    metrics = Metrics()
     worker = Worker(
-        runtime, tasks, max_batch=settings.max_batch, max_wait=settings.max_wait, max_queue=settings.max_queue
+        runtime,
+        tasks,
+        max_batch=settings.max_batch,
+        max_wait=settings.max_wait,
+        max_queue=settings.max_queue,
+        on_batch=metrics.count_batch,
     )
-    return Service(tasks=tasks, runtime=runtime, worker=worker, max_body=settings.max_body)
+    metrics.watch(runtime.num_bytes, lambda: worker.num_waiting)
+    return Service(tasks=tasks, worker=worker, metrics=metrics, max_body=settings.max_body)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -8,10 +8,10 @@ from typing import Any
 
 from flexmerge_cli.errors import FlexmergeError, machine_failure
 from flexmerge_cli.server.generation import Choice
+from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.server.worker import Row, Worker
-from flexmerge_cli.serving.runtime import Runtime
 
 log = logging.getLogger("uvicorn.error")
 MAX_NAMED = 50
@@ -23,8 +23,8 @@ class Service:
     """A runtime's tasks, ready to be asked."""
 
     tasks: dict[str, Task]
-    runtime: Runtime
     worker: Worker
+    metrics: Metrics
     max_body: int
     """Bytes of a request."""
 
@@ -59,6 +59,8 @@ class Service:
             failure = machine_failure(error)
             said = failure.message if failure is not None else f"the model failed: {type(error).__name__}"
             raise Refusal(f"task `{name}`: {said}", status=500) from None
+        if isinstance(found, Choice):
+            self.metrics.tokens.labels(name).inc(len(found.tokens))
         if isinstance(found, Choice) and found.finish == "cancelled":
             raise Refusal("the server is stopping", status=503, code="stopping")
         return found

@@ -15,6 +15,7 @@ from flexmerge_cli import open_bundle
 from flexmerge_cli.evaluation.kinds.images import image_processor, pixels_of, pixels_of_array
 
 from ..evaluation.tiny import WORDS, sentences
+from .offline import Offline
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -39,20 +40,13 @@ def refused(answer, status, *says):
     return error
 
 
-def offline_logits(bundle, task, text, pair=None):
-    tokenizer = AutoTokenizer.from_pretrained(bundle / "tasks" / task)
-    with torch.inference_mode():
-        return open_bundle(bundle).model(task)(**tokenizer(text, pair, return_tensors="pt")).logits[0]
-
-
 def test_texts_and_pairs_are_classified_as_offline(client_of, bundle_of):
     client, bundle = client_of("texts"), bundle_of("texts")
     texts = sentences(5, seed=1)
     for task, count in (("two", 2), ("three", 3)):
         found = outputs(client, task, [*texts, ["red is", "blue"]])
-        expected = [offline_logits(bundle, task, text) for text in texts] + [
-            offline_logits(bundle, task, "red is", "blue")
-        ]
+        offline = Offline(bundle, task)
+        expected = [*map(offline.logits, texts), offline.logits("red is", "blue")]
         for output, logits in zip(found, expected, strict=True):
             scores = logits.softmax(-1)
             assert len(output["scores"]) == count
@@ -64,7 +58,7 @@ def test_texts_and_pairs_are_classified_as_offline(client_of, bundle_of):
 
 def test_a_head_of_one_output_gives_a_number(client_of, bundle_of):
     found = outputs(client_of("texts"), "grade", ["red is not blue"])
-    expected = offline_logits(bundle_of("texts"), "grade", "red is not blue")
+    expected = Offline(bundle_of("texts"), "grade").logits("red is not blue")
     np.testing.assert_allclose(found[0]["value"], expected[0], **CLOSE)
 
 
@@ -209,3 +203,27 @@ def test_a_model_that_fails_takes_no_other_task_with_it(client_of, monkeypatch):
         bad, good = pool.map(lambda task: predict(client, task, ["red"]), ["two", "three"])
     assert "secret" not in refused(bad, 500, "task `two`")["message"]
     assert good.status_code == 200
+
+
+def test_metrics_count_requests_batches_and_bytes(client_of, bundle_of):
+    client = client_of("texts")
+    predict(client, "two", ["red", "blue"])
+    predict(client, "nobody", ["red"])
+    client.post("/secret")
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    route = 'route="/v1/tasks/{name}/predict"'
+    assert lines[f'flexmerge_requests_total{{{route},status="200"}}'] == "1.0"
+    assert lines[f'flexmerge_requests_total{{{route},status="404"}}'] == "1.0"
+    assert lines['flexmerge_requests_total{route="other",status="415"}'] == "1.0"
+    assert lines[f"flexmerge_request_seconds_count{{{route}}}"] == "2.0"
+    assert float(lines[f"flexmerge_request_seconds_sum{{{route}}}"]) > 0
+    assert lines['flexmerge_inputs_total{task="two"}'] == "2.0"
+    assert (lines["flexmerge_batch_inputs_count"], lines["flexmerge_batch_inputs_sum"]) == ("1.0", "2.0")
+    assert lines["flexmerge_batch_tasks_sum"] == "1.0"
+    assert lines["flexmerge_waiting_inputs"] == "0.0"
+    num_bytes = open_bundle(bundle_of("texts")).runtime().num_bytes["cpu"]
+    assert float(lines['flexmerge_resident_bytes{device="cpu"}']) == num_bytes
+    assert float(lines["process_resident_memory_bytes"]) > num_bytes
+    assert "nobody" not in answer.text and "secret" not in answer.text
