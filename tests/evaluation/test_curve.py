@@ -16,6 +16,7 @@ from flexmerge_cli.evaluation.curve import Cut
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.drawing import Drawing, cuts_of, draw
 from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.evaluation.tidy import curve_csv
 from flexmerge_cli.request.curve import CurveRequest, curve_methods
 from flexmerge_cli.request.merge import merge_request
@@ -176,6 +177,43 @@ def test_the_command_tells_what_was_saved(sample, tmp_path):
     assert result.json["evaluations"]["repeated"] >= 2
     assert (tmp_path / "rows.csv").read_text().startswith("method,")
     assert "reused from this run" in succeeds(*arguments).out
+
+
+def test_the_three_counts_are_those_of_models_that_ran(sample, tmp_path, monkeypatch):
+    """Counted where a kind runs a model: of a curve those of its points, of a bundle those of its references too."""
+    ran: list[tuple[str, str]] = []
+    plain = EvalSpec.kind
+
+    def counted(spec, task):
+        kind = plain(spec, task)
+
+        def score(model, *arguments):
+            ran.append((task, model.digest))
+            return kind.score(model, *arguments)
+
+        return replace(kind, score=score)
+
+    monkeypatch.setattr(EvalSpec, "kind", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    merge(sample.plan_path, tmp_path / "bundle")  # copies: the merged models are the fine-tuned ones
+    curve = [*sample.drawn(method="average", sizes="2x"), "--json"]
+    bundle = ["eval", tmp_path / "bundle", "--plan", sample.plan_path, "--spec", sample.spec_path, "--json"]
+
+    def counts(*arguments):
+        ran.clear()
+        return succeeds(*arguments).json["evaluations"]
+
+    references = 2 * len(SCORED)
+    first = counts(*curve)
+    assert len(ran) == len(set(ran)) == first["computed"] + references and first["cached"] == 0
+    assert first["asked"] == first["computed"] + first["repeated"] and first["repeated"] >= len(SCORED)
+    assert counts(*curve) == first | {"computed": 0, "cached": first["computed"]} and not ran
+    assert counts(*bundle) == {"computed": 0, "repeated": len(SCORED), "cached": references} and not ran
+    again = counts(*curve, "--no-reuse")
+    assert len(ran) == again["computed"] + references and again["computed"] == again["asked"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert counts(*bundle) == {"computed": references, "repeated": len(SCORED), "cached": 0}
+    assert len(ran) == len(set(ran)) == references
 
 
 def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
