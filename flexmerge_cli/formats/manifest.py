@@ -43,19 +43,15 @@ Measured numbers have 12 characters, so that the size is known before the run.
 Written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown keys.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.libraries import STEMS, index_name
 from flexmerge_cli.checkpoint.peft import AdapterKind
-from flexmerge_cli.checkpoint.rows import are_runs, num_rows
-from flexmerge_cli.checkpoint.safetensors import is_shape
+from flexmerge_cli.checkpoint.rows import num_rows
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import are_task_names
-from flexmerge_cli.family.split import Split, check_splits, whole_of
+from flexmerge_cli.family.split import Split
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.folders import (
     BASE_FOLDER,
@@ -64,9 +60,8 @@ from flexmerge_cli.formats.folders import (
     base_files_folder,
     linked_names,
     side_folder,
-    stays_inside,
 )  # fmt: skip
-from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
+from flexmerge_cli.formats.manifest_check import FIRST, check_manifest
 from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
@@ -75,7 +70,7 @@ from flexmerge_cli.residuals.sign_runs import RUNS
 from flexmerge_cli.stored.forms import known_form
 
 FORMAT = "flexmerge.bundle/2"
-FORMATS = ("flexmerge.bundle/1", FORMAT)
+FORMATS = (FIRST, FORMAT)
 NO_SHA256 = "0" * 64
 
 
@@ -288,146 +283,5 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
-        _check(self)
+        check_manifest(self)
         return self
-
-
-def _check(manifest: Manifest) -> None:
-    """What types do not say. A sound id does not make a manifest consistent: it may come from a stranger."""
-    tasks = set(manifest.tasks)
-    if not tasks or not are_task_names(list(manifest.tasks)):
-        raise ValueError("its tasks have no names, or none that can be a task's")  # they become folders
-    gate = manifest.gate
-    if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
-        raise ValueError("its gate does not speak of every task once")
-    for path, file in manifest.files.items():
-        if not stays_inside(path):
-            raise ValueError(f"it points outside the bundle: `{path}`")
-        folder, *below = path.split("/")
-        if not set(file.tasks) <= tasks:
-            raise ValueError(f"`{path}` is read by a task that is not there")
-        if folder in ("tasks", "coded") and file.tasks != (below[0],):
-            raise ValueError(f"`{path}` is not a file of its task")
-    read_by: dict[str, set[str]] = {name: set() for name in tasks}
-    for path, file in manifest.files.items():
-        for name in file.tasks:
-            read_by[name].add(path)
-    if not manifest.files.keys().isdisjoint(manifest.base_links):
-        raise ValueError("a file is called like a link to the base's weights")
-    for name, task in manifest.tasks.items():
-        if set(task.files) != read_by[name]:
-            raise ValueError(f"the files of task `{name}` are not those that it reads")
-        folder, links = manifest.side_folder(name), manifest.links(name)
-        is_coded = folder.startswith("coded/")
-        for path in task.files:
-            is_known = (
-                path.startswith((WEIGHTS, f"{BASE_FOLDER}/", f"{folder}/")) or path == f"coded/{name}/{CODED_README}"
-            )
-            if not is_known or path in links:
-                raise ValueError(f"`{path}` is not a file of task `{name}`, or is called like a link to its weights")
-        if task.stem is not None and (is_coded or task.adapter is not None):
-            raise ValueError(f"the weights of task `{name}` are linked, and no loader reads them so")
-        if manifest.format == FORMATS[0] and (is_coded or task.stem is not None or manifest.base_stem is not None):
-            raise ValueError(f"task `{name}` is not stored as {FORMATS[0]} stores it")
-    tensors = {tensor.name: tensor for tensor in manifest.stored}
-    if len(tensors) < len(manifest.stored):
-        raise ValueError("a tensor is there twice")
-    _check_vocabularies(manifest, tensors)
-    check_splits(
-        manifest.splits,
-        {t.name: {task: (t.dtype_of(task), t.shape_of(task)) for task in t.digests} for t in manifest.stored},
-    )
-    if any(tensor.of is not None for split in manifest.splits for tensor in map(tensors.__getitem__, split.names)):
-        raise ValueError("a part of a split tensor is tied to another")
-    for tensor in manifest.stored:
-        readers = set(tensor.digests)
-        if not readers <= tasks:
-            raise ValueError(f"`{tensor.name}` is of a task that is not there")
-        dtypes = {tensor.dtype_of(task) for task in readers}
-        if not dtypes <= set(ITEM_BYTES) or not all(is_shape(tensor.shape_of(task)) for task in readers):
-            raise ValueError(f"`{tensor.name}` has an unknown dtype, or too many axes or elements")
-        target = tensors.get(tensor.of) if tensor.of is not None else None
-        if (tensor.class_ is TensorClass.TIED) != (tensor.of is not None):
-            raise ValueError(f"`{tensor.name}` is tied to nothing, or not tied")
-        if tensor.of is not None and not (
-            target is not None
-            and target.of is None
-            and all(
-                task in target.digests
-                and (target.dtype_of(task), target.shape_of(task)) == (tensor.dtype_of(task), tensor.shape_of(task))
-                for task in readers
-            )
-        ):
-            raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
-    for name in tasks:
-        if sorted(manifest.aligned(name).values()) != sorted(
-            {whole_of(tensor.name)[0] for tensor in manifest.tensors if name in tensor.digests}
-        ):
-            raise ValueError(f"two tensors of task `{name}` have one name, or parts of one have several")
-    own_names: dict[str, set[str]] = {name: set() for name in tasks}
-    for tensor in manifest.tensors:
-        for name in tensor.digests:
-            own = manifest.tasks[name].names.get(tensor.name, tensor.name)
-            if own in own_names[name]:
-                raise ValueError(f"two tensors of task `{name}` have one name")
-            own_names[name].add(own)
-    in_bundle = {tensor.name: tensor for tensor in manifest.tensors}
-    for name, task in manifest.tasks.items():
-        if task.adapter is not None:
-            _check_adapter(manifest, name, task.adapter, in_bundle)
-    in_units = [name for unit in manifest.units for name in unit.tensors]
-    if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
-        raise ValueError("units do not hold tensors of the bundle, each once at most")
-    merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
-    for unit in manifest.units:
-        members = [task for group in unit.groups for task in group.tasks]
-        if len(set(members)) < len(members) or not set(members) <= merging:
-            raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
-        if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
-            raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
-        if any(group.bits is not None and not set(group.bits) <= set(group.tasks) for group in unit.groups):
-            raise ValueError(f"a group of unit `{unit.name}` has bits of a task that is not in it")
-
-
-def _check_vocabularies(manifest: Manifest, tensors: Mapping[str, TensorEntry]) -> None:
-    """Every row of a task's tensor is a common one or its own, and stored."""
-    seen: set[str] = set()
-    own: set[tuple[str, str, Shape]] = set()
-    for vocabulary in manifest.vocabularies:
-        names = set(vocabulary.tensors)
-        if not set(vocabulary.tasks) <= set(manifest.tasks):
-            raise ValueError("a vocabulary is of a task that is not there")
-        if seen & names or len(names) < len(vocabulary.tensors) or not names <= set(tensors):
-            raise ValueError("vocabularies do not hold tensors of the bundle, each once at most")
-        seen |= names
-        if not are_runs(vocabulary.base.common, vocabulary.base.rows):
-            raise ValueError("the base's rows of a vocabulary are not sound")
-        for name in names:
-            tensor = tensors[name]
-            for task in tensor.digests:
-                shape, rows = tensor.shape_of(task), vocabulary.tasks.get(task)
-                if rows is None:
-                    continue
-                if not shape or not are_runs(rows.common, rows.rows) or num_rows(rows.common) != shape[0]:
-                    raise ValueError(f"the rows of `{name}` of task `{task}` are not sound")
-                if rows.has_own and tensor.of is None:
-                    own.add((f"{name}{ROWS_SUFFIX}", task, (rows.rows - shape[0], *shape[1:])))
-            if tensor.of is not None and tensor.of not in names:
-                raise ValueError(f"`{name}` has other rows than what it is tied to")
-    for tensor in manifest.tensors:
-        if tensor.of in seen and tensor.name not in seen:
-            raise ValueError(f"`{tensor.name}` has other rows than what it is tied to")
-    if {(t.name, task, t.shape_of(task)) for t in manifest.rows for task in t.digests} != own or any(
-        tensor.of is not None for tensor in manifest.rows
-    ):
-        raise ValueError("the rows of vocabularies are not those that are stored")
-
-
-def _check_adapter(manifest: Manifest, name: str, adapter: AdapterEntry, tensors: Mapping[str, TensorEntry]) -> None:
-    file = manifest.files.get(str(manifest.own_weights(name)))
-    if file is None:
-        raise ValueError(f"adapter `{name}` has no weights")
-    for key, change in adapter.changes.items():
-        if key not in tensors or name not in tensors[key].digests:
-            raise ValueError(f"adapter `{name}` changes a tensor that is not there")
-        change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)

@@ -40,6 +40,8 @@ Parts = Annotated[Named[str], AfterValidator(_stay_inside)]
 
 License = Annotated[str, Field(min_length=1, max_length=MAX_LICENSE)]
 
+ROWS_SUFFIX = "@rows"
+
 
 class SideFile(Record):
     """A config, tokenizer, … beside a task's weights."""
