@@ -61,13 +61,14 @@ class Auto:
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
         self._exact: Found | None = None
+        self._smallest_on_disk: Found | None = None
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
         """Bytes of everything that the search does not decide."""
 
     def priced_by(self, pricer: Pricer) -> "Auto":
         """The same for bundles that record another request."""
         other = copy.copy(self)
-        other.pricer, other._exact = pricer, None
+        other.pricer, other._exact, other._smallest_on_disk = pricer, None, None
         return other
 
     def cut(self, size: Target) -> Found:
@@ -89,7 +90,9 @@ class Auto:
 
     def smallest_on_disk(self) -> Found:
         """The smallest, headers and names counted, which may take more data."""
-        return self._found(self.search.smallest_priced(self._disk_bytes))
+        if self._smallest_on_disk is None:
+            self._smallest_on_disk = self._found(self.search.smallest_priced(self._disk_bytes))
+        return self._smallest_on_disk
 
     def within(self, max_distance: float) -> Found:
         """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
