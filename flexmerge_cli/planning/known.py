@@ -91,8 +91,8 @@ class Known:
 
     def low_rank(self, family: Family) -> dict[str, tuple[frozenset[str], dict[str, int] | None]]:
         """Task -> the matrices that were looked at, and what was found of their changes."""
-        if self.plan.vocabularies or family.vocabularies:
-            return {}
+        if self.plan.vocabularies or family.vocabularies or self.plan.splits != family.splits:
+            return {}  # a name may stand for other elements
         found = {}
         for name in family.task_names:
             place = self._place(name)
@@ -225,7 +225,9 @@ class Known:
         record = self.plan.find(owner.name)
         changed = [task for (task, _), now, then in zip(item.tasks, found.digests, known) if then not in (None, now)]
         who = [f"task `{family.task_names[task]}`" for task in changed]
-        if record is not None and item.gram and self._same_rows(family, owner.name, None, 0):
+        form = (item.base.dtype, item.base.shape) if item.base is not None else None
+        is_known = record is not None and form is not None and record.base_form == form
+        if record is not None and is_known and self._same_rows(family, owner.name, None, 0):
             who += ["the base"] if record.base_digest not in (None, found.base_digest) else []
         if who:
             raise DataError(f"{who[0]} has changed since the plan: `{owner.name}`", hint=AGAIN)

@@ -94,6 +94,19 @@ def test_from_another_folder_with_order_and_statistics_changed_at_once(tmp_path,
     assert found == fresh.read_bytes()
 
 
+@pytest.mark.parametrize("then", ["", "split: [{match: output.dense, parts: 4}]"])
+def test_rules_that_split_other_tensors_are_those_of_a_fresh_plan(then, tmp_path):
+    folders = write_family(tmp_path, plain(num_tasks=3, width=16))
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(then)
+    new.write_text("split: [{match: output.dense, parts: 4, dim: 1}]")
+    two = {name: folders.tasks[name] for name in ("task0", "task2")}
+    fewer = plan(folders.base, two, tmp_path / "old.json", *(("--blocks", old) if then else ()))
+    fresh = plan(folders.base, folders.tasks, tmp_path / "fresh.json", "--blocks", new)
+    added = f"--add=task1={folders.tasks['task1']}"
+    assert change(fewer, tmp_path / "new.json", added, "--blocks", new) == fresh.read_bytes()
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """File -> (offset -> bytes) of everything that is read of weights."""
