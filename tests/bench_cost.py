@@ -21,7 +21,7 @@ from tests.bench_serve import (
 
 BATCH = 256
 SIZES = ("average-1x", "average-2.25x", "average-4x", "auto-1x")
-MASKED = {"emr": ("2.25x", "3x", "4x", "6x"), "consensus": ("3x", "4x", "6x")}
+MASKED = {"emr": ("3x", "4x", "6x"), "consensus": ("3x", "4x", "6x")}
 
 
 def batches(bundle: Path, weights: str, device: str) -> dict[str, float]:
