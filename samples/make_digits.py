@@ -200,11 +200,10 @@ def thickened(images: Images, label: int, rng: np.random.Generator) -> Images:
     return (images, around.max(0), around.min(0))[label]
 
 
-def quarters(images: Images, label: int, rng: np.random.Generator) -> Images:
-    """The four quarters in their place, or turned by one, two or three places."""
-    parts = [images[:, :4, :4], images[:, :4, 4:], images[:, 4:, 4:], images[:, 4:, :4]]
-    a, b, c, d = parts[-label:] + parts[:-label] if label else parts
-    return np.concatenate([np.concatenate([a, b], 2), np.concatenate([d, c], 2)], 1)
+def quartered(images: Images) -> Images:
+    """The four quarters, each one place further around."""
+    top, bottom = (images[:, 4:, :4], images[:, :4, :4]), (images[:, 4:, 4:], images[:, :4, 4:])
+    return np.concatenate([np.concatenate(top, 2), np.concatenate(bottom, 2)], 1)
 
 
 def dotted(images: Images, label: int, rng: np.random.Generator) -> Images:
@@ -240,10 +239,10 @@ MORE_TASKS = {
     "noisy": which(numbered("level", 4), lambda x, label, rng: x + rng.normal(0, 1.2 * label + 1e-9, x.shape)),
     "pair": sort_of(numbered("pair", 5), lambda digits: digits // 2),
     "prime": sort_of(("no", "yes"), lambda digits: np.isin(digits, (2, 3, 5, 7))),
-    "quarters": which(numbered("turn", 4), quarters),
+    "digit-quartered": digit_of(quartered),
     "row": which(numbered("row", 8), dotted),
     "strokes": which(("as written", "thick", "thin"), thickened),
-    "transposed": which(("as written", "transposed"), lambda x, label, rng: x.swapaxes(1, 2) if label else x),
+    "digit-transposed": digit_of(lambda x: x.swapaxes(1, 2)),
     "upside-down": which(("as written", "upside down"), lambda x, label, rng: x[:, ::-1] if label else x),
 }
 
