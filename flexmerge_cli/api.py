@@ -266,8 +266,8 @@ def draw_curve(
     methods: one or several; `all` is every method. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own.
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
-    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit and dtype, as in
-    `merge`.
+    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit, cluster, seed and
+    dtype, as in `merge`.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document

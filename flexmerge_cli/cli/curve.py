@@ -14,6 +14,8 @@ def curve(
     calibrate: o.Calibrate = None,
     method_for: o.MethodFor = None,
     fit: o.Fit = None,
+    cluster: o.Cluster = None,
+    seed: o.ClusterSeed = None,
     dtype: o.Dtype = None,
     no_reuse: o.NoReuse = False,
     parallel: o.Parallel = 1,
@@ -62,7 +64,15 @@ def curve(
         )
     outputs = {kind: path for kind, path in (("csv", csv), ("html", html), ("png", png)) if path}
     check_outputs(outputs, (plan, spec, tune_spec), force=force)
-    words = {"steps": step or (), "calibrate": calibrate, "method_for": method_for or (), "fit": fit, "dtype": dtype}
+    words = {
+        "steps": step or (),
+        "calibrate": calibrate,
+        "method_for": method_for or (),
+        "fit": fit,
+        "cluster": cluster,
+        "seed": seed,
+        "dtype": dtype,
+    }
     with progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_score:
         document = curve_document(
             plan,

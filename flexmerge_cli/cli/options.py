@@ -170,7 +170,7 @@ Fit = Annotated[
     _sizes("--fit", "tight|prefix", "tight (default): undo merges while the size still fits; prefix: the paper's cut."),
 ]
 Cluster = Annotated[
-    str | None, _sizes("--cluster", "channels", "Group tasks by k-means in every tensor; requires --size Kx.")
+    str | None, _sizes("--cluster", "channels", "Group tasks by k-means in every tensor; requires a size of Kx.")
 ]
 ClusterSeed = Annotated[
     int | None, _sizes("--seed", "N", "Seed of the k-means initialisation; requires --cluster.", min=0)

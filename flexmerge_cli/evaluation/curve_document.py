@@ -42,9 +42,9 @@ def curve_document(
     """Score a plan's tasks by every method at every size. Writes nothing.
 
     plan_path: the path that commands in the document give; relative sources are relative to its folder.
-    words: steps, calibrate, method_for, fit and dtype of `merge_request`, for every method. target: the fraction of the
-    fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse, parallel, device and
-    threads of CurveRequest.
+    words: steps, calibrate, method_for, fit, cluster, seed and dtype of `merge_request`, for every method. target: the
+    fraction of the fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse,
+    parallel, device and threads of CurveRequest.
     Raises UsageError and GateError before a weight is read, SourceError, DataError.
     """
     gate = gate or Gate()

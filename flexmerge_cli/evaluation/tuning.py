@@ -18,7 +18,7 @@ from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest, Tune
-from flexmerge_cli.request.merge import Cut
+from flexmerge_cli.request.merge import Clusters, Cut
 
 
 def tuned(
@@ -35,7 +35,7 @@ def tuned(
     for method in request.methods:
         by_value = tune.variants.get(method.name)
         if by_value:
-            assert isinstance(method.request.choice, Cut)
+            assert isinstance(method.request.choice, Cut | Clusters)
             default = method.request.choice.use.call.args[tune.name]
             chosen[method.name] = max(by_value.values(), key=lambda v: (means[v.name], -_far(v.name, default)))
     return chosen

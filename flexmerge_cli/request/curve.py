@@ -8,10 +8,11 @@ from typing import Any
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.registry import all_methods, split_call
-from flexmerge_cli.request.merge import Auto, Cut, MergeRequest, merge_request
+from flexmerge_cli.request.merge import Clusters, Cut, MergeRequest, merge_request
 from flexmerge_cli.request.size import Size
 
 MAX_VALUES = 100
+UNREAD_BY_AUTO = ("steps", "calibrate", "fit", "cluster", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,7 @@ class CurveMethod:
     name: str
     """The method as requested."""
     request: MergeRequest
-    """The request without a size."""
+    """The request without a size, or for clusters, which need one, with any."""
 
     @property
     def stores_per_task(self) -> bool:
@@ -45,6 +46,12 @@ class CurveRequest:
     device: str = "auto"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for a size that a method cannot have."""
+        for method in self.methods:
+            for size in self.sizes or (None,):
+                method.request.at(size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tune:
@@ -59,7 +66,7 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
     """One method or several; `all` is every method.
 
     has_statistics: whether the plan has what `auto` needs; then it is among `all`. common: words of `merge_request`
-    for every method; `auto` does not read steps, calibrate and fit. Raises UsageError.
+    for every method; `auto` beside other methods leaves those that it does not read to them. Raises UsageError.
     """
     names: list[str] = []
     for item in [asked] if isinstance(asked, str) else asked:
@@ -69,7 +76,11 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
             names.append(item.strip())
     if not names:
         raise UsageError("no method is named", hint="--method auto --method low_bit:bits=2")
-    return tuple(_curve_method(name, common) for name in dict.fromkeys(names))
+    for_auto = {key: value for key, value in common.items() if key not in UNREAD_BY_AUTO}
+    autos = [name for name in names if split_call(name)[0] == "auto"]
+    if len(autos) == len(names):
+        for_auto = common
+    return tuple(_curve_method(name, for_auto if name in autos else common) for name in dict.fromkeys(names))
 
 
 def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune:
@@ -81,7 +92,7 @@ def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune
     variants: dict[str, dict[str, CurveMethod]] = {}
     for method in methods:
         choice = method.request.choice
-        if not isinstance(choice, Cut) or name not in choice.use.call.method.parameters:
+        if not isinstance(choice, Cut | Clusters) or name not in choice.use.call.method.parameters:
             continue
         if name in split_call(method.name)[1]:
             continue
@@ -95,13 +106,9 @@ def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune
 
 
 def _curve_method(name: str, common: Mapping[str, Any]) -> CurveMethod:
-    words = dict(common)
-    if split_call(name)[0] == "auto":
-        words = {key: value for key, value in words.items() if key not in ("steps", "calibrate", "fit")}
-    size = None if words.get("fit") is None else "1x"  # any: a fit is of a size
-    request = merge_request(method=name, size=size, run_files=True, **words).at(None)
-    assert isinstance(request.choice, Cut | Auto)
-    return CurveMethod(name=name, request=request)
+    needs_size = any(common.get(word) is not None for word in ("fit", "cluster"))
+    request = merge_request(method=name, size="1x" if needs_size else None, run_files=True, **common)
+    return CurveMethod(name=name, request=request if isinstance(request.choice, Clusters) else request.at(None))
 
 
 def _tuned(text: str) -> tuple[str, tuple[str, ...]]:

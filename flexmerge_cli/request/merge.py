@@ -132,7 +132,9 @@ class MergeRequest:
         return (*main, *(item.use for item in others if item.use is not None))
 
     def at(self, size: Size | None) -> "MergeRequest":
-        """The same request with another size."""
+        """The same request with another size, one of --sizes. Raises UsageError for clusters of no whole number."""
+        if isinstance(self.choice, Clusters):
+            return replace(self, choice=replace(self.choice, size=_whole(size, "--sizes")))
         assert isinstance(self.choice, Cut | Auto)
         return replace(self, choice=replace(self.choice, size=size))
 
@@ -293,10 +295,16 @@ def _refuse_unread(kind: type[Choice], given: _Words) -> None:
 def _clusters(use: MethodUse, size: Size | None, given: _Words) -> Clusters:
     cluster = Cluster(_word(Cluster, str(given.cluster), "cluster", CLUSTER_HINT))
     require_tensor_scope(use.call)
+    return Clusters(use=use, cluster=cluster, size=_whole(size, "--size"), seed=given.seed or 0)
+
+
+def _whole(size: Size | None, option: str) -> Size:
+    """Return the size, whose value is the number of clusters. Raises UsageError with the option that gives it."""
     if size is None or not size.is_whole:
-        found = f"--size {size.text} is not one" if size else "no --size is given"
-        raise UsageError(f"--cluster makes a whole number of models, but {found}", hint="write --size 2x, or --size 3x")
-    return Clusters(use=use, cluster=cluster, size=size, seed=given.seed or 0)
+        found = f"{option} {size.text} is not one" if size else f"no {option} is given"
+        hint = f"write {option} 2x, or {option} 3x"
+        raise UsageError(f"--cluster makes a whole number of models, but {found}", hint=hint)
+    return size
 
 
 CLUSTER_HINT = "one of: channels; for whole models: flexmerge plan PLAN --blocks model --linkage average -o OTHER"

@@ -16,11 +16,13 @@ from flexmerge_cli.evaluation.curve import Cut
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.drawing import Drawing, cuts_of, draw
 from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.evaluation.tidy import curve_csv
-from flexmerge_cli.request.curve import CurveRequest, curve_methods
+from flexmerge_cli.evaluation.tuning import tuned
+from flexmerge_cli.request.curve import CurveRequest, curve_methods, parse_tune
 from flexmerge_cli.request.merge import merge_request
-from flexmerge_cli.request.size import parse_sizes
+from flexmerge_cli.request.size import parse_size, parse_sizes
 
 from ..program import fails, stored_sizes, succeeds
 from .curves import SCORED, Digits
@@ -59,6 +61,41 @@ def test_moving_the_cut_scores_as_bundles_that_are_written_do(sample, curve, tmp
         assert point.total_bytes == sum(stored_sizes(path).values())
     assert {point.method for point in curve.points} == set(METHODS)
     assert sum(bool(point.sizes) for point in curve.points) >= 9
+
+
+def test_clusters_score_as_the_bundles_that_their_commands_write(sample, tmp_path):
+    words = {"cluster": "channels", "seed": 3}
+    found = draw(
+        sample.plan,
+        sample.plan_path,
+        sample.spec,
+        asked("average", "low_bit:bits=2", "auto", sizes="2x,3x", common=words, alternatives=False),
+    )
+    assert [(point.method, point.sizes) for point in found.points] == [
+        ("average", ("3x",)),
+        ("average", ("2x",)),
+        ("low_bit:bits=2", ("3x",)),
+        ("low_bit:bits=2", ("2x",)),
+        ("auto", ("3x",)),
+        ("auto", ("2x",)),
+    ]
+    for number, point in enumerate(found.points):
+        command = shlex.split(point.command)
+        assert ("--cluster" in command) == (point.method != "auto")
+        path = tmp_path / str(number)
+        succeeds(*command[1:-1], path)
+        bundle = Bundle.open(path)
+        assert dict(point.digests) == {task: bundle_model(bundle, task).digest for task in SCORED}
+        assert point.total_bytes == sum(stored_sizes(path).values())
+
+
+def test_an_argument_of_clustered_methods_is_tuned(sample):
+    words = {"cluster": "channels"}
+    request = asked("task_arithmetic", sizes="2x", common=words, alternatives=False)
+    tune = parse_tune("scale=0.001,0.5", request.methods, **words)
+    found = tuned(sample.plan, sample.plan_path, sample.spec, request, tune, on_score=lambda *_step: None)
+    asked_for = found["task_arithmetic"].request.at(parse_size("2x"))
+    assert asked_for == merge_request(method="task_arithmetic:scale=0.5", size="2x", **words)
 
 
 def test_without_reuse_the_results_are_the_same_and_more_is_scored(sample, curve, request_):
@@ -237,6 +274,13 @@ def test_a_method_that_reaches_no_size_has_no_point_and_passes_no_gate(sample):
         (["--tune-spec", "x.yaml"], "--tune-spec needs --choose or --tune"),
         (["--csv", "x", "--html", "x"], "one file"),
         (["--sources"], "No such option: --sources"),
+        (["--cluster", "channels"], "no --sizes is given"),
+        (["--cluster", "channels", "--sizes", "2x,2.5x"], "--sizes 2.5x is not one"),
+        (["--cluster", "channels", "--sizes", "2x", "--fit", "tight"], "--fit has no effect here"),
+        (["--cluster", "channels", "--sizes", "2x", "--method", "tsv_m:scope=block"], "tsv_m"),
+        (["--cluster", "channels", "--sizes", "2x", "--method", "auto"], "--cluster has no effect here"),
+        (["--step", "dare", "--method", "auto"], "--step has no effect here"),
+        (["--seed", "1"], "add --cluster channels"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(sample, arguments, says):
