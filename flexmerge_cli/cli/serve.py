@@ -27,7 +27,10 @@ def serve(
         int, typer.Option("--max-batch", metavar="N", min=1, help="Inputs that are computed at once.")
     ] = 32,
     max_wait: Annotated[
-        float, typer.Option("--max-wait", metavar="MS", min=0, help="Milliseconds that a batch waits to be filled.")
+        float,
+        typer.Option(
+            "--max-wait", metavar="MS", min=0, max=60_000, help="Milliseconds that a batch waits to be filled."
+        ),
     ] = 5.0,
     max_queue: Annotated[
         int, typer.Option("--max-queue", metavar="N", min=1, help="Inputs that may wait; more are refused with 503.")

@@ -61,13 +61,13 @@ def make_app(service: Service) -> FastAPI:
         return _model(service.task(name))
 
     @app.post("/v1/tasks/{name}/predict")
-    async def predict(name: str, body: Predict) -> Any:
+    async def predict(name: str, body: Predict, request: Request) -> Any:
         task = service.task(name)
         service.worker.require_room(len(body.inputs))
         items = await service.prepared(
             lambda: [task.prepare(value, max_tokens=body.max_tokens) for value in body.inputs]
         )
-        answers = await service.answers(name, items)
+        answers = await service.answers(name, items, request.receive)
         return {"task": name, "kind": task.kind, "outputs": [_output(answer) for answer in answers]}
 
     add_completions(app, service)
@@ -92,23 +92,51 @@ async def _refused(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """The body is no JSON, or its keys are not as they should be."""
+    """The body is not JSON, or its keys are not as they should be."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(step)[:100] for step in first["loc"] if step != "body"]
-    said = str(first["msg"])[:500]
-    if first["type"] == "json_invalid":
-        place, said = [], f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"
-    elif first["type"] == "extra_forbidden":
-        said = "this key is not supported"
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        said = f"the body is not valid JSON: {errors[0].get('ctx', {}).get('error', '')}"
+        return await _refused(request, Refusal(said))
+    # A value that may have several forms has an error for each: the form that it fits best fails deepest inside it.
+    places = [_place(one, error.body) for one in errors]
+    place = max((own for own in places if own[:1] == places[0][:1]), key=len)
+    said = " or ".join(dict.fromkeys(_said(one) for one, own in zip(errors, places) if own == place))
     key = ".".join(place[:20])
-    return await _refused(request, Refusal(f"{key}: {said}" if key else said, param=place[0] if place else None))
+    return await _refused(request, Refusal(f"{key or 'the body'}: {said}", param=place[0] if place else None))
+
+
+def _place(error: Any, body: Any) -> list[str]:
+    """The keys and indices that lead to an error, whose `loc` also has the names of the types that were tried."""
+    found, value = [], body
+    for step in error["loc"][1:]:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            if error["type"] != "missing" or step != error["loc"][-1]:
+                continue
+        found.append(str(step)[:100])
+    return found
+
+
+def _said(error: Any) -> str:
+    known = {
+        "extra_forbidden": "this key is not supported", "missing": "it is required", "model_attributes_type":
+        "it must be a JSON object", "string_unicode": "it contains half of a surrogate pair, which is no character",
+    }  # fmt: skip
+    return known.get(error["type"]) or str(error["msg"])[:500].replace("Input should be", "it must be", 1)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    """No such route, or no such method, or a body that cannot be read."""
+    """The route or its method does not exist, or the body cannot be parsed."""
     assert isinstance(error, HTTPException)
-    return await _refused(request, Refusal(str(error.detail), status=error.status_code))
+    known = {
+        400: "the body cannot be parsed: it is not UTF-8, is nested too deeply, or has a number with too many digits",
+        404: f"there is no route {request.url.path[:200]}",
+        405: f"{request.url.path[:200]} does not take {request.method[:20]}",
+    }
+    said = known.get(error.status_code, str(error.detail))
+    return await _refused(request, Refusal(said, status=error.status_code))
 
 
 async def _failed(request: Request, _error: Exception) -> JSONResponse:

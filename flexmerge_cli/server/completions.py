@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from flexmerge_cli.server.generation import Choice
@@ -25,7 +25,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     """Add the two routes."""
 
     @app.post("/v1/completions")
-    async def completions(body: Completion) -> Any:
+    async def completions(body: Completion, request: Request) -> Any:
         task = _language_model(service, body.model)
         prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(prompts[0], int):
@@ -39,10 +39,10 @@ def add_completions(app: FastAPI, service: Service) -> None:
                 for choice in _choices(task, task.prompt(prompt), body, body.max_tokens, USUAL_TOKENS)
             ]
 
-        return await _answered(service, _Form.completion(body), await service.prepared(prepared), body)
+        return await _answered(service, _Form.completion(body), await service.prepared(prepared), body, request)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: Chat) -> Any:
+    async def chat(body: Chat, request: Request) -> Any:
         task = _language_model(service, body.model)
         service.worker.require_room(body.n)
         wanted = body.max_completion_tokens or body.max_tokens
@@ -55,7 +55,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
             ]
             return _choices(task, task.chat(messages), body, wanted, task.max_tokens)
 
-        return await _answered(service, _Form.chat(body), await service.prepared(prepared), body)
+        return await _answered(service, _Form.chat(body), await service.prepared(prepared), body, request)
 
 
 def _language_model(service: Service, name: str) -> CausalLM:
@@ -131,12 +131,14 @@ def _usage(choices: Sequence[Choice], n: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
-async def _answered(service: Service, form: _Form, choices: Sequence[Choice], body: Generation) -> Any:
+async def _answered(
+    service: Service, form: _Form, choices: Sequence[Choice], body: Generation, request: Request
+) -> Any:
     for number, choice in enumerate(choices if body.seed is not None else ()):
         assert body.seed is not None
         choice.seed = (body.seed + number) % (1 << 63)
     if not body.stream:
-        return form.whole(await service.answers(form.model, choices), body.n)
+        return form.whole(await service.answers(form.model, choices, request.receive), body.n)
     pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -179,6 +181,8 @@ async def _events(
     except Refusal as refusal:  # after a status of 200 an event is all that can tell
         yield _event(refusal.body)
     finally:
+        for answer in waited:
+            answer.cancel()
         service.cancel(form.model, choices)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.refusal import CLIENT_GONE, Refusal
 
 
 class BoundedBodies:
@@ -24,8 +24,6 @@ class BoundedBodies:
             response = JSONResponse(refusal.body, refusal.status, headers={"Connection": "close"})
             await response(scope, receive, send)
             return
-        if body is None:
-            return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replayed() -> Message:
@@ -33,8 +31,8 @@ class BoundedBodies:
 
         await self._app(scope, replayed, send)
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """None if the client went away. Raises Refusal."""
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """Raises Refusal, also if the client goes away before."""
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refusal("a body is JSON, sent with `Content-Type: application/json`", status=415)
@@ -46,7 +44,7 @@ class BoundedBodies:
         while True:
             message: dict[str, Any] = dict(await receive())
             if message["type"] == "http.disconnect":
-                return None
+                raise Refusal("the client went away", status=CLIENT_GONE)
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
                 raise too_long

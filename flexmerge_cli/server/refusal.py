@@ -2,6 +2,9 @@
 
 from typing import Any
 
+CLIENT_GONE = 499
+"""The status, in the metrics alone, of a request whose client did not wait for the answer."""
+
 
 class Refusal(Exception):
     """A request that is not answered."""

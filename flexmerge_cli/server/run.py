@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.errors import MachineError, UsageError, hint_of
+from flexmerge_cli.errors import MachineError, UsageError
 from flexmerge_cli.server.app import make_app
 from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.service import Service
@@ -70,7 +70,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
-        raise UsageError(f"--host {host}: {error}", hint="--host 127.0.0.1, or --host 0.0.0.0 for all") from None
+        said = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--host {host}: {said}", hint="--host 127.0.0.1, or --host 0.0.0.0 for all") from None
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,7 +81,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         found.close()
         is_taken = error.errno == errno.EADDRINUSE
         said = "another program listens on this port" if is_taken else error.strerror
-        hint = "choose another one with --port, or --port 0 for one that is free" if is_taken else hint_of(error)
+        hint = "choose another one with --port, or --port 0 for one that is free"
+        if not is_taken:
+            hint = "choose another address with --host, or another port with --port"
         raise MachineError(f"{host}:{port}: {said}", hint=hint) from None
     return found
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.types import Receive
+
 from flexmerge_cli.errors import FlexmergeError, machine_failure
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.metrics import Metrics
-from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.refusal import CLIENT_GONE, Refusal
 from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.server.worker import Row, Worker
 
@@ -65,15 +67,31 @@ class Service:
             raise Refusal("the server is stopping", status=503, code="stopping")
         return found
 
-    async def answers(self, name: str, items: Sequence[Any]) -> list[Any]:
-        """Answers of prepared inputs, in order. Raises Refusal."""
-        waited = self.submit(name, items)
+    async def answers(self, name: str, items: Sequence[Any], receive: Receive) -> list[Any]:
+        """Answers of prepared inputs, in order. Raises Refusal, also if the client goes away before.
+
+        receive: the request's, whose body has been read.
+        """
+        answers: asyncio.Future[list[Any]] = asyncio.gather(
+            *(self.outcome(name, answer) for answer in self.submit(name, items))
+        )
+        gone: asyncio.Future[Any] = asyncio.ensure_future(_until_gone(receive))
         try:
-            return await asyncio.gather(*(self.outcome(name, answer) for answer in waited))
+            await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answers.done():
+                raise Refusal("the client went away", status=CLIENT_GONE)
+            return answers.result()
         finally:
+            gone.cancel()
+            answers.cancel()  # what waits is not computed
             self.cancel(name, items)
 
     def cancel(self, name: str, items: Sequence[Any]) -> None:
         """End what nobody waits for any more."""
         for item in items:
             self.tasks[name].cancel(item)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -267,10 +267,14 @@ class _Tokens:
     def encoded(self, *texts: str, **options: Any) -> dict[str, list[int]]:
         """The model's inputs. options: of the tokenizer. Raises Refusal for no token, or more than the model takes."""
         try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise Refusal("a text contains half of a surrogate pair, which is no character") from None
+        try:
             with self.lock:
                 row = encodings(self.tokenizer, *([text] for text in texts), **options)[0]
         except Exception as error:  # of tokenizers, for texts that no encoding has
-            raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}", param="inputs") from None
+            raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}") from None
         self.require_length(row["input_ids"])
         return row
 

@@ -150,8 +150,8 @@ def test_what_is_asked_wrongly_is_told(client_of):
     client = client_of("texts", max_body=2000, max_queue=8)
     error = refused(predict(client, "four", ["red"]), 404, "no task `four`", "two", "three", "grade")
     assert error["code"] == "model_not_found"
-    refused(client.get("/nothing"), 404)
-    refused(client.get("/v1/tasks/two/predict"), 405)
+    refused(client.get("/nothing"), 404, "no route /nothing")
+    refused(client.get("/v1/tasks/two/predict"), 405, "predict does not take GET")
     refused(predict(client, "two", []), 400, "inputs")
     refused(predict(client, "two", "red"), 400, "inputs", "list")
     refused(predict(client, "two", ["red"], temperature=1), 400, "temperature")
@@ -165,13 +165,22 @@ def test_what_is_asked_wrongly_is_told(client_of):
     assert predict(client, "two", ["red"], max_tokens=None).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 900, b'{"inputs": ["\\ud800"]}', b"null"])
+BODIES = {
+    b"": "the body: it is required", b"{": "not valid JSON", b"[]": "the body: it must be a JSON object",
+    b"3": "the body: it must be a JSON object", b"null": "the body: it must be a JSON object",
+    b"\xff": "not UTF-8", b"[" * 200_000: "nested too deeply", b"9" * 5000: "too many digits",
+    b'{"inputs": ["\\ud800"]}': "half of a surrogate pair",
+    b"{}": "inputs: it is required", b'{"inputs": 3}': "inputs: it must be a valid list",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_what_is_no_sound_body_is_refused(client_of, body):
-    client = client_of("texts", max_body=1000)
+    client = client_of("texts", max_body=200_000)
     headers = {"Content-Type": "application/json"}
-    refused(client.post("/v1/tasks/two/predict", content=body, headers=headers), 400)
+    refused(client.post("/v1/tasks/two/predict", content=body, headers=headers), 400, BODIES[body])
     refused(client.post("/v1/tasks/two/predict", content=body), 415, "application/json")
-    chunks = iter([b" " * 400] * 3)
+    chunks = iter([b" " * 80_000] * 3)
     refused(client.post("/v1/tasks/two/predict", content=chunks, headers=headers), 413)
     assert client.get("/health").status_code == 200
 

@@ -64,6 +64,27 @@ def test_a_server_tells_where_it_is_and_finishes_what_runs_when_it_is_stopped(bu
         httpx2.get(f"{server.url}/health")
 
 
+def test_inputs_of_a_client_that_goes_away_are_not_computed(bundle_of, tmp_path):
+    server = Served(bundle_of("texts"), tmp_path, "--max-batch", 1, "--max-wait", 0, slow=0.1)
+    body = json.dumps({"inputs": ["red"] * 30}).encode()
+    head = "POST /v1/tasks/two/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    for sent, is_whole in ((body, True), (body[:9], False)):
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+            client.sendall(f"{head}{len(body)}\r\n\r\n".encode() + sent)
+            while is_whole and not httpx2.get(f"{server.url}/health").json()["waiting"]:
+                pass
+    while httpx2.get(f"{server.url}/health").json()["waiting"]:
+        time.sleep(0.01)
+    lines = dict(
+        line.rsplit(" ", 1) for line in httpx2.get(f"{server.url}/metrics").text.splitlines() if line[0] != "#"
+    )
+    assert float(lines['flexmerge_inputs_total{task="two"}']) < 10
+    assert lines['flexmerge_requests_total{route="/v1/tasks/{name}/predict",status="499"}'] == "1.0"
+    assert lines['flexmerge_requests_total{route="other",status="499"}'] == "1.0"
+    server.child.send(signal.SIGTERM)
+    assert server.child.wait()[0] == 0
+
+
 def test_a_port_that_is_in_use_is_told_before_anything_is_loaded(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -75,7 +96,9 @@ def test_a_port_that_is_in_use_is_told_before_anything_is_loaded(tmp_path):
 def test_what_cannot_be_served_is_told_before_anything_is_answered(bundle_of, tmp_path):
     bundle = bundle_of("texts")
     serve = ("serve", bundle, "--port", 0)
-    fails(2, *serve, "--host", "no.such.host.invalid", says="--host no.such.host.invalid")
+    fails(2, *serve, "--host", "no.such.host.invalid", says="--host no.such.host.invalid: Name or service not known")
+    fails(1, *serve, "--host", "192.0.2.1", says=("192.0.2.1:0: Cannot assign requested address", "--host"))
+    fails(2, *serve, "--max-wait", "inf", says="60000")
     fails(4, *serve, "--tasks", "four", says=("no task `four`", "two"))
     fails(2, *serve, "--weights", "sparse", says="neither `dense` nor `packed`")
     fails(2, *serve, "--max-body", "much", says="`much`")
