@@ -59,7 +59,8 @@ class SignRuns:
 
     def workspace(self, shape: Matrix) -> int:
         m, n = shape
-        return 8 * 6 * min(m * n, max(BLOCK_ELEMENTS, n)) + 2 * m * n
+        filled = self._filled(n)
+        return 8 * 6 * min(m * filled, max(BLOCK_ELEMENTS, filled)) + 2 * m * n + 16 * m
 
     def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
         import torch
@@ -67,7 +68,7 @@ class SignRuns:
         m, n = matrix.shape
         codes = torch.empty(m, -(-n // self.run), dtype=torch.uint8, device=matrix.device)
         scale = torch.empty(m, dtype=torch.float32, device=matrix.device)
-        step = max(1, BLOCK_ELEMENTS // max(1, n)) if matrix.device.type == "cpu" else max(1, m)
+        step = max(1, BLOCK_ELEMENTS // max(1, self._filled(n))) if matrix.device.type == "cpu" else max(1, m)
         for first in range(0, m, step):
             rows = slice(first, first + step)
             codes[rows], scale[rows] = self._coded(matrix[rows].double())
@@ -87,6 +88,10 @@ class SignRuns:
             signs = patterns(self.run)[codes].reshape(len(codes), codes.shape[1] * self.run // 8)
         signs = np.ascontiguousarray(signs[:, : row_bytes(n, 1)])
         return LookUp(signs, n, 1, LEVELS, to_float32(parts["scale"], "BF16")[:, None])
+
+    def _filled(self, n: int) -> int:
+        """The elements of a row whose last run is filled up."""
+        return n + -n % self.run
 
     def _coded(self, x: "Tensor") -> "tuple[Tensor, Tensor]":
         """float64 [k, n] -> codes uint8 [k, runs], scale float32 [k]."""

@@ -8,6 +8,8 @@ from flexmerge_cli.residuals.low_bit import weight_code
 from flexmerge_cli.residuals.quantise import squared_errors
 from flexmerge_cli.residuals.sign_runs import NORMAL_LOSSES, RUNS, SignRuns, patterns
 
+from ..engine.peaks import in_child
+
 DRAWS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
     "laplace": lambda rng, shape: rng.laplace(size=shape),
@@ -60,3 +62,11 @@ def test_bits_are_those_of_the_codes():
         assert bits == (np.log2(run) + 1) / run
         (codes,) = [part for part in SignRuns(run=run).parts((3, 32 * 64), "F32") if part.role == "codes"]
         assert 8 * codes.num_bytes == bits * 3 * 32 * 64
+
+
+@pytest.mark.parametrize(("run", "shape"), [(32, (300_000, 2)), (4, (300_000, 5)), (32, (1000, 1000))])
+def test_rows_shorter_than_a_run_take_no_more_memory_than_is_told(run, shape):
+    coder, matrix = SignRuns(run=run), torch.ones(shape)
+    coder.encode(matrix[:10], "F32")
+    told, taken = in_child(lambda: (coder.workspace(shape), lambda: coder.encode(matrix, "F32")))
+    assert taken <= told + (1 << 20)
