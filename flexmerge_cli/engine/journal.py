@@ -1,8 +1,9 @@
 """What a merge has finished, so that one that was killed goes on where it was.
 
 `.journal` lies in the folder that is being written: a line that says of what merge it is, then a line for each tensor
-whose parts are written, with their digests and what was measured. Nothing is forced to disk: a part is taken over only
-if its bytes have their digest, and a line that was not written whole counts for nothing.
+whose parts are written, with their digests and what was measured. Each line begins with the digest of its JSON. Nothing
+is forced to disk: a part is taken over only if its bytes have their digest, and lines count up to the first that is
+damaged or was not written whole.
 """
 
 import contextlib
@@ -83,9 +84,15 @@ class Journal:
             self._write({"tensor": tensor, "parts": of_parts, "digests": dict(digests), "errors": dict(errors)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        data = f"{json.dumps(line)}\n".encode()
+        data = sealed(line)
         while data:
             data = data[os.write(self._descriptor, data) :]
+
+
+def sealed(line: Mapping[str, Any]) -> bytes:
+    """A line of a journal: its digest, a space, and its JSON, which ends the line."""
+    text = f"{json.dumps(line)}\n".encode()
+    return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text
 
 
 def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | str:
@@ -95,7 +102,10 @@ def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | st
         if path.is_symlink() or path.stat().st_size > MAX_JOURNAL_BYTES:
             return "its journal is no file of a merge"
         for data in path.read_bytes().splitlines(keepends=True):
-            line = json.loads(data)
+            digest, _, text = data.partition(b" ")
+            if digest != xxhash.xxh3_64_hexdigest(text).encode():
+                break
+            line = json.loads(text)
             if not num_bytes and line.get("format") != FORMAT:
                 return "its journal is of another version"
             if not num_bytes and line["key"] != key:
@@ -104,11 +114,9 @@ def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | st
                 of_tasks = ({int(task): value for task, value in line[name].items()} for name in ("digests", "errors"))
                 digests, errors = of_tasks
                 found[line["tensor"]] = Finished(parts=tuple(line["parts"]), digests=digests, errors=errors)
-            if not data.endswith(b"\n"):
-                break
             num_bytes += len(data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # what was not written whole
+        pass  # what no merge has written
     return (found, num_bytes) if num_bytes else "its journal cannot be read"
 
 

@@ -145,17 +145,29 @@ def test_a_line_that_was_not_written_whole_counts_for_nothing(cut, killed, tmp_p
     assert "going on" in said_of(killed, tmp_path)
 
 
+@pytest.mark.parametrize("word", [b'"digests": {"0": "', b'"errors": {"0": '])
+def test_a_line_that_is_damaged_counts_for_nothing(word, killed, tmp_path):
+    path = tmp_path / ".b.partial" / ".journal"
+    data = bytearray(path.read_bytes())
+    place = data.index(word) + len(word)
+    data[place] = ord("2") if data[place] == ord("1") else ord("1")
+    path.write_bytes(data)
+    finished = data[:place].count(b"\n") - 1
+    assert f"it has finished {finished} tensors" in said_of(killed, tmp_path)
+
+
 def test_a_journal_of_another_version_or_request_is_discarded_and_that_is_said(killed, family, tmp_path):
     place = tmp_path / ".b.partial"
     shutil.copytree(place, tmp_path / "copy")
     path = place / ".journal"
-    head, *lines = path.read_text().splitlines()
-    path.write_text("\n".join([json.dumps(json.loads(head) | {"format": "flexmerge.journal/9"}), *lines]) + "\n")
+    head, *lines = path.read_bytes().splitlines(keepends=True)
+    later = json.loads(head.partition(b" ")[2]) | {"format": "flexmerge.journal/9"}
+    path.write_bytes(b"".join([journal.sealed(later), *lines]))
     assert "is discarded: its journal is of another version" in said_of(killed, tmp_path)
     shutil.rmtree(tmp_path / "b")
-    for text in ("{", "[]\n"):
+    for data in (b"{", journal.sealed([])):
         shutil.copytree(tmp_path / "copy", place)
-        path.write_text(text)
+        path.write_bytes(data)
         assert "is discarded: its journal" in said_of(killed, tmp_path)
         shutil.rmtree(tmp_path / "b")
     shutil.copytree(tmp_path / "copy", place)
