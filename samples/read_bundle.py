@@ -14,7 +14,8 @@ from `<tensor>@<role>[.<task>]`, as its group's kind says:
 A task with `adapter` is the base, `<tensor>@base` or a plain name with the same bits, and what its own file adds: a
 value, scale · left · right summed term by term in float64, or · vector along an axis; `changes` says where it lies.
 Where models differ in their vocabularies, a tensor is the rows that all have, at the places that `vocabularies` gives
-as runs, and `<tensor>@rows` at the others. Bits are counted from the least significant of a byte.
+as runs, and `<tensor>@rows` at the others. A tensor of `splits` is `<tensor>@part0`, …, side by side along `dim`. Bits
+are counted from the least significant of a byte.
 """
 
 import json
@@ -200,6 +201,11 @@ def read_task(bundle, task):
                 bits = np.concatenate([bits, stored[f"{tensor.get('of', name)}@rows"][1]])
             bits = bits[np.argsort(np.concatenate([common, others]))]
         joined[own.get(name, name)] = dtype, bits
+    for split in manifest.get("splits", []):
+        names = (own.get(name, name) for name in (f"{split['tensor']}@part{k}" for k in range(split["parts"])))
+        if parts := [(name, *joined.pop(name)) for name in names if name in joined]:
+            whole = np.concatenate([bits for *_, bits in parts], axis=split["dim"])
+            joined[parts[0][0].removesuffix("@part0")] = parts[0][1], whole
     return joined
 
 

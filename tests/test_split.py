@@ -17,6 +17,7 @@ from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.family.split import Split, check_splits
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
+from samples import read_bundle
 
 from .families import LAYOUTS, ODD, assert_same_state, normal, plain, write_checkpoint, write_family
 from .program import fails, succeeds
@@ -177,6 +178,10 @@ def test_every_way_to_read_a_bundle_joins_the_parts(folders, tmp_path, options):
     shapes = {name: value.shape for name, value in folders.models.tasks["task1"].items()}
     assert {name: value.shape for name, value in state.items()} == shapes
     assert_same_state(exported(bundle, tmp_path / "out", "task1"), state)
+    alone = read_bundle.read_task(bundle, "task1")
+    assert {name: bits.tobytes() for name, (_, bits) in alone.items()} == {
+        name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in state.items()
+    }
     assert "@part0" in succeeds("inspect", bundle, "--json").out
     fails(2, "export", bundle, "--task", "task1", "-o", tmp_path / "linked", "--link", says="decoded")
     fails(2, "export", bundle, "--as-lora", "-o", tmp_path / "lora", says="is stored in parts")
