@@ -297,6 +297,21 @@ def test_a_tensor_of_half_the_bytes_is_upgraded_task_by_task(tmp_path):
     assert any(len(set(choice.bits)) > 1 for choice in solved.choices)
 
 
+def test_bits_below_one_of_many_tasks_are_told_apart(tmp_path):
+    base = {"layers.0.mlp.weight": normal(0, 48, 128)}
+    models = Models(base=base, tasks={f"task{number}": tuned(base, number) for number in range(13)})
+    plan = planned(models, tmp_path)
+    succeeds("merge", plan, "--method", "auto", "--size", "0.45x", "-o", tmp_path / "b")
+    assert_sound(tmp_path / "b", models)
+    (group,) = open_bundle(tmp_path / "b").manifest.units[0].groups
+    assert group.bits is not None and 0 < min(group.bits.values()) < 1
+    shown = " ".join(str(group.bits[task]) for task in group.tasks)
+    table = succeeds("inspect", tmp_path / "b").out.partition("bits per weight of each task")[2]
+    assert set(shown.split()) <= set(table.split())
+    succeeds("inspect", tmp_path / "b", "--html", tmp_path / "b.html")
+    assert f">{min(group.bits.values())}<" in (tmp_path / "b.html").read_text()
+
+
 # What can be asked
 
 

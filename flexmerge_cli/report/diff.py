@@ -1,7 +1,7 @@
 """What `diff` shows of two plans or two bundles: a value for --json, and the same as tables. Reads no weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +222,7 @@ def show_diff(value: dict[str, Any], *, every: bool = False) -> None:
             ],
         )
     words = _groups if value["kind"] == Kind.BUNDLE else _merges
-    blocks = [(name, words(one), words(other)) for name, (one, other) in value["blocks"].items()]
+    blocks = [(name, *words(pair)) for name, pair in value["blocks"].items()]
     _show("block", blocks if every else blocks[:ROWS])
     if not every and len(blocks) > ROWS:
         say(f"{len(blocks) - ROWS} more blocks differ; -v lists them all")
@@ -238,17 +238,31 @@ def _rows(pairs: Mapping[str, list[Any]]) -> list[tuple[str, str, str]]:
     return [(name, _cell(one), _cell(other)) for name, (one, other) in pairs.items()]
 
 
-def _groups(groups: list[dict[str, Any]] | None) -> str:
+def _groups(pair: list[list[dict[str, Any]] | None]) -> tuple[str, str]:
+    """The groups of both sides; with the arguments of their methods where nothing else differs."""
+    one, other = (_words(groups, lambda method: method.partition(":")[0]) for groups in pair)
+    return (one, other) if one != other else (_words(pair[0], str), _words(pair[1], str))
+
+
+def _words(groups: list[dict[str, Any]] | None, shown: Callable[[str], str]) -> str:
+    """`shown` gives what is shown of a method."""
     if groups is None:
         return "–"
     return " | ".join(
-        " ".join(group["tasks"]) + (f" ({group['method'].partition(':')[0]})" if group["method"] is not None else "")
+        " ".join(
+            task if group["bits"] is None else f"{task}:{group['bits'].get(task, 'exact')}" for task in group["tasks"]
+        )
+        + (f" ({shown(group['method'])})" if group["method"] is not None else "")
         for group in groups
     )
 
 
-def _merges(merges: list[list[list[str]]] | None) -> str:
-    return "–" if merges is None else ", ".join(f"{'+'.join(left)} & {'+'.join(right)}" for left, right in merges)
+def _merges(pair: list[list[list[list[str]]] | None]) -> tuple[str, str]:
+    one, other = (
+        "–" if merges is None else ", ".join(f"{'+'.join(left)} & {'+'.join(right)}" for left, right in merges)
+        for merges in pair
+    )
+    return one, other
 
 
 def _cell(value: Any) -> str:

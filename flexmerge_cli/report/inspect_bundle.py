@@ -228,7 +228,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         [row[:shown] for row in rows],
         every=every,
         title="bits per weight of each task" if chosen else "which tasks share a block",
-        text=(4,),
+        text=(1, 4) if chosen else (4,),  # many bits are folded
     )
     say("tasks from left to right: " + ", ".join(f"{n} {task}" for n, task in enumerate(value["tasks"], 1)))
     say(BITS_LEGEND if chosen else LEGEND)
@@ -248,7 +248,7 @@ def _row(tasks: Sequence[str], unit: UnitEntry, elements: int, num_bytes: int, *
     shared = bits(unit) if chosen else letters(unit)
     return (
         unit.name,
-        (" " if len(tasks) <= draw.NUMBERED_TASKS else "").join(shared.get(task, " ") for task in tasks),
+        (" " if chosen or len(tasks) <= draw.NUMBERED_TASKS else "").join(shared.get(task, " ") for task in tasks),
         f"{num_bytes:,}",
         "exact" if is_all_exact else draw.number(max(known, default=None)),
         ", ".join(f"{count} {PLURALS.get(kind, kind) if count > 1 else kind}" for kind, count in kinds.items()),

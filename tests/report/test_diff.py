@@ -7,6 +7,7 @@ import torch
 
 from flexmerge_cli import open_bundle
 from flexmerge_cli.formats.plan_file import read_plan, save_plan, sealed_plan
+from flexmerge_cli.report.diff import _groups
 
 from ..families import plain, write_family
 from ..program import fails, flexmerge, succeeds
@@ -71,6 +72,21 @@ def test_bundles_differ_in_methods_groups_bytes_and_distances(made):
         assert pairs["distance"] == [a["tasks"][name]["distance"], b["tasks"][name]["distance"]]
     groups = {tuple(tuple(group["tasks"]) for group in side) for pair in value["blocks"].values() for side in pair}
     assert all(sorted(task for group in found for task in group) == [f"task{n}" for n in range(4)] for found in groups)
+
+
+def test_blocks_that_differ_in_bits_or_arguments_alone_are_shown_with_them(made, tmp_path):
+    for name, method, size in (
+        ("much", "auto:max_bits=4", ("--size", "1.5x")),
+        ("little", "auto:max_bits=4", ("--size", "1x")),
+        ("gauss", "low_bit:bits=2", ()),
+        ("fitted", "low_bit:bits=2,levels=empirical", ()),
+    ):
+        succeeds("merge", made / "plan.json", "--method", method, *size, "-o", tmp_path / name)
+    for a, b, shown in (("much", "little", ("task0:",)), ("gauss", "fitted", ("=gauss", "=empirical"))):
+        value = differences(tmp_path / a, tmp_path / b)
+        assert value["blocks"] and all(one != other for one, other in map(_groups, value["blocks"].values()))
+        text = flexmerge("diff", tmp_path / a, tmp_path / b, "-v").out
+        assert all(word in "".join(text.split()) for word in shown)
 
 
 def test_the_tensors_that_are_named_are_those_whose_values_differ(made):
