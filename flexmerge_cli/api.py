@@ -215,6 +215,8 @@ def evaluate(
     device: str | None = None,
     reuse: bool = True,
     parallel: int = 1,
+    offline: bool = False,
+    stream: bool = False,
     allow_exec: bool = False,
 ) -> dict[str, Any]:
     """Score every task of a bundle as `eval.yaml` at `spec` says. Returns the document of `flexmerge eval --json`.
@@ -222,7 +224,7 @@ def evaluate(
     plan: the plan whose sources the scores are compared with; by default those that the spec names.
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
     the bundle is neither scored nor named under `not_scored` in the spec. reuse=False: compute all scores, and replace
-    cached ones.
+    cached ones. offline, stream: as in `make_plan`.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
@@ -236,6 +238,7 @@ def evaluate(
         reuse=reuse,
         parallel=parallel,
         allow_exec=allow_exec,
+        access=_access(offline, stream, None),
         gate=parse_gate(max_drop, max_mean_drop),
     )
     return scores(request)
@@ -258,6 +261,7 @@ def draw_curve(
     threads: int | None = None,
     relocate: Mapping[str, str] | None = None,
     offline: bool = False,
+    stream: bool = False,
     allow_exec: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def draw_curve(
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
     `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit, cluster, seed and
-    dtype, as in `merge`.
+    dtype, as in `merge`. offline, stream: as in `make_plan`.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document
@@ -285,7 +289,7 @@ def draw_curve(
         tune_spec_path=Path(tune_spec) if tune_spec is not None else None,
         allow_exec=allow_exec,
         relocate=relocate or {},
-        access=_access(offline, False, None),
+        access=_access(offline, stream, None),
         reuse=reuse,
         parallel=parallel,
         device=device,

@@ -4,7 +4,7 @@ A manifest tells what a task reads, so one task of a bundle of thirty is fetched
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest
@@ -75,7 +75,7 @@ def locate(
     remote = {name: tree.files[name] for name in needed if not (tree.path / name).is_file()}
     if headers_only:
         return Located(path=tree.path, remote=remote)
-    fetch(remote.values(), access, on_progress)
+    fetch(remote.values(), replace(access, stream=None), on_progress)  # a bundle's files are verified whole
     return Located(path=tree.path, tasks=tasks)
 
 

@@ -30,8 +30,8 @@ class Access:
     """Called with what a user should know: before a download its bytes and target, and which files are not carried."""
 
     def for_process(self) -> "Access":
-        """The same access for another process, which downloads and reports nothing."""
-        return replace(self, stream=None, on_message=silent)
+        """The same access for another process, which reports nothing, and streams through a pool of its own."""
+        return replace(self, on_message=silent)
 
     def memory_left(self, max_memory: int | None) -> int | None:
         """Return what remains of --max-memory beside the buffers of streamed files."""

@@ -35,6 +35,10 @@ class StreamPool:
         self._bytes, self._lock = 0, threading.Condition()
         self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="flexmerge-stream")
 
+    def __reduce__(self) -> tuple[type["StreamPool"], tuple[int]]:
+        """In another process it becomes an empty pool of the same size."""
+        return StreamPool, (self.max_bytes,)
+
     @staticmethod
     def within(max_memory: int | None) -> "StreamPool":
         """A pool with a third of --max-memory; the rest is the engine's."""

@@ -62,6 +62,7 @@ def evaluate(
     allow_exec: o.AllowExec = False,
     relocate: o.Relocate = None,
     offline: o.Offline = False,
+    stream: o.Stream = False,
     device: o.Device = "auto",
     force: o.Force = False,
     as_json: o.Json = False,
@@ -87,7 +88,7 @@ def evaluate(
     from flexmerge_cli.evaluation.running import score_request, scores
     from flexmerge_cli.report.evaluation import show_evaluation
 
-    access, moved = o.access_of(offline=offline, quiet=quiet), o.relocations(relocate)
+    access, moved = o.access_of(offline=offline, quiet=quiet, stream=stream), o.relocations(relocate)
     if init:
         if bundle is None or spec is not None:
             raise UsageError("--init takes a bundle, and no --spec", hint=INIT)
