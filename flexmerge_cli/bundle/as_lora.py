@@ -6,6 +6,7 @@ the centre: B and A are the stored factors, padded with zeros to one rank, so th
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -227,14 +228,17 @@ def _exported(manifest: Manifest, folder: Path) -> set[str] | None:
 
 def _commands(target: Path, tasks: tuple[str, ...], rank: int, *, has_base: bool) -> dict[str, list[str]]:
     """Engine -> the lines that serve the folder."""
-    base = f"{target}/{BASE}" if has_base else "BASE"
-    paths = " ".join(f"{task}={target}/{ADAPTERS}/{task}" for task in tasks)
+    base = shlex.quote(f"{target}/{BASE}") if has_base else "BASE"
+    paths = {task: f"{target}/{ADAPTERS}/{task}" for task in tasks}
+    named = " ".join(shlex.quote(f"{task}={path}") for task, path in paths.items())
     # The ranks that vLLM knows: it takes the next one.
     allowed = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-    loads = [f'model.load_adapter("{target}/{ADAPTERS}/{task}", adapter_name="{task}")' for task in tasks[1:]]
-    first = f'model = PeftModel.from_pretrained(base, "{target}/{ADAPTERS}/{tasks[0]}", adapter_name="{tasks[0]}")'
+    first, *more = (f"{path!r}, adapter_name={task!r}" for task, path in paths.items())
+    # By default vLLM has one adapter in a batch, and SGLang eight, where requests of the base count as one.
+    vllm = f"--enable-lora --max-loras {len(tasks)} --max-lora-rank {allowed}"
+    sglang = f"--enable-lora --max-loras-per-batch {len(tasks) + 1} --max-lora-rank {rank}"
     return {
-        "vllm": [f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules {paths}"],
-        "sglang": [f"python -m sglang.launch_server --model-path {base} --max-lora-rank {rank} --lora-paths {paths}"],
-        "peft": [first, *loads],
+        "vllm": [f"vllm serve {base} {vllm} --lora-modules {named}"],
+        "sglang": [f"python -m sglang.launch_server --model-path {base} {sglang} --lora-paths {named}"],
+        "peft": [f"model = PeftModel.from_pretrained(base, {first})", *(f"model.load_adapter({one})" for one in more)],
     }

@@ -212,7 +212,7 @@ def _plain(text: str) -> str:
     if PLAIN.fullmatch(text):
         return f"`{text}`"
     one_line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return "".join(c if c.isalnum() or c in " .,:" else f"&#{ord(c)};" for c in one_line)
+    return "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in one_line)
 
 
 def _fence(text: str, language: str) -> str:

@@ -1,6 +1,7 @@
 """`export --as-lora`: a base and an adapter per task, which peft runs side by side to the outputs of the bundle's."""
 
 import json
+import shlex
 from pathlib import Path
 
 import peft
@@ -70,13 +71,17 @@ def test_a_batch_of_mixed_adapters_gives_what_the_models_of_the_bundle_give(kind
 
 def test_the_lines_of_each_engine_name_base_rank_and_adapters(tmp_path):
     _, bundle = packed(tmp_path)
-    out = tmp_path / "out"
+    out = tmp_path / "their own"
     said = succeeds("export", bundle, "--as-lora", "-o", out).out
-    assert (
-        f"vllm serve {out}/base --enable-lora --max-lora-rank 8 --lora-modules a={out}/adapters/a b={out}/adapters/b"
-        in said
+    named = ["--lora-modules", f"a={out}/adapters/a", f"b={out}/adapters/b"]
+    vllm, sglang = (
+        shlex.split(next(line for line in said.splitlines() if word in line)) for word in ("vllm serve", "sglang.")
     )
-    assert f"--model-path {out}/base --max-lora-rank 4 --lora-paths a={out}/adapters/a b={out}/adapters/b" in said
+    serve = ["serve", f"{out}/base", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8"]
+    assert vllm[-len(serve) - len(named) :] == [*serve, *named]
+    launch = ["--model-path", f"{out}/base", "--enable-lora", "--max-loras-per-batch", "3", "--max-lora-rank", "4"]
+    assert sglang[-len(launch) - len(named) :] == [*launch, "--lora-paths", *named[1:]]
+    assert f"PeftModel.from_pretrained(base, '{out}/adapters/a', adapter_name='a')" in said
     before = tree(out)
     fails(2, "export", bundle, "--as-lora", "-o", out, says="exists")
     succeeds("export", bundle, "--as-lora", "-o", out, "--force")

@@ -103,7 +103,7 @@ def test_licences_are_those_of_the_sources_cards(licenses, front, lines, tmp_pat
     assert ("different licences" in text) == (len(set(licenses.values()) - {None}) > 1)
 
 
-HOSTILE = "a|b`c](http://x) <script>\n---\n# [x]: $(rm)"
+HOSTILE = "www.evil.com a|b`c](http://x) <script>\n---\n# [x]: $(rm)"
 
 
 def test_names_of_strangers_are_text(tmp_path):
@@ -118,7 +118,9 @@ def test_names_of_strangers_are_text(tmp_path):
     assert [line for line in card.text.splitlines() if line.startswith("#")] == [
         "# 2 fine-tuned models in one bundle", "## Tasks", "## Use", "## Licences",
     ]  # fmt: skip
-    assert "<script" not in card.text and "](http" not in card.text and "<b>" not in card.text
+    assert (
+        "<script" not in card.text and "](http" not in card.text and "www." not in card.text and "<b>" not in card.text
+    )
     rows = [line for line in card.text.splitlines() if line.startswith("| `")]
     assert [len(re.findall(r"\|", row)) for row in rows] == [6, 6]
 
