@@ -20,7 +20,8 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
-from flexmerge_cli.residuals.low_bit import LowBit, residual_code, weight_code
+from flexmerge_cli.residuals.low_bit import LowBit, weight_code
+from flexmerge_cli.residuals.sign_runs import residual_code
 
 QUANTILES = (0.05, 0.5, 0.95)
 DENSE = 16  # bits of a centre that is not coded

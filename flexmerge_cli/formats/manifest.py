@@ -43,6 +43,8 @@ Measured numbers have 12 characters, so that the size is known before the run.
 Written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown keys.
 """
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -221,19 +223,25 @@ class Manifest(Record):
         """All that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
-    def aligned(self, task: str) -> dict[str, str]:
+    def aligned(self, task: str) -> Mapping[str, str]:
         """Own name -> aligned name of the tensors of a task's model, in the order of the base's files.
 
         Of a split tensor those of the whole.
         """
+        return self._aligned[task]
+
+    @cached_property
+    def _aligned(self) -> dict[str, dict[str, str]]:
+        """`aligned` of every task, in one pass over the tensors."""
         wholes = {
             part: (split.tensor, f"@part{place}") for split in self.splits for place, part in enumerate(split.names)
         }
-        names, found = self.tasks[task].names, dict[str, str]()
+        found: dict[str, dict[str, str]] = {task: {} for task in self.tasks}
         for tensor in self.tensors:
-            if task in tensor.digests:
-                whole, suffix = wholes.get(tensor.name, (tensor.name, ""))
-                found[names.get(tensor.name, tensor.name).removesuffix(suffix)] = whole
+            whole, suffix = wholes.get(tensor.name, (tensor.name, ""))
+            for task in tensor.digests:
+                own = self.tasks[task].names.get(tensor.name, tensor.name)
+                found[task][own.removesuffix(suffix)] = whole
         return found
 
     def own_weights(self, task: str) -> str | None:

@@ -91,10 +91,12 @@ def check_manifest(manifest: "Manifest") -> None:
             )
         ):
             raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
+    wholes: dict[str, set[str]] = {name: set() for name in tasks}
+    for tensor in manifest.tensors:
+        for name in tensor.digests:
+            wholes[name].add(whole_of(tensor.name)[0])
     for name in tasks:
-        if sorted(manifest.aligned(name).values()) != sorted(
-            {whole_of(tensor.name)[0] for tensor in manifest.tensors if name in tensor.digests}
-        ):
+        if sorted(manifest.aligned(name).values()) != sorted(wholes[name]):
             raise ValueError(f"two tensors of task `{name}` have one name, or parts of one have several")
     own_names: dict[str, set[str]] = {name: set() for name in tasks}
     for tensor in manifest.tensors:
