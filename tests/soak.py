@@ -89,7 +89,7 @@ def soak(bundle: Path, count: int, *, connections: int = 16, seed: int = 0) -> S
                 tensors.add(_metric(told, "flexmerge_resident_bytes"))
             seconds = time.monotonic() - begun
             last = [pool.submit(_answered, url, prompt) for prompt in PROMPTS]
-            time.sleep(0.2)
+            _wait_for(url, _completions(told) + len(last))
             process.send_signal(signal.SIGTERM)
             unanswered = [one.result() for one in last].count(False)
         code = process.wait(60)
@@ -233,9 +233,25 @@ def _answered(url: str, prompt: str) -> bool:
     return answer.status_code in (200, 503)
 
 
-def _metric(text: str, name: str) -> float:
-    """Added over its labels."""
-    return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (.*)$", text, re.MULTILINE)))
+def _completions(told: str) -> float:
+    return _metric(told, "flexmerge_requests_total", route="/v1/completions")
+
+
+def _wait_for(url: str, count: float) -> None:
+    """Return once the server has begun so many completions, by its metrics."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        told = httpx2.get(f"{url}/metrics", timeout=60).text
+        if _completions(told) + _metric(told, "flexmerge_requests_in_progress") - 1 >= count:  # 1 is this one
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"the server has not begun {count:g} completions")
+
+
+def _metric(text: str, name: str, route: str = "") -> float:
+    """Added over its labels, or over those of a route."""
+    labels = rf'{{[^}}]*route="{route}"[^}}]*}}' if route else "(?:{.*})?"
+    return sum(map(float, re.findall(rf"^{name}{labels} (.*)$", text, re.MULTILINE)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ class Metrics:
         self.requests = Counter(
             "flexmerge_requests", "Requests, by route and status.", ["route", "status"], registry=own
         )
+        self.running = Gauge(
+            "flexmerge_requests_in_progress", "Requests that are not answered to their end.", registry=own
+        )
         self.seconds = Histogram(
             "flexmerge_request_seconds", "From a request to the end of its answer.", ["route"], registry=own
         )
@@ -47,7 +50,7 @@ class Metrics:
 
 
 class Measured:
-    """Counts every request and its seconds. An ASGI middleware."""
+    """Counts every request, those in progress, and their seconds. An ASGI middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -64,9 +67,11 @@ class Measured:
                 status = message["status"]
             await send(message)
 
+        self._metrics.running.inc()
         try:
             await self._app(scope, receive, seen)
         finally:
+            self._metrics.running.dec()
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - begun)
