@@ -150,7 +150,7 @@ TASKS = {
 
 
 def digit_of(change: Callable[[Images], Images]) -> Task:
-    """Which digit it is, of pictures that a fixed change makes."""
+    """The digit is to be told, of pictures that a fixed change has made."""
     return Task(classes=tuple("0123456789"), make=lambda images, digits, rng: (change(images), digits))
 
 
@@ -160,7 +160,7 @@ def sort_of(classes: tuple[str, ...], sort: Callable[[Labels], Labels]) -> Task:
 
 
 def which(classes: tuple[str, ...], change: Callable[[Images, int, np.random.Generator], Images]) -> Task:
-    """Which of several changes was made to a picture: change(images, label, rng)."""
+    """The change that was made to a picture is to be told: change(images, label, rng)."""
 
     def make(images: Images, digits: Labels, rng: np.random.Generator) -> tuple[Images, Labels]:
         labels = rng.integers(len(classes), size=len(images))

@@ -169,7 +169,7 @@ def test_all_apart_is_exact(tmp_path):
 
 
 def test_the_smallest_size_is_named_and_reached(tmp_path):
-    """Of models whose weights outweigh all else: of smaller ones exact copies may be the smallest on disk."""
+    """The weights outweigh all else here; of smaller models exact copies may be the smallest on disk."""
     plan = planned(plain(width=32), tmp_path)
     result = fails(6, "merge", plan, "--method", "auto", "--size", "0.1x", "-o", tmp_path / "b", says="its smallest is")
     named = result.err.split("hint: --size ")[1].split(",")[0]

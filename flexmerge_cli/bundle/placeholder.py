@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a placeholder stands for."""
+    """The value in whose place a placeholder stands while the model is built."""
 
     key: Hashable
     """Equal for tensors of equal bits, which are then placed once."""

@@ -17,6 +17,7 @@ from flexmerge_cli.bundle.card import MAX_CARD_BYTES, is_own_card
 from flexmerge_cli.bundle.export import export_task
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, sha256_of
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.fetch import no_bars
 from flexmerge_cli.checkpoint.hub_errors import hub_error
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.place import HubPlace
@@ -138,7 +139,7 @@ def carry_out(push: Push, target: HubPlace, *, private: bool) -> str:
     if push.head is not None and not push.changed and not push.removed:
         return push.head
     api, name = HfApi(), push.repository
-    with _push_errors(target), _no_bars():
+    with _push_errors(target), no_bars():
         if push.is_new:
             api.create_repo(name, private=private, exist_ok=True)
         if push.head is None and push.revision != "main":
@@ -258,21 +259,6 @@ def _push_errors(target: HubPlace) -> Iterator[None]:
         kept = "run the command again: what was sent is kept and not sent twice"
         hint = kept if message != found.message else found.hint
         raise type(found)(f"{message}; nothing was published", hint=hint) from None
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """The client's own bars would be drawn over ours."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def repositories(target: HubPlace, tasks: Sequence[str] | None) -> dict[str | None, HubPlace]:

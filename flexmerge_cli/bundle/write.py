@@ -108,7 +108,7 @@ def _key(layout: BundleLayout, device: torch.device) -> str:
 
 
 def _leave_weights(layout: BundleLayout, folder: Path) -> None:
-    """Of a partial folder leave the weight files, which may hold what is finished, and the journal."""
+    """Empty a partial folder but for the journal and the weight files, which may hold what is finished."""
     weights = {folder / file.path for file in layout.files}
     for path in folder.iterdir():
         if path.name == WEIGHTS.rstrip("/") and path.is_dir() and not path.is_symlink():

@@ -51,7 +51,7 @@ def fetch(
         parts = f" ({total - left:,} bytes of them are there already)" if left < total else ""
         access.on_message(f"fetching {left:,} bytes in {len(wanted)} files from the Hub into {cache}{parts}")
     counter = _Counter(sum(file.size for file in wanted), on_progress)
-    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="flexmerge-fetch") as pool, _no_bars():
+    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="flexmerge-fetch") as pool, no_bars():
         futures = [pool.submit(_fetch, file, blobs[file.path], counter) for file in wanted]
         try:
             for future in futures:
@@ -170,7 +170,7 @@ def _check_disk(cache: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Hide the client's own progress bars while ours are shown."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

@@ -213,7 +213,7 @@ class _FileHash:
         self._read_early(descriptor)
 
     def keep(self, descriptor: int, offset: int, num_bytes: int) -> None:
-        """Of bytes that lie in the file already."""
+        """Take bytes that lie in the file already for written."""
         if num_bytes:
             self._early[offset] = num_bytes
             self._read_early(descriptor)

@@ -58,7 +58,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitRule:
-    """Which tensors are split, and how."""
+    """A rule that splits the tensors whose names match."""
 
     pattern: re.Pattern[str]
     parts: int

@@ -162,7 +162,7 @@ class Known:
         return record.base_digest if record is not None else None
 
     def change_digest(self, adapter: str, name: str) -> str | None:
-        """Of what a kept adapter makes of a tensor."""
+        """Return the digest of what a kept adapter makes of a tensor; None if it is not known."""
         records = {each.name: each for each in self.plan.adapters if each.name not in self.new}
         change = records[adapter].changes.get(name) if adapter in records else None
         return change.digest if change is not None else None

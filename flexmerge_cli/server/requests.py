@@ -76,7 +76,7 @@ class Completion(Generation):
 
 
 class Piece(Body):
-    """Of a message."""
+    """A part of a message's content; only text is taken."""
 
     type: Literal["text"]
     text: str

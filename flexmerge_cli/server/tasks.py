@@ -7,6 +7,7 @@ HTTP; raises Refusal for what a client sent.
 import base64
 import binascii
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from flexmerge_cli.server.generation import Choice, generate
 from flexmerge_cli.server.refusal import Refusal
 
 
-class Task:
+class Task(ABC):
     """One task: its side files are read when it is made, and none of its weights."""
 
     kind: str
@@ -34,29 +35,25 @@ class Task:
         """side: the folder of its config, and tokenizer or processor. Raises FlexmergeError."""
         self.name, self.side, self.config = name, side, read_config(side)
 
+    @abstractmethod
     def prepare(self, value: Any, **options: Any) -> Any:
-        """One input as a row. Raises Refusal. May be called by several threads."""
-        raise NotImplementedError
+        """Return one input as a row. Raises Refusal. May be called by several threads."""
 
     def batches(self, items: Sequence[Any]) -> list[list[Any]]:
         """Rows that may run as one batch."""
         return [list(items)]
 
+    @abstractmethod
     def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
         """Run one batch. deliver: called once for each row, with its number and answer, as soon as that is known."""
-        for number, answer in enumerate(self.answers(model, items)):
-            deliver(number, answer)
-
-    def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
-        """What the model makes of one batch, in order."""
-        raise NotImplementedError
 
     def cancel(self, item: Any) -> None:
-        """End a row that runs, as soon as that can be done."""
+        """End a row that runs, as soon as that can be done. One forward pass, as by default, runs to its end."""
+        del item
 
 
 class _Classes(Task):
-    """What the heads of classes have in common."""
+    """A task whose model has a head of classes, and which answers a batch at once."""
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
@@ -74,6 +71,14 @@ class _Classes(Task):
             {"label": self.labels[best], "index": best, "score": own[best], "scores": own}
             for best, own in zip(logits.argmax(-1).tolist(), scores.tolist())
         ]
+
+    def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
+        for number, answer in enumerate(self.answers(model, items)):
+            deliver(number, answer)
+
+    @abstractmethod
+    def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
+        """Return what the model makes of one batch, in order."""
 
 
 class Texts(_Classes):

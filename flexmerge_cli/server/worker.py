@@ -19,7 +19,7 @@ class Row:
 
     task: str
     item: Any
-    """Of the task's `prepare`."""
+    """The input as the task's `prepare` returned it."""
     answer: "Future[Any]" = field(default_factory=Future)
 
 

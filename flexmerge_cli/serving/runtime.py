@@ -229,5 +229,5 @@ class _Task:
     """What of that stays packed."""
     made_bytes: int
     arrays: dict[tuple[int, int, str], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
-    """Of packed weights on a GPU, by where they come from: array and what it is there."""
+    """The arrays of packed weights that lie on a GPU, by where they come from: array and its copy there."""
     is_loaded: bool = False

@@ -148,18 +148,13 @@ def scores_of(folder, **more) -> dict:
     return {"format": "flexmerge.eval/1", "bundle": manifest_of(folder)["id"], "tasks": tasks} | more
 
 
+def with_scores(merged, path):
+    return ("merge", merged.parent / "plan.json", "--method", "average", "--size", "2x", "--scores", path)
+
+
 def test_scores_stand_beside_those_of_the_fine_tuned_models(merged, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(scores_of(merged)))
-    merge = (
-        "merge",
-        merged.parent / "plan.json",
-        "--method",
-        "average",
-        "--size",
-        "2x",
-        "--scores",
-        tmp_path / "scores.json",
-    )
+    merge = with_scores(merged, tmp_path / "scores.json")
     succeeds(*merge, "-o", tmp_path / "b")
     assert manifest_of(tmp_path / "b")["id"] == manifest_of(merged)["id"]
     rows = [line for line in (tmp_path / "b/README.md").read_text().splitlines() if line.startswith("| `")]
@@ -179,16 +174,7 @@ def test_scores_stand_beside_those_of_the_fine_tuned_models(merged, tmp_path):
 )
 def test_scores_of_something_else_are_refused(change, code, says, merged, tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(scores_of(merged, **change)))
-    merge = (
-        "merge",
-        merged.parent / "plan.json",
-        "--method",
-        "average",
-        "--size",
-        "2x",
-        "--scores",
-        tmp_path / "scores.json",
-    )
+    merge = with_scores(merged, tmp_path / "scores.json")
     fails(code, *merge, "-o", tmp_path / "b", says=says)
     assert not (tmp_path / "b").exists()
     (tmp_path / "scores.json").write_text("[" * 9)

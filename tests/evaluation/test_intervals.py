@@ -83,7 +83,7 @@ def test_the_bound_of_a_paired_drop_holds_in_95_of_100_draws(name, relative):
 
 
 def test_no_example_judged_differently_is_no_proof_of_no_drop():
-    """Of 100 that agree, 2.6 % may differ: what a score test of 95 % does not reject, 2.71 / (n + 2.71)."""
+    """Where 100 agree, 2.6 % may differ: what a score test of 95 % does not reject, 2.71 / (n + 2.71)."""
     same = scored(np.ones(100))
     found = paired_bound(same, same, relative=False)
     assert found is not None and found.high == pytest.approx(1.6448536**2 / (100 + 1.6448536**2), abs=1e-6)

@@ -42,6 +42,6 @@ class Offline:
         return self.tokenizer.decode(ids, skip_special_tokens=True)[len(prompt) :]
 
     def logits(self, text, pair=None):
-        """Of a head, [outputs]."""
+        """Return what a head gives for one text: [outputs]."""
         with torch.inference_mode():
             return self.model(**self.tokenizer(text, pair, return_tensors="pt")).logits[0]
