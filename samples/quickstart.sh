@@ -6,17 +6,7 @@ cd "$(dirname "$0")/.."
 work=build/quickstart
 venv=${FLEXMERGE_VENV:-$work/venv}
 mkdir -p "$work"
-if [ ! -x "$venv/bin/flexmerge" ]; then
-  python3 -m venv "$venv"
-  # A CPU build of torch where there is no GPU: 200 MB instead of gigabytes.
-  if ! command -v nvidia-smi >/dev/null; then
-    "$venv/bin/pip" install --quiet 'torch==2.13.0+cpu' 2>/dev/null ||
-      "$venv/bin/pip" install --quiet torch --index-url https://download.pytorch.org/whl/cpu
-  fi
-  "$venv/bin/pip" install --quiet '.[eval]'
-fi
-PATH=$(cd "$(dirname "$venv/bin/flexmerge")" && pwd):$PATH
-run() { printf '\n$ %s\n' "$*"; "$@"; }
+. samples/environment.sh eval
 run flexmerge plan --base samples/digits/base --tasks samples/digits/tasks -o "$work/plan.json" --force
 # The least predicted error that fits into the bytes of one model, chosen per tensor.
 run flexmerge merge "$work/plan.json" --method auto --size 1x -o "$work/auto" --force

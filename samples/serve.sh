@@ -6,17 +6,7 @@ cd "$(dirname "$0")/.."
 work=build/serve
 venv=${FLEXMERGE_VENV:-$work/venv}
 mkdir -p "$work"
-if [ ! -x "$venv/bin/flexmerge" ]; then
-  python3 -m venv "$venv"
-  # A CPU build of torch where there is no GPU: 200 MB instead of gigabytes.
-  if ! command -v nvidia-smi >/dev/null; then
-    "$venv/bin/pip" install --quiet 'torch==2.13.0+cpu' 2>/dev/null ||
-      "$venv/bin/pip" install --quiet torch --index-url https://download.pytorch.org/whl/cpu
-  fi
-  "$venv/bin/pip" install --quiet '.[serve]'
-fi
-PATH=$(cd "$(dirname "$venv/bin/flexmerge")" && pwd):$PATH
-run() { printf '\n$ %s\n' "$*"; "$@"; }
+. samples/environment.sh serve
 run flexmerge plan --base samples/digits/base --tasks samples/digits/tasks -o "$work/plan.json" --force
 run flexmerge merge "$work/plan.json" --method auto --size 1x -o "$work/bundle" --force
 # In the background, on a port that is free. It says where once it answers.
