@@ -212,6 +212,7 @@ def evaluate(
     plan: Path | str | None = None,
     max_drop: str | None = None,
     max_mean_drop: str | None = None,
+    cross: bool = False,
     device: str | None = None,
     reuse: bool = True,
     parallel: int = 1,
@@ -223,7 +224,8 @@ def evaluate(
 
     plan: the plan whose sources the scores are compared with; by default those that the spec names.
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
-    the bundle is neither scored nor named under `not_scored` in the spec. reuse=False: compute all scores, and replace
+    the bundle is neither scored nor named under `not_scored` in the spec. cross: also score every model on the other
+    tasks' data. reuse=False: compute all scores, and replace
     cached ones. offline, stream: as in `make_plan`.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
@@ -239,6 +241,7 @@ def evaluate(
         parallel=parallel,
         allow_exec=allow_exec,
         access=_access(offline, stream, None),
+        cross=cross,
         gate=parse_gate(max_drop, max_mean_drop),
     )
     return scores(request)

@@ -51,6 +51,7 @@ def evaluate(
     spec: o.Spec = None,
     plan: o.ComparedPlan = None,
     sources: o.ScoreSources = False,
+    cross: o.Cross = False,
     init: o.Init = False,
     output: o.SpecOutput = None,
     no_reuse: o.NoReuse = False,
@@ -78,6 +79,7 @@ def evaluate(
     Examples:
     flexmerge eval --init bundle/ -o eval.yaml
     flexmerge eval bundle/ --spec eval.yaml --html scores.html
+    flexmerge eval bundle/ --spec eval.yaml --cross
     flexmerge eval --sources --plan plan.json --spec eval.yaml
     """
     from flexmerge_cli.cli.eval_outputs import check_outputs, write_outputs
@@ -109,6 +111,7 @@ def evaluate(
             plan=plan,
             relocate=moved,
             sources=sources,
+            cross=cross,
             device=device,
             reuse=not no_reuse,
             parallel=parallel,

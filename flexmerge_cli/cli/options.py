@@ -187,6 +187,7 @@ ComparedPlan = Annotated[
 ScoreSources = Annotated[
     bool, _scores("--sources", "", "Score the fine-tuned models and the base, to which normalised scores refer.")
 ]
+Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the other tasks' data, with its own head.")]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
 NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, also where weights and data are known.")]
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]

@@ -8,13 +8,16 @@ tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base
        data is the digest of the examples;
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
+cross  present if asked for: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
+       data, whose scores are under `tasks`; {mismatch, reason} where the model's head does not fit the data
 bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
 stored_bytes, total_bytes, factor   its size: bytes of tensors, bytes of all files, and in models
 evaluations  {computed, repeated, cached}: models that were run, scores reused from this run, scores found in the cache
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.evaluation.cross import WHOS, mismatches
 from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT
 from flexmerge_cli.evaluation.metrics import normalised
@@ -44,31 +48,44 @@ def evaluate(
     *,
     scorer: Scorer | None = None,
     references: References | None = None,
+    tasks: Sequence[str] | None = None,
+    cross: bool = False,
     on_step: OnStep = lambda *_step: None,
     on_scored: OnScored = lambda *_scored: None,
 ) -> dict[str, Any]:
     """Score every task; without a bundle, only the references. One model is in memory at a time.
 
-    references: by default those that the spec names. Raises UsageError, before a weight is read, if spec, data and
-    side files do not fit together, DataError if weights do not fit, and IntegrityError if a file that a scored task
-    reads differs from the manifest; then a cached score does not count either.
+    references: by default those that the spec names. tasks: those whose models are scored, by default all of the spec.
+    cross: also score merged and fine-tuned models on the data of the spec's other tasks.
+    Raises UsageError, before a weight is read, if spec, data and side files do not fit together, DataError if weights
+    do not fit, and IntegrityError if a file that a scored task reads differs from the manifest; then a cached score
+    does not count either.
     """
     scorer = scorer or Scorer(spec=spec)
     if references is None:
         references = spec_references(spec, bundle) if bundle is not None else References()
     folders = {task: bundle.config_folder(task) for task in spec.tasks} if bundle is not None else references.folders
-    for task in spec.tasks:
+    tasks = list(spec.tasks) if tasks is None else tasks
+    for task in tasks:
         if bundle is not None:
             bundle.check_files(task, weights=False)  # from which the examples are made
         examples = scorer.examples(task, folders[task])
         if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
             raise no_reference(spec.place(task, folders[task]))
+    others = {task: mismatches(scorer, task, folders) for task in tasks} if cross else {}
     if bundle is not None:
-        for task in spec.tasks:
+        for task in tasks:
             bundle.check_files(task)  # for all tasks before the first is scored, which may take long
-    records = {}
-    for task in spec.tasks:
+    records, crossed = {}, {}
+    for task in tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
+        if cross:
+            crossed[task] = {
+                other: _cross_record(scorer, models, other, on_step)
+                if why is None
+                else {"mismatch": why.word, "reason": why.reason}
+                for other, why in others[task].items()
+            }
         if bundle is not None:
             bundle.check_files(task)  # config and tokenizer were read by path: nothing was replaced meanwhile
         on_scored(task, models, scored)
@@ -76,6 +93,8 @@ def evaluate(
         records[task] = task_record(spec, task, models, scored, data=data)
     found: dict[str, Any] = {"format": FORMAT, "spec": spec.record, "tasks": records, "mean": means(records)}
     found["evaluations"] = scorer.counts
+    if cross:
+        found["cross"] = crossed
     if bundle is None:
         return found
     return found | {
@@ -128,6 +147,18 @@ def _score_task(
         on_example(0, scorer.examples(task, folder).n)
         models[who], found[who] = model, scorer.score(model, reference=fine_tuned, on_example=on_example)
     return models, found
+
+
+def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, on_step: OnStep) -> dict[str, Any]:
+    """The scores of a task's models on another task's data."""
+    source, found = scorer.spec.tasks[other].data_spec, {}
+    for who in WHOS:
+        if who in models:
+            model = replace(models[who], task=other)
+            step = f"{models[who].task}, {who.replace('_', '-')}, on {other}"
+            scored = scorer.score(model, on_example=partial(on_step, step))
+            found[who] = score_record(scored, model, split=source.split if source else None)
+    return found
 
 
 def task_record(

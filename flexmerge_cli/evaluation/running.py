@@ -4,7 +4,7 @@ Each process has one model in memory at a time. drawing.py scores the curves of 
 """
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class ScoreRequest:
     """New places of the plan's sources, as in MergeRequest."""
     sources: bool = False
     """Whether to score every task's fine-tuned model and the base, and no bundle."""
+    cross: bool = False
+    """Whether to score every model on the other tasks' data, too."""
     device: str | None = None
     reuse: bool = True
     parallel: int = 1
@@ -55,7 +57,9 @@ class ScoreRequest:
             return len(self.spec.tasks)  # one step per task
         named = any(task.checkpoint is not None for task in self.spec.tasks.values())
         references = 2 if self.plan is not None else named + (self.spec.base is not None)
-        return len(self.spec.tasks) * (references if self.sources else 1 + references)
+        own = references if self.sources else 1 + references
+        named_models = (self.plan is not None or named) + (not self.sources)  # those that --cross scores
+        return len(self.spec.tasks) * (own + self.cross * named_models * (len(self.spec.tasks) - 1))
 
 
 def score_request(
@@ -141,6 +145,8 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     records = {task: part["tasks"][task] for task, part in zip(tasks, found)}
     counts = {key: sum(part["evaluations"][key] for part in found) for key in found[0]["evaluations"]}
     document = found[0] | {"tasks": records, "mean": means(records), "evaluations": counts}
+    if request.cross:
+        document["cross"] = {task: part["cross"][task] for task, part in zip(tasks, found)}
     return _judged(request, document, pairs)
 
 
@@ -167,10 +173,13 @@ def _prepared(request: ScoreRequest) -> Callable[[str], tuple[dict[str, Any], _P
 
 
 def _scores_of(request: ScoreRequest, task: str) -> tuple[dict[str, Any], _Pairs]:
-    return _scores(replace(request, spec=request.spec.only(task)), lambda *_step: None)
+    spec = request.spec if request.cross else request.spec.only(task)
+    return _scores(replace(request, spec=spec), lambda *_step: None, tasks=[task])
 
 
-def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pairs]:
+def _scores(
+    request: ScoreRequest, on_step: OnStep, tasks: Sequence[str] | None = None
+) -> tuple[dict[str, Any], _Pairs]:
     bundle, references = _opened(request)
     cache = ScoreCache(overwrite=not request.reuse)
     scorer = Scorer(spec=request.spec, device=request.device, cache=cache, access=request.access)
@@ -180,6 +189,8 @@ def _scores(request: ScoreRequest, on_step: OnStep) -> tuple[dict[str, Any], _Pa
         request.spec,
         scorer=scorer,
         references=references,
+        tasks=tasks,
+        cross=request.cross,
         on_step=on_step,
         on_scored=pairs.add if request.gate else lambda *_scored: None,
     )

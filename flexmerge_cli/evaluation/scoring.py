@@ -45,7 +45,9 @@ class Scorer:
     """The number of scores of weights that this scorer had already scored or found."""
     num_cached: int = 0
     """The number of scores found on disk, from earlier runs."""
-    _examples: dict[tuple[str, Path], Examples] = field(default_factory=dict)
+    _examples: dict[tuple[str, str], Examples] = field(default_factory=dict)
+    """(task, digest of the side files) -> its examples: tasks with the same config and tokenizer share them."""
+    _sides: dict[Path, str] = field(default_factory=dict)
     _references: dict[tuple[str, str], Scored] = field(default_factory=dict)
     """(task, digest) -> the outputs of a fine-tuned model, for agreement."""
     _keys: set[str] = field(default_factory=set)
@@ -56,7 +58,9 @@ class Scorer:
 
         Raises UsageError with file, line and key for what is wrong in the spec, SourceError, DataError.
         """
-        key = (task, side)
+        if side not in self._sides:
+            self._sides[side] = side_digest(side)
+        key = (task, self._sides[side])
         if key not in self._examples:
             self._examples[key] = self.spec.kind(task).prepare(
                 self.spec.settled(task), self.spec.place(task, side, self.access)

@@ -3,6 +3,7 @@
 method   the requested method of a curve's point, or the methods of a bundle; `fine-tuned` and `base` for those models
 sizes, bytes, total_bytes, factor   the size of the bundle, written or not; empty for other models
 task, metric, n, split, value, low, high, weights   one number, its 95 % interval, the digest of what was scored
+model    of `eval --cross`: the task whose model was scored on the data of another, `task`
 normalised, fine_tuned, base   for the task's first metric: the fraction of the fine-tuned score, and the references'
          scores
 Curves have only the first metric of each task, and no rows for the references.
@@ -18,8 +19,8 @@ from flexmerge_cli.evaluation.evaluate import format_methods
 from flexmerge_cli.writing import has_start
 
 COLUMNS = (
-    "method", "sizes", "bytes", "total_bytes", "factor", "task", "metric", "n", "split", "value", "low", "high",
-    "normalised", "fine_tuned", "base", "weights",
+    "method", "sizes", "bytes", "total_bytes", "factor", "task", "model", "metric", "n", "split", "value", "low",
+    "high", "normalised", "fine_tuned", "base", "weights",
 )  # fmt: skip
 Row = Mapping[str, Any]
 
@@ -56,20 +57,31 @@ def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
     for task, record in document["tasks"].items():
         for who, first in record["scores"].items():
             is_merged = who == "merged"
-            of: Row = {"method": who.replace("_", "-")}
-            if is_merged:
-                of = {"method": format_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}
+            of = _model(document, who)
             for place, scored in enumerate((first, *first["others"])):
                 references = {
                     other: (found, *found["others"])[place]["value"]
                     for other, found in record["scores"].items()
                     if other != "merged"
                 }
-                yield {
-                    **of, **references, "task": task, **{key: scored[key] for key in ("metric", "n", "split")},
-                    **_value(scored), "normalised": record["normalised"] if is_merged and place == 0 else None,
-                    "weights": scored["weights"],
-                }  # fmt: skip
+                normalised = record["normalised"] if is_merged and place == 0 else None
+                yield {**of, **references, "task": task, **_number(scored), "normalised": normalised}
+    for model, others in document.get("cross", {}).items():
+        for task, found in others.items():
+            for who, first in found.items() if "mismatch" not in found else ():
+                for scored in (first, *first["others"]):
+                    yield {**_model(document, who), "task": task, "model": model, **_number(scored)}
+
+
+def _model(document: dict[str, Any], who: str) -> Row:
+    """What was scored: a bundle with its size, or a reference."""
+    if who != "merged":
+        return {"method": who.replace("_", "-")}
+    return {"method": format_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}
+
+
+def _number(scored: Mapping[str, Any]) -> Row:
+    return {**{key: scored[key] for key in ("metric", "n", "split", "weights")}, **_value(scored)}
 
 
 def _size(of: Mapping[str, Any]) -> Row:

@@ -4,7 +4,8 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
-from flexmerge_cli.report.evaluation import format_score, scale_of, show_gate
+from flexmerge_cli.report.evaluation import show_gate
+from flexmerge_cli.report.score_text import format_score, scale_of
 from flexmerge_cli.report.table import say, table
 from flexmerge_cli.report.text import human_bytes
 

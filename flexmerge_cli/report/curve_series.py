@@ -11,7 +11,7 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import one_metric
-from flexmerge_cli.report.evaluation import scale_of
+from flexmerge_cli.report.score_text import scale_of
 
 
 @dataclass(frozen=True, slots=True)

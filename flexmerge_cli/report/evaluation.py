@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.evaluation.gate import Outcome
-from flexmerge_cli.evaluation.metrics import METRICS
+from flexmerge_cli.report.cross import show_cross
+from flexmerge_cli.report.score_text import DASH, format_score, interval_cells, scale_of
 from flexmerge_cli.report.table import say, table
-
-DASH = "–"
 
 
 def show_evaluation(value: dict[str, Any]) -> None:
     columns, rows = score_table(value)
     table(columns, rows, text=(1,))
+    if "cross" in value:
+        show_cross(value)
     for line in remarks(value):
         say(line)
     say(f"scores: {format_counts(value['evaluations'])}")
@@ -100,26 +100,3 @@ def _worst(records: dict[str, Any]) -> str:
 
 def _any(records: dict[str, Any], who: str) -> bool:
     return any(record[who] is not None for record in records.values())
-
-
-def scale_of(metric: str) -> float:
-    """100 for metrics shown in percent and for parts of the fine-tuned score, else 1."""
-    if metric == NORMALISED:
-        return 100.0
-    try:
-        return 100.0 if METRICS[metric].percent else 1.0
-    except KeyError:
-        return 1.0
-
-
-def format_score(value: float | None, scale: float) -> str:
-    if value is None:
-        return DASH
-    return f"{scale * value:.1f}" if scale == 100.0 else f"{value:.4g}"
-
-
-def interval_cells(ends: list[float] | None, scale: float) -> list[str]:
-    if ends is None or ends[0] == ends[1]:
-        return [DASH, DASH]
-    low, high = ends
-    return [format_score((high - low) / 2, scale), f"{format_score(low, scale)} … {format_score(high, scale)}"]

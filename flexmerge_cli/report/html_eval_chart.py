@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexmerge_cli.report.curve_series import Axes, Series, axes_of, factor_ticks, mean_scale, mean_title
-from flexmerge_cli.report.evaluation import scale_of
 from flexmerge_cli.report.html import text
 from flexmerge_cli.report.html_chart import Tick, band, chart, line, nice_ticks
+from flexmerge_cli.report.score_text import scale_of
 from flexmerge_cli.report.text import human_bytes
 
 Values = Callable[[dict[str, Any]], tuple[float, float, float] | None]

@@ -5,11 +5,13 @@ from typing import Any
 from flexmerge_cli.evaluation.curve_record import mean_of as mean_over_tasks
 from flexmerge_cli.evaluation.curve_record import reference_means
 from flexmerge_cli.evaluation.evaluate import format_counts, format_methods, one_metric
+from flexmerge_cli.report.cross import cross_section
 from flexmerge_cli.report.curve_series import metric_label, series_of
-from flexmerge_cli.report.evaluation import format_score, interval_cells, remarks, scale_of, score_table
+from flexmerge_cli.report.evaluation import remarks, score_table
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, spec_facts, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
+from flexmerge_cli.report.score_text import format_score, interval_cells, scale_of
 from flexmerge_cli.report.text import human_bytes
 
 COPIES = "copies"
@@ -35,6 +37,7 @@ def scores_page(document: dict[str, Any], source: str) -> str:
     series = series_of(curve) if curve is not None else []
     title = f"{source}: scores of {len(tasks)} tasks" + ("" if "bundle" in document else ", sources")
     sections = [eval_style(series), *verdicts(document), _table(document)]
+    sections += [cross_section(document) if "cross" in document else ""]
     sections += [_place(curve) if curve is not None else "", _numbers(document)]
     return page(title, facts([*pairs, *spec_facts(document)]), filter(None, sections))
 

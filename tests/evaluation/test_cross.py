@@ -1,0 +1,141 @@
+"""`eval --cross`: every model with its own head on every task's data, and words where its labels are not the data's."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from flexmerge_cli.report.html_scores import scores_page
+
+from ..program import succeeds
+from ..report.pages import Page
+from . import tiny
+
+N = 24
+LABELS = {"first": ["no", "yes"], "second": ["no", "yes"], "three": ["a", "b", "c"], "words": ["bad", "good"]}
+TEXTS = {name: tiny.sentences(N, seed) for seed, name in enumerate(LABELS)}
+ANSWERS = {name: np.random.default_rng(len(name)).integers(0, len(names), N) for name, names in LABELS.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A base, four fine-tunes of it with the heads of LABELS, their plan, a merged bundle, data and spec."""
+    folder = tmp_path_factory.mktemp("cross")
+    tasks = {}
+    for seed, (name, labels) in enumerate(LABELS.items(), 1):
+        ids = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+        path = tiny.bert(folder / "tasks" / name, len(labels), **ids)
+        model = transformers.BertForSequenceClassification.from_pretrained(path)
+        if seed == 1:
+            model.bert.save_pretrained(folder / "base")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(path)
+        tiny.rows(folder / f"{name}.jsonl", text=TEXTS[name], label=[labels[n] for n in ANSWERS[name]])
+        tasks[name] = {
+            "kind": "text-classification", "data": {"path": f"{name}.jsonl", "split": "test"}, "checkpoint": str(path),
+        }  # fmt: skip
+    succeeds("plan", "--base", folder / "base", "--tasks", folder / "tasks", "-o", folder / "plan.json")
+    succeeds("merge", folder / "plan.json", "--method", "average", "-o", folder / "merged")
+    (folder / "eval.yaml").write_text(json.dumps({"version": 1, "base": "base", "tasks": tasks}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+
+
+def crossed(place: Path, *more: object) -> dict:
+    return succeeds("eval", place / "merged", "--spec", place / "eval.yaml", "--cross", "--json", *more).json
+
+
+def accuracy(path: Path, name: str) -> float:
+    """Score a checkpoint folder on a task's data, one text at a time."""
+    built = transformers.BertForSequenceClassification.from_pretrained(path).eval()
+    of_text = transformers.AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        found = [built(**of_text(text, return_tensors="pt")).logits.argmax().item() for text in TEXTS[name]]
+    return float(np.mean(np.array(found) == ANSWERS[name]))
+
+
+def test_models_of_the_same_labels_are_scored_on_each_others_data(place, tmp_path):
+    found = crossed(place)["cross"]
+    for model, data in (("first", "second"), ("second", "first")):
+        succeeds("export", place / "merged", "--task", model, "-o", tmp_path / model)
+        assert found[model][data]["merged"]["value"] == accuracy(tmp_path / model, data)
+        assert found[model][data]["fine_tuned"]["value"] == accuracy(place / "tasks" / model, data)
+        assert found[model][data]["merged"]["n"] == N and found[model][data]["merged"]["split"] == "test"
+
+
+def test_other_labels_are_named_and_have_no_number(place):
+    found = crossed(place)["cross"]
+    words = {(model, data): entry.get("mismatch") for model, row in found.items() for data, entry in row.items()}
+    assert words == {
+        ("first", "second"): None, ("second", "first"): None, ("words", "three"): "2≠3", ("three", "words"): "3≠2",
+        **{(name, "three"): "2≠3" for name in ("first", "second")}, ("first", "words"): "labels≠",
+        **{("three", name): "3≠2" for name in ("first", "second")}, ("second", "words"): "labels≠",
+        ("words", "first"): "labels≠", ("words", "second"): "labels≠",
+    }  # fmt: skip
+    assert "2 classes" in found["first"]["three"]["reason"] and "no, yes" in found["first"]["words"]["reason"]
+
+
+def test_names_that_say_nothing_are_not_compared(place, tmp_path):
+    spec = json.loads((place / "eval.yaml").read_text())
+    spec["tasks"]["words"] |= {"labels": ["LABEL_0", "LABEL_1"]}
+    spec["tasks"]["words"]["data"] = str(place / "numbers.jsonl")
+    tiny.rows(place / "numbers.jsonl", text=TEXTS["words"], label=ANSWERS["words"].tolist())
+    (place / "unnamed.yaml").write_text(json.dumps(spec))
+    found = succeeds("eval", place / "merged", "--spec", place / "unnamed.yaml", "--cross", "--json").json["cross"]
+    assert found["first"]["words"]["merged"]["value"] is not None
+
+
+def test_data_that_do_not_fit_the_other_model_are_a_word_and_no_failure(place):
+    spec = json.loads((place / "eval.yaml").read_text())
+    spec["tasks"]["second"] |= {"metric": "agreement"}
+    (place / "agreement.yaml").write_text(json.dumps(spec))
+    found = succeeds("eval", place / "merged", "--spec", place / "agreement.yaml", "--cross", "--json").json["cross"]
+    assert found["first"]["second"]["mismatch"] == "data≠" and "agreement" in found["first"]["second"]["reason"]
+    assert "mismatch" not in found["second"]["first"]
+
+
+def test_every_score_is_computed_once_and_then_comes_from_the_cache(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, second = crossed(place), crossed(place)
+    assert first.pop("evaluations") == {"computed": 3 * 4 + 2 * 2, "repeated": 0, "cached": 0}
+    assert second.pop("evaluations") == {"computed": 0, "repeated": 0, "cached": 16}
+    assert first == second
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_come_to_the_same_matrix(place):
+    assert crossed(place, "--no-reuse") == crossed(place, "--no-reuse", "--parallel", 2)
+
+
+def test_sources_alone_have_a_matrix(place):
+    arguments = ("--plan", place / "plan.json", "--spec", place / "eval.yaml")
+    found = succeeds("eval", "--sources", *arguments, "--cross", "--json").json["cross"]
+    assert set(found["first"]["second"]) == {"fine_tuned"}
+
+
+def test_table_csv_and_page_have_the_numbers_and_the_words(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ("eval", place / "merged", "--spec", place / "eval.yaml", "--cross")
+    shown = succeeds(*arguments, "--csv", tmp_path / "scores.csv").out
+    assert all(len(line) <= 80 for line in shown.split("Each row")[0].splitlines())
+    assert "merged models on every task's data" in shown and "labels≠, other labels" in shown
+    found = crossed(place)
+    value = found["cross"]["first"]["second"]["merged"]["value"]
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"]]
+    assert len(rows) == 2 * 2
+    assert [float(row["value"]) for row in rows if (row["model"], row["method"]) == ("first", "average")] == [value]
+    page = scores_page(found, "merged")
+    text = Page(page).text
+    assert f"{100 * value:.1f}" in text and text.count("labels≠") == 2 * 4 and "2≠3" in text
