@@ -218,6 +218,7 @@ def evaluate(
     parallel: int = 1,
     offline: bool = False,
     stream: bool = False,
+    max_memory: int | None = None,
     allow_exec: bool = False,
 ) -> dict[str, Any]:
     """Score every task of a bundle as `eval.yaml` at `spec` says. Returns the document of `flexmerge eval --json`.
@@ -225,8 +226,8 @@ def evaluate(
     plan: the plan whose sources the scores are compared with; by default those that the spec names.
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
     the bundle is neither scored nor named under `not_scored` in the spec. cross: also score every model on the other
-    tasks' data. reuse=False: compute all scores, and replace
-    cached ones. offline, stream: as in `make_plan`.
+    tasks' data. reuse=False: compute all scores, and replace cached ones. offline, stream: as in `make_plan`.
+    max_memory: bytes for the weights of the models in memory at a time.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
     from flexmerge_cli.evaluation.gate import parse_gate
@@ -240,7 +241,8 @@ def evaluate(
         reuse=reuse,
         parallel=parallel,
         allow_exec=allow_exec,
-        access=_access(offline, stream, None),
+        access=_access(offline, stream, max_memory),
+        max_memory=max_memory,
         cross=cross,
         gate=parse_gate(max_drop, max_mean_drop),
     )
@@ -265,6 +267,7 @@ def draw_curve(
     relocate: Mapping[str, str] | None = None,
     offline: bool = False,
     stream: bool = False,
+    max_memory: int | None = None,
     allow_exec: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -274,7 +277,8 @@ def draw_curve(
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
     `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit, cluster, seed and
-    dtype, as in `merge`. offline, stream: as in `make_plan`.
+    dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for what
+    makes the points.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document
@@ -292,11 +296,12 @@ def draw_curve(
         tune_spec_path=Path(tune_spec) if tune_spec is not None else None,
         allow_exec=allow_exec,
         relocate=relocate or {},
-        access=_access(offline, stream, None),
+        access=_access(offline, stream, max_memory),
         reuse=reuse,
         parallel=parallel,
         device=device,
         threads=threads,
+        max_memory=max_memory,
     )
 
 

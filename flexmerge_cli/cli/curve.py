@@ -33,6 +33,7 @@ def curve(
     stream: o.Stream = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
+    max_memory: o.MaxMemory = None,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -55,6 +56,7 @@ def curve(
     from flexmerge_cli.evaluation.gate import parse_gate
     from flexmerge_cli.report.curve import show_curve
 
+    memory = o.memory_of(max_memory)
     again = f"--spec {shlex.quote(str(spec or 'eval.yaml'))}"
     if plan.is_dir():
         place = shlex.quote(str(plan))
@@ -88,11 +90,12 @@ def curve(
             allow_exec=allow_exec,
             on_score=on_score,
             relocate=o.relocations(relocate),
-            access=o.access_of(offline=offline, quiet=quiet, stream=stream),
+            access=o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory),
             reuse=not no_reuse,
             parallel=parallel,
             device=device,
             threads=threads,
+            max_memory=memory,
         )
         write_outputs(document, outputs, plan.name)
     finish(document, f"{plan}", as_json=as_json, quiet=quiet, show=show_curve, written=[*outputs.values()])

@@ -65,6 +65,7 @@ def evaluate(
     offline: o.Offline = False,
     stream: o.Stream = False,
     device: o.Device = "auto",
+    max_memory: o.MaxMemory = None,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -90,7 +91,8 @@ def evaluate(
     from flexmerge_cli.evaluation.running import score_request, scores
     from flexmerge_cli.report.evaluation import show_evaluation
 
-    access, moved = o.access_of(offline=offline, quiet=quiet, stream=stream), o.relocations(relocate)
+    memory, moved = o.memory_of(max_memory), o.relocations(relocate)
+    access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
     if init:
         if bundle is None or spec is not None:
             raise UsageError("--init takes a bundle, and no --spec", hint=INIT)
@@ -117,6 +119,7 @@ def evaluate(
             parallel=parallel,
             allow_exec=allow_exec,
             access=access,
+            max_memory=memory,
             gate=parse_gate(max_drop, max_mean_drop),
             on_progress=on_progress,
         )

@@ -221,7 +221,14 @@ Threads = Annotated[int | None, _run("--threads", "N", "Number of worker threads
 Parallel = Annotated[
     int, _run("--parallel", "N", "Number of tasks, or of methods, to score at once, each in its own process.", min=1)
 ]
-MaxMemory = Annotated[str | None, _run("--max-memory", "BYTES", "Limit on the run's anonymous memory, e.g. 8GiB.")]
+MaxMemory = Annotated[
+    str | None,
+    _run(
+        "--max-memory",
+        "BYTES",
+        "Limit on the run's anonymous memory, e.g. 8GiB; where models run, for their weights, not for activations.",
+    ),
+]
 DryRun = Annotated[bool, _run("--dry-run", "", "Report without writing anything; read no weights.")]
 
 # Output.

@@ -23,6 +23,7 @@ def serve(
         typer.Option("--weights", metavar="dense|packed", help="Keep coded weights decoded, or as they are stored."),
     ] = "dense",
     device: o.Device = "cpu",
+    max_memory: o.MaxMemory = None,
     max_batch: Annotated[
         int, typer.Option("--max-batch", metavar="N", min=1, help="Inputs that are computed at once.")
     ] = 32,
@@ -66,6 +67,7 @@ def serve(
         tasks=tasks,
         weights=weights,
         device=device,
+        max_memory=o.memory_of(max_memory),
         max_batch=max_batch,
         max_wait=max_wait / 1000,
         max_queue=max_queue,

@@ -115,13 +115,10 @@ class CurveScorer:
         """
         if not cuts:  # the method reaches none of the sizes
             return
-        ordered = sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
+        ordered = in_order(cuts)
         tasks = list(self.scorer.spec.tasks)
         numbers = {task.name: number for number, task in enumerate(ordered[0].layout.plan.tasks)}
-        wanted = [numbers[task] for task in tasks]
-        needed = [self.memory.keys(cut.layout, wanted) for cut in ordered]
-        for place in reversed(range(len(needed) - 1)):
-            needed[place] |= needed[place + 1]
+        needed = self.memory.needed([cut.layout for cut in ordered], [numbers[task] for task in tasks])
         for place, cut in enumerate(ordered):
             self.memory.keep_only(needed[place])
 
@@ -167,6 +164,11 @@ class CurveScorer:
             num_computed=num_computed,
             num_cached=num_cached,
         )
+
+
+def in_order(cuts: Sequence[Cut]) -> list[Cut]:
+    """The order in which they are scored."""
+    return sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
 
 
 def format_size(cut: Cut | Point) -> str:

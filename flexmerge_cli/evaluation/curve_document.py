@@ -44,7 +44,7 @@ def curve_document(
     plan_path: the path that commands in the document give; relative sources are relative to its folder.
     words: steps, calibrate, method_for, fit, cluster, seed and dtype of `merge_request`, for every method. target: the
     fraction of the fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse,
-    parallel, device and threads of CurveRequest.
+    parallel, device, threads and max_memory of CurveRequest.
     Raises UsageError and GateError before a weight is read, SourceError, DataError.
     """
     gate = gate or Gate()

@@ -15,7 +15,8 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
-from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached
+from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached, in_order
+from flexmerge_cli.evaluation.memory import curve_chunk, largest_model
 from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
@@ -25,6 +26,10 @@ from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest
 from flexmerge_cli.request.merge import MergeRequest, merge_request
 from flexmerge_cli.request.size import Size
+
+Job = CurveMethod | None
+"""A method; None for the alternatives."""
+Result = tuple[list[Point], list[Unreached]]
 
 ALTERNATIVES = {
     "copies as fp32": merge_request(dtype="fp32"),
@@ -119,12 +124,28 @@ class Drawing:
         self.scorer.known(task, model.digest, scored)
         return scored
 
-    def series(self, method: CurveMethod, on_score: OnScore) -> tuple[list[Point], list[Unreached]]:
-        cuts, unreached = cuts_of(self.pricer, self.request.sizes, method, str(self.plan_path))
-        return list(self.scorer.points(cuts, on_score)), unreached
+    def cuts(self, job: Job) -> tuple[list[Cut], list[Unreached]]:
+        if job is None:
+            return alternatives_of(self.pricer, str(self.plan_path)), []
+        return cuts_of(self.pricer, self.request.sizes, job, str(self.plan_path))
 
-    def alternatives(self, on_score: OnScore) -> list[Point]:
-        return list(self.scorer.points(alternatives_of(self.pricer, str(self.plan_path)), on_score))
+    def fit(self, jobs: Sequence[Sequence[Cut]]) -> None:
+        """Keep to the memory that is allowed for every job, each of these cuts. Raises UsageError."""
+        memory, request = self.scorer.memory, self.request
+        if request.max_memory is not None:
+            memory.chunk_elements = curve_chunk(
+                memory,
+                [[cut.layout for cut in in_order(cuts)] for cuts in jobs],
+                [self.plan.task_names.index(task) for task in self.spec.tasks],
+                model=largest_model(self.spec, self.plan),
+                max_memory=request.access.memory_left(request.max_memory) or 0,
+                processes=request.parallel,
+            )
+
+    def run(self, job: Job, on_score: OnScore = lambda *_step: None) -> Result:
+        cuts, unreached = self.cuts(job)
+        self.fit([cuts])
+        return list(self.scorer.points(cuts, on_score)), unreached
 
 
 def draw(
@@ -137,16 +158,18 @@ def draw(
     for size in request.sizes:
         plan.target(size)
     drawing = Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request)
+    jobs: list[Job] = [*request.methods, *([None] if request.alternatives else [])]
+    if request.max_memory is not None:
+        drawing.fit([drawing.cuts(job)[0] for job in jobs])
     references: dict[str, dict[str, Scored]] = {"fine_tuned": {}, "base": {}}
     for who, models in (("fine_tuned", drawing.fine_tuned), ("base", drawing.base)):
         for done, (task, model) in enumerate(models.items()):
             on_score(f"{who.replace('_', '-')} models", done, len(models))
             references[who][task] = drawing.reference(task, model)
-    jobs: list[Job] = [*request.methods, *([None] if request.alternatives else [])]
     if request.parallel > 1:
         results = _in_processes(drawing, jobs, on_score)
     else:
-        results = [_run(drawing, job, on_score) for job in jobs]
+        results = [drawing.run(job, on_score) for job in jobs]
     by_job = dict(zip(jobs, results))
     return Curve(
         points=tuple(point for method in request.methods for point in by_job[method][0]),
@@ -157,15 +180,6 @@ def draw(
         data={task: drawing.scorer.scorer.examples(task, drawing.scorer.folders[task]).digest for task in spec.tasks},
         models={task: {"fine_tuned": drawing.fine_tuned[task], "base": drawing.base[task]} for task in spec.tasks},
     )
-
-
-Job = CurveMethod | None
-"""A method; None for the alternatives."""
-Result = tuple[list[Point], list[Unreached]]
-
-
-def _run(drawing: Drawing, job: Job, on_score: OnScore = lambda *_step: None) -> Result:
-    return drawing.series(job, on_score) if job is not None else (drawing.alternatives(on_score), [])
 
 
 def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> list[Result]:
@@ -181,4 +195,4 @@ def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> l
 
 
 def _prepared(plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest) -> Callable[[Job], Result]:
-    return partial(_run, Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request))
+    return Drawing(plan=plan, plan_path=plan_path, spec=spec, request=request).run

@@ -6,7 +6,7 @@ all layouts that store it, and kept until `keep_only` drops it. Copies that are 
 file; their digest is compared with the plan's before their first use.
 """
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,6 +84,26 @@ class MemoryBundles:
     def num_bytes(self) -> int:
         """The memory of all parts, in bytes."""
         return sum(self._files[place].size for place in self.places.values())
+
+    def needed(self, layouts: Sequence[BundleLayout], tasks: Collection[int]) -> list[set[Key]]:
+        """The keys of the parts that each layout and those after it read, for these tasks."""
+        found = [self.keys(layout, tasks) for layout in layouts]
+        for place in reversed(range(len(found) - 1)):
+            found[place] |= found[place + 1]
+        return found
+
+    def most_bytes(self, layouts: Sequence[BundleLayout], tasks: Collection[int]) -> int:
+        """The memory that parts take at most where these layouts are read one after another, in bytes."""
+        made: dict[Key, int] = {}
+        most = 0
+        for layout, needed in zip(layouts, self.needed(layouts, tasks)):
+            keys = self._keys(layout)
+            for part in _parts(layout, tasks):
+                if self._copied(layout, part, keys) is None:
+                    made[keys.part[part]] = part.num_bytes
+            made = {key: size for key, size in made.items() if key in needed}
+            most = max(most, sum(made.values()))
+        return most
 
     def bundle(self, layout: BundleLayout, tasks: Collection[int]) -> Bundle:
         """The bundle that `Bundle.open` gives of what `merge` would write, for these tasks. Makes missing parts.

@@ -18,6 +18,7 @@ from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
 from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
+from flexmerge_cli.evaluation.memory import largest_model, require_memory
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.references import References, Who, spec_references
@@ -47,13 +48,19 @@ class ScoreRequest:
     reuse: bool = True
     parallel: int = 1
     access: Access = ONLINE
+    max_memory: int | None = None
+    """Bytes for the weights of the models that are in memory at a time."""
     gate: Gate = field(default_factory=Gate)
     """The limits on the drop from the fine-tuned scores; the verdict is in the document."""
 
     @property
+    def num_processes(self) -> int:
+        return min(self.parallel, len(self.spec.tasks))
+
+    @property
     def num_models(self) -> int:
         """The models that are scored; an upper bound if the spec gives further models to only some tasks."""
-        if self.parallel > 1 and len(self.spec.tasks) > 1:
+        if self.num_processes > 1:
             return len(self.spec.tasks)  # one step per task
         named = any(task.checkpoint is not None for task in self.spec.tasks.values())
         references = 2 if self.plan is not None else named + (self.spec.base is not None)
@@ -130,7 +137,11 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     Raises UsageError, before a weight is read, if spec, data and models do not fit together; DataError, SourceError.
     """
     tasks = list(request.spec.tasks)
-    if request.parallel <= 1 or len(tasks) == 1:
+    if request.max_memory is not None:
+        source = Bundle.open(request.bundle) if request.bundle is not None else load_plan(_planned(request))
+        left = request.access.memory_left(request.max_memory) or 0
+        require_memory(largest_model(request.spec, source), request.num_processes, left)
+    if request.num_processes == 1:
         return _judged(request, *_scores(request, on_step))
     _check(request)
     alone = replace(request, parallel=1, access=request.access.for_process())
@@ -234,9 +245,14 @@ def planned_references(request: ScoreRequest) -> References:
 
     Raises SourceError, DataError.
     """
-    assert request.plan is not None
-    plan, folder = load_plan(request.plan), request.plan.absolute().parent
+    path = _planned(request)
+    plan, folder = load_plan(path), path.absolute().parent
     return references_of(plan, folder, request.spec, relocate=request.relocate, access=request.access)
+
+
+def _planned(request: ScoreRequest) -> Path:
+    assert request.plan is not None
+    return request.plan
 
 
 def references_of(

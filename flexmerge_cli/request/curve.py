@@ -45,6 +45,8 @@ class CurveRequest:
     parallel: int = 1
     device: str = "auto"
     threads: int | None = None
+    max_memory: int | None = None
+    """Bytes of anonymous memory for all processes, beyond what Python and torch take."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a size that a method cannot have."""

@@ -31,6 +31,8 @@ class Settings:
     """None: all."""
     weights: str = "dense"
     device: str = "cpu"
+    max_memory: int | None = None
+    """Bytes that the weights of all tasks may take."""
     max_batch: int = 32
     """Inputs that are computed at once."""
     max_wait: float = 0.005
@@ -46,6 +48,14 @@ class Settings:
 def make_service(bundle: Bundle, settings: Settings) -> Service:
     """Load every task. Raises like `Runtime.model`, and UsageError for a task that can't be served."""
     runtime = Runtime(bundle, tasks=settings.tasks, device=settings.device, weights=settings.weights)
+    needed = sum(runtime.num_bytes.values())
+    if settings.max_memory is not None and needed > settings.max_memory:
+        fewer = "" if settings.weights == "packed" else ", or --weights packed"
+        raise UsageError(
+            f"--max-memory {settings.max_memory} bytes is too little: the weights of {len(runtime.tasks)} tasks take "
+            f"{needed} bytes",
+            hint=f"--max-memory {needed}B, or fewer tasks with --tasks{fewer}",
+        )
     tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
     for name in runtime.tasks:
         runtime.model(name)

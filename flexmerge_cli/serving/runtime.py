@@ -60,7 +60,7 @@ class Runtime:
     ) -> None:
         """Arguments and errors: `OpenBundle.runtime`."""
         if weights not in ("dense", "packed"):
-            raise UsageError(f"weights={weights!r} is neither `dense` nor `packed`", hint='weights="dense"')
+            raise UsageError(f"weights `{weights}` is neither `dense` nor `packed`", hint="choose one of these two")
         if dtype is not None and dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}", hint="leave it out for the task's own")
         self.device = torch.empty(0, device=choose_device(device)).device  # with its number, as tensors have it
