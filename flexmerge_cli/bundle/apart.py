@@ -1,4 +1,5 @@
-"""Where no output may lie. Whether a place is free, and what `--force` replaces: publish.py; writing.py for files."""
+"""Says where no output may lie. publish.py (for files: writing.py) says whether a place is free, and what `--force`
+replaces."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A bundle whose tasks differ by matrices of low rank in, one base folder and a PEFT adapter per task out.
+"""Exports a bundle whose tasks differ by low-rank matrices as one base folder and a PEFT adapter per task.
 
 Engines that serve many fine-tunes of one base hold it once and read such adapters. Kept adapters are given back as they
 are; so are those of a pool, whose base is not in the bundle. Low-rank residuals of full fine-tunes become adapters of
@@ -38,7 +38,7 @@ LINEAR = ("Linear", FAN_IN_FIRST)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factored:
-    """What the tasks of a bundle are: one centre, and factors of each."""
+    """The tasks of a bundle as one shared centre and low-rank factors of each task."""
 
     centres: Mapping[str, StoredTensor]
     """Aligned name -> the part that all tasks add to."""
@@ -51,7 +51,8 @@ class Factored:
 
 
 def factored(bundle: Bundle) -> Factored:
-    """Raises UsageError that names the first tensor that is not low rank over what the tasks share."""
+    """Find the factors. Raises UsageError that names the first tensor that is not low rank over what the tasks
+    share."""
     for split in bundle.manifest.splits:
         raise _refused(split.tensor, bundle.tasks[0], "is stored in parts")
     centres: dict[str, StoredTensor] = {}
@@ -156,7 +157,8 @@ def _write_base(bundle: Bundle, whole: Factored, folder: Path) -> None:
 def _write_adapter(
     bundle: Bundle, task: str, whole: Factored, kinds: Mapping[str, tuple[str, str]], folder: Path
 ) -> None:
-    """Every adapter has the same modules, with zeros where a task has no factors: PEFT takes none without a module."""
+    """Write one adapter. All have the same modules, with zeros where a task has no factors: PEFT requires every
+    module."""
     changed = sorted({name for own in whole.factors.values() for name in own})
     arrays: dict[str, tuple[str, np.ndarray]] = {}
     modules, conv = [], False
@@ -184,7 +186,7 @@ def _write_adapter(
 
 
 def _factors(bundle: Bundle, whole: Factored, task: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Left [m, rank] and right [rank, n] as bits; zeros where the task is the centre."""
+    """Return left [m, rank] and right [rank, n] as bits, which are zeros where the task equals the centre."""
     m, n = whole.centres[name].shape
     bits = NUMPY[whole.centres[name].dtype]
     left, right = np.zeros((m, whole.rank), bits), np.zeros((whole.rank, n), bits)
@@ -196,7 +198,7 @@ def _factors(bundle: Bundle, whole: Factored, task: str, name: str) -> tuple[np.
 
 
 def _modules(base: Path) -> dict[str, tuple[str, str]]:
-    """Name of a weight in the base folder -> the module that has it in transformers, and its kind, if LoRA fits it."""
+    """Map each weight in the base folder that LoRA fits to the module that has it in transformers, and its kind."""
     try:
         import torch
         import transformers
@@ -219,7 +221,8 @@ def _modules(base: Path) -> dict[str, tuple[str, str]]:
 
 
 def _exported(manifest: Manifest, folder: Path) -> set[str] | None:
-    """What such an export wrote: the files that `export` writes, in `base` and below `adapters`."""
+    """Return the files of a folder that such an export wrote, in `base` and below `adapters`; None if there are
+    none."""
     inner = [BASE, *(f"{ADAPTERS}/{task}" for task in manifest.tasks)]
     found = {place: exported_files(manifest, folder / place) for place in inner if (folder / place).is_dir()}
     known = {f"{place}/{name}" for place, files in found.items() if files for name in {*files, CONFIG_NAME}}
@@ -227,7 +230,7 @@ def _exported(manifest: Manifest, folder: Path) -> set[str] | None:
 
 
 def _commands(target: Path, tasks: tuple[str, ...], rank: int, *, has_base: bool) -> dict[str, list[str]]:
-    """Engine -> the lines that serve the folder."""
+    """Map each engine to the command lines that serve the folder."""
     base = shlex.quote(f"{target}/{BASE}") if has_base else "BASE"
     paths = {task: f"{target}/{ADAPTERS}/{task}" for task in tasks}
     named = " ".join(shlex.quote(f"{task}={path}") for task, path in paths.items())

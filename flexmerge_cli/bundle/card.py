@@ -1,4 +1,4 @@
-"""README.md of a bundle: what the Hub shows of it. A manifest, a plan and scores in, Markdown out.
+"""Makes the README.md of a bundle, which the Hub shows, from its manifest, its plan and its scores.
 
 The card is for people, who may rewrite it, so it is in no list of the manifest and counts nothing in sizes. The last
 line holds the digest of what is above it: a card that nobody has changed is flexmerge's own, which `--force` replaces.
@@ -31,7 +31,7 @@ REPOSITORY = "ORG/NAME"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScore:
-    """What `eval` found of a task, as text."""
+    """The score of one task, as text."""
 
     metric: str
     merged: str
@@ -47,7 +47,7 @@ class Scores:
     tasks: Mapping[str, TaskScore]
 
     def check(self, manifest: Manifest) -> None:
-        """Raise UsageError if they are those of another bundle."""
+        """Raise UsageError if the scores belong to another bundle."""
         if self.bundle != manifest.id:
             raise UsageError(
                 f"the scores are of the bundle {self.bundle}, and this is {manifest.id}: it is not published",
@@ -56,7 +56,7 @@ class Scores:
 
 
 def make_card(folder: Path, manifest: Manifest, plan: Plan, scores: Scores | None = None) -> str:
-    """The card of the bundle in a folder. The same bundle and scores give the same text."""
+    """Return the card of the bundle in a folder. The same bundle and scores give the same text."""
     text = "\n\n".join(
         [
             f"---\n{yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)}---",
@@ -71,7 +71,7 @@ def make_card(folder: Path, manifest: Manifest, plan: Plan, scores: Scores | Non
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether a file is a card that was written by flexmerge and not changed since."""
+    """Return whether flexmerge wrote this card and nobody has changed it since."""
     try:
         text, _, _ = read_file(path, MAX_CARD_BYTES, "a card").rpartition(MARK.split("{}")[0].encode())
         return text + MARK.format(hashlib.sha256(text).hexdigest()).encode() == path.read_bytes()
@@ -159,7 +159,7 @@ def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
 
 
 def _licenses_of(plan: Plan) -> dict[str, str]:
-    """The base, under the empty name, and every task -> its licence."""
+    """Map every task, and the base under the empty name, to its licence."""
     named = {"": plan.base.license} | {reader.name: reader.license for reader in plan.readers}
     return {name: license or UNKNOWN for name, license in named.items()}
 
@@ -192,7 +192,7 @@ def _architecture(config: Path) -> str:
 
 
 def _name(source: str) -> str:
-    """A source for readers: of the Hub its repository, of a disk the folder's own name."""
+    """Return a source as readers see it: a repository of the Hub, or the last part of a local path."""
     repository = _repository(source)
     if repository is not None:
         return f"[`{repository}`](https://huggingface.co/{repository})"
@@ -200,7 +200,7 @@ def _name(source: str) -> str:
 
 
 def _repository(source: str) -> str | None:
-    """The repository of a source of the Hub; None for any other."""
+    """Return the repository of a source on the Hub, and None for any other source."""
     try:
         return HubPlace.of(source).repository
     except UsageError:
@@ -208,7 +208,7 @@ def _repository(source: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Text as it is, in Markdown and in a cell of a table."""
+    """Escape text so that Markdown shows it unchanged, also in the cell of a table."""
     if PLAIN.fullmatch(text):
         return f"`{text}`"
     one_line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -216,6 +216,6 @@ def _plain(text: str) -> str:
 
 
 def _fence(text: str, language: str) -> str:
-    """A block of code, whatever is in it."""
+    """Return a fenced block of code that holds any text, backticks included."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return f"{'`' * max(3, longest + 1)}{language}\n{text}\n{'`' * max(3, longest + 1)}"

@@ -1,4 +1,4 @@
-"""A coded tensor decoded where it is used: packed bytes go to the device, and values are looked up there.
+"""Decodes a coded tensor on the device that uses it: the packed bytes go there, and values are looked up there.
 
 The same bits as on the CPU. What no table decodes (low rank, sparse) is decoded on the CPU, rows by rows, and moved.
 """
@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 1 << 24
 
 
 def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tensor:
-    """Decode in the task's own dtype and shape, on the device."""
+    """Decode on the device, in the task's own dtype and shape."""
     packed = stored.packed(bundle.parts_of(stored.of.task), bundle.bits)
     m, n = packed.matrix
     out = torch.empty(m, n, dtype=torch_dtype(packed.dtype), device=device)
@@ -32,7 +32,7 @@ def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tens
 
 
 def _values(packed: Packed, rows: slice, device: torch.device) -> Tensor:
-    """float32 [rows, n]."""
+    """Return the values, float32 [rows, n]."""
     addends = []
     m, n = packed.matrix
     if packed.dense is not None:

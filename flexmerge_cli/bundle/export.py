@@ -1,4 +1,4 @@
-"""Tasks of a bundle as ordinary checkpoint folders."""
+"""Exports tasks of a bundle as ordinary checkpoint folders."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def export_tasks(
     link: bool = False,
     merged: bool = False,
 ) -> dict[str, Path]:
-    """Each task into a folder of its name below `target`, which appears with all of them or not at all.
+    """Export each task into a folder of its name below `target`, which appears with all of them or not at all.
 
     merged: of those that are adapters the model that they make. An empty folder at `target` is as good as none.
     """
@@ -120,7 +120,7 @@ def _check(bundle: Bundle, path: str, sha256: str) -> None:
 
 
 def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
-    """Path in the bundle -> name in the export, of all but weights and index."""
+    """Map the path in the bundle to the name in the export, for all files but weights and index."""
     prefix, adapter = f"{bundle.manifest.side_folder(task)}/", bundle.manifest.tasks[task].adapter
     own = {path: path.removeprefix(prefix) for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
     own = {path: name for path, name in own.items() if not INDEX.fullmatch(name)}
@@ -134,7 +134,7 @@ def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
 
 
 def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False) -> int:
-    """Bytes that are needed. Refuses what of a task cannot be given back so."""
+    """Return the bytes that are needed. Refuses a task that cannot be given back in this form."""
     bundle.check_task(task)
     adapter = bundle.manifest.tasks[task].adapter
     if merged and adapter is None:
@@ -167,7 +167,7 @@ def check_place(bundle: Bundle, target: Path, needed_bytes: int, *, force: bool,
 
 
 def _write(bundle: Bundle, task: str, folder: Path) -> None:
-    """The weights of the model, and of each of its parts in the part's subfolder."""
+    """Write the weights of the model, and those of each of its parts in the part's subfolder."""
     parts = bundle.manifest.tasks[task].parts
     inside: dict[str, list[str]] = {}
     for own in bundle.tensors_of(task):
@@ -178,7 +178,7 @@ def _write(bundle: Bundle, task: str, folder: Path) -> None:
 
 
 def _write_part(bundle: Bundle, task: str, names: Sequence[str], folder: Path, stem: str) -> None:
-    """Tensors of the source in one folder, which are called without the folder's path in its files."""
+    """Write the tensors of one folder of the source; their names in its files lack the folder's path."""
     every, aligned = bundle.tensors_of(task), bundle.manifest.aligned(task)
     parts = bundle.manifest.tasks[task].parts
     own = {part_of(name, parts)[1]: name for name in names}
@@ -222,7 +222,7 @@ def write_weights(
 
 
 def _library(bundle: Bundle, task: str) -> LibraryName:
-    """The library that loads the task's model."""
+    """Return the library that loads the task's model."""
     if bundle.manifest.tasks[task].pooled is not None:
         return "peft"
     names = side_files(bundle, task, merged=False).values()
@@ -231,7 +231,7 @@ def _library(bundle: Bundle, task: str) -> LibraryName:
 
 
 def _link(bundle: Bundle, task: str, folder: Path) -> None:
-    """The bundle's files under the names that the task's library knows, with an index if there are several."""
+    """Link the bundle's files under the names that the task's library knows, with an index if there are several."""
     weight_map = _weight_map(bundle, task)
     assert weight_map is not None
     files = sorted(set(weight_map.values()))
@@ -263,7 +263,7 @@ def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:
 
 
 def _reflink(source: Path, target: Path) -> None:
-    """A copy that shares its blocks, on file systems that can (btrfs, XFS)."""
+    """Copy a file by sharing its blocks, on file systems that can (btrfs, XFS)."""
     import fcntl
 
     ficlone = 0x40049409  # linux/fs.h; Python has no name for it

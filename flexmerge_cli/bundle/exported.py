@@ -14,7 +14,7 @@ from flexmerge_cli.formats.manifest import Manifest
 
 
 def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
-    """Relative paths of what may be an export's, of this bundle or another; None if none of the weights are.
+    """Return the relative paths that an export of this or another bundle may have; None if no weights are among them.
 
     Weights are if they bear flexmerge's mark under a name that exports use, or are those of an adapter of this bundle;
     their index is; and so is what is called as a file beside some task of this bundle.
@@ -50,13 +50,13 @@ def _bears_mark(path: Path, stems: Sequence[str]) -> bool:
 
 
 def _is_kept(path: Path, kept: set[tuple[str, str]]) -> bool:
-    """Whether a file is an adapter's weights, byte by byte; they bear no mark."""
+    """Return whether a file equals an adapter's weights byte by byte; these bear no mark of flexmerge."""
     digests = {digest for name, digest in kept if name == path.name}
     return bool(digests) and sha256_of(path) in digests
 
 
 def _name_beside(path: str) -> str:
-    """What a side file of the bundle is called in an export; of a weight file nothing."""
+    """Return what a side file of the bundle is called in an export, and None for a weight file."""
     folder, _, name = path.partition("/")
     match folder:
         case "tasks":

@@ -1,4 +1,4 @@
-"""The files of an open bundle: the very files that were there when it was opened, each digested before it is used.
+"""The files of an open bundle: exactly those that were there when it was opened, each digested before it is used.
 
 A file is known by device, inode, size and time of change. It is looked at when the bundle is opened, and compared
 whenever it is opened again, so that a bundle put in its place meanwhile is never read by mistake. A file that is held
@@ -41,7 +41,7 @@ class DigestError(IntegrityError):
 
 
 class BundleFiles:
-    """`name` is a path as in the manifest, below the bundle's folder. Thread-safe."""
+    """The files of one bundle. Names are paths below the bundle's folder, as in the manifest. Thread-safe."""
 
     def __init__(self, folder: Path, entries: Mapping[str, FileEntry], *, verify: bool = True) -> None:
         """verify: whether a file's sha256 is compared with the manifest's when the file is first read."""
@@ -60,7 +60,7 @@ class BundleFiles:
         weakref.finalize(self, _close, self._held)
 
     def look(self, name: str) -> None:
-        """Take the file that is there now for the one to read.
+        """Remember the file that is there now as the one to read.
 
         Raises IntegrityError if it is missing or of another size than the manifest's.
         """
@@ -83,7 +83,7 @@ class BundleFiles:
             self._hold(name)
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) as bits (`NUMPY[dtype]`), one axis, in memory of the caller's own.
+        """Read elements [start, stop) as bits (`NUMPY[dtype]`), one axis, into memory of the caller's own.
 
         Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
         """
@@ -97,7 +97,7 @@ class BundleFiles:
             raise IntegrityError(error.message, hint=FETCH_AGAIN) from None
 
     def map(self, path: Path) -> np.ndarray:
-        """All bytes of a file, mapped; what is written to them stays in this process.
+        """Map all bytes of a file; what is written to them stays in this process.
 
         If the disk fails, or somebody cuts the file, after it was digested, then touching a page that is no longer in
         memory ends the process with SIGBUS: a map has no way to raise an error. `read` does.
@@ -111,7 +111,7 @@ class BundleFiles:
             return self._maps[name]
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file from beginning to end. Raises after the last byte if its sha256 is not the manifest's."""
+        """Yield a file from beginning to end. Raises after the last byte if its sha256 is not the manifest's."""
         with self._opened(name) as descriptor:
             digest, position = hashlib.sha256(), 0
             while chunk := self._pread(name, descriptor, position):
@@ -165,7 +165,7 @@ class BundleFiles:
             done.result()
 
     def problems(self, names: list[str]) -> Iterator[FlexmergeError | None]:
-        """What `check` finds, file by file in this order."""
+        """Return what `check` finds, file by file in this order."""
 
         def problem(name: str) -> FlexmergeError | None:
             try:
@@ -181,7 +181,7 @@ class BundleFiles:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def unreadable(self, name: str, error: OSError) -> MachineError:
-        """The error for a file whose reading failed."""
+        """Return the error for a file whose reading failed."""
         lacks = machine_failure(error)
         return MachineError(
             f"{self._folder / name} cannot be read: {lacks.message if lacks else error.strerror}; {self.readers(name)}",
@@ -208,7 +208,7 @@ class BundleFiles:
             )
 
     def _now(self, name: str) -> Identity:
-        """Raises IntegrityError unless the file is still the one that was looked at."""
+        """Raise IntegrityError unless the file is still the one that was looked at."""
         if name not in self._seen:
             self.look(name)
         held = self._held.get(name)
@@ -225,7 +225,7 @@ class BundleFiles:
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
-        """A descriptor, for as long as the block lasts."""
+        """Give a descriptor for as long as the block lasts."""
         held = self._held.get(name)
         descriptor = held if held is not None else self._open(name)
         try:
@@ -253,7 +253,7 @@ class BundleFiles:
             return self._held[name]
 
     def _ready(self, path: Path) -> int:
-        """Descriptor of a file whose digest was compared, unless that is not wanted."""
+        """Return the descriptor of a file whose digest was compared, unless that is not wanted."""
         name = self._names[path]
         descriptor = self._held.get(name)
         if descriptor is None:
@@ -279,7 +279,7 @@ class BundleFiles:
 
 
 def raise_all(folder: Path, problems: list[FlexmergeError]) -> None:
-    """One error for all; of integrity if one of them is."""
+    """Raise one error for all; an IntegrityError if one of them is."""
     if len(problems) == 1:
         raise problems[0]
     if problems:

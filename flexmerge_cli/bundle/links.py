@@ -1,4 +1,4 @@
-"""The links of a bundle's task folders to its weight files: made in any way that the file system has, and checked.
+"""Makes and checks the links from a bundle's task folders to its weight files, by whatever the file system offers.
 
 A symbolic link is relative, so it survives copies of the whole bundle. A copy of the bundle may hold hard links or the
 files again instead: what counts is that the bytes are those of the weight file.
@@ -20,7 +20,7 @@ Linker = Callable[[Path, Path], None]
 
 
 def linker(folder: Path) -> Linker:
-    """The kind of link that can be made in a folder, symbolic ones first. Tries it there; leaves nothing.
+    """Find the kind of link that can be made in a folder, symbolic ones first. Tries it there and leaves nothing.
 
     Raises MachineError if there is none.
     """
@@ -46,7 +46,7 @@ def _symbolic(file: Path, link: Path) -> None:
 
 
 def link_problem(link: Path, file: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a link to a weight file, or with the copy in its place; None also if the file is missing."""
+    """Say what is wrong with a link to a weight file, or with the copy in its place; None if the file is missing."""
     try:
         if not os.path.lexists(link):
             return MISSING

@@ -1,4 +1,4 @@
-"""Where a bundle lies: a folder, or a repository of the Hub, of which the files of the wanted tasks come here.
+"""Finds a bundle in a folder, or in a repository of the Hub, from which it fetches the files of the wanted tasks.
 
 A manifest tells what a task reads, so one task of a bundle of thirty is fetched without the others' bytes.
 """
@@ -23,7 +23,7 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A bundle's folder, and what of it is elsewhere."""
+    """A bundle's folder, and which of its files are not on this disk."""
 
     path: Path
     tasks: Sequence[str] | None = None
@@ -32,7 +32,7 @@ class Located:
     """Files that were left on the Hub; only their headers can be read."""
 
     def open(self, *, verify: bool = True) -> Bundle:
-        """Raises as Bundle.open."""
+        """Open the bundle. Raises like `Bundle.open`."""
         return Bundle.open(self.path, tasks=self.tasks, remote=self.remote, verify=verify)
 
 
@@ -44,7 +44,7 @@ def locate(
     headers_only: bool = False,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> Located:
-    """Find the bundle; of the Hub fetch its manifest and, unless headers_only, the files of `tasks` (None: of all).
+    """Find the bundle. From the Hub, fetch its manifest and, unless headers_only, the files of `tasks` (None: of all).
 
     Raises SourceError, IntegrityError if the repository has not what its manifest tells of.
     """
@@ -80,7 +80,7 @@ def locate(
 
 
 def holds_bundle(source: str, access: Access = ONLINE) -> bool:
-    """Whether a repository of the Hub is a bundle, by the names of its files."""
+    """Return whether a repository of the Hub is a bundle, judged by the names of its files."""
     return {MANIFEST_NAME, "weights"} <= set(list_names(source, access))
 
 

@@ -1,4 +1,4 @@
-"""manifest.json of a bundle's folder: whether it is there, its reading, and where the files lie that it names."""
+"""Finds and reads the manifest.json of a bundle's folder, and finds the files that it names."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ MARKS = [f'"format":"{name}"'.encode() for name in FORMATS]
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a folder has a manifest of a bundle, looked for in pieces: memory does not depend on its size."""
+    """Return whether a folder has the manifest of a bundle. Reads it in pieces: memory does not depend on its size."""
     last = b""
     try:
         with open_file(path / MANIFEST_NAME) as file:
@@ -40,7 +40,7 @@ def is_bundle(path: Path) -> bool:
 
 
 def standing(path: Path) -> Path:
-    """Where the bundle of a path lies: there, or where a writer that was interrupted has left it.
+    """Return where the bundle of a path lies: there, or where an interrupted writer has left it.
 
     Without an atomic exchange of folders, `--force` renames the old bundle to `.{name}.old` and then the new one to its
     place. Between the two, and after a kill there, only the old one is to be had; the next writer puts it back.
@@ -50,7 +50,7 @@ def standing(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Checked against its schema and its own id; every path inside the folder."""
+    """Read the manifest, and check it against its schema and its own id; every path must lie inside the folder."""
     file = path / MANIFEST_NAME
     check_kind(file)
     if not file.is_file():
@@ -85,7 +85,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file of a manifest's path. Raises DataError if a link leads it out of the folder; no name does."""
+    """Return the file of a manifest's path. Raises DataError if a link leads it out of the folder; no name can."""
     file = folder / name
     try:
         target = file.resolve()

@@ -1,4 +1,4 @@
-"""Weights and a folder's configs in, the transformers model out: built on the meta device, weights assigned.
+"""Builds a transformers model on the meta device from a folder's configs, and assigns the weights to it.
 
 Knows of no bundle; whether what the model lacks or does not know is an error, the caller says.
 """
@@ -17,7 +17,7 @@ SAID = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A model in eval mode, and what of the weights did not go into it."""
+    """A model in eval mode, and the weights that did not fit into it."""
 
     model: Any
     class_name: str
@@ -25,14 +25,15 @@ class Built:
     """`missing`, `unexpected`, `of another shape` -> names of tensors; what there is none of is left out."""
 
     def require(self, *of: str, who: str, hint: str) -> None:
-        """Raises DataError that lists these misfits."""
+        """Raise DataError that lists these misfits."""
         lines = [f"{what}: {names}" for what, names in self.misfits.items() if what in of]
         if lines:
             raise DataError(f"{who} do not fit {self.class_name}:\n  " + "\n  ".join(lines), hint=hint)
 
 
 def read_config(folder: Path, *, otherwise: str) -> dict[str, Any]:
-    """config.json. Raises UsageError, with `otherwise` as hint, if there is none, DataError if it is none."""
+    """Read config.json. Raises UsageError, with `otherwise` as hint, if there is none, and DataError if it is
+    malformed."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"no config.json in {folder}", hint=otherwise)
     return read_json(folder / "config.json", MAX_CONFIG_BYTES)

@@ -1,4 +1,4 @@
-"""A packed weight on a device of torch: its arrays lie there as they are stored, and any rows of it are decoded there.
+"""Packed weights on a device of torch: their arrays lie there as they are stored, and rows are decoded there.
 
 The sum of stored/packed.py, in the same order and to the same bits; but for factors, whose products a device may round
 in another way.
@@ -22,7 +22,7 @@ Place = Callable[[np.ndarray], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodesOn:
-    """table[codes] · scale."""
+    """Codes on the device; their values are table[codes] · scale."""
 
     codes: Tensor
     """Packed, uint8 [m, ⌈n·bits/8⌉]."""
@@ -37,7 +37,7 @@ class CodesOn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedOn:
-    """As stored.packed.Packed, every part [m, …] on the device."""
+    """A `stored.packed.Packed` whose parts [m, …] all lie on the device."""
 
     matrix: Matrix
     dtype: torch.dtype
@@ -59,7 +59,8 @@ class PackedOn:
         return bool(self.codes) and all(part is None for part in others)
 
     def decode(self, rows: slice | Tensor) -> Tensor:
-        """Some rows [k, n], in the dtype of the task. rows: with a step of 1 and both ends; or int64 [k], in [0, m)."""
+        """Decode rows [k, n] in the task's dtype. rows: a slice with a step of 1 and both ends, or int64 [k] in [0,
+        m)."""
         n = self.matrix[1]
         total = None if self.dense is None else self.dense[rows].to(torch.float32)
         if self.masked is not None:
@@ -101,7 +102,7 @@ class PackedOn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedRowsOn:
-    """As stored.packed.JoinedRows."""
+    """A `stored.packed.JoinedRows` on the device."""
 
     shared: PackedOn
     own: PackedOn | None

@@ -1,4 +1,4 @@
-"""Tensors without memory, of which a model is built before a weight is read. Knows neither bundles nor transformers.
+"""Tensors without memory, from which a model is built before a weight is read. Knows no bundles and no transformers.
 
 A loader detaches, casts, joins and assigns them like any other tensor, so it decides the names, ties, forms and dtypes
 of the model. What it joins, such as the experts of a mixture, stands for that operation.
@@ -19,7 +19,7 @@ _KEEPING = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An array that lies in memory once, whatever is made of it."""
+    """An array that lies in memory once, whatever uses it."""
 
     key: Hashable
     name: str
@@ -51,13 +51,13 @@ class Value:
         return (self.name,) if self.made is None else tuple(n for held in self.made.of for n in held.value.names)
 
     def taken(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The value, of tensors by their names."""
+        """Take the value from tensors by their names."""
         return tensors[self.name] if self.made is None else self.made.taken(tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An operation of a loader that is done once its operands are read."""
+    """An operation of a loader, which is carried out once its operands are read."""
 
     function: Any
     args: Any
@@ -83,7 +83,7 @@ class Made:
 
 
 class Placeholder(Tensor):
-    """Has the shape of a value, and the dtype that the model will have it in."""
+    """A tensor with the shape of a value, and the dtype in which the model will have it."""
 
     value: Value
 
@@ -95,7 +95,7 @@ class Placeholder(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Whatever else a loader does but to join, it does to the weights themselves."""
+        """Record joins. Anything else that a loader does, it does to the weights themselves."""
         kwargs = dict(kwargs or {})
         source = args[0]
         stays = kwargs.get("device") in (None, torch.device("cpu"))
@@ -114,18 +114,18 @@ def _without_memory(held: Placeholder) -> Tensor:
 
 
 def placeholders(model: nn.Module) -> dict[tuple[Hashable, torch.dtype], Placeholder]:
-    """The values that a model needs, by what they are and the dtype in which it needs them."""
+    """Return the values that a model needs, by their identity and the dtype in which it needs them."""
     return {(held.value.key, held.dtype): held for _, _, held in _tensors(model) if isinstance(held, Placeholder)}
 
 
 def made_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that the model made for itself, such as the frequencies of rotary embeddings."""
+    """Count the bytes of the tensors that the model made for itself, such as the frequencies of rotary embeddings."""
     made = {id(held): held for _, _, held in _tensors(model) if not isinstance(held, Placeholder)}
     return sum(held.nbytes for held in made.values())
 
 
 def packable(model: nn.Module) -> set[tuple[Hashable, torch.dtype]]:
-    """The values that can stay packed: weights of layers that compute with them tile by tile."""
+    """Return the values that can stay packed: weights of layers that compute with them tile by tile."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
@@ -137,7 +137,7 @@ def packable(model: nn.Module) -> set[tuple[Hashable, torch.dtype]]:
 
 
 def fill(model: nn.Module, place: Callable[[Placeholder], Tensor], device: torch.device | None = None) -> None:
-    """Put the values where their placeholders are, as buffers and parameters; what is tied stays one.
+    """Replace placeholders by their values, as buffers and parameters; tied ones stay one.
 
     A parameter is frozen unless `place` gives an nn.Parameter. device: where the model's own tensors go, frozen too;
     None leaves them as they are.
@@ -166,7 +166,7 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _tensors(model: nn.Module) -> "list[tuple[nn.Module, str, Tensor]]":
-    """Parameters and buffers, as often as a module has them."""
+    """Yield parameters and buffers, as often as a module has them."""
     return [
         (module, name, held)
         for module in model.modules()

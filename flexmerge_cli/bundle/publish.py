@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all.
+"""Publishes folders, which appear whole or not at all.
 
 It is written to `.{name}.partial/` beside its place, under the lock `.{name}.lock`, forced to disk and renamed. What a
 crash leaves: before the rename, the partial folder and the lock; with `--force`, the old folder at `.{name}.partial`
@@ -53,7 +53,8 @@ Ours = Callable[[Path], Collection[str] | None]
 
 
 def bundle_files(folder: Path) -> Collection[str] | None:
-    """What a bundle's manifest tells of, itself, and a card that nobody has changed: what `--force` may replace.
+    """Return what `--force` may replace: the files in a bundle's manifest, the manifest, and a card that nobody
+    changed.
 
     Raises UsageError if it is damaged.
     """
@@ -71,7 +72,7 @@ def bundle_files(folder: Path) -> Collection[str] | None:
 
 
 def check_target(target: Path, *, force: bool, ours: Ours, resumes: bool = False) -> None:
-    """Before any weight is read: the folder can be made there, and the place is free or may be replaced.
+    """Check, before any weight is read, that the folder can be made there, and that the place is free or replaceable.
 
     Mends what a killed run left there. resumes: a partial folder with a journal stays, if it may take the place. Raises
     UsageError, MachineError.
@@ -86,7 +87,7 @@ def check_target(target: Path, *, force: bool, ours: Ours, resumes: bool = False
 
 
 def _check_movable(target: Path) -> None:
-    """Raise MachineError for a folder that cannot be renamed, as one of a lower layer of overlayfs: without moving it.
+    """Raise MachineError for a folder that cannot be renamed, such as one in overlayfs's lower layer. Moves nothing.
 
     A folder never takes the place of one that is not empty, and what cannot be moved at all is told before that.
     """
@@ -130,7 +131,7 @@ def check_replaceable(target: Path, ours: Ours) -> None:
 
 
 def foreign(folder: Path, known: Collection[str]) -> list[str]:
-    """What lies in a folder besides the known files and their folders; of a foreign folder its name, not its files."""
+    """List what lies in a folder besides the known files and their folders; a foreign folder counts as one entry."""
     folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     found = []
     for place, inner, names in os.walk(folder):
@@ -150,7 +151,7 @@ def publish(
     needed_bytes: int = 0,
     resumes: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """The folder to write into; it becomes `target` when the block ends well, and is gone when it does not.
+    """Give a folder to write into, which becomes `target` when the block ends well, and is removed when it does not.
 
     resumes: whether a partial folder with a journal, which a killed run left, can be gone on with. ours: looked at once
     more before something is replaced. needed_bytes: what will be written, for the error of a full disk. Raises
@@ -207,7 +208,7 @@ def mend(target: Path, *, resumes: bool = False) -> None:
 
 
 def _mend(target: Path, *, locked: bool, resumes: bool) -> None:
-    """locked: no other run is writing there."""
+    """Mend one place. locked: whether no other run is writing there."""
     old = _beside(target, "old")
     _put_back(old, target)
     for path in _left(target):
@@ -219,7 +220,7 @@ def _mend(target: Path, *, locked: bool, resumes: bool) -> None:
 
 
 def _left(target: Path) -> list[Path]:
-    """What a run leaves beside its place if it is killed, or has there while it runs."""
+    """List what a run has beside its place while it runs, and leaves there if it is killed."""
     fixed = [_beside(target, suffix) for suffix in ("partial", "old", "lock")]
     with contextlib.suppress(OSError):
         prefix = f".{target.name}.{_host()}-"
@@ -228,7 +229,7 @@ def _left(target: Path) -> list[Path]:
 
 
 def partial_bytes(target: Path) -> int:
-    """Bytes of the disk that a partial folder takes which may be gone on with."""
+    """Return the bytes that a partial folder takes on the disk, if a merge can resume it."""
     folder = _beside(target.absolute(), "partial")
     if not holds_journal(folder):
         return 0
@@ -252,7 +253,7 @@ def _host() -> str:
 
 
 def _is_dead(path: Path, target: Path) -> bool:
-    """Whether this is the partial folder of a process of this host that has ended."""
+    """Return whether this is the partial folder of a process of this host that has ended."""
     own = re.fullmatch(
         rf"\.{re.escape(target.name)}\.{re.escape(_host())}-(\d{{1,9}})-[0-9a-f]{{8}}\.partial", path.name
     )
@@ -269,7 +270,8 @@ def _is_dead(path: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[bool]:
-    """Be the only run that writes there; False where the file system has no locks. Raises MachineError if one does."""
+    """Become the only run that writes there. Gives False where the file system has no locks; raises MachineError if
+    another run has it."""
     path = _beside(target, "lock")
     descriptor = _lock(path, target)
     try:
@@ -334,14 +336,14 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
 
 
 def _put_back(old: Path, target: Path) -> None:
-    """After an end between two renames: the one folder that there is. Where it fails, the next run tries again."""
+    """Restore the one folder that is left after an end between two renames. If it fails, the next run tries again."""
     if os.path.lexists(old) and not os.path.lexists(target):
         with contextlib.suppress(OSError):
             old.rename(target)
 
 
 def _remove(folder: Path) -> str | None:
-    """Remove a folder as far as that is possible; what stays of it and why, if something does."""
+    """Remove a folder as far as possible. Returns what stays of it and why, if something does."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         if os.path.lexists(folder):

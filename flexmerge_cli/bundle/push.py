@@ -1,4 +1,4 @@
-"""A bundle and a repository of the Hub in, one commit there out: of what changed, each content sent once.
+"""Publishes a bundle in a repository of the Hub, in one commit of what changed; each content is sent once.
 
 The folders of tasks are links here and copies there: files of the same sha256, which the Hub stores and receives once.
 Contents are sent before the commit, which is the only thing that others see, so a push that breaks off publishes
@@ -34,7 +34,7 @@ OnMessage = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """A file of this disk that a repository is to have."""
+    """A local file that a repository should have."""
 
     file: Path
     num_bytes: int
@@ -47,7 +47,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Push:
-    """What one repository gets."""
+    """What a push sends to one repository, or has sent."""
 
     repository: str
     revision: str
@@ -73,7 +73,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _There:
-    """What a repository has at the head of a branch."""
+    """The files that a repository has at the head of a branch."""
 
     is_new: bool
     head: str | None = None
@@ -82,7 +82,7 @@ class _There:
 
 
 def bundle_uploads(bundle: Bundle) -> dict[str, Upload]:
-    """All files of a bundle by their paths, links among them."""
+    """Return all files of a bundle by their paths, links included."""
     files, path = bundle.manifest.files, bundle.path
     found = {name: Upload(file=path / name, num_bytes=e.bytes, sha256=e.sha256) for name, e in files.items()}
     found |= {link: found[name] for link, name in bundle.manifest.all_links.items()}
@@ -91,7 +91,7 @@ def bundle_uploads(bundle: Bundle) -> dict[str, Upload]:
 
 
 def task_uploads(bundle: Bundle, task: str, scratch: Path) -> dict[str, Upload]:
-    """The files of a task's ordinary folder. A task that must be decoded is exported to `scratch` first."""
+    """Return the files of a task's ordinary folder. A task that must be decoded is exported to `scratch` first."""
     entry, inside = bundle.manifest.tasks[task], f"tasks/{task}/"
     if entry.stem is not None or entry.adapter is not None:
         own = {name: upload for name, upload in bundle_uploads(bundle).items() if name.startswith(inside)}
@@ -101,7 +101,7 @@ def task_uploads(bundle: Bundle, task: str, scratch: Path) -> dict[str, Upload]:
 
 
 def compare(target: HubPlace, uploads: Mapping[str, Upload], *, private: bool, revision: str | None) -> Push:
-    """What a push would do. Asks the Hub, changes nothing.
+    """Return what a push would do. Asks the Hub and changes nothing.
 
     Raises SourceError if the Hub does not answer, UsageError if `private` is asked for where a public repository is.
     """
@@ -130,7 +130,7 @@ def compare(target: HubPlace, uploads: Mapping[str, Upload], *, private: bool, r
 
 
 def carry_out(push: Push, target: HubPlace, *, private: bool) -> str:
-    """Send what changed and commit it. The commit that the branch then has.
+    """Send what changed, commit it, and return the commit that the branch then has.
 
     Raises SourceError if it may not be written, or has changed since `compare`; then nothing is published.
     """
@@ -187,7 +187,7 @@ def _there(api: "HfApi", repository: str, revision: str, *, private: bool) -> _T
 
 
 def _has(listed: tuple[int, str] | None, upload: Upload) -> bool:
-    """Whether a file that is listed has the bytes of this one."""
+    """Return whether a file in a listing has the bytes of this one."""
     if listed is None or listed[0] != upload.num_bytes:
         return False
     return listed[1] == (upload.sha256 if len(listed[1]) == 64 else _git_sha1(upload.file, upload.num_bytes))
@@ -202,7 +202,7 @@ def _git_sha1(file: Path, num_bytes: int) -> str:
 
 
 def _is_replaceable(target: HubPlace, there: _There, upload: Upload) -> bool:
-    """Whether the card over there is this one, or one that flexmerge wrote and nobody has changed."""
+    """Return whether the card over there is this one, or one that flexmerge wrote and nobody has changed."""
     if _has(there.files[CARD_NAME], upload):
         return True
     size = there.files[CARD_NAME][0]
@@ -210,7 +210,7 @@ def _is_replaceable(target: HubPlace, there: _There, upload: Upload) -> bool:
 
 
 def _old_files(target: HubPlace, there: _There) -> set[str]:
-    """The files that the bundle over there consists of."""
+    """Return the files of the bundle over there."""
     if MANIFEST_NAME not in there.files:
         return set()
     try:
@@ -262,7 +262,7 @@ def _push_errors(target: HubPlace) -> Iterator[None]:
 
 
 def repositories(target: HubPlace, tasks: Sequence[str] | None) -> dict[str | None, HubPlace]:
-    """Task, or None for the whole bundle -> its repository. tasks: None for one repository."""
+    """Map each task to its repository; with tasks=None, map None to the one repository of the whole bundle."""
     if target.revision is not None or target.subfolder:
         raise UsageError(f"{target.source}: a bundle is a whole repository", hint="hf://org/name, and --revision NAME")
     if tasks is None:

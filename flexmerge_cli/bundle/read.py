@@ -1,4 +1,4 @@
-"""A bundle on disk: its manifest, its files' headers, and any task's tensors as numpy bits. Needs no torch.
+"""Reads a bundle on disk: its manifest, its files' headers, and any task's tensors as numpy bits. Needs no torch.
 
 Opening checks paths, headers and sizes. A file's digest is compared when the file is first read (files.py). What is
 wrong with a file concerns the tasks that read it, and no other.
@@ -44,7 +44,7 @@ class Bundle(Routes):
 
     @property
     def methods(self) -> list[str]:
-        """Each with its steps, its calibration, and where it comes from if it is not flexmerge's own."""
+        """Return the methods, each with its steps, its calibration, and its origin if it is not flexmerge's own."""
         found = []
         for method in self.manifest.methods:
             parts = [format_call(method.name, method.args), *(f"step {step}" for step in method.steps)]
@@ -59,7 +59,7 @@ class Bundle(Routes):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of every file, as an upload counts them, those that are not on this disk included."""
+        """The bytes of all files, as an upload counts them; those that are not on this disk are included."""
         return self.manifest_bytes + sum(file.bytes for file in self.manifest.files.values())
 
     @staticmethod
@@ -70,7 +70,8 @@ class Bundle(Routes):
         remote: Mapping[str, RemoteFile] | None = None,
         verify: bool = True,
     ) -> "Bundle":
-        """tasks: whose files are looked at, must be sound, and are held; None: all, and one at least must be sound.
+        """Open a bundle. tasks: those whose files are looked at, must be sound, and are held; None for all, one of
+        which must be sound.
 
         What is wrong with the others is raised where they are read. remote: files that are not on this disk, of which
         headers alone are read: such a bundle can be looked at, and not read from. verify: whether a file's sha256 is
@@ -95,7 +96,7 @@ class Bundle(Routes):
         remote: Mapping[str, RemoteFile] | None = None,
         verify: bool = True,
     ) -> "Bundle":
-        """The same, whatever is wrong with its files. Raises only if there is no sound manifest."""
+        """Open a bundle whatever is wrong with its files. Raises only if there is no sound manifest."""
         for _ in range(MAX_LOOKS):
             place = standing(path)
             before = _inode(place / MANIFEST_NAME)
@@ -112,15 +113,15 @@ class Bundle(Routes):
 
     @property
     def sound_tasks(self) -> tuple[str, ...]:
-        """Tasks whose files are there, of the right size, with headers and parts as the manifest has them."""
+        """The tasks whose files are there, of the right size, with headers and parts as in the manifest."""
         return tuple(task for task in self.tasks if task not in self._problems and not self._bad_files([task]))
 
     def check_task(self, task: str) -> None:
-        """Raises SourceError if there is no such task, otherwise as check_tasks."""
+        """Raise SourceError if there is no such task, and otherwise what `check_tasks` raises."""
         self.check_tasks([task])
 
     def check_tasks(self, tasks: Collection[str]) -> None:
-        """Raises what was found wrong, when the bundle was opened, with the files of these tasks, all at once."""
+        """Raise one error for all that was found wrong with the files of these tasks when the bundle was opened."""
         for task in tasks:
             if task not in self.manifest.tasks:
                 raise SourceError(f"no task `{task}` in {self.path}", hint=f"it has: {', '.join(self.tasks)}")
@@ -128,7 +129,7 @@ class Bundle(Routes):
         raise_all(self.path, [*self._bad_files(tasks).values(), *of_tasks])
 
     def problem(self, name: str) -> FlexmergeError | None:
-        """What was found wrong with a file, or a task, when the bundle was opened."""
+        """Return what was found wrong with a file, or a task, when the bundle was opened."""
         return self._problems.get(name)
 
     def check_files(self, task: str, *, weights: bool = True) -> None:
@@ -146,7 +147,7 @@ class Bundle(Routes):
 
     @contextlib.contextmanager
     def checking(self, task: str) -> Iterator["Bundle"]:
-        """This bundle, whose files of the task are digested while it is read; see BundleFiles.checking."""
+        """Give this bundle, and digest the task's files while it is read; see BundleFiles.checking."""
         if self.files is None:
             yield self
             return
@@ -154,7 +155,7 @@ class Bundle(Routes):
             yield replace(self, files=files)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file of the manifest, from beginning to end. Raises after the last byte if its sha256 is another."""
+        """Yield a file of the manifest from beginning to end. Raises after the last byte if its sha256 differs."""
         return self._on_disk.chunks(name)
 
     def ahead(self, task: str) -> None:
@@ -178,17 +179,17 @@ class Bundle(Routes):
         return self.files
 
     def route(self, task: str) -> list[str]:
-        """Weight files that a task reads."""
+        """Return the weight files that a task reads."""
         self.check_task(task)
         return [name for name in self.manifest.tasks[task].files if name in self.parts]
 
     def tensors_of(self, task: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Own name -> (dtype, shape), in the order of the base's files."""
+        """Map own names to (dtype, shape), in the order of the base's files."""
         self.check_task(task)
         return {own: self.tensor_of(task, name) for own, name in self.manifest.aligned(task).items()}
 
     def array(self, task: str, aligned: str, *, shared: bool = False) -> np.ndarray:
-        """A task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype, in memory of the caller's own.
+        """Return a task's tensor as bits (`NUMPY[dtype]`), in its own shape and dtype, in memory of the caller's own.
 
         shared: of a dense part in the task's own dtype a view of the mapped file instead, which all tasks of a group
         have in common.
@@ -198,29 +199,30 @@ class Bundle(Routes):
         return found.decode(self._parts[task], self.mapped if shared and found.is_plain else self.bits)
 
     def stored(self, task: str, aligned: str) -> np.ndarray:
-        """The same of what has an entry, and a digest, in the manifest: of a vocabulary the common rows, or `@rows`."""
+        """Return what has an entry and a digest in the manifest: a tensor, or the common rows or `@rows` of a
+        vocabulary."""
         return self.stored_as(task, aligned).decode(self._parts[task], self.bits)
 
     def held(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
-        """`mapped`, or a copy of what is not row by row, or not where a processor wants its numbers."""
+        """Return what `mapped` does, or a copy where that is not row by row, or not aligned."""
         return self.bits(part, at) if part.strides is not None else np.require(self.mapped(part, at), requirements="A")
 
     def bits(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
-        """Elements of a part, one axis, read into memory of the caller's own."""
+        """Read elements of a part, one axis, into memory of the caller's own."""
         if part.path in self.memory:
             return self.mapped(part)[at].copy()
         start, stop, _ = at.indices(part.num_elements)
         return self._on_disk.read(part, start, stop)
 
     def mapped(self, part: StoredTensor, at: slice = ALL) -> np.ndarray:
-        """The same, mapped; private to this process where written to. See BundleFiles.map."""
+        """Map elements of a part; what is written to them stays in this process. See BundleFiles.map."""
         whole = self.memory.get(part.path)
         if whole is None:
             whole = self._on_disk.map(part.path)
         return np.asarray(whole[part.offset : part.offset + part.num_bytes]).view(NUMPY[part.dtype])[at]
 
     def config_folder(self, task: str) -> Path:
-        """Where a task's config and tokenizer lie; of a kept adapter that has none of its own, the base's."""
+        """Return the folder of a task's config and tokenizer; for a kept adapter without its own, the base's."""
         folder = self.path / self.manifest.side_folder(task)
         has_own = self.manifest.tasks[task].adapter is None or f"tasks/{task}/config.json" in self.manifest.files
         return folder if has_own else self.path / self.manifest.base_folder
@@ -229,7 +231,7 @@ class Bundle(Routes):
 def _look(
     path: Path, manifest: Manifest, tasks: Collection[str], remote: Mapping[str, RemoteFile], *, verify: bool
 ) -> Bundle:
-    """Headers and sizes of the files of these tasks, and what is wrong with which."""
+    """Return headers and sizes of the files of these tasks, and what is wrong with which of them."""
     files, problems = BundleFiles(path, manifest.files, verify=verify), dict[str, FlexmergeError]()
     parts: dict[str, Mapping[str, StoredTensor]] = {}
     wanted = set(tasks)
@@ -259,7 +261,7 @@ def _look(
 
 
 def _blame_damage(bundle: Bundle) -> None:
-    """Where something does not fit because a file is damaged, say that."""
+    """Say so where something does not fit because a file is damaged."""
     for name, problem in list(bundle._problems.items()):
         suspects = [name] if name in bundle.manifest.files else bundle.manifest.tasks[name].files
         if isinstance(problem, DataError) and bundle.files is not None:

@@ -1,4 +1,4 @@
-"""What a runtime of all tasks will hold in memory, told from the manifest and the headers. Needs no torch.
+"""Predicts what a runtime of all tasks will hold in memory, from the manifest and the headers. Needs no torch.
 
 A model's own classes decide which weights stay packed; here names and shapes tell. They are wrong about weights called
 `weight` of modules that are no layers, such as the routers of mixtures of experts. What a model makes for itself, such
@@ -21,7 +21,7 @@ MATRIX_AXES = range(2, 5)
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The bytes of one tensor, for all tasks; what tasks share counts once."""
+    """The bytes that one tensor takes for all tasks; what tasks share counts once."""
 
     dense: int
     """If every task's weight is decoded."""
@@ -34,7 +34,7 @@ class Held:
 def packed_pieces(
     bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]
 ) -> dict[str, tuple[StoredTensor, int]]:
-    """By role: the parts of a weight that can stay packed, and the bytes that it holds of each.
+    """Map each role to the parts of a weight that can stay packed, and to the bytes that it holds of each.
 
     Empty if it cannot: it is small, stored otherwise, or its rows are not its first axis.
     """
@@ -45,7 +45,7 @@ def packed_pieces(
 
 
 def resident(bundle: Bundle) -> dict[str, Held]:
-    """Aligned name -> what a runtime of all sound tasks, each in its own dtype, holds of the tensor.
+    """Map each aligned name to what a runtime of all sound tasks holds of the tensor, each task in its own dtype.
 
     Tensors that lie in the memory of another, such as tied ones, are left out.
     """

@@ -23,7 +23,7 @@ from flexmerge_cli.stored.split import SplitTensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routes:
-    """A manifest, and the parts of the files that are there."""
+    """Answers how each tensor is stored, from a manifest and the parts of the files that are there."""
 
     path: Path
     """The bundle's, for errors."""
@@ -85,7 +85,7 @@ class Routes:
         return tuple(self.manifest.tasks)
 
     def tensor_of(self, task: str, aligned: str) -> tuple[str, tuple[int, ...]]:
-        """A task's (dtype, shape) of one tensor."""
+        """Return a task's (dtype, shape) of one tensor."""
         if (split := self._splits.get(aligned)) is not None:
             dtype, shape = self.tensor_of(task, split.names[0])
             return dtype, split.whole(shape)
@@ -94,7 +94,7 @@ class Routes:
         return tensor.dtype_of(task), shape if rows is None else (rows.rows, *shape[1:])
 
     def stored_as(self, task: str, aligned: str) -> Stored:
-        """How what has an entry in the manifest is stored: of a vocabulary the common rows, or `@rows`.
+        """Return how an entry of the manifest is stored: a tensor, or the common rows or `@rows` of a vocabulary.
 
         Raises DataError if the manifest does not say so soundly, or it takes a part that is not there.
         """
@@ -123,11 +123,11 @@ class Routes:
         return stored_as(group.kind, described, parts)
 
     def parts_of(self, task: str) -> RouteParts:
-        """All parts on a task's route."""
+        """Return all parts on a task's route."""
         return self._parts[task]
 
     def whole(self, task: str, aligned: str) -> Stored:
-        """How a task's whole tensor is stored, its rows joined if it has a vocabulary, its parts if it is split.
+        """Return how a task's whole tensor is stored: rows of a vocabulary and parts of a split tensor are joined.
 
         Raises as stored_as.
         """
@@ -145,17 +145,18 @@ class Routes:
         )
 
     def coded(self, task: str, aligned: str) -> CodedTensor | None:
-        """How a tensor is stored as a centre and residuals; None if it is stored otherwise."""
+        """Return how a tensor is stored as a centre and residuals; None if it is stored otherwise."""
         found = self.whole(task, aligned)
         return found if isinstance(found, CodedTensor) else None
 
     def dense(self, task: str, aligned: str) -> StoredTensor | None:
-        """The part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
+        """Return the part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
         found = self.whole(task, aligned)
         return found.part if isinstance(found, DenseTensor) else None
 
     def packed(self, task: str, aligned: str) -> Packable | None:
-        """How a tensor is stored of which any rows can be decoded alone; None if it is dense, or stored otherwise."""
+        """Return how a tensor is stored if any of its rows can be decoded alone; None if it is dense, or stored
+        otherwise."""
         match found := self.whole(task, aligned):
             case CodedTensor() | MaskedTensor():
                 return found
@@ -166,11 +167,11 @@ class Routes:
         return None
 
     def is_shared(self, task: str, aligned: str) -> bool:
-        """Whether the tensor is the bits of one part, unchanged, to which a view of the mapped file refers."""
+        """Return whether the tensor is exactly the bits of one part, so that a view can refer to the mapped file."""
         return self.whole(task, aligned).is_plain
 
     def identity(self, task: str, aligned: str) -> tuple[str, ...]:
-        """Equal for two tensors that have the same bits, dtype and shape, and are stored once."""
+        """Return a key that is equal for two tensors with the same bits, dtype and shape that are stored once."""
         if (split := self._splits.get(aligned)) is not None:
             return tuple(word for name in split.names for word in self.identity(task, name))
         tensor = self._tensors[aligned]
@@ -184,7 +185,8 @@ class Routes:
         return aligned not in self._splits and self._tensors[aligned].of is not None
 
     def check_route(self, task: str) -> None:
-        """Every tensor of a task can be decoded: its parts are there, of the dtype and size that it needs."""
+        """Check that every tensor of a task can be decoded: its parts are there, with the dtype and size that it
+        needs."""
         for tensor in self._entries[task]:
             if tensor.of is None and not self.stored_as(task, tensor.name).fits(self._parts[task]):
                 raise DataError(

@@ -1,4 +1,4 @@
-"""Whether a bundle's bytes are those its manifest tells of. Needs no torch."""
+"""Verifies a bundle's bytes against its manifest. Needs no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from flexmerge_cli.errors import FlexmergeError, IntegrityError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was found."""
+    """What verification found."""
 
     bad: dict[str, str]
     """Path, or `tensor of task`, -> what is wrong."""
@@ -42,7 +42,7 @@ def verify(path: Path, *, decode: bool = False, on_bytes: Callable[[int], None] 
 def verify_bundle(
     bundle: Bundle, *, decode: bool = False, on_bytes: Callable[[int], None] = lambda _count: None
 ) -> Verification:
-    """The same of a bundle that was looked at; what is digested here is not digested again when it is read."""
+    """Verify a bundle that was looked at; what is digested here is not digested again when it is read."""
     assert bundle.files is not None
     manifest = bundle.manifest
     problems = {name: bundle.problem(name) for name in manifest.files}
@@ -85,7 +85,7 @@ def verify_bundle(
 
 
 def require_sound(bundle: Bundle) -> None:
-    """Raises IntegrityError that names all bad files, the tasks that they break, and those that are sound."""
+    """Raise IntegrityError that names all bad files, the tasks that they break, and those that are sound."""
     found = verify_bundle(bundle)
     if found.bad:
         lines = [f"{name}: {problem}" for name, problem in found.bad.items()]
@@ -94,14 +94,14 @@ def require_sound(bundle: Bundle) -> None:
 
 
 def _said(file: Path, problem: FlexmergeError) -> str:
-    """What is wrong, without the name of the file."""
+    """Return what is wrong, without the name of the file."""
     if isinstance(problem, DigestError):
         return "sha256 differs"
     return problem.message.removeprefix(str(file)).lstrip(": ").removeprefix("is ").removeprefix("has ")
 
 
 def _decode(bundle: Bundle, tasks: set[str]) -> tuple[dict[tuple[str, str], str], int]:
-    """(task, tensor) -> what is wrong, of tasks whose files are sound."""
+    """Map (task, tensor) to what is wrong, for tasks whose files are sound."""
     found, count = {}, 0
     for tensor in bundle.manifest.stored:
         for task, digest in tensor.digests.items():

@@ -1,4 +1,4 @@
-"""A task's model out of a bundle: a read-only mapping of tensors, or the transformers model."""
+"""Gives a task's model out of a bundle, as a read-only mapping of tensors or as the transformers model."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from flexmerge_cli.errors import UsageError
 
 
 class View(Mapping[str, Tensor]):
-    """Own name -> tensor of one task.
+    """A mapping from own names to the tensors of one task.
 
     Where the group is dense the tensor lies on the mapped file and two tasks of one group have the same storage: what
     is written to it both see (the file is not changed). copy=True gives each tensor memory of its own. Where something
@@ -63,7 +63,7 @@ class View(Mapping[str, Tensor]):
 
 @torch.inference_mode(False)  # its tensors could not be trained, or used outside of inference mode
 def load_model(view: View, **kwargs: Any) -> Any:
-    """The transformers model of the task's config, its parameters assigned from the view, without a second copy.
+    """Load the transformers model of the task's config. Its parameters are the view's tensors, without a second copy.
 
     Parameters that models of the group have in common are frozen: those on a mapped file, and what the loader joins of
     such ones, as the experts of a mixture, which lies in memory once while a model has it. kwargs go to the model's
@@ -102,7 +102,7 @@ def load_model(view: View, **kwargs: Any) -> Any:
 
 
 def task_model(bundle: Bundle, task: str, weights: Mapping[str, Tensor], **kwargs: Any) -> Any:
-    """The transformers model of a task's config with these weights, which have the task's own names, in eval mode.
+    """Return the transformers model of a task's config, in eval mode, with these weights under the task's own names.
 
     kwargs go to the model's `from_pretrained`. Raises UsageError without transformers or config, DataError if the
     names of model and checkpoint differ, IntegrityError if a side file is not the manifest's or the bundle is replaced.

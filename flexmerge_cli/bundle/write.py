@@ -1,4 +1,4 @@
-"""A layout and its sources in, a bundle on disk out. What was written is opened and checked before it is published."""
+"""Writes a bundle from a layout and its sources. What was written is opened and checked before it is published."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ COPY_BYTES = 4 << 20
 
 
 def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
-    """What can be refused before a weight is read: a taken or unwritable place, a full disk."""
+    """Refuse what can be refused before a weight is read: a taken or unwritable place, a full disk."""
     check_target(target, force=force, ours=bundle_files, resumes=True)
     if layout.num_manifest_bytes > MAX_MANIFEST_BYTES:
         raise UsageError(
@@ -102,13 +102,13 @@ def write_bundle(
 
 
 def _key(layout: BundleLayout, device: torch.device) -> str:
-    """What all bundles of the same bytes have in common, and most others have not: plan, request, methods, versions."""
+    """Return the digest of all that decides a bundle's bytes: plan, request, methods, device and versions."""
     text = f"{device.type} {torch.__version__} {native.lib is not None}\n".encode() + layout.manifest(Measured())
     return hashlib.sha256(text).hexdigest()
 
 
 def _leave_weights(layout: BundleLayout, folder: Path) -> None:
-    """Empty a partial folder but for the journal and the weight files, which may hold what is finished."""
+    """Empty a partial folder, except for the journal and the weight files, which may hold what is finished."""
     weights = {folder / file.path for file in layout.files}
     for path in folder.iterdir():
         if path.name == WEIGHTS.rstrip("/") and path.is_dir() and not path.is_symlink():
@@ -121,7 +121,7 @@ def _leave_weights(layout: BundleLayout, folder: Path) -> None:
 def _write_small(
     layout: BundleLayout, side_files: Mapping[tuple[str, str], Path], folder: Path, measured: Measured
 ) -> None:
-    """Side files, and what is written beside them; equal ones are hard links where that works."""
+    """Write side files, and what belongs beside them; equal ones are hard links where that works."""
     written: dict[str, Path] = {}
     records = {reader.name: reader.files for reader in layout.plan.readers} | {"": layout.plan.base.files}
     for small in layout.small:
@@ -147,7 +147,7 @@ def _write_small(
 
 
 def _check_written(layout: BundleLayout, folder: Path) -> None:
-    """Every tensor of every task is on its route, with its dtype and shape, and the bytes are those of the layout."""
+    """Check that every task's tensors are on its route with dtype and shape, and that the bytes are the layout's."""
     small, weights = ([folder / file.path for file in files] for files in (layout.small, layout.files))
     total = sum(path.stat().st_size for path in (*small, *weights, folder / MANIFEST_NAME))
     links = [folder / path for path in layout.links]

@@ -1,4 +1,4 @@
-"""One batch of examples of several tasks: split by task, run, and put together again. Knows no bundle."""
+"""Splits one batch of examples of several tasks by task, runs it, and joins the outputs. Knows no bundle."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Run = Callable[[dict[str, dict[str, Any]]], list[Any]]
 
 
 def run_batch(run: Run, inputs: Mapping[str, Any], tasks: Sequence[str]) -> list[Any]:
-    """The output of every example, in order, without the axis of examples. tasks: one name per example.
+    """Return the output of every example, in order, without the axis of examples. tasks: one name per example.
 
     Raises UsageError if a tensor has another number of examples.
     """

@@ -19,7 +19,7 @@ STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def product(x: Tensor, weight: PackedOn) -> Tensor:
-    """x · Wᵀ, [k, n] -> float32 [k, m]. The weight has one or two arrays of codes, and nothing else."""
+    """Return x · Wᵀ, [k, n] -> float32 [k, m]. The weight has one or two arrays of codes, and nothing else."""
     (k, n), m = x.shape, weight.matrix[0]
     x, found = x.contiguous(), x.new_empty(k, m, dtype=torch.float32)
     first, second = weight.codes[0], weight.codes[-1]
@@ -60,7 +60,8 @@ def _product(
 
 @triton.jit
 def _levels(codes, width, table, scale, step, of_m, of_n, m, n, BITS: tl.constexpr):
-    """table[codes] · scale, float32 [TILE_M, TILE_N]. Bit j·BITS of a row begins code j (residuals/packing.py)."""
+    """Look up table[codes] · scale, float32 [TILE_M, TILE_N]. Bit j·BITS of a row begins code j
+    (residuals/packing.py)."""
     inside = (of_m < m)[:, None] & (of_n < n)[None, :]
     bit = of_n * BITS
     place = codes + of_m[:, None] * width + (bit >> 3)[None, :]

@@ -1,4 +1,4 @@
-"""The models of several tasks run side by side, and meet where they share a weight: its product is taken once for all.
+"""Runs the models of several tasks side by side. Where they share a weight, its product is taken once for all.
 
 Every task's model runs its own code on its own rows, in a thread of its own, one thread at a time: so any architecture,
 its caches and `generate` included, computes what it computes alone. A linear layer whose weight, or centre, several of
@@ -24,7 +24,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
-    """Where the weights, or the centres of packed weights, lie that several models have in common."""
+    """Return where the weights, or centres of packed weights, lie that several models have in common."""
     seen, shared = set[int](), set[int]()
     for model in models:
         own = {place for held in model.parameters() if (place := _place(held)) is not None}
@@ -34,7 +34,7 @@ def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
 
 
 def run_together(runs: Sequence[Callable[[], Result]], shared: Collection[int]) -> list[Result]:
-    """The result of every run, in order. The first error, in that order, is raised once all have ended.
+    """Return the result of every run, in order. The first error, in that order, is raised once all have ended.
 
     shared: of `shared_weights`. Runs without gradients.
     """
@@ -78,7 +78,7 @@ class _Meeting:
         self._next()
 
     def linear(self, place: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """NotImplemented where there is nothing to be shared."""
+        """Multiply by a shared weight. Returns NotImplemented where nothing is shared."""
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(weight, PackedWeight):
             if len(rows) > FEW_ROWS or not weight.packed.is_split or _place(weight) not in self._shared:
@@ -102,7 +102,7 @@ class _Meeting:
         return self._product(place, key, x, lambda x: torch.addmm(bias, x, weight))
 
     def _product(self, place: int, key: Hashable, x: Tensor, product: Product) -> Tensor:
-        """product(x), taken together with those of the others that come here with the same key."""
+        """Return product(x), taken together with those of the other runs that come here with the same key."""
         self._waiting[place] = (key, x.dtype), x, product
         self._next()
         self._turns[place].acquire()
@@ -112,7 +112,7 @@ class _Meeting:
         return found
 
     def _next(self) -> None:
-        """Let the next one go on; if all wait, take the products first."""
+        """Let the next run go on; if all wait, take the products first."""
         if not self._ready:
             self._multiply()
         if self._ready:
@@ -135,7 +135,7 @@ class _Meeting:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees the products of one thread."""
+    """Intercepts the products of one thread."""
 
     def __init__(self, meeting: _Meeting, place: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _place(weight: Tensor) -> int | None:
-    """Where it, or its centre, lies. None of what is no matrix."""
+    """Return where a weight, or its centre, lies; None if it is no matrix."""
     if not isinstance(weight, PackedWeight):
         return weight.data_ptr() if weight.dim() == 2 else None
     return weight.packed.address

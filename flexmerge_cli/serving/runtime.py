@@ -1,4 +1,4 @@
-"""The tasks of a bundle in one process: every stored part is placed once, and the models of all tasks refer to it."""
+"""Holds the tasks of a bundle in one process: each stored part is placed once, and all models refer to it."""
 
 import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -58,7 +58,7 @@ class Runtime:
         weights: str = "dense",
         dtype: str | None = None,
     ) -> None:
-        """Arguments and errors: `OpenBundle.runtime`."""
+        """Arguments and errors are those of `OpenBundle.runtime`."""
         if weights not in ("dense", "packed"):
             raise UsageError(f"weights `{weights}` is neither `dense` nor `packed`", hint="choose one of these two")
         if dtype is not None and dtype not in DTYPES:
@@ -80,7 +80,7 @@ class Runtime:
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        """Device -> bytes of all tensors of all tasks, each once, whether or not they are loaded yet. Reads no weights.
+        """The bytes of all tensors of all tasks by device, each once, loaded or not. Reads no weights.
 
         On the CPU this includes parts that lie on the bundle's mapped files.
         """
@@ -104,7 +104,7 @@ class Runtime:
         )
 
     def model(self, task: str) -> Any:
-        """The transformers model of a task, in eval mode. It is loaded when it is first asked for.
+        """Return the transformers model of a task, in eval mode. It is loaded when it is first asked for.
 
         Raises UsageError for a task that the runtime does not have, otherwise like `OpenBundle.model`.
         """
@@ -181,7 +181,7 @@ class Runtime:
         return found
 
     def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
-        """The files are digested meanwhile: nothing is handed out before that has ended."""
+        """Read values, and digest the files meanwhile; nothing is handed out before that has ended."""
         with self._bundle.checking(task) as bundle, ThreadPoolExecutor(default_threads()) as pool:
             view, packed = View(bundle, task, device=str(self.device)), self._task(task).packed
 
@@ -200,7 +200,7 @@ class Runtime:
             return dict(zip(needs, pool.map(read, needs)))
 
     def _place(self, task: str, array: np.ndarray) -> Tensor:
-        """An array of a packed weight on the device, where tasks that share it have it once.
+        """Put an array of a packed weight on the device, once for all tasks that share it.
 
         Two arrays at one place in memory are the same, since each is kept as long as a task has it.
         """

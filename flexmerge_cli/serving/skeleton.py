@@ -1,4 +1,4 @@
-"""The transformers model of a task before its weights are read: every tensor of the bundle is a placeholder."""
+"""Builds the transformers model of a task before its weights are read: every tensor of the bundle is a placeholder."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from flexmerge_cli.errors import UsageError
 
 
 def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | None) -> Any:
-    """Reads the task's config, and no weights. dtype: None for that of the task. Raises like `OpenBundle.model`."""
+    """Build the model from the task's config. dtype: None for that of the task. Raises like `OpenBundle.model`."""
     view = View(bundle, task, device=device)
     weights = {}
     for own, (stored, shape) in bundle.tensors_of(task).items():

@@ -75,7 +75,7 @@ class PackedWeight(Tensor):
         return func(*args, **kwargs)
 
     def halves(self) -> "tuple[PackedWeight, Packed | None]":
-        """The first of what it is the sum of, which tasks share, as a weight in float32, and the rest."""
+        """Return the centre, which tasks share, as a weight in float32, and the rest of the sum."""
         if self._halves is None:
             packed = self.packed
             assert isinstance(packed, Packed)
@@ -88,11 +88,11 @@ class PackedWeight(Tensor):
         return self._halves
 
     def decoded(self) -> Tensor:
-        """The whole weight, in memory of its own."""
+        """Decode the whole weight, into memory of its own."""
         return self.piece(0, self.packed.matrix[0]).reshape(self.shape)
 
     def piece(self, first: int, stop: int) -> Tensor:
-        """Rows [first, stop), [stop - first, n]."""
+        """Decode rows [first, stop), [stop - first, n]."""
         if isinstance(self.packed, (PackedOn, JoinedRowsOn)):
             return self.packed.decode(slice(first, stop)).to(self.dtype)
         found: Tensor = self.gathered(torch.arange(first, stop))
@@ -100,7 +100,7 @@ class PackedWeight(Tensor):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it can look neither into numpy nor into C
     def gathered(self, places: Tensor) -> Tensor:
-        """Rows, [k, n]. places: int64 [k] on the weight's device. Decoded by as many threads as torch uses."""
+        """Decode rows, [k, n], by as many threads as torch uses. places: int64 [k] on the weight's device."""
         packed = self.packed
         if isinstance(packed, (PackedOn, JoinedRowsOn)):
             return packed.decode(places).to(self.dtype)
@@ -127,7 +127,7 @@ def _decoded(arguments: Any) -> Any:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """x · Wᵀ + bias."""
+    """Return x · Wᵀ + bias."""
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or isinstance(bias, PackedWeight):
         return NotImplemented
     rows = x.reshape(-1, x.shape[-1])
@@ -153,7 +153,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 def _has_kernel(weight: PackedWeight) -> bool:
-    """Whether products with it can be the fused kernel: on CUDA, of codes alone."""
+    """Return whether the fused kernel can take products with the weight: on CUDA, codes alone."""
     if not weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not has_triton():
         return False
     return isinstance(weight.packed, PackedOn) and weight.packed.is_codes_alone
@@ -165,7 +165,7 @@ def has_triton() -> bool:
 
 
 def split_product(x: Tensor, packed: Packed) -> Tensor:
-    """x · Wᵀ in float32 without decoding codes, [k, m]."""
+    """Return x · Wᵀ in float32, [k, m], without decoding codes."""
     m, n = packed.matrix
     x = x.to(torch.float32).contiguous()
     found = x.new_zeros(len(x), m)
@@ -188,7 +188,7 @@ def split_product(x: Tensor, packed: Packed) -> Tensor:
 
 
 def add_codes_product(x: Tensor, codes: native.Codes, out: Tensor) -> None:
-    """out += x · Wᵀ; float32 x [k, n] and out [k, m], contiguous. By as many threads as torch uses."""
+    """Add x · Wᵀ to out, by as many threads as torch uses; float32 x [k, n] and out [k, m], contiguous."""
     assert native.decoding is not None
     dot, held, (k, m), n = native.decoding.flexmerge_dot, native.address(codes), out.shape, x.shape[1]
     threads = min(torch.get_num_threads(), m * n // (TILE_ELEMENTS // 8), m)
@@ -204,7 +204,7 @@ def add_codes_product(x: Tensor, codes: native.Codes, out: Tensor) -> None:
 
 
 def _addmm(added: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """bias + x · W, as transformers' Conv1D calls it."""
+    """Return bias + x · W, as transformers' Conv1D calls it."""
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or (beta, alpha) != (1, 1):
         return NotImplemented
     found = added.expand(len(x), weight.shape[1]).to(torch.float32, copy=True)
@@ -241,7 +241,7 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
 def _embedding(
     ids: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None, *_: Any, **__: Any
 ) -> Any:
-    """Decodes the rows that are asked for, each once."""
+    """Decode the rows that are asked for, each once."""
     if not isinstance(weight, PackedWeight) or max_norm is not None:
         return NotImplemented
     rows, places = torch.unique(ids, return_inverse=True)
@@ -271,13 +271,13 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 
 
 def _is_plain(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether our products apply. What needs a gradient, or would raise for its dtype or device, goes to torch."""
+    """Return whether our products apply. What needs a gradient, or would raise, goes to torch."""
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     return not needs_gradient and x.dtype == weight.dtype and x.device == weight.device and type(x) is not PackedWeight
 
 
 def _tensor(part: Elements, m: int, n: int) -> Tensor:
-    """The same memory."""
+    """Return a tensor of the same memory."""
     return as_tensor(part.bits.view(np.uint8), part.dtype).reshape(m, n)
 
 
