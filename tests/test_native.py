@@ -6,8 +6,9 @@ import torch
 
 from flexmerge_cli import make_plan, merge, native
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
-from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, gram_sums
+from flexmerge_cli.engine.survey import gram_sums
 from flexmerge_cli.engine.survey_codes import average_into
+from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.residuals.row_errors import row_errors
 

@@ -19,8 +19,10 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine import journal
 from flexmerge_cli.engine.journal import JOURNAL_NAME, Journal, holds_journal, read_journal
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
+from flexmerge_cli.engine.materialise import materialise
 from flexmerge_cli.engine.output import Output
+from flexmerge_cli.engine.sources import Sources
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.folders import WEIGHTS
 from flexmerge_cli.writing import folder_above, no_space

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor, torch
 
 KINDS: tuple[str, ...] = ("cpu", "cuda")
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
+def choose_device(wanted: str = "auto") -> "torch.device":
     """`auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,19 +40,19 @@ def single_threaded() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def torch_dtype(dtype: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> "torch.dtype":
     """The dtype of torch for a name as safetensors has it."""
     found: torch.dtype = getattr(torch, TO_TORCH[dtype])
     return found
 
 
-def as_tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
+def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:
     """Bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
     if raw.size == 0:  # numpy gives an empty range no stride that torch would view
         return torch.empty(0, dtype=torch_dtype(dtype))
     return torch.from_numpy(raw).view(torch_dtype(dtype))
 
 
-def to_bytes(tensor: torch.Tensor) -> np.ndarray:
+def to_bytes(tensor: Tensor) -> np.ndarray:
     """A tensor's bytes (uint8, one axis) on the CPU."""
     return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()

@@ -6,8 +6,6 @@ Every value is decoded again as the reader decodes it, so that digests and dista
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
@@ -19,6 +17,7 @@ from flexmerge_cli.engine.runs import squares
 from flexmerge_cli.engine.spans import tiles
 from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.later import Tensor, torch
 
 
 @dataclass(slots=True)

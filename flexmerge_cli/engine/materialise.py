@@ -25,19 +25,15 @@ from flexmerge_cli.engine.journal import Journal
 from flexmerge_cli.engine.output import Output, Sink
 from flexmerge_cli.engine.pool import ordered_map, with_fallback
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
-from flexmerge_cli.engine.spans import Span, cut
+from flexmerge_cli.engine.sources import BASE, Sources
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, Span, cut
 from flexmerge_cli.engine.statistics_pass import StatisticsPass
-from flexmerge_cli.engine.work import BASE, Raw, Sources, Worker
+from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
-
-# Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
-CHUNK_ELEMENTS = 1 << 19
-
-__all__ = ["CHUNK_ELEMENTS", "Sources", "materialise"]
 
 
 def materialise(

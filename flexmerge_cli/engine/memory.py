@@ -16,8 +16,7 @@ from flexmerge_cli.checkpoint.change import LowRank
 from flexmerge_cli.checkpoint.digest import PIECE_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import AHEAD
-from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem
-from flexmerge_cli.engine.survey_codes import view_of
+from flexmerge_cli.engine.survey_item import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem, view_of
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.residuals.coding_error import sample_rows
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK

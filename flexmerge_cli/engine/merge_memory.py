@@ -13,7 +13,6 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.engine.chain import Chain, chains_of
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
 from flexmerge_cli.engine.memory import (
     FIXED_BYTES,
     RECORD_BYTES,
@@ -26,8 +25,9 @@ from flexmerge_cli.engine.memory import (
     unjoined_bytes,
 )
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
-from flexmerge_cli.engine.spans import TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
-from flexmerge_cli.engine.work import Sources, runs_in_tiles
+from flexmerge_cli.engine.sources import Sources
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
+from flexmerge_cli.engine.work import runs_in_tiles
 from flexmerge_cli.engine.writers.table import visit_scope, writer_of
 from flexmerge_cli.engine.writers.writer import Work
 from flexmerge_cli.family.classes import TensorClass

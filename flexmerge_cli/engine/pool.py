@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from flexmerge_cli.later import torch
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -59,15 +61,11 @@ def _start() -> None:
 
     Until then a thread's matrix products run on all cores, and give other bits than on the one that the engine set.
     """
-    import torch
-
     torch.get_num_threads()
 
 
 def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_warning: Callable[[str], None]) -> Result:
     """`run`, or on the CPU where the GPU has no memory left for it: slower, and the same elementwise bytes."""
-    import torch
-
     try:
         return run()
     except torch.OutOfMemoryError:

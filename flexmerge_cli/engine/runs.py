@@ -5,10 +5,9 @@ span and no tile ends inside one.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli import native
+from flexmerge_cli.later import Tensor, torch
 
 # Squares of a run are added in float32: their sum is off by 1e-7, and that of thousands of runs by less.
 # Here and LANES, that many sums next to one another, as native.c has them: both give the same bits.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.methods.method import Scope
 
+# Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
+CHUNK_ELEMENTS = 1 << 19
 # Elements that are merged at once: task vectors, sums and results of eight tasks stay in the second-level cache.
 # Repeat: python -m tests.bench merge
 TILE_ELEMENTS = 1 << 16

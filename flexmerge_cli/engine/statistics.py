@@ -8,10 +8,9 @@ another, and each is finished at its end: what is held does not grow with their 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.spans import Span
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Statistic, Where
 
 Tasks = tuple[int, ...]

@@ -15,9 +15,10 @@ from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.runs import added
+from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.spans import Span, widest
 from flexmerge_cli.engine.statistics import Key, run_statistics
-from flexmerge_cli.engine.work import BASE, Worker
+from flexmerge_cli.engine.work import Worker
 from flexmerge_cli.engine.writers.table import writer_of
 from flexmerge_cli.engine.writers.writer import UnitValues
 from flexmerge_cli.family.classes import TensorClass

@@ -20,55 +20,22 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded, to_bytes, torch_dtype
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.read_models import read_models
-from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows, view_of
+from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows
+from flexmerge_cli.engine.survey_item import (
+    CHUNK_ELEMENTS,
+    PRODUCT_ELEMENTS,
+    TILE_ELEMENTS,
+    Measure,
+    SurveyItem,
+    models_of,
+    view_of,
+)
 from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
 
-# Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
-PRODUCT_ELEMENTS = 1 << 16
 # Terms that are added in float32: one sum of 2^16 is off by up to 2e-5, more than the 2^-20 to which similarities are
 # compared; 2^12 by 2e-7, in two thirds of the time. (k = 8, bf16 fine-tunes, torch 2.13)
 SUM_ELEMENTS = 1 << 12
-# Elements of one work item, per model: 1 MiB of float32, a whole piece of the digest, and small enough for the cache.
-CHUNK_ELEMENTS = 1 << 18
-# Elements that are compared at once, a multiple of PRODUCT_ELEMENTS.
-TILE_ELEMENTS = 1 << 17
 EQUALITY_PROBE_BYTES = 256  # tensors that differ nearly always do so at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SurveyItem:
-    """One tensor of the family, or of those tasks that hold it in one form."""
-
-    name: str
-    base: StoredTensor | None
-    """None: not read."""
-    tasks: tuple[tuple[int, StoredTensor], ...]
-    """(task index, tensor), all of one shape."""
-    gram: bool
-    """Whether task vectors are compared; needs the base and every task."""
-    codes: bool = False
-    """Whether it is coded, too, for `auto`; needs `gram`."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Measure:
-    """What the pass found of one item. Rows and columns are those of `SurveyItem.tasks`."""
-
-    digests: list[str]
-    base_digest: str | None
-    same: list[int]
-    """Position of the first task that holds the same bits."""
-    is_base: list[bool]
-    """Whether the base, cast to the task's dtype, has the task's bits."""
-    gram: np.ndarray | None
-    """[k, k] float64."""
-    agreement: np.ndarray | None
-    """[k, k] int64: elements of equal sign in {-1, 0, 1}."""
-    base_energy: float
-    """Σ θ_base²."""
-    not_finite: list[tuple[int, int]]
-    """(position, or -1 for the base; first index in C order)."""
-    coding: CodingError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +66,13 @@ def survey(
     assert chunk_elements % PRODUCT_ELEMENTS == 0
     ranges = list(_ranges(items, chunk_elements))
     buffers = Buffers()
-    sums = [CodingErrorSum(i.name, view_of(_models(i)[0].shape)) if i.codes else None for i in items]
+    sums = [CodingErrorSum(i.name, view_of(models_of(i)[0].shape)) if i.codes else None for i in items]
     measures = []
     with Reader() as reader, single_threaded():
 
         def work(place: int) -> _Part:
             for ahead in ranges[place + threads + 1 : place + threads + 2]:
-                for tensor in _models(items[ahead[0]]):
+                for tensor in models_of(items[ahead[0]]):
                     reader.will_need(tensor, ahead[1], ahead[2])
             index, start, stop = ranges[place]
             item, of_item, cpu = items[index], sums[index], torch.device("cpu")
@@ -126,22 +93,17 @@ def survey(
                     digests.setdefault(position, TensorDigest()).add(digest)
                 # Rows are as large as a narrow tensor, and ranges of less than a piece are in their digests whole.
                 parts.append(replace(part, rows=None, digests=[]))
-                on_bytes(sum((stop - start) * tensor.item_bytes for tensor in _models(items[index])))
-                if stop == _models(items[index])[0].num_elements:
+                on_bytes(sum((stop - start) * tensor.item_bytes for tensor in models_of(items[index])))
+                if stop == models_of(items[index])[0].num_elements:
                     coding = of_item.finish() if of_item is not None else None
                     measures.append(_join(items[index], parts, [d.hexdigest() for d in digests.values()], coding))
                     parts, digests = [], {}
     return measures
 
 
-def _models(item: SurveyItem) -> list[StoredTensor]:
-    """All tensors of an item; the base, if read, last."""
-    return [tensor for _, tensor in item.tasks] + ([item.base] if item.base is not None else [])
-
-
 def _ranges(items: Sequence[SurveyItem], chunk_elements: int) -> Iterator[tuple[int, int, int]]:
     for index, item in enumerate(items):
-        total = _models(item)[0].num_elements
+        total = models_of(item)[0].num_elements
         for start in range(0, max(total, 1), chunk_elements):
             yield index, start, min(start + chunk_elements, total)
 
@@ -156,7 +118,7 @@ def _measure(
     device: torch.device,
     signs: bool,
 ) -> _Part:
-    models = _models(item)
+    models = models_of(item)
     rows = RowRange.starting_in(view_of(models[0].shape), start, stop) if sums is not None else RowRange(0, 0, 0)
     end = max(stop, rows.end)
     raw: list[np.ndarray] = []
@@ -341,7 +303,7 @@ def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple
 
 
 def _join(item: SurveyItem, parts: list[_Part], digests: list[str], coding: CodingError | None) -> Measure:
-    models = _models(item)
+    models = models_of(item)
     # Same over all ranges: equal keys, a key being what a model is equal to in each range.
     keys = [tuple(part.classes[position] for part in parts) for position in range(len(models))]
     first = [keys.index(key) for key in keys]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flexmerge_cli import native
-from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coder import Matrix
 from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors
 
 NewArray = Callable[[object, int], torch.Tensor]
@@ -37,11 +37,6 @@ class RowRange:
     def end(self) -> int:
         """Element behind the last row; no more than `stop` rounded up to a row."""
         return self.stop * self.columns if self.stop > self.first else 0
-
-
-def view_of(shape: tuple[int, ...]) -> Matrix:
-    """The rows that `auto` codes."""
-    return View.SQUEEZED.matrix(shape)
 
 
 def average_into(

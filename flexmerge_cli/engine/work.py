@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
@@ -22,21 +20,11 @@ from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.read_models import read_models
+from flexmerge_cli.engine.sources import BASE, Sources
 from flexmerge_cli.engine.spans import Span, row_elements, tiles, widest
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Scope, Where
 from flexmerge_cli.methods.reductions import flat
-
-BASE = -1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """Where the weights lie, by aligned name."""
-
-    base: Mapping[str, StoredTensor]
-    tasks: tuple[Mapping[str, StoredTensor], ...]
-    describe: tuple[str, ...]
-    """Per task, then the base: what to call it in an error."""
 
 
 @dataclass(slots=True)
@@ -55,7 +43,7 @@ class Raw:
 class Worker:
     """Reads and merges ranges. Thread-safe: what changes is the thread's own."""
 
-    def __init__(self, layout: BundleLayout, sources: Sources, reader: Reader, device: torch.device) -> None:
+    def __init__(self, layout: BundleLayout, sources: Sources, reader: Reader, device: "torch.device") -> None:
         self.layout, self.plan, self.sources = layout, layout.plan, sources
         self.reader = reader
         self._device, self._here = device, threading.local()
@@ -65,7 +53,7 @@ class Worker:
         self.on_bytes: Callable[[int], None] = lambda _count: None
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Where this thread computes."""
         found: torch.device = getattr(self._here, "device", self._device)
         return found

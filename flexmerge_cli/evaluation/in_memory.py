@@ -21,9 +21,10 @@ from flexmerge_cli.allocation.storage import Part, Storage
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS, Sources, materialise
+from flexmerge_cli.engine.materialise import materialise
 from flexmerge_cli.engine.output import MemoryOutput
-from flexmerge_cli.engine.work import BASE
+from flexmerge_cli.engine.sources import BASE, Sources
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import lies_as_it_is
 from flexmerge_cli.family.classes import TensorClass

@@ -79,9 +79,9 @@ def curve_chunk(
 
     model: bytes of one. max_memory: of all processes. Raises UsageError if even the smallest does not fit.
     """
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
     from flexmerge_cli.engine.memory import fitting
     from flexmerge_cli.engine.merge_memory import SMALLEST_CHUNK, merge_bytes
+    from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 
     held = [(memory.most_bytes(layouts, tasks), layouts) for layouts in jobs]
 

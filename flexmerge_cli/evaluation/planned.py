@@ -10,7 +10,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.work import BASE, Sources
+from flexmerge_cli.engine.sources import BASE, Sources
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.models import StoredWeights
 from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest

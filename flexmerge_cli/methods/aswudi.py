@@ -3,9 +3,7 @@
 import math
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Where, method
 from flexmerge_cli.methods.swudi import Init, solve

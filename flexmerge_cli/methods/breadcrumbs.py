@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Positive, Range, Scope, Statistic, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Call, Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
@@ -26,7 +27,6 @@ from flexmerge_cli.residuals.sparse import Sparse
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 CENTRE_BITS = (2, 3, 4, 8)
 
@@ -52,7 +52,7 @@ class Expert(Protocol):
     def factors(self, group: Any) -> "np.ndarray":
         """One number per task of a group, from its finished statistic: [k]."""
 
-    def residual(self, delta: "Tensor", base: "Tensor", centre: "Tensor", factor: float) -> "Tensor":
+    def residual(self, delta: Tensor, base: Tensor, centre: Tensor, factor: float) -> Tensor:
         """The residual of one task. All arrays are float32 [*shape]; centre is as stored."""
 
 

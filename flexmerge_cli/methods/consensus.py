@@ -2,8 +2,7 @@
 
 from typing import Any, Literal
 
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Centre, Fraction, Positive, Statistic, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.methods.selection import Kept

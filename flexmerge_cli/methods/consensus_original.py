@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Positive, Range, Statistic, Where, method, per_element
 from flexmerge_cli.methods.reductions import sum_tasks
 from flexmerge_cli.methods.selection import Kept

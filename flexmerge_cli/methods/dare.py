@@ -3,9 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Range, Scope, Where, per_element
 from flexmerge_cli.methods.step import step
 from flexmerge_cli.methods.sums import fold

@@ -3,10 +3,8 @@
 import math
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.dare import Seed, draws, l1_workspace, with_l1_norm
 from flexmerge_cli.methods.method import Positive, Range, Scope, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys

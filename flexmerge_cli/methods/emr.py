@@ -3,9 +3,8 @@
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Centre, Gain, method, per_element
 from flexmerge_cli.methods.reductions import elect
 

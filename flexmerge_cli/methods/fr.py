@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other, of_matrices
 from flexmerge_cli.methods.method import Range, StatisticScope, Where, method
 from flexmerge_cli.methods.reductions import flat, mean_tasks, weigh_tasks

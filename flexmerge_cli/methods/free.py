@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods import experts
 from flexmerge_cli.methods.coded import Coded, coded
 from flexmerge_cli.methods.fr import NOISE, Coef, Cutoff, Variant, filtered

@@ -3,9 +3,8 @@
 import math
 from typing import Literal
 
-from torch import Tensor
-
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Call, Positive, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 

@@ -1,7 +1,6 @@
 """MagMax: for each element, the largest change of any task."""
 
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Positive, method, per_element
 
 

@@ -13,9 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Range, Where, Workspace
 from flexmerge_cli.methods.reductions import mean_tasks
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 Scope = Literal["element", "row", "tensor", "block"]
 StatisticScope = Literal["tensor", "block", "model"]
@@ -55,8 +55,8 @@ class Centre:
     after rounding to the dtype it is stored in. A mask of the stepped deltas ignores both.
     """
 
-    delta: "Tensor"
-    mask: "Callable[[Tensor, Tensor], Tensor]"
+    delta: Tensor
+    mask: Callable[[Tensor, Tensor], Tensor]
 
 
 @runtime_checkable
@@ -70,7 +70,7 @@ class Statistic(Protocol):
     def per(self) -> Per:
         """Whether it is measured for every task, once for all groups, or for each group."""
 
-    def measure(self, deltas: "Tensor", where: Where) -> Any:
+    def measure(self, deltas: Tensor, where: Where) -> Any:
         """What one range adds. deltas [R, n] float32: of all tasks of the family or, per group, of the group's tasks.
 
         Needs at most the method's workspace for TILE_ELEMENTS, or for a whole tensor if that is its scope. A method

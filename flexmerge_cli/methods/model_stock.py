@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Scope, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.methods.sums import Sums, gram, square

@@ -2,9 +2,7 @@
 
 from typing import Annotated
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, of_matrices
 from flexmerge_cli.methods.method import Range, method
 from flexmerge_cli.methods.svd import svd

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Per, Positive, Scope, Statistic, StatisticScope, method, per_element
 from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, magnitudes, value_keys, values
 from flexmerge_cli.methods.reductions import flat, sum_tasks

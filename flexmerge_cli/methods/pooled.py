@@ -11,10 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
 from flexmerge_cli.methods.method import UNTOLD, Call, Where, nothing, nowhere
 

@@ -1,10 +1,9 @@
 """Sums and means over the tasks of a group: in float64, in task order, whatever the device."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli import native
+from flexmerge_cli.later import Tensor, torch
 
 
 def flat(deltas: Tensor) -> Tensor:

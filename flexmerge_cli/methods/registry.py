@@ -59,7 +59,7 @@ MODULES = (
 
 @functools.cache
 def all_methods() -> Mapping[str, Method]:
-    """Name -> method, in the order of MODULES. Imports torch."""
+    """Name -> method, in the order of MODULES."""
     return dict(_named(Method))
 
 
@@ -89,7 +89,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
         if function in all_methods():
             raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
         return make_call(method_from_file(file, function, code), args, name=name)
-    method = _declaration(name) or all_methods().get(name) or method_from_package(name)
+    method = all_methods().get(name) or method_from_package(name)
     if method is None:
         alias = resolve_alias(name)
         if alias and _same_word(name) not in all_methods():
@@ -101,14 +101,6 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
             raise UsageError(f"no method `{name}`", hint=f"several: {several}")
         raise _unknown("method", name)
     return make_call(method, args)
-
-
-def _declaration(name: str) -> Method | None:
-    """A method with residuals, which is a declaration and needs no torch."""
-    from flexmerge_cli.methods import coded
-
-    found = getattr(coded, name, None) if name.isidentifier() else None
-    return found if isinstance(found, coded.CodedMethod) else None
 
 
 def resolve(text: str) -> Alias:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
 from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, tiles
 from flexmerge_cli.random import tie_numbers

@@ -10,9 +10,10 @@ method.py without `block`. Statistics of a step or method are measured on the de
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import (
     UNTOLD,
     Call,
@@ -30,9 +31,6 @@ from flexmerge_cli.methods.method import (
     parameters_of,
     takes,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ class StepCall(ScopedInvocation):
 
         return parse_step, (self.text,)
 
-    def __call__(self, deltas: "Tensor", where: Where, stats: Any = None) -> "Tensor":
+    def __call__(self, deltas: Tensor, where: Where, stats: Any = None) -> Tensor:
         """Apply the step: float32 in, float32 out."""
         extra: dict[str, Any] = {"where": where} if self.step.wants_where else {}
         extra |= {"stats": stats} if self.step.wants_stats else {}
@@ -72,10 +70,10 @@ def step(
     statistics: Callable[..., Statistic | None] = nothing,
     workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
-) -> Callable[[Callable[..., "Tensor"]], Step]:
+) -> Callable[[Callable[..., Tensor]], Step]:
     """Make a Step of a function; its name is the function's, or the one given where a method has that name too."""
 
-    def wrap(function: Callable[..., "Tensor"]) -> Step:
+    def wrap(function: Callable[..., Tensor]) -> Step:
         return Step(
             name=name or function.__name__,
             function=function,
@@ -131,7 +129,7 @@ class CalibrationCall(Invocation):
                 hint="leave out --calibrate, or use another method",
             )
 
-    def __call__(self, merged: "Tensor", unstepped: "Tensor", where: Where) -> "Tensor":
+    def __call__(self, merged: Tensor, unstepped: Tensor, where: Where) -> Tensor:
         if self.calibration.elementwise(where.tensor, where.shape, **self.args):
             return merged
         changed: Tensor = self.calibration.function(merged, unstepped, **self.args)
@@ -144,10 +142,10 @@ def calibration(
     elementwise: Callable[..., bool] = nowhere,
     workspace: Workspace = UNTOLD,
     refuse: Callable[[Method], str | None],
-) -> Callable[[Callable[..., "Tensor"]], Calibration]:
+) -> Callable[[Callable[..., Tensor]], Calibration]:
     """Make a Calibration of a function; its name is the function's."""
 
-    def wrap(function: Callable[..., "Tensor"]) -> Calibration:
+    def wrap(function: Callable[..., Tensor]) -> Calibration:
         return Calibration(
             name=function.__name__,
             function=function,

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
 
 # R tasks, Q sums, N elements

@@ -1,9 +1,7 @@
 """SVC: rescale the singular values of a merged matrix so that each direction holds what the tasks hold in it on
 average."""
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, is_other, of_matrices
 from flexmerge_cli.methods.method import Method, Positive
 from flexmerge_cli.methods.step import calibration

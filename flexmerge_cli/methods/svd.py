@@ -7,8 +7,7 @@ the signs of singular vectors and the bases of equal singular values; results he
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from flexmerge_cli.later import Tensor, torch
 
 # Singular values up to this fraction of the largest are noise: their vectors are an arbitrary basis of the null space.
 CUT = 1e-6

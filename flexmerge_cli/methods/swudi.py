@@ -4,9 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Fraction, Positive, Where, method
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any
 
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Centre, Positive, Range, method, per_element
 from flexmerge_cli.methods.reductions import sum_tasks
 

@@ -1,8 +1,6 @@
 """TSV-Merge: the leading singular triples of each task, their vectors orthogonalised against those of the others."""
 
-import torch
-from torch import Tensor
-
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_other, merge_matrices, of_matrices
 from flexmerge_cli.methods.method import Where, method
 from flexmerge_cli.methods.svd import polar, svd

@@ -6,7 +6,7 @@ needs.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,6 +15,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
 from flexmerge_cli.family.classes import TensorClass
@@ -22,16 +23,11 @@ from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.plan_file import Plan
 
-if TYPE_CHECKING:
-    from flexmerge_cli.engine.survey import Measure, SurveyItem
-
 NO_DIGEST = "0" * 32
 
 
-def base_items(family: Family) -> "list[SurveyItem]":
+def base_items(family: Family) -> list[SurveyItem]:
     """The base's tensors that are not read beside tasks; each as a task of its own."""
-    from flexmerge_cli.engine.survey import SurveyItem
-
     return [
         SurveyItem(name=tensor.name, base=None, tasks=((0, tensor.base),), gram=False)
         for tensor in family.tensors
@@ -39,10 +35,8 @@ def base_items(family: Family) -> "list[SurveyItem]":
     ]
 
 
-def change_items(family: Family) -> "list[SurveyItem]":
+def change_items(family: Family) -> list[SurveyItem]:
     """List what the adapters make, by tensor: those of one form together, tasks being the adapters' numbers."""
-    from flexmerge_cli.engine.survey import SurveyItem
-
     forms: dict[Any, list[tuple[int, StoredTensor]]] = {}
     for number, kept in enumerate(family.kept):
         for name, tensor in _changed(kept).items():
@@ -51,7 +45,7 @@ def change_items(family: Family) -> "list[SurveyItem]":
 
 
 def digests_of_changes(
-    family: Family, items: "Sequence[SurveyItem]", measures: "Sequence[Measure]"
+    family: Family, items: Sequence[SurveyItem], measures: Sequence[Measure]
 ) -> dict[tuple[int, str], str]:
     """(adapter, aligned name) -> digest. Raises DataError with every value that is not finite, save what is whole."""
     bad, found = [], {}

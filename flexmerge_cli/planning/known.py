@@ -7,19 +7,16 @@ how their average codes) changes with the set of tasks down to its rounding: tho
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.record import Shape
-
-if TYPE_CHECKING:
-    from flexmerge_cli.engine.survey import Measure, SurveyItem
 
 AGAIN = "make the plan again with `flexmerge plan --base …`"
 HOLDING = (TensorClass.MERGEABLE, TensorClass.CONSTANT, TensorClass.PRIVATE)  # classes whose digests are of the bits
@@ -111,10 +108,10 @@ class Known:
     def measure(
         self,
         family: Family,
-        owners: "Sequence[FamilyTensor]",
-        items: "Sequence[SurveyItem]",
-        run: "Callable[[Sequence[SurveyItem], str], list[Measure]]",
-    ) -> "list[Measure]":
+        owners: Sequence[FamilyTensor],
+        items: Sequence[SurveyItem],
+        run: Callable[[Sequence[SurveyItem], str], list[Measure]],
+    ) -> list[Measure]:
         """Measure the items as a new plan does, but read no more than is needed. run: reads and measures whole items.
 
         Raises DataError for a tensor that is read again and has changed.
@@ -144,10 +141,10 @@ class Known:
 
     def measure_alone(
         self,
-        items: "Sequence[SurveyItem]",
+        items: Sequence[SurveyItem],
         digest: Callable[[str, int], str | None],
-        run: "Callable[[Sequence[SurveyItem], str], list[Measure]]",
-    ) -> "list[Measure]":
+        run: Callable[[Sequence[SurveyItem], str], list[Measure]],
+    ) -> list[Measure]:
         """The same of items that nothing is compared in. digest: of an item's name and a task's number, if known."""
         known = [[digest(item.name, task) for task, _ in item.tasks] for item in items]
         short = [
@@ -192,7 +189,7 @@ class Known:
         old, new = (then.base, now.base) if place is None else (then.tasks[place], now.tasks[task])
         return old.rows == new.rows and [tuple(run) for run in old.common] == [tuple(run) for run in new.common]
 
-    def _is_partly_read(self, owner: FamilyTensor, item: "SurveyItem", known: Sequence[str | None]) -> bool:
+    def _is_partly_read(self, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None]) -> bool:
         """Whether new tasks alone are read, at first: of what is not compared, and of what may be the same in all."""
         if not item.gram:
             return any(digest is not None for digest in known)
@@ -205,8 +202,8 @@ class Known:
         return record.class_ is TensorClass.MERGEABLE or (record.class_ is TensorClass.CONSTANT and is_compared)
 
     def _completed(
-        self, owner: FamilyTensor, item: "SurveyItem", known: Sequence[str | None], found: "Measure | None"
-    ) -> "Measure | None":
+        self, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None], found: Measure | None
+    ) -> Measure | None:
         """What measuring the whole item gives; None if that must be measured after all."""
         joined = _joined(known, found)
         if not item.gram:
@@ -220,7 +217,7 @@ class Known:
         return joined
 
     def _check_digests(
-        self, family: Family, owner: FamilyTensor, item: "SurveyItem", known: Sequence[str | None], found: "Measure"
+        self, family: Family, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None], found: Measure
     ) -> None:
         record = self.plan.find(owner.name)
         changed = [task for (task, _), now, then in zip(item.tasks, found.digests, known) if then not in (None, now)]
@@ -233,10 +230,8 @@ class Known:
             raise DataError(f"{who[0]} has changed since the plan: `{owner.name}`", hint=AGAIN)
 
 
-def _joined(known: Sequence[str | None], found: "Measure | None") -> "Measure":
+def _joined(known: Sequence[str | None], found: Measure | None) -> Measure:
     """The measure of an item of which nothing is compared, from digests that are known and what was read."""
-    from flexmerge_cli.engine.survey import Measure
-
     unknown = [position for position, digest in enumerate(known) if digest is None]
     read = iter(found.digests) if found is not None else iter(())
     digests = [digest if digest is not None else next(read) for digest in known]

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.remote import RemoteFile
+from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import SourceError
 from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
@@ -33,9 +34,6 @@ from flexmerge_cli.planning.measuring import OnProgress, measure, silent
 from flexmerge_cli.planning.sources import files_to_fetch, open_family
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
-
-if TYPE_CHECKING:
-    from flexmerge_cli.engine.survey import Measure, SurveyItem
 
 
 def make_plan(
@@ -72,7 +70,7 @@ def make_plan(
     owners, items = survey_items(family, request)
     of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
 
-    def run(chosen: "Sequence[SurveyItem]", what: str = "compare") -> "list[Measure]":
+    def run(chosen: Sequence[SurveyItem], what: str = "compare") -> list[Measure]:
         return measure(
             chosen,
             what,
@@ -226,8 +224,6 @@ def same_bits(checkpoint: Checkpoint, left: str, right: str) -> bool:
 
 def _survey_items(tensor: FamilyTensor) -> list[Any]:
     """What to read of a tensor: one item over base and tasks, or one per form (shape, dtype) of a private tensor."""
-    from flexmerge_cli.engine.survey import SurveyItem
-
     tasks = [(index, found) for index, found in enumerate(tensor.tasks) if found is not None]
     if tensor.tensor_class in (TensorClass.BASE_ONLY, TensorClass.TIED):
         return []
@@ -239,7 +235,7 @@ def _survey_items(tensor: FamilyTensor) -> list[Any]:
     return [SurveyItem(name=tensor.name, base=None, tasks=tuple(of_form), gram=False) for of_form in forms.values()]
 
 
-def survey_items(family: Family, request: PlanRequest) -> "tuple[list[FamilyTensor], list[SurveyItem]]":
+def survey_items(family: Family, request: PlanRequest) -> tuple[list[FamilyTensor], list[SurveyItem]]:
     """What is compared of each stored tensor, and whose it is. The family is `divided`."""
     found = [(tensor, item) for tensor in family.stored for item in _survey_items(tensor)]
     codes = request.statistics == "all"

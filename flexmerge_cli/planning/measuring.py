@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
+from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan, sealed_plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.version import GENERATOR
-
-if TYPE_CHECKING:
-    from flexmerge_cli.engine.survey import Measure, SurveyItem
 
 OnProgress = Callable[[str, int, int], None]
 """(what, bytes done, bytes in all)"""
@@ -24,7 +21,7 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 def measure(
-    items: "Sequence[SurveyItem]",
+    items: Sequence[SurveyItem],
     what: str,
     *,
     device: str,
@@ -32,7 +29,7 @@ def measure(
     max_memory: int | None,
     signs: bool = False,
     on_progress: OnProgress = silent,
-) -> "list[Measure]":
+) -> list[Measure]:
     """Read every item once and measure it. what: the name of the pass in its progress."""
     from flexmerge_cli.engine.device import choose_device
     from flexmerge_cli.engine.memory import survey_chunk
@@ -67,8 +64,6 @@ def add_statistics(
 
     folder: what the plan's relative sources are relative to. Raises DataError if they are not what the plan saw.
     """
-    from flexmerge_cli.engine.survey import SurveyItem
-
     if plan.settings.statistics == "all":
         return plan
     if plan.pools_lora:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_checkpoint
@@ -12,6 +11,7 @@ from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter, Members, members_of
 from flexmerge_cli.family.classes import TensorClass
@@ -23,9 +23,6 @@ from flexmerge_cli.formats.plan_records import SideFile
 from flexmerge_cli.planning import kept_adapters, left_out
 from flexmerge_cli.request.plan import PlanRequest
 from flexmerge_cli.text import expanded
-
-if TYPE_CHECKING:
-    from flexmerge_cli.engine.materialise import Sources
 
 
 def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) -> dict[str, Checkpoint]:
@@ -86,7 +83,7 @@ class OpenSources:
     """None if nothing of the base is needed."""
     tasks: tuple[Checkpoint, ...]
     """The plan's tasks, then the models of its kept adapters."""
-    located: "Sources"
+    located: Sources
     kept: tuple[KeptAdapter, ...]
     side_files: dict[tuple[str, str], Path]
     """Task, or "" for the base, and the name of a side file in it -> the file."""
@@ -114,8 +111,6 @@ def open_sources(
     there now. Raises DataError if headers are not the plan's, SourceError for sources that are not there, UsageError
     for a key of relocate that no source begins with.
     """
-    from flexmerge_cli.engine.materialise import Sources
-
     asked, names = plan.settings, (*(f"task `{task.name}`" for task in plan.tasks), "the base")
     access = replace(
         access,

@@ -4,16 +4,14 @@ The authors take children with `proj` in their name alone and pack 32 signs alon
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.low_bit import LookUp, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LEVELS = np.array([-1.0, 1.0], np.float32)
 
@@ -42,7 +40,7 @@ class BitDelta:
     def workspace(self, shape: Matrix) -> int:
         return 24 * shape[0] * shape[1]
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         from flexmerge_cli.residuals.quantise import row_sums
 
         rows = matrix.double() if self.scope == "row" else matrix.double().reshape(1, -1)

@@ -15,14 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flexmerge_cli.later import Tensor
 
 Matrix = tuple[int, int]
 """(m, n): rows and columns of a view."""
@@ -94,7 +92,7 @@ class Coder(Protocol):
     def workspace(self, shape: Matrix) -> int:
         """Bytes that encoding so many rows and columns takes at most, or decoding them, beside the matrix itself."""
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         """float32 [m, n] -> every part. With scope `row` any chunk of whole rows, and every part is by_row."""
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:

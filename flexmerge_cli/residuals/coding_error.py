@@ -8,15 +8,13 @@ Errors of whole tensors are exact sums since a sample is not enough: 4 bits were
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.random import key64, uniform
 from flexmerge_cli.residuals.coder import Matrix
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHT_BITS = (2, 3, 4, 8)
 RESIDUAL_BITS = (1, 2, 3, 4, 8)
@@ -88,13 +86,11 @@ class CodingErrorSum:
         self._lost = np.zeros(len(RESIDUAL_BITS))
         self._energy = 0.0
 
-    def measure(self, first_row: int, base: "Tensor", average: "Tensor", tasks: "Sequence[Tensor]") -> RowErrors:
+    def measure(self, first_row: int, base: Tensor, average: Tensor, tasks: Sequence[Tensor]) -> RowErrors:
         """Rows first_row … of the view, float32 [r, n]; tasks: the models' own, of any float dtype, all M of them.
 
         Changes nothing here: it may run in any thread.
         """
-        import torch
-
         from flexmerge_cli.residuals.row_errors import row_errors
 
         weights = np.stack([row_errors(base, WEIGHT_BITS), row_errors(average, WEIGHT_BITS)])

@@ -1,14 +1,13 @@
 """Decoding by table look-up on any device of torch; low_bit.py does it in numpy, and gives the same bits."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.low_bit import LookUp
 from flexmerge_cli.residuals.packing import codes_of_digit, layout
 
 
-def scaled_levels_on(look_up: LookUp, device: torch.device) -> Tensor:
+def scaled_levels_on(look_up: LookUp, device: "torch.device") -> Tensor:
     """table[codes] · scale, float32 [m, n] on the device; what goes there is the packed bytes."""
     packed, scale = (torch.tensor(part, device=device) for part in (look_up.codes, look_up.scale))
     return unpack_on(packed, look_up.num_columns, look_up.bits, look_up.table) * scale

@@ -7,16 +7,14 @@ Used for residuals, for coded centres and for coded copies alike. Own constructi
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Lloyd–Max levels of N(0, 1), the positive half; their mean squared errors are .363380, .117482 and .034548.
 GAUSS_LEVELS = {
@@ -77,7 +75,7 @@ class LowBit:
         # Blocks of float64; codes, their lanes and bytes; what is decoded.
         return max(fitted, 80 * min(m * n, max(n, TOGETHER)) + 4 * m * n, 4 * BLOCK_ELEMENTS + 6 * m * n)
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         from flexmerge_cli.residuals.quantise import fit_levels, quantise
 
         levels = fit_levels(matrix, self.bits) if self.has_levels else self.table()

@@ -1,15 +1,13 @@
 """A residual as the product of two thin factors: its truncated singular value decomposition."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ class LowRank:
         factors = self.rank_of(shape) * (m + n)
         return 8 * (2 * m * n + 6 * min(m, n) ** 2 + 3 * factors)
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         left, right = _truncated(matrix.double(), self.rank_of((matrix.shape[0], matrix.shape[1])))
         return {"left": _round(left.cpu().numpy(), dtype), "right": _round(right.cpu().numpy(), dtype)}
 
@@ -59,14 +57,12 @@ class LowRank:
         return found
 
 
-def _truncated(matrix: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """float64 [m, n] -> [m, r], [r, n], whose product is the nearest matrix of rank r.
 
     From the eigenvectors of the smaller Gram matrix: in float64 as good as a full decomposition, and more than twice as
     fast at 768 × 3072. The matrix projected on them is exact even where a small singular value is not.
     """
-    import torch
-
     if matrix.shape[0] > matrix.shape[1]:
         right, left = _truncated(matrix.T, rank)
         return left.T, right.T

@@ -5,14 +5,11 @@ Codes are the same everywhere, save where an element lies within rounding of a t
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, LowBit, half_range
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Parts of the largest magnitude at which a row is cut off; on a tie the larger one, which comes first.
 CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -23,13 +20,11 @@ LLOYD_STEPS = 20
 BLOCK_ELEMENTS = 1 << 16
 
 
-def quantise(matrix: "Tensor", coder: LowBit, levels: np.ndarray) -> "tuple[Tensor, Tensor]":
+def quantise(matrix: Tensor, coder: LowBit, levels: np.ndarray) -> tuple[Tensor, Tensor]:
     """float32 [m, n] -> codes uint8 [m, n], scale float32 [m] as it is stored.
 
     levels: float32 [2^bits]; used up to 3 bits, and for gain=norm.
     """
-    import torch
-
     m, n = matrix.shape
     codes = torch.empty(m, n, dtype=torch.uint8, device=matrix.device)
     scale = torch.empty(m, dtype=torch.float32, device=matrix.device)
@@ -40,10 +35,8 @@ def quantise(matrix: "Tensor", coder: LowBit, levels: np.ndarray) -> "tuple[Tens
     return codes, scale
 
 
-def squared_errors(matrix: "Tensor", coder: LowBit) -> "Tensor":
+def squared_errors(matrix: Tensor, coder: LowBit) -> Tensor:
     """Return Σ (x - decoded x)² of each row, float64 [m]: what coding loses, without packing it."""
-    import torch
-
     levels = torch.from_numpy(coder.table()).to(matrix.device)
     m, n = matrix.shape
     errors = torch.empty(m, dtype=torch.float64, device=matrix.device)
@@ -56,7 +49,7 @@ def squared_errors(matrix: "Tensor", coder: LowBit) -> "Tensor":
     return errors
 
 
-def row_sums(x: "Tensor") -> "Tensor":
+def row_sums(x: Tensor) -> Tensor:
     """float64 [m, n] -> [m], by halving the columns: elementwise additions alone, so the same bits on every device.
 
     torch's own sum adds in an order that depends on the processor, and with it the last bit of a scale would.
@@ -70,13 +63,11 @@ def row_sums(x: "Tensor") -> "Tensor":
     return x[:, 0] if x.shape[1] else x.new_zeros(len(x))
 
 
-def fit_levels(matrix: "Tensor", bits: int) -> np.ndarray:
+def fit_levels(matrix: Tensor, bits: int) -> np.ndarray:
     """Levels fitted to all elements of a tensor by Lloyd's algorithm, from those of a normal distribution.
 
     -> float32 [2^bits], ascending. Rows of zeros do not count; a level to which nothing is nearest stays where it is.
     """
-    import torch
-
     x = matrix.double()
     x = (x / _root_mean_square(x)[:, None])[(matrix != 0).any(1)].reshape(-1).cpu()  # where sums are in one order
     levels = np.concatenate([-np.array(GAUSS_LEVELS[bits])[::-1], GAUSS_LEVELS[bits]])
@@ -88,9 +79,7 @@ def fit_levels(matrix: "Tensor", bits: int) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def _quantise_rows(rows: "Tensor", coder: LowBit, levels: np.ndarray) -> "tuple[Tensor, Tensor]":
-    import torch
-
+def _quantise_rows(rows: Tensor, coder: LowBit, levels: np.ndarray) -> tuple[Tensor, Tensor]:
     x = rows.double()
     if x.shape[1] == 0:
         return rows.byte(), torch.zeros(len(x), device=x.device)
@@ -108,10 +97,8 @@ def _quantise_rows(rows: "Tensor", coder: LowBit, levels: np.ndarray) -> "tuple[
     return codes.byte(), scale
 
 
-def _spaced(x: "Tensor", coder: LowBit) -> "tuple[Tensor, Tensor]":
+def _spaced(x: Tensor, coder: LowBit) -> tuple[Tensor, Tensor]:
     """Codes and stored scales of evenly spaced levels."""
-    import torch
-
     h = half_range(coder.bits)
     largest = x.abs().amax(1)
     if coder.bits != 4 or coder.clip == "none":
@@ -129,18 +116,16 @@ def _spaced(x: "Tensor", coder: LowBit) -> "tuple[Tensor, Tensor]":
     return best_q.add_(h), best_scale.float()
 
 
-def _nearest(x: "Tensor", scale: "Tensor", h: int) -> "Tensor":
+def _nearest(x: Tensor, scale: Tensor, h: int) -> Tensor:
     """Half to even, -h … h; 0 in rows whose scale is 0."""
     return _divide(x, scale.double()).round_().clamp_(-h, h)
 
 
-def _codes(x: "Tensor", levels: np.ndarray | None, bits: int = 0) -> "Tensor":
+def _codes(x: Tensor, levels: np.ndarray | None, bits: int = 0) -> Tensor:
     """The number of thresholds that are at most x: those of the table, or midway between levels. -> uint8.
 
     By comparing with each: at 7 thresholds three times as fast as torch.bucketize, which searches and returns int64.
     """
-    import torch
-
     if levels is None:
         positive = GAUSS_THRESHOLDS[bits]
         thresholds = [*(-t for t in reversed(positive)), 0.0, *positive]
@@ -153,21 +138,17 @@ def _codes(x: "Tensor", levels: np.ndarray | None, bits: int = 0) -> "Tensor":
     return codes
 
 
-def _root_mean_square(x: "Tensor") -> "Tensor":
+def _root_mean_square(x: Tensor) -> Tensor:
     """The root mean square of each row, [m]."""
     return (row_sums(x.square()) / max(1, x.shape[1])).sqrt()
 
 
-def _divide(x: "Tensor", by: "Tensor") -> "Tensor":
+def _divide(x: Tensor, by: Tensor) -> Tensor:
     """x / by, row by row; x where by is 0: such rows are zero, or so small that they round to it."""
-    import torch
-
     return x / torch.where(by > 0, by, 1.0)[:, None]
 
 
-def _stored(scale: "Tensor", coder: LowBit) -> "Tensor":
+def _stored(scale: Tensor, coder: LowBit) -> Tensor:
     """float64 -> float32, rounded to the dtype in which scales are stored."""
-    import torch
-
     scale = scale.float()
     return scale.to(torch.bfloat16).float() if coder.scales == "bfloat16" else scale

@@ -8,17 +8,13 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flexmerge_cli import native
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, half_range, weight_code
 from flexmerge_cli.residuals.quantise import CLIP_FACTORS, squared_errors
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # m rows, n columns, k rows of a block, w columns of a piece, P pieces, T trials
 
@@ -41,13 +37,13 @@ class _Trials:
     """The bit width of each trial, ascending; 4 bits have several trials."""
     clips: tuple[bool, ...]
     """Whether magnitudes may lie above the last level, per trial."""
-    unit_Tm: "Tensor"
+    unit_Tm: Tensor
     """float64: the scale as it is stored."""
-    exact_m: "Tensor"
+    exact_m: Tensor
     """float64: the exact scale of up to 3 bits, at which thresholds are taken, in units of the stored one."""
 
 
-def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
+def row_errors(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
     """Sum (x - decoded x)² of each row under `weight_code`, by bits: float32 [m, n] -> float64 [bits, m].
 
     bits: ascending.
@@ -67,20 +63,16 @@ def row_errors(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
     errors[:, largest == 0] = 0
     odd = np.flatnonzero(~((largest == 0) | ((largest > SMALLEST) & (largest < LARGEST))))
     if len(odd):
-        import torch
-
         errors[:, odd] = _plain(matrix[torch.from_numpy(odd).to(matrix.device)], bits)
     return errors
 
 
-def _plain(matrix: "Tensor", bits: Sequence[int]) -> np.ndarray:
+def _plain(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
     return np.stack([squared_errors(matrix, weight_code(number)).cpu().numpy() for number in bits])
 
 
-def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Trials:
+def _trials(bits: Sequence[int], largest_m: Tensor, root_m: Tensor) -> _Trials:
     """largest_m, root_m: float64. In one go for all trials: there are many, and rows are few."""
-    import torch
-
     gauss = [number for number in bits if number <= 3]
     spaced = [(number, factor) for number in bits if number > 3 for factor in (CLIP_FACTORS if number == 4 else (1.0,))]
     scales = [root_m] * len(gauss) + [factor * largest_m / half_range(number) for number, factor in spaced]
@@ -97,12 +89,10 @@ def _trials(bits: Sequence[int], largest_m: "Tensor", root_m: "Tensor") -> _Tria
 class _Native:
     """Like `_Blocks`, in native.c: a row is loaded once and stays in the cache for all trials."""
 
-    def __init__(self, matrix: "Tensor") -> None:
+    def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.contiguous()
 
-    def measure(self) -> "tuple[Tensor, Tensor]":
-        import torch
-
+    def measure(self) -> tuple[Tensor, Tensor]:
         assert native.lib is not None
         m, n = self.matrix.shape
         largest_m, energy_m = torch.empty(m), torch.empty(m, dtype=torch.float64)
@@ -111,9 +101,7 @@ class _Native:
         )  # fmt: skip
         return largest_m, (energy_m / n).sqrt()
 
-    def squares(self, trials: _Trials) -> "Tensor":
-        import torch
-
+    def squares(self, trials: _Trials) -> Tensor:
         assert native.lib is not None
         m, n = self.matrix.shape
         inverse_Tm, exact_m = (1 / trials.unit_Tm).float(), trials.exact_m.float()
@@ -136,7 +124,7 @@ def _table(bits: int) -> list[float]:
 class _Blocks:
     """A matrix in blocks of whole rows; wider rows are visited in pieces. Its buffers are reused."""
 
-    def __init__(self, matrix: "Tensor") -> None:
+    def __init__(self, matrix: Tensor) -> None:
 
         m, n = matrix.shape
         block = BLOCK_ELEMENTS if matrix.device.type == "cpu" else GPU_BLOCK_ELEMENTS
@@ -145,10 +133,8 @@ class _Blocks:
         self.lows = range(0, n, self.width)
         self.buffers = _buffers(self.step, self.width, matrix.device)
 
-    def measure(self) -> "tuple[Tensor, Tensor]":
+    def measure(self) -> tuple[Tensor, Tensor]:
         """Largest magnitude, float32 [m], and root mean square, float64 [m], of every row."""
-        import torch
-
         m, n = self.matrix.shape
         largest_Pm = torch.empty(len(self.lows), m, device=self.matrix.device)
         energy_Pm = torch.empty_like(largest_Pm)
@@ -159,10 +145,8 @@ class _Blocks:
                 torch.sum(torch.mul(a, a, out=square), 1, out=energy_Pm[piece, first : first + self.step])
         return largest_Pm.amax(0), (energy_Pm.double().sum(0) / n).sqrt()
 
-    def squares(self, trials: _Trials) -> "Tensor":
+    def squares(self, trials: _Trials) -> Tensor:
         """Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
-        import torch
-
         inverse_Tm1 = (1 / trials.unit_Tm).float()[:, :, None]
         exact_m1 = trials.exact_m.float()[:, None]
         found = []
@@ -193,10 +177,8 @@ class _Blocks:
             found.append(total)
         return torch.cat(found, dim=1)
 
-    def _piece(self, first: int, low: int) -> "tuple[Tensor, ...]":
+    def _piece(self, first: int, low: int) -> tuple[Tensor, ...]:
         """Magnitudes [k, w], and buffers like it."""
-        import torch
-
         rows = self.matrix[first : first + self.step, low : low + self.width]
         a, *buffers = self.buffers
         if rows.shape != a.shape:
@@ -205,10 +187,8 @@ class _Blocks:
         return torch.abs(rows, out=a), *buffers
 
 
-def _above_lowest(bits: int, value: "Tensor", exact_m1: "Tensor", level: "Tensor", above: "Tensor") -> "Tensor":
+def _above_lowest(bits: int, value: Tensor, exact_m1: Tensor, level: Tensor, above: Tensor) -> Tensor:
     """Fill `level` with magnitudes less what their level lies above the lowest one; returns the lowest, as large."""
-    import torch
-
     levels, thresholds = GAUSS_LEVELS[bits], GAUSS_THRESHOLDS[bits]
     rest = value
     for number, threshold in enumerate(thresholds):
@@ -224,10 +204,8 @@ def _above_lowest(bits: int, value: "Tensor", exact_m1: "Tensor", level: "Tensor
 _kept = threading.local()
 
 
-def _buffers(rows: int, columns: int, device: "torch.device") -> "list[Tensor]":
+def _buffers(rows: int, columns: int, device: "torch.device") -> list[Tensor]:
     """Four of [rows, columns]. On the CPU always the same memory of a thread: fresh pages cost more than the coding."""
-    import torch
-
     if device.type != "cpu":
         return [torch.empty(rows, columns, device=device) for _ in range(4)]
     flat: list[Tensor] = getattr(_kept, "flat", [])

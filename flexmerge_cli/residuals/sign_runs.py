@@ -8,18 +8,16 @@ last run of a row is filled up with zeros. `d = 1` would be one sign an element,
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.bitdelta import LEVELS
 from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RUNS = {0.1875: 32, 0.3125: 16, 0.5: 8, 0.75: 4}
 """Bits an element -> elements of a run."""
@@ -62,9 +60,7 @@ class SignRuns:
         filled = self._filled(n)
         return 8 * 6 * min(m * filled, max(BLOCK_ELEMENTS, filled)) + 2 * m * n + 16 * m
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
-        import torch
-
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         m, n = matrix.shape
         codes = torch.empty(m, -(-n // self.run), dtype=torch.uint8, device=matrix.device)
         scale = torch.empty(m, dtype=torch.float32, device=matrix.device)
@@ -93,10 +89,8 @@ class SignRuns:
         """The elements of a row whose last run is filled up."""
         return n + -n % self.run
 
-    def _coded(self, x: "Tensor") -> "tuple[Tensor, Tensor]":
+    def _coded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float64 [k, n] -> codes uint8 [k, runs], scale float32 [k]."""
-        import torch
-
         from flexmerge_cli.residuals.quantise import row_sums
 
         k, n = x.shape

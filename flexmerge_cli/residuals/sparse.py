@@ -4,17 +4,15 @@ Also how FREE's experts are stored, whose values are made in methods/free.py. Po
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.random import tie_numbers
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.elias_fano import decode_positions, encode_positions, index_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class Sparse:
     def workspace(self, shape: Matrix) -> int:
         return 64 * shape[0] * shape[1] + 32 * self.count(shape)
 
-    def encode(self, matrix: "Tensor", dtype: str) -> dict[str, np.ndarray]:
+    def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         m, n = matrix.shape
         kept = self.keep(matrix)
         positions = kept.reshape(-1).nonzero().squeeze(1)
@@ -77,7 +75,7 @@ class Sparse:
         """Return where the kept elements are: int64, ascending in C order. Raises ValueError if that cannot be."""
         return decode_positions(parts["index"], shape[0] * shape[1], self.count(shape))
 
-    def keep(self, matrix: "Tensor") -> "Tensor":
+    def keep(self, matrix: Tensor) -> Tensor:
         """bool [m, n]: the elements of largest magnitude, ties by a hash of the index. Exactly `count` of them."""
         m, n = matrix.shape
         if self.select == "row":
@@ -87,7 +85,7 @@ class Sparse:
     def _count_of(self, num_elements: int) -> int:
         return int(self.density * num_elements + 1e-6)
 
-    def _factor(self, matrix: "Tensor", kept: "Tensor") -> float:
+    def _factor(self, matrix: Tensor, kept: Tensor) -> float:
         from flexmerge_cli.residuals.quantise import row_sums
 
         if self.rescale == "none":
@@ -99,14 +97,12 @@ class Sparse:
         return ratio if self.rescale == "l1" else ratio**0.5
 
 
-def _largest(rows: "Tensor", count: int) -> "Tensor":
+def _largest(rows: Tensor, count: int) -> Tensor:
     """bool [m, n]: the count largest |x| of each row; of equal ones those of the smallest hash of their index.
 
     The bits of |x| order like |x|: the count-th is found as an integer, and ties at it are ranked where a row keeps
     only some of them.
     """
-    import torch
-
     m, n = rows.shape
     if count == 0 or m == 0:
         return torch.zeros(m, n, dtype=torch.bool, device=rows.device)

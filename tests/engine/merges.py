@@ -11,7 +11,7 @@ from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.bundle.write import write_bundle
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.registry import all_methods, format_call
 from flexmerge_cli.methods.use import parse_use

@@ -144,8 +144,8 @@ def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, C
     from flexmerge_cli import load_plan
     from flexmerge_cli.allocation.allocate import allocate
     from flexmerge_cli.checkpoint.access import Access
-    from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
     from flexmerge_cli.engine.merge_memory import SMALLEST_CHUNK, merge_bytes
+    from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
     from flexmerge_cli.merging import merge
     from flexmerge_cli.planning.sources import open_sources
     from flexmerge_cli.request.merge import merge_request
@@ -179,7 +179,7 @@ def merging(case: dict[str, Any], plan_file: Path, output: Path) -> tuple[int, C
 def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int, Callable[[], object]]:
     """The same of one case of `plan`."""
     from flexmerge_cli.engine.memory import survey_bytes
-    from flexmerge_cli.engine.survey import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
+    from flexmerge_cli.engine.survey_item import CHUNK_ELEMENTS, PRODUCT_ELEMENTS
     from flexmerge_cli.family.vocabulary import split_vocabularies
     from flexmerge_cli.order.similarity import Similarity
     from flexmerge_cli.planning import kept_adapters

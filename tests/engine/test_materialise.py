@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.bundle.write import write_bundle
-from flexmerge_cli.engine.materialise import CHUNK_ELEMENTS
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.merging import merge
 from flexmerge_cli.planning.sources import open_sources

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.safetensors import read_header
-from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, SurveyItem, survey
+from flexmerge_cli.engine.survey import survey
+from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS, SurveyItem
 
 from ..families import normal
 

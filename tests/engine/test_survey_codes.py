@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexmerge_cli.engine.survey import PRODUCT_ELEMENTS, survey
+from flexmerge_cli.engine.survey import survey
+from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import CodingErrorSum

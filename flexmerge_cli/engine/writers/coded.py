@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest
 from flexmerge_cli.checkpoint.dtypes import promote
 from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece, lost_squares
-from flexmerge_cli.engine.work import BASE, Raw, cast
+from flexmerge_cli.engine.sources import BASE
+from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.dense import write_copies
 from flexmerge_cli.engine.writers.writer import Work, Writer
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.coded import Form
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.residuals.coder import Coder, Matrix

@@ -1,8 +1,6 @@
 """Writes copies, and the one value of a merged group."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli import native
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
@@ -10,9 +8,11 @@ from flexmerge_cli.checkpoint.digest import RangeDigest
 from flexmerge_cli.engine.device import to_bytes, torch_dtype
 from flexmerge_cli.engine.encode import Encoder, Piece, all_finite, digest_of, lost_squares, room_for_errors
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
-from flexmerge_cli.engine.work import BASE, Raw, cast
+from flexmerge_cli.engine.sources import BASE
+from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.writer import Work, Writer
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.linear import scaled_sum
 
 

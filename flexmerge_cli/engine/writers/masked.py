@@ -1,15 +1,15 @@
 """Writes the unified delta of a masked group, and the mask of each task."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.engine.encode import Encoder, Piece, array, room_for_errors
 from flexmerge_cli.engine.runs import sizes, squares
-from flexmerge_cli.engine.work import BASE, Raw, cast
+from flexmerge_cli.engine.sources import BASE
+from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.writer import UnitValues, Work, Writer
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Call
 from flexmerge_cli.residuals import mask as masks
 

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece
+from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.spans import widest
-from flexmerge_cli.engine.work import BASE, Raw, cast
+from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.coded import RESIDUALS
 from flexmerge_cli.engine.writers.dense import COPIES, MERGE
 from flexmerge_cli.engine.writers.masked import MASKS
 from flexmerge_cli.engine.writers.writer import Writer
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.stored.coded import CODED
 from flexmerge_cli.stored.dense import COPY, MERGED

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.work import Raw
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Call, Scope
 
 

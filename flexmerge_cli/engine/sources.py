@@ -1,0 +1,18 @@
+"""Where the weights of a family lie. Nothing here needs torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+
+BASE = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where the weights lie, by aligned name."""
+
+    base: Mapping[str, StoredTensor]
+    tasks: tuple[Mapping[str, StoredTensor], ...]
+    describe: tuple[str, ...]
+    """Per task, then the base: what to call it in an error."""

@@ -1,0 +1,65 @@
+"""What the pass of `plan` measures, what it finds, and in what pieces: for those who price it or plan with it.
+
+survey.py does the arithmetic. Nothing here needs torch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coding_error import CodingError
+
+# Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
+PRODUCT_ELEMENTS = 1 << 16
+# Elements of one work item, per model: 1 MiB of float32, a whole piece of the digest, and small enough for the cache.
+CHUNK_ELEMENTS = 1 << 18
+# Elements that are compared at once, a multiple of PRODUCT_ELEMENTS.
+TILE_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyItem:
+    """One tensor of the family, or of those tasks that hold it in one form."""
+
+    name: str
+    base: StoredTensor | None
+    """None: not read."""
+    tasks: tuple[tuple[int, StoredTensor], ...]
+    """(task index, tensor), all of one shape."""
+    gram: bool
+    """Whether task vectors are compared; needs the base and every task."""
+    codes: bool = False
+    """Whether it is coded, too, for `auto`; needs `gram`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Measure:
+    """What the pass found of one item. Rows and columns are those of `SurveyItem.tasks`."""
+
+    digests: list[str]
+    base_digest: str | None
+    same: list[int]
+    """Position of the first task that holds the same bits."""
+    is_base: list[bool]
+    """Whether the base, cast to the task's dtype, has the task's bits."""
+    gram: np.ndarray | None
+    """[k, k] float64."""
+    agreement: np.ndarray | None
+    """[k, k] int64: elements of equal sign in {-1, 0, 1}."""
+    base_energy: float
+    """Σ θ_base²."""
+    not_finite: list[tuple[int, int]]
+    """(position, or -1 for the base; first index in C order)."""
+    coding: CodingError | None
+
+
+def models_of(item: SurveyItem) -> list[StoredTensor]:
+    """Return all tensors of an item; the base, if read, last."""
+    return [tensor for _, tensor in item.tasks] + ([item.base] if item.base is not None else [])
+
+
+def view_of(shape: tuple[int, ...]) -> Matrix:
+    """The rows that `auto` codes."""
+    return View.SQUEEZED.matrix(shape)
