@@ -1,4 +1,4 @@
-"""A plan and what is asked of it in, the layout of an allocation out. Reads no weights."""
+"""Chooses the allocation of a request on a plan, and lays it out. Reads no weights."""
 
 import numpy as np
 
@@ -18,14 +18,15 @@ from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest
 
-# The part of --max-distance that `auto` aims at where it has no size: what is measured may exceed what is predicted.
+# The part of --max-distance that `auto` aims at when no size is given: the measured distance may exceed the predicted
+# one.
 PREDICTED_PART = 0.95
 
 
 def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> BundleLayout:
     """Choose what the bundle stores, and price it to the byte.
 
-    Raises UsageError for a request that does not fit the plan, GateError for a size that is not reached.
+    Raises UsageError for a request that does not fit the plan, and GateError for a size that cannot be reached.
     """
     pricer = (pricer or Pricer(plan)).asked(request)
     if plan.pools_lora:
@@ -46,9 +47,10 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
 
 
 def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | None:
-    """The search of `auto`, made once a pricer, and what it finds; None for another choice.
+    """Return the search of `auto`, which each pricer makes once, and what it finds; None for any other choice.
 
-    Without a size: the smallest bundle whose predicted distances stay under the request's limit, or MAX_DISTANCE.
+    If no size is given, it finds the smallest bundle whose predicted distances stay under the request's limit, or
+    MAX_DISTANCE.
     """
     choice = request.choice
     if not isinstance(choice, Auto):
@@ -66,7 +68,7 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | 
 
 
 def offers(plan: Plan, dtype: str | None) -> str:
-    """Every method and the smallest size that it reaches, a line each."""
+    """List every method, one per line, with the smallest size that it reaches."""
     pricer, lines = Pricer(plan).asked(MergeRequest()), []
     for name in all_methods():
         layout = pricer.layout(Cutter(pricer, parse_use(name), dtype).smallest())
@@ -76,7 +78,7 @@ def offers(plan: Plan, dtype: str | None) -> str:
 
 
 def advice(plan: Plan, layout: BundleLayout, pricer: Pricer | None = None) -> list[str]:
-    """Warnings about a choice: near-identical tasks, and an exact or cast bundle that is no larger than a lossy one."""
+    """Warn of near-identical tasks, and of an exact or cast bundle that is no larger than the chosen lossy one."""
     if not layout.allocation.methods:
         return []
     found = near_duplicates(plan, layout)
@@ -95,7 +97,8 @@ def advice(plan: Plan, layout: BundleLayout, pricer: Pricer | None = None) -> li
 
 
 def near_duplicates(plan: Plan, layout: BundleLayout) -> list[str]:
-    """One warning a method about groups of near-identical tasks that a sum multiplies, or whose masks stay empty."""
+    """Return one warning per method about groups of near-identical tasks that a sum multiplies, or whose masks stay
+    empty."""
     texts_of: dict[int, list[str]] = {}
     for unit in layout.allocation.units:
         groups = [group for group in unit.groups if group.method is not None]
@@ -109,7 +112,7 @@ def near_duplicates(plan: Plan, layout: BundleLayout) -> list[str]:
             text = near_duplicate_warning(layout.calls[group.method], names, smallest)
             if text:
                 texts_of.setdefault(group.method, []).append(f"{text} (in {unit.name})")
-    return [texts[0] + (f", and {len(texts) - 1} groups more" if len(texts) > 1 else "") for texts in texts_of.values()]
+    return [texts[0] + (f", and {len(texts) - 1} more groups" if len(texts) > 1 else "") for texts in texts_of.values()]
 
 
 def _cut(pricer: Pricer, choice: Cut, dtype: str | None) -> Allocation:
@@ -120,10 +123,10 @@ def _cut(pricer: Pricer, choice: Cut, dtype: str | None) -> Allocation:
 
 
 def _check_pool(request: MergeRequest) -> None:
-    """Raise UsageError for what cannot merge the factors of LoRA adapters."""
+    """Raise UsageError for a request that cannot merge the factors of LoRA adapters."""
     if isinstance(request.choice, Clusters | Auto):
         raise UsageError(
-            "a pool of LoRA adapters is merged by the order, and by methods of one value a module",
+            "a pool of LoRA adapters merges along the merge order only, by a method that stores one value per module",
             hint="--method average --size 2x; or plan with --adapters merge",
         )
     for use in request.uses:

@@ -1,7 +1,8 @@
-"""What a bundle stores, and nothing of how that was decided: unit -> groups -> method.
+"""Says what a bundle stores, but not how that was decided: unit -> groups -> method.
 
-A unit is a block, or one tensor of it. Canonical, hashable, JSON. The layout, the engine and the manifest
-read it; a cut of the order makes one, and so do clustering, a pattern in the recipe, and a search.
+A unit is a block, or one tensor of it. An allocation is canonical, hashable and can be written as JSON. The layout, the
+engine and the manifest read it; a cut of the order makes one, and so do clustering, a pattern in the recipe, and a
+search.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ class Group:
     """Tasks that share one stored value of a unit."""
 
     tasks: Tasks
-    """Ascending."""
+    """Task numbers in ascending order."""
     method: int | None
     """Index into the allocation's methods; None for a group of one, which is copied."""
     bits: tuple[Bits, ...] | None = None
-    """Per task, where the method is `low_bit` and they differ by task, as those of `auto` do: these decide, and all is
-    coded as docs/methods.md says of `auto`. None: as the method says."""
+    """The bits of each task, if the method is `low_bit` and they differ between tasks, as those of `auto` do. They
+    replace the method's own, and the tensor is coded as docs/methods.md describes for `auto`. None: the method
+    decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,25 +36,25 @@ class Unit:
     name: str
     tensors: tuple[str, ...]
     groups: tuple[Group, ...]
-    """A partition of the tasks, by smallest task."""
+    """A partition of the tasks, ordered by smallest task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """All that decides what a bundle stores."""
+    """Everything that decides what a bundle stores."""
 
     methods: tuple[MethodUse, ...]
     units: tuple[Unit, ...]
     dtype: str | None = None
-    """What floating tensors are cast to; None keeps theirs."""
+    """The dtype that floating tensors are cast to; None keeps their own."""
     merges: int = 0
     undone: int = 0
     fit: str = "none"
-    """How the cut was fitted; told in the manifest, of no effect."""
+    """How the cut was fitted. It is recorded in the manifest and has no effect."""
 
 
 def copies(plan: Plan, dtype: str | None = None) -> Allocation:
-    """Nothing merged: exact deduplication, or that with a cast."""
+    """Return an allocation that merges nothing: exact deduplication, or that with a cast."""
     return from_groups(plan, [[(task,) for task in plan.all_tasks]] * len(plan.blocks), methods=(), dtype=dtype)
 
 
@@ -67,7 +69,8 @@ def from_groups(
     undone: int = 0,
     fit: str = "none",
 ) -> Allocation:
-    """Groups per block of the plan. method_of: per block the index of its method; by default the first for all."""
+    """Make an allocation from the groups of each block of the plan. method_of: the index of each block's method; by
+    default the first for all."""
     units = tuple(
         Unit(
             name=block.name,

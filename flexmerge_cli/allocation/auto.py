@@ -1,7 +1,8 @@
-"""`auto`: per tensor a centre and per task a residual, so that a budget of bytes costs the least predicted damage.
+"""`auto` chooses a centre for each tensor and a residual for each task, so that the predicted damage is least for a
+budget of bytes.
 
-Tables of all tensors come in, with a budget; choices come out, in milliseconds, from the plan alone: see auto_table.py.
-Nothing is promised about accuracy. What bytes on disk the choices make, headers and all, is the layout's affair.
+From the tables of all tensors (see auto_table.py) and a budget it finds choices in milliseconds, from the plan alone.
+It promises nothing about accuracy. The layout says how many bytes on disk the choices take, headers and all.
 """
 
 import itertools
@@ -20,31 +21,32 @@ from flexmerge_cli.request.auto_options import Limits
 
 # T tensors, P points of one tensor's frontier
 
-# A target in bytes on disk is met by shrinking the budget by what it is exceeded by. Names and headers hardly change:
-# one round or two do. After this many the steps double, so that it ends.
+# A target in bytes on disk is met by shrinking the budget by the excess. Names and headers hardly change, so one or two
+# rounds are enough. After this many rounds the steps double, so that the loop ends.
 PLAIN_ROUNDS = 3
 
-# Then larger budgets are tried, by what is left and by halves of it. A round lays out a bundle, so that they are few.
+# Then larger budgets are tried, by what is left and by halves of it. Each round lays out a bundle, so there are few.
 GROWTH_ROUNDS = 12
 
-# At last single better points are tried. A trial lays out a whole bundle, so that more tensors get fewer: this number
-# over theirs. That adds 0.8 s to the 0.4 s that the search for 207 tensors of eight tasks takes without, on one core.
+# At last single better points are tried. Each trial lays out a whole bundle, so more tensors get fewer trials: this
+# number divided by the number of tensors. For 207 tensors of eight tasks that adds 0.8 s to a search of 0.4 s, on one
+# core.
 TRIAL_TENSORS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """What is stored of all tensors."""
+    """The choices for all tensors."""
 
     choices: tuple[Choice, ...]
-    """By tensor name."""
+    """Sorted by tensor name."""
     num_bytes: int
     cost: float
-    """Predicted Σ w·D, which ranks plans of one family; no estimate of accuracy."""
+    """Predicted Σ w·D, which ranks plans of one family; it is no estimate of accuracy."""
 
 
 class Search:
-    """The tables of a plan. Made once, then asked for any number of budgets."""
+    """The tables of a plan. It is made once and then asked for any number of budgets."""
 
     def __init__(self, tables: Iterable[Table]) -> None:
         self.tables = sorted(tables, key=lambda table: table.tensor.name)
@@ -57,9 +59,9 @@ class Search:
         return sum(int(table.num_bytes[0]) for table in self.tables)
 
     def solve(self, budget_bytes: int) -> Solution:
-        """Greatest saving per byte first, then the rest of the budget is filled. Never over the budget.
+        """Take the greatest savings per byte first, then fill the rest of the budget, which is never exceeded.
 
-        Raises GateError below the smallest size.
+        Raises GateError if the budget is below the smallest size.
         """
         if budget_bytes < self.smallest_bytes:
             raise GateError(
@@ -71,9 +73,9 @@ class Search:
         return self._solution(points)
 
     def solve_priced(self, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
-        """The same for a limit on what a bundle of the choices weighs, as `price` tells it. Never over the limit.
+        """Solve for a limit on the size of the whole bundle, as `price` gives it. The limit is never exceeded.
 
-        Raises GateError if even the smallest choices weigh more.
+        Raises GateError if even the smallest choices exceed it.
         """
         smallest = self.solve(self.smallest_bytes)
         if price(smallest) > max_bytes:
@@ -95,12 +97,13 @@ class Search:
         return self._improved(smallest, max_bytes, price)
 
     def smallest_priced(self, price: Callable[[Solution], float]) -> Solution:
-        """The choices of the fewest bytes, and from there single better ones as long as these weigh less."""
+        """Start from the choices with the fewest bytes, and take single better ones as long as these make the bundle
+        smaller."""
         smallest = self.solve(self.smallest_bytes)
         return self._improved(smallest, price(smallest) - 1, price, shrink=True)
 
     def _grown(self, solution: Solution, budget: int, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
-        """Spend what is left of the limit: more bytes may mean fewer parts, and so less of headers."""
+        """Spend what is left of the limit: more bytes may mean fewer parts, and so smaller headers."""
         spare = int(max_bytes - price(solution))
         for _ in range(GROWTH_ROUNDS):
             larger = self.solve(budget + spare)
@@ -116,11 +119,12 @@ class Search:
     def _improved(
         self, solution: Solution, max_bytes: float, price: Callable[[Solution], float], *, shrink: bool = False
     ) -> Solution:
-        """Replace single choices by better ones until none fits: a better choice may need less of headers and names.
+        """Replace single choices by better ones until none fits: a better choice may need smaller headers and fewer
+        names.
 
-        Of the better points whose data alone fit, the nearest are tried, greatest saving per byte first, over and over
-        until a pass over all of them takes none, or the trials are used up. shrink: each has to weigh less than the
-        one before.
+        Among the better points whose data alone fit, it tries the nearest, greatest saving per byte first, over and
+        over until a pass over all of them takes none or the trials are used up. shrink: each choice must make the
+        bundle smaller than the one before.
         """
         points = [int(np.searchsorted(t.num_bytes, c.num_bytes)) for t, c in zip(self.tables, solution.choices)]
         trials = TRIAL_TENSORS // max(1, len(points))
@@ -141,7 +145,7 @@ class Search:
         return solution
 
     def _better(self, points: list[int], most_bytes: int, count: int) -> list[tuple[int, int]]:
-        """(tensor, point) of the better points that add the fewest bytes, greatest saving per byte first."""
+        """List the better points (tensor, point) that add the fewest bytes, greatest saving per byte first."""
         found: list[tuple[int, float, int, int]] = []
         for tensor, (table, now) in enumerate(zip(self.tables, points)):
             added = table.num_bytes[now + 1 :] - table.num_bytes[now]
@@ -157,10 +161,11 @@ class Search:
         return [(tensor, point) for _, _, tensor, point in sorted(nearest, key=lambda item: item[1:])]
 
     def solve_distance(self, max_distance: float) -> Solution:
-        """The smallest choices, of those that some price of a byte makes best, whose predicted distances stay under.
+        """Return the smallest choices whose predicted distances stay under a limit, among those that are best for some
+        price of a byte.
 
-        Exact copies reach any distance, so there are such choices. A task that is the base has no distance unless it is
-        exact, so it is stored exactly.
+        Exact copies reach any distance, so there are always such choices. A task that equals the base has a distance
+        only if it is exact, so it is stored exactly.
         """
         limit_M = max_distance**2 * self._energy_M
         points = [int(table.vertices[0]) for table in self.tables]
@@ -173,9 +178,9 @@ class Search:
         return self._solution(points)
 
     def distances(self, solution: Solution) -> np.ndarray:
-        """Predicted ‖θ̂ - θ‖ / ‖τ‖ of every task, over all tensors searched: [M].
+        """Return the predicted ‖θ̂ - θ‖ / ‖τ‖ of every task, over all tensors searched: [M].
 
-        Of a task that is the base: 0 if it is exact, else nan.
+        For a task that equals the base it is 0 if the task is exact, and nan otherwise.
         """
         lost_M = np.sum([choice.errors for choice in solution.choices], axis=0)
         of_base_M = np.where(lost_M > 0, np.nan, 0.0)
@@ -183,15 +188,17 @@ class Search:
         return found
 
     def uniform(self, *, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
-        """Bytes and cost of a plan without a search: all tasks in one group, one number of bits for all of them.
+        """Return the bytes and cost of a plan without a search: all tasks in one group, with the same number of bits.
 
-        That is `low_bit:bits=…,centre=average,centre_bits=…` with the codes of `auto`; vectors are 8 bits on 8 bits.
+        That is `low_bit:bits=…,centre=average,centre_bits=…` with the codes of `auto`; vectors take 8 bits on a centre
+        of 8 bits.
         """
         prices = [table.uniform(centre_bits, bits) for table in self.tables]
         return sum(num_bytes for num_bytes, _ in prices), sum(cost for _, cost in prices)
 
     def _sorted_segments(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Hull segments of all tensors, greatest saving per byte first: (tensor, vertex reached), and bytes added."""
+        """List the hull segments of all tensors, greatest saving per byte first, as (tensor, vertex reached), and the
+        bytes that each adds."""
         owners, vertices, saved, added = [], [], [], []
         for number, table in enumerate(self.tables):
             num_bytes, cost = table.num_bytes[table.vertices], table.cost[table.vertices]
@@ -206,7 +213,7 @@ class Search:
         return list(reached), np.concatenate(added)[order]
 
     def _prefix(self, budget_bytes: int) -> tuple[list[int], int]:
-        """Segments until the first that does not fit: points of the frontiers, and bytes left."""
+        """Take segments until the first that does not fit. Returns the points on the frontiers, and the bytes left."""
         reached, added = self._segments
         spent = np.cumsum(added)
         count = int(np.searchsorted(spent, budget_bytes - self.smallest_bytes, side="right"))
@@ -219,7 +226,8 @@ class Search:
     def _fill(self, points: list[int], left: int) -> None:
         """Take the greatest saving per byte among all points that fit, until none does. Changes `points`.
 
-        Points off a frontier are never better, so every step costs bytes. A tensor's best stays its best while it fits.
+        Points off a frontier are never better, so every step costs bytes. A tensor's best point stays its best while it
+        fits.
         """
         saved_T = np.empty(len(points))
         added_T = np.empty(len(points), np.int64)
@@ -261,7 +269,8 @@ def search(
 
 
 def _best(table: Table, point: int, left: int) -> tuple[float, int, int]:
-    """The greatest saving per byte from a point of the frontier: (saving, bytes added, point). Saving 0: none fits."""
+    """Find the greatest saving per byte from a point of the frontier: (saving, bytes added, point). A saving of 0 means
+    that none fits."""
     stop = int(np.searchsorted(table.num_bytes, table.num_bytes[point] + left, side="right"))
     if stop <= point + 1:
         return 0.0, 0, point

@@ -1,7 +1,7 @@
-"""`--method auto`: a plan and a size in, an allocation out, by the search of auto.py. Pure; reads no weights.
+"""Turns a plan and a size into an allocation for `--method auto`, by the search of auto.py. Pure; reads no weights.
 
-The search has every mergeable tensor, one unit each, but those of blocks that `--method-for` names: these are stored by
-their method with all tasks in one group, or, with `keep`, as copies, and what they take is subtracted first.
+The search covers every mergeable tensor, one unit each, except those of blocks that `--method-for` names. Those are
+stored by their method with all tasks in one group or, with `keep`, as copies, and their bytes are subtracted first.
 """
 
 import copy
@@ -27,33 +27,34 @@ from flexmerge_cli.request.auto_options import Kind, Limits
 from flexmerge_cli.request.size import Target
 from flexmerge_cli.stored.form import Bits
 
-# About two bits a weight: where a first user need not know a number.
+# About two bits per weight: the default for a first user, who need not know a number.
 MAX_DISTANCE = 0.35
 
 ByPattern = tuple[tuple[str, MethodUse | None], ...]
-"""(pattern of block names, its method, or None for copies); the first match holds."""
+"""Pairs of a pattern of block names and its method, or None for copies. The first match counts."""
 
 Kept = tuple[MethodUse | None] | None
-"""What a block that is not searched is stored with: its method, or None for copies."""
+"""What stores a block that is not searched: its method, or None for copies. None itself: the block is searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What the search chose, and what storing it takes."""
+    """What the search chose, and the layout that stores it."""
 
     solution: Solution
     layout: BundleLayout
 
 
 class Auto:
-    """Searches of one plan: any number of sizes from one table."""
+    """Searches of one plan: any number of sizes from one set of tables."""
 
     def __init__(self, pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> None:
-        """Raises UsageError if the plan lacks the statistics, or for a pattern that no block matches."""
+        """Make the tables. Raises UsageError if the plan lacks the statistics, or for a pattern that no block
+        matches."""
         plan = pricer.plan
         if plan.settings.statistics != "all" and plan.blocks:
             raise UsageError(
-                "`auto` needs to know how well tensors code, and the plan was made without",
+                "`auto` needs to know how well tensors can be coded, which this plan did not measure",
                 hint="flexmerge plan plan.json --statistics all -o with-statistics.json",
             )
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
@@ -66,13 +67,14 @@ class Auto:
         """Bytes of everything that the search does not decide."""
 
     def priced_by(self, pricer: Pricer) -> "Auto":
-        """The same for bundles that record another request."""
+        """Return the same search for bundles that record another request."""
         other = copy.copy(self)
         other.pricer, other._exact, other._smallest_on_disk = pricer, None, None
         return other
 
     def cut(self, size: Target) -> Found:
-        """The least predicted damage within a size, never over it. Raises GateError with the smallest size there is."""
+        """Find the least predicted damage within a size, which is never exceeded. Raises GateError with the smallest
+        possible size."""
         exact = self.exact()
         if (exact.layout.total_bytes if size.on_disk else exact.layout.tensor_bytes) <= size.max_bytes:
             return exact
@@ -89,18 +91,20 @@ class Auto:
         return self._found(self.search.solve(self.search.smallest_bytes))
 
     def smallest_on_disk(self) -> Found:
-        """The smallest, headers and names counted, which may take more data."""
+        """Return the smallest bundle with headers and names counted, which may hold more data than `smallest`."""
         if self._smallest_on_disk is None:
             self._smallest_on_disk = self._found(self.search.smallest_priced(self._disk_bytes))
         return self._smallest_on_disk
 
     def within(self, max_distance: float) -> Found:
-        """The smallest of those that some price of a byte makes best whose predicted distances stay under."""
+        """Return the smallest bundle whose predicted distances stay under a limit, among those that are best for some
+        price of a byte."""
         found, exact = self._found(self.search.solve_distance(max_distance)), self.exact()
         return found if found.layout.total_bytes < exact.layout.total_bytes else exact
 
     def exact(self) -> Found:
-        """Nothing of the searched blocks is lost: as copies, or by the search's own choices if these are smaller."""
+        """Return a bundle that loses nothing of the searched blocks: copies, or the search's own choices if these are
+        smaller."""
         if self._exact is None:
             solution = self.search.solve(self._most_bytes)
             kept: dict[str, Kept] = {name: use or (None,) for name, use in self._kept.items()}
@@ -114,12 +118,12 @@ class Auto:
         return sum(int(table.num_bytes[-1]) for table in self.search.tables)
 
     def _budget(self, max_bytes: float) -> int:
-        """Return what is left of these bytes of tensor data for the tensors of the search."""
+        """Return how many of these bytes of tensor data are left for the tensors of the search."""
         most = self._most_bytes
         return min(most, math.floor(max_bytes) - self.fixed_bytes) if math.isfinite(max_bytes) else most
 
     def _base_bytes(self) -> int:
-        """Bytes of what kept adapters need of the base in the blocks of the search."""
+        """Return the bytes that kept adapters need of the base in the blocks of the search."""
         tensors = [self.plan.tensor(name) for block in self.searched for name in block.tensors]
         forms = [tensor.base_form for tensor in tensors if self.plan.base_readers(tensor)]
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
@@ -184,7 +188,8 @@ class Auto:
         return (found[0],) if found else None
 
     def _allocation(self, choices: Sequence[Choice], by_pattern: Mapping[str, Kept] | None = None) -> Allocation:
-        """Choices of all tensors of the search; without any they are left out, for the price of the rest."""
+        """Build the allocation from the choices for all searched tensors. Without choices, it leaves these tensors out,
+        to price the rest."""
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
         by_pattern = self._kept if by_pattern is None else by_pattern
         uses = dict.fromkeys(kept[0] for kept in by_pattern.values() if kept is not None and kept[0] is not None)
@@ -212,7 +217,7 @@ class Auto:
 
 
 def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> Auto:
-    """Made once a pricer: its tables take longer than any size asked of them."""
+    """Return the search, which each pricer makes once, because its tables take longer than any size asked of them."""
     key = (limits, dtype, by_pattern)
     if key not in pricer.searches:
         pricer.searches[key] = Auto(pricer, limits, dtype, by_pattern)
@@ -222,12 +227,13 @@ def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: B
 
 
 def smallest_factor(layout: BundleLayout) -> float:
-    """A size that a layout fits, in four decimals."""
+    """Return a factor to four decimals that the layout fits."""
     return -(-layout.tensor_bytes * 10000 // max(1, layout.plan.one_model_bytes)) / 10000
 
 
 def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
-    """(method, tasks, bits) by smallest task; tasks of one class are together, and a class alone has no centre."""
+    """Return (method, tasks, bits) by smallest task. Tasks of one class are together, and a class alone in its group
+    has no centre."""
     same = plan.tensor(choice.tensor).same
     members: dict[int, list[int]] = {}
     for task, first in enumerate(same):
@@ -251,6 +257,6 @@ def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, t
 
 @functools.cache
 def _use(kind: Kind, centre_bits: CentreBits) -> MethodUse:
-    """`bits` are the group's own; those of the text are of no effect."""
+    """Return the method of a group. The group's own `bits` decide; those of the text have no effect."""
     centre = "" if kind == "none" else f",centre_bits={centre_bits}"
     return parse_use(f"low_bit:centre={kind}{centre},scales=bfloat16,clip=search")

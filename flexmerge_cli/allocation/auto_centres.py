@@ -1,8 +1,8 @@
-"""The rows of one tensor's table: every centre it may have, its bytes, and how far the tasks are from it. Numpy only.
+"""Makes the rows of one tensor's table: each possible centre, its bytes, and its distance to each task. Numpy only.
 
 none      no centre; tasks are coded copies in 2, 3, 4 or 8 bits, or exact
 base      one centre, dense or in 2, 3, 4 or 8 bits; residuals of 1, 2, 3, 4 or 8 bits, or exact
-average   one centre per group of a level of the block's dendrogram; a class alone in its group is as under none
+average   one centre per group of a level of the block's dendrogram; a class alone in its group is stored as for none
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ CentreBits = int | Literal["dense"]
 
 CENTRE_BITS: tuple[CentreBits, ...] = (*WEIGHT_BITS, "dense")
 
-# Under what options a class falls: a coded copy of its own, a residual, or nothing since it is its centre.
+# How a class is stored: as a coded copy of its own, as a residual, or not at all because it equals its centre.
 COPY, CODED, FREE = range(3)
 
 
@@ -33,11 +33,12 @@ class Centre:
     kind: Kind
     bits: CentreBits = "dense"
     groups: Groups = ()
-    """Tasks that share a centre, of kind average; those of the same class together, by smallest task."""
+    """Tasks that share a centre of kind `average`, ordered by smallest task. Tasks of one class are together."""
 
 
 def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[Centre]:
-    """None, base, then levels from one group up; a level whose groups of classes an earlier one had is left out."""
+    """List no centre, the base, then the levels from one group up. A level that groups the classes like an earlier one
+    is left out."""
     found = [Centre(kind="none")] + [Centre(kind="base", bits=bits) for bits in CENTRE_BITS]
     seen: set[Groups] = set()
     for level in sorted(levels):
@@ -54,7 +55,7 @@ def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[C
 
 
 def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
-    """int64 [C], of all the centres that a row of the table stores."""
+    """Return the bytes of all the centres that each row of the table stores, int64 [C]."""
     code_bytes = tensor.code_bytes
     dense: dict[Groups, list[int]] = {}
     num_bytes = []
@@ -70,9 +71,11 @@ def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
 
 
 def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray, np.ndarray]:
-    """[C, K] each: under what options a class falls (COPY, CODED, FREE), and what their unit costs count, w apart.
+    """Return how each class is stored (COPY, CODED, FREE) and the factor of its unit costs before the weight w, [C, K]
+    each.
 
-    A residual's count its energy: ‖τ - centre's τ‖² and what coding the centre lost. A copy's are errors already.
+    The factor of a residual is its energy: ‖τ - centre's τ‖² plus the error of coding the centre. The unit costs of a
+    copy are errors already.
     """
     classes = tensor.classes
     firsts = [tasks[0] for tasks in classes]
@@ -101,7 +104,8 @@ def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray
 
 
 def _distances_to_mean(tensor: TensorStatistics, groups: Groups, firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Say whether each class shares its group, and ‖τ - mean of the group‖², below 0 by rounding alone."""
+    """Return whether each class shares its group, and ‖τ - mean of the group‖², which only rounding can make
+    negative."""
     member_GM = np.zeros((len(groups), len(tensor.gram)))
     for number, group in enumerate(groups):
         member_GM[number, list(group)] = 1 / len(group)

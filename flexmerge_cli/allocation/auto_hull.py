@@ -1,4 +1,4 @@
-"""Points (bytes, cost) in, their lower convex hull and their frontier out. Numpy only; knows nothing of tensors."""
+"""Finds the lower convex hull and the frontier of points (bytes, cost). Numpy only; knows nothing of tensors."""
 
 import numpy as np
 
@@ -6,10 +6,11 @@ import numpy as np
 
 
 def hull(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the vertices of the lower convex hull, bytes rising, cost falling: int64, at least one if P > 0.
+    """Return the indices of the vertices of the lower convex hull, bytes rising, cost falling: int64, at least one
+    if P > 0.
 
-    Of equal points the first. A point on the line between two vertices is none, save by rounding.
-    Each is the cheapest state for some price of a byte, and they are all of those.
+    Of equal points it takes the first. Save for rounding, a point on the line between two vertices is no vertex. The
+    vertices are exactly the states that are cheapest for some price of a byte.
     """
     candidates = frontier(num_bytes, cost)
     bytes_at, cost_at = num_bytes[candidates].tolist(), cost[candidates].tolist()
@@ -29,7 +30,8 @@ def hull(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def frontier(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the points that cost less than all others of no more bytes, bytes rising. The first of equal ones."""
+    """Return the indices of the points that cost less than all others with no more bytes, bytes rising; the first of
+    equal ones."""
     order = np.lexsort((cost, num_bytes))  # stable
     sorted_cost = cost[order]
     before = np.concatenate([[np.inf], np.minimum.accumulate(sorted_cost)[:-1]]) if len(order) else sorted_cost
@@ -37,6 +39,6 @@ def frontier(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def slopes(num_bytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Cost saved per byte from each point to the next."""
+    """Return the cost saved per byte from each point to the next."""
     found: np.ndarray = (cost[:-1] - cost[1:]) / np.diff(num_bytes)
     return found

@@ -1,7 +1,7 @@
-"""What `auto` knows of the tensors of a plan, and how much each counts. Numpy only; sees no weights.
+"""Holds what `auto` knows about the tensors of a plan, and how much each counts. Numpy only; sees no weights.
 
-Everything comes from the one pass over the weights: Gram matrices, which bits are equal, and how well a tensor codes
-(residuals/coding_error.py); the groups are those of the merge order.
+Everything comes from the one pass over the weights: Gram matrices, which bits are equal, and how well a tensor can be
+coded (residuals/coding_error.py). The groups are those of the merge order.
 """
 
 import math
@@ -18,47 +18,48 @@ from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
 # M tasks
 
 Groups = tuple[tuple[int, ...], ...]
-"""A partition of the tasks, by smallest task."""
+"""A partition of the tasks, ordered by smallest task."""
 
-# This part of a tensor's energy is far below what a plan's float32 products can tell from nothing (1e-7).
+# This part of a tensor's energy is far below what the float32 products of a plan can tell from zero (1e-7).
 LEAST_ERROR = 1e-12
 
-# Energies come from float32 task vectors, of which the smallest is 1e-45; less would be a plan that nobody measured.
+# Energies come from float32 task vectors, and the smallest float32 is 1e-45. Less can only come from a plan that was
+# not measured.
 SMALLEST_PRODUCT = 1e-300
 
-# Parts of a name under which a tensor is an embedding table.
+# Parts of a name that mark a tensor as an embedding table.
 TABLE_WORDS = ("wte", "shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorStatistics:
-    """What the plan knows of one mergeable tensor."""
+    """What the plan knows about one mergeable tensor."""
 
     name: str
     shape: tuple[int, ...]
     base_dtype: str
     dtypes: tuple[str, ...]
-    """Per task."""
+    """The dtype of each task."""
     gram: np.ndarray
-    """[M, M] float64, ⟨τ_i, τ_j⟩."""
+    """The Gram matrix, [M, M] float64, ⟨τ_i, τ_j⟩."""
     same: tuple[int, ...]
-    """Per task the first whose tensor has the same bits."""
+    """For each task, the first task whose tensor has the same bits."""
     is_base: tuple[bool, ...]
-    """Per task whether the base, cast to the task's dtype, has its bits."""
+    """For each task, whether the base, cast to the task's dtype, has its bits."""
     errors: CodingError
     base_is_stored: bool = False
-    """Whether the dense base is stored anyway, for adapters that are kept: tasks may read it at no cost."""
+    """Whether the dense base is stored anyway, for kept adapters: tasks may then read it at no cost."""
     copy_is_stored: tuple[bool, ...] = ()
-    """Per task whether an exact copy of its tensor is that stored base; empty: of none."""
+    """For each task, whether that stored base is an exact copy of its tensor; empty if it is for none."""
 
     @property
     def matrix(self) -> Matrix:
-        """The view that everything is coded in."""
+        """The shape of the matrix that everything is coded in."""
         return View.SQUEEZED.matrix(self.shape)
 
     @property
     def classes(self) -> list[list[int]]:
-        """Tasks with the same bits, by first task: they store theirs once."""
+        """Lists of tasks with the same bits, which are stored once, ordered by first task."""
         return [
             [k for k, first in enumerate(self.same) if first == representative]
             for representative in sorted(set(self.same))
@@ -69,13 +70,14 @@ class TensorStatistics:
 
     @property
     def code_bytes(self) -> dict[float, int]:
-        """Bits -> bytes of the matrix in that code."""
+        """The bytes of the matrix in each code, by its bits."""
         every = (*RUNS, *RESIDUAL_BITS)
         return {bits: num_bytes(residual_code(bits).parts(self.matrix, "F32")) for bits in every}
 
     @property
     def residual_losses(self) -> dict[float, float]:
-        """Bits -> lost part of a residual's energy: measured, and below one bit predicted from that of one."""
+        """The part of a residual's energy that each code loses, by its bits: measured, and below one bit predicted from
+        the loss at one bit."""
         measured = self.errors.ratio
         return {bits: SignRuns(run=run).loss(measured[1]) for bits, run in RUNS.items()} | dict(measured)
 
@@ -84,31 +86,34 @@ class TensorStatistics:
 
     @property
     def energy(self) -> float:
-        """Mean of ‖τ_k‖² over the tasks."""
+        """The mean of ‖τ_k‖² over the tasks."""
         return float(np.maximum(np.diag(self.gram), 0.0).mean())
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether no fine-tune has moved it: any loss is out of proportion to what it saves, so it is stored exactly.
+        """Whether no fine-tune has changed the tensor. Any loss would be out of proportion to the saving, so it is
+        stored exactly.
 
-        A Gram matrix of zeros alone does not say that all tasks have the same bits: see `is_free`.
+        A Gram matrix of zeros alone does not imply that all tasks have the same bits: see `is_free`.
         """
         return all(base or energy <= 0 for base, energy in zip(self.is_base, np.diag(self.gram)))
 
     def is_free(self, task: int) -> bool:
-        """Whether the dense base is the task's tensor, bit by bit. Readers cast by way of float32: F64 loses bits."""
+        """Return whether the dense base equals the task's tensor bit by bit. Readers cast by way of float32, so F64
+        loses bits."""
         return self.is_base[task] and not self.base_dtype == self.dtypes[task] == "F64"
 
     @property
     def least_error(self) -> float:
-        """What a code is taken to lose at least, so that one that is thought to lose nothing never equals a copy."""
+        """The least error that a code is assumed to have, so that a code predicted to lose nothing never equals a
+        copy."""
         return LEAST_ERROR * self.energy
 
     @property
     def may_drop(self) -> bool:
-        """Whether a residual of 0 bits is allowed: in embedding tables alone, most of whose rows have not moved.
+        """Whether a residual may have 0 bits: only in embedding tables, where most rows have not changed.
 
-        Without this floor accuracy falls by up to 17 points at small sizes, and predicted errors do not see it.
+        Without this floor, accuracy falls by up to 17 points at small sizes, and predicted errors do not show it.
         """
         m, n = self.matrix
         words = self.name.lower().split(".")
@@ -116,9 +121,10 @@ class TensorStatistics:
 
 
 def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, float]:
-    """w by tensor: 1/√(energy of the block · energy of the tensor), task vectors' mean; 0 of unchanged tensors.
+    """Return the weight w of each tensor: 1/√(energy of the block · energy of the tensor), energies being means over
+    the task vectors; 0 for unchanged tensors.
 
-    Unweighted errors starve tensors with small task vectors: 2 points of accuracy at the size of one model.
+    Unweighted errors starve tensors with small task vectors, which costs 2 points of accuracy at the size of one model.
     """
     energy = {tensor.name: 0.0 if tensor.is_unchanged else tensor.energy for tensor in tensors}
     of_block: dict[str, float] = {}
@@ -131,7 +137,8 @@ def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) ->
 
 
 def partitions(num_tasks: int, merges: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, Groups]:
-    """Number of groups -> groups, M - 1 … 1, after each merge of one block's dendrogram, (left, right) tasks."""
+    """Map each number of groups, from M - 1 to 1, to the groups after the merge that leaves so many. merges: (left,
+    right) tasks, of one block's dendrogram."""
     groups: dict[int, tuple[int, ...]] = {task: (task,) for task in range(num_tasks)}
     levels: dict[int, Groups] = {}
     for left, right in merges:

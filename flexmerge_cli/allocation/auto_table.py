@@ -1,7 +1,9 @@
-"""One tensor's statistics in, every way `auto` may store it out: bytes and predicted cost. Numpy only; sees no weights.
+"""Tabulates every way in which `auto` may store one tensor, with its bytes and predicted cost. Numpy only; sees no
+weights.
 
-A tensor's choice is a centre and, per class of bit-identical tasks, an option. Cost is w · D, D the predicted squared
-error summed over tasks. Of the many combinations only the Lagrangian optima of each centre are listed: its *curve*.
+A tensor's choice is a centre and, for each class of bit-identical tasks, an option. The cost is w · D, where D is the
+predicted squared error summed over tasks. Of the many combinations, only the Lagrangian optima of each centre are
+listed: its *curve*.
 """
 
 from collections.abc import Mapping
@@ -28,7 +30,7 @@ from flexmerge_cli.stored.form import Bits
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
 
 Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
-"""The hull of what one class may store: labels, bytes, and cost in units of a factor."""
+"""The hull of what one class may store: labels, bytes, and cost in units of the class's factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +40,10 @@ class Choice:
     tensor: str
     centre: Centre
     bits: tuple[Bits, ...]
-    """Per task; the tasks of a class store theirs once."""
+    """The bits of each task; the tasks of a class share one stored value."""
     num_bytes: int
     errors: tuple[float, ...]
-    """Predicted squared error per task."""
+    """The predicted squared error of each task."""
 
 
 class Table:
@@ -50,7 +52,7 @@ class Table:
     def __init__(
         self, tensor: TensorStatistics, levels: Mapping[int, Groups], weight: float, limits: Limits = Limits()
     ) -> None:
-        """levels: of the tensor's block, as `partitions` gives them; weight: w of the tensor."""
+        """Make the table. levels: those of the tensor's block, as `partitions` gives them; weight: the tensor's w."""
         self.tensor = tensor
         self.weight = weight
         self._classes = tensor.classes
@@ -62,7 +64,7 @@ class Table:
         self._set_curves()
 
     def choice(self, point: int) -> Choice:
-        """What the point of the frontier stores."""
+        """Return how the tensor is stored at a point of the frontier."""
         centre, position = divmod(int(self.points[point]), self._num_positions)
         applied = self._order_CP[centre, :position]
         taken_K = np.bincount(applied[applied >= 0], minlength=len(self._classes))
@@ -83,9 +85,10 @@ class Table:
         )
 
     def uniform(self, centre_bits: CentreBits, bits: int) -> tuple[int, float]:
-        """Bytes and cost if all tasks share one average and have these bits; exact copies where those are smaller.
+        """Return bytes and cost if all tasks share one average and have these bits; exact copies where those are
+        smaller.
 
-        An unchanged tensor is stored as `auto` stores it: its weight is 0, so that a loss would not be seen.
+        An unchanged tensor is stored as `auto` stores it: its weight is 0, so that a loss would not show.
         """
         tensor = self.tensor
         if tensor.is_unchanged:
@@ -102,7 +105,7 @@ class Table:
         return shared + len(self._classes) * tensor.code_bytes[bits], cost
 
     def _set_options(self, limits: Limits) -> None:
-        """Set the hull of every centre and class as unit costs times a factor, so that each is found once."""
+        """Set the hull of every centre and class as unit costs times a factor, so that each hull is computed once."""
         tensor, firsts = self.tensor, [tasks[0] for tasks in self._classes]
         stored_K = [bool(tensor.copy_is_stored) and tensor.copy_is_stored[task] for task in firsts]
         copy: dict[float, float] = {
@@ -134,12 +137,12 @@ class Table:
         self._kind_CK, self._factor_CK = factors(tensor, self.centres)
         each = self._kind_CK, np.arange(len(firsts))
         self._bytes_CKV, self._unit_cost_CKV = bytes_3KV[each], cost_3KV[each]
-        # A factor of 0 leaves nothing to gain. Falling slopes stay falling: they are products with one number.
+        # A factor of 0 leaves nothing to gain. Slopes stay in falling order: all are multiplied by the same number.
         price_CK1 = (self.weight * self._factor_CK)[:, :, None]
         self._slope_CKS = np.where(price_CK1 > 0, slope_3KS[each] * np.where(price_CK1 > 0, price_CK1, 1.0), -np.inf)
 
     def _set_curves(self) -> None:
-        """Every state on the way of each centre, then what of them is worth keeping."""
+        """Compute every state on the curve of each centre, then keep those on the frontier."""
         num_centres, num_classes, num_segments = self._slope_CKS.shape
         slope_CP = self._slope_CKS.reshape(num_centres, -1)
         order_CP = np.argsort(-slope_CP, axis=1, kind="stable")  # ties: class, then position
@@ -153,7 +156,7 @@ class Table:
         np.cumsum(np.where(is_segment_CP, added_CP, 0), axis=1, out=num_bytes[:, 1:])
         num_bytes += (centre_bytes(self.tensor, self.centres) + self._bytes_CKV[:, :, 0].sum(axis=1))[:, None]
 
-        # Costs are added up anew for every state, in class order: steps taken off one by one would not end at 0.
+        # Costs are summed anew for every state, in class order: subtracting step by step would not end at 0.
         cost, taken = np.zeros(shape), np.zeros(shape, np.intp)
         cost_KCV = (self._unit_cost_CKV * (self.weight * self._factor_CK)[:, :, None]).transpose(1, 0, 2).copy()
         first_C1 = np.arange(num_centres)[:, None] * (num_segments + 1)
@@ -162,7 +165,7 @@ class Table:
             cost += cost_KCV[number].reshape(-1)[taken + first_C1]
 
         self.points = frontier(num_bytes.reshape(-1), cost.reshape(-1))
-        """Points worth taking, as centre · positions + position; bytes rising, cost falling."""
+        """The points worth taking, as centre · positions + position; bytes rising, cost falling."""
         self.num_bytes = num_bytes.reshape(-1)[self.points]
         self.cost = cost.reshape(-1)[self.points]
         self.vertices = hull(self.num_bytes, self.cost)
@@ -170,7 +173,7 @@ class Table:
 
 
 def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[float, float], limits: Limits) -> Options:
-    """The options of a class whose exact copy takes this many bytes. unit: cost by bits."""
+    """Return the options of a class whose exact copy takes `exact_bytes`. unit: the cost of each number of bits."""
     code_bytes = {0: 0, **tensor.code_bytes}
     allowed = [bits for bits in sorted(unit) if limits.allows(bits)]
     option_bytes = np.array([*(code_bytes[bits] for bits in allowed), exact_bytes], np.int64)

@@ -1,4 +1,4 @@
-"""What the merge order needs to know of a block, from the records of its tensors. Numpy only."""
+"""Adds up the records of a block's tensors to what the merge order needs to know. Numpy only."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from flexmerge_cli.order.similarity import BlockMeasure
 
 
 def block_measure(name: str, tensors: Sequence[PlanTensor]) -> BlockMeasure:
-    """Return what the order needs to know of a block: its tensors' Gram matrices, added in the block's order."""
+    """Return what the order needs to know about a block: its tensors' Gram matrices, added in the block's order."""
     count = len(tensors[0].same)
     gram, identical = np.zeros((count, count)), np.ones((count, count), bool)
     agreement = np.zeros((count, count), np.int64) if all(t.agreement is not None for t in tensors) else None

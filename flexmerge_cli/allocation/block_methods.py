@@ -10,7 +10,7 @@ from flexmerge_cli.request.merge import BlockMethod
 
 
 def matching(plan: Plan, block_methods: Sequence[BlockMethod]) -> list[BlockMethod | None]:
-    """The first pattern that each block of the plan matches, if any.
+    """Return the first pattern that each block of the plan matches, if any.
 
     Raises UsageError for a pattern that no block matches.
     """
@@ -22,5 +22,5 @@ def matching(plan: Plan, block_methods: Sequence[BlockMethod]) -> list[BlockMeth
 
 
 def uses_of_blocks(plan: Plan, block_methods: Sequence[BlockMethod], otherwise: MethodUse) -> list[MethodUse | None]:
-    """The method of each block; None where its tasks are kept apart."""
+    """Return the method of each block; None where its tasks are kept apart."""
     return [otherwise if item is None else item.use for item in matching(plan, block_methods)]

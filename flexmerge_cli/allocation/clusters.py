@@ -1,12 +1,13 @@
-"""Clusters of tasks instead of a merge order: baselines of the FlexMerge paper. Gram matrices in, an allocation out.
+"""Clusters tasks by their Gram matrices instead of following a merge order: baselines of the FlexMerge paper.
 
-channels      spherical k-means in every tensor by itself, after channel merging (Zhang et al. 2025): here
+channels      spherical k-means in each tensor separately, after channel merging (Zhang et al. 2025): this module
 whole models  agglomerative clustering: an order of one block, cut at `Kx`: `plan --blocks model --linkage average`.
-              Private tensors come on top of K models: where there are some, say `--merges M-K` instead
+              Private tensors take bytes beyond K models: if there are any, use `--merges M-K` instead
 
-Pure, and without a second pass over the weights: a row is a task vector made 1 long, a centre the mean of rows made 1
-long, so all that k-means compares follows from the inner products that a plan has. Where the authors' code differs: it
-takes the mean of the unnormalised rows, so that large task vectors decide; it begins every layer at the same task.
+Pure, and without a second pass over the weights: a row is a task vector scaled to length 1, and a centre the mean of
+rows scaled to length 1, so everything that k-means compares follows from the inner products in a plan. The authors'
+code differs in two ways: it takes the mean of the unnormalised rows, so that large task vectors decide, and it begins
+every layer at the same task.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ from flexmerge_cli.random import Stream, key64
 from flexmerge_cli.request.merge import Cluster
 
 MAX_ITERATIONS = 100
-# Squared length of a mean of rows that counts as 0: rounding alone leaves up to 1e-15 where rows cancel.
+# A squared length of a mean of rows below this counts as 0: rounding alone leaves up to 1e-15 where rows cancel.
 NO_LENGTH = 1e-14
 
 # M tasks, C clusters
@@ -29,7 +30,7 @@ NO_LENGTH = 1e-14
 def cluster_channels(
     plan: Plan, num_clusters: int, method: MethodUse, *, seed: int = 0, dtype: str | None = None
 ) -> Allocation:
-    """One unit per tensor, its groups the clusters; num_clusters in [1, M]. O(M^3) a tensor at worst.
+    """Make one unit per tensor, whose groups are the clusters; num_clusters in [1, M]. At worst O(M^3) per tensor.
 
     `method` must see no more than one tensor, as `merge_request` ensures.
     """
@@ -45,7 +46,7 @@ def cluster_channels(
 
 
 def unit_gram(plan: Plan, tensor: PlanTensor) -> np.ndarray:
-    """⟨row_i, row_j⟩ of task vectors 1 long, [M, M] float64; a zero vector stays 0."""
+    """Return ⟨row_i, row_j⟩ of task vectors scaled to length 1, [M, M] float64; a zero vector stays 0."""
     same_M = np.array(tensor.same)
     measure = BlockMeasure(
         name=tensor.name,
@@ -58,11 +59,13 @@ def unit_gram(plan: Plan, tensor: PlanTensor) -> np.ndarray:
 
 
 def spherical_kmeans(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> np.ndarray:
-    """Label of every row, [M], numbered by first appearance; num_clusters of them, and M rows alone if fewer.
+    """Return the label of every row, [M], numbered by first appearance, with num_clusters labels; with fewer rows, each
+    is alone.
 
-    unit_MM: inner products of rows of length 1 or 0. Distance is 1 - cosine, 0 between two zeros and 1 from a zero to
-    all else, of cosines as the merge order compares them: to the nearest 2^-20, so that rounding elsewhere moves no
-    task. Ties: the lowest centre, the lowest task. An empty cluster takes the task that is farthest from its centre.
+    unit_MM: inner products of rows of length 1 or 0. The distance is 1 - cosine, 0 between two zeros and 1 from a zero
+    to anything else. Cosines are rounded to the nearest 2^-20, as in the merge order, so that rounding errors move no
+    task. Ties go to the lowest centre, then the lowest task. An empty cluster takes the task that is farthest from its
+    centre.
     """
     num_tasks = len(unit_MM)
     if num_clusters >= num_tasks:
@@ -83,7 +86,8 @@ def spherical_kmeans(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> 
 
 
 def _first_centres(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> list[int]:
-    """Tasks, none twice: one at random, then each as likely as its squared distance to the nearest so far."""
+    """Choose distinct tasks: the first at random, each next one with a probability proportional to its squared distance
+    to the nearest so far."""
     num_tasks = len(unit_MM)
     distances_MM = _distances(unit_MM, np.eye(num_tasks))
     chosen = [stream.below(num_tasks)]
@@ -98,14 +102,14 @@ def _first_centres(unit_MM: np.ndarray, num_clusters: int, stream: Stream) -> li
 
 
 def _distances(unit_MM: np.ndarray, weights_CM: np.ndarray) -> np.ndarray:
-    """Distance of every row to centres that are weighted sums of rows, [M, C]."""
+    """Return the distance of every row to centres that are weighted sums of rows, [M, C]."""
     squared_C = np.einsum("ci,ij,cj->c", weights_CM, unit_MM, weights_CM)
     squared_C[squared_C < NO_LENGTH] = 0.0
     return 1.0 - comparable(cosine(unit_MM @ weights_CM.T, unit_MM.diagonal()[:, None], squared_C), 1.0)
 
 
 def _fill_empty(labels_M: np.ndarray, distances_MC: np.ndarray) -> None:
-    """Fill one empty cluster after another, in place."""
+    """Fill the empty clusters one after another, in place."""
     tasks = np.arange(len(labels_M))
     for centre in range(distances_MC.shape[1]):
         sizes_C = np.bincount(labels_M, minlength=distances_MC.shape[1])

@@ -1,4 +1,4 @@
-"""The merge order, a method and a size in; an allocation out. Pure: every price comes from the layout.
+"""Cuts the merge order for a method and a size into an allocation. Pure: every price comes from the layout.
 
 A cut is the shortest prefix of the order that fits. With `tight`, merges are then undone where the layout still fits:
 blocks are coarse, and a prefix can jump far below the target.
@@ -17,13 +17,13 @@ from flexmerge_cli.order.order import Merge, groups_after
 from flexmerge_cli.request.merge import BlockMethod, Fit
 from flexmerge_cli.request.size import Target
 
-# One undo shrinks headers and manifest by far less than this; how much is known only afterwards. It saves layouts.
+# One undo shrinks headers and manifest by far less than this. The exact amount takes a layout, which this bound saves.
 OVERHEAD_SLACK_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
 class _State:
-    """Groups per block, and what they cost."""
+    """The groups of each block, and their prices."""
 
     groups: list[list[Tasks]]
     prices: list[UnitPrice]
@@ -41,7 +41,8 @@ class Cutter:
         *,
         block_methods: Sequence[BlockMethod] = (),
     ) -> None:
-        """block_methods: methods of some blocks. Raises UsageError for a pattern that no block matches."""
+        """Prepare the cuts. block_methods: the methods of some blocks. Raises UsageError for a pattern that no block
+        matches."""
         self.pricer, self.dtype, self.plan = pricer, dtype, pricer.plan
         use_of = uses_of_blocks(self.plan, block_methods, method)
         self.methods = tuple(dict.fromkeys(use for use in (method, *use_of) if use is not None))
@@ -49,7 +50,7 @@ class Cutter:
         self.order = tuple(merge for merge in self.plan.merges() if self.method_of[merge.block] is not None)
 
     def state(self) -> _State:
-        """All apart."""
+        """Return the state in which no tasks are merged."""
         groups: list[list[Tasks]] = [[(task,) for task in self.plan.all_tasks] for _ in self.plan.blocks]
         prices = [
             self.pricer.price(
@@ -61,7 +62,7 @@ class Cutter:
         return _State(groups, prices, whole + sum(price.num_bytes for price in prices))
 
     def sizes(self) -> list[int]:
-        """Tensor bytes after 0, 1, … all merges."""
+        """Return the tensor bytes after 0, 1, … all merges."""
         state = self.state()
         sizes = [state.tensor_bytes]
         for merge in self.order:
@@ -70,14 +71,14 @@ class Cutter:
         return sizes
 
     def smallest(self) -> Allocation:
-        """The smallest on the order; fewest merges among equals."""
+        """Return the smallest allocation on the order, with the fewest merges among equals."""
         sizes = self.sizes()
         return self.prefix(sizes.index(min(sizes)))
 
     def prefix(self, num_merges: int, fit: str = "prefix") -> Allocation:
         if not 0 <= num_merges <= len(self.order):
             raise UsageError(
-                f"--merges {num_merges} is outside 0 to {len(self.order)}", hint="this plan has no other number"
+                f"--merges {num_merges} is outside 0 to {len(self.order)}", hint="choose a number in this range"
             )
         groups = groups_after(len(self.plan.blocks), len(self.plan.tasks), self.order[:num_merges])
         return from_groups(
@@ -91,7 +92,7 @@ class Cutter:
         )
 
     def cut(self, size: Target, fit: Fit = Fit.TIGHT) -> Allocation:
-        """The allocation for a target. Raises GateError, with the smallest size, if nothing fits."""
+        """Return the allocation for a target. Raises GateError with the smallest size if nothing fits."""
         if size.all_merges and not any(use.stores_per_task for use in self.methods):
             return self.prefix(len(self.order), fit)
         sizes = self.sizes()
@@ -109,7 +110,7 @@ class Cutter:
         return self._allocation(state, len(kept), applied - len(kept), fit)
 
     def _undo(self, state: _State, kept: list[Merge], size: Target) -> list[Merge]:
-        """Passes from the latest merge to the earliest, until none can be undone."""
+        """Pass from the latest merge to the earliest and undo those that fit, until none can be undone."""
         applied = len(kept)
         overhead = self._total(state, applied, 0, Fit.TIGHT) - state.tensor_bytes if size.on_disk else 0
         again = True
@@ -119,7 +120,7 @@ class Cutter:
                 result = tuple(sorted(merge.left + merge.right))
                 before = state.groups[merge.block]
                 if result not in before:
-                    continue  # a kept merge uses it
+                    continue  # a kept merge joins it further
                 after = sorted([group for group in before if group != result] + [merge.left, merge.right])
                 self._apply(state, merge.block, after)
                 hopeless = state.tensor_bytes + max(0, overhead - OVERHEAD_SLACK_BYTES) > size.max_bytes

@@ -1,7 +1,7 @@
-"""Parts in, weight files out: which part lies in which file, in what order, and the exact bytes of every header. Pure.
+"""Decides which part lies in which weight file, in what order, and the exact bytes of every header. Pure.
 
-A part lies in the file of exactly the set of tasks that read it. In a file: larger items first, then by name, so that
-every part is aligned; headers are padded to 8 bytes. Files over SHARD_BYTES of data are split.
+A part lies in the file of exactly the set of tasks that read it. In a file, parts with larger items come first, then by
+name, so that every part is aligned; headers are padded to 8 bytes. Files with more than SHARD_BYTES of data are split.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.version import VERSION
 
-SHARD_BYTES = 5_000_000_000  # what the Hub and transformers split at
-MAX_STEM_BYTES = 100  # most file systems take 255; an export or a partial file adds to it
+SHARD_BYTES = 5_000_000_000  # the size at which the Hub and transformers split files
+MAX_STEM_BYTES = 100  # most file systems allow 255; an export or a partial file adds to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,19 +24,19 @@ class WeightFile:
     """One safetensors file of a bundle."""
 
     path: str
-    """Relative to the bundle."""
+    """The path relative to the bundle."""
     readers: Tasks
     parts: tuple[Part, ...]
-    """In order of their bytes."""
+    """The parts in the order of their bytes."""
     header: bytes
-    """Length prefix included."""
+    """The header with its length prefix."""
 
     @property
     def num_bytes(self) -> int:
         return len(self.header) + sum(part.num_bytes for part in self.parts)
 
     def offsets(self) -> list[int]:
-        """First byte of every part in the file."""
+        """Return the position in the file of every part's first byte."""
         positions, position = [], len(self.header)
         for part in self.parts:
             positions.append(position)
@@ -45,7 +45,7 @@ class WeightFile:
 
 
 def file_stem(readers: Tasks, task_names: Sequence[str]) -> str:
-    """`all`, the names joined by +, or count and hash of the names where that is too long."""
+    """Return `all`, the names joined by +, or, where that is too long, their count and a hash of them."""
     if len(readers) == len(task_names):
         return "all"
     stem = "+".join(task_names[task] for task in readers)
@@ -57,7 +57,7 @@ def file_stem(readers: Tasks, task_names: Sequence[str]) -> str:
 def weight_files(
     readers: Tasks, parts: Sequence[Part], task_names: Sequence[str], plan_sha256: str
 ) -> list[WeightFile]:
-    """The file of one set of readers; more than one where it is over SHARD_BYTES."""
+    """Make the file of one set of readers, or several if it exceeds SHARD_BYTES."""
     ordered = sorted(parts, key=lambda part: (-ITEM_BYTES[part.array.dtype], part.name))
     names = [part.name for part in ordered]
     if len(set(names)) < len(names) or "__metadata__" in names:
@@ -89,7 +89,7 @@ def weight_files(
 
 
 def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
-    """Length prefix and JSON of a file that holds `tensors` (name -> dtype, shape, bytes), in this order."""
+    """Return the length prefix and JSON of a file that holds `tensors` (name -> dtype, shape, bytes), in this order."""
     entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for name, (dtype, shape, num_bytes) in tensors.items():

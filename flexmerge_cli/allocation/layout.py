@@ -1,4 +1,4 @@
-"""What a bundle will be, to the byte, before a weight is read: parts, files, headers, index files, manifest. Pure."""
+"""Lays out a bundle to the byte before any weight is read: parts, files, headers, index files, manifest. Pure."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -43,15 +43,15 @@ class BundleLayout:
     plan: Plan
     allocation: Allocation
     storages: Mapping[str, Storage]
-    """Storages by aligned name, in the plan's order."""
+    """The storage of each tensor, by aligned name, in the plan's order."""
     files: tuple[WeightFile, ...]
     stems: Mapping[int, str]
-    """Task -> stem of the links in its folder to its weight files; a task without links has none."""
+    """For each task, the stem of the links in its folder to its weight files; a task without links has none."""
     small: tuple[SmallFile, ...]
     base_stem: str | None = None
-    """Stem of the links in `base` to the weight files of the base of kept adapters, if it has links."""
+    """The stem of the links in `base` to the weight files of the base of kept adapters, if it has links."""
     entry_bytes: int
-    """Bytes of the manifest's entries of units and tensors, most of which every layout has in common."""
+    """Bytes of the manifest's entries for units and tensors, most of which all layouts share."""
     gate: Mapping[str, Any] | None = None
     """The manifest's `gate`."""
     request: Request | None = None
@@ -64,12 +64,12 @@ class BundleLayout:
 
     @cached_property
     def tensor_bytes(self) -> int:
-        """Data stored: what factors and percentages count; kept adapters' own tensors among it."""
+        """Bytes of stored data, which factors and percentages count; kept adapters' own tensors are included."""
         return self.plan.own_bytes + sum(part.num_bytes for file in self.files for part in file.parts)
 
     @cached_property
     def total_bytes(self) -> int:
-        """Every byte on disk: what a byte target counts."""
+        """Bytes of all files on disk, which a byte target counts."""
         rest = sum(file.num_bytes for file in self.files) + sum(file.num_bytes for file in self.small)
         return rest + self.num_manifest_bytes
 
@@ -79,7 +79,7 @@ class BundleLayout:
 
     @cached_property
     def links(self) -> dict[str, str]:
-        """Path of each link -> the weight file to which it leads."""
+        """Map the path of each link to the weight file to which it leads."""
         folders = [(f"tasks/{self.plan.tasks[task].name}", stem, {task}) for task, stem in self.stems.items()]
         if self.base_stem is not None:
             folders.append((BASE_FOLDER, self.base_stem, set(self.plan.kept)))
@@ -91,7 +91,7 @@ class BundleLayout:
 
     @cached_property
     def unlinked_bytes(self) -> int:
-        """Every byte where a link becomes a copy, as in an upload to a store that has no links."""
+        """Bytes of all files if every link becomes a copy, as in an upload to a store without links."""
         sizes = {file.path: file.num_bytes for file in self.files}
         return self.total_bytes + sum(sizes[path] for path in self.links.values())
 
@@ -106,19 +106,19 @@ class BundleLayout:
         return frame | ({"base_stem": self.base_stem} if self.base_stem is not None else {})
 
     def served_bytes(self, task: int) -> int:
-        """Bytes of the weight files that one task, or kept adapter, reads."""
+        """Return the bytes of the weight files that one task, or kept adapter, reads."""
         of_bundle = sum(file.num_bytes for file in self.files if task in file.readers)
         return self.plan.readers[task].own_file_bytes + of_bundle
 
 
 class Pricer:
-    """Bills of one plan, with a memory for what allocations share: a cut tries many that differ in one block."""
+    """Prices allocations of one plan, and caches what they share: a cut tries many that differ in one block."""
 
     def __init__(self, plan: Plan, *, gate: Mapping[str, Any] | None = None) -> None:
-        """gate: what every bundle's manifest tells of the gate that it has to pass."""
+        """gate: the description of the gate, which every bundle's manifest records."""
         self.plan, self.gate = plan, gate
         self.request: Request | None = None
-        """What the bundles record."""
+        """What was asked, which the bundles record."""
         self.links = True
         """Whether tasks have links to their weights."""
         self._units: dict[Any, tuple[tuple[Storage, ...], tuple[Part, ...]]] = {}
@@ -126,15 +126,15 @@ class Pricer:
         self._entries: dict[Any, int] = {}
         self._groups: dict[Any, GroupPrices] = {}
         self.searches: dict[Any, object] = {}
-        """What auto_allocation.py keeps: searches by what was asked."""
+        """The searches of auto_allocation.py, by what was asked."""
 
     @cached_property
     def cast_saves(self) -> bool:
-        """Whether `--dtype bf16` makes anything smaller: models of 16 bits it only rounds."""
+        """Whether `--dtype bf16` makes anything smaller; 16-bit models it would only round."""
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
     def asked(self, request: MergeRequest) -> "Pricer":
-        """Return a pricer with the same memory, for bundles that record this request."""
+        """Return a pricer with the same cache, for bundles that record this request."""
         other = copy.copy(self)
         other.request = recorded(request)
         other.links = request.layout is Layout.LINKS
@@ -143,7 +143,7 @@ class Pricer:
     def unit(
         self, unit: Unit, methods: tuple[MethodUse, ...], cast: str | None
     ) -> tuple[tuple[Storage, ...], tuple[Part, ...]]:
-        """Storages of a unit's tensors, and all its parts."""
+        """Return the storages of a unit's tensors, and all its parts."""
         key = (unit, methods, cast)
         found = self._units.get(key)
         if found is None:
@@ -158,7 +158,7 @@ class Pricer:
     def price(
         self, tensors: Iterable[str], methods: tuple[MethodUse, ...], cast: str | None, groups: Iterable[Group] = ()
     ) -> UnitPrice:
-        """Price a unit of these tensors with groups, without making the parts; groups may come and go."""
+        """Price a unit of these tensors with groups, without making the parts; groups can be put in and taken out."""
         key = (methods, cast)
         if key not in self._groups:
             self._groups[key] = GroupPrices([use.call for use in methods], cast)
@@ -168,7 +168,7 @@ class Pricer:
         return self.price(unit.tensors, methods, cast, unit.groups).num_bytes
 
     def whole(self, cast: str | None) -> tuple[Storage, ...]:
-        """Storages of all that does not merge."""
+        """Return the storages of all tensors that do not merge."""
         key = ("whole", cast)
         if key not in self._units:
             storages = tuple(
@@ -180,11 +180,11 @@ class Pricer:
         return self._units[key][0]
 
     def whole_bytes(self, cast: str | None) -> int:
-        """Bytes of all that does not merge, the own tensors of kept adapters included."""
+        """Return the bytes of everything that does not merge, the own tensors of kept adapters included."""
         return self.plan.own_bytes + sum(storage.num_bytes for storage in self.whole(cast))
 
     def tensor_bytes(self, allocation: Allocation) -> int:
-        """Data stored, without laying out files."""
+        """Return the bytes of stored data, without laying out files."""
         return self.whole_bytes(allocation.dtype) + sum(
             self.unit_bytes(unit, allocation.methods, allocation.dtype) for unit in allocation.units
         )
@@ -222,7 +222,7 @@ class Pricer:
         )
 
     def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:
-        """Length of the manifest's lists of units and tensors, without their brackets."""
+        """Return the length of the manifest's lists of units and tensors, without their brackets."""
         lengths = []
         for unit in allocation.units:
             key: Any = (unit, allocation.methods, allocation.dtype)

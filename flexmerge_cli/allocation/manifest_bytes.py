@@ -1,6 +1,6 @@
-"""An allocation and what a run measured in, the bytes of its manifest.json out; without a run they are as long. Pure.
+"""Writes the bytes of manifest.json from an allocation and what a run measured; without a run they are as long. Pure.
 
-What the keys mean, and what readers check, says formats/manifest.py.
+formats/manifest.py says what the keys mean, and what readers check.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ NO_DIGEST = "0" * 32
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
-    """What only the run knows. What is not told yet is written as zeros of the same width."""
+    """What only the run knows. What is not known yet is written as zeros of the same width."""
 
     task_distance: dict[int, float | None] = field(default_factory=dict)
     group_distance: dict[tuple[str, Tasks], dict[int, float | None]] = field(default_factory=dict)
-    """(unit, tasks of the group) -> task -> distance."""
+    """The distance of each task of a group: (unit, tasks of the group) -> task -> distance."""
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Aligned name -> task -> digest of the decoded tensor."""
+    """The digest of each decoded tensor: aligned name -> task -> digest."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """By path."""
+    """The digest of each file, by its path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,28 +47,28 @@ class SmallFile:
     origin: tuple[str, str] | None = None
     """The task, or "" for the base, and the name of the side file that this is a copy of."""
     content: bytes = b""
-    """What is in a file that is no copy."""
+    """The content of a file that is not a copy."""
 
 
 class _Number(str):
-    """A number that is written as these 12 characters."""
+    """A number that is written as exactly these 12 characters."""
 
 
 def fixed(value: float | None) -> _Number:
-    """`1.234567e-01`, or null, in 12 characters."""
+    """Write a number as `1.234567e-01`, or null, in 12 characters."""
     if value is None or not math.isfinite(value):
         return _Number("null        ")
     return _Number(f"{value if value == 0 or 1e-99 <= value < 1e100 else 0:.6e}")
 
 
 def canonical(value: Any) -> bytes:
-    """JSON, sorted keys, no spaces, `_Number`s as they are."""
+    """Encode as JSON with sorted keys and no spaces, and `_Number`s as they are."""
     text = json.dumps(_marked(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return re.sub(r'"\\u0000([^"]{12})"', r"\1", text).encode()
 
 
 def _marked(value: Any) -> Any:
-    """Numbers behind a NUL, which no path or name can hold, so that they can be told from text."""
+    """Put a NUL, which no path or name can hold, before each number, so that it can be told from text."""
     if isinstance(value, _Number):
         return "\0" + value
     if isinstance(value, Mapping):
@@ -89,7 +89,7 @@ def manifest_frame(
     gate: Mapping[str, Any] | None = None,
     request: Request | None = None,
 ) -> dict[str, Any]:
-    """The whole manifest but its units and tensors, with the id open. stems: of the links, by task."""
+    """Return the whole manifest except its units and tensors, without its id. stems: those of the links, by task."""
     names = plan.reader_names
     inexact = inexact_tasks(plan, storages, allocation.dtype)
     tasks = {
@@ -145,7 +145,7 @@ def manifest_frame(
 
 
 def _vocabulary_entries(plan: Plan, cast: str | None, measured: Measured) -> dict[str, Any]:
-    """`vocabularies` and `rows`; nothing where all models have the same rows."""
+    """Return `vocabularies` and `rows`, or nothing if all models have the same rows."""
     found = [
         {
             "tensors": list(vocabulary.tensors),
@@ -168,14 +168,15 @@ def _files_of(reader: int, files: Sequence[WeightFile], small: Sequence[SmallFil
 
 
 def manifest_bytes(value: dict[str, Any]) -> bytes:
-    """The file, its id filled in."""
+    """Return the bytes of the file, with its id filled in."""
     data = canonical(value)
     digest = hashlib.sha256(data).hexdigest()
     return data.replace(f'"id":"{NO_SHA256}"'.encode(), f'"id":"{digest}"'.encode(), 1)
 
 
 def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> set[int]:
-    """Tasks that do not come back bit by bit: something of them is no copy, or cast to another dtype."""
+    """Return the tasks that do not come back bit by bit: some tensor of them is not a copy, or is cast to another
+    dtype."""
     found: set[int] = set()
     for storage in storages.values():
         for group in storage.groups:
@@ -187,7 +188,7 @@ def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None)
 
 
 def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
-    """The kind of a group of a unit: copy only if all of its tensors are copies."""
+    """Return the kind of a group of a unit: a copy only if all of its tensors are copies."""
     forms = {group.form.word for name in unit.tensors for group in storages[name].groups if group.tasks == tasks}
     return next(iter(forms - {COPY.word}), COPY.word)
 
@@ -211,7 +212,7 @@ def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured
 
 
 def entry_names(plan: Plan) -> list[str]:
-    """Names of the tensors that some member has, in the order of their entries."""
+    """Return the names of the tensors that some member has, in the order of their entries."""
     found = [tensor.name for tensor in plan.tensors if tensor.class_ is not TensorClass.BASE_ONLY or plan.kept]
     return found + plan.own_names
 

@@ -1,6 +1,5 @@
-"""The ways to store a family, one row each: bytes on disk and when served, bits per weight, what was measured of such
-bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters.
-"""
+"""Lists the ways to store a family, one row each: bytes on disk and when served, bits per weight, the measured score of
+such bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters."""
 
 import math
 import shlex
@@ -26,16 +25,16 @@ from flexmerge_cli.request.size import parse_size
 AUTO_SIZES = (0.5, 0.75, 1, 1.5, 2)
 COPIES, EXACT = "copies as found", "exact deduplication"
 
-# Methods that store one dense value per merged block, and all their arguments, which the manifest holds.
+# Methods that store one dense value per merged block, with all arguments that the manifest records.
 DENSE: Mapping[str, Mapping[str, Any]] = {"average": {}, "tsv_m": {"scale": 1.0, "matrices": "linear"}}
 COMMON = (*PRESETS, *DENSE)
 
 Points = tuple[tuple[float, float], ...]
-"""(bits per weight and task, percent of the fine-tuned score that was kept), by bits."""
+"""Pairs of bits per weight and task, and the percent of the fine-tuned score that was kept, sorted by bits."""
 
 Range = tuple[float, float]
 
-# What docs/benchmarks.md measured: bundle -> family -> points. A method without a size is at its smallest.
+# The measurements of docs/benchmarks.md: bundle -> family -> points. A method without a size is at its smallest.
 MEASURED: Mapping[str, Mapping[str, Points]] = {
     "auto": {
         "digits": ((0.71, 83.9), (1.0, 95.3), (1.5, 98.4), (2.0, 99.6), (2.5, 99.9), (3.0, 100.0), (4.0, 100.0)),
@@ -51,28 +50,30 @@ WELL_KEPT = 99.0  # percent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageOption:
-    """One row."""
+    """One row of the table."""
 
     name: str
     disk_bytes: int
     """Σ st_size of all its files."""
     served_bytes: int
-    """Memory with every task loaded: a value that tasks share counts once, what must be decoded once per task."""
+    """Memory with every task loaded: a value that tasks share counts once, and one that must be decoded counts once per
+    task."""
     tensor_bytes: int
     bits: float
     """Bits of tensor data per weight and task."""
     kept: Range | None = None
-    """The least and the most percent of the fine-tuned score that such bundles of other families kept; None: not
+    """The least and the most percent of the fine-tuned score that such bundles of other families kept; None if not
     measured. Exact bundles keep 100."""
     is_larger: bool = False
     """Whether it takes more bytes on disk than the models as they were found."""
     command: str | None
-    """None for what is there already."""
+    """The command that builds it; None for what is there already."""
 
 
 def storage_options(pricer: Pricer, plan_path: str, *, all_methods: bool = False) -> list[StorageOption]:
-    """All ways, by their bytes on disk: copies as found, exact deduplication, a cast if it saves anything, `auto` at
-    some sizes if the plan has what it needs, and, where tasks merge, the usual methods, or all, at their smallest."""
+    """List all ways, sorted by their bytes on disk: copies as found, exact deduplication, a cast if it saves anything,
+    `auto` at some sizes if the plan has the statistics, and, if there are tasks to merge, the usual methods, or all, at
+    their smallest."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
     weights, command = num_weights(plan), f"flexmerge merge {shlex.quote(plan_path)}"
 
@@ -104,7 +105,7 @@ def storage_options(pricer: Pricer, plan_path: str, *, all_methods: bool = False
 
 
 def begin_with(rows: Sequence[StorageOption]) -> tuple[str, str] | None:
-    """The name of the row to begin with, and why; None if copies as found are as good as anything."""
+    """Return the name of the row to begin with, and why; None if copies as found are as good as anything."""
     for row in rows:
         if row.kept is not None and row.kept[0] >= WELL_KEPT and row.command is not None and not row.is_larger:
             exact = row.name == EXACT
@@ -120,8 +121,8 @@ def begin_with(rows: Sequence[StorageOption]) -> tuple[str, str] | None:
 
 
 def kept_by(name: str, bits: float) -> Range | None:
-    """The least and the most that a bundle of so many bits kept. Of `auto` per family the measurement of the most bits
-    that are no more than these; other methods have one each, at their smallest."""
+    """Return the least and the most that a bundle with so many bits kept. For `auto`, that is each family's measurement
+    with the most bits that are no more than these; other methods have one measurement per family, at their smallest."""
     known = [
         next((kept for least, kept in reversed(points) if least <= bits + 0.05 or name != "auto"), None)
         for points in MEASURED.get(name, {}).values()
@@ -131,7 +132,7 @@ def kept_by(name: str, bits: float) -> Range | None:
 
 
 def num_weights(plan: Plan) -> int:
-    """The weights of all tasks; a kept adapter counts as the base, which it makes a model of."""
+    """Count the weights of all tasks; a kept adapter counts as the base, of which it makes a model."""
     own = [tensor for tensor in plan.stored if tensor.class_ is not TensorClass.TIED]
     merged = sum(math.prod(tensor.shape_of(task)) for tensor in own for task in tensor.present)
     base = sum(math.prod(tensor.base_form[1]) for tensor in plan.tensors if tensor.base_form is not None)
@@ -139,7 +140,7 @@ def num_weights(plan: Plan) -> int:
 
 
 def _as_found(plan: Plan, weights: int) -> StorageOption:
-    """The checkpoints as they are, and the base once if adapters need it."""
+    """Return the row of the checkpoints as they are, with the base once if adapters need it."""
     tensors = sum(member.source_bytes for member in plan.readers)
     forms = [tensor.base_form for tensor in plan.tensors if tensor.base_form is not None]
     if plan.kept:
@@ -153,11 +154,11 @@ def _as_found(plan: Plan, weights: int) -> StorageOption:
 
 @method(paper="", scope="element")
 def one_value(_deltas: object) -> None:
-    """Stands for any method that stores one dense value per group, which all have one price; it merges nothing."""
+    """Stand for any method that stores one dense value per group, since all of them have one price; merges nothing."""
 
 
 def dense_use(name: str) -> MethodUse:
-    """A stand-in for a method of DENSE, which has its price and needs no torch."""
+    """Return a stand-in for a method of DENSE, which has the same price and needs no torch."""
     text = format_call(name, DENSE[name])
     return MethodUse(Call(method=replace(one_value, name=name), args=DENSE[name], text=text, short=name))
 
@@ -178,7 +179,7 @@ def _uses(plan: Plan, every: bool) -> Iterator[tuple[str, MethodUse]]:
 
 
 def _auto(pricer: Pricer) -> Iterator[tuple[str, BundleLayout]]:
-    """Yield `auto` at its smallest size, if that is more than the first size, then at all sizes that it reaches."""
+    """Yield `auto` at its smallest size, if that exceeds the first of AUTO_SIZES, then at all sizes that it reaches."""
     plan = pricer.plan
     if plan.settings.statistics != "all" or not plan.blocks:
         return
@@ -193,7 +194,7 @@ def _auto(pricer: Pricer) -> Iterator[tuple[str, BundleLayout]]:
 
 
 def served_bytes(layout: BundleLayout) -> int:
-    """Memory of all tasks at once."""
+    """Return the memory that all tasks take at once, in bytes."""
     total = 0
     for storage in layout.storages.values():
         tensor = storage.tensor

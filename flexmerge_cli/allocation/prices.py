@@ -1,4 +1,4 @@
-"""What a unit's tensors come to in bytes while groups come and go, without making their parts. Pure.
+"""Prices a unit's tensors in bytes while groups come and go, without making their parts. Pure.
 
 A cut asks for thousands of prices, each one merge away from the one before: two groups go, and one comes.
 """
@@ -23,14 +23,14 @@ from flexmerge_cli.methods.method import Call
 
 
 class GroupPrices:
-    """What single groups store under the methods of an allocation; one answer for all tensors that are alike."""
+    """What single groups store under the methods of an allocation. Tensors that are alike share one answer."""
 
     def __init__(self, calls: Sequence[Call], cast: str | None) -> None:
         self.calls, self.cast = calls, cast
         self._likes: dict[tuple[object, ...], dict[Group, GroupPrice]] = {}
 
     def known(self, tensor: PlanTensor) -> dict[Group, GroupPrice]:
-        """Prices so far of tensors like this one; `of` adds to them."""
+        """Return the prices so far of tensors like this one; `of` adds to them."""
         like = (tensor.shape, tensor.dtype, tensor.dtypes, tensor.base_dtype, tensor.same)
         return self._likes.setdefault(like, {})
 
@@ -54,7 +54,7 @@ class UnitPrice:
         self._change(group, 1)
 
     def take(self, group: Group) -> None:
-        """Takes out a group that was put in."""
+        """Take out a group that was put in."""
         self._change(group, -1)
 
     def _change(self, group: Group, sign: int) -> None:
@@ -67,14 +67,15 @@ class UnitPrice:
 
 
 class _TensorPrice:
-    """Distinct copies are stored once, and the base where a group or a kept adapter reads it and no copy is it."""
+    """The bytes of one tensor: distinct copies are stored once, and so is the base if a group or a kept adapter reads
+    it and no copy equals it."""
 
     def __init__(self, plan: Plan, tensor: PlanTensor, prices: GroupPrices) -> None:
         self.tensor, self.prices, self.known = tensor, prices, prices.known(tensor)
         self.copies: Counter[int] = Counter()
-        """Leader -> groups that hold a copy of it."""
+        """The number of groups that hold a copy, by the first task with its bits."""
         self.readers = 0
-        """Groups that read the base."""
+        """The number of groups that read the base."""
         self.base = base_array(tensor, prices.cast)
         self.kept_bytes, self.base_is_whole = 0, False
         self.holders: tuple[int, ...] = ()
@@ -97,7 +98,7 @@ class _TensorPrice:
         return own + (0 if has_base else self.kept_bytes)
 
     def change(self, group: Group, sign: int) -> tuple[int, int]:
-        """Return what a group that comes (1) or goes (-1) changes in bytes, and what the group has once a unit."""
+        """Return how a group that comes (1) or goes (-1) changes the bytes, and what the group stores once per unit."""
         before, price = self.base_bytes(), self.prices.of(self.tensor, group, self.known)
         change = sign * price.num_bytes
         self.readers += sign * price.base

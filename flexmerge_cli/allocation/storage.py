@@ -1,7 +1,7 @@
-"""One tensor of the family and its groups in, the arrays that hold it out. Pure; no weights, no files.
+"""Decides which arrays hold one tensor of the family, given its groups. Pure; no weights, no files.
 
-Copies or a method is decided per tensor and group from k, shape and dtype alone: copies where they cost no more. Copies
-with the same bits are one part with more readers, whatever their groups.
+Whether a group is stored as copies or by its method depends on its tasks, the shape and the dtype alone: it is copies
+where they take no more bytes. Copies with the same bits are one part with more readers, whatever their groups.
 """
 
 import math
@@ -24,13 +24,13 @@ class Part:
     """One stored array and the tasks that need it."""
 
     name: str
-    """In its file: the tensor's plain name if dense, else `<tensor>@<role>[.<task>]`."""
+    """The name in its file: the tensor's plain name if dense, otherwise `<tensor>@<role>[.<task>]`."""
     array: Array
     readers: Tasks
     tensor: str
-    """Aligned name; the unit's if `of_unit`."""
+    """The aligned name of the tensor, or the unit's name if `of_unit`."""
     task: int | None
-    """Whose residual it is."""
+    """The task whose residual it is."""
     of_unit: bool = False
     """Whether it is stored once for all tensors of a unit."""
 
@@ -46,13 +46,13 @@ class StoredGroup:
     tasks: Tasks
     form: GroupForm
     method: int | None
-    """None for exact copies."""
+    """The index of the method; None for exact copies."""
     parts: tuple[Part, ...]
-    """What decodes it; of copies one part per distinct tensor."""
+    """The parts that decode it; for copies, one part per distinct tensor."""
     coded_tasks: Tasks
-    """All but those of exact copies."""
+    """All tasks except those stored as exact copies."""
     bits: tuple[Bits, ...] | None = None
-    """Per task, where each has its own: `Group.bits`."""
+    """The bits of each task, if they have their own: `Group.bits`."""
 
     def has_copy(self, part: Part) -> bool:
         """Return whether a part is an exact copy of its readers' tensor."""
@@ -73,12 +73,12 @@ class Storage:
 
 
 def effective_dtype(dtype: str, cast: str | None) -> str:
-    """Return what a tensor's values are stored in and given back as, after `--dtype`."""
+    """Return the dtype in which a tensor's values are stored and returned, after `--dtype`."""
     return cast if cast is not None and dtype in FLOATING else dtype
 
 
 def store_whole(plan: Plan, tensor: PlanTensor, cast: str | None) -> Storage:
-    """A tensor that does not merge: constant or private. Tied and base-only ones store nothing."""
+    """Store a tensor that does not merge, which is constant or private. Tied and base-only ones store nothing."""
     if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
         return with_base(plan, Storage(tensor=tensor, groups=(), parts=()))
     group = tuple(_copies(plan, tensor, [tensor.present], cast))
@@ -90,7 +90,7 @@ def store_whole(plan: Plan, tensor: PlanTensor, cast: str | None) -> Storage:
 def store_tensor(
     plan: Plan, tensor: PlanTensor, groups: Sequence[Group], calls: Sequence[Call], cast: str | None
 ) -> Storage:
-    """A mergeable tensor under the groups of its unit."""
+    """Store a mergeable tensor under the groups of its unit."""
     stored: list[StoredGroup] = []
     copied: list[Tasks] = []
     base = Part(
@@ -125,7 +125,7 @@ def store_tensor(
 
 
 def with_base(plan: Plan, storage: Storage) -> Storage:
-    """The same with what kept adapters need of the base: a part with its bits gets more readers, or one is added."""
+    """Add what kept adapters need of the base: a part with its bits gets more readers, or else a part is added."""
     tensor, readers = storage.tensor, plan.base_readers(storage.tensor)
     if not readers or tensor.base_form is None:
         return storage
@@ -135,7 +135,8 @@ def with_base(plan: Plan, storage: Storage) -> Storage:
     found = next((part for part in [*bases, *copies] if _holds_base(tensor, part)), None)
     if found is None:
         array = Array(role="base", dtype=dtype, shape=shape)
-        # A plain name, so that the base loads as it lies. Tasks that decode with the base would take it for their own.
+        # A plain name, so that the base loads as it lies. Tasks that decode with the base must not read this part: they
+        # would take it for their own tensor.
         part = Part(name=tensor.name, array=array, readers=readers, tensor=tensor.name, task=None)
         return replace(storage, parts=(*storage.parts, part))
     wider = replace(found, readers=(*found.readers, *readers))
@@ -169,7 +170,7 @@ def copy_is_base(tensor: PlanTensor, task: int) -> bool:
 
 
 def unit_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Sequence[Call]) -> list[Part]:
-    """`<unit>@<role>.<task>`: what each task of a group has once for all tensors of the unit."""
+    """Make the parts `<unit>@<role>.<task>`, which each task of a group has once for all tensors of the unit."""
     methods = {group.tasks: group for storage in storages for group in storage.groups if group.method is not None}
     return [
         Part(
@@ -187,12 +188,12 @@ def unit_parts(plan: Plan, unit: Unit, storages: Sequence[Storage], calls: Seque
 
 
 def unit_bytes(group: Group | StoredGroup, calls: Sequence[Call]) -> int:
-    """Return what a group that is not copied has once for all tensors of a unit."""
+    """Return the bytes that a group that is not copied stores once for all tensors of a unit."""
     return len(group.tasks) * sum(array.num_bytes for array in _of_unit(group, calls))
 
 
 def _of_unit(group: Group | StoredGroup, calls: Sequence[Call]) -> tuple[Array, ...]:
-    """The same, of one task."""
+    """Return the arrays that one task of the group stores once for all tensors of a unit."""
     return () if group.method is None else form_of(calls[group.method]).of_unit(calls[group.method])
 
 
@@ -201,12 +202,12 @@ class GroupPrice:
     """What a group of one tensor stores under its method."""
 
     num_bytes: int
-    """Without the base and copies, which groups of a tensor share, and without what is the unit's."""
+    """Bytes without the base and the copies, which groups of a tensor share, and without what the unit stores once."""
     base: bool
     copied: frozenset[int]
-    """Tasks stored as exact copies, of tasks with the same bits the first; all where the method stores nothing."""
+    """The tasks stored as exact copies, each as the first task with the same bits; all if the method stores nothing."""
     unit_bytes: int
-    """What the group has once for all tensors of a unit."""
+    """The bytes that the group stores once for all tensors of a unit."""
 
 
 def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupPrice:
@@ -219,7 +220,7 @@ def group_price(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: s
 
 
 def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None) -> GroupLayout | None:
-    """Arrays of a group under its method; None where copies are exact, or cost no more."""
+    """Return the arrays of a group under its method; None where copies are exact, or take no more bytes."""
     same = tuple(tensor.same[task] for task in group.tasks)
     if group.method is None or (len(set(same)) == 1 and not group.bits):
         return None
@@ -232,7 +233,7 @@ def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: 
 
 
 def base_array(tensor: PlanTensor, cast: str | None) -> Array:
-    """The base's tensor, as `@base` stores it."""
+    """Return the array of the base's tensor, as `@base` stores it."""
     return Array(role="base", dtype=effective_dtype(str(tensor.base_dtype), cast), shape=tensor.shape)
 
 
@@ -244,7 +245,7 @@ def copy_bytes(tensor: PlanTensor, task: int, cast: str | None) -> int:
 def _merged(
     plan: Plan, tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: str | None, base: Part
 ) -> StoredGroup | None:
-    """The group under its method, without copies of exact tasks; None where all are copies."""
+    """Store the group under its method, without copies of exact tasks; None where all are copies."""
     found = group_layout(tensor, group, calls, cast)
     if found is None or group.method is None:
         return None
@@ -284,7 +285,7 @@ def _merged(
 
 
 def _copies(plan: Plan, tensor: PlanTensor, groups: Sequence[Tasks], cast: str | None) -> list[StoredGroup]:
-    """Dense copies: one part per distinct tensor, read by every task whose bits it holds."""
+    """Store dense copies: one part per distinct tensor, read by every task that has its bits."""
     readers: dict[int, list[int]] = {}
     for task in sorted(task for group in groups for task in group):
         readers.setdefault(tensor.same[task], []).append(task)

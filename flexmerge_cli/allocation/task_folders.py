@@ -1,8 +1,9 @@
-"""The folder of each task: `tasks/NAME`, which its library loads, or `coded/NAME`, which must be exported. Pure.
+"""Decides the folder of each task: `tasks/NAME`, which its library loads, or `coded/NAME`, which must be exported.
+Pure.
 
 A task loads as it lies if each of its tensors is a part of the same name and dtype, and if its library reads as many
-files as there are on its route. Then the folder holds links to these files, and, if there are several, their index.
-So does `base`, the model of kept adapters; where it does not load, its files lie in `base/files`.
+files as there are on its route. Then the folder holds links to these files and, if there are several, their index. The
+same holds for `base`, the model of kept adapters; where it does not load, its files lie in `base/files`.
 """
 
 import json
@@ -37,23 +38,24 @@ class TaskFolders:
     """The folders of all tasks."""
 
     stems: Mapping[int, str]
-    """Task -> the stem of the links to its weight files; a task without has none."""
+    """The stem of the links to each task's weight files; a task without links has none."""
     base_stem: str | None
     """The stem of the links to the base's weight files."""
     small: tuple[SmallFile, ...]
-    """All files but weights, in the order of their paths."""
+    """All files except weights, in the order of their paths."""
 
 
 def task_folders(
     plan: Plan, storages: Mapping[str, Storage], files: Sequence[WeightFile], cast: str | None, *, links: bool
 ) -> TaskFolders:
-    """links: whether tasks have links to their weights; otherwise an index that points to `../../weights`."""
+    """Make the folders. links: whether tasks have links to their weights; otherwise they have an index that points to
+    `../../weights`."""
     stems: dict[int, str] = {}
     small: list[SmallFile] = []
     coded: set[int] = set()
 
     def loads(folder: str, held: Mapping[str, Part], stem: str, readers: tuple[int, ...]) -> None:
-        """Add the index of a folder that loads, if it needs one. held: own name -> the part that is the tensor."""
+        """Add the index of a folder that loads, if it needs one. held: the part of each tensor, by own name."""
         route = [file for file in files if not set(readers).isdisjoint(file.readers)]
         if links and len(route) == 1:
             return
@@ -103,8 +105,8 @@ def library_of_task(plan: Plan, task: int) -> LibraryName:
 
 
 def _held(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> dict[int, dict[str, Part] | None]:
-    """Task -> own name -> the part that is the tensor, tied ones left to the loader; None if one of them must be
-    decoded, renamed (as tensors of subfolders are), cast or put together from rows."""
+    """Return the part of each tensor of a task: task -> own name -> part. Tied tensors are left to the loader. None if
+    one of them must be decoded, renamed (as tensors of subfolders are), cast or put together from rows."""
     joined = plan.joined_tasks()
     found: dict[int, dict[str, Part] | None] = {
         task: None if task in joined or plan.tasks[task].parts else {} for task in plan.all_tasks
@@ -126,7 +128,7 @@ def _held(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> dict
 
 
 def _held_of_base(plan: Plan, storages: Mapping[str, Storage]) -> dict[str, Part] | None:
-    """The same of the base of kept adapters. Files on their routes hold nothing else."""
+    """Return the same for the base of kept adapters. Files on their routes hold nothing else."""
     if any(adapter.parts for adapter in plan.adapters):
         return None
     found = {}
