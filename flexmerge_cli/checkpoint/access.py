@@ -1,4 +1,4 @@
-"""How a run may reach sources that are not on this disk. No I/O."""
+"""Says how a run may reach sources that are not on this disk. No I/O."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,18 +23,19 @@ class Access:
     with_code: bool = False
     """Carry the Python files beside the weights."""
     follow_links: bool = False
-    """Read what a link out of a source leads to, such as the store of DVC or git-annex."""
+    """Read what a link leads to outside its source, such as the store of DVC or git-annex."""
     stream: StreamPool | None = None
     """The pool through which remote weights are read in place. None: download them."""
     on_message: Callable[[str], None] = silent
-    """Called with what a user should know: before a download its bytes and target, and which files are not carried."""
+    """Called with what a user should know: the bytes and target of a download before it begins, and which files are not
+    carried."""
 
     def for_process(self) -> "Access":
-        """The same access for another process, which reports nothing, and streams through a pool of its own."""
+        """Return the same access for another process, which reports nothing and streams through a pool of its own."""
         return replace(self, on_message=silent)
 
     def memory_left(self, max_memory: int | None) -> int | None:
-        """Return what remains of --max-memory beside the buffers of streamed files."""
+        """Return what remains of --max-memory after the buffers of streamed files."""
         held = self.stream.max_bytes if self.stream is not None else 0
         return None if max_memory is None else max(0, max_memory - held)
 

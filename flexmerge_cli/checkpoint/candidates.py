@@ -22,11 +22,11 @@ class Candidates:
     """The entries of a folder, by name. Names that begin with a dot are skipped."""
 
     models: dict[str, str] = field(default_factory=dict)
-    """Name -> source."""
+    """The source of each model, by name."""
     unfinished: dict[str, str] = field(default_factory=dict)
-    """Name -> what makes it look like a model, and what is missing."""
+    """For each unfinished model, what makes it look like a model, and what is missing."""
     others: dict[str, str] = field(default_factory=dict)
-    """Name -> why it is not a model."""
+    """For each other entry, why it is not a model."""
 
     def add_folder(self, name: str, inside: Sequence[str]) -> None:
         """Add a folder without usable weights. inside: the paths in it, at least two levels deep."""
@@ -40,7 +40,7 @@ class Candidates:
 
 
 def why_unfinished(inside: Sequence[str]) -> str | None:
-    """Why a folder without usable weights should hold a model; None if nothing suggests it."""
+    """Say why a folder without usable weights should hold a model; None if nothing suggests it."""
     names = [name for name in inside if "/" not in name]
     if (found_shards := shards(names)) is not None:
         return f"holds {found_shards[0]} of {found_shards[1]} shards, and no index of them"

@@ -1,7 +1,9 @@
-"""What an adapter does to one tensor of its base: add a product of two thin factors, or multiply by a vector. Numpy.
+"""Applies what an adapter does to one tensor of its base: add a product of two thin factors, or multiply by a vector.
+Numpy.
 
-A product is summed in float64, term by term, and rounded to float32 once: so neither the range that is asked for nor
-the machine shows in its bits, and a plan's digests hold wherever its bundle is merged. No library's product is so.
+A product is summed in float64, term by term, and rounded to float32 once. So its bits depend neither on the range that
+is asked for nor on the machine, and a plan's digests hold wherever its bundle is merged. No library's matrix product
+guarantees that.
 """
 
 from dataclasses import dataclass
@@ -12,14 +14,15 @@ import numpy as np
 if TYPE_CHECKING:
     from flexmerge_cli.checkpoint.tensor import StoredTensor
 
-# Elements that are computed at once: sum and term lie in the L2 cache together. A rank-16 product of 2^18 elements
-# takes 4.5 ms so, 6.4 ms untiled; in float32 it would take 2.3, and be off by several roundings (one core, numpy 2.4).
+# The number of elements that are computed at once, so that sum and term lie in the L2 cache together. A rank-16 product
+# of 2^18 elements takes 4.5 ms this way and 6.4 ms untiled; in float32 it would take 2.3 ms, but be off by several
+# roundings (one core, numpy 2.4).
 TILE_ELEMENTS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
-    """θ + scale · left · right, of a tensor seen as [first axis, the rest]."""
+    """θ + scale · left · right, for a tensor viewed as [first axis, the rest]."""
 
     left: "StoredTensor"
     """Shape [m, r]. A transposed factor has strides."""
@@ -56,7 +59,7 @@ Change = LowRank | Scaled
 def add_product(
     values: np.ndarray, start: int, columns: int, left: np.ndarray, right: np.ndarray, scale: float
 ) -> None:
-    """Add to elements [start, start + len) of a matrix with so many columns, in place.
+    """Add the product to elements [start, start + len) of a matrix with `columns` columns, in place.
 
     values: float32 or float64, one axis; left: float64 [rows of the range, r]; right: float64 [r, columns].
     """
@@ -70,15 +73,13 @@ def add_product(
             np.multiply(left[rows, k, None], right[k, at], out=term)
             np.add(total, term, out=total)
         np.multiply(total, scale, out=total)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # values that are not finite are reported where they are read
+        with np.errstate(over="ignore", invalid="ignore"):  # non-finite values are reported when they are read
             values[low - start : high - start] += total.reshape(-1).astype(np.float32)
 
 
 def multiply(values: np.ndarray, start: int, columns: int, vector: np.ndarray, axis: int) -> None:
-    """Multiply in place, as in `add_product`. vector: float32, the whole axis; on axis 1 an element spans columns /
-    len."""
+    """Multiply in place, like `add_product`. vector: float32, the whole axis; on axis 1, each of its elements covers
+    columns / len(vector) columns."""
     place = np.arange(start, start + len(values))
     where = place // columns if axis == 0 else place % columns // (columns // len(vector))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -86,7 +87,7 @@ def multiply(values: np.ndarray, start: int, columns: int, vector: np.ndarray, a
 
 
 def _rectangles(start: int, stop: int, columns: int) -> list[tuple[int, int]]:
-    """Ranges that are whole rows or lie in one row, each of at most TILE_ELEMENTS elements or one row of them."""
+    """Split a range into ranges that are whole rows or lie within one row, each with at most TILE_ELEMENTS elements."""
     found = []
     while start < stop:
         row_end = (start // columns + 1) * columns

@@ -1,7 +1,8 @@
-"""One model's files: a source string in, its tensors (headers only), config and side files out. Reads no weights.
+"""Opens one model's files: turns a source string into its tensors (headers only), config and side files. Reads no
+weights.
 
-safetensors wins where a folder holds both formats. A model may have parts in subfolders, whose tensors have names like
-`2_Dense/linear.weight`. Knows nothing of other models, classes or blocks.
+safetensors is preferred where a folder holds both formats. A model may have parts in subfolders, whose tensors have
+names like `2_Dense/linear.weight`. Knows nothing about other models, classes or blocks.
 """
 
 import os
@@ -29,7 +30,7 @@ from flexmerge_cli.regular_file import check_kind, read_file
 from flexmerge_cli.text import expanded, is_text
 
 MAX_SIDE_BYTES = 256 << 20
-MAX_POINTER_BYTES = 1024  # of Git LFS, whose pointers have some 130
+MAX_POINTER_BYTES = 1024  # a pointer of Git LFS has about 130
 
 Source = TypeVar("Source")
 Opened = TypeVar("Opened")
@@ -44,7 +45,7 @@ class Checkpoint:
     path: Path
     """The absolute path of the folder or file."""
     tensors: dict[str, StoredTensor]
-    """Tensors by own name, in the order of the files and of the bytes in them."""
+    """The tensors by own name, in the order of the files and of the bytes in them."""
     weight_bytes: dict[Path, int]
     """The size of each weight file."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -52,18 +53,18 @@ class Checkpoint:
     side_files: dict[str, Path] = field(default_factory=dict)
     """The files beside the weights that belong to the model, by relative path, sorted."""
     parts: dict[str, str] = field(default_factory=dict)
-    """Subfolder with weights of its own -> the stem of their files there; its tensors have its path before their
-    names."""
+    """For each subfolder with weights of its own, the stem of their file names; its tensors' names begin with its
+    path."""
     left: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Kind (see contents.py) -> the files of the source that are not taken."""
+    """The files of the source that are not taken, by kind (see contents.py)."""
     remote: dict[Path, RemoteFile] = field(default_factory=dict)
     """Weight files that are not on this disk yet; `fetch` (fetch.py) downloads them to these paths."""
     private: frozenset[str] = frozenset()
-    """Own names of tensors that stay private whatever other models hold: those that an adapter saved whole."""
+    """Own names of tensors that stay private whatever other models hold: those that an adapter saves whole."""
     adapter: str | None = None
     """The kind of the adapter that makes this model from a base."""
     license: str | None = None
-    """What its card names, if it does."""
+    """The licence that its card names, if any."""
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +88,12 @@ def open_checkpoint(
     needs: Collection[str] | None = None,
     side_files: bool = True,
 ) -> Checkpoint:
-    """Read the headers of the model at `source`: a folder, a weight file, `hf://org/name[@revision][:folder]`, a URL.
+    """Read the headers of the model at `source`: a folder, a weight file, `hf://org/name[@revision][:folder]`, or a
+    URL.
 
-    A path without a scheme never touches the network. Of the Hub config, index and (with side_files) what else belongs
-    to the model is fetched; of weights only the headers, by range. needs: names of side files that suffice.
-    Raises SourceError if there is nothing, DataError if unsound.
+    A path without a scheme never touches the network. From the Hub, only the config, the index and (with side_files)
+    the other files of the model are downloaded, and the headers of the weights, by range. needs: names of side files
+    that suffice. Raises SourceError if there is no checkpoint, and DataError if it is unsound.
     """
     from flexmerge_cli.checkpoint.hub import open_hub
     from flexmerge_cli.checkpoint.place import is_hub, is_remote
@@ -122,7 +124,8 @@ def open_checkpoint(
 
 
 def _task_of_bundle(folder: Path) -> UsageError | None:
-    """The error for a task's folder in a bundle, whose weights lie elsewhere: it says how to export the task."""
+    """Return the error for a task's folder in a bundle, whose weights lie elsewhere: it says how to export the task.
+    None for any other folder."""
     is_inner = folder.parent.parent.name == "coded" or (folder.parent.name, folder.name) == ("base", "files")
     folder = folder.parent if is_inner else folder
     bundle = bundle_of(folder)
@@ -142,7 +145,8 @@ def _task_of_bundle(folder: Path) -> UsageError | None:
 
 
 def each_opened(opened: Callable[[Source], Opened], sources: Sequence[Source], names: Iterable[str]) -> list[Opened]:
-    """`opened` of each, in order. Several run at once if one of the names is a remote source, which has to wait."""
+    """Call `opened` on each source, in order; several at once if one of the names is a remote source, which takes time
+    to answer."""
     from flexmerge_cli.checkpoint.place import is_remote
 
     return each(opened, sources, waits=any(map(is_remote, names)))
@@ -158,7 +162,8 @@ class _FileFolder(LocalFolder):
 def _open_folder(
     source: str, folder: Folder, file: str | None, access: Access, *, side_files: bool = True
 ) -> Checkpoint:
-    """file: the file that the user named. None: the folder's weights, with all files that belong to them."""
+    """Open a folder. file: the file that the user named. None: the folder's weights, with all files that belong to
+    them."""
     tensors: dict[str, StoredTensor] = {}
     read: set[str] = set()
     if file is not None:
@@ -224,7 +229,7 @@ def _open_folder(
 
 
 def _check_pointers(folder: Folder, carried: Iterable[str]) -> None:
-    """Raise DataError for a tokenizer or the like of which Git LFS or git-annex has only the pointer here."""
+    """Raise DataError if this disk has only the pointer of Git LFS or git-annex for a tokenizer or the like."""
     for name in carried if isinstance(folder, LocalFolder) else ():
         if 0 < folder.size(name) <= MAX_POINTER_BYTES:
             found = foreign.of_bytes(
@@ -243,7 +248,7 @@ def _is_the_whole(part: dict[str, StoredTensor], whole: dict[str, StoredTensor])
 def _checkpoint(
     source: str, path: Path, folder: Folder, access: Access, tensors: dict[str, StoredTensor], read: Collection[str]
 ) -> Checkpoint:
-    """read: the weight files, by their paths in the folder."""
+    """Make a checkpoint. read: the weight files, by their paths in the folder."""
     remote = {folder.path / name: found for name in sorted(read) if (found := folder.remote(name)) is not None}
     if access.stream is not None and remote:
         tensors = _streamed(tensors, remote, access.stream)
@@ -257,7 +262,8 @@ def _checkpoint(
 
 
 def _contents(source: str, folder: Folder, access: Access) -> Contents:
-    """The files of a folder. Raises SourceError if there are no weights, UsageError if it is unclear which to take."""
+    """List the files of a folder. Raises SourceError if there are no weights, and UsageError if it is unclear which to
+    take."""
     names = folder.files(lambda name: is_left(name, access.ignore))
     regular = [name for name in names if name.endswith("/") or folder.is_file(name)]
     irregular = sorted(set(names) - set(regular))
@@ -282,7 +288,8 @@ def _contents(source: str, folder: Folder, access: Access) -> Contents:
 
 
 def _beside_adapter(folder: Folder, found: Contents) -> Contents:
-    """Return what else lies beside an adapter: PPO's value head. Raises UsageError for the weights of a whole model."""
+    """Sort what else lies beside an adapter: the value head of PPO. Raises UsageError for the weights of a whole
+    model."""
     others = [name for name in (*found.copies, *found.indices) if name in WEIGHT_FILES and name not in ADAPTER_FILES]
     for name in others:
         if name in found.indices or not all(own.startswith("v_head.") for own in read_weight_file(folder, name)):
@@ -297,7 +304,7 @@ def _beside_adapter(folder: Folder, found: Contents) -> Contents:
 def _read_part(
     folder: Folder, weights: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, StoredTensor], set[str], list[str]]:
-    """The tensors of one folder, the files that hold them, and what is odd about their index."""
+    """Read the tensors of one folder, the files that hold them, and what is odd about their index."""
     if scheme := by_config(config):
         raise DataError(f"{folder.path} is quantised: its config.json says {scheme}", hint=HINT)
     return read_weights(folder, weights)
@@ -306,7 +313,7 @@ def _read_part(
 def _streamed(
     tensors: dict[str, StoredTensor], remote: dict[Path, RemoteFile], pool: StreamPool
 ) -> dict[str, StoredTensor]:
-    """The checkpoint with the tensors of remote files marked to be read in place."""
+    """Mark the tensors of remote files to be read in place."""
     odd = [tensor for tensor in tensors.values() if tensor.path in remote and tensor.strides is not None]
     if odd:
         raise UsageError(
@@ -330,7 +337,7 @@ def _exists(path: Path) -> bool:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """A weight file or index of a folder; None if it is not a checkpoint."""
+    """Find a weight file or index of a folder; None if it is not a checkpoint."""
     place = LocalFolder(folder)
     names = [child.name for child in folder.iterdir() if child.is_file()]
     if set(names) & set(COMPOSITES):

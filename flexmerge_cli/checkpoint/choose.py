@@ -1,7 +1,7 @@
-"""Chooses the weights among the files of one folder; what the other files are, contents.py says. No I/O.
+"""Chooses the weights among the files of one folder; contents.py says what the other files are. No I/O.
 
 The names that libraries write are tried in order: safetensors before pickles, one file before shards. Failing these, a
-variant (`model.fp16.safetensors`) is taken if there is exactly one, else a single weight file of any name, as
+variant (`model.fp16.safetensors`) is taken if there is exactly one, otherwise a single weight file of any name, as
 `save_model` and training scripts write. An ambiguous choice is never guessed.
 """
 
@@ -24,13 +24,13 @@ ADAPTER_FILES = WEIGHT_FILES[-2:]
 NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|random_states|rng_state|openvino_model)[^/]*")
 VARIANT = re.compile(r"(?!.*-of-\d+\Z)[A-Za-z0-9_-]+")  # not the number of a shard
 INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
-NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of names that are known without them
+NO_VARIANTS = ("index", "safetensors", "bin", "json", "pt")  # parts of file names that are not variants
 
 
 def choose_weights(names: Sequence[str], variant: str | None = None) -> str | None:
-    """The weight file or index among the files of a folder; None if there is none or the choice is unclear.
+    """Return the weight file or index among the files of a folder; None if there is none or the choice is unclear.
 
-    variant: taken where it is there; else the plain weights are.
+    variant: taken if it is there; otherwise the plain weights are.
     """
     found = variants(names)
     if variant is not None and variant in found:
@@ -50,9 +50,10 @@ def choose_weights(names: Sequence[str], variant: str | None = None) -> str | No
 
 
 def variants(names: Sequence[str]) -> dict[str, list[str]]:
-    """Variant -> its weight files and indices, in order of preference.
+    """Map each variant to its weight files and indices, in order of preference.
 
-    The known names with one more part between dots: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+    Variants have a known name with one more part between dots: `model.fp16.safetensors`,
+    `model.safetensors.index.fp16.json`.
     """
     found: dict[str, list[tuple[int, str]]] = {}
     for name in sorted(names):
@@ -65,5 +66,5 @@ def variants(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def weight_files(names: Sequence[str]) -> list[str]:
-    """All files that, by their names, hold weights."""
+    """Return all files that, by their names, hold weights."""
     return [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not NOT_WEIGHTS.fullmatch(name)]

@@ -1,6 +1,5 @@
-"""Decides what each file of a source is: weights, carried beside them, code, or left behind, and why. Names in, names
-out; no I/O. The rules are the same for a folder on this disk, a repository of the Hub and a URL.
-"""
+"""Decides what each file of a source is: weights, carried beside them, code, or left behind, and why. No I/O: from
+names alone. The rules are the same for a folder on this disk, a repository of the Hub and a URL."""
 
 import fnmatch
 import re
@@ -10,20 +9,20 @@ from dataclasses import dataclass, field, fields
 from flexmerge_cli.checkpoint.choose import INDEX, WEIGHT_FILES, WEIGHT_SUFFIXES, choose_weights, variants
 from flexmerge_cli.text import is_text
 
-# Indices of models that consist of several, each in a folder of its own: sentence-transformers, diffusers.
+# The indices of models that consist of several, each in a folder of its own: diffusers, sentence-transformers.
 PIPELINE = "model_index.json"
 MODULES = "modules.json"
 COMPOSITES = (PIPELINE, MODULES, "router_config.json")
 
-# What makes weights usable: config, tokenizer, processor, licence.
+# The files that make weights usable: config, tokenizer, processor, licence.
 SIDE_SUFFIXES = (
     ".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".yaml", ".yml", ".codes", ".bpe", ".vocab",
     ".tokenizer", ".dic",
 )  # fmt: skip
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY", "vocab", "merges")
-LANGUAGE_MODEL = "language_model"  # of a speech recogniser: n-grams of kenlm, which are no tensors
+LANGUAGE_MODEL = "language_model"  # a folder of speech recognisers with n-grams of kenlm, which are not tensors
 
-# What training leaves beside a model, and hidden files.
+# Files that training leaves beside a model, and hidden files.
 TRAINING_FOLDER = re.compile(
     r"\..*|checkpoint[-_]\d+|global_step[-_]?\d+|(epoch|step)[-_]\d+|optimizer_\d+"
     r"|runs|logs|wandb|mlruns|tensorboard|lightning_logs|__pycache__|__MACOSX"
@@ -34,7 +33,7 @@ TRAINING_FILE = re.compile(
     r"|zero_to_fp32\.py|latest|latest_checkpointed_iteration\.txt"
 )
 
-# Files of weights that are not read. Beside weights that are, some are the same model for other programs.
+# Files of weights that are not read. Beside weights that are read, some are the same model for other programs.
 OTHER_WEIGHTS = (
     ".h5", ".msgpack", ".ot", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".keras", ".pdparams", ".nemo",
     ".distcp", ".weights", ".params",
@@ -49,37 +48,38 @@ CONVERTED_FILE = re.compile(
 )
 
 MAX_DEPTH = 8  # folders within folders
-MAX_NAME_BYTES = 255  # of one folder or file, the limit of usual file systems
+MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """The files of a source, by their relative paths, each in exactly one place. A folder that is left as a whole is
-    named with a slash at its end."""
+    """The files of a source, by their relative paths, each in exactly one place. A folder that is left out as a whole
+    is named with a slash at its end."""
 
     weights: dict[str, str] = field(default_factory=dict)
-    """Folder -> its weight file or index. The source itself is the folder ``""``; others hold parts of the model."""
+    """The weight file or index of each folder. The source itself is the folder ``""``; others hold parts of the
+    model."""
     indices: tuple[str, ...] = ()
     """Indices of shards, which are written anew."""
     side: tuple[str, ...] = ()
-    """Carried beside the weights."""
+    """Files carried beside the weights."""
     code: tuple[str, ...] = ()
-    """Python files, carried only where that is asked for."""
+    """Python files, carried only on request."""
     training: tuple[str, ...] = ()
-    """Left by training, or hidden."""
+    """Files left by training, or hidden."""
     value_heads: tuple[str, ...] = ()
-    """What PPO leaves beside an adapter."""
+    """Files that PPO leaves beside an adapter."""
     copies: tuple[str, ...] = ()
-    """Weights in another form or for another program, and shards: of these, some may be `weights`'s."""
+    """Weights in another form or for another program, and shards, some of which may belong to `weights`."""
     unclear: tuple[str, ...] = ()
     """Weights that are not understood."""
     other: tuple[str, ...] = ()
     """Files of no known kind."""
     ignored: tuple[str, ...] = ()
-    """Left because the user said so."""
+    """Files left out because the user said so."""
 
     def left(self) -> dict[str, tuple[str, ...]]:
-        """Kind -> files that are not carried."""
+        """Return the files that are not carried, by kind."""
         kinds = [name.name for name in fields(self) if name.name not in ("weights", "indices", "side")]
         return {kind: names for kind in kinds if (names := getattr(self, kind))}
 
@@ -87,7 +87,7 @@ class Contents:
 def contents_of(names: Sequence[str], *, variant: str | None = None, ignore: Collection[str] = ()) -> Contents:
     """Sort the files of a source.
 
-    names: relative paths; of a folder that was not looked into, its path and a slash. variant: the preferred one of
+    names: relative paths; for a folder that was not searched, its path and a slash. variant: the preferred variant of
     the weights. ignore: patterns of files and folders to leave out.
     """
     found: dict[str, dict[str, None]] = {}  # names in order, each once
@@ -107,19 +107,19 @@ def contents_of(names: Sequence[str], *, variant: str | None = None, ignore: Col
 
 
 def is_left(folder: str, ignore: Collection[str]) -> bool:
-    """Return whether a folder of a source need not be looked into."""
+    """Return whether a folder of a source need not be searched."""
     return _left(f"{folder}/", ignore) is not None
 
 
 def is_ignored(name: str, pattern: str) -> bool:
-    """Return whether a pattern names a file or one of the folders around it, by the whole path or by a name in it."""
+    """Return whether a pattern matches a file or one of the folders around it, by the whole path or by a name in it."""
     paths = [name.rstrip("/"), *_parents(name)]
     segments = [] if "/" in pattern.rstrip("/") else name.rstrip("/").split("/")
     return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for text in (*paths, *segments))
 
 
 def is_portable(name: str) -> bool:
-    """Return whether every file system can hold a relative path, and none takes it for another."""
+    """Return whether every file system can hold a relative path, without confusing it with another."""
     segments = name.split("/")
     return (
         is_text(name)
@@ -129,7 +129,8 @@ def is_portable(name: str) -> bool:
 
 
 def _left(name: str, ignore: Collection[str]) -> tuple[str, str] | None:
-    """The kind of what is left out by rule, whatever else there is, and its name or that of the folder around it."""
+    """Return the kind of a file that is left out by rule, whatever else there is, and its name or that of the folder
+    around it; None for any other file."""
     if any(is_ignored(name, pattern) for pattern in ignore):
         return "ignored", name
     *folders, last = name.split("/")
@@ -143,13 +144,13 @@ def _left(name: str, ignore: Collection[str]) -> tuple[str, str] | None:
 
 
 def _weights(names: Sequence[str], variant: str | None) -> dict[str, str]:
-    """Folder -> its weights. None at all where a folder of models is no model: it has no index of its own."""
+    """Map each folder to its weights. Empty if the folder of models is no model itself because it has no index."""
     inside: dict[str, list[str]] = {"": []}
     for name in names:
         folder, _, last = name.rpartition("/")
         inside.setdefault(folder, []).append(last)
     chosen = {folder: choose_weights(files, variant) for folder, files in sorted(inside.items()) if _is_part(folder)}
-    # Adapters of adapters are no parts of a model: products of their factors would have to merge.
+    # Adapters in subfolders are no parts of a model: products of their factors would have to merge.
     found = {f: w for f, w in chosen.items() if w is not None and not (f and w.startswith("adapter_"))}
     if PIPELINE in inside[""] and len(found) > 1:
         found.pop("", None)  # the whole pipeline once more, in one file

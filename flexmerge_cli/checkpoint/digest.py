@@ -1,7 +1,7 @@
-"""The digest of a tensor: xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds change, not forgery.
+"""Computes the digest of a tensor: xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds changes, not forgery.
 
 Pieces make it parallel: a worker digests the whole pieces of its byte range, and what is left at the two ends of the
-range is joined with the neighbours' ends in order. So the digest does not depend on how a tensor was cut for reading.
+range is joined with the neighbours' ends in order. So the digest does not depend on how a tensor was split for reading.
 """
 
 from dataclasses import dataclass
@@ -65,14 +65,14 @@ class TensorDigest:
 
 
 def digest_bytes(data: np.ndarray | bytes) -> str:
-    """The digest of a whole tensor's (or file's) bytes."""
+    """Return the digest of all bytes of a tensor or a file."""
     whole = TensorDigest()
     whole.add(digest_range(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data, 0, last=True))
     return whole.hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """The digest of a file, read in pieces."""
+    """Return the digest of a file, read in pieces."""
     whole, position = TensorDigest(), 0
     with open_file(path) as file:
         while data := file.read(PIECE_BYTES):

@@ -1,4 +1,4 @@
-"""Names of dtypes as safetensors spells them, their sizes, and the conversions that need no torch.
+"""Names dtypes as safetensors spells them, with their sizes and the conversions that need no torch.
 
 Knows nothing about files. bfloat16 is handled as uint16 bits, since numpy has no such type.
 """
@@ -32,20 +32,21 @@ NUMPY = {
 
 
 def promote(dtypes: list[str] | tuple[str, ...]) -> str:
-    """The narrowest floating dtype that holds all of `dtypes`, like `torch.promote_types` (F16 + BF16 = F32)."""
+    """Return the narrowest floating dtype that holds all of `dtypes`, like `torch.promote_types` (F16 + BF16 = F32)."""
     widest = max(dtypes, key=ITEM_BYTES.__getitem__)
     return "F32" if {"F16", "BF16"} <= set(dtypes) and ITEM_BYTES[widest] == 2 else widest
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Bits of a floating dtype, as `NUMPY[dtype]` holds them, as float32. Exact but for F64, which rounds."""
+    """Convert the bits of a floating dtype, as `NUMPY[dtype]` holds them, to float32. Exact except for F64, which is
+    rounded."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 rounded once, half to even, to the bits of a floating dtype. NaN stays NaN."""
+    """Round float32 once, half to even, to the bits of a floating dtype. NaN stays NaN."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

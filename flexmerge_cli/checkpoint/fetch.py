@@ -2,7 +2,7 @@
 
 A file grows as `blobs/<etag>.incomplete` under the lock that the Hub's own client takes, and is renamed when it is
 complete. The next run resumes what a killed run left, since the name identifies the content. The client itself then
-links the blob into the snapshot. Files in Xet storage are downloaded by the client, as always.
+links the blob into the snapshot. Files in Xet storage are downloaded by the client.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def fetch(
 
 
 class _Counter:
-    """Bytes done so far, over all files. Also ends every download if the run is aborted."""
+    """Counts the bytes done so far, over all files. Also ends every download if the run is aborted."""
 
     def __init__(self, total: int, on_progress: OnProgress) -> None:
         self._total, self._on_progress, self._lock = total, on_progress, threading.Lock()
@@ -72,7 +72,7 @@ class _Counter:
         self.stop = False
 
     def check(self) -> None:
-        """Raises SourceError if the run was aborted."""
+        """Raise SourceError if the run was aborted."""
         if self.stop:
             raise SourceError("the download of another file failed", hint="run the command again")
 
@@ -84,7 +84,8 @@ class _Counter:
 
 
 def _fetch(file: HubFile, blob: Path, counter: _Counter) -> None:
-    """blob: where the listing says the bytes are cached. The response headers of the file take precedence."""
+    """Download a file. blob: where the listing says the bytes are cached. The response headers of the file take
+    precedence."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
@@ -137,7 +138,7 @@ def _download(file: HubFile, size: int, blob: Path, counter: _Counter) -> None:
 
 
 def _sha256(path: Path, num_bytes: int) -> Any:
-    """The hash of the bytes already there, to be continued."""
+    """Return the hash of the bytes already there, to be continued."""
     if not num_bytes:
         return hashlib.sha256()
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The files of one model by name: a folder on this disk, with links guarded. The Hub's is in hub.py."""
+"""Reads the files of one model by name from a folder on this disk, and guards its links. hub.py does so for the Hub."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Protocol
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
 
-MAX_ENTRIES = 200_000  # files and folders of one source
-WEIGHTS = "weights"  # the folder of a bundle that holds them
-SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"  # of the store that repositories of one Hub cache share
+MAX_ENTRIES = 200_000  # the most files and folders of one source
+WEIGHTS = "weights"  # the folder of a bundle that holds its weights
+SHARED_BLOBS_MARKER = ".huggingface-shared-blobs"  # marks the store that the repositories of one Hub cache share
 
 
 Skip = Callable[[str], bool]
-"""Whether a folder, by its relative path, is not looked into."""
+"""Returns whether a folder, by its relative path, is not searched."""
 
 
 class Folder(Protocol):
@@ -24,35 +24,35 @@ class Folder(Protocol):
         """The absolute path where its files lie, or will lie once they are downloaded."""
 
     def files(self, skip: "Skip") -> list[str]:
-        """Relative paths of all files below it, sorted; of a folder that is skipped its path and a slash.
+        """List the relative paths of all files below it, sorted; for a folder that is skipped, its path and a slash.
 
-        Raises DataError for a link to a folder elsewhere, SourceError if there is no end to them.
+        Raises DataError for a link to a folder elsewhere, and SourceError if there are too many files.
         """
 
     def is_file(self, name: str) -> bool: ...
 
     def size(self, name: str) -> int:
-        """The size of a file in bytes."""
+        """Return the size of a file in bytes."""
 
     def remote(self, name: str) -> RemoteFile | None:
-        """The file if it is not on this disk; None if it is, at `path / name`. Raises DataError for a link out of the
-        folder."""
+        """Return the file if it is not on this disk; None if it is, at `path / name`. Raises DataError for a link out
+        of the folder."""
 
     def local(self, name: str) -> Path:
-        """The path of a small file, downloaded if necessary."""
+        """Return the path of a small file, which is downloaded if necessary."""
 
     def bring(self, names: list[str]) -> None:
-        """The paths of many small files at once."""
+        """Bring many small files to this disk at once."""
 
     def incomplete(self, message: str) -> FlexmergeError:
-        """The error for files that should exist."""
+        """Return the error for files that should exist but do not."""
 
 
 class LocalFolder:
     """A folder on this disk."""
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
-        """follow_links: also out of the folder."""
+        """Take a folder. follow_links: also follow links out of the folder."""
         self._path, self._follow_links = path, follow_links
 
     @property
@@ -71,7 +71,8 @@ class LocalFolder:
         return sorted(found)
 
     def _walk(self, folder: str, skip: Skip, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-        """above: the folders around this one; a link that leads back to one of them is not followed."""
+        """Yield the paths below a folder. above: the folders around this one; a link that leads back to one of them is
+        not followed."""
         status = (self._path / folder).stat()
         here = (status.st_dev, status.st_ino)
         try:
@@ -149,12 +150,12 @@ class Subfolder:
 
 
 def inside(folder: Folder, name: str) -> Folder:
-    """A subfolder; the folder itself if the name is empty."""
+    """Return a subfolder, or the folder itself if the name is empty."""
     return Subfolder(folder, name) if name else folder
 
 
 def check_count(count: int, source: str) -> None:
-    """Raises SourceError where a source has more files than any model has."""
+    """Raise SourceError if a source has more files than any model has."""
     if count > MAX_ENTRIES:
         raise SourceError(
             f"{source} holds more than {MAX_ENTRIES:,} files, and no checkpoint has as many",
@@ -163,8 +164,8 @@ def check_count(count: int, source: str) -> None:
 
 
 def guard(folder: Path, path: Path) -> None:
-    """Refuse symlinks out of the folder, except into the blobs of the same repository in the Hub's cache, and from a
-    folder of a task or of the base in a bundle to the bundle's weights."""
+    """Raise DataError for a symlink out of the folder, unless it leads into the blobs of the same repository in the
+    Hub's cache, or from the folder of a task or of the base in a bundle to the bundle's weights."""
     below = [path, *path.parents]
     if not any(place.is_symlink() for place in below[: len(below) - 1 - len(folder.parents)]):
         return
@@ -178,7 +179,7 @@ def guard(folder: Path, path: Path) -> None:
 
 
 def bundle_of(folder: Path) -> Path | None:
-    """The bundle that a folder belongs to as that of a task, or of the base; None for any other folder."""
+    """Return the bundle in which this is the folder of a task or of the base; None for any other folder."""
     place = folder.resolve()
     above = [place.parent.parent] if place.parent.name in ("tasks", "coded") else []
     above += [place.parent] if place.name == "base" else []

@@ -1,20 +1,18 @@
-"""Names what is not a checkpoint that can be read, and says what to do: by first bytes, tensor names or file names.
-
-Bytes and names in, words out; no I/O.
-"""
+"""Names what is not a checkpoint that can be read, by its first bytes, tensor names or file names, and says what to do.
+No I/O."""
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-HEAD_BYTES = 64  # of a file, enough for `of_bytes`
+HEAD_BYTES = 64  # the beginning of a file that `of_bytes` needs
 SHARD = re.compile(r"(.*?)-?(\d{1,6})-of-(\d{1,6})(\.\w+)*\.(safetensors|bin|pt|pth)")
 STATE_DICT = "save its state dict: torch.save(model.state_dict(), …), or model.save_pretrained(FOLDER)"
 
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What a file or folder is."""
+    """A kind of file or folder that cannot be read, and what to do about it."""
 
     what: str
     """The name with its article, e.g. `a Git LFS pointer`."""
@@ -49,7 +47,7 @@ EMPTY = Foreign("truncated: it is empty", "get a sound copy of the file")
 ZEROS = Foreign("zeros where it begins, as a download that broke off leaves it", "get a sound copy of the file")
 HTML = Foreign("an HTML page, not the file that was asked for", "download it again, logged in where that is necessary")
 
-# Names of tensors -> what they belong to.
+# Patterns of tensor names -> what they belong to.
 TENSORS = (
     (re.compile(r"lora_(unet|te\d?|transformer)_.*"), "a LoRA in kohya's format"),
     (re.compile(r".*\.lora(_linear_layer)?\.(down|up)\.weight"), "a LoRA in diffusers' format"),
@@ -74,7 +72,7 @@ DEEPSPEED = Foreign(
     "a checkpoint of DeepSpeed, whose weights are in parts", "python zero_to_fp32.py . OUTPUT, in that folder"
 )
 IN_TRANSFORMERS_4 = "convert it with transformers 4: from_pretrained(FOLDER, {}=True).save_pretrained(NEW_FOLDER)"
-# Names of files and folders -> what they belong to; asked only where there are no weights that can be read.
+# Patterns of files and folders -> what they belong to; used only if there are no weights that can be read.
 FILES = (
     (re.compile(r".*\.distcp"), DCP),
     (re.compile(r"zero_to_fp32\.py|global_step\d+|.*_zero_pp_rank_\d+.*|mp_rank_\d+_model_states\.pt"), DEEPSPEED),
@@ -108,7 +106,7 @@ def of_bytes(head: bytes) -> Foreign | None:
 
 
 def of_tensors(names: Collection[str]) -> tuple[str, str, str] | None:
-    """(what, the name that shows it, hint) of a file whose tensors are no model's; None if they may be."""
+    """Return (what, the name that shows it, hint) for a file whose tensors are not a model's; None if they may be."""
     for name in names:
         for pattern, what in TENSORS:
             if pattern.fullmatch(name):
@@ -120,12 +118,12 @@ def of_tensors(names: Collection[str]) -> tuple[str, str, str] | None:
 
 
 def of_files(names: Sequence[str]) -> tuple[str, Foreign] | None:
-    """(the name that shows it, what it is) of files and folders among which there are no weights; None if unknown."""
+    """Return (the name that shows it, what it is) for files and folders without weights; None if unknown."""
     return next(((name, found) for pattern, found in FILES for name in names if pattern.fullmatch(name)), None)
 
 
 def shards(names: Sequence[str]) -> tuple[int, int, str] | None:
-    """(how many, of how many, the first) of the shards of one model among the names; None if there are none."""
+    """Return (how many, of how many, the first) of the shards of one model among the names; None if there are none."""
     found = [(name, match) for name in sorted(names) if (match := SHARD.fullmatch(name)) and int(match[3]) > 1]
     if not found:
         return None

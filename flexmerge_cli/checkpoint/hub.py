@@ -1,7 +1,7 @@
-"""Sources `hf://org/name[@revision][:folder]`: the files of a Hub repository, cached in the normal Hub cache.
+"""Opens sources `hf://org/name[@revision][:folder]`: the files of a Hub repository, cached in the normal Hub cache.
 
 Opening a source pins it to a commit, downloads small files, and reads the headers of weights by range. `fetch`
-(fetch.py) downloads the weights. What the cache holds is never requested again.
+(fetch.py) downloads the weights. Nothing that the cache holds is requested again.
 """
 
 import time
@@ -31,7 +31,7 @@ from flexmerge_cli.writing import write_file
 
 FILES_AT_ONCE = 8
 METADATA_TIMEOUT = 30  # seconds
-# Entries of one listing. The Hub has 1,000 entries a page; the largest repositories have some 100,000 files.
+# The most entries of one listing. The Hub has 1,000 entries per page; the largest repositories have some 100,000 files.
 MAX_ENTRIES = 200_000
 MAX_PAGES = 1_000
 MAX_PAGE_BYTES = 16 << 20
@@ -56,8 +56,8 @@ def is_offline(access: Access) -> bool:
 
 
 def open_hub(source: str, access: Access, needs: Collection[str] | None = None) -> OpenPlace:
-    """Find the commit and its files. needs: the side files, and the subfolders with weights (their path and a slash),
-    that make a pinned snapshot on this disk complete."""
+    """Find the commit and its files. needs: the side files and the subfolders with weights (path and a slash) that make
+    a pinned snapshot on this disk complete."""
     place = HubPlace.of(source)
     with hub_errors(place):
         if is_offline(access):
@@ -81,10 +81,10 @@ class HubTree:
     path: Path
     """The local path where the files lie, or will lie."""
     files: dict[str, HubFile]
-    """Files by path below the folder; empty if the Hub was not asked."""
+    """The files by their paths below the folder; empty if the Hub was not asked."""
 
     def local(self, name: str) -> Path:
-        """The path of a small file, downloaded if necessary."""
+        """Return the path of a small file, which is downloaded if necessary."""
         from huggingface_hub import hf_hub_download
 
         if not (self.path / name).is_file():
@@ -95,7 +95,7 @@ class HubTree:
 
 
 def checkpoints_in(source: str, access: Access) -> Candidates:
-    """The models in a repository with one folder per model, as pinned sources, and what else there is."""
+    """List the models in a repository with one folder per model, as pinned sources, and what else there is."""
     tree = open_tree(source, access)
     names = list(tree.files) or [str(path.relative_to(tree.path)) for path in tree.path.rglob("*") if path.is_file()]
     folders: dict[str, list[str]] = {}
@@ -116,7 +116,7 @@ def checkpoints_in(source: str, access: Access) -> Candidates:
 
 
 def list_names(source: str, access: Access) -> list[str]:
-    """The files and folders directly in a folder of a repository; none if the place names a file."""
+    """List the files and folders directly in a folder of a repository; none if the place names a file."""
     place = HubPlace.of(source)
     if place.file is not None:
         return []
@@ -168,7 +168,7 @@ def pin(place: HubPlace) -> HubPlace:
 
 
 def pinned_source(source: str, access: Access) -> str:
-    """A Hub source pinned to its current commit; any other source unchanged."""
+    """Pin a Hub source to its current commit; return any other source unchanged."""
     if not is_hub(source):
         return source
     place = HubPlace.of(source)
@@ -177,10 +177,10 @@ def pinned_source(source: str, access: Access) -> str:
 
 
 def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
-    """The contents of the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder.
+    """List the contents of the folder of a pinned place, as huggingface_hub's RepoFile and RepoFolder.
 
     Reads page by page like the client itself, but within bounds, and from no other host, which would get the token.
-    Raises what the Hub's client raises, and SourceError for an endless listing, or one that leads to another host.
+    Raises what the Hub's client raises, and SourceError for an endless listing or one that leads to another host.
     """
     from huggingface_hub import constants
     from huggingface_hub.hf_api import RepoFile, RepoFolder
@@ -206,7 +206,7 @@ def list_files(place: HubPlace, *, recursive: bool = False) -> list[Any]:
 
 
 def _page(url: str, deadline: float) -> tuple[list[dict[str, Any]], str | None]:
-    """One page of a listing, and the address of the next."""
+    """Read one page of a listing, and the address of the next."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     data = bytearray()
@@ -224,7 +224,7 @@ def _page(url: str, deadline: float) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def hub_file(place: HubPlace, listed: Any) -> HubFile:
-    """listed: a RepoFile from `list_files`."""
+    """Describe a file of a listing. listed: a RepoFile from `list_files`."""
     inside = f"{place.folder}/" if place.folder else ""
     etag = listed.lfs.sha256 if listed.lfs is not None else listed.blob_id
     if type(listed.size) is not int or listed.size < 0 or not is_etag(etag):
@@ -354,7 +354,7 @@ def _suffices(place: HubPlace, needs: Collection[str], access: Access) -> bool:
     if place.file is not None:
         return folder.is_file(place.file)
     if access.variant is not None and access.variant not in variants(_direct(folder)):
-        return False  # the repository may have it although the cache does not
+        return False  # the repository may have the variant although the cache does not
     weights = _contents(folder, access).weights
     parts = {name.removesuffix("/") for name in needs if name.endswith("/")}
     places = [(inside(folder, part), file.rpartition("/")[2]) for part, file in weights.items()]
@@ -381,7 +381,7 @@ def _remember(place: HubPlace, commit: str) -> None:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Return whether there was no answer at all, or one that says the Hub is down."""
+    """Return whether there was no response at all, or one that says the Hub is down."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return bool(status >= 500)

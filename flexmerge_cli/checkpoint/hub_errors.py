@@ -1,4 +1,5 @@
-"""Turns errors of the Hub's client into ours: what is wrong, and the command to run next. Mostly exit code 4."""
+"""Turns errors of the Hub's client into ours, which say what is wrong and which command to run next. Mostly exit code
+4."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hub_errors(place: "HubPlace") -> Iterator[None]:
-    """Raise SourceError for any failure between us and the Hub, UsageError for an invalid name."""
+    """Raise SourceError for any failure between this machine and the Hub, and UsageError for an invalid name."""
     from huggingface_hub import errors
 
     try:
@@ -21,7 +22,7 @@ def hub_errors(place: "HubPlace") -> Iterator[None]:
     except FlexmergeError:
         raise
     except (http_error(), OSError, ValueError, LookupError, TypeError, errors.EntryNotFoundError) as error:
-        # The last three and ValueError: a response that is not the Hub's, such as the page of a proxy.
+        # ValueError and the last three mean a response that is not the Hub's, such as the page of a proxy.
         raise hub_error(place, error) from None
 
 

@@ -1,4 +1,4 @@
-"""What a model's library calls the weight files in its folder, and whether it reads more than one. Pure."""
+"""Says how each library names the weight files in a model's folder, and whether it reads more than one. Pure."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ STEMS = tuple(dict.fromkeys(library.stem for library in LIBRARIES.values()))
 
 
 def library_of(config: Mapping[str, Any], names: Collection[str]) -> LibraryName:
-    """The library that saved a model: by its config.json, empty if there is none, and the names of its side files."""
+    """Return the library that saved a model, judged by its config.json (empty if there is none) and the names of its
+    side files."""
     if "_diffusers_version" in config:
         return "diffusers"
     if not config and "open_clip_config.json" in names:
@@ -39,7 +40,7 @@ def library_of(config: Mapping[str, Any], names: Collection[str]) -> LibraryName
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """The names of so many weight files; a single one has no number."""
+    """Return the names of `count` weight files; a single one has no number."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

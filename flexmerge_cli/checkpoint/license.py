@@ -1,4 +1,4 @@
-"""The licence that a model's card, the README.md beside its weights, names in its front matter."""
+"""Reads the licence that a model's card, the README.md beside its weights, names in its front matter."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ MAX_LICENSE = 100  # characters; the Hub's own identifiers have 30 at most
 
 
 def read_license(card: Path) -> str | None:
-    """The identifier on one line; the name of an `other` one. None if there is no card, or it names none soundly."""
+    """Return the identifier on one line, or the name of an `other` licence. None if there is no card or no sound
+    licence in it."""
     try:
         with open_file(card) as file:
             text = file.read(MAX_FRONT_BYTES).decode("utf-8-sig", errors="replace")
@@ -40,6 +41,6 @@ def _front_matter(text: str) -> str | None:
 
 
 def _words(value: Any) -> list[str]:
-    """A text, or a list of them, each on one line."""
+    """Return a text, or a list of texts, each on one line."""
     values = value if isinstance(value, list) else [value]
     return [" ".join(one.split()) for one in values if isinstance(one, str) and one.strip()]

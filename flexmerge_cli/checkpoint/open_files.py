@@ -1,4 +1,4 @@
-"""Raises the limit of open files when necessary: a bundle has a file for every set of tasks that share a block.
+"""Raises the limit on open files when necessary: a bundle has a file for every set of tasks that share a block.
 
 The soft limit is often 256 or 1,024, and a process may raise it up to the hard limit.
 """

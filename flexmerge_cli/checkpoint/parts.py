@@ -1,6 +1,6 @@
-"""Parts of a model: the subfolders of a source that hold weights of their own. Names in, names out; no I/O.
+"""Handles the parts of a model: the subfolders of a source that hold weights of their own. From names alone; no I/O.
 
-A tensor of a part is called by the part's folder, a slash, and its name in the file there: `2_Dense/linear.weight`.
+A tensor of a part is named by the part's folder, a slash, and its name in the file there: `2_Dense/linear.weight`.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from flexmerge_cli.checkpoint.contents import MAX_DEPTH, is_portable
 
 
 def part_of(name: str, parts: Collection[str]) -> tuple[str, str]:
-    """The folder of a tensor (of the model itself ``""``), and its name in the file there."""
+    """Return the folder of a tensor (``""`` for the model itself), and its name in the file there."""
     folder, cut = "", name.find("/")
     for _ in range(MAX_DEPTH):
         if cut < 0:
@@ -22,7 +22,8 @@ def part_of(name: str, parts: Collection[str]) -> tuple[str, str]:
 
 
 def stem_of(weights: str) -> str:
-    """The beginning of the names under which the library that wrote a weight file or index looks for safetensors."""
+    """Return the beginning of the names under which the library that wrote a weight file or index looks for
+    safetensors."""
     last = PurePosixPath(weights).name
     for variant in variants([last]):
         last = last.replace(f".{variant}", "", 1)
@@ -31,5 +32,5 @@ def stem_of(weights: str) -> str:
 
 
 def are_parts(parts: Mapping[str, str]) -> bool:
-    """Return whether folders and stems stay inside a folder on every file system. For files, which may be hostile."""
+    """Return whether folders and stems stay inside a folder on every file system; they may come from a hostile file."""
     return all(is_portable(f"{folder}/{stem}") and "/" not in stem for folder, stem in parts.items())

@@ -1,8 +1,9 @@
 """Reads a PEFT adapter: a folder with adapter_config.json and adapter_model.safetensors or .bin.
 
-LoRA (alpha over r or its root, patterns of both per module, transposed and convolution weights, embeddings) and (IA)³.
-Other adapters of peft are refused by name: their effect is not a product of two factors, or needs more than the files.
-Headers and configs only; family/adapted.py finds the modules in the base. Source: peft 0.21, tuners/lora, tuners/ia3.
+Supports LoRA (alpha over r or its root, patterns of both per module, transposed and convolution weights, embeddings)
+and (IA)³. Other adapters of peft are refused by name: their effect is not a product of two factors, or needs more than
+the files. Headers and configs only; family/adapted.py finds the modules in the base. Source: peft 0.21, tuners/lora,
+tuners/ia3.
 """
 
 import math
@@ -68,10 +69,10 @@ class Adapter:
     kind: AdapterKind
     checkpoint: Checkpoint
     factors: Mapping[str, Factors]
-    """Module -> its LoRA."""
+    """The LoRA factors of each module."""
     vectors: Mapping[str, StoredTensor]
-    """Module -> its (IA)³ vector: [out, 1], or [1, in] for the input of a linear layer; convolution: [1, channels,
-    1…]."""
+    """The (IA)³ vector of each module: [out, 1], or [1, in] for the input of a linear layer; for a convolution [1,
+    channels, 1…]."""
     own: Mapping[str, StoredTensor]
     """Whole parameters: those of `modules_to_save`, biases, and resized or targeted embeddings."""
     saved_modules: tuple[str, ...]
@@ -79,14 +80,14 @@ class Adapter:
     transposed: bool
     """Whether weights are [in, out] (`fan_in_fan_out`); decides where the shapes do not."""
     feedforward: tuple[str, ...]
-    """Modules whose input (IA)³ scales."""
+    """The modules whose input (IA)³ scales."""
     base_name: str | None
-    """The model that the config says it was trained on."""
+    """The model that it was trained on, by its config."""
     model_class: str | None
-    """The class of that model, which peft records where no kind of task was named."""
+    """The class of that model, which peft records if no kind of task was named."""
 
     def tensors(self) -> list[StoredTensor]:
-        """Its factors and vectors, under the names of its file."""
+        """Return its factors and vectors, under the names in its file."""
         pairs = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
         return pairs + list(self.vectors.values())
 
@@ -108,8 +109,8 @@ def read_adapter(checkpoint: Checkpoint) -> Adapter:
     name = config.text("peft_type")
     if name not in ("LORA", "IA3"):
         raise DataError(
-            f"{checkpoint.path} is an adapter of {NAMES.get(str(name), name or 'no `peft_type`')}; LoRA and (IA)³ are "
-            "read",
+            f"{checkpoint.path} is an adapter of {NAMES.get(str(name), name or 'no `peft_type`')}; flexmerge reads "
+            "LoRA and (IA)³",
             hint=BY_HAND,
         )
     kind = AdapterKind.LORA if name == "LORA" else AdapterKind.IA3
@@ -151,7 +152,8 @@ def _refuse_variants(config: "_Config", checkpoint: Checkpoint) -> None:
 
 
 def _by_role(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
-    """Role (`lora_A.weight`, `ia3_l`, …; "" for whole parameters) -> module or parameter -> tensor."""
+    """Sort the tensors: role (`lora_A.weight`, `ia3_l`, …; "" for whole parameters) -> module or parameter ->
+    tensor."""
     found: dict[str, dict[str, StoredTensor]] = {}
     for key in sorted(checkpoint.tensors, key=lambda key: "modules_to_save." in key):
         segments = key.removeprefix(PREFIX).split(".")
@@ -201,7 +203,7 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
 
 
 def _scale(config: "_Config", module: str, rank: int) -> float:
-    """The scale: alpha / r, or alpha / √r. A pattern that matches the module's name, or its end, overrides the
+    """Return the scale, alpha / r or alpha / √r. A pattern that matches the module's name, or its end, overrides the
     default."""
     configured = config.for_module("rank_pattern", module, config.number("r", 8))
     if configured != rank:
@@ -215,7 +217,7 @@ def _scale(config: "_Config", module: str, rank: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """Read adapter_config.json and check the types of its values. Raises DataError."""
+    """The contents of adapter_config.json; checks the types of its values. Raises DataError."""
 
     path: Any
     values: Mapping[str, Any]
@@ -245,8 +247,8 @@ class _Config:
         return value
 
     def for_module(self, key: str, module: str, otherwise: float) -> float:
-        """The value for a module, like peft's `get_pattern_key`: the first pattern that matches the name or what
-        follows a dot."""
+        """Return the value for a module, like peft's `get_pattern_key`: that of the first pattern that matches the name
+        or what follows a dot."""
         patterns = self._typed(key, dict, None) or {}
         for pattern, value in patterns.items():
             if re.match(rf"(.*\.)?({_safe(self.path, key, pattern)})$", module):
@@ -269,7 +271,7 @@ class _Config:
 
 
 def _safe(path: Any, key: str, pattern: str) -> str:
-    """Compile a regular expression that ends soon on any name: few repeats, none of them of a group."""
+    """Return a regular expression, checked to match any name in bounded time: few repeats, none of them of a group."""
     repeats = len(re.findall(r"(?<!\\)[*+{]", pattern))
     if repeats > MAX_REPEATS or re.search(r"\)[*+?{]", pattern) or len(pattern) > MAX_PATTERN_CHARACTERS:
         raise DataError(f"{path}: `{key}` has the pattern {pattern[:80]!r}, which is too costly to match", hint=BY_HAND)

@@ -25,8 +25,8 @@ from flexmerge_cli.text import is_text
 
 CONVERT = "convert it: torch.save(torch.load(path, weights_only=True), path)"
 GET_SOUND = "get a sound copy of the file"
-LOCAL_HEADER_BYTES = 30  # of a record, before its name
-# Bytes of the pickle, and of the archive's directory. A model of 100,000 tensors has 15 MB of each.
+LOCAL_HEADER_BYTES = 30  # of each record, before its name
+# The most bytes of the pickle, and of the archive's directory. A model of 100,000 tensors has 15 MB of each.
 MAX_READ_BYTES = 16 << 20
 # Different tensors may share bytes, such as a fused matrix and its parts. Without a limit, 100 bytes more of file would
 # be as much work as all of it.
@@ -36,9 +36,9 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys under w
 
 
 def read_pickle(path: Path, remote: RangeFile | None = None) -> dict[str, StoredTensor]:
-    """Tensors by name, in file order of their bytes. Raises DataError.
+    """Return the tensors by name, in file order of their bytes. Raises DataError.
 
-    remote: the file, where it is not on this disk; `path` is then where it will lie.
+    remote: the file, if it is not on this disk; `path` is then where it will lie.
     """
     with remote or open_file(path) as file:
         try:
@@ -88,10 +88,10 @@ class _Bounded:
 
 
 def _records(path: Path, file: Any) -> dict[str, _Record]:
-    """The files of the archive by name, each within the archive and apart from the others.
+    """Return the files of the archive by name, each within the archive and apart from the others.
 
-    torch stores them as they are, in the machine's byte order. What another tool has compressed, torch.load reads too,
-    but its weights cannot be read where they lie.
+    torch stores them uncompressed, in the machine's byte order. torch.load can also read what another tool has
+    compressed, but those weights cannot be read in place.
     """
     size = file.seek(0, 2)
     if not zipfile.is_zipfile(_Bounded(file, size)):
@@ -117,7 +117,7 @@ def _records(path: Path, file: Any) -> dict[str, _Record]:
             raise DataError(f"{path} is compressed: it cannot be memory-mapped", hint=CONVERT)
         if entry.flag_bits & 1 or entry.compress_size != entry.file_size or entry.filename in records:
             raise DataError(f"{path} is damaged: `{entry.filename[:100]}` is not stored as it is", hint=GET_SOUND)
-        # The name's and the extra field's lengths are the local header's: the directory may tell of others.
+        # The lengths of the name and the extra field are those of the local header: the directory may have others.
         file.seek(entry.header_offset)
         signature, name_bytes, extra_bytes = struct.unpack("<4s22x2H", file.read(LOCAL_HEADER_BYTES))
         start = entry.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
@@ -133,7 +133,7 @@ def _records(path: Path, file: Any) -> dict[str, _Record]:
 
 
 def _of_archive(path: Path, records: Mapping[str, _Record]) -> Iterator[tuple[str, _Record]]:
-    """The records in the single folder that holds the pickle."""
+    """Return the records in the single folder that holds the pickle."""
     folders = [name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise DataError(f"{path} cannot be read as a torch checkpoint: it has no `data.pkl`", hint=GET_SOUND)
@@ -161,7 +161,7 @@ def _bytes(path: Path, file: Any, record: _Record) -> bytes:
 
 
 def _unwrap(path: Path, loaded: Any) -> Mapping[str, PickledTensor | OddTensor]:
-    """The state dict, which frameworks wrap in a dict of their own and prefix with `module.`."""
+    """Return the state dict, which frameworks wrap in a dict of their own and prefix with `module.`."""
     for _ in range(MAX_WRAPPERS):
         keys = [key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)]
         if not keys:
@@ -239,7 +239,7 @@ def _locate(path: Path, name: str, tensor: PickledTensor | OddTensor, records: M
 
 
 def _strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The strides, or None if row-major. The stride of an axis of length 1 is meaningless and becomes 0."""
+    """Return the strides, or None if row-major. The stride of an axis of length 1 is meaningless and becomes 0."""
     plain, step = [], 1
     for n in reversed(shape):
         plain.append(step if n != 1 else 0)

@@ -95,7 +95,7 @@ class HubFile:
     """The path in the repository."""
     size: int
     etag: str
-    """The name of its blob in the cache: the sha256 of an LFS file, else git's sha1."""
+    """The name of its blob in the cache: the sha256 for a file in LFS, otherwise git's sha1."""
     path: Path
 
     def read_range(self, start: int, stop: int) -> bytes:

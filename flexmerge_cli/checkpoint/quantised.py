@@ -1,6 +1,6 @@
 """Recognises checkpoints that are already quantised, by config or tensors, so that they can be refused by name.
 
-Their weights are packed codes, for which averages and differences are meaningless. Headers in, no I/O.
+Their weights are packed codes, whose averages and differences are meaningless. Uses headers; no I/O.
 """
 
 import re
@@ -22,7 +22,7 @@ HINT = (
 
 
 def by_config(config: Mapping[str, Any]) -> str | None:
-    """The quantisation scheme that config.json names, or None."""
+    """Return the quantisation scheme that config.json names, or None."""
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping) or not settings:
         return None
@@ -33,7 +33,7 @@ def by_config(config: Mapping[str, Any]) -> str | None:
 
 
 def by_names(names: Collection[str]) -> tuple[str, str] | None:
-    """(scheme, the tensor that shows it), or None if all tensors are ordinary."""
+    """Return (scheme, the tensor that shows it), or None if all tensors are ordinary."""
     last: dict[str, str] = {}
     for name in names:
         last.setdefault(name.rpartition(".")[2], name)

@@ -11,22 +11,23 @@ from flexmerge_cli.errors import FlexmergeError, SourceError
 
 OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT)
 MAX_PASSED_BYTES = 1 << 20
-EXPIRED = (401, 403, 404, 410)  # of a signed address
-TRIES = 5  # with fewer than so many bytes in between
+EXPIRED = (401, 403, 404, 410)  # status codes of a signed address that has expired
+TRIES = 5  # with fewer than MIN_ANSWER_BYTES between them
 MIN_ANSWER_BYTES = 1 << 12
-# What every read is given, whatever its size; and the rate that is the slowest. Nobody is followed for ever.
+# The seconds that every read gets, whatever its size, and the slowest rate allowed. No server is waited for
+# indefinitely.
 SLOW_SECONDS = 120.0
 SLOW_BYTES_PER_SECOND = 10_000
-WAIT_SECONDS = 0.5  # before the second; doubled each time
+WAIT_SECONDS = 0.5  # before the second try; doubled each time
 
 Answer = TypeVar("Answer")
 
-# Address at the Hub -> the signed one that it redirects to: half the requests, and the Hub counts its own.
+# Address at the Hub -> the signed address that it redirects to. This halves the requests, and the Hub limits its own.
 _signed: dict[str, str] = {}
 
 
 def allowed_seconds(num_bytes: int) -> float:
-    """Return what a read of so many bytes may take."""
+    """Return how long a read of so many bytes may take."""
     return SLOW_SECONDS + num_bytes / SLOW_BYTES_PER_SECOND
 
 
@@ -135,7 +136,8 @@ def is_transient(error: Exception) -> bool:
 
 
 def http_error() -> type[Exception]:
-    """The base class of all errors of the HTTP library that the Hub's client uses, which depends on its version."""
+    """Return the base class of all errors of the HTTP library that the Hub's client uses, which depends on its
+    version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__[1:] if issubclass(kind, Exception))

@@ -1,4 +1,4 @@
-"""Positional reads of tensor ranges into the caller's buffers. Thread-safe; keeps the files open.
+"""Reads ranges of tensors by position into the caller's buffers. Thread-safe; keeps the files open.
 
 Streamed tensors are read over the network (stream.py) into the same buffers.
 """
@@ -28,9 +28,9 @@ MAX_ADVICES = 8  # per range of picked rows, which may consist of thousands of r
 
 
 def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
-    """A view of a tensor's bits (`NUMPY[dtype]`), in its shape, in its mapped file (uint8). Copies nothing.
+    """Return a view of a tensor's bits (`NUMPY[dtype]`), in its shape, in its mapped file (uint8). Copies nothing.
 
-    Raises DataError if it is not all within the file: numpy checks what `as_strided` would not.
+    Raises DataError unless all of it is within the file: numpy checks what `as_strided` would not.
     """
     steps = None if tensor.strides is None else [stride * tensor.item_bytes for stride in tensor.strides]
     try:
@@ -43,9 +43,9 @@ def strided(tensor: StoredTensor, mapped: np.ndarray) -> np.ndarray:
 
 
 class Reader:
-    """The open files of one or more checkpoints; a context manager.
+    """Reads the files of one or more checkpoints, which it keeps open; a context manager.
 
-    opened: gives the descriptor of a file, and keeps it; by default the reader opens files itself, and closes them.
+    opened: returns the descriptor of a file, and keeps it; by default the reader opens files itself, and closes them.
     """
 
     def __init__(self, opened: Callable[[Path], int] | None = None) -> None:
@@ -117,7 +117,7 @@ class Reader:
         return filled
 
     def _pread(self, path: Path, descriptor: int, view: memoryview, position: int) -> int:
-        """Read once. Reports the first time that a file's bytes were not in the kernel's cache."""
+        """Read once. Notes when a file's bytes are not in the kernel's cache."""
         if path not in self._cold:
             count = 0
             with contextlib.suppress(OSError):  # EAGAIN, or a file system that does not support this
@@ -130,8 +130,7 @@ class Reader:
         return os.preadv(descriptor, [view], position)
 
     def _changed(self, tensor: StoredTensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Read a range of the base and apply the adapter: float32, rounded once. Needs memory for the factors as
-        well."""
+        """Read a range of the base and apply the adapter: float32, rounded once. Also needs memory for the factors."""
         filled = self.read(replace(tensor, change=None), start, stop, buffer)
         change, bits = tensor.change, filled.view(NUMPY[tensor.dtype])
         values = bits if tensor.dtype == "F64" else to_float32(bits, tensor.dtype)
@@ -149,7 +148,7 @@ class Reader:
         return filled
 
     def _floats(self, factor: StoredTensor, first: int, stop: int) -> np.ndarray:
-        """Rows [first, stop) of a matrix, float32."""
+        """Read rows [first, stop) of a matrix, as float32."""
         width = factor.shape[1]
         if factor.strides is not None and factor.stream is not None:  # a transposed factor is read whole
             plain = replace(factor, shape=factor.shape[::-1], strides=None)
@@ -159,7 +158,8 @@ class Reader:
         return to_float32(bits, factor.dtype).reshape(stop - first, width)
 
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
-        """Advise the kernel that these elements are read soon, so that the disk or network works during computation."""
+        """Advise the kernel that these elements will be read soon, so that the disk or network works during
+        computation."""
         if tensor.fill is not None:
             return
         if tensor.pieces:

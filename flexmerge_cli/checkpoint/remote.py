@@ -19,7 +19,7 @@ class RemoteFile(Protocol):
 
     @property
     def path(self) -> Path:
-        """The local path once it is downloaded."""
+        """The local path that it has once it is downloaded."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class RangeFile(io.RawIOBase):
 
 
 def coalesce(ranges: Iterable[tuple[int, int]], max_gap_bytes: int = MAX_GAP_BYTES) -> list[tuple[int, int]]:
-    """The fewest ranges that cover all of these, in order, bridging gaps of at most max_gap_bytes."""
+    """Return the fewest ranges that cover all of these, in order, bridging gaps of at most max_gap_bytes."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(pair for pair in ranges if pair[0] < pair[1]):
         if merged and start <= merged[-1][1] + max_gap_bytes:

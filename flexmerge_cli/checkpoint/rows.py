@@ -1,6 +1,6 @@
-"""A selection of rows as runs (first row, count), each row at most once. No I/O, no tensors.
+"""Represents a selection of rows as runs (first row, count), with each row at most once. No I/O, no tensors.
 
-A vocabulary that was enlarged is one run; one whose tokens were shuffled may be as many runs as it has rows.
+An enlarged vocabulary is one run; one with shuffled tokens may have as many runs as rows.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 def runs_of(rows: Iterable[int]) -> Runs:
-    """Join runs that follow each other."""
+    """Join rows that follow each other into runs."""
     found: list[list[int]] = []
     for row in rows:
         if found and found[-1][0] + found[-1][1] == row:
@@ -22,7 +22,7 @@ def runs_of(rows: Iterable[int]) -> Runs:
 
 @lru_cache(maxsize=1024)
 def every(count: int, step: int, first: int) -> Runs:
-    """So many runs of one row, `step` rows apart. Tensors of one form have them in common."""
+    """Return `count` runs of one row each, `step` rows apart. Cached, since tensors of one form share them."""
     return tuple((first + place * step, 1) for place in range(count))
 
 
@@ -31,7 +31,7 @@ def num_rows(runs: Runs) -> int:
 
 
 def other_rows(runs: Runs, total: int) -> Runs:
-    """The rows of [0, total) that are in no run, ascending."""
+    """Return the rows of [0, total) that are in no run, ascending."""
     found, position = [], 0
     for first, count in sorted(runs):
         if first > position:
@@ -43,7 +43,7 @@ def other_rows(runs: Runs, total: int) -> Runs:
 
 
 def are_runs(runs: Runs, total: int) -> bool:
-    """Whether these are runs within [0, total), none of them empty and no two overlapping."""
+    """Return whether these are runs within [0, total), none of them empty and no two overlapping."""
     position = 0
     for first, count in sorted(runs):
         if first < position or count < 1 or first + count > total:

@@ -30,9 +30,9 @@ BAD_COPY = "get a sound copy of the file"
 
 
 def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors by name, in file order of their bytes, and the file's `__metadata__`. Raises DataError.
+    """Return the tensors by name, in file order of their bytes, and the file's `__metadata__`. Raises DataError.
 
-    remote: the file, where it is not on this disk; `path` is then where it will lie.
+    remote: the file, if it is not on this disk; `path` is then where it will lie.
     """
     with remote or open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
@@ -65,7 +65,8 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
 
 
 def is_shape(shape: Sequence[int]) -> bool:
-    """Say whether torch and numpy can have an array of this shape: they bound the product even beside an axis of 0."""
+    """Return whether torch and numpy can have an array of this shape: they bound the product even beside an axis of
+    0."""
     return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) * MAX_ITEM_BYTES < 1 << 63
 
 
@@ -77,7 +78,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         return seen
 
     try:
-        # Each tensor has an object and two lists, in 50 bytes at least.
+        # Each tensor has an object and two lists, which take at least 50 bytes.
         entries = parse_json(text, bytes_per_list=12, on_object=unique)
     except ValueError as error:
         raise DataError(f"{path}: the header is not valid JSON ({error})", hint=BAD_COPY) from None

@@ -1,6 +1,6 @@
 """Streams weights: turns the engine's small reads, in order, into few large requests, in bounded memory.
 
-A file is cut into pieces of about one request: a large tensor has pieces of its own, small neighbours share one. A
+A file is cut into pieces of about one request: a large tensor has pieces of its own, and small neighbours share one. A
 piece stays in memory until others need its space, so that each is fetched once if files are read front to back. Pieces
 that will be read soon are prefetched. Independent of the server (remote.py).
 """
@@ -31,17 +31,17 @@ class StreamPool:
         self._models = 0
         self._held: OrderedDict[tuple[StreamedFile, int], Future[bytes]] = OrderedDict()
         self._readers: Counter[tuple[StreamedFile, int]] = Counter()
-        """How many are reading a piece, which is then not dropped."""
+        """The number of readers of each piece; a piece that is being read is not dropped."""
         self._bytes, self._lock = 0, threading.Condition()
         self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="flexmerge-stream")
 
     def __reduce__(self) -> tuple[type["StreamPool"], tuple[int]]:
-        """In another process it becomes an empty pool of the same size."""
+        """Become an empty pool of the same size in another process."""
         return StreamPool, (self.max_bytes,)
 
     @staticmethod
     def within(max_memory: int | None) -> "StreamPool":
-        """A pool with a third of --max-memory; the rest is the engine's."""
+        """Return a pool with a third of --max-memory; the rest is the engine's."""
         return StreamPool(MAX_BYTES if max_memory is None else min(MAX_BYTES, max_memory // 3))
 
     def add(self, files: Iterable["StreamedFile"]) -> None:
@@ -53,17 +53,18 @@ class StreamPool:
 
     @property
     def request_bytes(self) -> int:
-        """The size of one request in bytes, such that every model has its pieces."""
+        """The size of one request in bytes, chosen so that every model has its pieces."""
         share = self.max_bytes // (PIECES_PER_MODEL * max(1, self._models))
         return max(MIN_REQUEST_BYTES, min(MAX_REQUEST_BYTES, share))
 
     @contextmanager
     def piece(self, file: "StreamedFile", piece: int) -> Iterator[bytes]:
-        """The bytes of a piece, once there is room. Whoever has one open asks for no other. Raises SourceError."""
+        """Give the bytes of a piece, once there is room. A thread that holds one must ask for no other. Raises
+        SourceError."""
         key = (file, piece)
         with self._lock:
             while key not in self._held and not self._make_room(file.piece_bytes(piece)) and self._held:
-                self._lock.wait()  # for one in transit, or one that is being read
+                self._lock.wait()  # for a piece in transit, or one that is being read
             found = self._submit(file, piece)
             self._readers[key] += 1
         try:
@@ -110,7 +111,7 @@ class StreamedFile:
     """A remote file of weights, in pieces."""
 
     def __init__(self, remote: RemoteFile, extents: Iterable[tuple[int, int]]) -> None:
-        """extents: [start, stop) of its tensors."""
+        """Take a remote file. extents: [start, stop) of its tensors."""
         self.remote = remote
         self.pool: StreamPool | None = None
         self._extents = sorted(set(extents))
@@ -122,7 +123,7 @@ class StreamedFile:
         assert self.pool is not None
         first, last = self._pieces(start, stop)
         for piece in range(first + 1, last + 1):
-            self.pool.will_need(self, piece)  # those that fit come at the same time
+            self.pool.will_need(self, piece)  # those that fit arrive at the same time
         for piece in range(first, last + 1):
             with self.pool.piece(self, piece) as data:
                 low = self.bounds[piece]
@@ -156,7 +157,8 @@ class StreamedFile:
 
 
 def cut(extents: Iterable[tuple[int, int]], request_bytes: int) -> list[int]:
-    """Bounds of pieces of at most request_bytes. No piece ends in a small tensor; a large one has pieces of its own.
+    """Return the bounds of pieces of at most request_bytes. No piece ends in a small tensor; a large one has pieces of
+    its own.
 
     extents: [start, stop) of tensors, sorted by start; they may share bytes, and have gaps, which belong to the piece
     before them.

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint: its form, and where its bytes lie or how it is computed. No I/O."""
+"""Describes one tensor of a checkpoint: its form, and where its bytes lie or how it is computed. No I/O."""
 
 import math
 from bisect import bisect_right
@@ -33,7 +33,7 @@ class StoredTensor:
     stream: "StreamedFile | None" = field(default=None, compare=False, repr=False)
     """The stream that its bytes are read from, instead of from `path`."""
     selection: "Selection | None" = None
-    """What is picked out of another tensor. Then all fields but `shape` describe that other tensor."""
+    """What is picked from another tensor. Then all fields except `shape` describe that other tensor."""
     change: Change | None = None
     """The change applied on reading, for a tensor of a model that an adapter makes."""
 
@@ -41,8 +41,8 @@ class StoredTensor:
     """The value of every element of a tensor that has no bytes: the base of a pool of adapters."""
 
     pieces: tuple["StoredTensor", ...] = ()
-    """Tensors of one shape and dtype, whose elements follow each other in this one. Then no other field but `name`,
-    `dtype` and `shape` counts."""
+    """Tensors of one shape and dtype, whose elements follow each other in this one. Then only the fields `name`,
+    `dtype` and `shape` count."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -73,7 +73,7 @@ class StoredTensor:
         return plain and not self.pieces
 
     def pieces_of(self, start: int, stop: int) -> "Iterator[tuple[StoredTensor, int, int]]":
-        """Elements [start, stop) as ranges of elements of the pieces, in order."""
+        """Yield elements [start, stop) as ranges of elements of the pieces, in order."""
         size = self.pieces[0].num_elements
         while start < stop and size:
             piece, inside = divmod(start, size)
@@ -82,7 +82,7 @@ class StoredTensor:
             start += count
 
     def take(self, runs: Runs) -> "StoredTensor":
-        """The tensor of these rows of axis 0, in this order. runs: as in rows.py."""
+        """Return the tensor that consists of these rows of axis 0, in this order. runs: as in rows.py."""
         shape = (num_rows(runs), *self.shape[1:])
         if self.is_contiguous and len(runs) <= 1:
             first = runs[0][0] if runs else 0
@@ -90,7 +90,8 @@ class StoredTensor:
         return self._picked(shape, runs, math.prod(self.shape[1:]))
 
     def section(self, axis: int, parts: int, place: int) -> "StoredTensor":
-        """One of so many equal runs along axis 0 or 1, which `parts` divides. Its own axes are those of the tensor."""
+        """Return one of `parts` equal sections of axis 0 or 1, whose length `parts` divides. The result has all axes of
+        the tensor."""
         size = self.shape[axis] // parts
         if axis == 0:
             return self.take(((place * size, size),))
@@ -112,10 +113,10 @@ class Selection:
     ends: tuple[int, ...]
     """The number of rows up to the end of each run."""
     row: int
-    """Elements of what the runs count as a row; at least 1."""
+    """The number of elements that the runs count as a row; at least 1."""
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Elements [start, stop) of the picked rows, as ranges of elements of the other tensor, in order.
+        """Yield elements [start, stop) of the picked rows as ranges of elements of the other tensor, in order.
 
         Elements behind the last are omitted.
         """

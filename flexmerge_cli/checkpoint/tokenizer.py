@@ -1,7 +1,7 @@
-"""Reads which row of an embedding is which token: a checkpoint's tokenizer files in, token -> row out.
+"""Reads from a checkpoint's tokenizer files which row of an embedding is which token.
 
-Read: `tokenizer.json`; else `vocab.json` or `vocab.txt`, with what `added_tokens.json` and `tokenizer_config.json` add.
-Malformed files, and those of another format (sentencepiece), count as missing and are reported.
+Reads `tokenizer.json`; otherwise `vocab.json` or `vocab.txt`, with what `added_tokens.json` and `tokenizer_config.json`
+add. Malformed files, and those of another format (sentencepiece), count as missing and are reported.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Tokens:
     """What a model's tokenizer says about the rows."""
 
     rows: Mapping[str, int] | None
-    """Token -> row. None if nothing could be read."""
+    """The row of each token. None if nothing could be read."""
     why: str = ""
     """Why nothing could be read."""
 
@@ -56,7 +56,7 @@ def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
 
 
 def is_one_tokenizer(left: Mapping[str, Path], right: Mapping[str, Path]) -> bool:
-    """Return whether two models have the same files, byte by byte, as most fine-tunes have those of their base."""
+    """Return whether two models have the same files, byte by byte, as most fine-tunes share those of their base."""
     return all(
         (name in left) == (name in right) and (name not in left or _same_bytes(left[name], right[name]))
         for name in FILES
@@ -68,7 +68,8 @@ def _same_bytes(left: Path, right: Path) -> bool:
 
 
 def _tokenizer_json(value: Mapping[str, Any]) -> dict[str, int]:
-    """`model.vocab` is token -> row, or a list of [token, score] (Unigram); `added_tokens` are {content, id}."""
+    """Read `model.vocab`, which is token -> row or a list of [token, score] (Unigram), and `added_tokens`, {content,
+    id}."""
     model = value.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):
@@ -83,7 +84,7 @@ def _tokenizer_json(value: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _added_by_config(value: Mapping[str, Any]) -> dict[str, int]:
-    """`added_tokens_decoder` is row -> {content}; rows are text there."""
+    """Read `added_tokens_decoder`, row -> {content}, where rows are text."""
     added = value.get("added_tokens_decoder") or {}
     if not isinstance(added, dict) or not all(
         row.isascii() and row.isdigit() and len(row) <= 10 and _is_added(token) for row, token in added.items()
@@ -123,7 +124,7 @@ def _lines(path: Path) -> list[str]:
         text = _bytes(path).decode().replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise _Unsound(f"{path.name} is not UTF-8") from None
-    # Not splitlines, which splits at tokens, too: U+0085, U+2028.
+    # splitlines would also split at characters that are tokens: U+0085, U+2028.
     return text.removesuffix("\n").split("\n") if text else []
 
 

@@ -1,4 +1,4 @@
-"""Explains why a folder has no usable weights, and what to give instead. Names in, an error out; no I/O."""
+"""Explains why a folder has no usable weights, and what to give instead. From names alone; no I/O."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 
 
 def no_weights(source: str, where: str, names: Sequence[str], variant: str | None) -> FlexmergeError:
-    """The error for a folder without usable weights: UsageError if the user can choose some, else SourceError.
+    """Return the error for a folder without usable weights: UsageError if the user can choose some, otherwise
+    SourceError.
 
     source: the source string as the user would write it. where: the folder, as named in the message. names: relative
     paths of its files.
@@ -56,13 +57,13 @@ def no_weights(source: str, where: str, names: Sequence[str], variant: str | Non
 
 
 def index_of(shard: str) -> str:
-    """The usual name of the index of a shard: model.safetensors.index.json."""
+    """Return the usual name of the index of a shard: model.safetensors.index.json."""
     match = SHARD.fullmatch(shard)
     return f"{match[1]}.{match[5]}.index.json" if match else "model.safetensors.index.json"
 
 
 def inner(source: str, name: str) -> str:
-    """The source string of a file or folder inside another source."""
+    """Return the source string of a file or folder inside another source."""
     if not source.startswith("hf://"):
         return f"{source.rstrip('/')}/{name}"
     return f"{source.rstrip('/')}/{name}" if ":" in source.removeprefix("hf://") else f"{source}:{name}"

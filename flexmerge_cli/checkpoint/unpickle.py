@@ -1,9 +1,9 @@
-"""Interprets the pickle inside a `.bin` or `.pt` file: bytes in, plain values and tensor records out. No I/O.
+"""Interprets the pickle inside a `.bin` or `.pt` file: turns bytes into plain values and tensor records. No I/O.
 
 Nothing of the file is imported, called or hashed: a class or function is a name, and only the names that `torch.save`
-writes for state dicts are known. What a state dict does not need (sets, bytes, devices, keys that are not text) is read
-over and comes out as an `Opaque`. So a file can neither run code nor make this take more than time and memory in
-proportion to its size: about 100 bytes for each of its own.
+writes for state dicts are known. What a state dict does not need (sets, bytes, devices, keys that are not text) is
+skipped and becomes an `Opaque`. So a file can neither run code nor make this take more than time and memory in
+proportion to its size: about 100 bytes for each byte of the file.
 """
 
 import io
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Values that many tensors share are visited once per tensor, so they have to be short.
+# Values that many tensors share are visited once per tensor, so they must be short.
 MAX_AXES = 64
 MAX_ARGUMENTS = 16
 
@@ -50,7 +50,7 @@ class Opaque:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """A class or function of the file, of which only the name is kept."""
+    """A class or function that the file names. Only the name is kept."""
 
     name: str
     """The module and name, separated by a space."""
@@ -75,7 +75,7 @@ class PickledTensor:
     dtype: str
     """The dtype as torch spells it."""
     offset: int
-    """The offset in elements, like the strides. None of them is negative."""
+    """The offset in elements, like the strides. Neither is negative."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -101,7 +101,7 @@ def unpickle(data: bytes) -> Any:
             read_argument, step = STEPS[code]
             step(machine, read_argument(file))
         return machine.stack.pop()
-    except (IndexError, KeyError, TypeError, AttributeError) as error:  # of a stack or memo that lacks what is taken
+    except (IndexError, KeyError, TypeError, AttributeError) as error:  # the stack or memo lacks what is taken from it
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
@@ -133,14 +133,14 @@ class _Machine:
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
-            raise ValueError("a tuple of more than there is")
+            raise ValueError("a tuple of more items than the stack has")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def append(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
         elif not isinstance(self.stack[-1], Opaque):
-            raise ValueError("items for what is no list")
+            raise ValueError("items for a value that is not a list")
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -149,7 +149,7 @@ class _Machine:
             for key, value in zip(items[::2], items[1::2]):
                 target[key if type(key) is str else Opaque()] = value
         elif not isinstance(target, Opaque):
-            raise ValueError("items for what is no dict")
+            raise ValueError("items for a value that is not a dict")
 
     def find(self, name: str) -> None:
         module, _, last = name.partition(" ")
@@ -161,20 +161,20 @@ class _Machine:
     def stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not text")
         self.find(f"{module} {name}")
 
     def call(self, _: Any) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
         if type(called) is not Global or type(arguments) is not tuple:
-            raise UnsafePickle("a call of what is no name")
+            raise UnsafePickle("a call of a value that is not a name")
         self.stack.append(_made(called, _short(arguments)))
 
     def build(self, _: Any) -> None:
         """Set the state of an object: attributes in a dict, such as `_metadata`, or those of a tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], dict | Opaque | PickledTensor):
-            raise UnsafePickle("state for what has none")
+            raise UnsafePickle("state for a value that has none")
 
     def persistent(self, _: Any) -> None:
         match _short(self.stack.pop()):
@@ -184,16 +184,16 @@ class _Machine:
                     raise ValueError(f"an unknown storage {name[:100]!r}")
                 self.stack.append(Storage(STORAGES[found[1]], key, count))
             case _:
-                raise ValueError("a persistent object that is no storage")
+                raise ValueError("a persistent object that is not a storage")
 
 
 def _made(called: Global, arguments: tuple[Any, ...]) -> Any:
     if called.name == "torch._tensor _rebuild_from_type_v2":  # a tensor with attributes, or of a subclass
         function, kind, arguments, _ = arguments
         if not (isinstance(function, Global) and isinstance(kind, Global) and isinstance(arguments, tuple)):
-            raise ValueError("a tensor of no type")
+            raise ValueError("a tensor without a type")
         if not function.name.startswith(REBUILD):
-            raise ValueError("a tensor of no form")
+            raise ValueError("a tensor without a known constructor")
         called, arguments = function, _short(arguments)
     if called.name in CALLS:
         return CALLS[called.name](*arguments)
@@ -208,7 +208,7 @@ def _short(value: Any) -> Any:
 
 
 def _ordered_dict(*arguments: Any) -> dict[str, Any]:
-    if arguments:  # torch.save fills them by SETITEMS
+    if arguments:  # torch.save fills it by SETITEMS
         raise UnsafePickle("an OrderedDict made from values")
     return {}
 
@@ -218,7 +218,7 @@ def _size(axes: Any) -> Any:
 
 
 def _same(data: Any, *_: Any) -> Any:
-    """A Parameter is represented by its tensor."""
+    """Return the tensor of a Parameter, which represents it."""
     return data
 
 
@@ -233,7 +233,7 @@ def _tensor_v3(
 ) -> Any:
     found = DTYPE.fullmatch(dtype.name)
     if found is None:
-        raise ValueError("a tensor of no dtype")
+        raise ValueError("a tensor without a dtype")
     return _array(storage, offset, shape, strides, found[1], *rest)
 
 
@@ -309,7 +309,7 @@ def _no_argument(_: io.BytesIO) -> None:
     return None
 
 
-# First byte -> how its argument is read, and what it does.
+# The first byte of each opcode -> how to read its argument, and what it does.
 STEPS = {
     opcode.code.encode("latin-1"): (opcode.arg.reader if opcode.arg is not None else _no_argument, _STEPS[opcode.name])
     for opcode in pickletools.opcodes

@@ -1,4 +1,4 @@
-"""Sources `s3://`, `gs://`, `https://` and whatever else fsspec supports, whose weights are read in place.
+"""Opens sources `s3://`, `gs://`, `https://` and any other that fsspec supports, and reads their weights in place.
 
 Small files are copied into a folder that is removed when the process ends; weights are never stored. The backends of
 the schemes are optional dependencies (`pip install 'flexmerge-cli[stream]'`).
@@ -25,9 +25,9 @@ from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
-MAX_SMALL_BYTES = 256 << 20  # of a file that is no weight file
+MAX_SMALL_BYTES = 256 << 20  # of a file other than weights
 MAX_ENTRIES = 200_000
-MAX_FOLDERS = 32  # looked into on a server that lists nothing
+MAX_FOLDERS = 32  # that are searched on a server without listings
 LISTING_SECONDS = 300.0
 METADATA_SECONDS = 30.0
 
@@ -63,9 +63,9 @@ class UrlFile:
 
 
 def read_bytes(files: Any, url: str, start: int, stop: int) -> bytes:
-    """Read bytes [start, stop), or what there is of them, within seconds that are linear in their number.
+    """Read bytes [start, stop), or as many of them as there are, in a time that is linear in their number.
 
-    A broken connection is tried again. Raises SourceError.
+    A broken connection is retried. Raises SourceError.
     """
     tries, seconds = 0, allowed_seconds(stop - start)
     deadline = time.monotonic() + seconds
@@ -89,7 +89,8 @@ def read_bytes(files: Any, url: str, start: int, stop: int) -> bytes:
 
 
 def _within(files: Any, seconds: float) -> dict[str, float]:
-    """The argument that bounds the seconds of a call, for the file systems that take it: all that reach a network."""
+    """Return the argument that bounds the seconds of a call, for the file systems that take it: all that use a
+    network."""
     return {"timeout": max(seconds, 0.001)} if getattr(files, "async_impl", False) else {}
 
 
@@ -102,7 +103,7 @@ class UrlFolder:
         segments = [part for part in re.split(r"[/\\]", rest) if part not in ("", ".", "..")]
         self._path = Path(_temporary().name, scheme, *segments)
         self._sizes: dict[str, int | None] = {}
-        """The files known to exist, with their sizes; None where the size is not known yet."""
+        """The files known to exist, with their sizes; None if the size is not known yet."""
         self._listed: set[str] | None = None
 
     @property
@@ -138,7 +139,8 @@ class UrlFolder:
     def local(self, name: str) -> Path:
         path = self._path / name
         if not path.is_file():
-            # A server may send more than it reported, without end; a range of an empty file is an error to many.
+            # A server may send more than it reported, without end; many answer a range request for an empty file with
+            # an error.
             size = self._reported(name)
             most = MAX_SMALL_BYTES if size is None else min(size, MAX_SMALL_BYTES)
             data = read_bytes(self._files, f"{self._url}/{name}", 0, most + 1) if size != 0 else b""
@@ -159,12 +161,12 @@ class UrlFolder:
         return DataError(message, hint=f"the checkpoint at {self._url} is incomplete: upload it again")
 
     def _reported(self, name: str) -> int | None:
-        """The size of a file, if the server tells it."""
+        """Return the size of a file, if the server reports it."""
         size = self._sizes.get(name)
         return self._sizes[name] if size is None and self._look(name) else size
 
     def _list(self, folder: str, skip: Skip, deadline: float) -> None:
-        """List a folder and those in it. An address without a listing is no error."""
+        """List a folder and those in it. An address without a listing is not an error."""
         assert self._listed is not None
         try:
             seconds = _within(self._files, deadline - time.monotonic())
@@ -191,7 +193,7 @@ class UrlFolder:
                 self._list(name, skip, deadline)
 
     def _look_around(self) -> None:
-        """Look for what models usually consist of, on a server that lists nothing."""
+        """Look for the usual files of models, on a server without listings."""
         assert self._listed is not None
         names = [name for name in (*WEIGHT_FILES, *USUAL_NAMES, *COMPOSITES) if self._look(name)]
         folders: list[str] = []
@@ -223,7 +225,7 @@ class UrlFolder:
 
 
 def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
-    """The folder and the named weight file, if any. Raises SourceError, or UsageError for an unknown scheme."""
+    """Return the folder and the named weight file, if any. Raises SourceError, or UsageError for an unknown scheme."""
     if access.offline:
         raise SourceError(
             f"{source} is not on this disk, and --offline forbids network access", hint="leave out --offline"
@@ -262,7 +264,7 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
 
 
 def _json(path: Path, kind: type) -> Any:
-    """The value of a small JSON file; empty if it is none of this kind."""
+    """Return the value of a small JSON file; empty if it is not of this kind."""
     try:
         value = parse_json(path.read_bytes())
     except ValueError:
@@ -272,7 +274,7 @@ def _json(path: Path, kind: type) -> Any:
 
 @contextmanager
 def url_errors(url: str, missing: type[Exception] | None = None) -> Iterator[None]:
-    """Turn whatever a backend raises into SourceError, except `missing`."""
+    """Turn any error of a backend into SourceError, except `missing`."""
     try:
         yield
     except FlexmergeError:
@@ -293,5 +295,5 @@ def url_error(url: str, error: Exception) -> SourceError:
 
 @cache
 def _temporary() -> "TemporaryDirectory[str]":
-    """A folder for small files, removed when the process ends."""
+    """Return a folder for small files, which is removed when the process ends."""
     return TemporaryDirectory(prefix="flexmerge-")

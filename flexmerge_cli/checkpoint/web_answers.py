@@ -1,6 +1,6 @@
-"""Bounds what a web server can make fsspec hold: the class of fsspec's responses, whose bodies have an end.
+"""Bounds what a web server can make fsspec hold, by a class of responses whose bodies have an end.
 
-The seconds that an answer may take are bounded where it is asked for (urls.py).
+urls.py bounds the seconds that a response may take.
 """
 
 import re
@@ -9,17 +9,17 @@ from typing import Any
 
 from flexmerge_cli.errors import SourceError
 
-MAX_PAGE_BYTES = 16 << 20  # of what is no range: a folder's listing
+MAX_PAGE_BYTES = 16 << 20  # of a response that is not a range, such as a folder's listing
 
 
 @cache
 def bounded_response() -> type[Any]:
-    """An aiohttp response that reads no more than the range that was asked for, or than MAX_PAGE_BYTES."""
+    """Return an aiohttp response class that reads no more than the requested range, or than MAX_PAGE_BYTES."""
     from aiohttp import ClientResponse
 
     class BoundedResponse(ClientResponse):
         async def read(self) -> bytes:
-            """Raises SourceError for a longer body."""
+            """Read the body. Raises SourceError for a longer one."""
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
             most = int(asked[2]) - int(asked[1]) + 1 if asked else MAX_PAGE_BYTES
             data = bytearray()

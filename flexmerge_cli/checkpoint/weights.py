@@ -1,6 +1,6 @@
 """Reads the headers of weight files, alone or by an index of shards, and small JSON files.
 
-A folder and a name in, tensors out. Which files of a source make a model is decided in checkpoint.py.
+Takes a folder and a name, and returns tensors. checkpoint.py decides which files of a source make a model.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from flexmerge_cli.regular_file import read_file
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 32 << 20
-MAX_ABSENT = 0.5  # of the tensors that an index lists, such as a layer that was taken out; they are told
+MAX_ABSENT = 0.5  # of the tensors that an index lists, such as those of a removed layer; they are reported
 HEADERS_AT_ONCE = 8
 
 Item = TypeVar("Item")
@@ -59,10 +59,10 @@ def read_weight_file(folder: Folder, name: str) -> dict[str, StoredTensor]:
 
 
 def _read_index(folder: Folder, name: str) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Tensors of a sharded checkpoint, and where the index and its shards differ.
+    """Read the tensors of a sharded checkpoint, and list where the index and its shards differ.
 
-    As transformers loads it: a shard may lie in a subfolder, and hold tensors that the index does not list. Where the
-    index names another shard for a tensor, it decides between two copies.
+    Like transformers: a shard may lie in a subfolder, and hold tensors that the index does not list. If two shards hold
+    a tensor, the index decides which copy counts.
     """
     index = folder.local(name)
     weight_map = _weight_map(folder, name)
@@ -96,7 +96,7 @@ def _read_index(folder: Folder, name: str) -> tuple[dict[str, StoredTensor], lis
 
 
 def _weight_map(folder: Folder, index: str) -> dict[str, str]:
-    """Tensor -> shard, without `./` in front; empty if there is none."""
+    """Map tensors to shards, without a leading `./`; empty if there is no map."""
     found = read_json(folder.local(index), MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(found, dict):
         return {}
@@ -104,7 +104,7 @@ def _weight_map(folder: Folder, index: str) -> dict[str, str]:
 
 
 def missing_shards(folder: Folder, weights: str) -> list[str]:
-    """The missing shards that an index names; none for a single file."""
+    """Return the missing shards that an index names; none for a single file."""
     if not weights.endswith(".json"):
         return []
     shards = sorted(set(_weight_map(folder, weights).values()))
