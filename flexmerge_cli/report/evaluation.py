@@ -64,7 +64,7 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for who in whos:
             row += ["" if mean[who] is None else format_score(mean[who], scale)] + ["", ""] * (who == "merged")
         rows.append(row + ([format_score(mean["normalised"], 100.0)] if has_merged else []))
-    columns = [head for who in whos for head in heads[who]] + ["of it %"] * has_merged
+    columns = [head for who in whos for head in heads[who]] + ["kept %"] * has_merged
     return ["task", "metric", "n", *columns], rows
 
 

@@ -65,13 +65,13 @@ def _tasks(value: dict[str, object]) -> str:
         ]
         for task, found in tasks.items()
     ]
-    columns = ["task", "exact", "distance", "reads, bytes", "of it its own", "config and such", "its weights"]
+    columns = ["task", "exact", "distance", "bytes read", "own bytes", "side files", "weights"]
     return section(
         "Tasks",
         table(columns, rows),
-        note="Exact: the share of its parameters that come back as they were. Distance: 0 is exact, 1 as far off as "
-        "the base; null where a task does not differ from the base and yet is not exact. Weights in place are those "
-        "of a checkpoint in tasks/; others are made by `flexmerge export`.",
+        note="Exact: the share of a task's parameters that come back bit by bit. Distance: 0 is exact, 1 as far off as "
+        "the base; null where a task equals the base and yet is not exact. Bytes read include its own bytes, which no "
+        "other task reads. Weights in place load from tasks/; `flexmerge export` makes the others.",
     )
 
 

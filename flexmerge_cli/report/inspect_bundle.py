@@ -191,7 +191,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     if allocation["dtype"]:
         say(f"floating-point tensors are stored as {allocation['dtype']}")
     table(
-        ["task", "reads", "of it\nits own", "approximated", "distance", "its weights"],
+        ["task", "bytes\nread", "own\nbytes", "approximated", "distance", "weights"],
         [
             (
                 name,
@@ -203,7 +203,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
             )
             for name, task in value["tasks"].items()
         ],
-        title="approximated: share of its parameters; the rest comes back as it was",
+        title="approximated: the share of a task's parameters that do not come back bit by bit",
     )
     table(
         ["class", "tensors", "bytes"],

@@ -48,7 +48,7 @@ def vocabulary_warnings(plan: Plan) -> list[str]:
 def show_vocabularies(found: list[dict[str, Any]]) -> None:
     for vocabulary in found:
         table(
-            ["task", "rows", "of it\nits own", "compared by"],
+            ["task", "rows", "own\nrows", "compared by"],
             [
                 (task, f"{of['rows']:,}", f"{of['own_rows']:,}", of["compared_by"])
                 for task, of in vocabulary["tasks"].items()
