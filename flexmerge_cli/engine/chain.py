@@ -1,4 +1,5 @@
-"""Methods as the engine applies them: steps, the call that makes a value, calibration, coding, and their statistics."""
+"""Holds a method as the engine applies it: steps, the call that makes a value, calibration, coding, and their
+statistics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +17,20 @@ from flexmerge_cli.methods.use import MethodUse
 
 @dataclass(slots=True, kw_only=True)
 class Chain:
-    """A method as it is used: steps, the call that makes the value, calibration, and how residuals are coded."""
+    """A method in use: its steps, the call that makes the value, calibration, and how residuals are coded."""
 
     steps: tuple[StepCall, ...]
     call: Call | None
-    """What makes a group's one value: the method itself, or of a coded one its centre; None for the base, or none."""
+    """The call that makes a group's one value: the method itself, or the centre of a coded one. None if the centre is
+    the base, or if there is none."""
     calibrate: CalibrationCall | None
     coded: Coded | None
     products: Call | None = None
-    """For a pool of LoRA adapters: what merges the products of the factors that `call` gets."""
+    """For a pool of LoRA adapters: the call that merges the products of the factors that `call` gets."""
     step_stats: list[Any] = field(default_factory=list)
-    """Finished statistics of each step: domain -> value per task."""
+    """The finished statistics of each step: domain -> value per task."""
     stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
-    """Finished statistics of the call for a group's tasks and a tensor."""
+    """Returns the finished statistics of the call, for a group's tasks and a tensor."""
     expert_stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
@@ -39,14 +41,14 @@ class Chain:
         return widest(scopes)
 
     def block_workspace(self, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes that one call on all tensors of a unit takes, beside their deltas."""
+        """Return the bytes that one call on all tensors of a unit takes, beside their deltas."""
         if self.products is not None:
             return pooled_workspace(self.products, num_tasks, shapes)
         return sum(self.call.workspace(num_tasks, shape) for shape in shapes.values()) if self.call is not None else 0
 
 
 def chains_of(layout: BundleLayout) -> list[Chain]:
-    """The chains of an allocation's methods, in its order."""
+    """Return the chains of an allocation's methods, in its order."""
     return [_pooled(use) if layout.plan.pools_lora else _chain(use) for use in layout.allocation.methods]
 
 

@@ -1,4 +1,5 @@
-"""Where the arithmetic runs, and raw bytes as tensors. Every operation is single-threaded: the pool has the threads."""
+"""Chooses where the arithmetic runs, and views raw bytes as tensors. Every operation is single-threaded: the pool has
+the threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ KINDS: tuple[str, ...] = ("cpu", "cuda")
 
 
 def choose_device(wanted: str = "auto") -> "torch.device":
-    """`auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that is not there."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that does not exist."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,7 +30,7 @@ def choose_device(wanted: str = "auto") -> "torch.device":
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """torch operations on one thread each, and exact float32 products, for the time of a run."""
+    """Run torch operations on one thread each, with exact float32 products, inside the block."""
     threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -41,18 +42,18 @@ def single_threaded() -> Iterator[None]:
 
 
 def torch_dtype(dtype: str) -> "torch.dtype":
-    """The dtype of torch for a name as safetensors has it."""
+    """Return torch's dtype for a name as safetensors spells it."""
     found: torch.dtype = getattr(torch, TO_TORCH[dtype])
     return found
 
 
 def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:
-    """Bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
+    """View bytes (uint8, contiguous) as a CPU tensor of one axis, without a copy."""
     if raw.size == 0:  # numpy gives an empty range no stride that torch would view
         return torch.empty(0, dtype=torch_dtype(dtype))
     return torch.from_numpy(raw).view(torch_dtype(dtype))
 
 
 def to_bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes (uint8, one axis) on the CPU."""
+    """Return a tensor's bytes (uint8, one axis) on the CPU."""
     return tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()

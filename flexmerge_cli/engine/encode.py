@@ -1,6 +1,7 @@
-"""What the writers of all stored forms share: writing parts, digests and errors of one range, and checking values.
+"""Holds what the writers of all stored forms share: writing parts, digests and errors of one range, and checking
+values.
 
-Every value is decoded again as the reader decodes it, so that digests and distances are of what was written.
+Every value is decoded again as a reader decodes it, so that digests and distances describe what was written.
 """
 
 from dataclasses import dataclass, field
@@ -22,30 +23,30 @@ from flexmerge_cli.later import Tensor, torch
 
 @dataclass(slots=True)
 class Piece:
-    """What one range adds."""
+    """What one range adds to the run."""
 
     written: list[tuple[Part, int, np.ndarray]] = field(default_factory=list)
-    """(part, first byte, bytes)."""
+    """Tuples (part, first byte, bytes)."""
     sources: dict[int, RangeDigest] = field(default_factory=dict)
-    """Task, or BASE."""
+    """The digest of what was read, by task, or BASE."""
     decoded: dict[int, RangeDigest] = field(default_factory=dict)
-    """Task -> digest of what a reader will get; tasks whose bits are their source's are left out."""
+    """The digest of what a reader will get, by task; tasks that keep the bits of their source are left out."""
     errors: dict[int, np.ndarray] = field(default_factory=dict)
-    """Task -> Σ (θ̂ - θ)² of each run."""
+    """Σ (θ̂ - θ)² of each run, by task."""
 
 
 class Encoder:
-    """Gives writers the worker, and takes what they write."""
+    """Gives writers the worker, and collects what they write."""
 
     def __init__(self, worker: Worker, output: Sink) -> None:
         self.worker, self.output = worker, output
         self.plan, self.cast = worker.plan, worker.layout.allocation.dtype
         self.unit_of = {name: unit.name for unit in worker.layout.allocation.units for name in unit.tensors}
         self.of_units: dict[tuple[str, Tasks], np.ndarray] = {}
-        """(unit, tasks of a group) -> what each task has once for all tensors of the unit, [k, …]."""
+        """The values that each task stores once for all tensors of a unit, [k, …], by (unit, tasks of a group)."""
 
     def decoded(self, task: int, value: Tensor, dtype: str, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-        """Note the digest of what a task's reader will get. Raises DataError if a value is not finite."""
+        """Record the digest of what a task's reader will get. Raises DataError if a value is not finite."""
         data = to_bytes(self.finite(value, group, raw))
         piece.decoded[task] = digest_of(data, raw, dtype)
 
@@ -54,22 +55,22 @@ class Encoder:
         return promote(self.dtypes(self.worker.layout.storages[tensor], group))
 
     def dtypes(self, storage: Storage, group: StoredGroup) -> list[str]:
-        """The dtype that each task of a group gets."""
+        """Return the dtype that each task of a group gets."""
         return [effective_dtype(storage.tensor.dtype_of(task), self.cast) for task in group.tasks]
 
     def tiles(self, group: StoredGroup, raw: Raw, whole: Tensor | None) -> list[tuple[int, int]]:
-        """[low, high) of a range that are merged one after another."""
+        """List the parts [low, high) of a range that are merged one after another."""
         if whole is not None:
             return [(0, raw.span.stop - raw.span.start)]
         return self.worker.tiles(self.worker.chain(group), raw.span)
 
     def finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> Tensor:
-        """The same values. Raises DataError as check_finite."""
+        """Return the same values. Raises DataError like `check_finite`."""
         self.check_finite(values, group, raw)
         return values
 
     def check_finite(self, values: Tensor, group: StoredGroup, raw: Raw) -> None:
-        """Raises DataError that names the first value that is not finite, and its place."""
+        """Raise DataError that names the first value that is not finite, and its place."""
         if all_finite(values):
             return
         assert group.method is not None
@@ -84,7 +85,7 @@ class Encoder:
         )
 
     def emit(self, part: Part, start: int, values: Tensor, piece: Piece) -> np.ndarray:
-        """Write a part's elements from `start` on; gives their bytes."""
+        """Write a part's elements from `start` on, and return their bytes."""
         data = to_bytes(values)
         self.emit_bytes(part, start * ITEM_BYTES[part.array.dtype], data, piece)
         return data
@@ -96,7 +97,7 @@ class Encoder:
 
 
 def all_finite(values: Tensor) -> bool:
-    # A sum is finite only if every term is, unless huge terms overflow; then the slow question decides.
+    # A sum is finite only if every term is, except that huge terms may overflow; then the slow test decides.
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
@@ -105,15 +106,15 @@ def array(group: StoredGroup, role: str) -> Part:
 
 
 def digest_of(data: np.ndarray, raw: Raw, dtype: str) -> RangeDigest:
-    """The digest of a range as it is in another dtype."""
+    """Return the digest of a range as it is in another dtype."""
     return digest_range(data, raw.span.start * ITEM_BYTES[dtype], last=raw.span.last)
 
 
 def room_for_errors(num_tasks: int, raw: Raw) -> np.ndarray:
-    """Room for the errors of a span: of each task and run."""
+    """Return an array for the errors of a span: one for each task and run."""
     return np.zeros((num_tasks, -(-(raw.span.stop - raw.span.start) // raw.span.run)))
 
 
 def lost_squares(lost: Tensor, run: int) -> np.ndarray:
-    """Σ x² of each run, tile by tile."""
+    """Return Σ x² of each run, computed tile by tile."""
     return np.concatenate([squares(lost[None, low:high], run)[0] for low, high in tiles(len(lost), run)])

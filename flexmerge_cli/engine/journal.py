@@ -1,9 +1,9 @@
-"""What a merge has finished, so that one that was killed goes on where it was.
+"""Records what a merge has finished, so that a merge that was killed continues where it was.
 
-`.journal` lies in the folder that is being written: a line that says of what merge it is, then a line for each tensor
-whose parts are written, with their digests and what was measured. Each line begins with the digest of its JSON. Nothing
-is forced to disk: a part is taken over only if its bytes have their digest, and lines count up to the first that is
-damaged or was not written whole.
+`.journal` lies in the folder that is being written. Its first line identifies the merge, and each further line names a
+tensor whose parts are written, with their digests and measurements. Each line begins with the digest of its JSON.
+Nothing is forced to disk: a part is reused only if its bytes have their digest, and lines count up to the first that is
+damaged or incomplete.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from flexmerge_cli.allocation.storage import Part
 
 JOURNAL_NAME = ".journal"
 FORMAT = "flexmerge.journal/1"
-# A merge of fewer bytes takes seconds, and is done again.
+# A merge of fewer bytes takes seconds, and is repeated.
 JOURNALED_BYTES = 64 << 20
 MAX_JOURNAL_BYTES = 1 << 30
 
@@ -31,11 +31,11 @@ class Finished:
     """One tensor whose parts are written."""
 
     parts: tuple[str, ...]
-    """Digest of each part, in the order of its storage."""
+    """The digest of each part, in the order of its storage."""
     digests: dict[int, str]
-    """Task -> digest of what a reader gets."""
+    """The digest of what a reader gets, by task."""
     errors: dict[int, float]
-    """Task -> Σ (θ̂ - θ)²."""
+    """Σ (θ̂ - θ)², by task."""
 
 
 @dataclass(slots=True)
@@ -48,10 +48,11 @@ class _PartHash:
 
 
 class Journal:
-    """The journal of a folder; a context manager that holds it open. Told of everything by one thread."""
+    """The journal of a folder; a context manager that holds it open. Only one thread may report to it."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """key: stands for all that decides the bundle's bytes. What an earlier run of this key finished is kept."""
+        """Read what an earlier run with this key finished. key: stands for everything that decides the bundle's
+        bytes."""
         self._path, self._key, self._descriptor = folder / JOURNAL_NAME, key, -1
         self._hashes: dict[Part, _PartHash] = {}
         found = read_journal(folder, key)
@@ -68,7 +69,7 @@ class Journal:
         os.close(self._descriptor)
 
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
-        """What was written of a part."""
+        """Record what was written to a part."""
         found = self._hashes.setdefault(part, _PartHash())
         found.is_whole &= start_byte == found.position
         found.hash.update(data.data)
@@ -77,7 +78,8 @@ class Journal:
     def finished(
         self, tensor: str, parts: Sequence[Part], digests: Mapping[int, str], errors: Mapping[int, float]
     ) -> None:
-        """All parts of a tensor are written. One that was not written front to back could not be checked."""
+        """Record that all parts of a tensor are written. A part that was not written front to back has no digest, so
+        its tensor is not recorded."""
         found = [self._hashes.pop(part, _PartHash()) for part in parts]
         if all(one.is_whole and one.position == part.num_bytes for one, part in zip(found, parts)):
             of_parts = [one.hash.hexdigest() for one in found]
@@ -90,17 +92,18 @@ class Journal:
 
 
 def sealed(line: Mapping[str, Any]) -> bytes:
-    """A line of a journal: its digest, a space, and its JSON, which ends the line."""
+    """Return a line of a journal: its digest, a space, and its JSON, which ends the line."""
     text = f"{json.dumps(line)}\n".encode()
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text
 
 
 def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | str:
-    """What was finished, and the bytes of the journal that say so; or why it is of no use. Never raises."""
+    """Return what was finished, and the length in bytes of the lines that say so; or why the journal is useless. Never
+    raises."""
     path, found, num_bytes = folder / JOURNAL_NAME, dict[str, Finished](), 0
     try:
         if path.is_symlink() or path.stat().st_size > MAX_JOURNAL_BYTES:
-            return "its journal is no file of a merge"
+            return "its journal is not a merge's file"
         for data in path.read_bytes().splitlines(keepends=True):
             digest, _, text = data.partition(b" ")
             if digest != xxhash.xxh3_64_hexdigest(text).encode():
@@ -116,12 +119,12 @@ def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | st
                 found[line["tensor"]] = Finished(parts=tuple(line["parts"]), digests=digests, errors=errors)
             num_bytes += len(data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # what no merge has written
+        pass  # no merge wrote this
     return (found, num_bytes) if num_bytes else "its journal cannot be read"
 
 
 def holds_journal(folder: Path) -> bool:
-    """Whether a folder is what a killed merge left, and may be gone on with."""
+    """Return whether a folder is what a killed merge left, and can be continued."""
     with contextlib.suppress(OSError):
         return not folder.is_symlink() and (folder / JOURNAL_NAME).is_file()
     return False

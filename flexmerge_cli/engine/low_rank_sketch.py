@@ -1,8 +1,8 @@
-"""Whether a fine-tune is its base plus matrices of low rank, as a merged LoRA is: from blocks of a few of them.
+"""Tests whether a fine-tune is its base plus low-rank matrices, as a merged LoRA is, from blocks of a few matrices.
 
-A block of a matrix of rank r has rank r, if it is larger, and no more in any case. What rounding to the dtype adds has
-full rank and a known size, so singular values above it are counted. Cost: 2 · MATRICES reads of SIDE rows and as many
-decompositions of SIDE² a task, 15 ms a task of 4096 columns, whatever the size of the model.
+A block of a matrix of rank r has rank r if it is large enough, and never more. Rounding to the dtype adds a matrix of
+full rank and known size, so the singular values above it are counted. Cost per task: 2 · MATRICES reads of SIDE rows
+and as many decompositions of SIDE², 15 ms for 4096 columns, whatever the size of the model.
 """
 
 import math
@@ -16,27 +16,28 @@ from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 
 MATRICES = 4
-"""How many matrices are looked at, evenly spread; more would agree, or the first already differs."""
+"""The number of matrices tested, evenly spread. More would agree, or the first already differs."""
 SIDE = 128
 LARGEST_PART = 4
-"""The part of the block's side above which a rank is not called low."""
+"""The fraction of the block's side, 1 / LARGEST_PART, above which a rank is not called low."""
 ABOVE_NOISE = 2.0
-"""Times the largest singular value that rounding alone would give."""
+"""The threshold, in multiples of the largest singular value that rounding alone would give."""
 EXPLAINED = 0.9
-"""Least part of the energy that the counted values hold; where less, rounding hides what there is."""
+"""The least part of the energy that the counted values must hold; with less, rounding hides the rank."""
 EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A matrix of a task, and the base's."""
+    """A matrix of a task, and that of the base."""
 
     base: StoredTensor
     task: StoredTensor
 
 
 def low_rank_of(pairs: Sequence[Pair], reader: Reader) -> int | None:
-    """The rank that bounds all matrices looked at; None if one is of no low rank. pairs: those that differ."""
+    """Return the rank that bounds all tested matrices; None if one of them has no low rank. pairs: the matrices that
+    differ."""
     wide = [pair for pair in pairs if len(pair.task.shape) >= 2 and min(matrix_shape(pair.task)) >= 2 * LARGEST_PART]
     if not wide:
         return None
@@ -51,10 +52,12 @@ def low_rank_of(pairs: Sequence[Pair], reader: Reader) -> int | None:
 
 
 def numerical_rank(base: np.ndarray, task: np.ndarray, dtype: str) -> int | None:
-    """The rank of task - base, from float64 blocks; None if it is not low, or rounding hides it. dtype: the task's."""
+    """Return the rank of task - base, from float64 blocks; None if it is not low, or rounding hides it. dtype: the
+    task's."""
     delta = task - base
     size = np.maximum(np.abs(task), np.finfo(np.float32).tiny)
-    # Rounding errors are uniform in half a unit in the last place: of the weight, and of the sum's terms in float32.
+    # Rounding errors are uniform within half a unit in the last place: that of the weight, and that of the terms of the
+    # float32 sum.
     unit = EPSILON[dtype] * 2.0 ** np.floor(np.log2(size))
     noise = math.sqrt(float(np.mean(unit**2)) / 12 + (EPSILON["F32"] ** 2) * float(np.mean(delta**2)))
     floor = ABOVE_NOISE * noise * (math.sqrt(delta.shape[0]) + math.sqrt(delta.shape[1]))
@@ -71,7 +74,7 @@ def matrix_shape(tensor: StoredTensor) -> tuple[int, int]:
 
 
 def _block(reader: Reader, tensor: StoredTensor) -> np.ndarray:
-    """Rows from the middle on, in one read, and columns evenly spread: float64, at most SIDE × SIDE."""
+    """Read rows from the middle on, in one read, and pick columns evenly spread: float64, at most SIDE × SIDE."""
     rows, columns = matrix_shape(tensor)
     count = min(SIDE, rows)
     first = (rows - count) // 2

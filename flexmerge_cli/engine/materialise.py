@@ -1,8 +1,8 @@
-"""The run of `merge`: source weights in, the arrays of a layout out, and what was lost on the way.
+"""Runs `merge`: turns source weights into the arrays of a layout, and measures what was lost.
 
-Each weight is read once here; statistics_pass.py reads it before for what methods and forms must know of the whole.
+Each weight is read once here; statistics_pass.py reads it before for what methods and forms must know about the whole.
 Threads take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that
-neither bytes nor numbers depend on threads.
+neither bytes nor numbers depend on the number of threads.
 """
 
 import warnings
@@ -50,10 +50,10 @@ def materialise(
 ) -> Measured:
     """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
 
-    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout
-    may hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
-    journal: is told of each tensor that is written, and knows those that an earlier run has written to the same files,
-    which are not computed again; `output` then is an Output.
+    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout may
+    hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
+    journal: records each tensor that is written, and knows those that an earlier run has written to the same files,
+    which are not computed again; `output` must then be an Output.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), output:
@@ -70,12 +70,12 @@ def materialise(
 
 @dataclass(slots=True)
 class _Joined:
-    """What the pieces so far add up to."""
+    """The sums and digests of the pieces so far."""
 
     errors: dict[tuple[str, int], float] = field(default_factory=dict)
-    """(tensor, task) -> Σ (θ̂ - θ)²."""
+    """Σ (θ̂ - θ)², by (tensor, task)."""
     sources: dict[int, TensorDigest] = field(default_factory=dict)
-    """Digests so far of the tensor that is being read."""
+    """The digests so far of the tensor that is being read."""
     decoded: dict[int, TensorDigest] = field(default_factory=dict)
 
 
@@ -97,7 +97,7 @@ class _Run:
 
     def spans(self, name: str, scope: Scope = "element") -> list[Span]:
         tensor = self.plan.tensor(name)
-        # Private tensors may differ in shape; each task's own length is cut alike.
+        # Private tensors may differ in shape; each task's own length is cut in the same way.
         shapes = [*(tensor.shapes or ()), tensor.base_shape]
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes if shape is not None]
         return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
@@ -106,13 +106,13 @@ class _Run:
         return visit_scope(self.worker.chains, storage)
 
     def items(self, kept: Collection[str] = ()) -> list[list[tuple[Storage, Span]]]:
-        """What is visited together: one range of a tensor, or, for methods of scope `block`, all tensors of a unit.
+        """List what is visited together: one range of a tensor or, for methods of scope `block`, all tensors of a unit.
 
         kept: tensors that are left out.
         """
         found = self.layout.storages.items()
         storages = [storage for name, storage in found if storage.parts and name not in kept]
-        # The order of parts in their files, so that files are mostly written, and hashed, front to back.
+        # Use the order of parts in their files, so that files are mostly written, and hashed, front to back.
         storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
         scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
         units: dict[str, list[tuple[Storage, Span]]] = {}
@@ -152,13 +152,13 @@ class _Run:
         pieces = [encode(self.encoder, storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
         if any(chain.products is not None for chain in self.worker.chains):
             self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
-        self.worker.buffers.drop()  # a buffer for each tensor of the unit: the next unit has others
+        self.worker.buffers.drop()  # they are buffers for each tensor of the unit, and the next unit has other tensors
         return pieces
 
     def _errors_of_products(
         self, raws: dict[str, Raw], values: dict[str, dict[Tasks, torch.Tensor]], pieces: dict[str, Piece]
     ) -> None:
-        """Errors of a pool of LoRAs: what is lost of ΔW counts at the B of a module, and nothing at its A."""
+        """Compute the errors of a pool of LoRAs: the loss of ΔW counts at the B of a module, and nothing at its A."""
         for a, b in factor_pairs(raws):
             gram = self.plan.gram(self.plan.tensor(b))
             for piece in (pieces[a], pieces[b]):
@@ -177,7 +177,7 @@ class _Run:
             return self._visit(item)
 
     def _keep(self, journal: Journal, joined: "_Joined", measured: Measured) -> set[str]:
-        """The tensors that an earlier run has written. What it measured goes to `joined` and `measured`."""
+        """Return the tensors that an earlier run has written. Its measurements go to `joined` and `measured`."""
         assert isinstance(self.output, Output)
         found = {
             name
@@ -233,7 +233,7 @@ class _Run:
         measured: Measured,
         journal: Journal | None,
     ) -> None:
-        """Take a piece's hashes and sums; at the end of its tensor, check and tell its digests."""
+        """Take a piece's hashes and sums; at the end of its tensor, check and record its digests."""
         for part, start_byte, data in piece.written:
             self.output.hashed(part, start_byte, data)
             if journal is not None:
@@ -291,7 +291,7 @@ class _Run:
 
 
 def _distance(error: float, energy: float) -> float | None:
-    """‖θ̂ - θ‖ / ‖τ‖; 0 if exact, else None where ‖τ‖ = 0."""
+    """Return ‖θ̂ - θ‖ / ‖τ‖: 0 if exact, otherwise None if ‖τ‖ = 0."""
     if error == 0:
         return 0.0
     return float(np.sqrt(error / energy)) if energy > 0 else None

@@ -1,6 +1,7 @@
-"""How much anonymous memory a run needs beyond what Python and torch hold, and how it is cut to fit. Reads no weights.
+"""Estimates how much anonymous memory a run needs beyond what Python and torch hold, and cuts the run to fit. Reads no
+weights.
 
-Each pass holds what its threads read into and compute with, what waits to be hashed or added up, and what is kept
+Each pass holds what its threads read into and compute with, what waits to be hashed or summed, and what is kept
 meanwhile. This module counts it for `plan`, and merge_memory.py for `merge`.
 """
 
@@ -22,20 +23,21 @@ from flexmerge_cli.residuals.coding_error import sample_rows
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
 from flexmerge_cli.residuals.row_errors import FEWEST_COLUMNS
 
-# Objects of Python, plan, headers, manifest, and what the allocator keeps: measured on some 200 tensors and 8 tasks.
+# Python objects, plan, headers, manifest, and what the allocator keeps, measured with some 200 tensors and 8 tasks.
 FIXED_BYTES = 14 << 20
-RECORD_BYTES = 3 << 10  # of one tensor of one model
-SPAN_BYTES = 500  # of one work item
-THREAD_BYTES = 1 << 20  # of a thread's stack and of its part of the heap
+RECORD_BYTES = 3 << 10  # for each tensor of each model
+SPAN_BYTES = 500  # for each work item
+THREAD_BYTES = 1 << 20  # for a thread's stack and its part of the heap
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE_BYTES = 64 << 10  # at 2 MiB, what a method gathers in pieces stayed in the heap: three times the figure
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+LARGE_BYTES = 64 << 10  # at 2 MiB, what a method gathers in pieces stayed in the heap, which tripled the total
 
 
 def survey_bytes(
     items: Sequence[SurveyItem], threads: int, chunk_elements: int = CHUNK_ELEMENTS, *, signs: bool = False
 ) -> int:
-    """The most that `plan` takes for these tensors. signs: whether their agreement is counted."""
+    """Return the most memory that `plan` takes for these tensors, in bytes. signs: whether their agreement is
+    counted."""
     found = Pass()
     records = spans = 0
     for item in items:
@@ -79,7 +81,7 @@ def survey_bytes(
 
 
 def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | None, *, signs: bool = False) -> int:
-    """Elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
+    """Return the elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
     return fitting(
         lambda chunk: survey_bytes(items, threads, chunk, signs=signs),
         CHUNK_ELEMENTS,
@@ -90,17 +92,18 @@ def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | No
 
 
 def unjoined_bytes(num_bytes: int) -> int:
-    """Bytes of one model's range that its digest has to carry, since they are no whole pieces."""
+    """Return the bytes of one model's range that its digest must carry because they are not whole pieces."""
     return min(num_bytes, 2 * PIECE_BYTES) if num_bytes % PIECE_BYTES else 0
 
 
 def open_bytes(range_bytes: int, tensor_bytes: int) -> int:
-    """Bytes that one model's digest keeps of a piece that is not whole yet, while ranges are joined."""
+    """Return the bytes that one model's digest keeps of an incomplete piece while ranges are joined."""
     return min(tensor_bytes, PIECE_BYTES * 9 // 8) if unjoined_bytes(range_bytes) else 0
 
 
 def reading_bytes(tensor: StoredTensor, count: int) -> int:
-    """Bytes that reading so many elements takes, beside the buffer: of what an adapter changes, and of odd strides."""
+    """Return the bytes that reading `count` elements takes beside the buffer, for what an adapter changes and for odd
+    strides."""
     change = tensor.change
     if change is None:
         return tensor.item_bytes * count if tensor.strides is not None else 0
@@ -113,7 +116,7 @@ def reading_bytes(tensor: StoredTensor, count: int) -> int:
 
 
 def fitting(needed: Callable[[int], int], chunk: int, smallest: int, max_memory: int | None, threads: int) -> int:
-    """The largest chunk, halved until what it needs is no more than max_memory. Raises UsageError if none does."""
+    """Return the largest chunk, halved until it needs no more than max_memory. Raises UsageError if none fits."""
     if max_memory is not None:
         _give_back_what_is_freed()
     while max_memory is not None and needed(chunk) > max_memory:
@@ -128,43 +131,45 @@ def fitting(needed: Callable[[int], int], chunk: int, smallest: int, max_memory:
 
 
 def _give_back_what_is_freed() -> None:
-    """Make glibc return large arrays to the system from now on. Else it keeps tens of megabytes a thread, to save time.
+    """Make glibc return large arrays to the system from now on. Otherwise it keeps tens of megabytes per thread to save
+    time.
 
-    Its threshold rises to the size of what was freed, up to 32 MiB; setting it keeps it where it is.
+    Its threshold rises to the size of what was freed, up to 32 MiB; setting it fixes it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have none
+    if mallopt is not None:  # other C libraries lack it
         mallopt(M_TRIM_THRESHOLD, LARGE_BYTES)
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 class Pass:
-    """What one pass takes: the largest of its items, as many as there can be at once."""
+    """What one pass takes: the largest of its items, as many as can exist at once."""
 
     def __init__(self) -> None:
         self._held: dict[str, Counter[int]] = {}
-        """What is held -> bytes of an item -> the number of such items."""
+        """For each kind of memory, the number of items by their size in bytes."""
         self._totals = 0
 
     def add(self, items: int, *, work: int, result: int, totals: int = 0, **buffers: int) -> None:
-        """So many items that take the same. All in bytes.
+        """Add `items` items that take the same. All sizes are in bytes.
 
-        work: while a thread computes. result: from when it is made to when the next one is asked for. totals: of all
-        that is added up over the items. buffers: what a thread keeps from item to item, by what it is for.
+        work: while a thread computes. result: from when it is made to when the next one is asked for. totals:
+        everything that is summed over the items. buffers: what a thread keeps from item to item, by purpose.
         """
         for name, size in {"work": work, "result": result, **buffers}.items():
             self._held.setdefault(name, Counter())[size] += items
         self._totals = max(self._totals, totals)
 
     def bytes(self, threads: int) -> int:
-        """A thread has one item at a time, and holds a large buffer only if it had a large item."""
+        """Return the bytes of the pass. A thread has one item at a time, and holds a large buffer only if it had a
+        large item."""
         waiting = threads + AHEAD + 1
         held = (_largest(sizes, waiting if name == "result" else threads) for name, sizes in self._held.items())
         return sum(held) + self._totals
 
 
 def _largest(sizes: Counter[int], count: int) -> int:
-    """The sum of the largest so many."""
+    """Return the sum of the `count` largest sizes."""
     found = 0
     for size in sorted(sizes, reverse=True):
         taken = min(count, sizes[size])

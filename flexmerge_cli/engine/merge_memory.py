@@ -1,4 +1,4 @@
-"""The memory estimate of `merge`: of its statistics, and of the pass that writes. Reads no weights.
+"""Estimates the memory of `merge`: for its statistics, and for the pass that writes. Reads no weights.
 
 Methods, steps and coders state their own workspace (methods/method.py, residuals/coder.py). What the engine adds to it
 in work.py, writers/ and statistics_pass.py is counted here.
@@ -41,7 +41,8 @@ SMALLEST_CHUNK = 1 << 12
 def merge_bytes(
     layout: BundleLayout, threads: int, chunk_elements: int = CHUNK_ELEMENTS, sources: Sources | None = None
 ) -> int:
-    """The most that `merge` takes for this layout. sources: what reading adapters takes is known from them alone."""
+    """Return the most memory that `merge` takes for this layout, in bytes. sources: only they tell what reading
+    adapters takes."""
     run = _Run(layout, chunk_elements, sources)
     models = len(layout.plan.tasks) + 1
     fixed = FIXED_BYTES + RECORD_BYTES * models * len(layout.plan.tensors) + threads * THREAD_BYTES
@@ -50,7 +51,7 @@ def merge_bytes(
 
 
 def merge_chunk(layout: BundleLayout, threads: int, max_memory: int | None, sources: Sources | None = None) -> int:
-    """Elements of one work item of `merge`. Raises UsageError if even the smallest does not fit."""
+    """Return the elements of one work item of `merge`. Raises UsageError if even the smallest does not fit."""
     return fitting(
         lambda chunk: merge_bytes(layout, threads, chunk, sources), CHUNK_ELEMENTS, SMALLEST_CHUNK, max_memory, threads
     )
@@ -67,7 +68,7 @@ class _Run:
         self.num_spans = 0
 
     def writing(self) -> Pass:
-        """The pass that writes; factors of masks are measured by the same calls."""
+        """Return the pass that writes; the factors of masks are measured by the same calls."""
         found = Pass()
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
@@ -88,7 +89,7 @@ class _Run:
         return found
 
     def _block(self, found: Pass, storages: Sequence[Storage]) -> None:
-        """All tensors of a unit in one visit. Their buffers are dropped at its end: they count as work."""
+        """Add all tensors of a unit in one visit. Their buffers are dropped at its end, so they count as work."""
         spans = [self._span(storage, "block") for storage in storages]
         work = sum(self._raw(storage, span) for storage, span in zip(storages, spans))
         groups = {group.tasks: group for storage in storages for group in storage.groups if group.method is not None}
@@ -106,7 +107,7 @@ class _Run:
         found.add(1, work=work + max(calls), result=result)
 
     def _stepping(self, chain: Chain, storages: Sequence[Storage], k: int) -> int:
-        """Bytes over all tensors of a unit: what steps give, and what they take one at a time."""
+        """Return the bytes, over all tensors of a unit, that steps return and that they take one at a time."""
         if not chain.steps:
             return 0
         shapes = [storage.tensor.shape for storage in storages]
@@ -114,7 +115,8 @@ class _Run:
         return taken + sum(4 * k * math.prod(shape) for shape in shapes)
 
     def statistics(self) -> Iterator[Pass]:
-        """The statistics passes of methods, steps and experts; later ones of the same take no more."""
+        """Yield the statistics passes of methods, steps and experts; a later pass of the same statistic takes no
+        more."""
         mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
         everyone = [(name, self.plan.all_tasks) for name in mergeable]
         for index, chain in enumerate(self.chains):
@@ -191,14 +193,14 @@ class _Run:
     # One item
 
     def _reading(self, name: str, count: int) -> int:
-        """Return what reading so many elements of one model takes, of the model that takes most."""
+        """Return what reading `count` elements of one model takes, for the model that takes most."""
         return max((reading_bytes(model[name], count) for model in self.sources if name in model), default=0)
 
     def _span(self, storage: Storage, scope: Scope) -> Span:
         return self._cut(storage.tensor.name, _elements(storage.tensor), storage.tensor.shape, scope)
 
     def _cut(self, name: str, num_elements: int, shape: tuple[int, ...], scope: Scope) -> Span:
-        """The first range of a tensor, which is the longest."""
+        """Return the first range of a tensor, which is the longest."""
         step, run = step_and_run(num_elements, shape, scope, self.chunk_elements)
         self.num_spans += -(-num_elements // step)
         return Span(name, 0, min(step, num_elements), step >= num_elements, run)
@@ -237,7 +239,8 @@ class _Run:
         return written + 8 * len(tensor.present) * -(-span.stop // span.run) + 1024 * len(tensor.present)
 
     def _unjoined(self, storage: Storage, span: Span, *, whole: bool) -> int:
-        """Sum what digests of sources and decoded tensors carry of a range, or of the whole tensor, until it is joined.
+        """Sum what the digests of sources and decoded tensors carry of a range, or of the whole tensor, until it is
+        joined.
 
         A tensor that is read at once carries nothing.
         """
@@ -274,7 +277,7 @@ class _Run:
         )
 
     def _merging(self, chain: Chain, name: str, shape: tuple[int, ...], k: int, t: int) -> int:
-        """Steps, call and calibration on so many elements."""
+        """Return the bytes that steps, call and calibration take for `t` elements."""
         if chain.call is None or chain.call.scope_of(name, shape) == "block":
             return 0
         scope = chain.call.scope_of(name, shape)
@@ -293,12 +296,12 @@ class _Run:
 
 
 def _elements(tensor: PlanTensor) -> int:
-    """Elements of a tensor, the largest one where it is private and its shapes differ."""
+    """Return the number of elements of a tensor; that of the largest if it is private and its shapes differ."""
     return max([tensor.num_elements, *(math.prod(shape) for shape in tensor.shapes or () if shape is not None)])
 
 
 def _few_numbers(num_tasks: int, _num_elements: int) -> tuple[int, int]:
-    """Return what a statistic holds that does not tell."""
+    """Return the memory of a statistic that does not state its own."""
     return 64 * num_tasks, 64 * num_tasks
 
 

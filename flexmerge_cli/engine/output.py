@@ -1,4 +1,4 @@
-"""Where parts go: pre-sized weight files, with their sha256 taken on the way, or memory."""
+"""Writes parts to pre-sized weight files, whose sha256 it computes on the way, or to memory."""
 
 import contextlib
 import errno
@@ -21,9 +21,10 @@ from flexmerge_cli.errors import MachineError
 from flexmerge_cli.writing import NOT_SUPPORTED, cannot_write, sync
 
 READ_BACK_BYTES = 4 << 20
-# After that many a file is forced to disk while others compute; all at the end took a fifth of a merge's time.
+# After this many bytes, a file is forced to disk while others compute; forcing all at the end took a fifth of a merge's
+# time.
 FLUSH_BYTES = 32 << 20
-OTHER_FILES = 1000  # of the sources and of Python, that are open meanwhile
+OTHER_FILES = 1000  # files of the sources and of Python that are open meanwhile
 
 
 class Sink(Protocol):
@@ -36,17 +37,17 @@ class Sink(Protocol):
     ) -> None: ...
 
     def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
-        """data: uint8, contiguous. May be called from any thread."""
+        """Write a part's bytes from start_byte on. data: uint8, contiguous. May be called from any thread."""
 
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
-        """What `write` wrote, told in order of the run, from one thread."""
+        """Take what `write` wrote for hashing, in the order of the run, from one thread."""
 
     def finish(self) -> dict[str, str]:
-        """After the last byte; sha256 by path of what is a file."""
+        """Finish after the last byte, and return the sha256 of each file by its path."""
 
 
 class MemoryOutput:
-    """Some parts in memory, uint8 each; what is written of others is dropped."""
+    """Holds some parts in memory, uint8 each; what is written to others is dropped."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.arrays = {part: aligned(part.num_bytes) for part in parts}
@@ -69,10 +70,10 @@ class MemoryOutput:
 
 
 class Output:
-    """The weight files of a bundle being written; a context manager. `write` may be called from any thread."""
+    """The weight files of a bundle that is being written; a context manager. `write` may be called from any thread."""
 
     def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int, *, resumes: bool = False) -> None:
-        """resumes: the files may be there, with parts that can be kept."""
+        """Prepare the files. resumes: they may exist already, with parts that can be kept."""
         self._resumes = resumes
         self._folder, self._files, self._total_bytes = folder, files, total_bytes
         self._descriptors: list[int] = []
@@ -105,12 +106,12 @@ class Output:
         self._descriptors = []
 
     def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
-        """data: uint8, contiguous."""
+        """Write a part's bytes from start_byte on. data: uint8, contiguous."""
         number, offset = self._place[part]
         self._pwrite(number, data, offset + start_byte)
 
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
-        """What `write` wrote, told in order of the run, from one thread."""
+        """Take what `write` wrote for hashing, in the order of the run, from one thread."""
         number, offset = self._place[part]
         self._hashes[number].add(self._descriptors[number], offset + start_byte, data)
         self._unflushed[number] += data.size
@@ -120,7 +121,7 @@ class Output:
             self._flush = self._flusher.submit(self._force, number)
 
     def digest(self, part: Part) -> str:
-        """xxh3 of what lies in its file at the place of a part."""
+        """Return the xxh3 of the bytes in its file at the place of a part."""
         number, offset = self._place[part]
         found, end = xxhash.xxh3_128(), offset + part.num_bytes
         while offset < end:
@@ -130,12 +131,12 @@ class Output:
         return found.hexdigest()
 
     def keep(self, part: Part) -> None:
-        """Take a part as it lies in its file: it is not written."""
+        """Keep a part as it lies in its file: it is not written again."""
         number, offset = self._place[part]
         self._hashes[number].keep(self._descriptors[number], offset, part.num_bytes)
 
     def finish(self) -> dict[str, str]:
-        """Force everything to disk; sha256 by path."""
+        """Force everything to disk, and return the sha256 of each file by its path."""
         self._flushed()
         for number in range(len(self._files)):
             self._force(number)
@@ -157,7 +158,7 @@ class Output:
             raise self._failed(error, path) from None
 
     def _flushed(self) -> None:
-        """Wait for the last one. A disk tells only once what it could not take: here it is raised."""
+        """Wait for the last flush. A disk reports only once what it could not store, so the error is raised here."""
         if self._flush is not None:
             self._flush.result()
 
@@ -184,7 +185,7 @@ class Output:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Set a file's size, and take its blocks where the file system can, so that a full disk is known at once."""
+    """Set a file's size, and reserve its blocks if the file system can, so that a full disk is noticed at once."""
     try:
         if num_bytes and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, num_bytes)
@@ -196,7 +197,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 class _FileHash:
-    """sha256 of a file that is mostly written front to back; what comes early is read back when its turn comes."""
+    """The sha256 of a file that is mostly written front to back; what comes early is read back when its turn comes."""
 
     def __init__(self, num_bytes: int) -> None:
         self._hash = hashlib.sha256()
@@ -213,7 +214,7 @@ class _FileHash:
         self._read_early(descriptor)
 
     def keep(self, descriptor: int, offset: int, num_bytes: int) -> None:
-        """Take bytes that lie in the file already for written."""
+        """Count bytes that lie in the file already as written."""
         if num_bytes:
             self._early[offset] = num_bytes
             self._read_early(descriptor)

@@ -1,7 +1,7 @@
-"""Ordered map over a bounded window of work: the one place with threads.
+"""Maps a function over a bounded window of work, in order; the only module with threads.
 
 Items are taken in order and results come back in order, so that what is summed or written does not depend on which
-thread was first. At most `threads + ahead` items exist at a time; that bounds memory.
+thread was first. At most `threads + ahead` items exist at a time, which bounds memory.
 """
 
 import os
@@ -20,21 +20,23 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-AHEAD = 2  # items beyond those that the threads are at: none waits for the reader of the results
+AHEAD = 2  # items beyond those in progress, so that no thread waits for the reader of the results
 
 
 def default_threads() -> int:
-    """The cores that this process may use; more than 16 do not pay against memory bandwidth."""
+    """Return the number of cores that this process may use; beyond 16, memory bandwidth is the limit."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def ordered_map(
     items: Iterable[Item], work: Callable[[Item], Result], *, threads: int, ahead: int = AHEAD
 ) -> closing[Generator[Result, None, None]]:
-    """Results of `work`, in the order of the items. The first error, in that order, is raised; the rest is dropped.
+    """Return the results of `work`, in the order of the items. The first error, in that order, is raised; the rest is
+    dropped.
 
-    To be used in a `with`: at its end no worker runs any more, whatever the reader of the results did. A generator left
-    to itself would live as long as the error's traceback, and its workers would write on, into files that are closed.
+    Use it in a `with` block: at its end no worker runs any more, whatever the reader of the results did. A generator
+    left to itself would live as long as the error's traceback, and its workers would go on writing into files that are
+    closed.
     """
     return closing(_results(items, work, threads, ahead))
 
@@ -57,15 +59,16 @@ def _results(
 
 
 def _start() -> None:
-    """Run first in each worker: torch takes over its number of threads when it is asked for it.
+    """Make torch adopt its number of threads; runs first in each worker.
 
-    Until then a thread's matrix products run on all cores, and give other bits than on the one that the engine set.
+    Until torch is asked for its number, a thread's matrix products run on all cores, and give other bits than on the
+    one core that the engine set.
     """
     torch.get_num_threads()
 
 
 def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_warning: Callable[[str], None]) -> Result:
-    """`run`, or on the CPU where the GPU has no memory left for it: slower, and the same elementwise bytes."""
+    """Call `run`, or `on_cpu` if the GPU runs out of memory: slower, with the same bytes for elementwise work."""
     try:
         return run()
     except torch.OutOfMemoryError:
@@ -74,17 +77,17 @@ def with_fallback(run: Callable[[], Result], on_cpu: Callable[[], Result], on_wa
         return on_cpu()
 
 
-ALIGNMENT = 64  # bytes: of a cache line, and of the widest vector registers
+ALIGNMENT = 64  # bytes of a cache line, and of the widest vector registers
 
 
 class Buffers(threading.local):
-    """Reused byte buffers, each thread its own: what is read into one is gone with the thread's next item."""
+    """Reused byte buffers, separate for each thread; the thread's next item overwrites their content."""
 
     def __init__(self) -> None:
         self._arrays: dict[object, np.ndarray] = {}
 
     def get(self, key: object, num_bytes: int) -> np.ndarray:
-        """uint8, at least num_bytes long, aligned."""
+        """Return an aligned array, uint8, of at least num_bytes."""
         array = self._arrays.get(key)
         if array is None or array.size < num_bytes:
             self._arrays.pop(key, None)  # before the larger one is made
@@ -92,11 +95,12 @@ class Buffers(threading.local):
         return array
 
     def drop(self) -> None:
-        """Give this thread's memory back: nothing that was got before may be read any more."""
+        """Free this thread's memory: nothing that `get` returned before may be read any more."""
         self._arrays.clear()
 
 
 def aligned(num_bytes: int) -> np.ndarray:
-    """uint8, not set. BLAS adds up in another order where memory is aligned in another way: it would show in sums."""
+    """Return an uninitialised array, uint8. Where memory is aligned differently, BLAS sums in another order, which
+    would show in the bits of sums."""
     array = np.empty(num_bytes + ALIGNMENT, np.uint8)
     return array[-array.ctypes.data % ALIGNMENT :][:num_bytes]

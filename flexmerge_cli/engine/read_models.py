@@ -1,4 +1,4 @@
-"""One range of several models, read side by side: where their bits have one form, they are the rows of one matrix."""
+"""Reads one range of several models side by side; if their bits have one form, they are the rows of one matrix."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,10 +17,11 @@ def read_models(
     key: object = "raw",
     on_read: Callable[[StoredTensor, np.ndarray], None] = lambda _tensor, _data: None,
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Elements [low, high) of each tensor, uint8, in one buffer of this thread under `key`: valid until it reads again.
+    """Read elements [low, high) of each tensor, uint8, into one buffer of this thread under `key`, valid until it reads
+    again.
 
-    The second value holds all of them, one after another, if they have one dtype and length; else None. One operation
-    on all models takes a third of the time of one for each.
+    The second value holds all of them, one after another, if they have one dtype and length; otherwise None. One
+    operation on all models takes a third of the time of one for each.
     """
     sizes = [(high - low) * tensor.item_bytes for tensor, (low, high) in zip(tensors, ranges, strict=True)]
     starts = [sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:row]) for row in range(len(sizes))]

@@ -1,4 +1,5 @@
-"""Sums over a tensor's elements that do not show how it was cut: of runs first, and these one after another.
+"""Sums over a tensor's elements, independently of how it was cut: first within runs, and then these sums one after
+another.
 
 A run is RUN_ELEMENTS elements, counted from the tensor's first, or a row where whole rows are visited (spans.py); no
 span and no tile ends inside one.
@@ -9,16 +10,16 @@ import numpy as np
 from flexmerge_cli import native
 from flexmerge_cli.later import Tensor, torch
 
-# Squares of a run are added in float32: their sum is off by 1e-7, and that of thousands of runs by less.
-# Here and LANES, that many sums next to one another, as native.c has them: both give the same bits.
+# Squares of a run are summed in float32: their sum is off by 1e-7, and that of thousands of runs by less. The sums are
+# kept in LANES adjacent lanes, as in native.c, so that both give the same bits.
 RUN_ELEMENTS = 1 << 10
 LANES = 32
 
 
 def squares(values_kN: Tensor, run: int) -> np.ndarray:
-    """Σ x² of each run of float32 [k, n], [k, ⌈n/run⌉] float64; the last run may be shorter.
+    """Return Σ x² of each run of float32 [k, n] as float64 [k, ⌈n/run⌉]; the last run may be shorter.
 
-    In float32 up to RUN_ELEMENTS, a fifth of the time of float64.
+    Sums in float32 up to RUN_ELEMENTS, which takes a fifth of the time of float64.
     """
     if values_kN.device.type != "cpu":
         return _sums_there(values_kN.double().square(), run)
@@ -32,18 +33,18 @@ def squares(values_kN: Tensor, run: int) -> np.ndarray:
 
 
 def sizes(values_kN: Tensor, run: int) -> np.ndarray:
-    """Σ|x| likewise, float64 throughout."""
+    """Return Σ|x| of each run likewise, in float64 throughout."""
     values_kN = values_kN.double().abs()
     return _sums(values_kN.numpy(), run) if values_kN.device.type == "cpu" else _sums_there(values_kN, run)
 
 
 def added(total: float, sums: np.ndarray) -> float:
-    """total + sums, strictly one after another, whatever ranges they come in. [R] float64."""
+    """Return total + sums, added strictly one after another, whatever ranges they come in. sums: [R] float64."""
     return float(np.add.accumulate(np.concatenate([[total], sums]))[-1])
 
 
 def _lanes(values_kN: np.ndarray, runs: int) -> np.ndarray:
-    """Σ x² of the first runs of RUN_ELEMENTS, float64 [k, runs]."""
+    """Return Σ x² of the first `runs` runs of RUN_ELEMENTS, float64 [k, runs]."""
     k, count = len(values_kN), runs * RUN_ELEMENTS
     total = np.zeros((k, runs))
     if native.lib is not None and values_kN.strides[1] == 4:
@@ -57,7 +58,7 @@ def _lanes(values_kN: np.ndarray, runs: int) -> np.ndarray:
 
 
 def _sums(values_kN: np.ndarray, run: int) -> np.ndarray:
-    """The sum of each run, float64 [k, n]."""
+    """Return the sum of each run, for float64 [k, n]."""
     k, n = values_kN.shape
     whole = n // run * run
     sums: np.ndarray = values_kN[:, :whole].reshape(k, whole // run, run).sum(2)
@@ -65,7 +66,7 @@ def _sums(values_kN: np.ndarray, run: int) -> np.ndarray:
 
 
 def _sums_there(values_kN: Tensor, run: int) -> np.ndarray:
-    """The same on a GPU, whose order of summation is its own."""
+    """Return the same on a GPU, which has its own order of summation."""
     k, n = values_kN.shape
     whole = n // run * run
     parts = [values_kN[:, :whole].reshape(k, whole // run, run).sum(2)]

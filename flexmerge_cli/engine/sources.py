@@ -1,4 +1,4 @@
-"""Where the weights of a family lie. Nothing here needs torch."""
+"""Says where the weights of a family lie. Nothing here needs torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ BASE = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Where the weights lie, by aligned name."""
+    """The tensors of the base and of each task, by aligned name."""
 
     base: Mapping[str, StoredTensor]
     tasks: tuple[Mapping[str, StoredTensor], ...]
     describe: tuple[str, ...]
-    """Per task, then the base: what to call it in an error."""
+    """What to call each task, and last the base, in an error."""

@@ -1,4 +1,4 @@
-"""How tensors are cut into work items: ranges of elements, whole rows, whole tensors, or all of a unit. Pure."""
+"""Cuts tensors into work items: ranges of elements, whole rows, whole tensors, or all tensors of a unit. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.methods.method import Scope
 
-# Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and whole pieces of the digest.
+# Elements of one work item, per model: 2 MiB of float32 is a large request for a disk, and consists of whole pieces of
+# the digest.
 CHUNK_ELEMENTS = 1 << 19
 # Elements that are merged at once: task vectors, sums and results of eight tasks stay in the second-level cache.
-# Repeat: python -m tests.bench merge
+# Measured with: python -m tests.bench merge
 TILE_ELEMENTS = 1 << 16
 
 ORDER: tuple[Scope, ...] = ("element", "row", "tensor", "block")
@@ -26,21 +27,21 @@ class Span:
     last: bool
     """Whether the tensor ends here."""
     run: int
-    """Elements that are summed together (runs.py): spans and tiles start at multiples of it."""
+    """The number of elements that are summed together (runs.py): spans and tiles start at multiples of it."""
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:
-    """Return what all of them can work with."""
+    """Return the widest of the scopes, which satisfies them all."""
     return max(scopes, key=ORDER.index, default="element")
 
 
 def row_elements(shape: tuple[int, ...]) -> int:
-    """Elements under one index of axis 0; a tensor with 0 or 1 axes is one row."""
+    """Return the number of elements under one index of axis 0; a tensor with 0 or 1 axes is one row."""
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
 def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> list[Span]:
-    """Spans of about chunk_elements."""
+    """Cut a tensor into spans of about chunk_elements."""
     step, run = step_and_run(num_elements, shape, scope, chunk_elements)
     starts: Sequence[int] = range(0, num_elements, step) if num_elements else (0,)
     return [
@@ -50,7 +51,8 @@ def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, ch
 
 
 def step_and_run(num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> tuple[int, int]:
-    """Elements of a span, at least 1, and of a run. Rows come in multiples of eight: packed masks start on a byte."""
+    """Return the elements of a span, at least 1, and of a run. Rows come in multiples of eight, since packed masks must
+    start on a byte."""
     if scope in ("tensor", "block"):
         return max(1, num_elements), RUN_ELEMENTS
     if scope == "row":
@@ -60,6 +62,6 @@ def step_and_run(num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_
 
 
 def tiles(num_elements: int, run: int) -> list[tuple[int, int]]:
-    """[low, high) within a span, whole runs: small enough for the cache."""
+    """Cut a span into [low, high), whole runs that are small enough for the cache."""
     step = max(1, TILE_ELEMENTS // run) * run
     return [(low, min(low + step, num_elements)) for low in range(0, num_elements, step)] or [(0, 0)]

@@ -1,8 +1,8 @@
 """Passes over the weights for what a method must know before its first element: exact, out of core.
 
-The engine knows nothing of what is measured. A job is one statistic over one domain (the model, a block, a tensor) and
-one set of tasks; all jobs that want a range of a tensor measure it in the same visit. Domains are visited one after
-another, and each is finished at its end: what is held does not grow with their number.
+The engine does not know what is measured. A job is one statistic over one domain (the model, a block, a tensor) and one
+set of tasks; all jobs that want a range of a tensor measure it in the same visit. Domains are visited one after
+another, and each is finished at its end, so that memory does not grow with their number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from flexmerge_cli.methods.method import Statistic, Where
 
 Tasks = tuple[int, ...]
 Key = tuple[str, Tasks]
-"""Domain and tasks."""
+"""A domain and tasks."""
 ReadDeltas = Callable[[Span, Tasks], Tensor]
-"""float32 [k, n] of these tasks."""
+"""Returns float32 [k, n], the task vectors of these tasks."""
 
 
 def run_statistics(
@@ -31,8 +31,8 @@ def run_statistics(
     threads: int,
     on_pass: Callable[[int], None] = lambda _number: None,
 ) -> dict[Key, Any]:
-    """(domain, tasks) -> finished value. wanted: domain -> sets of tasks. spans: tensors by name, then by element; they
-    are visited in this order, but domain by domain.
+    """Return the finished value of each (domain, tasks). wanted: domain -> sets of tasks. spans: tensors by name, then
+    by element; they are visited in this order, but domain by domain.
 
     domain_of: (scope, tensor) -> the domain it belongs to.
     """
@@ -85,10 +85,10 @@ def _one_pass(
             for key in found:
                 part = parts.pop(0)
                 totals[key] = jobs[key].combine(totals[key], part) if key in totals else part
-                del part  # a tally may be large, and the next range is waited for here
+                del part  # it may be large, and the loop now waits for the next range
     return finished | _finished(jobs, totals)
 
 
 def _finished(jobs: Mapping[Key, Any], totals: dict[Key, Any]) -> dict[Key, Any]:
-    """Values, or next passes; the totals are gone."""
+    """Finish the totals, which are consumed, as values or next passes."""
     return {key: jobs[key].finish(totals.pop(key)) for key in list(totals)}

@@ -1,6 +1,6 @@
-"""Measures what methods and stored forms must know of a whole scope before the first element is merged.
+"""Measures what methods and stored forms must know about a whole scope before the first element is merged.
 
-Reads the weights as often as statistics have passes. What is found goes to the chains of the worker and to the encoder.
+Reads the weights as often as statistics have passes. The results go to the chains of the worker and to the encoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from flexmerge_cli.methods.method import Scope, Statistic
 from flexmerge_cli.stored.forms import form_of
 
 Spans = Callable[[str, Scope], list[Span]]
-"""(tensor, scope) -> its ranges."""
+"""Returns the ranges of a tensor for a scope."""
 
 
 class StatisticsPass:
@@ -40,7 +40,8 @@ class StatisticsPass:
         self.threads, self.on_stage = threads, on_stage
 
     def statistics(self) -> None:
-        """What steps, methods and experts must know of a whole scope, for every method that some group uses."""
+        """Measure what steps, methods and experts must know about a whole scope, for every method that some group
+        uses."""
         mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
         for index, chain in enumerate(self.worker.chains):
             used = self._used(index)
@@ -52,7 +53,7 @@ class StatisticsPass:
             for number, step in enumerate(chain.steps):
                 by_domain = None
                 if step.statistics is not None:
-                    # What follows may measure stepped tensors that this method does not merge.
+                    # Later steps may measure stepped tensors that this method does not merge.
                     wide = any(later is not None and later.scope != "tensor" for later in after[number + 1 :])
                     places = mergeable if wide else [tensor for tensor, _ in used]
                     everyone = [(tensor, self.plan.all_tasks) for tensor in places]
@@ -69,7 +70,7 @@ class StatisticsPass:
                 chain.expert_stats = self._lookup(expert, found)
 
     def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
-        """Tensors and groups of a method; tensors of their units that are copied count in its sums all the same."""
+        """List the tensors and groups of a method; copied tensors of their units also count in its sums."""
         found = []
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
@@ -86,7 +87,7 @@ class StatisticsPass:
         what: str,
         scope: Scope = "element",
     ) -> dict[Key, Any]:
-        """Run one statistic of deltas that the first steps have been through."""
+        """Run one statistic on deltas that have been through the first steps."""
         wanted: dict[str, list[Tasks]] = {}
         for name, of_group in groups:
             sets = wanted.setdefault(self.worker.domain(first.scope, name), [])
@@ -116,14 +117,14 @@ class StatisticsPass:
         )
 
     def _lookup(self, first: Statistic, found: dict[Key, Any]) -> Callable[[Tasks, str], Any]:
-        """The finished value for a group's tasks and a tensor."""
+        """Return a function that finds the finished value for a group's tasks and a tensor."""
         if getattr(first, "per", "task") == "group":
             return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), tasks]
         everyone = self.plan.all_tasks
         return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), everyone].take(list(tasks))
 
     def of_units(self) -> None:
-        """What groups store once for all tensors of a unit, which the writers of these tensors need."""
+        """Compute what groups store once for all tensors of a unit, which the writers of these tensors need."""
         jobs = [
             (group, span)
             for index, call in enumerate(self.layout.calls)

@@ -1,8 +1,8 @@
-"""The one pass of `plan`: every weight is read once, and all that a cut needs is measured.
+"""Makes the one pass of `plan`: reads every weight once, and measures all that a cut needs.
 
-Per tensor: the Gram matrix of the task vectors, which tasks hold the same bits, the digests, anything that is not
-finite, and how well it codes in few bits (survey_codes.py). Memory: threads x (M + 1) x CHUNK_ELEMENTS elements, and
-a row, whatever the size of the models.
+It measures, per tensor, the Gram matrix of the task vectors, which tasks hold the same bits, the digests, any values
+that are not finite, and how well it can be coded in few bits (survey_codes.py). Memory: threads x (M + 1) x
+CHUNK_ELEMENTS elements, and a row, whatever the size of the models.
 """
 
 import warnings
@@ -32,19 +32,19 @@ from flexmerge_cli.engine.survey_item import (
 )
 from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
 
-# Terms that are added in float32: one sum of 2^16 is off by up to 2e-5, more than the 2^-20 to which similarities are
-# compared; 2^12 by 2e-7, in two thirds of the time. (k = 8, bf16 fine-tunes, torch 2.13)
+# The number of terms that are added in float32: a sum of 2^16 is off by up to 2e-5, more than the 2^-20 to which
+# similarities are compared; one of 2^12 by 2e-7, in two thirds of the time. (k = 8, bf16 fine-tunes, torch 2.13)
 SUM_ELEMENTS = 1 << 12
-EQUALITY_PROBE_BYTES = 256  # tensors that differ nearly always do so at once
+EQUALITY_PROBE_BYTES = 256  # different tensors nearly always differ in their first bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one range adds."""
+    """What one range adds to its tensor's measure."""
 
     digests: list[RangeDigest]
     classes: list[int]
-    """Per model, base last: first model with the same bits in this range."""
+    """For each model, the base last: the first model with the same bits in this range."""
     is_base: list[bool]
     grams: np.ndarray | None
     agreement: np.ndarray | None
@@ -62,7 +62,8 @@ def survey(
     chunk_elements: int = CHUNK_ELEMENTS,
     on_bytes: Callable[[int], None] = lambda _count: None,
 ) -> list[Measure]:
-    """Measure all items. chunk_elements: a multiple of PRODUCT_ELEMENTS. on_bytes is told how many were read."""
+    """Measure all items. chunk_elements: a multiple of PRODUCT_ELEMENTS. on_bytes is called with the number of bytes
+    read."""
     assert chunk_elements % PRODUCT_ELEMENTS == 0
     ranges = list(_ranges(items, chunk_elements))
     buffers = Buffers()
@@ -91,7 +92,8 @@ def survey(
                     of_item.add(part.rows)
                 for position, digest in enumerate(part.digests):
                     digests.setdefault(position, TensorDigest()).add(digest)
-                # Rows are as large as a narrow tensor, and ranges of less than a piece are in their digests whole.
+                # Rows can be as large as a narrow tensor, and the digests of ranges shorter than a piece hold the whole
+                # range.
                 parts.append(replace(part, rows=None, digests=[]))
                 on_bytes(sum((stop - start) * tensor.item_bytes for tensor in models_of(items[index])))
                 if stop == models_of(items[index])[0].num_elements:
@@ -125,7 +127,7 @@ def _measure(
     digests: list[RangeDigest] = []
 
     def on_read(tensor: StoredTensor, data: np.ndarray) -> None:
-        """While it is in the cache."""
+        """Digest the bytes while they are in the cache."""
         raw.append(data[: (stop - start) * tensor.item_bytes])
         digests.append(digest_range(raw[-1], start * tensor.item_bytes, last=stop == tensor.num_elements))
 
@@ -144,9 +146,9 @@ def _measure(
         return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")
 
     grams, agreements, energies = [], [], []
-    width = -(-min(TILE_ELEMENTS, end - start) // ALIGNMENT) * ALIGNMENT  # each task's begin aligned
-    # C takes the base off where it adds and multiplies. Else, where nothing needs the tasks' own values any more, the
-    # deltas take their place. Both save memory to go through.
+    width = -(-min(TILE_ELEMENTS, end - start) // ALIGNMENT) * ALIGNMENT  # so that each task's elements begin aligned
+    # In C, the base is subtracted during multiplication. Otherwise, if nothing else needs the tasks' own values any
+    # more, the deltas take their place. Both save passes through memory.
     plain = rows_kN is not None and device.type == "cpu" and rows_kN.dtype is torch.float32
     fused = plain and not signs and native.lib is not None and len(values) - 1 <= native.MOST_TASKS
     in_place = plain and not fused and sums is None
@@ -160,7 +162,7 @@ def _measure(
         average = new_array("average", count) if device.type == "cpu" else torch.empty(count, device=device)
         on_cpu = as_tensor(buffers.get("total", 8 * width)[: 8 * width], "F64")
         total = on_cpu if device.type == "cpu" else torch.empty_like(on_cpu, device=device)
-    # Elements behind `stop` belong to the last row alone.
+    # Elements from `stop` on belong only to the last row.
     lows = [*range(0, stop - start, TILE_ELEMENTS), *range(stop - start, end - start, TILE_ELEMENTS)]
     for low in lows:
         is_own = low < stop - start
@@ -203,10 +205,10 @@ def _measure(
 def _products(
     block_kN: torch.Tensor, base_N: torch.Tensor, *, subtracted: bool = True
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Gram matrices, one per PRODUCT_ELEMENTS, and the base's energies there.
+    """Compute Gram matrices, one per PRODUCT_ELEMENTS, and the base's energies there.
 
-    float32 in runs of SUM_ELEMENTS; float64 where fewer elements are left, or float32 overflows. block_kN: task
-    vectors; or weights, of which the base is not yet subtracted, where they are multiplied in C.
+    Uses float32 in runs of SUM_ELEMENTS, and float64 where fewer elements are left or float32 overflows. block_kN: task
+    vectors or, if they are multiplied in C, weights from which the base is not yet subtracted.
     """
     n = block_kN.shape[1]
     whole = n // PRODUCT_ELEMENTS * PRODUCT_ELEMENTS
@@ -234,7 +236,7 @@ def _products(
 
 
 def gram_sums(block_kN: torch.Tensor, base_N: torch.Tensor | None, whole: int) -> np.ndarray:
-    """[whole / PRODUCT_ELEMENTS, k, k] float64, added up in float32 in runs of SUM_ELEMENTS."""
+    """Return [whole / PRODUCT_ELEMENTS, k, k] float64, summed in float32 in runs of SUM_ELEMENTS."""
     k, pieces = len(block_kN), whole // PRODUCT_ELEMENTS
     if native.lib is not None and block_kN.device.type == "cpu" and k <= native.MOST_TASKS:
         found = np.empty((pieces, k, k))
@@ -250,7 +252,7 @@ def gram_sums(block_kN: torch.Tensor, base_N: torch.Tensor | None, whole: int) -
 
 
 def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:
-    """[k, k] counts: equal signs are both positive, both negative or both zero."""
+    """Count the elements of equal sign, [k, k]: both positive, both negative or both zero."""
     total = np.zeros((len(deltas_kN), len(deltas_kN)), np.int64)
     for of in (deltas_kN > 0, deltas_kN < 0, deltas_kN == 0):
         signs = of.to(torch.float32)  # counts up to 2^16 are exact in float32
@@ -261,7 +263,7 @@ def _agreement(deltas_kN: torch.Tensor) -> np.ndarray:
 def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
     """Return, for each model, the first one with the same dtype and bytes."""
     first: list[int] = []
-    alike: dict[tuple[str, bytes], list[int]] = {}  # representatives that begin alike: hardly ever more than one
+    alike: dict[tuple[str, bytes], list[int]] = {}  # representatives that begin alike; hardly ever more than one
     for position, (data, dtype) in enumerate(zip(raw, dtypes)):
         representatives = alike.setdefault((dtype, data[:EQUALITY_PROBE_BYTES].tobytes()), [])
         equal = next(
@@ -274,7 +276,8 @@ def _classes(raw: list[np.ndarray], dtypes: list[str]) -> list[int]:
 
 
 def _are_base(raw: list[np.ndarray], dtypes: list[str], classes: list[int]) -> list[bool]:
-    """Say of each task whether the base, the last of raw, has its bits once a reader casts it to the task's dtype."""
+    """Return, for each task, whether the base, the last of raw, has its bits once a reader casts it to the task's
+    dtype."""
     *tasks, base = raw
     of_base = as_tensor(base, dtypes[-1])
     cast: dict[str, np.ndarray] = {}
@@ -304,7 +307,7 @@ def _first_bad(data: np.ndarray, dtype: str, position: int, start: int) -> tuple
 
 def _join(item: SurveyItem, parts: list[_Part], digests: list[str], coding: CodingError | None) -> Measure:
     models = models_of(item)
-    # Same over all ranges: equal keys, a key being what a model is equal to in each range.
+    # Models are the same over all ranges if their keys are equal; a key says what a model equals in each range.
     keys = [tuple(part.classes[position] for part in parts) for position in range(len(models))]
     first = [keys.index(key) for key in keys]
     count = len(item.tasks)

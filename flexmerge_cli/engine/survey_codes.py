@@ -1,7 +1,7 @@
-"""The part of the survey that `auto` needs: how well base and average code, and residuals of some rows.
+"""Makes the part of the survey that `auto` needs: how well base and average can be coded, and residuals of some rows.
 
 A range of elements codes the rows that start in it, and reads on to the end of the last of them. So every row is coded
-once, whole, and the sums do not depend on how tensors are cut.
+once, as a whole, and the sums do not depend on how tensors are cut.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from flexmerge_cli.residuals.coder import Matrix
 from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors
 
 NewArray = Callable[[object, int], torch.Tensor]
-"""(what for, elements) -> float32 memory of this thread, used again for its next range."""
+"""Takes a purpose and a number of elements, and returns float32 memory of this thread, which its next range reuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,17 @@ class RowRange:
 
     @property
     def end(self) -> int:
-        """Element behind the last row; no more than `stop` rounded up to a row."""
+        """The element after the last row; no more than `stop` rounded up to a row."""
         return self.stop * self.columns if self.stop > self.first else 0
 
 
 def average_into(
     average: torch.Tensor, base: torch.Tensor, block_kN: torch.Tensor, total: torch.Tensor, *, subtracted: bool = True
 ) -> None:
-    """θ_0 + mean τ: the mean as `mean_tasks` has it, in float64, rounded once, then a float32 sum.
+    """Compute θ_0 + mean τ: the mean as in `mean_tasks`, in float64, rounded once, then a float32 sum.
 
-    block_kN: task vectors, or weights, of which the base is not yet subtracted.
-    total: float64, as long as a block, used again and again: fresh memory of this size takes longer than the sum.
+    block_kN: task vectors, or weights from which the base is not yet subtracted. total: float64, as long as a block,
+    reused: fresh memory of this size takes longer than the sum.
     """
     count = len(base)
     rows_are_whole = block_kN.stride(1) == base.stride(0) == average.stride(0) == 1 or count < 2
@@ -72,7 +72,8 @@ def measure_rows(
     device: torch.device,
     new_array: NewArray,
 ) -> RowErrors:
-    """values: the tasks' elements start … in their own dtypes, and the base's, last; average: float32, of the same."""
+    """Measure the coding errors of whole rows. values: the tasks' elements from `start` on in their own dtypes, and
+    last the base's; average: float32, of the same elements."""
     at = slice(rows.first * rows.columns - start, rows.end - start)
 
     def matrix(flat: torch.Tensor) -> torch.Tensor:

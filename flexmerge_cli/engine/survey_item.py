@@ -1,4 +1,5 @@
-"""What the pass of `plan` measures, what it finds, and in what pieces: for those who price it or plan with it.
+"""Describes what the pass of `plan` measures, what it finds, and in what pieces, for modules that price it or plan with
+it.
 
 survey.py does the arithmetic. Nothing here needs torch.
 """
@@ -11,7 +12,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.residuals.coder import Matrix, View
 from flexmerge_cli.residuals.coding_error import CodingError
 
-# Elements of one product. Fixed, so that the sums, and with them the plan's bytes, do not depend on how files are cut.
+# Elements of one product. Fixed, so that the sums, and thus the plan's bytes, do not depend on how files are cut.
 PRODUCT_ELEMENTS = 1 << 16
 # Elements of one work item, per model: 1 MiB of float32, a whole piece of the digest, and small enough for the cache.
 CHUNK_ELEMENTS = 1 << 18
@@ -25,33 +26,33 @@ class SurveyItem:
 
     name: str
     base: StoredTensor | None
-    """None: not read."""
+    """The base's tensor; None if it is not read."""
     tasks: tuple[tuple[int, StoredTensor], ...]
     """(task index, tensor), all of one shape."""
     gram: bool
     """Whether task vectors are compared; needs the base and every task."""
     codes: bool = False
-    """Whether it is coded, too, for `auto`; needs `gram`."""
+    """Whether it is also coded, for `auto`; needs `gram`."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Measure:
-    """What the pass found of one item. Rows and columns are those of `SurveyItem.tasks`."""
+    """What the pass found for one item. Rows and columns are those of `SurveyItem.tasks`."""
 
     digests: list[str]
     base_digest: str | None
     same: list[int]
-    """Position of the first task that holds the same bits."""
+    """The position of the first task that holds the same bits."""
     is_base: list[bool]
     """Whether the base, cast to the task's dtype, has the task's bits."""
     gram: np.ndarray | None
-    """[k, k] float64."""
+    """The Gram matrix, [k, k] float64."""
     agreement: np.ndarray | None
-    """[k, k] int64: elements of equal sign in {-1, 0, 1}."""
+    """The number of elements of equal sign in {-1, 0, 1}, [k, k] int64."""
     base_energy: float
     """Σ θ_base²."""
     not_finite: list[tuple[int, int]]
-    """(position, or -1 for the base; first index in C order)."""
+    """Pairs of the position, or -1 for the base, and the first index in C order."""
     coding: CodingError | None
 
 
@@ -61,5 +62,5 @@ def models_of(item: SurveyItem) -> list[StoredTensor]:
 
 
 def view_of(shape: tuple[int, ...]) -> Matrix:
-    """The rows that `auto` codes."""
+    """Return the shape of the rows that `auto` codes."""
     return View.SQUEEZED.matrix(shape)

@@ -1,6 +1,6 @@
-"""What the threads of `merge` do with one range: read it, make task vectors of it, step and merge them.
+"""Does what the threads of `merge` do with one range: reads it, makes task vectors of it, steps and merges them.
 
-Knows nothing of what is stored (writers/), nor of order, sums over ranges or files (materialise.py).
+Knows nothing about what is stored (writers/), nor about order, sums over ranges or files (materialise.py).
 """
 
 import threading
@@ -29,19 +29,19 @@ from flexmerge_cli.methods.reductions import flat
 
 @dataclass(slots=True)
 class Raw:
-    """The bits of one range, per model; tasks with equal bits share the first one's."""
+    """The bits of one range, by model; tasks with equal bits share those of the first."""
 
     span: Span
     bits: dict[int, Tensor]
     """The bits in the source's dtype, one axis, on the CPU: valid until this thread reads again."""
     rows: Tensor | None
-    """[models, n], in the order of `bits`, where all have one dtype and length; the same memory."""
+    """The same memory as [models, n], in the order of `bits`, if all have one dtype and length."""
     digests: dict[int, RangeDigest]
-    """Digests of the bits, where they were asked for."""
+    """The digests of the bits, if requested."""
 
 
 class Worker:
-    """Reads and merges ranges. Thread-safe: what changes is the thread's own."""
+    """Reads and merges ranges. Thread-safe: whatever changes belongs to one thread."""
 
     def __init__(self, layout: BundleLayout, sources: Sources, reader: Reader, device: "torch.device") -> None:
         self.layout, self.plan, self.sources = layout, layout.plan, sources
@@ -54,13 +54,13 @@ class Worker:
 
     @property
     def device(self) -> "torch.device":
-        """Where this thread computes."""
+        """The device on which this thread computes."""
         found: torch.device = getattr(self._here, "device", self._device)
         return found
 
     @contextmanager
     def on_cpu(self) -> Iterator[None]:
-        """This thread computes on the CPU for a while."""
+        """Make this thread compute on the CPU inside the block."""
         self._here.device = torch.device("cpu")
         try:
             yield
@@ -73,7 +73,8 @@ class Worker:
         return self.sources.base[name] if model == BASE else self.sources.tasks[model][name]
 
     def models(self, storage: Storage) -> tuple[int, ...]:
-        """Return what has to be read of a tensor: of equal tasks the first, and the base if something merges."""
+        """Return the models that must be read for a tensor: the first of equal tasks, and the base if something
+        merges."""
         representatives = sorted({storage.tensor.same[task] for group in storage.groups for task in group.tasks})
         needs_base = any(self._needs_base(group) for group in storage.groups)
         needs_base = needs_base or any(part.array.role == "base" for part in storage.parts)
@@ -86,11 +87,12 @@ class Worker:
         return coded is None or coded.centre != "none"
 
     def read(self, span: Span, models: Sequence[int], place: int = 0, *, digests: bool = False) -> Raw:
-        """place: which of the thread's buffers, where several tensors are read at once. digests: take them, too."""
+        """Read a range. place: which of the thread's buffers, if several tensors are read at once. digests: whether to
+        digest the bits."""
         same = self.plan.tensor(span.tensor).same
         representatives = dict.fromkeys(model if model == BASE else same[model] for model in models)
         tensors = [self.source(span.tensor, representative) for representative in representatives]
-        # Private tensors of other shapes: each ends where it ends.
+        # Private tensors may have other shapes: each is read to its own end.
         ranges = [(min(span.start, tensor.num_elements), min(span.stop, tensor.num_elements)) for tensor in tensors]
         taken: list[RangeDigest] = []
 
@@ -124,7 +126,7 @@ class Worker:
         return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=self.plan.tensor(span.tensor).shape)
 
     def rows_of(self, raw: Raw, tasks: Sequence[int]) -> Tensor | None:
-        """The tasks' bits as one matrix [k, n], where they lie like that."""
+        """Return the tasks' bits as one matrix [k, n], if they lie like that."""
         if raw.rows is None:
             return None
         order = list(raw.bits)
@@ -134,7 +136,8 @@ class Worker:
     # Merging
 
     def deltas(self, raw: Raw, tasks: Sequence[int], low: int, high: int, place: int = 0) -> Tensor:
-        """float32(θ_k) - float32(θ_base) of elements [low, high) of the range, [k, n]. Valid until the next call."""
+        """Return float32(θ_k) - float32(θ_base) of elements [low, high) of the range, [k, n]. Valid until the next
+        call."""
         size = len(tasks) * (high - low) * 4
         on_cpu = as_tensor(self.buffers.get(("deltas", place), size)[:size], "F32").view(len(tasks), high - low)
         deltas = on_cpu if self.device.type == "cpu" else torch.empty_like(on_cpu, device=self.device)
@@ -152,7 +155,7 @@ class Worker:
     def stepped(
         self, chain: Chain, deltas: Tensor, where: Where, tasks: Sequence[int], upto: int | None = None
     ) -> Tensor:
-        """[k, n] after the first `upto` steps; the very tensor where there are none."""
+        """Return [k, n] after the first `upto` steps; the tensor itself if there are none."""
         for step, by_domain in zip(chain.steps[:upto], chain.step_stats):
             stats = None
             if by_domain is not None:
@@ -163,7 +166,7 @@ class Worker:
         return deltas
 
     def all_stepped(self, chain: Chain, deltas: Tensor, span: Span, tasks: Sequence[int], upto: int) -> Tensor:
-        """The task vectors of a whole range after the first `upto` steps: in place, tile by tile, where it can."""
+        """Apply the first `upto` steps to the task vectors of a whole range: in place, tile by tile, where possible."""
         if not upto:
             return deltas
         shape = self.plan.tensor(span.tensor).shape
@@ -176,7 +179,7 @@ class Worker:
         return deltas
 
     def tiles(self, chain: Chain, span: Span) -> list[tuple[int, int]]:
-        """[low, high) of a range that the chain may merge one after another."""
+        """List the parts [low, high) of a range that the chain may merge one after another."""
         shape, count = self.plan.tensor(span.tensor).shape, span.stop - span.start
         in_tiles = runs_in_tiles(chain.scope_of(span.tensor, shape), shape, span)
         return tiles(count, span.run) if in_tiles else [(0, count)]
@@ -205,7 +208,7 @@ class Worker:
         return whole, deltas
 
     def block_values(self, group: StoredGroup, raws: Mapping[str, Raw]) -> dict[str, Tensor]:
-        """A method of scope `block` on all tensors of a unit: name -> merged task vector."""
+        """Apply a method of scope `block` to all tensors of a unit. Returns the merged task vector by name."""
         chain = self.chain(group)
         assert chain.call is not None
         deltas, unstepped = {}, {}
@@ -218,7 +221,7 @@ class Worker:
         first = next(iter(raws))
         where = Where(tasks=names, tensor=self.block_of[first], start=0, shape=())
         found: dict[str, Tensor] = chain.call(deltas, where, chain.stats(group.tasks, first), unstepped)
-        # A method may give back what it got, which is this thread's buffer and the next group's.
+        # A method may return what it got, which is this thread's buffer and is reused for the next group.
         return {name: value.clone() for name, value in found.items()}
 
     def chain(self, group: StoredGroup) -> Chain:
@@ -226,26 +229,26 @@ class Worker:
         return self.chains[group.method]
 
     def domain(self, scope: str, tensor: str) -> str:
-        """Return what a statistic is measured over: the model, a block, a tensor."""
+        """Return the domain over which a statistic is measured: the model, a block, or a tensor."""
         return {"model": "", "block": self.block_of[tensor], "tensor": tensor}[scope]
 
     def rounded(self, delta: Tensor, dtype: str) -> Tensor:
-        """float32 as it will be read back from `dtype`."""
+        """Return float32 as it will be read back from `dtype`."""
         return cast(delta.float(), dtype).float() + 0.0
 
 
 def runs_in_tiles(scope: Scope, shape: tuple[int, ...], span: Span) -> bool:
-    """Return whether what has this scope may see a range piece by piece: pieces end where runs do."""
+    """Return whether a chain of this scope may see a range piece by piece, whose pieces end where runs do."""
     return scope == "element" or (scope == "row" and span.run == row_elements(shape))
 
 
 def shape_for(deltas: Tensor, scope: Scope, where: Where) -> Tensor:
-    """[k, n] as methods of a scope take it."""
+    """Return [k, n] in the shape that methods of a scope take."""
     if scope == "row":
         return deltas.view(len(deltas), -1, max(1, row_elements(where.shape)))
     return deltas.view(len(deltas), *where.shape) if scope in ("tensor", "block") else deltas
 
 
 def cast(values: Tensor, dtype: str) -> Tensor:
-    """The same tensor where nothing changes."""
+    """Cast values to a dtype; returns the same tensor if nothing changes."""
     return values.to(torch_dtype(dtype))

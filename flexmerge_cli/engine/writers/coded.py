@@ -1,4 +1,4 @@
-"""Writes a centre as it is stored, and per task what is missing to it, coded."""
+"""Writes a centre as it is stored and, for each task, its coded difference from the centre."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ def _write(
 def _write_alike(
     encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece, whole: Tensor | None
 ) -> None:
-    """A centre as it is stored, and per task what is missing to it, coded."""
+    """Write a centre as it is stored and, for each task, its coded difference from the centre."""
     worker, span = encoder.worker, raw.span
     chain, dtypes = worker.chain(group), encoder.dtypes(storage, group)
     coded = chain.coded
@@ -65,7 +65,7 @@ def _write_alike(
 
 
 def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-    """The same where each task has bits of its own, 0 and exact copies among them; equal tasks are coded once."""
+    """Write the same where each task has bits of its own, including 0 and exact copies; equal tasks are coded once."""
     worker, dtypes = encoder.worker, encoder.dtypes(storage, group)
     chain, shape = worker.chain(group), storage.tensor.shape
     coded, bits_of = chain.coded, dict(zip(group.tasks, group.bits or ()))
@@ -108,7 +108,7 @@ def _centre(
     raw: Raw,
     piece: Piece,
 ) -> Tensor:
-    """Write what residuals are taken against, and give it as it is read back: float32, on the device.
+    """Write what residuals are taken against, and return it as it is read back: float32, on the device.
 
     plain: float32, before it is coded or rounded; shared: its parts, by role.
     """
@@ -144,7 +144,8 @@ def _code(
 
 
 def _plain(encoder: Encoder, group: StoredGroup, raw: Raw, whole: Tensor | None = None) -> Tensor:
-    """The centre before it is coded or rounded: float32 [n], on the device. Of the base, its own memory."""
+    """Return the centre before it is coded or rounded: float32 [n], on the device. If it is the base, no copy is
+    made."""
     worker = encoder.worker
     base = worker.on_device(raw.bits[BASE])
     if worker.chain(group).call is None:
@@ -157,7 +158,7 @@ def _plain(encoder: Encoder, group: StoredGroup, raw: Raw, whole: Tensor | None 
 
 
 def _rows(matrix: Matrix, raw: Raw) -> tuple[int, int]:
-    """Whole rows of a view that a range is."""
+    """Return the whole rows of a view that a range covers."""
     m, n = matrix
     return (raw.span.start // n, raw.span.stop // n) if n else (0, m)
 

@@ -17,7 +17,7 @@ from flexmerge_cli.methods.linear import scaled_sum
 
 
 def write_copies(encoder: Encoder, group: StoredGroup, raw: Raw, piece: Piece) -> None:
-    """Exact copies, or casts of them, each written with the group of its first reader."""
+    """Write exact copies, or casts of them, each with the group of its first reader."""
     worker, start = encoder.worker, raw.span.start
     for part in group.parts:
         if part.array.role != "dense":
@@ -37,7 +37,8 @@ def write_copies(encoder: Encoder, group: StoredGroup, raw: Raw, piece: Piece) -
 
 
 def _check_cast(encoder: Encoder, values: Tensor, stored: Tensor, part: Part, raw: Raw) -> None:
-    """What was not finite stays as it is; what becomes so would be data that nobody wrote."""
+    """Raise DataError if a cast makes a finite value infinite, which would be data that nobody wrote. Values that were
+    not finite may stay so."""
     if all_finite(stored):
         return
     lost = torch.isfinite(values) & ~torch.isfinite(stored)
@@ -65,7 +66,7 @@ def _merge(
             continue
         found, deltas = worker.value(group, raw, low, high, whole)
         base = worker.on_device(raw.bits[BASE][low:high])
-        # -0 is written as +0: adding 0 makes it so, before the sum and, where rounding can give it, after it.
+        # Adding 0 turns -0 into +0, before the sum and, where rounding can give -0, after it.
         stored[low:high].copy_(base + (found.float() + 0.0))
         if stored.dtype is not torch.float32:
             stored[low:high].add_(0.0)
@@ -75,7 +76,7 @@ def _merge(
             # These are the task vectors, not the weights: what is lost is as small as they are, or smaller.
             lost.sub_(worker.on_device(cast(stored[low:high], dtype)) - base)
             errors[rows, low // run : -(-high // run)] = squares(lost, run)
-    if not np.isfinite(errors).all():  # they are of every value, as every task reads it
+    if not np.isfinite(errors).all():  # they cover every value, as every task reads it
         for dtype in {*dtypes}:
             encoder.check_finite(cast(stored, dtype), group, raw)
     data = encoder.emit(part, raw.span.start, stored, piece)
@@ -90,9 +91,9 @@ def _merge(
 def _merge_runs(
     encoder: Encoder, group: StoredGroup, raw: Raw, dtypes: list[str], stored: Tensor, errors: np.ndarray
 ) -> int:
-    """Merge whole runs of a linear method in one go through memory, where native.c can; returns how many elements.
+    """Merge whole runs of a linear method in one pass through memory, where native.c can; return how many elements.
 
-    The bits, and the errors, are those of the way that all methods go.
+    The bits, and the errors, are those of the general path.
     """
     chain, run = encoder.worker.chain(group), raw.span.run
     rows = encoder.worker.rows_of(raw, group.tasks)

@@ -49,7 +49,7 @@ def _write(
 
 
 def _sums(encoder: Encoder, group: StoredGroup, raw: Raw) -> np.ndarray:
-    """Σ |δ| of each task, and of what its mask takes of the unified delta."""
+    """Return Σ |δ| of each task, and of what its mask takes from the unified delta."""
     worker, span, found = encoder.worker, raw.span, []
     chain, dtype = worker.chain(group), encoder.dtype_of(span.tensor, group)
     for low, high in worker.tiles(chain, span):

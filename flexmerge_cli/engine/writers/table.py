@@ -1,4 +1,4 @@
-"""The table of writers, one for each stored form, and what all groups of a tensor write together."""
+"""Maps each stored form to its writer, and writes what all groups of a tensor store together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ from flexmerge_cli.stored.dense import COPY, MERGED
 from flexmerge_cli.stored.masked import MASKED
 
 WRITERS: Mapping[str, Writer] = {COPY.word: COPIES, MERGED.word: MERGE, MASKED.word: MASKS, CODED.word: RESIDUALS}
-"""The word of a form -> its writer."""
+"""The writer of each form, by the form's word."""
 
 
 def writer_of(group: StoredGroup) -> Writer:
@@ -28,18 +28,18 @@ def writer_of(group: StoredGroup) -> Writer:
 
 
 def encode(encoder: Encoder, storage: Storage, raw: Raw, values: Mapping[Tasks, Tensor] | None = None) -> Piece:
-    """All that one range of a tensor stores. values: what methods of scope `block` made of it, by group."""
+    """Write all that one range of a tensor stores. values: what methods of scope `block` made of it, by group."""
     piece, span = Piece(sources=raw.digests), raw.span
     for group in storage.groups:
         writer_of(group).write(encoder, storage, group, raw, piece, (values or {}).get(group.tasks))
     for base in (part for part in storage.parts if part.array.role == "base"):
-        # A copy: the buffer that was read into is the next item's, and the hash is taken later.
+        # Copied, because the next item reuses the buffer, and the hash is taken later.
         encoder.emit(base, span.start, cast(raw.bits[BASE], base.array.dtype).clone(), piece)
     return piece
 
 
 def visit_scope(chains: Sequence[Chain], storage: Storage) -> Scope:
-    """Return what one visit must see of a tensor, for every group of it."""
+    """Return what one visit must see of a tensor, for all its groups."""
     tensor, scopes = storage.tensor, list[Scope]()
     for group in storage.groups:
         if group.method is not None:

@@ -1,4 +1,4 @@
-"""What the writer of a stored form answers."""
+"""Defines what the writer of a stored form must provide."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,28 +18,28 @@ class Work:
     """One range of one group that is merged and written, and what it is known to take."""
 
     chain: Chain | None
-    """None for copies."""
+    """The group's method; None for copies."""
     storage: Storage
     group: StoredGroup
     n: int
-    """Elements of the range."""
+    """The number of elements in the range."""
     t: int
-    """Elements that are merged at a time."""
+    """The number of elements that are merged at a time."""
     items: Sequence[int]
-    """Bytes of an element, per task, as it is given back."""
+    """The bytes of one element as each task gets it back."""
     merging: int
-    """Bytes that merging takes."""
+    """The bytes that merging takes."""
     is_cast: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitValues:
-    """What each task of a group stores once for all tensors of a unit: it follows from sums over all of them."""
+    """Computes what each task of a group stores once for all tensors of a unit, from sums over all of them."""
 
     sums: Callable[[Encoder, StoredGroup, Raw], np.ndarray]
-    """What one range of a tensor adds to every sum, run by run: float64 [sums, k, runs]."""
+    """Returns what one range of a tensor adds to every sum, run by run: float64 [sums, k, runs]."""
     values: Callable[[Call, np.ndarray, np.ndarray], np.ndarray]
-    """The call, the sums [sums, k, tensors], and the elements of each tensor -> one value per task."""
+    """Turns the call, the sums [sums, k, tensors] and the number of elements of each tensor into one value per task."""
 
 
 def _any_range(_chain: Chain, _storage: Storage, _group: StoredGroup) -> Scope:
@@ -51,10 +51,10 @@ class Writer:
     """Writes one stored form."""
 
     write: Callable[[Encoder, Storage, StoredGroup, Raw, Piece, Tensor | None], None]
-    """One range of a group's tensor. The last: what a method of scope `block` made of it."""
+    """Writes one range of a group's tensor. The last argument is what a method of scope `block` made of it."""
     workspace: Callable[[Work], int]
-    """Bytes that one call takes beside buffers and what it writes."""
+    """Returns the bytes that one call takes beside buffers and what it writes."""
     scope: Callable[[Chain, Storage, StoredGroup], Scope] = _any_range
-    """What one call must see of a tensor; what the method must see is known without."""
+    """Returns what one call must see of a tensor, apart from what the method must see."""
     of_unit: UnitValues | None = None
-    """None if the form stores nothing of units."""
+    """None if the form stores nothing per unit."""
