@@ -142,6 +142,27 @@ ARCHITECTURES = {
         ),
         lora=["q_b_proj", "kv_b_proj", "o_proj"],
     ),
+    "Qwen3-VL-MoE": Architecture(
+        hf.Qwen3VLMoeForConditionalGeneration,
+        of(
+            hf.Qwen3VLMoeConfig,
+            text_config=LANGUAGE
+            | {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 8, "num_experts_per_tok": 2}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+        ),
+        lora=ATTENTION,
+    ),
+    "Nomic BERT": Architecture(hf.NomicBertForMaskedLM, of(hf.NomicBertConfig, **TEXT)),
+    "GTE": Architecture(hf.GteForMaskedLM, of(hf.GteConfig, **TEXT)),
     "gpt-oss": Architecture(
         hf.GptOssForCausalLM, of(hf.GptOssConfig, num_local_experts=4, head_dim=8, **LANGUAGE), lora=ATTENTION
     ),

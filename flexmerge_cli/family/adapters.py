@@ -12,10 +12,10 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME, WEIGHT_NAMES, Adapter, AdapterKind, is_adapter, read_adapter
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.family import experts, fused
 from flexmerge_cli.family.adapted import adapted, names_other_base
 from flexmerge_cli.family.align import align
 from flexmerge_cli.family.blocks import Block, partition
-from flexmerge_cli.family.experts import in_form_of
 
 Adapters = Literal["keep", "merge", "pool"]
 """How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated as any
@@ -60,6 +60,9 @@ def members_of(
     Raises DataError that lists every adapter that cannot be read, fits no base, or cannot be in a pool.
     """
     adapters = _adapters_of(base, tasks, assume_base=assume_base)
+    if len(adapters) == len(tasks):  # a whole model has its own form
+        modules = {module for each in adapters.values() for module in (*each.factors, *each.vectors)}
+        base = fused.for_modules([f"{module}.weight" for module in sorted(modules)], base)
     models = _models_of(base, tasks, adapters)
     if mode == "pool":
         pooled = _pool_base(base, tasks, adapters)
@@ -68,8 +71,9 @@ def members_of(
     names = sorted(adapters) if mode == "keep" else []
     kept = tuple(_keep(base, name, adapters[name], models.pop(name)) for name in names)
     # Kept adapters need the base as it is.
-    seen = base if kept else in_form_of(list(models.values()), base)
-    return Members(base=seen, models=models, kept=kept)
+    if not kept:
+        base = fused.in_form_of(list(models.values()), experts.in_form_of(list(models.values()), base))
+    return Members(base=base, models=models, kept=kept)
 
 
 def _adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:

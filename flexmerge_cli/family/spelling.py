@@ -78,13 +78,20 @@ def _spelling(rules: list[list[str]]) -> Spelling:
     return apply
 
 
+def forms() -> dict[str, dict[str, list[Any]]]:
+    """Model type -> tensors that are the `rows` of others, and those that are `turned`: with two axes swapped."""
+    return _known()["forms"]
+
+
 @cache
+def _known() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = parse_json((Path(__file__).parent / "transformers_names.json").read_bytes())
+    return found
+
+
 def _renames() -> dict[str, list[list[list[str]]]]:
     """Model type -> lists of (regular expression, replacement)."""
-    found: dict[str, list[list[list[str]]]] = parse_json(
-        (Path(__file__).parent / "transformers_names.json").read_bytes()
-    )["rules"]
-    return found
+    return _known()["rules"]
 
 
 def _types(config: Mapping[str, Any], depth: int = 0) -> Iterator[str]:

@@ -8,6 +8,7 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.choose import variants
 from flexmerge_cli.checkpoint.contents import is_ignored
 from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.family import fused
 from flexmerge_cli.family.family import Family
 
 SHOWN = 8  # names in a message; the rest is counted
@@ -74,9 +75,9 @@ def notes(family: Family) -> list[str]:
 
 
 def warnings(family: Family) -> list[str]:
-    """One line per kind that a model may miss; code that its config names comes with what to do."""
+    """One line per kind that a model may miss, or that differs in form; with what to do."""
     found = left_out(family)
-    messages = _lines(found, UNEXPECTED)
+    messages = _lines(found, UNEXPECTED) + fused.mixed(dict(zip(family.task_names, family.tasks)))
     code = [each for each in found if each.kind == "code"]
     if code:
         configs = {name: task.config for name, task in zip(family.task_names, family.tasks)}
