@@ -1,7 +1,7 @@
-"""Methods by names that other programs have for them and that are not ours: what each is, and what is nearest here.
+"""Knows methods of other programs that flexmerge lacks: what each one is, and which method here is nearest.
 
-FusionBench's methods, under the names of its folders and configurations, and those of mergekit that aliases.py lacks.
-No torch.
+These are FusionBench's methods, under the names of its folders and configurations, and those of mergekit that
+aliases.py lacks. Needs no torch.
 """
 
 _SAME = "has another name here"
@@ -11,7 +11,7 @@ _MOE = "builds a mixture of experts, or prunes one"
 _MODELS = "runs several models and combines their outputs"
 _TWO = "interpolates on a sphere or by rules of its own between the weights themselves, not task vectors"
 
-# Name -> (what it is, the nearest here as options of `merge`, or nothing).
+# Name -> (what it is, the nearest method here as options of `merge`, or nothing).
 ABSENT = {
     "regmean": ("solves a least-squares problem per linear layer: needs data, the layers' inputs", "swudi"),
     "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "swudi"),
@@ -106,7 +106,7 @@ _OTHER_NAMES = {
 
 
 def explain_absent(name: str) -> tuple[str, str] | None:
-    """What a method is that is not ours, and a hint at the nearest, `use --method …`; None for a name not known either.
+    """Explain a method that flexmerge lacks, with a hint at the nearest one, `use --method …`; None for unknown names.
 
     Case and `-` do not matter.
     """

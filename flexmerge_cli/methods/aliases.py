@@ -1,6 +1,6 @@
-"""Short names for methods with many arguments, and the names that mergekit has for methods. No torch.
+"""Defines short names for methods with many arguments, and maps mergekit's names to methods here. Needs no torch.
 
-mergekit's methods are ours with other defaults, or ours after a step. They differ from ours in detail even so: see the
+mergekit's methods are methods here with other defaults, or after a step. They still differ in detail: see the
 docstrings of ties, breadcrumbs, della, sce and model_stock.
 """
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 
 class Alias(NamedTuple):
-    """The method of ours to use instead of one of mergekit's."""
+    """The method to use here instead of one of mergekit's."""
 
     method: str
     """The method, as `NAME[:key=value,…]`."""
     steps: tuple[str, ...]
-    """The steps, likewise, in order."""
+    """The steps before it, in the same notation and in order."""
     message: str
     """The replacement as command-line options, and what happens to the arguments of mergekit's method."""
 
 
 _CODED_MEAN = "gain=norm,centre=average,centre_bits=8,scales=bfloat16,clip=search"
 
-# An average in 8 bits, and per task a residual of so many bits a weight.
+# An average in 8 bits, and per task a residual of the given number of bits per weight.
 PRESETS = {
     "residual-1bit": f"low_bit:bits=1,{_CODED_MEAN}",
     "residual-2bit": f"low_bit:bits=2,{_CODED_MEAN}",
@@ -50,7 +50,7 @@ ALIASES = {
 
 
 def resolve_alias(name: str) -> Alias | None:
-    """A preset, our counterpart of mergekit's method of this name, or None. Case and `-` do not matter."""
+    """Return a preset, the counterpart of mergekit's method of this name, or None. Case and `-` do not matter."""
     key = name.lower().replace("-", "_")
     preset = key.replace("_", "-")
     if preset in PRESETS:

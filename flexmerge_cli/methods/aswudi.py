@@ -1,4 +1,4 @@
-"""ASWUDI: SWUDI with a rank that each matrix's own spectrum decides."""
+"""ASWUDI: SWUDI with a rank that follows from the spectrum of each matrix."""
 
 import math
 from typing import Literal
@@ -12,8 +12,8 @@ Rule = Literal["participation_sqrt", "participation", "stable_rank", "entropy", 
 
 
 def rank(squares: Tensor, rule: Rule, m: int) -> int:
-    """The number of the n eigenvalues to keep, 1 to n. squares [n] float64, falling, above 0; m: the other side's
-    size."""
+    """Return how many of the n eigenvalues to keep, 1 to n. squares [n] float64, falling, above 0; m: the size of the
+    other side."""
     n, total = len(squares), squares.sum()
     if rule == "participation_sqrt":
         found = math.ceil((squares.sqrt().sum().square() / total).item())
@@ -33,7 +33,7 @@ def rank(squares: Tensor, rule: Rule, m: int) -> int:
 
 
 def _threshold(beta: float) -> float:
-    """The threshold as a multiple of the median: Gavish and Donoho's for unknown noise, with the authors' median."""
+    """Return Gavish and Donoho's threshold for unknown noise as a multiple of the median, with the authors' median."""
     omega = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
     return omega / (math.sqrt((1 - beta) ** 2 + beta) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3)))
 
@@ -54,10 +54,10 @@ def aswudi(
     scale: Scale = 1.0,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """WUDI's minimiser in as many of the largest directions as the rule says. [k, *shape] float32 -> [*shape].
+    """Find WUDI's minimiser in as many of the largest directions as the rule says. [k, *shape] float32 -> [*shape].
 
     rule: gavish_donoho is the authors' choice for full Llama deltas; none takes all directions, and divides by noise if
-    the deltas have low rank. Directions left out keep `init`, as in swudi. Tensors that are no matrices get the mean.
+    the deltas have low rank. Directions left out keep `init`, as in swudi. Tensors that are not matrices get the mean.
     Source: WalkerWorldPeace/MLLMerging, where float32 can put a rank off by one at exact integers.
     """
 

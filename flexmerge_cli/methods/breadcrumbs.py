@@ -1,4 +1,4 @@
-"""Breadcrumbs: drop the largest changes as outliers and the small ones as noise."""
+"""Breadcrumbs: drops the largest changes as outliers and the small ones as noise."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ def _scope(*, scope: str, **_: object) -> Scope:
 
 
 def _cuts(num_elements: int, *, beta: float, gamma: float) -> tuple[int, int]:
-    """The places of the last element that is dropped at the top, and of the last one that is kept."""
+    """Return the places of the last element that is dropped at the top, and of the last one that is kept."""
     removed = max(0, min(int(gamma * num_elements), num_elements - 1))
     return removed, removed + min(num_elements - removed, max(1, int(beta * num_elements)))
 
@@ -30,7 +30,8 @@ def _statistics(*, beta: float, gamma: float, scope: Within, **_: object) -> Sta
 
 
 def masked(deltas: Tensor, where: Where, kept: Kept | None, *, beta: float, gamma: float) -> Tensor:
-    """Zero the largest and the small elements, of each row [k, r, n] if there is no statistic. Same shape."""
+    """Zero the largest and the small elements, of each row [k, r, n] if there is no statistic. Returns the same
+    shape."""
     keys = magnitude_keys(deltas)
     if kept is None:
         removed, end = _cuts(deltas.shape[-1], beta=beta, gamma=gamma)
@@ -57,10 +58,10 @@ def breadcrumbs(
     scope: Within = "tensor",
     merge: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
-    """Scaled sum (or mean) of task vectors without their largest and their small elements. [k, n] float32 -> [n].
+    """Sum (or average) the task vectors without their largest and their small elements, scaled. [k, n] float32 -> [n].
 
-    gamma: the fraction dropped at the top within `scope`, leaving at least one element; beta: the fraction kept below
-    that, at least one. scale: 0.3 for sum, within the authors' search from 0.1 to 1; 1.0 for mean.
+    gamma: the fraction dropped at the top within `scope`, which leaves at least one element; beta: the fraction kept
+    below that, at least one. scale: 0.3 for sum, within the authors' search from 0.1 to 1; 1.0 for mean.
     scope: `tensor` is the paper's layer; scope=row takes [k, r, n] and returns [r, n].
     Source: rezazzr/breadcrumbs, which works along the last axis: rows shorter than 1/gamma lose no outlier, and those
     shorter than 1/beta lose everything. scope=row equals it for one and two axes. mergekit zeroes whole small tensors.
@@ -89,6 +90,6 @@ def breadcrumbs_step(
 ) -> Tensor:
     """Zero the largest and the small elements of each task, before any method. [M, n] float32 -> [M, n].
 
-    Arguments: as the method's.
+    The arguments are those of the method.
     """
     return masked(deltas, where, stats, beta=beta, gamma=gamma)

@@ -4,7 +4,7 @@
     def low_bit(*, bits: Bits = 2, centre: str = "average", …) -> Coded: ...
 
 A declaration maps keyword arguments to a Coded, without weights. The arithmetic is in residuals/.
-θ̂_k = centre + decode(residual_k), residual_k = θ_k - centre in float32, against the centre as it is stored.
+θ̂_k = centre + decode(residual_k), with residual_k = θ_k - centre in float32, against the centre as it is stored.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Vectors(StrEnum):
     """How to store tensors that are one row by nature: biases, norms, scalars."""
 
     COPIES = "copies"
-    """Exact copies, no centre: far below 1 % of a model, and they do not compress."""
+    """Exact copies without a centre: they are far below 1 % of a model, and do not compress."""
     BYTES = "bytes"
     """8 bits on an 8-bit centre."""
     CODED = "coded"
@@ -47,13 +47,13 @@ class Vectors(StrEnum):
 
 
 class Expert(Protocol):
-    """Makes residuals that are not θ_k - centre, from the task vectors (methods/free.py)."""
+    """Makes residuals other than θ_k - centre, from the task vectors (methods/free.py)."""
 
     def factors(self, group: Any) -> "np.ndarray":
-        """One number per task of a group, from its finished statistic: [k]."""
+        """Compute one number per task of a group, from its finished statistic: [k]."""
 
     def residual(self, delta: Tensor, base: Tensor, centre: Tensor, factor: float) -> Tensor:
-        """The residual of one task. All arrays are float32 [*shape]; centre is as stored."""
+        """Compute the residual of one task. All arrays are float32 [*shape]; centre is as stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Form:
     residual: Coder | None
     """The coder of each task's residual. None: exact copies of all tasks, and no centre."""
     centre: Coder | None
-    """The coder of the centre. None: a dense centre, or none."""
+    """The coder of the centre. None: the centre is dense, or there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +80,13 @@ class Coded:
     view: View = View.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None
-    """What makes the residuals, itself a Statistic. None: they are θ_k - centre."""
+    """Makes the residuals, and is itself a Statistic. None: they are θ_k - centre."""
 
     def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Form:
-        """The form of a tensor in a group whose tasks have these dtypes, one each.
+        """Choose the form of a tensor in a group whose tasks have these dtypes, one each.
 
-        Copies where they are no larger than centre and residuals. The base costs nothing here: whether it is stored
-        anyway depends on other groups, and this rule must not.
+        Copies are chosen where they are no larger than centre and residuals. The base costs nothing here: whether it is
+        stored anyway depends on other groups, and this rule must not.
         """
         matrix = self.view.matrix(shape)
         copies = Form(matrix=matrix, residual=None, centre=None)
@@ -101,9 +101,10 @@ class Coded:
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
     def form_of_bits(self, shape: tuple[int, ...], bits: float) -> Form:
-        """The form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded, too.
+        """Return the form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded, too.
 
-        bits: 0 stores nothing beside the centre, and then `residual` is None. Less than 1 only beside a centre.
+        bits: 0 stores nothing beside the centre, and then `residual` is None. Less than 1 is possible only beside a
+        centre.
         """
         code = weight_code(int(bits)) if self.centre == "none" and bits else residual_code(bits) if bits else None
         return Form(
@@ -113,11 +114,11 @@ class Coded:
         )
 
     def centre_call(self) -> Call | None:
-        """The method that makes the centre; None for the base, and for none."""
+        """Return the method that makes the centre; None if the centre is the base, or there is none."""
         return None if self.centre in ("base", "none") else _centre_call(self.centre)
 
     def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
-        """The bytes of one group's centre; 0 for the base, which all groups share, and if there is no centre."""
+        """Return the bytes of one group's centre; 0 for the base, which all groups share, and if there is no centre."""
         if form.residual is None or self.centre in ("base", "none"):
             return 0
         dtype = promote(dtypes)
@@ -126,7 +127,7 @@ class Coded:
 
 
 def residual_bytes(form: Form, dtypes: tuple[str, ...]) -> int:
-    """The bytes of the residuals of all tasks of a group; 0 if they are copies."""
+    """Return the bytes of the residuals of all tasks of a group; 0 if they are copies."""
     if form.residual is None:
         return 0
     return sum(num_bytes(form.residual.parts(form.matrix, dtype)) for dtype in dtypes)
@@ -139,7 +140,7 @@ class CodedMethod(Method):
 
 @functools.lru_cache(maxsize=1024)
 def _centre_call(text: str) -> Call:
-    """The centre's method. It is parsed once, because a plan asks for it for every tensor and group."""
+    """Parse the centre's method, once, because a plan asks for it for every tensor and group."""
     from flexmerge_cli.methods.registry import parse_call  # it imports this module, and torch
 
     return parse_call(text)
@@ -147,12 +148,12 @@ def _centre_call(text: str) -> Call:
 
 @functools.lru_cache(maxsize=1024)
 def declare(call: Call) -> Coded | None:
-    """What a call of a coded method stores; None for other methods. Raises UsageError."""
+    """Return what a call of a coded method stores; None for other methods. Raises UsageError."""
     return call.method.function(**call.args) if isinstance(call.method, CodedMethod) else None
 
 
 def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMethod]:
-    """Make a CodedMethod of a declaration; its name is the function's, its scope that of the coder for two tasks."""
+    """Make a CodedMethod of a declaration. Its name is the function's, its scope that of the coder for two tasks."""
 
     def wrap(function: Callable[..., Coded]) -> CodedMethod:
         def scope(**args: Any) -> Literal["row", "tensor"]:
@@ -168,8 +169,8 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
 
 
 def check_centre(declared: Coded, name: str) -> None:
-    """Check `centre=`: `base`, for `low_bit` also `none`, or a method with one dense value per group. Raises
-    UsageError."""
+    """Raise UsageError unless `centre=` is `base`, for `low_bit` also `none`, or a method with one dense value per
+    group."""
     if declared.centre == "none" and name != "low_bit":
         raise UsageError(
             f"`{name}`: centre=none leaves nothing to take residuals against", hint="use `base` or `average`"
@@ -196,9 +197,9 @@ def bitdelta(
     gain: Literal["none", "norm"] = "none",
     centre: str = "base",
 ) -> Coded:
-    """The sign of every element of the residual, and its mean magnitude.
+    """Store the sign of every element of the residual, and its mean magnitude.
 
-    scale: one per tensor, as in the authors' code, or one per row. gain: norm takes the root mean square of each row.
+    scale: one per tensor, as in the authors' code, or one per row. gain: norm uses the root mean square of each row.
     This is the authors' method without its distillation, which needs data.
     """
     coder = BitDelta(scale=scale, gain=gain)
@@ -216,7 +217,7 @@ def low_bit(
     scales: Literal["float32", "bfloat16"] = "float32",
     clip: Literal["none", "search"] = "none",
 ) -> Coded:
-    """Residuals in 1 to 8 bits per element, with one scale per row; on a dense centre, a coded one, or none.
+    """Store residuals in 1 to 8 bits per element, with one scale per row, on a dense centre, a coded one, or none.
 
     levels: up to 3 bits, the levels of a normal distribution, or levels fitted to each tensor. gain: norm keeps the
     length of each row. centre: base, none, or a merging method. centre_bits: 2, 3, 4, 8 or dense; coded centres have
@@ -244,11 +245,11 @@ def low_bit(
 def sign_runs(
     *, run: Annotated[int, Range(least=4, most=32)] = 8, centre: str = "average", centre_bits: CentreBits = "dense"
 ) -> Coded:
-    """The signs of each run of elements as one of 2·run patterns: (log2(run) + 1)/run bits an element.
+    """Store the signs of each run of elements as one of 2·run patterns: (log2(run) + 1)/run bits an element.
 
-    run: elements of a run; 4, 8, 16 and 32 take 0.75, 0.5, 0.3125 and 0.1875 bits an element. Rows keep their length.
-    centre: base or a merging method; centre_bits: 2, 3, 4, 8 or dense. Vectors are exact copies on a dense centre, and
-    have 8 bits on 8 bits on a coded one.
+    run: the number of elements in a run; 4, 8, 16 and 32 take 0.75, 0.5, 0.3125 and 0.1875 bits an element. Rows keep
+    their length. centre: base or a merging method; centre_bits: 2, 3, 4, 8 or dense. Vectors are exact copies on a
+    dense centre; on a coded one they have 8 bits on 8 bits.
     """
     if run not in RUNS.values():
         raise UsageError(f"`sign_runs`: run={run} is not one of 4, 8, 16, 32")
@@ -265,7 +266,7 @@ def sign_runs(
 
 @coded(paper="Tang et al. 2024 (SMILE, with the task known and centre=base)", when="fine-tunes made with LoRA")
 def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, centre: str = "average") -> Coded:
-    """Residuals as two thin factors, by truncated singular value decomposition.
+    """Store residuals as two thin factors, by truncated singular value decomposition.
 
     rank: the rank for every matrix, at most its own; fraction: the rank as a fraction of min(m, n), by default 0.125.
     """
@@ -277,9 +278,9 @@ def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, cent
 
 @coded(paper="Gargiulo et al. 2025 (TSV-Compress)", when="two models' worth of matrices, however many tasks")
 def tsv_c() -> Coded:
-    """Task vectors as two thin factors on the base, of rank min(m, n) divided by the size of the group.
+    """Store task vectors as two thin factors on the base, of rank min(m, n) divided by the size of the group.
 
-    The authors divide by all tasks instead, leave convolutions whole, and store U, Σ and V apart.
+    The authors divide by the number of all tasks instead, leave convolutions whole, and store U, Σ and V apart.
     """
     return Coded(centre="base", coder=lambda num_tasks: LowRank(shared_by=num_tasks))
 
@@ -292,12 +293,12 @@ def sparse(
     select: Literal["tensor", "row"] = "tensor",
     centre: str = "average",
 ) -> Coded:
-    """The largest elements of every residual and their positions.
+    """Store the largest elements of every residual and their positions.
 
-    density: the fraction kept, at least one element per tensor; with select=row of every row, perhaps none. rescale: a
-    factor that restores a norm of the residual: l2 keeps its length; l1 makes the error larger than none does.
-    centre=base,select=row is FusionBench's magnitude pruning of task vectors with prune_ratio = 1 - density; it rounds
-    the number that a row keeps up, not down.
+    density: the fraction kept, at least one element per tensor; with select=row the fraction of every row, which may
+    keep none. rescale: a factor that restores a norm of the residual: l2 keeps its length; l1 makes the error larger
+    than none does. centre=base,select=row is FusionBench's magnitude pruning of task vectors with prune_ratio =
+    1 - density, except that it rounds the number of elements that a row keeps up, not down.
     """
     coder = Sparse(density=density, rescale=rescale, select=select)
     return Coded(centre=centre, coder=lambda num_tasks: coder)

@@ -1,4 +1,4 @@
-"""FlexMerge's Consensus: TALL masks on a mean, per task."""
+"""FlexMerge's Consensus: TALL masks of each task on a mean."""
 
 from typing import Any, Literal
 
@@ -33,11 +33,11 @@ def consensus(
     scale: Positive | None = None,
     scope: Literal["model", "block", "tensor"] = "model",
 ) -> Any:
-    """TIES or the scaled mean, and per task a mask of the elements that lam admits. [k, n] float32 -> Centre.
+    """Take TIES or the scaled mean, and per task a mask of the elements that lam admits. [k, n] float32 -> Centre.
 
     The mask is |τ| > lam·|u - τ|, with the untrimmed τ. lam: 0.6, FlexMerge's value for all tasks. K: 1.0 (untrimmed)
-    as in the code released with the paper, whose text says 0.1. scale: 1.0 on ties, 1.5 on task_arithmetic. There is no
-    vote despite the name; Consensus of the TALL masks paper is `consensus_original`.
+    as in the code released with the paper, whose text says 0.1. scale: 1.0 on ties, 1.5 on task_arithmetic. Despite the
+    name there is no vote; Consensus of the TALL masks paper is `consensus_original`.
     """
     if on == "ties":
         unified = (1.0 if scale is None else scale) * merge_agreeing(trimmed(deltas, where, stats), "mean")

@@ -1,4 +1,4 @@
-"""Consensus: the sum of the tasks where at least kappa of them would take it."""
+"""Consensus: the sum of the tasks where at least kappa of them would keep it."""
 
 from typing import Annotated, Literal
 
@@ -34,11 +34,11 @@ def consensus_original(
     K: Fraction = 0.2,
     scope: Literal["model", "block", "tensor"] = "model",
 ) -> Tensor:
-    """Scaled sum of the task vectors (or of what TIES leaves), where kappa masks of tall_masks agree. [k, n] -> [n].
+    """Sum the task vectors (or what TIES leaves), scaled, where kappa masks of tall_masks agree. [k, n] -> [n].
 
     Masks compare the unscaled sum with the task vectors before any trimming or step; a group smaller than kappa needs
     the votes of all its tasks. K, scope: for the trimming, with on=ties. scale: tuned by the authors.
-    Near-duplicates: k equal tasks lose everything if lam (k - 1) >= 1.
+    k equal tasks, or near-duplicates, lose everything if lam (k - 1) >= 1.
     Source: nik-dim/tall_masks, where lam is tuned per task and masks are read from disk.
     """
     total = merge_agreeing(trimmed(deltas, where, stats), "sum") if on == "ties" else sum_tasks(deltas)

@@ -1,4 +1,4 @@
-"""DARE: drop elements at random and rescale the rest."""
+"""DARE: drops elements at random and rescales the rest."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ Seed = Annotated[int, Range(least=0)]
 
 
 def draws(deltas: Tensor, where: Where, seed: int) -> Tensor:
-    """A number in [0, 1) for each element, the same whatever the chunk, group, device and order. [M, *] -> float64.
+    """Draw a number in [0, 1) per element, the same for any chunk, group, device and order. [M, *] -> float64.
 
     It is a function of the seed, the names of task and tensor, and the element's index in the tensor.
     """
@@ -25,7 +25,7 @@ def draws(deltas: Tensor, where: Where, seed: int) -> Tensor:
 
 
 def with_l1_norm(kept: Tensor, whole: Tensor) -> Tensor:
-    """kept, scaled so that each task has the l1 norm of whole. [M, *shape] -> [M, *shape] float64; 0 stays 0."""
+    """Scale kept so that each task has the l1 norm of whole. [M, *shape] -> [M, *shape] float64; 0 stays 0."""
     kept = kept.double()
     for part, task in zip(kept, whole):
         norm, of_all = (fold(x.abs().double().flatten()) for x in (part, task))
@@ -34,7 +34,7 @@ def with_l1_norm(kept: Tensor, whole: Tensor) -> Tensor:
 
 
 def l1_workspace(num_tasks: int, shape: tuple[int, ...]) -> int:
-    """Bytes of with_l1_norm: the result, and the terms of one task padded to a power of two, twice."""
+    """Return the bytes of with_l1_norm: the result, and the terms of one task padded to a power of two, twice."""
     return 8 * num_tasks * math.prod(shape) + 60 * math.prod(shape)
 
 
@@ -53,8 +53,8 @@ def dare(
 ) -> Tensor:
     """Zero elements with probability p and divide the others by 1 - p, which keeps the mean. [M, n] float32 -> [M, n].
 
-    rescale: false keeps the values that stay; l1 scales each tensor to the l1 norm that it had, as mergekit does, and
-    takes [M, *shape].
+    rescale: false keeps the remaining values as they are; l1 scales each tensor to the l1 norm that it had, as mergekit
+    does, and takes [M, *shape].
     Source: yule-BUAA/MergeLM. There all tasks share one stream of random numbers, so that another task changes every
     mask; here masks depend on names and indices alone.
     """

@@ -1,4 +1,4 @@
-"""DELLA: drop small elements more often than large ones, rescale the rest, elect a sign, merge what agrees."""
+"""DELLA: drops small elements more often than large ones, rescales the rest, elects a sign, merges what agrees."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -37,7 +37,7 @@ def _check_window(*, p: float, window: float, **_: object) -> None:
 
 
 def pruned(deltas: Tensor, where: Where, *, p: float, window: float, seed: int, scope: str, rescale: Rescale) -> Tensor:
-    """Drop each element with a probability that falls with its rank in the row (or tensor). Same shape, float64.
+    """Drop each element with a probability that grows with its rank in the row (or tensor). Same shape, float64.
 
     The element at place j of n (0 is the largest) has q = p - window/2 + window·j/(n - 1), or p if n = 1.
     """
@@ -67,10 +67,10 @@ def magprune(
 
     p: the mean drop rate. window: the difference of the rates of the smallest and the largest element, below
     2·min(p, 1 - p).
-    scope: where elements are ranked. rescale=false keeps the values that stay, l1 scales each tensor to the l1 norm it
-    had, as mergekit does. With scope=tensor or rescale=l1: [M, *shape].
+    scope: where elements are ranked. rescale: false keeps the remaining values as they are, l1 scales each tensor to
+    the l1 norm it had, as mergekit does. With scope=tensor or rescale=l1: [M, *shape].
     Source: declare-lab/della, which divides 0 by 0 on rows of one element and ranks equal magnitudes arbitrarily; here
-    a hash breaks ties. Random numbers are those of dare.
+    a hash breaks ties. The random numbers are those of dare.
     """
     return pruned(deltas, where, p=p, window=window, seed=seed, scope=scope, rescale=rescale)
 
@@ -94,9 +94,9 @@ def della(
     merge: Literal["mean", "sum"] = "mean",
     rescale: Rescale = True,
 ) -> Tensor:
-    """The step magprune, then elect a sign and merge what agrees, as ties. [k, r, n] float32 -> [r, n].
+    """Apply the step magprune, then elect a sign and merge what agrees, like ties. [k, r, n] float32 -> [r, n].
 
-    Dropped elements are not counted in the mean. scale: the authors' example has 1.1. rescale: as in magprune. With
+    Dropped elements are not counted in the mean. scale: the authors' example uses 1.1. rescale: as in magprune. With
     scope=tensor or rescale=l1: [k, *shape].
     """
     kept = pruned(deltas, where, p=p, window=window, seed=seed, scope=scope, rescale=rescale)

@@ -1,4 +1,4 @@
-"""Warns about groups of near-duplicates, which sums multiply, and whose masks of sums are empty. Pure; no tensors.
+"""Warns about groups of near-duplicates, which sums multiply and sum-based masks lose. Pure; no tensors.
 
 Grouping by similarity produces such groups, so users are warned about methods that suffer from them.
 """
@@ -12,7 +12,7 @@ NEAR, TOLERATED = 0.9, 2.0
 
 
 def near_duplicate_warning(call: Call, tasks: Sequence[str], smallest_cosine: float) -> str | None:
-    """A warning about this method on a group of near-duplicates, with an alternative; None if there is no problem.
+    """Return a warning about this method on near-duplicates, with an alternative; None if there is no problem.
 
     tasks: names of the group's tasks. smallest_cosine: the smallest over all pairs of its task vectors.
     """
@@ -42,7 +42,7 @@ INSTEAD = {
 
 
 def copies_factor(call: Call, tasks: Sequence[str]) -> float:
-    """The factor by which a sum form scales k copies of one task; 1 for every other method."""
+    """Return the factor by which a sum form scales k copies of one task; 1 for every other method."""
     name, args, k = call.method.name, call.args, len(tasks)
     scale = 1.0 if args.get("scale") is None else args["scale"]
     if name == "task_arithmetic" and args["form"] == "sum":

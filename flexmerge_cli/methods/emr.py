@@ -1,4 +1,4 @@
-"""EMR: elect a unified delta; per task a mask of where it agrees, and a factor."""
+"""EMR: elects a unified delta; stores per task a mask of where it agrees, and a factor."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from flexmerge_cli.methods.reductions import elect
 
 
 def rescale(*, gamma: str) -> Gain:
-    """γ_k = Σ|τ_k| / Σ|m_k u| over the block, 0 if 0/0; `tensor_mean` sums the means of its tensors instead."""
+    """Compute γ_k = Σ|τ_k| / Σ|m_k u| over the block, 0 if 0/0; `tensor_mean` sums the means of its tensors instead."""
 
     def weighted(delta_kT: np.ndarray, masked_kT: np.ndarray, elements_T: np.ndarray) -> np.ndarray:
         weight_T = np.ones_like(delta_kT[0]) if gamma == "weighted" else 1 / np.maximum(elements_T, 1)
@@ -30,10 +30,11 @@ def rescale(*, gamma: str) -> Gain:
     workspace=per_element(10, 16),
 )
 def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted") -> Any:
-    """The largest delta of the elected sign, masked per task where the task agrees, rescaled. [k, n] float32 -> Centre.
+    """Take the largest delta of the elected sign, masked and rescaled for each task. [k, n] float32 -> Centre.
 
-    gamma: `weighted` gives all elements of a block equal weight; `tensor_mean`, the authors' form for eight tasks,
-    gives a bias the weight of a matrix. A task that loses most elections can have γ > 1.
+    The mask of a task holds where the task agrees. gamma: `weighted` gives all elements of a block equal weight;
+    `tensor_mean`, the authors' form for eight tasks, gives a bias the weight of a matrix. A task that loses most
+    elections can have γ > 1.
     Source: harveyhuang18/EMR_Merging, which gives NaN for a zero task; here γ = 0.
     """
     elected = elect(deltas)

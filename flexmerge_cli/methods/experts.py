@@ -1,4 +1,4 @@
-"""Declares how the experts of `free` are stored, which is all that reading them needs. free.py computes them, with
+"""Declares how the experts of `free` are stored, which is all that a reader needs. free.py computes them, with
 torch."""
 
 from typing import Literal
@@ -11,6 +11,6 @@ from flexmerge_cli.residuals.sparse import Sparse
 
 @coded(paper="Zheng & Wang 2025", when="as part of free")
 def free(*, density: Fraction = 0.01, select: Literal["tensor", "row"] = "tensor") -> Coded:
-    """The largest elements of every tensor, vectors included, on the `fr` merge, with its arguments."""
+    """Store the largest elements of every tensor, vectors included, on the `fr` merge, with its arguments."""
     top = Sparse(density=density, select=select)
     return Coded(centre="fr", coder=lambda num_tasks: top, view=View.LAST_AXIS, vectors=Vectors.CODED)

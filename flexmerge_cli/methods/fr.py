@@ -18,7 +18,7 @@ Coef = Literal["eq3", "align", "uniform"]
 Cutoff = Annotated[float, Range(least=0, below=1.5)]
 
 
-# What the filter leaves of a constant matrix is rounding, of 1e-16 of it, and counts as nothing.
+# The filter leaves only rounding noise of a constant matrix, about 1e-16 of it, which counts as nothing.
 NOISE = 1e-12
 
 
@@ -33,7 +33,7 @@ class Magnitudes:
 
 
 def magnitude_sums(scope: StatisticScope) -> Sums:
-    """The statistic of Magnitudes."""
+    """Return the statistic that measures Magnitudes."""
 
     def terms(deltas: Tensor, _where: Where) -> Iterable[Tensor]:
         yield deltas.abs().double()
@@ -42,7 +42,7 @@ def magnitude_sums(scope: StatisticScope) -> Sums:
 
 
 def pass_mask(height: int, width: int, variant: Variant, cutoff: float | None = None) -> Tensor:
-    """The factor of each bin of an unshifted two-dimensional DFT: 0 or 1, with variant=code also 2. [H, W].
+    """Return the factor of each bin of an unshifted two-dimensional DFT: 0 or 1, with variant=code also 2. [H, W].
 
     paper: bins at cutoff·min(H, W)/2 and more from frequency 0 pass (cutoff 0.016). code: those within min(H, W)//10 of
     the Nyquist bin, plus those from there to cutoff·min(H, W) (cutoff 0.7). On squares both remove about the same
@@ -60,9 +60,9 @@ def pass_mask(height: int, width: int, variant: Variant, cutoff: float | None = 
 
 
 def filtered(matrices: Tensor, variant: Variant, cutoff: float | None = None) -> Tensor:
-    """G: each matrix with its spectrum multiplied by the mask, the real part. [k, m, n] -> the same, float64.
+    """Multiply the spectrum of each matrix by the mask and take the real part, G. [k, m, n] -> the same, float64.
 
-    One matrix at a time: a spectrum takes sixteen bytes per element, several times.
+    It filters one matrix at a time: a spectrum takes sixteen bytes per element, several times.
     """
     out = torch.empty(matrices.shape, dtype=torch.float64, device=matrices.device)
     if matrices.numel() == 0:
@@ -82,7 +82,7 @@ def fr_step(
     cutoff: Cutoff | None = None,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """Take frequencies out of every task's matrices, before any method. [M, *shape] -> [M, *shape].
+    """Remove frequencies from every task's matrices, before any method. [M, *shape] -> [M, *shape].
 
     The arguments are those of the method. Other tensors are unchanged. Measured on eight small vision models
     (docs/methods.md): variant=code lifts tsv_m from 71.9 to 76.2 % accuracy and lowers ties from 66.7 to 63.0;
@@ -110,7 +110,7 @@ def _elementwise(
 
 
 def _aligned(vectors: Tensor, unfiltered: Tensor) -> list[float]:
-    """max E / E, E the mean magnitude; 0 where the filter leaves nothing. [k, *]."""
+    """Return max E / E, with E the mean magnitude; 0 where the filter leaves nothing. [k, *]."""
     sizes, before = (flat(x.double().abs()).sum(1) for x in (vectors, unfiltered))
     sizes = torch.where(sizes > NOISE * before, sizes, 0.0)
     return torch.where(sizes > 0, sizes.max() / sizes, 0.0).tolist()
@@ -137,13 +137,13 @@ def fr(
     scale: Scale | None = None,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """scale · Σ λ_i G(τ_i), G a filter that removes the lowest frequencies of a matrix. [k, *shape] -> [*shape].
+    """Compute scale · Σ λ_i G(τ_i), where G removes the lowest frequencies of a matrix. [k, *shape] -> [*shape].
 
     variant: code is the authors' release, paper their text, whose filter removes next to nothing. cutoff: 0.016 for
     paper, 0.7 for code; see pass_mask for its effect.
     coef: eq3 (default of paper), λ_i the share of task i in the mean magnitudes over `scope`, which sums to 1; align
     (default of code), λ_i = max E/E_i of the filtered tensor, so that small tasks grow; uniform, 1/k.
-    scale: 0.7 with align, else 1. others: for tensors that are no matrices, coef (default of paper) applies all
+    scale: 0.7 with align, else 1. others: for tensors that are not matrices, coef (default of paper) applies everything
     but the filter, mean (default of code) ignores scale, base keeps the base's values.
     Measured on eight small vision models (docs/methods.md): 41.5 %; with coef=eq3 68.9, with variant=paper 68.7.
     The filter depends on the order of rows and columns, unlike every other method here.

@@ -1,4 +1,4 @@
-"""FREE-Merging: the FR backbone and, per task, a sparse expert of its largest changes times a factor.
+"""FREE-Merging: the FR backbone and, per task, a sparse expert: its largest changes times a factor.
 
 Expert i is μ_i · τ_i on the top set of |τ_i|, for every tensor, vectors included. μ is chosen for the outputs of the
 merged model, not for its weights: experts may increase the distance to θ_i. residuals/sparse.py stores them.
@@ -31,11 +31,11 @@ class Magnitudes:
     kept: np.ndarray
     """Σ|τ| over the top sets."""
     num_kept: np.ndarray
-    """Number of elements in the top sets."""
+    """The number of elements in the top sets."""
     whole: np.ndarray
     """Σ|τ| over all elements."""
     passed: np.ndarray
-    """Σ|G(τ)|, G the filter of `fr`, which leaves tensors that are not matrices unchanged."""
+    """Σ|G(τ)|, where G is the filter of `fr`, which leaves tensors that are not matrices unchanged."""
     num_elements: np.ndarray
 
     def take(self, tasks: list[int]) -> "Magnitudes":
@@ -45,27 +45,27 @@ class Magnitudes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """How a task's expert follows from its task vector. A Statistic whose calls see whole tensors, [R, numel]."""
+    """Computes a task's expert from its task vector. A Statistic whose calls see whole tensors, [R, numel]."""
 
     top: Sparse
     mu: Mu | float
     scope: StatisticScope
     """The scope over which the means for the factor are taken."""
     replaces: bool
-    """Whether the top set becomes the base plus the expert, whatever the centre holds; else the expert is added."""
+    """True: the top set becomes the base plus the expert, whatever the centre holds. False: the expert is added."""
     variant: Variant
     cutoff: float | None
     matrices: Matrices
     per: Per = "task"
 
     def measure(self, deltas: Tensor, where: Where) -> Magnitudes:
-        """The contribution of one tensor."""
+        """Measure the contribution of one tensor."""
         sums = np.array([self._sums(delta.reshape(1, *where.shape), where) for delta in deltas]).T
         kept, num_kept, whole, passed = sums
         return Magnitudes(kept, num_kept, whole, passed, np.full(len(deltas), float(deltas.shape[1])))
 
     def _sums(self, delta: Tensor, where: Where) -> list[float]:
-        """The fields of Magnitudes, in order, for one task. [1, *shape]; one task at a time to save memory."""
+        """Compute the fields of Magnitudes, in order, for one task. [1, *shape]; one task at a time to save memory."""
         size = flat(delta.double().abs())
         keep = self._keep(delta[0]).reshape(1, -1)
         found = [row_sums(size * keep), keep.sum(1), row_sums(size)]
@@ -74,7 +74,7 @@ class Expert:
         return [float(value) for value in (*found, row_sums(size))]
 
     def workspace(self, _num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes that `measure` takes on a tensor: sizes, top set and spectrum of one task."""
+        """Return the bytes that `measure` takes on a tensor: sizes, top set and spectrum of one task."""
         matrix = View.LAST_AXIS.matrix(shape)
         return 100 * math.prod(shape) + self.top.workspace(matrix)
 
@@ -91,7 +91,7 @@ class Expert:
         return total
 
     def factors(self, group: Magnitudes) -> np.ndarray:
-        """μ of the tasks of a group, [k] float64. 0/0 is 0."""
+        """Compute μ of the tasks of a group, [k] float64. 0/0 is 0."""
         if isinstance(self.mu, float):
             return np.full(len(group.kept), self.mu)
         kept = _ratio(group.kept, group.num_kept)
@@ -103,14 +103,14 @@ class Expert:
         return -math.log(self.top.density) * _ratio(kept, share * mean)
 
     def residual(self, delta: Tensor, base: Tensor, centre: Tensor, factor: float) -> Tensor:
-        """The residual that decodes on the stored centre: float32 [*shape], 0 off the top set. Arguments: float32
-        [*shape]."""
+        """Compute the residual that decodes on the stored centre: float32 [*shape], 0 off the top set. Arguments are
+        float32 [*shape]."""
         expert = (delta.double() * factor).float()
         value = (base + expert) - centre if self.replaces else expert
         return torch.where(self._keep(delta), value, 0.0)
 
     def _keep(self, delta: Tensor) -> Tensor:
-        """The top set, bool [*shape]."""
+        """Find the top set, bool [*shape]."""
         return self.top.keep(delta.reshape(View.LAST_AXIS.matrix(tuple(delta.shape)))).reshape(delta.shape)
 
 
@@ -130,15 +130,15 @@ def free(
     scale: Scale | None = None,
     matrices: Matrices = "linear",
 ) -> Coded:
-    """The `fr` merge and, per task, its largest changes times a factor.
+    """Store the `fr` merge and, per task, its largest changes times a factor.
 
     density: the fraction of a tensor's elements in an expert, at least one; select=row applies it to every run of the
     last axis, and may keep none. mu: the factor, a number or the rule of code or paper. With K the mean magnitude kept
-    and
-    all means over mu_scope, code is -log10(density) · K / mean |G(τ)|, and paper -ln(density) · K / (λ · mean |τ|) with
-    λ the task's share of all magnitudes: about 2.3 times the number of tasks as large. combine: add, as in the paper's
-    algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre; coef=align is
-    the code's: on eight small vision models (docs/methods.md) it has 43.9 % accuracy, where the default has 88.3 %.
+    and all means over mu_scope, code is -log10(density) · K / mean |G(τ)|, and paper -ln(density) · K / (λ · mean |τ|)
+    with λ the task's share of all magnitudes, about 2.3 times the number of tasks as large. combine: add, as in the
+    paper's algorithm, or replace, as in its code. All other arguments are those of `fr`, which makes the centre;
+    coef=align is the code's: on eight small vision models (docs/methods.md) it has 43.9 % accuracy, where the default
+    has 88.3 %.
     Source: Zhengsh123/FREE-Merging.
     """
     from flexmerge_cli.methods.registry import format_call  # which imports this module

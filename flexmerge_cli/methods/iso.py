@@ -1,4 +1,4 @@
-"""Iso-C and Iso-CTS: all singular values made equal, of the common directions alone or of task-specific ones too."""
+"""Iso-C and Iso-CTS: make all singular values equal, of the common directions alone or of task-specific ones too."""
 
 from typing import Annotated
 
@@ -10,33 +10,33 @@ from flexmerge_cli.methods.svd import CUT, Svd, polar, svd
 
 
 def _flat(parts: list[Svd]) -> Tensor:
-    """Mean singular value times the polar factors; 0 where there is no triple."""
+    """Multiply the polar factors by the mean singular value; 0 if there is no triple."""
     s = torch.cat([part.s for part in parts])
     u, vt = torch.cat([part.u for part in parts], 1), torch.cat([part.vt for part in parts], 0)
     return polar(u) @ polar(vt) * (s.mean() if len(s) else 0.0)
 
 
 def merge_common(tasks: Tensor) -> Tensor:
-    """[k, m, n] float64 -> [m, n]."""
+    """Merge tasks by Iso-C. [k, m, n] float64 -> [m, n]."""
     common = svd(sum_tasks(tasks))
     return common.u @ common.vt * (common.s.mean() if len(common.s) else 0.0)
 
 
 def ranks(smallest: int, num_tasks: int, fraction: float) -> tuple[int, int]:
-    """Triples of the sum and of each task, at most min(m, n) in all."""
+    """Return the numbers of triples of the sum and of each task, at most min(m, n) in all."""
     common = int(smallest * fraction)
     own = min(round((smallest - common) / num_tasks), smallest // num_tasks)
     return smallest - num_tasks * own, own
 
 
 def merge_common_and_specific(tasks: Tensor, fraction: float) -> Tensor:
-    """[k, m, n] float64 -> [m, n]."""
+    """Merge tasks by Iso-CTS. [k, m, n] float64 -> [m, n]."""
     num_common, num_own = ranks(min(tasks.shape[1:]), len(tasks), fraction)
     common = svd(sum_tasks(tasks)).first(num_common)
     parts = [common]
     for task in tasks if num_own else ():
         largest = svd(task).s[:1].sum().item()
-        # The cut is that of the task, not of what is left of it: a task inside the common span leaves only noise.
+        # The cut is that of the task, not of its remainder: a task inside the common span leaves only noise.
         parts.append(svd(task - common.u @ (common.u.T @ task)).above(CUT * largest).first(num_own))
     return _flat(parts)
 
@@ -49,9 +49,9 @@ def merge_common_and_specific(tasks: Tensor, fraction: float) -> Tensor:
     workspace=of_matrices(1, 4, small=3),
 )
 def iso_c(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrices = "linear") -> Tensor:
-    """Mean singular value times U Vᵀ of the sum of the task vectors. [k, *shape] float32 -> [*shape].
+    """Take the mean singular value times U Vᵀ of the sum of the task vectors. [k, *shape] float32 -> [*shape].
 
-    Its norm grows with k; the authors search scale up to 3. Tensors that are no matrices get the mean.
+    Its norm grows with k; the authors search scale up to 3. Tensors that are not matrices get the mean.
     Source: danielm1405/iso-merging, which gives the null directions of a sum of low rank (LoRA) full weight on an
     arbitrary basis. Here they are dropped, and the mean is over the others. LoRA deltas that were merged into 16-bit
     weights have full rank by rounding, so that noise gets full weight here too: prefer tsv_m.
@@ -74,9 +74,9 @@ def iso_cts(
     scale: Scale = 1.0,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """Like iso_c, with part of the rank given to what each task has outside the common span. [k, *shape] -> [*shape].
+    """Merge like iso_c, with part of the rank for what each task has outside the common span. [k, *shape] -> [*shape].
 
-    fraction: of the rank that is common; the rest is shared out evenly, and where that is nothing, it is iso_c.
+    fraction: the part of the rank that is common; the rest is shared out evenly, and if it is nothing, this is iso_c.
     Source: danielm1405/iso-merging, whose count of common triples is negative for small matrices and many tasks.
     """
     return merge_matrices(deltas, where, matrices, lambda tasks: merge_common_and_specific(tasks, fraction), scale)

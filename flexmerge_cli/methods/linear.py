@@ -1,4 +1,4 @@
-"""Methods that are linear in the task vectors."""
+"""Methods that are linear in the task vectors: the mean, the scaled mean or sum, and weighted ones."""
 
 import math
 from typing import Literal
@@ -16,7 +16,7 @@ from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
     workspace=per_element(0, 8),
 )
 def average(deltas: Tensor) -> Tensor:
-    """Mean of the task vectors, which is the mean of the models. [k, n] float32 -> [n]."""
+    """Average the task vectors, which averages the models. [k, n] float32 -> [n]."""
     return mean_tasks(deltas)
 
 
@@ -27,7 +27,7 @@ def average(deltas: Tensor) -> Tensor:
     workspace=per_element(0, 16),
 )
 def task_arithmetic(deltas: Tensor, *, form: Literal["mean", "sum"] = "mean", scale: Positive | None = None) -> Tensor:
-    """Scaled mean (or sum) of the task vectors. [k, n] float32 -> [n].
+    """Take the scaled mean (or sum) of the task vectors. [k, n] float32 -> [n].
 
     scale: 1.5 for form=mean, as in FlexMerge, 0.3 for form=sum, the usual value for eight tasks. FlexMerge takes the
     mean because k differs between blocks: sum with scale x at k tasks is mean with scale x·k.
@@ -56,9 +56,9 @@ def _check_weights(*, weights: dict[str, float] | None, **_: object) -> None:
 def weighted_average(
     deltas: Tensor, where: Where, *, weights: dict[str, float] | None = None, normalize: bool = True
 ) -> Tensor:
-    """Weighted mean of the task vectors, or with normalize=false their weighted sum. [k, n] float32 -> [n].
+    """Take the weighted mean of the task vectors, with normalize=false their weighted sum. [k, n] float32 -> [n].
 
-    weights: {task: number >= 0}; a task that is not named has 1. They are normalised in each group, so equal
+    weights: {task: number >= 0}; a task that is not named has weight 1. They are normalised in each group, so equal
     weights have no effect. Raises UsageError for a group whose weights are all 0.
     """
     weight_k = [float((weights or {}).get(task, 1.0)) for task in where.tasks]
@@ -73,7 +73,7 @@ def weighted_average(
 
 
 def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:
-    """(divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None of all others.
+    """Return (divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None for all others.
 
     native.c needs only these; its loop gives the same bits as the functions above.
     """

@@ -25,7 +25,7 @@ MAX_BYTES = 16 << 20
 def method_from_file(file: str | Path, name: str, source: bytes | None = None) -> Method:
     """Run a Python file and return its method of this name. Its origin is the file name and the sha256 of what was run.
 
-    source: the file's bytes, if they have been read already, as in a process that repeats what another one parsed.
+    source: the file's bytes, if they have already been read, for example by the process that parsed the call first.
 
     Raises UsageError if it cannot be read, fails, or has no such method.
     """
@@ -51,7 +51,7 @@ def method_from_file(file: str | Path, name: str, source: bytes | None = None) -
 
 
 def packaged_methods() -> Mapping[str, EntryPoint]:
-    """Name -> entry point of the methods of installed packages. Imports nothing."""
+    """Map the names of methods of installed packages to their entry points. Imports nothing."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 

@@ -1,4 +1,4 @@
-"""MagMax: for each element, the largest change of any task."""
+"""MagMax: takes, for each element, the largest change of any task."""
 
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Positive, method, per_element
@@ -11,9 +11,9 @@ from flexmerge_cli.methods.method import Positive, method, per_element
     workspace=per_element(0, 40),
 )
 def magmax(deltas: Tensor, *, scale: Positive = 1.0) -> Tensor:
-    """The delta of largest magnitude, element by element; of x and -x, x > 0. [k, n] float32 -> [n].
+    """Take the delta of largest magnitude, element by element; of x and -x, x > 0. [k, n] float32 -> [n].
 
-    scale: the authors take 0.5 for independent fine-tunes.
+    scale: the authors use 0.5 for independent fine-tunes.
     Source: tanganke/fusion_bench, where the later task wins a tie, so that the result depends on the order of tasks.
     """
     highest, lowest = deltas.amax(0).double(), deltas.amin(0).double()

@@ -35,14 +35,14 @@ def is_matrix(tensor: str, shape: tuple[int, ...], matrices: Matrices) -> bool:
 
 
 def is_other(tensor: str, shape: tuple[int, ...], *, matrices: Matrices, **_: object) -> bool:
-    """Return whether a tensor gets the mean, which can be computed for any range of it."""
+    """Return whether a tensor gets the mean, which can be computed for any range of the tensor."""
     return not is_matrix(tensor, shape, matrices)
 
 
 def of_matrices(each_task: float, once: float, *, small: float = 0, wide: float = 0, others: float = 0) -> Workspace:
-    """A workspace in float64 matrices: each_task and once [m, n], small [p, p] with p = min(m, n), wide [n, n].
+    """Return a workspace in float64 matrices: each_task and once [m, n], small [p, p] with p = min(m, n), wide [n, n].
 
-    others: bytes per element and task for tensors that are no matrices, in addition to those of a weighted sum.
+    others: bytes per element and task for tensors that are not matrices, in addition to those of a weighted sum.
     """
 
     def workspace(num_tasks: int, shape: tuple[int, ...], **_args: object) -> int:
@@ -57,9 +57,9 @@ def of_matrices(each_task: float, once: float, *, small: float = 0, wide: float 
 def merge_matrices(
     deltas: Tensor, where: Where, matrices: Matrices, merge: Callable[[Tensor], Tensor], scale: float
 ) -> Tensor:
-    """scale · merge of a matrix [k, m, n] float64 -> [m, n]; of any other tensor scale · mean.
+    """Apply scale · merge to a matrix, [k, m, n] float64 -> [m, n], and scale · mean to any other tensor.
 
-    deltas: [k, *shape] float32; tensors that are no matrices may come in ranges [k, n]. Returns [*shape] or [n]
+    deltas: [k, *shape] float32; tensors that are not matrices may come in ranges [k, n]. Returns [*shape] or [n]
     float64.
     """
     if not is_matrix(where.tensor, where.shape, matrices) or deltas[0].numel() == 0:

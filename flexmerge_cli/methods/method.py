@@ -1,16 +1,18 @@
-"""Defines methods: pure functions of task vectors, their arguments, and what they declare for sizes and memory.
+"""Defines methods: pure functions of task vectors, their arguments, and what they declare about sizes and memory.
 
     @method(paper="Ilharco et al. 2023", scope="element")
     def task_arithmetic(deltas: Tensor, *, scale: float = 1.5) -> Tensor: ...
 
-Keyword arguments are the arguments of `NAME:key=value`, with type, range and default. No files, groups or devices.
+Keyword arguments are the arguments of `NAME:key=value`, with type, range and default. A method sees no files, groups
+or devices.
 
 Scopes, and the deltas of a call (float32, k tasks of one group in task order):
     element  [k, n]        any range of a tensor's elements, in C order
-    row      [k, r, n]     whole rows: everything under one index of axis 0; 0 or 1 axes make one row
+    row      [k, r, n]     whole rows: everything under one index of axis 0; a tensor of 0 or 1 axes is one row
     tensor   [k, *shape]   a whole tensor
-    block    {name: [k, *shape]}   all mergeable tensors of a block, sorted by name; returns {name: [*shape]}  A method
-    may return float64, which the engine rounds once. step.py has the steps before it and the calibrations after it.
+    block    {name: [k, *shape]}   all mergeable tensors of a block, sorted by name; returns {name: [*shape]}
+A method may return float64, which the engine rounds once. step.py defines the steps before it and the calibrations
+after it.
 """
 
 import inspect
@@ -52,7 +54,7 @@ class Centre:
     """The result of a method of form `masked`: a unified delta, and which of its elements each task takes.
 
     mask(deltas, unified) -> bool [k, n]: deltas are the group's task vectors before any step, unified [n] is float32
-    after rounding to the dtype it is stored in. A mask of the stepped deltas ignores both.
+    after rounding to the dtype it is stored in. A mask that was computed from the stepped deltas ignores both.
     """
 
     delta: Tensor
@@ -68,10 +70,11 @@ class Statistic(Protocol):
 
     @property
     def per(self) -> Per:
-        """Whether it is measured for every task, once for all groups, or for each group."""
+        """`task`: it is measured for every task, once for all groups; `group`: for each group."""
 
     def measure(self, deltas: Tensor, where: Where) -> Any:
-        """What one range adds. deltas [R, n] float32: of all tasks of the family or, per group, of the group's tasks.
+        """Measure the contribution of one range. deltas [R, n] float32: of all tasks of the family or, per group, of
+        its tasks.
 
         Needs at most the method's workspace for TILE_ELEMENTS, or for a whole tensor if that is its scope. A method
         `memory(num_tasks, num_elements)` may give the bytes of the result for a range of that many elements, and of
@@ -80,26 +83,27 @@ class Statistic(Protocol):
         """
 
     def combine(self, left: Any, right: Any) -> Any:
-        """Combine the contribution of a range (right) with all before it, in order of elements, tensors by name."""
+        """Combine a range's contribution (right) with all before it, in order of elements, tensors by name."""
 
     def finish(self, total: Any) -> Any:
-        """The next pass over the same scope, a Statistic, or the value: per task a PerTask, per group any type."""
+        """Return the next pass over the same scope, a Statistic, or the value: per task a PerTask, per group any
+        type."""
 
 
 class PerTask(Protocol):
     """A finished statistic of tasks."""
 
     def take(self, tasks: list[int]) -> Any:
-        """The same for the tasks at these places of the family's order."""
+        """Select the tasks at these places of the family's order."""
 
 
 Gain = Callable[["np.ndarray", "np.ndarray", "np.ndarray"], "np.ndarray"]
-"""(Σ|τ| [k, T], Σ|m u| [k, T], elements [T]) over the T tensors of a block, float64 -> factor per task [k]."""
+"""Maps (Σ|τ| [k, T], Σ|m u| [k, T], elements [T]), float64, over the T tensors of a block to factors per task [k]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bounds of a number, for `Annotated`. None: no bound."""
+    """Bounds of a number, for `Annotated`. None means no bound."""
 
     above: float | None = None
     least: float | None = None
@@ -123,15 +127,15 @@ class Range:
 
 
 Workspace = Callable[..., int]
-"""(number of tasks, shape of what a call sees, **arguments) -> bytes that it takes at most, beside its deltas.
+"""Maps (number of tasks, shape of what a call sees, **arguments) to the most bytes that it takes beside its deltas.
 
-Results count, and for a method with a statistic the bytes of measuring such a range. Shapes: [n] for scope `element`,
-[r, n] for `row`, otherwise that of a tensor.
+Results count, and for a method with a statistic the bytes of measuring such a range. Shapes: [n] for scope
+`element`, [r, n] for `row`, otherwise that of a tensor.
 """
 
 
 def per_element(each_task: float, once: float) -> Workspace:
-    """A workspace of so many bytes per element and task, and so many per element."""
+    """Return a workspace of this many bytes per element and task, plus this many per element."""
 
     def workspace(num_tasks: int, shape: tuple[int, ...], **_args: Any) -> int:
         return math.ceil((each_task * num_tasks + once) * math.prod(shape))
@@ -196,7 +200,7 @@ class Declared:
     function: Callable[..., Any]
     paper: str
     elementwise: Callable[..., bool]
-    """(name, shape, arguments) -> whether this tensor may be processed in chunks anyway, as with scope `element`."""
+    """Maps (name, shape, arguments) to whether this tensor may be processed in chunks, as with scope `element`."""
     workspace: Workspace
     parameters: dict[str, Parameter]
 
@@ -236,7 +240,7 @@ class Method(Scoped):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation(ABC):
-    """A method, step or calibration with all its arguments. Equal if the texts are equal."""
+    """A method, step or calibration with all its arguments. Two are equal if their texts are equal."""
 
     args: Mapping[str, Any] = field(compare=False)
     text: str
@@ -249,7 +253,7 @@ class Invocation(ABC):
     def declared(self) -> Declared: ...
 
     def workspace(self, num_tasks: int, shape: tuple[int, ...]) -> int:
-        """Bytes that one call on this shape takes, beside its deltas."""
+        """Return the bytes that one call on this shape takes, beside its deltas."""
         return self.declared.workspace(num_tasks, shape, **self.args)
 
 
@@ -268,7 +272,7 @@ class ScopedInvocation(Invocation):
         return scope(**self.args) if callable(scope) else scope
 
     def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
-        """The scope for this tensor. What takes whole matrices sees any range of other tensors."""
+        """Return the scope for this tensor: a method that takes whole matrices sees any range of other tensors."""
         return "element" if self.declared.elementwise(tensor, shape, **self.args) else self.scope
 
     @property
@@ -278,7 +282,7 @@ class ScopedInvocation(Invocation):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Call(ScopedInvocation):
-    """A method with all its arguments: what `NAME:key=value` means. Calls with the same text and origin are equal."""
+    """A method with all its arguments, the meaning of `NAME:key=value`. Calls with equal text and origin are equal."""
 
     method: Method
 
@@ -304,7 +308,7 @@ class Call(ScopedInvocation):
         return self.method.gain(**self.args)
 
     def __call__(self, deltas: Any, where: Where, stats: Any = None, unstepped: Any = None) -> Any:
-        """unstepped: the group's task vectors before any step, where there are steps."""
+        """Call the method. unstepped: the group's task vectors before any step, if there are steps."""
         extra = {"where": where} if self.method.wants_where else {}
         extra |= {"stats": stats} if self.method.wants_stats else {}
         extra |= {"unstepped": deltas if unstepped is None else unstepped} if self.method.wants_unstepped else {}

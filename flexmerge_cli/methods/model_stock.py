@@ -42,7 +42,8 @@ def _statistics(*, scope: Literal["row", "tensor", "block"]) -> Sums | None:
 
 
 def ratio(gram_kk: Tensor) -> Tensor:
-    """The fraction of the mean kept: t = k c / (1 + (k - 1) c), c the mean cosine, at least 0. [k, k, *] -> [*].
+    """Compute the fraction of the mean kept: t = k c / (1 + (k - 1) c), c the mean cosine, at least 0. [k, k, *] ->
+    [*].
 
     It is in [0, 1]. Two zero vectors have cosine 1; a zero vector and another have cosine 0.
     """
@@ -68,7 +69,7 @@ def ratio(gram_kk: Tensor) -> Tensor:
     workspace=per_element(46, 16),
 )
 def model_stock(deltas: Tensor, stats: Gram | None, *, scope: Literal["row", "tensor", "block"] = "tensor") -> Tensor:
-    """The mean of the task vectors times a ratio that follows from their mean cosine. [k, n] float32 -> [n].
+    """Multiply the mean of the task vectors by a ratio that follows from their mean cosine. [k, n] float32 -> [n].
 
     scope: what the cosines and the ratio are computed over; scope=row takes [k, r, n] and returns [r, n].
     Source: arcee-ai/mergekit, which bounds products of norms below by 1e-6, so that small deltas get too small a ratio,

@@ -9,7 +9,7 @@ from flexmerge_cli.methods.svd import svd
 
 
 def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
-    """The task without its part along merged. [m, n] float64.
+    """Remove the part along merged from the task. [m, n] float64.
 
     In the singular bases of merged, its leading corner, which holds more than alpha of the sum of singular values, and
     its diagonal are zeroed. Null directions of merged are left unchanged, so a zero matrix changes nothing.
@@ -27,7 +27,7 @@ def project(task: Tensor, merged: Tensor, alpha: float) -> Tensor:
 
 
 def _norm(tensors: dict[str, Tensor]) -> Tensor:
-    """The norm of all elements together."""
+    """Compute the norm of all elements together."""
     return torch.stack([tensor.square().sum() for tensor in tensors.values()]).sum().sqrt()
 
 
@@ -48,7 +48,7 @@ def opcm(
 
     deltas {tensor: [k, *shape] float32} of a block -> {tensor: [*shape]}. Norms are over the block. The authors' are
     over the model: for those, make the plan with `--blocks model`, which takes the memory of all tasks at once. Tensors
-    that are no matrices are added unchanged. Tasks come in the order of the deltas; the authors shuffle them.
+    that are not matrices are added unchanged. Tasks come in the order of the deltas; the authors shuffle them.
     Source: tanganke/fusion_bench. There alpha=1 means 0 (argmax over no True), and for a merge of low rank a diagonal
     in an arbitrary basis of the null space is zeroed, which is left unchanged here.
     """

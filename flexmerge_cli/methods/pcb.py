@@ -1,4 +1,4 @@
-"""PCB: parameters compete, inside a task by size and between tasks by agreement; the losers are dropped."""
+"""PCB: lets parameters compete, inside a task by size and between tasks by agreement, and drops the losers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Competition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """The threshold and maximum of its scores among all tasks and over the whole model. [M] float64."""
+    """The threshold and maximum of each task's scores among all tasks and over the whole model. [M] float64."""
 
     threshold: np.ndarray
     best: np.ndarray
     num_tasks: int
-    """M, also where some were taken."""
+    """M, also after `take` selected some tasks."""
 
     def take(self, tasks: list[int]) -> "Thresholds":
         return Thresholds(threshold=self.threshold[tasks], best=self.best[tasks], num_tasks=self.num_tasks)
@@ -39,13 +39,13 @@ Within = Literal["block", "model", "tensor", "whole"]
 
 
 def clamped(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> tuple[Tensor, Tensor]:
-    """|τ| inside the bounds, float64 [k, n], and the bounds' difference [k, 1]."""
+    """Return |τ| clamped to the bounds, float64 [k, n], and the bounds' difference [k, 1]."""
     low, high = (torch.from_numpy(bound).to(deltas.device)[:, None] for bound in (lowest, highest))
     return deltas.abs().double().maximum(low).minimum(high), high - low
 
 
 def scores(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
-    """P = exp(k (own - 1)) · tanh(τ Σ τ), own the square of |τ| scaled to [0, 1]. [k, n] -> [k, n] float64.
+    """Compute P = exp(k (own - 1)) · tanh(τ Σ τ), own the square of |τ| scaled to [0, 1]. [k, n] -> [k, n] float64.
 
     The authors' exp(k own) is e^k times as large, gives the same result, and overflows float32 from k = 89 on.
     """
@@ -53,7 +53,7 @@ def scores(deltas: Tensor, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
 
 
 def _scores(deltas: Tensor, total: Tensor, k: int, lowest: np.ndarray, highest: np.ndarray) -> Tensor:
-    """The same of some of k tasks whose sum is known."""
+    """Compute the scores of some of k tasks whose sum is known."""
     sizes, span = clamped(deltas, lowest, highest)
     start = torch.from_numpy(lowest).to(deltas.device)[:, None]
     own = torch.where(span > 0, (sizes - start) / span, 0.0).square()
@@ -61,7 +61,7 @@ def _scores(deltas: Tensor, total: Tensor, k: int, lowest: np.ndarray, highest: 
 
 
 def _bound_places(n: int) -> tuple[int, int]:
-    """From the smallest, 0, of n: where the bounds of magnitudes are."""
+    """Return the places of the bounds of magnitudes, counted from the smallest, 0, of n."""
     return int(0.0001 * n), max(0, int(0.9999 * n - 1))
 
 
@@ -127,15 +127,15 @@ def pcb(
     scale: Positive = 1.0,
     scope: Within = "block",
 ) -> Any:
-    """Mean of the clamped deltas, weighted by the scores above each task's threshold. [k, n] float32 -> [n].
+    """Average the clamped deltas, weighted by the scores above each task's threshold. [k, n] float32 -> [n].
 
-    K: fraction kept per task; the authors' example has 0.05. scale: their search starts at 1.2. scope: where the tasks
-    of a group compete, `whole` being the model; or `model` for FlexMerge's release, where all tasks set a threshold
-    each over the whole model, which applies to the scores of a group in a block: {name: [k, *shape]} of a block ->
-    {name: [*shape]}. Its K is the dropped fraction, 1 - K here.
-    Magnitudes are clamped to their 0.01 % and 99.99 % places. A task whose scores are all equal has weight 1, or 0 if
-    they are not above its threshold. Scores are float64 and depend on the group, so each group takes four or five
-    passes, except with `model`. The method is not homogeneous: tanh of products of deltas saturates for deltas near 1.
+    K: fraction kept per task; the authors' example uses 0.05. scale: their search starts at 1.2. scope: where the tasks
+    of a group compete, with `whole` for the whole model; or `model` for FlexMerge's release, where each of all tasks
+    sets a threshold over the whole model, which applies to the scores of a group in a block: {name: [k, *shape]} of a
+    block -> {name: [*shape]}. Its K is the dropped fraction, 1 - K here. Magnitudes are clamped to their 0.01 % and
+    99.99 % places. A task whose scores are all equal has weight 1, or 0 if they are not above its threshold. Scores are
+    float64 and depend on the group, so each group takes four or five passes, except with `model`. The method is not
+    homogeneous: tanh of products of deltas saturates for deltas near 1.
     Source: duguodong7/pcb-merging; sacs-epfl/flexmerge, which has NaN where a block has no score above the threshold.
     """
     if scope == "model":
@@ -154,15 +154,15 @@ def _weighted(deltas: Tensor, weight: Tensor, lowest: np.ndarray, highest: np.nd
 
 
 def _with_thresholds(deltas: Mapping[str, Tensor], stats: Thresholds) -> dict[str, Tensor]:
-    """FlexMerge's: scores of the block in memory, cut off where thresholds of the model are, and scaled to [0, 1].
+    """Merge as FlexMerge does: score the block in memory, cut off at the model's thresholds, and scale to [0, 1].
 
-    One task after another, which takes the memory of one.
+    It handles one task after another, which takes the memory of one.
     """
     rows = torch.cat([flat(delta) for delta in deltas.values()], 1)
     k, n = rows.shape
     above, below = (torch.zeros(n, dtype=torch.float64, device=rows.device) for _ in range(2))
     total = sum_tasks(rows)
-    # Scores are e^-k times the authors', so of other groups' sizes they compare only after this.
+    # Scores are e^-k times the authors', so they compare with thresholds of other group sizes only after this.
     unit = np.exp(min(stats.num_tasks - k, 700))
     places = _bound_places(n)
     for row, threshold, best in zip(rows if n else (), stats.threshold * unit, stats.best * unit):

@@ -20,58 +20,58 @@ from flexmerge_cli.methods.method import Per, StatisticScope, Where
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
 
-# Keys of a row that are gathered before they are counted: 2 MiB. The second pass over a block of seven million elements
-# gathers all that are left, and a tensor of fewer elements takes one pass.
+# Keys of a row that are gathered before they are counted: 2 MiB. The second pass over a block of seven million
+# elements gathers all that are left, and a tensor of fewer elements takes one pass.
 GATHERED = 1 << 18
 
-# Elements whose keys are made at once: keys may take a hundred bytes an element and task, ranges have half a million.
+# Elements whose keys are made at once: keys may take a hundred bytes per element and task, ranges have half a million.
 TILE_ELEMENTS = 1 << 16
 
 
 def magnitude_keys(deltas: Tensor) -> Tensor:
-    """float32 -> int32 of the same shape, ordered like |x|; 0 for 0."""
+    """Map float32 to int32 of the same shape, ordered like |x|; 0 for 0."""
     return deltas.contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def magnitudes(keys: np.ndarray) -> np.ndarray:
-    """The |x| of these keys, float32."""
+    """Return the |x| of these keys, float32."""
     return keys.astype(np.int32).view(np.float32)
 
 
 def value_keys(values: Tensor) -> Tensor:
-    """float64 -> int64 of the same shape, ordered like x; 0 for 0."""
+    """Map float64 to int64 of the same shape, ordered like x; 0 for 0."""
     bits = (values + 0.0).view(torch.int64)  # + 0.0: negative zero would come before zero
     return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
 
 
 def values(keys: np.ndarray) -> np.ndarray:
-    """The x of these keys, float64."""
+    """Return the x of these keys, float64."""
     keys = keys.astype(np.int64)
     found: np.ndarray = (keys ^ ((keys >> 63) & 0x7FFFFFFFFFFFFFFF)).view(np.float64)
     return found
 
 
 def tiles(deltas: Tensor, where: Where) -> Iterator[tuple[Tensor, Where]]:
-    """A range piece by piece, at least one: [R, n] and the place of each."""
+    """Yield a range piece by piece, at least one: [R, n] and the place of each."""
     for low in range(0, max(1, deltas.shape[1]), TILE_ELEMENTS):
         yield deltas[:, low : low + TILE_ELEMENTS].contiguous(), replace(where, start=where.start + low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The keys at the places that were asked for. Place 0, before the first: the largest of all keys, quota 0."""
+    """The keys at the requested places. Place 0, before the first, has the largest of all keys and quota 0."""
 
     key_RT: np.ndarray
     """Keys, int64."""
     quota_RT: np.ndarray
-    """The number of elements with this key among the first ones up to the place."""
+    """The number of elements with this key among the first elements up to the place."""
     equal_RT: np.ndarray
     """The number of elements with this key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtPlaces:
-    """The first pass."""
+    """The first pass of a search for keys at given places."""
 
     scope: StatisticScope
     per: Per = "task"
@@ -80,12 +80,12 @@ class AtPlaces:
     key_bytes: int = 4
     """Bytes of a key, in this pass and those that follow."""
     places: Callable[[int, int], tuple[int, ...]]
-    """(elements of the scope, those of a row with a key above 0) -> places from the top, 1 is the largest key.
+    """Maps (elements of the scope, those of a row with a key above 0) to places from the top; 1 is the largest key.
 
-    A place past the last one is the last.
+    A place past the last one means the last.
     """
     then: Callable[[Found], Any]
-    """What follows: the next statistic, or a value."""
+    """Makes what follows from the keys: the next statistic, or a value."""
 
     def measure(self, deltas: Tensor, where: Where) -> "_Scope":
         positive_R, tally, bits = np.zeros((), np.int64), None, 0
@@ -98,9 +98,10 @@ class AtPlaces:
         return _Scope(deltas.shape[1], positive_R, bits, tally.settled())
 
     def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
-        """Bytes of the tally of a range of so many elements, and of a scope of so many: keys are gathered or counted.
+        """Return the bytes of the tally of a range of this many elements, and of such a scope: keys are gathered or
+        counted.
 
-        At the least what finding the last tie takes (selection.py), twice.
+        It is at least twice what finding the last tie takes (selection.py).
         """
         lists, gathered = num_tasks * len(self.places(2, 1)), self.key_bytes * min(num_elements, GATHERED)
         ties = int(128 * num_elements**0.5) + 2048
@@ -125,7 +126,7 @@ class AtPlaces:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Narrowed:
-    """A later pass: the keys whose upper bits are the prefix."""
+    """A later pass, over the keys whose upper bits equal the prefix."""
 
     search: AtPlaces
     prefix_RT: np.ndarray
@@ -227,14 +228,14 @@ class _Tally:
         return joined._all_counted()
 
     def settled(self) -> "_Tally":
-        """If any keys are counted, count the gathered ones too, in the thread that measured them."""
+        """Count the gathered keys too if any keys are counted, in the thread that measured them."""
         return self if self.counts_XB is None or not self.size_X.any() else self._all_counted()
 
     def _all_counted(self) -> "_Tally":
         return replace(self, counts_XB=self.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)
 
     def counted(self) -> np.ndarray:
-        """Counts of all keys, int64 [X, BINS]."""
+        """Count all keys, int64 [X, BINS]."""
         counts_XB = np.zeros((len(self.loose_X), BINS), np.int64) if self.counts_XB is None else self.counts_XB
         for list_, loose in enumerate(self.loose_X):
             if loose:
@@ -252,14 +253,14 @@ def _tally(rows: list[Tensor], shift: int, bits: int) -> _Tally:
 
 
 def _count(keys: Tensor, shift: int, bits: int) -> np.ndarray:
-    """Counts of each digit, which is the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
+    """Count each digit, which is the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
     digits = keys >> (shift - DIGIT_BITS)
     digits = digits + BINS // 2 if shift == bits else digits & (BINS - 1)  # keys are signed
     return torch.bincount(digits, minlength=BINS).cpu().numpy()
 
 
 def _locate(counts_RTB: np.ndarray, place_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bin that contains the place from the top, and the numbers of elements in the bins above it and in it."""
+    """Find the bin that contains the place from the top, and the numbers of elements in the bins above it and in it."""
     from_top_RTB = counts_RTB[..., ::-1].cumsum(-1)
     bin_RT = (from_top_RTB < place_RT[..., None]).sum(-1)
     up_to_RT = np.take_along_axis(from_top_RTB, bin_RT[..., None], -1)[..., 0]

@@ -1,4 +1,4 @@
-"""Merges LoRA adapters with one another: from the factors of a group to those of one adapter of the same rank. Pure.
+"""Merges LoRA adapters with one another: the factors of a group in, those of one adapter of the same rank out. Pure.
 
 The ΔW = B · A of modules are compared and merged, never A and B, which are unique only up to a rotation. A linear
 method's Σ w ΔW is the product of the stacked factors [w₁B₁ … w_kB_k] and [A₁; …; A_k]; its truncated singular value
@@ -20,7 +20,7 @@ LINEAR = (average, task_arithmetic, weighted_average)
 
 
 def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(A, B) of every module that has both."""
+    """Return (A, B) of every module that has both."""
     known = set(names)
     found = []
     for name in sorted(known):
@@ -31,7 +31,7 @@ def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def pooled_call(call: Call) -> Call:
-    """The same method, applied to the factors of all modules of a block: {name: [k, *shape]} -> {name: [*shape]}."""
+    """Apply the method to the factors of all modules of a block: {name: [k, *shape]} -> {name: [*shape]}."""
 
     def merge_factors(deltas: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
         found = {}
@@ -52,7 +52,8 @@ def pooled_call(call: Call) -> Call:
 
 
 def pooled_workspace(call: Call, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that merging the factors of a block's modules takes, beside their deltas: one module at a time."""
+    """Return the bytes that merging the factors of a block's modules takes, beside their deltas: one module at a
+    time."""
     kept = 16 * sum(math.prod(shape) for shape in shapes.values())
     largest = 0
     for a, b in factor_pairs(shapes):
@@ -67,7 +68,7 @@ def pooled_workspace(call: Call, num_tasks: int, shapes: Mapping[str, tuple[int,
 
 
 def truncated_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """float64 [m, s], [s, n] -> [m, r], [r, n], whose product is the nearest of rank r to theirs, split evenly."""
+    """Find the product of rank r nearest to theirs, split evenly. float64 [m, s], [s, n] -> [m, r], [r, n]."""
     q_left, t_left = torch.linalg.qr(left)
     q_right, t_right = torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
@@ -78,7 +79,7 @@ def truncated_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, T
 
 
 def product_gram(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """⟨B_i A_i, B_j A_j⟩ of matrices [r, n] and [m, r], float64 [k, k]: tr (B_iᵀB_j)(A_jA_iᵀ)."""
+    """Compute ⟨B_i A_i, B_j A_j⟩ of matrices [r, n] and [m, r], float64 [k, k]: tr (B_iᵀB_j)(A_jA_iᵀ)."""
     left = torch.stack([value.flatten(1).double() for value in b])
     right = torch.stack([value.flatten(1).double() for value in a])
     k, _, r = left.shape
@@ -108,7 +109,7 @@ def _merged(call: Call, a_kRN: Tensor, b_kMR: Tensor, where: Where) -> tuple[Ten
 
 
 def _weights(call: Call, where: Where) -> Tensor:
-    """The weights of a linear method, found by applying it to unit vectors. float64 [k]."""
+    """Find the weights of a linear method by applying it to unit vectors. float64 [k]."""
     if call.method not in LINEAR:
         raise UsageError(f"`{call.method.name}` cannot merge adapters that share a factor", hint="use average")
     found: Tensor = call(torch.eye(len(where.tasks)), where).double()

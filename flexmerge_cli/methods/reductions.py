@@ -1,4 +1,4 @@
-"""Sums and means over the tasks of a group: in float64, in task order, whatever the device."""
+"""Sums and averages over the tasks of a group: in float64, in task order, on any device."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from flexmerge_cli.later import Tensor, torch
 
 
 def flat(deltas: Tensor) -> Tensor:
-    """[k, *shape] -> [k, n]; of scalars, [k] -> [k, 1]."""
+    """Flatten each task: [k, *shape] -> [k, n]; of scalars, [k] -> [k, 1]."""
     return deltas.reshape(len(deltas), deltas[0].numel())
 
 
 def sum_tasks(deltas: Tensor) -> Tensor:
-    """[k, *shape] -> [*shape] float64. Fixed order of summation, so that the same bits come out everywhere."""
+    """Sum the tasks, [k, *shape] -> [*shape] float64, in a fixed order, so that the same bits come out everywhere."""
     if native.lib is not None and deltas.device.type == "cpu" and deltas.dtype is torch.float32:
         rows = deltas if deltas[0].is_contiguous() else deltas.contiguous()
         total = torch.empty(rows.shape[1:], dtype=torch.float64)
@@ -20,7 +20,8 @@ def sum_tasks(deltas: Tensor) -> Tensor:
         return total
     total = deltas[0].to(torch.float64, copy=True)
     if total.device.type == "cpu":
-        # numpy adds float32 to float64 in 0.65 of torch's time, which casts element by element. The same bits.
+        # numpy adds float32 to float64 in 0.65 of the time of torch, which casts element by element. The bits are the
+        # same.
         for delta in deltas[1:].numpy():
             np.add(total.numpy(), delta, out=total.numpy())
     else:
@@ -30,12 +31,12 @@ def sum_tasks(deltas: Tensor) -> Tensor:
 
 
 def mean_tasks(deltas: Tensor) -> Tensor:
-    """[k, *shape] -> [*shape] float64."""
+    """Average the tasks, [k, *shape] -> [*shape] float64."""
     return sum_tasks(deltas).div_(len(deltas))
 
 
 def weigh_tasks(deltas: Tensor, weights: list[float]) -> Tensor:
-    """Sum of weight times task. [k, *shape], k weights -> [*shape] float64."""
+    """Sum weight times task, [k, *shape], k weights -> [*shape] float64."""
     total = weights[0] * deltas[0].to(torch.float64)
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         total = total + weight * delta.to(torch.float64)
@@ -43,5 +44,5 @@ def weigh_tasks(deltas: Tensor, weights: list[float]) -> Tensor:
 
 
 def elect(deltas: Tensor) -> Tensor:
-    """The sign of the sum, +1 or -1; exact cancellation elects +1. [k, *shape] -> [*shape] float32."""
+    """Return the sign of the sum, +1 or -1; exact cancellation elects +1. [k, *shape] -> [*shape] float32."""
     return torch.where(sum_tasks(deltas) >= 0, 1.0, -1.0)

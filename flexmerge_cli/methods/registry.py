@@ -1,6 +1,6 @@
 """Registers all methods, steps and calibrations by name; parses and writes `NAME[:key=value,…]`.
 
-They are registered by listing their module in MODULES. Values are YAML flow: `ties:K=0.2,scope=block`. load.py finds
+MODULES lists the modules whose methods are registered. Values are YAML flow: `ties:K=0.2,scope=block`. load.py finds
 other methods in installed packages, by name, and in files, as `./my.py#NAME`.
 """
 
@@ -59,26 +59,26 @@ MODULES = (
 
 @functools.cache
 def all_methods() -> Mapping[str, Method]:
-    """Name -> method, in the order of MODULES."""
+    """Map every name to its method, in the order of MODULES."""
     return dict(_named(Method))
 
 
 @functools.cache
 def all_steps() -> Mapping[str, Step]:
-    """Name -> step, in the same order. A step may have the name of a method."""
+    """Map every name to its step, in the same order. A step may have the name of a method."""
     return dict(_named(Step))
 
 
 @functools.cache
 def all_calibrations() -> Mapping[str, Calibration]:
-    """Name -> calibration, in the same order."""
+    """Map every name to its calibration, in the same order."""
     return dict(_named(Calibration))
 
 
 def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None) -> Call:
     """Parse `NAME[:key=value,…]` to a method with all its arguments, defaults included. Raises UsageError.
 
-    run_files: whether `./my.py#NAME` may be run: only if the user typed it, never for text from a bundle or a recipe.
+    run_files: whether `./my.py#NAME` may be run; only if the user typed it, never for text from a bundle or a recipe.
     code: the file's bytes, if they have been read already.
     """
     name, args = split_call(text)
@@ -104,7 +104,7 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
 
 
 def resolve(text: str) -> Alias:
-    """Resolve `NAME[:key=value,…]`: itself or, for a name of mergekit, our counterpart with steps and a message.
+    """Resolve `NAME[:key=value,…]` to itself or, for a name of mergekit, to a method here with steps and a message.
 
     A name of mergekit with arguments is returned unchanged, since they have other meanings there: `parse_call` refuses
     it and says what to use.
@@ -130,7 +130,7 @@ def parse_step(text: str) -> StepCall:
 def parse_calibrate(text: str) -> CalibrationCall:
     """Parse `NAME[:key=value,…]` to a calibration with all its arguments. Raises UsageError.
 
-    `require_after` of the result checks whether it can follow a method.
+    `require_after` of the result checks that it can follow a method.
     """
     name, args = split_call(text)
     if name not in all_calibrations():
@@ -144,7 +144,7 @@ def parse_call_again(text: str, origin: Origin | None) -> Call:
 
 
 def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Call:
-    """Check the arguments and fill in the defaults. name: as it was typed, if not the method's own."""
+    """Check the arguments and fill in the defaults. name: the name as typed, if it is not the method's own."""
     full = _complete(method, args)
     method.check(**full)
     return Call(method=method, args=full, **_texts(method, full, name))
@@ -153,8 +153,7 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":
     """Return what a method with residuals stores, from its entry in a manifest; None for other methods.
 
-    Its centre is not parsed, because decoding needs only what is stored, and so torch is not imported. Raises
-    UsageError.
+    Its centre is not parsed, because decoding needs only what is stored; so torch is not imported. Raises UsageError.
     """
     from flexmerge_cli.methods import coded, experts
 
@@ -189,7 +188,7 @@ def _named(kind: type[Named]) -> Iterator[tuple[str, Named]]:
 
 
 def _same_word(name: str) -> str:
-    """The name with the spelling used here."""
+    """Spell the name as it is spelt here."""
     return name.lower().replace("-", "_")
 
 
@@ -198,7 +197,7 @@ MANY = 8  # names that a hint can list without hiding its point
 
 
 def _unknown(kind: str, name: str) -> UsageError:
-    """The error for an unknown name: says what else it is, or suggests the nearest name of any kind."""
+    """Return the error for an unknown name: what else it names, or the nearest name of any kind."""
     absent = explain_absent(name) if kind == "method" else None
     if absent is not None:
         what, hint = absent
@@ -223,7 +222,7 @@ def _unknown(kind: str, name: str) -> UsageError:
 
 
 def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments in the order of the signature. Null means the default."""
+    """Return all arguments in the order of the signature. Null means the default."""
     for key in args:
         if key not in declared.parameters:
             near = difflib.get_close_matches(key[:MAX_WORD], declared.parameters, 1)
@@ -237,14 +236,14 @@ def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) ->
 
 
 def _texts(declared: Method | Step | Calibration, args: Mapping[str, Any], name: str = "") -> dict[str, str]:
-    """The texts of a call, in full and without defaults."""
+    """Return the texts of a call, in full and without defaults."""
     changed = {key: value for key, value in args.items() if value != declared.parameters[key].default}
     name = name or declared.name
     return {"text": format_call(name, args), "short": format_call(name, changed)}
 
 
 def split_call(text: str) -> tuple[str, dict[str, Any]]:
-    """Split into the name and the arguments as written, unchecked."""
+    """Split the text into the name and the arguments as written, unchecked."""
     name, colon, rest = text.strip().partition(":")
     args: dict[str, Any] = {}
     for item in _split(rest) if colon else ():
@@ -263,12 +262,12 @@ def split_call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_call(name: str, args: Mapping[str, Any]) -> str:
-    """The text that `split_call` reads back."""
+    """Write the text that `split_call` reads back."""
     return name + (":" if args else "") + ",".join(f"{key}={_scalar(value)}" for key, value in args.items())
 
 
 class _Loader(BoundedLoader):
-    """Parse numbers as in YAML 1.2, where `1e-5` is a number; YAML 1.1 reads it as text."""
+    """Parses numbers as in YAML 1.2, where `1e-5` is a number; YAML 1.1 reads it as text."""
 
 
 _Loader.add_implicit_resolver(

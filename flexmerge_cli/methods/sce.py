@@ -1,4 +1,5 @@
-"""SCE: select the elements on which the tasks differ most, weigh each task by its energy there, erase the minority."""
+"""SCE: selects the elements on which the tasks differ most, weighs each task by its energy there, erases the
+minority."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ class Shares:
     """The selected elements and the weight of each task, for a group."""
 
     kept: Kept | None
-    """The elements selected by variance, in one row. None: all."""
+    """The elements selected by variance, in one row. None means all."""
     weight_k: np.ndarray
 
 
 def variance(deltas: Tensor) -> Tensor:
-    """The population variance over tasks. [k, *] -> [*] float64."""
+    """Compute the population variance over tasks. [k, *] -> [*] float64."""
     mean = mean_tasks(deltas)
     return sum_tasks((deltas.double() - mean).square()) / len(deltas)
 
@@ -49,7 +50,7 @@ def _select(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
 
 
 def _weights(energy: np.ndarray) -> np.ndarray:
-    """Each task's share of the energy, [k, *]; equal shares if there is no energy."""
+    """Return each task's share of the energy, [k, *]; equal shares if there is no energy."""
     total = energy.sum(0)
     found: np.ndarray = np.divide(energy, total, out=np.full_like(energy, 1 / len(energy)), where=total > 0)
     return found
@@ -96,7 +97,7 @@ def sce(
     scale: Positive = 1.0,
     scope: Literal["tensor", "block", "row"] = "tensor",
 ) -> Tensor:
-    """Weighted mean, of the elected sign, of the elements of largest variance over tasks. [k, n] float32 -> [n].
+    """Take the weighted mean, of the elected sign, of the elements that vary most over tasks. [k, n] float32 -> [n].
 
     density: the fraction of the elements with variance above 0; 1 selects all (mergekit's default). A task's weight is
     its share of the selected squares. If no element differs, nothing is zeroed. scope=row: [k, r, n] -> [r, n].
@@ -114,7 +115,7 @@ def sce(
 
 
 def _rows(deltas: Tensor, where: Where, density: float) -> tuple[Tensor, Tensor]:
-    """Selection and weights of each row, in memory. [k, r, n] -> the same, [k, r, 1]."""
+    """Select the elements and weigh the tasks of each row, in memory. [k, r, n] -> the same, [k, r, 1]."""
     if density < 1:
         differences = variance(deltas)
         differing = (differences > 0).sum(-1, keepdim=True)

@@ -19,10 +19,10 @@ from flexmerge_cli.random import tie_numbers
 # R rows, T places of each row, S of them that split ties, N elements
 
 WIDTH = 8.0
-"""Half the width of the window in which the last tie is looked for, in standard deviations."""
+"""Half the width of the window in which the last tie is searched, in standard deviations."""
 
 MANY = 64
-"""Pieces of what was gathered that are joined to one: each takes a hundred bytes by itself."""
+"""The number of gathered pieces at which they are joined into one: each piece takes a hundred bytes of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Kept:
         return Kept(key_RT=self.key_RT[tasks], last_RT=self.last_RT[tasks])
 
     def mask(self, keys: Tensor, where: Where, place: int = 0) -> Tensor:
-        """Keys [R, *] of elements from where.start on -> bool [R, *]."""
+        """Map keys [R, *] of elements from where.start on to bool [R, *]: whether each is kept."""
         flat = keys.reshape(len(keys), keys[0].numel())
         key_R1 = np.minimum(self.key_RT[:, place, None], torch.iinfo(flat.dtype).max)
         key_R1 = torch.from_numpy(key_R1).to(flat.device, flat.dtype)
@@ -50,16 +50,16 @@ class Kept:
 
 
 def _numbers(ties_RN: np.ndarray, where: Where) -> np.ndarray:
-    """The numbers of the elements that tie in any row, else 0: bool [R, N], from where.start on -> float64 [N]."""
+    """Return the numbers of elements that tie in any row, else 0: bool [R, N], from where.start on -> float64 [N]."""
     numbers, found = np.zeros(ties_RN.shape[1]), np.flatnonzero(ties_RN.any(0))
     numbers[found] = tie_numbers(where.tensor, found.astype(np.uint64) + np.uint64(where.start))
     return numbers
 
 
 def places_of(keys: Tensor, where: Where) -> Tensor:
-    """The rank of each element along the last axis, in memory: 0 is the largest key, ties by number. int64, same shape.
+    """Rank the elements along the last axis, in memory: 0 is the largest key, ties by number. int64, same shape.
 
-    keys [k, *shape] of the elements of the tensor from where.start on.
+    keys: [k, *shape], of the elements of the tensor from where.start on.
     """
     indices = np.arange(where.start, where.start + keys[0].numel(), dtype=np.uint64)
     by_number = torch.from_numpy(tie_numbers(where.tensor, indices)).view(keys.shape[1:])
@@ -77,11 +77,11 @@ def keep_largest(
     per: Per = "task",
     then: Callable[[Kept], object] = lambda kept: kept,
 ) -> AtPlaces:
-    """A statistic whose value is a Kept.
+    """Make a statistic whose value is a Kept.
 
-    counts: (elements of the scope, those of a row with a key above 0) -> numbers c, each at most the elements.
+    counts: maps (elements of the scope, those of a row with a key above 0) to numbers c, each at most the elements.
     keys: computes the keys to compare, by default magnitudes. then: makes the value from the Kept, by default itself.
-    If one element with key 0 is kept, all of them are: zeros are the same kept or not.
+    If one element with key 0 is kept, all of them are: it makes no difference whether zeros are kept.
     """
 
     def settle(found: Found) -> object:
@@ -95,11 +95,11 @@ def keep_largest(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ties:
-    """The last pass, needed if only some ties are kept: find the number of the last one that is kept.
+    """The last pass, needed if only some ties are kept: it finds the number of the last one that is kept.
 
-    q of E numbers that are spread evenly over [0, 1) lie below q/E, give or take √(q (1 - q/E))/E: so only those in a
-    window about it are gathered, and those below it are counted. If the last one is not in the window, wider windows
-    are tried, up to all of [0, 1).
+    q of E numbers that are spread evenly over [0, 1) lie below q/E, give or take √(q (1 - q/E))/E. So only the
+    numbers in a window around it are gathered, and those below it are counted. If the last one is not in the window,
+    wider windows are tried, up to all of [0, 1).
     """
 
     scope: StatisticScope
@@ -147,5 +147,5 @@ class _Window:
     inside: list[list[np.ndarray]]
 
     def packed(self) -> "_Window":
-        """The numbers in one piece."""
+        """Join the numbers into one piece."""
         return _Window(self.below_S, [[np.concatenate(numbers) for numbers in zip(*self.inside)]])

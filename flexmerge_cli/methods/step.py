@@ -35,7 +35,7 @@ from flexmerge_cli.methods.method import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Scoped):
-    """The function: deltas -> deltas of the same shape."""
+    """A function that maps deltas to deltas of the same shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def step(
     workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
 ) -> Callable[[Callable[..., Tensor]], Step]:
-    """Make a Step of a function; its name is the function's, or the one given where a method has that name too."""
+    """Make a Step of a function; its name is the function's, or the given one where a method has that name too."""
 
     def wrap(function: Callable[..., Tensor]) -> Step:
         return Step(
@@ -93,13 +93,13 @@ def step(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration(Declared):
-    """The function: (merged [*shape] float64, task vectors before any step [k, *shape] float32) -> merged.
+    """A function that maps (merged [*shape] float64, task vectors before any step [k, *shape] float32) to merged.
 
     It leaves tensors that are `elementwise` unchanged and takes others whole.
     """
 
     refuse: Callable[[Method], str | None]
-    """Why it cannot follow a method; None if it can."""
+    """Says why it cannot follow a method; None if it can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Sums over a scope in float64: the same bits for any chunks, threads and device.
+"""Sums over a scope in float64, with the same bits for any chunks, threads and device.
 
 A tensor is cut into pieces of 2^16 elements from its first element on. A piece is summed by halving (x[:h] + x[h:]),
 that is by elementwise additions, and the pieces are added in order, tensors by name. A range that ends inside a piece
@@ -22,7 +22,7 @@ PIECE_ELEMENTS = 1 << 16
 
 
 def fold(terms: Tensor) -> Tensor:
-    """Sum of the last axis by halving. [*, N] float64 -> [*]; 0 where N = 0."""
+    """Sum the last axis by halving. [*, N] float64 -> [*]; 0 if N = 0."""
     size = 1 << max(0, terms.shape[-1] - 1).bit_length()
     total = torch.nn.functional.pad(terms, (0, size - terms.shape[-1]))
     while size > 1:
@@ -32,13 +32,13 @@ def fold(terms: Tensor) -> Tensor:
 
 
 def gram(vectors: Tensor) -> Tensor:
-    """⟨x_i, x_j⟩ for i <= j, row by row of the triangle. [k, *, N] -> [k (k + 1) / 2, *] float64."""
+    """Compute ⟨x_i, x_j⟩ for i <= j, row by row of the triangle. [k, *, N] -> [k (k + 1) / 2, *] float64."""
     vectors = vectors.to(torch.float64)
     return torch.cat([fold(vectors[i] * vectors[i:]) for i in range(len(vectors))])
 
 
 def square(triangle: np.ndarray, k: int) -> np.ndarray:
-    """The symmetric [k, k] of a triangle as above."""
+    """Return the symmetric [k, k] of such a triangle."""
     full = np.zeros((k, k))
     full[np.triu_indices(k)] = triangle
     return full + np.triu(full, 1).T
@@ -51,7 +51,7 @@ class Sums:
     scope: StatisticScope
     per: Per = "task"
     terms: Callable[[Tensor, Where], Iterable[Tensor]]
-    """float32 [R, N] -> tensors [*, N] float64, whose sums over N are strung together to Q numbers."""
+    """Maps float32 [R, N] to tensors [*, N] float64, whose sums over N are strung together into Q numbers."""
     then: Callable[[np.ndarray], Any]
     """Maps the sums, [Q] float64, to what follows: the next statistic, or a value."""
 
@@ -66,7 +66,7 @@ class Sums:
         return _Total(None, parts or [self._sum(_Part(deltas, where))])
 
     def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
-        """Bytes of an incomplete piece and of the sums; of two pieces when they are joined."""
+        """Return the bytes of an incomplete piece and of the sums, and those of two pieces when they are joined."""
         piece = 4 * num_tasks * min(num_elements, PIECE_ELEMENTS)
         sums = 8 * num_tasks**2 * (2 + num_elements // PIECE_ELEMENTS)
         return (piece if num_elements < PIECE_ELEMENTS else 0) + sums, 2 * piece + 8 * num_tasks**2
@@ -112,7 +112,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Total:
-    """The sums of the pieces so far, and what was not added yet, in order: sums of pieces, and parts of pieces."""
+    """The sums of the pieces so far, and what was not yet added, in order: sums of pieces, and parts of pieces."""
 
     sums: np.ndarray | None
     ahead: list["np.ndarray | _Part"]

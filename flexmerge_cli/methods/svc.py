@@ -1,4 +1,4 @@
-"""SVC: rescale the singular values of a merged matrix so that each direction holds what the tasks hold in it on
+"""SVC: rescales the singular values of a merged matrix so that each direction holds what the tasks hold in it on
 average."""
 
 from flexmerge_cli.later import Tensor, torch
@@ -18,12 +18,12 @@ def _refuse(method: Method) -> str | None:
 
 @calibration(paper="Li et al. 2026", elementwise=is_other, refuse=_refuse, workspace=of_matrices(1, 5.5, small=2.5))
 def svc(merged: Tensor, unstepped: Tensor, *, alpha: Positive = 0.1, matrices: Matrices = "linear") -> Tensor:
-    """Shrink directions in which the merged delta exceeds the tasks, stretch the others. Matrices only.
+    """Shrink directions in which the merged delta exceeds the tasks, and stretch the others. Matrices only.
 
     merged [*shape] float64, after the method's scale; unstepped [k, *shape] float32, the task vectors before any step.
     Direction r of the merge, a_r = σ_r v_r, holds s_i = ⟨a_r, u_rᵀτ_i⟩/‖u_rᵀτ_i‖² of task i, at least alpha (0 where
-    the norm is 0); σ_r becomes k/Σ s_i times as large. Where nothing is clamped the scale before has no effect.
-    alpha: 1, the authors' choice after tsv_m, only shrinks; they take 1/M after task_arithmetic, dare and ties.
+    the norm is 0); σ_r becomes k/Σ s_i times as large. Where nothing is clamped, the scale before it has no effect.
+    alpha: 1, the authors' choice after tsv_m, only shrinks; they use 1/M after task_arithmetic, dare and ties.
     Source: lyymuwu/SVC, which adds an absolute 1e-12 to the norm, too much for small deltas, and whose per-task target
     is not in the paper.
     """

@@ -22,24 +22,24 @@ class Svd:
     vt: Tensor
 
     def first(self, rank: int) -> "Svd":
-        """The triples of the largest singular values; fewer if there are fewer."""
+        """Return the triples of the largest singular values; fewer if there are fewer."""
         return Svd(self.u[:, :rank], self.s[:rank], self.vt[:rank])
 
     def alone(self) -> "Svd":
-        """A copy in separate memory. `first` returns a view, which keeps all triples alive."""
+        """Copy into separate memory. `first` returns a view, which keeps all triples alive."""
         return Svd(self.u.clone(), self.s, self.vt.clone())
 
     def above(self, size: float) -> "Svd":
-        """The triples with s > size."""
+        """Return the triples with s > size."""
         return self.first(int((self.s > size).sum()))
 
     def product(self) -> Tensor:
-        """The product u diag(s) vt."""
+        """Return the product u diag(s) vt."""
         return (self.u * self.s) @ self.vt
 
 
 def svd(matrix: Tensor) -> Svd:
-    """Thin decomposition of [m, n], computed in float64."""
+    """Compute the thin decomposition of [m, n] in float64."""
     a = matrix.to(torch.float64)
     if a.shape[0] > a.shape[1]:
         flipped = svd(a.T)
@@ -54,7 +54,7 @@ def svd(matrix: Tensor) -> Svd:
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """U Vᵀ over the triples above the cut: the partial isometry nearest to [m, n]; 0 for 0. float64.
+    """Compute U Vᵀ over the triples above the cut: the partial isometry nearest to [m, n]; 0 for 0. float64.
 
     For a matrix of full rank it is the orthogonal factor. For lower rank the null space stays zero, which the U Vᵀ of a
     full decomposition fills with an arbitrary basis.

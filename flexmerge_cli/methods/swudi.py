@@ -1,4 +1,4 @@
-"""SWUDI: the minimiser of WUDI in closed form, with a filter on the spectrum of what it inverts."""
+"""SWUDI: finds the minimiser of WUDI in closed form, with a filter on the spectrum that it inverts."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,8 @@ FLOOR = 1e-8
 
 
 def solve(tasks: Tensor, init: Init, weights: Callable[[Tensor], Tensor]) -> Tensor:
-    """θ_0 - θ_0 V f Vᵀ + D V (f/λ) Vᵀ, with C = V λ Vᵀ and f = weights(λ), λ falling. [k, m, n] float64 -> [m, n]."""
+    """Compute θ_0 - θ_0 V f Vᵀ + D V (f/λ) Vᵀ with C = V λ Vᵀ, f = weights(λ), λ falling. [k, m, n] float64 -> [m,
+    n]."""
     c, d = interference(tasks)
     squares, v = torch.linalg.eigh(c)
     squares, v = squares.flip(0).clamp(min=FLOOR), v.flip(1)
@@ -49,11 +50,11 @@ def swudi(
     scale: Scale = 1.0,
     matrices: Matrices = "linear",
 ) -> Tensor:
-    """The gradient flow of WUDI's loss stopped at `time`, in the `ratio` largest directions. [k, *shape] -> [*shape].
+    """Stop the gradient flow of WUDI's loss at `time`, in the `ratio` largest directions. [k, *shape] -> [*shape].
 
     Directions left out keep `init` of the tasks: their sum, or their mean, which reproduces a task from k copies of it.
-    time, ratio: the authors take 1300 and 0.65 for ViT-B/32 and eight tasks, 300 and 0.85 for Llama-3.2-3B.
-    Tensors that are no matrices get the mean. One eigendecomposition of n × n: seconds at 3072, minutes at 11008.
+    time, ratio: the authors use 1300 and 0.65 for ViT-B/32 and eight tasks, 300 and 0.85 for Llama-3.2-3B.
+    Tensors that are not matrices get the mean. One eigendecomposition of n × n: seconds at 3072, minutes at 11008.
     Source: WalkerWorldPeace/MLLMerging, not the paper's text.
     """
 

@@ -10,7 +10,7 @@ Lam = Annotated[float, Range(above=0)]
 
 
 def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
-    """|τ| > lam·|u - τ|, strict, in float64. [k, n], [n] -> bool [k, n]."""
+    """Return |τ| > lam·|u - τ|, strict, in float64. [k, n], [n] -> bool [k, n]."""
     deltas, unified = deltas.double(), unified.double()
     return deltas.abs() > lam * (unified - deltas).abs()
 
@@ -23,7 +23,7 @@ def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
     workspace=per_element(33, 32),
 )
 def tall_masks(deltas: Tensor, *, lam: Lam = 0.4, scale: Positive = 1.0) -> Any:
-    """Scaled sum of the task vectors, masked per task where |τ| > lam·|u - τ|. [k, n] float32 -> Centre.
+    """Sum the task vectors, scaled and masked per task where |τ| > lam·|u - τ|. [k, n] float32 -> Centre.
 
     The mask compares task vectors before any step. lam: the authors choose it per task on validation data, from 0.2 to
     0.6; a larger lam takes fewer elements. The masks of k equal tasks are empty if lam (k - 1) >= 1.

@@ -1,4 +1,4 @@
-"""TIES: trim to the largest, elect a sign, merge what agrees. The worked example of a method with statistics."""
+"""TIES: trims to the largest, elects a sign, merges what agrees. The worked example of a method with statistics."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from flexmerge_cli.methods.step import step
 
 
 def trim_statistics(*, K: float, scope: StatisticScope, **_: object) -> Statistic | None:
-    """c = min(n, int(K·n) + 1) of n elements: the authors keep |x| >= the (n - int(K·n))-th smallest, one more."""
+    """Keep c = min(n, int(K·n) + 1) of n elements: the authors keep |x| >= the (n - int(K·n))-th smallest, one more."""
     return None if K == 1 else keep_largest(scope=scope, counts=lambda n, _: (min(n, int(K * n) + 1),))
 
 
@@ -21,7 +21,8 @@ def trimmed(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
 
 
 def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tensor:
-    """Mean, sum or largest of the deltas that agree with the elected sign; 0 where none does. [k, *] -> [*] float64."""
+    """Take the mean, sum or largest of the deltas of the elected sign; 0 where there are none. [k, *] -> [*]
+    float64."""
     elected = elect(deltas)
     agrees = deltas * elected > 0
     if merge == "max":
@@ -49,7 +50,7 @@ def ties(
 ) -> Tensor:
     """Trim each task to its largest elements, elect a sign, merge the deltas that agree with it. [k, n] float32 -> [n].
 
-    K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge; TIES has 0.2. Groups of one
+    K: fraction kept per task within `scope`, int(K·n) + 1 elements; 0.1 as in FlexMerge; TIES uses 0.2. Groups of one
     keep the untrimmed model. Trimmed zeros are not counted in the mean.
     Source: prateeky2806/ties-merging, which keeps all ties at the threshold and decides exact cancellations by one sum
     of signs over the whole model. Here exactly c elements are kept, chosen by a hash among ties, and cancellation
@@ -69,6 +70,6 @@ def trim(
 ) -> Tensor:
     """Zero all but the largest elements of each task, the first half of TIES, before any method. [M, n] -> [M, n].
 
-    K: fraction kept within `scope`, int(K·n) + 1 elements; as in `ties`.
+    K: fraction kept within `scope`, int(K·n) + 1 elements, as in `ties`.
     """
     return trimmed(deltas, where, stats)

@@ -20,7 +20,7 @@ class MethodUse:
     alias: str | None = field(default=None, compare=False)
     """The name of mergekit's method, if it was requested."""
     num_own_steps: int = field(default=0, compare=False)
-    """The number of steps that the alias brought; they come last."""
+    """The number of steps that the alias added; they come last."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ def parse_use(
     """Parse a method, its steps and its calibration, and check that they go together. Raises UsageError.
 
     A name that only mergekit has stands for the nearest method here. The steps that this adds come last; a step that
-    the user requested replaces its like. run_files: as in `parse_call`.
+    the user requested replaces the same step of the alias. run_files: as in `parse_call`.
     """
     found = resolve(text)
     call = parse_call(found.method, run_files=run_files)

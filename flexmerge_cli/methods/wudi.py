@@ -1,4 +1,4 @@
-"""WUDI: the matrix whose difference to each task is as orthogonal as can be to that task's rows, by Adam."""
+"""WUDI: finds by Adam the matrix whose difference to each task is as orthogonal as possible to that task's rows."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from flexmerge_cli.methods.reductions import sum_tasks
 
 
 def interference(tasks: Tensor) -> tuple[Tensor, Tensor]:
-    """C = Σ τᵀτ/‖τ‖² [n, n] and D = Σ τ τᵀτ/‖τ‖² [m, n], tasks without norm left out. [k, m, n] float64.
+    """Compute C = Σ τᵀτ/‖τ‖² [n, n] and D = Σ τ τᵀτ/‖τ‖² [m, n] without tasks of norm 0. [k, m, n] float64.
 
     The loss Σ ‖(θ - τ) τᵀ‖²/‖τ‖² has the gradient 2 (θ C - D).
     """
@@ -25,7 +25,7 @@ def interference(tasks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descend(tasks: Tensor, steps: int, lr: float) -> Tensor:
-    """Adam from the sum of the tasks, β = 0.9 and 0.999, ε = 1e-8. [k, m, n] float64 -> [m, n]."""
+    """Run Adam from the sum of the tasks, β = 0.9 and 0.999, ε = 1e-8. [k, m, n] float64 -> [m, n]."""
     c, d = interference(tasks)
     merged = sum_tasks(tasks)
     first, second = torch.zeros_like(merged), torch.zeros_like(merged)
@@ -57,7 +57,7 @@ def wudi(
     """Minimise Σ ‖(θ - τ_i) τ_iᵀ‖²/‖τ_i‖² by a few hundred steps of Adam from Σ τ_i. [k, *shape] float32 -> [*shape].
 
     lr: absolute, so an element moves by about steps·lr at most, and the result depends on the scale of the deltas.
-    Tensors that are no matrices get the mean. A matrix of 768 × 3072 takes minutes on one core.
+    Tensors that are not matrices get the mean. A matrix of 768 × 3072 takes minutes on one core.
     Source: nathanielyvo/WUDI-Merging, which leaves all but attention and MLP weights at the base, and gives NaN for a
     zero task; tanganke/fusion_bench takes the mean, as here, and 400 steps.
     """

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def weighted_errors(gram_kk: np.ndarray, weights_k: np.ndarray) -> np.ndarray:
-    """Squared errors ‖u - τ_k‖² for u = Σ_j w_j τ_j: [k] float64, >= 0. gram_kk: [k, k], of the group alone."""
+    """Compute squared errors ‖u - τ_k‖² for u = Σ_j w_j τ_j: [k] float64, >= 0. gram_kk: [k, k], of the group alone."""
     cross_k = (gram_kk * weights_k).sum(axis=1)  # ⟨τ_k, u⟩
     found: np.ndarray = np.maximum(gram_kk.diagonal() - 2.0 * cross_k + (cross_k * weights_k).sum(), 0.0)
     return found

@@ -1,7 +1,7 @@
-"""Blocks in, one merge order out: Algorithm 1 of the FlexMerge paper. Numpy only; no tensors, no files, no sizes.
+"""Makes one merge order of all blocks: Algorithm 1 of the FlexMerge paper. Numpy only; no tensors, files or sizes.
 
 The order depends on the task vectors alone, not on method or target size; a prefix of it gives every block's groups.
-Merges of one block: linkage.py. Where to cut: `allocation/`.
+linkage.py makes the merges of one block; `allocation/` decides where to cut.
 """
 
 import heapq
@@ -22,13 +22,13 @@ class Strategy(StrEnum):
     """How the block of the next merge is chosen."""
 
     GREEDY = "greedy"
-    """The most similar one of all blocks."""
+    """The most similar pair of all blocks."""
     LEFT_TO_RIGHT = "left-to-right"
     """Block after block in forward order, each until one group is left."""
     RIGHT_TO_LEFT = "right-to-left"
     """Like left-to-right, from the last block to the first."""
     RANDOM = "random"
-    """Any block with two groups, any two groups of it: what the order is worth, by comparison."""
+    """Any block with two groups, and any two groups of it: a baseline that shows what the order is worth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Merge:
     block: int
     """Index in forward order."""
     left: tuple[int, ...]
-    """Indices of the tasks, ascending. Left is the group that holds the smallest of all."""
+    """Indices of the tasks, ascending. Left is the group that holds the smallest task of both."""
     right: tuple[int, ...]
     similarity: float
     """The linkage's similarity, unrounded; for `euclidean` it is minus a distance in the units of the weights."""
@@ -52,11 +52,11 @@ def merge_order(
     similarity: Similarity = Similarity.COSINE,
     seed: int = 0,
 ) -> tuple[Merge, ...]:
-    """All B (M - 1) merges, in order. blocks: in forward order, all with the same tasks.
+    """Return all B (M - 1) merges, in order. blocks: in forward order, all with the same tasks.
 
-    Greedy: of all pairs of groups of all blocks the most similar one, again and again. Similarities are compared after
-    rounding to 2^-20 (see `comparable`); ties: the earlier block, then the earlier left and right group of it.
-    seed: for strategy `random`, which alone draws. O(B M^3) time at worst.
+    The greedy strategy takes the most similar pair of groups of all blocks, again and again. Similarities are compared
+    after rounding to 2^-20 (see `comparable`); ties go to the earlier block, then to its earlier left and right group.
+    seed: for strategy `random`, which alone draws numbers. O(B M^3) time at worst.
     Raises UsageError if linkage and similarity do not go together, or signs were not counted.
     """
     check_settings(linkage, similarity)
@@ -80,7 +80,7 @@ def merge_order(
 def groups_after(num_blocks: int, num_tasks: int, merges: Iterable[Merge]) -> list[list[tuple[int, ...]]]:
     """Return each block's groups after these merges, by smallest task; tasks of a group ascend.
 
-    Raises ValueError if a merge joins what is no group at that point.
+    Raises ValueError if a merge joins something that is not a group at that point.
     """
     groups: list[dict[int, tuple[int, ...]]] = [{task: (task,) for task in range(num_tasks)} for _ in range(num_blocks)]
     for merge in merges:
@@ -94,7 +94,7 @@ def groups_after(num_blocks: int, num_tasks: int, merges: Iterable[Merge]) -> li
 
 
 def count_near_ties(merges: Sequence[Merge], *, unit: float = 1.0) -> int:
-    """Merges whose similarity is nearer than 2^-18 to that of the one before or after: noise could swap them.
+    """Count merges whose similarity is within 2^-18 of that of the merge before or after: noise could swap them.
 
     unit: what similarities are divided by first; `comparison_unit` of the same blocks and similarity.
     """
@@ -104,7 +104,7 @@ def count_near_ties(merges: Sequence[Merge], *, unit: float = 1.0) -> int:
 
 
 def _greedy_order(joins: Sequence[Sequence[Join]], unit: float) -> tuple[Merge, ...]:
-    """Interleave the blocks' merges. Only the next merge of a block competes: its later ones need not be less similar
+    """Interleave the blocks' merges. Only the next merge of a block competes: its later ones may be more similar
     (centroid linkage), yet cannot come first."""
 
     def entry(block: int, index: int) -> tuple[float, int, int]:
@@ -124,7 +124,7 @@ def _greedy_order(joins: Sequence[Sequence[Join]], unit: float) -> tuple[Merge, 
 
 
 def _random_order(groups: Sequence[Groups], stream: Stream) -> tuple[Merge, ...]:
-    """Three draws a merge: a block, a group of it, another group of it."""
+    """Draw three numbers per merge: a block, a group of it, and another group of it."""
     unfinished = [block for block in range(len(groups)) if len(groups[block].names()) > 1]
     merges = []
     while unfinished:

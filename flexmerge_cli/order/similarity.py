@@ -1,6 +1,6 @@
 """Computes how similar the tasks are in one block, from its measurements. Numpy only; no tensors, files or groups.
 
-High is similar; a distance is a negative similarity. Groups of tasks: linkage.py.
+High is similar; a distance is a negative similarity. linkage.py compares groups of tasks.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,8 @@ class BlockMeasure:
     identical: np.ndarray
     """[M, M] bool: every tensor of the block is bit-identical in both tasks; true on the diagonal."""
     agreement: np.ndarray | None = None
-    """[M, M] integers: elements of equal sign in {-1, 0, 1}, so zero agrees with zero. Only for similarity `sign`."""
+    """[M, M] integers: the number of elements whose signs in {-1, 0, 1} are equal, so zero agrees with zero. Only for
+    similarity `sign`."""
 
     def __post_init__(self) -> None:
         shape = (self.num_tasks, self.num_tasks)
@@ -55,18 +56,18 @@ class BlockMeasure:
 
     @property
     def num_tasks(self) -> int:
-        """M."""
+        """The number of tasks, M."""
         return len(self.gram)
 
 
 def similarity(measure: BlockMeasure, how: Similarity) -> np.ndarray:
-    """The similarity of every two tasks in this block: [M, M] float64, symmetric, unrounded.
+    """Compute the similarity of every two tasks in this block: [M, M] float64, symmetric, unrounded.
 
     cosine     ⟨a, b⟩ / (‖a‖ ‖b‖), in [-1, 1]; two zero vectors: 1, a zero and a non-zero one: 0
     euclidean  minus the root mean square of a - b, at most 0. From a Gram matrix, so near-duplicates lose digits
     sign       the fraction of elements of equal sign in {-1, 0, 1}, in [0, 1]
 
-    Bit-identical tasks: 1 (euclidean: 0), whatever rounding did to the Gram matrix.
+    Bit-identical tasks have 1 (euclidean: 0), whatever rounding did to the Gram matrix.
     Raises UsageError for `sign` if the signs of the block were not counted.
     """
     squared_M = measure.gram.diagonal()
@@ -81,14 +82,16 @@ def similarity(measure: BlockMeasure, how: Similarity) -> np.ndarray:
 
 
 def similarity_of_identical(how: Similarity) -> float:
-    """The greatest similarity there is."""
+    """Return the greatest possible similarity."""
     return 0.0 if how is Similarity.EUCLIDEAN else 1.0
 
 
 def cosine(inner: np.ndarray, left_squared: np.ndarray, right_squared: np.ndarray) -> np.ndarray:
-    """Cosines from inner products and squared norms, which broadcast; in [-1, 1]. A squared norm <= 0 is a zero vector.
+    """Compute cosines from inner products and squared norms, which broadcast; in [-1, 1]. A squared norm <= 0 means a
+    zero vector.
 
-    No eps below: the released code's 1e-8 shrinks the similarities of small task vectors, and so reorders blocks.
+    There is no epsilon: the released code's 1e-8 shrinks the similarities of small task vectors, and so reorders
+    blocks.
     """
     left_zero, right_zero = left_squared <= 0, right_squared <= 0
     # The product of the roots, not the root of the product: squares of squares leave float64's range.
@@ -100,17 +103,17 @@ def cosine(inner: np.ndarray, left_squared: np.ndarray, right_squared: np.ndarra
 def rms_distance(
     inner: np.ndarray, left_squared: np.ndarray, right_squared: np.ndarray, num_elements: int
 ) -> np.ndarray:
-    """sqrt(mean((a - b)²)) from inner products and squared norms, which broadcast; at least 0."""
+    """Compute sqrt(mean((a - b)²)) from inner products and squared norms, which broadcast; at least 0."""
     squared = np.maximum(left_squared + right_squared - 2.0 * inner, 0.0)
     found: np.ndarray = np.sqrt(squared / max(num_elements, 1))
     return found
 
 
 def comparison_unit(measures: Iterable[BlockMeasure], how: Similarity) -> float:
-    """The unit that similarities are divided by before comparison: 1, and for `euclidean` the largest distance of all.
+    """Return the unit that similarities are divided by before comparison: 1, or for `euclidean` the largest distance.
 
     Distances have the scale of the weights; without this a step of 2^-20 would be coarse for one family and
-    fine for another. Positive: a family of equal tasks has unit 1.
+    fine for another. It is positive: a family of equal tasks has unit 1.
     """
     if how is not Similarity.EUCLIDEAN:
         return 1.0
@@ -119,7 +122,7 @@ def comparison_unit(measures: Iterable[BlockMeasure], how: Similarity) -> float:
 
 
 def comparable(similarities: np.ndarray | float, unit: float) -> np.ndarray:
-    """Similarities as they are compared: in `unit`, then to the nearest multiple of 2^-20, half to even."""
+    """Round similarities for comparison: in `unit`, to the nearest multiple of 2^-20, half to even."""
     return np.rint(similarities / unit / COMPARISON_STEP) * COMPARISON_STEP
 
 
