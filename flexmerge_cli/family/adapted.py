@@ -1,6 +1,6 @@
-"""The model that an adapter and its base make: the base's tensors, some of them changed on reading.
+"""Makes the model of an adapter and its base: the base's tensors, some of them changed on reading.
 
-Modules are found by name as the tensors of a fine-tune are (align.py), by the forms of their factors. Headers only.
+Modules are found by name like the tensors of a fine-tune (align.py), and by the shapes of their factors. Headers only.
 """
 
 import math
@@ -20,9 +20,10 @@ from flexmerge_cli.family.spelling import model_types
 
 
 def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
-    """The model of an adapter on its base, as `merge_and_unload` would make it, with the tensor names of a fine-tune.
+    """Return the model of an adapter on its base, as `merge_and_unload` would make it, with the tensor names of a
+    fine-tune.
 
-    Raises DataError with every module that the base has not, or has in another form.
+    Raises DataError that lists every module that the base lacks, or has in another form.
     """
     alignment = _alignment(adapter, base)
     changes: dict[str, Change] = {}
@@ -61,7 +62,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             f"{adapter.checkpoint.path} does not fit the base {base.path}:\n  " + "\n  ".join(problems[:20]),
             hint="use the base it was trained on, or " + BY_HAND,
         )
-    # `model.` may wrap a part of the base alone; without it transformers finds the tensors all the same.
+    # `model.` may wrap a part of the base alone; without it transformers still finds the tensors.
     wrapper = "" if alignment.wrapper == "model." else alignment.wrapper
     inner = [name for name in base.tensors if not part_of(name, base.parts)[0]]
     outer = {name: name for name in sources} | {name: wrapper + name for name in inner}
@@ -85,11 +86,11 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
 
 
 def names_other_base(adapter: Adapter, base: Checkpoint) -> str | None:
-    """The base that the adapter names, or None if it is this one.
+    """Return the base that the adapter names, or None if it is this one.
 
-    One that names none fits. Equal are: one folder; one id on the Hub, whichever revision; an id, and a folder that is
-    of its Hub cache, whose config gives it as its name, or that is called like it; and a path that is not on this
-    machine and ends like the base's.
+    An adapter that names no base fits any. Equal are: one folder; one id on the Hub, whatever the revision; an id and a
+    folder of its Hub cache, or whose config gives the id as its name, or that is named like it; and a path that is not
+    on this machine and ends like the base's.
     """
     named = adapter.base_name
     if named is None:
@@ -117,7 +118,8 @@ def _exists(path: Path) -> bool:
 
 
 def _alignment(adapter: Adapter, base: Checkpoint) -> Alignment:
-    """The names of the adapter's parameters and of its modules' weights in the base. Raises DataError if unclear."""
+    """Find the names of the adapter's parameters, and of its modules' weights, in the base. Raises DataError if
+    unclear."""
     parts: dict[str, StoredTensor | Factors] = {f"{module}.weight": found for module, found in adapter.factors.items()}
     parts |= {f"{module}.weight": vector for module, vector in adapter.vectors.items()}
     own = {name: tensor for name, tensor in adapter.own.items() if name not in parts}
@@ -144,7 +146,7 @@ def _alignment(adapter: Adapter, base: Checkpoint) -> Alignment:
 
 
 def _low_rank(adapter: Adapter, factors: Factors, weight: StoredTensor) -> LowRank | None:
-    """None if the factors do not make a tensor of this shape."""
+    """Return the change of a weight; None if the factors do not make a tensor of this shape."""
     a, b = _flat(factors.a, factors.a.shape[0]), _flat(factors.b, factors.b.shape[0])
     shape = (weight.shape[0], math.prod(weight.shape[1:])) if weight.shape else (0, 0)
     plain, turned = (b.shape[0], a.shape[1]) == shape, (a.shape[1], b.shape[0]) == shape
@@ -175,7 +177,7 @@ def _is_feedforward(adapter: Adapter, module: str, weight: StoredTensor) -> bool
 
 
 def _flat(tensor: StoredTensor, rows: int) -> StoredTensor:
-    """The tensor as [rows, rest], with the strides of a row-major matrix or its own."""
+    """View the tensor as [rows, rest], with the strides of a row-major matrix or its own."""
     shape = (rows, math.prod(tensor.shape) // rows)
     if tensor.strides is None or len(tensor.shape) == 2:
         return replace(tensor, shape=shape)

@@ -1,4 +1,4 @@
-"""The PEFT adapters among a family's tasks, and the models that they make of its base. Headers and configs only.
+"""Finds the PEFT adapters among a family's tasks, and the models that they make of its base. Headers and configs only.
 
 Collects the problems of all tasks before it raises.
 """
@@ -18,7 +18,7 @@ from flexmerge_cli.family.align import align
 from flexmerge_cli.family.blocks import Block, partition
 
 Adapters = Literal["keep", "merge", "pool"]
-"""How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated as any
+"""How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated like any
 fine-tune, or merged among themselves."""
 
 
@@ -36,10 +36,10 @@ class KeptAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    """The tasks of a family by what becomes of them."""
+    """The tasks of a family by how they are stored."""
 
     base: Checkpoint
-    """What the models are compared with."""
+    """The model that the others are compared with."""
     models: Mapping[str, Checkpoint]
     """The tasks that merge: whole models, models that adapters make of the base, or the adapters of a pool."""
     kept: tuple[KeptAdapter, ...]
@@ -47,7 +47,7 @@ class Members:
 
     @property
     def kinds(self) -> dict[str, str | None]:
-        """Task -> the kind of its adapter, or None."""
+        """The kind of each task's adapter, or None."""
         kept = {each.name: each.adapter.kind.value for each in self.kept}
         return {name: model.adapter for name, model in self.models.items()} | kept
 
@@ -55,7 +55,7 @@ class Members:
 def members_of(
     base: Checkpoint, tasks: Mapping[str, Checkpoint], mode: Adapters, *, assume_base: bool = False
 ) -> Members:
-    """Return what each task is a member as: a whole model, or an adapter that is kept, merged or pooled.
+    """Return each task as the member it is: a whole model, or an adapter that is kept, merged or pooled.
 
     Raises DataError that lists every adapter that cannot be read, fits no base, or cannot be in a pool.
     """
@@ -70,14 +70,14 @@ def members_of(
         return Members(base=pooled, models=members, kept=())
     names = sorted(adapters) if mode == "keep" else []
     kept = tuple(_keep(base, name, adapters[name], models.pop(name)) for name in names)
-    # Kept adapters need the base as it is.
+    # Kept adapters need the base unchanged.
     if not kept:
         base = fused.in_form_of(list(models.values()), experts.in_form_of(list(models.values()), base))
     return Members(base=base, models=models, kept=kept)
 
 
 def _adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_base: bool = False) -> dict[str, Adapter]:
-    """Task -> its adapter, for the tasks that are adapters.
+    """Map each task that is an adapter to its adapter.
 
     Raises DataError that lists every adapter that cannot be read or names another base. With assume_base, the base that
     an adapter names is ignored.
@@ -114,7 +114,8 @@ def _adapters_of(base: Checkpoint, tasks: Mapping[str, Checkpoint], *, assume_ba
 def _models_of(
     base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]
 ) -> dict[str, Checkpoint]:
-    """The model of every task, with adapters applied to the base. Raises DataError that lists all that do not fit."""
+    """Return the model of every task, with adapters applied to the base. Raises DataError that lists all that do not
+    fit."""
     models: dict[str, Checkpoint] = {}
     problems: list[DataError] = []
     for task, checkpoint in tasks.items():
@@ -128,15 +129,15 @@ def _models_of(
 
 
 def _keep(base: Checkpoint, name: str, adapter: Adapter, model: Checkpoint) -> KeptAdapter:
-    """Align the names of the model that an adapter makes. They can differ only by a prefix."""
+    """Align the names of the model that an adapter makes, which can differ only by a prefix."""
     names = align(base.tensors, model.tensors).names
     return KeptAdapter(name=name, adapter=adapter, model=model, names={aligned: own for own, aligned in names.items()})
 
 
 def _pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapping[str, Adapter]) -> Checkpoint:
-    """The base that a pool of adapters is compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
+    """Return the base that a pool of adapters is compared with: their own tensors, all 1 for (IA)³, all 0 for LoRA.
 
-    Raises DataError unless all tasks are adapters of one kind, and LoRAs of one rank and scale in every module.
+    Raises DataError unless all tasks are adapters of one kind, and LoRAs have one rank and scale in every module.
     """
     whole = [task for task in tasks if task not in adapters]
     kinds = {adapters[task].kind for task in tasks if task in adapters}
@@ -173,7 +174,7 @@ def _pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapp
 
 
 def partition_pairs(names: Sequence[str], blocks: str | Path) -> tuple[Block, ...]:
-    """Like `partition`, with both factors of a LoRA in one block, because their product is what merges."""
+    """Partition like `partition`, with both factors of a LoRA in one block, because their product is what merges."""
     of_module: dict[str, list[str]] = {}
     for name in names:
         segments = name.split(".")

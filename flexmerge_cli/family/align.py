@@ -1,11 +1,11 @@
-"""Maps the tensor names of a task to those of the base. Headers in, a map of names out.
+"""Maps the tensor names of a task to those of the base, from headers alone.
 
 A fine-tune wraps the base (`bert.encoder…` for `encoder…`), is unwrapped from it, is one tower of it, or was saved by
-another version of the same library, which moved its parts (`model.language_model.…` for `language_model.model.…`).
-So a model's names may differ by several renames of their first segments, on top of spellings (spelling.py). The rename
+another version of the same library, which moved its parts (`model.language_model.…` for `language_model.model.…`). So a
+model's names may differ by several renames of their first segments, in addition to spellings (spelling.py). The rename
 under which most tensors of equal name and shape coincide is taken first, then the next among what is left. A rename
-only adds, drops or moves segments that wrap a model: it never makes `text_model.` of `vision_model.`. Where two renames
-are as good, and no name decides, none is taken and the alignment says so.
+only adds, drops or moves segments that wrap a model: it never turns `vision_model.` into `text_model.`. If two renames
+are equally good and no name decides, none is taken and the alignment says so.
 """
 
 from collections import Counter
@@ -23,19 +23,19 @@ T = TypeVar("T")
 
 # Wrappers have one to three segments. Without a bound, one name of a million dots takes 10^12 steps.
 MAX_PREFIX_SEGMENTS = 16
-# A common end that more of the base's tensors have says nothing about which of them is meant.
+# A common end that more of the base's tensors have does not show which of them is meant.
 MAX_SAME_ENDS = 128  # the deepest models have 126 layers
 MAX_RENAMES = 32
-# After the first, a rename of fewer tensors is taken only if it concerns segments that are known to wrap models:
-# a head's `dense.weight` and another head's may be of one shape by chance.
+# After the first, a rename of fewer tensors is taken only if it concerns segments that are known to wrap models: the
+# `dense.weight` of two different heads may have one shape by chance.
 MIN_TENSORS = 8
-# Segments that say nothing about what they wrap.
+# Segments that do not show what they wrap.
 NEUTRAL = frozenset({"model", "module", "base_model"})
 WRAPPERS = NEUTRAL | {
     "language_model", "text_model", "vision_model", "vision_tower", "visual", "audio_tower", "multi_modal_projector",
     "transformer", "backbone", "timm_model",
 }  # fmt: skip
-# What names a tower, in the words of class names and of tensor names.
+# Words that name a tower in class names and in tensor names.
 TOWERS = {
     "vision": ("vision", "visual", "image"), "text": ("text", "language"), "audio": ("audio", "speech"),
 }  # fmt: skip
@@ -49,7 +49,7 @@ class Rename:
     new: tuple[str, ...]
 
     def apply(self, name: str) -> str | None:
-        """The new name; None if the name does not begin so."""
+        """Return the new name; None if the name does not begin with the old segments."""
         segments = name.split(".")
         start, rest = segments[: len(self.old)], segments[len(self.old) :]
         if _abstract(start) != self.old or not rest:
@@ -59,7 +59,7 @@ class Rename:
 
     @property
     def changed(self) -> set[str]:
-        """The segments that it adds, drops or moves."""
+        """The segments that the rename adds, drops or moves."""
         old, new = Counter(self.old), Counter(self.new)
         moved = set(self.old) if old == new and self.old != self.new else set()
         return set((old - new) + (new - old)) | moved
@@ -74,13 +74,13 @@ class Alignment:
     """How a task's tensor names map to the base's."""
 
     names: dict[str, str]
-    """Own name -> aligned name, one to one: the base's name, or one of its own for a tensor that the base lacks."""
+    """Own name -> aligned name, one to one: the base's name, or a name of its own for a tensor that the base lacks."""
     matched: frozenset[str]
     """The own names of tensors that the base has with the same shape."""
     renames: tuple[Rename, ...] = ()
-    """In the order of how many tensors they match, spellings apart."""
+    """The renames in the order of how many tensors they match, not counting spellings."""
     unclear: tuple[Rename, ...] = ()
-    """Renames that are as good as each other, so that none is taken."""
+    """Renames that are equally good, so that none is taken."""
 
     @property
     def wrapper(self) -> str:
@@ -101,10 +101,10 @@ def align(
     kind: str = "",
     fits: Callable[[T, StoredTensor], bool] = same_shape,  # type: ignore[assignment]
 ) -> Alignment:
-    """Find the names. O(names x segments), for each spelling.
+    """Find the names, in O(names x segments) for each spelling.
 
-    model_types: those of the configs of both, whose spellings are tried. kind: what is known of the task in words, such
-    as its class, which decides between towers. fits: whether a task's tensor may be a tensor of the base.
+    model_types: those of the configs of both, whose spellings are tried. kind: what is known about the task in words,
+    such as its class, which decides between towers. fits: whether a task's tensor may be a tensor of the base.
     """
     best: Alignment | None = None
     for of_base, of_task in _spellings(model_types):
@@ -129,7 +129,7 @@ def _spellings(model_types: tuple[str, ...]) -> Iterator[tuple[Spelling, Spellin
 
 @dataclass(slots=True)
 class _Search:
-    """What is not matched yet, by spelled name, and what is."""
+    """The names not matched yet, by spelled name, and the pairs found."""
 
     task: set[str]
     base: set[str]
@@ -155,7 +155,7 @@ def _aligned(
     kind: str,
     fits: Callable[[T, StoredTensor], bool],
 ) -> Alignment:
-    """names: own name -> spelled name."""
+    """Align for one pair of spellings. base_names and task_names: own name -> spelled name."""
     own_base = {new: own for own, new in base_names.items()}
     own_task = {new: own for own, new in task_names.items()}
     candidates = _candidates(
@@ -196,7 +196,7 @@ def _aligned(
 
 
 def _pair_misfits(search: _Search, pairs: dict[str, str]) -> None:
-    """Pair what has the same name after the renames and another shape, such as a resized vocabulary."""
+    """Pair tensors that have the same name after the renames but different shapes, such as a resized vocabulary."""
     for rename in () if search.unclear else (*search.renames, Rename((), ())):
         for name in sorted(search.task):
             renamed = rename.apply(name)
@@ -209,13 +209,14 @@ def _pair_misfits(search: _Search, pairs: dict[str, str]) -> None:
 def _candidates(
     task: Mapping[str, T], base: Tensors, fits: Callable[[T, StoredTensor], bool]
 ) -> dict[Rename, dict[str, str]]:
-    """Rename -> task's name -> base's name. Of a name only its longest end counts that a fitting tensor has."""
+    """Return rename -> task's name -> base's name. For each name, only its longest end counts that a fitting tensor
+    shares."""
     ends: dict[str, list[tuple[str, str]]] = {}
     for name in base:
         for start, end in _splits(name):
             ends.setdefault(end, []).append((start, name))
     found: dict[Rename, dict[str, str]] = {}
-    renamed = cache(_rename)  # of few starts, by many names
+    renamed = cache(_rename)  # many names have the same few starts
     for name, tensor in task.items():
         for start, end in _splits(name):
             hits = ends.get(end, ())
@@ -232,7 +233,7 @@ def _candidates(
 
 
 def _rename(old: str, new: str, has_module: bool) -> Rename | None:
-    """The rename of one start to another; None if it is more than a change of wrappers, or too little is left.
+    """Return the rename of one start to another; None if it is more than a change of wrappers, or too little is left.
 
     has_module: whether more than the parameter's own name follows.
     """
@@ -255,7 +256,8 @@ def _is_sure(rename: Rename, found: Mapping[str, str]) -> bool:
 
 
 def _chosen(best: list[Rename], found: Mapping[Rename, Mapping[str, str]], kind: str) -> Rename | None:
-    """The one to take of several that match as many; None if two of them exclude each other and no name decides."""
+    """Choose among the renames that match equally many tensors; None if two of them exclude each other and no name
+    decides."""
     for first in (
         [rename for rename in best if rename.old == rename.new],
         [rename for rename in best if not (set(rename.old) | set(rename.new)) - NEUTRAL],
@@ -285,13 +287,13 @@ def _names_tower(rename: Rename, kind: str) -> bool:
 
 
 def _is_other_tower(rename: Rename, kind: str) -> bool:
-    """Return whether it leads into a tower that the task's class says it is not."""
+    """Return whether a rename leads into a tower other than the one that the task's class names."""
     mine, theirs = _towers(kind), _towers(".".join(rename.changed))
     return len(mine) == 1 and bool(theirs) and not mine & theirs
 
 
 def _splits(name: str) -> list[tuple[str, str]]:
-    """("", name), then the cuts at its first dots: ("a.", "b.c"), ("a.b.", "c")."""
+    """Split a name into ("", name), then at its first dots: ("a.", "b.c"), ("a.b.", "c")."""
     cuts: list[int] = []
     position = name.find(".") + 1
     while position and len(cuts) < MAX_PREFIX_SEGMENTS:

@@ -1,4 +1,4 @@
-"""Compares two configs: do they describe one architecture? The differences are reported in the configs' words. Pure.
+"""Compares two configs to see whether they describe one architecture, and reports the differences in their words. Pure.
 
 Equal shapes are not enough (no shape shows the number of heads), and a list of shapes does not explain what is wrong.
 Only keys that both configs have are compared; vocabularies, positions, labels and dtypes may differ.
@@ -21,7 +21,7 @@ SIZES = (
 # Parts of a model that have a config of their own.
 PARTS = ("text_config", "vision_config", "audio_config", "language_config", "encoder", "decoder")
 MAX_DEPTH = 3  # of parts within parts
-# Model types of one encoder: a fine-tune of the first may call itself another.
+# Model types that share one encoder: a fine-tune of one may call itself another.
 SIBLINGS = (
     {"vit", "vit_mae", "vit_msn", "vit_hybrid", "deit"}, {"roberta", "xlm-roberta", "camembert"},
     {"bert", "bert-generation"}, {"t5", "mt5", "umt5"}, {"bart", "mbart"},
@@ -31,7 +31,7 @@ Config = Mapping[str, Any]
 
 
 def differences(base: Config, task: Config, *, depth: int = 0) -> list[str]:
-    """The differences, e.g. "num_attention_heads is 8, 12 in the base"; empty if none is known.
+    """List the differences, e.g. "num_attention_heads is 8, 12 in the base"; empty if none is known.
 
     One may be a part of the other: the vision tower of a CLIP is compared with the CLIP's vision_config.
     """

@@ -3,10 +3,10 @@
 `component` is the paper's partition, by rules.yaml: attention, MLP and each norm of a layer are separate blocks, and so
 is each embedding and projection. Names that match no rule are grouped by the deepest number and the module below it.
 
-Order: as computed. At each level of the names, siblings stand as their words do in the rules file, numbers as integers;
-a segment that is no word of the file (`model`, `bert`) stands where the first word below it does; the rest comes last,
-in natural order. So a layer's blocks stay together, and an encoder's before the decoder's. It does not depend on the
-order of the names.
+Blocks are in the order of computation. At each level of the names, siblings stand in the order of their words in the
+rules file, and numbers in numerical order; a segment that is not a word of the file (`model`, `bert`) stands where the
+first word below it does; the rest comes last, in natural order. So a layer's blocks stay together, and an encoder's
+come before the decoder's. The order does not depend on the order of the names.
 """
 
 import os
@@ -32,23 +32,25 @@ class Block:
     """A set of tensors that merge as one."""
 
     name: str
-    """Dotted path its tensors share, e.g. `vision_model.encoder.layers.3.self_attn`. Where parts of an MLP lie loose in
-    their layer, the layer's path and `mlp`."""
+    """The dotted path that its tensors share, e.g. `vision_model.encoder.layers.3.self_attn`. If the parts of an MLP
+    lie directly in their layer, the layer's path and `mlp`."""
     tensors: tuple[str, ...]
-    """Tensor names in the order given; never empty."""
+    """The tensor names in the order given; never empty."""
 
 
 def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[Block, ...]:
     """Put each name in exactly one block.
 
     blocks: `component`; `layer`, where all of one layer is one block and what is in no layer stands as in `component`;
-    `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). What
-    its rules leave is grouped by number and module, as what the shipped rules leave is; those do not see it.
+    `tensor`, in the order of `component`; `model`, one block; or the path of a rules file (see rules.py). Names that
+    its rules do not match are grouped by number and module, without the shipped rules.
+
     Parts of split tensors (split.py) at one place are a block of their own, `<block>@part0`, if the rules split; other
-    rules put all parts of a tensor into its block.
-    Parts of a model in subfolders, with tensors like `unet/conv_in.weight`, are partitioned one by one, without that.
+    rules put all parts of a tensor into its block. Parts of a model in subfolders, with tensors like
+    `unet/conv_in.weight`, are partitioned one by one, without that prefix.
+
     Returns blocks of unique names, in order of computation. Raises ValueError if a name comes twice, UsageError if
-    `blocks` or the rules file is wrong, SourceError if there is no such file. 100 000 names take a few seconds.
+    `blocks` or the rules file is wrong, and SourceError if there is no such file. 100 000 names take a few seconds.
     """
     if len(set(names)) != len(names):
         raise ValueError("a tensor name occurs twice")
@@ -65,9 +67,10 @@ def partition(names: Sequence[str], blocks: str | Path = "component") -> tuple[B
 
 
 def _of_parts(block: Block, places: Mapping[str, Mapping[int | None, str]], rules: Rules) -> list[Block]:
-    """The blocks of a block of whole tensors: one per place of the split ones, if the rules split, else one of all.
+    """Divide a block of whole tensors into one block per place of the split ones, if the rules split; otherwise keep
+    one.
 
-    places: whole name -> place, None of what is not split -> name.
+    places: whole name -> place, which is None for a tensor that is not split -> name.
     """
     if not rules.splits:
         return [replace(block, tensors=tuple(name for whole in block.tensors for name in places[whole].values()))]
@@ -82,7 +85,7 @@ def _of_parts(block: Block, places: Mapping[str, Mapping[int | None, str]], rule
 
 
 def _whole_blocks(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[Block, ...]:
-    """The same of tensors that are not split."""
+    """Partition tensors that are not split, part by part of the model."""
     parts: dict[str, list[str]] = {}
     for name in names:
         folder, slash, inner = name.rpartition("/")
@@ -95,7 +98,7 @@ def _whole_blocks(names: Sequence[str], blocks: str | Path, rules: Rules) -> tup
 
 
 def _partition(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[Block, ...]:
-    """The same of one folder of a model."""
+    """Partition the tensors of one folder of a model."""
     unmatched = _by_number_and_module(names)
     components = _grouped({name: rules.block_of(name) or unmatched[name] for name in names})
     order = _in_order(components, rules.rank)
@@ -113,7 +116,7 @@ def _partition(names: Sequence[str], blocks: str | Path, rules: Rules) -> tuple[
 
 
 def rules_of(blocks: str | Path) -> Rules:
-    """The rules file that `blocks` names, or the default one. Raises as `partition`."""
+    """Return the rules file that `blocks` names, or the default one. Raises like `partition`."""
     if not isinstance(blocks, Path) and blocks in BLOCKS:
         return _shipped_rules()
     if isinstance(blocks, Path) or blocks.lower().endswith((".yaml", ".yml")) or "/" in blocks or os.sep in blocks:
@@ -137,7 +140,8 @@ def _grouped(block_of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def _by_number_and_module(names: Iterable[str]) -> dict[str, str]:
-    """`stages.0.blocks.11.mixer` for `stages.0.blocks.11.mixer.proj.weight`; in no layer, the module itself."""
+    """Map to `stages.0.blocks.11.mixer` for `stages.0.blocks.11.mixer.proj.weight`; outside any layer, to the module
+    itself."""
     modules = {name: name.split(".") for name in names}
     for path in modules.values():
         if len(path) > 1 and path[-1] in OWN:
@@ -153,18 +157,19 @@ def _by_number_and_module(names: Iterable[str]) -> dict[str, str]:
 
 
 def _layers(components: Iterable[str]) -> dict[str, str]:
-    """`encoder.layers.3` for `encoder.layers.3.self_attn`; what is in no layer stays as it is."""
+    """Map to `encoder.layers.3` for `encoder.layers.3.self_attn`; a component outside any layer maps to itself."""
     paths = {component: component.split(".") for component in components}
     lengths = _layer_lengths(paths)
     return {component: ".".join(path[: lengths[component]]) or component for component, path in paths.items()}
 
 
 def _layer_lengths(paths: Mapping[str, list[str]]) -> dict[str, int]:
-    """The number of segments of each path that name its layer: up to the deepest number with a module below it, else 0.
+    """Return the number of segments of each path that name its layer: up to the deepest number with a module below it,
+    or 0.
 
-    A number without is a place in an nn.Sequential: `blocks.11.ff.0` is in layer `blocks.11`. One that has layers below
-    it, in the same module or as the first segment, is a whole model's: with `0.vit.layers.3.mlp` about, `0.vit.pooler`
-    is in no layer.
+    A number without a module below it is a place in an nn.Sequential: `blocks.11.ff.0` is in layer `blocks.11`. One
+    that has layers below it, in the same module or as the first segment, belongs to a whole model: if there is
+    `0.vit.layers.3.mlp`, `0.vit.pooler` is in no layer.
     """
     lengths: dict[str, int] = {}
     for key, path in paths.items():
@@ -183,7 +188,8 @@ def _is_layer(path: list[str], i: int) -> bool:
 
 
 def _is_part(path: list[str], i: int) -> bool:
-    """The numbers of `experts.5`, of T5's `block.3.layer.0` and of ResNet's `layers.1.layer.0` lie within a layer."""
+    """Return whether a number lies within a layer, as in `experts.5`, T5's `block.3.layer.0` and ResNet's
+    `layers.1.layer.0`."""
     if not i or not _is_numbered(path[i]):
         return False
     return path[i - 1] == "experts" or (path[i - 1] == "layer" and i > 1 and _is_numbered(path[i - 2]))
@@ -215,7 +221,7 @@ def _in_order(paths: Iterable[str], rank: Mapping[str, int]) -> list[str]:
 
 
 def _natural(text: str) -> tuple[object, ...]:
-    """Runs of digits compare as integers, of any length; `01` and `1` by their text."""
+    """Return a key that compares runs of digits as integers, of any length, and `01` and `1` by their text."""
     if text.isalpha():
         return (text, 0, "", text)
     runs = re.split(r"([0-9]+)", text)
@@ -224,7 +230,7 @@ def _natural(text: str) -> tuple[object, ...]:
 
 
 def _is_numbered(segment: str) -> bool:
-    """Whether `N` of a rules file matches: a number, or a word that ends in `_` and a number."""
+    """Return whether `N` of a rules file matches: a number, or a word that ends in `_` and a number."""
     return _is_digits(segment.rpartition("_")[2])
 
 

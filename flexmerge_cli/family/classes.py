@@ -1,4 +1,4 @@
-"""The five classes of tensors, as far as headers determine them: base-only, tied, constant, private, mergeable.
+"""Assigns the five classes of tensors, as far as headers determine them: base-only, tied, constant, private, mergeable.
 
 Whether a tensor is constant depends on its bits, so the survey decides. The rules are tried in that order.
 """
@@ -52,7 +52,7 @@ def why_private(
     merge_heads: bool = False,
     resnet: bool = False,
 ) -> str | None:
-    """Why a tensor is private, in words; None if it is not. Tasks hold None where the tensor is missing."""
+    """Say why a tensor is private; None if it is not. Tasks hold None where the tensor is missing."""
     present = [tensor for tensor in tasks if tensor is not None]
     segments = name.rpartition("/")[2].split(".")  # without the subfolder of a part
     if segments[0] in ("model", "module") and len(segments) > 1:
@@ -97,7 +97,7 @@ def is_resnet(names: Iterable[str]) -> bool:
 
 
 def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Alias -> target among the tensors of one model that share storage, which only a `.bin` file records."""
+    """Map aliases to targets among the tensors of one model that share storage, which only a `.bin` file records."""
     by_bytes: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.num_elements and tensor.path.suffix != ".safetensors":
@@ -111,7 +111,8 @@ def aliases(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
 
 
 def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Output embedding -> input embedding of equal shape, where the config ties them: equal bits make it an alias."""
+    """Map each output embedding to the input embedding of equal shape, if the config ties them: equal bits make it an
+    alias."""
     text = config.get("text_config")
     default = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
     if not config or not config.get("tie_word_embeddings", default):
@@ -127,7 +128,8 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
 
 
 def absent_alias(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
-    """The output layer of a model that ties it to its input embedding and does not store it: that embedding, or None.
+    """Return the input embedding of a model that ties its output layer to it and does not store that layer; otherwise
+    None.
 
     The config must say so explicitly, since there are no bits to compare.
     """
@@ -153,7 +155,8 @@ def _same_form(left: StoredTensor, right: StoredTensor) -> bool:
 
 
 def target_rank(name: str) -> tuple[int, str]:
-    """Order among aliases: input embeddings before output layers, so that the alias is the head and not the table."""
+    """Return a key that orders aliases: input embeddings before output layers, so that the alias is the head and not
+    the table."""
     segments = name.split(".")
     ranks = [INPUT_EMBEDDINGS.index(segment) for segment in segments if segment in INPUT_EMBEDDINGS]
     return (min(ranks, default=len(INPUT_EMBEDDINGS)), name)

@@ -1,6 +1,5 @@
-"""Experts of mixtures: one tensor an expert, as files have them, or all stacked in one, as transformers 5 has them in
-memory. Where base and tasks differ, the base is seen in the tasks' form. Headers in, headers out.
-"""
+"""Converts the experts of mixtures between one tensor per expert, as in files, and one stack of all, as transformers 5
+has them in memory. If base and tasks differ, the base is viewed in the tasks' form. Headers only."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import replace
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 
-# A stack -> the weights that it holds of each expert, one after another by rows, under the names that they may have.
+# A stack -> the weights that it holds for each expert, one after another by rows, under the names that they may have.
 # Source: transformers 5.24, conversion_mapping.py, MergeModulelist(0) and Concatenate(1).
 STACKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
@@ -21,7 +20,8 @@ ONE = re.compile(r"((?:.*\.)?experts)\.(\d{1,6})\.(\w+)\.weight")
 
 
 def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
-    """The base with its experts as all tasks have them; the base itself where they have them in different forms."""
+    """Return the base with its experts as all tasks have them; the base itself if the tasks have them in different
+    forms."""
     stacked = [any(map(STACK.fullmatch, task.tensors)) for task in tasks]
     apart = [any(map(ONE.fullmatch, task.tensors)) for task in tasks]
     if not tasks:
@@ -38,7 +38,7 @@ def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
 
 
 Made = Iterator[tuple[str, tuple[Sequence[str], StoredTensor]]]
-"""Name of a tensor, the names of those that it is made of, and the tensor."""
+"""Yields the name of a tensor, the names of those that it is made of, and the tensor."""
 
 
 def _stacked(base: Mapping[str, StoredTensor]) -> Made:

@@ -21,9 +21,10 @@ from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_
 from flexmerge_cli.family.spelling import model_types
 from flexmerge_cli.family.split import Split
 
-# What bundles call the parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a name.
+# The names that bundles give to parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a
+# name.
 PART_NAME = re.compile(r"@(base|unified|mask|gamma|scale|levels|codes|left|right|index|values|rows|part[0-9]+)(\.|\Z)")
-MAX_TASKS = 4096  # A plan's order and Gram matrices take memory by the square.
+MAX_TASKS = 4096  # the memory of a plan's order and Gram matrices grows with its square
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -35,12 +36,12 @@ class FamilyTensor:
     """The base's name for the tensor, or its own if the base has none."""
     base: StoredTensor | None
     tasks: tuple[StoredTensor | None, ...]
-    """One entry per task, in task order; None if the task lacks the tensor."""
+    """The tensor of each task, in task order; None if the task lacks it."""
     tensor_class: TensorClass
     reason: str = ""
     """Why the tensor is private, or the target if it is tied."""
     resized: bool = False
-    """Whether it is private only for its number of rows, as a vocabulary might be."""
+    """Whether it is private only because of its number of rows, as a vocabulary can be."""
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -48,7 +49,7 @@ class FamilyTensor:
 
     @property
     def could_be_constant(self) -> bool:
-        """Whether all of two or more tasks have it with one shape and dtype. Only the bits prove it constant."""
+        """Whether all of two or more tasks have it with one shape and dtype. Only the bits can prove it constant."""
         forms = {(tensor.shape, tensor.dtype) if tensor else None for tensor in self.tasks}
         return len(self.tasks) > 1 and len(forms) == 1 and None not in forms
 
@@ -86,13 +87,13 @@ class Family:
     tensors: tuple[FamilyTensor, ...]
     """Tensors in the order of the base's files, followed by those that the base lacks, by name."""
     own_names: tuple[dict[str, str], ...]
-    """Per task: aligned name -> own name, for the tensors that the task has."""
+    """For each task: aligned name -> own name, for the tensors that the task has."""
     vocabularies: tuple[Vocabulary, ...] = ()
     """The embeddings whose rows are not the same tokens in all models (vocabulary.py)."""
     rows: tuple[FamilyTensor, ...] = ()
     """The rows of such tensors that are not common to all models, each stored as a tensor `<tensor>@rows`."""
     splits: tuple[Split, ...] = ()
-    """The tensors of which the parts are in `tensors` (splitting.py)."""
+    """The tensors whose parts are in `tensors` (splitting.py)."""
     kept: tuple[KeptAdapter, ...] = ()
     """The tasks that stay adapters of the base, in code-point order. They appear in no list above."""
 
@@ -109,14 +110,14 @@ class Family:
 
 
 def are_task_names(names: Sequence[str]) -> bool:
-    """Whether these are valid names for the tasks of a family. For files, whose names may be hostile."""
+    """Return whether these are valid names for the tasks of a family; they may come from a hostile file."""
     return all(map(_is_task_name, names)) and len({name.lower() for name in names}) == len(names)
 
 
 def check_task_names(names: Sequence[str]) -> None:
     """Raise UsageError for a name that is not a valid file name on every system, or that two tasks have.
 
-    Also for more names than MAX_TASKS.
+    Also raises it for more names than MAX_TASKS.
     """
     if len(names) > MAX_TASKS:
         raise UsageError(f"{len(names):,} tasks, more than {MAX_TASKS:,}", hint="make several bundles")
@@ -158,7 +159,7 @@ def find_tasks(folder: Path) -> Candidates:
 
 
 def _two_levels(folder: Path) -> Iterator[str]:
-    """The paths in a folder and in its subfolders. The path of a folder ends in a slash."""
+    """Yield the paths in a folder and in its subfolders. The path of a folder ends in a slash."""
     for child in folder.iterdir():
         if child.is_dir():
             yield f"{child.name}/"
@@ -232,7 +233,7 @@ def make_family(
 
 
 def aligned_models(base: Checkpoint, task: Checkpoint) -> Alignment:
-    """The task's names as the base's."""
+    """Align the task's names with the base's."""
     words = [*(task.config.get("architectures") or ()), task.config.get("model_type")]
     return align(
         base.tensors,
@@ -261,9 +262,10 @@ def _check_elements(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alig
 
 
 def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:
-    """Raise DataError that lists every task whose config differs, or whose tensors fit the base not or in two ways.
+    """Raise DataError that lists every task whose config differs, or whose tensors fit the base not at all or in two
+    ways.
 
-    A task fits whose own tensors, or the base's, are for the most part in the other: it may be a part of the base, or
+    A task fits if most of its own tensors, or of the base's, are in the other model: it may be a part of the base, or
     have parts that the base lacks.
     """
     problems, unclear = [], []

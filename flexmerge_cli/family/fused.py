@@ -1,7 +1,7 @@
-"""Tensors that some versions of a model have in one and others apart, such as `qkv` for `q_proj`, `k_proj`, `v_proj`,
-or with two axes swapped. Where base and tasks differ, the base is seen in the tasks' form. Headers in, headers out.
+"""Converts tensors that some versions of a model have fused and others apart, such as `qkv` for `q_proj`, `k_proj`,
+`v_proj`, or with two axes swapped. If base and tasks differ, the base is viewed in the tasks' form. Headers only.
 
-Which they are, by model type, is in transformers_names.json (spelling.py). Experts of mixtures: experts.py.
+transformers_names.json lists these tensors by model type (spelling.py). experts.py handles the experts of mixtures.
 """
 
 import math
@@ -15,7 +15,7 @@ from flexmerge_cli.family import spelling
 
 Tensors = Mapping[str, StoredTensor]
 MAX_PIECES = 4096
-"""Equal runs of rows that one tensor is read from."""
+"""The most equal runs of rows that one tensor is read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,12 @@ class Word:
     text: str
 
     def of(self, name: str) -> re.Match[str] | None:
-        """Where it stands in a name, and not within a longer word."""
+        """Find the word in a name, but not within a longer word."""
         before, behind = (r"(?<!\w)" if self.text[0] != "." else "", r"(?!\w)" if self.text[-1] != "." else "")
         return re.search(before + re.escape(self.text) + behind, name)
 
     def instead(self, other: "Word", name: str) -> str | None:
-        """The name with the other word in place of this one; None if this one is not there."""
+        """Return the name with the other word in place of this one; None if this one is not in it."""
         found = self.of(name)
         return None if found is None else name[: found.start()] + other.text + name[found.end() :]
 
@@ -40,21 +40,21 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A tensor that is the rows of others, one after another."""
+    """A tensor that consists of the rows of others, one after another."""
 
     whole: Word
     parts: tuple[Word, ...]
 
     def forms(self, names: Sequence[str]) -> set[str]:
-        """Which of the two forms a model has: `whole`, `parts`, both or none."""
+        """Return which of the two forms a model has: `whole`, `parts`, both or none."""
         found = {"whole"} if self.whole.among(names) else set()
         return found | ({"parts"} if all(part.among(names) for part in self.parts) else set())
 
 
 def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
-    """The base with its tensors in one or apart, and with the axes, as all tasks have them.
+    """Return the base with its tensors fused or apart, and with the axes, as all tasks have them.
 
-    The base itself where tasks have them in different forms.
+    Returns the base itself if the tasks have them in different forms.
     """
     if not tasks:
         return base
@@ -75,7 +75,8 @@ def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
 
 
 def for_modules(weights: Sequence[str], base: Checkpoint) -> Checkpoint:
-    """The base with its tensors apart, in equal parts, if adapters are of such parts. weights: of their modules."""
+    """Return the base with its tensors apart, in equal parts, if adapters change such parts. weights: those of their
+    modules."""
     types = spelling.model_types(base.config)
     rows, _ = _rules(types)
     if not any(part.among(weights) for rule in rows for part in rule.parts if not rule.whole.among(weights)):
@@ -87,7 +88,7 @@ def for_modules(weights: Sequence[str], base: Checkpoint) -> Checkpoint:
 
 
 def mixed(tasks: Mapping[str, Checkpoint]) -> list[str]:
-    """What some tasks have in one tensor and others apart, in words, with what to do."""
+    """Describe what some tasks have fused and others apart, and say what to do."""
     found = []
     types = spelling.model_types(*(task.config for task in tasks.values()))
     for rule in _rules(types)[0]:
@@ -112,7 +113,7 @@ def _rules(types: Iterable[str]) -> tuple[list[Rows], list[tuple[Word, Word]]]:
 def _renamed(
     tensors: Tensors, word: Word, other: Word, spellings: Iterable[Callable[[str], str]]
 ) -> Iterator[tuple[str, str]]:
-    """(name, its new name) of every tensor that has the word in its name, or in another spelling of it."""
+    """Yield (name, its new name) of every tensor that has the word in its name, or in another spelling of it."""
     for name in tensors:
         new = next((new for way in spellings if (new := word.instead(other, way(name)))), None)
         if new is not None:
@@ -134,7 +135,7 @@ def _join(
         parts = [tensors[name] for name in names]
         if len({(len(part.shape), part.shape[1:], part.dtype) for part in parts}) > 1 or not parts[0].shape:
             continue
-        step = math.gcd(*(part.shape[0] for part in parts))  # pieces are of one shape
+        step = math.gcd(*(part.shape[0] for part in parts))  # all pieces have one shape
         if not step or sum(part.shape[0] for part in parts) // step > MAX_PIECES:
             continue
         pieces = tuple(part.take(((row, step),)) for part in parts for row in range(0, part.shape[0], step))
@@ -152,8 +153,8 @@ def _cut(
     spellings: Sequence[Callable[[str], str]],
     task: Tensors | None = None,
 ) -> None:
-    """task: has the parts, whose numbers of rows are taken; under other names, they are the same in every layer.
-    None: the parts are equal."""
+    """Cut the base's whole tensors into parts. task: has the parts, whose numbers of rows are used; under other names,
+    they are the same in every layer. None: the parts are equal."""
     ends: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name, one in (task or {}).items():
         ends.setdefault(name.rpartition(".")[2], []).append((name, one))
@@ -189,7 +190,7 @@ def _turn(
     spellings: Sequence[Callable[[str], str]],
     wanted: Iterable[tuple[int, ...]],
 ) -> None:
-    """Swap the last two axes of the base's tensors, whichever of the two names they have, into shapes of the tasks."""
+    """Swap the last two axes of the base's tensors, under either of the two names, to get the shapes of the tasks."""
     shapes = set(wanted)
     named = [*_renamed(tensors, old, new, spellings), *_renamed(tensors, new, new, spellings)]
     for own, name in dict(named).items():

@@ -1,20 +1,21 @@
-"""Parses rules files: YAML text in, compiled rules out. Knows nothing about models; `blocks.py` applies the rules.
+"""Parses the YAML text of rules files into compiled rules. Knows nothing about models; `blocks.py` applies the rules.
 
-words   {set: [word, …]}, MAY be left out. A pattern names a set as `<set>`
-rules   [rule, …], the first that matches a name decides. A rule is a pattern, or
+words   {set: [word, …]}, MAY be left out. A pattern refers to a set as `<set>`
+rules   [rule, …]; the first that matches a name decides. A rule is a pattern, or
         {match: pattern or [pattern, …], as: word}; `as` MAY be left out
 split   [{match: pattern or [pattern, …], parts: number, dim: 0 or 1}, …], MAY be left out: tensors that are split into
-        so many equal runs along an axis, 0 unless `dim` says otherwise. Then `rules` MAY be left out, too: the default
-        ones hold
+        this many equal parts along an axis, 0 unless `dim` says otherwise. Then `rules` MAY also be left out: the
+        default ones apply
 
-A pattern is segments with dots between them. It matches a run of whole segments anywhere in a name, the leftmost; what
-comes before (`model.`, `bert.`) and after (`q_proj.weight`) is free. A segment is a word, `<set>`, `N` (a number, or a
-word that ends in `_` and one, like `encoder_layer_3`), several of these with `|` between them, or `*` (any one).
+A pattern consists of segments with dots between them. It matches a run of whole segments anywhere in a name, the
+leftmost; what comes before (`model.`, `bert.`) and after (`q_proj.weight`) is free. A segment is a word, `<set>`, `N`
+(a number, or a word that ends in `_` and a number, like `encoder_layer_3`), several of these with `|` between them, or
+`*` (any one).
 
 The block is the path from the start of the name to the end of the match. With `as` it is the path to the pattern's last
 `N`, or to the start of the match, and then that word: `N.fc1|fc2` as `mlp` is `layers.3.mlp`.
 
-Words are also the order of the blocks: see `blocks.py`. A word counts where it stands first in the file, a set in a
+Words also give the order of the blocks: see `blocks.py`. A word counts where it first occurs in the file, a set in a
 pattern as its words.
 
 Files may come from strangers: other keys, aliases and anything over 64 KiB are refused, nothing is built from a tag,
@@ -34,7 +35,7 @@ import yaml
 from flexmerge_cli.errors import MachineError, SourceError, UsageError
 from flexmerge_cli.family.split import MAX_PARTS
 
-# Bounds the time that PyYAML takes: 64 KiB of the worst, one-letter words, are 2 s. rules.yaml has 4 KiB.
+# Bounds the time that PyYAML takes: the worst 64 KiB, one-letter words, take 2 s. rules.yaml has 4 KiB.
 MAX_BYTES = 64 << 10
 # Bounds the expressions, since a set counts at each use. rules.yaml has about 50.
 MAX_CHOICES = 20_000
@@ -48,12 +49,12 @@ SPECIAL = set(".|<>*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One pattern and the name that its matches get."""
+    """One pattern, and the name that its matches get."""
 
     pattern: re.Pattern[str]
-    """Group `kept` is the part of the match that stays in the block's name."""
+    """Its group `kept` is the part of the match that stays in the block's name."""
     rename: str | None
-    """The word that follows `kept`; None if nothing does."""
+    """The word that follows `kept`; None for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class SplitRule:
 
     pattern: re.Pattern[str]
     parts: int
-    """At least 2."""
+    """The number of parts, at least 2."""
     dim: Literal[0, 1]
 
 
@@ -75,12 +76,12 @@ class Rules:
     rank: Mapping[str, int]
     """Maps each word to its position in the file."""
     any_rule: re.Pattern[str]
-    """Matches the names that some rule matches: a name that none does costs one search."""
+    """Matches the names that some rule matches, so that a name without a rule costs one search."""
     splits: tuple[SplitRule, ...] = ()
-    """In file order."""
+    """The split rules in file order."""
 
     def block_of(self, name: str) -> str | None:
-        """The block of a tensor's name by the first rule that matches; None if none does."""
+        """Return the block of a tensor's name by the first rule that matches; None if none does."""
         if not self.any_rule.search(name):
             return None
         for rule in self.rules:
@@ -88,15 +89,16 @@ class Rules:
                 kept = name[: found.end("kept")]
                 if rule.rename is None:
                     return kept
-                # If nothing of the match stays, what stands before it ends with a dot, or is nothing.
+                # If nothing of the match stays, the text before it ends with a dot or is empty.
                 return kept + ("" if found.end("kept") == found.start() else ".") + rule.rename
         return None
 
 
 def read_rules(path: Path) -> Rules:
-    """Read a rules file. Raises SourceError if it is missing, MachineError if unreadable, UsageError if malformed."""
+    """Read a rules file. Raises SourceError if it is missing, MachineError if unreadable, and UsageError if
+    malformed."""
     if "\0" in str(path):
-        raise UsageError(f"no path of a rules file: {str(path)!r}")
+        raise UsageError(f"{str(path)!r} cannot be the path of a rules file")
     try:
         if not path.exists():
             raise SourceError(f"no rules file at `{path}`", hint="`--blocks component` needs no file")
@@ -116,12 +118,12 @@ def read_rules(path: Path) -> Rules:
 
 
 def parse_rules(text: str, where: str) -> Rules:
-    """Compile the text of a rules file; `where` is what errors call it."""
+    """Compile the text of a rules file; `where` is its name in errors."""
     return _Parser(where).parse(text)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A hint that names the valid word most similar to `word`, or all valid words."""
+    """Return a hint that names the valid word most similar to `word`, or all valid words."""
     valid = list(valid)
     # difflib takes time in the product of the lengths.
     close = difflib.get_close_matches(word[:64], [v for v in valid if len(v) <= 64], n=1)
@@ -129,7 +131,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 class _Parser:
-    """The node tree of one file to Rules: nodes know their lines, and are never made into objects."""
+    """Turns the node tree of one file into Rules: nodes know their lines, and are never made into objects."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -139,7 +141,7 @@ class _Parser:
 
     def parse(self, text: str) -> Rules:
         top = self.mapping(self.compose(text), "a rules file", ("words", "rules", "split"))
-        # Sets first: a pattern may stand above them. The order of words is that of the file.
+        # Sets come first, since a pattern may stand above them. The order of words is that of the file.
         if "words" in top:
             sets = self.mapping(top["words"], "`words`")
             self.words = {key: tuple(map(self.word, self.items(node, f"<{key}>"))) for key, node in sets.items()}
@@ -172,7 +174,7 @@ class _Parser:
                 if depth > MAX_DEPTH:
                     self.fault(line, "too many levels", "no rules file has more than four")
                 if isinstance(event, yaml.AliasEvent):
-                    # A few aliases of aliases stand for more nodes than there is memory.
+                    # A few aliases of aliases can stand for more nodes than fit in memory.
                     self.fault(line, "an alias", "quote a pattern that starts with *; for a list, use a set of `words`")
             node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -231,7 +233,7 @@ class _Parser:
         return Rule(pattern=re.compile(expression), rename=rename)
 
     def segment(self, node: yaml.Node, text: str) -> str:
-        """The regular expression of one segment. Registers the order of its words."""
+        """Return the regular expression of one segment. Registers the order of its words."""
         self.num_choices += 1
         if text == "*":
             return "[^.]*"
@@ -265,7 +267,7 @@ class _Parser:
         return text
 
     def scalar(self, node: yaml.Node, what: str) -> str:
-        """A scalar as written, so that `no`, `on` and `1` are words too."""
+        """Return a scalar as written, so that `no`, `on` and `1` are words too."""
         if not isinstance(node, yaml.ScalarNode):
             self.fault(node, f"{what} must be text, not {_kind(node)}", None)
         return str(node.value)
@@ -273,7 +275,7 @@ class _Parser:
     def items(self, node: yaml.Node, what: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             self.fault(
-                node, f"{what} must be a list with something in it", "write [a, b], or one item a line, after `- `"
+                node, f"{what} must be a list with something in it", "write [a, b], or one item per line, after `- `"
             )
         return list(node.value)
 
@@ -300,6 +302,6 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of an untrusted file for a message: without control characters, and shortened."""
+    """Make text of an untrusted file fit for a message: without control characters, and shortened."""
     text = text if len(text) <= 300 else text[:300] + "…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,7 +1,7 @@
-"""Spellings of tensor names: a name in, the name that another version of the same library gives it out. No weights.
+"""Spells tensor names as other versions of the same library do. No weights.
 
-What training wrappers put into names (`_orig_mod.`) is dropped, and torch's two names of a normalised weight are one.
-How transformers renames the tensors of files on loading, by model type, is in transformers_names.json, which
+What training wrappers put into names (`_orig_mod.`) is dropped, and torch's two names of a normalised weight become
+one. How transformers renames the tensors of files on loading, by model type, is in transformers_names.json, which
 `python -m tests.transformers_names` writes; transformers itself is not imported.
 """
 
@@ -15,7 +15,7 @@ from flexmerge_cli.json_file import parse_json
 
 Spelling = Callable[[str], str]
 
-# Segments that torch.compile, DDP, FSDP, activation checkpointing and Opacus put in, at any place of a name.
+# The segments that torch.compile, DDP, FSDP, activation checkpointing and Opacus insert anywhere in a name.
 WRAPPED = frozenset({"_orig_mod", "module", "_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 ENDS = (
     ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"),
@@ -23,12 +23,13 @@ ENDS = (
 )  # fmt: skip
 PARTS = ("text_config", "vision_config", "audio_config", "language_config", "encoder", "decoder", "backbone_config")
 MAX_DEPTH = 3  # of configs in configs
-# Longer names are left as they are: a pattern may look at a name once for each of its characters.
+# Longer names are left as they are: a pattern may scan a name once for each of its characters.
 MAX_CHARACTERS = 1000
 
 
 def plain(name: str) -> str:
-    """The name without what training put into it. A name of such segments alone is left as it is."""
+    """Return the name without the segments that training inserted. A name that consists only of such segments is left
+    as it is."""
     if len(name) > MAX_CHARACTERS:
         return name
     kept = ".".join(segment for segment in name.split(".") if segment not in WRAPPED)
@@ -39,7 +40,8 @@ def plain(name: str) -> str:
 
 
 def by_type(model_types: Iterable[str]) -> Iterator[Spelling]:
-    """The spellings that transformers has for these types of models: all of them one after another, then each alone."""
+    """Yield the spellings that transformers has for these model types: all of them one after another, then each
+    alone."""
     every = [rules for model_type in model_types for rules in _renames().get(model_type, ())]
     if len(every) > 1:
         yield _spelling([rule for rules in every for rule in rules])
@@ -48,12 +50,12 @@ def by_type(model_types: Iterable[str]) -> Iterator[Spelling]:
 
 
 def model_types(*configs: Mapping[str, Any]) -> tuple[str, ...]:
-    """The model types that configs name, of the whole and of its parts; each once, in order."""
+    """Return the model types that configs name, for the whole and for its parts; each once, in order."""
     return tuple(dict.fromkeys(found for config in configs for found in _types(config)))
 
 
 def spelled(names: Iterable[str], spelling: Spelling) -> dict[str, str]:
-    """Own name -> spelled name, one to one: names that would fall on one keep their own."""
+    """Map each own name to its spelled name, one to one: names that would coincide keep their own."""
     own = list(names)
     found = {name: spelling(name) for name in own}
     counts: dict[str, int] = {}
@@ -79,7 +81,8 @@ def _spelling(rules: list[list[str]]) -> Spelling:
 
 
 def forms() -> dict[str, dict[str, list[Any]]]:
-    """Model type -> tensors that are the `rows` of others, and those that are `turned`: with two axes swapped."""
+    """Return by model type the tensors that are the `rows` of others, and those that are `turned`, with two axes
+    swapped."""
     return _known()["forms"]
 
 
@@ -90,7 +93,7 @@ def _known() -> dict[str, dict[str, Any]]:
 
 
 def _renames() -> dict[str, list[list[list[str]]]]:
-    """Model type -> lists of (regular expression, replacement)."""
+    """Return lists of (regular expression, replacement) by model type."""
     return _known()["rules"]
 
 

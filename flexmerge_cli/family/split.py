@@ -1,7 +1,8 @@
-"""A tensor that is split into equal runs along one axis, which merge apart, such as the heads of an attention.
+"""Describes a tensor that is split into equal parts along one axis, which merge apart, such as the heads of an
+attention.
 
-Each part is a tensor of its own, `NAME@part0`, `NAME@part1`, …, and no tensor has the whole's name. What reads a model
-joins them again. Names and shapes only.
+Each part is a tensor of its own, `NAME@part0`, `NAME@part1`, …, and no tensor has the name of the whole. Readers of a
+model join the parts again. Names and shapes only.
 """
 
 import re
@@ -31,26 +32,27 @@ class Split(Record):
         return tuple(f"{self.tensor}@part{place}" for place in range(self.parts))
 
     def whole(self, shape: Shape) -> Shape:
-        """The shape of the whole, from that of a part."""
+        """Return the shape of the whole, from that of a part."""
         return (*shape[: self.dim], shape[self.dim] * self.parts, *shape[self.dim + 1 :])
 
     def take(self, whole: StoredTensor, name: str) -> StoredTensor:
-        """The part of this name, of where the whole lies."""
+        """Return the part with this name, of the stored whole."""
         place = whole_of(name)[1]
         assert place is not None
         return whole.section(self.dim, self.parts, place)
 
 
 def whole_of(name: str) -> tuple[str, int | None]:
-    """The whole and the place of a part. A name that is not of a part is itself the whole, without a place."""
+    """Return the whole and the place of a part. Any other name is itself the whole, without a place."""
     found = PART.fullmatch(name)
     return (name, None) if found is None else (found[1], int(found[2]))
 
 
 def check_splits(splits: Iterable[Split], forms: Mapping[str, Mapping[Any, Any]]) -> None:
-    """Raise ValueError unless the parts of the splits are there, of one form, and no other names are of parts.
+    """Raise ValueError unless the parts of the splits are present and of one form, and no other names are those of
+    parts.
 
-    forms: name -> task -> (dtype, shape), of every tensor that is stored.
+    forms: name -> task -> (dtype, shape), for every tensor that is stored.
     """
     expected: set[str] = set()
     for split in splits:

@@ -13,7 +13,7 @@ from flexmerge_cli.record import Shape
 
 
 def find_splits(shapes: Mapping[str, Shape], blocks: str | Path) -> tuple[Split, ...]:
-    """The splits of these tensors. The first rule whose pattern matches and whose axis a tensor has decides.
+    """Return the splits of these tensors. The first rule whose pattern matches and whose axis a tensor has decides.
 
     Raises UsageError that lists every tensor whose axis is not a multiple of the number of parts.
     """
@@ -41,15 +41,15 @@ def find_splits(shapes: Mapping[str, Shape], blocks: str | Path) -> tuple[Split,
 
 
 def split_tensors(family: Family, blocks: str | Path) -> Family:
-    """Each part of a split tensor becomes a tensor of the family. Raises UsageError as find_splits, and for adapters.
+    """Make each part of a split tensor a tensor of the family. Raises UsageError like `find_splits`, and for adapters.
 
-    Tensors that do not merge stay whole, and so do vocabularies and what other tensors are tied to.
+    Tensors that do not merge stay whole, and so do vocabularies and the targets of tied tensors.
     """
     if not rules_of(blocks).splits:
         return family
     if family.kept or any(t.base is not None and t.base.fill is not None for t in family.tensors):
         raise UsageError(
-            f"{blocks} splits tensors, and adapters that are kept or pooled are of whole ones",
+            f"{blocks} splits tensors, but kept or pooled adapters need whole ones",
             hint="plan with --adapters merge, or leave out `split`",
         )
     whole = {name for vocabulary in family.vocabularies for name in vocabulary.tensors}
@@ -103,7 +103,7 @@ def _own_names(names: Mapping[str, str], splits: Mapping[str, Split]) -> dict[st
 def require_splits(shapes: Mapping[str, Shape], splits: tuple[Split, ...], blocks: str | Path) -> None:
     """Raise UsageError unless a rules file splits these tensors as they were when their weights were compared.
 
-    shapes: of all tensors that merge, those that are split under the names of their parts. A rules file without
+    shapes: those of all tensors that merge; split tensors appear under the names of their parts. A rules file without
     `split` fits any plan: its blocks hold the parts together.
     """
     if not rules_of(blocks).splits:
@@ -113,6 +113,6 @@ def require_splits(shapes: Mapping[str, Shape], splits: tuple[Split, ...], block
     whole |= {split.tensor: split.whole(shapes[name]) for split in splits if (name := some[split.tensor])}
     if set(find_splits(whole, blocks)) != {split for split in splits if some[split.tensor]}:
         raise UsageError(
-            f"{blocks} splits other tensors than this plan does, whose weights were compared as they were split then",
+            f"{blocks} splits other tensors than this plan, whose weights were compared with its own splits",
             hint=f"make the plan from its sources again: flexmerge plan --base … --tasks … --blocks {blocks}",
         )

@@ -1,9 +1,9 @@
 """Splits vocabularies that differ between base and tasks, so that the rows that all models share are one tensor.
 
-Such a tensor, with one row per token, becomes two. Under its own name: the rows that the base and all tasks have, in
-the base's order, which merge like any other tensor. Under `<tensor>@rows`: the other rows of each task, private. The
-tokenizers tell which row is which token; without them, and for rows without a token (padding), rows are compared by
-position. A row of the base that some task lacks is in the others' `@rows`, or in no task.
+Such a tensor, with one row per token, becomes two. One has its own name and the rows that the base and all tasks have,
+in the base's order, which merge like any other tensor. The other, `<tensor>@rows`, has the other rows of each task,
+private. The tokenizers tell which row is which token; without them, and for rows without a token (padding), rows are
+compared by position. A row of the base that some task lacks is in the others' `@rows`, or in no task.
 
 Vocabularies of one size in all models are left as they are unless a tokenizer moved a token or gave a row to a new one.
 """
@@ -31,9 +31,10 @@ Sizes = tuple[int, ...]
 
 
 def split_vocabularies(family: Family) -> Family:
-    """Reads tokenizer files, if a tensor of the family is a vocabulary's. Ties must be settled.
+    """Split the vocabularies of a family. Reads tokenizer files if one of its tensors has a row per token. Ties must be
+    settled.
 
-    Where adapters are kept nothing is split of which not all rows of the base are common: they need it whole.
+    If adapters are kept, a tensor is split only if all rows of the base are common: adapters need the base whole.
     """
     members = _members(family)
     if not members:
@@ -60,9 +61,10 @@ def split_vocabularies(family: Family) -> Family:
 
 
 def match_rows(base: Mapping[str, int], task: Mapping[str, int], base_rows: int, task_rows: int) -> np.ndarray:
-    """The task's row for each of the base's, -1 where it has none; int64 [base_rows].
+    """Return the task's row for each of the base's, -1 where it has none; int64 [base_rows].
 
-    By token; rows to which the task gives no token stand for the base's at their place, if no token claims it.
+    Rows are matched by token. A row to which the task gives no token stands for the base's at its place, if no token
+    claims it.
     """
     own = np.full(base_rows, -1, np.int64)
     is_named = np.zeros(task_rows, bool)
@@ -81,7 +83,7 @@ def match_rows(base: Mapping[str, int], task: Mapping[str, int], base_rows: int,
 
 
 def leading_rows(base_rows: int, task_rows: int) -> np.ndarray:
-    """The common rows, by position alone."""
+    """Return the common rows, matched by position alone."""
     own = np.arange(base_rows)
     own[task_rows:] = -1
     return own
@@ -93,7 +95,7 @@ class _Tokenizers:
 
     base: Tokens
     tasks: tuple[Tokens, ...]
-    """Per task; the same object as `base` if the files are the same."""
+    """The tokens of each task; the same object as `base` if the files are the same."""
 
 
 def _tokens(family: Family) -> _Tokenizers:
@@ -106,7 +108,7 @@ def _tokens(family: Family) -> _Tokenizers:
 
 
 def _row_maps(sizes: Sizes, tokens: _Tokenizers) -> tuple[RowMap, tuple[RowMap, ...]] | None:
-    """The row maps of the base and of each task; None if all rows are alike, or none is common."""
+    """Return the row maps of the base and of each task; None if all rows are alike, or none is common."""
     base_rows, *of_tasks = sizes
     own_TV, leading = [], []
     for rows, of_task in zip(of_tasks, tokens.tasks):
@@ -162,8 +164,8 @@ def _split(tensor: FamilyTensor, vocabulary: Vocabulary) -> tuple[FamilyTensor, 
 
 
 def _members(family: Family) -> dict[Sizes, list[FamilyTensor]]:
-    """Tensors with one row a token, by their numbers of rows: matrices that are called so or have as many rows as
-    the configs' `vocab_size`, and what else was resized as they were."""
+    """Find the tensors with one row per token, by their numbers of rows: matrices with the name of a vocabulary, or
+    with as many rows as the configs' `vocab_size`, and other tensors that were resized like them."""
     found: dict[Sizes, list[FamilyTensor]] = {}
     candidates = [t for t in family.tensors if _could_be(t)]
     vocab_sizes = [set(_vocab_sizes(model.config)) for model in (family.base, *family.tasks)]
@@ -213,7 +215,7 @@ def _are_vocab_sizes(sizes: Sizes, vocab_sizes: Sequence[set[int]]) -> bool:
 
 
 def _vocab_sizes(config: Mapping[str, Any], depth: int = 0) -> Iterator[int]:
-    """`vocab_size`, also of a part of the model: `text_config`, `decoder`."""
+    """Yield `vocab_size`, including that of parts of the model: `text_config`, `decoder`."""
     for key, value in config.items():
         if key == "vocab_size" and type(value) is int:
             yield value
