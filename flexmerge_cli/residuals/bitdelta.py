@@ -1,6 +1,7 @@
-"""BitDelta: the sign of every element, and one scale. Liu et al. 2024; the variant before its training on data.
+"""Encodes and decodes BitDelta: the sign of every element, and one scale. Liu et al. 2024, without training on data.
 
-The authors take children with `proj` in their name alone and pack 32 signs along the input; here every matrix, by rows.
+The authors use only children with `proj` in their name and pack 32 signs along the input; here every matrix is coded,
+by rows.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class BitDelta:
     """`scale` float32 [1] or [m], `codes` of one bit: set where the residual is 0 or more. Decodes to ± scale."""
 
     scale: Literal["tensor", "row"] = "tensor"
-    """Over what the magnitude is averaged, which is the scale of least squared error."""
+    """What the magnitude is averaged over; the average is the scale of least squared error."""
     gain: Literal["none", "norm"] = "none"
     """norm: the root mean square of each row instead, which keeps its length; scales are then per row."""
 

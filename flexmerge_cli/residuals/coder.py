@@ -1,12 +1,12 @@
 """Defines residual coders, and how a tensor is viewed as a matrix. No torch, no files, no names.
 
 A coder turns a float32 matrix [m, n] into parts, arrays whose dtypes and shapes follow from m, n and the model's dtype
-alone: a bundle is priced without weights. What the matrix is (a residual, a centre, a copy) is its caller's affair.
+alone: a bundle is priced without weights. The caller knows what the matrix is: a residual, a centre or a copy.
 
     low_bit.py    one scale a row, codes of b bits     scope row (levels=empirical: tensor)
     bitdelta.py   signs, one scale a tensor or a row   scope tensor or row
     low_rank.py   two factors                          scope tensor
-    sparse.py     largest elements and where they are  scope tensor (select=row: row)
+    sparse.py     largest elements and positions       scope tensor (select=row: row)
 
 Reading needs numpy alone; encoders take torch tensors on any device.
 """
@@ -23,13 +23,13 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.later import Tensor
 
 Matrix = tuple[int, int]
-"""(m, n): rows and columns of a view."""
+"""(m, n): the rows and columns of a view."""
 
 Rows = tuple[int, int]
 """Rows [first, stop) of a view."""
 
 Parts = Mapping[str, np.ndarray]
-"""Role -> bits, in the numpy type of `checkpoint.dtypes.NUMPY`."""
+"""Maps each role to bits, in the numpy type of `checkpoint.dtypes.NUMPY`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Part:
     """One array that is stored for one tensor and task, or for a centre."""
 
     role: str
-    """`scale`, `codes`, …: what stands behind the `@` of its name."""
+    """`scale`, `codes`, …: what follows the `@` in its name."""
     dtype: str
     """The dtype as safetensors spells it."""
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class View(StrEnum):
     """(the rest, last axis): every run of the last axis is a row."""
 
     def matrix(self, shape: tuple[int, ...]) -> Matrix:
-        """(m, n) of a tensor; scalars are (1, 1)."""
+        """Return (m, n) of a tensor; scalars are (1, 1)."""
         shape = self._axes(shape)
         if len(shape) < 2:
             return 1, math.prod(shape)
@@ -87,21 +87,23 @@ class Coder(Protocol):
         """`row`: no row depends on another, so chunks of whole rows may be encoded one by one."""
 
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
-        """The stored parts, in order. dtype: the model's."""
+        """Return the stored parts, in order. dtype: the model's."""
 
     def workspace(self, shape: Matrix) -> int:
-        """Bytes that encoding so many rows and columns takes at most, or decoding them, beside the matrix itself."""
+        """Return the most bytes that encoding or decoding this many rows and columns takes beside the matrix itself."""
 
     def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
-        """float32 [m, n] -> every part. With scope `row` any chunk of whole rows, and every part is by_row."""
+        """Encode float32 [m, n] into every part. With scope `row`: any chunk of whole rows, and every part is
+        by_row."""
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
-        """float32 [rows, n]. shape is the whole view's; by_row parts hold the rows asked for, all others everything.
+        """Decode to float32 [rows, n]. shape is the whole view's; by_row parts hold the requested rows, others
+        everything.
 
-        rows: all of them if None. Raises ValueError where the content of a part cannot be.
+        rows: None means all. Raises ValueError if the content of a part is impossible.
         """
 
 
 def num_bytes(parts: tuple[Part, ...]) -> int:
-    """The size of the parts in bytes, without headers."""
+    """Return the size of the parts in bytes, without headers."""
     return sum(part.num_bytes for part in parts)

@@ -1,8 +1,9 @@
-"""Measures how well a tensor codes in few bits: what `auto` needs of a tensor besides its Gram matrix.
+"""Measures how well a tensor codes in few bits: what `auto` needs to know of a tensor besides its Gram matrix.
 
-Rows of the base, of the average of all tasks, and of all tasks come in; out come `weights`, the squared error of coding
+Takes rows of the base, of the average of all tasks, and of all tasks. Gives `weights`, the squared error of coding
 base and average whole, and `residuals`, the part of a residual's energy that coding loses, from a sample of rows.
-Errors of whole tensors are exact sums since a sample is not enough: 4 bits were off 4-fold on a tensor with outliers.
+Errors of whole tensors are exact sums because a sample is not enough: with one, 4 bits were off by a factor of 4 on a
+tensor with outliers.
 """
 
 import math
@@ -19,7 +20,7 @@ from flexmerge_cli.residuals.coder import Matrix
 WEIGHT_BITS = (2, 3, 4, 8)
 RESIDUAL_BITS = (1, 2, 3, 4, 8)
 
-# Where no sampled row has moved: those of a normal distribution, and of evenly spaced levels across it.
+# Used if no sampled row has moved: the ratios of a normal distribution, and of evenly spaced levels across it.
 NORMAL_RATIOS = {1: 0.363380, 2: 0.117482, 3: 0.034548, 4: 0.0115, 8: 0.00005}
 
 
@@ -28,11 +29,11 @@ class CodingError:
     """The errors of coding one tensor, with codes without gain, as in `low_bit.weight_code`."""
 
     base: Mapping[int, float]
-    """Bits -> Σ (x - coded x)² over all elements of the base."""
+    """Maps bits to Σ (x - coded x)² over all elements of the base."""
     average: Mapping[int, float]
     """Like the above, for θ_0 + mean τ of all tasks, in float32."""
     ratio: Mapping[int, float]
-    """Bits -> lost part of ‖θ_k - average‖², over sampled rows of all tasks."""
+    """Maps bits to the lost part of ‖θ_k - average‖², over sampled rows of all tasks."""
 
     def to_dict(self) -> dict[str, Any]:
         weights = {"base": _keyed(self.base), "average": _keyed(self.average)}
@@ -40,7 +41,7 @@ class CodingError:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "CodingError":
-        """The inverse. Raises KeyError where a number is missing, ValueError where one is negative or not finite."""
+        """Invert `to_dict`. Raises KeyError if a number is missing, ValueError if one is negative or not finite."""
         weights = data["weights"]
         return CodingError(
             base=_numbers(weights["base"], WEIGHT_BITS),
@@ -50,9 +51,10 @@ class CodingError:
 
 
 def sample_rows(tensor: str, shape: Matrix) -> np.ndarray:
-    """The rows whose residuals are measured: int64, ascending, one drawn from each of equal stretches.
+    """Choose the rows whose residuals are measured: int64, ascending, one drawn from each of equal stretches.
 
-    At least 64, and at least 2^14 elements, where the tensor has so many. tensor: its name, which seeds the draw.
+    There are at least 64, with at least 2^14 elements, if the tensor has as many. tensor: its name, which seeds the
+    draw.
     """
     m, n = shape
     if 0 in shape:
@@ -69,25 +71,27 @@ class RowErrors:
     """The contribution of some rows of a tensor."""
 
     weights: np.ndarray
-    """[2, bits, r] float64: of base and average, each of WEIGHT_BITS, row by row."""
+    """[2, bits, r] float64: of base and average, for each of WEIGHT_BITS, row by row."""
     lost: np.ndarray
-    """[bits, sampled rows · tasks]: of residuals, each of RESIDUAL_BITS."""
+    """[bits, sampled rows · tasks]: of residuals, for each of RESIDUAL_BITS."""
     energy: np.ndarray
     """[sampled rows · tasks]."""
 
 
 class CodingErrorSum:
-    """Add the rows of one tensor in order, in chunks of any size, then `finish`. The sums do not show the chunks."""
+    """Adds up the rows of one tensor in order, in chunks of any size, until `finish`. The sums do not show the
+    chunks."""
 
     def __init__(self, tensor: str, shape: Matrix) -> None:
         self.sampled = sample_rows(tensor, shape)
-        """Rows of which `residuals` wants the tasks."""
+        """The rows of the tasks that `residuals` needs."""
         self._weights = np.zeros((2, len(WEIGHT_BITS)))
         self._lost = np.zeros(len(RESIDUAL_BITS))
         self._energy = 0.0
 
     def measure(self, first_row: int, base: Tensor, average: Tensor, tasks: Sequence[Tensor]) -> RowErrors:
-        """Rows first_row … of the view, float32 [r, n]; tasks: the models' own, of any float dtype, all M of them.
+        """Measure the rows from first_row on, float32 [r, n]; tasks: the models' own rows, of any float dtype, all M of
+        them.
 
         Changes nothing here: it may run in any thread.
         """
@@ -106,7 +110,7 @@ class CodingErrorSum:
         return RowErrors(weights, row_errors(residuals, RESIDUAL_BITS), energy)
 
     def add(self, found: RowErrors) -> None:
-        """The rows that follow those that were added before."""
+        """Add the rows that follow those that were added before."""
         for place in np.ndindex(*self._weights.shape):
             self._weights[place] = _add(float(self._weights[place]), found.weights[place])
         for index, terms in enumerate(found.lost):
@@ -115,14 +119,14 @@ class CodingErrorSum:
 
     def finish(self) -> CodingError:
         base, average = (dict(zip(WEIGHT_BITS, map(float, row))) for row in self._weights)
-        with np.errstate(invalid="ignore"):  # inf / inf: of values that no plan holds
+        with np.errstate(invalid="ignore"):  # inf / inf comes only from values that no plan holds
             lost = self._lost / (self._energy or 1.0)
         ratio = dict(zip(RESIDUAL_BITS, map(float, lost))) if self._energy > 0 else NORMAL_RATIOS
         return CodingError(base=base, average=average, ratio=ratio)
 
 
 def _add(total: float, terms: np.ndarray) -> float:
-    """One by one, in order: numpy's own sum would group them by how many come at a time."""
+    """Add one by one, in order: numpy's own sum would group the terms by how many come at a time."""
     return float(np.cumsum(np.concatenate([[total], terms]))[-1])
 
 

@@ -1,12 +1,12 @@
-"""Ascending positions in about half a bit more than their entropy. Numpy only; a blob's size follows from N and c.
+"""Stores ascending positions in about half a bit more than their entropy. Numpy only; N and c determine a blob's size.
 
     N   positions lie in [0, N)
-    c   how many there are; 0: an empty blob
+    c   the number of positions; 0 gives an empty blob
 
-Elias–Fano: of every position the l low bits, one after another; then H bits that hold the rest, (position >> l) + i set
-for the i-th; each of the two padded to whole bytes, the least significant bit of a byte first. l is the bit length of
-⌊N/c⌋ less one (at least 0), H = c + ((N - 1) >> l) + 1. Where a bitmap of N bits is not larger, it is stored instead.
-Some 8.6 bits a position where 1 % of the elements are kept, 6.3 at 5 %.
+Elias–Fano: the l low bits of every position, one after another; then H bits that hold the rest, (position >> l) + i
+set for the i-th. Each of the two is padded to whole bytes, with the least significant bit of a byte first. l is the
+bit length of ⌊N/c⌋ less one (at least 0), H = c + ((N - 1) >> l) + 1. A bitmap of N bits is stored instead where it is
+no larger. It takes about 8.6 bits a position if 1 % of the elements are kept, and 6.3 at 5 %.
 """
 
 import numpy as np
@@ -15,12 +15,12 @@ from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
 
 
 def index_bytes(size: int, count: int) -> int:
-    """Bytes of `count` positions in [0, size)."""
+    """Return the bytes of `count` positions in [0, size)."""
     return min(_elias_fano_bytes(size, count), row_bytes(size, 1)) if count else 0
 
 
 def encode_positions(positions: np.ndarray, size: int) -> np.ndarray:
-    """int64 [c], strictly ascending in [0, size) -> uint8 [index_bytes(size, c)]."""
+    """Encode int64 [c], strictly ascending in [0, size), as uint8 [index_bytes(size, c)]."""
     count = len(positions)
     if not count:
         return np.zeros(0, np.uint8)
@@ -33,7 +33,7 @@ def encode_positions(positions: np.ndarray, size: int) -> np.ndarray:
 
 
 def decode_positions(blob: np.ndarray, size: int, count: int) -> np.ndarray:
-    """The inverse. -> int64 [count]. Raises ValueError if the blob is not one of `count` ascending positions."""
+    """Decode to int64 [count]. Raises ValueError if the blob does not hold `count` ascending positions."""
     if blob.dtype != np.uint8 or blob.shape != (index_bytes(size, count),):
         raise ValueError(f"{count} positions in [0, {size}) are not {blob.dtype} {list(blob.shape)}")
     if not count:
@@ -53,7 +53,7 @@ def decode_positions(blob: np.ndarray, size: int, count: int) -> np.ndarray:
 
 
 def _split(size: int, count: int) -> tuple[int, int]:
-    """(l, H)."""
+    """Return (l, H)."""
     low_bits = max(0, (size // count).bit_length() - 1)
     return low_bits, count + ((size - 1) >> low_bits) + 1
 
@@ -74,7 +74,7 @@ def _bits_at(positions: np.ndarray, size: int) -> np.ndarray:
 
 
 def _pack_numbers(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers of any width, one after another, least significant bit first."""
+    """Pack numbers of any width, one after another, least significant bit first."""
     if bits == 0:
         return np.zeros(0, np.uint8)
     if bits <= 8:
@@ -84,7 +84,7 @@ def _pack_numbers(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unpack_numbers(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
-    """-> int64 [count]."""
+    """Unpack to int64 [count]."""
     if bits == 0:
         return np.zeros(count, np.int64)
     if bits <= 8:

@@ -1,4 +1,4 @@
-"""Decoding by table look-up on any device of torch; low_bit.py does it in numpy, and gives the same bits."""
+"""Decodes by table look-up on any device of torch; low_bit.py does it in numpy, and gives the same bits."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ from flexmerge_cli.residuals.packing import codes_of_digit, layout
 
 
 def scaled_levels_on(look_up: LookUp, device: "torch.device") -> Tensor:
-    """table[codes] · scale, float32 [m, n] on the device; what goes there is the packed bytes."""
+    """Compute table[codes] · scale, float32 [m, n] on the device; only the packed bytes go there."""
     packed, scale = (torch.tensor(part, device=device) for part in (look_up.codes, look_up.scale))
     return unpack_on(packed, look_up.num_columns, look_up.bits, look_up.table) * scale
 
 
 def unpack_on(packed: Tensor, num_codes: int, bits: int, values: np.ndarray) -> Tensor:
-    """uint8 [m, ⌈n·b/8⌉] -> values[codes], [m, n] beside it; num_codes is n. values: float32 [2^bits]."""
+    """Map uint8 [m, ⌈n·b/8⌉] to values[codes], [m, n] on the same device; num_codes is n. values: float32 [2^bits]."""
     word_bytes, digit_bits = layout(bits)
     table = torch.from_numpy(values[codes_of_digit(bits, digit_bits)]).to(packed.device)
     m, padding = len(packed), -packed.shape[1] % word_bytes

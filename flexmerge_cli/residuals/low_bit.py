@@ -1,9 +1,9 @@
-"""Rows as one scale and a code of few bits an element: what is stored, and how it is read. Encoding: quantise.py.
+"""Stores rows as one scale and a code of a few bits per element, and decodes them. quantise.py encodes.
 
     1, 2, 3 bits   levels of a normal distribution, in units of the row's root mean square
     4 … 8 bits     evenly spaced, q = -h … h with h = 2^(b-1) - 1; zero is exact
 
-Used for residuals, for coded centres and for coded copies alike. Own construction; no single paper.
+Used for residuals, coded centres and coded copies alike. Own construction; no single paper.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ GAUSS_LEVELS = {
     2: (0.452780034636, 1.510417608499),
     3: (0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537),
 }
-# Between them, and symmetric about 0, which is a threshold too.
+# The thresholds between them; they are symmetric about 0, which is a threshold too.
 GAUSS_THRESHOLDS: dict[int, tuple[float, ...]] = {
     1: (),
     2: (0.981598821568,),
@@ -40,15 +40,15 @@ class LowBit:
     """`scale` [m], `levels` [2^bits] if empirical, `codes` [m, ⌈n·bits/8⌉]. Decodes to scale · level."""
 
     bits: int = 2
-    """1 … 8."""
+    """1 to 8."""
     levels: Literal["gauss", "empirical"] = "gauss"
-    """Up to 3 bits: the table above, or levels fitted to the tensor; those are stored, and need the whole tensor."""
+    """Up to 3 bits: the table above, or levels fitted to the tensor, which are stored and need the whole tensor."""
     gain: Literal["none", "norm"] = "none"
     """norm: after coding, scales are set so that every row decodes to its own length."""
     scales: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the scales at up to 0.4 % error of gain; no float16, which underflows at 1e-5."""
     clip: Literal["none", "search"] = "none"
-    """search: at 4 bits the row's largest values are cut off where that lessens its squared error."""
+    """search: at 4 bits, the row's largest values are cut off where that lowers its squared error."""
 
     @property
     def scope(self) -> Literal["row", "tensor"]:
@@ -72,7 +72,7 @@ class LowBit:
 
         m, n = shape
         fitted = 48 * m * n if self.has_levels else 0
-        # Blocks of float64; codes, their lanes and bytes; what is decoded.
+        # Blocks of float64; codes, their lanes and bytes; the decoded values.
         return max(fitted, 80 * min(m * n, max(n, TOGETHER)) + 4 * m * n, 4 * BLOCK_ELEMENTS + 6 * m * n)
 
     def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
@@ -95,7 +95,7 @@ class LowBit:
         return LookUp(parts["codes"], shape[1], self.bits, levels, scale)
 
     def table(self) -> np.ndarray:
-        """The value of each code in units of the scale: float32 [2^bits]."""
+        """Return the value of each code in units of the scale: float32 [2^bits]."""
         if self.bits > 3:
             # The highest code does not occur; in a damaged part it reads as one step more.
             return np.arange(1 << self.bits, dtype=np.float32) - np.float32(half_range(self.bits))
@@ -104,7 +104,7 @@ class LowBit:
 
 
 def half_range(bits: int) -> int:
-    """h of evenly spaced levels."""
+    """Return h of evenly spaced levels."""
     return (1 << (bits - 1)) - 1
 
 
@@ -122,7 +122,8 @@ class LookUp(NamedTuple):
 
 
 def scaled_levels(look_up: LookUp) -> np.ndarray:
-    """table[codes] · scale, float32 [m, n]: one product an element. Raises ValueError if the bytes are not n codes."""
+    """Compute table[codes] · scale, float32 [m, n]: one product per element. Raises ValueError if the bytes are not n
+    codes per row."""
     codes, num_columns, bits, levels, scale = look_up
     m = len(codes)
     out = np.empty((m, num_columns), np.float32)
@@ -139,5 +140,5 @@ def scaled_levels(look_up: LookUp) -> np.ndarray:
 
 
 def weight_code(bits: int) -> LowBit:
-    """The code of weights: of a coded centre, or a coded copy; also what `auto` measures its statistics with."""
+    """Return the code of weights, for a coded centre or copy; `auto` measures its statistics with it, too."""
     return LowBit(bits=bits, scales="bfloat16", clip="search")

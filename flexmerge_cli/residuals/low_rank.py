@@ -1,4 +1,4 @@
-"""A residual as the product of two thin factors: its truncated singular value decomposition."""
+"""Stores a residual as the product of two thin factors: its truncated singular value decomposition."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 class LowRank:
     """`left` [m, r] and `right` [r, n] in the model's dtype, each with half of the singular values' logarithm.
 
-    The even split keeps both in range of float16. Signs of the factors are free; their product is not.
+    The even split keeps both in range of float16. The signs of the factors are arbitrary; their product is not.
     r = clamp(rank, or ⌊fraction · min(m, n) + 1e-6⌋, 1, min(m, n)).
     """
 
@@ -23,7 +23,7 @@ class LowRank:
     fraction: float = 0.125
     """The rank as a fraction of min(m, n), in (0, 1]."""
     shared_by: int | None = None
-    """TSV-C: ⌊min(m, n) / this⌋, so that a group of so many tasks costs the same whatever its size."""
+    """TSV-C: the rank is ⌊min(m, n) / this⌋, so that a group of this many tasks costs the same whatever its size."""
 
     @property
     def scope(self) -> Literal["row", "tensor"]:
@@ -52,16 +52,16 @@ class LowRank:
         return {"left": _round(left.cpu().numpy(), dtype), "right": _round(right.cpu().numpy(), dtype)}
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
-        """A float64 product, rounded once: float32 products would depend on how many rows are decoded at a time."""
+        """Round a float64 product once: float32 products would depend on how many rows are decoded at a time."""
         found: np.ndarray = (_to_float64(parts["left"], dtype) @ _to_float64(parts["right"], dtype)).astype(np.float32)
         return found
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """float64 [m, n] -> [m, r], [r, n], whose product is the nearest matrix of rank r.
+    """Find the nearest matrix of rank r as a product. float64 [m, n] -> [m, r], [r, n].
 
-    From the eigenvectors of the smaller Gram matrix: in float64 as good as a full decomposition, and more than twice as
-    fast at 768 × 3072. The matrix projected on them is exact even where a small singular value is not.
+    It uses the eigenvectors of the smaller Gram matrix: in float64 as good as a full decomposition, and more than twice
+    as fast at 768 × 3072. The matrix projected on them is exact even where a small singular value is not.
     """
     if matrix.shape[0] > matrix.shape[1]:
         right, left = _truncated(matrix.T, rank)

@@ -1,8 +1,8 @@
-"""One bit per element and task: packed, unpacked, and applied to the unified delta. Numpy only.
+"""Packs and unpacks one bit per element and task, and applies it to the unified delta. Numpy only.
 
-Element e of a tensor, in C order, is bit e mod 8 of byte e // 8, counted from the least significant; the bits behind
+Element e of a tensor, in C order, is bit e mod 8 of byte e // 8, counted from the least significant; the bits after
 the last element are 0. A range that starts at a multiple of 8 elements can therefore be packed and read on its own.
-Which elements a task takes is the method's business (methods/emr.py, methods/consensus.py).
+The method decides which elements a task takes (methods/emr.py, methods/consensus.py).
 """
 
 import numpy as np
@@ -11,17 +11,17 @@ import numpy as np
 
 
 def packed_bytes(num_elements: int) -> int:
-    """Bytes of the mask of one tensor and one task."""
+    """Return the bytes of the mask of one tensor and one task."""
     return -(-num_elements // 8)
 
 
 def pack(mask: np.ndarray) -> np.ndarray:
-    """bool [..., n] -> uint8 [..., ⌈n/8⌉]. Any leading axes, e.g. of tasks, stay."""
+    """Pack bool [..., n] into uint8 [..., ⌈n/8⌉]. Any leading axes, e.g. of tasks, stay."""
     return np.packbits(mask, axis=-1, bitorder="little")
 
 
 def unpack(packed: np.ndarray, num_elements: int) -> np.ndarray:
-    """uint8 [..., ⌈n/8⌉] -> bool [..., n]; num_elements is n. The inverse of `pack`.
+    """Unpack uint8 [..., ⌈n/8⌉] into bool [..., n]; num_elements is n. The inverse of `pack`.
 
     Raises ValueError like `check`.
     """
@@ -30,7 +30,7 @@ def unpack(packed: np.ndarray, num_elements: int) -> np.ndarray:
 
 
 def check(packed: np.ndarray, num_elements: int) -> None:
-    """Raises ValueError if the bytes are not those of n elements, or a bit behind the last element is set."""
+    """Raise ValueError if the bytes are not those of n elements, or a bit after the last element is set."""
     if packed.dtype != np.uint8 or packed.shape[-1] != packed_bytes(num_elements):
         raise ValueError(f"a mask of {num_elements} elements is not {packed.dtype} {list(packed.shape)}")
     if num_elements % 8 and (packed[..., -1] >> (num_elements % 8)).any():
@@ -38,10 +38,10 @@ def check(packed: np.ndarray, num_elements: int) -> None:
 
 
 def apply(base: np.ndarray, unified: np.ndarray, mask: np.ndarray, gamma: float | np.floating = 1.0) -> np.ndarray:
-    """base + gamma · mask · unified: one float32 product, then one float32 sum. -> float32 [n].
+    """Compute base + gamma · mask · unified: one float32 product, then one float32 sum. Returns float32 [n].
 
     base, unified: float32 [n]; mask: bool [n]; gamma: rounded to float32, as it is stored. Elementwise, so any range of
-    a tensor gives the same bits. Elements that the task does not take are the base's, bit for bit.
+    a tensor gives the same bits. Elements that the task does not take equal the base's, bit for bit.
     """
     shift = np.float32(gamma) * unified.astype(np.float32, copy=False)
     return np.where(mask, base + shift, base).astype(np.float32, copy=False)

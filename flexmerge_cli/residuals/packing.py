@@ -1,9 +1,9 @@
-"""Codes of b bits a row, packed and unpacked. Numpy only; what a code stands for is the caller's.
+"""Packs and unpacks rows of codes of b bits. Numpy only; the caller knows what a code stands for.
 
 codes   uint8 [m, n], each below 2^b, b = 1 … 8
 packed  uint8 [m, ⌈n·b/8⌉]; every row starts on a byte. Code j takes bits j·b … j·b + b - 1 of its row, its least
         significant bit first, and bit t of a row is bit t mod 8 of byte t // 8, counted from the least significant.
-        Bits behind the last code are 0.
+        Bits after the last code are 0.
 """
 
 import functools
@@ -11,19 +11,20 @@ import math
 
 import numpy as np
 
-# Bytes that are looked up in one go: index and output then stay in the second-level cache. Without blocks 2 and 4 bits
-# decode at half the speed. GB/s of float32 that `scaled_levels` gives, 1 … 8 bits: 2.8 2.8 1.6 1.8 1.0 1.1 0.9 2.9.
+# Bytes that are looked up in one go: index and output then stay in the second-level cache. Without blocks, 2 and 4
+# bits decode at half the speed. `scaled_levels` gives, in GB/s of float32, at 1 to 8 bits:
+# 2.8 2.8 1.6 1.8 1.0 1.1 0.9 2.9.
 # Repeat: python -m tests.residuals.benchmark_packing      (numpy 2.4, one of two shared EPYC cores, 2026-11)
 BLOCK_BYTES = 1 << 14
 
 
 def row_bytes(num_codes: int, bits: int) -> int:
-    """Bytes of one packed row."""
+    """Return the bytes of one packed row."""
     return -(-num_codes * bits // 8)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [m, n] -> uint8 [m, ⌈n·b/8⌉]. Codes of 2^bits and above are the caller's bug, and spill over."""
+    """Pack uint8 [m, n] into uint8 [m, ⌈n·b/8⌉]. Codes of 2^bits and above are the caller's bug, and spill over."""
     m, n = codes.shape
     if bits == 8:
         return codes
@@ -50,7 +51,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, num_codes: int, bits: int, values: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [m, ⌈n·b/8⌉] -> values[codes], [m, n]; num_codes is n.
+    """Map uint8 [m, ⌈n·b/8⌉] to values[codes], [m, n]; num_codes is n.
 
     values: [2^bits] of any dtype, what each code stands for; None: the code itself, as uint8. May return a view of a
     wider array. Raises ValueError if the bytes are not those of n codes.
@@ -80,20 +81,20 @@ def unpack(packed: np.ndarray, num_codes: int, bits: int, values: np.ndarray | N
 
 
 def layout(bits: int) -> tuple[int, int]:
-    """(bytes of a word, bits of a digit). A word is whole codes in whole bytes, a digit what is looked up at once."""
+    """Return (bytes of a word, bits of a digit). A word is whole codes in whole bytes, a digit is one look-up."""
     digit_bits = {3: 12, 5: 10, 6: 12, 7: 14}.get(bits, 8)
     return math.lcm(digit_bits, 8) // 8, digit_bits
 
 
 @functools.cache
 def codes_of_digit(bits: int, digit_bits: int) -> np.ndarray:
-    """uint8 [2^digit_bits, digit_bits / bits], the least significant code first."""
+    """Return the codes of every digit: uint8 [2^digit_bits, digit_bits / bits], the least significant code first."""
     digits = np.arange(1 << digit_bits)[:, None]
     return (digits >> np.arange(0, digit_bits, bits) & ((1 << bits) - 1)).astype(np.uint8)
 
 
 def _digits(words: np.ndarray, digit_bits: int) -> np.ndarray:
-    """uint8 [W, bytes] -> [W · digits] of uint8 or uint16."""
+    """Split uint8 [W, bytes] into [W · digits] of uint8 or uint16."""
     word_bytes = words.shape[1]
     if word_bytes == 1:
         return words[:, 0]

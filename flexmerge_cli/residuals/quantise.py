@@ -1,7 +1,7 @@
-"""float32 rows to codes and scales; float64 inside. Knows nothing of packing and parts. Torch, on any device.
+"""Maps float32 rows to codes and scales, in float64. Knows nothing of packing and parts. Torch, on any device.
 
-All of a row's numbers follow from that row, in one fixed order of summation, so chunks of rows may be of any size.
-Codes are the same everywhere, save where an element lies within rounding of a threshold.
+All numbers of a row follow from that row, in one fixed order of summation, so chunks of rows may have any size.
+Codes are the same everywhere, except where an element lies within rounding of a threshold.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, LowBit, half_range
 
-# Parts of the largest magnitude at which a row is cut off; on a tie the larger one, which comes first.
+# Fractions of the largest magnitude at which a row is clipped; on a tie the larger one, which comes first.
 CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 LLOYD_STEPS = 20
@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 1 << 16
 
 
 def quantise(matrix: Tensor, coder: LowBit, levels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """float32 [m, n] -> codes uint8 [m, n], scale float32 [m] as it is stored.
+    """Encode float32 [m, n] into codes, uint8 [m, n], and scales as they are stored, float32 [m].
 
     levels: float32 [2^bits]; used up to 3 bits, and for gain=norm.
     """
@@ -50,9 +50,10 @@ def squared_errors(matrix: Tensor, coder: LowBit) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """float64 [m, n] -> [m], by halving the columns: elementwise additions alone, so the same bits on every device.
+    """Sum rows, float64 [m, n] -> [m], by halving the columns: only elementwise additions, so the bits are the same on
+    every device.
 
-    torch's own sum adds in an order that depends on the processor, and with it the last bit of a scale would.
+    torch's own sum adds in an order that depends on the processor, and so would the last bit of a scale.
     """
     while x.shape[1] > 1:
         half = x.shape[1] // 2
@@ -64,12 +65,12 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def fit_levels(matrix: Tensor, bits: int) -> np.ndarray:
-    """Levels fitted to all elements of a tensor by Lloyd's algorithm, from those of a normal distribution.
+    """Fit levels to all elements of a tensor by Lloyd's algorithm, from those of a normal distribution.
 
-    -> float32 [2^bits], ascending. Rows of zeros do not count; a level to which nothing is nearest stays where it is.
+    Returns float32 [2^bits], ascending. Rows of zeros do not count; a level that is nearest to no element stays put.
     """
     x = matrix.double()
-    x = (x / _root_mean_square(x)[:, None])[(matrix != 0).any(1)].reshape(-1).cpu()  # where sums are in one order
+    x = (x / _root_mean_square(x)[:, None])[(matrix != 0).any(1)].reshape(-1).cpu()  # where sums have one order
     levels = np.concatenate([-np.array(GAUSS_LEVELS[bits])[::-1], GAUSS_LEVELS[bits]])
     for _ in range(LLOYD_STEPS):
         codes = _codes(x, levels).int()
@@ -98,7 +99,7 @@ def _quantise_rows(rows: Tensor, coder: LowBit, levels: np.ndarray) -> tuple[Ten
 
 
 def _spaced(x: Tensor, coder: LowBit) -> tuple[Tensor, Tensor]:
-    """Codes and stored scales of evenly spaced levels."""
+    """Return codes and stored scales of evenly spaced levels."""
     h = half_range(coder.bits)
     largest = x.abs().amax(1)
     if coder.bits != 4 or coder.clip == "none":
@@ -117,14 +118,14 @@ def _spaced(x: Tensor, coder: LowBit) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(x: Tensor, scale: Tensor, h: int) -> Tensor:
-    """Half to even, -h … h; 0 in rows whose scale is 0."""
+    """Round half to even, to -h … h; 0 in rows whose scale is 0."""
     return _divide(x, scale.double()).round_().clamp_(-h, h)
 
 
 def _codes(x: Tensor, levels: np.ndarray | None, bits: int = 0) -> Tensor:
-    """The number of thresholds that are at most x: those of the table, or midway between levels. -> uint8.
+    """Count the thresholds that are at most x: those of the table, or midway between levels. Returns uint8.
 
-    By comparing with each: at 7 thresholds three times as fast as torch.bucketize, which searches and returns int64.
+    It compares with each: at 7 thresholds three times as fast as torch.bucketize, which searches and returns int64.
     """
     if levels is None:
         positive = GAUSS_THRESHOLDS[bits]
@@ -139,16 +140,16 @@ def _codes(x: Tensor, levels: np.ndarray | None, bits: int = 0) -> Tensor:
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    """The root mean square of each row, [m]."""
+    """Return the root mean square of each row, [m]."""
     return (row_sums(x.square()) / max(1, x.shape[1])).sqrt()
 
 
 def _divide(x: Tensor, by: Tensor) -> Tensor:
-    """x / by, row by row; x where by is 0: such rows are zero, or so small that they round to it."""
+    """Divide x by `by`, row by row; keep x where `by` is 0: such rows are zero, or so small that they round to it."""
     return x / torch.where(by > 0, by, 1.0)[:, None]
 
 
 def _stored(scale: Tensor, coder: LowBit) -> Tensor:
-    """float64 -> float32, rounded to the dtype in which scales are stored."""
+    """Round float64 to float32 and to the dtype in which scales are stored."""
     scale = scale.float()
     return scale.to(torch.bfloat16).float() if coder.scales == "bfloat16" else scale

@@ -1,7 +1,7 @@
-"""Measures the loss of coding rows at several bit widths in one pass: the fast form of quantise.squared_errors. Torch.
+"""Measures the loss of coding rows at several bit widths in one pass: a fast form of quantise.squared_errors. Torch.
 
-For `auto`'s statistics alone, which code every weight eight times: magnitudes only, since levels are symmetric; float32
-in blocks that stay in the cache; no codes. The plain way is its test's reference: sums over tensors agree within 1e-6.
+Only for `auto`'s statistics, which code every weight eight times: magnitudes only, since levels are symmetric; float32
+in blocks that stay in the cache; no codes. Its test compares with the plain way: sums over tensors agree within 1e-6.
 """
 
 import math
@@ -18,20 +18,20 @@ from flexmerge_cli.residuals.quantise import CLIP_FACTORS, squared_errors
 
 # m rows, n columns, k rows of a block, w columns of a piece, P pieces, T trials
 
-# Elements at a time on the CPU: of fewer, calls cost more than the arithmetic; more do not stay in the cache.
+# Elements at a time on the CPU: with fewer, calls cost more than the arithmetic; more do not stay in the cache.
 # Repeat: python -m tests.residuals.benchmark_row_errors
 BLOCK_ELEMENTS = 1 << 18
 GPU_BLOCK_ELEMENTS = 1 << 24
 
-# Rows of fewer elements are coded the plain way: there the error itself may be a matter of rounding.
+# Rows of fewer elements are coded the plain way: in them the error itself may be a matter of rounding.
 FEWEST_COLUMNS = 8
-# So are rows whose largest magnitude lies outside these: their squares might leave float32.
+# The same goes for rows whose largest magnitude lies outside these: their squares might leave float32.
 SMALLEST, LARGEST = 2.0**-40, 2.0**40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Trials:
-    """Every row coded with some scales, one after another. Magnitudes are taken in units of the stored scale."""
+    """Codes every row with several scales, one after another. Magnitudes are in units of the stored scale."""
 
     bits: tuple[int, ...]
     """The bit width of each trial, ascending; 4 bits have several trials."""
@@ -72,14 +72,14 @@ def _plain(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
 
 
 def _trials(bits: Sequence[int], largest_m: Tensor, root_m: Tensor) -> _Trials:
-    """largest_m, root_m: float64. In one go for all trials: there are many, and rows are few."""
+    """Choose the scales of all trials at once: trials are many, and rows few. largest_m, root_m: float64."""
     gauss = [number for number in bits if number <= 3]
     spaced = [(number, factor) for number in bits if number > 3 for factor in (CLIP_FACTORS if number == 4 else (1.0,))]
     scales = [root_m] * len(gauss) + [factor * largest_m / half_range(number) for number, factor in spaced]
     unit_Tm = torch.stack(scales).float().to(torch.bfloat16).double()
     return _Trials(
         bits=(*gauss, *(number for number, _ in spaced)),
-        # bfloat16 is within 2^-9 of the scale: too near for the largest magnitude to be rounded to another level.
+        # bfloat16 is within 2^-9 of the scale: too close for the largest magnitude to be rounded to another level.
         clips=(*(False for _ in gauss), *(factor < 1 for _, factor in spaced)),
         unit_Tm=unit_Tm,
         exact_m=root_m / unit_Tm[0],
@@ -116,7 +116,7 @@ class _Native:
 
 
 def _table(bits: int) -> list[float]:
-    """Four levels and three thresholds; those that there are not begin nowhere."""
+    """Return four levels and three thresholds; missing thresholds are infinite."""
     levels, thresholds = GAUSS_LEVELS.get(bits, (0.0,)), GAUSS_THRESHOLDS.get(bits, ())
     return [*levels, *[levels[-1]] * (4 - len(levels)), *thresholds, *[math.inf] * (3 - len(thresholds))]
 
@@ -134,7 +134,7 @@ class _Blocks:
         self.buffers = _buffers(self.step, self.width, matrix.device)
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Largest magnitude, float32 [m], and root mean square, float64 [m], of every row."""
+        """Return the largest magnitude, float32 [m], and the root mean square, float64 [m], of every row."""
         m, n = self.matrix.shape
         largest_Pm = torch.empty(len(self.lows), m, device=self.matrix.device)
         energy_Pm = torch.empty_like(largest_Pm)
@@ -146,7 +146,7 @@ class _Blocks:
         return largest_Pm.amax(0), (energy_Pm.double().sum(0) / n).sqrt()
 
     def squares(self, trials: _Trials) -> Tensor:
-        """Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
+        """Compute Σ (x/unit - decoded x/unit)² of every trial and row, float64 [T, m]."""
         inverse_Tm1 = (1 / trials.unit_Tm).float()[:, :, None]
         exact_m1 = trials.exact_m.float()[:, None]
         found = []
@@ -160,7 +160,7 @@ class _Blocks:
                 for trial, (bits, inverse_k1) in enumerate(zip(trials.bits, inverse)):
                     if trial == 0 or bits > 3:  # up to 3 bits have one scale
                         torch.mul(a, inverse_k1, out=value)
-                    # The square of a difference, 0 being no reduction, in one pass instead of two.
+                    # The square of a difference (0 means no reduction), in one pass instead of two.
                     if bits <= 3:
                         lowest = _above_lowest(bits, value, exact, level, spare)
                         torch.ops.aten.mse_loss.out(level, lowest, 0, out=level)
@@ -169,7 +169,7 @@ class _Blocks:
                         if trials.clips[trial]:
                             level.clamp_(max=half_range(bits))
                         torch.ops.aten.mse_loss.out(value, level, 0, out=level)
-                    # float32 within a piece: torch adds up a row in one order, however many rows there are.
+                    # float32 within a piece: torch adds up a row in the same order, however many rows there are.
                     sums.append(level.sum(1))
                 of_piece = torch.stack(sums).double()
                 total = of_piece if total is None else total + of_piece
@@ -178,7 +178,7 @@ class _Blocks:
         return torch.cat(found, dim=1)
 
     def _piece(self, first: int, low: int) -> tuple[Tensor, ...]:
-        """Magnitudes [k, w], and buffers like it."""
+        """Return magnitudes [k, w], and buffers of the same shape."""
         rows = self.matrix[first : first + self.step, low : low + self.width]
         a, *buffers = self.buffers
         if rows.shape != a.shape:
@@ -188,12 +188,12 @@ class _Blocks:
 
 
 def _above_lowest(bits: int, value: Tensor, exact_m1: Tensor, level: Tensor, above: Tensor) -> Tensor:
-    """Fill `level` with magnitudes less what their level lies above the lowest one; returns the lowest, as large."""
+    """Fill `level` with magnitudes minus the height of their level above the lowest; return the lowest, expanded."""
     levels, thresholds = GAUSS_LEVELS[bits], GAUSS_THRESHOLDS[bits]
     rest = value
     for number, threshold in enumerate(thresholds):
         step = levels[number + 1] - levels[number]
-        # A comparison of one dtype in and out gives 0 and 1.
+        # A comparison whose input and output have one dtype gives 0 and 1.
         torch.ge(value, threshold * exact_m1, out=above)
         rest = torch.add(rest, above, alpha=-step, out=level)
     if not thresholds:
@@ -205,7 +205,7 @@ _kept = threading.local()
 
 
 def _buffers(rows: int, columns: int, device: "torch.device") -> list[Tensor]:
-    """Four of [rows, columns]. On the CPU always the same memory of a thread: fresh pages cost more than the coding."""
+    """Return four buffers [rows, columns]. On the CPU a thread reuses its memory: fresh pages cost more than coding."""
     if device.type != "cpu":
         return [torch.empty(rows, columns, device=device) for _ in range(4)]
     flat: list[Tensor] = getattr(_kept, "flat", [])

@@ -1,9 +1,9 @@
-"""Less than one bit an element: the signs of a run of elements are one of a few patterns. Own construction.
+"""Stores less than one bit per element: one of a few patterns for the signs of a run of elements. Own construction.
 
 The patterns of a run of d = 4, 8, 16 or 32 elements are the rows of the d × d Hadamard matrix and their negatives: the
 2·d words of a first-order Reed–Muller code (Muller 1954, Reed 1954), any two of which are orthogonal or opposite. A run
-takes the one that its elements correlate with most, in log2(2·d) bits. Rows are scaled to keep their length, and the
-last run of a row is filled up with zeros. `d = 1` would be one sign an element, as low_bit.py has it.
+takes the pattern that its elements correlate with most, in log2(2·d) bits. Rows are scaled to keep their length, and
+the last run of a row is filled up with zeros. `d = 1` would be one sign per element, which low_bit.py stores.
 """
 
 import functools
@@ -20,12 +20,12 @@ from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
 
 RUNS = {0.1875: 32, 0.3125: 16, 0.5: 8, 0.75: 4}
-"""Bits an element -> elements of a run."""
+"""Maps bits per element to the number of elements in a run."""
 
-# The part of the energy of a normal distribution that a pattern at its best scale leaves: 1 - (E max |N|)² / d of d
-# independent variables. Elements with heavier tails leave more, but the longer the runs, the less: with c the part that
-# single signs catch, a run catches g · (c / 2π⁻¹)^a. Laplace, uniform and Student's t of 3 and 5 degrees of freedom
-# are within 0.03 of it.
+# The part of the energy of a normal distribution that a pattern at its best scale leaves: 1 - (E max |N|)² / d for d
+# independent variables. Elements with heavier tails leave more, but the longer the runs, the less. If single signs
+# capture c, a run captures g · (c / 2π⁻¹)^a. Laplace, uniform and Student's t of 3 and 5 degrees of freedom are
+# within 0.03 of it.
 NORMAL_LOSSES = {4: 0.463643, 8: 0.602450, 16: 0.730326, 32: 0.827851}
 TAIL_EXPONENTS = {4: 0.85, 8: 0.65, 16: 0.45, 32: 0.30}
 
@@ -38,7 +38,7 @@ class SignRuns:
     """`scale` bfloat16 [m], `codes` [m, ⌈⌈n/run⌉·log2(2·run)/8⌉]. Decodes to ± scale; reads as codes of one bit."""
 
     run: int
-    """Elements of a run: 4, 8, 16 or 32."""
+    """The number of elements in a run: 4, 8, 16 or 32."""
 
     @property
     def scope(self) -> Literal["row"]:
@@ -74,7 +74,7 @@ class SignRuns:
         return scaled_levels(self.look_up(parts, shape))
 
     def look_up(self, parts: Parts, shape: Matrix) -> LookUp:
-        """The patterns written out, as codes of one bit an element. Raises ValueError if the bytes are not n codes."""
+        """Write out the patterns as codes of one bit per element. Raises ValueError if the bytes are not n codes."""
         n = shape[1]
         codes = unpack(parts["codes"], -(-n // self.run), self.code_bits)
         if self.run == 4:  # two patterns to a byte
@@ -86,11 +86,11 @@ class SignRuns:
         return LookUp(signs, n, 1, LEVELS, to_float32(parts["scale"], "BF16")[:, None])
 
     def _filled(self, n: int) -> int:
-        """The elements of a row whose last run is filled up."""
+        """Return the number of elements of a row whose last run is filled up."""
         return n + -n % self.run
 
     def _coded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float64 [k, n] -> codes uint8 [k, runs], scale float32 [k]."""
+        """Encode float64 [k, n] into codes, uint8 [k, runs], and scales, float32 [k]."""
         from flexmerge_cli.residuals.quantise import row_sums
 
         k, n = x.shape
@@ -105,7 +105,7 @@ class SignRuns:
         return (best + self.run * is_negative).squeeze(2).to(torch.uint8), scale
 
     def loss(self, sign_loss: float) -> float:
-        """The part of a residual's energy that is lost at the best scale, in [0, 1], predicted from that of one sign an
+        """Predict the part of a residual's energy that is lost at the best scale, in [0, 1], from that of one sign per
         element."""
         caught = max(0.0, 1 - sign_loss) / (2 / np.pi)
         found = 1 - (1 - NORMAL_LOSSES[self.run]) * caught ** TAIL_EXPONENTS[self.run]
@@ -114,14 +114,16 @@ class SignRuns:
 
 @functools.cache
 def patterns(run: int) -> np.ndarray:
-    """uint8 [2·run, ⌈run/8⌉]: the signs of each code, the first element in the least significant bit; set is +."""
+    """Return uint8 [2·run, ⌈run/8⌉]: the signs of each code, the first element in the least significant bit; set is
+    +."""
     number = np.arange(run, dtype=np.uint8)
     is_odd = np.bitwise_count(number[:, None] & number) & 1
     return np.packbits(np.concatenate([1 - is_odd, is_odd]), axis=1, bitorder="little")
 
 
 def residual_code(bits: float) -> Coder:
-    """The code of a residual that `auto` stores; rows below 3 bits keep their length. bits: of RUNS, or 1 … 8."""
+    """Return the code of a residual that `auto` stores; rows below 3 bits keep their length. bits: of RUNS, or 1 to
+    8."""
     if bits < 1:
         return SignRuns(run=RUNS[bits])
     return LowBit(bits=int(bits), scales="bfloat16", clip="search", gain="norm" if bits <= 2 else "none")

@@ -1,6 +1,6 @@
-"""The largest elements of a residual and where they are; all others decode to 0.
+"""Stores the largest elements of a residual and their positions; all others decode to 0.
 
-Also how FREE's experts are stored, whose values are made in methods/free.py. Positions: elias_fano.py.
+FREE's experts are stored so, too; methods/free.py computes their values. elias_fano.py codes positions.
 """
 
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ class Sparse:
     """
 
     density: float
-    """Fraction of the elements that is kept, in (0, 1]."""
+    """The fraction of the elements that is kept, in (0, 1]."""
     select: Literal["tensor", "row"] = "tensor"
-    """The largest of the tensor, at least one; or of every row, then perhaps none at all."""
+    """tensor: the largest of the tensor, at least one; row: the largest of every row, perhaps none at all."""
     rescale: Literal["none", "l1", "l2"] = "none"
-    """Factor on the kept values that restores the norm. l1 makes the squared error *larger* than none does."""
+    """The factor on the kept values that restores the norm. l1 makes the squared error *larger* than none does."""
 
     @property
     def scope(self) -> Literal["row", "tensor"]:
         return "tensor"  # positions are coded as one array, even where rows are selected one by one
 
     def count(self, shape: Matrix) -> int:
-        """The number of elements kept."""
+        """Return the number of elements kept."""
         m, n = shape
         if self.select == "row":
             return m * self._count_of(n)
@@ -62,7 +62,7 @@ class Sparse:
         }
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
-        """The positions of the whole tensor are decoded whichever rows are wanted: ask for many at a time."""
+        """Decode, as in `Coder`. It decodes the positions of the whole tensor for any rows: ask for many at a time."""
         m, n = shape
         first, stop = rows or (0, m)
         positions = self.positions(parts, shape)
@@ -72,11 +72,13 @@ class Sparse:
         return out.reshape(stop - first, n)
 
     def positions(self, parts: Parts, shape: Matrix) -> np.ndarray:
-        """Return where the kept elements are: int64, ascending in C order. Raises ValueError if that cannot be."""
+        """Return where the kept elements are: int64, ascending in C order. Raises ValueError if the index is
+        damaged."""
         return decode_positions(parts["index"], shape[0] * shape[1], self.count(shape))
 
     def keep(self, matrix: Tensor) -> Tensor:
-        """bool [m, n]: the elements of largest magnitude, ties by a hash of the index. Exactly `count` of them."""
+        """Return bool [m, n]: the elements of largest magnitude, ties by a hash of the index. Exactly `count` of
+        them."""
         m, n = matrix.shape
         if self.select == "row":
             return _largest(matrix, self._count_of(n))
@@ -98,7 +100,7 @@ class Sparse:
 
 
 def _largest(rows: Tensor, count: int) -> Tensor:
-    """bool [m, n]: the count largest |x| of each row; of equal ones those of the smallest hash of their index.
+    """Return bool [m, n]: the count largest |x| of each row; of equal ones those with the smallest hash of their index.
 
     The bits of |x| order like |x|: the count-th is found as an integer, and ties at it are ranked where a row keeps
     only some of them.

@@ -1,4 +1,4 @@
-"""A tensor of a kept adapter's model: what its factors make of the base's tensor, or the base's own bits."""
+"""Decodes a tensor of a kept adapter's model: the base's tensor changed by the factors, or the base's own bits."""
 
 import math
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from flexmerge_cli.stored.packed import Elements, Packed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptedTensor:
-    """What is read for a tensor of an adapter's model."""
+    """What a reader needs for a tensor of an adapter's model."""
 
     base: StoredTensor | None
-    """The base's bits; None where the adapter's file holds the whole tensor, which the manifest's own check covers."""
+    """The base's bits; None if the adapter's file holds the whole tensor, which the manifest's own check covers."""
     changed: StoredTensor | None
-    """The tensor as the adapter changes it on reading; None where it leaves the base's as it is."""
+    """The tensor as the adapter changes it on reading; None if the adapter leaves the base's as it is."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -34,7 +34,7 @@ class AdaptedTensor:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether it is the base's tensor and a product of two factors."""
+        """Whether it is the base's tensor plus a product of two factors."""
         return self.base is not None and self.changed is not None and isinstance(self.changed.change, LowRank)
 
     @property
@@ -52,7 +52,8 @@ class AdaptedTensor:
         }
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
-        """Keep a low-rank tensor packed; values are off by the rounding of a product not summed term by term."""
+        """Keep a low-rank tensor packed; values are off by the rounding of a product that is not summed term by
+        term."""
         base, change = self._low_rank()
         left, right = change.left, change.right
         scaled = to_float32(read(left, ALL), left.dtype).astype(np.float64) * change.scale

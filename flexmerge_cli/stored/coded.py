@@ -1,4 +1,4 @@
-"""A tensor stored as its group's centre and the task's own residual: which parts that takes, and their decoding.
+"""Decides the parts of a tensor that is stored as its group's centre and the task's own residual, and decodes it.
 
 θ̂ = centre + decode(residual), each float32, decoded by whole rows so that memory beyond the result is bounded.
 """
@@ -40,9 +40,9 @@ class CodedTensor:
     base: bool
     """Whether decoding needs the base's tensor."""
     own: tuple[Array, ...]
-    """The task's arrays; none where the tensor is the centre itself."""
+    """The task's arrays; none if the tensor is the centre itself."""
     owner: str
-    """The task whose name its own parts have: the first of those that share them."""
+    """The task that gives its own parts their name: the first of those that share them."""
 
     is_plain = False
 
@@ -79,7 +79,7 @@ class CodedTensor:
         return found
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
-        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
+        """Return the tensor in its stored bytes. Raises DataError if they cannot be decoded."""
         residual, centre = self.form.residual, self.form.centre if self.coded.centre != "none" else None
         dense, codes = None, list[LookUp]()
         if centre is not None:
@@ -113,7 +113,7 @@ class CodedTensor:
 
 
 def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
-    """parts: all that the task reads. Raises DataError if the manifest does not store this tensor so."""
+    """Return how the manifest stores this tensor. Raises DataError if it does not. parts: all that the task reads."""
     try:
         coded = _declared(*of.method) if of.method else None
     except UsageError as error:
@@ -138,7 +138,7 @@ def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
 
 
 def _owner(of: Described, parts: RouteParts) -> str:
-    """Tasks with equal bits share parts, named by the first of them."""
+    """Return the task that names the parts: tasks with equal bits share them, and the first of these names them."""
     return next((name for name in of.tasks if f"{of.tensor}@codes.{name}" in parts), of.task)
 
 
@@ -158,7 +158,7 @@ def _layout(group: GroupTensor) -> GroupLayout | None:
 
 
 def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) -> GroupLayout | None:
-    """Where each task has bits of its own; tasks with the same tensor and bits share their arrays."""
+    """Lay out a group whose tasks have bits of their own; tasks with the same tensor and bits share their arrays."""
     classes: dict[tuple[int, float], list[int]] = {}
     for place, own in enumerate(bits):
         if own != "exact":
@@ -177,7 +177,7 @@ def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) ->
 
 
 def _centre_arrays(coded: Coded, form: Form, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[Array, ...]:
-    """What the tasks share, the base apart."""
+    """Return the arrays that the tasks share, except the base."""
     if form.centre is not None and coded.centre != "none":
         return _arrays(form.centre.parts(form.matrix, promote(dtypes)))
     return () if coded.centre in ("base", "none") else (Array(role="unified", dtype=promote(dtypes), shape=shape),)
@@ -188,7 +188,7 @@ def _needs_base(coded: Coded, form: Form) -> bool:
 
 
 def _own_arrays(form: Form, dtype: str) -> tuple[Array, ...]:
-    """What a task has for itself; none where it is the centre."""
+    """Return the arrays that a task has for itself; none if it is the centre."""
     return _arrays(form.residual.parts(form.matrix, dtype)) if form.residual is not None else ()
 
 
@@ -198,7 +198,7 @@ def _arrays(parts: tuple[Part, ...]) -> tuple[Array, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _declared(name: str, args: str) -> Coded | None:
-    """Asked for every tensor of every task; args: JSON."""
+    """Declare a method, once, because it is needed for every tensor of every task. args: JSON."""
     return declared(name, json.loads(args))
 
 

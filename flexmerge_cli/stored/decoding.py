@@ -1,4 +1,4 @@
-"""What decodes one tensor of one task, whatever form it is stored in. Each form implements `Stored`. No torch."""
+"""Defines what decodes one tensor of one task, in any stored form. Each form implements `Stored`. No torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 ALL = slice(None)
 
 Read = Callable[[StoredTensor, slice], np.ndarray]
-"""A part, and which of its elements -> their bits, one axis."""
+"""Maps a part, and a slice of its elements, to their bits, one axis."""
 
 
 class RouteParts(dict[str, StoredTensor]):
-    """Part name -> where it lies, for all files that one task reads. Looking up a missing part raises DataError."""
+    """Maps part names to where they lie, for all files that one task reads. Looking up a missing part raises
+    DataError."""
 
     def __init__(self, path: Path, task: str) -> None:
         """path: the bundle's, for errors."""
@@ -38,24 +39,25 @@ class Stored(Protocol):
         """Whether the tensor is the bits of one part, unchanged, so that a view of them can stand for it."""
 
     def fits(self, parts: RouteParts) -> bool:
-        """Whether its parts have the dtypes and sizes that decoding needs. Raises DataError if one is missing."""
+        """Return whether its parts have the dtypes and sizes that decoding needs. Raises DataError if one is
+        missing."""
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
-        """The tensor's bits in the task's own dtype and shape. Raises DataError if the parts cannot be decoded."""
+        """Decode to bits in the task's own dtype and shape. Raises DataError if the parts cannot be decoded."""
 
 
 class Packable(Stored, Protocol):
-    """One that any rows can be decoded of alone."""
+    """A stored tensor any rows of which can be decoded alone."""
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows, and elements of each."""
+        """The number of rows, and of elements in each."""
 
     def pieces(self, parts: RouteParts) -> "dict[str, tuple[StoredTensor, int]]":
-        """Map each role to the parts that it is made of, and the bytes that `packed` holds of each."""
+        """Map each role to its part, and the bytes that `packed` holds of it."""
 
     def packed(self, parts: RouteParts, read: Read) -> "Packed | JoinedRows":
-        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
+        """Return the tensor in its stored bytes. Raises DataError if they cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +65,18 @@ class Described:
     """What a manifest says about how one tensor of one task is stored."""
 
     tensor: str
-    """Aligned name, with which the names of its parts begin."""
+    """Its aligned name, with which the names of its parts begin."""
     unit: str
     task: str
     shape: tuple[int, ...]
     tasks: tuple[str, ...]
-    """Every task of the group."""
+    """All tasks of the group."""
     dtypes: tuple[str, ...]
-    """The dtype that each of them gets."""
+    """The dtype of the tensor in each of them."""
     bits: Mapping[str, float] | None
-    """Bits an element, per task, where each has its own."""
+    """Bits per element for each task, if each has its own."""
     method: tuple[str, str] | None
-    """Name, and arguments as JSON."""
+    """The name, and the arguments as JSON."""
 
     @property
     def dtype(self) -> str:

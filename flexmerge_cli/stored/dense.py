@@ -1,4 +1,4 @@
-"""A tensor that is stored as it is, or in a wider dtype: an exact copy, or the one value of a merged group."""
+"""Decodes a tensor that is stored as it is, or in a wider dtype: an exact copy, or the value of a merged group."""
 
 import math
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class DenseTensor:
 
 
 def cast(bits: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
-    """Bits of one dtype as those of another; the same memory where nothing changes."""
+    """Convert bits of one dtype to those of another; the same memory if nothing changes."""
     if dtype == wanted:
         return bits
     if wanted == "F64" and dtype != "BF16":

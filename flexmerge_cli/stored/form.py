@@ -1,4 +1,4 @@
-"""What a stored form answers about one tensor of one group, from shapes and dtypes alone: its arrays and bytes."""
+"""Defines what a stored form answers about a tensor of a group, from shapes and dtypes alone: its arrays and bytes."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.summary import Summary
 
 Bits = float | Literal["exact"]
-"""What a task stores for itself, in bits an element: 0 is nothing, exact a dense copy."""
+"""What a task stores for itself, in bits per element: 0 is nothing, exact a dense copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,21 +29,21 @@ class Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupTensor:
-    """All that the layout of one tensor of one group depends on."""
+    """All inputs of the layout of one tensor of one group."""
 
     call: Call
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-    """The dtype that each task of the group gets."""
+    """The dtype of the tensor in each task of the group."""
     base_dtype: str
     same: tuple[int, ...]
-    """Per task a number, equal where their tensors have the same bits."""
+    """One number per task, equal for tasks whose tensors have the same bits."""
     bits: tuple[Bits, ...] | None = None
-    """Per task, where each has its own."""
+    """One per task, if each task has its own."""
 
     @property
     def copies_bytes(self) -> int:
-        """Bytes of a copy for every task."""
+        """The bytes of a copy for every task."""
         return math.prod(self.shape) * sum(ITEM_BYTES[dtype] for dtype in self.dtypes)
 
 
@@ -56,7 +56,7 @@ class GroupLayout:
     base: bool
     """Whether decoding needs the base's tensor too."""
     own: tuple[tuple[tuple[int, ...], tuple[Array, ...]], ...]
-    """Places of tasks in the group, and the arrays that these alone read; a task in none of them is an exact copy."""
+    """Places of tasks in the group, and the arrays that only these read; a task in none of them is an exact copy."""
 
     @property
     def num_bytes(self) -> int:
@@ -73,14 +73,14 @@ class GroupForm:
     """A way to store what a group shares and what each of its tasks has for itself."""
 
     word: str
-    """In the manifest, and as methods declare it."""
+    """The word in the manifest, with which methods declare it."""
     product: str
-    """What a method of this form gives, in one word."""
+    """What a method of this form produces, in one word."""
     layout: Callable[[GroupTensor], GroupLayout | None]
-    """None where copies are exact and no larger."""
+    """Gives None if copies are exact and no larger."""
     summary: Callable[[Call], Summary]
     """What a method stores, in words and as a formula."""
     decoder: Callable[[Described, RouteParts], Stored] | None
-    """None where every task reads a dense part. Raises DataError if the manifest does not describe this form."""
+    """None if every task reads a dense part. Raises DataError if the manifest does not describe this form."""
     of_unit: Callable[[Call], tuple[Array, ...]] = no_arrays
-    """Arrays that each task of a group has once for all tensors of a unit."""
+    """Returns the arrays that each task of a group has once for all tensors of a unit."""

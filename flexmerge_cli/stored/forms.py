@@ -9,7 +9,7 @@ from flexmerge_cli.stored.form import GroupForm
 from flexmerge_cli.stored.masked import MASKED
 
 FORMS = {form.word: form for form in (COPY, MERGED, MASKED, CODED)}
-"""The manifest's word for a group's form -> the form."""
+"""Maps the manifest's word for a group's form to the form."""
 
 
 def form_of(call: Call) -> GroupForm:
@@ -18,14 +18,14 @@ def form_of(call: Call) -> GroupForm:
 
 
 def known_form(word: str) -> str:
-    """Raises ValueError if there is no such form."""
+    """Return the word, or raise ValueError if there is no such form."""
     if word not in FORMS:
         raise ValueError(f"no form `{word}`; one of {', '.join(FORMS)}")
     return word
 
 
 def stored_as(word: str, described: Described, parts: RouteParts) -> Stored:
-    """Return how a tensor without a dense part is decoded. Raises DataError if the manifest does not say so soundly."""
+    """Return how a tensor without a dense part is decoded. Raises DataError if the manifest is unsound about it."""
     decoder = FORMS[word].decoder
     if decoder is None:
         name, task = described.tensor, described.task

@@ -1,7 +1,7 @@
-"""A tensor with one row per token, of which a task stores the rows that not all models have for itself.
+"""Decodes a tensor with one row per token, where a task stores the rows that not all models have for itself.
 
-The rows that base and all tasks share are an ordinary tensor, in the base's order; a task's map says at which of its
-rows they stand. Its other rows, ascending, are stored for it alone, as they are.
+The rows that the base and all tasks share are an ordinary tensor, in the base's order; a task's map says at which of
+its rows they stand. Its other rows, ascending, are stored for it alone, as they are.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from flexmerge_cli.stored.packed import JoinedRows, Packed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedTensor:
-    """What is read for one task's whole tensor."""
+    """What a reader needs for one task's whole tensor."""
 
     shared: Stored
     own: Stored | None
-    """None if the task has no rows but the shared ones."""
+    """None if the task has only the shared rows."""
     common: Runs
     """The task's rows at which the shared ones stand."""
     rows: int
@@ -69,7 +69,7 @@ class JoinedTensor:
 
 
 def join(shared: np.ndarray, own: np.ndarray | None, common: Runs, rows: int) -> np.ndarray:
-    """The task's whole tensor. shared, own: [·, …]; own None: no rows. common: where `shared` stands. -> [rows, …]."""
+    """Join the task's whole tensor [rows, …]. shared, own: [·, …]; own None: no rows. common: where `shared` stands."""
     whole = np.empty((rows, *shared.shape[1:]), shared.dtype)
     for part, runs in ((shared, common), (own, other_rows(common, rows))):
         position = 0

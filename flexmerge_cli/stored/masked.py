@@ -1,4 +1,4 @@
-"""A tensor of a masked group: base + gamma · mask · unified, the mask of each task packed to one bit an element."""
+"""Decodes a tensor of a masked group: base + gamma · mask · unified, with one bit of mask per task and element."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from flexmerge_cli.stored.summary import Summary
 
 @dataclass(frozen=True, slots=True)
 class MaskedTensor:
-    """What decodes one task's tensor; `<unit>@gamma.<task>` is there only if the method rescales."""
+    """Decodes one task's tensor; `<unit>@gamma.<task>` exists only if the method rescales."""
 
     of: Described
 
@@ -47,7 +47,7 @@ class MaskedTensor:
         return {role: (part, part.num_bytes) for role, part in zip(roles, self._parts(parts)) if part is not None}
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
-        """The tensor in its own bytes. Raises DataError if they cannot be decoded."""
+        """Return the tensor in its stored bytes. Raises DataError if they cannot be decoded."""
         base, unified, mask, gamma = self._parts(parts)
         factor = np.float32(1.0) if gamma is None else read(gamma, ALL)[0]
         packed = read(mask, ALL)

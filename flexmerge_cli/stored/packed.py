@@ -1,6 +1,6 @@
-"""A weight in its own bytes: what its elements are the sum of, and any rows of it decoded. numpy and loops in C.
+"""Holds a weight in its stored bytes, as terms of a sum, and decodes any rows of it. numpy and loops in C.
 
-m rows of n elements, the sum in float32, in this order, of what there is of
+It is m rows of n elements: the sum, in float32 and in this order, of the terms that it has,
 
     dense    elements that are stored as they are
     masked   gamma · unified where the task's mask is set
@@ -8,7 +8,7 @@ m rows of n elements, the sum in float32, in this order, of what there is of
     factors  the product of two thin matrices
     kept     few elements, by row
 
-rounded once to the dtype of the task. Of whole rows the result does not depend on which are decoded together.
+rounded once to the dtype of the task. The result of whole rows does not depend on which are decoded together.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Elements:
     dtype: str
 
     def rows(self, rows: np.ndarray, n: int) -> np.ndarray:
-        """float32 [rows, n], the caller's own."""
+        """Return float32 [rows, n], in memory of the caller's own."""
         values = to_float32(self.bits.reshape(-1, n)[rows], self.dtype)
         return values if values.base is None else values.copy()
 
@@ -56,17 +56,17 @@ class Kept:
     starts: np.ndarray
     """int64 [m + 1]: where each row begins."""
     columns: np.ndarray
-    """uint16, or int32 where rows are longer."""
+    """uint16, or int32 if rows are longer."""
     values: Elements
 
     @staticmethod
     def index_bytes(matrix: Matrix, count: int) -> int:
-        """Bytes of all but the values."""
+        """Return the bytes of everything but the values."""
         return 8 * (matrix[0] + 1) + (2 if matrix[1] <= 1 << 16 else 4) * count
 
     @staticmethod
     def at(positions: np.ndarray, values: Elements, matrix: Matrix) -> "Kept":
-        """positions: int64, ascending in [0, m·n)."""
+        """Index the values. positions: int64, ascending in [0, m·n)."""
         m, n = matrix
         starts = np.searchsorted(positions, np.arange(m + 1) * n)
         return Kept(starts, (positions % max(1, n)).astype(np.uint16 if n <= 1 << 16 else np.int32), values)
@@ -74,7 +74,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """A weight [m, n]. Arrays may lie on a mapped file; nothing of them is checked here."""
+    """A weight [m, n]. Arrays may lie in a mapped file; nothing in them is checked here."""
 
     matrix: Matrix
     dtype: str
@@ -85,25 +85,25 @@ class Packed:
     """Left [m, r] and right [r, n], both one axis."""
     kept: Kept | None = None
     loops: native.Rows | None = field(init=False, compare=False, repr=False)
-    """What the loops in C are told; None where they do not know a dtype. Valid as long as the arrays are."""
+    """The arguments of the loops in C; None if they do not know a dtype. Valid as long as the arrays are."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loops", _native_rows(self))
 
     @property
     def is_split(self) -> bool:
-        """Whether a product with it may be taken as the sum of products with what it is the sum of."""
+        """Whether a product with it may be taken as the sum of products with its terms."""
         has_loops = native.decoding is not None and self.loops is not None
         return self.masked is None and (not self.codes or has_loops)
 
     @property
     def address(self) -> int | None:
-        """Where the first array lies, which tasks that share a centre have in common."""
+        """The address of the first array, which tasks that share a centre have in common."""
         first = self.dense.bits if self.dense is not None else self.codes[0].codes if self.codes else None
         return None if first is None else int(first.ctypes.data)
 
     def decode(self) -> np.ndarray:
-        """All elements as bits, one axis."""
+        """Decode all elements as bits, one axis."""
         m, n = self.matrix
         out = np.empty(m * n, NUMPY[self.dtype])
         step = max(1, BLOCK_ELEMENTS // max(1, n))
@@ -112,13 +112,13 @@ class Packed:
         return out
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows as bits [k, n]. rows: int64 [k], each in [0, m)."""
+        """Decode some rows as bits [k, n]. rows: int64 [k], each in [0, m)."""
         out = np.empty((len(rows), self.matrix[1]), NUMPY[self.dtype])
         self.decode_into(rows, out)
         return out
 
     def decode_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """The same, into contiguous memory of the caller's."""
+        """Decode some rows into contiguous memory of the caller's."""
         if not out.size:
             return
         is_sum = self.factors is not None or self.kept is not None
@@ -138,7 +138,7 @@ class Packed:
         out.reshape(-1)[:] = from_float32(values, self.dtype).reshape(-1)
 
     def _plain(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [k, n]: the sum without factors and kept elements."""
+        """Compute the sum without factors and kept elements, float32 [k, n]."""
         m, n = self.matrix
         values = None if self.dense is None else self.dense.rows(rows, n)
         if self.masked is not None:
@@ -153,7 +153,7 @@ class Packed:
         return np.zeros((len(rows), n), np.float32) if values is None else values
 
     def _native(self, rows: np.ndarray, wanted: int, out: np.ndarray) -> bool:
-        """False where the loops in C cannot."""
+        """Decode by the loops in C; return False if they cannot."""
         if native.decoding is None or self.loops is None:
             return False
         which = np.ascontiguousarray(rows, np.int64)
@@ -165,12 +165,12 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class JoinedRows:
-    """Rows of two weights under one number each; decodes like Packed."""
+    """Gives rows of two weights one number each; decodes like Packed."""
 
     shared: Packed
     own: Packed | None
     places: np.ndarray
-    """int32 [m]: a row of `shared`, or -1 less the row of `own`."""
+    """int32 [m]: a row of `shared`, or -1 minus the row of `own`."""
 
     is_split = False
     address = None
@@ -184,7 +184,7 @@ class JoinedRows:
         return self.shared.dtype
 
     def decode_into(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Decode as Packed.decode_into does."""
+        """Decode like Packed.decode_into."""
         places, whole = self.places[rows].astype(np.int64), out.reshape(len(rows), self.matrix[1])
         is_shared = places >= 0
         whole[is_shared] = self.shared.rows(places[is_shared])
@@ -225,5 +225,5 @@ def _add_kept(values: np.ndarray, rows: np.ndarray, kept: Kept) -> None:
     counts = end - begin
     of_row = np.repeat(np.arange(len(rows)), counts)
     at = np.arange(counts.sum()) + np.repeat(begin - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    values += np.float32(0)  # the others are a sum too: of -0 and 0
+    values += np.float32(0)  # the other elements are a sum too: of -0 and 0
     values[of_row, kept.columns[at]] += to_float32(kept.values.bits[at], kept.values.dtype)

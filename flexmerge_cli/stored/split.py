@@ -1,4 +1,4 @@
-"""A tensor whose equal runs along one axis are stored as tensors of their own (family/split.py)."""
+"""Decodes a tensor whose equal runs along one axis are stored as tensors of their own (family/split.py)."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from flexmerge_cli.stored.decoding import Read, RouteParts, Stored
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTensor:
-    """What is read for one task's whole tensor."""
+    """What a reader needs for one task's whole tensor."""
 
     parts: tuple[Stored, ...]
     dim: int

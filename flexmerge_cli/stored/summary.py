@@ -1,11 +1,12 @@
-"""What one group of tasks stores of one tensor under a method: in words, and as a formula of its bytes. No weights.
+"""Describes what a group of tasks stores of a tensor under a method: in words, and as a formula of bytes. No weights.
 
     k   tasks of the group
     n   elements of the tensor, m rows of c
     s   bytes of an element
 
-⌈ ⌉ and ⌊ ⌋ round up and down. A name after a comma is defined there. `≈` is for positions of sparse values, whose exact
-bytes are residuals/elias_fano.py's. The base counts in full, though a bundle has it once for all groups of a tensor.
+⌈ ⌉ and ⌊ ⌋ round up and down. A name after a comma is defined there. `≈` marks the positions of sparse values, whose
+exact bytes residuals/elias_fano.py gives. The base counts in full, though a bundle has it once for all groups of a
+tensor.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def _centre(coded: Coded) -> Summary:
 
 
 def _coder(coder: Coder) -> Summary:
-    """Bytes of one array of m rows of c."""
+    """Return the bytes of one array of m rows of c."""
     match coder:
         case LowBit():
             scale = 2 if coder.scales == "bfloat16" else 4
