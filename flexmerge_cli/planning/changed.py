@@ -1,4 +1,4 @@
-"""The request for a plan of another plan's tasks, with some added and some removed."""
+"""Makes the request for a plan of another plan's tasks, with some added and some removed."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -22,10 +22,10 @@ def changed_request(
     statistics: Statistics | None,
     access: Access,
 ) -> PlanRequest:
-    """Return what to ask for a new plan of the plan's tasks, with some added and some removed.
+    """Make the request for a new plan of the plan's tasks, with some added and some removed.
 
-    folder: what the plan's relative sources are relative to. add: name -> source, relative to the working directory.
-    Raises UsageError for a task that is not there, for a name that is taken, and where no task is left.
+    folder: the folder that the plan's relative sources are relative to. add: name -> source, relative to the working
+    directory. Raises UsageError for a task that is not in the plan, for a name that is taken, and if no task is left.
     """
     sources = {reader.name: reader.source for reader in plan.readers}
     for name in remove:

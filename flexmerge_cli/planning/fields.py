@@ -1,6 +1,6 @@
-"""A family and what the pass measured of it in, the fields of its plan out: tensors, tasks, blocks and the order.
+"""Makes the fields of a plan from a family and what the pass measured: tensors, tasks, blocks and the order.
 
-Reads what lies beside the weights, for digests, and of full fine-tunes a few matrices (low_rank_sketch.py).
+Reads the files beside the weights, for digests, and a few matrices of full fine-tunes (low_rank_sketch.py).
 """
 
 import os
@@ -34,7 +34,8 @@ from flexmerge_cli.version import GENERATOR
 
 
 def tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]]) -> list[dict[str, Any]]:
-    """One record per tensor, its class settled by the bits. Raises DataError with every value that is not finite."""
+    """Make one record per tensor, its class settled by the bits. Raises DataError with every value that is not
+    finite."""
     count = len(family.tasks)
     by_name: dict[str, list[tuple[Any, Any]]] = {}
     for owner, item, measure in found:
@@ -101,7 +102,7 @@ def tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]
 
 
 def _is_measured(measure: Any) -> bool:
-    """Whether the numbers of finite weights are finite, too."""
+    """Return whether the numbers of finite weights are finite, too."""
     sums = [[measure.base_energy]]
     sums += [measure.gram.ravel()] if measure.gram is not None else []
     coding = measure.coding
@@ -114,9 +115,9 @@ def low_rank_records(
     records: Sequence[Mapping[str, Any]],
     known: Mapping[str, tuple[frozenset[str], dict[str, int] | None]],
 ) -> dict[int, dict[str, int]]:
-    """Task -> what is found of it, for full fine-tunes that are the base plus matrices of low rank.
+    """Map each task that is a full fine-tune, and the base plus low-rank matrices, to what is found about them.
 
-    known: task -> the names of matrices, and what was found of these.
+    known: maps a task to the names of its matrices, and to what was found about these.
     """
     from flexmerge_cli.checkpoint.reader import Reader
     from flexmerge_cli.engine.low_rank_sketch import Pair, low_rank_of, matrix_shape
@@ -148,7 +149,7 @@ def low_rank_records(
 
 
 def pools_lora(family: Family, request: PlanRequest) -> bool:
-    """Like Plan's property, before there is a plan."""
+    """Return what the plan's property of this name will be, before there is a plan."""
     return request.adapters == "pool" and any(task.adapter == "lora" for task in family.tasks)
 
 
@@ -172,7 +173,7 @@ def plan_of(
     made: Mapping[tuple[int, str], str] | None = None,
     low_rank: Mapping[int, dict[str, int]] | None = None,
 ) -> Plan:
-    """Blocks, order and names to the measurements: the plan. made: digests of what kept adapters make."""
+    """Make the plan: add blocks, order and names to the measurements. made: digests of what kept adapters make."""
     mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
     blocks = partition_pairs([record["name"] for record in mergeable], request.order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}
@@ -241,7 +242,7 @@ def plan_of(
 
 
 def settings_fields(order: OrderSettings) -> dict[str, Any]:
-    """Those of `settings` that the order was made with."""
+    """Return the fields of `settings` that describe how the order was made."""
     own = Path(order.blocks).is_file()
     return {
         "blocks": "rules" if own else order.blocks,
@@ -254,7 +255,7 @@ def settings_fields(order: OrderSettings) -> dict[str, Any]:
 
 
 def order_fields(tensors: Mapping[str, PlanTensor], blocks: Sequence[Block], order: OrderSettings) -> dict[str, Any]:
-    """`blocks`, `order` and `near_ties`."""
+    """Return the fields `blocks`, `order` and `near_ties`."""
     measures = [block_measure(block.name, [tensors[name] for name in block.tensors]) for block in blocks]
     merges: tuple[Merge, ...] = merge_order(
         measures, linkage=order.linkage, strategy=order.strategy, similarity=order.similarity, seed=order.seed
@@ -284,12 +285,12 @@ def _relative(checkpoint: Checkpoint, folder: Path) -> str:
 
 
 def _fingerprint(checkpoint: Checkpoint, digests: Sequence[tuple[str, str | None]]) -> str:
-    """Digest of every tensor's name and digest."""
+    """Return the digest of every tensor's name and digest."""
     return xxhash.xxh3_128_hexdigest("\n".join(f"{name} {digest}" for name, digest in digests if digest).encode())
 
 
 def _config_base(checkpoint: Checkpoint) -> str | None:
-    """What the config names as the model it comes from, where it does so in text."""
+    """Return the model that the config names as its origin, if it does so in text."""
     named = checkpoint.config.get("_name_or_path")
     return named[:200] if isinstance(named, str) and named and is_text(named) else None
 

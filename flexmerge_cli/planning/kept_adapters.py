@@ -1,7 +1,7 @@
-"""Kept adapters between sources and plan: what must be read of them, what the plan tells, and where they lie again.
+"""Handles kept adapters between sources and plan: what `plan` reads and records of them, and where `merge` finds them.
 
-What an adapter makes is computed once, by `plan`, for its digests; `merge` copies its files, and of the base what it
-needs.
+`plan` computes what an adapter makes once, for its digests; `merge` copies its files, and what it needs from the
+base.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ NO_DIGEST = "0" * 32
 
 
 def base_items(family: Family) -> list[SurveyItem]:
-    """The base's tensors that are not read beside tasks; each as a task of its own."""
+    """List the base's tensors that are not read beside tasks, each as a task of its own."""
     return [
         SurveyItem(name=tensor.name, base=None, tasks=((0, tensor.base),), gram=False)
         for tensor in family.tensors
@@ -36,7 +36,7 @@ def base_items(family: Family) -> list[SurveyItem]:
 
 
 def change_items(family: Family) -> list[SurveyItem]:
-    """List what the adapters make, by tensor: those of one form together, tasks being the adapters' numbers."""
+    """List what the adapters make, by tensor: those of one form together, with the adapters' numbers as tasks."""
     forms: dict[Any, list[tuple[int, StoredTensor]]] = {}
     for number, kept in enumerate(family.kept):
         for name, tensor in _changed(kept).items():
@@ -47,7 +47,8 @@ def change_items(family: Family) -> list[SurveyItem]:
 def digests_of_changes(
     family: Family, items: Sequence[SurveyItem], measures: Sequence[Measure]
 ) -> dict[tuple[int, str], str]:
-    """(adapter, aligned name) -> digest. Raises DataError with every value that is not finite, save what is whole."""
+    """Map (adapter, aligned name) to the digest. Raises DataError with every value that is not finite, except in
+    tensors that the adapter holds whole."""
     bad, found = [], {}
     for item, measure in zip(items, measures, strict=True):
         for position, (number, _) in enumerate(item.tasks):
@@ -68,7 +69,7 @@ def digests_of_changes(
 def adapter_records(
     family: Family, digests: Mapping[tuple[int, str], str], base_fingerprint: str, sources: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The plan's records. digests: empty for a plan from headers alone."""
+    """Make the plan's records of adapters. digests: empty for a plan from headers alone."""
     records = []
     for number, (kept, source) in enumerate(zip(family.kept, sources, strict=True)):
         checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
@@ -101,7 +102,7 @@ def adapter_records(
 
 
 def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[tuple[str, str], Path]:
-    """(adapter, name) -> the file, of the adapters' files. Raises DataError if an adapter is not what the plan saw."""
+    """Map (adapter, file name) to the file. Raises DataError if an adapter is not the one that the plan saw."""
     check_on_disk(kept)
     files, problems = {}, []
     for record, found in zip(plan.adapters, kept, strict=True):
@@ -124,7 +125,7 @@ def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[tuple[str, str], Pa
 
 
 def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
-    """Raises UsageError for adapters that are streamed: their files go into the bundle as they are."""
+    """Raise UsageError for adapters that are streamed: their files go into the bundle as they are."""
     streamed = [each.name for each in kept if any(t.stream for t in each.adapter.checkpoint.tensors.values())]
     if streamed:
         raise UsageError(
@@ -134,12 +135,12 @@ def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
 
 
 def base_side_files(base: Checkpoint) -> dict[str, Path]:
-    """Return what a merged model takes from the base."""
+    """Return the files that a merged model takes from the base."""
     return {name: path for name, path in base.side_files.items() if name != "README.md"}
 
 
 def _files(kept: KeptAdapter) -> dict[str, tuple[Path, int]]:
-    """Name -> path and bytes of all that makes the adapter's folder; weights may not be on this disk yet."""
+    """Map each name to path and bytes, for all files of the adapter's folder; weights may not be on this disk yet."""
     checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
     side = {name: (path, path.stat().st_size) for name, path in checkpoint.side_files.items()}
     return side | {weights.name: (weights, checkpoint.weight_bytes[weights])}
@@ -150,7 +151,7 @@ def _weights(kept: KeptAdapter) -> Path:
 
 
 def _changed(kept: KeptAdapter) -> dict[str, StoredTensor]:
-    """Aligned name -> what is read for it, of all that is not the base's own."""
+    """Map each aligned name to what is read for it, for all tensors that are not the base's own."""
     weights = _weights(kept)
     return {
         aligned: kept.model.tensors[own]
@@ -160,8 +161,8 @@ def _changed(kept: KeptAdapter) -> dict[str, StoredTensor]:
 
 
 def products_in_grams(family: Family, records: Sequence[dict[str, Any]]) -> None:
-    """For a pool of LoRAs, put the Gram matrix of ΔW at the B of each module, and none at its A. Rereads the
-    factors."""
+    """Put the Gram matrix of ΔW at the B of each module of a pool of LoRAs, and zeros at its A. Reads the factors
+    again."""
     from flexmerge_cli.checkpoint.reader import Reader
     from flexmerge_cli.engine.device import as_tensor
     from flexmerge_cli.methods.pooled import factor_pairs, product_gram

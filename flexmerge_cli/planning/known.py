@@ -1,8 +1,8 @@
-"""What an earlier plan knows of a family, so that it is not read again where tasks are added or removed.
+"""Reuses what an earlier plan knows of a family, to read less when tasks are added or removed.
 
-Known are the digests of all tensors, and with them what is equal to what. So private tensors are read of new tasks
-alone, and so are tensors that are the same in all tasks. Whatever is measured over all tasks together (Gram matrices,
-how their average codes) changes with the set of tasks down to its rounding: those tensors are read of all tasks again.
+The digests of all tensors are known, and with them which tensors are equal. So private tensors, and tensors that are
+the same in all tasks, are read only from new tasks. Whatever is measured over all tasks together (Gram matrices, how
+their average codes) changes with the set of tasks, down to its rounding: those tensors are read from all tasks again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 from flexmerge_cli.record import Shape
 
 AGAIN = "make the plan again with `flexmerge plan --base …`"
-HOLDING = (TensorClass.MERGEABLE, TensorClass.CONSTANT, TensorClass.PRIVATE)  # classes whose digests are of the bits
+HOLDING = (TensorClass.MERGEABLE, TensorClass.CONSTANT, TensorClass.PRIVATE)  # classes with digests of the bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +28,10 @@ class Known:
 
     plan: Plan
     new: frozenset[str]
-    """Tasks that the plan does not know, even if it has one of this name."""
+    """Tasks that the plan does not know, even if it has a task of this name."""
 
     def _place(self, name: str) -> int | None:
-        """The number of a task in the plan."""
+        """Return the number of a task in the plan."""
         return self.plan.task_names.index(name) if name not in self.new and name in self.plan.task_names else None
 
     def check_headers(self, family: Family) -> None:
@@ -75,7 +75,8 @@ class Known:
             raise DataError("sources have changed since the plan:\n  " + "\n  ".join(problems[:20]), hint=AGAIN)
 
     def is_tied(self, task: str, alias: str, target: str) -> bool | None:
-        """Whether two tensors of a task hold the same bits, by their aligned names; None if that is not known."""
+        """Return whether two tensors of a task, given by aligned names, hold the same bits; None if that is not
+        known."""
         place, records = self._place(task), [self.plan.find(name) for name in (alias, target)]
         if place is None or self.plan.vocabulary(alias) or self.plan.vocabulary(target):
             return None
@@ -87,9 +88,9 @@ class Known:
         return first.digests[place] == second.digests[place] if second.class_ in HOLDING else None
 
     def low_rank(self, family: Family) -> dict[str, tuple[frozenset[str], dict[str, int] | None]]:
-        """Task -> the matrices that were looked at, and what was found of their changes."""
+        """Map each task to the matrices that were examined, and to what was found about their changes."""
         if self.plan.vocabularies or family.vocabularies or self.plan.splits != family.splits:
-            return {}  # a name may stand for other elements
+            return {}  # a name may now mean other elements
         found = {}
         for name in family.task_names:
             place = self._place(name)
@@ -145,7 +146,8 @@ class Known:
         digest: Callable[[str, int], str | None],
         run: Callable[[Sequence[SurveyItem], str], list[Measure]],
     ) -> list[Measure]:
-        """The same of items that nothing is compared in. digest: of an item's name and a task's number, if known."""
+        """Measure items in which nothing is compared. digest: maps an item's name and a task's number to a known
+        digest."""
         known = [[digest(item.name, task) for task, _ in item.tasks] for item in items]
         short = [
             replace(item, tasks=tuple(pair for pair, digest in zip(item.tasks, of) if digest is None))
@@ -171,7 +173,7 @@ class Known:
         return shape if vocabulary is None else (vocabulary.base.rows, *shape[1:])
 
     def _digest(self, family: Family, owner: FamilyTensor, task: str, stored: StoredTensor) -> str | None:
-        """The digest of a task's tensor; None where it is not known, or where not all values are known to be finite."""
+        """Return the digest of a task's tensor; None if it is not known, or if some values may not be finite."""
         place, record = self._place(task), self.plan.find(owner.name)
         if place is None or record is None or record.class_ not in HOLDING or not record.finite:
             return None
@@ -181,7 +183,8 @@ class Known:
         return record.digests[place] if form == (stored.dtype, stored.shape) else None
 
     def _same_rows(self, family: Family, tensor: str, place: int | None, task: int) -> bool:
-        """Whether the tensor is of the same rows of the task's file as it was; without a place, of the base's."""
+        """Return whether the tensor has the same rows of the task's file as before; without a place, of the base's
+        file."""
         then = self.plan.vocabulary(tensor)
         now = next((found for found in family.vocabularies if tensor.removesuffix(ROWS_SUFFIX) in found.tensors), None)
         if then is None or now is None:
@@ -190,21 +193,22 @@ class Known:
         return old.rows == new.rows and [tuple(run) for run in old.common] == [tuple(run) for run in new.common]
 
     def _is_partly_read(self, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None]) -> bool:
-        """Whether new tasks alone are read, at first: of what is not compared, and of what may be the same in all."""
+        """Return whether only new tasks are read at first: for items without comparison, and for what may be
+        constant."""
         if not item.gram:
             return any(digest is not None for digest in known)
         record = self.plan.find(owner.name)
         if record is None or not owner.could_be_constant or len(set(known) - {None}) != 1:
             return False
-        # Of constants the record does not say whether they were compared with the base, but where one is the base's.
-        # They were not where an adapter holds them whole, and else if nothing compares them now.
+        # The record of a constant says whether it was compared with the base only if one task's tensor equals the
+        # base's. It was not compared if an adapter holds it whole, nor if nothing compares it now.
         is_compared = any(record.is_base) or not any(task.adapter for task in self.plan.tasks)
         return record.class_ is TensorClass.MERGEABLE or (record.class_ is TensorClass.CONSTANT and is_compared)
 
     def _completed(
         self, owner: FamilyTensor, item: SurveyItem, known: Sequence[str | None], found: Measure | None
     ) -> Measure | None:
-        """What measuring the whole item gives; None if that must be measured after all."""
+        """Return what measuring the whole item would give; None if the whole item must be measured after all."""
         joined = _joined(known, found)
         if not item.gram:
             return joined
@@ -231,7 +235,7 @@ class Known:
 
 
 def _joined(known: Sequence[str | None], found: Measure | None) -> Measure:
-    """The measure of an item of which nothing is compared, from digests that are known and what was read."""
+    """Return the measure of an item in which nothing is compared, from known digests and from what was read."""
     unknown = [position for position, digest in enumerate(known) if digest is None]
     read = iter(found.digests) if found is not None else iter(())
     digests = [digest if digest is not None else next(read) for digest in known]

@@ -1,4 +1,4 @@
-"""Files of the sources that a bundle does not carry: which are refused, and what users are told. Reads no weights."""
+"""Decides which files of the sources a bundle does not carry, refuses some, and tells users. Reads no weights."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ class LeftOut:
 
     task: str
     kind: str
-    """See contents.py."""
+    """The kind, see contents.py."""
     files: tuple[str, ...]
-    """Relative paths; of a folder that is left as a whole, its path and a slash. For `index`: tensors, in words."""
+    """Relative paths; for a folder that is left out whole, its path and a slash. For `index`: tensors, in words."""
 
 
 def check(sources: Iterable[Checkpoint], access: Access, may_ignore: Collection[str] = ()) -> None:
-    """Raises DataError that lists the weights that are not understood, UsageError for a pattern that fits no file.
+    """Raise DataError that lists weights of unknown use, and UsageError for a pattern that matches no file.
 
-    may_ignore: patterns that need not fit one.
+    may_ignore: patterns that need not match one.
     """
     sources = list(sources)
     unclear = [f"{source.path / name}" for source in sources for name in source.left.get("unclear", ())]
@@ -60,7 +60,7 @@ def check(sources: Iterable[Checkpoint], access: Access, may_ignore: Collection[
 
 
 def left_out(family: Family) -> list[LeftOut]:
-    """All that the bundle will not carry of the tasks' folders, by task and kind."""
+    """List all that the bundle will not carry of the tasks' folders, by task and kind."""
     tasks = dict(zip(family.task_names, family.tasks)) | {each.name: each.adapter.checkpoint for each in family.kept}
     return [
         LeftOut(task=name, kind=kind, files=files)
@@ -70,12 +70,12 @@ def left_out(family: Family) -> list[LeftOut]:
 
 
 def notes(family: Family) -> list[str]:
-    """One line per kind that no model misses."""
+    """Return one line per kind that no model misses."""
     return _lines(left_out(family), EXPECTED)
 
 
 def warnings(family: Family) -> list[str]:
-    """One line per kind that a model may miss, or that differs in form; with what to do."""
+    """Return one line per kind that a model may miss or that differs in form, with what to do."""
     found = left_out(family)
     messages = _lines(found, UNEXPECTED) + fused.mixed(dict(zip(family.task_names, family.tasks)))
     code = [each for each in found if each.kind == "code"]
@@ -99,7 +99,7 @@ def _lines(found: list[LeftOut], kinds: dict[str, str]) -> list[str]:
 
 
 def _names(found: list[LeftOut]) -> str:
-    """Return how many files, of which tasks, and the names of the first."""
+    """Say how many files of which tasks there are, and name the first ones."""
     count = sum(len(each.files) for each in found)
     names = list(dict.fromkeys(name for each in found for name in each.files))
     tasks = [each.task for each in found]

@@ -1,4 +1,4 @@
-"""`plan`: sources in, all that a cut needs out. Every weight is read once; nothing is written."""
+"""Makes a plan: sources in, all that a cut needs out. Reads every weight once and writes nothing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,12 +50,12 @@ def make_plan(
     """Read every weight once and keep all that a cut needs. Writes nothing.
 
     save_to: where the plan will be saved; sources are stored relative to its folder. on_open: called before the weights
-    are read, with all sources; left_out.py says which of their files are not carried. known: what need not be read.
-    Raises SourceError, DataError, UsageError.
+    are read, with all sources; left_out.py says which of their files are not carried. known: what an earlier
+    plan knows, which is not read again. Raises SourceError, DataError, UsageError.
     """
     from flexmerge_cli.engine.device import choose_device
 
-    choose_device(device)  # reports a device that is not there before any source is opened
+    choose_device(device)  # reports a missing device before any source is opened
     family = open_family(request, may_ignore=known.plan.settings.ignore if known is not None else ())
     on_open(family)
     if known is not None:
@@ -65,7 +65,7 @@ def make_plan(
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = divided(settle_ties(family, known), request)
-    if pools_lora(family, request):  # how factors code says nothing of their products
+    if pools_lora(family, request):  # how well factors code says nothing about their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
     of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
@@ -106,7 +106,8 @@ def make_plan(
 
 
 def provisional_plan(family: Family, request: PlanRequest) -> Plan:
-    """A plan from headers alone: no order, no digests, and whatever could be constant still as it seems. For prices."""
+    """Make a plan from headers alone, for prices: no order, no digests, and whatever could be constant as it
+    appears."""
     family = divided(family, request)
     records = [
         record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in tensor_records(family, [])
@@ -128,14 +129,14 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
 
 
 def divided(family: Family, request: PlanRequest) -> Family:
-    """The family with its vocabularies and other tensors split, as they are compared. Ties must be settled."""
+    """Split the family's vocabularies and other tensors into what is compared. Ties must be settled."""
     return split_tensors(split_vocabularies(family), request.order.blocks)
 
 
 def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False) -> Plan:
     """Make a plan from the same measurements with other blocks, linkage, strategy or similarity. Reads no weights.
 
-    without_statistics: without those that `auto` needs, for a smaller file.
+    without_statistics: leave out those that `auto` needs, for a smaller file.
     """
     mergeable = [tensor for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
     require_splits({tensor.name: tensor.shape for tensor in mergeable}, plan.splits, order.blocks)
@@ -153,7 +154,7 @@ def replan(plan: Plan, order: OrderSettings, *, without_statistics: bool = False
 
 
 def load_plan(path: Path | str) -> Plan:
-    """Read a plan.json. Raises UsageError if it is none or was edited, SourceError if it is not there."""
+    """Read a plan.json. Raises UsageError if it is not a plan or was edited, SourceError if it does not exist."""
     path = Path(path)
     if not path.is_file():
         raise SourceError(f"no plan at {path}", hint="make one with `flexmerge plan`")
@@ -161,7 +162,7 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def to_fetch(family: Family) -> list[RemoteFile]:
-    """Files of the Hub that hold a tensor which is compared or stored."""
+    """List the files on the Hub that hold a tensor that is compared or stored."""
     read = [task for tensor in family.tensors for task in tensor.tasks if task is not None]
     read += [
         tensor.base
@@ -173,10 +174,10 @@ def to_fetch(family: Family) -> list[RemoteFile]:
 
 
 def settle_ties(family: Family, known: Known | None = None) -> Family:
-    """Class `tied` where every task that has a tensor has it as an alias: by shared storage, or by its config and bits.
+    """Classify a tensor as `tied` if it is an alias in every task that has it, by shared storage or by config and bits.
 
     Compares only the pairs that a config ties, and stops at the first byte that differs. A task that lacks the alias,
-    as one that is tied may, says nothing.
+    as a tied one may, does not count.
     """
     candidates: dict[str, list[str | None]] = {}
     by_name = {tensor.name: tensor for tensor in family.tensors}
@@ -194,7 +195,7 @@ def settle_ties(family: Family, known: Known | None = None) -> Family:
     for alias, targets in candidates.items():
         have = {targets[task] for task in by_name[alias].present}
         if family.kept and by_name[alias].base is not None:
-            continue  # what the tasks tie the base need not, and adapters have the base's
+            continue  # the base need not tie what the tasks tie, and adapters have the base's
         only = have.pop() if len(have) == 1 else None
         if only is not None and set(by_name[alias].present) <= set(by_name[only].present):
             tied[alias] = only
@@ -208,7 +209,7 @@ def settle_ties(family: Family, known: Known | None = None) -> Family:
 
 
 def same_bits(checkpoint: Checkpoint, left: str, right: str) -> bool:
-    """Whether two tensors of one model, of one shape and dtype, hold the same bytes."""
+    """Return whether two tensors of one model, of one shape and dtype, hold the same bytes."""
     from flexmerge_cli.checkpoint.reader import Reader
 
     chunk = 1 << 20  # elements
@@ -223,7 +224,7 @@ def same_bits(checkpoint: Checkpoint, left: str, right: str) -> bool:
 
 
 def _survey_items(tensor: FamilyTensor) -> list[Any]:
-    """What to read of a tensor: one item over base and tasks, or one per form (shape, dtype) of a private tensor."""
+    """List what to read of a tensor: one item over base and tasks, or one per form (shape, dtype) if it is private."""
     tasks = [(index, found) for index, found in enumerate(tensor.tasks) if found is not None]
     if tensor.tensor_class in (TensorClass.BASE_ONLY, TensorClass.TIED):
         return []
@@ -236,7 +237,7 @@ def _survey_items(tensor: FamilyTensor) -> list[Any]:
 
 
 def survey_items(family: Family, request: PlanRequest) -> tuple[list[FamilyTensor], list[SurveyItem]]:
-    """What is compared of each stored tensor, and whose it is. The family is `divided`."""
+    """List the items to compare of each stored tensor, and the tensor each belongs to. The family is `divided`."""
     found = [(tensor, item) for tensor in family.stored for item in _survey_items(tensor)]
     codes = request.statistics == "all"
     return [owner for owner, _ in found], [replace(item, codes=item.gram and codes) for _, item in found]

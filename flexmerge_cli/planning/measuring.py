@@ -1,4 +1,4 @@
-"""The one pass over the weights for a plan: of all tensors for a new one, of those that merge to add statistics."""
+"""Runs the one pass over the weights for a plan: over all tensors, or over those that merge to add statistics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.version import GENERATOR
 
 OnProgress = Callable[[str, int, int], None]
-"""(what, bytes done, bytes in all)"""
+"""Called with (what, bytes done, bytes in all)."""
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
@@ -60,9 +60,10 @@ def add_statistics(
     max_memory: int | None = None,
     on_progress: OnProgress = silent,
 ) -> Plan:
-    """Read the mergeable weights again and add what `auto` needs.
+    """Read the mergeable weights again and add the statistics that `auto` needs.
 
-    folder: what the plan's relative sources are relative to. Raises DataError if they are not what the plan saw.
+    folder: the folder that the plan's relative sources are relative to. Raises DataError if the sources have changed
+    since the plan.
     """
     if plan.settings.statistics == "all":
         return plan

@@ -1,4 +1,4 @@
-"""Opens sources: those of a new plan, and those of a plan again, to find its tensors. Headers and configs only."""
+"""Opens the sources of a new plan, and those of a plan again to find its tensors. Reads headers and configs only."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -48,8 +48,8 @@ def open_all(sources: Mapping[str, str], opened: Callable[[str], Checkpoint]) ->
 def open_family(request: PlanRequest, *, may_ignore: Collection[str] = ()) -> Family:
     """Open all sources and align them. Raises SourceError, DataError and UsageError.
 
-    may_ignore: patterns of --ignore that no file needs to fit, such as those whose files a removed task had. Files that
-    are not carried, and that no model misses, are told by `on_message` of the request's access.
+    may_ignore: patterns of --ignore that no file needs to match, such as those for files of a removed task. The
+    request's access reports by `on_message` the files that are not carried and that no model misses.
     """
     sources = {"": request.base, **request.tasks}
     tasks = open_all(
@@ -69,7 +69,7 @@ def open_family(request: PlanRequest, *, may_ignore: Collection[str] = ()) -> Fa
 
 
 def files_to_fetch(checkpoints: Iterable[Checkpoint], tensors: Iterable[StoredTensor]) -> list[RemoteFile]:
-    """The files of the Hub that hold these tensors of the checkpoints and are not on this disk."""
+    """List the files on the Hub that hold these tensors of the checkpoints and are not on this disk."""
     remote = {path: file for checkpoint in checkpoints for path, file in checkpoint.remote.items()}
     paths = dict.fromkeys(path for tensor in tensors for path in tensor.paths)
     return [remote[path] for path in paths if path in remote]
@@ -86,16 +86,16 @@ class OpenSources:
     located: Sources
     kept: tuple[KeptAdapter, ...]
     side_files: dict[tuple[str, str], Path]
-    """Task, or "" for the base, and the name of a side file in it -> the file."""
+    """Maps a task, or "" for the base, and the name of a side file in it to the file."""
 
     def to_fetch(self) -> list[RemoteFile]:
-        """The files of the Hub that hold a tensor of the plan and are not on this disk."""
+        """List the files on the Hub that hold a tensor of the plan and are not on this disk."""
         read = [tensor for found in (self.located.base, *self.located.tasks) for tensor in found.values()]
         read += [tensor for each in self.kept for tensor in each.adapter.checkpoint.tensors.values()]
         return files_to_fetch([*self.tasks, *([self.base] if self.base else [])], read)
 
     def folders(self, plan: Plan) -> dict[str, Path]:
-        """Task -> the folder of its checkpoint."""
+        """Map each task to the folder of its checkpoint."""
         return {
             task.name: found.path if found.path.is_dir() else found.path.parent
             for task, found in zip(plan.tasks, self.tasks)
@@ -107,9 +107,9 @@ def open_sources(
 ) -> OpenSources:
     """Open the plan's sources and find every tensor and side file that it names.
 
-    folder: what the plan's relative sources are relative to. relocate: beginning of a source in the plan -> what is
-    there now. Raises DataError if headers are not the plan's, SourceError for sources that are not there, UsageError
-    for a key of relocate that no source begins with.
+    folder: the folder that the plan's relative sources are relative to. relocate: maps the beginning of a source in the
+    plan to what is there now. Raises DataError if headers differ from the plan's, SourceError for missing sources,
+    UsageError for a key of relocate that no source begins with.
     """
     asked, names = plan.settings, (*(f"task `{task.name}`" for task in plan.tasks), "the base")
     access = replace(
@@ -143,7 +143,7 @@ def open_sources(
 
 
 def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: Access) -> dict[str, Checkpoint]:
-    """Name -> checkpoint of every task, and, if it is needed, under the empty name of the base."""
+    """Map every task to its checkpoint, and the empty name to that of the base if it is needed."""
     is_merged = {task.name: task.adapter is not None and plan.settings.adapters == "merge" for task in plan.tasks}
     needs = {
         each.name: [CONFIG_NAME] if is_merged.get(each.name) else [*each.files, *_folders(each)]
@@ -183,14 +183,14 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
 
 
 def _folders(record: Member) -> list[str]:
-    """The subfolders with weights."""
+    """List the subfolders with weights."""
     return [f"{part}/" for part in record.parts]
 
 
 def _located(
     plan: Plan, base: Checkpoint | None, tasks: tuple[Checkpoint, ...]
 ) -> tuple[dict[str, StoredTensor], tuple[dict[str, StoredTensor], ...]]:
-    """Where every tensor of the plan lies now, in the base and in the tasks, by aligned name."""
+    """Find where every tensor of the plan lies now, in the base and in the tasks, by aligned name."""
     problems: list[str] = []
 
     def located(checkpoint: Checkpoint, who: str, own: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor | None:
@@ -238,7 +238,7 @@ def _located(
 def _side_files(
     task: str, recorded: Mapping[str, SideFile], folder: Path, there: Mapping[str, Path]
 ) -> dict[tuple[str, str], Path]:
-    """(task, name) -> the file. Raises DataError for one whose size is not the recorded one."""
+    """Map (task, name) to the file. Raises DataError for a file whose size is not the recorded one."""
     for name, side in recorded.items():
         if name not in there or there[name].stat().st_size != side.bytes:
             raise DataError(f"{folder / name} has changed since the plan", hint="make the plan again")
@@ -257,7 +257,8 @@ def _check_kinds(plan: Plan, members: Members) -> None:
 
 
 def _relocated(source: str, folder: Path, relocate: Mapping[str, str]) -> str | None:
-    """The source under its new place, if an OLD of --relocate is its beginning, as written in the plan or absolute."""
+    """Return the source at its new place, if an OLD of --relocate is its beginning, as in the plan or absolute; or
+    None."""
     absolute = str((folder / source).resolve()) if not is_remote(source) else source
     for old, new in relocate.items():
         for written in (source, absolute):

@@ -1,4 +1,4 @@
-"""`auto:min_bits=…,max_bits=…,centres=…`: what the search of `auto` may choose."""
+"""Defines `auto:min_bits=…,max_bits=…,centres=…`: what the search of `auto` may choose."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -18,12 +18,12 @@ class Limits:
     changed."""
 
     min_bits: int = 0
-    """Fewest bits of a residual or coded copy, in [0, 8]; 0 allows residuals of less than one bit an element, and
-    dropping them in embedding tables alone."""
+    """The fewest bits of a residual or coded copy, in [0, 8]; 0 allows residuals of less than one bit per element, and
+    in embedding tables, but nowhere else, none at all."""
     max_bits: int = 8
-    """Most bits of a residual or coded copy, in [1, 8]."""
+    """The most bits of a residual or coded copy, in [1, 8]."""
     centres: tuple[Kind, ...] = KINDS
-    """A tensor that can have none of these, as an average of a single task, has no centre."""
+    """A tensor that none of these suits, such as the average of a single task, has no centre."""
 
     def allows(self, bits: float) -> bool:
         return self.min_bits <= bits <= self.max_bits
@@ -51,18 +51,18 @@ def auto(
     max_bits: Annotated[int, Range(least=1, most=8)] = 8,
     centres: str = "all",
 ) -> Limits:
-    """Per tensor a centre and per task a residual, a coded copy or an exact one, chosen for a size from the plan alone.
+    """Choose per tensor a centre, and per task a residual, a coded or an exact copy, for a size, from the plan alone.
 
     min_bits, max_bits: of residuals and coded copies; exact copies are always allowed, and min_bits=0 allows residuals
-    of less than one bit, and in embedding tables none. centres: all, or some of none, base, average, joined by `+`.
-    Without a size: the smallest bundle whose predicted distance stays under --max-distance, or 0.35.
+    of less than one bit, and in embedding tables no residuals. centres: all, or some of none, base, average, joined by
+    `+`. Without a size: the smallest bundle whose predicted distance stays under --max-distance, or 0.35.
     """
     kinds = KINDS if "all" in centres.split("+") else tuple(kind for kind in KINDS if kind in centres.split("+"))
     return Limits(min_bits=min_bits, max_bits=max_bits, centres=kinds)
 
 
 def parse_auto(text: str) -> tuple[str, Limits] | None:
-    """`auto` with the arguments that are not at their defaults, and what it allows; None for another method.
+    """Parse `auto` to its text without default arguments and to what it allows; None for another method.
 
     Raises UsageError.
     """

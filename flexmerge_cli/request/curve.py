@@ -1,4 +1,4 @@
-"""What a curve is asked: methods at sizes, and an argument to be tuned. Parsed and checked once."""
+"""The request of `curve`, parsed and checked once: methods at sizes, and an argument to be tuned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,23 +22,23 @@ class CurveMethod:
     name: str
     """The method as requested."""
     request: MergeRequest
-    """The request without a size, or for clusters, which need one, with any."""
+    """The request without a size; clusters need a size, and have an arbitrary one."""
 
     @property
     def stores_per_task(self) -> bool:
-        """Whether it stores something of each task beside what a group shares, so that it has a size of its own."""
+        """Whether it stores something per task beside what a group shares, so that it has a size of its own."""
         return isinstance(self.request.choice, Cut) and self.request.choice.use.stores_per_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveRequest:
-    """What `curve` is asked."""
+    """What `curve` is to do."""
 
     methods: tuple[CurveMethod, ...]
     sizes: tuple[Size, ...] = ()
     """Empty: each method at its own size."""
     relocate: Mapping[str, str] = field(default_factory=dict)
-    """Prefix of a source as the plan has it -> what stands there now."""
+    """Maps the prefix of a source in the plan to its new place."""
     access: Access = ONLINE
     reuse: bool = True
     alternatives: bool = True
@@ -49,7 +49,7 @@ class CurveRequest:
     """Bytes of anonymous memory for all processes, beyond what Python and torch take."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a size that a method cannot have."""
+        """Raise UsageError for a size that a method cannot have."""
         for method in self.methods:
             for size in self.sizes or (None,):
                 method.request.at(size)
@@ -57,17 +57,17 @@ class CurveRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tune:
-    """An argument, and per method the variants of it that are tried."""
+    """An argument, and the variants of it to try for each method."""
 
     name: str
     variants: Mapping[str, Mapping[str, CurveMethod]]
-    """Name of a method that takes the argument -> value -> the method with that value."""
+    """Maps each method that takes the argument to its values, and each value to the method with that value."""
 
 
 def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common: Any) -> tuple[CurveMethod, ...]:
-    """One method or several; `all` is every method.
+    """Make the methods of a curve from one or several texts; `all` is every method.
 
-    has_statistics: whether the plan has what `auto` needs; then it is among `all`. common: words of `merge_request`
+    has_statistics: whether the plan has what `auto` needs; if so, `all` includes it. common: words of `merge_request`
     for every method; `auto` beside other methods leaves those that it does not read to them. Raises UsageError.
     """
     names: list[str] = []
@@ -86,9 +86,9 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
 
 
 def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune:
-    """`scale=0.5:2.5:0.25` with both ends, or `scale=1,1.5,2`.
+    """Parse `scale=0.5:2.5:0.25`, which includes both ends, or `scale=1,1.5,2`.
 
-    Methods that do not take the argument, or give it themselves, have no variants. Raises UsageError if none has.
+    Methods that do not take the argument, or set it themselves, have no variants. Raises UsageError if none has any.
     """
     name, values = _tuned(text)
     variants: dict[str, dict[str, CurveMethod]] = {}

@@ -19,7 +19,7 @@ from flexmerge_cli.request.plan import require_text
 from flexmerge_cli.request.size import Size, parse_size
 
 KEEP = "keep"
-"""Written in place of a method for blocks: their tasks stay apart."""
+"""Written in place of a method for blocks whose tasks stay apart."""
 
 
 class Fit(StrEnum):
@@ -44,7 +44,7 @@ class Cluster(StrEnum):
     """What is clustered instead of following a merge order."""
 
     CHANNELS = "channels"
-    """Each tensor by itself, into equally many clusters."""
+    """Each tensor by itself, all into the same number of clusters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Cut:
     block_methods: tuple[BlockMethod, ...] = ()
     size: Size | None = None
     merges: int | None = None
-    """Instead of a size; at least 0."""
+    """Given instead of a size; at least 0."""
     fit: Fit = Fit.TIGHT
 
 
@@ -102,11 +102,11 @@ Choice = Exact | Cut | Clusters | Auto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
-    """What a bundle is to hold. Made by `merge_request`."""
+    """What a bundle is to hold. `merge_request` makes it."""
 
     choice: Choice = Exact()
     dtype: str | None = None
-    """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps theirs."""
+    """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps their dtypes."""
     max_distance: float | None = None
     """Every task must end up nearer to its model than this; at least 0."""
     layout: Layout = Layout.LINKS
@@ -132,14 +132,15 @@ class MergeRequest:
         return (*main, *(item.use for item in others if item.use is not None))
 
     def at(self, size: Size | None) -> "MergeRequest":
-        """The same request with another size, one of --sizes. Raises UsageError for clusters of no whole number."""
+        """Return the request with another size, one of --sizes. Raises UsageError for a fractional number of
+        clusters."""
         if isinstance(self.choice, Clusters):
             return replace(self, choice=replace(self.choice, size=_whole(size, "--sizes")))
         assert isinstance(self.choice, Cut | Auto)
         return replace(self, choice=replace(self.choice, size=size))
 
     def words(self) -> list[str]:
-        """The options of `flexmerge merge` that ask for the same, arguments at their defaults left out."""
+        """Return the options of `flexmerge merge` that ask for the same, without arguments at their defaults."""
         choice, found = self.choice, list[tuple[str, object]]()
         if isinstance(choice, Auto):
             found.append(("--method", choice.text))
@@ -169,7 +170,7 @@ class MethodMissing(UsageError):
     """A size is given without a method: the user must choose what is lost."""
 
 
-# Option -> why a choice of this kind does not read it.
+# Maps each option to why a choice of this kind does not read it.
 WITHOUT_METHOD = "merges nothing unless a method is named", "add --method NAME, or leave {option} out"
 UNREAD: dict[object, tuple[set[str], tuple[str, str]]] = {
     Exact: ({"steps", "calibrate", "method_for", "fit", "cluster", "seed"}, WITHOUT_METHOD),
@@ -207,15 +208,16 @@ def merge_request(
     layout: str | None = None,
     run_files: bool = False,
 ) -> MergeRequest:
-    """Parse what was asked for; None: not asked. Reads no plan and no weight, and runs a method's file at most once.
+    """Parse the words of a request; None means not given. Reads no plan or weight, and runs a method's file at most
+    once.
 
-    method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: pattern -> method or `keep`, or
-    texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`. dtype:
-    `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. run_files: whether a method may
-    come from `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
+    method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: maps a pattern to a method or
+    `keep`; or texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`.
+    dtype: `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. run_files: whether a method
+    may come from `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
 
-    Raises UsageError for words that are not known, for options that contradict each other, and for every option that
-    would not be read; MethodMissing for a size without a method.
+    Raises UsageError for unknown words, for options that contradict each other, and for every option that would not be
+    read; MethodMissing for a size without a method.
     """
     given = _Words(
         steps=tuple(steps or ()),
@@ -284,7 +286,7 @@ def _choice(method: str | None, size: str | None, given: _Words, run_files: bool
 
 
 def _refuse_unread(kind: type[Choice], given: _Words) -> None:
-    """Every option that this choice would not read, whatever its value is."""
+    """Raise UsageError for every option that this choice would not read, whatever its value is."""
     names, (why, hint) = UNREAD[kind]
     for name in (one.name for one in fields(given) if one.name in names):
         if getattr(given, name) not in (None, ()):
@@ -311,7 +313,7 @@ CLUSTER_HINT = "one of: channels; for whole models: flexmerge plan PLAN --blocks
 
 
 def require_tensor_scope(call: Call) -> None:
-    """Raise UsageError for a method that must see more than one tensor: clusters of one are not those of another."""
+    """Raise UsageError for a method that must see more than one tensor: each tensor has clusters of its own."""
     coded = declare(call)
     made_by = coded.centre_call() if coded else call
     statistics: list[Statistic | None] = [made_by.statistics if made_by else None]

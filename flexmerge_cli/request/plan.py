@@ -1,4 +1,4 @@
-"""The request of `plan`, checked when it is made. The command line, recipes and Python give the same words. No I/O."""
+"""The request of `plan`, checked when it is made. The command line, recipes and Python use the same words. No I/O."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ Statistics = Literal["all", "gram"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OrderSettings:
-    """How blocks are made and merged. Words are accepted for enums: `OrderSettings(linkage="average")`.
+    """How blocks are made and merged. Enums can be given as words: `OrderSettings(linkage="average")`.
 
-    Raises UsageError for a word that is not known, for linkage and similarity that do not go together, and for a seed
-    that nothing would draw from.
+    Raises UsageError for an unknown word, for a linkage and a similarity that do not go together, and for a seed that
+    nothing would draw from.
     """
 
     blocks: str = "component"
@@ -54,7 +54,7 @@ class PlanRequest:
 
     base: str
     tasks: Mapping[str, str]
-    """Name -> source."""
+    """Maps each name to its source."""
     order: OrderSettings = field(default_factory=OrderSettings)
     private: tuple[str, ...] = ()
     """Name patterns of tensors that stay apart."""
@@ -64,9 +64,9 @@ class PlanRequest:
     adapters: Adapters = "keep"
     """How tasks that are PEFT adapters are treated."""
     assume_base: bool = False
-    """Take the base for an adapter's own even if it names another."""
+    """Accept the base as an adapter's own even if the adapter names another."""
     relative_to: Path = field(default_factory=Path)
-    """Folder that relative sources are relative to."""
+    """The folder that relative sources are relative to."""
     access: Access = ONLINE
 
     def __post_init__(self) -> None:
@@ -77,14 +77,14 @@ class PlanRequest:
 
 
 def require_text(option: str, *texts: str) -> None:
-    """Raise UsageError for what no plan or manifest can hold: bytes of a command line that are no Unicode text."""
+    """Raise UsageError for bytes of a command line that are not Unicode text, which no plan or manifest can hold."""
     for text in texts:
         if not is_text(text):
             raise UsageError(f"--{option} {text!r} is not Unicode text", hint="write it in UTF-8")
 
 
 def known_word(known: "list[str] | tuple[str, ...]", word: str, option: str) -> str:
-    """The word. Raises UsageError that lists the known ones."""
+    """Return the word. Raises UsageError that lists the known words if it is not one of them."""
     if word not in known:
         raise UsageError(f"--{option} {word} is not known", hint=f"one of: {', '.join(known)}")
     return word

@@ -1,4 +1,4 @@
-"""recipe.yaml, `flexmerge.recipe/1`: what the options of `plan` and `merge` say, in one file; paths relative to it.
+"""Reads recipe.yaml, `flexmerge.recipe/1`: the options of `plan` and `merge` in one file; paths are relative to it.
 
 version  1
 base     source
@@ -8,9 +8,9 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
 ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code, follow_links
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
          max_distance, layout}
-gate     {spec, max_drop, max_mean_drop}: what the finished bundle has to keep of the fine-tuned scores to be published;
-         spec is an eval.yaml, of which no code is run; it scores every task, or names it under `not_scored`
-Unknown keys are refused, with the line and the nearest valid name. Nothing of a recipe is run.
+gate     {spec, max_drop, max_mean_drop}: what the finished bundle must keep of the fine-tuned scores to be published;
+         spec is an eval.yaml, none of whose code is run; it scores every task, or names it under `not_scored`
+Unknown keys are refused, with the line and the nearest valid name. Nothing in a recipe is run.
 """
 
 from pathlib import Path
@@ -119,14 +119,14 @@ class Recipe(Record):
         return {"blocks": blocks, **self.order.model_dump()}
 
     def merge_words(self) -> dict[str, Any]:
-        """The recipe's arguments of `merge_request`."""
+        """Return the recipe's arguments of `merge_request`."""
         return {name: value for name, value in self.merge.model_dump().items() if value is not None}
 
 
 def read_recipe(path: Path, access: Access = ONLINE) -> Recipe:
-    """Raises UsageError with file, line and key.
+    """Read a recipe. Raises UsageError with file, line and key.
 
-    The words of methods and steps are checked here, and not only where they are used: a file that a stranger's recipe
+    The words of methods and steps are checked here, not only where they are used: a file that a stranger's recipe
     names must not run because a method was typed.
     """
     document, folder = read_document(path, "recipe"), path.absolute().parent

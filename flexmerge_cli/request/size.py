@@ -1,4 +1,4 @@
-"""`2.25x`, `40%`, `600MiB`: how large a bundle may be. Text in, a size out; no plan is needed to read one."""
+"""Parses `2.25x`, `40%` and `600MiB`: how large a bundle may be. Text in, a size out; no plan is needed."""
 
 import math
 import re
@@ -23,16 +23,16 @@ class Target:
     text: str
     """The size as it was written."""
     max_bytes: float
-    """Upper bound; infinite where every model may be kept apart."""
+    """The upper bound; infinite if every model may be kept apart."""
     on_disk: bool
-    """Whether every file counts, including headers, manifest and side files; otherwise tensor data alone."""
+    """Whether every file counts, including headers, manifest and side files; otherwise only tensor data counts."""
     all_merges: bool
-    """The size is `1x`: the whole order is merged, whatever private tensors add."""
+    """Whether the size is `1x`: the whole order is merged, whatever private tensors add."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size as it was asked for."""
+    """A size as the user asked for it."""
 
     text: str
     value: float
@@ -45,9 +45,9 @@ class Size:
         return self.unit == "x" and self.value == int(self.value)
 
     def target(self, *, num_tasks: int, one_model_bytes: int) -> Target:
-        """The size for a family of num_tasks models of one_model_bytes of tensor data on average.
+        """Return the size for a family of num_tasks models of one_model_bytes of tensor data on average.
 
-        Raises UsageError for more models than there are.
+        Raises UsageError if it exceeds the number of models.
         """
         if self.unit == "x":
             if self.value > num_tasks:
@@ -64,7 +64,7 @@ class Size:
 
 
 def parse_size(text: str) -> Size:
-    """A factor of one model above 0, a percentage of all copies in (0, 100], or bytes with a unit.
+    """Parse a factor of one model above 0, a percentage of all copies in (0, 100], or bytes with a unit.
 
     Raises UsageError.
     """
@@ -81,7 +81,7 @@ def parse_size(text: str) -> Size:
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Sizes separated by commas, each a size or FROM:TO:STEP with both ends: `0.75x:8x:0.25x,600MiB`.
+    """Parse sizes separated by commas, each a size or FROM:TO:STEP with both ends: `0.75x:8x:0.25x,600MiB`.
 
     Raises UsageError.
     """
@@ -94,7 +94,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 
 def parse_bytes(text: str) -> int:
-    """An amount of memory, such as `8GiB`, in bytes. Raises UsageError."""
+    """Parse an amount of memory, such as `8GiB`, to bytes. Raises UsageError."""
     match = PATTERN.fullmatch(text.strip())
     unit = SPELLED.get(match[2].lower(), "") if match is not None else ""
     if match is None or unit not in UNITS or not 0 < float(match[1]) < math.inf:

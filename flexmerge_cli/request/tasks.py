@@ -15,16 +15,16 @@ from flexmerge_cli.text import expanded
 
 @dataclass(slots=True)
 class FoundTasks:
-    """What several places hold."""
+    """The fine-tunes that several places hold."""
 
     sources: dict[str, str] = field(default_factory=dict)
-    """Task -> its source; local ones are absolute."""
+    """Maps each task to its source; local sources are absolute."""
     places: dict[str, str] = field(default_factory=dict)
-    """Task -> the place it was found in."""
+    """Maps each task to the place it was found in."""
     folders: set[str] = field(default_factory=set)
     """Tasks that are subfolders, which --ignore can skip."""
     patterns: tuple[str, ...] = ()
-    """What of --ignore is no subfolder: patterns of files of the sources."""
+    """The values of --ignore that are not subfolders: patterns of files of the sources."""
     warnings: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
@@ -32,10 +32,10 @@ class FoundTasks:
 def found_tasks(
     places: Sequence[str], base: str, start: Path, *, ignore: Collection[str] = (), access: Access
 ) -> FoundTasks:
-    """The tasks of every place: the place itself if it is a model, else one for each subfolder that holds a model.
+    """Find the tasks of every place: the place itself if it is a model, else one per subfolder that holds a model.
 
-    base: its source, relative to `start`; it is no task. A subfolder that looks like a model but has no weights is an
-    error unless it is ignored. Raises UsageError, SourceError.
+    base: its source, relative to `start`; it is not a task. A subfolder that looks like a model but has no weights is
+    an error unless it is ignored. Raises UsageError, SourceError.
     """
     found, unknown = FoundTasks(), set(ignore)
     for place in places:
@@ -50,7 +50,7 @@ def found_tasks(
 
 
 def name_of(source: str) -> str:
-    """Return what a task is called that has no name: as the last folder of its source, or the repository."""
+    """Return the name of a task that was not given one: the last folder of its source, or the repository."""
     if is_hub(source):
         place = HubPlace.of(source)
         return PurePosixPath(place.folder or place.repository).name
@@ -59,7 +59,7 @@ def name_of(source: str) -> str:
 
 
 def identity(source: str, start: Path) -> object:
-    """A key that is equal for two source strings of one model, as far as is known without reading it."""
+    """Return a key that is equal for two source strings of one model, as far as is known without reading it."""
     if is_hub(source):
         place = HubPlace.of(source)
         return place.repository, place.folder
