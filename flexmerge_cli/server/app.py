@@ -1,4 +1,4 @@
-"""The application: routes of predictions, models, health and metrics, and errors in the form of OpenAI's API."""
+"""Makes the application: routes of predictions, models, health and metrics, and errors in the form of OpenAI's API."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,11 +21,11 @@ from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.version import VERSION
 
 STOP_SECONDS = 10.0
-"""How long what is running may take to end, once clients are gone."""
+"""How long running work may take to end after clients are gone."""
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application. Starts the worker when it starts, and ends it when it ends."""
+    """Make the application. It starts the worker when it starts, and stops it when it stops."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -33,7 +33,7 @@ def make_app(service: Service) -> FastAPI:
         yield
         service.worker.stop(STOP_SECONDS)
 
-    # The pages that FastAPI makes of the schema load their scripts from the network.
+    # The pages that FastAPI makes from the schema load their scripts from the network.
     app = FastAPI(title="flexmerge", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BoundedBodies, max_bytes=service.max_body)
     app.add_middleware(Measured, metrics=service.metrics)
@@ -92,7 +92,7 @@ async def _refused(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """The body is not JSON, or its keys are not as they should be."""
+    """Refuse a body that is not JSON, or whose keys are wrong."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
     if errors[0]["type"] == "json_invalid":
@@ -107,7 +107,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 def _place(error: Any, body: Any) -> list[str]:
-    """The keys and indices that lead to an error, whose `loc` also has the names of the types that were tried."""
+    """Return the keys and indices that lead to an error, whose `loc` also names the types that were tried."""
     found, value = [], body
     for step in error["loc"][1:]:
         try:
@@ -128,7 +128,7 @@ def _said(error: Any) -> str:
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    """The route or its method does not exist, or the body cannot be parsed."""
+    """Refuse a route or method that does not exist, or a body that cannot be parsed."""
     assert isinstance(error, HTTPException)
     known = {
         400: "the body cannot be parsed: it is not UTF-8, is nested too deeply, or has a number with too many digits",
@@ -140,5 +140,5 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed(request: Request, _error: Exception) -> JSONResponse:
-    """A bug; it is logged elsewhere."""
+    """Answer a bug with status 500; it is logged elsewhere."""
     return await _refused(request, Refusal("the server failed", status=500))

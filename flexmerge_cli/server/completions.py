@@ -1,4 +1,4 @@
-"""OpenAI's completions and chats of causal language models, whole or as a stream of server-sent events."""
+"""Serves OpenAI's completions and chats of causal language models, whole or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -18,11 +18,11 @@ from flexmerge_cli.server.service import Service
 from flexmerge_cli.server.tasks import CausalLM
 
 USUAL_TOKENS = 16
-"""Tokens of a completion, as OpenAI's API has it. A chat takes what the limits allow."""
+"""The default tokens of a completion, as in OpenAI's API. A chat takes as many as the limits allow."""
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
-    """Add the two routes."""
+    """Add the routes of completions and chats."""
 
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Any:
@@ -77,7 +77,7 @@ def _text(content: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Form:
-    """How an answer is written down."""
+    """The form in which an answer is written."""
 
     model: str
     is_chat: bool
@@ -93,7 +93,7 @@ class _Form:
         return cls(model=body.model, is_chat=True, id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()))
 
     def whole(self, choices: Sequence[Choice], n: int) -> dict[str, Any]:
-        """n: choices of each prompt."""
+        """Write whole answers. n: the number of choices per prompt."""
         written = [
             {"index": number, **self._content(choice.text), "logprobs": None, "finish_reason": choice.finish}
             for number, choice in enumerate(choices)
@@ -101,7 +101,7 @@ class _Form:
         return self._head("") | {"choices": written, "usage": _usage(choices, n)}
 
     def piece(self, number: int, text: str | None, finish: str | None = None) -> dict[str, Any]:
-        """A piece of a stream. text: None at the end of a choice."""
+        """Write a piece of a stream. text: None at the end of a choice."""
         if self.is_chat:
             content: dict[str, Any] = {"delta": {} if text is None else {"content": text}}
         else:
@@ -110,7 +110,7 @@ class _Form:
         return self._head(".chunk") | {"choices": [choice]}
 
     def first(self, number: int) -> dict[str, Any]:
-        """What says who speaks."""
+        """Write the first piece of a chat, which names the speaker."""
         found = self.piece(number, "")
         found["choices"][0]["delta"]["role"] = "assistant"
         return found
@@ -161,7 +161,7 @@ async def _events(
     waited: "Sequence[asyncio.Future[Any]]",
     pieces: "asyncio.Queue[tuple[int, str | None]]",
 ) -> AsyncIterator[str]:
-    """Each piece as it comes. If the client goes away, the texts end."""
+    """Yield each piece as it comes. If the client disconnects, generation ends."""
     try:
         if form.is_chat:
             for number in range(len(choices)):
@@ -178,7 +178,7 @@ async def _events(
         if body.stream_options.include_usage:
             yield _event(form.usage(choices, body.n))
         yield "data: [DONE]\n\n"
-    except Refusal as refusal:  # after a status of 200 an event is all that can tell
+    except Refusal as refusal:  # after a status of 200, only an event can report it
         yield _event(refusal.body)
     finally:
         for answer in waited:

@@ -1,7 +1,7 @@
-"""Texts that one model generates in one batch, each with options of its own. Knows neither HTTP nor bundles.
+"""Generates texts with one model in one batch, each with its own options. Knows neither HTTP nor bundles.
 
-transformers' `generate` runs the model, so that every architecture and its cache work. Each row picks its tokens with a
-random generator of its own, so that what it says does not depend on the others of its batch, and ends by itself.
+transformers' `generate` runs the model, so that every architecture and its cache work. Each row picks its tokens with
+its own random generator, so that its text does not depend on the others of its batch, and ends on its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,27 +14,27 @@ from torch import Tensor
 from flexmerge_cli.evaluation.kinds.tokens import padded
 
 CONTEXT = 8
-"""Tokens of the prompt that are decoded with what follows them, as the first token may begin with a space or not."""
+"""Tokens of the prompt that are decoded with the first new ones, because these may begin with a space or not."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Choice:
-    """One text to generate, and what there is of it."""
+    """One text to generate, and what has been generated of it."""
 
     prompt: Sequence[int]
     max_tokens: int
     """At least 1."""
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_p: float = 1.0
     """The part of the probability that tokens are drawn from, in (0, 1]."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     seed: int | None = None
     on_text: Callable[[str], None] = field(default=lambda _text: None)
-    """Called with what is certain of the text, piece by piece."""
+    """Called with each piece of the text once it is certain."""
     is_cancelled: bool = False
-    """Set by whoever does not want the rest."""
+    """Set by whoever no longer wants the rest."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: str = ""
@@ -42,7 +42,7 @@ class Choice:
     _sent: str = ""
 
     def take(self, token: int, tokenizer: Any, ends: frozenset[int], *, continues: bool) -> None:
-        """Add a token. ends: tokens that end a text. continues: whether the text goes on where the prompt ends."""
+        """Add a token. ends: tokens that end a text. continues: whether the text continues where the prompt ends."""
         self.tokens.append(token)
         if token in ends:
             self.finish = "stop"
@@ -62,7 +62,7 @@ class Choice:
 
 
 def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Callable[[int], None]) -> None:
-    """Generate all texts in one batch. on_end: called with the number of each that ends."""
+    """Generate all texts in one batch. on_end: called with the number of each text that ends."""
     continues = not model.config.is_encoder_decoder
     ids, mask = padded([choice.prompt for choice in choices], 0, left=continues)
     ends = _ends(model)
@@ -95,20 +95,20 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Call
         stopping_criteria=[has_ended],
     )
     for number, choice in enumerate(choices):
-        if not choice.finish:  # the model's generation_config.json may have a limit of its own
+        if not choice.finish:  # the model's generation_config.json may have its own limit
             choice.finish = "length"
             on_end(number)
 
 
 def _certain(text: str, stop: Sequence[str]) -> str:
-    """The text without what may yet become another character, or one of `stop`."""
+    """Return the text without an end that may yet become another character, or one of `stop`."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     held = max((size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])), default=0)
     return text[: len(text) - held]
 
 
 def _drawn(scores: Tensor, choice: Choice, generator: torch.Generator) -> int:
-    """A token, by its probability."""
+    """Draw a token by its probability."""
     scores = scores.double().cpu()  # in float32 a temperature may be 0
     chances = torch.softmax((scores - scores.max()) / choice.temperature, dim=-1).float()
     if choice.top_p < 1:
@@ -118,7 +118,7 @@ def _drawn(scores: Tensor, choice: Choice, generator: torch.Generator) -> int:
 
 
 def _generator(choice: Choice) -> torch.Generator | None:
-    """None of a choice that draws nothing."""
+    """Make the generator of a choice; None if it draws nothing."""
     if choice.temperature == 0:
         return None
     generator = torch.Generator()

@@ -1,4 +1,4 @@
-"""Bodies of requests: of JSON alone, and no longer than a limit. An ASGI middleware; it knows no route."""
+"""Checks bodies of requests: they must be JSON and within a size limit. An ASGI middleware; it knows no route."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class BoundedBodies:
         await self._app(scope, replayed, send)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """Raises Refusal, also if the client goes away before."""
+        """Read the body. Raises Refusal, also if the client disconnects first."""
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refusal("a body is JSON, sent with `Content-Type: application/json`", status=415)

@@ -1,4 +1,4 @@
-"""What the server counts, in the text format of Prometheus. Names of clients' making are never labels."""
+"""Counts what the server does, in the text format of Prometheus. Names that clients make up are never labels."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ class Metrics:
         ProcessCollector(registry=own)
 
     def watch(self, num_bytes: Mapping[str, int], num_waiting: Callable[[], int]) -> None:
-        """num_bytes: of a runtime, by device."""
+        """Observe memory and queue. num_bytes: a runtime's bytes, by device."""
         for device, count in num_bytes.items():
             self.resident.labels(device).set(count)
         self.waiting.set_function(num_waiting)

@@ -1,16 +1,16 @@
-"""What a client is told when its request is not answered: a status, and an error in the form of OpenAI's API."""
+"""Defines the answer to a request that is refused: a status, and an error in the form of OpenAI's API."""
 
 from typing import Any
 
 CLIENT_GONE = 499
-"""The status, in the metrics alone, of a request whose client did not wait for the answer."""
+"""The status, used only in the metrics, of a request whose client did not wait for the answer."""
 
 
 class Refusal(Exception):
-    """A request that is not answered."""
+    """A request that is refused."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
-        """message: what is wrong, and where. status: of HTTP. param: the key of the request that is to blame. code: a
+        """message: what is wrong, and where. status: the HTTP status. param: the request's key that caused it. code: a
         word for programs."""
         super().__init__(message)
         self.message, self.status, self.param, self.code = _sendable(message), status, _sendable(param), code
@@ -26,5 +26,5 @@ class Refusal(Exception):
 
 
 def _sendable(text: Any) -> Any:
-    """Without halves of surrogate pairs, which JSON may contain and UTF-8 may not."""
+    """Replace halves of surrogate pairs, which JSON may contain and UTF-8 may not."""
     return text.encode(errors="replace").decode() if isinstance(text, str) else text

@@ -1,4 +1,4 @@
-"""The bodies of requests. Unknown keys, wrong types and numbers that are not finite are refused."""
+"""Defines the bodies of requests. Unknown keys, wrong types and numbers that are not finite are refused."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ NEUTRAL: dict[str, Any] = {
     "best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "presence_penalty": 0,
     "parallel_tool_calls": True, "response_format": {"type": "text"}, "store": False, "suffix": "", "tools": [],
 }  # fmt: skip
-"""Keys of OpenAI's API that are not supported, with the value that changes nothing, which some clients send."""
+"""Keys of OpenAI's API that are not supported, each with the value that has no effect, which some clients send."""
 
 Positive = Annotated[int, Field(ge=1)]
 Token = Annotated[int, Field(ge=0)]
@@ -27,7 +27,7 @@ class Body(BaseModel):
 
 
 class Predict(Body):
-    """`/v1/tasks/NAME/predict`."""
+    """The body of `/v1/tasks/NAME/predict`."""
 
     inputs: Annotated[list[Any], Field(min_length=1)]
     max_tokens: Positive | None = None
@@ -38,7 +38,7 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """What completions and chats have in common."""
+    """The keys that completions and chats have in common."""
 
     model: str
     max_tokens: Positive | None = None
@@ -50,7 +50,7 @@ class Generation(Body):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
-    """Whoever asks; it changes nothing."""
+    """The user who asks; it has no effect."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +65,7 @@ def _is_same(value: Any, neutral: Any) -> bool:
 
 
 class Completion(Generation):
-    """`/v1/completions`."""
+    """The body of `/v1/completions`."""
 
     prompt: (
         str
@@ -76,7 +76,7 @@ class Completion(Generation):
 
 
 class Piece(Body):
-    """A part of a message's content; only text is taken."""
+    """A part of a message's content; only text is accepted."""
 
     type: Literal["text"]
     text: str
@@ -89,7 +89,7 @@ class Message(Body):
 
 
 class Chat(Generation):
-    """`/v1/chat/completions`."""
+    """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Positive | None = None

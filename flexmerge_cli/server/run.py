@@ -1,4 +1,4 @@
-"""From a bundle to a server that answers on a socket, and stops when it is asked to. Raises; prints nothing."""
+"""Runs a server for a bundle that answers on a socket until it is asked to stop. Raises; prints nothing."""
 
 import errno
 import signal
@@ -20,29 +20,29 @@ from flexmerge_cli.server.worker import Worker
 from flexmerge_cli.serving.runtime import Runtime
 
 GRACE_SECONDS = 30
-"""How long requests may go on after the server was asked to stop."""
+"""How long requests may continue after the server was asked to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What may be chosen, apart from the bundle."""
+    """The settings of a server, apart from the bundle."""
 
     tasks: Collection[str] | None = None
-    """None: all."""
+    """None means all."""
     weights: str = "dense"
     device: str = "cpu"
     max_memory: int | None = None
-    """Bytes that the weights of all tasks may take."""
+    """The most bytes that the weights of all tasks may take."""
     max_batch: int = 32
-    """Inputs that are computed at once."""
+    """The most inputs that are computed at once."""
     max_wait: float = 0.005
-    """Seconds that a batch which is not full waits for more."""
+    """Seconds that an incomplete batch waits for more inputs."""
     max_queue: int = 1024
-    """Inputs that wait."""
+    """The most inputs that may wait."""
     max_tokens: int = 1024
-    """Tokens of a generated text."""
+    """The most tokens of a generated text."""
     max_body: int = 16 << 20
-    """Bytes of a request."""
+    """The most bytes of a request."""
 
 
 def make_service(bundle: Bundle, settings: Settings) -> Service:
@@ -73,7 +73,7 @@ def make_service(bundle: Bundle, settings: Settings) -> Service:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, on which nothing listens yet. port: 0 for one that is free.
+    """Return a socket bound to an address, on which nothing listens yet. port: 0 chooses a free one.
 
     Raises UsageError for a host that does not exist, MachineError for a port that is in use or not allowed.
     """
@@ -104,7 +104,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Answer requests until a signal ends it: then finish those that run, and return.
+    """Answer requests until a signal arrives, then finish running requests and return.
 
     on_ready: called once requests are answered.
     """

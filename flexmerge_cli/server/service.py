@@ -1,4 +1,4 @@
-"""What the routes of the server share: the tasks, the worker, and the limits."""
+"""Holds what the routes of the server share: the tasks, the worker, and the limits."""
 
 import asyncio
 import logging
@@ -17,21 +17,21 @@ from flexmerge_cli.server.worker import Row, Worker
 
 log = logging.getLogger("uvicorn.error")
 MAX_NAMED = 50
-"""Tasks that an error names."""
+"""The most tasks that an error names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A runtime's tasks, ready to be asked."""
+    """The tasks of a runtime, ready for requests."""
 
     tasks: dict[str, Task]
     worker: Worker
     metrics: Metrics
     max_body: int
-    """Bytes of a request."""
+    """The most bytes of a request."""
 
     def task(self, name: str) -> Task:
-        """Raises Refusal for a task that is not served."""
+        """Return a task. Raises Refusal if it is not served."""
         if name not in self.tasks:
             listed = ", ".join(list(self.tasks)[:MAX_NAMED]) + (", …" if len(self.tasks) > MAX_NAMED else "")
             said = f"no task `{name[:200]}`; there are: {listed}"
@@ -39,17 +39,17 @@ class Service:
         return self.tasks[name]
 
     async def prepared(self, make: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """What `make` returns, in a thread of its own: it may take a while, and other requests go on."""
+        """Return what `make` returns. It runs in its own thread: it may take a while, and other requests continue."""
         return await asyncio.to_thread(make)
 
     def submit(self, name: str, items: Sequence[Any]) -> "list[asyncio.Future[Any]]":
-        """Let prepared inputs wait for their turn. Raises Refusal if there is no room. `outcome` gives the answers."""
+        """Queue prepared inputs. Raises Refusal if there is no room. `outcome` gives the answers."""
         rows = [Row(task=name, item=item) for item in items]
         self.worker.submit(rows)
         return [asyncio.wrap_future(row.answer) for row in rows]
 
     async def outcome(self, name: str, answer: "asyncio.Future[Any]") -> Any:
-        """An answer. Raises Refusal."""
+        """Wait for an answer. Raises Refusal."""
         try:
             found = await answer
         except Refusal:
@@ -68,9 +68,9 @@ class Service:
         return found
 
     async def answers(self, name: str, items: Sequence[Any], receive: Receive) -> list[Any]:
-        """Answers of prepared inputs, in order. Raises Refusal, also if the client goes away before.
+        """Answer prepared inputs, in order. Raises Refusal, also if the client disconnects first.
 
-        receive: the request's, whose body has been read.
+        receive: the function of a request whose body has been read.
         """
         answers: asyncio.Future[list[Any]] = asyncio.gather(
             *(self.outcome(name, answer) for answer in self.submit(name, items))
@@ -83,11 +83,11 @@ class Service:
             return answers.result()
         finally:
             gone.cancel()
-            answers.cancel()  # what waits is not computed
+            answers.cancel()  # inputs that still wait are not computed
             self.cancel(name, items)
 
     def cancel(self, name: str, items: Sequence[Any]) -> None:
-        """End what nobody waits for any more."""
+        """End generation that nobody waits for any more."""
         for item in items:
             self.tasks[name].cancel(item)
 

@@ -1,7 +1,7 @@
-"""What a task of a bundle can be asked: how inputs become rows, how rows run in a batch, and what comes out.
+"""Defines how the tasks of a bundle answer: how inputs become rows, how rows run in a batch, and what comes out.
 
-Inputs are prepared, and outputs read, by the code of `eval`'s kinds, so that an answer is what `eval` scores. Knows no
-HTTP; raises Refusal for what a client sent.
+The code of `eval`'s kinds prepares inputs and reads outputs, so that an answer is what `eval` scores. Knows no HTTP;
+raises Refusal for bad input of a client.
 """
 
 import base64
@@ -27,7 +27,7 @@ from flexmerge_cli.server.refusal import Refusal
 
 
 class Task(ABC):
-    """One task: its side files are read when it is made, and none of its weights."""
+    """One task. Reads its side files when it is made, and no weights."""
 
     kind: str
 
@@ -37,23 +37,23 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, value: Any, **options: Any) -> Any:
-        """Return one input as a row. Raises Refusal. May be called by several threads."""
+        """Turn one input into a row. Raises Refusal. Several threads may call it."""
 
     def batches(self, items: Sequence[Any]) -> list[list[Any]]:
-        """Rows that may run as one batch."""
+        """Split rows into those that may run as one batch."""
         return [list(items)]
 
     @abstractmethod
     def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
-        """Run one batch. deliver: called once for each row, with its number and answer, as soon as that is known."""
+        """Run one batch. deliver: called once for each row, with its number and answer, as soon as it is known."""
 
     def cancel(self, item: Any) -> None:
-        """End a row that runs, as soon as that can be done. One forward pass, as by default, runs to its end."""
+        """End a running row as soon as possible. A single forward pass, the default, runs to its end."""
         del item
 
 
 class _Classes(Task):
-    """A task whose model has a head of classes, and which answers a batch at once."""
+    """A task whose model has a head of classes, and that answers a batch at once."""
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
@@ -63,7 +63,7 @@ class _Classes(Task):
         self.is_multi_label = self.config.get("problem_type") == "multi_label_classification"
 
     def _outputs(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        """[n, classes] float32."""
+        """Turn logits, [n, classes] float32, into answers."""
         _require_finite(logits)
         values = torch.from_numpy(logits)
         scores = values.sigmoid() if self.is_multi_label else values.softmax(-1)
@@ -78,11 +78,11 @@ class _Classes(Task):
 
     @abstractmethod
     def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
-        """Return what the model makes of one batch, in order."""
+        """Return the model's answers to one batch, in order."""
 
 
 class Texts(_Classes):
-    """`text-classification` or `regression`: a text, or a pair of texts, in."""
+    """`text-classification` or `regression`: takes a text, or a pair of texts."""
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
@@ -107,7 +107,7 @@ class Texts(_Classes):
 
 
 class Images(_Classes):
-    """`image-classification`: an array of pixels, or the bytes of a picture, in."""
+    """`image-classification`: takes an array of pixels, or the bytes of a picture."""
 
     kind = "image-classification"
 
@@ -162,7 +162,7 @@ class Images(_Classes):
             raise Refusal(f"task `{self.name}` has no {PROCESSOR}: send pixels instead of a picture", param="inputs")
         try:
             return image_processor(self.side)
-        except Exception as error:  # of transformers, and of what it makes of a malformed file
+        except Exception as error:  # from transformers, also for a malformed file
             said = str(error).split("\n")[0][:200]
             raise Refusal(
                 f"the {PROCESSOR} of task `{self.name}` prepares no pictures ({said}): send pixels", param="inputs"
@@ -174,10 +174,10 @@ class Images(_Classes):
 
 
 class Generated(Task):
-    """`text2text` or `causal-lm`: a text in, a text out."""
+    """`text2text` or `causal-lm`: takes a text and gives one."""
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
-        """max_tokens: of a generated text."""
+        """max_tokens: the most of a generated text."""
         super().__init__(name, side)
         self.tokens, self.max_tokens = _Tokens(name, side), max_tokens
         self.positions = num_positions(side)
@@ -190,7 +190,7 @@ class Generated(Task):
         item.is_cancelled = True
 
     def allowed(self, wanted: int | None, usual: int, most: int | None) -> int:
-        """How many tokens to generate. wanted: as asked. most: as the model has positions for."""
+        """Return how many tokens to generate. wanted: as requested. most: as many as the model has positions for."""
         if wanted is not None and wanted > self.max_tokens:
             raise Refusal(f"max_tokens is {wanted}, and the server's limit {self.max_tokens}", param="max_tokens")
         if most is not None and most < (wanted or 1):
@@ -203,7 +203,7 @@ class Text2Text(Generated):
     kind = "text2text"
 
     def prepare(self, value: Any, **options: Any) -> Choice:
-        """options: max_tokens."""
+        """Turn one input into a row. options: max_tokens."""
         if not isinstance(value, str):
             raise Refusal("an input is a text", param="inputs")
         prompt = self.tokens.encoded(value)["input_ids"]
@@ -217,7 +217,7 @@ class CausalLM(Generated):
         raise Refusal(f"task `{self.name}` is a language model: use /v1/completions or /v1/chat/completions")
 
     def prompt(self, value: str | list[int]) -> list[int]:
-        """The tokens of a text, or the tokens themselves. Raises Refusal."""
+        """Return the tokens of a text, or the tokens themselves. Raises Refusal."""
         if isinstance(value, str):
             return self.tokens.encoded(value)["input_ids"]
         outside = next((token for token in value if token >= self.vocabulary), None)
@@ -227,13 +227,13 @@ class CausalLM(Generated):
         return value
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation, up to where the answer begins. Raises Refusal."""
+        """Return the tokens of a conversation, up to where the answer begins. Raises Refusal."""
         tokenizer = self.tokens.tokenizer
         if not tokenizer.chat_template:
             raise Refusal(f"task `{self.name}` has no chat template: use /v1/completions", param="messages")
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # of jinja and of the template itself, for conversations that it does not take
+        except Exception as error:  # from jinja and the template itself, for conversations that it rejects
             said = f"the chat template of task `{self.name}` refuses the messages: {str(error)[:200]}"
             raise Refusal(said, param="messages") from None
         return self.tokens.encoded(text, add_special_tokens=False)["input_ids"]  # the template has them
@@ -241,13 +241,14 @@ class CausalLM(Generated):
     def choices(
         self, prompt: list[int], count: int, *, max_tokens: int | None, usual: int, **options: Any
     ) -> list[Choice]:
-        """Texts to generate behind a prompt. max_tokens: None for `usual`, if that is left. options: a Choice's."""
+        """Make the texts to generate after a prompt. max_tokens: None for `usual`, if left. options: those of a
+        Choice."""
         most = None if self.positions is None else self.positions - len(prompt)
         allowed = self.allowed(max_tokens, usual, most)
         return [Choice(prompt=prompt, max_tokens=allowed, **options) for _ in range(count)]
 
     def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
-        """Those that are done go on until all of a batch are, and must not run out of positions."""
+        """Split rows into batches. A finished row continues until its batch ends, and must not run out of positions."""
         found: list[list[Choice]] = []
         for item in items:
             for batch in found:
@@ -261,7 +262,7 @@ class CausalLM(Generated):
 
 
 class _Tokens:
-    """A task's tokenizer, which is used by one thread at a time."""
+    """A task's tokenizer, which one thread at a time uses."""
 
     def __init__(self, name: str, side: Path) -> None:
         if not any((side / file).is_file() for file in FILES):
@@ -270,7 +271,8 @@ class _Tokens:
         self.longest = max_length(self.tokenizer, side, None)
 
     def encoded(self, *texts: str, **options: Any) -> dict[str, list[int]]:
-        """The model's inputs. options: of the tokenizer. Raises Refusal for no token, or more than the model takes."""
+        """Return the model's inputs. options: of the tokenizer. Raises Refusal for no token, or more than the model
+        takes."""
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
@@ -278,7 +280,7 @@ class _Tokens:
         try:
             with self.lock:
                 row = encodings(self.tokenizer, *([text] for text in texts), **options)[0]
-        except Exception as error:  # of tokenizers, for texts that no encoding has
+        except Exception as error:  # from tokenizers, for texts that cannot be encoded
             raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}") from None
         self.require_length(row["input_ids"])
         return row
@@ -292,7 +294,8 @@ class _Tokens:
 
 
 def tasks_of(bundle: Bundle, names: Sequence[str], *, max_tokens: int) -> dict[str, Task]:
-    """The tasks that are served. Raises UsageError for one that can't be, FlexmergeError for unsound side files."""
+    """Return the tasks that are served. Raises UsageError for one that can't be, FlexmergeError for unsound side
+    files."""
     found: dict[str, Task] = {}
     for name in names:
         bundle.check_files(name, weights=False)

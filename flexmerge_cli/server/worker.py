@@ -1,4 +1,4 @@
-"""One thread that computes: rows of all requests wait in one bounded queue, and are run batch by batch across tasks."""
+"""Computes in one thread: rows of all requests wait in one bounded queue, and run batch by batch across tasks."""
 
 import threading
 import time
@@ -36,8 +36,8 @@ class Worker:
         max_queue: int,
         on_batch: Callable[[Sequence[Row]], None] = lambda _rows: None,
     ) -> None:
-        """max_batch: rows of a batch. max_wait: seconds that a batch which is not full waits for more. max_queue: rows
-        that wait. on_batch: called with every batch."""
+        """max_batch: the most rows of a batch. max_wait: seconds that an incomplete batch waits for more. max_queue:
+        the most rows that wait. on_batch: called with every batch."""
         self._runtime, self._tasks, self._on_batch = runtime, tasks, on_batch
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
         self._waiting: deque[Row] = deque()
@@ -58,7 +58,7 @@ class Worker:
         return len(self._waiting)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Let rows wait for their turn, all or none. Raises Refusal."""
+        """Queue rows, all or none. Raises Refusal."""
         self.require_room(len(rows))
         with self._changed:
             if self._is_stopping:
@@ -70,12 +70,12 @@ class Worker:
             self._changed.notify()
 
     def require_room(self, count: int) -> None:
-        """Raises Refusal for more rows than may ever wait."""
+        """Raise Refusal for more rows than may ever wait."""
         if count > self._max_queue:
             raise Refusal(f"{count} inputs in one request, and at most {self._max_queue} may wait: send fewer")
 
     def stop(self, seconds: float) -> bool:
-        """Refuse new rows and end what is running or waiting. Returns whether that was done within `seconds`."""
+        """Refuse new rows and end running and waiting ones. Returns whether this was done within `seconds`."""
         with self._changed:
             self._is_stopping = True
             for row in (*self._running, *self._waiting):
@@ -95,7 +95,7 @@ class Worker:
                 _fail(rows, error)
 
     def _next_batch(self) -> Sequence[Row]:
-        """Empty at the end."""
+        """Return the next batch; empty at the end."""
         with self._changed:
             self._running = []
             while not self._running and not self._is_stopping:
@@ -122,7 +122,7 @@ class Worker:
         self._runtime.together(runs)
 
     def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:
-        """What is wrong with these rows is no error of the others."""
+        """Return a function that runs these rows, and whose failure does not affect other rows."""
 
         def deliver(number: int, answer: Any) -> None:
             rows[number].answer.set_result(answer)
