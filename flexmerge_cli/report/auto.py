@@ -1,4 +1,4 @@
-"""What `--method auto` shows before it writes: where bytes and distortion go, and what other sizes would bring."""
+"""Shows, before `--method auto` writes, where bytes and distortion go, and what other sizes would bring."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from flexmerge_cli.allocation.auto_table import Choice
 from flexmerge_cli.report.table import say, table
 
 UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
-"""(bits of the mean, bits of each task)."""
+"""Pairs (bits of the mean, bits of each task)."""
 
 
 # Squared errors of models with outliers are predicted up to 12 times too low (95 %), distances by the root of that.
@@ -22,7 +22,7 @@ LEAST_DISTANCE = 0.01
 
 
 def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
-    """The value for --json. distortion is Σ w·D over the searched tensors, which ranks plans of one family."""
+    """Return the value for --json. distortion is Σ w·D over the searched tensors, which ranks plans of one family."""
     solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
     fixed = auto.fixed_bytes
     uniform = []
@@ -81,7 +81,7 @@ def show_auto(value: dict[str, Any]) -> None:
 
 
 def unlike_predicted(predicted: Mapping[str, float | None], measured: Mapping[str, float | None]) -> list[str]:
-    """Warnings about tasks that came out much farther off than the search thought, or whose distance says nothing."""
+    """Warn about tasks that came out much farther off than predicted, or whose distance is undefined."""
     found = []
     for task, distance in measured.items():
         expected = predicted.get(task, 0.0)
@@ -93,14 +93,14 @@ def unlike_predicted(predicted: Mapping[str, float | None], measured: Mapping[st
 
 
 def kind_of(block: str) -> str:
-    """The last word of a block's name: attention, mlp, layer_norm1, …"""
+    """Return the last word of a block's name: attention, mlp, layer_norm1, …"""
     words = [word for word in block.split(".") if not word.isdigit()]
     named = [word for word in words if word not in ("weight", "bias")]
     return (named or words or [block])[-1]
 
 
 def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
-    """Bytes by kind of block, most first."""
+    """Return the bytes by kind of block, most first."""
     kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
     choices: dict[str, list[tuple[Choice, float]]] = {}
     for choice, table_ in zip(solution.choices, auto.search.tables):
@@ -124,7 +124,7 @@ def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
 
 
 def _centres(choices: Iterable[Choice]) -> str:
-    """Choices by frequency, most frequent first: `average 8 bits ×12, none ×3`."""
+    """Describe the choices by frequency, most frequent first: `average 8 bits ×12, none ×3`."""
     counts: Counter[str] = Counter()
     for centre in (choice.centre for choice in choices):
         bits = "" if centre.kind == "none" else " dense" if centre.bits == "dense" else f" {centre.bits} bits"
@@ -135,7 +135,7 @@ def _centres(choices: Iterable[Choice]) -> str:
 
 
 def _distances(auto: Auto, solution: Solution) -> dict[str, float | None]:
-    """Predicted distance per task; null for a task that equals the base and is not stored exactly."""
+    """Return the predicted distance per task; null for a task that equals the base and is not stored exactly."""
     found = auto.search.distances(solution) if solution.choices else np.full(len(auto.plan.tasks), np.nan)
     return {name: None if np.isnan(x) else float(x) for name, x in zip(auto.plan.task_names, found)}
 

@@ -1,4 +1,4 @@
-"""What `merge` shows: a value for --json, and the same as tables."""
+"""Shows the result of `merge`: a value for --json, and the same as tables."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from flexmerge_cli.report.text import human_bytes, merges_words
 def merge_summary(
     layout: BundleLayout, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
 ) -> dict[str, Any]:
-    """Files, bytes and memory; after a run also the distances."""
+    """Return files, bytes and memory, and after a run also the distances."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 

@@ -15,7 +15,7 @@ class Console(rich.console.Console):
     movements."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
-        # While bars are shown rich puts itself between us and sys.stderr, so the bars hold on to the stream of before.
+        # While bars are shown, rich puts itself between us and sys.stderr, so the bars keep the stream of before.
         file = getattr(sys.stderr, "rich_proxied_file", sys.stderr) if stderr else None
         super().__init__(file=file, stderr=stderr, highlight=False, markup=False, emoji=False, **options)
 

@@ -1,4 +1,4 @@
-"""The cross-task matrix of `eval --cross`: a row per model, a column per task's data. For terminal and page."""
+"""Shows the cross-task matrix of `eval --cross`, a row per model and a column per task's data, on terminal and page."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ def show_cross(document: Mapping[str, Any]) -> None:
 
 
 def matrix(document: Mapping[str, Any]) -> dict[str, dict[str, list[Cell]]]:
-    """Rows by the task of their model, for each kind of model that was scored; a column per task of the data."""
+    """Return rows by the task of their model, for each kind of model that was scored; one column per task of the
+    data."""
     tasks, found = document["tasks"], {}
     for who, title in MODELS.items():
         if any(who in record["scores"] for record in tasks.values()):
@@ -54,7 +55,7 @@ def matrix(document: Mapping[str, Any]) -> dict[str, dict[str, list[Cell]]]:
 
 
 def reading(document: Mapping[str, Any]) -> str:
-    """How the table is to be read, with the words that occur in it."""
+    """Say how to read the table, with the words that occur in it."""
     words = {cell.word for rows in matrix(document).values() for cells in rows.values() for cell in cells} - {""}
     counts = sorted(words - set(WORDS))
     said = [f"{word}, other numbers of classes" for word in counts[:1]]
@@ -63,7 +64,7 @@ def reading(document: Mapping[str, Any]) -> str:
 
 
 def cross_section(document: Mapping[str, Any]) -> str:
-    """The matrix as heat maps. The colour of a cell is its place between the worst and the best of its metric."""
+    """Draw the matrix as heat maps. The colour of a cell is its place between the worst and the best of its metric."""
     found, parts = matrix(document), []
     scales = _scales(cell for rows in found.values() for cells in rows.values() for cell in cells)
     head = "".join(f"<th scope=col>{name(task)}</th>" for task in document["tasks"])
@@ -79,7 +80,7 @@ def cross_section(document: Mapping[str, Any]) -> str:
 
 
 def _cell(document: Mapping[str, Any], task: str, of: str, who: str) -> Cell:
-    """The score of a task's model on the data of task `of`."""
+    """Return the score of a task's model on the data of task `of`."""
     found = document["tasks"][task]["scores"] if task == of else document["cross"][task][of]
     if "mismatch" in found:
         return Cell("", None, found["mismatch"], found["reason"])
@@ -87,7 +88,7 @@ def _cell(document: Mapping[str, Any], task: str, of: str, who: str) -> Cell:
 
 
 def _scales(cells: Iterable[Cell]) -> dict[str, Scale]:
-    """The range of each metric's scores."""
+    """Return the range of each metric's scores."""
     found: dict[str, list[float]] = {}
     for cell in cells:
         if cell.value is not None:

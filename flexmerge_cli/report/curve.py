@@ -1,4 +1,5 @@
-"""A curve on the terminal: the references, the mean score of every method at every size, and the files written."""
+"""Shows a curve on the terminal: the references, the mean score of every method at every size, and the files
+written."""
 
 from typing import Any
 
@@ -47,7 +48,7 @@ def show_curve(value: dict[str, Any]) -> None:
 
 
 def format_value(score: float | None, metric: str) -> str:
-    """A score on the scale on which it is shown: percent, except for metrics such as perplexity."""
+    """Format a score on the scale on which it is shown: percent, except for metrics such as perplexity."""
     return "" if score is None else format_score(score, scale_of(metric))
 
 

@@ -1,4 +1,4 @@
-"""The curve as a picture, by matplotlib."""
+"""Draws the curve as a picture, with matplotlib."""
 
 import io
 from pathlib import Path

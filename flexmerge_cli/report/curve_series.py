@@ -1,7 +1,8 @@
-"""The contents of a picture of a curve: a line per method, the references, the alternatives, and the axes' ranges.
+"""Computes the contents of a picture of a curve: a line per method, the references, the alternatives, and the axes.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers can distinguish; each has a marker and a dash, so that
-they differ in grey, too. With more methods than styles, those that are best at some size have one; others are grey.
+The colours are Okabe and Ito's (2008), which colour-blind readers can distinguish; each has a marker and a dash, so
+that they differ in grey, too. If there are more methods than styles, those that are best at some size have one, and
+the others are grey.
 """
 
 import math
@@ -64,7 +65,7 @@ class Axes:
     high: float
 
     def across(self, count: float) -> float:
-        """The position of a number of bytes, in [0, 1]."""
+        """Return the position of a number of bytes, in [0, 1]."""
         return math.log(max(1.0, count) / self.low_bytes) / math.log(self.high_bytes / self.low_bytes)
 
     def up(self, value: float) -> float:
@@ -72,7 +73,7 @@ class Axes:
 
 
 def series_of(record: dict[str, Any]) -> list[Series]:
-    """The series in the order of the methods. The caller draws grey ones first."""
+    """Return the series in the order of the methods. The caller draws grey ones first."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for point in record["points"]:
         by_method.setdefault(point["method"], []).append(point)
@@ -94,7 +95,7 @@ def series_of(record: dict[str, Any]) -> list[Series]:
 def axes_of(
     points: Sequence[dict[str, Any]], values: Sequence[tuple[float, float, float]], lines: Sequence[float]
 ) -> Axes:
-    """values: (low, value, high) of each point. lines: those of the references."""
+    """Compute the axes. values: (low, value, high) of each point. lines: those of the references."""
     sizes = [max(1.0, float(point["bytes"])) for point in points] or [1.0]
     ends = [end for low, _, high in values for end in (low, high) if math.isfinite(end)] + [
         line for line in lines if math.isfinite(line)
@@ -105,7 +106,7 @@ def axes_of(
 
 
 def sizes_of(record: dict[str, Any]) -> list[str]:
-    """The sizes requested, from the smallest point to the largest."""
+    """Return the requested sizes, from the smallest point to the largest."""
     found: dict[str, float] = {}
     for point in record["points"]:
         for size in point["sizes"]:
@@ -114,9 +115,10 @@ def sizes_of(record: dict[str, Any]) -> list[str]:
 
 
 def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
-    """Method -> its rank at a size, 1 is best. Only methods that reach the size.
+    """Map each method that reaches a size to its rank there; 1 is the best.
 
-    Methods share a rank whose intervals overlap with that of the best of them: a difference within them is no order.
+    Methods share a rank if their intervals overlap with that of the best of them: a difference within them means
+    nothing.
     """
     better = _signs(record)
     ranks: dict[str, int] = {}
@@ -130,19 +132,20 @@ def ranking(record: dict[str, Any], size: str) -> dict[str, int]:
 
 
 def _by_mean(record: dict[str, Any], size: str) -> list[dict[str, Any]]:
-    """The points at a size, from the best mean to the worst."""
+    """Return the points at a size, from the best mean to the worst."""
     reached = [point for point in record["points"] if size in point["sizes"] and point["mean"]["value"] is not None]
     return sorted(reached, key=lambda point: -_signs(record) * point["mean"]["value"])
 
 
 def factor_ticks(low: float, high: float) -> list[float]:
-    """Powers of two of one model within two factors; if there is none, round numbers between them."""
+    """Return powers of two of one model within two factors; if there are none, one number between them."""
     first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
     return [2.0**power for power in range(first, last + 1)] or [math.sqrt(low * high)]
 
 
 def _merit(method: str, record: dict[str, Any]) -> tuple[float, float, str]:
-    """A sort key, small for methods that are best at some size, then by the best part of the fine-tuned score."""
+    """Return a sort key: small for methods that are best at some size, then by the best part of the fine-tuned
+    score."""
     at_sizes = [[point["method"] for point in _by_mean(record, size)] for size in sizes_of(record)]
     known = [1 + methods.index(method) for methods in at_sizes if method in methods]
     best = max((_part(point) for point in record["points"] if point["method"] == method), default=0.0)
@@ -156,18 +159,19 @@ def _part(point: dict[str, Any]) -> float:
 
 
 def _signs(record: dict[str, Any]) -> float:
-    """-1 if the metric falls. With different metrics, means are of parts of the fine-tuned scores, which rise."""
+    """Return -1 if the metric falls. With different metrics, means are of parts of the fine-tuned scores, which
+    rise."""
     falls = not any(task["higher_is_better"] for task in record["tasks"].values())
     return -1.0 if falls and one_metric(record["tasks"]) is not None else 1.0
 
 
 def metric_label(record: dict[str, Any]) -> str:
-    """The metric of the means."""
+    """Return the name of the metric of the means."""
     return one_metric(record["tasks"]) or "part of the fine-tuned score"
 
 
 def mean_scale(record: dict[str, Any]) -> float:
-    """100 if the means are shown in percent, else 1."""
+    """Return 100 if the means are shown in percent, else 1."""
     return scale_of(one_metric(record["tasks"]) or NORMALISED)
 
 

@@ -1,4 +1,4 @@
-"""What `diff` shows of two plans or two bundles: a value for --json, and the same as tables. Reads no weights."""
+"""Shows the differences of two plans or two bundles: a value for --json, and the same as tables. Reads no weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from flexmerge_cli.text import expanded
 
 DIFFERENT = 7  # exit code
 ROWS = 20  # of blocks, without --verbose
-# Two files that differ in nothing else hold the same: by which version they were made, and their own digests.
+# Two files that differ only in these hold the same: the version that made them, and their own digests.
 NO_CONTENT = ("generator", "id", "sha256")
 
 
@@ -27,25 +27,25 @@ class Side:
     """One of the two, in the form in which they are compared."""
 
     summary: dict[str, Any]
-    """What the value says of each side, whether it differs or not."""
+    """The value's entries for each side, whether they differ or not."""
     fields: Mapping[str, Any]
-    """Everything that is in its file, by the file's own keys."""
+    """Everything in its file, by the file's own keys."""
     settings: dict[str, Any]
-    """What holds for the whole: bytes, methods, and what was asked."""
+    """The settings of the whole: bytes, methods, and the request."""
     tasks: dict[str, dict[str, Any]]
-    """Task -> what is recorded of it."""
+    """Maps each task to what is recorded about it."""
     blocks: dict[str, Any]
-    """Block -> its groups in a bundle, its merges in a plan."""
+    """Maps each block to its groups in a bundle, or its merges in a plan."""
     values: dict[str, dict[str, tuple[str, int]]]
-    """Task -> each tensor that it reads -> digest and bytes."""
+    """Maps each task to the tensors that it reads, and each tensor to its digest and bytes."""
     files: dict[str, dict[str, str]]
-    """Task -> each of its side files -> digest."""
+    """Maps each task to its side files, and each side file to its digest."""
 
 
 def diff_value(a: str, b: str, access: Access = ONLINE) -> dict[str, Any]:
-    """Compare two plans, or two bundles, of which only manifests are read.
+    """Compare two plans or two bundles; only the manifests of bundles are read.
 
-    Raises UsageError for anything else and for one of each, and what reading raises.
+    Raises UsageError for anything else and for one of each, and whatever reading raises.
     """
     kinds = [recognise(source, access) for source in (a, b)]
     for source, kind in zip((a, b), kinds):
@@ -85,14 +85,14 @@ def diff_value(a: str, b: str, access: Access = ONLINE) -> dict[str, Any]:
 
 
 def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Key -> both values, where they differ; null where a side has none."""
+    """Map each key whose values differ to both values; null if a side has none."""
     return {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def _values(
     a: Mapping[str, tuple[str, int]], b: Mapping[str, tuple[str, int]], of_a: Mapping[str, str], of_b: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The tensors and side files of which a task reads other bytes; empty if there are none."""
+    """Return the tensors and side files of which a task reads other bytes; empty if there are none."""
     tensors, files = list(_pairs(a, b)), sorted(_pairs(of_a, of_b))
     if not tensors and not files:
         return {}
@@ -102,7 +102,7 @@ def _values(
 
 def _plan(source: str) -> Side:
     plan: Plan = read_plan(expanded(source))
-    # Sums over tasks round by how many tasks there are: the last digits are no difference.
+    # Sums over tasks round depending on the number of tasks: the last digits are no difference.
     lengths = [float(f"{math.sqrt(value):.12g}") for value in plan.task_energy()]
     names = plan.task_names
     merges: dict[str, list[list[list[str]]]] = {block.name: [] for block in plan.blocks}
@@ -239,13 +239,13 @@ def _rows(pairs: Mapping[str, list[Any]]) -> list[tuple[str, str, str]]:
 
 
 def _groups(pair: list[list[dict[str, Any]] | None]) -> tuple[str, str]:
-    """The groups of both sides; with the arguments of their methods where nothing else differs."""
+    """Describe the groups of both sides, with the arguments of their methods if nothing else differs."""
     one, other = (_words(groups, lambda method: method.partition(":")[0]) for groups in pair)
     return (one, other) if one != other else (_words(pair[0], str), _words(pair[1], str))
 
 
 def _words(groups: list[dict[str, Any]] | None, shown: Callable[[str], str]) -> str:
-    """`shown` gives what is shown of a method."""
+    """Describe groups. `shown` maps a method to what is shown of it."""
     if groups is None:
         return "–"
     return " | ".join(

@@ -1,4 +1,4 @@
-"""What `eval` shows of a bundle, or of its sources, as a table."""
+"""Shows the scores of a bundle, or of its sources, as a table."""
 
 from typing import Any
 
@@ -38,7 +38,8 @@ def show_gate(value: dict[str, Any]) -> None:
 
 
 def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: task, metric, n, merged ± half its 95 % interval, fine-tuned, base, part of the fine-tuned score.
+    """Return heads and rows: task, metric, n, merged ± half its 95 % interval, fine-tuned, base, part of the fine-tuned
+    score.
 
     The first two columns are text.
     """
@@ -69,7 +70,7 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def remarks(value: dict[str, Any]) -> list[str]:
-    """Print further metrics of each task and remarks, one line per model."""
+    """Return further metrics of each task and remarks, one line per model."""
     found = []
     for name, record in value["tasks"].items():
         for who, scored in record["scores"].items():
@@ -86,7 +87,7 @@ def _format_other(scored: dict[str, Any]) -> str:
 
 
 def _worst(records: dict[str, Any]) -> str:
-    """The task that keeps the least of its fine-tuned score or, without that score, has the lowest score."""
+    """Return the task that keeps the least of its fine-tuned score or, without that score, has the lowest score."""
 
     def kept(name: str) -> float:
         record = records[name]

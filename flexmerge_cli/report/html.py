@@ -1,7 +1,7 @@
-"""One self-contained page: no network, no foreign scripts, all text escaped. Knows nothing of plans and bundles.
+"""Makes one self-contained page: no network, no foreign scripts, all text escaped. Knows nothing of plans and bundles.
 
-Whatever comes from a file (names, sources) goes through `text` or `name`. The page's own policy refuses everything that
-it does not hold itself, should an escape ever be missing.
+Whatever comes from a file (names, sources) goes through `text` or `name`. The page's own policy refuses everything
+that the page does not contain, should an escape ever be missing.
 """
 
 import base64
@@ -27,9 +27,9 @@ def text(value: object) -> str:
 
 
 def name(value: str, characters: int | None = None, *, breaks: bool = False) -> str:
-    """A name from a file, isolated from the text direction around it; a long name is shortened to its end.
+    """Mark up a name from a file, isolated from the text direction around it; a long name is shortened to its end.
 
-    breaks: whether it may go over several lines, after a dot, a slash or an underscore.
+    breaks: whether it may be broken into several lines, after a dot, a slash or an underscore.
     """
     shown = value if characters is None else tail(value, characters)
     title = f' title="{text(value)}"' if shown != value else ""
@@ -38,7 +38,7 @@ def name(value: str, characters: int | None = None, *, breaks: bool = False) -> 
 
 
 def block_name(value: str) -> str:
-    """A block's name as long as the page's width allows; the style sheet shows one of two versions."""
+    """Mark up a block's name, as long as the page's width allows; the style sheet shows one of two versions."""
     wide, narrow = (tail(value, characters) for characters in (NAME_CHARACTERS, NARROW_CHARACTERS))
     if wide == narrow:
         return name(value, NAME_CHARACTERS)
@@ -47,7 +47,7 @@ def block_name(value: str) -> str:
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """The whole document. title: plain text. subtitle and sections: markup."""
+    """Make the whole document. title: plain text. subtitle and sections: markup."""
     css, script = (Path(__file__).with_name(file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -63,7 +63,7 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def today() -> str:
-    """The date that a page bears."""
+    """Return the date that a page shows."""
     return datetime.now(UTC).date().isoformat()
 
 
@@ -73,19 +73,19 @@ def is_page(path: Path) -> bool:
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A section. note: one sentence that says how to read it."""
+    """Make a section. note: one sentence that says how to read it."""
     lead = f"<p class=note>{text(note)}</p>" if note else ""
     return f"<section>\n<h2>{text(title)}</h2>\n{lead}{''.join(parts)}\n</section>"
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
-    """Terms and values (markup), side by side."""
+    """Make a list of terms and values (markup), side by side."""
     return "<dl>" + "".join(f"<div><dt>{text(term)}</dt><dd>{value}</dd></div>" for term, value in pairs) + "</dl>"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, words: Collection[int] = ()) -> str:
-    """A table. Cells are markup; the first `left` columns, and those of words, are left-aligned. Scrolls sideways on
-    narrow pages."""
+    """Make a table. Cells are markup; the first `left` columns, and those of words, are left-aligned. Scrolls sideways
+    on narrow pages."""
     of_words = {*range(left), *words}
     head = "".join(
         f"<th scope=col{' class=l' if place in of_words else ''}>{text(c)}</th>" for place, c in enumerate(columns)
@@ -109,7 +109,7 @@ def cell_style(scale: Scale, value: float) -> str:
 
 
 def legend(low: str, high: str, *, gaps: bool = False) -> str:
-    """The colour ramp with labelled ends. gaps: whether some cells have no number."""
+    """Draw the colour ramp with labelled ends. gaps: whether some cells have no number."""
     none = f'<span class=none><i style="background:{css_colour(NOTHING)}"></i> no number</span>' if gaps else ""
     stops = ",".join(map(css_colour, RAMP))
     return (

@@ -1,4 +1,4 @@
-"""One block of a plan as markup: its dendrogram, and the similarity of every two tasks."""
+"""Marks up one block of a plan: its dendrogram, and the similarity of every two tasks."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,12 @@ TASK_CHARACTERS = 16
 
 
 def heat_picture(matrix: np.ndarray, scale: Scale, says: str) -> str:
-    """An image of [rows, columns], one pixel per number, which the page stretches."""
+    """Make an image of [rows, columns], one pixel per number, which the page stretches."""
     return f'<img class=heat alt="{text(says)}" title="{text(says)}" src="{png(scale.colours(matrix))}">'
 
 
 def one_block(facts: PlanFacts, index: int, *, chosen: bool) -> str:
-    """The section. chosen: the block shown until another is picked."""
+    """Make the section. chosen: the block shown until another is picked."""
     block, pairs = facts.plan.blocks[index], facts.pairs(index)
     merges = [(position, facts.merges[position - 1]) for position in facts.positions[index]]
     leaves = leaf_order(len(facts.plan.tasks), [merge for _, merge in merges])
@@ -39,7 +39,7 @@ def one_block(facts: PlanFacts, index: int, *, chosen: bool) -> str:
 
 
 def leaf_order(num_tasks: int, merges: Sequence[Merge]) -> list[int]:
-    """Tasks in an order in which every group is contiguous, and the groups of a join are left and right."""
+    """Order the tasks so that every group is contiguous, and the groups of a join are left and right."""
     order: dict[tuple[int, ...], list[int]] = {(task,): [task] for task in range(num_tasks)}
     for merge in merges:
         joined = order.pop(merge.left) + order.pop(merge.right)
@@ -50,8 +50,8 @@ def leaf_order(num_tasks: int, merges: Sequence[Merge]) -> list[int]:
 def tree_joins(
     merges: Sequence[tuple[int, Merge]], leaves: Sequence[int], near: float, far: float
 ) -> list[tuple[Point, Point, float]]:
-    """The brackets of a tree, from similarity `near` on the left to `far` on the right, one row per leaf from the
-    top."""
+    """Return the brackets of a tree, from similarity `near` on the left to `far` on the right, one row per leaf from
+    the top."""
     ends: dict[tuple[int, ...], Point] = {
         (task,): (0.0, 1 - (row + 0.5) / len(leaves)) for row, task in enumerate(leaves)
     }

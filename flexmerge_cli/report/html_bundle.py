@@ -1,4 +1,4 @@
-"""A bundle as one page: who reads what, which tasks share a block, bytes along depth, how far off each task is."""
+"""Shows a bundle as one page: who reads what, which tasks share a block, bytes along depth, each task's distance."""
 
 import math
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ TASK_CHARACTERS = 18
 
 
 def bundle_page(facts: BundleFacts) -> str:
-    """The whole document."""
+    """Make the whole document."""
     bundle, value = facts.bundle, bundle_value(facts)
     allocation = value["allocation"]
     pairs = [
@@ -121,7 +121,7 @@ def _bytes(facts: BundleFacts) -> str:
 
 
 def _bits(facts: BundleFacts) -> str:
-    """The bits that `auto` chose. Its groups are no news: nearly every tensor has one of all tasks."""
+    """Show the bits that `auto` chose. Its groups tell nothing: nearly every tensor has one of all tasks."""
     tasks, scale = facts.bundle.tasks, Scale(low=0.0, high=8.0)
 
     def row(unit: UnitEntry) -> str:
@@ -176,7 +176,7 @@ def _distance(facts: BundleFacts) -> str:
 
 
 def _grid(tasks: Iterable[str], rows: Iterable[tuple[str, str]], total: str = "") -> str:
-    """A matrix with blocks as rows and tasks as columns, whose names are vertical."""
+    """Make a matrix with blocks as rows and tasks as columns, whose names are vertical."""
     head = "".join(f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
     body = f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else ""
     body += "".join(f"<tr><th scope=row>{block_name(unit)}</th>{cells}</tr>\n" for unit, cells in rows)
@@ -190,7 +190,7 @@ def _distances(unit: UnitEntry, tasks: Iterable[str]) -> list[float]:
 
 
 def _apart_bytes(facts: BundleFacts) -> list[int]:
-    """The bytes per unit that a copy for every task would take."""
+    """Return the bytes per unit that a copy for every task would take."""
     tensors = {tensor.name: tensor for tensor in facts.bundle.manifest.tensors}
     return [
         sum(

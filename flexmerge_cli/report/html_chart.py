@@ -1,4 +1,4 @@
-"""Curves, points and trees as markup: lines are SVG that stretches with the page, text is HTML that does not.
+"""Marks up curves, points and trees: lines are SVG that stretches with the page, text is HTML that does not.
 
 So a chart is as legible at 390 px as at 1280, and in print. Places are fractions of the plot, from its left and bottom.
 """
@@ -30,9 +30,10 @@ def chart(
     below: Sequence[Tick] = (), above: Sequence[Tick] = (), over: str = "", kind: str = "", up: str = "",
     across: str = "",
 ) -> str:  # fmt: skip
-    """A figure of `body`, SVG paths, with ticks around it.
+    """Make a figure of `body`, SVG paths, with ticks around it.
 
-    says: the chart in words, for who cannot see it. height: CSS. over: markup on top. kind: class that sets margins.
+    says: the chart in words, for those who cannot see it. height: CSS. over: markup on top. kind: class that sets
+    margins.
     up, across: titles of the axes.
     """
     lines = "".join(f'<path class=grid d="M0 {_y(tick.place)}H{UNITS}"/>' for tick in left if tick.line)
@@ -54,23 +55,23 @@ def chart(
 
 
 def line(points: Sequence[Point], style: str) -> str:
-    """A line. style: a class of the style sheet."""
+    """Draw a line. style: a class of the style sheet."""
     return f'<path class="{style}" d="{_path(points)}"/>'
 
 
 def band(lower: Sequence[Point], upper: Sequence[Point], style: str) -> str:
-    """The area between two lines."""
+    """Fill the area between two lines."""
     return f'<path class="{style}" d="{_path([*lower, *reversed(upper)])}Z"/>'
 
 
 def dots(points: Sequence[Point], colour: str, width: float) -> str:
-    """A point, round whatever the plot's proportions: a stroke without length. width: pixels."""
+    """Draw points that are round whatever the plot's proportions: strokes without length. width: pixels."""
     moves = "".join(f"M{_x(x)} {_y(y)}h0" for x, y in points)
     return f'<path class=dots stroke="{colour}" stroke-width="{width:g}" d="{moves}"/>'
 
 
 def brackets(joins: Sequence[tuple[Point, Point, float]]) -> str:
-    """A tree that grows to the right: for each join its two ends, and how far right they meet."""
+    """Draw a tree that grows to the right: for each join its two ends, and how far right they meet."""
     moves = "".join(f"M{_x(a[0])} {_y(a[1])}H{_x(meet)}V{_y(b[1])}H{_x(b[0])}" for a, b, meet in joins)
     return f'<path class=tree d="{moves}"/>'
 
@@ -87,7 +88,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def fraction(value: float, low: float, high: float) -> float:
-    """The position of a value between two ends, as a fraction; 0 if the ends are equal."""
+    """Return the position of a value between two ends, as a fraction; 0 if the ends are equal."""
     return (value - low) / (high - low) if high != low else 0.0
 
 

@@ -1,4 +1,4 @@
-"""A curve as one page: score against bytes by method and by task, who is best at each size, the order, all points."""
+"""Shows a curve as one page: scores against bytes by method and task, the best at each size, the order, all points."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ KINDS = (("attention", "#0072b2"), ("mlp", "#d55e00"), ("norm", "#009e73"), ("ot
 
 
 def curve_page(record: dict[str, Any], source: str) -> str:
-    """The whole document. source: the name of the plan."""
+    """Make the whole document. source: the name of the plan."""
     series = series_of(record)
     counts = record["evaluations"]
     metrics = ", ".join(sorted({task["metric"] for task in record["tasks"].values()}))
@@ -39,20 +39,20 @@ def curve_page(record: dict[str, Any], source: str) -> str:
 
 
 def spec_facts(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what the scores rest on, and when the page was made."""
+    """Say what the scores rest on, and when the page was made."""
     spec = document.get("spec")
     named = [("spec", f"{name(spec['path'])} <span class=path>{text(spec['sha256'][:16])}…</span>")] if spec else []
     return [*named, ("page of", today())]
 
 
 def eval_style(series: list[Series]) -> str:
-    """The style sheet of these pages and the colours of the methods."""
+    """Return the style sheet of these pages and the colours of the methods."""
     css = Path(__file__).with_name("eval.css").read_text(encoding="utf-8")
     return f"<style>\n{css}{series_css(series)}\n</style>"
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
-    """The verdicts, which must not be overlooked."""
+    """Return the verdicts, which must not be overlooked."""
     found = []
     if record.get("data_dependent"):
         chosen = record["data_dependent"]
@@ -82,7 +82,7 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
 
 
 def _methods(series: list[Series]) -> str:
-    """The legend, which highlights one method."""
+    """Make the legend, which highlights one method."""
     items = ["<label><input type=radio name=pick id=pickall checked />all</label>"]
     items += [
         f"<label><input type=radio name=pick id=pick{place} /><span class=m{place}>{one.style.marker}</span> "

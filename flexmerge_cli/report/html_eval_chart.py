@@ -1,6 +1,6 @@
-"""Charts of a curve as markup: lines and bands are SVG, markers are text at their places, so they keep their form.
+"""Marks up charts of a curve: lines and bands are SVG, markers are text at their places, so they keep their form.
 
-Every marker carries method, bytes and value as data attributes: what the page shows can be read out of it.
+Every marker carries method, bytes and value as data attributes, so that programs can read the chart.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from flexmerge_cli.report.score_text import scale_of
 from flexmerge_cli.report.text import human_bytes
 
 Values = Callable[[dict[str, Any]], tuple[float, float, float] | None]
-"""(low, value, high) of a point; None for values that are not numbers, which are not drawn."""
+"""Returns (low, value, high) of a point; None for values that are not numbers, which are not drawn."""
 
 
 Drawn = tuple[dict[str, Any], tuple[float, float, float]]
@@ -39,7 +39,7 @@ def curve_chart(
     series: Sequence[Series], record: dict[str, Any], values: Values, *, fine_tuned: float | None, base: float | None,
     says: str, height: str, metric: str | None = None,
 ) -> str:  # fmt: skip
-    """One chart of the means. metric: of one task, whose chart stands among others: without copies and titles."""
+    """Draw one chart of the means. metric: that of one task, whose chart is one of many: without copies and titles."""
     small, scale = metric is not None, mean_scale(record) if metric is None else scale_of(metric)
     one = max(1, record["one_model_bytes"])
     others = _drawn([] if small else record["alternatives"], values)
@@ -119,7 +119,7 @@ def _mark(css: str, marker: str, point: dict[str, Any], value: float, x: float, 
 
 
 def series_css(series: Sequence[Series]) -> str:
-    """Colours and dashes of every method, and the rules that highlight one."""
+    """Return the colours and dashes of every method, and the rules that highlight one."""
     rules = [".area { stroke: none !important; opacity: .1; }", ".s { transition: opacity .1s; }"]
     for place, one_line in enumerate(series):
         style, width = one_line.style, 1 if one_line.is_grey else 2
@@ -137,10 +137,10 @@ def series_css(series: Sequence[Series]) -> str:
 
 
 def picked(series: Series) -> str:
-    """Grey lines turn blue when they are highlighted."""
+    """Return the colour of a highlighted line; grey lines turn blue."""
     return "#0072b2" if series.is_grey else css_colour(series.style.colour)
 
 
 def css_colour(colour: str) -> str:
-    """Black is the page's ink, which is white on a dark page."""
+    """Return the CSS of a colour. Black is the page's ink, which is white on a dark page."""
     return "var(--ink)" if colour == "#000000" else colour

@@ -1,4 +1,4 @@
-"""A plan as one page: its size, how similar its tasks are in each block, and in what order the blocks merge."""
+"""Shows a plan as one page: its size, how similar its tasks are in each block, and the order in which blocks merge."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ ROW_PIXELS = 15
 
 
 def plan_page(facts: PlanFacts) -> str:
-    """The whole document."""
+    """Make the whole document."""
     plan = facts.plan
     settings = plan.settings
     subtitle = fact_list(
@@ -201,12 +201,12 @@ def _legend(scale: Scale) -> str:
 
 
 def _largest(facts: PlanFacts) -> int:
-    """The largest block, on which the size depends most."""
+    """Return the largest block, on which the size depends most."""
     return max(range(len(facts.plan.blocks)), key=lambda index: facts.plan.blocks[index].elements)
 
 
 def _of_known(reduce: Callable[..., np.ndarray], found_CM: np.ndarray) -> np.ndarray:
-    """The mean over the tasks that have a distance; 0 if none has."""
+    """Reduce the distances over the tasks that have one; 0 if none has."""
     known = found_CM[:, ~np.isnan(found_CM).any(axis=0)]
     return reduce(known, axis=1) if known.size else np.zeros(len(found_CM))
 

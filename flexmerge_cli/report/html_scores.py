@@ -1,4 +1,4 @@
-"""A bundle that was scored, or its sources, as one page: the table, the bundle's place by its bytes, every number."""
+"""Shows a scored bundle, or its sources, as one page: the table, the bundle's place by its bytes, every number."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ COPIES = "copies"
 
 
 def scores_page(document: dict[str, Any], source: str) -> str:
-    """The whole page. document: from `evaluate`. source: the name of the bundle or plan."""
+    """Make the whole page. document: from `evaluate`. source: the name of the bundle or plan."""
     tasks, counts = document["tasks"], document["evaluations"]
     pairs = [
         ("tasks", f"{len(tasks)} of {document['num_models']} models" if "bundle" in document else str(len(tasks))),
@@ -43,9 +43,9 @@ def scores_page(document: dict[str, Any], source: str) -> str:
 
 
 def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
-    """A bundle as the only point of a curve, beside copies of the fine-tuned models if their scores are known.
+    """Make a curve whose only point is a bundle, beside copies of the fine-tuned models if their scores are known.
 
-    None without a bundle, where a task has no score, and where metrics differ and the fine-tuned scores are not known.
+    None without a bundle, if a task has no score, or if metrics differ and the fine-tuned scores are not known.
     """
     if "bundle" not in document or not _has_all(document, "merged"):
         return None
@@ -67,7 +67,7 @@ def as_curve(document: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _has_all(document: dict[str, Any], who: str) -> bool:
-    """A perplexity that overflows has no value, or no interval."""
+    """Return whether all tasks have a value with an interval; a perplexity that overflows has none."""
     return all(record[f"{who}_interval"] is not None for record in document["tasks"].values())
 
 
@@ -101,7 +101,7 @@ def _place(curve: dict[str, Any]) -> str:
 
 
 def _numbers(document: dict[str, Any]) -> str:
-    """Every number with its evidence."""
+    """Show every number with its evidence."""
     rows = []
     for task, record in document["tasks"].items():
         for who, first in record["scores"].items():

@@ -1,4 +1,4 @@
-"""What `inspect` was given, and what it shows: a value for --json, and the same as tables. Needs no torch.
+"""Recognises what `inspect` was given, and shows it: a value for --json, and the same as tables. Needs no torch.
 
 Checkpoints, plans and bundles are recognised by their content, never by their name. Only `.bin` files need torch.
 """
@@ -59,7 +59,7 @@ class Report:
 
 
 def recognise(source: str, access: Access = ONLINE) -> Kind:
-    """Recognise the kind of a source; if there is nothing, a checkpoint. Raises UsageError for other files."""
+    """Recognise the kind of a source; a missing one counts as a checkpoint. Raises UsageError for other files."""
     path = standing(expanded(source))
     if is_remote(source):
         return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
@@ -67,7 +67,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
         return Kind.CHECKPOINT  # opening it reports what is wrong
     check_kind(path)
     if path.is_dir():
-        # Also if the manifest is missing or damaged, so that the problem is reported.
+        # This holds also if the manifest is missing or damaged, so that the problem is reported.
         if (path / "weights").is_dir() and any((path / name).exists() for name in (MANIFEST_NAME, "tasks", "coded")):
             return Kind.BUNDLE
         if is_bundle(path):
@@ -94,7 +94,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
 
 
 def check(asked: Asked) -> Kind:
-    """Check, before anything is read, the kind of source and whether the request fits it. Raises UsageError."""
+    """Check the kind of source and whether the request fits it, before anything is read. Raises UsageError."""
     if asked.decode and not asked.verify:
         raise UsageError("--decode requires --verify", hint="--verify --decode")
     kind = recognise(asked.source, asked.access)
@@ -113,7 +113,7 @@ def check(asked: Asked) -> Kind:
 
 
 def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
-    """Read the source, and write the page if requested. Raises what reading raises."""
+    """Read the source, and write the page if requested. Raises whatever reading raises."""
     path = expanded(asked.source)
     if kind is Kind.CHECKPOINT:
         from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint

@@ -26,7 +26,7 @@ BITS_LEGEND = "a number: bits of what a task has beside the centre that its grou
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BundleFacts:
-    """What follows from the manifest and the headers."""
+    """Facts that follow from the manifest and the headers."""
 
     bundle: Bundle
     unit_bytes: tuple[int, ...]
@@ -62,7 +62,7 @@ def bundle_facts(located: Located) -> BundleFacts:
 
 
 def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
-    """Part of a file -> the aligned tensor that it belongs to; for a factor, the unit."""
+    """Map each part of a file to the aligned tensor that it belongs to, or for a factor to the unit."""
     manifest = bundle.manifest
     names = manifest.tasks[manifest.files[file].tasks[0]].names  # dense parts have the names of the first reader
     dense = {names.get(tensor.name, tensor.name): tensor.name for tensor in manifest.stored}
@@ -70,7 +70,7 @@ def part_tensors(bundle: Bundle, file: str) -> dict[str, str]:
 
 
 def bundle_value(facts: BundleFacts) -> dict[str, Any]:
-    """The value that `inspect` shows for a bundle."""
+    """Return the value that `inspect` shows for a bundle."""
     bundle, manifest = facts.bundle, facts.bundle.manifest
     return {
         "kind": "bundle",
@@ -111,7 +111,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
 
 
 def resident_value(bundle: Bundle) -> dict[str, Any]:
-    """Bytes that a runtime of all sound tasks holds, and which weights it can keep as they are stored."""
+    """Return the bytes that a runtime of all sound tasks holds, and which weights it can keep as they are stored."""
     held = resident(bundle)
     return {
         "dense_bytes": sum(found.dense for found in held.values()),
@@ -124,7 +124,7 @@ def resident_value(bundle: Bundle) -> dict[str, Any]:
 
 
 def resident_message(value: Mapping[str, Any]) -> str:
-    """The memory that a runtime takes, on one line."""
+    """Say in one line how much memory a runtime takes."""
     weights = value["weights"].values()
     count = sum(found["stays_packed"] for found in weights)
     packed = f", {value['packed_bytes']:,} if {count} of {len(weights)} tensors stay packed" if count else ""
@@ -132,7 +132,7 @@ def resident_message(value: Mapping[str, Any]) -> str:
 
 
 def gate_message(gate: Mapping[str, Any]) -> str:
-    """The gate that a bundle passed when it was made, on one line."""
+    """Say in one line which gate a bundle passed when it was made."""
     limits = [f"{name.replace('_', ' ')} {gate[name]}" for name in ("max_drop", "max_mean_drop") if gate[name]]
     left_out = f", not scored: {', '.join(gate['not_scored'])}" if gate["not_scored"] else ""
     return (
@@ -142,7 +142,7 @@ def gate_message(gate: Mapping[str, Any]) -> str:
 
 
 def letters(unit: UnitEntry) -> dict[str, str]:
-    """Task -> letter of its group, as in LEGEND; `#` past `z`. A task in no group has none."""
+    """Map each task to the letter of its group, as in LEGEND; `#` past `z`. A task in no group has none."""
     found: dict[str, str] = {}
     shared = 0
     for group in unit.groups:
@@ -161,7 +161,7 @@ def has_bits(manifest: Manifest) -> bool:
 
 
 def bits(unit: UnitEntry) -> dict[str, str]:
-    """Task -> the bits per weight of what it has alone; `=` for an exact copy."""
+    """Map each task to the bits per weight of what it has alone; `=` for an exact copy."""
     return {
         task: "=" if (group.bits or {}).get(task) is None else str((group.bits or {})[task])
         for group in unit.groups
@@ -235,7 +235,7 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
 
 
 def method_names(value: Mapping[str, Any]) -> str:
-    """The method that was asked for, where it is known; else the methods that are stored."""
+    """Return the requested method if it is known, else the methods that are stored."""
     asked = (value["request"] or {}).get("method")
     return str(asked) if asked else ", ".join(value["methods"]) or "nothing merged"
 
@@ -285,7 +285,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
 
 
 def weights_words(task: dict[str, Any]) -> str:
-    """Return where a task's weights are, and whether a config describes them; does not say which library loads them."""
+    """Say where a task's weights are, and whether a config describes them; not which library loads them."""
     if "adapter" in task:
         return "kept adapter"
     return ("in place" if task["in_place"] else "after export") + ("" if task["config"] else ", no config")

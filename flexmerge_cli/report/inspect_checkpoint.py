@@ -1,6 +1,6 @@
 """Describes a checkpoint from its headers: parameters, dtypes, blocks and private candidates. Reads no weights.
 
-A single model does not show which tensors are constant, missing, or of another shape in its family: use `plan`.
+A single model does not show which tensors are constant, missing, or of another shape in its family; `plan` does.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from flexmerge_cli.report.text import human_bytes
 
 
 def checkpoint_value(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The value that `inspect` shows for a checkpoint."""
+    """Return the value that `inspect` shows for a checkpoint."""
     tensors = checkpoint.tensors
     shared = aliases(tensors)
     tied = tied_by_config(checkpoint.config, tensors) | shared
@@ -108,7 +108,7 @@ def show_checkpoint(value: dict[str, Any], *, every: bool) -> None:
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The kind of an adapter, or why flexmerge cannot read it."""
+    """Return the kind of an adapter, or why flexmerge cannot read it."""
     try:
         adapter = read_adapter(checkpoint)
     except DataError as error:

@@ -17,7 +17,7 @@ from flexmerge_cli.request.size import parse_size
 
 # M tasks, C cuts
 
-# Linear methods and their scale of the mean.
+# Linear methods, and their scale of the mean.
 LINEAR = {"average": 1.0, "task_arithmetic": 1.5}
 FACTORS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 30, 40, 50, 64, 80, 100)
 
@@ -33,9 +33,9 @@ class Curve:
     named: tuple[tuple[str, int], ...]
     """The factors `1x`, `1.25x`, … `Mx`, and the number of merges that reaches each."""
     cuts: tuple[int, ...]
-    """Numbers of merges at which distances are known, ascending: evenly spread, and those of the factors."""
+    """Numbers of merges at which distances are known, ascending: evenly spread ones, and those of the factors."""
     distance: dict[str, np.ndarray]
-    """Method -> [C, M] float64; NaN for a task whose task vector is zero and that is not exact."""
+    """Maps each method to [C, M] float64; NaN for a task whose task vector is zero and that is not exact."""
 
 
 def curve_of(plan: Plan) -> Curve:
@@ -49,7 +49,7 @@ def curve_of(plan: Plan) -> Curve:
 
 
 def dense_sizes(plan: Plan) -> list[int]:
-    """Tensor bytes after 0, 1, … all merges."""
+    """Return the tensor bytes after 0, 1, … all merges."""
     return Cutter(Pricer(plan), dense_use("average")).sizes()
 
 
@@ -79,7 +79,7 @@ def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> li
     energy_M = plan.task_energy()
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         found = [np.sqrt(errors / energy_M) for errors in errors_CM]
-    # Infinite only where a plan's numbers make no sense, or the task vector is zero.
+    # Infinite only if a plan's numbers make no sense, or the task vector is zero.
     return [
         np.where(errors == 0, 0.0, np.where(np.isfinite(distance), distance, np.nan))
         for errors, distance in zip(errors_CM, found)
@@ -87,7 +87,7 @@ def distances_at(plan: Plan, cuts: Sequence[int], scales: Sequence[float]) -> li
 
 
 def named_cuts(plan: Plan, sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """`1x`, `1.25x`, … `Mx` and the number of merges that reaches each. Factors that cannot be reached are omitted."""
+    """Return `1x`, `1.25x`, … `Mx` and the number of merges that reaches each. Unreachable factors are omitted."""
     count = len(plan.reader_names)
     found = []
     for factor in [factor for factor in FACTORS if factor < count] + [count]:

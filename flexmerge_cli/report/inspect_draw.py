@@ -17,7 +17,7 @@ NUMBERED_TASKS = 12  # with more, a heat map has no numbers
 
 
 def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, str]) -> None:
-    """An area from 0 to the greatest value. labels: of top, middle and floor. below: of the ends of the x axis."""
+    """Draw an area from 0 to the greatest value. labels: of top, middle and floor. below: of the ends of the x axis."""
     width = max(map(len, labels))
     room = max(1, min(CHART_COLUMNS, line_columns() - width - 2))
     columns = np.linspace(0, len(values) - 1, room).round().astype(int)
@@ -33,7 +33,7 @@ def curve(values: Sequence[float], labels: Sequence[str], *, below: tuple[str, s
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
-    """[M, M] with a bar of eight heights per cell, its number if there is room, and colour if available."""
+    """Draw [M, M] with a bar of eight heights per cell, its number if there is room, and colour if available."""
     from rich.text import Text
 
     from flexmerge_cli.report.console import Console
@@ -65,9 +65,9 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], scale: Scale) -> None:
 def long_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, every: bool, title: str = "", text: Collection[int] = ()
 ) -> None:
-    """Print a table; of a long one only its two ends, unless all rows are requested.
+    """Print a table; only the two ends of a long one, unless all rows are requested.
 
-    Names stand first, and are cut short from the front where the line has no room for them.
+    Names come first, and are shortened from the front if the line has no room for them.
     """
     if len(rows) > MANY_ROWS and not every:
         half = MANY_ROWS // 2

@@ -32,17 +32,18 @@ class Scale:
 
     @staticmethod
     def over(values: np.ndarray) -> "Scale":
-        """The range from the least to the greatest finite value; 0 to 1 if there is none."""
+        """Return the range from the least to the greatest finite value; 0 to 1 if there is none."""
         found = values[np.isfinite(values)]
         return Scale(low=float(found.min()), high=float(found.max())) if found.size else Scale(low=0.0, high=1.0)
 
     def place(self, values: np.ndarray | float) -> np.ndarray:
-        """Position on the ramp: 0 is low, 1 is high, NaN without a number. Values outside go to the nearer end."""
+        """Return positions on the ramp: 0 is low, 1 is high, NaN without a number. Values outside go to the nearer
+        end."""
         span = self.high - self.low
         return np.clip((np.asarray(values, float) - self.low) / (span if span > 0 else 1.0), 0.0, 1.0)
 
     def text(self, value: float | None) -> str:
-        """The value with enough digits to distinguish values in this range."""
+        """Format the value with enough digits to distinguish values in this range."""
         if value is None or math.isnan(value):
             return "–"
         span = self.high - self.low
@@ -54,7 +55,7 @@ class Scale:
         return " " if np.isnan(place) else LEVELS[min(int(place * len(LEVELS)), len(LEVELS) - 1)]
 
     def colours(self, values: np.ndarray) -> np.ndarray:
-        """Colours: […] -> […, 3] uint8."""
+        """Map values to colours: […] -> […, 3] uint8."""
         place = self.place(values)
         along = np.nan_to_num(place) * (len(RAMP) - 1)
         below = np.minimum(along.astype(int), len(RAMP) - 2)
@@ -67,14 +68,14 @@ class Scale:
 
 
 def ink(colour: Colour) -> Colour:
-    """Black or white, whichever has the higher contrast: at least 4.5 to 1, as WCAG requires for text."""
+    """Return black or white, whichever has the higher contrast: at least 4.5 to 1, as WCAG requires for text."""
     linear = [part / 3294.6 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
     luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
 def png(pixels: np.ndarray) -> str:
-    """A PNG as `data:` URI from [rows, columns, 3] uint8. A 30 by 30 heat map is 2 kB; as SVG it would be 60."""
+    """Encode [rows, columns, 3] uint8 as a `data:` URI of a PNG. A 30 by 30 heat map is 2 kB; as SVG it would be 60."""
     rows, columns, _ = pixels.shape
     lines = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(pixels))
 

@@ -25,7 +25,7 @@ from flexmerge_cli.report.vocabulary import vocabularies
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlanFacts:
-    """What follows from a plan."""
+    """Facts that follow from a plan."""
 
     plan: Plan
     path: Path
@@ -37,18 +37,18 @@ class PlanFacts:
     merges: tuple[Merge, ...]
     """The merge order, with block indices."""
     positions: tuple[tuple[int, ...], ...]
-    """Per block, the places of its merges in the order, from 1: `--merges N` makes all up to N."""
+    """The places of each block's merges in the order, from 1: `--merges N` makes all up to N."""
     block: int | None
-    """The block requested."""
+    """The requested block."""
     options: dict[str, Any]
     """The ways to store the family, as `options_value` gives them."""
 
     def groups(self, block: int, merges: int) -> int:
-        """The groups of a block after so many merges."""
+        """Return the number of groups of a block after this many merges."""
         return len(self.plan.tasks) - sum(position <= merges for position in self.positions[block])
 
     def pairs(self, block: int) -> dict[str, Any] | None:
-        """The mean similarity, and the most and the least similar pair; None for a single task."""
+        """Return the mean similarity, and the most and the least similar pair; None for a single task."""
         rows, columns = np.triu_indices(len(self.plan.tasks), 1)
         if not len(rows):
             return None
@@ -89,7 +89,7 @@ def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
 
 
 def plan_value(facts: PlanFacts) -> dict[str, Any]:
-    """The value that `inspect` shows for a plan; sizes as in `plan --json`."""
+    """Return the value that `inspect` shows for a plan; sizes as in `plan --json`."""
     plan, curve = facts.plan, facts.curve
     value = {
         "kind": "plan",

@@ -1,4 +1,4 @@
-"""What `inspect` shows of a plan, as tables and pictures on stdout."""
+"""Shows a plan for `inspect`, as tables and pictures on stdout."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What `inspect --verify` shows: bad files, their damaged parts, the tasks that break, and those that are sound."""
+"""Shows the result of `inspect --verify`: bad files, their damaged parts, and the tasks that are broken or sound."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ SHOWN = 20  # damaged parts that are named per file
 
 
 def verification(bundle: Bundle, *, decode: bool, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    """Verify a bundle, made by `Bundle.look`, so that all problems with its files are found here."""
+    """Verify a bundle that `Bundle.look` opened, so that all problems with its files are found here."""
     found = verify_bundle(bundle, decode=decode, on_bytes=on_bytes)
     return {
         "kind": "bundle",
@@ -38,9 +38,9 @@ def verification(bundle: Bundle, *, decode: bool, on_bytes: Callable[[int], None
 
 
 def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
-    """The parts of bad files whose tensors cannot be read, or no longer decode to what was written.
+    """Return the parts of bad files whose tensors cannot be read, or no longer decode to what was written.
 
-    None of a file that is missing or cut, or whose damage lies in its header or padding.
+    There are none for a file that is missing or cut, or whose damage lies in its header or padding.
     """
     try:
         bundle = Bundle.look(path, verify=False)
@@ -66,7 +66,7 @@ def _damaged(bundle: Bundle, file: str) -> list[str]:
 
 
 def _digest(bundle: Bundle, name: str, task: str) -> str | None:
-    """None if it cannot be read."""
+    """Return the digest of a tensor; None if it cannot be read."""
     try:
         return digest_bytes(np.ascontiguousarray(bundle.stored(task, name)).reshape(-1).view(np.uint8))
     except FlexmergeError:
@@ -74,7 +74,7 @@ def _digest(bundle: Bundle, name: str, task: str) -> str | None:
 
 
 def failure(value: dict[str, Any]) -> IntegrityError | None:
-    """The error of a damaged bundle."""
+    """Return the error of a damaged bundle."""
     found = value["verification"]
     if found["sound"]:
         return None

@@ -1,4 +1,4 @@
-"""What `methods` shows: every method, step and calibration with paper, arguments, bytes and use, or one in detail."""
+"""Shows the methods, steps and calibrations with paper, arguments, bytes and use, or one of them in detail."""
 
 import inspect
 import json
@@ -48,9 +48,10 @@ def method_list() -> dict[str, Any]:
 
 
 def method_page(text: str) -> dict[str, Any]:
-    """All entries of a name: a method (`NAME:key=value` with these arguments), a step, a calibration, mergekit's.
+    """Return all entries of a name: a method (`NAME:key=value` with these arguments), a step, a calibration,
+    mergekit's.
 
-    Raises UsageError for a name that is not known.
+    Raises UsageError for an unknown name.
     """
     name, args = split_call(text)
     found = []
@@ -102,7 +103,7 @@ def show_page(value: dict[str, Any]) -> None:
 
 
 def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A list: several lines for each name, the first of which says what it is for."""
+    """Show a list with several lines for each name, the first of which says what it is for."""
     cells = []
     for row in rows:
         lines = [row["when"] if last == "when" else row["summary"].split(" [")[0]]  # drop the shapes
@@ -148,7 +149,7 @@ def _calibration(call: CalibrationCall) -> dict[str, Any]:
 
 
 def _common(declared: Any, scope: str) -> dict[str, Any]:
-    """The fields common to methods, steps and calibrations."""
+    """Return the fields common to methods, steps and calibrations."""
     parameters: Mapping[str, Parameter] = declared.parameters
     return {
         "name": declared.name,

@@ -1,4 +1,4 @@
-"""The table by which to choose a bundle, and the sizes along the merge order: shown by `plan` and `inspect`."""
+"""Shows the table by which to choose a bundle, and the sizes along the merge order, for `plan` and `inspect`."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ KEPT_NOTE = (
 
 
 def options_value(plan: Plan, path: str, *, all_methods: bool = False) -> dict[str, Any]:
-    """`options`, by their bytes on disk, and `begin_with`: the name of one and why, or null."""
+    """Return `options`, by their bytes on disk, and `begin_with`: the name of one and why, or null."""
     rows = storage_options(Pricer(plan), path, all_methods=all_methods)
     begin = begin_with(rows)
     return {
@@ -43,7 +43,7 @@ def options_value(plan: Plan, path: str, *, all_methods: bool = False) -> dict[s
 
 
 def shown_options(value: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of OPTION_HEADS of the rows that are no larger than copies as found."""
+    """Return the cells under OPTION_HEADS of the rows that are no larger than copies as found."""
     begin = (value["begin_with"] or {}).get("name")
     return [
         (
@@ -84,7 +84,7 @@ def option_remarks(value: dict[str, Any]) -> list[str]:
 
 
 def size_row(plan: Plan, size: str, merges: int, tensor_bytes: int, distance: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return what `plan` and `inspect` tell of a named size. distance: per method [M], NaN where a task has none."""
+    """Return what `plan` and `inspect` show of a named size. distance: per method [M], NaN if a task has none."""
     return {
         "size": size,
         "factor": tensor_bytes / max(1, plan.one_model_bytes),
@@ -101,7 +101,7 @@ def size_row(plan: Plan, size: str, merges: int, tensor_bytes: int, distance: di
 
 
 def show_sizes(sizes: list[dict[str, Any]]) -> None:
-    """Print what a dense value per merged block takes at each size, and how far off `average` is there."""
+    """Print what a dense value per merged block takes at each size, and the distance of `average` there."""
     rows = []
     for row in sizes:
         known = [found for found in row["distance"]["average"].values() if found is not None]

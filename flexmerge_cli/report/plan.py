@@ -1,4 +1,4 @@
-"""What `plan` shows: a value for --json, and the same as tables."""
+"""Shows the result of `plan`: a value for --json, and the same as tables."""
 
 import math
 from dataclasses import asdict
@@ -29,7 +29,7 @@ MUCH = 0.05  # of a task's weights
 def plan_summary(
     plan: Plan, path: Path, request: MergeRequest, family: Family | None = None, *, all_methods: bool = False
 ) -> dict[str, Any]:
-    """The value that `plan` prints. family: the sources, where they were opened for it."""
+    """Return the value that `plan` prints. family: the sources, if they were opened for it."""
     from flexmerge_cli.engine.merge_memory import merge_bytes
     from flexmerge_cli.engine.pool import default_threads
 
@@ -68,12 +68,12 @@ def plan_summary(
 
 
 def left_out_rows(family: Family) -> list[dict[str, Any]]:
-    """The files of each task that are not carried, by kind."""
+    """Return the files of each task that are not carried, by kind."""
     return [asdict(each) for each in left_out.left_out(family)]
 
 
 def task_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row per task; `adapter` is set if the task is, or was, an adapter."""
+    """Return one row per task; `adapter` is set if the task is, or was, an adapter."""
     found: list[dict[str, Any]] = [
         {"name": task.name, "source": task.source, "bytes": task.bytes}
         | ({"adapter": {"kind": task.adapter, "becomes": plan.settings.adapters}} if task.adapter else {})
@@ -87,7 +87,7 @@ def task_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def low_rank_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Full fine-tunes that are the base plus low-rank matrices, and how much storing them so would save."""
+    """Return the full fine-tunes that are the base plus low-rank matrices, and how much storing them so would save."""
     return [{"task": task.name, **task.low_rank.model_dump()} for task in plan.tasks if task.low_rank is not None]
 
 
@@ -104,7 +104,7 @@ def show_low_rank(rows: list[dict[str, Any]], plan: str) -> None:
 
 
 def adapter_words(row: dict[str, Any]) -> str:
-    """The adapter of a task's row in words: `lora, kept in 12,345 bytes`."""
+    """Describe the adapter of a task's row: `lora, kept in 12,345 bytes`."""
     adapter = row.get("adapter")
     if adapter is None:
         return ""
@@ -113,9 +113,9 @@ def adapter_words(row: dict[str, Any]) -> str:
 
 
 def classes(plan: Plan) -> dict[str, Any]:
-    """The number of tensors per class, their bytes over all tasks, and their names.
+    """Return the number of tensors per class, their bytes over all tasks, and their names.
 
-    A vocabulary's tensor counts by its common rows; its other rows are private, in bytes alone.
+    A vocabulary's tensor counts by its common rows; its other rows are private, and count only in bytes.
     """
     found: dict[str, Any] = {}
     for kind in TensorClass:
@@ -133,14 +133,14 @@ def classes(plan: Plan) -> dict[str, Any]:
 
 
 def _bytes(plan: Plan, tensor: PlanTensor, task: int) -> int:
-    """A task's bytes of a tensor. Tied tensors have no separate rows."""
+    """Return a task's bytes of a tensor. Tied tensors have no separate rows."""
     is_whole = tensor.class_ is TensorClass.TIED
     shape = plan.whole_shape(tensor, task) if is_whole else tensor.shape_of(task)
     return math.prod(shape) * ITEM_BYTES[tensor.dtype_of(task)]
 
 
 def size_rows(plan: Plan) -> list[dict[str, Any]]:
-    """The prefix of the order at 1x, 1.25x, … Mx, priced for one dense value per merged block."""
+    """Return the prefixes of the order at 1x, 1.25x, … Mx, priced for one dense value per merged block."""
     sizes = dense_sizes(plan)
     named = named_cuts(plan, sizes)
     # Larger sizes need fewer merges; equal ones are one cut.
@@ -155,7 +155,7 @@ def size_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What users should know before merging."""
+    """Return warnings that users should know before merging."""
     found = []
     energy = plan.task_energy()
     base = sum(tensor.base_energy for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE)
@@ -184,7 +184,7 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def name_warnings(plan: Plan) -> list[str]:
-    """Tasks that have much under names that the base lacks, while it has as much under names that they lack."""
+    """Warn about tasks with many weights under names that the base lacks, while they lack as many of the base's."""
     found = []
     for number, task in enumerate(plan.tasks):
         own = [tensor for tensor in plan.tensors if number in tensor.present and tensor.class_ is not TensorClass.TIED]
@@ -201,7 +201,7 @@ def name_warnings(plan: Plan) -> list[str]:
 
 
 def adapter_warnings(plan: Plan) -> list[str]:
-    """What inference engines do not support in the kept adapters."""
+    """Warn about features of kept adapters that inference engines do not support."""
     found = []
     for each in plan.adapters:
         if each.own_names:
@@ -214,7 +214,7 @@ def adapter_warnings(plan: Plan) -> list[str]:
 
 
 def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str, Any]:
-    """The value for --dry-run, from headers alone."""
+    """Return the value for --dry-run, from headers alone."""
     from flexmerge_cli.engine.memory import survey_bytes
     from flexmerge_cli.engine.pool import default_threads
     from flexmerge_cli.errors import UsageError
@@ -248,7 +248,7 @@ def dry_summary(sources: PlanRequest | None, request: MergeRequest) -> dict[str,
 
 
 def _without_commands(value: dict[str, Any]) -> dict[str, Any]:
-    """Without a plan there is nothing to merge yet, and nobody knows yet what exact deduplication saves."""
+    """Drop commands and exact storage: without a plan nothing can be merged, nor deduplication be predicted."""
     rows = [row | {"command": None} for row in value["options"] if row["name"] != EXACT]
     return {"options": rows, "begin_with": None}
 

@@ -1,4 +1,4 @@
-"""Scores as text: in percent, or in four digits."""
+"""Formats scores: in percent, or in four digits."""
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.metrics import METRICS
@@ -7,7 +7,7 @@ DASH = "–"
 
 
 def scale_of(metric: str) -> float:
-    """100 for metrics shown in percent and for parts of the fine-tuned score, else 1."""
+    """Return 100 for metrics shown in percent and for parts of the fine-tuned score, else 1."""
     if metric == NORMALISED:
         return 100.0
     try:

@@ -1,4 +1,4 @@
-"""Tables and sentences on stdout, no wider than the line."""
+"""Prints tables and sentences on stdout, no wider than the line."""
 
 import os
 import re
@@ -16,7 +16,7 @@ WITHOUT_TERMINAL = 100  # characters of a line
 
 
 def line_columns() -> int:
-    """The width of the terminal in characters. Without a terminal that of COLUMNS, else 100."""
+    """Return the width of the terminal in characters; without a terminal that of COLUMNS, else 100."""
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns or WITHOUT_TERMINAL
     except (OSError, ValueError, AttributeError):  # not a terminal, or no file at all
@@ -27,11 +27,11 @@ def line_columns() -> int:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", text: Collection[int] = (), keys: int = 1
 ) -> None:
-    """Print a table to stdout that fits the line. A head may have line breaks.
+    """Print a table to stdout that fits the line. A head may contain line breaks.
 
-    text: the columns of words besides the first, which is always one. They are aligned to the left and folded where the
+    text: the columns of words besides the first, which is always one. They are aligned to the left and folded if the
     line is short; the others are aligned to the right and never folded: half a number is a wrong number. Columns that
-    do not fit all the same go to a further table, which begins with the first `keys` columns again.
+    still do not fit go to a further table, which begins with the first `keys` columns again.
     """
     from rich.text import Text
 
@@ -61,7 +61,7 @@ def say(text: str) -> None:
 
 
 def _layouts(widest: Sequence[int], words: Collection[int], keys: int, room: int) -> list[dict[int, int]]:
-    """The tables that hold all columns: column -> its width."""
+    """Distribute the columns over tables that fit; each maps a column to its width."""
     least = [min(width, LEAST_FOLDED) if place in words else width for place, width in enumerate(widest)]
     parts = [list(range(keys))]
     for place in range(keys, len(widest)):
@@ -83,7 +83,7 @@ def _layouts(widest: Sequence[int], words: Collection[int], keys: int, room: int
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Lines of at most so many characters, broken at spaces, else after punctuation, else anywhere."""
+    """Break text into lines of at most `width` characters, at spaces, else after punctuation, else anywhere."""
     if cell_len(text) <= width:
         return [text]
     lines = [""]
@@ -99,7 +99,7 @@ def _folded(text: str, width: int) -> list[str]:
 
 
 def _lines(cells: Mapping[int, list[str]], widths: Mapping[int, int], words: Collection[int]) -> list[str]:
-    """One row: column -> the lines of its cell, side by side."""
+    """Return the lines of one row, whose cells are given as lines by column, side by side."""
     found = []
     for number in range(max(map(len, cells.values()))):
         line = " " * INDENT

@@ -1,17 +1,17 @@
-"""Numbers and names as text."""
+"""Formats numbers and names as text."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def merges_words(allocation: Mapping[str, Any], before: str) -> str:
-    """The number of merges of the order in an allocation, after `before`; empty if it has none, as for `auto`."""
+    """Say how many merges of the order an allocation made, after `before`; empty if it has none, as for `auto`."""
     merges, undone = allocation["merges"], allocation["undone"]
     return f"{before}{merges} merges ({undone} undone)" if merges or undone else ""
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for people, `1.3 GB`, in powers of ten like disks and the Hub."""
+    """Format bytes for people, `1.3 GB`, in powers of ten like disks and the Hub."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -20,7 +20,7 @@ def human_bytes(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with control and direction marks and line breaks spelled out, as in `\\x1b`.
+    """Return text on one line, with control and direction marks and line breaks spelled out, as in `\\x1b`.
 
     Names come from strangers: a terminal must not obey an escape sequence in one.
     """
@@ -28,12 +28,12 @@ def printable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Like `printable`, but keeps line breaks and tabs."""
+    """Do the same as `printable`, but keep line breaks and tabs."""
     return text if text.isprintable() else "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def tail(name: str, characters: int) -> str:
-    """The end of a dotted name, if possible from a dot on: `…layers.3.mlp`."""
+    """Return the end of a dotted name, if possible from a dot on: `…layers.3.mlp`."""
     if len(name) <= characters:
         return name
     end = name[-(characters - 1) :]

@@ -1,4 +1,4 @@
-"""What `plan` and `inspect` show of vocabularies that differ between base and tasks."""
+"""Shows vocabularies that differ between base and tasks, for `plan` and `inspect`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ SHOWN_RUNS = 8
 
 
 def vocabularies(plan: Plan) -> list[dict[str, Any]]:
-    """Tensors, the number of common rows, and per task its further rows and how rows were compared."""
+    """Return tensors, the number of common rows, and per task its further rows and how rows were compared."""
     return [
         {
             "tensors": list(vocabulary.tensors),
@@ -32,7 +32,7 @@ def vocabularies(plan: Plan) -> list[dict[str, Any]]:
 
 
 def vocabulary_warnings(plan: Plan) -> list[str]:
-    """Warnings about rows that were compared by position although a tokenizer could have identified them."""
+    """Warn about rows that were compared by position although a tokenizer could have identified them."""
     found: dict[str, list[str]] = {}
     for vocabulary in plan.vocabularies:
         for task, rows in zip(plan.tasks, vocabulary.tasks):
