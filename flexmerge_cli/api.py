@@ -54,7 +54,7 @@ class OpenBundle:
         return self._bundle.manifest
 
     def view(self, task: str, *, copy: bool = False, device: str = "cpu") -> "View":
-        """A read-only mapping from a task's tensor names to tensors.
+        """Return a read-only mapping from a task's tensor names to tensors.
 
         Tensors of a dense group are mapped from the file, and tasks of one group share the storage: they see each
         other's writes, which never reach the file. copy=True returns private copies. device: `cuda` or `cuda:n`, where
@@ -91,12 +91,12 @@ class OpenBundle:
         weights: Literal["dense", "packed"] = "dense",
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     ) -> "Runtime":
-        """Serve several tasks from one process: what the bundle stores once lies in memory once.
+        """Return a runtime that serves several tasks from one process: what the bundle stores once is in memory once.
 
         tasks: those to begin with, by default all; each is loaded when it is first used. device: `cpu`, where dense
         weights are the mapped file, `cuda` or `cuda:n`. weights: `packed` keeps those of layers as they are stored, in
-        few bits, and computes with them tile by tile. dtype: of weights and arithmetic, by default the task's own.
-        Raises SourceError for an unknown task, UsageError for a device that does not exist.
+        few bits, and computes with them tile by tile. dtype: that of weights and arithmetic, by default the task's own.
+        Raises SourceError for an unknown task, and UsageError for a device that does not exist.
         """
         from flexmerge_cli.serving.runtime import Runtime
 
@@ -124,7 +124,7 @@ def make_plan(
 ) -> Plan:
     """Read every weight once and make a plan, which holds all that a later merge needs; with `output`, save it there.
 
-    An output replaces a plan, and no other file; it lies in no source and in no bundle.
+    An output replaces only a plan, and must not lie in a source or a bundle.
     base, tasks: paths, `hf://org/name[@revision][:folder]`, or URLs. statistics: `gram` skips those that `auto` needs.
     offline: use only what the Hub's cache holds. stream: read weights over the network, and store none of them.
     variant: the preferred variant of the weights, e.g. `fp16`. adapters: `keep`, `merge` or `pool` tasks that are PEFT

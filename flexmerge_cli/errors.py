@@ -1,4 +1,4 @@
-"""The errors that users see: what is wrong, where, both sides, and what to do next.
+"""Defines the errors that users see: what is wrong, where, both sides, and what to do next.
 
 The library raises them; only `cli/` prints them and exits. Each class carries its exit code.
 """
@@ -15,12 +15,12 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def without_secrets(text: str) -> str:
-    """The text with every address reduced to scheme, host and path: without user, password and query."""
+    """Return the text with every address reduced to scheme, host and path: without user, password and query."""
     return QUERY.sub(r"\1", USER.sub(r"\1", text)) if ":/" in text else text
 
 
 def without_colours(text: str) -> str:
-    """The text without the escape sequences by which libraries such as torch colour their messages."""
+    """Return the text without the escape sequences by which libraries such as torch colour their messages."""
     return COLOURS.sub("", text)
 
 

@@ -1,7 +1,7 @@
-"""JSON that comes from outside, parsed: depth, and lists and objects for its size, are bounded.
+"""Parses JSON that comes from outside, with bounds on its depth, and on lists and objects relative to its size.
 
-Python's values take more memory than their text, a list of 3 bytes 64 times as much. What is denser in lists than any
-file that is written for a purpose is refused by counting brackets, before anything is made of it.
+Python's values take more memory than their text; a list of 3 bytes takes 64 times as much. Text that is denser in lists
+than any file written for a purpose is refused by counting brackets, before it is parsed.
 """
 
 import json
@@ -13,9 +13,9 @@ Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def parse_json(data: bytes, *, bytes_per_list: int = 5, on_object: Pairs | None = None, is_ours: bool = False) -> Any:
-    """bytes_per_list: the fewest that a list or object takes on average, with what separates it from the next.
+    """Parse JSON. bytes_per_list: the fewest bytes that a list or object takes on average, with its separator.
 
-    is_ours: a plan or manifest, whose integers have 64 bits, and whose numbers are finite. Raises ValueError.
+    is_ours: a plan or manifest, whose integers have 64 bits and whose numbers are finite. Raises ValueError.
     """
     num_lists = data.count(b"[") + data.count(b"{")
     if num_lists > FREE_LISTS + len(data) // bytes_per_list:

@@ -1,7 +1,8 @@
-"""Provides torch to modules that also declare and price, and that are read where nothing is computed.
+"""Provides torch to modules that also declare and price, and that are imported even if nothing is computed.
 
-`from flexmerge_cli.later import Tensor, torch` imports nothing: torch is imported when something of it is first used.
-So a method's arguments stand in one file with its arithmetic, and `methods`, dry runs and errors still start at once.
+`from flexmerge_cli.later import Tensor, torch` imports nothing: torch is imported when one of its attributes is first
+used. So a method's arguments can stand in one file with its arithmetic, and `methods`, dry runs and errors still start
+at once.
 """
 
 import importlib
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """torch, imported with the first attribute that is asked for."""
+        """Imports torch with the first attribute that is used."""
 
         def __getattr__(self, name: str) -> Any:
             value = getattr(importlib.import_module("torch"), name)
-            setattr(self, name, value)  # the next time nothing is looked up here
+            setattr(self, name, value)  # so that the next use does not come here
             return value
 
     torch = _Torch()

@@ -1,4 +1,4 @@
-"""`merge`: a plan, a method and a size in, a bundle out."""
+"""Does what `merge` does: turns a plan, a method and a size into a bundle."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,11 +38,11 @@ def merge(
     scores: Scores | None = None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[BundleLayout, Measured]:
-    """Write the bundle. plan_folder: what the plan's relative sources are relative to.
+    """Write the bundle. plan_folder: the folder that the plan's relative sources are relative to.
 
-    relocate: prefix of a source as the plan has it -> what stands there now. access: how sources are fetched.
-    examine: is given the folder of the finished bundle, and raises for what must not be published; it may return the
-    bundle's scores. card: whether the bundle gets a README.md. scores: what that tells of tasks, in place of examine's.
+    relocate: prefix of a source in the plan -> what stands there now. access: how sources are downloaded. examine: gets
+    the folder of the finished bundle, and raises if it must not be published; it may return the bundle's scores. card:
+    whether the bundle gets a README.md. scores: the scores that the card shows, in place of examine's.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
@@ -60,7 +60,7 @@ def merge(
     chunk = merge_chunk(layout, threads, memory, sources.located)
     check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
-    # This is a pass over all; less is read of equal tensors, and of a base that nothing merges with.
+    # This is one pass over everything; less is read of equal tensors, and of a base with which nothing merges.
     read = (sources.located.base, *sources.located.tasks)
     stage, done, total = "", 0, sum(tensor.num_bytes for found in read for tensor in found.values())
 

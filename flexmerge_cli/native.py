@@ -1,10 +1,10 @@
-"""Loops in C that go through memory once (native.c, decode.c), called without the interpreter's lock.
+"""Calls loops in C that go through memory once (native.c, decode.c), without the interpreter's lock.
 
-`lib` and `decoding` are None without them. The same bits as of the plain ways come out, but for products and errors of
-rows, which add up in another order.
+`lib` and `decoding` are None without them. They give the same bits as the plain Python code, except for products and
+errors of rows, which are summed in another order.
 
-They are built where there is a compiler, and everything works without: their callers hold the plain way, too, and a
-test holds both against each other. Arguments are addresses of contiguous memory on the CPU, which the caller keeps.
+They are built if there is a compiler, and everything works without: their callers also contain the plain code, and a
+test compares both. Arguments are addresses of contiguous memory on the CPU, which the caller keeps.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ class Codes(ctypes.Structure):
 
 
 class Rows(ctypes.Structure):
-    """Mirrors the struct in decode.c: rows of n elements, each the sum of what there is of these."""
+    """Mirrors the struct in decode.c: rows of n elements, each the sum of those of these parts that are present."""
 
     _fields_ = [
         ("n", _COUNT), ("dense", _POINTER), ("unified", _POINTER), ("dense_type", _COUNT), ("unified_type", _COUNT),
@@ -51,7 +51,8 @@ class Rows(ctypes.Structure):
 
 
 def _load(name: str, version: int, functions: Mapping[str, tuple[object, ...]]) -> ctypes.CDLL | None:
-    """version: of the arguments, as in the source: what an earlier one has built is left alone."""
+    """Load a library. version: that of the arguments, as in the source; what an earlier version has built is
+    ignored."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"{name}{suffix}")
         if path.is_file():
@@ -62,7 +63,7 @@ def _load(name: str, version: int, functions: Mapping[str, tuple[object, ...]]) 
                 for function_name, arguments in functions.items():
                     function = getattr(found, function_name)
                     function.argtypes, function.restype = arguments, None
-            except (OSError, AttributeError):  # built for another machine, or of another version
+            except (OSError, AttributeError):  # built for another machine, or another version
                 continue
             return found
     return None
@@ -72,8 +73,8 @@ def address(held: ctypes.Structure) -> int:
     return ctypes.addressof(held)
 
 
-MOST_TASKS = 32  # of flexmerge_products
-TYPES = {"F32": 1, "BF16": 2}  # of decode.c
+MOST_TASKS = 32  # the limit of flexmerge_products
+TYPES = {"F32": 1, "BF16": 2}  # as in decode.c
 
 lib = _load("_native", 2, _ARGUMENTS)
 decoding = _load("_decode", 1, _DECODE_ARGUMENTS)

@@ -1,7 +1,8 @@
-"""Random numbers as a pure function of a key and a counter: no state, no global seed, no torch.
+"""Draws random numbers as a pure function of a key and a counter: no state, no global seed, no torch.
 
-The same numbers on every machine, for every chunk size and thread count, and whatever else is drawn (splitmix64).
-A key is made of a tag, the user's seed and names: `key64("flexmerge/drop/1", seed, task, tensor)`. Not for secrets.
+The numbers are the same on every machine, for every chunk size and thread count, and whatever else is drawn
+(splitmix64). A key is made of a tag, the user's seed and names: `key64("flexmerge/drop/1", seed, task, tensor)`. Not
+for secrets.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ MASK = (1 << 64) - 1
 
 
 def key64(tag: str, seed: int, *names: str) -> int:
-    """The key of a stream: the first 8 bytes, little-endian, of SHA-256 of tag, decimal seed and names joined by NUL.
+    """Return the key of a stream: the first 8 bytes, little-endian, of SHA-256 of tag, decimal seed and names joined by
+    NUL.
 
     Raises ValueError if seed is negative.
     """
@@ -25,7 +27,7 @@ def key64(tag: str, seed: int, *names: str) -> int:
 
 
 def mix64(key: int, index: int) -> int:
-    """Output `index` (from 0) of the splitmix64 generator started at key, in [0, 2^64)."""
+    """Return output `index` (from 0) of the splitmix64 generator started at key, in [0, 2^64)."""
     z = (key + (index + 1) * STEP) & MASK
     z = ((z ^ (z >> 30)) * MULTIPLIER_1) & MASK
     z = ((z ^ (z >> 27)) * MULTIPLIER_2) & MASK
@@ -33,16 +35,16 @@ def mix64(key: int, index: int) -> int:
 
 
 def uniform(key: int, start: int, count: int) -> np.ndarray:
-    """Numbers start … start + count - 1 of the key's stream: [count] float64, multiples of 2^-53 in [0, 1).
+    """Return the numbers start … start + count - 1 of the key's stream: [count] float64, multiples of 2^-53 in [0, 1).
 
-    Number i is the same whichever start it is reached from, so chunks may be drawn in any order.
+    Number i does not depend on start, so chunks may be drawn in any order.
     """
     return uniform_at(key, np.arange(count, dtype=np.uint64) + np.uint64(start & MASK))
 
 
 def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
-    """The numbers at these places of the key's stream. indices: uint64 of any shape."""
-    z = indices + np.uint64(1)  # arrays of uint64 wrap in silence, as is wanted; scalars would warn
+    """Return the numbers at these places of the key's stream. indices: uint64 of any shape."""
+    z = indices + np.uint64(1)  # arrays of uint64 wrap silently, as intended; scalars would warn
     z *= np.uint64(STEP)
     z += np.uint64(key)
     z ^= z >> np.uint64(30)
@@ -55,32 +57,32 @@ def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
 
 
 def tie_numbers(tensor: str, indices: np.ndarray) -> np.ndarray:
-    """Return what decides between elements of equal magnitude, the smaller first: float64 in [0, 1), of the same shape.
+    """Return numbers that order elements of equal magnitude, the smaller first: float64 in [0, 1), of the same shape.
 
-    tensor: its name, or nothing where a single one is ranked and its name is not known. indices: uint64, in C order.
+    tensor: its name, or empty if a single one is ranked and its name is unknown. indices: uint64, in C order.
     """
     return uniform_at(key64("flexmerge/tie/1", 0, tensor), indices)
 
 
 class Stream:
-    """Scalar draws, one output of the key's stream each, counted from 0."""
+    """Scalar draws, each of which takes one output of the key's stream, counted from 0."""
 
     def __init__(self, key: int) -> None:
         self._key = key
         self._num_drawn = 0
 
     def uniform(self) -> float:
-        """A float64 in [0, 1)."""
+        """Return a float64 in [0, 1)."""
         return self._draw() * 2.0**-53
 
     def below(self, n: int) -> int:
-        """An integer in [0, n). Raises ValueError if n < 1."""
+        """Return an integer in [0, n). Raises ValueError if n < 1."""
         if n < 1:
             raise ValueError(f"no integer is in [0, {n})")
         return (self._draw() * n) >> 53
 
     def _draw(self) -> int:
-        """53 bits."""
+        """Return the next 53 bits."""
         bits = mix64(self._key, self._num_drawn) >> 11
         self._num_drawn += 1
         return bits

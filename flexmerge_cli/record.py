@@ -1,7 +1,7 @@
-"""What the records of plan.json and manifest.json have in common: they are frozen, and refuse what they do not know.
+"""Defines what the records of plan.json and manifest.json have in common: they are frozen and refuse unknown keys.
 
-A file may come from a stranger. The first error ends its reading: pydantic collects an error of some 800 bytes for each
-item of a list or map otherwise, and two bytes of file are enough for one.
+A file may come from a stranger, so the first error ends its reading. Otherwise pydantic would collect an error of some
+800 bytes for each item of a list or map, which two bytes of the file can cause.
 """
 
 import math
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 class Unsound(Exception):
-    """The first error within a map; not a ValueError, so that pydantic does not go on."""
+    """The first error within a map; not a ValueError, so that pydantic stops."""
 
 
 def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -37,14 +37,15 @@ def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
 
 
 def first_error(error: ValidationError) -> str:
-    """Return where its first error is, and what is wrong there."""
+    """Return where the first error is, and what is wrong there."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(step)[:100] for step in first["loc"][:20])
     return f"{place}: {first['msg'][:500]}" if place else first["msg"][:500]
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A method's argument: what a person can write in one line."""
+    """Return a method's argument if it is something that a person can write in one line. Raises ValueError for any
+    other."""
     match value:
         case None | bool() | int():
             return value

@@ -1,6 +1,6 @@
-"""Files that come from outside, opened: nothing but a regular file, and never more bytes than fit what it is.
+"""Opens files that come from outside: only regular files, and never more bytes than their kind can have.
 
-Opening a FIFO waits for a writer that never comes, and a device such as /dev/zero has no end. They are refused at once.
+Opening a FIFO waits for a writer that never comes, and a device such as /dev/zero has no end. Both are refused at once.
 """
 
 import os
@@ -19,7 +19,7 @@ KINDS = {
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading, without ever waiting.
 
-    Raises SourceError if it is missing, DataError if it is anything but a file, MachineError if it cannot be read.
+    Raises SourceError if it is missing, DataError if it is anything but a file, and MachineError if it cannot be read.
     """
     try:
         return os.fdopen(open_descriptor(path), "rb")
@@ -43,7 +43,7 @@ def open_descriptor(path: Path) -> int:
 
 
 def check_kind(path: Path) -> None:
-    """Raises DataError if there is something at the path that is neither a file nor a folder."""
+    """Raise DataError if there is something at the path that is neither a file nor a folder."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except (OSError, ValueError):
@@ -53,9 +53,9 @@ def check_kind(path: Path) -> None:
 
 
 def read_file(path: Path, max_bytes: int, what: str) -> bytes:
-    """All bytes of a regular file. Raises as `open_file`, and DataError if it has more than max_bytes.
+    """Read all bytes of a regular file. Raises like `open_file`, and DataError if it has more than max_bytes.
 
-    what: what it is taken for, with its article, e.g. `a plan`.
+    what: the kind of file that is expected, with its article, e.g. `a plan`.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size

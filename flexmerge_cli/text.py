@@ -1,6 +1,6 @@
 """Checks that texts can be written to every file and path: Unicode, without NUL and without lone surrogates.
 
-JSON, YAML and pickles can all tell of others, and so can names on a disk; they are refused where they come in.
+JSON, YAML and pickles can all contain others, and so can names on a disk; they are refused where they come in.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ def is_text(text: str) -> bool:
 
 
 def holds_text(value: Any) -> bool:
-    """Say whether all texts of a JSON value are valid, keys too. A parser of bounded depth has made it."""
+    """Return whether all texts of a JSON value are valid, including keys. The parser must have bounded its depth."""
     if isinstance(value, str):
         return is_text(value)
     if isinstance(value, dict):
@@ -26,13 +26,13 @@ def holds_text(value: Any) -> bool:
 
 
 def json_holds_text(data: bytes, value: Any) -> bool:
-    """Return whether the texts of `value`, parsed from `data`, are. Plain ASCII without escapes needs no walk through
-    it."""
+    """Return whether the texts of `value`, parsed from `data`, are valid. Plain ASCII without escapes needs no walk
+    through it."""
     return (data.isascii() and b"\\u" not in data and b"\0" not in data) or holds_text(value)
 
 
 def expanded(path: str | Path) -> Path:
-    """`~` and `~user` are home folders; where there is no such user, or no home at all, a name like any other."""
+    """Expand `~` and `~user` to home folders; if there is no such user, or no home at all, the path stays as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

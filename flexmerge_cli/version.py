@@ -1,4 +1,4 @@
-"""The one place that knows the version; read by the package metadata and by every file that flexmerge writes."""
+"""Holds the version, which the package metadata and every file that flexmerge writes read from here."""
 
 VERSION = "0.1.0"
 GENERATOR = f"flexmerge {VERSION}"

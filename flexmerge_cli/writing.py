@@ -1,8 +1,8 @@
-"""The one way in which files are written: beside their place, forced to disk, then renamed.
+"""Writes all files in one way: beside their place, forced to disk, then renamed.
 
 A place thus holds the old file or the whole new one, whatever happens. The file beside it is called
-`.{name}.{16 hex digits}.partial`; its writer holds a lock on it, so the next writer to the same place recognises what a
-killed one left and removes it. Folders are published by bundle/publish.py, with the helpers below.
+`.{name}.{16 hex digits}.partial`; its writer holds a lock on it, so that the next writer to the same place recognises
+what a killed one left and removes it. bundle/publish.py publishes folders, with the helpers below.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from flexmerge_cli.errors import MachineError, UsageError, hint_of, machine_fail
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-# Another file system, one without links, a file that has as many as it may, or whose owner is another.
+# Another file system, one without links, a file with the most links allowed, or one of another owner.
 NO_LINK = (*NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTTY)
-# What file systems answer that cannot force a folder to disk: CIFS, 9p, several of FUSE.
+# The errors of file systems that cannot force a folder to disk: CIFS, 9p, several of FUSE.
 NO_FOLDER_SYNC = (*NOT_SUPPORTED, errno.EBADF, errno.EPERM, errno.EACCES, errno.EISDIR)
 
 
@@ -51,9 +51,9 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def check_file(path: Path, *, force: bool, replaceable: Callable[[Path], bool], what: str) -> None:
-    """Refuse before any work: the place has to be free, or with `force` hold `what`, and a file can be made there.
+    """Check, before any work, that the place is free or with `force` holds `what`, and that a file can be made there.
 
-    replaceable: whether a file is such a one; an empty file always is. Raises UsageError, MachineError.
+    replaceable: returns whether a file is such a one; an empty file always is. Raises UsageError, MachineError.
     """
     parent = path.absolute().parent
     if os.path.lexists(path):
@@ -84,12 +84,12 @@ def check_parent(path: Path) -> None:
 
 
 def folder_above(path: Path) -> Path:
-    """The nearest folder above an output that is there; the ones between are made when it is written."""
+    """Return the nearest existing folder above an output; the ones between are made when it is written."""
     return next(folder for folder in path.absolute().parents if os.path.lexists(folder))
 
 
 def has_start(path: Path, start: bytes) -> bool:
-    """Return whether a file begins with these bytes, upper and lower case being equal."""
+    """Return whether a file begins with these bytes, ignoring case."""
     try:
         with path.open("rb") as file:
             return file.read(len(start)).lower() == start.lower()
@@ -98,7 +98,7 @@ def has_start(path: Path, start: bytes) -> bool:
 
 
 def sync(descriptor: int) -> None:
-    """Force a file to disk, where its file system can do that. Raises OSError if the disk fails."""
+    """Force a file to disk if its file system can do that. Raises OSError if the disk fails."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -107,7 +107,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the entries of one folder to disk, where its file system can do that. Raises OSError if the disk fails."""
+    """Force the entries of one folder to disk if its file system can do that. Raises OSError if the disk fails."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -139,7 +139,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def cannot_write(error: OSError, path: Path, needed_bytes: int = 0) -> MachineError:
-    """Return what is said of a write that failed. needed_bytes: of the whole output, for a full disk."""
+    """Return the error for a write that failed. needed_bytes: those of the whole output, for a full disk."""
     if error.errno in NO_SPACE:
         return no_space(path, needed_bytes)
     lacks = machine_failure(error)
@@ -154,7 +154,7 @@ def no_space(path: Path, needed_bytes: int) -> MachineError:
 
 
 def in_place(path: Path, problem: str) -> MachineError:
-    """Return what is said if something failed after the new file or folder took its place."""
+    """Return the error for a failure after the new file or folder took its place."""
     return MachineError(f"the new {path} is complete and in its place, but {problem}", hint="check the disk")
 
 
@@ -162,7 +162,8 @@ def in_place(path: Path, problem: str) -> MachineError:
 def undisturbed() -> Iterator[None]:
     """Hold back the signals that end a program until the block is done, so that a clean-up is never half done.
 
-    Only Python's main thread handles signals; elsewhere, and for a signal that is not Python's, this does nothing.
+    Only Python's main thread handles signals; in other threads, and for a signal that Python does not handle, this does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -187,7 +188,8 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[tuple[Path, int]]:
-    """A new, empty file beside `path`, and its descriptor; whatever has its name afterwards is removed."""
+    """Make a new, empty file beside `path`, and give it and its descriptor; whatever has its name afterwards is
+    removed."""
     path = path.absolute()
     _remove_stale(path)
     partial, descriptor = _made_beside(path)
@@ -205,7 +207,7 @@ def _made_beside(path: Path) -> tuple[Path, int]:
     while True:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        with contextlib.suppress(OSError):  # where there are no locks, what a killed writer left stays
+        with contextlib.suppress(OSError):  # without locks, what a killed writer left stays
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another writer may have taken it for a dead one's before it was locked.
         with contextlib.suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
-"""YAML written by hand, checked against a schema: errors with file, line, key and the nearest valid name.
+"""Reads YAML written by hand and checks it against a schema: errors name file, line, key and the nearest valid name.
 
 Files may come from strangers: size and depth are bounded, aliases are refused (they expand without bound), and only
-plain scalars, lists and maps are built. One pass, in time proportional to the size: PyYAML itself takes quadratic time
-over brackets in brackets, and over numbers of many digits.
+plain scalars, lists and maps are built. It takes one pass, in time proportional to the size: PyYAML itself takes
+quadratic time over nested brackets, and over numbers of many digits.
 """
 
 import difflib
@@ -22,9 +22,9 @@ from flexmerge_cli.text import holds_text
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
-MAX_DIGITS = 4300  # as Python itself has it for decimal numbers
+MAX_DIGITS = 4300  # Python's own limit for decimal numbers
 MAX_KEY_DIGITS = 15
-MAX_TOLD = 100  # characters of a file's text in a message
+MAX_TOLD = 100  # the most characters of a file's text in a message
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = tuple[Any, ...]
@@ -37,20 +37,20 @@ class Document:
     path: Path
     value: Any
     lines: Mapping[Place, int]
-    """Keys and indices from the top -> line, from 1."""
+    """The line, from 1, of each place, which is a tuple of keys and indices from the top."""
 
     def line(self, place: Place) -> int:
-        """The line of the key, or of the mapping that would contain it."""
+        """Return the line of the key, or of the mapping that would contain it."""
         return next((self.lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in self.lines), 1)
 
     def error(self, place: Place, message: str, *, hint: str, line_of: Place | None = None) -> UsageError:
-        """The error for a problem at a key. line_of: the key whose line to report instead."""
+        """Return the error for a problem at a key. line_of: the key whose line to report instead."""
         key = ".".join(map(str, place)) or "the file"
         line = self.line(place if line_of is None else line_of)
         return UsageError(f"{self.path}, line {line}: {key}: {message}", hint=hint)
 
     def check(self, schema: type[Schema], place: Place = ()) -> Schema:
-        """Return what stands at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""
+        """Return the value at `place` as a `schema`. Raises UsageError with line, key and the nearest valid name."""
         value = self.value
         for step in place:
             value = value[step]
@@ -61,7 +61,7 @@ class Document:
 
 
 def read_document(path: Path, what: str) -> Document:
-    """Its plain values, bounded in size and depth, not yet checked. Raises SourceError, UsageError."""
+    """Read a file's plain values, bounded in size and depth but not yet checked. Raises SourceError, UsageError."""
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:  # a path that no file can have
@@ -107,7 +107,7 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        # Base 60, `1:30:00`, takes quadratic time: Python's own limit does not hold for it.
+        # Base 60, `1:30:00`, takes quadratic time, and Python's own limit does not apply to it.
         if len(node.value) > MAX_DIGITS:
             raise ConstructorError(None, None, f"a number of {len(node.value):,} digits", node.start_mark)
         return super().construct_yaml_int(node)
@@ -119,7 +119,7 @@ BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_y
 def load_bounded(
     text: str, kind: type[BoundedLoader] = BoundedLoader, on_node: Callable[[yaml.Node | None], object] | None = None
 ) -> Any:
-    """The plain value of a YAML text. on_node: is shown the tree first. Raises yaml.YAMLError for all that is wrong."""
+    """Return the plain value of a YAML text. on_node: gets the tree first. Raises yaml.YAMLError for any error."""
     if len(text) > MAX_BYTES:
         raise yaml.YAMLError(f"a text of {len(text):,} characters")
     try:
@@ -132,12 +132,12 @@ def load_bounded(
         finally:
             loader.dispose()
     except (RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        # As PyYAML has it where a value is not of the type that its tag says: `!!bool maybe`, `!!timestamp soon`.
+        # What PyYAML raises if a value is not of the type of its tag: `!!bool maybe`, `!!timestamp soon`.
         raise yaml.YAMLError(str(error)[:MAX_TOLD]) from None
 
 
 def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None:
-    """Line of every key and item."""
+    """Record the line of every key and item."""
     if node is None:
         return
     lines.setdefault(place, node.start_mark.line + 1)
@@ -147,9 +147,9 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
             line = key.start_mark.line + 1
             # Huge integers can be made to collide in a dict, which then takes quadratic time.
             if not isinstance(key, yaml.ScalarNode) or (key.tag.endswith(":int") and len(key.value) > MAX_KEY_DIGITS):
-                raise UsageError(f"{path}, line {line}: a key that is no word", hint="mend the YAML")
+                raise UsageError(f"{path}, line {line}: a key that is not a word", hint="correct the YAML")
             if key.value in seen:
-                raise UsageError(f"{path}, line {line}: `{key.value[:MAX_TOLD]}` stands twice", hint="remove one")
+                raise UsageError(f"{path}, line {line}: `{key.value[:MAX_TOLD]}` occurs twice", hint="remove one")
             seen.add(key.value)
             lines[(*place, key.value)] = line
             _lines(path, value, (*place, key.value), lines)
@@ -159,7 +159,7 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
 
 
 def _explained(document: Document, error: ValidationError, schema: type[BaseModel], inside: Place) -> UsageError:
-    # The deepest error is the most precise one where a value could be of two types.
+    # If a value can be of two types, the deepest error is the most precise one.
     first = max(error.errors(), key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     place = (*inside, *first["loc"])
     where = f"{document.path}, line {document.line(place)}"
@@ -172,7 +172,7 @@ def _explained(document: Document, error: ValidationError, schema: type[BaseMode
     return UsageError(f"{where}: {key[:MAX_TOLD]}: {_problem(first)}", hint="docs/formats.md describes every key")
 
 
-# What pydantic calls a problem, and what we say of it.
+# pydantic's name of a problem -> our words for it.
 PROBLEMS = {
     "missing": "is missing",
     "too_short": "is empty",
@@ -199,7 +199,7 @@ PROBLEMS = {
 
 
 def _problem(error: Mapping[str, Any]) -> str:
-    """One problem in our own words, with the value that was found."""
+    """Describe one problem in our own words, with the value that was found."""
     message = str(error["msg"])[:500].removeprefix("Value error, ")
     if error["type"] in PROBLEMS:
         message = PROBLEMS[error["type"]].format(**error.get("ctx", {}))
@@ -218,7 +218,7 @@ def _keys(schema: type[BaseModel], place: Place) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The schema that a field's type holds, in whatever lists, maps and alternatives."""
+    """Return the schema that a field's type holds, inside any lists, maps and alternatives."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = (_model_in(inner) for inner in getattr(annotation, "__args__", ()))

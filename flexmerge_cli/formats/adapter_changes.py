@@ -1,10 +1,11 @@
-"""A kept adapter, as plan and manifest tell of it: where in its weight file the factors of each tensor lie. Pure.
+"""Records a kept adapter in plan and manifest: where in its weight file the factors of each tensor lie. Pure.
 
-changes   {aligned name: {digest, and some of: value; left, right, scale; vector, axis}}; the rest is the base's.
+changes   {aligned name: {digest, and some of: value; left, right, scale; vector, axis}}; other tensors are the base's.
           θ̂ = value, or the base's bits; + scale · left · right, or · vector along the axis; float32, rounded once.
-          left [m, r], right [r, n] of the tensor seen as [first axis, the rest]; vector [1, length of the axis].
-          A sum over r is of float64, term by term, times scale, and rounded: no library's product has the same bits
-places    {offset, dtype, shape, strides}: bytes of the weight file, which is the adapter's own, bit by bit
+          left [m, r], right [r, n] of the tensor viewed as [first axis, the rest]; vector [1, length of the axis].
+          A sum over r is taken in float64, term by term, then multiplied by scale and rounded: no library's matrix
+          product gives the same bits
+places    {offset, dtype, shape, strides}: arrays in the weight file, which is the adapter's own, bit by bit
 """
 
 import math
@@ -29,7 +30,7 @@ class Place(Record):
     dtype: str
     shape: Items[Count] = Field(max_length=8)
     strides: Items[Count] | None = None
-    """Strides in elements; None if row-major."""
+    """The strides in elements; None if row-major."""
 
     @staticmethod
     def of(tensor: StoredTensor) -> "Place":
@@ -40,24 +41,24 @@ class Place(Record):
         return StoredTensor(name="", path=path, **fields)  # type: ignore[arg-type]
 
     def check(self, num_bytes: int) -> None:
-        """Raises ValueError if it is not within a file of so many bytes."""
+        """Raise ValueError unless the array lies within a file of num_bytes."""
         if self.dtype not in ITEM_BYTES or (self.strides is not None and len(self.strides) != len(self.shape)):
-            raise ValueError("a part of an adapter has no sound form")
+            raise ValueError("an array of an adapter has an invalid form")
         elements = math.prod(self.shape)
         reach = elements
         if self.strides is not None and elements:
             reach = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides)) + 1
         if self.offset + max(reach, elements) * ITEM_BYTES[self.dtype] > num_bytes:
-            raise ValueError("a part of an adapter lies outside its file")
+            raise ValueError("an array of an adapter lies outside its file")
 
 
 class ChangeRecord(Record):
     """What an adapter makes of one tensor."""
 
     digest: Digest
-    """Digest of the result."""
+    """The digest of the result."""
     value: Place | None = None
-    """The whole tensor, where the adapter holds it."""
+    """The whole tensor, if the adapter holds it."""
     left: Place | None = None
     right: Place | None = None
     scale: float | None = None
@@ -66,7 +67,7 @@ class ChangeRecord(Record):
 
     @staticmethod
     def of(tensor: StoredTensor, weights: Path, digest: str) -> "ChangeRecord":
-        """weights: the adapter's file; a tensor that lies there is whole."""
+        """Record a tensor's change. weights: the adapter's file; a tensor that lies in it is whole."""
         value = Place.of(tensor) if tensor.path == weights else None
         match tensor.change:
             case LowRank(left=left, right=right, scale=scale):
@@ -77,7 +78,7 @@ class ChangeRecord(Record):
         return ChangeRecord(digest=digest, value=value)
 
     def tensor(self, base: StoredTensor | None, weights: Path) -> StoredTensor:
-        """Return what is read for it. base: where the base's bits lie, if they are needed."""
+        """Return the tensor that is read. base: where the base's bits lie, if they are needed."""
         change: Change | None = None
         if self.left is not None and self.right is not None:
             change = LowRank(
@@ -90,7 +91,7 @@ class ChangeRecord(Record):
         return replace(source, change=change)
 
     def check(self, dtype: str, shape: tuple[int, ...], num_bytes: int) -> None:
-        """Raises ValueError if it does not make a tensor of this form from a file of so many bytes."""
+        """Raise ValueError unless it makes a tensor of this dtype and shape from a file of num_bytes."""
         places = [place for place in (self.value, self.left, self.right, self.vector) if place is not None]
         for place in places:
             place.check(num_bytes)
@@ -98,9 +99,9 @@ class ChangeRecord(Record):
         given = [any(item is not None for item in kind) for kind in kinds]
         whole = [all(item is not None for item in kind) for kind in kinds]
         if given != whole or sum(given) > 1 or not (any(given) or self.value is not None):
-            raise ValueError("a change of an adapter is not whole")
+            raise ValueError("a change of an adapter is incomplete")
         if self.value is not None and (self.value.dtype, self.value.shape) != (dtype, shape):
-            raise ValueError("a tensor of an adapter has another form than it is given")
+            raise ValueError("a tensor of an adapter differs from its recorded form")
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
         fits = dtype in FLOATING and rows * columns > 0 if any(given) else True
         if self.left is not None and self.right is not None:
@@ -115,5 +116,5 @@ class ChangeRecord(Record):
             raise ValueError("the factors of an adapter do not fit their tensor")
 
     def dump(self) -> dict[str, Any]:
-        """Return it for JSON, without what is not there."""
+        """Return it for JSON, without absent fields."""
         return self.model_dump(mode="json", exclude_none=True)

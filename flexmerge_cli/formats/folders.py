@@ -1,4 +1,4 @@
-"""Where the files of a bundle lie below its folder. Pure."""
+"""Says where the files of a bundle lie below its folder. Pure."""
 
 from collections.abc import Collection
 
@@ -7,27 +7,29 @@ from flexmerge_cli.checkpoint.libraries import shard_names
 BASE_FOLDER = "base"
 WEIGHTS = "weights/"
 CODED_README = "README.md"
-MAX_NAME_BYTES = 255  # of one folder or file, on every file system in use
+MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
 
 def side_folder(task: str, *, coded: bool) -> str:
-    """coded: the task must be decoded; loaders find no config in the folder of its name."""
+    """Return the folder of a task's side files. coded: the task must be decoded, so the folder of its name has no
+    config that a loader could find."""
     return f"coded/{task}/files" if coded else f"tasks/{task}"
 
 
 def base_files_folder(*, coded: bool) -> str:
-    """The same of the base of kept adapters."""
+    """Return the folder of the side files of the base of kept adapters."""
     return f"{BASE_FOLDER}/files" if coded else BASE_FOLDER
 
 
 def linked_names(folder: str, stem: str | None, route: Collection[str]) -> dict[str, str]:
-    """Path of each link in a folder -> the weight file to which it leads; none without a stem."""
+    """Map the path of each link in a folder to the weight file to which it leads; empty without a stem."""
     names = shard_names(stem, len(route)) if stem is not None else []
     return {f"{folder}/{name}": path for name, path in zip(names, sorted(route))}
 
 
 def stays_inside(path: str) -> bool:
-    """weights/FILE, tasks/NAME/…, coded/NAME/… or base/FILE, of names that every disk can hold."""
+    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/… or base/FILE, with names that every disk can
+    hold."""
     folder, *below = path.split("/")
     return (
         folder in ("weights", "tasks", "coded", BASE_FOLDER)

@@ -1,46 +1,49 @@
-"""manifest.json, `flexmerge.bundle/2`: canonical JSON, sorted keys, UTF-8. Its schema; manifest_bytes.py writes it.
+"""Defines the schema of manifest.json, `flexmerge.bundle/2`, which manifest_bytes.py writes: canonical JSON, sorted
+keys, UTF-8.
 
 id        sha256 of these bytes with its own 64 digits set to 0
 files     {path: {bytes, sha256, tasks}} of every file but this one; a path MUST stay inside the bundle
-tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` is the route and
-          the task's other files: those under tasks/NAME, or, where it must be decoded, coded/NAME/README.md, which says
+tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` lists the route
+          and the task's other files: those under tasks/NAME or, if it must be decoded, coded/NAME/README.md, which says
           so, and those under coded/NAME/files. With a `stem`, tasks/NAME also holds links to the weight files, which
           are in no list: their names follow from the stem and the route. `flexmerge.bundle/1` has neither: all tasks
-          are under tasks/NAME, and those of which nothing must be decoded have an index that points to ../../weights
+          are under tasks/NAME, and tasks that need no decoding have an index that points to ../../weights
 units     which tasks share what, how (kind), and each task's distance there
-tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ), and per
-          task that has it the digest of what a reader gets; `of` is the target of a tied one
-vocabularies, rows   where not all models have the same rows of some tensors: these are entered with the rows that all
-          have; `rows` enters `<tensor>@rows`, what a task has besides. `common` are runs (first row, how many) of the
-          task's own tensor, of `rows` rows, where the common ones stand, in their order; the others are its `@rows`,
-          ascending. A task that is left out has the common rows alone, as they are. `base` says where these stand in
-          the base. Neither key is there without such tensors
-splits    where tensors are split (family/split.py): `tensors` enters their parts, `<tensor>@part0`, …, which a reader
-          joins along `dim`. Not there without such tensors
-A task with `adapter` is an adapter of the base: it is in no group. Its files under tasks/NAME are the adapter's folder,
-bit by bit; `changes` says where in its weight file lies what it makes of a tensor (adapter_changes.py). What they leave
-is the base's own: the plain name on its route, or, where other tasks decode with it, `<tensor>@base`. base/ is the base
-as a checkpoint: its config and tokenizer, and with `base_stem` links to the weight files on the routes of all kept
-adapters. Where parts have other names than the base's tensors, base/README.md says that it is none, and its config and
-tokenizer are under base/files.
+tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ) and, for each
+          task that has it, the digest of what a reader gets; `of` is the target of a tied one
+vocabularies, rows   present if the models do not all have the same rows of some tensors: these are entered with the
+          rows that all have; `rows` enters `<tensor>@rows`, the other rows of each task. `common` are runs (first row,
+          count) of the task's own tensor, which has `rows` rows: the places of the common rows, in their order; its
+          other rows are its `@rows`, ascending. An omitted task has exactly the common rows, in order. `base` gives
+          their places in the base
+splits    present if tensors are split (family/split.py): `tensors` enters their parts, `<tensor>@part0`, …, which a
+          reader joins along `dim`
+A task with `adapter` is an adapter of the base and is in no group. Its files under tasks/NAME are the adapter's folder,
+bit by bit; `changes` says where the data for each changed tensor lie in its weight file (adapter_changes.py). All other
+tensors are the base's own: the plain name on its route or, if other tasks decode with it, `<tensor>@base`. base/ is the
+base as a checkpoint: its config and tokenizer, and with `base_stem` links to the weight files on the routes of all kept
+adapters. If parts have other names than the base's tensors, base/README.md says that base/ is no checkpoint, and its
+config and tokenizer are under base/files.
 request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
-          asks the same of the plan, here called plan.json, which gives the same id, or, where there is a `gate`, the
-          same weights without it. Not there in bundles from before it was recorded
-gate      what the bundle had to keep of the fine-tuned scores to be published: `max_drop`, `max_mean_drop` as they were
-          asked for (each is there or not), sha256 of the spec, the digest of each scored task's examples (null where a
-          harness has them), the tasks that the spec left out by name, and the versions of the libraries that computed
-          the scores. `data` and `not_scored` together are all tasks. It is written before the bundle is scored, and a
-          bundle that does not pass is not published: so a published bundle that has it has passed, on the machine that
-          made it. The scores are not in it. Without a gate the key is not there
-A part's name is the tensor's plain name (in the first reader's own words) if it is dense, else
-`<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says
-how to decode: masked is base + gamma·mask·unified, gamma being `<unit>@gamma.<task>`, or 1 where there is none.
-`bits` of a group are those of each task, where they differ; 0 reads the centre alone, and a task that is stored exactly
-has its plain name and is left out. Such a group codes as `low_bit:scales=bfloat16,clip=search` of its centre, whatever
-`bits` of the method says, every tensor as rows of its first axis once leading axes of 1 are dropped. There tasks with
-equal bits may share one part, `<tensor>@<role>.<first of them>`: the only such part on the route is the task's own.
+          asks the same of the plan, here called plan.json, and gives the same id or, if there is a `gate`, the same
+          weights without it. Bundles from before it was recorded lack it
+gate      present if the bundle had to keep a part of the fine-tuned scores to be published: `max_drop` and
+          `max_mean_drop` as they were asked for (each may be absent), sha256 of the spec, the digest of each scored
+          task's examples (null if a harness has them), the tasks that the spec left out by name, and the versions of
+          the libraries that computed the scores. `data` and `not_scored` together are all tasks. It is written before
+          the bundle is scored, and a bundle that does not pass is not published: so a published bundle that has it has
+          passed, on the machine that made it. The scores are not in it
+A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
+`<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
+to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent.
+`bits` of a group gives the bits of each task, if they differ; 0 reads the centre alone, and a task that is stored
+exactly has its plain name and is omitted. Such a group is coded like `low_bit:scales=bfloat16,clip=search` of its
+centre, whatever `bits` of the method says, with every tensor as rows of its first axis after dropping leading axes of
+1. Tasks with equal bits may share one part there, `<tensor>@<role>.<first of them>`: the only such part on the route is
+the task's own.
 Measured numbers have 12 characters, so that the size is known before the run.
-Written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown keys.
+The manifest is written last, so it is the commit point: a folder without it is no bundle. Readers MUST refuse unknown
+keys.
 """
 
 from collections.abc import Mapping
@@ -78,7 +81,7 @@ NO_SHA256 = "0" * 64
 
 def _known_stem(value: str) -> str:
     if value not in STEMS:
-        raise ValueError("a stem of weight files that no library has")
+        raise ValueError("a stem of weight files that no library uses")
     return value
 
 
@@ -87,7 +90,7 @@ Stem = Annotated[str, AfterValidator(_known_stem)]
 
 def _known_bits(value: int | float) -> int | float:
     if value not in (0, *RUNS, *RESIDUAL_BITS):
-        raise ValueError("a number of bits that no code has")
+        raise ValueError("a number of bits that no code uses")
     return value
 
 
@@ -103,7 +106,7 @@ class FileEntry(Record):
 class AdapterEntry(Record):
     kind: AdapterKind
     weights: str
-    """File name, in tasks/NAME."""
+    """The file's name in tasks/NAME."""
     changes: Named[ChangeRecord]
 
 
@@ -115,13 +118,13 @@ class TaskEntry(Record):
     names: Named[str]
     files: Items[str]
     parts: Parts = Field(default_factory=dict)
-    """Subfolder with weights of its own -> the stem of their files there."""
+    """For each subfolder with weights of its own, the stem of their file names."""
     adapter: AdapterEntry | None = None
     pooled: AdapterKind | None = None
     """The kind of an adapter whose tensors were merged with those of others; it is exported as an adapter."""
     stem: Stem | None = None
-    """Its folder holds links to the weight files of its route, in the order of their paths: one is called
-    `<stem>.safetensors`, several are numbered as shards."""
+    """Present if its folder holds links to the weight files of its route, in the order of their paths: a single one is
+    called `<stem>.safetensors`, several are numbered as shards."""
 
 
 class MethodEntry(Record):
@@ -130,7 +133,7 @@ class MethodEntry(Record):
     steps: Items[str]
     calibrate: str | None
     origin: tuple[str, str] | None = None
-    """For a method that is not flexmerge's own: its file or package, and the sha256 or version of that."""
+    """For a method that is not part of flexmerge: its file or package, and the sha256 or version of that."""
 
 
 class GroupEntry(Record):
@@ -170,7 +173,7 @@ class RowsEntry(Record):
 
     @property
     def has_own(self) -> bool:
-        """Whether some rows are the task's alone."""
+        """Whether the task has rows of its own."""
         return num_rows(self.common) < self.rows
 
 
@@ -216,23 +219,24 @@ class Manifest(Record):
     gate: GateEntry | None = None
     request: Request | None = None
     base_stem: Stem | None = None
-    """The folder of the base of kept adapters holds links to its weight files, called as those of a task."""
+    """Present if the folder of the base of kept adapters holds links to its weight files, named like those of a
+    task."""
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """All that is stored by itself: tensors, and rows of vocabularies."""
+        """Everything that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
     def aligned(self, task: str) -> Mapping[str, str]:
-        """Own name -> aligned name of the tensors of a task's model, in the order of the base's files.
+        """Map own names to aligned names of the tensors of a task's model, in the order of the base's files.
 
-        Of a split tensor those of the whole.
+        A split tensor appears as the whole.
         """
         return self._aligned[task]
 
     @cached_property
     def _aligned(self) -> dict[str, dict[str, str]]:
-        """`aligned` of every task, in one pass over the tensors."""
+        """The result of `aligned` for every task, from one pass over the tensors."""
         wholes = {
             part: (split.tensor, f"@part{place}") for split in self.splits for place, part in enumerate(split.names)
         }
@@ -245,26 +249,27 @@ class Manifest(Record):
         return found
 
     def own_weights(self, task: str) -> str | None:
-        """Path of the weight file that is a kept adapter's own; None for other tasks."""
+        """Return the path of the weight file that is a kept adapter's own; None for other tasks."""
         adapter = self.tasks[task].adapter
         return None if adapter is None else f"tasks/{task}/{adapter.weights}"
 
     def weight_files(self, task: str) -> list[str]:
-        """Paths of the files that hold a task's tensors."""
+        """Return the paths of the files that hold a task's tensors."""
         own = self.own_weights(task)
         return [path for path in self.tasks[task].files if path.startswith(WEIGHTS) or path == own]
 
     def side_folder(self, task: str) -> str:
-        """Where a task's config, tokenizer and other side files lie."""
+        """Return where a task's config, tokenizer and other side files lie."""
         return side_folder(task, coded=f"coded/{task}/{CODED_README}" in self.files)
 
     def lies_in_place(self, task: str) -> bool:
-        """Whether a folder holds the weights of the task's model as its library reads them, or an index to them."""
+        """Return whether a folder holds the weights of the task's model as its library reads them, or an index to
+        them."""
         indices = {f"tasks/{task}/{index_name(stem)}" for stem in STEMS}
         return self.tasks[task].stem is not None or not indices.isdisjoint(self.tasks[task].files)
 
     def links(self, task: str) -> dict[str, str]:
-        """Path of each link in a task's folder -> the weight file to which it leads."""
+        """Map the path of each link in a task's folder to the weight file to which it leads."""
         entry = self.tasks[task]
         return linked_names(f"tasks/{task}", entry.stem, [path for path in entry.files if path.startswith(WEIGHTS)])
 
@@ -275,13 +280,13 @@ class Manifest(Record):
 
     @property
     def base_links(self) -> dict[str, str]:
-        """Path of each link in the folder of the kept adapters' base -> the weight file to which it leads."""
+        """Maps the path of each link in the folder of the kept adapters' base to the weight file to which it leads."""
         route = {path for task in self.kept for path in self.tasks[task].files if path.startswith(WEIGHTS)}
         return linked_names(BASE_FOLDER, self.base_stem, route)
 
     @property
     def base_folder(self) -> str:
-        """Where the base's config and tokenizer lie."""
+        """The folder of the base's config and tokenizer."""
         return base_files_folder(coded=f"{BASE_FOLDER}/{CODED_README}" in self.files)
 
     @property

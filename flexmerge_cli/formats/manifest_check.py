@@ -1,4 +1,4 @@
-"""Whether a manifest is consistent in itself: what the types of its records do not say."""
+"""Checks that a manifest is consistent in itself, beyond the types of its records."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -25,19 +25,20 @@ FIRST = "flexmerge.bundle/1"
 
 
 def check_manifest(manifest: "Manifest") -> None:
-    """What types do not say. A sound id does not make a manifest consistent: it may come from a stranger."""
+    """Raise ValueError unless the manifest is consistent. A sound id does not make it so: it may come from a
+    stranger."""
     tasks = set(manifest.tasks)
     if not tasks or not are_task_names(list(manifest.tasks)):
-        raise ValueError("its tasks have no names, or none that can be a task's")  # they become folders
+        raise ValueError("it has no tasks, or one with an invalid name")  # names become folders
     gate = manifest.gate
     if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
-        raise ValueError("its gate does not speak of every task once")
+        raise ValueError("its gate does not list every task exactly once")
     for path, file in manifest.files.items():
         if not stays_inside(path):
             raise ValueError(f"it points outside the bundle: `{path}`")
         folder, *below = path.split("/")
         if not set(file.tasks) <= tasks:
-            raise ValueError(f"`{path}` is read by a task that is not there")
+            raise ValueError(f"`{path}` is read by an unknown task")
         if folder in ("tasks", "coded") and file.tasks != (below[0],):
             raise ValueError(f"`{path}` is not a file of its task")
     read_by: dict[str, set[str]] = {name: set() for name in tasks}
@@ -45,7 +46,7 @@ def check_manifest(manifest: "Manifest") -> None:
         for name in file.tasks:
             read_by[name].add(path)
     if not manifest.files.keys().isdisjoint(manifest.base_links):
-        raise ValueError("a file is called like a link to the base's weights")
+        raise ValueError("a file has the name of a link to the base's weights")
     for name, task in manifest.tasks.items():
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
@@ -56,14 +57,14 @@ def check_manifest(manifest: "Manifest") -> None:
                 path.startswith((WEIGHTS, f"{BASE_FOLDER}/", f"{folder}/")) or path == f"coded/{name}/{CODED_README}"
             )
             if not is_known or path in links:
-                raise ValueError(f"`{path}` is not a file of task `{name}`, or is called like a link to its weights")
+                raise ValueError(f"`{path}` is not a file of task `{name}`, or has the name of a link to its weights")
         if task.stem is not None and (is_coded or task.adapter is not None):
-            raise ValueError(f"the weights of task `{name}` are linked, and no loader reads them so")
+            raise ValueError(f"the weights of task `{name}` are linked, but no loader can read them")
         if manifest.format == FIRST and (is_coded or task.stem is not None or manifest.base_stem is not None):
-            raise ValueError(f"task `{name}` is not stored as {FIRST} stores it")
+            raise ValueError(f"task `{name}` is stored in a way that {FIRST} does not know")
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     if len(tensors) < len(manifest.stored):
-        raise ValueError("a tensor is there twice")
+        raise ValueError("a tensor occurs twice")
     _check_vocabularies(manifest, tensors)
     check_splits(
         manifest.splits,
@@ -74,13 +75,13 @@ def check_manifest(manifest: "Manifest") -> None:
     for tensor in manifest.stored:
         readers = set(tensor.digests)
         if not readers <= tasks:
-            raise ValueError(f"`{tensor.name}` is of a task that is not there")
+            raise ValueError(f"`{tensor.name}` belongs to an unknown task")
         dtypes = {tensor.dtype_of(task) for task in readers}
         if not dtypes <= set(ITEM_BYTES) or not all(is_shape(tensor.shape_of(task)) for task in readers):
             raise ValueError(f"`{tensor.name}` has an unknown dtype, or too many axes or elements")
         target = tensors.get(tensor.of) if tensor.of is not None else None
         if (tensor.class_ is TensorClass.TIED) != (tensor.of is not None):
-            raise ValueError(f"`{tensor.name}` is tied to nothing, or not tied")
+            raise ValueError(f"`{tensor.name}` is tied without a target, or has a target without being tied")
         if tensor.of is not None and not (
             target is not None
             and target.of is None
@@ -90,7 +91,7 @@ def check_manifest(manifest: "Manifest") -> None:
                 for task in readers
             )
         ):
-            raise ValueError(f"`{tensor.name}` is tied to nothing of its form")
+            raise ValueError(f"`{tensor.name}` is not tied to a tensor of its form")
     wholes: dict[str, set[str]] = {name: set() for name in tasks}
     for tensor in manifest.tensors:
         for name in tensor.digests:
@@ -111,28 +112,28 @@ def check_manifest(manifest: "Manifest") -> None:
             _check_adapter(manifest, name, task.adapter, in_bundle)
     in_units = [name for unit in manifest.units for name in unit.tensors]
     if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
-        raise ValueError("units do not hold tensors of the bundle, each once at most")
+        raise ValueError("units hold unknown tensors, or one tensor twice")
     merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
     for unit in manifest.units:
         members = [task for group in unit.groups for task in group.tasks]
         if len(set(members)) < len(members) or not set(members) <= merging:
-            raise ValueError(f"the groups of unit `{unit.name}` are not tasks, each once at most")
+            raise ValueError(f"the groups of unit `{unit.name}` hold unknown tasks, or one task twice")
         if any(group.method is not None and not 0 <= group.method < len(manifest.methods) for group in unit.groups):
-            raise ValueError(f"a group of unit `{unit.name}` has a method that is not there")
+            raise ValueError(f"a group of unit `{unit.name}` has an unknown method")
         if any(group.bits is not None and not set(group.bits) <= set(group.tasks) for group in unit.groups):
-            raise ValueError(f"a group of unit `{unit.name}` has bits of a task that is not in it")
+            raise ValueError(f"a group of unit `{unit.name}` has bits for a task that is not in it")
 
 
 def _check_vocabularies(manifest: "Manifest", tensors: Mapping[str, "TensorEntry"]) -> None:
-    """Every row of a task's tensor is a common one or its own, and stored."""
+    """Raise ValueError unless every row of a task's tensor is stored, as a common row or as its own."""
     seen: set[str] = set()
     own: set[tuple[str, str, Shape]] = set()
     for vocabulary in manifest.vocabularies:
         names = set(vocabulary.tensors)
         if not set(vocabulary.tasks) <= set(manifest.tasks):
-            raise ValueError("a vocabulary is of a task that is not there")
+            raise ValueError("a vocabulary names an unknown task")
         if seen & names or len(names) < len(vocabulary.tensors) or not names <= set(tensors):
-            raise ValueError("vocabularies do not hold tensors of the bundle, each once at most")
+            raise ValueError("vocabularies hold unknown tensors, or one tensor twice")
         seen |= names
         if not are_runs(vocabulary.base.common, vocabulary.base.rows):
             raise ValueError("the base's rows of a vocabulary are not sound")
@@ -165,5 +166,5 @@ def _check_adapter(
         raise ValueError(f"adapter `{name}` has no weights")
     for key, change in adapter.changes.items():
         if key not in tensors or name not in tensors[key].digests:
-            raise ValueError(f"adapter `{name}` changes a tensor that is not there")
+            raise ValueError(f"adapter `{name}` changes an unknown tensor")
         change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)

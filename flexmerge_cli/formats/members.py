@@ -1,4 +1,4 @@
-"""The members of a family as a plan records them: each kind answers what the rest of the code asks of a member. Pure.
+"""Defines the members of a family as a plan records them: each kind answers the same questions about itself. Pure.
 
 Layout, manifest, prices and checks ask these questions of every member alike, and know no kind.
 """
@@ -18,12 +18,12 @@ from flexmerge_cli.record import Count, Digest, Named, Record, Shape
 
 
 class Given(NamedTuple):
-    """What a member has of a tensor."""
+    """The form in which a member has a tensor."""
 
     dtype: str
     shape: Shape
     digest: str | None
-    """None if it depends on what is merged."""
+    """The digest of the tensor; None if it depends on what is merged."""
 
 
 class Member(Record):
@@ -32,16 +32,16 @@ class Member(Record):
     name: str
     source: str
     fingerprint: Digest
-    """Digest of every tensor's digest; for a kept adapter, of its files and of the base."""
+    """The digest of every tensor's digest; for a kept adapter, of its files and of the base."""
     bytes: Count
-    """Bytes of the model's tensors; for a kept adapter, of the model that it makes."""
+    """The bytes of the model's tensors; for a kept adapter, of the model that it makes."""
     files: Named[SideFile]
     names: Named[str]
     """Aligned name -> own name, where they differ."""
     parts: Parts = Field(default_factory=dict)
-    """Subfolder with weights of its own -> the stem of their files there; left out where there is none."""
+    """For each subfolder with weights of its own, the stem of their file names; omitted if there is none."""
     license: License | None = None
-    """What the source's card names; left out where it is not known."""
+    """The licence that the source's card names; omitted if unknown."""
 
     @model_serializer(mode="wrap")
     def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -51,27 +51,28 @@ class Member(Record):
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the tensors in its source."""
+        """The bytes of the tensors in its source."""
         return self.bytes
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of the tensors that are stored in a weight file beside the bundle's."""
+        """The bytes of the tensors that are stored in a weight file beside the bundle's."""
         return 0
 
     @property
     def own_file_bytes(self) -> int:
-        """Bytes of that file, one of `files`."""
+        """The bytes of that file, which is one of `files`."""
         return 0
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """Aligned names of the tensors that it holds whole in that file, sorted."""
+        """The aligned names of the tensors that it holds whole in that file, sorted."""
         return ()
 
     @abstractmethod
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
-        """Say what it has of a tensor, or None. tensor: the plan's record, if there is one. place: its own number."""
+        """Return the form in which it has a tensor, or None. tensor: the plan's record, if there is one. place: its own
+        number."""
 
     def needs_base(self, name: str) -> bool:
         """Return whether it reads the base's own tensor of this name, if there is one."""
@@ -82,33 +83,34 @@ class Member(Record):
         return False
 
     def entry(self, adapters: Adapters) -> dict[str, Any]:
-        """Return what the manifest says of it beyond what it says of every task. adapters: the plan's setting."""
+        """Return what the manifest records about it beyond what it records about every task. adapters: the plan's
+        setting."""
         return {}
 
 
 class LowRankRecord(Record):
-    """A fine-tune that is the base plus matrices of low rank. A sketch finds it, so nothing rests on it."""
+    """A fine-tune that is the base plus low-rank matrices. A sketch finds it, so nothing relies on it."""
 
     rank: Count
     matrices: Count
-    """Matrices that differ from the base."""
+    """The number of matrices that differ from the base."""
     bytes: Count
-    """Bytes of these matrices, as they are."""
+    """The bytes of these matrices as they are."""
     residual_bytes: Count
-    """Bytes of these matrices as residuals of this rank over the base."""
+    """The bytes of these matrices as residuals of this rank over the base."""
 
 
 class PlanTask(Member):
     """A task that merges: a whole model, the model that an adapter makes of the base, or an adapter of a pool."""
 
     config_base: str | None
-    """The model that its config says it comes from."""
+    """The model that its config names as its origin."""
     adapter: AdapterKind | None = None
-    """The kind of adapter, where a task is one that was merged into the base, or one of a pool."""
+    """The kind of adapter, for a task that was merged into the base as an adapter, or that is in a pool."""
     low_rank: LowRankRecord | None = None
-    """Where what a full fine-tune adds to the base is of low rank, as of a LoRA that was merged."""
+    """Present if a full fine-tune differs from the base by low-rank matrices, like a merged LoRA."""
     library: LibraryName = "transformers"
-    """What loads the model; left out where it is transformers, or not known."""
+    """The library that loads the model; omitted if it is transformers, or unknown."""
 
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
         if tensor is None or tensor.digests[place] is None:
@@ -124,9 +126,9 @@ class PlanAdapter(Member):
 
     kind: AdapterKind
     tensor_bytes: Count
-    """Bytes of its own tensors."""
+    """The bytes of its own tensors."""
     weights: str
-    """Its weight file, one of `files`."""
+    """Its weight file, which is one of `files`."""
     changes: Named[ChangeRecord]
 
     @property
@@ -143,7 +145,7 @@ class PlanAdapter(Member):
 
     @property
     def own_names(self) -> tuple[str, ...]:
-        """modules_to_save, resized embeddings, biases."""
+        """The aligned names of modules_to_save, resized embeddings and biases."""
         return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
 
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
@@ -172,7 +174,7 @@ class PlanAdapter(Member):
         for name, change in self.changes.items():
             form = in_base.get(name) if change.value is None else (change.value.dtype, change.value.shape)
             if form is None:
-                raise ValueError(f"adapter `{self.name}` changes `{name}`, which the base has not")
+                raise ValueError(f"adapter `{self.name}` changes `{name}`, which the base lacks")
             change.check(*form, self.own_file_bytes)
         own = [self.names.get(name, name) for name in {*in_base, *self.changes}]
         if len(set(own)) < len(own):

@@ -1,4 +1,4 @@
-"""Whether a plan is consistent in itself: what the types of its records do not say."""
+"""Checks that a plan is consistent in itself, beyond the types of its records."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_plan(plan: "Plan") -> None:
-    """What types do not say. A sound sha256 does not make a plan consistent."""
+    """Raise ValueError unless the plan is consistent. A sound sha256 does not make it so."""
     count = len(plan.tasks)
     names = [tensor.name for tensor in plan.stored]
     in_order = list(plan.task_names) == sorted(set(plan.task_names)) and list(plan.kept_names) == sorted(
@@ -25,9 +25,9 @@ def check_plan(plan: "Plan") -> None:
     if len(set(names)) < len(names) or not in_order or not plan.readers:
         raise ValueError("tensors or tasks are not unique, or out of order")
     if len(plan.reader_names) > MAX_TASKS:
-        raise ValueError(f"{len(plan.reader_names):,} tasks, and no more than {MAX_TASKS:,} can be compared")
+        raise ValueError(f"{len(plan.reader_names):,} tasks, more than the {MAX_TASKS:,} that can be compared")
     if not are_task_names(plan.reader_names):
-        raise ValueError("a task has a name that cannot be a task's")  # it becomes a folder
+        raise ValueError("a task has a name that cannot be a task's")  # the name becomes a folder
     in_blocks = [name for block in plan.blocks for name in block.tensors]
     mergeable = {tensor.name for tensor in plan.tensors if tensor.class_ is TensorClass.MERGEABLE}
     if sorted(in_blocks) != sorted(mergeable) or len({block.name for block in plan.blocks}) < len(plan.blocks):
@@ -46,10 +46,10 @@ def check_plan(plan: "Plan") -> None:
     for tensor in plan.stored:
         _check_tensor(plan, tensor, count)
         if plan.adapters and tensor.base_dtype is not None and tensor.base_digest is None:
-            raise ValueError(f"tensor `{tensor.name}` has no digest of the base's, which adapters need")
+            raise ValueError(f"tensor `{tensor.name}` lacks the digest of the base's tensor, which adapters need")
         taken = plan.settings.statistics == "all" and tensor.class_ is TensorClass.MERGEABLE
         if (tensor.coding is not None) != taken:
-            raise ValueError(f"tensor `{tensor.name}` has coding errors where the plan has none, or none where it has")
+            raise ValueError(f"tensor `{tensor.name}` has coding errors although the plan has none, or lacks them")
         try:
             _ = tensor.coding_error
         except (KeyError, ValueError):
@@ -79,7 +79,7 @@ def _check_vocabularies(plan: "Plan", count: int) -> None:
     by_name = {tensor.name: tensor for tensor in plan.tensors}
     names = [name for vocabulary in plan.vocabularies for name in vocabulary.tensors]
     if len(set(names)) < len(names) or not set(names) <= set(by_name):
-        raise ValueError("vocabularies do not hold tensors of the plan, each once at most")
+        raise ValueError("vocabularies hold unknown tensors, or one tensor twice")
     expected: set[tuple[str, int, Shape]] = set()
     for vocabulary in plan.vocabularies:
         for rows in (vocabulary.base, *vocabulary.tasks):
@@ -88,9 +88,9 @@ def _check_vocabularies(plan: "Plan", count: int) -> None:
         for tensor in map(by_name.__getitem__, vocabulary.tensors):
             shape = tensor.shape
             if not shape or tensor.shapes or {num_rows(r.common) for r in vocabulary.tasks} != {shape[0]}:
-                raise ValueError(f"tensor `{tensor.name}` has not the rows of its vocabulary")
+                raise ValueError(f"tensor `{tensor.name}` does not have the rows of its vocabulary")
             if tensor.class_ is TensorClass.MERGEABLE and num_rows(vocabulary.base.common) != shape[0]:
-                raise ValueError(f"tensor `{tensor.name}` has not the base's rows of its vocabulary")
+                raise ValueError(f"tensor `{tensor.name}` does not have the base's rows of its vocabulary")
             if tensor.class_ is not TensorClass.TIED:
                 more = {task: rows.rows - shape[0] for task, rows in enumerate(vocabulary.tasks)}
                 expected |= {(f"{tensor.name}{ROWS_SUFFIX}", k, (n, *shape[1:])) for k, n in more.items() if n}
@@ -104,7 +104,7 @@ def _check_lengths(tensor: PlanTensor, count: int) -> None:
     lists += [value for value in (tensor.dtypes, tensor.shapes, tensor.gram, tensor.agreement) if value is not None]
     rows = [row for matrix in (tensor.gram, tensor.agreement) if matrix is not None for row in matrix]
     if any(len(value) != count for value in [*lists, *rows]):
-        raise ValueError(f"tensor `{tensor.name}` has not one value per task")
+        raise ValueError(f"tensor `{tensor.name}` does not have one value per task")
 
 
 def _check_tensor(plan: "Plan", tensor: PlanTensor, count: int) -> None:
@@ -137,7 +137,7 @@ def _check_tensor(plan: "Plan", tensor: PlanTensor, count: int) -> None:
     ):
         raise ValueError(f"tensor `{tensor.name}` cannot be mergeable")
     if tensor.class_ is TensorClass.TIED and not _is_tied(plan, tensor):
-        raise ValueError(f"tensor `{tensor.name}` is tied to nothing of its form")
+        raise ValueError(f"tensor `{tensor.name}` is not tied to a tensor of its form")
 
 
 def _is_tied(plan: "Plan", tensor: PlanTensor) -> bool:

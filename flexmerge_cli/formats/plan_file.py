@@ -1,19 +1,23 @@
-"""plan.json, `flexmerge.plan/1`: what one pass over a family measured. Canonical JSON, sorted keys, UTF-8, no times.
+"""Reads and writes plan.json, `flexmerge.plan/1`: what one pass over a family measured. Canonical JSON, sorted keys,
+UTF-8, no times.
 
 sha256      of the file's bytes with these 64 digits set to 0; an edited plan is refused
 tasks       in code-point order of name; every list "per task" follows it
 tensors     every tensor of every file. Per task: `digests`, `same` (first task with the same bits), `is_base`
-            (the base, cast to the task's dtype, has its bits), and `dtypes` and `shapes` where they differ; null where
-            a task has none. Of the mergeable: `gram`, [M, M] float64; `coding`, if `settings.statistics` is `all`: how
-            well they code in few bits, which `auto` needs
-rows        what not all models have of a tensor with one row a token, `<tensor>@rows`: records as those of `tensors`
-vocabularies  such tensors, whose own records are of the rows that all have, and at which rows of each model these stand
-splits      tensors that are split (family/split.py): `tensors` has their parts, `<tensor>@part0`, … in place of them
+            (the base, cast to the task's dtype, has its bits), and `dtypes` and `shapes` where they differ; null for a
+            task without the tensor. Mergeable ones have `gram`, [M, M] float64, and if `settings.statistics` is `all`
+            also `coding`: how well they can be coded in few bits, which `auto` needs
+rows        the rows of tensors with one row per token that not all models have, `<tensor>@rows`: records like those of
+            `tensors`
+vocabularies  such tensors, whose own records are for the rows that all models have, and the places of these rows in
+            each model
+splits      tensors that are split (family/split.py): `tensors` has their parts, `<tensor>@part0`, …, in place of them
 adapters    tasks that are kept as adapters of the base, in order of name: they are in no list "per task"; see
             adapter_changes.py
 blocks      in forward order; `order` refers to them by name
 settings    what the order was made with; another order is made from the same measurements (`flexmerge plan plan.json`)
-Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside and renamed: whole or not there.
+Readers refuse unknown keys; a change of meaning makes it /2. A file is written beside its place and renamed, so it is
+whole or absent.
 """
 
 import hashlib
@@ -49,11 +53,11 @@ from flexmerge_cli.writing import has_start, write_file
 
 FORMAT = "flexmerge.plan/1"
 NO_DIGEST = "0" * 64
-MAX_PLAN_BYTES = 1 << 30  # Gram matrices of 30 tasks take 20 kB a tensor
+MAX_PLAN_BYTES = 1 << 30  # Gram matrices of 30 tasks take 20 kB per tensor
 
 
 class Plan(Record):
-    """All that a cut needs."""
+    """Everything that a cut needs."""
 
     format: Literal["flexmerge.plan/1"]
     generator: str
@@ -82,17 +86,17 @@ class Plan(Record):
 
     @property
     def all_tasks(self) -> tuple[int, ...]:
-        """Those that merge; kept adapters are numbered after them."""
+        """The tasks that merge; kept adapters are numbered after them."""
         return tuple(range(len(self.tasks)))
 
     @property
     def stored(self) -> tuple[PlanTensor, ...]:
-        """All that is stored by itself: tensors, and rows of vocabularies."""
+        """Everything that is stored by itself: tensors, and rows of vocabularies."""
         return self.tensors + self.rows
 
     @property
     def readers(self) -> tuple[Member, ...]:
-        """All that read a bundle: the tasks, then the kept adapters."""
+        """All members that read a bundle: the tasks, then the kept adapters."""
         return (*self.tasks, *self.adapters)
 
     @property
@@ -100,7 +104,7 @@ class Plan(Record):
         return tuple(reader.name for reader in self.readers)
 
     def target(self, size: Size) -> Target:
-        """A size in bytes of this plan's bundle, where a kept adapter counts as a model.
+        """Convert a size to bytes of this plan's bundle, where a kept adapter counts as a model.
 
         Raises UsageError for more models than there are.
         """
@@ -108,7 +112,8 @@ class Plan(Record):
 
     @property
     def pools_lora(self) -> bool:
-        """Whether its tasks are LoRA adapters that merge among themselves: by their products, not by their factors."""
+        """Whether its tasks are LoRA adapters that merge among themselves, by their products and not by their
+        factors."""
         return self.settings.adapters == "pool" and any(task.adapter == "lora" for task in self.tasks)
 
     @property
@@ -122,17 +127,17 @@ class Plan(Record):
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of the tensors that readers store in weight files of their own."""
+        """The bytes of the tensors that readers store in weight files of their own."""
         return sum(reader.own_bytes for reader in self.readers)
 
     @property
     def own_names(self) -> list[str]:
-        """Tensors that only such files hold: no record of the plan has their names. Sorted."""
+        """The tensors that only such files hold, sorted: no record of the plan has their names."""
         return sorted({name for reader in self.readers for name in reader.own_names} - set(self._by_name()))
 
     def base_readers(self, tensor: PlanTensor) -> tuple[int, ...]:
-        """The kept adapters that need a tensor of the base. What each of them replaces, all of them read: it is stored
-        because a base that lacks it would not load."""
+        """Return the kept adapters that read a tensor of the base. If each of them replaces it, all of them read it: it
+        is stored because a base that lacks it would not load."""
         if tensor.base_dtype is None:
             return ()
         found: dict[str, tuple[int, ...]] = self.__dict__.setdefault("_base_readers", {})
@@ -148,17 +153,17 @@ class Plan(Record):
         return self._by_name().get(name)
 
     def vocabulary(self, tensor: str) -> PlanVocabulary | None:
-        """The vocabulary of a tensor, or of its `@rows`; None if all models have the same rows."""
+        """Return the vocabulary of a tensor, or of its `@rows`; None if all models have the same rows."""
         name = tensor.removesuffix(ROWS_SUFFIX)
         return next((found for found in self.vocabularies if name in found.tensors), None)
 
     def split(self, tensor: str) -> Split | None:
-        """The split that has a tensor as a part; None if it is not of one."""
+        """Return the split that has a tensor as a part; None if the tensor is not part of a split one."""
         whole, place = whole_of(tensor)
         return None if place is None else next(split for split in self.splits if split.tensor == whole)
 
     def whole_shape(self, tensor: PlanTensor, task: int) -> Shape:
-        """The shape that the task's own file has."""
+        """Return the shape that the tensor has in the task's own file."""
         vocabulary, split = self.vocabulary(tensor.name), self.split(tensor.name)
         shape = tensor.shape_of(task)
         if split is not None:
@@ -166,7 +171,7 @@ class Plan(Record):
         return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])
 
     def shapes_of(self, reader: int) -> dict[str, Shape]:
-        """Own name -> shape of every tensor that a reader has."""
+        """Map the own name of every tensor that a reader has to its shape."""
         member, found = self.readers[reader], {}
         for name in [*(tensor.name for tensor in self.tensors), *self.own_names]:
             given, vocabulary = member.given(name, self.find(name), reader), self.vocabulary(name)
@@ -181,7 +186,7 @@ class Plan(Record):
         return found
 
     def joined_tasks(self) -> set[int]:
-        """Tasks of which some tensor is put together from rows or parts that are stored apart."""
+        """Return the tasks with a tensor that is put together from rows or parts stored separately."""
         joined = {task for found in self.vocabularies for task, rows in enumerate(found.tasks) if not rows.is_plain}
         return joined | {task for split in self.splits for task in self.tensor(split.names[0]).present}
 
@@ -189,7 +194,7 @@ class Plan(Record):
         return self.tasks[task].names.get(tensor, tensor)
 
     def merges(self) -> tuple[Merge, ...]:
-        """The order with block indices."""
+        """Return the order with block indices."""
         index = {block.name: place for place, block in enumerate(self.blocks)}
         return tuple(
             Merge(block=index[merge.block], left=merge.left, right=merge.right, similarity=merge.similarity)
@@ -197,11 +202,11 @@ class Plan(Record):
         )
 
     def gram(self, tensor: PlanTensor) -> np.ndarray:
-        """[M, M] float64."""
+        """Return the Gram matrix of a tensor, [M, M] float64."""
         return np.array(tensor.gram, np.float64)
 
     def task_energy(self) -> np.ndarray:
-        """‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
+        """Return ‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
         total = np.zeros(len(self.tasks))
         for tensor in self.tensors:
             if tensor.class_ is TensorClass.MERGEABLE:
@@ -217,22 +222,22 @@ class Plan(Record):
 
 
 def sealed_plan(fields: Mapping[str, Any]) -> Plan:
-    """Check a plan's fields and fill in its sha256: that of the file which `save_plan` writes.
+    """Check a plan's fields and fill in its sha256: that of the file that `save_plan` writes.
 
-    It is that of what the checked plan holds: `fields` may leave out defaults, or write a number in another way.
-    Raises ValidationError.
+    The sha256 is that of the checked plan: `fields` may omit defaults, or write a number in another way. Raises
+    ValidationError.
     """
     plan = Plan.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
     return plan.model_copy(update={"sha256": _canonical(plan)[1]})
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write the plan, replacing what is there. Raises MachineError, and then leaves what is there as it was."""
+    """Write the plan, replacing an existing file. Raises MachineError, and then leaves that file as it was."""
     write_file(path, _canonical(plan)[0])
 
 
 def _canonical(plan: Plan) -> tuple[bytes, str]:
-    """The bytes of its file, with their sha256, and that sha256."""
+    """Return the bytes of the plan's file, with their sha256, and that sha256."""
     fields = plan.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
     empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(empty.encode()).hexdigest()
@@ -240,7 +245,7 @@ def _canonical(plan: Plan) -> tuple[bytes, str]:
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a file is, or once was, a plan: what a new plan may replace."""
+    """Return whether a file is, or once was, a plan, so that a new plan may replace it."""
     try:
         return (
             path.is_file()
@@ -253,7 +258,7 @@ def is_plan(path: Path) -> bool:
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises UsageError if it is no plan, was edited, or is not consistent."""
+    """Read a plan. Raises UsageError if the file is not a plan, was edited, or is not consistent."""
     again = "make it again with `flexmerge plan`"
     if path.is_file() and path.stat().st_size > MAX_PLAN_BYTES:
         raise UsageError(f"{path} is too large for a plan", hint=again)

@@ -1,4 +1,4 @@
-"""The records of plan.json, one by one; plan_file.py says what they mean together. Pure."""
+"""Defines the records of plan.json one by one; plan_file.py says what they mean together. Pure."""
 
 import math
 from typing import Annotated, Any
@@ -19,9 +19,10 @@ from flexmerge_cli.residuals.coding_error import CodingError
 
 
 def _of_weights(value: float) -> float:
-    """Squares of float32 lie between 1e-90 and 1e77, so what is far outside was made up, and would overflow."""
+    """Refuse a number that no weights can give: squares of float32 lie between 1e-90 and 1e77, and larger ones would
+    overflow."""
     if abs(value) > 1e100:
-        raise ValueError("no sum over weights in float32 is as large")
+        raise ValueError("a sum over float32 weights cannot be so large")
     return value if abs(value) > 1e-200 else 0.0
 
 
@@ -30,12 +31,12 @@ Measurement = Annotated[float, AfterValidator(_of_weights)]
 
 def _stay_inside(parts: dict[str, str]) -> dict[str, str]:
     if not are_parts(parts):
-        raise ValueError("weights of a subfolder lie outside of it")
+        raise ValueError("weights of a subfolder lie outside it")
     return parts
 
 
 Parts = Annotated[Named[str], AfterValidator(_stay_inside)]
-"""Subfolder with weights of its own -> the stem of their files there."""
+"""For each subfolder with weights of its own, the stem of their file names."""
 
 
 License = Annotated[str, Field(min_length=1, max_length=MAX_LICENSE)]
@@ -44,7 +45,7 @@ ROWS_SUFFIX = "@rows"
 
 
 class SideFile(Record):
-    """A config, tokenizer, … beside a task's weights."""
+    """A config, tokenizer or other file beside a task's weights."""
 
     bytes: Count
     digest: Digest
@@ -54,13 +55,13 @@ class PlanBase(Record):
     source: str
     fingerprint: Digest
     files: Named[SideFile] = Field(default_factory=dict)
-    """What kept adapters need of it besides its tensors: config, tokenizer, …"""
+    """The files that kept adapters need of it besides its tensors, such as config and tokenizer."""
     names: Named[str] = Field(default_factory=dict)
-    """Aligned name -> own name, where they differ: of an output layer that is tied and not stored."""
+    """Aligned name -> own name, where they differ: for an output layer that is tied and not stored."""
     library: LibraryName = "transformers"
-    """What loads the model; left out where it is transformers, or not known."""
+    """The library that loads the model; omitted if it is transformers, or unknown."""
     license: License | None = None
-    """What its card names; left out where it is not known."""
+    """The licence that its card names; omitted if unknown."""
 
     @model_serializer(mode="wrap")
     def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -70,18 +71,18 @@ class PlanBase(Record):
 
 
 class CodedWeights(Record):
-    """Bits -> squared error of the whole tensor coded: of the base's, and of the average of all tasks."""
+    """The squared error of the whole coded tensor, by bits: of the base's tensor, and of the average of all tasks."""
 
     base: Named[Measurement]
     average: Named[Measurement]
 
 
 class CodingRecord(Record):
-    """What residuals/coding_error.py measured of a tensor."""
+    """What residuals/coding_error.py measured for a tensor."""
 
     weights: CodedWeights
     residuals: Named[Measurement]
-    """Bits -> lost part of a residual's energy."""
+    """The part of a residual's energy that is lost, by bits."""
 
 
 class PlanTensor(Record):
@@ -90,9 +91,9 @@ class PlanTensor(Record):
     name: str
     class_: TensorClass = Field(alias="class")
     reason: str
-    """Why private; the target of a tied one."""
+    """Why it is private, or the target of a tied one."""
     dtype: str
-    """The dtype in the first task that has it; in the base, for what only the base has."""
+    """The dtype in the first task that has it, or in the base if only the base has it."""
     shape: Shape
     base_dtype: str | None
     dtypes: Items[str | None] | None
@@ -102,26 +103,26 @@ class PlanTensor(Record):
     base_digest: Digest | None
     same: Items[Count]
     is_base: Items[bool]
-    """Per task whether the base, cast to the task's dtype, has its bits."""
+    """For each task, whether the base, cast to the task's dtype, has its bits."""
     gram: Items[Items[Measurement]] | None
     base_energy: Measurement
     agreement: Items[Items[Count]] | None
     finite: bool
     coding: CodingRecord | None = None
-    """null where it was not taken, and of what does not merge."""
+    """null if it was not measured, and for tensors that do not merge."""
     base_shape: Shape | None = None
-    """The base's, where it is another; told where adapters are kept."""
+    """The shape in the base, if it differs; recorded if adapters are kept."""
 
     @property
     def base_form(self) -> tuple[str, Shape] | None:
-        """dtype and shape in the base."""
+        """The dtype and shape in the base."""
         if self.base_dtype is None:
             return None
         return self.base_dtype, self.shape if self.base_shape is None else self.base_shape
 
     @property
     def coding_error(self) -> CodingError | None:
-        """Raises ValueError where a number is missing."""
+        """The coding errors. Raises ValueError if a number is missing."""
         return CodingError.from_dict(self.coding.model_dump()) if self.coding is not None else None
 
     @property
@@ -130,7 +131,7 @@ class PlanTensor(Record):
 
     @property
     def present(self) -> tuple[int, ...]:
-        """Tasks that have it."""
+        """The tasks that have it."""
         return tuple(task for task, digest in enumerate(self.digests) if digest is not None)
 
     def dtype_of(self, task: int) -> str:
@@ -145,20 +146,20 @@ class PlanRows(Record):
     """The rows of one model's tensor that all models have."""
 
     rows: Count
-    """Number of rows of the whole tensor."""
+    """The number of rows of the whole tensor."""
     common: Runs
-    """In the base's order."""
+    """The rows in the base's order."""
     leading: str
-    """Why rows were compared by their place, not by their token; empty if they were."""
+    """Why rows were compared by position and not by token; empty if they were compared by token."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether the model has no other rows, and these in the base's order."""
+        """Whether the model has no other rows, and has these in the base's order."""
         return self.common == ((0, self.rows),)
 
 
 class PlanVocabulary(Record):
-    """Tensors of which not all models have the same rows."""
+    """Tensors whose rows are not the same in all models."""
 
     tensors: Items[str]
     base: PlanRows
@@ -183,7 +184,7 @@ class Settings(Record):
 
     blocks: str
     rules: str | None
-    """Text of one's own rules.yaml."""
+    """The text of a user's own rules.yaml."""
     linkage: Linkage
     strategy: Strategy
     similarity: Similarity
@@ -194,15 +195,15 @@ class Settings(Record):
     adapters: Adapters = "keep"
     assume_base: bool = False
     variant: str | None = None
-    """The variant of the weights that was taken, e.g. `fp16`."""
+    """The preferred variant of the weights that was taken, e.g. `fp16`."""
     ignore: Items[str] = ()
-    """Patterns of files that were left out of the sources."""
+    """The patterns of files that were left out of the sources."""
     with_code: bool = False
     follow_links: bool = False
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What is seldom asked for is left out where it was not."""
+        """Leave out rarely used settings that were not set."""
         fields: dict[str, Any] = handler(self)
         optional = ("variant", "ignore", "with_code", "follow_links")
         return {name: value for name, value in fields.items() if value or name not in optional}

@@ -1,7 +1,7 @@
-"""What was asked of `merge`, as its bundle records it, with the command that asks it again. Pure.
+"""Records what was asked of `merge` in its bundle, with the command that asks it again. Pure.
 
-Only what decides the bundle's bytes is in it: no places of files, no threads, no device. A method from a file is named
-by the path that was typed, or, if that is absolute, by its last part; the digest of what ran is in `methods`.
+Only what decides the bundle's bytes is in it: no paths of files, no threads, no device. A method from a file is named
+by the path that was typed or, if that is absolute, by its last part; the digest of what ran is in `methods`.
 """
 
 import json
@@ -18,37 +18,37 @@ from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest
 
 PROGRAM = ["flexmerge", "merge", "plan.json"]
 
-# What was asked must not change how large a bundle is: one of exact copies has to fit wherever it fits without `auto`.
+# The request must not change how large a bundle is: a bundle of exact copies must fit wherever it fits without `auto`.
 PADDED_BYTES = 512
 
 
 class Request(Record):
-    """Options of `merge` in the words of the command line; what was not asked is not there."""
+    """Options of `merge` in the words of the command line; options that were not given are absent."""
 
     method: str | None = None
     steps: tuple[str, ...] | None = None
     calibrate: str | None = None
     method_for: tuple[str, ...] | None = None
-    """`PATTERN=METHOD`."""
+    """Each is `PATTERN=METHOD`."""
     size: str | None = None
     merges: Count | None = None
     fit: Literal["tight", "prefix"] | None = None
     """How a cut is fitted to its size."""
     cluster: Literal["channels"] | None = None
     seed: Count | None = None
-    """What `cluster` draws from."""
+    """The seed that `cluster` draws from."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = None
     layout: Literal["pointer"] | None = None
     command: str = Field(max_length=1 << 20)
-    """Makes the bundle again, where the plan is `plan.json`."""
+    """The command that makes the bundle again from the plan, here called `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")
     """Spaces up to a multiple of PADDED_BYTES."""
 
     @field_validator("command")
     @classmethod
     def _is_one_command(cls, value: str) -> str:
-        """It may come from a stranger, and is there to be copied to a shell."""
+        """Check a command that may come from a stranger, and that people will copy to a shell."""
         words = shlex.split(value)
         if shlex.join(words) != value or words[:3] != PROGRAM:
             raise ValueError("is not a command of `flexmerge merge plan.json`")
@@ -65,7 +65,7 @@ class Request(Record):
 
 
 def recorded(request: MergeRequest) -> Request:
-    """The same for all requests that ask the same, whoever asked."""
+    """Record a request. All requests that ask the same give the same record, whoever asked."""
     choice = request.choice
     if isinstance(choice, Cut | Auto | Clusters) and choice.size is not None:
         number = f"{Decimal(repr(choice.size.value)).normalize():f}"
@@ -85,7 +85,7 @@ def recorded(request: MergeRequest) -> Request:
 
 
 def _without_folder(word: str) -> str:
-    """`[PATTERN=]/a/b/my.py#NAME…` as my.py#NAME…; any other word as it is."""
+    """Return `[PATTERN=]/a/b/my.py#NAME…` with my.py#NAME… alone as the file; any other word as it is."""
     pattern, equals, name = word.partition("=") if "=" in word.partition("#")[0] else ("", "", word)
     file, hash_, rest = name.partition("#")
     return f"{pattern}{equals}{Path(file).name}{hash_}{rest}" if hash_ and Path(file).is_absolute() else word
