@@ -39,14 +39,14 @@ def cache_folder() -> Path:
 
 
 def cache_contents() -> dict[str, Any]:
-    """The folder of all that flexmerge caches, the number of entries, and their bytes."""
+    """Return the folder of everything that flexmerge caches, the number of entries, and their bytes."""
     folder = cache_folder().parent
     sizes = [path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return {"folder": str(folder), "entries": len(sizes), "bytes": sum(sizes)}
 
 
 def clear_cache() -> dict[str, Any]:
-    """Remove the folder. Returns what it held. Raises MachineError."""
+    """Remove the folder, and return what it held. Raises MachineError."""
     found = cache_contents()
     folder = Path(found["folder"])
     if folder.is_dir():
@@ -58,7 +58,7 @@ def clear_cache() -> dict[str, Any]:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """The key of a score. parts: everything that the score depends on, as JSON."""
+    """Compute the key of a score. parts: everything that the score depends on, as JSON."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -68,10 +68,10 @@ class ScoreCache:
 
     folder: Path = field(default_factory=cache_folder)
     overwrite: bool = False
-    """A cache that finds nothing, so that every score is computed anew and replaces the cached one."""
+    """Whether to find nothing, so that every score is computed anew and replaces the cached one."""
 
     def get(self, key: str) -> Scored | None:
-        """The entry, or None if there is none that can be read."""
+        """Return the entry, or None if there is none that can be read."""
         if self.overwrite:
             return None
         try:
@@ -81,7 +81,7 @@ class ScoreCache:
                 if (header["format"], header["key"]) != (FORMAT, key):
                     return None
                 found = [_scored(entry, file[f"p{n}"], file[f"l{n}"]) for n, entry in enumerate(header["scores"])]
-        except UNSOUND_NPZ:  # a malformed header, or one that does not fit the arrays, raises no others
+        except UNSOUND_NPZ:  # a malformed header, or one that does not fit the arrays, raises only these
             return None
         return replace(found[0], others=tuple(found[1:])) if found else None
 
@@ -99,7 +99,7 @@ class ScoreCache:
         return self.folder / key[:2] / f"{key}.npz"
 
     def _write(self, path: Path, data: bytes) -> None:
-        """Write the whole entry or nothing. Failing to write costs the next run its time, and this run nothing."""
+        """Write the whole entry or nothing. A failure costs the next run its time, and this run nothing."""
         with contextlib.suppress(OSError, MachineError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, data)

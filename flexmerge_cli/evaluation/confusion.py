@@ -12,7 +12,7 @@ Values = Callable[[np.ndarray], np.ndarray]
 
 
 def counts_RCC(predictions: np.ndarray, labels: np.ndarray, rows: Iterable[np.ndarray]) -> np.ndarray:
-    """Counts [R, C, C + 1] of each resample. rows: its examples. predictions, labels: int [n], prediction -1 for no
+    """Count [R, C, C + 1] on each resample. rows: its examples. predictions, labels: int [n], prediction -1 for no
     class."""
     classes = int(max(predictions.max(), labels.max())) + 1
     column = np.where(predictions < 0, classes, predictions)
@@ -22,7 +22,7 @@ def counts_RCC(predictions: np.ndarray, labels: np.ndarray, rows: Iterable[np.nd
 
 
 def _parts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hits, labels and predictions of each class, [R, C] float64."""
+    """Return hits, labels and predictions of each class, [R, C] float64."""
     square = counts[:, :, :-1].astype(np.float64)
     return np.einsum("rcc->rc", square), counts.sum(2).astype(np.float64), square.sum(1)
 
@@ -58,7 +58,7 @@ def matthews(counts: np.ndarray) -> np.ndarray:
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The quotient, or 0 if the divisor is 0."""
+    """Return the quotient, or 0 if the divisor is 0."""
     found: np.ndarray = np.divide(above, below, out=np.zeros_like(above, np.float64), where=below > 0)
     return found
 

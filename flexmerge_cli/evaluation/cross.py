@@ -1,7 +1,7 @@
-"""Which models can be scored on another task's data: `eval --cross`. Reads configs and data, and no weights.
+"""Decides which models can be scored on another task's data, for `eval --cross`. Reads configs and data, no weights.
 
-A model keeps its own head. Where the labels of its head are not those of the data there is no score, and a `Mismatch`
-says why.
+A model keeps its own head. If the labels of its head differ from those of the data, there is no score, and a
+`Mismatch` says why.
 """
 
 import re
@@ -32,10 +32,10 @@ class Mismatch:
 
 
 def mismatches(scorer: Scorer, task: str, folders: Mapping[str, Path]) -> dict[str, Mismatch | None]:
-    """For each other task of the spec: why the models of `task` cannot be scored on its data; None if they can.
+    """Say for each other task of the spec why the models of `task` cannot be scored on its data; None if they can.
 
-    folders: task -> folder of its side files. The examples that can be scored are prepared, with the model's own
-    tokenizer or processor.
+    folders: maps each task to the folder of its side files. The examples that can be scored are prepared, with the
+    model's own tokenizer or processor.
     """
     others = [other for other in scorer.spec.tasks if other != task]
     return {other: _mismatch(scorer, task, other, folders) for other in others}
@@ -57,13 +57,13 @@ def _mismatch(scorer: Scorer, task: str, other: str, folders: Mapping[str, Path]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Head:
-    """What a model puts out, by its config and the spec."""
+    """The outputs of a model, by its config and the spec."""
 
     name: str | None
     """The end of the architecture's name, such as `ForImageClassification`; None if the config names none."""
     classes: int | None
     labels: tuple[str, ...]
-    """Empty if nobody names them."""
+    """Empty if neither names them."""
 
     @staticmethod
     def of(spec: EvalSpec, task: str, folder: Path) -> "_Head":

@@ -1,4 +1,4 @@
-"""Accuracy against bytes: layouts of a plan in, a score per layout and task out, without writing a bundle.
+"""Measures accuracy against bytes: scores the tasks of a plan's layouts without writing a bundle.
 
 A task of a layout is scored again only if its weights changed. That is decided by what determines their bits, before
 anything is computed, and then by their digest, so that two methods that arrive at the same weights are scored once.
@@ -15,7 +15,7 @@ from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 
 OnScore = Callable[[str, int, int], None]
-"""(what, evaluations done or saved, of how many)."""
+"""Called with (what, evaluations done or saved, of how many)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,10 @@ class Point:
     digests: Mapping[str, str]
     """The digest of each task's weights."""
     num_computed: int
-    """Tasks whose model was run for it."""
+    """The number of tasks whose model was run for it."""
     num_cached: int
-    """Tasks whose score was found on disk, from an earlier run; the others were scored for another point, or before."""
+    """The number of tasks whose score was found on disk, from an earlier run. Tasks in neither count were scored
+    before in this run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +74,9 @@ class Curve:
     fine_tuned: dict[str, Scored]
     base: dict[str, Scored]
     models: dict[str, dict[str, TaskModel]]
-    """Task -> `fine_tuned`, `base` -> what was scored as such."""
+    """Maps each task to `fine_tuned` and `base`, and these to the models that were scored."""
     data: Mapping[str, str] = field(default_factory=dict)
-    """Task -> digest of its examples."""
+    """Maps each task to the digest of its examples."""
 
     @property
     def num_evaluations(self) -> int:
@@ -97,9 +98,9 @@ class CurveScorer:
     memory: MemoryBundles
     scorer: Scorer
     folders: Mapping[str, Path]
-    """Task -> its side files."""
+    """Maps each task to the folder of its side files."""
     references: Mapping[str, TaskModel]
-    """Task -> its fine-tuned model, for metrics that compare with it."""
+    """Maps each task to its fine-tuned model, for metrics that compare with it."""
     reuse: bool = True
     _by_identity: dict[tuple[str, Key], tuple[str, Scored]] = field(default_factory=dict)
     _by_digest: dict[tuple[str, str], Scored] = field(default_factory=dict)
@@ -167,7 +168,7 @@ class CurveScorer:
 
 
 def in_order(cuts: Sequence[Cut]) -> list[Cut]:
-    """The order in which they are scored."""
+    """Return the cuts in the order in which they are scored."""
     return sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
 
 

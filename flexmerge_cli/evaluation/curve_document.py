@@ -98,7 +98,8 @@ def curve_document(
 
 
 def _choice(curve: Curve, other: Curve | None, target: float, *, each: bool, data: str) -> Choice:
-    """other: the same points on the data to choose on, which are called `data`; None: on one half of the curve's."""
+    """Choose a point. other: the same points on the data to choose on, called `data`; None: use a half of the
+    curve's."""
     points = [*curve.points, *curve.alternatives]
     if other is None:
         on_halves = [(point, *halves(point.scores)) for point in points]

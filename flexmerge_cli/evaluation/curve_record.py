@@ -1,4 +1,4 @@
-"""The document of a curve: `flexmerge.eval/1` with `points`, as JSON. tidy.py writes it as CSV.
+"""Makes the document of a curve: `flexmerge.eval/1` with `points`, as JSON. tidy.py writes it as CSV.
 
 plan, one_model_bytes     the path of the plan, and the bytes of one model, the unit of factors
 tasks         {name: {kind, metric, higher_is_better, n, fine_tuned, base, …_interval, scores}}: the references
@@ -48,7 +48,7 @@ def curve_record(
     gate: Gate | None = None,
     data_dependent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The document."""
+    """Make the document."""
     tasks = {
         task: task_record(
             spec,
@@ -86,12 +86,12 @@ def curve_record(
 
 
 def same_as_fine_tuned(point: "Point", curve: "Curve") -> dict[str, bool]:
-    """Task -> whether its weights are those of the fine-tuned model."""
+    """Map each task to whether its weights are those of the fine-tuned model."""
     return {task: digest == curve.models[task]["fine_tuned"].digest for task, digest in point.digests.items()}
 
 
 def _smallest_that_passes(spec: EvalSpec, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The gate of a curve, which passes if some point does. If none does, it lists the tasks of the nearest point."""
+    """Judge a curve, which passes if some point does. If none does, list the tasks of the nearest point."""
     if not points:
         return {
             "outcome": str(Outcome.FAIL), "message": "no method reaches a size", "command": None, "tasks": {},
@@ -116,7 +116,7 @@ def _point(
     records: Mapping[str, Mapping[str, Any]],
     seen: dict[tuple[str, str], Interval],
 ) -> dict[str, Any]:
-    """seen: intervals by (task, weights), so that each is resampled once."""
+    """Make the record of a point. seen: intervals by (task, weights), so that each is resampled once."""
     tasks = {}
     for task, scored in point.scores.items():
         key = (task, point.digests[task])
@@ -144,7 +144,7 @@ def _point(
 
 
 def mean_of(tasks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over tasks of the value, with its interval, and of the normalised score; null if a task lacks one.
+    """Average the values over tasks, with an interval, and the normalised scores; null if a task lacks one.
 
     If metrics differ, the value averages normalised scores, and a missing one counts as 0. references: `task_record`s.
     """
@@ -163,7 +163,7 @@ def mean_of(tasks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Map
 
 
 def reference_means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The means of the fine-tuned models and of the base, in the unit of `mean_of`."""
+    """Average the scores of the fine-tuned models and of the base, in the unit of `mean_of`."""
     if one_metric(records) is not None:
         return {who: means(records)[who] for who in ("fine_tuned", "base")}
     return {

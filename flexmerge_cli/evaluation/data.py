@@ -36,26 +36,26 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     """Columns by role: `text`, `label`, …; all of the same length."""
     names: Mapping[str, str]
-    """Role -> name in the data."""
+    """Maps each role to the name in the data."""
     source: str
-    """The path as in the spec, for messages."""
+    """The path as written in the spec, for messages."""
     folder: Path
     """The folder that paths in the data are relative to."""
     digest: str
     """The digest of the bytes read and of the choice of examples."""
     split: str | None
     rows: np.ndarray | None
-    """The indices of these examples in the source, from 0. None: all, in order."""
+    """The indices of these examples in the source, from 0. None means all, in order."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def row(self, index: int) -> str:
-        """The place of an example in words, `row 3 of test.jsonl`; counted from 1, without headers."""
+        """Describe the place of an example, `row 3 of test.jsonl`; counted from 1, without headers."""
         return f"row {int(index if self.rows is None else self.rows[index]) + 1} of {self.source}"
 
     def texts(self, role: str, place: Place) -> list[str]:
-        """A column of texts. Raises UsageError."""
+        """Return a column of texts. Raises UsageError."""
         column = list(self.columns[role])
         strange = next((index for index, value in enumerate(column) if not isinstance(value, str)), None)
         if strange is not None:
@@ -68,7 +68,7 @@ class Table:
         return [str(value) for value in column]
 
     def numbers(self, role: str, place: Place) -> np.ndarray:
-        """A column of finite numbers, float64 [n]; texts are parsed. Raises UsageError."""
+        """Return a column of finite numbers, float64 [n]; texts are parsed. Raises UsageError."""
         found = np.full(len(self), np.nan)
         for index, value in enumerate(self.columns[role]):
             try:
@@ -147,7 +147,7 @@ def _found(role: str, column: Column, source: Source, place: Place, path: str) -
 
 
 def _chosen(count: int, limit: int | None, seed: int | None) -> np.ndarray | None:
-    """The indices of the first `limit` examples or, with a seed, of as many drawn without repetition, in data order."""
+    """Choose the first `limit` examples or, with a seed, as many drawn without repetition; indices in data order."""
     if limit is None or limit >= count:
         return None
     return np.arange(limit) if seed is None else np.sort(np.random.default_rng(seed).permutation(count)[:limit])

@@ -42,7 +42,7 @@ ALTERNATIVES = {
 def cuts_of(
     pricer: Pricer, sizes: Sequence[Size], method: CurveMethod, plan_path: str
 ) -> tuple[list[Cut], list[Unreached]]:
-    """The layouts of one method at every size that it reaches, and at its own. Sizes with equal allocations are one.
+    """Lay out one method at every size that it reaches, and at its own. Sizes with equal allocations are one cut.
 
     A method's own size is the smallest that it reaches; for `auto` it is the size chosen when none is given. It is
     added if the method stores something for each task, or if no size was requested.
@@ -68,7 +68,7 @@ def cuts_of(
 
 
 def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
-    """Copies in fewer bits, if the family has more than one task to copy."""
+    """Lay out copies in fewer bits, if the family has more than one task to copy."""
     return [
         Cut(method=name, sizes=(), layout=allocate(pricer.plan, asked, pricer), command=command_of(plan_path, asked))
         for name, asked in ALTERNATIVES.items()
@@ -76,7 +76,7 @@ def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
 
 
 def command_of(plan_path: str, asked: MergeRequest) -> str:
-    """The `merge` command that writes it."""
+    """Return the `merge` command that writes the bundle."""
     return shlex.join(["flexmerge", "merge", plan_path, *asked.words(), "-o", "bundle/"])
 
 
@@ -130,7 +130,7 @@ class Drawing:
         return cuts_of(self.pricer, self.request.sizes, job, str(self.plan_path))
 
     def fit(self, jobs: Sequence[Sequence[Cut]]) -> None:
-        """Keep to the memory that is allowed for every job, each of these cuts. Raises UsageError."""
+        """Fit the memory of every job, each given by its cuts, to what is allowed. Raises UsageError."""
         memory, request = self.scorer.memory, self.request
         if request.max_memory is not None:
             memory.chunk_elements = curve_chunk(
@@ -153,7 +153,7 @@ def draw(
 ) -> Curve:
     """Score every method at every size. plan_path: as commands name it; sources are relative to its folder.
 
-    Raises UsageError before a weight is read, DataError for sources that are not what the plan saw.
+    Raises UsageError before a weight is read, DataError for sources that have changed since the plan.
     """
     for size in request.sizes:
         plan.target(size)
@@ -183,7 +183,7 @@ def draw(
 
 
 def _in_processes(drawing: Drawing, jobs: Sequence[Job], on_score: OnScore) -> list[Result]:
-    """Each job in one of a few processes, the results in order."""
+    """Run each job in one of a few processes, and return the results in order."""
     alone = replace(drawing.request, access=drawing.request.access.for_process())
     prepare = partial(_prepared, drawing.plan, drawing.plan_path, drawing.spec, alone)
 

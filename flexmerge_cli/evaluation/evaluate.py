@@ -8,8 +8,8 @@ tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base
        data is the digest of the examples;
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
-cross  present if asked for: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
-       data, whose scores are under `tasks`; {mismatch, reason} where the model's head does not fit the data
+cross  present if requested: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
+       data, whose scores are under `tasks`; {mismatch, reason} if the model's head does not fit the data
 bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
 stored_bytes, total_bytes, factor   its size: bytes of tensors, bytes of all files, and in models
 evaluations  {computed, repeated, cached}: models that were run, scores reused from this run, scores found in the cache
@@ -68,7 +68,7 @@ def evaluate(
     tasks = list(spec.tasks) if tasks is None else tasks
     for task in tasks:
         if bundle is not None:
-            bundle.check_files(task, weights=False)  # from which the examples are made
+            bundle.check_files(task, weights=False)  # the examples are made from these
         examples = scorer.examples(task, folders[task])
         if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
             raise no_reference(spec.place(task, folders[task]))
@@ -109,14 +109,14 @@ def evaluate(
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """Return where the scores of a document came from, on one line. counts: its `evaluations`."""
+    """Say in one line where the scores of a document came from. counts: its `evaluations`."""
     return (
         f"{counts['computed']:,} run, {counts['repeated']:,} reused from this run, {counts['cached']:,} from the cache"
     )
 
 
 def format_methods(document: Mapping[str, Any]) -> str:
-    """The methods that merged a bundle, on one line."""
+    """List the methods that merged a bundle, in one line."""
     return "; ".join(document["methods"]) or "copies"
 
 
@@ -150,7 +150,7 @@ def _score_task(
 
 
 def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, on_step: OnStep) -> dict[str, Any]:
-    """The scores of a task's models on another task's data."""
+    """Return the scores of a task's models on another task's data."""
     source, found = scorer.spec.tasks[other].data_spec, {}
     for who in WHOS:
         if who in models:
@@ -164,7 +164,7 @@ def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, o
 def task_record(
     spec: EvalSpec, task: str, models: dict[str, TaskModel], found: dict[str, Scored], *, data: str | None
 ) -> dict[str, Any]:
-    """The report on one task. models, found: keyed by `merged`, `fine_tuned` and `base`.
+    """Make the report on one task. models, found: keyed by `merged`, `fine_tuned` and `base`.
 
     data: the digest of its examples; empty if external code or a harness provides them.
     """
@@ -192,7 +192,7 @@ def task_record(
 
 
 def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict[str, Any]:
-    """One number with its evidence."""
+    """Record one number with its evidence."""
     ends = interval(scored)
     return {
         "metric": scored.metric,
@@ -208,13 +208,13 @@ def score_record(scored: Scored, model: TaskModel, *, split: str | None) -> dict
 
 
 def one_metric(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The metric of all tasks; None if they differ, and only normalised scores can be averaged."""
+    """Return the metric of all tasks; None if they differ, so that only normalised scores can be averaged."""
     metrics = {record["metric"] for record in records.values()}
     return metrics.pop() if len(metrics) == 1 else None
 
 
 def means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The mean over tasks. None if one of them has no value, or the scores are of different metrics."""
+    """Average over tasks. None if one of them has no value, or metrics differ."""
 
     def mean(key: str) -> float | None:
         values = [record[key] for record in records.values()]

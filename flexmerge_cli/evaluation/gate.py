@@ -1,6 +1,6 @@
 """Decides whether scores are close enough to the fine-tuned models' for a release. Limits and paired scores in.
 
-A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (of perplexity and divergence its own units). A
+A limit is `1%` of the fine-tuned score or `1pt`, points of the metric (its own units for perplexity and divergence). A
 task passes if the one-sided 95 % bound of its paired drop is within the limit, fails if the drop exceeds the limit with
 the same confidence, and is undecided otherwise; then the verdict says how many examples are needed. A gate judges every
 task of a bundle: if one is neither scored nor listed under `not_scored`, it fails whatever the other scores are. Pure.
@@ -39,7 +39,7 @@ class Limit:
 
     text: str
     value: float
-    """If relative, a part of the fine-tuned score, else in the metric's unit."""
+    """A fraction of the fine-tuned score if relative, else in the metric's unit."""
     relative: bool
 
 
@@ -95,7 +95,7 @@ class Verdict:
     not_scored: tuple[str, ...] = ()
     """Tasks of the bundle that the spec excludes on purpose."""
     forgotten: tuple[str, ...] = ()
-    """Tasks of the bundle that the spec does not mention. Nothing is known of them, so the gate fails."""
+    """Tasks of the bundle that the spec does not mention. Nothing is known about them, so the gate fails."""
 
     @property
     def outcome(self) -> Outcome:
@@ -136,7 +136,7 @@ def forgotten_message(tasks: Sequence[str]) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """A bound for JSON, which has no infinity: the bound of a single example is infinite."""
+    """Return a bound as JSON can hold it: JSON has no infinity, and the bound of a single example is infinite."""
     return value if value is not None and np.isfinite(value) else None
 
 
@@ -217,7 +217,7 @@ def _of_task(task: str, merged: Scored, reference: Scored, limit: Limit, same: b
 
 
 def _of_mean(merged: Mapping[str, Scored], references: Mapping[str, Scored], limit: Limit) -> TaskVerdict:
-    """The verdict on the mean drop over tasks, by a paired bootstrap over examples; in hundredths of points."""
+    """Judge the mean drop over tasks, by a paired bootstrap over examples; in hundredths of points."""
     smallest = min((scored.n for scored in merged.values()), default=0)
     if any(scored.given is not None for scored in (*merged.values(), *references.values())):
         return TaskVerdict(

@@ -39,9 +39,9 @@ class _Keys:
 
     part: dict[Part, Key]
     tensor: dict[tuple[str, int], Key]
-    """(aligned name, task) -> what determines the task's bits of the tensor."""
+    """Maps (aligned name, task) to what determines the task's bits of the tensor."""
     made_by: dict[Part, tuple[str, Tasks | None]]
-    """For a unit's part: the unit and the group's tasks; for other parts: the tensor and None."""
+    """Maps the part of a unit to the unit and the group's tasks, and any other part to the tensor and None."""
     copies: set[Part]
     """Parts that may be the unchanged bits of a source."""
 
@@ -55,9 +55,9 @@ class MemoryBundles:
     threads: int
     chunk_elements: int = CHUNK_ELEMENTS
     places: dict[Key, Path] = field(default_factory=dict)
-    """Parts in memory -> the paths, of no real file, under which readers find them."""
+    """Maps the key of each part in memory to the path, of no real file, under which readers find it."""
     digests: dict[Key, dict[int, str]] = field(default_factory=dict)
-    """Digests of what a reader gets of a tensor, by its key and task."""
+    """Digests of what a reader gets for a tensor, by its key and task."""
     num_made: int = 0
     """The number of parts made so far."""
     _files: dict[Path, np.ndarray] = field(default_factory=dict)
@@ -67,12 +67,13 @@ class MemoryBundles:
     _last: tuple[BundleLayout, _Keys] | None = None
 
     def identity(self, layout: BundleLayout, task: int) -> Key:
-        """A key that is equal for two layouts of one plan only if the task's weights are equal. Makes nothing."""
+        """Return a key that is equal for two layouts of one plan only if the task's weights are equal. Makes
+        nothing."""
         tensors = self._keys(layout).tensor
         return tuple(tensors[name, task] for name, storage in layout.storages.items() if (name, task) in tensors)
 
     def keys(self, layout: BundleLayout, tasks: Collection[int]) -> set[Key]:
-        """The keys of all parts that these tasks read."""
+        """Return the keys of all parts that these tasks read."""
         keys = self._keys(layout).part
         return {keys[part] for part in _parts(layout, tasks)}
 
@@ -87,14 +88,14 @@ class MemoryBundles:
         return sum(self._files[place].size for place in self.places.values())
 
     def needed(self, layouts: Sequence[BundleLayout], tasks: Collection[int]) -> list[set[Key]]:
-        """The keys of the parts that each layout and those after it read, for these tasks."""
+        """Return the keys of the parts that each layout and those after it read, for these tasks."""
         found = [self.keys(layout, tasks) for layout in layouts]
         for place in reversed(range(len(found) - 1)):
             found[place] |= found[place + 1]
         return found
 
     def most_bytes(self, layouts: Sequence[BundleLayout], tasks: Collection[int]) -> int:
-        """The memory that parts take at most where these layouts are read one after another, in bytes."""
+        """Return the most memory that parts take, in bytes, if these layouts are read one after another."""
         made: dict[Key, int] = {}
         most = 0
         for layout, needed in zip(layouts, self.needed(layouts, tasks)):
@@ -107,9 +108,9 @@ class MemoryBundles:
         return most
 
     def bundle(self, layout: BundleLayout, tasks: Collection[int]) -> Bundle:
-        """The bundle that `Bundle.open` gives of what `merge` would write, for these tasks. Makes missing parts.
+        """Return the bundle that `Bundle.open` would give for what `merge` would write, for these tasks.
 
-        The bundle keeps its parts alive. Raises DataError as `merge` does.
+        Makes missing parts. The bundle keeps its parts alive. Raises DataError like `merge`.
         """
         keys = self._keys(layout)
         missing = [part for part in _parts(layout, tasks) if not self._is_here(layout, part, keys)]
@@ -136,7 +137,7 @@ class MemoryBundles:
         return keys.part[part] in self.places or self._copied(layout, part, keys) is not None
 
     def _copied(self, layout: BundleLayout, part: Part, keys: _Keys) -> tuple[StoredTensor, int] | None:
-        """The source that holds exactly these bytes, and the model that it belongs to."""
+        """Return the source that holds exactly these bytes, and the model that it belongs to."""
         if part not in keys.copies:
             return None
         model = BASE if part.array.role == "base" else layout.plan.tensor(part.tensor).same[part.readers[0]]
@@ -168,7 +169,7 @@ class MemoryBundles:
         self._sound.add((tensor, model))
 
     def _digests(self, layout: BundleLayout, tasks: Collection[int], keys: _Keys) -> dict[str, dict[int, str]]:
-        """Aligned name -> task -> digest."""
+        """Map each aligned name to the digests by task."""
         found: dict[str, dict[int, str]] = {}
         for name, storage in layout.storages.items():
             tensor = storage.tensor
@@ -186,7 +187,7 @@ class MemoryBundles:
     # Making parts
 
     def _make(self, layout: BundleLayout, missing: list[Part], keys: _Keys) -> None:
-        """The groups that store missing parts, over all tensors of their units, for one run of the engine."""
+        """Make the groups that store missing parts, over all tensors of their units, in one run of the engine."""
         wanted = {keys.made_by[part] for part in missing}
         some = _restricted(layout, wanted)
         output = MemoryOutput(missing)
@@ -245,7 +246,7 @@ def _add_unit_tensor(found: _Keys, layout: BundleLayout, unit: Unit, storage: St
             elif group.has_copy(part):
                 found.part[part] = copy_key(part.readers[0])
                 found.copies.add(part)
-                if part.readers[0] in group.tasks:  # with which the engine writes it
+                if part.readers[0] in group.tasks:  # the engine writes it with this group
                     found.made_by[part] = unit.name, group.tasks
             else:
                 found.part[part] = name, part.array.role, part.task, key
@@ -261,7 +262,7 @@ def _parts(layout: BundleLayout, tasks: Collection[int]) -> Iterable[Part]:
 
 
 def _restricted(layout: BundleLayout, wanted: Collection[tuple[str, Tasks | None]]) -> BundleLayout:
-    """The part of the layout for these groups of units and these tensors outside of units."""
+    """Return the part of the layout for these groups of units and these tensors outside of units."""
     groups: dict[str, set[Tasks]] = {}
     for name, tasks in wanted:
         if tasks is not None:

@@ -1,7 +1,7 @@
 """Writes a starter spec for a bundle: kinds from the configs' architectures, label names, and facts from side files.
 
-Reads side files, the plan if there is one, and the columns of data near the place where the spec will be. What it
-cannot know is a comment, or a file name to be filled in.
+Reads side files, the plan if there is one, and the columns of data near the place where the spec will be. Facts that it
+cannot know become comments, or file names to be filled in.
 """
 
 import json
@@ -37,12 +37,12 @@ USUAL = {
     "target": ("target", "targets", "label", "output", "answer", "labels"),
     "label": ("label", "labels", "target", "class", "score"),
 }
-"""What columns are usually called, by what is in them."""
+"""Usual names of columns, by their content."""
 FOLDERS = ("test", "data", "validation", ".")
 
 
 def starter_spec(bundle: Bundle, folder: Path, plan_path: Path | None = None) -> str:
-    """The text of a starter spec. folder: where the spec will be.
+    """Write the text of a starter spec. folder: where the spec will be.
 
     plan_path: the bundle's plan, which knows its sources; by default a plan.json beside the bundle or in the current
     folder, if the bundle was made from it. Raises UsageError for another one.
@@ -53,7 +53,7 @@ def starter_spec(bundle: Bundle, folder: Path, plan_path: Path | None = None) ->
 
 
 def _sources(bundle: Bundle, folder: Path, plan_path: Path | None) -> dict[str, str]:
-    """Task -> its source as the spec names it, and the base under the empty name; nothing without the plan."""
+    """Map each task to its source as the spec names it, and the empty name to the base; empty without the plan."""
     beside = [bundle.path.absolute().parent / "plan.json", Path("plan.json").absolute()]
     for path in [plan_path] if plan_path is not None else [path for path in beside if path.is_file()]:
         try:
@@ -84,7 +84,7 @@ def _task(bundle: Bundle, task: str, folder: Path, sources: Mapping[str, str]) -
     side = bundle.config_folder(task)
     lines = [f"kind: {_kind(side)}", *_keys(side, task, folder)]
     source = sources.get(task, bundle.manifest.tasks[task].source)
-    # Without the plan it is not known what a path is relative to.
+    # Without the plan, it is not known what a path is relative to.
     is_known = task in sources or is_remote(source)
     lines.append(f"{'' if is_known else '# '}checkpoint: {_quoted(source)}  # the fine-tuned model")
     return f"  {_quoted(task)}:\n" + "".join(f"    {line}\n" for line in lines)
@@ -106,7 +106,7 @@ def _kind(side: Path) -> str:
 
 
 def _keys(side: Path, task: str, folder: Path) -> list[str]:
-    """The spec's keys for the kind."""
+    """Return the spec's keys for the kind."""
     kind = _kind(side)
     if kind == "command":
         return ['command: [python, score.py, "{checkpoint}"]  # prints {"value": 0.9, "n": 100}; needs --allow-exec']
@@ -142,7 +142,7 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
 
 
 def _column_names(path: Path) -> tuple[str, ...]:
-    """The columns of a file of data; none if it cannot be read."""
+    """Return the columns of a file of data; none if it cannot be read."""
     try:
         return tuple(open_source(path, guess_format(path) or "", None).names)
     except FlexmergeError:
@@ -150,7 +150,8 @@ def _column_names(path: Path) -> tuple[str, ...]:
 
 
 def _columns(usual: Mapping[str, str], names: Sequence[str], comment: str = "") -> str:
-    """`columns:` with what the data have. usual: role -> name, where the data are not known."""
+    """Write `columns:` with the columns that the data have. usual: maps each role to a name, if the data are
+    unknown."""
     found = {
         role: next((name for name in (default, *USUAL[role]) if name in names), default)
         for role, default in usual.items()
@@ -167,7 +168,7 @@ def _template(names: Sequence[str]) -> str:
 
 
 def _data(task: str, folder: Path) -> str | None:
-    """A file near the spec that is named after the task, if there is one."""
+    """Find a file near the spec that is named after the task; None if there is none."""
     for name in FOLDERS:
         for suffix in dict.fromkeys(SUFFIXES):
             path = folder / name / f"{task}{suffix}"

@@ -22,7 +22,7 @@ MAX_KEPT = 4_000_000  # indices, 16 MB: with more examples the draws are made ag
 
 
 def interval(scored: Scored) -> tuple[float, float]:
-    """(low, high), 95 %. For an external number without an interval, the number itself, twice."""
+    """Return (low, high), 95 %. For an external number without an interval, the number itself, twice."""
     if scored.given is not None:
         return scored.given.interval or (scored.given.value, scored.given.value)
     outcomes = scored.outcomes
@@ -34,7 +34,7 @@ def interval(scored: Scored) -> tuple[float, float]:
 
 
 def resampled_values(scored: Scored, seed: int = 0) -> np.ndarray:
-    """The value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with those of other
+    """Compute the value on each of RESAMPLES resamples of the examples, float64 [RESAMPLES]; paired with those of other
     models."""
     outcomes, rows = scored.outcomes, resamples(scored.n, seed)
     if outcomes is not None and scored.n * RESAMPLES <= MAX_KEPT:
@@ -48,7 +48,7 @@ def resampled_values(scored: Scored, seed: int = 0) -> np.ndarray:
 
 
 def proportion(hits: int, n: int) -> tuple[float, float]:
-    """(low, high) of a proportion with `hits` of n >= 1 observed; in [0, 1]."""
+    """Return (low, high) of a proportion with `hits` of n >= 1 observed; in [0, 1]."""
     from scipy.stats import binomtest, chi2
 
     low, high = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
@@ -62,12 +62,12 @@ def proportion(hits: int, n: int) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=32)
 def _kept_resamples(n: int, seed: int) -> np.ndarray:
-    """Draws for `resamples`, int32 [RESAMPLES, n], shared by many models."""
+    """Keep the draws of `resamples`, int32 [RESAMPLES, n], shared by many models."""
     return np.array(list(resamples(n, seed)), np.int32)
 
 
 def resamples(n: int, seed: int) -> Iterator[np.ndarray]:
-    """RESAMPLES draws of n examples with repetition; the same for the same n and seed, so that models are paired."""
+    """Yield RESAMPLES draws of n examples with repetition, equal for equal n and seed, so that models are paired."""
     rng = np.random.default_rng([seed, n])
     for _ in range(RESAMPLES):
         yield rng.integers(n, size=n)
@@ -86,11 +86,12 @@ class PairedBound:
     n: int
 
     def decides(self, limit: float) -> bool | None:
-        """True: the drop is within the limit. False: it is not. None: n is too small to decide."""
+        """Decide: True if the drop is within the limit, False if it is not, None if n is too small to decide."""
         return True if self.high <= limit else False if self.low > limit else None
 
     def n_that_decides(self, limit: float) -> int | None:
-        """The number of examples that would separate a drop like this from the limit; None if it equals the limit.
+        """Return the number of examples that would separate a drop like this from the limit; None if it equals the
+        limit.
 
         The width of the interval falls as 1/√n.
         """
@@ -104,11 +105,11 @@ class PairedBound:
 def paired_bound(
     merged: Scored, reference: Scored, *, relative: bool, same_weights: bool = False
 ) -> PairedBound | None:
-    """One-sided 95 % bounds of how much `merged` is below `reference`; None for an external number.
+    """Compute one-sided 95 % bounds of how much `merged` is below `reference`; None for an external number.
 
     relative: the drop is a fraction of the reference's score. same_weights: both models are equal, so the drop is 0.
     For hits and misses these are the score intervals of Tango (1998) and Tang, Tang and Chan (2003), for other means
-    Student's t, with the delta method if relative, and for metrics that are no means a bootstrap over examples. Raises
+    Student's t, with the delta method if relative, and for metrics that are not means a bootstrap over examples. Raises
     ValueError if the numbers of examples differ.
     """
     if merged.given is not None or reference.given is not None:

@@ -65,7 +65,7 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
 
 
 def _stored_dtype(weights: dict[str, Any]) -> str:
-    """The floating dtype of most of the weights' elements."""
+    """Return the floating dtype of most of the weights' elements."""
     elements: dict[str, int] = {}
     for tensor in weights.values():
         if tensor.is_floating_point():

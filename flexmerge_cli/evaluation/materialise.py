@@ -14,7 +14,7 @@ from flexmerge_cli.evaluation.scored import TaskModel
 
 @contextmanager
 def materialised(model: TaskModel) -> Iterator[Path]:
-    """A folder with the side files and model.safetensors, written one tensor at a time."""
+    """Give a folder with the side files and model.safetensors, written one tensor at a time."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="flexmerge-") as name:

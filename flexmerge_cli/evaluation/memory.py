@@ -1,8 +1,8 @@
-"""How much memory scoring takes for weights, known before any is read. It does not count examples and activations.
+"""Computes how much memory scoring takes for weights before any is read. It does not count examples and activations.
 
-Each process has one model in memory: its tensors as they are stored, and again in the dtype that it computes in, if
-that is another one. The process of a curve also keeps the parts of the layouts that it has not scored yet, and makes
-them as `merge` does.
+Each process has one model in memory: its tensors as they are stored, and again in the dtype that it computes in, if it
+is another one. The process of a curve also keeps the parts of the layouts that it has not scored yet, and makes them as
+`merge` does.
 """
 
 import math
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from flexmerge_cli.evaluation.in_memory import MemoryBundles
 
 Form = tuple[str, int]
-"""dtype of safetensors, and number of elements."""
+"""The dtype as in safetensors, and the number of elements."""
 
 
 def forms_of_bundle(bundle: Bundle, task: str) -> list[Form]:
-    """Every tensor of a task's model."""
+    """List every tensor of a task's model."""
     stored = (entry for entry in bundle.manifest.stored if task in entry.digests)
     return [(entry.dtype_of(task), math.prod(entry.shape_of(task))) for entry in stored]
 
 
 def forms_of_plan(plan: Plan, task: str) -> list[Form]:
-    """Every tensor of a task's model."""
+    """List every tensor of a task's model."""
     number = plan.task_names.index(task)
     stored = (tensor for tensor in plan.tensors if number in tensor.present)
     return [(tensor.dtype_of(number), math.prod(tensor.shape_of(number))) for tensor in stored]
 
 
 def model_bytes(forms: Iterable[Form], dtype: str | None) -> int:
-    """The bytes of a model that computes in dtype; None: in that of most of its elements."""
+    """Return the bytes of a model that computes in dtype; None means the dtype of most of its elements."""
     elements: dict[str, int] = {}
     for stored, count in forms:
         elements[stored] = elements.get(stored, 0) + count
@@ -47,7 +47,7 @@ def model_bytes(forms: Iterable[Form], dtype: str | None) -> int:
 
 
 def largest_model(spec: EvalSpec, source: Bundle | Plan) -> int:
-    """The bytes of the largest model that a spec scores."""
+    """Return the bytes of the largest model that a spec scores."""
     of = {
         task: forms_of_bundle(source, task) if isinstance(source, Bundle) else forms_of_plan(source, task)
         for task in spec.tasks
@@ -56,7 +56,7 @@ def largest_model(spec: EvalSpec, source: Bundle | Plan) -> int:
 
 
 def require_memory(needed: int, processes: int, max_memory: int) -> None:
-    """Raises UsageError if so many processes need more. needed: bytes of one."""
+    """Raise UsageError if this many processes need more. needed: bytes of one."""
     if needed * processes > max_memory:
         fewer = " or --parallel 1" if processes > 1 else ""
         raise UsageError(
@@ -75,9 +75,9 @@ def curve_chunk(
     max_memory: int,
     processes: int,
 ) -> int:
-    """Elements of one work item where the layouts of each job are made and scored, in their order.
+    """Return the elements of one work item if the layouts of each job are made and scored in their order.
 
-    model: bytes of one. max_memory: of all processes. Raises UsageError if even the smallest does not fit.
+    model: bytes of one model. max_memory: of all processes. Raises UsageError if even the smallest item does not fit.
     """
     from flexmerge_cli.engine.memory import fitting
     from flexmerge_cli.engine.merge_memory import SMALLEST_CHUNK, merge_bytes

@@ -1,4 +1,4 @@
-"""Metrics by name: predictions and labels in, one number out. Values agree with scikit-learn's and scipy's.
+"""Defines metrics by name: predictions and labels in, one number out. Values agree with scikit-learn's and scipy's.
 
 A metric that is a mean over examples has `outcomes`, the numbers that it averages: Wilson intervals and paired bounds
 follow from them. For the others (F1, correlations, perplexity) intervals come from resampling. Only computing a value
@@ -64,12 +64,12 @@ def _hits(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _agrees(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return whether the likeliest classes are equal; for texts, whether the texts are."""
+    """Return whether the most likely classes are equal; for texts, whether the texts are."""
     return _hits(*((found.argmax(-1) if found.ndim == 2 else found) for found in (predictions, labels)))
 
 
 def _macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over classes. An output that names no class (-1) is a miss, and not a class of its own."""
+    """Average F1 over classes. An output that names no class (-1) is a miss, not a class of its own."""
     from sklearn.metrics import f1_score
 
     classes = np.union1d(predictions, labels)
@@ -81,7 +81,7 @@ def _mean_of(outcomes: Outcomes) -> Measure:
 
 
 def _correlation(predictions: np.ndarray, labels: np.ndarray, *, ranked: bool) -> float:
-    """Pearson's or Spearman's correlation; 0 without variance. NaN outputs count as no correlation.
+    """Compute Pearson's or Spearman's correlation; 0 without variance. NaN outputs count as no correlation.
 
     The value is the correlation of the other outputs, times their fraction.
     """
@@ -102,7 +102,7 @@ def _perplexity(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _divergence(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """KL(labels' model || predictions' model) in nats, [n]."""
+    """Compute KL(labels' model || predictions' model) in nats, [n]."""
     from scipy.special import log_softmax
 
     theirs, ours = log_softmax(labels.astype(np.float64), -1), log_softmax(predictions.astype(np.float64), -1)
@@ -111,7 +111,7 @@ def _divergence(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """F1 of the words of each text, counted with multiplicity, [n]; two empty texts agree."""
+    """Compute F1 of the words of each text, counted with multiplicity, [n]; two empty texts agree."""
     from collections import Counter
 
     found = []
@@ -123,7 +123,8 @@ def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _recall_at(k: int) -> Metric:
-    """Whether the label is among the k likeliest classes. Among equals the later comes first, as in scikit-learn."""
+    """Make the metric: whether the label is among the k most likely classes. Among equals the later comes first, as in
+    scikit-learn."""
 
     def outcomes(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
         best = np.argsort(predictions, axis=1, kind="stable")[:, ::-1][:, :k]
@@ -131,7 +132,7 @@ def _recall_at(k: int) -> Metric:
 
     def value(predictions: np.ndarray, labels: np.ndarray) -> float:
         classes = predictions.shape[1]
-        if classes < 3 or k >= classes:  # two classes are another problem to scikit-learn; k of k always holds
+        if classes < 3 or k >= classes:  # two classes are another problem for scikit-learn; k of k always holds
             return float(outcomes(predictions, labels).mean())
         from sklearn.metrics import top_k_accuracy_score
 
@@ -186,6 +187,6 @@ METRICS: dict[str, Metric] = _Metrics({metric.name: metric for metric in _all()}
 
 
 def normalised(value: float, reference: float, *, higher_is_better: bool) -> float | None:
-    """The fraction of the fine-tuned model's score that is kept. None if the reference is not above 0."""
+    """Return the fraction of the fine-tuned model's score that is kept; None if the reference is not above 0."""
     above, below = (value, reference) if higher_is_better else (reference, value)
     return above / below if below > 0 and np.isfinite(above / below) else None

@@ -1,4 +1,4 @@
-"""Models to be scored, as `TaskModel`s: a bundle's task, or a checkpoint. Weights are mapped, and read when used."""
+"""Makes the models to be scored, `TaskModel`s, from a bundle's task or a checkpoint. Weights are mapped and lazy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 
 def lies_as_it_is(stored: StoredTensor) -> bool:
-    """Whether its bytes are contiguous in its file: not computed, picked out, filled in, or streamed."""
+    """Return whether its bytes are contiguous in its file: not computed, picked out, filled in, or streamed."""
     special = (stored.strides, stored.change, stored.selection, stored.fill, stored.stream)
     return all(one is None for one in special) and not stored.pieces
 
 
 class StoredWeights(Mapping[str, "Tensor"]):
-    """Own name -> tensor on the mapped file. The mapping is copy-on-write, so that writes never reach the file.
+    """Maps own names to tensors in the mapped file, copy-on-write, so that writes never reach the file.
 
-    joined: own name -> for a tensor joined from rows (stored/joined.py), the task's other rows, the places of the
-    common rows, and the number of all rows. split: own name -> for a split tensor (family/split.py), its parts and the
-    axis along which they are joined.
+    joined: maps the own name of a tensor joined from rows (stored/joined.py) to the task's other rows, the places of
+    the common rows, and the number of all rows. split: maps the own name of a split tensor (family/split.py) to its
+    parts and the axis along which they are joined.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
         return as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), stored.dtype).reshape(array.shape)
 
     def array(self, stored: StoredTensor) -> np.ndarray:
-        """Its bits (`NUMPY[dtype]`), in its shape; strided if the file stores it so."""
+        """Return its bits (`NUMPY[dtype]`), in its shape; strided if the file stores it so."""
         if stored.selection is not None:
             whole = self.array(stored.selection.of).reshape(-1, stored.selection.row)
             picked = [whole[first : first + count] for first, count in stored.selection.runs]
@@ -89,7 +89,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
 
 
 def bundle_model(bundle: Bundle, task: str) -> TaskModel:
-    """The model of a bundle's task, through its route. Raises IntegrityError if a file differs from the manifest.
+    """Make the model of a bundle's task, through its route. Raises IntegrityError if a file differs from the manifest.
 
     The digest of the model comes from the manifest and would hide damaged files, so every file of the route is checked
     first. A bundle in memory has no files.
@@ -117,9 +117,9 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
 
 
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:
-    """The base as a model of the task: its values of all tensors that merge, and the task's heads from the bundle.
+    """Make the base a model of the task: its values of all tensors that merge, and the task's heads from the bundle.
 
-    digests: aligned name -> digest of the base's tensors that are known; new ones are added.
+    digests: maps the aligned names of the base's tensors to known digests; new ones are added.
     Raises DataError if the base lacks what the bundle's tasks share, IntegrityError if a file of the bundle differs
     from its manifest.
     """
@@ -176,7 +176,7 @@ def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, s
 
 
 def _part(view: "View", own: str, split: Split) -> "Tensor":
-    """A part of a task's tensor, by its own name."""
+    """Return a part of a task's tensor, by its own name."""
     whole, place = whole_of(own)
     assert place is not None
     return view[whole].chunk(split.parts, split.dim)[place]
@@ -185,7 +185,7 @@ def _part(view: "View", own: str, split: Split) -> "Tensor":
 def _wholes(
     found: "Mapping[str, Callable[[], Tensor]]", bundle: Bundle, task: str
 ) -> "dict[str, Callable[[], Tensor]]":
-    """The same, with split tensors whole."""
+    """Return the same tensors, with split ones whole."""
     left, names = dict(found), bundle.manifest.tasks[task].names
     for split in bundle.manifest.splits:
         own = [names.get(name, name) for name in split.names]
@@ -201,7 +201,7 @@ def _joined(parts: "Sequence[Callable[[], Tensor]]", dim: int) -> "Tensor":
 
 
 def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", places: Runs) -> "Tensor":
-    """The task's tensor, with other values in the rows that all models share."""
+    """Return the task's tensor, with other values in the rows that all models share."""
     value, rows, position = whole().clone(), common(), 0
     for first, count in places:
         value[first : first + count] = rows[position : position + count]
@@ -210,7 +210,7 @@ def _with_rows(common: "Callable[[], Tensor]", whole: "Callable[[], Tensor]", pl
 
 
 class Lazy(Mapping[str, "Tensor"]):
-    """Name -> tensor, made by a function on demand."""
+    """Maps names to tensors, which functions make on demand."""
 
     def __init__(self, made: "Mapping[str, Callable[[], Tensor]]") -> None:
         self.made = made
@@ -226,7 +226,7 @@ class Lazy(Mapping[str, "Tensor"]):
 
 
 def fetched(checkpoint: Checkpoint, access: Access = ONLINE) -> Checkpoint:
-    """The same checkpoint, with its weight files downloaded to this disk."""
+    """Return the same checkpoint, with its weight files downloaded to this disk."""
     fetch(checkpoint.remote.values(), access)
     return checkpoint
 

@@ -10,15 +10,16 @@ import numpy as np
 
 
 def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """The limit for hits and misses, in [-1, 1]: the drop that a score test just does not reject.
+    """Compute the limit for hits and misses, in [-1, 1]: the drop that a score test just fails to reject.
 
-    Tango (1998), Statistics in Medicine 17:891. Sound where few examples, or none, were judged differently.
+    Tango (1998), Statistics in Medicine 17:891. It is sound even if few or no examples were judged differently.
     """
     n = len(ours)
     lost, gained = int(((theirs == 1) & (ours == 0)).sum()), int(((theirs == 0) & (ours == 1)).sum())
 
     def statistic(drop: float) -> float:
-        """Observed minus assumed drop, in standard errors under the assumed drop. Falls as the assumed drop rises."""
+        """Return observed minus assumed drop, in standard errors under the assumed drop. Falls as the assumed drop
+        rises."""
         a, b = 2 * n, -lost - gained + (2 * n - lost + gained) * drop
         c = -gained * drop * (1 - drop)
         share = (np.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # the proportion gained, at the assumed drop
@@ -29,7 +30,8 @@ def absolute_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
 
 
 def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """The limit for hits and misses, as a part of the reference's proportion of hits; at most 1, and inf if that is 0.
+    """Compute the limit for hits and misses as a part of the reference's proportion of hits; at most 1, inf if that is
+    0.
 
     Tang, Tang and Chan (2003), Statistics in Medicine 22:1217: the score test of a ratio of paired shares.
     """
@@ -54,12 +56,12 @@ def relative_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, u
 
 
 def mean_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """The limit for any outcomes, by Student's t of their differences; infinite for n = 1."""
+    """Compute the limit for any outcomes, by Student's t of their differences; infinite for n = 1."""
     return _student(theirs - ours, 1.0, confidence, upper)
 
 
 def relative_mean_limit(ours: np.ndarray, theirs: np.ndarray, confidence: float, *, upper: bool) -> float:
-    """The limit as a part of mean(theirs), by the delta method; infinite if that mean is not above 0."""
+    """Compute the limit as a part of mean(theirs), by the delta method; infinite if that mean is not above 0."""
     mean = float(theirs.mean())
     if mean <= 0:
         return float("inf") if upper else float("-inf")
@@ -78,7 +80,7 @@ def _student(values: np.ndarray, scale: float, confidence: float, upper: bool) -
 
 
 def _over(difference: float, variance: float) -> float:
-    """The difference in standard errors. Without variance, an assumed drop is met exactly or not at all."""
+    """Return the difference in standard errors. Without variance, an assumed drop is met exactly or not at all."""
     if variance > 0:
         return float(difference / np.sqrt(variance))
     return 0.0 if difference == 0 else float(np.copysign(np.inf, difference))
@@ -91,7 +93,7 @@ def _normal(confidence: float) -> float:
 
 
 def _crossing(statistic: Callable[[float], float], confidence: float, upper: bool, lowest: float) -> float:
-    """The point below 1 where the falling statistic is -z (upper) or z (lower).
+    """Find the point below 1 where the falling statistic is -z (upper) or z (lower).
 
     It is found by bisection, which needs no values at the ends.
     """

@@ -1,4 +1,4 @@
-"""The references of a curve: each task's fine-tuned model and the base, from a plan's sources.
+"""Makes the references of a curve: each task's fine-tuned model and the base, from a plan's sources.
 
 The base is scored as a model of each task: the base's values of all tensors that merge, and the task's own heads.
 """
@@ -22,7 +22,7 @@ from flexmerge_cli.formats.plan_file import ROWS_SUFFIX, Plan
 def planned_models(
     plan: Plan, sources: Sources, folders: Mapping[str, Path], tasks: Sequence[str]
 ) -> tuple[dict[str, TaskModel], dict[str, TaskModel]]:
-    """The fine-tuned models and the base, by task. Weights are mapped, and read once for their digests.
+    """Return the fine-tuned models and the base, by task. Weights are mapped, and read once for their digests.
 
     Raises DataError if a source has changed since the plan.
     """

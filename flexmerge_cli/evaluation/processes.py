@@ -30,11 +30,11 @@ def in_processes(
     parallel: int,
     on_job: Callable[[int], None] = lambda _number: None,
 ) -> list[Result]:
-    """The results of jobs, at most `parallel` of them at a time.
+    """Run the jobs, at most `parallel` of them at a time, and return their results.
 
     prepare: returns the function that does a job; called once in every process. Jobs and results are pickled, too.
-    on_job: is called with the number of the job that is awaited.
-    Raises what `prepare` or the first failing job raises, and MachineError if a process dies.
+    on_job: called with the number of the job that is awaited.
+    Raises whatever `prepare` or the first failing job raises, and MachineError if a process dies.
     """
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(min(parallel, len(jobs)), multiprocessing.get_context("spawn"), _begin, (prepare,))
@@ -62,7 +62,7 @@ def in_processes(
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Delay signals that end a run until a process has started: one that is interrupted halfway prints a traceback.
+    """Delay signals that end a run until a process has started: an interrupted start prints a traceback.
 
     The new process delays them, too, until it can handle them. Blocking them in this thread is not enough here: another
     thread may receive the signal, and Python runs handlers in the main thread all the same.
@@ -83,7 +83,7 @@ def _signals_held() -> Iterator[None]:
 
 
 class _Ended(SystemExit):
-    """This process was told to end."""
+    """Ends this process, which was asked to end."""
 
 
 _prepare: Callable[[], Work[Any, Any]]
@@ -91,7 +91,7 @@ _work: Work[Any, Any] | None = None
 
 
 def _begin(prepare: Callable[[], Work[Any, Any]]) -> None:
-    """Nothing here may fail: errors of an initialiser are printed, and not raised in the parent."""
+    """Prepare a process. Nothing here may fail: errors of an initialiser are printed, and not raised in the parent."""
 
     def end(number: int, _frame: object) -> None:
         raise _Ended(128 + number)
@@ -99,7 +99,7 @@ def _begin(prepare: Callable[[], Work[Any, Any]]) -> None:
     global _prepare
     _prepare = prepare
     signal.signal(signal.SIGINT, lambda *_signal: None)  # not SIG_IGN, which programs started by a job would inherit
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a signal that came meanwhile ends this process silently
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a signal that arrived meanwhile ends this process silently
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
@@ -114,5 +114,5 @@ def _run(job: Any) -> Any:
             torch.set_num_threads(1)  # the processes share the cores
             _work = _prepare()
         return _work(job)
-    except _Ended as ended:  # the pool would take it for an error of a job, and give this process another job
+    except _Ended as ended:  # the pool would treat it as an error of a job, and give this process another job
         os._exit(int(str(ended.code)))

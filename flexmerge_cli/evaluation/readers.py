@@ -53,12 +53,12 @@ class Source:
 
     names: tuple[str, ...]
     get: Callable[[str], Any]
-    """A column by name: an array, or a sequence. Raises DataError."""
+    """Returns a column by name: an array, or a sequence. Raises DataError."""
     digest: str
 
 
 def guess_format(path: Path) -> str | None:
-    """The format by the file's suffix; for a folder, by its contents."""
+    """Guess the format from the file's suffix, or from a folder's contents."""
     if path.is_dir():
         saved = any((path / name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
         return "datasets" if saved else "imagefolder"

@@ -1,4 +1,4 @@
-"""The models that a bundle's tasks are compared with: the fine-tuned model, and the base with the task's own head."""
+"""Opens the models that a bundle's tasks are compared with: the fine-tuned model, and the base with the task's head."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,18 +22,19 @@ class References:
     """Models by task, each opened on demand, so that one is in memory at a time."""
 
     models: Mapping[str, Mapping[Who, Callable[[], TaskModel]]] = field(default_factory=dict)
-    """Task -> name of the reference -> function that opens it and reads its weights for their digest."""
+    """Maps each task to its references by name, each a function that opens it and reads its weights for their
+    digest."""
     folders: Mapping[str, Path] = field(default_factory=dict)
-    """Task -> its side files, if there is no bundle that has them."""
+    """Maps each task to the folder of its side files, if there is no bundle that has them."""
 
     def of(self, task: str) -> Mapping[Who, Callable[[], TaskModel]]:
         return self.models.get(task, {})
 
 
 def spec_references(spec: EvalSpec, bundle: Bundle, *, access: Access = ONLINE, needed: bool = False) -> References:
-    """The references that the spec names by `checkpoint` and `base`. Reads headers.
+    """Return the references that the spec names by `checkpoint` and `base`. Reads headers.
 
-    needed: for a task without `checkpoint` in the spec, take the source that the bundle records; raises UsageError if
+    needed: for a task without `checkpoint` in the spec, use the source that the bundle records; raises UsageError if
     it cannot be found.
     """
     digests: dict[str, str] = {}

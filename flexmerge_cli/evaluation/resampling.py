@@ -17,7 +17,7 @@ from flexmerge_cli.evaluation.scored import Scored
 def mean_drops(
     merged: Mapping[str, Scored], references: Mapping[str, Scored], *, relative: bool
 ) -> tuple[float, np.ndarray]:
-    """(mean drop over tasks, the same in each draw [R]); above 0 is worse.
+    """Return (mean drop over tasks, the same in each draw [R]); above 0 is worse.
 
     relative: as fractions of the references; otherwise in points / 100, where a unit of perplexity or divergence is
     one point.
@@ -34,7 +34,7 @@ def mean_drops(
 
 
 def parts_kept(merged: Mapping[str, Scored], references: Mapping[str, Scored]) -> dict[str, tuple[float, np.ndarray]]:
-    """Task -> (normalised score, the same in each draw [R]); 1 is as good as the fine-tuned model."""
+    """Map each task to (normalised score, the same in each draw [R]); 1 is as good as the fine-tuned model."""
     found = {}
     for number, (task, ours, theirs) in enumerate(_pairs(merged, references)):
         ours_R, theirs_R = (resampled_values(scored, number) for scored in (ours, theirs))
@@ -57,7 +57,7 @@ def _drop(ours: np.ndarray, theirs: np.ndarray, sign: float, relative: bool) -> 
 
 
 def _kept(ours: np.ndarray, theirs: np.ndarray, higher_is_better: bool) -> np.ndarray:
-    """The fraction kept; 1 if the reference has nothing to keep."""
+    """Return the fraction kept; 1 if the reference has nothing to keep."""
     return _over(ours, theirs, 1.0) if higher_is_better else _over(theirs, ours, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Scores a bundle or its sources, in this process or in several: decides which models, and what they are compared with.
+"""Scores a bundle or its sources, in this process or in several: decides which models, and what to compare them with.
 
 Each process has one model in memory at a time. drawing.py scores the curves of plans.
 """
@@ -32,7 +32,7 @@ from flexmerge_cli.planning.sources import OpenSources, open_sources
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What is to be scored."""
+    """What to score."""
 
     spec: EvalSpec
     bundle: Path | None = None
@@ -49,7 +49,7 @@ class ScoreRequest:
     parallel: int = 1
     access: Access = ONLINE
     max_memory: int | None = None
-    """Bytes for the weights of the models that are in memory at a time."""
+    """The most bytes for the weights of the models that are in memory at a time."""
     gate: Gate = field(default_factory=Gate)
     """The limits on the drop from the fine-tuned scores; the verdict is in the document."""
 
@@ -80,7 +80,7 @@ def score_request(
     on_progress: OnStep = lambda *_step: None,
     **asked: Any,
 ) -> ScoreRequest:
-    """Return what is asked in words: the bundle is found, or fetched, and the spec read. asked: further fields.
+    """Make the request from words: find the bundle, or fetch it, and read the spec. asked: further fields.
 
     Raises UsageError, SourceError, DataError, before a weight is read.
     """
@@ -132,7 +132,7 @@ class _Pairs:
 
 
 def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> dict[str, Any]:
-    """`flexmerge.eval/1`.
+    """Return the document, `flexmerge.eval/1`.
 
     Raises UsageError, before a weight is read, if spec, data and models do not fit together; DataError, SourceError.
     """
@@ -209,7 +209,7 @@ def _scores(
 
 
 def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
-    """Reads headers. Raises UsageError for a gate that has nothing to compare with."""
+    """Open bundle and references. Reads headers. Raises UsageError for a gate that has nothing to compare with."""
     bundle = Bundle.open(request.bundle, tasks=list(request.spec.tasks)) if request.bundle is not None else None
     if bundle is not None:
         for task in request.spec.tasks:
@@ -241,7 +241,7 @@ def _require_pairs(request: ScoreRequest, references: References) -> None:
 
 
 def planned_references(request: ScoreRequest) -> References:
-    """The sources of a plan as models. Reads headers; weights are read and checked when a model is opened.
+    """Return the sources of a plan as models. Reads headers; weights are read and checked when a model is opened.
 
     Raises SourceError, DataError.
     """
@@ -258,7 +258,8 @@ def _planned(request: ScoreRequest) -> Path:
 def references_of(
     plan: Plan, folder: Path, spec: EvalSpec, *, relocate: Mapping[str, str] | None = None, access: Access = ONLINE
 ) -> References:
-    """folder: what the plan's relative sources are relative to. Raises UsageError for a task that the plan keeps."""
+    """Return the references from a plan. folder: the folder that its relative sources are relative to. Raises
+    UsageError for a task that the plan keeps as an adapter, or does not have."""
     for task in spec.tasks:
         if task not in plan.task_names:
             raise spec.document.error(
@@ -292,7 +293,8 @@ class BundleGate:
     """`flexmerge.eval/1` with the verdict, after `require`."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError, SourceError and DataError if spec and data do not fit together; reads no weights."""
+        """Prepare the data. Raises UsageError, SourceError and DataError if spec and data do not fit; reads no
+        weights."""
         scorer = self._scorer()
         self._data = {
             task: scorer.examples(task, self.references.folders[task]).digest or None for task in self.spec.tasks
@@ -316,7 +318,7 @@ class BundleGate:
     def require(self, folder: Path, on_step: OnStep) -> dict[str, Any]:
         """Score the finished bundle, wherever it lies, and return its scores.
 
-        Raises GateError unless it passes, DataError for other data.
+        Raises GateError unless it passes, DataError if the data have changed.
         """
         pairs = _Pairs()
         document = evaluate(

@@ -1,4 +1,4 @@
-"""What is scored, and the result. Values only: no files, no models."""
+"""Defines what is scored, and the result. Values only: no files, no models."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ class TaskModel:
 
     task: str
     weights: "Mapping[str, Tensor]"
-    """Own names -> tensors, made on demand."""
+    """Maps own names to tensors, made on demand."""
     folder: Path
     """The folder of its side files: config.json, tokenizer, preprocessor."""
     digest: str
@@ -41,7 +41,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What one model did on one task's data: enough for the value, its interval and paired differences."""
+    """The outputs of one model on one task's data: enough for the value, its interval and paired differences."""
 
     metric: str
     """A name in METRICS; any name with `given`."""
@@ -78,7 +78,7 @@ class Scored:
         return None if outcomes is None else outcomes(self.predictions, self.labels)
 
     def take(self, examples: np.ndarray) -> "Scored":
-        """The scores of some examples, in that order, with repetition: a half, or a resample. [k] indices."""
+        """Return the scores of some examples, in that order, with repetition: a half, or a resample. [k] indices."""
         return replace(
             self,
             predictions=self.predictions[examples],
@@ -92,12 +92,12 @@ DigestLine = tuple[str, str, tuple[int, ...], str]
 
 
 def places_line(own: str, rows: int, common: Iterable[tuple[int, int]]) -> DigestLine:
-    """Return where the common rows are in a joined tensor, since the digests of the rows do not determine it."""
+    """Return where the common rows are in a joined tensor, which the digests of the rows do not determine."""
     return f"{own}@places", "runs", (rows, *(number for run in common for number in run)), ""
 
 
 def weights_digest(tensors: Iterable[DigestLine]) -> str:
-    """One digest of (own name, dtype, shape, digest of the bytes) of all tensors, independent of their order.
+    """Compute one digest of (own name, dtype, shape, digest of the bytes) of all tensors, independent of their order.
 
     Equal for equal weights, whether they come from a bundle, a source or a plan's cut: the key of the score cache.
     """

@@ -1,4 +1,4 @@
-"""The document of `flexmerge eval --json`, read again for a bundle's card."""
+"""Reads the document of `flexmerge eval --json` again, for a bundle's card."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -15,7 +15,7 @@ MAX_DOCUMENT_BYTES = 64 << 20
 
 
 def read_scores(path: Path) -> Scores:
-    """Raises SourceError, DataError, and UsageError if it is no document of a bundle's scores."""
+    """Read the scores. Raises SourceError, DataError, and UsageError if the file does not hold a bundle's scores."""
     document = read_json(path, MAX_DOCUMENT_BYTES)
     bundle, tasks = document.get("bundle"), document.get("tasks")
     if document.get("format") != FORMAT or not isinstance(bundle, str) or not isinstance(tasks, dict):
@@ -24,7 +24,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def scores_of(document: Mapping[str, Any]) -> Scores:
-    """The same of a document that is at hand."""
+    """Return the scores of a document."""
     return Scores(bundle=document["bundle"], tasks={name: _score(one) for name, one in document["tasks"].items()})
 
 

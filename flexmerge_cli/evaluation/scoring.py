@@ -36,7 +36,7 @@ class Scorer:
     device: str | None = None
     """The device, which overrides the spec's; `auto` if neither is given."""
     cache: ScoreCache | None = field(default_factory=ScoreCache)
-    """The score cache. None: nothing is looked up or kept."""
+    """The score cache. None means that nothing is looked up or kept."""
     access: Access = ONLINE
     """Access to models that a task names besides its own."""
     num_computed: int = 0
@@ -46,17 +46,17 @@ class Scorer:
     num_cached: int = 0
     """The number of scores found on disk, from earlier runs."""
     _examples: dict[tuple[str, str], Examples] = field(default_factory=dict)
-    """(task, digest of the side files) -> its examples: tasks with the same config and tokenizer share them."""
+    """Maps (task, digest of the side files) to examples: tasks with the same config and tokenizer share them."""
     _sides: dict[Path, str] = field(default_factory=dict)
     _references: dict[tuple[str, str], Scored] = field(default_factory=dict)
-    """(task, digest) -> the outputs of a fine-tuned model, for agreement."""
+    """Maps (task, digest) to the outputs of a fine-tuned model, for agreement."""
     _keys: set[str] = field(default_factory=set)
     """Keys of the scores that this scorer knows to be on disk."""
 
     def examples(self, task: str, side: Path) -> Examples:
-        """The examples, read and checked once. side: folder of config, tokenizer, processor. Reads no weights.
+        """Return the examples, read and checked once. side: folder of config, tokenizer, processor. Reads no weights.
 
-        Raises UsageError with file, line and key for what is wrong in the spec, SourceError, DataError.
+        Raises UsageError with file, line and key for errors in the spec, SourceError, DataError.
         """
         if side not in self._sides:
             self._sides[side] = side_digest(side)
@@ -68,7 +68,7 @@ class Scorer:
         return self._examples[key]
 
     def run(self, task: str, on_example: OnExample = lambda _done, _total: None) -> Run:
-        """Return how a task is computed."""
+        """Return the settings of a task's computation."""
         from flexmerge_cli.engine.device import choose_device
 
         settled = self.spec.settled(task)
@@ -117,11 +117,11 @@ class Scorer:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Where the scores came from, as counts."""
+        """The number of scores from each origin."""
         return {"computed": self.num_computed, "repeated": self.num_repeated, "cached": self.num_cached}
 
     def _settings(self, model: TaskModel, examples: Examples, run: Run) -> Mapping[str, Any]:
-        """Everything that a score depends on."""
+        """Return everything that a score depends on."""
         return {
             "weights": model.digest,
             "data": examples.digest,
@@ -138,7 +138,7 @@ class Scorer:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of flexmerge and of the installed libraries that affect scores."""
+    """Return the versions of flexmerge and of the installed libraries that affect scores."""
     found = {"flexmerge": VERSION}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""The files beside a model's weights that a score depends on."""
+"""Identifies the files beside a model's weights that a score depends on."""
 
 from pathlib import Path
 
@@ -14,6 +14,6 @@ SIDE_FILES = (
 
 
 def side_digest(folder: Path) -> str:
-    """The digest of the files that describe the weights, or how inputs become tokens or pixels."""
+    """Compute the digest of the files that describe the weights, or how inputs become tokens or pixels."""
     files = sorted(path for path in folder.iterdir() if path.name.startswith(SIDE_FILES) and path.is_file())
     return xxhash.xxh3_128_hexdigest("\n".join(f"{p.name} {digest_bytes(p.read_bytes())}" for p in files).encode())

@@ -1,6 +1,6 @@
 """Caches models without their weights, since a curve builds the same ones hundreds of times, and building is slow.
 
-A model is cached if its parameters and the weights share memory one to one, which says which weight is which parameter
+A model is cached if its parameters and the weights share memory one to one, which shows the parameter of each weight,
 whatever transformers calls it. All other models are built every time.
 """
 
@@ -21,10 +21,10 @@ class Skeleton:
     model: Any
     """The model. Parameters are on the meta device; buffers without weights are those of the first model."""
     names: Mapping[str, str]
-    """Name in the model's state -> name among the weights."""
+    """Maps names in the model's state to names among the weights."""
 
     def filled(self, weights: Mapping[str, Any]) -> Any | None:
-        """A new model on the memory of the weights, if they have its dtype; None if they do not fit."""
+        """Make a new model on the memory of the weights, if they have its dtype; None if they do not fit."""
         state = self.model.state_dict()
         if weights.keys() != set(self.names.values()):
             return None
@@ -46,7 +46,7 @@ def key_of(folder: Path, *more: object) -> Key:
 
 
 def filled(key: Key, weights: Mapping[str, Any]) -> Any | None:
-    """A model with these weights; None if there is no skeleton: build the model and `keep` it."""
+    """Make a model with these weights; None if there is no skeleton: then build the model and `keep` it."""
     kept = _kept.get(key)
     return kept.filled(weights) if kept is not None else None
 

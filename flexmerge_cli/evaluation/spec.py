@@ -5,8 +5,8 @@ tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each k
 limit, batch_size, dtype, seed, device   defaults for all tasks
 base     the base, scored with each task's own head
 not_scored  [tasks] of the bundle that are left out on purpose: a gate fails if one is neither scored nor named here
-Only what `python` and `command` name is run, and only with --allow-exec. Readers refuse unknown keys; if the meaning of
-a key changes, the version becomes 2.
+Only code that `python` and `command` name is run, and only with --allow-exec. Readers refuse unknown keys; if the
+meaning of a key changes, the version becomes 2.
 """
 
 import difflib
@@ -56,7 +56,7 @@ class EvalSpec(Record):
 
     @property
     def record(self) -> dict[str, Any]:
-        """Identifies the spec in a document."""
+        """The fields that identify the spec in a document."""
         return {"path": str(self._document.path), "sha256": self._sha256, "not_scored": list(self.not_scored)}
 
     @property
@@ -70,7 +70,7 @@ class EvalSpec(Record):
         return self.document.path.absolute().parent
 
     def only(self, *tasks: str) -> "EvalSpec":
-        """The spec restricted to some of its tasks."""
+        """Restrict the spec to some of its tasks."""
         return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}})
 
     def kind(self, task: str) -> Kind:
@@ -79,11 +79,11 @@ class EvalSpec(Record):
         return kind
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
-        """Return where the task is. side: folder of its config, tokenizer, processor."""
+        """Return where the task is defined. side: folder of its config, tokenizer, processor."""
         return Place(document=self.document, task=task, side=side, access=access)
 
     def settled(self, task: str) -> TaskSpec:
-        """The task's own keys, with defaults from the spec."""
+        """Return the task's own keys, with defaults from the spec."""
         own = self.tasks[task]
         return own.model_copy(update={key: getattr(self, key) for key in COMMON if getattr(own, key) is None})
 

@@ -1,4 +1,4 @@
-"""The keys that every task of a spec has, whatever its kind. The kinds (kinds/) add theirs; spec.py reads the file."""
+"""Defines the keys that tasks of every kind have in a spec. The kinds (kinds/) add theirs; spec.py reads the file."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ class DataSpec(Record):
     path: str
     """The path, relative to the spec; `hf://org/name[@revision][:config]` for the Hub."""
     format: Format | None = None
-    """By default given by the path's suffix; a folder is `datasets` if one was saved there, else `imagefolder`."""
+    """Determined by the path's suffix by default; a folder is `datasets` if one was saved there, else `imagefolder`."""
     split: str | None = None
     """The split, required by `datasets`; reports show it for all formats."""
 
@@ -43,5 +43,5 @@ class TaskSpec(Record):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics requested, in order; empty for the kind's default."""
+        """The requested metrics, in order; empty for the kind's default."""
         return () if self.metric is None else (self.metric,) if isinstance(self.metric, str) else self.metric

@@ -31,12 +31,12 @@ def is_csv(path: Path) -> bool:
 
 
 def curve_csv(record: Mapping[str, Any]) -> str:
-    """One row per point and task. record: from `curve_record`."""
+    """Write one row per point and task. record: from `curve_record`."""
     return _csv(_of_points(record))
 
 
 def scores_csv(document: dict[str, Any]) -> str:
-    """One row per task, model and metric. document: from `evaluate`."""
+    """Write one row per task, model and metric. document: from `evaluate`."""
     return _csv(_of_scores(document))
 
 
@@ -74,7 +74,7 @@ def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
 
 
 def _model(document: dict[str, Any], who: str) -> Row:
-    """What was scored: a bundle with its size, or a reference."""
+    """Return what was scored: a bundle with its size, or a reference."""
     if who != "merged":
         return {"method": who.replace("_", "-")}
     return {"method": format_methods(document), **_size(document | {"bytes": document["stored_bytes"]})}

@@ -25,7 +25,7 @@ def require_other_data(tuning: EvalSpec, reported: EvalSpec) -> None:
 
 
 def _data(spec: EvalSpec, task: str) -> Any:
-    """A task's examples: their place, independent of the spec's folder, and which of them."""
+    """Identify a task's examples: their place, independent of the spec's folder, and the choice among them."""
     data = spec.tasks[task].data_spec
     if data is None:
         return spec.tasks[task].model_dump(mode="json")
@@ -38,5 +38,5 @@ def _data(spec: EvalSpec, task: str) -> Any:
 
 
 def _content(place: Path) -> object:
-    """The content of a file, since a copy under another name is the same data."""
+    """Identify the content of a file, since a copy under another name is the same data."""
     return file_digest(place) if place.is_file() else str(place)

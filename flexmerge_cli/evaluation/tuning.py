@@ -1,7 +1,7 @@
 """Chooses an argument of methods on validation data, which are never the data that are reported.
 
 Every method that takes the argument is scored with each value at every size. The value with the best mean over sizes
-and tasks is chosen; among equals, the one nearest to the default. Methods that do not take the argument, or give it
+and tasks is chosen; among equals, the one nearest to the default. Methods that do not take the argument, or set it
 themselves, are left unchanged.
 """
 
@@ -24,7 +24,7 @@ from flexmerge_cli.request.merge import Clusters, Cut
 def tuned(
     plan: Plan, plan_path: Path, spec: EvalSpec, request: CurveRequest, tune: Tune, *, on_score: OnScore
 ) -> dict[str, CurveMethod]:
-    """Method name -> the method with the value that is best on the spec's data."""
+    """Map each method's name to the method with the value that is best on the spec's data."""
     tried = tuple(variant for by_value in tune.variants.values() for variant in by_value.values())
     curve = draw(plan, plan_path, spec, replace(request, methods=tried, alternatives=False), on_score=on_score)
     means = {
@@ -42,7 +42,7 @@ def tuned(
 
 
 def _mean(points: Sequence[Point], references: dict[str, Scored]) -> float:
-    """The mean over sizes and tasks of normalised scores, so that tasks and metrics count alike."""
+    """Average normalised scores over sizes and tasks, so that tasks and metrics count equally."""
     parts = [
         normalised(scored.value, references[task].value, higher_is_better=scored.higher_is_better) or 0.0
         for point in points

@@ -1,9 +1,9 @@
-"""`causal-lm`: perplexity of texts, or multiple choice by the likelihood of each choice after a context.
+"""Scores `causal-lm`: perplexity of texts, or multiple choice by the likelihood of each choice after a context.
 
-columns     text, for perplexity; or context (MAY be left out), choices (a list, or several columns), label (index of
-            the right one, or its text), for accuracy
-normalise   choices by `tokens` (default), `characters` or `none`
-join        between context and choice; by default a space
+columns     text, for perplexity; or context (optional), choices (a list, or several columns), label (the index of the
+            right one, or its text), for accuracy
+normalise   the likelihoods of choices by `tokens` (default), `characters` or `none`
+join        the text between context and choice; by default a space
 max_length  tokens of a window; by default the tokenizer's. Longer texts are cut into windows, each predicted by itself:
             its first token is not scored. Longer contexts lose their beginning
 If the tokenizer adds a beginning-of-text token, it comes first and is not scored.
@@ -112,7 +112,7 @@ def _choices(task: CausalLm, place: Place, tokenizer: Any, length: int | None) -
 def _continued(
     tokenizer: Any, context: str, choice: str, join: str, length: int | None, table: Table, index: int, place: Place
 ) -> Continuation:
-    """Tokens of context and choice, split where those of the context alone end; spaces belong to the choice."""
+    """Tokenise context and choice, split where the tokens of the context alone end; spaces belong to the choice."""
     stripped = context.rstrip()
     between = context[len(stripped) :] or (join if stripped else "")
     before = tokenizer(stripped, add_special_tokens=False)["input_ids"] if stripped else []
@@ -140,13 +140,13 @@ def _continued(
 
 
 def _start(tokenizer: Any) -> tuple[int, ...]:
-    """The beginning-of-text token, where the tokenizer puts one before every text."""
+    """Return the beginning-of-text token if the tokenizer puts one before every text."""
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and (tokenizer("")["input_ids"] or [None])[0] == bos else ()
 
 
 def _any_start(tokenizer: Any, first: int) -> tuple[int, ...]:
-    """The token from which the first one is predicted if there is no context."""
+    """Return the token from which the first one is predicted if there is no context."""
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return tuple(mark for mark in marks if mark is not None)[:1] if first == 0 else ()
 

@@ -1,4 +1,4 @@
-"""Multiple choice: the choices of each example, and the right one. Texts in, texts and numbers out."""
+"""Reads multiple choice: the choices of each example, and the right one. Texts in, texts and numbers out."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,20 @@ from flexmerge_cli.evaluation.kinds.kind import Place
 
 
 def choice_columns(written: str | tuple[str, ...] | None) -> dict[str, Column]:
-    """One column of lists, or one column per choice."""
+    """Return one column of lists, or one column per choice."""
     if written is None or isinstance(written, str):
         return {"choices": Column(name=written, usual=("choices", "options", "endings"))}
     return {f"choices.{number}": Column(name=name) for number, name in enumerate(written)}
 
 
 def choices_of(table: Table, written: str | tuple[str, ...] | None, place: Place) -> list[list[str]]:
-    """The choices of each example, at least one. Raises UsageError."""
+    """Return the choices of each example, at least one. Raises UsageError."""
     if written is not None and not isinstance(written, str):
         columns = [table.texts(f"choices.{number}", place) for number in range(len(written))]
         return [list(row) for row in zip(*columns)]
     found = []
     for index, value in enumerate(table.columns["choices"]):
-        value = value.get("text") if isinstance(value, dict) else value  # as ARC has them: {text: […], label: […]}
+        value = value.get("text") if isinstance(value, dict) else value  # as in ARC: {text: […], label: […]}
         if not isinstance(value, list | tuple) or not value or not all(isinstance(text, str) for text in value):
             raise place.error(
                 "columns.choices",
@@ -32,7 +32,7 @@ def choices_of(table: Table, written: str | tuple[str, ...] | None, place: Place
 
 
 def right_choice(table: Table, index: int, choices: Sequence[str], place: Place) -> int:
-    """The right choice: given by index from 0, by letter (A is the first), or by its text. Raises UsageError."""
+    """Return the right choice, given by index from 0, by letter (A is the first), or by its text. Raises UsageError."""
     value = table.columns["label"][index]
     if isinstance(value, str) and value in choices:
         return choices.index(value)

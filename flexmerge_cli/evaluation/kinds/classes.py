@@ -1,4 +1,4 @@
-"""Shared by the kinds with classes: labels as class numbers, and scores of classes as metrics."""
+"""Turns labels into class numbers, and scores of classes into metrics, for the kinds with classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ DEFAULT_LABELS = 2  # the number that transformers assumes if the config has non
 
 
 def num_classes(task: TaskSpec, place: Place, head: str) -> int:
-    """The number of outputs of the head, from the config, whose architecture must have one. Raises UsageError."""
+    """Return the number of outputs of the head, by the config, whose architecture must have one. Raises UsageError."""
     check_architecture(task, place, head)
     return label_count(read_config(place.side))
 
 
 def check_architecture(task: TaskSpec, place: Place, *endings: str) -> str | None:
-    """The config's architecture; None if it names none. Raises UsageError if none of its architectures has the head."""
+    """Return the config's architecture; None if it names none. Raises UsageError if it does not have the head."""
     architecture = architecture_of(read_config(place.side))
     if architecture is not None and not architecture.endswith(endings):
         wanted = " or ".join(f"…{ending}" for ending in endings)
@@ -36,13 +36,13 @@ def check_architecture(task: TaskSpec, place: Place, *endings: str) -> str | Non
 
 
 def architecture_of(config: dict[str, Any]) -> str | None:
-    """The first architecture that the config names; None if there is none, or the entry is malformed."""
+    """Return the first architecture that the config names; None if there is none, or the entry is malformed."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def label_names(config: dict[str, Any]) -> list[str]:
-    """id2label in order of id; empty if there is none, or it is malformed."""
+    """Return id2label in order of id; empty if there is none, or it is malformed."""
     names = config.get("id2label")
     try:
         return [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
@@ -51,7 +51,7 @@ def label_names(config: dict[str, Any]) -> list[str]:
 
 
 def label_count(config: dict[str, Any]) -> int:
-    """num_labels, or the length of id2label."""
+    """Return num_labels, or the length of id2label."""
     names = config.get("id2label")
     if isinstance(names, dict) and names:
         return len(names)
@@ -64,10 +64,10 @@ def label_column(name: str | None) -> Column:
 
 
 def class_labels(table: Table, names: Sequence[str] | None, classes: int, place: Place) -> np.ndarray:
-    """The column `label`, int64 [n], each in [0, classes).
+    """Return the column `label`, int64 [n], each in [0, classes).
 
-    Texts are looked up in `labels` of the spec, else in the config's label2id; texts of digits are numbers where they
-    are no names. Raises UsageError.
+    Texts are looked up in `labels` of the spec, else in the config's label2id; texts of digits are numbers if they are
+    not names. Raises UsageError.
     """
     raw = table.columns["label"]
     if names is not None and len(names) > classes:
@@ -120,7 +120,7 @@ def _label_ids(place: Place) -> dict[str, int]:
 
 
 def class_scores(logits: np.ndarray, labels: np.ndarray | None, metrics: Sequence[str]) -> list[Scored]:
-    """One Scored per metric. logits: float32 [n, classes]. labels: int [n], None for agreement."""
+    """Make one Scored per metric. logits: float32 [n, classes]. labels: int [n], None for agreement."""
     if labels is None:
         return [Scored(metric=AGREEMENT, predictions=logits)]
     of = {Takes.SCORES: logits, Takes.CLASSES: logits.argmax(-1)}

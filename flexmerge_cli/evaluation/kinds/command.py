@@ -1,4 +1,4 @@
-"""`command`: a program of the user scores a task. Runs only with --allow-exec.
+"""Scores `command`: a program of the user scores a task. Runs only with --allow-exec.
 
 command    a list of arguments, no shell; `{checkpoint}` is the task's model as a folder (config, tokenizer,
            model.safetensors), `{task}` its name. Runs in the folder of the spec

@@ -1,4 +1,4 @@
-"""`image-classification`: an image in, one class out.
+"""Scores `image-classification`: an image in, one class out.
 
 columns  image (pixels [n, channels, height, width], or pictures), label (numbers or names)
 labels   names of the classes, in their order; by default the config's

@@ -1,7 +1,7 @@
-"""Images for the kinds: arrays of pixels, or pictures that the task's image processor turns into pixels.
+"""Prepares images for the kinds: arrays of pixels, or pictures that the task's image processor turns into pixels.
 
 Arrays are scaled and normalised as preprocessor_config.json says, and not resized. Pictures (files, their bytes, or
-what `datasets` has) are opened a batch at a time.
+the objects of `datasets`) are opened a batch at a time.
 """
 
 import io
@@ -40,7 +40,7 @@ class ImageTask(TaskSpec):
 
 
 def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
-    """The images and their labels, None for agreement. Raises UsageError, DataError."""
+    """Return the images and their labels, None for agreement. Raises UsageError, DataError."""
     metrics = chosen_metrics(task, place, CLASS_METRICS, num_classes=classes)
     wanted = {"image": Column(name=task.columns.image, usual=USUAL)}
     if AGREEMENT not in metrics:
@@ -61,7 +61,8 @@ class Images:
     """Paths, bytes, {bytes, path}, or PIL images, if arrays is None."""
 
     def pixels(self, start: int, stop: int, side: Path) -> Any:
-        """A batch as float32 tensor [batch, channels, height, width]. side: folder of preprocessor_config.json."""
+        """Return a batch as float32 tensor [batch, channels, height, width]. side: folder of
+        preprocessor_config.json."""
         if self.arrays is not None:
             return pixels_of_array(self.arrays[start:stop], side)
         return pixels_of(image_processor(side), self.pictures[start:stop])
@@ -72,14 +73,14 @@ def image_processor(side: Path) -> Any:
 
 
 def pixels_of(processor: Any, pictures: Sequence[Any]) -> Any:
-    """float32 tensor [batch, channels, height, width]. Raises DataError for what is no picture."""
+    """Return a float32 tensor [batch, channels, height, width]. Raises DataError for anything that is not a picture."""
     mode = "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
     batch = [opened(picture).convert(mode) for picture in pictures]
     return processor(images=batch, return_tensors="pt")["pixel_values"].float()
 
 
 def pixels_of_array(array: np.ndarray, side: Path) -> Any:
-    """Numbers [batch, channels, height, width], scaled and normalised: a float32 tensor of that shape."""
+    """Scale and normalise numbers [batch, channels, height, width] into a float32 tensor of that shape."""
     import torch
 
     scale, mean, std = _preprocessing(side, array.shape[1])
@@ -87,7 +88,7 @@ def pixels_of_array(array: np.ndarray, side: Path) -> Any:
 
 
 def images_of(table: Table, place: Place) -> tuple[Images, str]:
-    """The column `image`, and a digest of the files it refers to. Raises UsageError, DataError."""
+    """Return the column `image`, and a digest of the files it refers to. Raises UsageError, DataError."""
     column = table.columns["image"]
     if isinstance(column, np.ndarray):
         if column.ndim != 4 or column.dtype.kind not in "uif":
@@ -128,7 +129,7 @@ def opened(picture: Any) -> Any:
 
 
 def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
-    """A path that exists, bytes, or a PIL image."""
+    """Return a path that exists, bytes, or a PIL image."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -154,7 +155,7 @@ def _check_size(shape: tuple[int, ...], place: Place) -> None:
 
 
 def image_shape(side: Path, usual: tuple[int, ...]) -> tuple[int, ...]:
-    """Channels, height and width of the images that a model takes; usual: where the config does not say."""
+    """Return channels, height and width of the images that a model takes. usual: used if the config does not say."""
     config = read_config(side)
     config = config.get("vision_config", config) if isinstance(config.get("vision_config"), dict) else config
     size, channels = config.get("image_size"), config.get("num_channels", usual[0])
@@ -163,7 +164,7 @@ def image_shape(side: Path, usual: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _preprocessing(folder: Path, channels: int) -> tuple[np.float32, np.ndarray, np.ndarray]:
-    """Scale, mean and standard deviation by channel, [1, channels, 1, 1]. Raises DataError."""
+    """Return scale, mean and standard deviation by channel, [1, channels, 1, 1]. Raises DataError."""
     path = folder / PROCESSOR
     config = read_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
     scale = config.get("rescale_factor", 1.0) if config.get("do_rescale", True) else 1.0

@@ -32,7 +32,7 @@ class Place:
         return self.document.path.absolute().parent
 
     def error(self, key: str, message: str, *, hint: str) -> UsageError:
-        """An error at a key, dotted, below the task. If the spec lacks the key, the line is that of `data`, if
+        """Make an error at a key, dotted, below the task. If the spec lacks the key, the line is that of `data`, if
         present."""
         place: tuple[str, ...] = ("tasks", self.task, *filter(None, key.split(".")))
         data = ("tasks", self.task, "data")
@@ -51,12 +51,12 @@ class Examples:
     split: str | None = None
     metrics: tuple[str, ...]
     rest: Callable[[], str] = field(default=lambda: "")
-    """A digest of what else scores depend on. Called after all checks, since it may read weights."""
+    """Returns a digest of what else scores depend on. Called after all checks, since it may read weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """How to compute."""
+    """The settings of a computation."""
 
     device: str = "cpu"
     dtype: str | None = None
@@ -65,7 +65,7 @@ class Run:
     on_example: Callable[[int, int], None] = field(default=lambda _done, _total: None)
 
     def batches(self, n: int) -> Iterator[tuple[int, int]]:
-        """Yields (start, stop) of each batch, and reports progress."""
+        """Yield (start, stop) of each batch, and report progress."""
         for start in range(0, n, self.batch_size):
             stop = min(start + self.batch_size, n)
             yield start, stop
@@ -81,15 +81,16 @@ class Kind:
     metrics: tuple[str, ...]
     """The supported metrics, `recall@k` for any k. The first is the default."""
     prepare: Callable[[Any, Place], Examples]
-    """Read and check the data against the spec and the side files. Reads no weights. Raises UsageError, DataError."""
+    """Reads and checks the data against the spec and the side files. Reads no weights. Raises UsageError, DataError."""
     score: Callable[[TaskModel, Any, Examples, Run], Sequence[Scored]]
-    """(model, task of the spec, examples, run) -> one Scored per metric. For `agreement` the labels are left empty."""
+    """Maps (model, task of the spec, examples, run) to one Scored per metric. For `agreement` it leaves labels
+    empty."""
     batch_size: int = 32
     """The batch size, unless the spec gives one."""
     runs_code: bool = False
     """Whether the spec names code, which needs --allow-exec."""
     code_keys: tuple[str, ...] = ()
-    """Keys that need --allow-exec, if the kind as such does not."""
+    """Keys that need --allow-exec even if the kind itself does not."""
     cached: bool = True
     """Whether a score depends only on weights, data, side files and settings."""
 
@@ -97,7 +98,7 @@ class Kind:
 def chosen_metrics(
     task: TaskSpec, place: Place, known: Sequence[str], *, num_classes: int | None = None
 ) -> tuple[str, ...]:
-    """The metrics of a task, checked against those of its kind. Raises UsageError."""
+    """Return the metrics of a task, checked against those of its kind. Raises UsageError."""
     names = task.metrics or (known[0],)
     for name in names:
         family = "recall@k" if name.startswith("recall@") else name

@@ -1,4 +1,4 @@
-"""Log likelihoods of continuations, from rows of token ids with the positions that count. torch, no files."""
+"""Computes log likelihoods of continuations, from rows of token ids with the positions that count. torch, no files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Continuation:
 
 
 def decoder_likelihoods(built: Any, rows: Sequence[Continuation], run: Run) -> np.ndarray:
-    """The sum over each row's scored tokens of log p(token | tokens before it), float64 [n]. float32 log-softmax."""
+    """Sum log p(token | tokens before it) over each row's scored tokens, float64 [n], with a float32 log-softmax."""
     import torch
 
     found = np.zeros(len(rows))
@@ -33,7 +33,7 @@ def decoder_likelihoods(built: Any, rows: Sequence[Continuation], run: Run) -> n
             ids, mask = ids.to(built.device), mask.to(built.device)
             logits = built(input_ids=ids, attention_mask=mask).logits
             for index, row in enumerate(batch):
-                places = slice(row.first - 1, len(row.ids) - 1)  # that predict what is scored
+                places = slice(row.first - 1, len(row.ids) - 1)  # these predict what is scored
                 found[start + index] = _sum(logits[index, places], ids[index, row.first : len(row.ids)])
     return found
 
@@ -41,7 +41,7 @@ def decoder_likelihoods(built: Any, rows: Sequence[Continuation], run: Run) -> n
 def target_likelihoods(
     built: Any, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], run: Run
 ) -> np.ndarray:
-    """The sum of log p(target token | input, target tokens before it) of an encoder–decoder, float64 [n]."""
+    """Sum log p(target token | input, target tokens before it) of an encoder–decoder, float64 [n]."""
     import torch
 
     found = np.zeros(len(inputs))
@@ -58,7 +58,8 @@ def target_likelihoods(
 
 
 def _sum(logits: Any, tokens: Any) -> float:
-    """logits [t, vocabulary], tokens [t]. One row at a time: a batch's log-softmax would double the memory."""
+    """Sum log likelihoods. logits [t, vocabulary], tokens [t]. One row at a time: a batch's log-softmax would double
+    the memory."""
     import torch
 
     each = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None])
@@ -68,7 +69,7 @@ def _sum(logits: Any, tokens: Any) -> float:
 def best_of(
     likelihoods: np.ndarray, tokens: Sequence[int], texts: Sequence[str], counts: Sequence[int], normalise: Normalise
 ) -> np.ndarray:
-    """The index of the likeliest choice of each example, int64 [n]; the first among equals.
+    """Return the index of the most likely choice of each example, int64 [n]; the first among equals.
 
     likelihoods, tokens, texts: of all choices of all examples, one after another; counts: choices of each, [n].
     """

@@ -1,9 +1,9 @@
-"""`lm-eval`: a task of lm-evaluation-harness, run by it on the materialised model. Needs the `harness` extra.
+"""Scores `lm-eval`: a task of lm-evaluation-harness runs on the materialised model. Needs the `harness` extra.
 
-task          its name there
-metric        as the harness names it, `acc`, `acc_norm`, `word_perplexity`; by default the first that it gives
+task          its name in the harness
+metric        as the harness names it, `acc`, `acc_norm`, `word_perplexity`; by default the first that it reports
 num_fewshot   examples in the prompt
-include_path  a folder of task files of the user, which can name code, so it needs --allow-exec
+include_path  a folder of the user's task files, which can name code, so it needs --allow-exec
 The harness loads the data. Its standard error becomes a 95 % interval.
 """
 
@@ -69,7 +69,8 @@ def score(model: TaskModel, task: LmEval, examples: Examples, run: Run) -> Seque
 
 @cache
 def _manager(folder: Path | None, task: str) -> Any:
-    """A task manager that knows the task. The harness's ten thousand files are not read for a user's own task."""
+    """Return a task manager that knows the task. The harness's ten thousand files are not read for a user's own
+    task."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
@@ -80,7 +81,7 @@ def _manager(folder: Path | None, task: str) -> Any:
 
 
 def _scored(answer: dict[str, Any], task: LmEval, wanted: str | None) -> Scored:
-    """`acc,none` and `acc_stderr,none` of the harness's results."""
+    """Read `acc,none` and `acc_stderr,none` of the harness's results."""
     results = answer["results"].get(task.task, {})
     found = {key.split(",")[0]: key for key, value in results.items() if isinstance(value, int | float) and "," in key}
     names = [name for name in found if not name.endswith("_stderr")]

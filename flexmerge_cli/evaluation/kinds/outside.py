@@ -1,4 +1,4 @@
-"""Results of external code: a number, or predictions and labels. JSON-like values in, `Scored` out.
+"""Parses results of external code: a number, or predictions and labels. JSON-like values in, `Scored` out.
 
 value             the score; n: examples; interval: [low, high]
 metric            its name; by default that of the spec, or `score`
@@ -33,7 +33,7 @@ class Answer(Record):
 
 
 def scored_of(answer: Any, who: str, metric: str | None) -> Scored:
-    """Parse a result. who: for messages. metric: the spec's. Raises DataError."""
+    """Parse a result. who: names the code in messages. metric: the spec's. Raises DataError."""
     if isinstance(answer, int | float | np.number) and not isinstance(answer, bool):
         answer = {"value": float(answer)}
     hint = '{"value": 0.9, "n": 100, "metric": "accuracy"}, or "predictions" and "labels" instead of "value"'
@@ -60,7 +60,7 @@ def _compared(name: str, found: Answer, who: str, hint: str) -> Scored:
         raise DataError(f"{who} gave predictions of `{name}`, which is not a metric of flexmerge", hint=hint) from None
     try:
         arrays = [np.asarray(values if values is not None else []) for values in (found.predictions, found.labels)]
-    except ValueError:  # of rows that differ in length
+    except ValueError:  # from rows that differ in length
         arrays = []
     if len(arrays) != 2 or not len(arrays[0]) or len(arrays[0]) != len(arrays[1]):
         raise DataError(f"{who} must give predictions and labels of the same length, at least 1", hint=hint)

@@ -1,4 +1,4 @@
-"""`python:module:function`: a function of the user scores a task. Runs only with --allow-exec.
+"""Scores `python:module:function`: a function of the user scores a task. Runs only with --allow-exec.
 
 kind     python:module:function; the module lies beside the spec, or is installed
 options  keyword arguments of the function
@@ -70,7 +70,7 @@ def _split(task: TaskSpec) -> str | None:
 
 @contextlib.contextmanager
 def _beside(folder: Path) -> Iterator[None]:
-    """Modules beside the spec take precedence."""
+    """Give modules beside the spec precedence."""
     sys.path.insert(0, str(folder))
     try:
         yield

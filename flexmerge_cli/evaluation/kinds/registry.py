@@ -1,4 +1,4 @@
-"""The kinds by name."""
+"""Lists the kinds by name."""
 
 from flexmerge_cli.evaluation.kinds import (
     causal_lm,
@@ -20,5 +20,5 @@ KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in _MODULES}
 
 
 def kind_of(written: str) -> Kind | None:
-    """The kind of a name. `python:module:function` is of kind `python`; None for an unknown kind."""
+    """Return the kind of a name. `python:module:function` is of kind `python`; None for an unknown kind."""
     return KINDS.get("python" if written.startswith("python:") else written)

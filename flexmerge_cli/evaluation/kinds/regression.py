@@ -1,6 +1,6 @@
-"""`regression`: a text, or a pair of texts, in; one number out. Pearson's and Spearman's correlation.
+"""Scores `regression`: a text, or a pair of texts, in; one number out. Pearson's and Spearman's correlation.
 
-columns     text, pair (MAY be left out), label (a number)
+columns     text, pair (optional), label (a number)
 max_length  tokens of an input; by default the tokenizer's
 """
 

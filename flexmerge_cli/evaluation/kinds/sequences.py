@@ -1,4 +1,4 @@
-"""Shared by the two kinds with a head over a whole text: texts or pairs in, the head's outputs out."""
+"""Runs the two kinds with a head over a whole text: texts or pairs in, the head's outputs out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def text_columns(columns: Columns) -> dict[str, Column]:
 
 
 def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
-    """Encodings of the texts, or pairs, truncated to the model's length, with the tokenizer, which pads them."""
+    """Encode the texts, or pairs, truncated to the model's length; returned with the tokenizer, which pads them."""
     tokenizer = load_tokenizer(place)
     length = max_length(tokenizer, place.side, task.max_length)
     texts = [table.texts(role, place) for role in ("text", "pair") if role in table.columns]
@@ -49,14 +49,14 @@ def tokenised(table: Table, place: Place, task: SequenceTask) -> Any:
 
 
 def encodings(tokenizer: Any, *texts: Sequence[str], **options: Any) -> list[dict[str, list[int]]]:
-    """The model's inputs for each text, or pair of texts. options: of the tokenizer."""
+    """Return the model's inputs for each text, or pair of texts. options: of the tokenizer."""
     encoded = tokenizer(*texts, **options)
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
     return [{name: encoded[name][index] for name in names} for index in range(len(texts[0]))]
 
 
 def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
-    """The outputs of the head, float32 [n, outputs]."""
+    """Return the outputs of the head, float32 [n, outputs]."""
     tokenizer, rows = items
     built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}")
     size = run.batch_size if takes_batches(built, tokenizer) else 1
@@ -68,7 +68,7 @@ def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
 
 
 def takes_batches(built: Any, tokenizer: Any) -> bool:
-    """Return whether the model can take several texts at once. Gives the tokenizer a token to pad with, if it has none.
+    """Return whether the model takes several texts at once. Gives the tokenizer a token to pad with if it has none.
 
     A decoder finds the last token by the id of the padding; without padding it takes one text at a time.
     """
@@ -79,7 +79,7 @@ def takes_batches(built: Any, tokenizer: Any) -> bool:
 
 
 def head_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The outputs of the head for one batch of encodings, float32 [len(rows), outputs]."""
+    """Return the outputs of the head for one batch of encodings, float32 [len(rows), outputs]."""
     import torch
 
     if len(rows) == 1:

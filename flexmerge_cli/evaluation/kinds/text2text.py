@@ -1,14 +1,14 @@
-"""`text2text`: a text in, a text out, as T5 does every task.
+"""Scores `text2text`: a text in, a text out, as T5 does every task.
 
-template   with columns in braces, `sst2 sentence: {sentence}`; MAY be left out if there is one column of inputs
+template   with columns in braces, `sst2 sentence: {sentence}`; optional if there is one column of inputs
 columns    text (without a template), target (a text or a number; with `labels`, also the number of a class), choices
 labels     texts of the classes, in their order; one may be a list of texts that all mean it
-scoring    generate (default): the greedy output is compared; rank: the likeliest of `labels` or of the column `choices`
-           is the output, as T0 is scored
+scoring    generate (default): the greedy output is compared; rank: the most likely of `labels` or of the column
+           `choices` is the output, as in T0
 normalise  likelihoods by `none` (default, as for T0), `tokens` or `characters`
 max_length, max_new_tokens   of input and output
-Texts are compared stripped and in lower case. For correlations outputs are parsed as numbers; one that is none counts
-as no correlation. An output that is not a label is a miss. Both are reported.
+Texts are compared stripped and in lower case. For correlations, outputs are parsed as numbers; an output that is not a
+number counts as no correlation. An output that is not a label is a miss. Both are reported.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def _metrics(task: Text2Text, place: Place) -> tuple[str, ...]:
 
 
 def _columns(task: Text2Text, place: Place, *, labelled: bool) -> tuple[dict[str, Column], list[str]]:
-    """The columns by role, and the names in the template's braces."""
+    """Return the columns by role, and the names in the template's braces."""
     fields: list[str] = []
     if task.template is not None:
         try:
@@ -135,14 +135,14 @@ def _inputs(task: Text2Text, table: Table, fields: list[str], place: Place) -> l
 
 
 def _ranked(task: Text2Text, table: Table, place: Place) -> list[list[str]]:
-    """The texts that each example's output is chosen from."""
+    """Return the texts that each example's output is chosen from."""
     if task.labels is not None:
         return [[texts[0] for texts in task.label_texts]] * len(table)
     return choices_of(table, task.columns.choices, place)
 
 
 def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]) -> dict[Takes, np.ndarray]:
-    """The targets that outputs are compared with, keyed by what the metrics take."""
+    """Return the targets that outputs are compared with, keyed by what the metrics take."""
     found: dict[Takes, np.ndarray] = {}
     for takes in {METRICS[name].takes for name in metrics if name != AGREEMENT}:
         if takes is Takes.NUMBERS:
@@ -158,7 +158,7 @@ def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]
 
 
 def _class_of(task: Text2Text, table: Table, index: int, place: Place) -> int:
-    """The class that a target means, given by text or number."""
+    """Return the class that a target means, given by text or number."""
     value, texts = table.columns["target"][index], task.label_texts
     if isinstance(value, str):
         number = _meant(comparable(value), texts)
@@ -176,12 +176,12 @@ def _class_of(task: Text2Text, table: Table, index: int, place: Place) -> int:
 
 
 def _meant(text: str, labels: Sequence[tuple[str, ...]]) -> int:
-    """The class of a comparable text; -1 if it names none."""
+    """Return the class of a comparable text; -1 if it names none."""
     return next((number for number, texts in enumerate(labels) if text in map(comparable, texts)), -1)
 
 
 def _generated(built: Any, tokenizer: Any, ids: Sequence[Sequence[int]], task: Text2Text, run: Run) -> list[str]:
-    """Greedy outputs, without special tokens."""
+    """Generate greedy outputs, without special tokens."""
     import torch
 
     found: list[str] = []
@@ -207,7 +207,7 @@ def _likeliest(
     task: Text2Text,
     run: Run,
 ) -> list[str]:
-    """The likeliest of each example's choices, including the end of text if the tokenizer adds it."""
+    """Return the most likely of each example's choices; the end of text counts if the tokenizer adds it."""
     counts = [len(own) for own in choices]
     texts = [text for own in choices for text in own]
     targets = tokenizer(text_target=texts)["input_ids"]

@@ -1,6 +1,6 @@
-"""`text-classification`: a text, or a pair of texts, in; one class out.
+"""Scores `text-classification`: a text, or a pair of texts, in; one class out.
 
-columns     text, pair (MAY be left out), label (numbers or names)
+columns     text, pair (optional), label (numbers or names)
 labels      names of the classes, in their order; by default the config's
 max_length  tokens of an input; by default the tokenizer's
 """

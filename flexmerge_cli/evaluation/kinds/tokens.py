@@ -1,4 +1,4 @@
-"""A task's own tokenizer, and batches of token ids made from it. Knows no metric."""
+"""Loads a task's own tokenizer, and makes batches of token ids. Knows no metric."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +31,17 @@ def open_tokenizer(side: Path, place: Place) -> Any:
 
 
 def read_tokenizer(side: Path) -> Any:
-    """The tokenizer of a folder. Raises DataError."""
+    """Return the tokenizer of a folder. Raises DataError."""
     transformers = quiet_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(side, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # what transformers, tokenizers and JSON raise for malformed files
+    except Exception as error:  # malformed files raise errors of many kinds
         said = str(error).split("\n")[0][:200]
         raise DataError(f"the tokenizer in {side} cannot be opened: {said}", hint="check its files") from None
 
 
 def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
-    """The maximum number of tokens of an input: as requested, else the tokenizer's, else the config's. None: no
+    """Return the most tokens of an input: as requested, else the tokenizer's, else the config's. None means no
     limit."""
     if wanted is not None:
         return wanted
@@ -51,7 +51,7 @@ def max_length(tokenizer: Any, side: Path, wanted: int | None) -> int | None:
 
 
 def num_positions(side: Path) -> int | None:
-    """The most tokens that a model has positions for, by its config. None: as many as one likes."""
+    """Return the most tokens that a model has positions for, by its config. None means no limit."""
     config = read_config(side)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int) or positions <= 0 or config.get("model_type") == "t5":
@@ -60,7 +60,7 @@ def num_positions(side: Path) -> int | None:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[Any, Any]:
-    """Token ids and attention mask, int64 [batch, longest], padded to the right, or to the left."""
+    """Make token ids and attention mask, int64 [batch, longest], padded to the right, or to the left."""
     import torch
 
     longest = max(map(len, rows))

@@ -1,7 +1,7 @@
-"""`zero-shot-image-classification`: CLIP with the task's image encoder and the base's text tower and templates.
+"""Scores `zero-shot-image-classification`: CLIP with the task's image encoder and the base's text tower and templates.
 
 columns     image, label (numbers, or names)
-labels      names of the classes, in their order; what the templates are filled with
+labels      names of the classes, in their order, which fill the templates
 templates   texts with `{}`; by default templates.json (a list) of the base, else `a photo of a {}.`
 text_model  a whole CLIP checkpoint, for its text tower and tokenizer; by default the spec's `base`
 A class's embedding is the mean of its templates' normalised embeddings, normalised. Classes are embedded once, in
@@ -46,7 +46,7 @@ class Classes:
 
     checkpoint: Checkpoint
     access: Access
-    """The whole CLIP model that texts are embedded with."""
+    """Access to the whole CLIP model that texts are embedded with."""
     prompts: list[list[str]]
     """The prompts of each class."""
     tokenizer: Any
@@ -61,11 +61,12 @@ class Classes:
         return self._model
 
     def digest(self) -> str:
-        """The digest of everything that the embeddings depend on."""
+        """Return the digest of everything that the embeddings depend on."""
         return f"{self.model.digest} {side_digest(self.checkpoint.path)} {self.prompts}"
 
     def embedded(self, run: Run) -> tuple[Any, Any, Any]:
-        """Embeddings [classes, d] float32, scale of the logits, and the text model's projection of images."""
+        """Return embeddings [classes, d] float32, the scale of the logits, and the text model's projection of
+        images."""
         if run.device not in self._found:
             self._found[run.device] = _embedded(self, run)
         return self._found[run.device]
@@ -152,7 +153,7 @@ def _embedded(classes: Classes, run: Run) -> tuple[Any, Any, Any]:
 
 
 def _image_embeddings(built: Any, pixels: Any, projection: Any) -> Any:
-    """Image embeddings [batch, d], with the encoder's own projection if it has one."""
+    """Return image embeddings [batch, d], with the encoder's own projection if it has one."""
     name = type(built).__name__
     if name == "CLIPVisionModelWithProjection":
         return built(pixel_values=pixels).image_embeds
