@@ -271,8 +271,8 @@ def _contents(source: str, folder: Folder, access: Access) -> Contents:
     if not found.weights and irregular:
         name = min(irregular, key=lambda name: not name.endswith(WEIGHT_SUFFIXES))
         raise SourceError(
-            f"no checkpoint in {folder.path}: {os.fsencode(name).decode(errors='replace')} is no file, or a link that "
-            "leads nowhere",
+            f"no checkpoint in {folder.path}: {os.fsencode(name).decode(errors='replace')} is not a file, or is "
+            "a link that leads nowhere",
             hint="get what it leads to: git annex get, or dvc pull",
         )
     if not found.weights:

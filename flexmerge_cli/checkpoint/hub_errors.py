@@ -55,7 +55,7 @@ def hub_error(place: "HubPlace", error: Exception) -> FlexmergeError:
             return offline(place, "is not in the Hub's cache")
         case errors.EntryNotFoundError():
             return SourceError(
-                f"{source}: a file is not there: {_line(error)}",
+                f"{source}: a file is missing: {_line(error)}",
                 hint=f"see {constants.ENDPOINT}/{repository}/tree/main",
             )
     if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
@@ -73,7 +73,7 @@ def hub_error(place: "HubPlace", error: Exception) -> FlexmergeError:
 
 def offline(place: "HubPlace", what: str) -> SourceError:
     return SourceError(
-        f"{place.source} {what}, and the Hub is not asked: offline",
+        f"{place.source} {what}, and the Hub is not asked in offline mode",
         hint=f"run it once without --offline and HF_HUB_OFFLINE, or `hf download {place.repository}"
         + (f" --revision {place.revision}`" if place.revision else "`"),
     )

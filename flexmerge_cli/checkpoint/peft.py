@@ -195,7 +195,7 @@ def _factors(config: "_Config", ours: Mapping[str, Mapping[str, StoredTensor]]) 
             if not fits or not {a.dtype, b.dtype} <= {"F32", "F16", "BF16", "F64"}:
                 raise DataError(
                     f"{where}: the factors of `{module}` are {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}, "
-                    "no pair",
+                    "which are not a pair",
                     hint="get a sound copy of the adapter",
                 )
             found[module] = Factors(a=a, b=b, scale=_scale(config, module, rank), is_embedding=is_embedding)

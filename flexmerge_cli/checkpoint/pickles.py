@@ -173,7 +173,9 @@ def _unwrap(path: Path, loaded: Any) -> Mapping[str, PickledTensor | OddTensor]:
     names = list(loaded) if isinstance(loaded, Mapping) else []
     odd = [name for name in names if not (isinstance(name, str) and _is_tensor(loaded[name]))]
     if not names or odd:
-        shown = [f"`{name[:100]}` is no tensor" if isinstance(name, str) else "a key is no text" for name in odd[:1]]
+        shown = [
+            f"`{name[:100]}` is not a tensor" if isinstance(name, str) else "a key is not text" for name in odd[:1]
+        ]
         raise DataError(
             f"{path} holds no state dict (a map of names to tensors)" + "".join(f": {why}" for why in shown),
             hint=f"save `model.state_dict()` alone, or under one of {', '.join(WRAPPERS)}",

@@ -45,7 +45,9 @@ def read_tokens(side_files: Mapping[str, Path]) -> Tokens:
             rows = {token: row for row, token in enumerate(_lines(side_files["vocab.txt"]))}
         else:
             other = [name for name in side_files if name.endswith(OTHER_FORMATS)]
-            return Tokens(rows=None, why=f"{other[0]} is of a format that is not read" if other else "no tokenizer")
+            return Tokens(
+                rows=None, why=f"{other[0]} has a format that flexmerge does not read" if other else "no tokenizer"
+            )
         if "added_tokens.json" in side_files:
             rows |= _rows(_json(side_files["added_tokens.json"]), "added_tokens.json")
         if "tokenizer_config.json" in side_files:
@@ -101,7 +103,7 @@ def _rows(value: Any, file: str) -> dict[str, int]:
     if not isinstance(value, dict) or not _are_texts(value):
         raise _Unsound(f"{file} has no sound vocabulary")
     if not all(type(row) is int and 0 <= row < MAX_ROW for row in value.values()):
-        raise _Unsound(f"{file} has a token whose id is no row")
+        raise _Unsound(f"{file} has a token whose id is not a row")
     return value
 
 

@@ -231,7 +231,7 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
             f"{source} is not on this disk, and --offline forbids network access", hint="leave out --offline"
         )
     if not is_text(source):
-        raise UsageError(f"{source!r} is no address", hint="write s3://bucket/folder")
+        raise UsageError(f"{source!r} is not an address", hint="write s3://bucket/folder")
     if without_secrets(source) != source:
         raise UsageError(
             f"{source}: the address that was given has a user, a password or a query in it, which a plan would keep",

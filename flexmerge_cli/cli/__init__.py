@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """The console script `flexmerge`."""
+    """Run the console script `flexmerge`."""
     try:
         from flexmerge_cli.cli.terminal import hold_closed_streams
 

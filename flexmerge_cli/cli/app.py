@@ -1,4 +1,4 @@
-"""The program: its commands, and how it reports errors."""
+"""Defines the program: its commands, and how it reports errors."""
 
 import functools
 import json
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print Python's warnings like our own, without what libraries say about their arithmetic and their future.
+    """Print Python's warnings like our own, but not those of libraries about their arithmetic and their future.
 
     Results are checked, and odd values in a stranger's file must not print lines of our code. -W shows everything.
     """
@@ -126,11 +126,11 @@ def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
 
 
 def _code_of(arguments: list[str]) -> int:
-    """Exit code of a run without errors. Raises whatever goes wrong."""
+    """Return the exit code of a run without errors. Raises whatever goes wrong."""
     if arguments in (
         ["--version"],
         ["-V"],
-    ):  # typer imports pydantic first, twice the time
+    ):  # typer would import pydantic first, which doubles the time
         print(VERSION)
         return 0
     try:
@@ -151,7 +151,7 @@ def _failure(error: BaseException, arguments: list[str]) -> FlexmergeError:
 
 
 def _without_debug(arguments: list[str]) -> list[str]:
-    """The arguments for the parser: `help COMMAND` is `COMMAND --help`."""
+    """Return the arguments for the parser: `help COMMAND` becomes `COMMAND --help`."""
     words = [argument for argument in arguments if argument != "--debug"]
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]

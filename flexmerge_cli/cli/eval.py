@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EvalCommand(TyperCommand):
-    """`eval`, which knows a curve's arguments where it meets them and says how `curve` takes them."""
+    """The command `eval`, which recognises a curve's arguments and says how `curve` takes them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if (words := _curve_words(ctx.parent.command.commands["curve"], args)) is not None:
@@ -27,7 +27,8 @@ class EvalCommand(TyperCommand):
 
 
 def _curve_words(curve: Any, args: list[str]) -> list[str] | None:
-    """The arguments of `curve` that ask what args do: one plan, and options that it has; None for other args."""
+    """Return the arguments of `curve` that ask for the same: one plan, and options that it has; None for other
+    arguments."""
     if {"-h", "--help"} & set(args):
         return None
     words = [part for word in args for part in (word.split("=", 1) if word.startswith("--plan=") else [word])]
@@ -38,7 +39,7 @@ def _curve_words(curve: Any, args: list[str]) -> list[str] | None:
     try:
         plan = curve.make_context("curve", list(words)).params["plan"]
     except Exception as error:
-        if not hasattr(error, "format_message"):  # the parser's own have it
+        if not hasattr(error, "format_message"):  # the parser's own errors have it
             raise
         return None
     from flexmerge_cli.formats.plan_file import is_plan

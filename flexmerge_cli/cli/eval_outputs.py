@@ -1,4 +1,4 @@
-"""The files that `eval` and `curve` write besides printing: `--csv`, `--html`, `--png`."""
+"""Writes the files that `eval` and `curve` make besides printing: `--csv`, `--html`, `--png`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def check_outputs(outputs: Outputs, inputs: Sequence[Path | str | None], *, forc
         replaceable, what = KINDS[kind]
         check_file(path, force=force, replaceable=replaceable, what=what)
     if len({path.absolute() for path in outputs.values()}) < len(outputs):
-        raise UsageError("two outputs go to one file", hint="--csv, --html and --png: a file each")
+        raise UsageError("two outputs go to one file", hint="give --csv, --html and --png a file each")
     if "png" in outputs:
         require_matplotlib()
 

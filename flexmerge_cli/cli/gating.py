@@ -1,4 +1,4 @@
-"""The end of a command whose document holds a verdict: print the whole document, then exit with 6 on failure."""
+"""Ends a command whose document holds a verdict: prints the whole document, then exits with 6 on failure."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,7 +33,7 @@ def finish(
     except GateError as error:
         error.document = value
         if not as_json:
-            with suppress(OutputLost):  # the verdict weighs more
+            with suppress(OutputLost):  # the verdict is more important
                 emit(value, as_json=False, quiet=quiet, show=show)
         raise
     emit(value, as_json=as_json, quiet=quiet, show=show, written=written)

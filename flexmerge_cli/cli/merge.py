@@ -95,12 +95,12 @@ def merge(
                 written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
     except GateError as error:
         if not as_json:
-            with suppress(OutputLost):  # the verdict weighs more
+            with suppress(OutputLost):  # the verdict is more important
                 out.emit(packing.verdict(), as_json=False, quiet=quiet, show=show_verdict)
         summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
-    if written is not None and chosen_by_auto and not packing.request.uses:  # of which the search sees nothing
+    if written is not None and chosen_by_auto and not packing.request.uses:  # the search does not know their methods
         distances = {plan.tasks[task].name: distance for task, distance in written.task_distance.items()}
         surprises = unlike_predicted(chosen_by_auto["distance"], distances)
         out.warn(surprises, quiet=quiet)

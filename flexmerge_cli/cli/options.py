@@ -1,4 +1,4 @@
-"""The options of all commands, each declared once, in the panels in which the help shows them."""
+"""Declares the options of all commands, each once, in the panels in which the help shows them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def _panel(title: str) -> Callable[..., Any]:
-    """Declares options of a panel: names, what stands for the value in the help (empty for a flag), and the help."""
+    """Return a function that declares options of a panel: names, what stands for the value in the help (empty for a
+    flag), and the help."""
 
     def declare(*words: str, **more: Any) -> Any:
         *names, metavar, text = words
@@ -50,7 +51,7 @@ Tasks = Annotated[
 ]
 Task = Annotated[
     list[str] | None,
-    _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it is called as its folder."),
+    _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it has the name of its folder."),
 ]
 Add = Annotated[
     list[str] | None, _sources("--add", "NAME=MODEL", "Add this fine-tune to the tasks of a plan.json; repeatable.")
@@ -189,7 +190,7 @@ ScoreSources = Annotated[
 ]
 Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the other tasks' data, with its own head.")]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
-NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, also where weights and data are known.")]
+NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, even if it is cached.")]
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]
 MaxDrop = Annotated[
     str | None,
@@ -208,7 +209,7 @@ Choose = Annotated[
 ]
 Tune = Annotated[
     str | None,
-    _gates("--tune", "NAME=VALUES", "Try scale=0.5:2.5:0.25 and take what is best on the data of --tune-spec."),
+    _gates("--tune", "NAME=VALUES", "Try scale=0.5:2.5:0.25 and take the best on the data of --tune-spec."),
 ]
 TuneSpec = Annotated[
     Path | None,
@@ -253,7 +254,7 @@ Verbose = Annotated[bool, _output("-v", "--verbose", "", "Show how long each sta
 
 
 def memory_of(text: str | None) -> int | None:
-    """--max-memory in bytes."""
+    """Return --max-memory in bytes."""
     from flexmerge_cli.request.size import parse_bytes
 
     return parse_bytes(text) if text else None

@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout; messages, errors and progress on stderr."""
+"""Prints what the commands say: results on stdout; messages, errors and progress on stderr."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from flexmerge_cli.errors import FlexmergeError
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 
 
 def emit(
@@ -66,11 +66,11 @@ def tell(error: "FlexmergeError") -> None:
 def progress(
     *, quiet: bool, verbose: bool = False, counts: bool = False, stages: int = 0
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one progress bar on stderr, which tells of one stage after the other. Yields (stage, done, in all) -> None.
+    """Show one progress bar on stderr, for one stage after the other. Yields (stage, done, in all) -> None.
 
     Without a terminal it prints a line every 30 s instead, and one at the start of each stage if their number is known.
-    With verbose, it prints the seconds of each stage at the end. counts: progress counts items, not bytes. stages: how
-    many there will be; 0: unknown.
+    With verbose, it prints the seconds of each stage at the end. counts: progress counts items, not bytes. stages:
+    their number; 0 if unknown.
     """
     started: dict[str, float] = {}
     last = time.monotonic()
@@ -116,7 +116,7 @@ def progress(
 
 
 def bars_on_stderr(*columns: "ProgressColumn") -> "Progress":
-    """Progress bars on stderr with these columns after the description. Finished bars disappear."""
+    """Return progress bars on stderr with these columns after the description. Finished bars disappear."""
     from rich.progress import Progress, TextColumn
 
     from flexmerge_cli.report.console import Console

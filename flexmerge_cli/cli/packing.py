@@ -1,4 +1,4 @@
-"""What `merge` does with its source: a plan, or a recipe, which is planned first."""
+"""Prepares the source of `merge`: a plan, or a recipe, which is planned first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Packing:
     card: bool = True
     """Whether the bundle gets a card."""
     scores: Scores | None = None
-    """What the card tells of its tasks."""
+    """The scores that the card shows."""
 
     @staticmethod
     def of(
@@ -106,7 +106,7 @@ class Packing:
             require_scored(self.spec, "the recipe's bundle")
 
     def _inputs(self) -> list[Path]:
-        """The inputs known before there is a plan. A plan's sources are checked when they are opened."""
+        """Return the inputs known before there is a plan. A plan's sources are checked when they are opened."""
         if self.recipe is None:
             return [self.source]
         gate, sources = self.recipe.gate, [self.recipe.base, *self.recipe.task_sources().values()]
@@ -114,7 +114,7 @@ class Packing:
         return [self.source, *(self.recipe.folder / expanded(name) for name in named)]
 
     def plan(self, output: Path, **run: Any) -> Plan:
-        """The plan of the source. A recipe's plan is made, or read from --plan if it has the same sources."""
+        """Return the plan of the source. A recipe's plan is made, or read from --plan if it has the same sources."""
         if self.recipe is None:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
@@ -136,7 +136,7 @@ class Packing:
         return given.make(save_to=self.keep_plan, on_open=on_open, **run)
 
     def layout(self, plan: Plan, *, device: str) -> tuple[BundleLayout, list[str]]:
-        """The layout of what will be written. A gate whose spec or data do not fit is refused before merging."""
+        """Return the layout of what will be written. A gate whose spec or data do not fit is refused before merging."""
         if self.spec is not None:
             references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
@@ -146,7 +146,7 @@ class Packing:
         return layout, [*self.source_warnings, *advice(plan, layout, self.pricer)]
 
     def auto(self) -> dict[str, Any] | None:
-        """The summary of what `auto` chose, after `layout`; None for other methods."""
+        """Return the summary of what `auto` chose, after `layout`; None for other methods."""
         assert self.pricer is not None
         found = auto_found(self.pricer, self.request)
         return None if found is None else auto_summary(*found)
@@ -164,13 +164,14 @@ class Packing:
         )[1]  # fmt: skip
 
     def verdict(self) -> dict[str, Any]:
-        """`evaluation`, and its `gate`, once the bundle was scored."""
+        """Return `evaluation`, and its `gate`, once the bundle was scored."""
         document = self.gate.document if self.gate is not None else None
         return {} if document is None else {"gate": document["gate"], "evaluation": document}
 
 
 def _holds(plan: Plan, given: Given, folder: Path) -> bool:
-    """Whether a kept plan has the recipe's sources and settings. The merge itself checks the bytes of the sources."""
+    """Return whether a kept plan has the recipe's sources and settings. The merge itself checks the bytes of the
+    sources."""
     assert given.request is not None
     request = given.request
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 class PlanCommand(TyperCommand):
-    """`plan` and `serve`, whose --tasks takes all words up to the next option, as a shell's wildcard gives them."""
+    """The command `plan` or `serve`, whose --tasks takes all words up to the next option, as a shell's wildcard gives
+    them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words: list[str] = []

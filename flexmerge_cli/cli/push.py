@@ -12,10 +12,12 @@ from flexmerge_cli.cli import options as o
 
 def push(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
-    repository: Annotated[str, typer.Argument(metavar="REPOSITORY", help="hf://org/name; created if it is not there.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPOSITORY", help="hf://org/name; created if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="NAME", help="Branch to write; created if it is not there.")
+        str | None, typer.Option("--revision", metavar="NAME", help="Branch to write; created if it does not exist.")
     ] = None,
     per_task: Annotated[
         bool, typer.Option("--per-task", help="Write one repository per task, hf://org/name-TASK, with its checkpoint.")
@@ -46,7 +48,7 @@ def push(
     pushing.repositories(target, None)
     if is_offline(Access(offline=offline)):
         raise SourceError(
-            f"{target.source} is to be written, and the Hub is not asked: offline",
+            f"{target.source} cannot be written in offline mode",
             hint="leave out --offline and HF_HUB_OFFLINE",
         )
     opened = Bundle.open(bundle)

@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM and SIGHUP clean up and end it as Ctrl-C does."""
+"""Turns signals that end a run into exceptions: SIGTERM and SIGHUP clean up and end it like Ctrl-C."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Sources as given on the command line: a recipe, a plan, or --base, --tasks and --task."""
+"""Reads the sources given on the command line: a recipe, a plan, or --base, --tasks and --task."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,7 +34,7 @@ class Given:
     warnings: tuple[str, ...] = ()
     """Warnings: the subfolders of --tasks that are skipped and why, and which tasks are the same model."""
     statistics: Statistics | None = None
-    """The statistics that the plan is to hold; None: those of the other plan."""
+    """The statistics that the plan will hold; None: those of the other plan."""
     folder: Path = Path()
     """The folder of the other plan."""
     access: Access = ONLINE
@@ -54,10 +54,10 @@ class Given:
         return found + [path for path in (Path(self.order.blocks),) if path.is_file()]
 
     known: Known | None = None
-    """What the other plan knows of sources, where tasks are added or removed."""
+    """What the other plan knows about sources, if tasks are added or removed."""
 
     def make(self, *, save_to: Path, on_open: Callable[[Family], None], **run: Any) -> Plan:
-        """Make the plan and save it. on_open: see make_plan; not called where a plan is made from another."""
+        """Make the plan and save it. on_open: see make_plan; not called if a plan is made from another."""
         if self.request is not None:
             plan = make_plan(self.request, save_to=save_to, on_open=on_open, known=self.known, **run)
         else:
@@ -174,7 +174,7 @@ def plan_request(
 
 
 def _named(option: str, item: str) -> tuple[str, str]:
-    """Name and source of NAME=SOURCE, or of a source alone."""
+    """Split NAME=SOURCE into name and source; a source alone is named after itself."""
     name, equals, path = item.partition("=")
     name, path = (name, path) if equals else (name_of(item), item)
     if not name or not path:
@@ -193,7 +193,7 @@ def _changed(
     statistics: str | None,
     access: Access,
 ) -> Given:
-    """A plan of which tasks are added or removed."""
+    """Return the plan with tasks added or removed."""
     added: dict[str, str] = {}
     for name, path in (_named("--add", item) for item in add):
         if name.lower() in map(str.lower, added):
@@ -213,7 +213,7 @@ def _changed(
 
 
 def _twice(named: Mapping[str, str], start: Path) -> list[str]:
-    """A warning for each model that is given as several tasks."""
+    """Return a warning for each model that is given as several tasks."""
     tasks: dict[object, list[str]] = {}
     for name, source in sorted(named.items()):
         # Two weight files of one folder, or two revisions of one repository, are two models.
@@ -227,7 +227,7 @@ def _twice(named: Mapping[str, str], start: Path) -> list[str]:
 
 
 def require_local(option: str, source: str, start: Path) -> None:
-    """Raises SourceError for what looks like the name of a model on the Hub, and is no path here."""
+    """Raise SourceError for a text that looks like the name of a model on the Hub and is not a path here."""
     if HUB_NAME.fullmatch(source) and not (start / expanded(source)).exists():
         raise SourceError(
             f"no checkpoint at {source}: a path without a scheme is a local one",
@@ -236,12 +236,14 @@ def require_local(option: str, source: str, start: Path) -> None:
 
 
 def _from_here(source: str, recipe: Recipe | None) -> str:
-    """A source typed on the command line; made absolute if there is a recipe, whose paths are relative to itself."""
+    """Return a source typed on the command line; made absolute if there is a recipe, whose paths are relative to
+    itself."""
     return source if recipe is None or "://" in source else str(expanded(source).absolute())
 
 
 def order_settings(chosen: Mapping[str, Any], otherwise: Mapping[str, Any]) -> OrderSettings:
-    """Each setting from the command line, else from the recipe or plan, else the default. Raises UsageError."""
+    """Return each setting from the command line, otherwise from the recipe or plan, otherwise the default. Raises
+    UsageError."""
     default = OrderSettings()
     picked = {
         name: next((v for v in (chosen.get(name), otherwise.get(name)) if v is not None), getattr(default, name))

@@ -1,4 +1,4 @@
-"""The standard streams while a command runs: control characters have no effect, and lost output is noticed.
+"""Protects the standard streams while a command runs: control characters have no effect, and lost output is noticed.
 
 Control characters are printed in visible form (`\\x1b` for an escape character), and characters that the stream's
 encoding lacks are replaced. A failing stdout raises OutputLost; messages for a failing stderr are dropped.
@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 from flexmerge_cli.errors import MachineError
 from flexmerge_cli.report.text import visible
 
-UNENCODABLE = "flexmerge"  # name of the codecs' error handler
+UNENCODABLE = "flexmerge"  # the name of the codecs' error handler
 ASCII = {
     "…": "...", "–": "-", "·": "*", "×": "x", "≈": "~", "±": "+-", "√": "sqrt ", "Σ": "sum ", "²": "^2", "³": "^3",
     "‖": "|", "⟨": "<", "⟩": ">", "Δ": "delta", "τ": "tau", "θ": "theta", "λ": "lambda", "μ": "mu", "σ": "sigma",
@@ -26,7 +26,7 @@ ASCII = {
 
 
 class OutputLost(MachineError):
-    """stdout cannot be written to."""
+    """The error for a stdout that cannot be written to."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(

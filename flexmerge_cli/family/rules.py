@@ -114,7 +114,7 @@ def read_rules(path: Path) -> Rules:
         return parse_rules(raw.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"no UTF-8 at byte {error.start}\n  {path}, line {line}", hint="save it as UTF-8") from None
+        raise UsageError(f"not UTF-8 at byte {error.start}\n  {path}, line {line}", hint="save it as UTF-8") from None
 
 
 def parse_rules(text: str, where: str) -> Rules:
@@ -181,18 +181,18 @@ class _Parser:
             mark = error.problem_mark or error.context_mark
             is_alias = error.context == "while scanning an alias"
             hint = "quote a pattern that starts with *" if is_alias else None
-            self.fault(mark.line + 1 if mark else 1, f"no YAML: {error.problem or error.context}", hint)
+            self.fault(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}", hint)
         except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: "\\UFFFFFFFF"
-            self.fault(line, f"no YAML: {error}", None)
+            self.fault(line, f"not valid YAML: {error}", None)
         if node is None:
-            self.fault(1, "nothing in it", "list at least one pattern under `rules:`")
+            self.fault(1, "the file is empty", "list at least one pattern under `rules:`")
         return node
 
     def rule(self, node: yaml.Node) -> list[Rule]:
         """Parse a rule: `pattern`, or {match, as}."""
         if isinstance(node, yaml.ScalarNode):
             return [self.pattern(node, None)]
-        fields = self.mapping(node, "a rule that is no pattern", ("match", "as"))
+        fields = self.mapping(node, "a rule that is not a pattern", ("match", "as"))
         if "match" not in fields:
             self.fault(node, "a rule without `match`", "write `match: layers.N.self_attn`")
         match = fields["match"]

@@ -60,7 +60,7 @@ def check_splits(splits: Iterable[Split], forms: Mapping[str, Mapping[Any, Any]]
             raise ValueError(f"`{split.tensor}` is split, and also a tensor or a part of one")
         first = forms.get(split.names[0], {})
         if not first or any(len(shape) <= split.dim for _, shape in first.values()):
-            raise ValueError(f"the parts of `{split.tensor}` are not there, or have no axis {split.dim}")
+            raise ValueError(f"the parts of `{split.tensor}` are missing, or have no axis {split.dim}")
         if split.names[0] in expected or any(forms.get(name) != first for name in split.names):
             raise ValueError(f"the parts of `{split.tensor}` are not of one form, each once")
         expected |= set(split.names)

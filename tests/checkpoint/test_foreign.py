@@ -169,9 +169,9 @@ def test_extra_states_that_are_nothing_are_left_out_and_others_are_named(tmp_pat
     torch.save(BASE | {"layers.0._extra_state": None}, tmp_path / "x.bin")
     assert set(open_checkpoint(str(tmp_path / "x.bin")).tensors) == set(BASE)
     torch.save(BASE | {"layers.0._extra_state": b"fp8"}, tmp_path / "x.bin")
-    refused(tmp_path / "x.bin", "`layers.0._extra_state` is no tensor")
+    refused(tmp_path / "x.bin", "`layers.0._extra_state` is not a tensor")
     torch.save(BASE | {"step": 3}, tmp_path / "x.bin")
-    refused(tmp_path / "x.bin", "`step` is no tensor")
+    refused(tmp_path / "x.bin", "`step` is not a tensor")
 
 
 def test_a_checkpoint_of_lightning_is_a_model(tmp_path):
