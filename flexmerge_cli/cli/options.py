@@ -230,6 +230,17 @@ MaxMemory = Annotated[
         "Limit on the run's anonymous memory, e.g. 8GiB; where models run, for their weights, not for activations.",
     ),
 ]
+Part = Annotated[
+    str | None,
+    _run(
+        "--part",
+        "I/N",
+        "Do one of N parts of the work, e.g. 3/16, while other processes do the others; see --join.",
+    ),
+]
+JoinParts = Annotated[
+    list[Path] | None, _run("--join", "PART…", "Make the plan of these parts, which `plan --part` wrote.")
+]
 DryRun = Annotated[bool, _run("--dry-run", "", "Report without writing anything; read no weights.")]
 
 # Output.
@@ -290,6 +301,14 @@ def relocations(items: list[str] | None) -> dict[str, str]:
             )
         pairs[old] = new
     return pairs
+
+
+def check_part_place(path: Path, *, force: bool) -> None:
+    """Check, before any work, that a part of a plan can be written there and would replace nothing but one."""
+    from flexmerge_cli.formats.plan_part import is_part
+    from flexmerge_cli.writing import check_file
+
+    check_file(path, force=force, replaceable=is_part, what="a part of a plan")
 
 
 def check_plan_place(path: Path, *, force: bool) -> None:

@@ -1,27 +1,31 @@
 """`flexmerge plan`."""
 
-from typing import TYPE_CHECKING, Any
-
-from typer.core import TyperCommand
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flexmerge_cli.cli import options as o
+from flexmerge_cli.cli.beside import BesideCommand
 
 if TYPE_CHECKING:
     from flexmerge_cli.family.family import Family
 
 
-class PlanCommand(TyperCommand):
-    """The command `plan` or `serve`, whose --tasks takes all words up to the next option, as a shell's wildcard gives
-    them."""
+class PlanCommand(BesideCommand):
+    """The command `plan` or `serve`, whose --tasks and --join take all words up to the next option, as wildcards do."""
+
+    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
+        "part": "join dry_run html method size merges fit dtype all_methods",
+        "join": "source base tasks task add remove ignore with_code follow_links blocks linkage strategy similarity "
+        "seed private merge_heads statistics adapters assume_base variant dry_run",
+    }
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words: list[str] = []
-        among_tasks = False
+        among = ""  # the words of which option
         for word in args:
-            is_file = word.endswith((".yaml", ".yml", ".json"))
-            if among_tasks and words[-1] != "--tasks" and not word.startswith("-") and not is_file:
-                words.append("--tasks")
-            among_tasks = word == "--tasks" or (among_tasks and not word.startswith("-") and not is_file)
+            is_file = among == "--tasks" and word.endswith((".yaml", ".yml", ".json"))
+            if among and words[-1] != among and not word.startswith("-") and not is_file:
+                words.append(among)
+            among = word if word in ("--tasks", "--join") else "" if word.startswith("-") or is_file else among
             words.append(word)
         return super().parse_args(ctx, words)
 
@@ -54,6 +58,8 @@ def plan(
     dtype: o.Dtype = None,
     all_methods: o.AllMethods = False,
     html: o.Html = None,
+    part: o.Part = None,
+    join: o.JoinParts = None,
     dry_run: o.DryRun = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
@@ -75,41 +81,47 @@ def plan(
     from flexmerge_cli.bundle.apart import check_apart
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.cli.eval_outputs import check_outputs
-    from flexmerge_cli.cli.sources import plan_request
+    from flexmerge_cli.cli.sources import joined_parts, plan_request
     from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.request.part import parse_part
 
     chosen = {"blocks": blocks, "linkage": linkage, "strategy": strategy, "similarity": similarity, "seed": seed}
     memory = o.memory_of(max_memory)
     access = o.access_of(offline=offline, quiet=quiet, variant=variant, stream=stream, max_memory=memory)
-    apart = tuple(private or ())
-    given = plan_request(
-        source,
-        base,
-        tasks or (),
-        task or (),
-        chosen,
-        apart,
-        merge_heads,
-        statistics,
-        access,
-        adapters,
-        assume_base,
-        ignore or (),
-        with_code,
-        follow_links,
-        add or (),
-        remove or (),
-    )
+    share = parse_part(part) if part is not None else None
+    if join:
+        given = joined_parts(join, access)
+    else:
+        given = plan_request(
+            source,
+            base,
+            tasks or (),
+            task or (),
+            chosen,
+            tuple(private or ()),
+            merge_heads,
+            statistics,
+            access,
+            adapters,
+            assume_base,
+            ignore or (),
+            with_code,
+            follow_links,
+            add or (),
+            remove or (),
+        )
+    if share is not None and (given.request is None or given.known is not None):
+        raise UsageError("--part makes a part of a new plan", hint="give sources or a recipe, not a plan")
     if output is None and not dry_run:
         raise UsageError("no output file given for the plan", hint="add -o plan.json")
     if output is not None and not dry_run:
-        check_apart(output, [source, *given.places])
-        o.check_plan_place(output, force=force)
+        check_apart(output, [source, *given.places, *(join or ())])
+        (o.check_plan_place if share is None else o.check_part_place)(output, force=force)
     check_outputs({"html": html} if html else {}, [source, output, *given.places], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a plan, and --dry-run makes none", hint="leave one of them out")
     from flexmerge_cli.report.inspect import Kind, write_page
-    from flexmerge_cli.report.plan import dry_summary, plan_summary, show_plan
+    from flexmerge_cli.report.plan import dry_summary, plan_summary, show_part, show_plan
     from flexmerge_cli.request.merge import merge_request
 
     if method is None and (size is not None or merges is not None):
@@ -120,6 +132,14 @@ def plan(
     for message in request.notes:
         out.note(message, quiet=quiet)
     out.warn(given.warnings, quiet=quiet)
+    if share is not None:
+        assert output is not None
+        with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+            value = given.make_part(
+                share, save_to=output, device=device, threads=threads, max_memory=memory, on_progress=on_progress
+            )
+        out.emit(value, as_json=as_json, quiet=quiet, show=show_part, written=[output])
+        return
     if dry_run:
         value = dry_summary(given.request, request)
     else:

@@ -12,10 +12,13 @@ from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan, save_plan
+from flexmerge_cli.formats.sealed import save_sealed
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.planning.changed import changed_request
 from flexmerge_cli.planning.known import Known
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
+from flexmerge_cli.planning.parts import Parts, make_part
+from flexmerge_cli.request.part import Part
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.request.tasks import found_tasks, name_of
@@ -55,10 +58,14 @@ class Given:
 
     known: Known | None = None
     """What the other plan knows about sources, if tasks are added or removed."""
+    parts: Parts | None = None
+    """What the plan is joined from."""
 
     def make(self, *, save_to: Path, on_open: Callable[[Family], None], **run: Any) -> Plan:
         """Make the plan and save it. on_open: see make_plan; not called if a plan is made from another."""
-        if self.request is not None:
+        if self.parts is not None:
+            plan = self.parts.join(save_to=save_to, on_open=on_open, **run)
+        elif self.request is not None:
             plan = make_plan(self.request, save_to=save_to, on_open=on_open, known=self.known, **run)
         else:
             assert self.plan is not None
@@ -69,6 +76,19 @@ class Given:
                 plan = add_statistics(plan, self.folder, access=self.access, **run)
         save_plan(plan, save_to)
         return plan
+
+    def make_part(self, part: Part, *, save_to: Path, **run: Any) -> dict[str, Any]:
+        """Measure one part of the plan and save it; return what there is to say of it."""
+        assert self.request is not None
+        made = make_part(self.request, part, **run)
+        save_sealed(made, save_to)
+        return {"part": str(part), "output": str(save_to), "tensors": len(made.measures), "warnings": [*self.warnings]}
+
+
+def joined_parts(paths: Sequence[Path], access: Access) -> Given:
+    """Read the parts of a plan, which say what it is made of."""
+    parts = Parts.read(paths, access)
+    return Given(request=parts.request, plan=None, order=parts.request.order, parts=parts)
 
 
 def plan_request(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.checkpoint.dtypes import TO_TORCH
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor, torch
@@ -26,6 +27,12 @@ def choose_device(wanted: str = "auto") -> "torch.device":
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"no device `{wanted}`: torch sees {torch.cuda.device_count()}", hint="--device cpu")
     return device
+
+
+def arithmetic(device: str) -> str:
+    """Say what the last bits of sums depend on: kind of device, version of torch, whether the loops in C are there."""
+    loops = "with" if native.lib is not None else "without"
+    return f"torch {torch.__version__} on {choose_device(device).type}, {loops} loops in C"
 
 
 @contextmanager

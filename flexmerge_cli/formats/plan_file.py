@@ -20,16 +20,13 @@ Readers refuse unknown keys; a change of meaning makes it /2. A file is written 
 whole or absent.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
@@ -43,16 +40,13 @@ from flexmerge_cli.formats.plan_records import (
     PlanVocabulary,
     Settings,
 )
-from flexmerge_cli.json_file import parse_json
+from flexmerge_cli.formats.sealed import NO_DIGEST as NO_DIGEST
+from flexmerge_cli.formats.sealed import is_sealed, read_sealed, save_sealed, sealed
 from flexmerge_cli.order.order import Merge
-from flexmerge_cli.record import Count, Items, Record, Shape, Unsound, first_error
-from flexmerge_cli.regular_file import read_file
+from flexmerge_cli.record import Count, Items, Record, Shape
 from flexmerge_cli.request.size import Size, Target
-from flexmerge_cli.text import json_holds_text
-from flexmerge_cli.writing import has_start, write_file
 
 FORMAT = "flexmerge.plan/1"
-NO_DIGEST = "0" * 64
 MAX_PLAN_BYTES = 1 << 30  # Gram matrices of 30 tasks take 20 kB per tensor
 
 
@@ -222,60 +216,20 @@ class Plan(Record):
 
 
 def sealed_plan(fields: Mapping[str, Any]) -> Plan:
-    """Check a plan's fields and fill in its sha256: that of the file that `save_plan` writes.
-
-    The sha256 is that of the checked plan: `fields` may omit defaults, or write a number in another way. Raises
-    ValidationError.
-    """
-    plan = Plan.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
-    return plan.model_copy(update={"sha256": _canonical(plan)[1]})
+    """Check a plan's fields and fill in its sha256. Raises ValidationError."""
+    return sealed(Plan, fields)
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write the plan, replacing an existing file. Raises MachineError, and then leaves that file as it was."""
-    write_file(path, _canonical(plan)[0])
-
-
-def _canonical(plan: Plan) -> tuple[bytes, str]:
-    """Return the bytes of the plan's file, with their sha256, and that sha256."""
-    fields = plan.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
-    empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    digest = hashlib.sha256(empty.encode()).hexdigest()
-    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode(), digest
+    """Write the plan, replacing what is there. Raises MachineError, and then leaves what is there as it was."""
+    save_sealed(plan, path)
 
 
 def is_plan(path: Path) -> bool:
-    """Return whether a file is, or once was, a plan, so that a new plan may replace it."""
-    try:
-        return (
-            path.is_file()
-            and has_start(path, b"{")
-            and path.stat().st_size <= MAX_PLAN_BYTES
-            and f'"format":"{FORMAT}"'.encode() in path.read_bytes()
-        )
-    except OSError:
-        return False
+    """Return whether a file is, or once was, a plan: what a new plan may replace."""
+    return is_sealed(path, FORMAT, MAX_PLAN_BYTES)
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan. Raises UsageError if the file is not a plan, was edited, or is not consistent."""
-    again = "make it again with `flexmerge plan`"
-    if path.is_file() and path.stat().st_size > MAX_PLAN_BYTES:
-        raise UsageError(f"{path} is too large for a plan", hint=again)
-    data = read_file(path, MAX_PLAN_BYTES, "a plan")
-    try:
-        fields = parse_json(data, is_ours=True)
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise UsageError(f"{path} is not a plan ({FORMAT})", hint=again)
-        claimed = str(fields.get("sha256"))
-        zeroed = data.replace(f'"sha256":"{claimed}"'.encode(), f'"sha256":"{NO_DIGEST}"'.encode(), 1)
-        if hashlib.sha256(zeroed).hexdigest() != claimed:
-            raise UsageError(f"{path} was edited: its sha256 does not fit its bytes", hint=again)
-        if not json_holds_text(data, fields):
-            raise UsageError(f"{path} holds text that no file can hold", hint=again)
-        return Plan.model_validate(fields)
-    except (ValidationError, Unsound) as error:
-        reason = first_error(error) if isinstance(error, ValidationError) else error
-        raise UsageError(f"{path} is not a sound plan: {reason}", hint=again) from None
-    except ValueError as error:
-        raise UsageError(f"{path} is not a plan: {error}", hint=again) from None
+    """Read a plan. Raises UsageError if it is no plan, was edited, or is not consistent."""
+    return read_sealed(Plan, path, FORMAT, "plan", "make it again with `flexmerge plan`", MAX_PLAN_BYTES)

@@ -1,7 +1,7 @@
 """Makes a plan: sources in, all that a cut needs out. Reads every weight once and writes nothing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,32 @@ from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
 
 
-def make_plan(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The sources of a plan, and what is to be measured of them."""
+
+    family: Family
+    request: PlanRequest
+    owners: list[FamilyTensor]
+    """Whose each of `compared` is."""
+    compared: list[SurveyItem]
+    of_base: list[SurveyItem]
+    of_adapters: list[SurveyItem]
+
+    @property
+    def items(self) -> list[SurveyItem]:
+        """All of them, in the order of the pass."""
+        return [*self.compared, *self.of_base, *self.of_adapters]
+
+
+def opened(
     request: PlanRequest,
     *,
-    save_to: Path | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    max_memory: int | None = None,
-    on_progress: OnProgress = silent,
     on_open: Callable[[Family], None] = lambda _family: None,
+    on_progress: OnProgress = silent,
     known: Known | None = None,
-) -> Plan:
-    """Read every weight once and keep all that a cut needs. Writes nothing.
-
-    save_to: where the plan will be saved; sources are stored relative to its folder. on_open: called before the weights
-    are read, with all sources; left_out.py says which of their files are not carried. known: what an earlier
-    plan knows, which is not read again. Raises SourceError, DataError, UsageError.
-    """
-    from flexmerge_cli.engine.device import choose_device
-
-    choose_device(device)  # reports a missing device before any source is opened
+) -> Opened:
+    """Open all sources and say what is to be measured. Raises SourceError, DataError, UsageError."""
     family = open_family(request, may_ignore=known.plan.settings.ignore if known is not None else ())
     on_open(family)
     if known is not None:
@@ -68,21 +74,72 @@ def make_plan(
     if pools_lora(family, request):  # how well factors code says nothing about their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
-    of_base, of_adapters = kept_adapters.base_items(family), kept_adapters.change_items(family)
+    return Opened(
+        family=family,
+        request=request,
+        owners=owners,
+        compared=items,
+        of_base=kept_adapters.base_items(family),
+        of_adapters=kept_adapters.change_items(family),
+    )
+
+
+def measured_alone(
+    items: Sequence[SurveyItem],
+    request: PlanRequest,
+    what: str = "compare",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    on_progress: OnProgress = silent,
+) -> list[Measure]:
+    """Read these items once. Each is measured by itself."""
+    return measure(
+        items,
+        what,
+        device=device,
+        threads=threads,
+        max_memory=request.access.memory_left(max_memory),
+        signs=request.order.similarity is Similarity.SIGN,
+        on_progress=on_progress,
+    )
+
+
+def make_plan(
+    request: PlanRequest,
+    *,
+    save_to: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    on_progress: OnProgress = silent,
+    on_open: Callable[[Family], None] = lambda _family: None,
+    known: Known | None = None,
+    measured: Callable[[Family, Sequence[SurveyItem]], list[Measure]] | None = None,
+) -> Plan:
+    """Read every weight once and keep all that a cut needs. Writes nothing.
+
+    save_to: where the plan will be saved; sources are stored relative to its folder. on_open: called before the weights
+    are read, with all sources; left_out.py says which of their files are not carried. known: what an earlier plan
+    knows, which is not read again. measured: returns what parts.py has of all items, which then are not read. Raises
+    SourceError, DataError, UsageError.
+    """
+    if measured is None:
+        from flexmerge_cli.engine.device import choose_device
+
+        choose_device(device)  # reports a missing device before any source is opened
+    asked = opened(request, on_open=on_open, on_progress=on_progress, known=known)
+    family, request, owners, items = asked.family, asked.request, asked.owners, asked.compared
+    of_base, of_adapters = asked.of_base, asked.of_adapters
 
     def run(chosen: Sequence[SurveyItem], what: str = "compare") -> list[Measure]:
-        return measure(
-            chosen,
-            what,
-            device=device,
-            threads=threads,
-            max_memory=request.access.memory_left(max_memory),
-            signs=request.order.similarity is Similarity.SIGN,
-            on_progress=on_progress,
+        return measured_alone(
+            chosen, request, what, device=device, threads=threads, max_memory=max_memory, on_progress=on_progress
         )
 
     if known is None:
-        found = run([*items, *of_base, *of_adapters])
+        found = run(asked.items) if measured is None else measured(family, asked.items)
         measures, more = found[: len(items)], found[len(items) :]
     else:
         kept = [each.name for each in family.kept]

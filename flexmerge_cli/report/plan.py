@@ -253,6 +253,11 @@ def _without_commands(value: dict[str, Any]) -> dict[str, Any]:
     return {"options": rows, "begin_with": None}
 
 
+def show_part(value: dict[str, Any]) -> None:
+    say(f"part {value['part']} of the plan: {value['tensors']:,} tensors measured")
+    say("with all parts there: flexmerge plan --join PART… -o plan.json")
+
+
 def show_plan(value: dict[str, Any]) -> None:
     """Print tables on stdout."""
     whole = sum(task["bytes"] for task in value["tasks"])

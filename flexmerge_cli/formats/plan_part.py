@@ -1,0 +1,97 @@
+"""A part of a plan, `flexmerge.plan-part/1`: what one of several processes measured, sealed like a plan (sealed.py).
+
+part, parts  it is part `part` of `parts`
+request      what the plan is to be made of, as the process was asked: all parts of a plan have the same
+arithmetic   what the last bits of sums depend on: library, kind of device
+headers      "" for the base, or a task -> digest of its tensors' names, dtypes and shapes
+measures     of each item of this part, in the order of the pass; null for a number that is not finite
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.formats.sealed import is_sealed, read_sealed
+from flexmerge_cli.order.linkage import Linkage
+from flexmerge_cli.order.order import Strategy
+from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.record import Count, Digest, Items, Record
+from flexmerge_cli.request.part import MAX_PARTS
+from flexmerge_cli.request.plan import Statistics
+
+FORMAT = "flexmerge.plan-part/1"
+MAX_PART_BYTES = 1 << 30
+
+Number = float | None
+"""None: not finite."""
+Numbers = Items[Number]
+Codes = dict[int, Number]
+
+
+class PartRequest(Record):
+    """What all parts of a plan are made of; paths are absolute."""
+
+    base: str
+    tasks: dict[str, str]
+    blocks: str
+    linkage: Linkage
+    strategy: Strategy
+    similarity: Similarity
+    seed: Count
+    private: tuple[str, ...]
+    merge_heads: bool
+    statistics: Statistics
+    adapters: Adapters
+    assume_base: bool
+    variant: str | None
+    ignore: tuple[str, ...]
+    with_code: bool
+    follow_links: bool
+
+
+class PartCoding(Record):
+    base: Codes
+    average: Codes
+    ratio: Codes
+
+
+class PartMeasure(Record):
+    """What the pass found of one item."""
+
+    tensor: str
+    digests: Items[Digest]
+    base_digest: Digest | None
+    same: Items[Count]
+    is_base: Items[bool]
+    gram: Items[Numbers] | None
+    agreement: Items[Items[Count]] | None
+    base_energy: Number
+    not_finite: Items[tuple[int, Count]]
+    coding: PartCoding | None
+
+
+class PlanPart(Record):
+    """One part."""
+
+    format: Literal["flexmerge.plan-part/1"]
+    generator: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    part: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+    parts: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+    request: PartRequest
+    arithmetic: str
+    headers: dict[str, Digest]
+    measures: Items[PartMeasure]
+
+
+def is_part(path: Path) -> bool:
+    """Return whether a file is, or once was, a part of a plan: what a new one may replace."""
+    return is_sealed(path, FORMAT, MAX_PART_BYTES)
+
+
+def read_part(path: Path) -> PlanPart:
+    """Read a part. Raises UsageError if it is none, was edited, or is not consistent."""
+    again = "make it again with `flexmerge plan --part`"
+    return read_sealed(PlanPart, path, FORMAT, "part of a plan", again, MAX_PART_BYTES)

@@ -1,0 +1,86 @@
+"""Files of one JSON record that names its own sha256: canonical JSON, sorted keys, UTF-8, no times.
+
+`sha256` is that of the file's bytes with its 64 digits set to 0; an edited file is refused. A file is written beside
+its place and renamed: it is whole or not there.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.json_file import parse_json
+from flexmerge_cli.record import Record, Unsound, first_error
+from flexmerge_cli.regular_file import read_file
+from flexmerge_cli.text import json_holds_text
+from flexmerge_cli.writing import has_start, write_file
+
+NO_DIGEST = "0" * 64
+
+Sealed = TypeVar("Sealed", bound=Record)
+
+
+def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
+    """Check a record's fields and fill in its sha256: that of the file which `save_sealed` writes.
+
+    It is that of what the checked record holds: `fields` may leave out defaults, or write a number in another way.
+    Raises ValidationError.
+    """
+    record = kind.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
+    return record.model_copy(update={"sha256": _canonical(record)[1]})
+
+
+def save_sealed(record: Record, path: Path) -> None:
+    """Write the record, replacing what is there. Raises MachineError, and then leaves what is there as it was."""
+    write_file(path, _canonical(record)[0])
+
+
+def _canonical(record: Record) -> tuple[bytes, str]:
+    """Return the bytes of its file, with their sha256, and that sha256."""
+    fields = record.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
+    empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(empty.encode()).hexdigest()
+    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode(), digest
+
+
+def is_sealed(path: Path, format_: str, max_bytes: int) -> bool:
+    """Return whether a file is, or once was, of this format: what a new one may replace."""
+    try:
+        return (
+            path.is_file()
+            and has_start(path, b"{")
+            and path.stat().st_size <= max_bytes
+            and f'"format":"{format_}"'.encode() in path.read_bytes()
+        )
+    except OSError:
+        return False
+
+
+def read_sealed(kind: type[Sealed], path: Path, format_: str, what: str, again: str, max_bytes: int) -> Sealed:
+    """Read a file. what: `plan`. again: the hint, how to make it.
+
+    Raises UsageError if it is no such file, was edited, or is not consistent.
+    """
+    if path.is_file() and path.stat().st_size > max_bytes:
+        raise UsageError(f"{path} is too large for a {what}", hint=again)
+    data = read_file(path, max_bytes, f"a {what}")
+    try:
+        fields = parse_json(data, is_ours=True)
+        if not isinstance(fields, dict) or fields.get("format") != format_:
+            raise UsageError(f"{path} is not a {what} ({format_})", hint=again)
+        claimed = str(fields.get("sha256"))
+        zeroed = data.replace(f'"sha256":"{claimed}"'.encode(), f'"sha256":"{NO_DIGEST}"'.encode(), 1)
+        if hashlib.sha256(zeroed).hexdigest() != claimed:
+            raise UsageError(f"{path} was edited: its sha256 does not fit its bytes", hint=again)
+        if not json_holds_text(data, fields):
+            raise UsageError(f"{path} holds text that no file can hold", hint=again)
+        return kind.model_validate(fields)
+    except (ValidationError, Unsound) as error:
+        reason = first_error(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path} is not a sound {what}: {reason}", hint=again) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not a {what}: {error}", hint=again) from None
