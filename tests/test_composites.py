@@ -228,7 +228,7 @@ def test_sources_whose_parts_have_changed_are_refused(sentences):
 def test_a_manifest_whose_parts_leave_the_folder_is_refused(folder, stem, sentences):
     fields = json.loads((sentences.bundle() / "manifest.json").read_bytes())
     fields["tasks"]["a"]["parts"] = {folder: stem}
-    with pytest.raises(Unsound, match="weights of a subfolder lie outside of it"):
+    with pytest.raises(Unsound, match="weights of a subfolder lie outside it"):
         Manifest.model_validate(fields)
 
 

@@ -115,7 +115,7 @@ class Pricer:
     """Prices allocations of one plan, and caches what they share: a cut tries many that differ in one block."""
 
     def __init__(self, plan: Plan, *, gate: Mapping[str, Any] | None = None) -> None:
-        """gate: the description of the gate, which every bundle's manifest records."""
+        """Take a plan. gate: the description of the gate, which every bundle's manifest records."""
         self.plan, self.gate = plan, gate
         self.request: Request | None = None
         """What was asked, which the bundles record."""

@@ -55,7 +55,7 @@ def hub_error(place: "HubPlace", error: Exception) -> FlexmergeError:
             return offline(place, "is not in the Hub's cache")
         case errors.EntryNotFoundError():
             return SourceError(
-                f"{source}: a file is missing: {_line(error)}",
+                f"{source}: a file or folder is missing: {_line(error)}",
                 hint=f"see {constants.ENDPOINT}/{repository}/tree/main",
             )
     if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:

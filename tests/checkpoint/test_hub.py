@@ -360,7 +360,7 @@ def test_a_wrong_revision_is_told(revision, hub, tmp_path):
 
 def test_a_missing_folder_and_a_missing_file_are_told(hub, tmp_path):
     publish(hub, tmp_path / "made")
-    with pytest.raises(SourceError, match="is not there"):
+    with pytest.raises(SourceError, match="a file or folder is missing"):
         open_checkpoint(f"{SOURCE}:unet")
     with pytest.raises(SourceError, match=r"no file `other\.safetensors`"):
         open_checkpoint(f"{SOURCE}:other.safetensors")
