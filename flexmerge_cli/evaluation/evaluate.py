@@ -8,8 +8,9 @@ tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base
        data is the digest of the examples;
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
-cross  present if requested: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
-       data, whose scores are under `tasks`; {mismatch, reason} if the model's head does not fit the data
+unseen, unseen_mean  the same of data of tasks that were not merged, if the spec has such, each with its `head`
+cross  present if asked for: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
+       data, whose scores are under `tasks`; {mismatch, reason} where the model's head does not fit the data
 bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
 stored_bytes, total_bytes, factor   its size: bytes of tensors, bytes of all files, and in models
 evaluations  {computed, repeated, cached}: models that were run, scores reused from this run, scores found in the cache
@@ -39,7 +40,8 @@ FORMAT = "flexmerge.eval/1"
 OnStep = Callable[[str, int, int], None]
 """Progress: (which model of which task, examples done, examples in all)."""
 OnScored = Callable[[str, dict[str, TaskModel], dict[str, Scored]], None]
-"""Callback (task, its models, their outputs), keyed by `merged`, `fine_tuned`, `base`."""
+"""Callback (task, its models, their outputs), keyed by `merged`, `fine_tuned`, `base`; also of unseen tasks that a gate
+counts."""
 
 
 def evaluate(
@@ -68,17 +70,25 @@ def evaluate(
     tasks = list(spec.tasks) if tasks is None else tasks
     for task in tasks:
         if bundle is not None:
-            bundle.check_files(task, weights=False)  # the examples are made from these
-        examples = scorer.examples(task, folders[task])
-        if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
-            raise no_reference(spec.place(task, folders[task]))
+            bundle.check_files(task, weights=False)  # from which the examples are made
+        for name in (task, *spec.unseen_of(task)):
+            examples = scorer.examples(name, folders[task])
+            if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
+                raise no_reference(spec.place(name, folders[task]))
     others = {task: mismatches(scorer, task, folders) for task in tasks} if cross else {}
     if bundle is not None:
         for task in tasks:
             bundle.check_files(task)  # for all tasks before the first is scored, which may take long
-    records, crossed = {}, {}
+    records, unseen, crossed = {}, {}, {}
     for task in tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
+        for name in spec.unseen_of(task):
+            its = {who: replace(model, task=name) for who, model in models.items()}
+            found = _scores_of(scorer, its, f"{task}, {{}}, on {name}", on_step)
+            data = scorer.examples(name, folders[task]).digest
+            unseen[name] = {"head": task} | task_record(spec, name, its, found, data=data)
+            if spec.unseen[name].gate:
+                on_scored(name, its, found)
         if cross:
             crossed[task] = {
                 other: _cross_record(scorer, models, other, on_step)
@@ -91,13 +101,15 @@ def evaluate(
         on_scored(task, models, scored)
         data = scorer.examples(task, folders[task]).digest
         records[task] = task_record(spec, task, models, scored, data=data)
-    found: dict[str, Any] = {"format": FORMAT, "spec": spec.record, "tasks": records, "mean": means(records)}
-    found["evaluations"] = scorer.counts
+    document: dict[str, Any] = {"format": FORMAT, "spec": spec.record, "tasks": records, "mean": means(records)}
+    document["evaluations"] = scorer.counts
+    if spec.unseen:
+        document |= {"unseen": unseen, "unseen_mean": means(unseen)}
     if cross:
-        found["cross"] = crossed
+        document["cross"] = crossed
     if bundle is None:
-        return found
-    return found | {
+        return document
+    return document | {
         "bundle": bundle.manifest.id,
         "methods": bundle.methods,
         "num_models": len(bundle.tasks),
@@ -150,15 +162,23 @@ def _score_task(
 
 
 def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, on_step: OnStep) -> dict[str, Any]:
-    """Return the scores of a task's models on another task's data."""
-    source, found = scorer.spec.tasks[other].data_spec, {}
-    for who in WHOS:
-        if who in models:
-            model = replace(models[who], task=other)
-            step = f"{models[who].task}, {who.replace('_', '-')}, on {other}"
-            scored = scorer.score(model, on_example=partial(on_step, step))
-            found[who] = score_record(scored, model, split=source.split if source else None)
-    return found
+    """The scores of a task's models on another task's data."""
+    its = {who: replace(models[who], task=other) for who in WHOS if who in models}
+    step = f"{next(iter(models.values())).task}, {{}}, on {other}"
+    source = scorer.spec.tasks[other].data_spec
+    return {
+        who: score_record(scored, its[who], split=source.split if source else None)
+        for who, scored in _scores_of(scorer, its, step, on_step).items()
+    }
+
+
+def _scores_of(scorer: Scorer, models: Mapping[str, TaskModel], step: str, on_step: OnStep) -> dict[str, Scored]:
+    """The outputs of models that are open. step: what is reported of each, with {} for which model it is."""
+    reference = models.get("fine_tuned")
+    return {
+        who: scorer.score(model, reference=reference, on_example=partial(on_step, step.format(who.replace("_", "-"))))
+        for who, model in models.items()
+    }
 
 
 def task_record(
@@ -168,13 +188,13 @@ def task_record(
 
     data: the digest of its examples; empty if external code or a harness provides them.
     """
-    source = spec.tasks[task].data_spec
+    source = spec.entry(task).data_spec
     scores = {
         who: score_record(scored, models[who], split=source.split if source else None) for who, scored in found.items()
     }
     first = next(iter(found.values()))
     record: dict[str, Any] = {
-        "kind": spec.tasks[task].kind,
+        "kind": spec.entry(task).kind,
         "metric": first.metric,
         "higher_is_better": first.higher_is_better,
         "n": first.n,

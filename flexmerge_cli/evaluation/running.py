@@ -66,7 +66,8 @@ class ScoreRequest:
         references = 2 if self.plan is not None else named + (self.spec.base is not None)
         own = references if self.sources else 1 + references
         named_models = (self.plan is not None or named) + (not self.sources)  # those that --cross scores
-        return len(self.spec.tasks) * (own + self.cross * named_models * (len(self.spec.tasks) - 1))
+        tasks = len(self.spec.tasks)
+        return own * (tasks + len(self.spec.unseen)) + self.cross * named_models * tasks * (tasks - 1)
 
 
 def score_request(
@@ -156,9 +157,18 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     records = {task: part["tasks"][task] for task, part in zip(tasks, found)}
     counts = {key: sum(part["evaluations"][key] for part in found) for key in found[0]["evaluations"]}
     document = found[0] | {"tasks": records, "mean": means(records), "evaluations": counts}
-    if request.cross:
-        document["cross"] = {task: part["cross"][task] for task, part in zip(tasks, found)}
-    return _judged(request, document, pairs)
+    return _judged(request, document | _joined(request.spec, found), pairs)
+
+
+def _joined(spec: EvalSpec, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a document may have besides `tasks`, from documents of one task each."""
+    found: dict[str, Any] = {}
+    if spec.unseen:
+        records = {name: record for part in parts for name, record in part.get("unseen", {}).items()}
+        found |= {"unseen": {name: records[name] for name in spec.unseen}, "unseen_mean": means(records)}
+    if "cross" in parts[0]:
+        found["cross"] = {task: row for part in parts for task, row in part["cross"].items()}
+    return found
 
 
 def _judged(request: ScoreRequest, document: dict[str, Any], pairs: _Pairs) -> dict[str, Any]:
@@ -174,9 +184,9 @@ def _check(request: ScoreRequest) -> None:
         {task: bundle.config_folder(task) for task in request.spec.tasks} if bundle is not None else references.folders
     )
     for task in request.spec.tasks:
-        Scorer(spec=request.spec, device=request.device, cache=None, access=request.access).examples(
-            task, folders[task]
-        )
+        for name in (task, *request.spec.unseen_of(task)):
+            scorer = Scorer(spec=request.spec, device=request.device, cache=None, access=request.access)
+            scorer.examples(name, folders[task])
 
 
 def _prepared(request: ScoreRequest) -> Callable[[str], tuple[dict[str, Any], _Pairs]]:
@@ -293,12 +303,11 @@ class BundleGate:
     """`flexmerge.eval/1` with the verdict, after `require`."""
 
     def __post_init__(self) -> None:
-        """Prepare the data. Raises UsageError, SourceError and DataError if spec and data do not fit; reads no
-        weights."""
-        scorer = self._scorer()
-        self._data = {
-            task: scorer.examples(task, self.references.folders[task]).digest or None for task in self.spec.tasks
-        }
+        """Raises UsageError, SourceError and DataError if spec and data do not fit together; reads no weights."""
+        scorer, folders = self._scorer(), self.references.folders
+        self._data = {task: scorer.examples(task, folders[task]).digest or None for task in self.spec.tasks}
+        for name, entry in self.spec.unseen.items():
+            scorer.examples(name, folders[str(entry.head)])
 
     def _scorer(self) -> Scorer:
         return Scorer(spec=self.spec, device=self.device)

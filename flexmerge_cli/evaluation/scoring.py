@@ -24,7 +24,7 @@ from flexmerge_cli.version import VERSION
 OnExample = Callable[[int, int], None]
 
 LIBRARIES = ("lm_eval", "numpy", "pillow", "tokenizers", "torch", "torchvision", "transformers")
-NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype"}
+NOT_OF_A_SCORE = {"data", "checkpoint", "limit", "seed", "device", "batch_size", "dtype", "head", "gate"}
 """Keys of a spec that are reported elsewhere, or do not affect a score."""
 
 

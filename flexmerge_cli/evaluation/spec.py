@@ -4,6 +4,7 @@ version  1
 tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each kind in kinds/
 limit, batch_size, dtype, seed, device   defaults for all tasks
 base     the base, scored with each task's own head
+unseen   {name: {kind, data, head, gate, …}}: data of tasks that were not merged, each scored with the models of `head`
 not_scored  [tasks] of the bundle that are left out on purpose: a gate fails if one is neither scored nor named here
 Only code that `python` and `command` name is run, and only with --allow-exec. Readers refuse unknown keys; if the
 meaning of a key changes, the version becomes 2.
@@ -41,6 +42,7 @@ class EvalSpec(Record):
     seed: int | None = Field(default=None, ge=0)
     device: str | None = None
     not_scored: tuple[str, ...] = ()
+    unseen: dict[str, SerializeAsAny[TaskSpec]] = Field(default_factory=dict)
     _document: Document = PrivateAttr()
     _of: tuple[str, ...] = PrivateAttr(default=())
     _sha256: str = PrivateAttr(default="")
@@ -70,21 +72,31 @@ class EvalSpec(Record):
         return self.document.path.absolute().parent
 
     def only(self, *tasks: str) -> "EvalSpec":
-        """Restrict the spec to some of its tasks."""
-        return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}})
+        """The spec restricted to some of its tasks, and to the unseen ones that are scored with their heads."""
+        unseen = {name: entry for name, entry in self.unseen.items() if entry.head in tasks}
+        return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}, "unseen": unseen})
+
+    def entry(self, task: str) -> TaskSpec:
+        """A task, or an unseen one, by its name."""
+        return self.tasks[task] if task in self.tasks else self.unseen[task]
+
+    def unseen_of(self, task: str) -> list[str]:
+        """The names of the unseen tasks that the models of a task are scored on."""
+        return [name for name, entry in self.unseen.items() if entry.head == task]
 
     def kind(self, task: str) -> Kind:
-        kind = kind_of(self.tasks[task].kind)
+        kind = kind_of(self.entry(task).kind)
         assert kind is not None  # checked when the spec was read
         return kind
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
-        """Return where the task is defined. side: folder of its config, tokenizer, processor."""
-        return Place(document=self.document, task=task, side=side, access=access)
+        """Return where the task is. side: folder of its config, tokenizer, processor."""
+        section = "tasks" if task in self.tasks else "unseen"
+        return Place(document=self.document, task=task, side=side, access=access, section=section)
 
     def settled(self, task: str) -> TaskSpec:
-        """Return the task's own keys, with defaults from the spec."""
-        own = self.tasks[task]
+        """The task's own keys, with defaults from the spec."""
+        own = self.entry(task)
         return own.model_copy(update={key: getattr(self, key) for key in COMMON if getattr(own, key) is None})
 
 
@@ -92,6 +104,7 @@ class _Outer(EvalSpec):
     """The file before its tasks are checked, each by its kind."""
 
     tasks: dict[str, Any] = Field(min_length=1)
+    unseen: dict[str, Any] = Field(default_factory=dict)
 
 
 def read_spec(
@@ -105,9 +118,10 @@ def read_spec(
     document = read_document(path, "spec")
     sha256 = sha256_of(path)
     outer = document.check(_Outer)
-    found = {name: _task(document, name, value, allow_exec) for name, value in outer.tasks.items()}
-    fields = {name: getattr(outer, name) for name in EvalSpec.model_fields if name != "tasks"}
-    spec = EvalSpec.model_construct(tasks=found, **fields)
+    found = {name: _task(document, ("tasks", name), value, allow_exec) for name, value in outer.tasks.items()}
+    unseen = {name: _task(document, ("unseen", name), value, allow_exec) for name, value in outer.unseen.items()}
+    fields = {name: getattr(outer, name) for name in EvalSpec.model_fields if name not in ("tasks", "unseen")}
+    spec = EvalSpec.model_construct(tasks=found, unseen=unseen, **fields)
     spec._document, spec._of, spec._sha256 = document, (*tasks, *unscorable), sha256
     unknown = [name for name in found if name not in tasks]
     if unknown:
@@ -115,14 +129,14 @@ def read_spec(
             ("tasks", unknown[0]), f"no such task: {', '.join(unknown)}", hint=f"there are: {', '.join(tasks)}"
         )
     _check_not_scored(spec)
+    _check_unseen(spec)
     for name, task in found.items():
         _check_there(spec, ("tasks", name, "checkpoint"), task.checkpoint)
     _check_there(spec, ("base",), spec.base)
     return spec
 
 
-def _task(document: Document, name: str, value: Any, allow_exec: bool) -> TaskSpec:
-    place = ("tasks", name)
+def _task(document: Document, place: tuple[str, str], value: Any, allow_exec: bool) -> TaskSpec:
     if not isinstance(value, Mapping):
         raise document.error(place, "a task must be a mapping", hint="kind: image-classification, data: test.npz")
     written = value.get("kind")
@@ -153,6 +167,25 @@ def _check_not_scored(spec: EvalSpec) -> None:
             raise spec.document.error(key, f"no such task: {name}", hint=hint)
         if name in spec.not_scored[:place]:
             raise spec.document.error(key, f"`{name}` occurs twice", hint="remove one")
+
+
+def _check_unseen(spec: EvalSpec) -> None:
+    for name, task in spec.tasks.items():
+        key = next((key for key in ("head", "gate") if getattr(task, key) is not None), None)
+        if key is not None:
+            raise spec.document.error(("tasks", name, key), f"`{key}` is a key of `unseen`", hint="remove it")
+    for name, task in spec.unseen.items():
+        place = ("unseen", name)
+        if name in spec._of:
+            raise spec.document.error(place, f"`{name}` is a task that was merged", hint="score it under `tasks`")
+        if task.checkpoint is not None:
+            raise spec.document.error(
+                (*place, "checkpoint"), "unseen data are scored with the models of `head`", hint="remove it"
+            )
+        if task.head not in spec.tasks:
+            said = "no `head` given" if task.head is None else f"`tasks` has no `{task.head}`"
+            hint = f"head: one of {', '.join(spec.tasks)}, whose models are scored on these data"
+            raise spec.document.error((*place, "head"), said, hint=hint)
 
 
 def _check_there(spec: EvalSpec, place: tuple[str, ...], source: str | None) -> None:

@@ -3,7 +3,7 @@
 method   the requested method of a curve's point, or the methods of a bundle; `fine-tuned` and `base` for those models
 sizes, bytes, total_bytes, factor   the size of the bundle, written or not; empty for other models
 task, metric, n, split, value, low, high, weights   one number, its 95 % interval, the digest of what was scored
-model    of `eval --cross`: the task whose model was scored on the data of another, `task`
+model    the task whose model was scored, if the data are of another: an unseen task, or with `eval --cross`
 normalised, fine_tuned, base   for the task's first metric: the fraction of the fine-tuned score, and the references'
          scores
 Curves have only the first metric of each task, and no rows for the references.
@@ -54,7 +54,7 @@ def _of_points(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
-    for task, record in document["tasks"].items():
+    for task, record in (document["tasks"] | document.get("unseen", {})).items():
         for who, first in record["scores"].items():
             is_merged = who == "merged"
             of = _model(document, who)
@@ -65,7 +65,8 @@ def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
                     if other != "merged"
                 }
                 normalised = record["normalised"] if is_merged and place == 0 else None
-                yield {**of, **references, "task": task, **_number(scored), "normalised": normalised}
+                its: Row = {"task": task, "model": record.get("head"), "normalised": normalised}
+                yield {**of, **references, **its, **_number(scored)}
     for model, others in document.get("cross", {}).items():
         for task, found in others.items():
             for who, first in found.items() if "mismatch" not in found else ():

@@ -12,6 +12,9 @@ from flexmerge_cli.report.table import say, table
 def show_evaluation(value: dict[str, Any]) -> None:
     columns, rows = score_table(value)
     table(columns, rows, text=(1,))
+    for title, records in apart(value):
+        columns, rows = score_table(records)
+        table(columns, rows, title=title, text=(1,))
     if "cross" in value:
         show_cross(value)
     for line in remarks(value):
@@ -35,6 +38,14 @@ def show_gate(value: dict[str, Any]) -> None:
     say("data: " + ", ".join(f"{name} {record['data'] or DASH}" for name, record in value["tasks"].items()))
     if gate["outcome"] == Outcome.PASS:
         say(f"gate: {gate['message']}")
+
+
+def apart(value: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Tables beside that of the tasks: their titles, and what `score_table` takes."""
+    if "unseen" not in value:
+        return []
+    records = {f"{name} ({record['head']})": record for name, record in value["unseen"].items()}
+    return [("unseen tasks, with the head of the task in brackets", {"tasks": records, "mean": value["unseen_mean"]})]
 
 
 def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -72,7 +83,7 @@ def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def remarks(value: dict[str, Any]) -> list[str]:
     """Return further metrics of each task and remarks, one line per model."""
     found = []
-    for name, record in value["tasks"].items():
+    for name, record in (value["tasks"] | value.get("unseen", {})).items():
         for who, scored in record["scores"].items():
             for one in (scored, *scored["others"]):
                 notes = [] if one is scored else [_format_other(one)]

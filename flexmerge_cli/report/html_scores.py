@@ -7,7 +7,7 @@ from flexmerge_cli.evaluation.curve_record import reference_means
 from flexmerge_cli.evaluation.evaluate import format_counts, format_methods, one_metric
 from flexmerge_cli.report.cross import cross_section
 from flexmerge_cli.report.curve_series import metric_label, series_of
-from flexmerge_cli.report.evaluation import remarks, score_table
+from flexmerge_cli.report.evaluation import apart, remarks, score_table
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, spec_facts, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
@@ -80,10 +80,13 @@ def _point(of: dict[str, Any], document: dict[str, Any], who: str) -> dict[str, 
 
 
 def _table(document: dict[str, Any]) -> str:
-    columns, rows = score_table(document)
-    cells = [[name(row[0]) if place == 0 else text(cell) for place, cell in enumerate(row)] for row in rows]
+    parts = []
+    for title, records in (("", document), *apart(document)):
+        columns, rows = score_table(records)
+        cells = [[name(row[0]) if place == 0 else text(cell) for place, cell in enumerate(row)] for row in rows]
+        parts += [f"<h3>{text(title)}</h3>" if title else "", table(columns, cells, left=2)]
     notes = "".join(f"<p class=note>{text(line)}</p>" for line in remarks(document))
-    return section("Scores", table(columns, cells, left=2), notes)
+    return section("Scores", *parts, notes)
 
 
 def _place(curve: dict[str, Any]) -> str:
@@ -103,7 +106,7 @@ def _place(curve: dict[str, Any]) -> str:
 def _numbers(document: dict[str, Any]) -> str:
     """Show every number with its evidence."""
     rows = []
-    for task, record in document["tasks"].items():
+    for task, record in (document["tasks"] | document.get("unseen", {})).items():
         for who, first in record["scores"].items():
             for scored in (first, *first["others"]):
                 scale, size = scale_of(scored["metric"]), scored["bytes"]

@@ -25,6 +25,8 @@ class Place:
     side: Path
     """The folder of the task's config, tokenizer, processor."""
     access: Access = ONLINE
+    section: str = "tasks"
+    """The key of the spec that has the task: `tasks` or `unseen`."""
 
     @property
     def folder(self) -> Path:
@@ -34,8 +36,8 @@ class Place:
     def error(self, key: str, message: str, *, hint: str) -> UsageError:
         """Make an error at a key, dotted, below the task. If the spec lacks the key, the line is that of `data`, if
         present."""
-        place: tuple[str, ...] = ("tasks", self.task, *filter(None, key.split(".")))
-        data = ("tasks", self.task, "data")
+        place: tuple[str, ...] = (self.section, self.task, *filter(None, key.split(".")))
+        data = (self.section, self.task, "data")
         is_near_data = key.startswith("columns") and place[:3] not in self.document.lines
         return self.document.error(place, message, hint=hint, line_of=data if is_near_data else place)
 

@@ -1,4 +1,4 @@
-"""`eval --cross`: every model with its own head on every task's data, and words where its labels are not the data's."""
+"""Models on other data than their task's own: `eval --cross`, and `unseen` of a spec."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import transformers
 
 from flexmerge_cli.report.html_scores import scores_page
 
-from ..program import succeeds
+from ..program import fails, flexmerge, succeeds
 from ..report.pages import Page
 from . import tiny
 
@@ -113,11 +113,6 @@ def test_every_score_is_computed_once_and_then_comes_from_the_cache(place, tmp_p
     assert first == second
 
 
-@pytest.mark.slow
-def test_processes_side_by_side_come_to_the_same_matrix(place):
-    assert crossed(place, "--no-reuse") == crossed(place, "--no-reuse", "--parallel", 2)
-
-
 def test_sources_alone_have_a_matrix(place):
     arguments = ("--plan", place / "plan.json", "--spec", place / "eval.yaml")
     found = succeeds("eval", "--sources", *arguments, "--cross", "--json").json["cross"]
@@ -139,3 +134,79 @@ def test_table_csv_and_page_have_the_numbers_and_the_words(place, tmp_path, monk
     page = scores_page(found, "merged")
     text = Page(page).text
     assert f"{100 * value:.1f}" in text and text.count("labels≠") == 2 * 4 and "2≠3" in text
+
+
+@pytest.fixture(scope="module")
+def unseen(place) -> Path:
+    """The same spec with two unseen tasks, whose data are those of `second` and `three`; a gate counts one."""
+    spec = json.loads((place / "eval.yaml").read_text())
+    both = {"new": ("first", "second"), "newer": ("three", "three")}
+    spec["unseen"] = {
+        name: {"head": head, "kind": "text-classification", "data": f"{data}.jsonl"}
+        for name, (head, data) in both.items()
+    }
+    spec["unseen"]["newer"]["gate"] = True
+    (place / "unseen.yaml").write_text(json.dumps(spec))
+    return place / "unseen.yaml"
+
+
+def test_unseen_data_are_scored_with_the_models_of_their_head_and_have_means_apart(place, unseen):
+    found = succeeds("eval", place / "merged", "--spec", unseen, "--json").json
+    wanted = crossed(place)
+    new = found["unseen"]["new"]
+    for who in ("merged", "fine_tuned"):
+        assert new[who] == wanted["cross"]["first"]["second"][who]["value"]
+    assert new["head"] == "first" and new["base"] is not None and new["normalised"] == new["merged"] / new["fine_tuned"]
+    assert found["mean"] == wanted["mean"]
+    assert found["unseen_mean"]["merged"] == np.mean([new["merged"], found["tasks"]["three"]["merged"]])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_come_to_the_same(place, unseen):
+    arguments = ("eval", place / "merged", "--spec", unseen, "--cross", "--json")
+    alone, beside = succeeds(*arguments).json, succeeds(*arguments, "--parallel", 2, "--no-reuse").json
+    assert alone.pop("evaluations") != beside.pop("evaluations")
+    assert alone == beside
+
+
+def test_a_gate_counts_only_the_unseen_data_that_say_so(place, unseen):
+    found = flexmerge("eval", place / "merged", "--spec", unseen, "--max-drop", "100%", "--json").json
+    assert set(found["gate"]["tasks"]) == {*LABELS, "newer"}
+
+
+def test_unseen_scores_are_shown_in_table_csv_and_page(place, unseen, tmp_path):
+    arguments = ("eval", place / "merged", "--spec", unseen)
+    shown = succeeds(*arguments, "--csv", tmp_path / "scores.csv", "--html", tmp_path / "page.html").out
+    assert "unseen tasks" in shown and "new (first)" in shown
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = {(row["task"], row["model"]) for row in csv.DictReader(file) if row["model"]}
+    assert rows == {("new", "first"), ("newer", "three")}
+    assert "new (first)" in Page((tmp_path / "page.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "says"),
+    [
+        ({"head": None}, "unseen.new.head", "no `head` given"),
+        ({"head": "frist"}, "unseen.new.head", "`tasks` has no `frist`"),
+        ({"checkpoint": "tasks/first"}, "unseen.new.checkpoint", "models of `head`"),
+        ({"data": "three.jsonl"}, "unseen.new.columns.label", "known are no, yes"),
+        ({"lables": ["no"]}, "unseen.new.lables", "labels"),
+    ],
+)
+def test_unseen_entries_that_cannot_be_scored_are_refused_by_key(place, unseen, tmp_path, entry, key, says):
+    spec = json.loads(unseen.read_text())
+    spec["unseen"]["new"] = {key: value for key, value in (spec["unseen"]["new"] | entry).items() if value is not None}
+    (place / "bad.yaml").write_text(json.dumps(spec))
+    fails(2, "eval", place / "merged", "--spec", place / "bad.yaml", says=(key, says))
+
+
+def test_merged_tasks_are_not_unseen_and_have_no_head(place, unseen):
+    spec = json.loads(unseen.read_text())
+    spec["unseen"] = {"words": spec["unseen"]["new"]}
+    (place / "bad.yaml").write_text(json.dumps(spec))
+    fails(2, "eval", place / "merged", "--spec", place / "bad.yaml", says="`words` is a task that was merged")
+    del spec["unseen"]
+    spec["tasks"]["words"]["head"] = "first"
+    (place / "bad.yaml").write_text(json.dumps(spec))
+    fails(2, "eval", place / "merged", "--spec", place / "bad.yaml", says="`head` is a key of `unseen`")
