@@ -213,6 +213,7 @@ def evaluate(
     max_drop: str | None = None,
     max_mean_drop: str | None = None,
     cross: bool = False,
+    corrupt: Sequence[str] = (),
     device: str | None = None,
     reuse: bool = True,
     parallel: int = 1,
@@ -226,7 +227,8 @@ def evaluate(
     plan: the plan whose sources the scores are compared with; by default those that the spec names.
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
     the bundle is neither scored nor named under `not_scored` in the spec. cross: also score every model on the other
-    tasks' data. reuse=False: compute all scores, and replace cached ones. offline, stream: as in `make_plan`.
+    tasks' data. corrupt: `["gaussian_noise@3"]` also scores images so corrupted.
+    reuse=False: compute all scores, and replace cached ones. offline, stream: as in `make_plan`.
     max_memory: bytes for the weights of the models in memory at a time.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
     """
@@ -244,6 +246,7 @@ def evaluate(
         access=_access(offline, stream, max_memory),
         max_memory=max_memory,
         cross=cross,
+        corrupt=corrupt,
         gate=parse_gate(max_drop, max_mean_drop),
     )
     return scores(request)

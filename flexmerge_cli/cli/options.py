@@ -189,6 +189,10 @@ ScoreSources = Annotated[
     bool, _scores("--sources", "", "Score the fine-tuned models and the base, to which normalised scores refer.")
 ]
 Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the other tasks' data, with its own head.")]
+Corrupt = Annotated[
+    list[str] | None,
+    _scores("--corrupt", "NAME@SEVERITY", "Also score images with this corruption, e.g. gaussian_noise@3; repeatable."),
+]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
 NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, even if it is cached.")]
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]

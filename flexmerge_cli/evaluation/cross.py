@@ -72,7 +72,7 @@ class _Head:
         name = None if architecture is None else architecture[max(0, architecture.find("For")) :]
         if name is None or not name.endswith("Classification"):
             return _Head(name=name, classes=None, labels=())
-        written = getattr(spec.tasks[task], "labels", None)
+        written = getattr(spec.entry(task), "labels", None)
         labels = tuple(written or label_names(config))
         return _Head(
             name=name, classes=label_count(config), labels=() if any(map(UNNAMED.fullmatch, labels)) else labels

@@ -9,6 +9,7 @@ tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base
        scores {merged, fine_tuned, base: {value, n, interval, split, metric, weights, bytes, notes, others}}
 mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
 unseen, unseen_mean  the same of data of tasks that were not merged, if the spec has such, each with its `head`
+corrupted  the same with each corruption that was asked for: {gaussian_noise@3: {tasks, mean}}
 cross  present if asked for: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
        data, whose scores are under `tasks`; {mismatch, reason} where the model's head does not fit the data
 bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
@@ -28,6 +29,7 @@ import numpy as np
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.evaluation.cross import WHOS, mismatches
 from flexmerge_cli.evaluation.intervals import interval
+from flexmerge_cli.evaluation.kinds.corruption import Corruption
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT
 from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.models import bundle_model
@@ -71,7 +73,7 @@ def evaluate(
     for task in tasks:
         if bundle is not None:
             bundle.check_files(task, weights=False)  # from which the examples are made
-        for name in (task, *spec.unseen_of(task)):
+        for name in (task, *spec.others_of(task)):
             examples = scorer.examples(name, folders[task])
             if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
                 raise no_reference(spec.place(name, folders[task]))
@@ -79,15 +81,15 @@ def evaluate(
     if bundle is not None:
         for task in tasks:
             bundle.check_files(task)  # for all tasks before the first is scored, which may take long
-    records, unseen, crossed = {}, {}, {}
+    records, further, crossed = {}, {}, {}
     for task in tasks:
         models, scored = _score_task(bundle, spec, task, scorer, references, folders[task], on_step)
-        for name in spec.unseen_of(task):
+        for name in spec.others_of(task):
             its = {who: replace(model, task=name) for who, model in models.items()}
             found = _scores_of(scorer, its, f"{task}, {{}}, on {name}", on_step)
             data = scorer.examples(name, folders[task]).digest
-            unseen[name] = {"head": task} | task_record(spec, name, its, found, data=data)
-            if spec.unseen[name].gate:
+            further[name] = task_record(spec, name, its, found, data=data)
+            if spec.entry(name).gate:
                 on_scored(name, its, found)
         if cross:
             crossed[task] = {
@@ -103,8 +105,7 @@ def evaluate(
         records[task] = task_record(spec, task, models, scored, data=data)
     document: dict[str, Any] = {"format": FORMAT, "spec": spec.record, "tasks": records, "mean": means(records)}
     document["evaluations"] = scorer.counts
-    if spec.unseen:
-        document |= {"unseen": unseen, "unseen_mean": means(unseen)}
+    document |= on_further_data(spec, further)
     if cross:
         document["cross"] = crossed
     if bundle is None:
@@ -118,6 +119,23 @@ def evaluate(
         "total_bytes": bundle.total_bytes,
         "factor": bundle.manifest.stored_bytes / max(1, bundle.manifest.one_model_bytes),
     }
+
+
+def on_further_data(spec: EvalSpec, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys `unseen`, `unseen_mean` and `corrupted` of the document. records: by their names in the spec."""
+    found: dict[str, Any] = {}
+    if spec.unseen:
+        unseen = {name: {"head": task.head} | records[name] for name, task in spec.unseen.items() if name in records}
+        found |= {"unseen": unseen, "unseen_mean": means(unseen)}
+    if spec.corruptions:
+        found["corrupted"] = {str(corruption): _corrupted(spec, records, corruption) for corruption in spec.corruptions}
+    return found
+
+
+def _corrupted(spec: EvalSpec, records: Mapping[str, dict[str, Any]], corruption: Corruption) -> dict[str, Any]:
+    names = {task: f"{task} {corruption}" for task in spec.tasks}
+    tasks = {task: records[name] for task, name in names.items() if name in records}
+    return {"tasks": tasks, "mean": means(tasks)}
 
 
 def format_counts(counts: Mapping[str, int]) -> str:

@@ -16,7 +16,7 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.evaluation.cache import ScoreCache
-from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means
+from flexmerge_cli.evaluation.evaluate import OnStep, evaluate, means, on_further_data
 from flexmerge_cli.evaluation.gate import Gate, judge, require_pass
 from flexmerge_cli.evaluation.memory import largest_model, require_memory
 from flexmerge_cli.evaluation.planned import planned_models
@@ -67,7 +67,8 @@ class ScoreRequest:
         own = references if self.sources else 1 + references
         named_models = (self.plan is not None or named) + (not self.sources)  # those that --cross scores
         tasks = len(self.spec.tasks)
-        return own * (tasks + len(self.spec.unseen)) + self.cross * named_models * tasks * (tasks - 1)
+        further = sum(len(self.spec.others_of(task)) for task in self.spec.tasks)
+        return own * (tasks + further) + self.cross * named_models * tasks * (tasks - 1)
 
 
 def score_request(
@@ -77,11 +78,14 @@ def score_request(
     plan: Path | None = None,
     device: str | None = None,
     allow_exec: bool = False,
+    corrupt: Sequence[str] = (),
     access: Access = ONLINE,
     on_progress: OnStep = lambda *_step: None,
     **asked: Any,
 ) -> ScoreRequest:
     """Make the request from words: find the bundle, or fetch it, and read the spec. asked: further fields.
+
+    corrupt: corruptions instead of the spec's.
 
     Raises UsageError, SourceError, DataError, before a weight is read.
     """
@@ -99,8 +103,9 @@ def score_request(
     else:
         again = f"flexmerge eval bundle/ --spec {shlex.quote(str(spec))}"
         raise UsageError("give a bundle, or --sources and --plan", hint=again)
+    read = read_spec(spec, tasks, unscorable=kept, allow_exec=allow_exec)
     return ScoreRequest(
-        spec=read_spec(spec, tasks, unscorable=kept, allow_exec=allow_exec),
+        spec=read.with_corruptions(corrupt) if corrupt else read,
         bundle=path,
         plan=plan,
         device=None if device == "auto" else device,
@@ -162,10 +167,11 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
 
 def _joined(spec: EvalSpec, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a document may have besides `tasks`, from documents of one task each."""
-    found: dict[str, Any] = {}
-    if spec.unseen:
-        records = {name: record for part in parts for name, record in part.get("unseen", {}).items()}
-        found |= {"unseen": {name: records[name] for name in spec.unseen}, "unseen_mean": means(records)}
+    records = {name: record for part in parts for name, record in part.get("unseen", {}).items()}
+    for part in parts:
+        for corruption, of in part.get("corrupted", {}).items():
+            records |= {f"{task} {corruption}": record for task, record in of["tasks"].items()}
+    found = on_further_data(spec, records)
     if "cross" in parts[0]:
         found["cross"] = {task: row for part in parts for task, row in part["cross"].items()}
     return found
@@ -184,7 +190,7 @@ def _check(request: ScoreRequest) -> None:
         {task: bundle.config_folder(task) for task in request.spec.tasks} if bundle is not None else references.folders
     )
     for task in request.spec.tasks:
-        for name in (task, *request.spec.unseen_of(task)):
+        for name in (task, *request.spec.others_of(task)):
             scorer = Scorer(spec=request.spec, device=request.device, cache=None, access=request.access)
             scorer.examples(name, folders[task])
 
@@ -306,8 +312,9 @@ class BundleGate:
         """Raises UsageError, SourceError and DataError if spec and data do not fit together; reads no weights."""
         scorer, folders = self._scorer(), self.references.folders
         self._data = {task: scorer.examples(task, folders[task]).digest or None for task in self.spec.tasks}
-        for name, entry in self.spec.unseen.items():
-            scorer.examples(name, folders[str(entry.head)])
+        for task in self.spec.tasks:
+            for name in self.spec.others_of(task):
+                scorer.examples(name, folders[task])
 
     def _scorer(self) -> Scorer:
         return Scorer(spec=self.spec, device=self.device)

@@ -5,13 +5,14 @@ tasks    {name: {kind, data, …}}; keys of all kinds in task_spec.py, of each k
 limit, batch_size, dtype, seed, device   defaults for all tasks
 base     the base, scored with each task's own head
 unseen   {name: {kind, data, head, gate, …}}: data of tasks that were not merged, each scored with the models of `head`
+corrupt  `gaussian_noise@3`, or a list: tasks of images are scored on corrupted data, too
 not_scored  [tasks] of the bundle that are left out on purpose: a gate fails if one is neither scored nor named here
 Only code that `python` and `command` name is run, and only with --allow-exec. Readers refuse unknown keys; if the
 meaning of a key changes, the version becomes 2.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,13 @@ from pydantic import Field, PrivateAttr, SerializeAsAny
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.place import is_remote
-from flexmerge_cli.errors import SourceError
+from flexmerge_cli.errors import SourceError, UsageError
+from flexmerge_cli.evaluation.kinds.corruption import Corruption, parse_corruptions
+from flexmerge_cli.evaluation.kinds.images import ImageTask
 from flexmerge_cli.evaluation.kinds.kind import Kind, Place
 from flexmerge_cli.evaluation.kinds.registry import KINDS, kind_of
 from flexmerge_cli.evaluation.task_spec import Dtype, TaskSpec
+from flexmerge_cli.family.family import TASK_NAME
 from flexmerge_cli.record import Record
 from flexmerge_cli.yaml_file import Document, read_document
 
@@ -43,6 +47,7 @@ class EvalSpec(Record):
     device: str | None = None
     not_scored: tuple[str, ...] = ()
     unseen: dict[str, SerializeAsAny[TaskSpec]] = Field(default_factory=dict)
+    corrupt: str | tuple[str, ...] = ()
     _document: Document = PrivateAttr()
     _of: tuple[str, ...] = PrivateAttr(default=())
     _sha256: str = PrivateAttr(default="")
@@ -76,9 +81,32 @@ class EvalSpec(Record):
         unseen = {name: entry for name, entry in self.unseen.items() if entry.head in tasks}
         return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}, "unseen": unseen})
 
-    def entry(self, task: str) -> TaskSpec:
-        """A task, or an unseen one, by its name."""
-        return self.tasks[task] if task in self.tasks else self.unseen[task]
+    def entry(self, name: str) -> TaskSpec:
+        """A task, an unseen one, or one of `corrupted_of`, by its name."""
+        task, _, corruption = name.partition(" ")
+        found = self.tasks[task] if task in self.tasks else self.unseen[task]
+        return found.model_copy(update={"corrupt": corruption}) if corruption else found
+
+    @property
+    def corruptions(self) -> tuple[Corruption, ...]:
+        """Those that all tasks of images are scored with, beside their data as they are."""
+        return parse_corruptions([self.corrupt] if isinstance(self.corrupt, str) else self.corrupt)
+
+    def corrupted_of(self, task: str) -> dict[str, Corruption]:
+        """The names, for `entry`, of a task with each corruption; none if its inputs are no images."""
+        is_image = isinstance(self.tasks[task], ImageTask)
+        return {f"{task} {corruption}": corruption for corruption in self.corruptions} if is_image else {}
+
+    def with_corruptions(self, words: Sequence[str]) -> "EvalSpec":
+        """The spec with these corruptions instead of its own. Raises UsageError."""
+        found = self.model_copy(update={"corrupt": tuple(words)})
+        if found.corruptions and not any(map(found.corrupted_of, found.tasks)):
+            raise UsageError("corruptions are of images, and no task has images", hint="leave out `corrupt`")
+        return found
+
+    def others_of(self, task: str) -> list[str]:
+        """The names, for `entry`, of further data that the models of a task are scored on."""
+        return [*self.unseen_of(task), *self.corrupted_of(task)]
 
     def unseen_of(self, task: str) -> list[str]:
         """The names of the unseen tasks that the models of a task are scored on."""
@@ -91,6 +119,7 @@ class EvalSpec(Record):
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
         """Return where the task is. side: folder of its config, tokenizer, processor."""
+        task = task.partition(" ")[0]
         section = "tasks" if task in self.tasks else "unseen"
         return Place(document=self.document, task=task, side=side, access=access, section=section)
 
@@ -130,6 +159,10 @@ def read_spec(
         )
     _check_not_scored(spec)
     _check_unseen(spec)
+    try:
+        spec.with_corruptions([spec.corrupt] if isinstance(spec.corrupt, str) else spec.corrupt)
+    except UsageError as error:
+        raise document.error(("corrupt",), error.message, hint=str(error.hint)) from None
     for name, task in found.items():
         _check_there(spec, ("tasks", name, "checkpoint"), task.checkpoint)
     _check_there(spec, ("base",), spec.base)
@@ -176,6 +209,8 @@ def _check_unseen(spec: EvalSpec) -> None:
             raise spec.document.error(("tasks", name, key), f"`{key}` is a key of `unseen`", hint="remove it")
     for name, task in spec.unseen.items():
         place = ("unseen", name)
+        if not TASK_NAME.fullmatch(name):
+            raise spec.document.error(place, "not a name", hint="use letters, digits, `.`, `_` and `-`")
         if name in spec._of:
             raise spec.document.error(place, f"`{name}` is a task that was merged", hint="score it under `tasks`")
         if task.checkpoint is not None:

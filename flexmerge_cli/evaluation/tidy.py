@@ -4,6 +4,7 @@ method   the requested method of a curve's point, or the methods of a bundle; `f
 sizes, bytes, total_bytes, factor   the size of the bundle, written or not; empty for other models
 task, metric, n, split, value, low, high, weights   one number, its 95 % interval, the digest of what was scored
 model    the task whose model was scored, if the data are of another: an unseen task, or with `eval --cross`
+corruption   what was done to the images, such as gaussian_noise@3
 normalised, fine_tuned, base   for the task's first metric: the fraction of the fine-tuned score, and the references'
          scores
 Curves have only the first metric of each task, and no rows for the references.
@@ -19,8 +20,8 @@ from flexmerge_cli.evaluation.evaluate import format_methods
 from flexmerge_cli.writing import has_start
 
 COLUMNS = (
-    "method", "sizes", "bytes", "total_bytes", "factor", "task", "model", "metric", "n", "split", "value", "low",
-    "high", "normalised", "fine_tuned", "base", "weights",
+    "method", "sizes", "bytes", "total_bytes", "factor", "task", "model", "corruption", "metric", "n", "split", "value",
+    "low", "high", "normalised", "fine_tuned", "base", "weights",
 )  # fmt: skip
 Row = Mapping[str, Any]
 
@@ -54,7 +55,19 @@ def _of_points(record: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
-    for task, record in (document["tasks"] | document.get("unseen", {})).items():
+    yield from _of_records(document, document["tasks"] | document.get("unseen", {}))
+    for corruption, found in document.get("corrupted", {}).items():
+        for row in _of_records(document, found["tasks"]):
+            yield {**row, "corruption": corruption}
+    for model, others in document.get("cross", {}).items():
+        for task, found in others.items():
+            for who, first in found.items() if "mismatch" not in found else ():
+                for scored in (first, *first["others"]):
+                    yield {**_model(document, who), "task": task, "model": model, **_number(scored)}
+
+
+def _of_records(document: dict[str, Any], records: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    for task, record in records.items():
         for who, first in record["scores"].items():
             is_merged = who == "merged"
             of = _model(document, who)
@@ -67,11 +80,6 @@ def _of_scores(document: dict[str, Any]) -> Iterator[Row]:
                 normalised = record["normalised"] if is_merged and place == 0 else None
                 its: Row = {"task": task, "model": record.get("head"), "normalised": normalised}
                 yield {**of, **references, **its, **_number(scored)}
-    for model, others in document.get("cross", {}).items():
-        for task, found in others.items():
-            for who, first in found.items() if "mismatch" not in found else ():
-                for scored in (first, *first["others"]):
-                    yield {**_model(document, who), "task": task, "model": model, **_number(scored)}
 
 
 def _model(document: dict[str, Any], who: str) -> Row:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
+from flexmerge_cli.evaluation.evaluate import format_counts, means, one_metric
 from flexmerge_cli.evaluation.gate import Outcome
 from flexmerge_cli.report.cross import show_cross
 from flexmerge_cli.report.score_text import DASH, format_score, interval_cells, scale_of
@@ -12,9 +12,8 @@ from flexmerge_cli.report.table import say, table
 def show_evaluation(value: dict[str, Any]) -> None:
     columns, rows = score_table(value)
     table(columns, rows, text=(1,))
-    for title, records in apart(value):
-        columns, rows = score_table(records)
-        table(columns, rows, title=title, text=(1,))
+    for title, columns, rows, words in tables_apart(value):
+        table(columns, rows, title=title, text=range(words))
     if "cross" in value:
         show_cross(value)
     for line in remarks(value):
@@ -40,12 +39,42 @@ def show_gate(value: dict[str, Any]) -> None:
         say(f"gate: {gate['message']}")
 
 
-def apart(value: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Tables beside that of the tasks: their titles, and what `score_table` takes."""
-    if "unseen" not in value:
-        return []
-    records = {f"{name} ({record['head']})": record for name, record in value["unseen"].items()}
-    return [("unseen tasks, with the head of the task in brackets", {"tasks": records, "mean": value["unseen_mean"]})]
+Apart = tuple[str, list[str], list[list[str]], int]
+"""Title, heads, rows, and how many columns are text."""
+
+
+def tables_apart(value: dict[str, Any]) -> list[Apart]:
+    """The tables beside that of the tasks: of unseen tasks, and of corrupted data."""
+    found: list[Apart] = []
+    if "unseen" in value:
+        records = {f"{name} ({record['head']})": record for name, record in value["unseen"].items()}
+        columns, rows = score_table({"tasks": records, "mean": value["unseen_mean"]})
+        found.append(("unseen tasks, with the task whose head they have", columns, rows, 2))
+    if "corrupted" in value:
+        found += _robustness(value)
+    return found
+
+
+def _robustness(value: dict[str, Any]) -> list[Apart]:
+    """A row per corruption below that of clean data: means over the tasks that have images, and the score of each."""
+    corrupted = value["corrupted"]
+    tasks = list(next(iter(corrupted.values()))["tasks"])
+    clean = {task: value["tasks"][task] for task in tasks}
+    of_rows = {"none": {"tasks": clean, "mean": means(clean)}} | corrupted
+    whos = [who for who in ("merged", "fine_tuned", "base") if _any(clean, who)]
+    own = whos[0]
+    heads = ["corruption", *(who.replace("_", "-") for who in whos), *["of it %"] * (own == "merged")]
+    of_means, of_tasks = [], []
+    for name, found in of_rows.items():
+        scale = scale_of(one_metric(found["tasks"]) or "")
+        row = [name, *(format_score(found["mean"][who], scale) for who in whos)]
+        of_means.append(row + [format_score(found["mean"]["normalised"], 100.0)] * (own == "merged"))
+        each = (format_score(record[own], scale_of(record["metric"])) for record in found["tasks"].values())
+        of_tasks.append([name, *each])
+    return [
+        ("corrupted data, means over tasks", heads, of_means, 1),
+        (f"corrupted data, {own.replace('_', '-')} models", ["corruption", *tasks], of_tasks, 1),
+    ]
 
 
 def score_table(value: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -7,7 +7,7 @@ from flexmerge_cli.evaluation.curve_record import reference_means
 from flexmerge_cli.evaluation.evaluate import format_counts, format_methods, one_metric
 from flexmerge_cli.report.cross import cross_section
 from flexmerge_cli.report.curve_series import metric_label, series_of
-from flexmerge_cli.report.evaluation import apart, remarks, score_table
+from flexmerge_cli.report.evaluation import remarks, score_table, tables_apart
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, spec_facts, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
@@ -81,10 +81,9 @@ def _point(of: dict[str, Any], document: dict[str, Any], who: str) -> dict[str, 
 
 def _table(document: dict[str, Any]) -> str:
     parts = []
-    for title, records in (("", document), *apart(document)):
-        columns, rows = score_table(records)
+    for title, columns, rows, words in (("", *score_table(document), 2), *tables_apart(document)):
         cells = [[name(row[0]) if place == 0 else text(cell) for place, cell in enumerate(row)] for row in rows]
-        parts += [f"<h3>{text(title)}</h3>" if title else "", table(columns, cells, left=2)]
+        parts += [f"<h3>{text(title)}</h3>" if title else "", table(columns, cells, left=words)]
     notes = "".join(f"<p class=note>{text(line)}</p>" for line in remarks(document))
     return section("Scores", *parts, notes)
 

@@ -1,12 +1,12 @@
 """Prepares images for the kinds: arrays of pixels, or pictures that the task's image processor turns into pixels.
 
 Arrays are scaled and normalised as preprocessor_config.json says, and not resized. Pictures (files, their bytes, or
-the objects of `datasets`) are opened a batch at a time.
+what `datasets` has) are opened a batch at a time. Corruptions change them before they are normalised or resized.
 """
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.data import Column, Table, read_table
 from flexmerge_cli.evaluation.kinds.classes import CLASS_METRICS, class_labels, label_column
+from flexmerge_cli.evaluation.kinds.corruption import (
+    Corruption,
+    corrupted,
+    library_digest,
+    parse_corruptions,
+    require_library,
+)
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Place, chosen_metrics
 from flexmerge_cli.evaluation.loading import quiet_transformers, read_config, require
 from flexmerge_cli.evaluation.readers import DATA_EXTRA, file_digest
@@ -37,6 +44,8 @@ class ImageTask(TaskSpec):
 
     columns: Columns = Columns()
     labels: tuple[str, ...] | None = None
+    corrupt: str | None = None
+    """A corruption of the images, `gaussian_noise@3`."""
 
 
 def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
@@ -48,7 +57,35 @@ def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
     table = read_table(task, place, wanted)
     images, digest = images_of(table, place)
     labels = class_labels(table, task.labels, classes, place) if "label" in wanted else None
-    return Examples(items=(images, labels), n=len(table), digest=digest, split=table.split, metrics=metrics)
+    rest: Callable[[], str] = str
+    if task.corrupt is not None:
+        images, rest = _corrupted(images, task, table, place), library_digest
+        digest = xxhash.xxh3_128_hexdigest(f"{digest} {images.corruption} {images.seed}".encode())
+    return Examples(items=(images, labels), n=len(table), digest=digest, split=table.split, metrics=metrics, rest=rest)
+
+
+def _corrupted(images: "Images", task: ImageTask, table: Table, place: Place) -> "Images":
+    """The images with the corruption of the task. Raises UsageError."""
+    require_library()
+    try:
+        (corruption,) = parse_corruptions([str(task.corrupt)])
+    except UsageError as error:
+        raise place.error("corrupt", error.message, hint=str(error.hint)) from None
+    except ValueError:
+        raise place.error(
+            "corrupt", f"`{task.corrupt}` is several corruptions", hint="name one, with @1 to @5"
+        ) from None
+    if images.arrays is not None:
+        scale = _preprocessing(place.side, images.arrays.shape[1])[0]
+        low, high = float(images.arrays.min() * scale), float(images.arrays.max() * scale)
+        if images.arrays.shape[1] not in (1, 3) or not (low >= 0 and high <= 1):
+            raise place.error(
+                "corrupt",
+                f"images of {images.arrays.shape[1]} channels, from {low:.4g} to {high:.4g} times rescale_factor",
+                hint="corruptions are of 1 or 3 channels from 0 to 1 times the rescale_factor of the preprocessor",
+            )
+    rows = np.arange(len(table)) if table.rows is None else table.rows
+    return replace(images, corruption=corruption, seed=task.seed or 0, rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +96,41 @@ class Images:
     """Numbers, [n, channels, height, width]."""
     pictures: Sequence[Any] = ()
     """Paths, bytes, {bytes, path}, or PIL images, if arrays is None."""
+    corruption: Corruption | None = None
+    seed: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    """The places of the images in the data, which the noise of a corruption depends on."""
 
     def pixels(self, start: int, stop: int, side: Path) -> Any:
         """Return a batch as float32 tensor [batch, channels, height, width]. side: folder of
         preprocessor_config.json."""
         if self.arrays is not None:
-            return pixels_of_array(self.arrays[start:stop], side)
-        return pixels_of(image_processor(side), self.pictures[start:stop])
+            batch = self.arrays[start:stop]
+            return pixels_of_array(batch if self.corruption is None else self._worse_array(batch, start, side), side)
+        processor, pictures = image_processor(side), self.pictures[start:stop]
+        return pixels_of(
+            processor, pictures if self.corruption is None else self._worse_pictures(pictures, start, processor)
+        )
+
+    def _worse_array(self, batch: np.ndarray, start: int, side: Path) -> np.ndarray:
+        """Corrupted numbers, float32 in the same range, of 256 levels."""
+        assert self.corruption is not None
+        scale = _preprocessing(side, batch.shape[1])[0]
+        levels = np.rint(batch * scale * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        levels = levels[..., 0] if batch.shape[1] == 1 else levels
+        found = [corrupted(one, self.corruption, self.seed, self.rows[n]) for n, one in enumerate(levels, start)]
+        worse = np.stack(found).astype(np.float32) / 255 / scale
+        return worse[:, None] if batch.shape[1] == 1 else worse.transpose(0, 3, 1, 2)
+
+    def _worse_pictures(self, pictures: Sequence[Any], start: int, processor: Any) -> list[Any]:
+        from PIL import Image
+
+        assert self.corruption is not None
+        levels = [np.asarray(opened(picture).convert(mode_of(processor))) for picture in pictures]
+        return [
+            Image.fromarray(corrupted(one, self.corruption, self.seed, self.rows[n]))
+            for n, one in enumerate(levels, start)
+        ]
 
 
 def image_processor(side: Path) -> Any:
@@ -73,10 +138,14 @@ def image_processor(side: Path) -> Any:
 
 
 def pixels_of(processor: Any, pictures: Sequence[Any]) -> Any:
-    """Return a float32 tensor [batch, channels, height, width]. Raises DataError for anything that is not a picture."""
-    mode = "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
-    batch = [opened(picture).convert(mode) for picture in pictures]
+    """float32 tensor [batch, channels, height, width]. Raises DataError for what is no picture."""
+    batch = [opened(picture).convert(mode_of(processor)) for picture in pictures]
     return processor(images=batch, return_tensors="pt")["pixel_values"].float()
+
+
+def mode_of(processor: Any) -> str:
+    """The mode of pictures that a processor takes: of one channel or three."""
+    return "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
 
 
 def pixels_of_array(array: np.ndarray, side: Path) -> Any:

@@ -81,7 +81,7 @@ def prepare(task: ZeroShot, place: Place) -> Examples:
             hint=f"one of: {', '.join(ENCODERS)}",
         )
     examples, classes = image_examples(task, place, len(task.labels)), _classes(task, place)
-    return replace(examples, items=(*examples.items, classes), rest=classes.digest)
+    return replace(examples, items=(*examples.items, classes), rest=lambda: f"{classes.digest()} {examples.rest()}")
 
 
 def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Sequence[Scored]:
