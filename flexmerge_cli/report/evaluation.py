@@ -63,7 +63,7 @@ def _robustness(value: dict[str, Any]) -> list[Apart]:
     of_rows = {"none": {"tasks": clean, "mean": means(clean)}} | corrupted
     whos = [who for who in ("merged", "fine_tuned", "base") if _any(clean, who)]
     own = whos[0]
-    heads = ["corruption", *(who.replace("_", "-") for who in whos), *["of it %"] * (own == "merged")]
+    heads = ["corruption", *(who.replace("_", "-") for who in whos), *["kept %"] * (own == "merged")]
     of_means, of_tasks = [], []
     for name, found in of_rows.items():
         scale = scale_of(one_metric(found["tasks"]) or "")

@@ -170,7 +170,7 @@ def test_the_table_marks_the_worst_task_and_has_every_column(place, monkeypatch)
     monkeypatch.setenv("COLUMNS", "140")
     out = succeeds("eval", place / "merged", "--spec", place / "eval.yaml").out
     head = next(line for line in out.splitlines() if "metric" in line)
-    assert head.split() == ["task", "metric", "n", "merged", "±", "95", "%", "fine-tuned", "base", "of", "it", "%"]
+    assert head.split() == ["task", "metric", "n", "merged", "±", "95", "%", "fine-tuned", "base", "kept", "%"]
     assert sum("(worst)" in line for line in out.splitlines()) == 1 and "f1" in out
 
 
