@@ -10,8 +10,8 @@ tasks  {name: {kind, metric, higher_is_better, n, data, merged, fine_tuned, base
 mean   means of merged, fine-tuned, base and normalised scores; null if a task lacks one, or metrics differ
 unseen, unseen_mean  the same of data of tasks that were not merged, if the spec has such, each with its `head`
 corrupted  the same with each corruption that was asked for: {gaussian_noise@3: {tasks, mean}}
-cross  present if asked for: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
-       data, whose scores are under `tasks`; {mismatch, reason} where the model's head does not fit the data
+cross  present if requested: {task of the model: {task of the data: {merged, fine_tuned: {value, …}}}}, without its own
+       data, whose scores are under `tasks`; {mismatch, reason} if the model's head does not fit the data
 bundle, methods, num_models, one_model_bytes   the id of the bundle, if there is one, its methods, and its models
 stored_bytes, total_bytes, factor   its size: bytes of tensors, bytes of all files, and in models
 evaluations  {computed, repeated, cached}: models that were run, scores reused from this run, scores found in the cache
@@ -72,7 +72,7 @@ def evaluate(
     tasks = list(spec.tasks) if tasks is None else tasks
     for task in tasks:
         if bundle is not None:
-            bundle.check_files(task, weights=False)  # from which the examples are made
+            bundle.check_files(task, weights=False)  # the examples are made from these
         for name in (task, *spec.others_of(task)):
             examples = scorer.examples(name, folders[task])
             if examples.metrics == (AGREEMENT,) and "fine_tuned" not in references.of(task):
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def on_further_data(spec: EvalSpec, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys `unseen`, `unseen_mean` and `corrupted` of the document. records: by their names in the spec."""
+    """Return the keys `unseen`, `unseen_mean` and `corrupted` of the document. records: by their names in the spec."""
     found: dict[str, Any] = {}
     if spec.unseen:
         unseen = {name: {"head": task.head} | records[name] for name, task in spec.unseen.items() if name in records}
@@ -180,7 +180,7 @@ def _score_task(
 
 
 def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, on_step: OnStep) -> dict[str, Any]:
-    """The scores of a task's models on another task's data."""
+    """Return the scores of a task's models on another task's data."""
     its = {who: replace(models[who], task=other) for who in WHOS if who in models}
     step = f"{next(iter(models.values())).task}, {{}}, on {other}"
     source = scorer.spec.tasks[other].data_spec
@@ -191,7 +191,7 @@ def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, o
 
 
 def _scores_of(scorer: Scorer, models: Mapping[str, TaskModel], step: str, on_step: OnStep) -> dict[str, Scored]:
-    """The outputs of models that are open. step: what is reported of each, with {} for which model it is."""
+    """Return the outputs of models that are open. step: what is reported of each, with {} for which model it is."""
     reference = models.get("fine_tuned")
     return {
         who: scorer.score(model, reference=reference, on_example=partial(on_step, step.format(who.replace("_", "-"))))

@@ -309,7 +309,8 @@ class BundleGate:
     """`flexmerge.eval/1` with the verdict, after `require`."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError, SourceError and DataError if spec and data do not fit together; reads no weights."""
+        """Prepare the data. Raises UsageError, SourceError and DataError if spec and data do not fit; reads no
+        weights."""
         scorer, folders = self._scorer(), self.references.folders
         self._data = {task: scorer.examples(task, folders[task]).digest or None for task in self.spec.tasks}
         for task in self.spec.tasks:

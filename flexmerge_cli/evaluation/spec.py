@@ -77,39 +77,39 @@ class EvalSpec(Record):
         return self.document.path.absolute().parent
 
     def only(self, *tasks: str) -> "EvalSpec":
-        """The spec restricted to some of its tasks, and to the unseen ones that are scored with their heads."""
+        """Restrict the spec to some of its tasks, and to the unseen ones that are scored with their heads."""
         unseen = {name: entry for name, entry in self.unseen.items() if entry.head in tasks}
         return self.model_copy(update={"tasks": {task: self.tasks[task] for task in tasks}, "unseen": unseen})
 
     def entry(self, name: str) -> TaskSpec:
-        """A task, an unseen one, or one of `corrupted_of`, by its name."""
+        """Return a task, an unseen one, or one of `corrupted_of`, by its name."""
         task, _, corruption = name.partition(" ")
         found = self.tasks[task] if task in self.tasks else self.unseen[task]
         return found.model_copy(update={"corrupt": corruption}) if corruption else found
 
     @property
     def corruptions(self) -> tuple[Corruption, ...]:
-        """Those that all tasks of images are scored with, beside their data as they are."""
+        """The corruptions that all tasks of images are scored with, beside their data as they are."""
         return parse_corruptions([self.corrupt] if isinstance(self.corrupt, str) else self.corrupt)
 
     def corrupted_of(self, task: str) -> dict[str, Corruption]:
-        """The names, for `entry`, of a task with each corruption; none if its inputs are no images."""
+        """Return the names, for `entry`, of a task with each corruption; none if its inputs are no images."""
         is_image = isinstance(self.tasks[task], ImageTask)
         return {f"{task} {corruption}": corruption for corruption in self.corruptions} if is_image else {}
 
     def with_corruptions(self, words: Sequence[str]) -> "EvalSpec":
-        """The spec with these corruptions instead of its own. Raises UsageError."""
+        """Return the spec with these corruptions instead of its own. Raises UsageError."""
         found = self.model_copy(update={"corrupt": tuple(words)})
         if found.corruptions and not any(map(found.corrupted_of, found.tasks)):
             raise UsageError("corruptions are of images, and no task has images", hint="leave out `corrupt`")
         return found
 
     def others_of(self, task: str) -> list[str]:
-        """The names, for `entry`, of further data that the models of a task are scored on."""
+        """Return the names, for `entry`, of further data that the models of a task are scored on."""
         return [*self.unseen_of(task), *self.corrupted_of(task)]
 
     def unseen_of(self, task: str) -> list[str]:
-        """The names of the unseen tasks that the models of a task are scored on."""
+        """Return the names of the unseen tasks that the models of a task are scored on."""
         return [name for name, entry in self.unseen.items() if entry.head == task]
 
     def kind(self, task: str) -> Kind:
@@ -118,13 +118,13 @@ class EvalSpec(Record):
         return kind
 
     def place(self, task: str, side: Path, access: Access = ONLINE) -> Place:
-        """Return where the task is. side: folder of its config, tokenizer, processor."""
+        """Return where the task is defined. side: folder of its config, tokenizer, processor."""
         task = task.partition(" ")[0]
         section = "tasks" if task in self.tasks else "unseen"
         return Place(document=self.document, task=task, side=side, access=access, section=section)
 
     def settled(self, task: str) -> TaskSpec:
-        """The task's own keys, with defaults from the spec."""
+        """Return the task's own keys, with defaults from the spec."""
         own = self.entry(task)
         return own.model_copy(update={key: getattr(self, key) for key in COMMON if getattr(own, key) is None})
 
