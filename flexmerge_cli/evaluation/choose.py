@@ -59,7 +59,7 @@ class Choice:
         what = "every task" if self.each else "the mean"
         found, reported = self.chosen_on, self.reported
         start = (
-            f"{self.point.method} in {self.point.tensor_bytes:,} bytes is the smallest of which {what} keeps "
+            f"{self.point.method} in {self.point.tensor_bytes:,} bytes is the smallest where {what} keeps "
             f"{self.target:g} of the fine-tuned score with 95 %"
             if self.qualifies
             else f"none is sure to keep {self.target:g} of the fine-tuned score ({what}, with 95 %); the best is "

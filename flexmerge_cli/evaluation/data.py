@@ -80,8 +80,8 @@ class Table:
             value = str(self.columns[role][strange[0]])[:60]
             raise place.error(
                 f"columns.{role}",
-                f"`{self.names[role]}` in {self.row(strange[0])} is no number: {value!r}",
-                hint="check it",
+                f"`{self.names[role]}` in {self.row(strange[0])} is not a number: {value!r}",
+                hint="check the value",
             )
         return found
 

@@ -75,14 +75,16 @@ class TaskVerdict:
     def message(self) -> str:
         """The verdict on one line."""
         if self.drop is None or self.high is None or self.low is None:
-            return f"{self.name}: {self.outcome} (a number from outside has no paired bound)"
+            return f"{self.name}: {self.outcome} (an external number has no paired bound)"
         unit = "%" if self.limit.endswith("%") else "pt"
         drop, low, high = (f"{self.points * value:.2f}{unit}" for value in (self.drop, self.low, self.high))
         shown = f"{self.name}: lost {drop}, at most {high} with 95 %"
         if self.outcome is Outcome.FAIL:
             shown = f"{self.name}: lost {drop}, at least {low} with 95 %"
         if self.outcome is Outcome.UNDECIDED:
-            more = "no number of examples decides" if self.needed is None else f"about {self.needed:,} would decide"
+            more = (
+                "no number of examples would decide" if self.needed is None else f"about {self.needed:,} would decide"
+            )
             shown += f"; n = {self.n:,} is too small: {more}"
         return shown
 

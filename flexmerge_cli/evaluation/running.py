@@ -246,12 +246,13 @@ def _opened(request: ScoreRequest) -> tuple[Bundle | None, References]:
 def _require_pairs(request: ScoreRequest, references: References) -> None:
     if request.sources:
         raise UsageError(
-            "a gate compares a bundle with its sources, and --sources scores these alone", hint="no limits"
+            "a gate compares a bundle with its sources, but --sources scores only the sources",
+            hint="leave out the limits",
         )
     for task in request.spec.tasks:
         if "fine_tuned" not in references.of(task):
             raise UsageError(
-                f"task `{task}` has no fine-tuned model, and a gate compares with it",
+                f"task `{task}` has no fine-tuned model, with which a gate compares",
                 hint="--plan plan.json, or checkpoint: path/of/the/fine-tuned/model in the spec",
             )
 
@@ -280,7 +281,7 @@ def references_of(
         if task not in plan.task_names:
             raise spec.document.error(
                 ("tasks", task),
-                "the plan keeps it as an adapter, exactly, and has no model of it"
+                "the plan keeps it exactly, as an adapter, and has no model of it"
                 if task in plan.reader_names
                 else "the plan has no such task",
                 hint=f"not_scored: [{task}], or name its fine-tuned model by `checkpoint` and leave out --plan",

@@ -50,7 +50,7 @@ class Scored:
     labels: np.ndarray = field(default_factory=lambda: np.empty(0))
     """[n, ...] per example."""
     notes: tuple[str, ...] = ()
-    """Remarks, e.g. `3 of 200 outputs are no number`."""
+    """Remarks, e.g. `3 of 200 outputs are not numbers`."""
     given: Given | None = None
     """The number of a `python`, `command` or `lm-eval` task, without predictions, labels and paired bound."""
     others: "tuple[Scored, ...]" = ()

@@ -161,7 +161,7 @@ def score(
 
 
 def no_reference(place: Place) -> UsageError:
-    said = "`agreement` is with the task's fine-tuned model, and there is none"
+    said = "`agreement` compares with the task's fine-tuned model, and there is none"
     return place.error("metric", said, hint="checkpoint: path/of/it, or --plan plan.json")
 
 

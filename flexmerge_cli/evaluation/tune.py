@@ -19,7 +19,7 @@ def require_other_data(tuning: EvalSpec, reported: EvalSpec) -> None:
         if _data(tuning, task) == _data(reported, task):
             raise tuning.document.error(
                 ("tasks", task, "data"),
-                f"{reported.document.path} reports the same data: what is chosen on them says nothing of others",
+                f"{reported.document.path} reports the same data, so a choice on them says nothing about others",
                 hint="give --tune-spec another split, e.g. the validation data",
             )
 

@@ -116,5 +116,5 @@ def explain_absent(name: str) -> tuple[str, str] | None:
         return None
     what, nearest = found
     if not nearest:
-        return what, "`flexmerge methods` lists and explains what there is"
+        return what, "`flexmerge methods` lists and explains the methods here"
     return what, f"{'write' if what == _SAME else 'the nearest here is'} --method {nearest}"

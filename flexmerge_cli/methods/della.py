@@ -32,7 +32,7 @@ def _check_window(*, p: float, window: float, **_: object) -> None:
     if window >= 2 * min(p, 1 - p):
         raise UsageError(
             f"window={window:g} does not fit p={p:g}: drop rates must stay inside (0, 1)",
-            hint=f"a window under {2 * min(p, 1 - p):g}",
+            hint=f"use a window below {2 * min(p, 1 - p):g}",
         )
 
 

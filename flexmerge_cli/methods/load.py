@@ -81,5 +81,5 @@ def _method(value: Any, name: str) -> Method:
     if isinstance(value, Method):
         return value
     hint = "write @method(paper=…, scope=…) above the function"
-    what = "is a plain function" if isinstance(value, FunctionType) else "is no method"
+    what = "is a plain function" if isinstance(value, FunctionType) else "is not a method"
     raise UsageError(f"`{name}` {what}", hint=hint)

@@ -316,7 +316,7 @@ class Call(ScopedInvocation):
 
 
 def nothing(**_args: Any) -> None:
-    """The default for a declaration: no statistics, no gain, nothing to check."""
+    """Return None: the default declaration, for no statistics, no gain and nothing to check."""
 
 
 def nowhere(_tensor: str, _shape: tuple[int, ...], **_args: Any) -> bool:
@@ -364,7 +364,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """The keyword-only arguments: what `NAME:key=value` can set."""
+    """Return the keyword-only arguments, which `NAME:key=value` can set."""
     signature = inspect.signature(function, eval_str=True)
     return {p.name: _parameter(p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 

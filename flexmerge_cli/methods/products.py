@@ -13,6 +13,6 @@ def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None
     """Raise UsageError for a method, step or calibration that cannot merge a pool."""
     if not merges_products(call) or steps or calibrate:
         raise UsageError(
-            f"`{call.method.name}` cannot merge a pool of LoRA adapters: what merges is one ΔW a module",
-            hint="average, task_arithmetic or magmax, without --step and --calibrate; or plan with --adapters merge",
+            f"`{call.method.name}` cannot merge a pool of LoRA adapters: a pool merges one ΔW per module",
+            hint="use average, task_arithmetic or magmax, without --step and --calibrate, or plan --adapters merge",
         )

@@ -129,7 +129,7 @@ def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
     streamed = [each.name for each in kept if any(t.stream for t in each.adapter.checkpoint.tensors.values())]
     if streamed:
         raise UsageError(
-            f"adapters are kept as the files that they are, and --stream stores none: {', '.join(streamed)}",
+            f"adapters are kept as files, but --stream stores no files: {', '.join(streamed)}",
             hint="leave out --stream, or --adapters merge",
         )
 

@@ -47,7 +47,7 @@ def check(sources: Iterable[Checkpoint], access: Access, may_ignore: Collection[
         found = next(iter(variants(last)), None)
         patterns = " ".join(f"--ignore {name}" for name in list(dict.fromkeys(last))[:SHOWN])
         raise DataError(
-            "files hold weights, and it is not known of what:\n  " + "\n  ".join(unclear[:20]),
+            "some files hold weights of an unknown kind:\n  " + "\n  ".join(unclear[:20]),
             hint=f"--variant {found}" if found else f"to leave them out: {patterns}",
         )
     for pattern in set(access.ignore) - set(may_ignore):

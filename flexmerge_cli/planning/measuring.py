@@ -69,7 +69,7 @@ def add_statistics(
         return plan
     if plan.pools_lora:
         raise UsageError(
-            "how factors of LoRA adapters code says nothing of their products", hint="leave out --statistics"
+            "statistics of the factors of LoRA adapters say nothing about their products", hint="leave out --statistics"
         )
     sources = open_sources(plan, folder, relocate, access)
     fetch(sources.to_fetch(), access, on_progress)

@@ -168,7 +168,7 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
         moved = _relocated(source, folder, relocate)
         if moved is None and not is_remote(source) and not (folder / expanded(source)).exists():
             raise SourceError(
-                f"{source}, as the plan says, is not there: {(folder / source).resolve()} does not exist",
+                f"the plan's source {source} is missing: {(folder / source).resolve()} does not exist",
                 hint=f"if it moved: flexmerge merge with --relocate {source}=NEW, or with the beginnings of both paths",
             )
         return open_checkpoint(
@@ -251,7 +251,7 @@ def _check_kinds(plan: Plan, members: Members) -> None:
         now = members.kinds[name]
         if now != kind:
             raise DataError(
-                f"task `{name}` was {kind or 'no adapter'} by the plan, and is {now or 'no adapter'}",
+                f"task `{name}` was {kind or 'no adapter'} in the plan, but is {now or 'no adapter'} now",
                 hint="make the plan again",
             )
 

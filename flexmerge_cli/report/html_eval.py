@@ -76,8 +76,8 @@ def _curve(series: list[Series], record: dict[str, Any]) -> str:
         "Accuracy against size",
         picture,
         _methods(series),
-        note=f"Mean over the tasks: {metric_label(record)}; bands are 95 % intervals. Circles are what can be had "
-        "without merging: copies of all models in fewer bits. Pick a method to see it alone.",
+        note=f"Mean over the tasks: {metric_label(record)}; bands are 95 % intervals. Circles show what is "
+        "possible without merging: copies of all models in fewer bits. Pick a method to see it alone.",
     )
 
 

@@ -122,7 +122,7 @@ def _place(error: Any, body: Any) -> list[str]:
 def _said(error: Any) -> str:
     known = {
         "extra_forbidden": "this key is not supported", "missing": "it is required", "model_attributes_type":
-        "it must be a JSON object", "string_unicode": "it contains half of a surrogate pair, which is no character",
+        "it must be a JSON object", "string_unicode": "it contains half of a surrogate pair, which is not a character",
     }  # fmt: skip
     return known.get(error["type"]) or str(error["msg"])[:500].replace("Input should be", "it must be", 1)
 

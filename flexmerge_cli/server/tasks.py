@@ -276,7 +276,7 @@ class _Tokens:
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
-            raise Refusal("a text contains half of a surrogate pair, which is no character") from None
+            raise Refusal("a text contains half of a surrogate pair, which is not a character") from None
         try:
             with self.lock:
                 row = encodings(self.tokenizer, *([text] for text in texts), **options)[0]

@@ -132,7 +132,7 @@ def test_numbers_are_parsed_and_what_is_none_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("flexmerge_cli.evaluation.kinds.text2text._generated", lambda *_args: said)
     data = tiny.rows(tmp_path / "d.jsonl", text=texts, label=labels.tolist())
     found = tiny.scored(model, {"kind": "text2text", "data": data, "metric": "spearman"})
-    assert found.notes == (f"2 of {N} outputs are no number",)
+    assert found.notes == (f"2 of {N} outputs are not numbers",)
     known = np.isfinite(found.predictions)
     assert known.sum() == N - 2
     rest = spearmanr(found.predictions[known], labels[known]).statistic

@@ -99,7 +99,7 @@ def test_what_a_command_gets_loads_in_transformers_with_the_same_logits(model, t
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("import sys; print('so sorry', file=sys.stderr); sys.exit(3)", "ended with 3\n  so sorry"),
+        ("import sys; print('so sorry', file=sys.stderr); sys.exit(3)", "exited with 3\n  so sorry"),
         ("print('done')", "printed no JSON"),
         ("print('[1, 2]')", "is not a score"),
         ("print('{\"value\": NaN}')", "value"),

@@ -82,7 +82,7 @@ BAD = {
     ),
     "number that is none": (
         HEAD.replace("judged", "graded") + "    kind: regression\n    data: far.jsonl\n    columns: {label: score}\n",
-        6, "columns.label", "no number: 'x'",
+        6, "columns.label", "not a number: 'x'",
     ),
     "text that is none": (GOOD + "    columns: {text: label}\n", 6, "columns.text", "not a text: int"),
     "code without leave": (HEAD + "    kind: python:os:getcwd\n", 4, "judged.kind", "--allow-exec"),

@@ -76,7 +76,7 @@ def test_a_package_cannot_take_the_name_of_one_of_ours(package):
     [
         ("@method(paper='', scope='element')\ndef average(deltas): ...", "name of another method"),
         ("def own(deltas): ...", "is a plain function"),
-        ("own = 3", "is no method"),
+        ("own = 3", "is not a method"),
         ("", "has no `own`"),
         ("1 / 0", "ZeroDivisionError"),
         ("def own(:", "SyntaxError"),

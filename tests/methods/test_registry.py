@@ -59,7 +59,7 @@ def test_a_call_is_read(text, name, args):
         ("weighted_average:weights={a: -1}", "weight of `a` is -1", None),
         ("weighted_average:weights={a: x}", "weight of `a` is 'x'", None),
         ("weighted_average:weights=3", "weights=3 is not a map", None),
-        ("della:p=0.1,window=0.3", "window=0.3 does not fit p=0.1", "under 0.2"),
+        ("della:p=0.1,window=0.3", "window=0.3 does not fit p=0.1", "below 0.2"),
         ("swudi:ratio=0", "ratio=0 is not", None),
         ("fr:cutoff=1.5", "cutoff=1.5 is not a number in \\[0, 1.5\\)", None),
     ],

@@ -24,7 +24,7 @@ def choices_of(table: Table, written: str | tuple[str, ...] | None, place: Place
         if not isinstance(value, list | tuple) or not value or not all(isinstance(text, str) for text in value):
             raise place.error(
                 "columns.choices",
-                f"`{table.names['choices']}` in {table.row(index)} is no list of texts",
+                f"`{table.names['choices']}` in {table.row(index)} is not a list of texts",
                 hint="check it",
             )
         found.append(list(value))

@@ -57,7 +57,7 @@ def score(model: TaskModel, task: Command, examples: Examples, run: Run) -> Sequ
             raise DataError(f"{who} took longer than {task.timeout_s:g} s", hint="increase timeout_s") from None
     said = done.stderr.decode(errors="replace").strip()[-TOLD:]
     if done.returncode != 0:
-        raise DataError(f"{who} ended with {done.returncode}\n  {said}", hint="run it manually on an exported task")
+        raise DataError(f"{who} exited with {done.returncode}\n  {said}", hint="run it manually on an exported task")
     return [scored_of(_last_json(done.stdout.decode(errors="replace"), who), who, next(iter(task.metrics), None))]
 
 

@@ -208,7 +208,7 @@ def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
     if not isinstance(value, Path | bytes) and not hasattr(value, "convert"):
         raise place.error(
             "columns.image",
-            f"`{table.names['image']}` in {table.row(index)} is no picture: {type(value).__name__}",
+            f"`{table.names['image']}` in {table.row(index)} is not a picture: {type(value).__name__}",
             hint="a path, or the bytes of a file",
         )
     return value

@@ -75,7 +75,7 @@ def prepare(task: Text2Text, place: Place) -> Examples:
     ids = tokenizer(inputs, truncation=length is not None, max_length=length)["input_ids"]
     empty = next((index for index, row in enumerate(ids) if not row), None)
     if empty is not None:
-        raise place.error("columns.text", f"{table.row(empty)} has no token", hint="leave empty texts out")
+        raise place.error("columns.text", f"{table.row(empty)} has no tokens", hint="leave out empty texts")
     choices = _ranked(task, table, place) if task.scoring == "rank" else None
     items = (tokenizer, ids, choices, _targets(task, table, place, metrics))
     return Examples(items=items, n=len(table), digest=table.digest, split=table.split, metrics=metrics)
@@ -100,7 +100,7 @@ def _metrics(task: Text2Text, place: Place) -> tuple[str, ...]:
         task, place, (*first, *rest, AGREEMENT), num_classes=len(task.labels) if task.labels is not None else None
     )
     if task.scoring == "rank" and any(name in OF_NUMBERS for name in metrics):
-        raise place.error("metric", "correlations are of generated numbers", hint="scoring: generate")
+        raise place.error("metric", "correlations need generated numbers", hint="scoring: generate")
     return metrics
 
 
@@ -111,7 +111,7 @@ def _columns(task: Text2Text, place: Place, *, labelled: bool) -> tuple[dict[str
         try:
             parts = list(Formatter().parse(task.template))
         except ValueError as error:
-            raise place.error("template", f"{error}", hint="double a brace that is meant: {{") from None
+            raise place.error("template", f"{error}", hint="write a literal brace twice: {{") from None
         fields = [name for _, name, _, _ in parts if name is not None]
         if any(
             not name or set(name) & set(".[]") or spec or turned for _, name, spec, turned in parts if name is not None
@@ -221,7 +221,7 @@ def _scored(name: str, outputs: Sequence[str], targets: np.ndarray, task: Text2T
     takes, texts = METRICS[name].takes, [comparable(text) for text in outputs]
     if takes is Takes.NUMBERS:
         numbers = np.array([_number(text) for text in texts])
-        wrong, what = int(np.isnan(numbers).sum()), "are no number"
+        wrong, what = int(np.isnan(numbers).sum()), "are not numbers"
         predictions = numbers
     elif takes is Takes.CLASSES:
         predictions = np.array([_meant(text, task.label_texts) for text in texts])

@@ -23,7 +23,7 @@ class TextClassification(SequenceTask):
 def prepare(task: TextClassification, place: Place) -> Examples:
     classes = num_classes(task, place, HEAD)
     if classes < 2:
-        raise place.error("kind", "the model's head has one output, which is no class", hint="kind: regression")
+        raise place.error("kind", "the model's head has one output, so it has no classes", hint="kind: regression")
     metrics = chosen_metrics(task, place, KIND.metrics, num_classes=classes)
     labelled = AGREEMENT not in metrics
     wanted = text_columns(task.columns)

@@ -77,7 +77,7 @@ def prepare(task: ZeroShot, place: Place) -> Examples:
     if encoder not in ENCODERS:
         raise place.error(
             "kind",
-            f"{place.side}/config.json names {encoder}, which is no image encoder of CLIP",
+            f"{place.side}/config.json names {encoder}, which is not an image encoder of CLIP",
             hint=f"one of: {', '.join(ENCODERS)}",
         )
     examples, classes = image_examples(task, place, len(task.labels)), _classes(task, place)
@@ -114,7 +114,7 @@ def _classes(task: ZeroShot, place: Place) -> Classes:
     templates = task.templates or _templates(folder, place)
     wrong = next((text for text in templates if text.count("{}") != 1), None)
     if wrong is not None:
-        raise place.error("templates", f"{wrong[:60]!r} has not one {{}}", hint="a photo of a {}.")
+        raise place.error("templates", f"{wrong[:60]!r} must contain {{}} exactly once", hint="a photo of a {}.")
     prompts = [[template.replace("{}", label) for template in templates] for label in task.labels]
     tokenizer = open_tokenizer(folder, place)
     return Classes(checkpoint=checkpoint, access=place.access, prompts=prompts, tokenizer=tokenizer)
@@ -129,7 +129,7 @@ def _templates(folder: Path, place: Place) -> Sequence[str]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
-        raise place.error("kind", f"{path} is no list of texts", hint="or give `templates`")
+        raise place.error("kind", f"{path} is not a list of texts", hint="correct the file, or give `templates`")
     return found
 
 
