@@ -22,7 +22,11 @@ def moved(tmp_path):
 
 def test_the_hint_of_sources_that_moved_is_relocate_and_it_does(moved):
     merge = ("merge", moved / "plan.json", "-o", moved / "b")
-    says = ("the plan's source family/base is missing", "source family/tasks/task1 is missing", "--relocate family/base=NEW")
+    says = (
+        "the plan's source family/base is missing",
+        "source family/tasks/task1 is missing",
+        "--relocate family/base=NEW",
+    )
     fails(4, *merge, says=says)  # every source that is missing, at once
     succeeds(*merge, "--relocate", f"family={moved / 'elsewhere/family'}")
     assert tree(moved / "b") == tree(moved / "before")

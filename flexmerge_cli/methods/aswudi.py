@@ -42,7 +42,7 @@ def _threshold(beta: float) -> float:
     paper="Wei et al. 2026",
     scope="tensor",
     elementwise=is_other,
-    when="as swudi, without numbers to choose",
+    when="like swudi, but without numbers to choose",
     workspace=of_matrices(1, 3.5, wide=4.2),
 )
 def aswudi(

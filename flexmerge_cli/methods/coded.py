@@ -241,7 +241,7 @@ def low_bit(
     )
 
 
-@coded(paper="own construction; patterns by Muller 1954", when="dozens of tasks, in less than one bit each")
+@coded(paper="own construction; patterns by Muller 1954", when="dozens of tasks, in less than one bit per element each")
 def sign_runs(
     *, run: Annotated[int, Range(least=4, most=32)] = 8, centre: str = "average", centre_bits: CentreBits = "dense"
 ) -> Coded:

@@ -19,7 +19,7 @@ def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"]
     scope="element",
     statistics=_statistics,
     form="masked",
-    when="as emr, without its factor; robust where a group holds near-duplicates",
+    when="like emr, without its factor; robust if a group holds near-duplicates",
     workspace=per_element(34, 56),
 )
 def consensus(

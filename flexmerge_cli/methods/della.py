@@ -79,7 +79,7 @@ def magprune(
     paper="Deep et al. 2024",
     scope=_scope,
     check=_check_window,
-    when="as ties, where random drops thin out the conflicts",
+    when="like ties, where random drops thin out the conflicts",
     workspace=_workspace,
 )
 def della(

@@ -9,7 +9,7 @@ from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.sparse import Sparse
 
 
-@coded(paper="Zheng & Wang 2025", when="as part of free")
+@coded(paper="Zheng & Wang 2025", when="as a part of free")
 def free(*, density: Fraction = 0.01, select: Literal["tensor", "row"] = "tensor") -> Coded:
     """Store the largest elements of every tensor, vectors included, on the `fr` merge, with its arguments."""
     top = Sparse(density=density, select=select)

@@ -63,7 +63,7 @@ def iso_c(deltas: Tensor, where: Where, *, scale: Scale = 1.0, matrices: Matrice
     paper="Marczak et al. 2025",
     scope="tensor",
     elementwise=is_other,
-    when="as iso_c, for many or different tasks",
+    when="like iso_c, for many or different tasks",
     workspace=of_matrices(2, 8, small=4),
 )
 def iso_cts(

@@ -34,7 +34,7 @@ def _norm(tensors: dict[str, Tensor]) -> Tensor:
 @method(
     paper="Tang et al. 2025",
     scope="block",
-    when="to compare with continual merging; the order of tasks shows",
+    when="for comparison with continual merging; the order of tasks matters",
     workspace=of_matrices(1.25, 5.5, small=3),
 )
 def opcm(

@@ -116,7 +116,7 @@ def _workspace(num_tasks: int, shape: tuple[int, ...], *, scope: Within, **_: ob
     paper="Du et al. 2024",
     scope=_scope,
     statistics=_statistics,
-    when="as ties, where size inside a task should count too",
+    when="like ties, where size within a task should count too",
     workspace=_workspace,
 )
 def pcb(

@@ -19,7 +19,7 @@ def near(deltas: Tensor, unified: Tensor, lam: float) -> Tensor:
     paper="Wang et al. 2024",
     scope="element",
     form="masked",
-    when="tasks that differ; near-duplicates want consensus",
+    when="tasks that differ; use consensus for near-duplicates",
     workspace=per_element(33, 32),
 )
 def tall_masks(deltas: Tensor, *, lam: Lam = 0.4, scale: Positive = 1.0) -> Any:

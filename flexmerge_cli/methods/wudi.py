@@ -42,7 +42,7 @@ def descend(tasks: Tensor, steps: int, lr: float) -> Tensor:
     paper="Cheng et al. 2025",
     scope="tensor",
     elementwise=is_other,
-    when="to compare with; swudi is the same in closed form, and fast",
+    when="for comparison; swudi is the same in closed form, and fast",
     workspace=of_matrices(1, 16, wide=3.5),
 )
 def wudi(

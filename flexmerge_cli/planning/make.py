@@ -38,19 +38,19 @@ from flexmerge_cli.version import GENERATOR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """The sources of a plan, and what is to be measured of them."""
+    """The sources of a plan, and what to measure in them."""
 
     family: Family
     request: PlanRequest
     owners: list[FamilyTensor]
-    """Whose each of `compared` is."""
+    """The tensor that each of `compared` belongs to."""
     compared: list[SurveyItem]
     of_base: list[SurveyItem]
     of_adapters: list[SurveyItem]
 
     @property
     def items(self) -> list[SurveyItem]:
-        """All of them, in the order of the pass."""
+        """All items, in the order of the pass."""
         return [*self.compared, *self.of_base, *self.of_adapters]
 
 
@@ -61,7 +61,7 @@ def opened(
     on_progress: OnProgress = silent,
     known: Known | None = None,
 ) -> Opened:
-    """Open all sources and say what is to be measured. Raises SourceError, DataError, UsageError."""
+    """Open all sources and list what to measure. Raises SourceError, DataError, UsageError."""
     family = open_family(request, may_ignore=known.plan.settings.ignore if known is not None else ())
     on_open(family)
     if known is not None:

@@ -1,7 +1,8 @@
-"""A plan from parts: processes that know nothing of each other measure some tensors each, and one joins the results.
+"""Makes a plan from parts: independent processes measure some tensors each, and one process joins the results.
 
-The pass measures each tensor by itself, so the plan has the bytes that one process gives it. The join opens the sources
-for headers and what lies beside the weights; of the weights it reads a few matrices, as `low_rank` in fields.py does.
+The pass measures each tensor by itself, so the plan has the same bytes as one made by one process. The join opens the
+sources for headers and the files beside the weights; of the weights it reads a few matrices, like `low_rank` in
+fields.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ def make_part(
     on_progress: OnProgress = silent,
     on_open: Callable[[Family], None] = lambda _family: None,
 ) -> PlanPart:
-    """Measure the tensors of one part; on_open and what is raised are make_plan's."""
+    """Measure the tensors of one part. on_open and the errors are those of make_plan."""
     from flexmerge_cli.engine.device import arithmetic
 
     made_with = arithmetic(device)
@@ -73,7 +74,7 @@ class Parts:
 
     @staticmethod
     def read(paths: Sequence[Path], access: Access) -> "Parts":
-        """Raises UsageError, with their names, for files that are not all parts of one plan."""
+        """Read the parts. Raises UsageError, with their names, for files that are not all parts of one plan."""
         found: dict[int, tuple[Path, PlanPart]] = {}
         first: tuple[Path, PlanPart] | None = None
         for path in paths:
@@ -105,7 +106,7 @@ class Parts:
 
     @property
     def request(self) -> PlanRequest:
-        """What the parts were asked for."""
+        """The request that the parts were made for."""
         asked = self.parts[0].request
         return PlanRequest(
             base=asked.base,
@@ -132,7 +133,8 @@ class Parts:
         )
 
     def join(self, **run: Any) -> Plan:
-        """Make the plan. run: as in make_plan. Raises DataError if sources are not what the parts saw."""
+        """Make the plan. run: as in make_plan. Raises DataError if the sources have changed since the parts were
+        made."""
         return make_plan(self.request, measured=self._measures, **run)
 
     def _measures(self, family: Family, items: Sequence[SurveyItem]) -> list[Measure]:
@@ -151,7 +153,7 @@ class Parts:
 
 
 def _differences(left: PlanPart, right: PlanPart) -> list[tuple[str, object, object]]:
-    """Return (what, the left one's, the right one's) of all that the parts of one plan have in common."""
+    """Return (what, the left value, the right value) for everything in which two parts of one plan must agree."""
     pairs: list[tuple[str, object, object]] = [
         ("the number of parts is", left.parts, right.parts),
         ("it was made with", left.arithmetic, right.arithmetic),
@@ -210,7 +212,7 @@ def _places(items: Sequence[SurveyItem], part: Part) -> list[int]:
 
 
 def _finite(array: np.ndarray) -> list[list[float | None]]:
-    """Return the rows of a matrix, with None for what is not finite."""
+    """Return the rows of a matrix, with None for values that are not finite."""
     return [[value if np.isfinite(value) else None for value in row] for row in array.tolist()]
 
 
@@ -236,7 +238,7 @@ def _written(item: SurveyItem, found: Measure) -> PartMeasure:
 
 
 def _read(item: SurveyItem, measure: PartMeasure, path: Path) -> Measure:
-    """Raises DataError for lists that are not as long as the item has tasks."""
+    """Read a measure. Raises DataError for lists that are not as long as the item has tasks."""
     count = len(item.tasks)
     square = [len(row) for matrix in (measure.gram, measure.agreement) for row in matrix or ()]
     rows = [len(matrix) for matrix in (measure.gram, measure.agreement) if matrix is not None]

@@ -26,7 +26,7 @@ from flexmerge_cli.stored.forms import form_of
 
 LEGEND = (
     "Bytes are those of one group of k tasks and one tensor of n elements, m rows of c, of s bytes each. Groups of "
-    "one, and whatever copies store in no more bytes, are copies. The base is stored once for all groups."
+    "one task, and groups that copies would not enlarge, are stored as copies. The base is stored once for all groups."
 )
 TITLES = {
     "search": "Chosen for a size, from the plan alone",
@@ -76,8 +76,8 @@ def show_list(value: dict[str, Any]) -> None:
     say(LEGEND)
     if value["installed"]:
         say(f"From installed packages: {', '.join(value['installed'])}")
-    say(f"Names of mergekit: {', '.join(alias['name'] for alias in value['mergekit'])}")
-    print("One explained: flexmerge methods NAME")
+    say(f"Names from mergekit: {', '.join(alias['name'] for alias in value['mergekit'])}")
+    print("To explain one: flexmerge methods NAME")
 
 
 def show_page(value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One of several parts of a run that share its work, as `--part 3/16`. Pure."""
+"""Defines one of several parts of a run that share its work, such as `--part 3/16`. Pure."""
 
 import re
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def places(self, sizes: Sequence[int]) -> list[int]:
-        """Return which of many things are of this part: neighbours, and of all parts about the same size in all.
+        """Return the places of this part's things: neighbours; all parts have about the same size in all.
 
-        sizes: of each thing. Each is of exactly one of the `count` parts, and a part may have none.
+        sizes: the size of each thing. Each belongs to exactly one of the `count` parts, and a part may have none.
         """
         total = max(1, sum(sizes))
         middles = ((2 * end - size) * self.count // (2 * total) for size, end in zip(sizes, accumulate(sizes)))
