@@ -17,6 +17,7 @@ from flexmerge_cli.version import VERSION as __version__
 if TYPE_CHECKING:
     from flexmerge_cli.api import (
         OrderSettings,
+        calibrate,
         draw_curve,
         evaluate,
         export,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OrderSettings",
     "__version__",
+    "calibrate",
     "draw_curve",
     "evaluate",
     "export",

@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from flexmerge_cli.serving.runtime import Runtime
 
 Verify = Literal["first-use", "all", "off"]
-WORDS = ("steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed", "max_distance", "layout")
+WORDS = (
+    "steps",
+    "calibrate",
+    "method_for",
+    "merges",
+    "fit",
+    "cluster",
+    "seed",
+    "max_distance",
+    "layout",
+    "calibration",
+)
 """Options of `merge` that define the request."""
 
 
@@ -177,19 +188,56 @@ def merge(
 
     A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance and layout, with the values of the
-    command line; relocate, a mapping; card, whether README.md is written; device, threads, max_memory, on_progress.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, layout and calibration, with the
+    values of the command line; relocate, a mapping; card, whether README.md is written; device, threads, max_memory,
+    on_progress.
     offline, stream: as in `make_plan`.
     Raises UsageError for unknown words, and for options that would have no effect.
     """
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
     words = {key: options.pop(key) for key in WORDS if key in options}
+    if words.get("calibration") is not None:
+        words["calibration"] = str(words["calibration"])
     request = merge_request(method=method, size=size, dtype=dtype, run_files=True, **words)
+    request.require_calibration()
     relocate, access = options.pop("relocate", None), _access(offline, stream, options.get("max_memory"))
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     _merge(loaded, request, Path(output), plan_folder=folder, relocate=relocate, access=access, force=force, **options)
     return OpenBundle(output)
+
+
+def calibrate(
+    plan: Path | str,
+    spec: Path | str,
+    output: Path | str,
+    *,
+    statistics: str | None = None,
+    examples: int = 256,
+    device: str | None = None,
+    relocate: Mapping[str, str] | None = None,
+    force: bool = False,
+    offline: bool = False,
+    stream: bool = False,
+) -> None:
+    """Run each fine-tuned model of a plan on a few examples, and write what it measured to the folder `output`.
+
+    spec: as for `evaluate`, without metrics and labels. statistics: some of `inputs,fisher,outputs`; by default the
+    first two. examples: of each task, at most. `merge` takes the folder as `calibration`.
+    Raises UsageError, SourceError, DataError for activations that are not finite, MachineError.
+    """
+    from flexmerge_cli.calibration.make import calibrate, calibration_request
+
+    request = calibration_request(
+        Path(plan),
+        Path(spec),
+        statistics=statistics,
+        examples=examples,
+        device=device,
+        relocate=relocate,
+        access=_access(offline, stream, None),
+    )
+    calibrate(request, Path(output), force=force)
 
 
 def open_bundle(path: Path | str, *, verify: Verify | bool = "first-use") -> OpenBundle:
@@ -279,9 +327,9 @@ def draw_curve(
     methods: one or several; `all` is every method. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own.
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
-    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, method_for, fit, cluster, seed and
-    dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for what
-    makes the points.
+    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, calibration, method_for, fit,
+    cluster, seed and dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for
+    what makes the points.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
     """
     from flexmerge_cli.evaluation.curve_document import curve_document

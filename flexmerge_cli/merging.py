@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.allocation.layout import BundleLayout
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.card import Scores, make_card
@@ -12,12 +12,31 @@ from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.license import CARD_NAME
-from flexmerge_cli.errors import GateError
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import MergeRequest
 
 OnProgress = Callable[[str, int, int], None]
+
+
+def calibration_of(request: MergeRequest, plan: Plan) -> CalibrationData | None:
+    """The calibration that a request's methods read; None if they read none.
+
+    Raises UsageError if it is not given, or lacks what they read; SourceError, DataError and IntegrityError as
+    `read_calibration`.
+    """
+    request.require_calibration()
+    if request.calibration is None:
+        return None
+    found = read_calibration(Path(request.calibration), plan)
+    if missing := sorted(request.reads - set(found.index.settings.statistics)):
+        raise UsageError(
+            f"{request.calibration} was made without the statistic `{missing[0]}`, which the method reads",
+            hint=f"flexmerge calibrate … --statistics {','.join(sorted({*found.index.settings.statistics, *missing}))}",
+        )
+    return found
 
 
 def merge(
@@ -53,7 +72,7 @@ def merge(
 
     where = choose_device(device)
     threads = threads or default_threads()
-    layout = layout or allocate(plan, request)
+    layout = layout or allocate(plan, request, Pricer(plan, calibration=calibration_of(request, plan)))
     memory = access.memory_left(max_memory)
     check_output(output, layout, force=force)
     sources = open_sources(plan, plan_folder, relocate, access)

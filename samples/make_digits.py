@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 # N images; points are percentage points
 NUM_TRAIN = 1100
+NUM_CALIBRATION = 256
 BATCH = 64
 MASKED_FRACTION = 0.4
 PRETRAIN_STEPS, PRETRAIN_RATE = 4000, 1e-3
@@ -159,7 +160,8 @@ def main() -> None:
         pretrain(images[trained], labels[trained], np.random.default_rng(1)).save_pretrained(base)
     else:
         shutil.copytree(asked.base, base, dirs_exist_ok=True)
-    (out / "test").mkdir(parents=True, exist_ok=True)
+    for folder in ("test", "calib"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # as fast, a step here being so small
     for number, (name, task) in enumerate(tasks.items()):
         torch.manual_seed(number)
@@ -168,7 +170,15 @@ def main() -> None:
         (out / "tasks" / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
         seen, truth = task.make(images[held_out], labels[held_out], np.random.default_rng(500 + number))
         np.savez_compressed(out / "test" / f"{name}.npz", images=seen[:, None], labels=truth)
+        write_calibration(out, number, name, task, images[trained], labels[trained])
     finish(out, tasks)
+
+
+def write_calibration(out: Path, number: int, name: str, task: Task, images: Images, digits: Labels) -> None:
+    """A few of the training digits as the task sees them, without labels, for `flexmerge calibrate`."""
+    some = slice(NUM_CALIBRATION)
+    seen, _ = task.make(images[some], digits[some], np.random.default_rng(900 + number))
+    np.savez_compressed(out / "calib" / f"{name}.npz", images=seen[:, None])
 
 
 def finish(out: Path, tasks: Mapping[str, Task]) -> None:
@@ -178,6 +188,14 @@ def finish(out: Path, tasks: Mapping[str, Task]) -> None:
     spec += ["batch_size: 64  # of so small a model these fit the cache: a quarter faster than 256", "tasks:"]
     spec += [f"  {n}: {{kind: image-classification, data: test/{n}.npz, checkpoint: tasks/{n}}}" for n in sorted(tasks)]
     (out / "eval.yaml").write_text("\n".join(spec) + "\n")
+    calib = [
+        "# examples of each task for `flexmerge calibrate`, without labels",
+        "version: 1",
+        "dtype: float32",
+        "tasks:",
+    ]
+    calib += [f"  {n}: {{kind: image-classification, data: calib/{n}.npz}}" for n in sorted(tasks)]
+    (out / "calib.yaml").write_text("\n".join(calib) + "\n")
     rows, near = [], []
     for name in sorted(tasks):
         tuned = ViTForImageClassification.from_pretrained(out / "tasks" / name, dtype=torch.float32).eval()
@@ -219,6 +237,8 @@ in Hugging Face layout. Made by `samples/make_digits.py` from scikit-learn's han
 - `test/NAME.npz` has the held-out digits as the task sees them: `images` uint8 [697, 1, 8, 8], ink from 0 to 16, and
   `labels`. `preprocessor_config.json` says how pixels are scaled.
 - `eval.yaml` is the spec that `flexmerge eval` reads.
+- `calib/NAME.npz` has 256 of the training digits as the task sees them, without labels, and `calib.yaml` names them:
+  what `flexmerge calibrate` reads.
 
 Accuracy in percent on the test digits; change / weights is ‖θ - θ_base‖ / ‖θ_base‖ of the body.
 

@@ -28,6 +28,7 @@ from flexmerge_cli.allocation.storage import (
 )
 from flexmerge_cli.allocation.task_folders import task_folders
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.calibration import CalibrationData
 from flexmerge_cli.formats.folders import BASE_FOLDER, linked_names
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request, recorded
@@ -56,6 +57,8 @@ class BundleLayout:
     """The manifest's `gate`."""
     request: Request | None = None
     """What was asked: the manifest's `request`."""
+    calibration: CalibrationData | None = None
+    """What some method of the allocation reads; None if none reads any."""
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -103,6 +106,8 @@ class BundleLayout:
     def _frame(self, measured: Measured) -> dict[str, Any]:
         of_run = measured, self.gate, self.request
         frame = manifest_frame(self.plan, self.allocation, self.storages, self.files, self.small, self.stems, *of_run)
+        if self.calibration is not None:
+            frame["calibration"] = self.calibration.digest
         return frame | ({"base_stem": self.base_stem} if self.base_stem is not None else {})
 
     def served_bytes(self, task: int) -> int:
@@ -114,9 +119,12 @@ class BundleLayout:
 class Pricer:
     """Prices allocations of one plan, and caches what they share: a cut tries many that differ in one block."""
 
-    def __init__(self, plan: Plan, *, gate: Mapping[str, Any] | None = None) -> None:
-        """Take a plan. gate: the description of the gate, which every bundle's manifest records."""
-        self.plan, self.gate = plan, gate
+    def __init__(
+        self, plan: Plan, *, gate: Mapping[str, Any] | None = None, calibration: CalibrationData | None = None
+    ) -> None:
+        """Take a plan. gate: the description of the gate, which every bundle's manifest records. calibration: what
+        methods read that read one."""
+        self.plan, self.gate, self.calibration = plan, gate, calibration
         self.request: Request | None = None
         """What was asked, which the bundles record."""
         self.links = True
@@ -219,6 +227,7 @@ class Pricer:
             entry_bytes=self._entry_bytes(allocation, storages),
             gate=self.gate,
             request=self.request,
+            calibration=self.calibration if self.calibration and any(use.reads for use in allocation.methods) else None,
         )
 
     def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:

@@ -168,7 +168,8 @@ def _uses(plan: Plan, every: bool) -> Iterator[tuple[str, MethodUse]]:
     if every:
         from flexmerge_cli.methods.registry import all_methods
 
-        names = (*COMMON, *(name for name in all_methods() if name not in COMMON))
+        others = [name for name, method in all_methods().items() if name not in COMMON and not method.reads]
+        names = (*COMMON, *others)
     for name in names:
         if plan.pools_lora:
             from flexmerge_cli.methods.products import merges_products

@@ -12,6 +12,7 @@ def curve(
     method: o.CurveMethods = None,
     step: o.Step = None,
     calibrate: o.Calibrate = None,
+    calibration: o.Calibration = None,
     method_for: o.MethodFor = None,
     fit: o.Fit = None,
     cluster: o.Cluster = None,
@@ -70,6 +71,7 @@ def curve(
     words = {
         "steps": step or (),
         "calibrate": calibrate,
+        "calibration": str(calibration) if calibration else None,
         "method_for": method_for or (),
         "fit": fit,
         "cluster": cluster,

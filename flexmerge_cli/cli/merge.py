@@ -20,6 +20,7 @@ def merge(
     dtype: o.Dtype = None,
     max_distance: o.MaxDistance = None,
     layout_: o.Layout = None,
+    calibration: o.Calibration = None,
     relocate: o.Relocate = None,
     plan_file: o.KeptPlan = None,
     html: o.Html = None,
@@ -66,6 +67,7 @@ def merge(
         "dtype": dtype,
         "max_distance": max_distance,
         "layout": layout_,
+        "calibration": str(calibration) if calibration else None,
         "fit": fit,
     }
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)

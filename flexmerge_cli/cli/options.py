@@ -142,6 +142,10 @@ Step = Annotated[
     list[str] | None, _stored("--step", "NAME", "Apply this step before the method, e.g. dare:p=0.9; repeatable.")
 ]
 Calibrate = Annotated[str | None, _stored("--calibrate", "NAME", "Apply this calibration after the method: svc.")]
+Calibration = Annotated[
+    Path | None,
+    _stored("--calibration", "FOLDER", "What `calibrate` measured, for methods that need it: regmean, fisher."),
+]
 MethodFor = Annotated[
     list[str] | None,
     _stored(
@@ -193,6 +197,11 @@ Corrupt = Annotated[
     list[str] | None,
     _scores("--corrupt", "NAME@SEVERITY", "Also score images with this corruption, e.g. gaussian_noise@3; repeatable."),
 ]
+CalibrationStatistics = Annotated[
+    str | None,
+    _stored("--statistics", "NAMES", "What to measure, of inputs,fisher,outputs; default: inputs,fisher."),
+]
+Examples = Annotated[int, _scores("--examples", "N", "How many examples of each task to use.", min=1)]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
 NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, even if it is cached.")]
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]
@@ -250,6 +259,7 @@ DryRun = Annotated[bool, _run("--dry-run", "", "Report without writing anything;
 # Output.
 PlanOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where to write plan.json.")]
 BundleOutput = Annotated[Path, _output("-o", "--output", "FOLDER", "Folder to write the bundle to.")]
+CalibrationOutput = Annotated[Path | None, _output("-o", "--output", "FOLDER", "Folder to write the calibration to.")]
 ExportOutput = Annotated[
     Path, _output("-o", "--output", "FOLDER", "Folder to write; several tasks get one subfolder each.")
 ]

@@ -23,7 +23,7 @@ from flexmerge_cli.evaluation.scores_file import scores_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.merging import OnProgress, merge
+from flexmerge_cli.merging import OnProgress, calibration_of, merge
 from flexmerge_cli.planning import left_out
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary
@@ -86,6 +86,7 @@ class Packing:
                 raise
             dtype = merge_request(dtype=words.get("dtype")).dtype
             raise UsageError(f"{error.message}\n{offers(load_plan(source), dtype)}", hint=error.hint) from None
+        request.require_calibration()
         if recipe and request.size is not None:
             request.size.target(num_tasks=len(recipe.tasks), one_model_bytes=1)
         return Packing(
@@ -141,7 +142,8 @@ class Packing:
             references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
             self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)
-        self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None)
+        calibration = calibration_of(self.request, plan)
+        self.pricer = Pricer(plan, gate=self.gate.record if self.gate is not None else None, calibration=calibration)
         layout = allocate(plan, self.request, self.pricer)
         return layout, [*self.source_warnings, *advice(plan, layout, self.pricer)]
 

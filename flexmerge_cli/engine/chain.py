@@ -2,14 +2,14 @@
 statistics."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.engine.spans import widest
 from flexmerge_cli.methods.coded import Coded
-from flexmerge_cli.methods.method import Call, Scope
+from flexmerge_cli.methods.method import Calibrated, Call, Scope
 from flexmerge_cli.methods.pooled import pooled_call, pooled_workspace
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from flexmerge_cli.methods.use import MethodUse
@@ -49,12 +49,16 @@ class Chain:
 
 def chains_of(layout: BundleLayout) -> list[Chain]:
     """Return the chains of an allocation's methods, in its order."""
-    return [_pooled(use) if layout.plan.pools_lora else _chain(use) for use in layout.allocation.methods]
+    return [
+        _pooled(use) if layout.plan.pools_lora else _chain(use, layout.calibration) for use in layout.allocation.methods
+    ]
 
 
-def _chain(use: MethodUse) -> Chain:
+def _chain(use: MethodUse, calibration: Calibrated | None) -> Chain:
     coded = use.coded
     call = coded.centre_call() if coded is not None else use.call
+    if call is not None and call.method.reads:
+        call = replace(call, source=calibration)
     return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=coded)
 
 

@@ -22,6 +22,7 @@ from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.merging import calibration_of
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest
 from flexmerge_cli.request.merge import MergeRequest, merge_request
@@ -101,7 +102,8 @@ class Drawing:
         from flexmerge_cli.evaluation.planned import planned_models
 
         request = self.request
-        self.pricer = Pricer(self.plan)
+        found = [calibration_of(method.request, self.plan) for method in request.methods if method.request.calibration]
+        self.pricer = Pricer(self.plan, calibration=found[0] if found else None)
         sources = open_sources(self.plan, self.plan_path.absolute().parent, request.relocate, request.access)
         fetch(sources.to_fetch(), request.access)
         folders = sources.folders(self.plan)

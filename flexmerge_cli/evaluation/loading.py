@@ -1,5 +1,6 @@
 """Builds the transformers model to be scored from a task's weights and config. No tensor may be missing or unused."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config_of(folder, otherwise=OTHERWISE)
 
 
-def build_model(model: TaskModel, dtype: str | None, device: str, *, architecture: str = "AutoModel") -> Any:
+def build_model(
+    model: TaskModel,
+    dtype: str | None,
+    device: str,
+    *,
+    architecture: str = "AutoModel",
+    on_built: Callable[[Any, Mapping[str, str]], None] = lambda _model, _names: None,
+) -> Any:
     """Build the model of the config's class, in eval mode, on `device`.
 
     dtype: the dtype to compute in; None for that of the weights. On the CPU and in that dtype, parameters use the
-    memory of the view. architecture: the transformers class if the config names none.
+    memory of the view. architecture: the transformers class if the config names none. on_built: gets the model on the
+    device, and the name in its state -> name among the weights of each tensor.
     Raises DataError that lists missing, unexpected and mismatched tensors, UsageError without config.
     """
     quiet_transformers()
@@ -51,7 +60,9 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
     key = skeletons.key_of(model.folder, architecture, wanted)
     known = skeletons.filled(key, weights)
     if known is not None:
-        return known.to(device)
+        found, names = known
+        on_built(found.to(device), names)
+        return found
     if wanted == "float32":  # all weights have this dtype, or are cast to it here: transformers uses their memory
         weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     built = assigned_model(weights, model.folder, otherwise=OTHERWISE, architecture=architecture, dtype=wanted)
@@ -61,7 +72,10 @@ def build_model(model: TaskModel, dtype: str | None, device: str, *, architectur
         hint=f"check {model.folder}/config.json: its architecture and sizes",
     )
     skeletons.keep(key, built.model, weights)
-    return built.model.to(device)
+    same = {name: name for name in built.model.state_dict() if name in weights}  # where values were cast
+    names = same | skeletons.names_of(built.model, weights)
+    on_built(built.model.to(device), names)
+    return built.model
 
 
 def _stored_dtype(weights: dict[str, Any]) -> str:

@@ -45,21 +45,31 @@ def key_of(folder: Path, *more: object) -> Key:
     return (*(path.read_bytes() if path.is_file() else None for path in paths), *more)
 
 
-def filled(key: Key, weights: Mapping[str, Any]) -> Any | None:
-    """Make a model with these weights; None if there is no skeleton: then build the model and `keep` it."""
+def filled(key: Key, weights: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]] | None:
+    """Make a model with these weights, and tell the name in its state -> name among the weights.
+
+    None if there is no skeleton: then build the model and `keep` it.
+    """
     kept = _kept.get(key)
-    return kept.filled(weights) if kept is not None else None
+    model = kept.filled(weights) if kept is not None else None
+    return (model, kept.names) if kept is not None and model is not None else None
+
+
+def names_of(model: Any, weights: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the model's state -> name among the weights that it was built from: those on the same memory."""
+    places = {(value.data_ptr(), value.shape, value.dtype): name for name, value in weights.items()}
+    found = {
+        name: places.get((value.data_ptr(), value.shape, value.dtype)) for name, value in model.state_dict().items()
+    }
+    return {name: of for name, of in found.items() if of is not None}
 
 
 def keep(key: Key, model: Any, weights: Mapping[str, Any]) -> None:
     """Keep a skeleton. weights: those that the model was built from, in their dtypes."""
     import torch
 
-    state = model.state_dict()
-    places = {(value.data_ptr(), value.shape, value.dtype): name for name, value in weights.items()}
-    names = {name: places.get((value.data_ptr(), value.shape, value.dtype)) for name, value in state.items()}
-    found = {name: of for name, of in names.items() if of is not None}
-    if len(found) != len(names) or sorted(found.values()) != sorted(weights):
+    found = names_of(model, weights)
+    if len(found) != len(model.state_dict()) or sorted(found.values()) != sorted(weights):
         return
     bare: dict[int, Any] = {}
     for own in model.parameters():

@@ -33,6 +33,7 @@ gate      present if the bundle had to keep a part of the fine-tuned scores to b
           the libraries that computed the scores. `data` and `not_scored` together are all tasks. It is written before
           the bundle is scored, and a bundle that does not pass is not published: so a published bundle that has it has
           passed, on the machine that made it. The scores are not in it
+calibration  present if a method read a calibration (calibration.py): the sha256 of its index
 A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
 to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent.
@@ -218,6 +219,7 @@ class Manifest(Record):
     splits: Items[Split] = ()
     gate: GateEntry | None = None
     request: Request | None = None
+    calibration: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_stem: Stem | None = None
     """Present if the folder of the base of kept adapters holds links to its weight files, named like those of a
     task."""

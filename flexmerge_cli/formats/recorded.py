@@ -40,6 +40,8 @@ class Request(Record):
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = None
     layout: Literal["pointer"] | None = None
+    calibration: Literal["calibration/"] | None = None
+    """Given, wherever it lay; which one the manifest tells."""
     command: str = Field(max_length=1 << 20)
     """The command that makes the bundle again from the plan, here called `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")
@@ -71,6 +73,8 @@ def recorded(request: MergeRequest) -> Request:
         number = f"{Decimal(repr(choice.size.value)).normalize():f}"
         size = replace(choice.size, text=f"{number}{choice.size.unit}")
         request = replace(request, choice=replace(choice, size=size))
+    if request.calibration is not None:
+        request = replace(request, calibration="calibration/")
     words = [_without_folder(word) for word in request.words()]
     options: dict[str, list[str]] = {}
     for option, value in zip(words[::2], words[1::2], strict=True):

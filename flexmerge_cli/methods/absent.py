@@ -13,9 +13,7 @@ _TWO = "interpolates on a sphere or by rules of its own between the weights them
 
 # Name -> (what it is, the nearest method here as options of `merge`, or nothing).
 ABSENT = {
-    "regmean": ("solves a least-squares problem per linear layer: needs data, the layers' inputs", "swudi"),
-    "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "swudi"),
-    "fisher": ("weighs every element by its Fisher information: needs data, for gradients", "weighted_average"),
+    "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "regmean"),
     "adamerging": ("learns a coefficient per task or layer: needs data, unlabelled", "task_arithmetic"),
     "wemoe": (_MIXES, "emr"),
     "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
@@ -65,6 +63,7 @@ ABSENT = {
     "core_space": ("merges LoRA updates in a basis that they share", "tsv_m"),
     "ram": ("averages what several tasks changed, and keeps what a single one did", "consensus_original"),
     "simple_average": (_SAME, "average"),
+    "fisher_merging": (_SAME, "fisher"),
     "linear_interpolation": (_SAME, "weighted_average"),
     "ties_merging": (_SAME, "ties"),
     "emr_merging": (_SAME, "emr"),
@@ -78,7 +77,6 @@ ABSENT = {
 _OTHER_NAMES = {
     "regmean_plusplus": "regmean_pp",
     "regmean++": "regmean_pp",
-    "fisher_merging": "fisher",
     "task_wise_adamerging": "adamerging",
     "layer_wise_adamerging": "adamerging",
     "we_moe": "wemoe",

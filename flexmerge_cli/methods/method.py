@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Scope = Literal["element", "row", "tensor", "block"]
 StatisticScope = Literal["tensor", "block", "model"]
 Per = Literal["task", "group"]
+Reads = Literal["", "inputs", "fisher"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,16 @@ class Statistic(Protocol):
     def finish(self, total: Any) -> Any:
         """Return the next pass over the same scope, a Statistic, or the value: per task a PerTask, per group any
         type."""
+
+
+class Calibrated(Protocol):
+    """What was measured of the tasks' models on examples (formats/calibration.py)."""
+
+    def scope(self, reads: Reads, tensor: str) -> Scope:
+        """What a method that reads this must see of a tensor."""
+
+    def measured(self, reads: Reads, where: Where, count: int) -> Any:
+        """What a call on `count` elements gets as `measured`; None where it was not measured."""
 
 
 class PerTask(Protocol):
@@ -233,6 +244,8 @@ class Method(Scoped):
     """The factor per task of a method of form `masked`, from the arguments."""
     when: str
     """When to use it, in one line."""
+    reads: Reads
+    """What it reads of a calibration, which it gets as `measured`; empty: it needs none."""
     wants_unstepped: bool
     origin: Origin | None = None
     """Where the method comes from. None: flexmerge."""
@@ -285,10 +298,17 @@ class Call(ScopedInvocation):
     """A method with all its arguments, the meaning of `NAME:key=value`. Calls with equal text and origin are equal."""
 
     method: Method
+    source: Calibrated | None = field(default=None, compare=False, repr=False)
+    """The calibration that its method reads, where it is applied."""
 
     @property
     def declared(self) -> Method:
         return self.method
+
+    def scope_of(self, tensor: str, shape: tuple[int, ...]) -> Scope:
+        if not self.method.reads:
+            return ScopedInvocation.scope_of(self, tensor, shape)
+        return "element" if self.source is None else self.source.scope(self.method.reads, tensor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Call) and (self.text, self.method.origin) == (other.text, other.method.origin)
@@ -309,9 +329,13 @@ class Call(ScopedInvocation):
 
     def __call__(self, deltas: Any, where: Where, stats: Any = None, unstepped: Any = None) -> Any:
         """Call the method. unstepped: the group's task vectors before any step, if there are steps."""
-        extra = {"where": where} if self.method.wants_where else {}
+        extra: dict[str, Any] = {"where": where} if self.method.wants_where else {}
         extra |= {"stats": stats} if self.method.wants_stats else {}
         extra |= {"unstepped": deltas if unstepped is None else unstepped} if self.method.wants_unstepped else {}
+        if self.method.reads:
+            extra["measured"] = (
+                self.source.measured(self.method.reads, where, deltas[0].numel()) if self.source else None
+            )
         return self.method.function(deltas, **extra, **self.args)
 
 
@@ -334,6 +358,7 @@ def method(
     workspace: Workspace = UNTOLD,
     check: Callable[..., None] = nothing,
     when: str = "",
+    reads: Reads = "",
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a Method of a function; its name is the function's."""
 
@@ -348,6 +373,7 @@ def method(
             form=form,
             gain=gain,
             when=when,
+            reads=reads,
             workspace=workspace,
             check=check,
             parameters=parameters_of(function),

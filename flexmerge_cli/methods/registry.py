@@ -47,6 +47,8 @@ MODULES = (
     "aswudi",
     "opcm",
     "fr",
+    "regmean",
+    "fisher",
     "svc",
     "emr",
     "tall_masks",
@@ -147,7 +149,8 @@ def make_call(method: Method, args: Mapping[str, Any], *, name: str = "") -> Cal
     """Check the arguments and fill in the defaults. name: the name as typed, if it is not the method's own."""
     full = _complete(method, args)
     method.check(**full)
-    return Call(method=method, args=full, **_texts(method, full, name))
+    texts = _texts(method, full, name)
+    return Call(method=method, args=full, text=texts["text"], short=texts["short"])
 
 
 def declared(name: str, args: Mapping[str, Any]) -> "Coded | None":

@@ -43,6 +43,15 @@ class MethodUse:
         return declare(self.call)
 
     @property
+    def reads(self) -> str:
+        """What it, or its centre, reads of a calibration; empty: it needs none."""
+        coded = self.coded
+        if coded is not None and coded.centre == "average":  # which is known without importing torch
+            return ""
+        maker = self.call if coded is None else coded.centre_call()
+        return maker.method.reads if maker is not None else ""
+
+    @property
     def stores_per_task(self) -> bool:
         """Whether it stores something per task in addition to what a group shares."""
         return self.call.method.form != "merged"

@@ -1,7 +1,7 @@
 """The request of `curve`, parsed and checked once: methods at sizes, and an argument to be tuned."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -73,7 +73,9 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
     names: list[str] = []
     for item in [asked] if isinstance(asked, str) else asked:
         if item == "all":
-            names += (["auto"] if has_statistics else []) + list(all_methods())
+            given = common.get("calibration") is not None
+            names += ["auto"] if has_statistics else []
+            names += [name for name, method in all_methods().items() if given or not method.reads]
         else:
             names.append(item.strip())
     if not names:
@@ -82,7 +84,12 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
     autos = [name for name in names if split_call(name)[0] == "auto"]
     if len(autos) == len(names):
         for_auto = common
-    return tuple(_curve_method(name, for_auto if name in autos else common) for name in dict.fromkeys(names))
+    found = tuple(_curve_method(name, for_auto if name in autos else common) for name in dict.fromkeys(names))
+    if common.get("calibration") is not None and not any(method.request.calibration for method in found):
+        raise UsageError(
+            "--calibration has no effect here: no method reads it", hint="--method regmean; or leave it out"
+        )
+    return found
 
 
 def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune:
@@ -109,7 +116,11 @@ def parse_tune(text: str, methods: Sequence[CurveMethod], **common: Any) -> Tune
 
 def _curve_method(name: str, common: Mapping[str, Any]) -> CurveMethod:
     needs_size = any(common.get(word) is not None for word in ("fit", "cluster"))
-    request = merge_request(method=name, size="1x" if needs_size else None, run_files=True, **common)
+    words = {key: value for key, value in common.items() if key != "calibration"}
+    request = merge_request(method=name, size="1x" if needs_size else None, run_files=True, **words)
+    if request.reads:
+        request = replace(request, calibration=common.get("calibration"))
+        request.require_calibration()
     return CurveMethod(name=name, request=request if isinstance(request.choice, Clusters) else request.at(None))
 
 

@@ -110,6 +110,8 @@ class MergeRequest:
     max_distance: float | None = None
     """Every task must end up nearer to its model than this; at least 0."""
     layout: Layout = Layout.LINKS
+    calibration: str | None = field(default=None, compare=False)
+    """Where the calibration is that a method reads, as it was typed."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Messages that say which methods stand in for those of mergekit."""
 
@@ -130,6 +132,20 @@ class MergeRequest:
         main = (self.choice.use,) if isinstance(self.choice, Cut | Clusters) else ()
         others = self.choice.block_methods if isinstance(self.choice, Cut | Auto) else ()
         return (*main, *(item.use for item in others if item.use is not None))
+
+    @property
+    def reads(self) -> set[str]:
+        """The statistics of a calibration that its methods read."""
+        return {use.reads for use in self.uses} - {""}
+
+    def require_calibration(self) -> None:
+        """Raise UsageError if a method reads a calibration, and none is given."""
+        names = [use.name for use in self.uses if use.reads]
+        if names and self.calibration is None:
+            raise UsageError(
+                f"`{names[0]}` needs what `calibrate` measures of each task, and no --calibration is given",
+                hint="flexmerge calibrate plan.json --spec calib.yaml -o calibration/, then --calibration calibration/",
+            )
 
     def at(self, size: Size | None) -> "MergeRequest":
         """Return the request with another size, one of --sizes. Raises UsageError for a fractional number of
@@ -162,6 +178,7 @@ class MergeRequest:
             found += [("--cluster", choice.cluster.value), ("--seed", choice.seed or None)]
         found.append(("--dtype", next((word for word, dtype in CASTS.items() if dtype == self.dtype), None)))
         found.append(("--max-distance", self.max_distance))
+        found.append(("--calibration", self.calibration))
         found.append(("--layout", None if self.layout is Layout.LINKS else self.layout.value))
         return [str(word) for option, value in found if value is not None for word in (option, value)]
 
@@ -206,6 +223,7 @@ def merge_request(
     dtype: str | None = None,
     max_distance: float | None = None,
     layout: str | None = None,
+    calibration: str | None = None,
     run_files: bool = False,
 ) -> MergeRequest:
     """Parse the words of a request; None means not given. Reads no plan or weight, and runs a method's file at most
@@ -213,8 +231,9 @@ def merge_request(
 
     method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: maps a pattern to a method or
     `keep`; or texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`.
-    dtype: `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. run_files: whether a method
-    may come from `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
+    dtype: `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. calibration: the folder
+    that `calibrate` wrote; `require_calibration` checks that it is given. run_files: whether a method may come from
+    `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
 
     Raises UsageError for unknown words, for options that contradict each other, and for every option that would not be
     read; MethodMissing for a size without a method.
@@ -236,7 +255,15 @@ def merge_request(
         raise UsageError(f"--max-distance {max_distance} is not a number of 0 or more", hint="write 0.5")
     cast = CASTS[_word(CASTS, dtype, "dtype")] if dtype is not None else None
     folders = Layout(_word(Layout, layout, "layout")) if layout is not None else Layout.LINKS
-    return MergeRequest(choice=choice, dtype=cast, max_distance=max_distance, layout=folders, notes=notes)
+    request = MergeRequest(
+        choice=choice, dtype=cast, max_distance=max_distance, layout=folders, calibration=calibration, notes=notes
+    )
+    if calibration is not None and not request.reads:
+        raise UsageError(
+            "--calibration has no effect here: no method reads it",
+            hint="--method regmean, or --method fisher; or leave it out",
+        )
+    return request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

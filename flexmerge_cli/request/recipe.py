@@ -7,7 +7,7 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
 ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code, follow_links
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
-         max_distance, layout}
+         max_distance, layout, calibration}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle must keep of the fine-tuned scores to be published;
          spec is an eval.yaml, none of whose code is run; it scores every task, or names it under `not_scored`
 Unknown keys are refused, with the line and the nearest valid name. Nothing in a recipe is run.
@@ -58,6 +58,8 @@ class MergeRecord(Record):
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = Field(default=None, ge=0)
     layout: Literal["links", "pointer"] | None = None
+    calibration: str | None = None
+    """The folder that `calibrate` wrote."""
 
     @field_validator("size", mode="before")
     @classmethod
@@ -120,7 +122,10 @@ class Recipe(Record):
 
     def merge_words(self) -> dict[str, Any]:
         """Return the recipe's arguments of `merge_request`."""
-        return {name: value for name, value in self.merge.model_dump().items() if value is not None}
+        words = {name: value for name, value in self.merge.model_dump().items() if value is not None}
+        if "calibration" in words:
+            words["calibration"] = str(self.folder / expanded(words["calibration"]))
+        return words
 
 
 def read_recipe(path: Path, access: Access = ONLINE) -> Recipe:

@@ -54,7 +54,7 @@ def prepare(task: CausalLm, place: Place) -> Examples:
 
 
 def score(model: TaskModel, task: CausalLm, examples: Examples, run: Run) -> Sequence[Scored]:
-    built = build_model(model, run.dtype, run.device, architecture="AutoModelForCausalLM")
+    built = build_model(model, run.dtype, run.device, architecture="AutoModelForCausalLM", on_built=run.on_built)
     rows, rest = examples.items
     found = decoder_likelihoods(built, rows, run)
     if task.columns.choices is None:

@@ -30,7 +30,7 @@ def score(model: TaskModel, task: ImageClassification, examples: Examples, run: 
     import torch
 
     images, labels = examples.items
-    built = build_model(model, run.dtype, run.device, architecture=ARCHITECTURE)
+    built = build_model(model, run.dtype, run.device, architecture=ARCHITECTURE, on_built=run.on_built)
     found = []
     with torch.inference_mode():
         for start, stop in run.batches(examples.n):

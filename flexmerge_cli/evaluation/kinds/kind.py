@@ -1,6 +1,6 @@
 """Defines kinds of tasks: their keys in a spec, how examples are prepared, and how a model is scored on them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class Run:
     """The dtype that the model computes in. None: the stored dtype."""
     batch_size: int = 32
     on_example: Callable[[int, int], None] = field(default=lambda _done, _total: None)
+    on_built: Callable[[Any, Mapping[str, str]], None] = field(default=lambda _model, _names: None)
+    """Gets the task's model before it runs, and the name in its state -> own name of each of its tensors."""
 
     def batches(self, n: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of each batch, and report progress."""

@@ -58,7 +58,7 @@ def encodings(tokenizer: Any, *texts: Sequence[str], **options: Any) -> list[dic
 def head_outputs(model: TaskModel, items: Any, run: Run) -> np.ndarray:
     """Return the outputs of the head, float32 [n, outputs]."""
     tokenizer, rows = items
-    built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}")
+    built = build_model(model, run.dtype, run.device, architecture=f"AutoModel{HEAD}", on_built=run.on_built)
     size = run.batch_size if takes_batches(built, tokenizer) else 1
     found = []
     for start in range(0, len(rows), size):

@@ -83,7 +83,7 @@ def prepare(task: Text2Text, place: Place) -> Examples:
 
 def score(model: TaskModel, task: Text2Text, examples: Examples, run: Run) -> Sequence[Scored]:
     tokenizer, ids, choices, targets = examples.items
-    built = build_model(model, run.dtype, run.device, architecture=ARCHITECTURE)
+    built = build_model(model, run.dtype, run.device, architecture=ARCHITECTURE, on_built=run.on_built)
     if choices is None:
         outputs = _generated(built, tokenizer, ids, task, run)
     else:

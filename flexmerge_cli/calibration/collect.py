@@ -1,0 +1,289 @@
+"""Measures one model while it runs on its examples: inputs and outputs of its layers, and its Fisher information.
+
+A Wanted is one array of the file; `measure` takes any number of them in one run. It knows modules, and neither kinds of
+tasks nor files. What it holds: the sums of the Wanted of this run, and for the Fisher information the gradient of one
+tensor at a time beside the activations of one example.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flexmerge_cli.formats.calibration import InputLayout, Statistic, half_size, inputs_of
+from flexmerge_cli.random import key64, uniform
+
+BLOCK = 512
+"""Rows of a symmetric sum that are computed at once, up to the diagonal: half of the products, nearly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One array that is to be measured."""
+
+    tensor: str
+    statistic: Statistic
+    module: str
+    """Where the layer is in the model; of `fisher`, the parameter."""
+    layout: InputLayout | None
+    shape: tuple[int, ...]
+    """The weight's."""
+
+    @property
+    def num_elements(self) -> int:
+        if self.statistic == "fisher":
+            return int(np.prod(self.shape, dtype=np.int64))
+        assert self.layout is not None
+        if self.statistic == "outputs":
+            return self.shape[1] if self.layout == "conv1d" else self.shape[0]
+        n = inputs_of(self.layout, self.shape)
+        return n if self.layout == "embedding" else half_size(n)
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """One array that was measured."""
+
+    wanted: Wanted
+    count: int
+    """Rows of inputs, or examples, of which it is the mean."""
+    array: np.ndarray
+    """float32, flat."""
+    of: str | None = None
+    """The tensor that got the same inputs, before it; the array is empty then."""
+
+
+def layout_of(module: nn.Module) -> InputLayout | None:
+    """How a layer's weight lies; None for a module whose inputs are not measured."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+    return "conv2d" if plain and not isinstance(module.padding, str) else None
+
+
+@contextmanager
+def measuring(
+    model: nn.Module, wanted: Sequence[Wanted], *, task: str, seed: int
+) -> Iterator[Callable[[], list[Found]]]:
+    """While the block runs the model, its layers are observed. Yields what gives the results, in the order of wanted.
+
+    task, seed: of what labels are drawn by.
+    """
+    inputs = _Inputs()
+    outputs: dict[str, tuple[Tensor, int]] = {}
+    gradients = _Fisher(
+        model, [one for one in wanted if one.statistic == "fisher"], key64("flexmerge/fisher/1", seed, task)
+    )
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for one in wanted:
+            if one.statistic == "inputs":
+                module = modules[one.module]
+                hooks.callback(module.register_forward_pre_hook(inputs.hook(one, module), with_kwargs=True).remove)
+            if one.statistic == "outputs":
+                hooks.callback(modules[one.module].register_forward_hook(_summing(outputs, one)).remove)
+        if gradients.wanted:
+            hooks.enter_context(gradients)
+
+        def found() -> list[Found]:
+            return [
+                inputs.found(one)
+                if one.statistic == "inputs"
+                else gradients.found(one)
+                if one.statistic == "fisher"
+                else _mean_outputs(outputs, one)
+                for one in wanted
+            ]
+
+        yield found
+
+
+@dataclass(slots=True)
+class _Symmetric:
+    """Σ xᵀx in float32, its lower triangle in blocks of rows."""
+
+    blocks: list[Tensor]
+    count: int = 0
+
+    @staticmethod
+    def zeros(n: int, device: torch.device) -> "_Symmetric":
+        sizes = [(min(BLOCK, n - low), min(low + BLOCK, n)) for low in range(0, n, BLOCK)]
+        return _Symmetric([torch.zeros(size, device=device) for size in sizes])
+
+    def add(self, x: Tensor) -> None:
+        """x: float32 [rows, n]."""
+        for place, block in enumerate(self.blocks):
+            low, stop = place * BLOCK, block.shape[1]
+            block.addmm_(x[:, low:stop].T, x[:, :stop])
+        self.count += len(x)
+
+    def mean(self) -> np.ndarray:
+        packed = []
+        for place, block in enumerate(self.blocks):
+            rows = (block / max(1, self.count)).cpu().numpy()
+            packed += [row[: place * BLOCK + number + 1] for number, row in enumerate(rows)]
+        return np.concatenate(packed)
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """Sums over inputs. Layers that get the very same tensor one after another, such as q, k and v, share one."""
+
+    sums: dict[str, _Symmetric | Tensor] = field(default_factory=dict)
+    of: dict[str, str | None] = field(default_factory=dict)
+    """Tensor -> the one whose sum is its own, too; None for those that have one."""
+    last: tuple[Any, str] | None = None
+
+    def hook(self, one: Wanted, module: nn.Module) -> Callable[..., None]:
+        def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if torch.is_grad_enabled():  # of the Fisher information, whose examples are counted without it
+                return
+            if one.layout == "embedding":
+                counts = torch.bincount(x.flatten(), minlength=one.shape[0]).double()
+                known = self.sums.get(one.tensor)
+                self.sums[one.tensor] = counts + known if isinstance(known, Tensor) else counts
+                return
+            is_same = self.last is not None and self.last[0] is x
+            owner = self.last[1] if self.last is not None and is_same else None
+            owner = self.of.setdefault(one.tensor, owner)
+            if owner is not None:
+                assert is_same, f"{one.tensor} does not get the inputs of {owner} any more"
+                return
+            self.last = x, one.tensor
+            rows = _rows(x, module, one)
+            total = self.sums.setdefault(one.tensor, _Symmetric.zeros(rows.shape[1], rows.device))
+            assert isinstance(total, _Symmetric)
+            total.add(rows)
+
+        return observe
+
+    def found(self, one: Wanted) -> Found:
+        owner = self.of.get(one.tensor)
+        total = self.sums.get(owner or one.tensor)
+        if isinstance(total, Tensor):
+            count = int(total.sum())
+            array = (total / max(1, count)).float().cpu().numpy()
+            return Found(wanted=one, count=count, array=array)
+        if total is None:  # a layer that never ran
+            return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
+        if owner is not None:
+            return Found(wanted=one, count=total.count, array=np.zeros(0, np.float32), of=owner)
+        return Found(wanted=one, count=total.count, array=total.mean())
+
+
+def _rows(x: Tensor, module: nn.Module, one: Wanted) -> Tensor:
+    """The inputs of a layer, float32 [rows, n]; of a convolution its patches, channels first."""
+    x = x.detach().float()
+    if one.layout != "conv2d":
+        return x.reshape(-1, inputs_of(one.layout or "linear", one.shape))
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    patches = nn.functional.unfold(
+        x, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride
+    )
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def _summing(outputs: dict[str, tuple[Tensor, int]], one: Wanted) -> Callable[..., None]:
+    axis = 1 if one.layout == "conv2d" else -1
+
+    def observe(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            return
+        rows = output.detach().double().movedim(axis, -1).flatten(0, -2)
+        total, count = outputs.get(one.tensor, (torch.zeros(rows.shape[1]).to(rows), 0))
+        outputs[one.tensor] = total + rows.sum(0), count + len(rows)
+
+    return observe
+
+
+def _mean_outputs(outputs: Mapping[str, tuple[Tensor, int]], one: Wanted) -> Found:
+    if one.tensor not in outputs:
+        return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
+    total, count = outputs[one.tensor]
+    return Found(wanted=one, count=count, array=(total / count).float().cpu().numpy())
+
+
+class _Fisher:
+    """Σ over examples of (∂ log p(y|x) / ∂θ)², y drawn from the model. The model's calls add to it."""
+
+    def __init__(self, model: nn.Module, wanted: Sequence[Wanted], key: int) -> None:
+        self.model, self.wanted, self.key = model, wanted, key
+        self.sums: dict[str, Tensor] = {}
+        self.num_examples = self.num_drawn = 0
+        self._is_inside = False
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "_Fisher":
+        own = {one.module: one.tensor for one in self.wanted}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in own)
+            if name in own:
+                self.sums[own[name]] = torch.zeros_like(parameter, dtype=torch.float32)
+                handle = parameter.register_post_accumulate_grad_hook(self._adding(own[name]))  # type: ignore[no-untyped-call]
+                self._hooks.callback(handle.remove)
+        self._hooks.callback(self.model.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._hooks.close()
+
+    def _adding(self, tensor: str) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self.sums[tensor].add_(parameter.grad.float().square())
+            parameter.grad = None
+
+        return add
+
+    def _observe(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_inside:
+            return
+        self._is_inside = True
+        try:
+            size = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            for place in range(size):
+                # A clone made here is no tensor of inference, and so gradients may pass through what is made of it.
+                with torch.inference_mode(False), torch.enable_grad():
+                    one = {name: _example(value, place, size) for name, value in kwargs.items()}
+                    likelihood = self._likelihood(self.model(*(_example(value, place, size) for value in args), **one))
+                    likelihood.backward()  # type: ignore[no-untyped-call]
+                self.num_examples += 1
+        finally:
+            self._is_inside = False
+
+    def _likelihood(self, output: Any) -> Tensor:
+        """log p(y|x) of labels drawn from the model; of one number as output, that number, with a normal of size 1.
+
+        logits [1, classes], or [1, tokens, vocabulary], where each place draws the next token.
+        """
+        logits: Tensor = output.logits.float().flatten(0, -2)
+        if logits.shape[1] == 1:
+            return logits.sum()
+        each = torch.log_softmax(logits, -1)
+        numbers = torch.from_numpy(uniform(self.key, self.num_drawn, len(each)))
+        self.num_drawn += len(each)
+        # On the CPU and in float64, so that every device draws the same from the same logits.
+        edges = each.detach().cpu().double().exp().cumsum(-1)
+        drawn = torch.searchsorted(edges, numbers[:, None] * edges[:, -1:]).clamp_(max=edges.shape[1] - 1)
+        return each.gather(-1, drawn.to(each.device)).sum()
+
+    def found(self, one: Wanted) -> Found:
+        count = max(1, self.num_examples)
+        return Found(wanted=one, count=self.num_examples, array=(self.sums[one.tensor] / count).flatten().cpu().numpy())
+
+
+def _example(value: Any, place: int, size: int) -> Any:
+    """One example of a batch."""
+    is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+    return value[place : place + 1].clone() if is_batch else value
