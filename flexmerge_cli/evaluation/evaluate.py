@@ -191,7 +191,7 @@ def _cross_record(scorer: Scorer, models: Mapping[str, TaskModel], other: str, o
 
 
 def _scores_of(scorer: Scorer, models: Mapping[str, TaskModel], step: str, on_step: OnStep) -> dict[str, Scored]:
-    """Return the outputs of models that are open. step: what is reported of each, with {} for which model it is."""
+    """Return the outputs of models that are open. step: the progress of each, with {} for the name of the model."""
     reference = models.get("fine_tuned")
     return {
         who: scorer.score(model, reference=reference, on_example=partial(on_step, step.format(who.replace("_", "-"))))

@@ -25,8 +25,8 @@ HEAD = """\
 # flexmerge.eval-spec/1: what each task is scored on; paths are relative to this file.
 version: 1
 {base}  # scored with each task's own head
-# limit: 200              # examples of each task; the first ones, or with `seed` drawn ones
-# dtype: float32          # what models compute in; by default what they are stored in
+# limit: 200              # examples per task: the first ones or, with `seed`, random ones
+# dtype: float32          # the dtype to compute in; by default that of the weights
 tasks:
 """
 UNNAMED = re.compile(r"LABEL_\d+")  # the name that transformers gives to a class without one
@@ -137,7 +137,7 @@ def _keys(side: Path, task: str, folder: Path) -> list[str]:
     return [
         *lines, _template(names_found), _columns({"target": "label"}, names_found),
         "# labels: [negative, positive]  # of classes",
-        "metric: exact_match  # with labels accuracy, f1; of numbers spearman",
+        "metric: exact_match  # with labels: accuracy, f1; for numbers: spearman",
     ]  # fmt: skip
 
 

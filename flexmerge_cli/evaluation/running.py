@@ -166,7 +166,7 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
 
 
 def _joined(spec: EvalSpec, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a document may have besides `tasks`, from documents of one task each."""
+    """Return what a document may have besides `tasks`, from documents of one task each."""
     records = {name: record for part in parts for name, record in part.get("unseen", {}).items()}
     for part in parts:
         for corruption, of in part.get("corrupted", {}).items():

@@ -89,11 +89,11 @@ class EvalSpec(Record):
 
     @property
     def corruptions(self) -> tuple[Corruption, ...]:
-        """The corruptions that all tasks of images are scored with, beside their data as they are."""
+        """The corruptions that all image tasks are scored with, besides their clean data."""
         return parse_corruptions([self.corrupt] if isinstance(self.corrupt, str) else self.corrupt)
 
     def corrupted_of(self, task: str) -> dict[str, Corruption]:
-        """Return the names, for `entry`, of a task with each corruption; none if its inputs are no images."""
+        """Return the names, for `entry`, of a task with each corruption; none if its inputs are not images."""
         is_image = isinstance(self.tasks[task], ImageTask)
         return {f"{task} {corruption}": corruption for corruption in self.corruptions} if is_image else {}
 

@@ -37,9 +37,9 @@ class TaskSpec(Record):
     seed: int | None = Field(default=None, ge=0)
     device: str | None = None
     head: str | None = None
-    """Under `unseen` alone: the task whose models are scored on these data."""
+    """Only under `unseen`: the task whose models are scored on these data."""
     gate: bool | None = None
-    """Under `unseen` alone: whether a gate counts it."""
+    """Only under `unseen`: whether a gate counts it."""
 
     @property
     def data_spec(self) -> DataSpec | None:

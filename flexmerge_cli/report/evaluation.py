@@ -44,7 +44,7 @@ Apart = tuple[str, list[str], list[list[str]], int]
 
 
 def tables_apart(value: dict[str, Any]) -> list[Apart]:
-    """The tables beside that of the tasks: of unseen tasks, and of corrupted data."""
+    """Return the tables besides that of the tasks: of unseen tasks, and of corrupted data."""
     found: list[Apart] = []
     if "unseen" in value:
         records = {f"{name} ({record['head']})": record for name, record in value["unseen"].items()}
@@ -56,7 +56,7 @@ def tables_apart(value: dict[str, Any]) -> list[Apart]:
 
 
 def _robustness(value: dict[str, Any]) -> list[Apart]:
-    """A row per corruption below that of clean data: means over the tasks that have images, and the score of each."""
+    """Make a row per corruption below that of clean data: means over the tasks with images, and the score of each."""
     corrupted = value["corrupted"]
     tasks = list(next(iter(corrupted.values()))["tasks"])
     clean = {task: value["tasks"][task] for task in tasks}

@@ -1,7 +1,7 @@
-"""Corruptions of images in five severities: `gaussian_noise@3`. Pictures in, pictures out.
+"""Corrupts images in five severities: `gaussian_noise@3`. Pictures in, pictures out.
 
-They are those of ImageNet-C (Hendrycks and Dietterich, 2019), computed by the library imagecorruptions-imaug from 8-bit
-pixels. Noise is drawn with a seed of the spec's seed, the corruption and the place of the image in the data, so that it
+The corruptions are those of ImageNet-C (Hendrycks and Dietterich, 2019), computed by the library imagecorruptions-imaug
+from 8-bit pixels. Noise is seeded by the spec's seed, the corruption and the place of the image in the data, so that it
 is the same for any batch size, and for all models.
 """
 
@@ -56,12 +56,12 @@ def require_library() -> None:
 
 
 def library_digest() -> str:
-    """The versions of what computes corruptions."""
+    """Return the versions of the libraries that compute corruptions."""
     return " ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def corrupted(pixels: np.ndarray, corruption: Corruption, seed: int, place: int) -> np.ndarray:
-    """The corrupted image. pixels: uint8 [height, width] or [height, width, 3]. place: of the image in its data.
+    """Corrupt an image. pixels: uint8 [height, width] or [height, width, 3]. place: its place in its data.
 
     Returns uint8 of the same shape.
     """
@@ -69,21 +69,21 @@ def corrupted(pixels: np.ndarray, corruption: Corruption, seed: int, place: int)
     from PIL import Image
 
     drawn = xxhash.xxh32_intdigest(f"{seed} {corruption} {place}".encode())
-    # The library blurs no picture of one channel. Blurs are the same in every channel.
+    # The library cannot blur a picture of one channel. Blurs are the same in every channel.
     as_colours = pixels.ndim == 2 and corruption.name == "motion_blur"
     picture = Image.fromarray(np.stack([pixels] * 3, -1) if as_colours else pixels)
     options: dict[str, Any] = {"seed": drawn} if corruption.name == "impulse_noise" else {}
     with _seeded(drawn):
         found = np.asarray(getattr(library, corruption.name)(picture, corruption.severity, **options), np.float64)
     found = found[..., 0] if as_colours else found
-    # A spatter of no drop is 0 / 0.
+    # A spatter without drops is 0 / 0.
     clean = np.where(np.isfinite(found), found, pixels)
     return clean.astype(np.uint8)
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The library draws from numpy's global generator, which is as before afterwards."""
+    """Seed numpy's global generator, from which the library draws, and restore it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed)
     try:

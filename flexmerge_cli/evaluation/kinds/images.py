@@ -65,7 +65,7 @@ def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
 
 
 def _corrupted(images: "Images", task: ImageTask, table: Table, place: Place) -> "Images":
-    """The images with the corruption of the task. Raises UsageError."""
+    """Give the images the corruption of the task. Raises UsageError."""
     require_library()
     try:
         (corruption,) = parse_corruptions([str(task.corrupt)])
@@ -113,7 +113,7 @@ class Images:
         )
 
     def _worse_array(self, batch: np.ndarray, start: int, side: Path) -> np.ndarray:
-        """Corrupted numbers, float32 in the same range, of 256 levels."""
+        """Corrupt numbers: float32 in the same range, of 256 levels."""
         assert self.corruption is not None
         scale = _preprocessing(side, batch.shape[1])[0]
         levels = np.rint(batch * scale * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -138,13 +138,13 @@ def image_processor(side: Path) -> Any:
 
 
 def pixels_of(processor: Any, pictures: Sequence[Any]) -> Any:
-    """float32 tensor [batch, channels, height, width]. Raises DataError for what is no picture."""
+    """Return a float32 tensor [batch, channels, height, width]. Raises DataError for anything that is not a picture."""
     batch = [opened(picture).convert(mode_of(processor)) for picture in pictures]
     return processor(images=batch, return_tensors="pt")["pixel_values"].float()
 
 
 def mode_of(processor: Any) -> str:
-    """The mode of pictures that a processor takes: of one channel or three."""
+    """Return the mode of pictures that a processor takes: of one channel or three."""
     return "L" if len(np.atleast_1d(getattr(processor, "image_mean", None) or [0, 0, 0])) == 1 else "RGB"
 
 
