@@ -9,6 +9,7 @@ from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.card import Scores, make_card
 from flexmerge_cli.bundle.manifest_file import read_manifest
+from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.license import CARD_NAME
@@ -55,13 +56,15 @@ def merge(
     examine: Callable[[Path], Scores | None] = lambda _folder: None,
     card: bool = True,
     scores: Scores | None = None,
+    old: Unchanged | None = None,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[BundleLayout, Measured]:
     """Write the bundle. plan_folder: the folder that the plan's relative sources are relative to.
 
     relocate: prefix of a source in the plan -> what stands there now. access: how sources are downloaded. examine: gets
     the folder of the finished bundle, and raises if it must not be published; it may return the bundle's scores. card:
-    whether the bundle gets a README.md. scores: the scores that the card shows, in place of examine's.
+    whether the bundle gets a README.md. scores: the scores that the card shows, in place of examine's. old: what
+    another bundle has of the layout, which is not computed again.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
@@ -76,7 +79,7 @@ def merge(
     memory = access.memory_left(max_memory)
     check_output(output, layout, force=force)
     sources = open_sources(plan, plan_folder, relocate, access)
-    chunk = merge_chunk(layout, threads, memory, sources.located)
+    chunk = merge_chunk(layout if old is None else old.left, threads, memory, sources.located)
     check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
     # This is one pass over everything; less is read of equal tensors, and of a base with which nothing merges.
@@ -129,5 +132,6 @@ def merge(
         on_bytes=on_bytes,
         on_stage=on_stage,
         on_message=access.on_message,
+        old=old,
     )
     return layout, measured

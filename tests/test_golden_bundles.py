@@ -1,7 +1,7 @@
 """What bundles store, held against digests that golden/bundles.json keeps: a change of the code changes no bundle.
 
 A digest is of every stored array (name, dtype, shape, bytes) and of the manifest without what depends on the machine or
-the version: measured distances, and digests of files, whose headers name the plan. Spectral methods are left out, since
+the version: measured distances and errors, and digests of files. Spectral methods are left out, since
 their last bits depend on the processor. `python -m tests.test_golden_bundles` writes the file anew.
 """
 
@@ -48,7 +48,7 @@ ADAPTERS = {
     "pooled": {"exact": (), "average": ("--method", "average")},
 }
 PEFT = "base_model.model"
-MEASURED = ("distance", "sha256", "id", "plan", "generator", "request")
+MEASURED = ("distance", "errors", "sha256", "id", "plan", "generator", "build", "request")
 
 
 def digest(bundle: Path) -> str:

@@ -1,7 +1,8 @@
 """Decides which part lies in which weight file, in what order, and the exact bytes of every header. Pure.
 
 A part lies in the file of exactly the set of tasks that read it. In a file, parts with larger items come first, then by
-name, so that every part is aligned; headers are padded to 8 bytes. Files with more than SHARD_BYTES of data are split.
+name, so that every part is aligned; headers are padded to 8 bytes. A header names no plan and no version, so
+equal parts make equal files. Files with more than SHARD_BYTES of data are split.
 """
 
 import hashlib
@@ -13,7 +14,6 @@ from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.version import VERSION
 
 SHARD_BYTES = 5_000_000_000  # the size at which the Hub and transformers split files
 MAX_STEM_BYTES = 100  # most file systems allow 255; an export or a partial file adds to it
@@ -54,9 +54,7 @@ def file_stem(readers: Tasks, task_names: Sequence[str]) -> str:
     return f"{len(readers)}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
 
 
-def weight_files(
-    readers: Tasks, parts: Sequence[Part], task_names: Sequence[str], plan_sha256: str
-) -> list[WeightFile]:
+def weight_files(readers: Tasks, parts: Sequence[Part], task_names: Sequence[str]) -> list[WeightFile]:
     """Make the file of one set of readers, or several if it exceeds SHARD_BYTES."""
     ordered = sorted(parts, key=lambda part: (-ITEM_BYTES[part.array.dtype], part.name))
     names = [part.name for part in ordered]
@@ -81,7 +79,7 @@ def weight_files(
             parts=tuple(shard),
             header=safetensors_header(
                 {part.name: (part.array.dtype, part.array.shape, part.num_bytes) for part in shard},
-                {"flexmerge": VERSION, "format": "pt", "plan": plan_sha256},
+                {"format": "pt"},
             ),
         )
         for number, shard in enumerate(shards, 1)

@@ -99,8 +99,9 @@ class BundleLayout:
         return self.total_bytes + sum(sizes[path] for path in self.links.values())
 
     def manifest(self, measured: Measured) -> bytes:
-        units = [unit_entry(self.plan, unit, self.storages, measured) for unit in self.allocation.units]
-        tensors = [tensor_entry(self.plan, name, self.allocation.dtype, measured) for name in entry_names(self.plan)]
+        cast = self.allocation.dtype
+        units = [unit_entry(self.plan, unit, self.storages, cast, measured) for unit in self.allocation.units]
+        tensors = [tensor_entry(self.plan, name, cast, measured) for name in entry_names(self.plan)]
         return manifest_bytes(self._frame(measured) | {"units": units, "tensors": tensors})
 
     def _frame(self, measured: Measured) -> dict[str, Any]:
@@ -213,7 +214,7 @@ class Pricer:
         for readers in sorted(by_readers):
             key = tuple(map(id, by_readers[readers]))
             if key not in self._files:
-                self._files[key] = weight_files(readers, by_readers[readers], plan.reader_names, plan.sha256)
+                self._files[key] = weight_files(readers, by_readers[readers], plan.reader_names)
             files += self._files[key]
         folders = task_folders(plan, storages, files, cast, links=self.links)
         return BundleLayout(
@@ -236,7 +237,7 @@ class Pricer:
         for unit in allocation.units:
             key: Any = (unit, allocation.methods, allocation.dtype)
             if key not in self._entries:
-                self._entries[key] = len(canonical(unit_entry(self.plan, unit, storages, Measured())))
+                self._entries[key] = len(canonical(unit_entry(self.plan, unit, storages, allocation.dtype, Measured())))
             lengths.append(self._entries[key])
         key = ("tensors", allocation.dtype)
         if key not in self._entries:

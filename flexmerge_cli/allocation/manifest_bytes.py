@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexmerge_cli.allocation.allocation import Allocation, Tasks, Unit
+from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256
+from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, packed_errors
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request
+from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.version import GENERATOR
 
@@ -31,6 +32,10 @@ class Measured:
     task_distance: dict[int, float | None] = field(default_factory=dict)
     group_distance: dict[tuple[str, Tasks], dict[int, float | None]] = field(default_factory=dict)
     """The distance of each task of a group: (unit, tasks of the group) -> task -> distance."""
+    errors: dict[tuple[str, Tasks], dict[int, float]] = field(default_factory=dict)
+    """The lost squares Σ (θ̂ - θ)² of each task of a group over its unit, by the same keys."""
+    build: str = NO_DIGEST
+    """The digest of the versions and the machine on which the stored values depend."""
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
     """The digest of each decoded tensor: aligned name -> task -> digest."""
     sha256: dict[str, str] = field(default_factory=dict)
@@ -118,7 +123,9 @@ def manifest_frame(
         "format": FORMAT,
         "id": NO_SHA256,
         "generator": GENERATOR,
+        "build": measured.build,
         "plan": plan.sha256,
+        "base": plan.base.fingerprint,
         "allocation": {
             "merges": allocation.merges,
             "undone": allocation.undone,
@@ -127,20 +134,22 @@ def manifest_frame(
         },
         "one_model_bytes": plan.one_model_bytes,
         "stored_bytes": sum(part.num_bytes for file in files for part in file.parts) + plan.own_bytes,
-        "methods": [
-            {
-                "name": use.call.method.name,
-                "args": dict(use.call.args),
-                "steps": [step.text for step in use.steps],
-                "calibrate": use.calibrate and use.calibrate.text,
-                "origin": use.call.method.origin and [use.call.method.origin.source, use.call.method.origin.version],
-            }
-            for use in allocation.methods
-        ],
+        "methods": [method_entry(use) for use in allocation.methods],
         "tasks": tasks,
         "files": entries,
         "units": [],
         "tensors": [],
+    }
+
+
+def method_entry(use: MethodUse) -> dict[str, Any]:
+    origin = use.call.method.origin
+    return {
+        "name": use.call.method.name,
+        "args": dict(use.call.args),
+        "steps": [step.text for step in use.steps],
+        "calibrate": use.calibrate and use.calibrate.text,
+        "origin": origin and [origin.source, origin.version],
     }
 
 
@@ -193,22 +202,31 @@ def unit_kind(unit: Unit, storages: Mapping[str, Storage], tasks: Tasks) -> str:
     return next(iter(forms - {COPY.word}), COPY.word)
 
 
-def unit_entry(plan: Plan, unit: Unit, storages: Mapping[str, Storage], measured: Measured) -> dict[str, Any]:
-    groups = []
-    for group in unit.groups:
-        kind = unit_kind(unit, storages, group.tasks)
-        distances = measured.group_distance.get((unit.name, group.tasks), {})
-        names = [plan.tasks[task].name for task in group.tasks]
-        entry: dict[str, Any] = {
-            "tasks": names,
-            "kind": kind,
-            "method": None if kind == COPY.word else group.method,
-            "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
-        }
-        if group.bits and kind != COPY.word:
-            entry["bits"] = {name: bits for name, bits in zip(names, group.bits) if bits != "exact"}
-        groups.append(entry)
+def unit_entry(
+    plan: Plan, unit: Unit, storages: Mapping[str, Storage], cast: str | None, measured: Measured
+) -> dict[str, Any]:
+    groups = [group_entry(plan, unit, group, storages, cast, measured) for group in unit.groups]
     return {"name": unit.name, "tensors": list(unit.tensors), "groups": groups}
+
+
+def group_entry(
+    plan: Plan, unit: Unit, group: Group, storages: Mapping[str, Storage], cast: str | None, measured: Measured
+) -> dict[str, Any]:
+    kind = unit_kind(unit, storages, group.tasks)
+    distances = measured.group_distance.get((unit.name, group.tasks), {})
+    names = [plan.tasks[task].name for task in group.tasks]
+    entry: dict[str, Any] = {
+        "tasks": names,
+        "kind": kind,
+        "method": None if kind == COPY.word else group.method,
+        "distance": {plan.tasks[task].name: fixed(distances.get(task, 0.0)) for task in group.tasks},
+    }
+    if kind != COPY.word or cast is not None:
+        errors = measured.errors.get((unit.name, group.tasks), {})
+        entry["errors"] = packed_errors([errors.get(task, 0.0) for task in group.tasks])
+    if group.bits and kind != COPY.word:
+        entry["bits"] = {name: bits for name, bits in zip(names, group.bits) if bits != "exact"}
+    return entry
 
 
 def entry_names(plan: Plan) -> list[str]:

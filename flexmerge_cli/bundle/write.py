@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
 from flexmerge_cli.bundle.publish import bundle_files, check_target, partial_bytes, publish
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine import journal
 from flexmerge_cli.engine.journal import JOURNAL_NAME, Journal, holds_journal, read_journal
@@ -25,7 +27,7 @@ from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.folders import WEIGHTS
-from flexmerge_cli.writing import folder_above, no_space
+from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 
 COPY_BYTES = 4 << 20
 
@@ -58,10 +60,12 @@ def write_bundle(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
     on_message: Callable[[str], None] = lambda _message: None,
+    old: Unchanged | None = None,
 ) -> Measured:
     """side_files: (task, or "" for the base, name) -> source. accept may raise, after measuring and before publishing;
     so may examine, which gets the folder of the whole bundle where it is not published yet. on_message: is told whether
-    a killed run of the same merge is gone on with.
+    a killed run of the same merge is gone on with. old: what another bundle has of the layout, which is taken over.
+    Raises IntegrityError if that is damaged. Such a run keeps no journal: what is taken over is not the costly part.
     """
     key = _key(layout, device)
 
@@ -74,14 +78,30 @@ def write_bundle(
         _leave_weights(layout, folder)
         return True
 
-    publishing = publish(target, force=force, ours=bundle_files, needed_bytes=layout.total_bytes, resumes=resumes)
+    publishing = publish(
+        target,
+        force=force,
+        ours=bundle_files,
+        needed_bytes=layout.total_bytes,
+        resumes=resumes if old is None else None,  # whose files may be those of the old bundle
+    )
     with publishing as folder, ExitStack() as stack:
         link = linker(folder) if layout.links else None
-        is_long = layout.total_bytes >= journal.JOURNALED_BYTES
+        is_long = layout.total_bytes >= journal.JOURNALED_BYTES and old is None
+        if old is not None:
+            on_stage("files that stay")
+            _link_old(old, folder)
+        output = Output(
+            folder,
+            [file for file in layout.files if old is None or file.path not in old.files],
+            layout.total_bytes,
+            resumes=holds_journal(folder),
+            known={part: partial(old.pieces, place) for part, place in old.copied.items()} if old is not None else {},
+        )
         measured = materialise(
-            layout,
+            layout if old is None else old.left,
             sources,
-            Output(folder, layout.files, layout.total_bytes, resumes=holds_journal(folder)),
+            output,
             device=device,
             threads=threads,
             chunk_elements=chunk_elements,
@@ -89,8 +109,10 @@ def write_bundle(
             on_stage=on_stage,
             journal=stack.enter_context(Journal(folder, key)) if is_long else None,
         )
+        if old is not None:
+            old.complete(measured)
         on_stage("files of the tasks")
-        _write_small(layout, side_files, folder, measured)
+        _write_small(layout, side_files, folder, measured, old.bundle.path if old is not None else None)
         for path, weights in layout.links.items():
             assert link is not None
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,26 +142,54 @@ def _leave_weights(layout: BundleLayout, folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def _link_old(old: Unchanged, folder: Path) -> None:
+    """Take whole files of an old bundle: as hard links, or as copies where these cannot be made."""
+    assert old.bundle.files is not None
+    old.bundle.files.check(set(old.files.values()))
+    for path, name in old.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        _link_or_copy(old.bundle.path / name, folder / path)
+
+
+def _link_or_copy(source: Path, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        shutil.copyfile(source, path)
+
+
 def _write_small(
-    layout: BundleLayout, side_files: Mapping[tuple[str, str], Path], folder: Path, measured: Measured
+    layout: BundleLayout,
+    side_files: Mapping[tuple[str, str], Path],
+    folder: Path,
+    measured: Measured,
+    old: Path | None = None,
 ) -> None:
-    """Write side files, and what belongs beside them; equal ones are hard links where that works."""
+    """Write side files, and what belongs beside them; equal ones, also of an old bundle, are hard links if possible."""
     written: dict[str, Path] = {}
     records = {reader.name: reader.files for reader in layout.plan.readers} | {"": layout.plan.base.files}
     for small in layout.small:
         path = folder / small.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            if small.origin is None:
-                file.write(small.content)
-            else:
-                with side_files[small.origin].open("rb") as read:  # an adapter's weights may be large
-                    shutil.copyfileobj(read, file, COPY_BYTES)
-        if small.origin is not None and digest_file(path) != records[small.origin[0]][small.origin[1]].digest:
+        digest = None if small.origin is None else records[small.origin[0]][small.origin[1]].digest
+        kept = None if old is None or digest is None else old / small.path
+        if kept is not None and kept.is_file() and not kept.is_symlink() and digest_file(kept) == digest:
+            _link_or_copy(kept, path)
+        else:
+            with path.open("xb") as file:
+                if small.origin is None:
+                    file.write(small.content)
+                else:
+                    with side_files[small.origin].open("rb") as read:  # an adapter's weights may be large
+                        shutil.copyfileobj(read, file, COPY_BYTES)
+        if digest is not None and digest_file(path) != digest:
+            assert small.origin is not None
             raise DataError(f"{side_files[small.origin]} has changed since the plan", hint="make the plan again")
         measured.sha256[small.path] = sha256_of(path)
         first = written.setdefault(measured.sha256[small.path], path)
-        if first is not path:
+        if not first.samefile(path):
             link = path.with_name(f".{path.name}.link")
             try:
                 os.link(first, link)

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import xxhash
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.layout import BundleLayout
-from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.allocation.manifest_bytes import NO_DIGEST, Measured
 from flexmerge_cli.allocation.storage import Storage
 from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
+from flexmerge_cli.engine.chain import chains_of
 from flexmerge_cli.engine.device import single_threaded
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.journal import Journal
@@ -34,6 +36,7 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
+from flexmerge_cli.version import VERSION
 
 
 def materialise(
@@ -216,12 +219,14 @@ class _Run:
                 for (storage, span), piece in zip(item, pieces):
                     self._join(storage, span, piece, joined, measured, journal)
         self._write_of_units()
-        for storage in self.layout.storages.values():
-            tensor = storage.tensor
-            if tensor.class_ is TensorClass.TIED:
-                target = measured.digests.get(tensor.reason, {})
-                measured.digests[tensor.name] = {task: target[task] for task in tensor.present}
-        self._distances(measured, joined.errors)
+        for unit in self.layout.allocation.units:
+            for group in unit.groups:
+                measured.errors[unit.name, group.tasks] = {
+                    task: sum((joined.errors.get((name, task), 0.0) for name in unit.tensors), 0.0)
+                    for task in group.tasks
+                }
+        measured.build = build_of(self.layout, self.worker.device)
+        complete(self.layout, measured)
         return measured
 
     def _join(
@@ -275,19 +280,39 @@ class _Run:
                 self.output.write(parts[unit, task], 0, data)
                 self.output.hashed(parts[unit, task], 0, data)
 
-    def _distances(self, measured: Measured, errors: dict[tuple[str, int], float]) -> None:
-        """Set the distances of each task and of each group of a unit, over ‖τ_k‖ of the whole task."""
-        energy = self.plan.task_energy()
-        totals = np.zeros(len(energy))
-        for unit in self.layout.allocation.units:
-            for group in unit.groups:
-                sums = {task: sum(errors.get((name, task), 0.0) for name in unit.tensors) for task in group.tasks}
-                measured.group_distance[unit.name, group.tasks] = {
-                    task: _distance(error, energy[task]) for task, error in sums.items()
-                }
-                for task, error in sums.items():
-                    totals[task] += error
-        measured.task_distance = {task: _distance(totals[task], energy[task]) for task in self.plan.all_tasks}
+
+def complete(layout: BundleLayout, measured: Measured) -> None:
+    """Set what follows from errors and digests: of tied tensors, and each task's distance over ‖τ_k‖ of the whole."""
+    for storage in layout.storages.values():
+        tensor = storage.tensor
+        target = measured.digests.get(tensor.reason) if tensor.class_ is TensorClass.TIED else None
+        if target is not None:  # it was computed
+            measured.digests[tensor.name] = {task: target[task] for task in tensor.present}
+    energy = layout.plan.task_energy()
+    totals = np.zeros(len(energy))
+    for unit in layout.allocation.units:
+        for group in unit.groups:
+            errors = measured.errors[unit.name, group.tasks]
+            measured.group_distance[unit.name, group.tasks] = {
+                task: _distance(error, energy[task]) for task, error in errors.items()
+            }
+            for task, error in errors.items():
+                totals[task] += error
+    measured.task_distance = {task: _distance(totals[task], energy[task]) for task in layout.plan.all_tasks}
+
+
+def build_of(layout: BundleLayout, device: torch.device) -> str:
+    """Digest of what the stored values depend on beside sources, method and allocation; NO_DIGEST of copies.
+
+    Element by element and row by row all processors and devices compute the same; linear algebra may differ.
+    """
+    groups = [group for storage in layout.storages.values() for group in storage.groups]
+    if layout.allocation.dtype is None and all(group.method is None for group in groups):
+        return NO_DIGEST
+    text, chains = f"{VERSION} {torch.__version__}", chains_of(layout)
+    if any(visit_scope(chains, storage) in ("tensor", "block") for storage in layout.storages.values()):
+        text += f" {device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def _distance(error: float, energy: float) -> float | None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -72,8 +72,21 @@ class MemoryOutput:
 class Output:
     """The weight files of a bundle that is being written; a context manager. `write` may be called from any thread."""
 
-    def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int, *, resumes: bool = False) -> None:
-        """Prepare the files. resumes: they may exist already, with parts that can be kept."""
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[WeightFile],
+        total_bytes: int,
+        *,
+        resumes: bool = False,
+        known: Mapping[Part, Callable[[], Iterator[np.ndarray]]] | None = None,
+    ) -> None:
+        """Prepare the files. resumes: they may exist already, with parts that can be kept.
+
+        known: parts whose bytes are not computed, and functions that yield these, uint8, in order. Whatever is written
+        to them, or to parts of no file, is dropped.
+        """
+        self._known = known or {}
         self._resumes = resumes
         self._folder, self._files, self._total_bytes = folder, files, total_bytes
         self._descriptors: list[int] = []
@@ -93,6 +106,12 @@ class Output:
                 self._create(self._folder / file.path, file.num_bytes)
                 self._pwrite(number, np.frombuffer(file.header, np.uint8), 0)
                 self._hashes[number].add(self._descriptors[number], 0, np.frombuffer(file.header, np.uint8))
+            for part, pieces in self._known.items():
+                number, offset = self._place.pop(part)
+                for data in pieces():
+                    self._pwrite(number, data, offset)
+                    self._hashes[number].add(self._descriptors[number], offset, data)
+                    offset += data.size
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -107,11 +126,14 @@ class Output:
 
     def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         """Write a part's bytes from start_byte on. data: uint8, contiguous."""
-        number, offset = self._place[part]
-        self._pwrite(number, data, offset + start_byte)
+        if part in self._place:
+            number, offset = self._place[part]
+            self._pwrite(number, data, offset + start_byte)
 
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         """Take what `write` wrote for hashing, in the order of the run, from one thread."""
+        if part not in self._place:
+            return
         number, offset = self._place[part]
         self._hashes[number].add(self._descriptors[number], offset + start_byte, data)
         self._unflushed[number] += data.size

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from flexmerge_cli.allocation.allocation import Tasks, Unit
-from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.allocation.restricted import restricted
 from flexmerge_cli.allocation.storage import Part, Storage
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.digest import digest_bytes
@@ -40,8 +40,6 @@ class _Keys:
     part: dict[Part, Key]
     tensor: dict[tuple[str, int], Key]
     """Maps (aligned name, task) to what determines the task's bits of the tensor."""
-    made_by: dict[Part, tuple[str, Tasks | None]]
-    """Maps the part of a unit to the unit and the group's tasks, and any other part to the tensor and None."""
     copies: set[Part]
     """Parts that may be the unchanged bits of a source."""
 
@@ -188,8 +186,7 @@ class MemoryBundles:
 
     def _make(self, layout: BundleLayout, missing: list[Part], keys: _Keys) -> None:
         """Make the groups that store missing parts, over all tensors of their units, in one run of the engine."""
-        wanted = {keys.made_by[part] for part in missing}
-        some = _restricted(layout, wanted)
+        some = restricted(layout, missing)
         output = MemoryOutput(missing)
         measured = materialise(
             some, self.sources, output, device=self.device, threads=self.threads, chunk_elements=self.chunk_elements
@@ -206,13 +203,12 @@ class MemoryBundles:
 
 
 def _keys_of(layout: BundleLayout) -> _Keys:
-    cast, found = layout.allocation.dtype, _Keys({}, {}, {}, set())
+    cast, found = layout.allocation.dtype, _Keys({}, {}, set())
     in_units = {name: unit for unit in layout.allocation.units for name in unit.tensors}
     for name, storage in layout.storages.items():
         unit = in_units.get(name)
         if unit is None:
             found.part.update({part: ("whole", part.name, part.readers, cast) for part in storage.parts})
-            found.made_by.update(dict.fromkeys(storage.parts, (name, None)))
             found.copies.update(part for part in storage.parts if part.array.role == "dense")
             found.tensor.update({(name, task): ("whole", name, cast) for task in storage.tensor.present})
         else:
@@ -222,7 +218,6 @@ def _keys_of(layout: BundleLayout) -> _Keys:
         group = next(group for group in unit.groups if part.task in group.tasks)
         assert group.method is not None
         found.part[part] = (part.array.role, part.task, _group_key(layout, unit, group.tasks, group.method, None))
-        found.made_by[part] = unit.name, group.tasks
     return found
 
 
@@ -242,15 +237,11 @@ def _add_unit_tensor(found: _Keys, layout: BundleLayout, unit: Unit, storage: St
             if part.array.role == "base":
                 found.part[part] = "base", name, cast
                 found.copies.add(part)
-                found.made_by.setdefault(part, (unit.name, group.tasks))
             elif group.has_copy(part):
                 found.part[part] = copy_key(part.readers[0])
                 found.copies.add(part)
-                if part.readers[0] in group.tasks:  # the engine writes it with this group
-                    found.made_by[part] = unit.name, group.tasks
             else:
                 found.part[part] = name, part.array.role, part.task, key
-                found.made_by[part] = unit.name, group.tasks
 
 
 def _group_key(layout: BundleLayout, unit: Unit, tasks: Tasks, method: int, bits: object) -> Key:
@@ -259,31 +250,3 @@ def _group_key(layout: BundleLayout, unit: Unit, tasks: Tasks, method: int, bits
 
 def _parts(layout: BundleLayout, tasks: Collection[int]) -> Iterable[Part]:
     return (part for file in layout.files for part in file.parts if any(reader in tasks for reader in part.readers))
-
-
-def _restricted(layout: BundleLayout, wanted: Collection[tuple[str, Tasks | None]]) -> BundleLayout:
-    """Return the part of the layout for these groups of units and these tensors outside of units."""
-    groups: dict[str, set[Tasks]] = {}
-    for name, tasks in wanted:
-        if tasks is not None:
-            groups.setdefault(name, set()).add(tasks)
-    units, storages = [], {name: layout.storages[name] for name, tasks in sorted(wanted, key=str) if tasks is None}
-    for unit in layout.allocation.units:
-        chosen = groups.get(unit.name)
-        if chosen is None:
-            continue
-        units.append(replace(unit, groups=tuple(group for group in unit.groups if group.tasks in chosen)))
-        for storage in (layout.storages[name] for name in unit.tensors):
-            of_tensor = tuple(group for group in storage.groups if group.tasks in chosen)
-            parts = tuple(dict.fromkeys(part for group in of_tensor for part in group.parts))
-            storages[storage.tensor.name] = replace(storage, groups=of_tensor, parts=parts)
-    parts = tuple(part for file in layout.files for part in file.parts)
-    return replace(
-        layout,
-        allocation=replace(layout.allocation, units=tuple(units)),
-        storages=storages,
-        files=(WeightFile(path="", readers=(), parts=parts, header=b""),),
-        stems={},
-        base_stem=None,
-        small=(),
-    )

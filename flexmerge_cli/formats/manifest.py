@@ -2,13 +2,17 @@
 keys, UTF-8.
 
 id        sha256 of these bytes with its own 64 digits set to 0
+base      fingerprint of the base
+build     digest of the versions of torch and flexmerge, and, where linear algebra made a value, of its processor:
+          with equal ones, equal sources give equal parts. It is 0 where all parts are copies, which depend on none
 files     {path: {bytes, sha256, tasks}} of every file but this one; a path MUST stay inside the bundle
 tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` lists the route
           and the task's other files: those under tasks/NAME or, if it must be decoded, coded/NAME/README.md, which says
           so, and those under coded/NAME/files. With a `stem`, tasks/NAME also holds links to the weight files, which
           are in no list: their names follow from the stem and the route. `flexmerge.bundle/1` has neither: all tasks
           are under tasks/NAME, and tasks that need no decoding have an index that points to ../../weights
-units     which tasks share what, how (kind), and each task's distance there
+units     which tasks share what, how (kind), and each task's distance there; if a group may lose something, `errors`
+          are Σ (θ̂ - θ)² of its tasks, in their order, from which distances are computed
 tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ) and, for each
           task that has it, the digest of what a reader gets; `of` is the target of a tied one
 vocabularies, rows   present if the models do not all have the same rows of some tensors: these are entered with the
@@ -47,10 +51,11 @@ The manifest is written last, so it is the commit point: a folder without it is 
 keys.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.checkpoint.libraries import STEMS, index_name
@@ -78,6 +83,16 @@ from flexmerge_cli.stored.forms import known_form
 FORMAT = "flexmerge.bundle/2"
 FORMATS = (FIRST, FORMAT)
 NO_SHA256 = "0" * 64
+
+
+def packed_errors(values: Sequence[float]) -> str:
+    """`errors` of a group."""
+    return np.array(values, ">f8").tobytes().hex()
+
+
+def unpacked_errors(text: str) -> list[float]:
+    """The values again, every bit of them."""
+    return [float(value) for value in np.frombuffer(bytes.fromhex(text), ">f8")]
 
 
 def _known_stem(value: str) -> str:
@@ -143,6 +158,8 @@ class GroupEntry(Record):
     method: int | None
     distance: Named[float | None]
     bits: Named[TaskBits] | None = None
+    errors: str | None = Field(default=None, pattern=r"^([0-9a-f]{16})+$")
+    """Float64 of each task, big-endian, in hexadecimal digits."""
 
 
 class UnitEntry(Record):
@@ -205,7 +222,9 @@ class Manifest(Record):
     format: Literal["flexmerge.bundle/1", "flexmerge.bundle/2"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
     generator: str
+    build: Digest | None = None
     plan: str
+    base: Digest | None = None
     allocation: AllocationEntry
     one_model_bytes: Count
     stored_bytes: Count

@@ -62,6 +62,9 @@ def check_manifest(manifest: "Manifest") -> None:
             raise ValueError(f"the weights of task `{name}` are linked, but no loader can read them")
         if manifest.format == FIRST and (is_coded or task.stem is not None or manifest.base_stem is not None):
             raise ValueError(f"task `{name}` is stored in a way that {FIRST} does not know")
+    for unit in manifest.units:
+        if any(group.errors is not None and len(group.errors) != 16 * len(group.tasks) for group in unit.groups):
+            raise ValueError(f"a group of `{unit.name}` does not have one error per task")
     tensors = {tensor.name: tensor for tensor in manifest.stored}
     if len(tensors) < len(manifest.stored):
         raise ValueError("a tensor occurs twice")

@@ -75,5 +75,15 @@ def show_merge(value: dict[str, Any]) -> None:
     )
 
 
+def show_update(value: dict[str, Any]) -> None:
+    show_merge(value)
+    of = value["update"]
+    verb = "wrote" if value["written"] else "would write"
+    say(
+        f"of the weight files, {of['kept_files']} with {of['kept_bytes']:,} bytes stay as they are; {verb} "
+        f"{of['written_files']}: {of['copied_bytes']:,} bytes from the old ones, {of['written_bytes']:,} anew"
+    )
+
+
 def _distance(value: float | None) -> str:
     return "null" if value is None else "exact" if value == 0 else f"{value:.4f}"

@@ -19,7 +19,7 @@ from flexmerge_cli.text import expanded
 DIFFERENT = 7  # exit code
 ROWS = 20  # of blocks, without --verbose
 # Two files that differ only in these hold the same: the version that made them, and their own digests.
-NO_CONTENT = ("generator", "id", "sha256")
+NO_CONTENT = ("generator", "build", "id", "sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

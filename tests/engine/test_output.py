@@ -26,7 +26,7 @@ def test_sha256_is_that_of_the_file_whatever_the_order_of_writing(tmp_path_facto
     """Ranges of all parts in any order: those that come early are read back."""
     folder = tmp_path_factory.mktemp("output")
     parts = [part(f"p{number}", size) for number, size in enumerate(sizes)]
-    (file,) = weight_files((0,), parts, ["a"], "0" * 64)
+    (file,) = weight_files((0,), parts, ["a"])
     ranges = [(p, start, min(start + 7, p.num_bytes)) for p in parts for start in range(0, p.num_bytes, 7)]
     random.shuffle(ranges)
     with Output(folder, [file], 1000) as output:
@@ -41,7 +41,7 @@ def test_sha256_is_that_of_the_file_whatever_the_order_of_writing(tmp_path_facto
 
 
 def test_a_part_that_was_not_written_is_noticed(tmp_path):
-    (file,) = weight_files((0,), [part("a", 5), part("b", 5)], ["t"], "0" * 64)
+    (file,) = weight_files((0,), [part("a", 5), part("b", 5)], ["t"])
     with Output(tmp_path, [file], 10) as output:
         data = np.zeros(5, np.uint8)
         output.write(file.parts[1], 0, data)
@@ -51,7 +51,7 @@ def test_a_part_that_was_not_written_is_noticed(tmp_path):
 
 
 def test_a_file_that_is_there_is_never_written_over(tmp_path):
-    (file,) = weight_files((0,), [part("a", 5)], ["t"], "0" * 64)
+    (file,) = weight_files((0,), [part("a", 5)], ["t"])
     (tmp_path / "weights").mkdir()
     (tmp_path / file.path).write_bytes(b"mine")
     with pytest.raises(MachineError), Output(tmp_path, [file], 10):
@@ -63,7 +63,7 @@ def test_a_file_that_is_there_is_never_written_over(tmp_path):
 def test_more_files_than_a_process_may_open_at_first(may_be_raised, tmp_path, monkeypatch):
     """Thirty tasks and tensors as blocks make thousands; a shell gives 1,024, and macOS 256."""
     names = ["other", *(f"t{number}" for number in range(600))]
-    files = [file for n in range(600) for file in weight_files((n + 1,), [part("a", 5)], names, "0" * 64)]
+    files = [file for n in range(600) for file in weight_files((n + 1,), [part("a", 5)], names)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
     if not may_be_raised:
