@@ -22,8 +22,9 @@ def diff(
     flexmerge diff plan.json new.json
     flexmerge diff bundle/ hf://org/bundle
     """
+    from flexmerge_cli.bundle.differences import diff_value
     from flexmerge_cli.cli import output
-    from flexmerge_cli.report.diff import DIFFERENT, diff_value, show_diff
+    from flexmerge_cli.report.diff import DIFFERENT, show_diff
 
     value = diff_value(a, b, o.access_of(offline=offline, quiet=quiet))
     output.emit(value, as_json=as_json, quiet=quiet, show=lambda found: show_diff(found, every=verbose))

@@ -44,6 +44,7 @@ def merge(
     flexmerge merge plan.json --method auto --size 1x -o bundle/
     flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
     """
+    from flexmerge_cli.bundle.kind import Kind
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.cli.eval_outputs import check_outputs
     from flexmerge_cli.cli.packing import Packing
@@ -52,7 +53,7 @@ def merge(
     from flexmerge_cli.evaluation.scores_file import read_scores
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
-    from flexmerge_cli.report.inspect import Kind, write_page
+    from flexmerge_cli.report.inspect import write_page
 
     memory = o.memory_of(max_memory)
     chosen = {

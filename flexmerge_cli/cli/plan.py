@@ -120,7 +120,8 @@ def plan(
     check_outputs({"html": html} if html else {}, [source, output, *given.places], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a plan, and --dry-run makes none", hint="leave one of them out")
-    from flexmerge_cli.report.inspect import Kind, write_page
+    from flexmerge_cli.bundle.kind import Kind
+    from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_part, show_plan
     from flexmerge_cli.request.merge import merge_request
 

@@ -5,29 +5,19 @@ Checkpoints, plans and bundles are recognised by their content, never by their n
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.apart import check_apart
-from flexmerge_cli.bundle.locate import holds_bundle, locate
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, standing
+from flexmerge_cli.bundle.kind import Kind, recognise
+from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.checkpoint.access import ONLINE, Access
-from flexmerge_cli.checkpoint.checkpoint import find_weights, open_checkpoint
-from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
-from flexmerge_cli.checkpoint.place import is_hub, is_remote
+from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.errors import FlexmergeError, UsageError
-from flexmerge_cli.regular_file import check_kind, open_file
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import write_file
 
 OnProgress = Callable[[str, int, int], None]
-
-
-class Kind(StrEnum):
-    CHECKPOINT = "checkpoint"
-    PLAN = "plan"
-    BUNDLE = "bundle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,41 +46,6 @@ class Report:
     """Prints the value as text."""
     error: FlexmergeError | None = None
     """The error of a bundle that was inspected and is damaged."""
-
-
-def recognise(source: str, access: Access = ONLINE) -> Kind:
-    """Recognise the kind of a source; a missing one counts as a checkpoint. Raises UsageError for other files."""
-    path = standing(expanded(source))
-    if is_remote(source):
-        return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
-    if not path.exists():
-        return Kind.CHECKPOINT  # opening it reports what is wrong
-    check_kind(path)
-    if path.is_dir():
-        # This holds also if the manifest is missing or damaged, so that the problem is reported.
-        if (path / "weights").is_dir() and any((path / name).exists() for name in (MANIFEST_NAME, "tasks", "coded")):
-            return Kind.BUNDLE
-        if is_bundle(path):
-            return Kind.BUNDLE
-        if find_weights(path) is None:
-            inside = sorted(str(child) for child in path.iterdir() if child.is_dir() and find_weights(child))
-            if inside:
-                raise UsageError(f"{source} holds {len(inside)} checkpoints", hint=f"flexmerge inspect {inside[0]}")
-        return Kind.CHECKPOINT
-    if path.suffix in WEIGHT_SUFFIXES:
-        return Kind.CHECKPOINT
-    if path.name == MANIFEST_NAME or path.name.endswith(".index.json"):
-        raise UsageError(
-            f"{source} is a file of a checkpoint or bundle folder", hint=f"flexmerge inspect {path.parent}"
-        )
-    if path.suffix in (".yaml", ".yml"):
-        raise UsageError(
-            f"{source} may be a recipe, but `inspect` shows plans", hint=f"flexmerge plan {source} -o plan.json"
-        )
-    with open_file(path) as file:
-        if file.read(64).lstrip()[:1] != b"{":
-            raise UsageError(f"{source} is not a checkpoint, plan or bundle", hint="give a folder or a plan.json")
-    return Kind.PLAN
 
 
 def check(asked: Asked) -> Kind:
