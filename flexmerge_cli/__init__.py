@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flexmerge_cli.api import (
         OrderSettings,
         calibrate,
+        change_plan,
+        diff,
         draw_curve,
         evaluate,
         export,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
         make_plan,
         merge,
         open_bundle,
+        push,
+        update,
         verify,
     )
 
@@ -32,6 +36,8 @@ __all__ = [
     "OrderSettings",
     "__version__",
     "calibrate",
+    "change_plan",
+    "diff",
     "draw_curve",
     "evaluate",
     "export",
@@ -39,6 +45,8 @@ __all__ = [
     "make_plan",
     "merge",
     "open_bundle",
+    "push",
+    "update",
     "verify",
 ]
 

@@ -171,6 +171,101 @@ def make_plan(
     return plan
 
 
+def change_plan(
+    plan: Path | str,
+    *,
+    add: Mapping[str, str | Path] | None = None,
+    remove: Collection[str] = (),
+    output: Path | str,
+    order: OrderSettings | None = None,
+    offline: bool = False,
+    stream: bool = False,
+    **run: Any,
+) -> Plan:
+    """Make and save the plan of a saved plan's tasks, with some added and some removed, as it would be made anew.
+
+    add: name -> source, relative to the working directory. order: by default the old plan's; to be given if that has a
+    rules file of its own. Less is read than for a plan that is made anew. run: as in `make_plan`.
+    Raises UsageError for tasks that are there already, or are not, DataError for sources that changed.
+    """
+    from flexmerge_cli.planning.changed import changed_request
+    from flexmerge_cli.planning.known import Known
+
+    source, path = Path(plan), Path(output)
+    old, added = load_plan(source), {name: str(model) for name, model in (add or {}).items()}
+    if order is None:
+        if old.settings.blocks == "rules":
+            raise UsageError(
+                "the plan was made with a rules file", hint='give it: order=OrderSettings(blocks="rules.yaml")'
+            )
+        names = ("blocks", "linkage", "strategy", "similarity", "seed")
+        order = OrderSettings(**{name: getattr(old.settings, name) for name in names})
+    access = _access(offline, stream, run.get("max_memory"))
+    request = changed_request(old, source.absolute().parent, added, remove, order=order, statistics=None, access=access)
+    check_apart(path, [source, *added.values()])
+    check_file(path, force=True, replaceable=is_plan, what="a plan of flexmerge")
+    found = _make_plan(request, save_to=path, known=Known(plan=old, new=frozenset(added)), **run)
+    save_plan(found, path)
+    return found
+
+
+def update(
+    bundle: Path | str,
+    plan: Path | str,
+    output: Path | str,
+    *,
+    force: bool = False,
+    offline: bool = False,
+    stream: bool = False,
+    device: str = "auto",
+    **options: Any,
+) -> OpenBundle:
+    """Write the bundle that `merge` makes of a new plan as the old bundle was made, and open it.
+
+    What does not change is taken from the old bundle, as hard links where that works. output may be the old bundle with
+    force. options: relocate, card, threads, max_memory, on_progress, as in `merge`.
+    Raises UsageError for a bundle of another base or of other tasks, IntegrityError if what is taken is damaged.
+    """
+    from flexmerge_cli.updating import Update
+
+    path, place = Path(plan), Path(output)
+    found = Update.of(Path(bundle), load_plan(path), device=device)
+    found.check(place, path, force=force)
+    access = _access(offline, stream, options.get("max_memory"))
+    found.write(place, plan_folder=path.absolute().parent, access=access, force=force, device=device, **options)
+    return OpenBundle(place)
+
+
+def diff(a: Path | str, b: Path | str, *, offline: bool = False) -> dict[str, Any]:
+    """Compare two plans or two bundles. Returns the document of `flexmerge diff --json`; `equal` says whether they are.
+
+    Bundles may be on the Hub; weights are not read. Raises UsageError for anything else, or for one of each.
+    """
+    from flexmerge_cli.bundle.differences import diff_value
+
+    return diff_value(str(a), str(b), _access(offline, False, None))
+
+
+def push(
+    bundle: Path | str,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    per_task: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Publish a bundle on the Hub, only what changed, in one commit. Returns the document of `flexmerge push --json`.
+
+    repository: `hf://org/name`, created if it is not there. dry_run: compare alone.
+    Raises IntegrityError for a damaged bundle, SourceError if the repository may not be written or has changed
+    meanwhile, UsageError for `private` where a public one is.
+    """
+    from flexmerge_cli.bundle.push import push_bundle
+
+    return push_bundle(Path(bundle), repository, private=private, revision=revision, per_task=per_task, dry_run=dry_run)
+
+
 def merge(
     plan: Plan | Path | str,
     output: Path | str,

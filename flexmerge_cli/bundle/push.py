@@ -7,9 +7,10 @@ all others stay, and so does a card that somebody has changed.
 """
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from flexmerge_cli.bundle.card import MAX_CARD_BYTES, is_own_card
 from flexmerge_cli.bundle.export import export_task
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, sha256_of
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.verify import require_sound
+from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.fetch import no_bars
+from flexmerge_cli.checkpoint.hub import is_offline
 from flexmerge_cli.checkpoint.hub_errors import hub_error
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.place import HubPlace
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 MESSAGE = "flexmerge bundle"
-OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,41 @@ class _There:
     head: str | None = None
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Path -> bytes, and the sha256 of an LFS file, else git's sha1."""
+
+
+def push_bundle(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    per_task: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    on_compared: Callable[[str, Push], None] = lambda _source, _push: None,
+) -> dict[str, Any]:
+    """Publish a bundle, and return what was sent: the document of `flexmerge push --json`.
+
+    repository: `hf://org/name`; with per_task, the name is continued by `-TASK`. on_compared: gets each repository and
+    what is to be sent, before that. Raises IntegrityError for a damaged bundle, and as `compare` and `carry_out`.
+    """
+    target = HubPlace.of(repository)
+    repositories(target, None)
+    if is_offline(Access(offline=offline)):
+        hint = "leave out --offline and HF_HUB_OFFLINE"
+        raise SourceError(f"{target.source} cannot be written in offline mode", hint=hint)
+    bundle, found = Bundle.open(folder), dict[str, Push]()
+    if not dry_run:
+        require_sound(bundle)
+    for task, place in repositories(target, bundle.tasks if per_task else None).items():
+        with tempfile.TemporaryDirectory() as scratch:
+            uploads = bundle_uploads(bundle) if task is None else task_uploads(bundle, task, Path(scratch) / "out")
+            one = compare(place, uploads, private=private, revision=revision)
+            on_compared(place.source, one)
+            if not dry_run:
+                one = replace(one, commit=carry_out(one, place, private=private))
+            found[place.source] = one
+    return {"pushed": not dry_run, "repositories": {source: one.summary for source, one in found.items()}}
 
 
 def bundle_uploads(bundle: Bundle) -> dict[str, Upload]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexmerge_cli import updating
+from flexmerge_cli import api, change_plan, diff, load_plan, update, updating
 from flexmerge_cli.bundle.manifest_file import read_manifest
+from flexmerge_cli.errors import UsageError
 
 from ..adapters import LORA
 from ..adapters import make as make_adapters
@@ -211,3 +212,32 @@ def test_a_request_that_this_version_reads_otherwise_a_gate_and_a_calibration_ar
             fails(2, *words, says=said)
     monkeypatch.setattr(updating, "merge_request", lambda **_words: updating.MergeRequest(dtype="BF16"))
     fails(2, *words, says="understands otherwise")
+
+
+def test_python_has_the_same_verbs(grown, tmp_path):
+    changed = change_plan(grown / "few.json", add={"task3": grown / "tasks/task3"}, output=tmp_path / "all.json")
+    assert (tmp_path / "all.json").read_bytes() == plan_bytes(grown, tmp_path) and len(changed.tasks) == 4
+    fewer = change_plan(tmp_path / "all.json", remove=["task3"], output=tmp_path / "few.json")
+    assert [task.name for task in fewer.tasks] == ["task0", "task1", "task2"]
+    opened = update(grown / "few", grown / "all.json", tmp_path / "new")
+    assert opened.tasks == ("task0", "task1", "task2", "task3") and tree(tmp_path / "new") == tree(grown / "all")
+    with pytest.raises(UsageError, match="exists"):
+        update(tmp_path / "new", grown / "few.json", tmp_path / "new")
+    update(tmp_path / "new", grown / "few.json", tmp_path / "new", force=True)
+    assert diff(tmp_path / "new", grown / "few")["equal"]
+    assert diff(grown / "few.json", grown / "all.json")["tasks"]["only_b"] == ["task3"]
+
+
+def plan_bytes(root: Path, out: Path) -> bytes:
+    """A plan of all tasks that is made anew beside `out`'s, whose sources are relative to it."""
+    succeeds("plan", "--base", root / "base", "--tasks", root / "tasks", "-o", out / "fresh.json", "-q")
+    return (out / "fresh.json").read_bytes()
+
+
+def test_a_plan_with_a_rules_file_is_given_it_again(grown, tmp_path):
+    settings = load_plan(grown / "few.json").settings.model_copy(update={"blocks": "rules"})
+    with pytest.MonkeyPatch.context() as patch:
+        found = load_plan(grown / "few.json").model_copy(update={"settings": settings})
+        patch.setattr(api, "load_plan", lambda _path: found)
+        with pytest.raises(UsageError, match="rules file"):
+            change_plan(grown / "few.json", remove=["task0"], output=tmp_path / "other.json")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from flexmerge_cli import change_plan, merge, push, update
 from flexmerge_cli.formats.manifest import Manifest
 
 from ..adapters import LORA, make
@@ -74,6 +75,24 @@ def test_a_second_push_sends_what_changed_and_removes_what_is_gone(writer, made,
     old, new = contents(tree(made)), contents(tree(tmp_path / "other"))
     assert writer.received == {oid: size for oid, size in new.items() if oid not in old}
     assert len(writer.posted) == 1
+
+
+def test_after_an_update_only_what_is_new_is_sent(writer, plan, tmp_path):
+    change_plan(plan, remove=["task3"], output=tmp_path / "few.json")
+    merge(tmp_path / "few.json", tmp_path / "few")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert push("few", TARGET)["pushed"]
+    writer.forget()
+    update(tmp_path / "few", plan, tmp_path / "all")
+    dry = push(tmp_path / "all", TARGET, dry_run=True)["repositories"][TARGET]
+    done = push(tmp_path / "all", TARGET)["repositories"][TARGET]
+    old, new = contents(tree(tmp_path / "few")), contents(tree(tmp_path / "all"))
+    fresh = {oid: size for oid, size in new.items() if oid not in old}
+    assert writer.received == fresh and len(fresh) == 1  # the weights of task3
+    assert dry["bytes"] == done["bytes"] and dry["changed"] == done["changed"] and dry["commit"] is None
+    assert [path for path in done["changed"] if path.startswith("weights/")] == ["weights/task3.safetensors"]
+    assert files_of(writer) == tree(tmp_path / "all")
 
 
 def test_a_task_loads_from_there_and_a_second_one_fetches_its_own_bytes_alone(writer, tmp_path):
