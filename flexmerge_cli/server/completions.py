@@ -4,12 +4,13 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.refusal import Refusal
@@ -150,7 +151,27 @@ async def _answered(
     waited = service.submit(form.model, choices)
     for number, answer in enumerate(waited):
         answer.add_done_callback(lambda _answer, number=number: pieces.put_nowait((number, None)))  # type: ignore[misc]
-    return StreamingResponse(_events(service, form, choices, body, waited, pieces), media_type="text/event-stream")
+
+    def end() -> None:
+        for answer in waited:
+            answer.cancel()
+        service.cancel(form.model, choices)
+
+    return _Stream(_events(service, form, choices, body, waited, pieces), end)
+
+
+class _Stream(StreamingResponse):
+    """Events, whose texts end with it: a client may go away before the first one was begun."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 async def _events(
@@ -161,7 +182,7 @@ async def _events(
     waited: "Sequence[asyncio.Future[Any]]",
     pieces: "asyncio.Queue[tuple[int, str | None]]",
 ) -> AsyncIterator[str]:
-    """Yield each piece as it comes. If the client disconnects, generation ends."""
+    """Yield each piece as it comes."""
     try:
         if form.is_chat:
             for number in range(len(choices)):
@@ -180,10 +201,6 @@ async def _events(
         yield "data: [DONE]\n\n"
     except Refusal as refusal:  # after a status of 200, only an event can report it
         yield _event(refusal.body)
-    finally:
-        for answer in waited:
-            answer.cancel()
-        service.cancel(form.model, choices)
 
 
 def _event(value: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.evaluation.kinds.tokens import padded
+from flexmerge_cli.serving.meeting import pause
 
 CONTEXT = 8
 """Tokens of the prompt that are decoded with the first new ones, because these may begin with a space or not."""
@@ -82,6 +83,8 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Call
                 choice.take(token, tokenizer, ends, continues=continues)
                 if choice.finish:
                     on_end(number)
+        if not all(choice.finish for choice in choices):
+            pause()
         return torch.tensor([bool(choice.finish) for choice in choices], device=ids.device)
 
     model.generate(

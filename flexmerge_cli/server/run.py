@@ -1,26 +1,29 @@
 """Runs a server for a bundle that answers on a socket until it is asked to stop. Raises; prints nothing."""
 
+import asyncio
 import errno
+import math
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import MachineError, UsageError
-from flexmerge_cli.server.app import make_app
+from flexmerge_cli.server.app import STOP_SECONDS, make_app
 from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.service import Service
 from flexmerge_cli.server.tasks import tasks_of
 from flexmerge_cli.server.worker import Worker
 from flexmerge_cli.serving.runtime import Runtime
 
-GRACE_SECONDS = 30
-"""How long requests may continue after the server was asked to stop."""
+GRACE_SECONDS = 30.0
+"""How long requests may continue after the server was asked to stop. Then they end, with an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Settings:
 def make_service(bundle: Bundle, settings: Settings) -> Service:
     """Load every task. Raises like `Runtime.model`, and UsageError for a task that can't be served."""
     runtime = Runtime(bundle, tasks=settings.tasks, device=settings.device, weights=settings.weights)
+    tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
     needed = sum(runtime.num_bytes.values())
     if settings.max_memory is not None and needed > settings.max_memory:
         fewer = "" if settings.weights == "packed" else ", or --weights packed"
@@ -56,7 +60,6 @@ def make_service(bundle: Bundle, settings: Settings) -> Service:
             f"{needed} bytes",
             hint=f"--max-memory {needed}B, or fewer tasks with --tasks{fewer}",
         )
-    tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
     for name in runtime.tasks:
         runtime.model(name)
     metrics = Metrics()
@@ -112,19 +115,31 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None
         make_app(service),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(GRACE_SECONDS + STOP_SECONDS),
         server_header=False,
         ws="none",
     )
-    _Server(config, on_ready).run(sockets=[listener])
+    _Server(config, on_ready, partial(service.worker.stop, STOP_SECONDS)).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """A server for which a signal to stop is an ordinary end, not one to raise again afterwards."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], stop: Callable[[], object]) -> None:
+        """stop: ends what is computed, so that answers and streams that still run end with an error."""
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._stop = on_ready, stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.create_task(self._stop_late())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    async def _stop_late(self) -> None:
+        await asyncio.sleep(GRACE_SECONDS)
+        await asyncio.to_thread(self._stop)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

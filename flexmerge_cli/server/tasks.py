@@ -30,6 +30,8 @@ class Task(ABC):
     """One task. Reads its side files when it is made, and no weights."""
 
     kind: str
+    has_pauses = False
+    """Whether others may join its runs before they end."""
 
     def __init__(self, name: str, side: Path) -> None:
         """side: the folder of its config, and tokenizer or processor. Raises FlexmergeError."""
@@ -175,6 +177,8 @@ class Images(_Classes):
 
 class Generated(Task):
     """`text2text` or `causal-lm`: takes a text and gives one."""
+
+    has_pauses = True
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         """max_tokens: the most of a generated text."""

@@ -1,4 +1,7 @@
-"""Computes in one thread: rows of all requests wait in one bounded queue, and run batch by batch across tasks."""
+"""Computes in one thread: rows of all requests wait in one bounded queue, and run batch by batch across tasks.
+
+Rows that come while texts are generated join at the next token, as far as the batch has room.
+"""
 
 import threading
 import time
@@ -10,7 +13,7 @@ from typing import Any
 
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.tasks import Task
-from flexmerge_cli.serving.runtime import Runtime
+from flexmerge_cli.serving.runtime import Run, Runtime
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -88,11 +91,11 @@ class Worker:
 
     def _work(self) -> None:
         while rows := self._next_batch():
-            self._on_batch(rows)
+            joining = self._joining if any(self._tasks[row.task].has_pauses for row in rows) else None
             try:
-                self._run(rows)
+                self._runtime.together(self._runs(rows), joining)
             except BaseException as error:
-                _fail(rows, error)
+                _fail(self._running, error)
 
     def _next_batch(self) -> Sequence[Row]:
         """Return the next batch; empty at the end."""
@@ -106,20 +109,37 @@ class Worker:
                     if self._is_stopping:
                         break
                     self._changed.wait(left)
-                taken = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
-                self._running = [row for row in taken if row.answer.set_running_or_notify_cancel()]
+                self._running = self._taken(self._max_batch)
             return self._running
 
-    def _run(self, rows: Sequence[Row]) -> None:
+    def _taken(self, count: int) -> list[Row]:
+        """Take up to so many of the rows that wait longest, without those that nobody waits for any more."""
+        found: list[Row] = []
+        while self._waiting and len(found) < count:
+            row = self._waiting.popleft()
+            if row.answer.set_running_or_notify_cancel():
+                found.append(row)
+        return found
+
+    def _joining(self) -> list[Run]:
+        """Return what joins those that run, between two tokens: as many rows as the batch has room for."""
+        with self._changed:
+            going = [row for row in self._running if not row.answer.done()]
+            rows = [] if self._is_stopping else self._taken(self._max_batch - len(going))
+            self._running = going + rows
+        return self._runs(rows) if rows else []
+
+    def _runs(self, rows: Sequence[Row]) -> list[Run]:
+        self._on_batch(rows)
         of_task: dict[str, list[Row]] = {}
         for row in rows:
             of_task.setdefault(row.task, []).append(row)
-        runs = []
+        runs: list[Run] = []
         for name, own in of_task.items():
             rows_of = {id(row.item): row for row in own}
             for items in self._tasks[name].batches([row.item for row in own]):
                 runs.append((name, self._answering(name, [rows_of[id(item)] for item in items])))
-        self._runtime.together(runs)
+        return runs
 
     def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:
         """Return a function that runs these rows, and whose failure does not affect other rows."""

@@ -3,7 +3,8 @@
 Every task's model runs its own code on its own rows, in a thread of its own, one thread at a time: so any architecture,
 its caches and `generate` included, computes what it computes alone. A linear layer whose weight, or centre, several of
 the tasks have in common waits until every other thread waits too or has ended; then the rows of all that wait for the
-same weight are multiplied together, and each goes on with its own. Knows neither bundles nor tasks.
+same weight are multiplied together, and each goes on with its own. Between two tokens of a text, where a run says
+`pause`, others may join: then all begin their next pass through the layers together. Knows neither bundles nor tasks.
 """
 
 import threading
@@ -33,21 +34,35 @@ def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
     return frozenset(shared)
 
 
-def run_together(runs: Sequence[Callable[[], Result]], shared: Collection[int]) -> list[Result]:
+Joining = Callable[[Sequence[int]], tuple[Sequence[Callable[[], Any]], Collection[int]]]
+"""Called between tokens with the numbers of the runs that go on. Returns the runs that join, which get the next
+numbers, and `shared_weights` of all that then run. It must not raise."""
+
+
+def run_together(
+    runs: Sequence[Callable[[], Result]], shared: Collection[int], joining: Joining | None = None
+) -> list[Result]:
     """Return the result of every run, in order. The first error, in that order, is raised once all have ended.
 
     shared: of `shared_weights`. Runs without gradients.
     """
-    meeting = _Meeting(runs, shared)
-    threads = [threading.Thread(target=meeting.attend, args=(place,), daemon=True) for place in range(len(runs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    meeting = _Meeting(runs, shared, joining)
+    for thread in meeting.threads:  # which grow while they are waited for
         thread.join()
     for error in meeting.errors:
         if error is not None:
             raise error
     return meeting.results
+
+
+def pause() -> None:
+    """Let others join, between two tokens. Outside of a meeting it does nothing."""
+    here: tuple[_Meeting, int] | None = getattr(_attending, "here", None)
+    if here is not None:
+        here[0].pause(here[1])
+
+
+_attending = threading.local()
 
 
 class _Meeting:
@@ -56,26 +71,46 @@ class _Meeting:
     One thread runs at a time, so that it needs no lock.
     """
 
-    def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int]) -> None:
-        self.results: list[Any] = [None] * len(runs)
-        self.errors: list[BaseException | None] = [None] * len(runs)
-        self._runs, self._shared = runs, shared
-        self._turns = [threading.Semaphore(0) for _ in runs]
-        self._ready = list(range(len(runs)))
-        """The tasks that may go on, in order."""
+    def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int], joining: Joining | None) -> None:
+        self.results: list[Any] = []
+        self.errors: list[BaseException | None] = []
+        self.threads: list[threading.Thread] = []
+        self._shared, self._joining = shared, joining
+        self._turns: list[threading.Semaphore] = []
+        self._ready: list[int] = []
+        """The runs that may go on, in order."""
         self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
+        self._paused: set[int] = set()
         self._found: dict[int, Tensor | BaseException] = {}
+        for run in runs:
+            self._add(run)
         self._next()
 
-    def attend(self, place: int) -> None:
+    def _add(self, run: Callable[[], Any]) -> None:
+        place = len(self.threads)
+        self.results.append(None)
+        self.errors.append(None)
+        self._turns.append(threading.Semaphore(0))
+        self._ready.append(place)
+        self.threads.append(threading.Thread(target=self._attend, args=(place, run), daemon=True))
+        self.threads[place].start()
+
+    def _attend(self, place: int, run: Callable[[], Any]) -> None:
         torch.get_num_threads()  # takes over what was set; without it a thread uses all cores
+        _attending.here = self, place
         self._turns[place].acquire()
         try:
             with torch.inference_mode(), _Mode(self, place):
-                self.results[place] = self._runs[place]()
+                self.results[place] = run()
         except BaseException as error:  # raised by run_together
             self.errors[place] = error
         self._next()
+
+    def pause(self, place: int) -> None:
+        if self._joining is not None:
+            self._paused.add(place)
+            self._next()
+            self._turns[place].acquire()
 
     def linear(self, place: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Multiply by a shared weight. Returns NotImplemented where nothing is shared."""
@@ -112,9 +147,16 @@ class _Meeting:
         return found
 
     def _next(self) -> None:
-        """Let the next run go on; if all wait, take the products first."""
-        if not self._ready:
+        """Let the next run go on. If all wait, take the products first; if all have paused, let others join."""
+        if not self._ready and self._waiting:
             self._multiply()
+        if not self._ready and self._paused:
+            self._ready = sorted(self._paused)
+            self._paused.clear()
+            assert self._joining is not None
+            runs, self._shared = self._joining(self._ready)
+            for run in runs:
+                self._add(run)
         if self._ready:
             self._turns[self._ready.pop(0)].release()
 

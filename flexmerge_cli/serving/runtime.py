@@ -26,6 +26,8 @@ from flexmerge_cli.serving.weight import PackedWeight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Key = tuple[Hashable, torch.dtype]
+Run = tuple[str, Callable[[Any], Any]]
+"""A task, and what is done with its model."""
 Result = TypeVar("Result")
 
 
@@ -150,18 +152,34 @@ class Runtime:
             lambda own: self._together(own, lambda model: partial(model.generate, **options)), inputs, tasks
         )
 
-    def together(self, runs: Sequence[tuple[str, Callable[[Any], Result]]]) -> list[Result]:
+    def together(
+        self, runs: Sequence[tuple[str, Callable[[Any], Result]]], joining: Callable[[], Sequence[Run]] | None = None
+    ) -> list[Result]:
         """Call functions with the models of their tasks, side by side, and return their results, in order.
 
         runs: (task, function of its model); a task may occur several times. Where the models share weights, products
-        are taken once for all. Raises the first error once all have ended, or like `model`.
+        are taken once for all. joining: returns runs of loaded tasks that join, whenever all that run are between two
+        tokens (`meeting.pause`); it must not raise. Raises the first error once all have ended, or like `model`.
         """
         models = [self.model(task) for task, _ in runs]
         calls = [partial(run, model) for (_, run), model in zip(runs, models)]
-        if len(calls) == 1:
-            with torch.inference_mode():
-                return [calls[0]()]
-        return run_together(calls, shared_weights(models))
+        if joining is None:
+            if len(calls) == 1:
+                with torch.inference_mode():
+                    return [calls[0]()]
+            return run_together(calls, shared_weights(models))
+        known = list(range(len(models))), shared_weights(models)
+
+        def joined(going: Sequence[int]) -> tuple[list[Callable[[], Any]], Collection[int]]:
+            nonlocal known
+            more = [(self.model(task), run) for task, run in joining()]
+            numbers = [*going, *range(len(models), len(models) + len(more))]
+            models.extend(model for model, _ in more)
+            if numbers != known[0]:
+                known = numbers, shared_weights(models[number] for number in numbers)
+            return [partial(run, model) for model, run in more], known[1]
+
+        return run_together(calls, known[1], joined)
 
     def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
         def of(own: Mapping[str, Any]) -> Callable[[Any], Any]:

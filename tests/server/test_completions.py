@@ -1,12 +1,17 @@
 """Completions and chats are what the offline model generates, whole and streamed, alone and in a batch of others."""
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from flexmerge_cli import open_bundle
+from flexmerge_cli.server.app import make_app
 from flexmerge_cli.server.generation import Choice, generate
+from flexmerge_cli.server.run import Settings, make_service
+from flexmerge_cli.server.worker import Row
 
 from ..evaluation.tiny import LENGTH, WORDS, sentences
 from .offline import Offline
@@ -185,6 +190,94 @@ def test_what_is_not_supported_or_out_of_range_is_told(client_of):
     # A stream is refused with a status, too.
     refused(complete(client, "code", "red", max_tokens=21, stream=True), 400)
     refused(complete(client, "code", ["red"] * 11, stream=True), 400)
+
+
+@pytest.mark.parametrize("leaves_at", ["once it has asked", "at the first message"])
+@pytest.mark.parametrize("name", ["/v1/completions", "/v1/chat/completions"])
+def test_nothing_is_computed_of_a_stream_whose_client_leaves_before_its_first_event(bundle_of, name, leaves_at):
+    """The worker is not started, so that all that was asked waits."""
+    service = make_service(open_bundle(bundle_of("mixed"))._bundle, Settings())
+    asked = {"prompt": ["red"]} if name == "/v1/completions" else {"messages": [{"role": "user", "content": "red"}]}
+    body = json.dumps({"model": "talk", "stream": True, **asked}).encode()
+    messages = [{"type": "http.request", "body": body}]
+    scope = {
+        "type": "http", "method": "POST", "path": name, "raw_path": name.encode(), "query_string": b"",
+        "scheme": "http", "headers": [(b"content-type", b"application/json")], "client": ("x", 1),
+        "server": ("x", 2), "asgi": {"spec_version": "2.3"}, "http_version": "1.1",
+    }  # fmt: skip
+
+    async def ask():
+        begun = asyncio.Event()
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            if leaves_at == "at the first message":
+                await begun.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_message):
+            begun.set()
+            await asyncio.sleep(0)
+
+        await asyncio.wait_for(make_app(service)(scope, receive, send), 30)
+
+    asyncio.run(ask())
+    rows = service.worker._waiting
+    assert rows and all(row.answer.cancelled() and row.item.is_cancelled for row in rows)
+
+
+@pytest.mark.parametrize("short", ["code", "verse", "mood"])
+@pytest.mark.parametrize("weights", ["dense", "packed"])
+def test_what_is_asked_while_a_text_is_generated_joins_it_at_the_next_token(bundle_of, short, weights):
+    service = make_service(open_bundle(bundle_of("mixed"))._bundle, Settings(weights=weights, max_wait=0))
+    offline, worker, order = Offline(bundle_of("mixed"), short), service.worker, []
+    rows = {}
+
+    def asked(name, item):
+        rows[name] = Row(task=short if name == "short" else "code", item=item)
+        rows[name].answer.add_done_callback(lambda _answer: order.append(name))
+        worker.submit([rows[name]])
+
+    def on_text(_text):
+        if "short" not in rows:
+            task = service.tasks[short]
+            asked("short", task.prepare("red is") if short == "mood" else task.choices(
+                task.prompt("red is"), 1, max_tokens=3, usual=3)[0])  # fmt: skip
+
+    long = service.tasks["code"].choices(service.tasks["code"].prompt("red"), 1, max_tokens=18, usual=1)[0]
+    long.on_text = on_text
+    worker.start()
+    asked("long", long)
+    found = rows["long"].answer.result(30)
+    answer = rows["short"].answer.result(30)
+    worker.stop(10)
+    assert order == ["short", "long"]
+    expected = Offline(bundle_of("mixed"), "code").completion("red", 18)
+    assert (found.text, len(found.tokens), found.finish) == expected
+    if short == "mood":
+        scores = offline.logits("red is").softmax(-1)
+        assert torch.allclose(torch.tensor(answer["scores"]), scores, atol=1e-5)
+    else:
+        assert (answer.text, len(answer.tokens), answer.finish) == offline.completion("red is", 3)
+
+
+def test_no_more_join_than_a_batch_has_room_for(bundle_of):
+    service = make_service(open_bundle(bundle_of("gpt2"))._bundle, Settings(max_batch=2, max_wait=0))
+    task, worker, most = service.tasks["first"], service.worker, []
+
+    def choice(count):
+        made = Choice(prompt=[5, 6], max_tokens=count)
+        made.on_text = lambda _text: most.append(sum(not row.answer.done() for row in worker._running))
+        return Row(task=task.name, item=made)
+
+    rows = [choice(1 + number) for number in range(8)]
+    worker.start()
+    for row in rows:
+        worker.submit([row])
+    assert [len(row.answer.result(30).tokens) for row in rows] == [1 + number for number in range(8)]
+    worker.stop(10)
+    assert max(most) == 2
 
 
 def test_what_nobody_waits_for_ends(bundle_of):

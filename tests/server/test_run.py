@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from flexmerge_cli.server import run
+from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.tasks import Texts
 
 from ..program import Child, fails
@@ -20,15 +22,19 @@ from ..program import Child, fails
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, bundle: Path, folder: Path, *arguments: object, slow: float = 0) -> None:
-        """slow: seconds that each batch takes longer."""
+    def __init__(
+        self, bundle: Path, folder: Path, *arguments: object, slow: float = 0, grace: float = run.GRACE_SECONDS
+    ) -> None:
+        """slow: seconds that each batch and each token takes longer. grace: what GRACE_SECONDS is."""
 
         def before() -> None:
             sys.stdout = (folder / "out").open("w", buffering=1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored, where the tests run in background
-            answers = Texts.answers
+            answers, take = Texts.answers, Choice.take
             if slow:
                 Texts.answers = lambda *given: (time.sleep(slow), answers(*given))[1]
+                Choice.take = lambda *given, **more: (time.sleep(slow), take(*given, **more))[1]
+            run.GRACE_SECONDS = grace
 
         self.child = Child("serve", bundle, "--port", 0, "--json", *arguments, before=before)
         out = folder / "out"
@@ -62,6 +68,25 @@ def test_a_server_tells_where_it_is_and_finishes_what_runs_when_it_is_stopped(bu
     assert (code, printed) == (0, "stopped\n")
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{server.url}/health")
+
+
+@pytest.mark.parametrize("grace", [30, 0.2])
+def test_a_stream_that_runs_when_the_server_is_stopped_is_ended_as_one(bundle_of, tmp_path, grace):
+    """Whole within the time that requests have; then with an event that says why, and never in the midst of one."""
+    server = Served(bundle_of("gpt2"), tmp_path, slow=0.1, grace=grace)
+    body = {"model": "first", "prompt": [5, 6], "max_tokens": 16, "temperature": 0, "stream": True}
+    sent = []
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+        for line in answer.iter_lines():
+            if line and not sent:
+                server.child.send(signal.SIGTERM)
+            sent += [line.removeprefix("data: ")] if line else []
+    last = json.loads(sent[-2] if grace == 30 else sent[-1])
+    if grace == 30:
+        assert sent[-1] == "[DONE]" and last["choices"][0]["finish_reason"] in ("length", "stop")
+    else:
+        assert last["error"]["code"] == "stopping"
+    assert server.child.wait() == (0, "stopped\n")
 
 
 def test_inputs_of_a_client_that_goes_away_are_not_computed(bundle_of, tmp_path):

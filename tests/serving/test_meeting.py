@@ -1,7 +1,7 @@
 """Batches of several tasks: each example has the output of its task's model alone, shared products are taken once."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -114,6 +114,37 @@ def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
         run_together([wrong, wrong], {weight.data_ptr()})
     assert [found.tolist() for found in run_together([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
     assert threading.active_count() == count
+
+
+def test_runs_join_between_tokens_and_begin_together() -> None:
+    weight, products, going = torch.eye(2), [], []
+
+    def text(tokens: int) -> Callable[[], int]:
+        def run() -> int:
+            for _ in range(tokens):
+                functional.linear(torch.ones(tokens, 2), weight)
+                functional.linear(torch.ones(tokens, 2), weight)
+                meeting.pause()
+            return tokens
+
+        return run
+
+    def joining(numbers: "Sequence[int]") -> tuple[list[Callable[[], int]], set[int]]:
+        going.append(list(numbers))
+        return ([text(2), text(1)] if len(going) == 2 else []), {weight.data_ptr()}
+
+    multiply = meeting._Meeting._multiply
+
+    def counted(self: meeting._Meeting) -> None:
+        products.append(sorted(self._waiting))
+        multiply(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting._Meeting, "_multiply", counted)
+        assert run_together([text(4)], {weight.data_ptr()}, joining) == [4, 2, 1]
+    assert going == [[0], [0], [0, 1, 2], [0, 1]]
+    assert products == [[0]] * 4 + [[0, 1, 2]] * 2 + [[0, 1]] * 2
+    meeting.pause()  # of nobody
 
 
 def test_weights_of_one_model_alone_are_not_shared() -> None:
