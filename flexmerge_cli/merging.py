@@ -18,6 +18,7 @@ from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import MergeRequest
+from flexmerge_cli.request.part import Part
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -57,6 +58,8 @@ def merge(
     card: bool = True,
     scores: Scores | None = None,
     old: Unchanged | None = None,
+    part: Part | None = None,
+    join: bool = False,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[BundleLayout, Measured]:
     """Write the bundle. plan_folder: the folder that the plan's relative sources are relative to.
@@ -64,10 +67,12 @@ def merge(
     relocate: prefix of a source in the plan -> what stands there now. access: how sources are downloaded. examine: gets
     the folder of the finished bundle, and raises if it must not be published; it may return the bundle's scores. card:
     whether the bundle gets a README.md. scores: the scores that the card shows, in place of examine's. old: what
-    another bundle has of the layout, which is not computed again.
+    another bundle has of the layout, which is not computed again. part: write this part of the bundle and publish
+    nothing; what is returned then tells nothing of the whole. join: publish what all parts have written.
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
+    from flexmerge_cli.bundle.parts import write_part
     from flexmerge_cli.bundle.write import check_output, write_bundle
     from flexmerge_cli.engine.device import choose_device
     from flexmerge_cli.engine.merge_memory import merge_chunk
@@ -95,6 +100,13 @@ def merge(
         nonlocal done
         done += count
         on_progress(stage, done, total)
+
+    if part is not None:
+        write_part(
+            layout, sources.located, output, part, device=where, threads=threads, chunk_elements=chunk,
+            on_bytes=on_bytes, on_stage=on_stage,
+        )  # fmt: skip
+        return layout, Measured()
 
     def accept(measured: Measured) -> None:
         limit = request.max_distance
@@ -133,5 +145,6 @@ def merge(
         on_stage=on_stage,
         on_message=access.on_message,
         old=old,
+        joins=join,
     )
     return layout, measured

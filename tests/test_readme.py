@@ -108,6 +108,7 @@ PLACES: dict[str, Callable[[Path, object], None]] = {
     "README.md": place_own_models,
     "docs/adapters.md": place_adapters,
     "docs/hub.md": place_hub,
+    "docs/scale.md": place_own_models,
 }
 
 

@@ -5,6 +5,7 @@ crash leaves: before the rename, the partial folder and the lock; with `--force`
 (exchanged, not yet removed), or, on file systems without an atomic exchange, at `.{name}.old` with nothing in its place
 (between two renames). Readers may then read `.{name}.old`. The next command that is to write there puts it back and
 removes the rest (`mend`); a merge goes on with a partial folder that has a journal of its own (engine/journal.py).
+Processes that write parts of a bundle (parts.py) share the lock and the partial folder, which stays until it is joined.
 
 Where the file system has no locks, every writer has a partial folder of its own, `.{name}.{host}-{pid}-{hex}.partial`,
 which the next one removes if that process of its host has ended. Writers then do not know of each other: the last one
@@ -19,6 +20,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -26,7 +28,7 @@ from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, read_manifest
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.open_files import open_one_more
-from flexmerge_cli.engine.journal import holds_journal
+from flexmerge_cli.engine.journal import LOCKED, holds_journal
 from flexmerge_cli.errors import FlexmergeError, MachineError, UsageError, hint_of, machine_failure
 from flexmerge_cli.writing import (
     NOT_SUPPORTED,
@@ -40,7 +42,7 @@ from flexmerge_cli.writing import (
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+SHARED_SECONDS = 5.0  # within which a part waits for another, that looks whether the place is free
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK)  # Lustre without -o flock, NFS without its lock daemon
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 SHOWN = 5
@@ -150,13 +152,14 @@ def publish(
     ours: Ours = lambda _: None,
     needed_bytes: int = 0,
     resumes: Callable[[Path], bool] | None = None,
+    joins: bool = False,
 ) -> Iterator[Path]:
     """Give a folder to write into, which becomes `target` when the block ends well, and is removed when it does not.
 
     resumes: whether a partial folder with a journal, which a killed run left, can be gone on with. ours: looked at once
     more before something is replaced. needed_bytes: what will be written, for the error of a full disk. Raises
     UsageError if the place was taken meanwhile, MachineError; what is raised after the new folder took its place says
-    so.
+    so. joins: the partial folder is what several processes wrote with `shared`, and stays when the block fails.
     """
     target = target.absolute()
     partial, is_done = target, False
@@ -164,7 +167,7 @@ def publish(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target) as locked, contextlib.ExitStack() as spare:
             _mend(target, locked=locked, resumes=resumes is not None)
-            partial, old = _partial(target, locked=locked), _beside(target, "old")
+            partial, old = _partial(target, locked=locked or joins), _beside(target, "old")
             left = None
             for _ in range(SPARE_FILES):
                 spare.callback(os.close, open_one_more(os.open, target.parent, os.O_RDONLY))
@@ -182,7 +185,8 @@ def publish(
                 with undisturbed():
                     spare.close()
                     _put_back(old, target)
-                    left = _remove(partial) or (_remove(old) if os.path.lexists(target) else None)
+                    if is_done or not joins:
+                        left = _remove(partial) or (_remove(old) if os.path.lexists(target) else None)
             if left:
                 raise in_place(target, f"the one that it replaced could not be removed: {left}")
     except OSError as error:
@@ -193,6 +197,29 @@ def publish(
             failed = MachineError(f"{place}: {error.strerror}", hint=hint_of(error))
             raise machine_failure(error) or failed from None
         raise cannot_write(error, Path(place), needed_bytes) from None
+
+
+@contextlib.contextmanager
+def shared(target: Path) -> Iterator[Path]:
+    """Give the partial folder of a target, into which several processes write at the same time, and which stays.
+
+    Raises MachineError while a run that writes the whole holds it.
+    """
+    target = target.absolute()
+    folder = _beside(target, "partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, is_shared=True):
+            folder.mkdir(exist_ok=True)
+            yield folder
+    except OSError as error:
+        place = str(target) if error.filename is None else os.fsdecode(error.filename)
+        raise cannot_write(error, Path(place)) from None
+
+
+def partial_folder(target: Path) -> Path:
+    """Return where the parts of a bundle lie until they are joined."""
+    return _beside(target.absolute(), "partial")
 
 
 def mend(target: Path, *, resumes: bool = False) -> None:
@@ -269,26 +296,31 @@ def _is_dead(path: Path, target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[bool]:
-    """Become the only run that writes there. Gives False where the file system has no locks; raises MachineError if
-    another run has it."""
+def _locked(target: Path, *, is_shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of a place; False where the file system has no locks. Raises MachineError if another run does.
+
+    is_shared: several may hold it, and none that does not share it.
+    """
     path = _beside(target, "lock")
-    descriptor = _lock(path, target)
+    descriptor = _lock(path, target, is_shared=is_shared)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if not is_shared:  # else others may hold it
+                with contextlib.suppress(OSError):
+                    path.unlink()
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
 
-def _lock(path: Path, target: Path) -> int | None:
+def _lock(path: Path, target: Path, *, is_shared: bool) -> int | None:
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+    patience = time.monotonic() + (SHARED_SECONDS if is_shared else 0)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             # The holder before us may have removed the file between our open and our lock.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -296,6 +328,9 @@ def _lock(path: Path, target: Path) -> int | None:
             os.close(descriptor)
         except OSError as error:
             os.close(descriptor)
+            if error.errno in LOCKED and time.monotonic() < patience:
+                time.sleep(SHARED_SECONDS / 100)
+                continue
             if error.errno in LOCKED:
                 raise MachineError(f"{target} is being written by another process", hint="wait for it") from None
             if error.errno not in NO_LOCKS:

@@ -1,26 +1,25 @@
 """Writes a bundle from a layout and its sources. What was written is opened and checked before it is published."""
 
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from flexmerge_cli import native
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
+from flexmerge_cli.bundle.parts import damaged, merge_key, require_parts
 from flexmerge_cli.bundle.publish import bundle_files, check_target, partial_bytes, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine import journal
-from flexmerge_cli.engine.journal import JOURNAL_NAME, Journal, holds_journal, read_journal
+from flexmerge_cli.engine.journal import Journal, holds_journal, journals_of, read_journals
 from flexmerge_cli.engine.materialise import materialise
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.engine.sources import Sources
@@ -61,20 +60,26 @@ def write_bundle(
     on_stage: Callable[[str], None] = lambda _name: None,
     on_message: Callable[[str], None] = lambda _message: None,
     old: Unchanged | None = None,
+    joins: bool = False,
 ) -> Measured:
     """side_files: (task, or "" for the base, name) -> source. accept may raise, after measuring and before publishing;
     so may examine, which gets the folder of the whole bundle where it is not published yet. on_message: is told whether
     a killed run of the same merge is gone on with. old: what another bundle has of the layout, which is taken over.
     Raises IntegrityError if that is damaged. Such a run keeps no journal: what is taken over is not the costly part.
+    joins: all is there, in the partial folder, as parts.py writes it.
     """
-    key = _key(layout, device)
+    key = merge_key(layout, device)
+    if joins:
+        require_parts(layout, target, device)
 
     def resumes(folder: Path) -> bool:
-        found = read_journal(folder, key)
-        if isinstance(found, str):
-            on_message(f"what a killed merge left at {folder} is discarded: {found}")
+        found = read_journals(folder, key)
+        if found.useless and not joins:
+            on_message(f"what a killed merge left at {folder} is discarded: {found.useless}")
             return False
-        on_message(f"going on with a merge that was killed; it has finished {len(found[0]):,} tensors")
+        if not joins:
+            finished = sum(name in layout.storages for name in found.found)
+            on_message(f"going on with a merge that was killed; it has finished {finished:,} tensors")
         _leave_weights(layout, folder)
         return True
 
@@ -83,9 +88,15 @@ def write_bundle(
         force=force,
         ours=bundle_files,
         needed_bytes=layout.total_bytes,
+        joins=joins,
         resumes=resumes if old is None else None,  # whose files may be those of the old bundle
     )
     with publishing as folder, ExitStack() as stack:
+
+        def on_rest(names: Sequence[str]) -> None:
+            if joins and names:
+                raise damaged(layout, folder, names)
+
         link = linker(folder) if layout.links else None
         is_long = layout.total_bytes >= journal.JOURNALED_BYTES and old is None
         if old is not None:
@@ -107,7 +118,8 @@ def write_bundle(
             chunk_elements=chunk_elements,
             on_bytes=on_bytes,
             on_stage=on_stage,
-            journal=stack.enter_context(Journal(folder, key)) if is_long else None,
+            journal=stack.enter_context(Journal(folder, key)) if is_long or joins else None,
+            on_rest=on_rest,
         )
         if old is not None:
             old.complete(measured)
@@ -121,14 +133,9 @@ def write_bundle(
         (folder / MANIFEST_NAME).write_bytes(layout.manifest(measured))
         _check_written(layout, folder)
         examine(folder)
-        (folder / JOURNAL_NAME).unlink(missing_ok=True)
+        for written in journals_of(folder):
+            written.unlink()
     return measured
-
-
-def _key(layout: BundleLayout, device: torch.device) -> str:
-    """Return the digest of all that decides a bundle's bytes: plan, request, methods, device and versions."""
-    text = f"{device.type} {torch.__version__} {native.lib is not None}\n".encode() + layout.manifest(Measured())
-    return hashlib.sha256(text).hexdigest()
 
 
 def _leave_weights(layout: BundleLayout, folder: Path) -> None:
@@ -138,7 +145,7 @@ def _leave_weights(layout: BundleLayout, folder: Path) -> None:
         if path.name == WEIGHTS.rstrip("/") and path.is_dir() and not path.is_symlink():
             for file in set(path.iterdir()) - weights:
                 file.unlink()
-        elif path.name != JOURNAL_NAME:
+        elif path not in journals_of(folder):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -203,7 +210,8 @@ def _check_written(layout: BundleLayout, folder: Path) -> None:
     small, weights = ([folder / file.path for file in files] for files in (layout.small, layout.files))
     total = sum(path.stat().st_size for path in (*small, *weights, folder / MANIFEST_NAME))
     links = [folder / path for path in layout.links]
-    there = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / JOURNAL_NAME]
+    journals = journals_of(folder)
+    there = [path for path in folder.rglob("*") if not path.is_dir() and path not in journals]
     if sorted(there) != sorted([*small, *weights, *links, folder / MANIFEST_NAME]) or any(
         not link.samefile(folder / layout.links[link.relative_to(folder).as_posix()]) for link in links
     ):

@@ -41,7 +41,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cache": cache.cache,
 }
 
-PARSERS = {"eval": eval_command.EvalCommand, "plan": plan.PlanCommand, "serve": plan.PlanCommand}
+PARSERS = {
+    "eval": eval_command.EvalCommand,
+    "merge": merge.MergeCommand,
+    "plan": plan.PlanCommand,
+    "serve": plan.PlanCommand,
+}
 
 
 class _Carried(Exception):

@@ -1,8 +1,16 @@
 """`flexmerge merge`."""
 
 from contextlib import suppress
+from typing import ClassVar
 
 from flexmerge_cli.cli import options as o
+from flexmerge_cli.cli.beside import BesideCommand
+
+
+class MergeCommand(BesideCommand):
+    """The command `merge`, whose parts print and publish nothing."""
+
+    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {"part": "join dry_run html", "join": "dry_run"}
 
 
 def merge(
@@ -26,6 +34,8 @@ def merge(
     html: o.Html = None,
     no_card: o.NoCard = False,
     scores: o.CardScores = None,
+    part: o.Part = None,
+    join: o.Join = False,
     dry_run: o.DryRun = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
@@ -52,8 +62,9 @@ def merge(
     from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.evaluation.scores_file import read_scores
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
-    from flexmerge_cli.report.bundle import merge_summary, show_merge, show_verdict
+    from flexmerge_cli.report.bundle import merge_summary, show_merge, show_part, show_verdict
     from flexmerge_cli.report.inspect import write_page
+    from flexmerge_cli.request.part import parse_part
 
     memory = o.memory_of(max_memory)
     chosen = {
@@ -77,6 +88,7 @@ def merge(
     if scores is not None and no_card:
         raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
     packing.card, packing.scores = not no_card, read_scores(scores) if scores is not None else None
+    packing.part, packing.join = parse_part(part) if part is not None else None, join
     packing.check(output, force=force)
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:
@@ -88,7 +100,7 @@ def merge(
         layout, warnings = packing.layout(plan, device=device)
     out.warn(warnings, quiet=quiet)
     chosen_by_auto = packing.auto()
-    if chosen_by_auto is not None and not as_json and not quiet:
+    if chosen_by_auto is not None and not as_json and not quiet and part is None:
         show_auto(chosen_by_auto)
     more = {"auto": chosen_by_auto} if chosen_by_auto else {}
     written = None
@@ -103,6 +115,10 @@ def merge(
         summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
+    if packing.part is not None:
+        value = {"part": part, "output": str(output), "warnings": warnings}
+        out.emit(value, as_json=as_json, quiet=quiet, show=show_part)
+        return
     if written is not None and chosen_by_auto and not packing.request.uses:  # the search does not know their methods
         distances = {plan.tasks[task].name: distance for task, distance in written.task_distance.items()}
         surprises = unlike_predicted(chosen_by_auto["distance"], distances)

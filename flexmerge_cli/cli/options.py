@@ -251,6 +251,7 @@ Part = Annotated[
         "Do one of N parts of the work, e.g. 3/16, while other processes do the others; see --join.",
     ),
 ]
+Join = Annotated[bool, _run("--join", "", "Publish the bundle whose parts the same command wrote with --part.")]
 JoinParts = Annotated[
     list[Path] | None, _run("--join", "PART…", "Make the plan of these parts, which `plan --part` wrote.")
 ]

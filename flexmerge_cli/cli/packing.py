@@ -28,6 +28,7 @@ from flexmerge_cli.planning import left_out
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
+from flexmerge_cli.request.part import Part
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.text import expanded
 
@@ -52,6 +53,10 @@ class Packing:
     """The recipe's gate, once there is a plan."""
     card: bool = True
     """Whether the bundle gets a card."""
+    part: Part | None = None
+    """Which part of the bundle is written; None: all of it."""
+    join: bool = False
+    """Whether all parts have been written and the bundle is published."""
     scores: Scores | None = None
     """The scores that the card shows."""
 
@@ -95,6 +100,11 @@ class Packing:
 
     def check(self, output: Path, *, force: bool) -> None:
         """Check, before anything is read, where the bundle and a kept plan go."""
+        made = self.keep_plan is not None and self.keep_plan.is_file()
+        if (self.part or self.join) and self.recipe is not None and not made:
+            raise UsageError(
+                "every part of a bundle would make the recipe's plan", hint="make it first, with `flexmerge plan`"
+            )
         check_apart(output, self._inputs())
         check_target(output, force=force, ours=bundle_files, resumes=True)
         if self.keep_plan is not None:
@@ -162,7 +172,7 @@ class Packing:
         return merge(
             plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,
             force=force, layout=layout, examine=examine, card=self.card, scores=self.scores, on_progress=on_progress,
-            **run,
+            part=self.part, join=self.join, **run,
         )[1]  # fmt: skip
 
     def verdict(self) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """Records what a merge has finished, so that a merge that was killed continues where it was.
 
-`.journal` lies in the folder that is being written. Its first line identifies the merge, and each further line names a
-tensor whose parts are written, with their digests and measurements. Each line begins with the digest of its JSON.
-Nothing is forced to disk: a part is reused only if its bytes have their digest, and lines count up to the first that is
-damaged or incomplete.
+`.journal`, or `.journal-3-of-16` of a part (bundle/parts.py), lies in the folder that is being written. Its first line
+identifies the merge, and each further line names a tensor whose parts are written, with their digests and measurements.
+Each line begins with the digest of its JSON. Nothing is forced to disk: a part is reused only if its bytes have their
+digest, and lines count up to the first that is damaged or incomplete.
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +21,14 @@ import numpy as np
 import xxhash
 
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.errors import MachineError
+from flexmerge_cli.request.part import Part as Share
 
 JOURNAL_NAME = ".journal"
+NAME_OF_SHARE = re.compile(r"\.journal-(\d{1,4})-of-(\d{1,4})")
 FORMAT = "flexmerge.journal/1"
+UNREADABLE = "its journal cannot be read"
+LOCKED = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 # A merge of fewer bytes takes seconds, and is repeated.
 JOURNALED_BYTES = 64 << 20
 MAX_JOURNAL_BYTES = 1 << 30
@@ -48,18 +56,28 @@ class _PartHash:
 
 
 class Journal:
-    """The journal of a folder; a context manager that holds it open. Only one thread may report to it."""
+    """The journal of a folder; a context manager that holds it open. Told of everything by one thread."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """Read what an earlier run with this key finished. key: stands for everything that decides the bundle's
-        bytes."""
-        self._path, self._key, self._descriptor = folder / JOURNAL_NAME, key, -1
+    def __init__(self, folder: Path, key: str, share: Share | None = None) -> None:
+        """Read what earlier runs of this key finished. key: stands for all that decides the bundle's bytes.
+
+        share: the part of the merge that is written; each part has a journal of its own.
+        """
+        self._path, self._key, self._share, self._descriptor = _path(folder, share), key, share, -1
         self._hashes: dict[Part, _PartHash] = {}
-        found = read_journal(folder, key)
-        self.found, self._num_bytes = found if isinstance(found, tuple) else (dict[str, Finished](), 0)
+        own = _read(self._path, key)
+        self.found, self._num_bytes = read_journals(folder, key).found, 0 if isinstance(own, str) else own[1]
 
     def __enter__(self) -> "Journal":
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in LOCKED:
+                os.close(self._descriptor)
+                raise MachineError(
+                    f"part {self._share} is being written by another process", hint="wait for it"
+                ) from None
         os.ftruncate(self._descriptor, self._num_bytes)
         if not self._num_bytes:
             self._write({"format": FORMAT, "key": self._key})
@@ -97,10 +115,31 @@ def sealed(line: Mapping[str, Any]) -> bytes:
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text
 
 
-def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | str:
-    """Return what was finished, and the length in bytes of the lines that say so; or why the journal is useless. Never
-    raises."""
-    path, found, num_bytes = folder / JOURNAL_NAME, dict[str, Finished](), 0
+@dataclass(frozen=True, slots=True)
+class Journals:
+    """What all journals of a folder say together."""
+
+    found: dict[str, Finished]
+    """Tensor -> what was finished of it; a NUL and a unit -> its arrays."""
+    useless: str
+    """Why one of them cannot be gone on with; empty if all can."""
+    of_another: bool
+    """Whether one is of another merge, and not only damaged."""
+
+
+def read_journals(folder: Path, key: str) -> Journals:
+    """Read all journals of a folder. Never raises."""
+    read = [_read(path, key) for path in journals_of(folder)]
+    reasons = [one for one in read if isinstance(one, str)]
+    others = [reason for reason in reasons if reason != UNREADABLE]
+    found = {name: done for one in read if not isinstance(one, str) for name, done in one[0].items()}
+    useless = [*others, *(reasons if len(reasons) == len(read) else ())]
+    return Journals(found, useless[0] if useless else "" if read else UNREADABLE, bool(others))
+
+
+def _read(path: Path, key: str) -> tuple[dict[str, Finished], int] | str:
+    """What was finished, and the bytes of the journal that say so; or why it is of no use. Never raises."""
+    found, num_bytes = dict[str, Finished](), 0
     try:
         if path.is_symlink() or path.stat().st_size > MAX_JOURNAL_BYTES:
             return "its journal is not a merge's file"
@@ -120,11 +159,27 @@ def read_journal(folder: Path, key: str) -> tuple[dict[str, Finished], int] | st
             num_bytes += len(data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # no merge wrote this
-    return (found, num_bytes) if num_bytes else "its journal cannot be read"
+    return (found, num_bytes) if num_bytes else UNREADABLE
 
 
 def holds_journal(folder: Path) -> bool:
-    """Return whether a folder is what a killed merge left, and can be continued."""
+    """Return whether a folder is what a killed merge or a part of one left, and may be gone on with."""
+    return bool(journals_of(folder))
+
+
+def journals_of(folder: Path) -> list[Path]:
+    """Return the journals of a folder. Never raises."""
     with contextlib.suppress(OSError):
-        return not folder.is_symlink() and (folder / JOURNAL_NAME).is_file()
-    return False
+        if not folder.is_symlink():
+            return sorted(path for path in folder.glob(f"{JOURNAL_NAME}*") if path.is_file() and not path.is_symlink())
+    return []
+
+
+def shares_of(folder: Path) -> set[Share]:
+    """Return the parts of a merge that have a journal in a folder."""
+    names = (NAME_OF_SHARE.fullmatch(path.name) for path in journals_of(folder))
+    return {Share(int(name[1]), int(name[2])) for name in names if name is not None}
+
+
+def _path(folder: Path, share: Share | None) -> Path:
+    return folder / (JOURNAL_NAME if share is None else f"{JOURNAL_NAME}-{share.number}-of-{share.count}")

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import xxhash
 
-from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.allocation import Tasks, Unit
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import NO_DIGEST, Measured
+from flexmerge_cli.allocation.storage import Part as StoredPart
 from flexmerge_cli.allocation.storage import Storage
 from flexmerge_cli.checkpoint.digest import TensorDigest
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
@@ -50,6 +51,8 @@ def materialise(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
     journal: Journal | None = None,
+    share: Collection[str] | None = None,
+    on_rest: Callable[[Sequence[str]], None] = lambda _names: None,
 ) -> Measured:
     """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
 
@@ -57,16 +60,15 @@ def materialise(
     hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
     journal: records each tensor that is written, and knows those that an earlier run has written to the same files,
     which are not computed again; `output` must then be an Output.
+    share: names of the tensors that are written, with all tensors of a unit or none; then only their digests are
+    returned. on_rest: is told, before anything is computed, which tensors the journal does not have; may raise.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), output:
         worker = Worker(layout, sources, reader, device)
         worker.on_bytes = on_bytes
         run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
-        before = StatisticsPass(worker, run.encoder, run.spans, threads, on_stage)
-        before.statistics()
-        before.of_units()
-        measured = run.write(journal)
+        measured = run.write(journal, share, on_rest)
         measured.sha256 = output.finish()
         return measured
 
@@ -108,13 +110,14 @@ class _Run:
     def scope(self, storage: Storage) -> Scope:
         return visit_scope(self.worker.chains, storage)
 
-    def items(self, kept: Collection[str] = ()) -> list[list[tuple[Storage, Span]]]:
+    def items(self, kept: Collection[str], share: Collection[str] | None) -> list[list[tuple[Storage, Span]]]:
         """List what is visited together: one range of a tensor or, for methods of scope `block`, all tensors of a unit.
 
-        kept: tensors that are left out.
+        kept: tensors that are left out. share: those that are not; None: all.
         """
         found = self.layout.storages.items()
-        storages = [storage for name, storage in found if storage.parts and name not in kept]
+        wanted = {name for name, storage in found if storage.parts and (share is None or name in share)} - set(kept)
+        storages = [storage for name, storage in found if name in wanted]
         # Use the order of parts in their files, so that files are mostly written, and hashed, front to back.
         storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
         scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
@@ -193,6 +196,14 @@ class _Run:
                 self.scope(self.layout.storages[name]) == "block" for name in unit.tensors
             ):
                 found.difference_update(unit.tensors)
+        for unit, parts in self._of_units():
+            done = journal.found.get(f"\0{unit.name}")
+            sound = done is not None and list(done.parts) == [self.output.digest(part) for part in parts]
+            if found.issuperset(unit.tensors) and sound:
+                for part in parts:
+                    self.output.keep(part)
+            elif found.issuperset(unit.tensors):
+                found.difference_update(unit.tensors)
         for name in sorted(found):
             done = journal.found[name]
             for part in self.layout.storages[name].parts:
@@ -201,10 +212,18 @@ class _Run:
             joined.errors |= {(name, task): error for task, error in done.errors.items()}
         return found
 
-    def write(self, journal: Journal | None = None) -> Measured:
-        self.on_stage("merge")
+    def write(
+        self, journal: Journal | None, share: Collection[str] | None, on_rest: Callable[[Sequence[str]], None]
+    ) -> Measured:
         measured, joined = Measured(), _Joined()
-        items = self.items(self._keep(journal, joined, measured) if journal is not None else ())
+        items = self.items(self._keep(journal, joined, measured) if journal is not None else (), share)
+        names = {span.tensor: None for item in items for _, span in item}
+        on_rest([*names])
+        if names:
+            before = StatisticsPass(self.worker, self.encoder, self.spans, self.threads, self.on_stage)
+            before.measure(frozenset(names))
+            self._write_of_units(journal)
+        self.on_stage("merge")
 
         def work(place: int) -> list[Piece]:
             for item in items[place + self.threads + 1 : place + self.threads + 2]:
@@ -218,7 +237,8 @@ class _Run:
             for item, pieces in zip(items, visits):
                 for (storage, span), piece in zip(item, pieces):
                     self._join(storage, span, piece, joined, measured, journal)
-        self._write_of_units()
+        if share is not None:
+            return measured
         for unit in self.layout.allocation.units:
             for group in unit.groups:
                 measured.errors[unit.name, group.tasks] = {
@@ -271,14 +291,31 @@ class _Run:
                     f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="make the plan again"
                 )
 
-    def _write_of_units(self) -> None:
-        of_units = (part for file in self.layout.files for part in file.parts if part.of_unit)
-        parts = {(part.tensor, part.task): part for part in of_units}
-        for (unit, tasks), values in self.encoder.of_units.items():
-            for row, task in enumerate(tasks):
-                data = np.frombuffer(values[row : row + 1].tobytes(), np.uint8)
-                self.output.write(parts[unit, task], 0, data)
-                self.output.hashed(parts[unit, task], 0, data)
+    def _of_units(self) -> list[tuple[Unit, list[StoredPart]]]:
+        """Return what is stored once for all tensors of a unit, in the order of the files."""
+        of_units: dict[str, list[StoredPart]] = {}
+        for part in (part for file in self.layout.files for part in file.parts if part.of_unit):
+            of_units.setdefault(part.tensor, []).append(part)
+        return [(unit, of_units[unit.name]) for unit in self.layout.allocation.units if unit.name in of_units]
+
+    def _write_of_units(self, journal: Journal | None) -> None:
+        values: dict[tuple[str, int | None], np.ndarray] = {
+            (unit, task): data[row : row + 1]
+            for (unit, tasks), data in self.encoder.of_units.items()
+            for row, task in enumerate(tasks)
+        }
+        for unit, parts in self._of_units():
+            arrays = [values[key] for part in parts if (key := (unit.name, part.task)) in values]
+            if len(arrays) < len(parts):
+                continue  # of another part of the merge, or written before
+            for part, array in zip(parts, arrays):
+                data = np.frombuffer(array.tobytes(), np.uint8)
+                self.output.write(part, 0, data)
+                self.output.hashed(part, 0, data)
+                if journal is not None:
+                    journal.hashed(part, 0, data)
+            if journal is not None:
+                journal.finished(f"\0{unit.name}", parts, {}, {})
 
 
 def complete(layout: BundleLayout, measured: Measured) -> None:

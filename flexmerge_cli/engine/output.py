@@ -100,17 +100,17 @@ class Output:
             for part, offset in zip(file.parts, file.offsets(), strict=True)
         }
 
-    def __enter__(self) -> "Output":
+    def __enter__(self) -> Self:
         try:
             for number, file in enumerate(self._files):
                 self._create(self._folder / file.path, file.num_bytes)
                 self._pwrite(number, np.frombuffer(file.header, np.uint8), 0)
-                self._hashes[number].add(self._descriptors[number], 0, np.frombuffer(file.header, np.uint8))
+                self._digested(number, 0, np.frombuffer(file.header, np.uint8))
             for part, pieces in self._known.items():
                 number, offset = self._place.pop(part)
                 for data in pieces():
                     self._pwrite(number, data, offset)
-                    self._hashes[number].add(self._descriptors[number], offset, data)
+                    self._digested(number, offset, data)
                     offset += data.size
         except BaseException:
             self.__exit__(None, None, None)
@@ -135,7 +135,7 @@ class Output:
         if part not in self._place:
             return
         number, offset = self._place[part]
-        self._hashes[number].add(self._descriptors[number], offset + start_byte, data)
+        self._digested(number, offset + start_byte, data)
         self._unflushed[number] += data.size
         if self._unflushed[number] >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
             self._flushed()
@@ -162,6 +162,12 @@ class Output:
         self._flushed()
         for number in range(len(self._files)):
             self._force(number)
+        return self._digests()
+
+    def _digested(self, number: int, offset: int, data: np.ndarray) -> None:
+        self._hashes[number].add(self._descriptors[number], offset, data)
+
+    def _digests(self) -> dict[str, str]:
         return {
             file.path: taken.finish(descriptor)
             for file, taken, descriptor in zip(self._files, self._hashes, self._descriptors, strict=True)
@@ -216,6 +222,22 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
         if error.errno not in NOT_SUPPORTED:
             raise
     os.ftruncate(descriptor, num_bytes)
+
+
+class PartOutput(Output):
+    """Some parts of weight files of which other processes write the others at the same time. Files are not digested."""
+
+    def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int) -> None:
+        super().__init__(folder, files, total_bytes, resumes=True)
+
+    def _digested(self, number: int, offset: int, data: np.ndarray) -> None:
+        pass
+
+    def keep(self, part: Part) -> None:
+        pass
+
+    def _digests(self) -> dict[str, str]:
+        return {}
 
 
 class _FileHash:

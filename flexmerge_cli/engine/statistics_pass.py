@@ -38,8 +38,15 @@ class StatisticsPass:
         self.worker, self.encoder, self.spans = worker, encoder, spans
         self.layout, self.plan = worker.layout, worker.plan
         self.threads, self.on_stage = threads, on_stage
+        self._names: frozenset[str] = frozenset()
 
-    def statistics(self) -> None:
+    def measure(self, names: frozenset[str]) -> None:
+        """Take all passes that merging these tensors needs."""
+        self._names = names
+        self._statistics()
+        self._of_units()
+
+    def _statistics(self) -> None:
         """Measure what steps, methods and experts must know about a whole scope, for every method that some group
         uses."""
         mergeable = [tensor.name for tensor in self.plan.tensors if tensor.class_ is TensorClass.MERGEABLE]
@@ -72,7 +79,7 @@ class StatisticsPass:
     def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
         """List the tensors and groups of a method; copied tensors of their units also count in its sums."""
         found = []
-        for unit in self.layout.allocation.units:
+        for unit in (one for one in self.layout.allocation.units if not self._names.isdisjoint(one.tensors)):
             storages = [self.layout.storages[name] for name in unit.tensors]
             groups = {g.tasks: g for storage in storages for g in storage.groups if g.method == index}
             found += [(name, group) for group in groups.values() for name in unit.tensors]
@@ -123,7 +130,7 @@ class StatisticsPass:
         everyone = self.plan.all_tasks
         return lambda tasks, tensor: found[self.worker.domain(first.scope, tensor), everyone].take(list(tasks))
 
-    def of_units(self) -> None:
+    def _of_units(self) -> None:
         """Compute what groups store once for all tensors of a unit, which the writers of these tensors need."""
         jobs = [
             (group, span)

@@ -56,6 +56,11 @@ def show_verdict(value: dict[str, Any]) -> None:
         show_evaluation(value["evaluation"])
 
 
+def show_part(value: dict[str, Any]) -> None:
+    say(f"part {value['part']} of the bundle is written")
+    say(f"with all parts there: flexmerge merge … --join -o {value['output']}")
+
+
 def show_merge(value: dict[str, Any]) -> None:
     show_verdict(value)
     rows = [(name, f"{task['route_bytes']:,}") for name, task in value["tasks"].items()]
