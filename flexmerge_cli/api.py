@@ -25,6 +25,7 @@ from flexmerge_cli.writing import check_file
 
 if TYPE_CHECKING:
     from flexmerge_cli.bundle.view import View
+    from flexmerge_cli.evaluation.predict import Prediction, Predictor
     from flexmerge_cli.serving.runtime import Runtime
 
 Verify = Literal["first-use", "all", "off"]
@@ -52,6 +53,7 @@ class OpenBundle:
         if verify not in ("first-use", "all", "off"):
             raise UsageError(f"verify={verify!r} is none of `first-use`, `all`, `off`", hint='verify="first-use"')
         located = locate(str(path))
+        self._predictors: dict[tuple[str, str], Predictor] = {}
         self._bundle = located.open(verify=verify != "off") if verify != "all" else Bundle.look(located.path)
         if verify == "all":
             require_sound(self._bundle)
@@ -112,6 +114,21 @@ class OpenBundle:
         from flexmerge_cli.serving.runtime import Runtime
 
         return Runtime(self._bundle, tasks=tasks, device=device, weights=weights, dtype=dtype)
+
+    def predict(
+        self, inputs: Sequence[Any], *, device: str = "cpu", weights: Literal["dense", "packed"] = "dense"
+    ) -> "list[Prediction]":
+        """Answer inputs whose task is unknown: the bundle's router finds the task of each, and its model answers.
+
+        inputs: texts, pairs of texts, or images: numbers [channels, height, width], paths, bytes, or PIL images.
+        device, weights: as in `runtime`. Models stay loaded for the next call with the same device and weights.
+        Raises UsageError if the bundle has no router (`flexmerge route` adds one), or for an input of another kind.
+        """
+        from flexmerge_cli.evaluation.predict import Predictor
+
+        if (device, weights) not in self._predictors:
+            self._predictors[device, weights] = Predictor(self._bundle, device=device, weights=weights)
+        return self._predictors[device, weights].predict(inputs)
 
 
 def make_plan(
@@ -357,6 +374,7 @@ def evaluate(
     max_mean_drop: str | None = None,
     cross: bool = False,
     corrupt: Sequence[str] = (),
+    router: bool = False,
     device: str | None = None,
     reuse: bool = True,
     parallel: int = 1,
@@ -370,7 +388,8 @@ def evaluate(
     plan: the plan whose sources the scores are compared with; by default those that the spec names.
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
     the bundle is neither scored nor named under `not_scored` in the spec. cross: also score every model on the other
-    tasks' data. corrupt: `["gaussian_noise@3"]` also scores images so corrupted.
+    tasks' data. router: also score with the tasks that the bundle's router chooses.
+    corrupt: `["gaussian_noise@3"]` also scores images so corrupted.
     reuse=False: compute all scores, and replace cached ones. offline, stream: as in `make_plan`.
     max_memory: bytes for the weights of the models in memory at a time.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
@@ -390,6 +409,7 @@ def evaluate(
         max_memory=max_memory,
         cross=cross,
         corrupt=corrupt,
+        router=router,
         gate=parse_gate(max_drop, max_mean_drop),
     )
     return scores(request)

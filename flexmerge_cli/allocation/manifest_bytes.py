@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ class SmallFile:
 
 
 class _Number(str):
-    """A number that is written as exactly these 12 characters."""
+    """A number that is written as exactly these characters."""
 
 
 def fixed(value: float | None) -> _Number:
@@ -69,7 +69,7 @@ def fixed(value: float | None) -> _Number:
 def canonical(value: Any) -> bytes:
     """Encode as JSON with sorted keys and no spaces, and `_Number`s as they are."""
     text = json.dumps(_marked(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return re.sub(r'"\\u0000([^"]{12})"', r"\1", text).encode()
+    return re.sub(r'"\\u0000([^"]*)"', r"\1", text).encode()
 
 
 def _marked(value: Any) -> Any:
@@ -181,6 +181,16 @@ def manifest_bytes(value: dict[str, Any]) -> bytes:
     data = canonical(value)
     digest = hashlib.sha256(data).hexdigest()
     return data.replace(f'"id":"{NO_SHA256}"'.encode(), f'"id":"{digest}"'.encode(), 1)
+
+
+def amended(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """Return the bytes of a manifest after a change of its fields, with a new id. Its numbers stay as they are written.
+
+    data: the bytes of a sound manifest.
+    """
+    value = json.loads(data, parse_float=_Number)
+    change(value)
+    return manifest_bytes(value | {"id": NO_SHA256})
 
 
 def inexact_tasks(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> set[int]:

@@ -275,7 +275,7 @@ class BundleFiles:
         )
 
     def readers(self, name: str) -> str:
-        return f"read by {', '.join(self._entries[name].tasks)}"
+        return f"read by {', '.join(self._entries[name].tasks) or 'the router'}"
 
 
 def raise_all(folder: Path, problems: list[FlexmergeError]) -> None:

@@ -236,7 +236,7 @@ def _look(
     parts: dict[str, Mapping[str, StoredTensor]] = {}
     wanted = set(tasks)
     for name, entry in manifest.files.items():
-        if wanted.isdisjoint(entry.tasks):
+        if entry.tasks and wanted.isdisjoint(entry.tasks):
             continue
         try:
             if name not in remote:

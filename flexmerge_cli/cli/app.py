@@ -11,7 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
-from flexmerge_cli.cli import cache, calibrate, curve, diff, export, inspect, merge, methods, plan, push, serve, update
+from flexmerge_cli.cli import (
+    cache,
+    calibrate,
+    curve,
+    diff,
+    export,
+    inspect,
+    merge,
+    methods,
+    plan,
+    push,
+    route,
+    serve,
+    update,
+)
 from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.output import note, tell
@@ -35,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export.export,
     "eval": eval_command.evaluate,
     "curve": curve.curve,
+    "route": route.route,
     "push": push.push,
     "serve": serve.serve,
     "methods": methods.methods,

@@ -202,6 +202,7 @@ CalibrationStatistics = Annotated[
     _stored("--statistics", "NAMES", "What to measure, of inputs,fisher,outputs; default: inputs,fisher."),
 ]
 Examples = Annotated[int, _scores("--examples", "N", "How many examples of each task to use.", min=1)]
+Router = Annotated[bool, _scores("--router", "", "Also score with the tasks that the bundle's router chooses.")]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]
 NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, even if it is cached.")]
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]

@@ -22,6 +22,7 @@ from flexmerge_cli.evaluation.memory import largest_model, require_memory
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.references import References, Who, spec_references
+from flexmerge_cli.evaluation.routed import require_routable, routed_record
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer, library_versions
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
@@ -44,6 +45,8 @@ class ScoreRequest:
     """Whether to score every task's fine-tuned model and the base, and no bundle."""
     cross: bool = False
     """Whether to score every model on the other tasks' data, too."""
+    router: bool = False
+    """Whether to score with the tasks that the bundle's router chooses, too."""
     device: str | None = None
     reuse: bool = True
     parallel: int = 1
@@ -68,7 +71,7 @@ class ScoreRequest:
         named_models = (self.plan is not None or named) + (not self.sources)  # those that --cross scores
         tasks = len(self.spec.tasks)
         further = sum(len(self.spec.others_of(task)) for task in self.spec.tasks)
-        return own * (tasks + further) + self.cross * named_models * tasks * (tasks - 1)
+        return own * (tasks + further) + self.router * tasks + self.cross * named_models * tasks * (tasks - 1)
 
 
 def score_request(
@@ -143,6 +146,8 @@ def scores(request: ScoreRequest, *, on_step: OnStep = lambda *_step: None) -> d
     Raises UsageError, before a weight is read, if spec, data and models do not fit together; DataError, SourceError.
     """
     tasks = list(request.spec.tasks)
+    if request.router and (request.bundle is None or request.sources or request.parallel > 1):
+        raise UsageError("--router scores a bundle, in one process", hint="leave out --sources and --parallel")
     if request.max_memory is not None:
         source = Bundle.open(request.bundle) if request.bundle is not None else load_plan(_planned(request))
         left = request.access.memory_left(request.max_memory) or 0
@@ -210,7 +215,17 @@ def _scores(
     bundle, references = _opened(request)
     cache = ScoreCache(overwrite=not request.reuse)
     scorer = Scorer(spec=request.spec, device=request.device, cache=cache, access=request.access)
-    pairs = _Pairs()
+    pairs, merged = _Pairs(), dict[str, Scored]()
+    if request.router:
+        assert bundle is not None
+        require_routable(bundle, scorer)
+
+    def on_scored(task: str, models: dict[str, TaskModel], scored: dict[str, Scored]) -> None:
+        if request.gate:
+            pairs.add(task, models, scored)
+        if request.router:
+            merged[task] = scored["merged"]
+
     document = evaluate(
         None if request.sources else bundle,
         request.spec,
@@ -219,8 +234,12 @@ def _scores(
         tasks=tasks,
         cross=request.cross,
         on_step=on_step,
-        on_scored=pairs.add if request.gate else lambda *_scored: None,
+        on_scored=on_scored,
     )
+    if request.router:
+        assert bundle is not None
+        document["router"] = routed_record(bundle, scorer, merged, on_step)
+        document["evaluations"] = scorer.counts
     return document, pairs
 
 

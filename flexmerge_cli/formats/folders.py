@@ -7,6 +7,8 @@ from flexmerge_cli.checkpoint.libraries import shard_names
 BASE_FOLDER = "base"
 WEIGHTS = "weights/"
 CODED_README = "README.md"
+ROUTER = "router"
+ROUTER_FILE = f"{ROUTER}/router.safetensors"
 MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
 
@@ -28,11 +30,11 @@ def linked_names(folder: str, stem: str | None, route: Collection[str]) -> dict[
 
 
 def stays_inside(path: str) -> bool:
-    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/… or base/FILE, with names that every disk can
-    hold."""
+    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/…, base/FILE or router/FILE, with names that
+    every disk can hold."""
     folder, *below = path.split("/")
     return (
-        folder in ("weights", "tasks", "coded", BASE_FOLDER)
+        folder in ("weights", "tasks", "coded", BASE_FOLDER, ROUTER)
         and below != []
         and not set(below) & {"", ".", ".."}
         and not any(character in path for character in ("\\", ":", "\0"))

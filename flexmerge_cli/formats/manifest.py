@@ -38,6 +38,10 @@ gate      present if the bundle had to keep a part of the fine-tuned scores to b
           the bundle is scored, and a bundle that does not pass is not published: so a published bundle that has it has
           passed, on the machine that made it. The scores are not in it
 calibration  present if a method read a calibration (calibration.py): the sha256 of its index
+router    a classifier of tasks (bundle/router.py), whose arrays are in router/router.safetensors: its `kind`, the task
+          whose backbone gives its `features`, the `tasks` that it tells apart, in the order of its outputs, the
+          `temperature` of these, its `accuracy` on examples that it was not fitted on, and for each task how many
+          `examples` it was fitted on and the digest of their `data`. Without a router neither is there
 A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
 to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent.
@@ -116,7 +120,8 @@ TaskBits = Annotated[int | float, AfterValidator(_known_bits)]
 class FileEntry(Record):
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    tasks: Items[str] = Field(min_length=1)
+    tasks: Items[str]
+    """The tasks that read it; none for the router, which belongs to no task."""
 
 
 class AdapterEntry(Record):
@@ -218,6 +223,16 @@ class GateEntry(Record):
     versions: Named[str]
 
 
+class RouterEntry(Record):
+    kind: Literal["linear", "centroid", "mlp"]
+    features: str
+    tasks: Items[str] = Field(min_length=2)
+    temperature: float = Field(gt=0)
+    accuracy: float = Field(ge=0, le=1)
+    examples: Named[Count]
+    data: Named[Digest]
+
+
 class Manifest(Record):
     format: Literal["flexmerge.bundle/1", "flexmerge.bundle/2"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -237,6 +252,7 @@ class Manifest(Record):
     vocabularies: Items[VocabularyEntry] = ()
     splits: Items[Split] = ()
     gate: GateEntry | None = None
+    router: RouterEntry | None = None
     request: Request | None = None
     calibration: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_stem: Stem | None = None

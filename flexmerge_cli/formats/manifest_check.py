@@ -12,6 +12,8 @@ from flexmerge_cli.family.split import check_splits, whole_of
 from flexmerge_cli.formats.folders import (
     BASE_FOLDER,
     CODED_README,
+    ROUTER,
+    ROUTER_FILE,
     WEIGHTS,
     stays_inside,
 )
@@ -33,6 +35,16 @@ def check_manifest(manifest: "Manifest") -> None:
     gate = manifest.gate
     if gate is not None and (set(gate.data) & set(gate.not_scored) or set(gate.data) | set(gate.not_scored) != tasks):
         raise ValueError("its gate does not list every task exactly once")
+    router = manifest.router
+    if router is not None and not (
+        len(set(router.tasks)) == len(router.tasks)
+        and {router.features, *router.tasks} <= tasks
+        and router.examples.keys() == router.data.keys() == set(router.tasks)
+    ):
+        raise ValueError("its router does not have two or more of its tasks, each once")
+    of_router = {path for path in manifest.files if path.startswith(f"{ROUTER}/")}
+    if of_router != (set() if router is None else {ROUTER_FILE}):
+        raise ValueError("the file of its router is missing, or there are others in router/")
     for path, file in manifest.files.items():
         if not stays_inside(path):
             raise ValueError(f"it points outside the bundle: `{path}`")
@@ -41,6 +53,8 @@ def check_manifest(manifest: "Manifest") -> None:
             raise ValueError(f"`{path}` is read by an unknown task")
         if folder in ("tasks", "coded") and file.tasks != (below[0],):
             raise ValueError(f"`{path}` is not a file of its task")
+        if (not file.tasks) != (folder == ROUTER):
+            raise ValueError(f"`{path}` is not read by any task, or it is the router and read by one")
     read_by: dict[str, set[str]] = {name: set() for name in tasks}
     for path, file in manifest.files.items():
         for name in file.tasks:

@@ -5,6 +5,7 @@ from typing import Any
 from flexmerge_cli.evaluation.evaluate import format_counts, means, one_metric
 from flexmerge_cli.evaluation.gate import Outcome
 from flexmerge_cli.report.cross import show_cross
+from flexmerge_cli.report.router import show_routed
 from flexmerge_cli.report.score_text import DASH, format_score, interval_cells, scale_of
 from flexmerge_cli.report.table import say, table
 
@@ -16,6 +17,8 @@ def show_evaluation(value: dict[str, Any]) -> None:
         table(columns, rows, title=title, text=range(words))
     if "cross" in value:
         show_cross(value)
+    if "router" in value:
+        show_routed(value)
     for line in remarks(value):
         say(line)
     say(f"scores: {format_counts(value['evaluations'])}")

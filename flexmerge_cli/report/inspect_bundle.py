@@ -107,6 +107,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
         ],
         "resident": resident_value(bundle),
         "gate": manifest.gate.model_dump(mode="json") if manifest.gate is not None else None,
+        "router": manifest.router.model_dump(mode="json") if manifest.router is not None else None,
     }
 
 
@@ -129,6 +130,14 @@ def resident_message(value: Mapping[str, Any]) -> str:
     count = sum(found["stays_packed"] for found in weights)
     packed = f", {value['packed_bytes']:,} if {count} of {len(weights)} tensors stay packed" if count else ""
     return f"in memory, all tasks: {value['dense_bytes']:,} bytes{packed}"
+
+
+def router_message(router: Mapping[str, Any]) -> str:
+    """Say on one line what a router is, and how well it did. router: its entry in the manifest."""
+    return (
+        f"{router['kind']} router on features of {router['features']}: tells {len(router['tasks'])} tasks apart, "
+        f"{100 * router['accuracy']:.1f} % right in cross-validation"
+    )
 
 
 def gate_message(gate: Mapping[str, Any]) -> str:
@@ -188,6 +197,8 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     say(resident_message(value["resident"]))
     if value["gate"]:
         say(gate_message(value["gate"]))
+    if value["router"]:
+        say(router_message(value["router"]))
     if allocation["dtype"]:
         say(f"floating-point tensors are stored as {allocation['dtype']}")
     table(

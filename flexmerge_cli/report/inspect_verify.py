@@ -81,7 +81,9 @@ def failure(value: dict[str, Any]) -> IntegrityError | None:
     broken, sound = found["broken_tasks"], found["sound_tasks"]
     hint = f"sound still: {', '.join(sound)}; " if sound else ""
     return IntegrityError(
-        printable(f"{value['bundle']} is damaged: bad parts ({len(found['bad'])}) break {', '.join(broken)}"),
+        printable(
+            f"{value['bundle']} is damaged: bad parts ({len(found['bad'])}) break {', '.join(broken) or 'no task'}"
+        ),
         hint=printable(f"{hint}fetch the bundle again, or merge again"),
     )
 

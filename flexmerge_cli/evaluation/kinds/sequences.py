@@ -82,15 +82,20 @@ def head_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) ->
     """Return the outputs of the head for one batch of encodings, float32 [len(rows), outputs]."""
     import torch
 
+    with torch.inference_mode():
+        found: np.ndarray = built(**padded_batch(built, tokenizer, rows)).logits.float().cpu().numpy()
+    return found
+
+
+def padded_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one batch of encodings as the model's inputs, on its device."""
+    import torch
+
     if len(rows) == 1:
         inputs = {name: torch.tensor([rows[0][name]]) for name in rows[0]}
     else:
         inputs = dict(tokenizer.pad(rows, padding=True, return_tensors="pt"))
-    with torch.inference_mode():
-        found: np.ndarray = (
-            built(**{name: value.to(built.device) for name, value in inputs.items()}).logits.float().cpu().numpy()
-        )
-    return found
+    return {name: value.to(built.device) for name, value in inputs.items()}
 
 
 def _is_decoder(built: Any) -> bool:

@@ -1,0 +1,70 @@
+"""`flexmerge route`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli import options as o
+
+
+def route(
+    bundle: o.Bundle,
+    spec: Annotated[
+        Path,
+        typer.Option("--spec", metavar="FILE", help="Spec of `eval`: examples of each task. Labels are not read."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the bundle with its router.")
+    ],
+    router: Annotated[
+        str, typer.Option("--router", metavar="linear|centroid|mlp", help="Kind of classifier.")
+    ] = "linear",
+    features: Annotated[
+        str | None,
+        typer.Option("--features", metavar="TASK", help="Task whose model gives the features; default: the first."),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option("--examples", metavar="N", min=1, help="Largest number of examples of each task.")
+    ] = 256,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of folds and of mlp.")] = 0,
+    device: o.Device = "auto",
+    offline: o.Offline = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Add a router to a bundle: it finds the task of an input whose task nobody names.
+
+    The router is a classifier on hidden states of one task's model, fitted on examples whose only label is their task.
+    The new bundle links the files of the old one where that works.
+
+    \b
+    Examples:
+    flexmerge route bundle/ --spec calib.yaml -o routed/
+    flexmerge eval routed/ --spec eval.yaml --router
+    """
+    from flexmerge_cli.bundle.apart import check_apart
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.bundle.publish import bundle_files, check_target
+    from flexmerge_cli.bundle.router import write_routed
+    from flexmerge_cli.cli.output import emit, progress
+    from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.evaluation.kinds.kind import Run
+    from flexmerge_cli.evaluation.router import RouterRequest, fit_router
+    from flexmerge_cli.evaluation.spec import read_spec
+    from flexmerge_cli.report.router import show_router
+
+    request = RouterRequest(kind=router, features=features, limit=examples, seed=seed)
+    access = o.access_of(offline=offline, quiet=quiet)
+    check_apart(output, [bundle])
+    check_target(output, force=force, ours=bundle_files)
+    with progress(quiet=quiet or as_json) as on_progress:
+        opened = locate(bundle, access, on_progress=on_progress).open()
+    asked = read_spec(spec, opened.tasks)
+    with progress(quiet=quiet or as_json, counts=True, stages=len(asked.tasks)) as on_step:
+        run = Run(device=str(choose_device(device)))
+        found, entry = fit_router(opened, asked, request, run, access=access, on_step=on_step)
+    write_routed(opened, found, entry, output, force=force)
+    value = {"bundle": str(output), "router": entry.model_dump(mode="json")}
+    emit(value, as_json=as_json, quiet=quiet, show=show_router, written=[output])
