@@ -10,23 +10,16 @@ from flexmerge_cli.cli import options as o
 
 def route(
     bundle: o.Bundle,
-    spec: Annotated[
-        Path,
-        typer.Option("--spec", metavar="FILE", help="Spec of `eval`: examples of each task. Labels are not read."),
-    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the bundle with its router.")
     ],
-    router: Annotated[
-        str, typer.Option("--router", metavar="linear|centroid|mlp", help="Kind of classifier.")
-    ] = "linear",
+    spec: o.Spec = None,
+    kind: Annotated[str, typer.Option("--kind", metavar="linear|centroid|mlp", help="Kind of classifier.")] = "linear",
     features: Annotated[
         str | None,
         typer.Option("--features", metavar="TASK", help="Task whose model gives the features; default: the first."),
     ] = None,
-    examples: Annotated[
-        int, typer.Option("--examples", metavar="N", min=1, help="Largest number of examples of each task.")
-    ] = 256,
+    examples: o.Examples = 256,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of folds and of mlp.")] = 0,
     device: o.Device = "auto",
     offline: o.Offline = False,
@@ -50,12 +43,15 @@ def route(
     from flexmerge_cli.bundle.router import write_routed
     from flexmerge_cli.cli.output import emit, progress
     from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.kinds.kind import Run
     from flexmerge_cli.evaluation.router import RouterRequest, fit_router
     from flexmerge_cli.evaluation.spec import read_spec
     from flexmerge_cli.report.router import show_router
 
-    request = RouterRequest(kind=router, features=features, limit=examples, seed=seed)
+    if spec is None:
+        raise UsageError("no --spec: examples of each task", hint="flexmerge route bundle/ --spec eval.yaml -o routed/")
+    request = RouterRequest(kind=kind, features=features, limit=examples, seed=seed)
     access = o.access_of(offline=offline, quiet=quiet)
     check_apart(output, [bundle])
     check_target(output, force=force, ours=bundle_files)

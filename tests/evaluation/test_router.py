@@ -82,7 +82,7 @@ def test_the_router_is_part_of_the_bundle(place):
 
 def test_the_same_request_gives_the_same_bytes_and_a_router_is_replaced(place, tmp_path):
     for name in ("one", "two"):
-        succeeds("route", place / "routed", "--spec", place / "eval.yaml", "-o", tmp_path / name, "--router", "mlp")
+        succeeds("route", place / "routed", "--spec", place / "eval.yaml", "-o", tmp_path / name, "--kind", "mlp")
     manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("one", "two")]
     assert manifests[0] == manifests[1]
     again = succeeds("route", tmp_path / "one", "--spec", place / "eval.yaml", "-o", tmp_path / "again", "--json").json
@@ -145,7 +145,7 @@ def test_images_are_routed(tmp_path):
     (tmp_path / "eval.yaml").write_text(json.dumps({"version": 1, "tasks": tasks}))
     succeeds("plan", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", "--method", "auto", "--size", "0.75x", "-o", tmp_path / "bundle")
-    arguments = ("--spec", tmp_path / "eval.yaml", "--router", "centroid", "-o", tmp_path / "routed")
+    arguments = ("--spec", tmp_path / "eval.yaml", "--kind", "centroid", "-o", tmp_path / "routed")
     assert succeeds("route", tmp_path / "bundle", *arguments, "--json").json["router"]["accuracy"] > 0.98
     bundle = open_bundle(tmp_path / "routed")
     for weights in ("dense", "packed"):
@@ -195,7 +195,7 @@ def test_bad_input_is_refused_by_name(place, tmp_path):
 
     one = {name: spec["tasks"][name] for name in list(WORDS)[:1]}
     refused(2, tasks=one, says="at least two tasks")
-    refused(2, "--router", "forest", says=("forest", "linear, centroid, mlp"))
+    refused(2, "--kind", "forest", says=("forest", "linear, centroid, mlp"))
     refused(2, "--features", "other", says=("other", "colours"))
     refused(2, "--examples", 3, says="too few")
     few = spec["tasks"] | {"words": spec["tasks"]["words"] | {"limit": 4}}
