@@ -43,6 +43,10 @@ def resampled_values(scored: Scored, seed: int = 0) -> np.ndarray:
         return np.array([outcomes[chosen].mean() for chosen in rows])
     if scored.metric in ON_COUNTS:
         return ON_COUNTS[scored.metric](counts_RCC(scored.predictions, scored.labels, rows))
+    sums = METRICS[scored.metric].sums
+    if sums is not None:
+        statistics = sums.statistics(scored.predictions, scored.labels)
+        return np.array([sums.value(statistics[chosen].sum(0)) for chosen in rows])
     measure = METRICS[scored.metric].value
     return np.array([measure(scored.predictions[chosen], scored.labels[chosen]) for chosen in rows])
 

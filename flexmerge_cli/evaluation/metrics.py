@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from flexmerge_cli.evaluation import generation
 
 Measure = Callable[[np.ndarray, np.ndarray], float]
 Outcomes = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -29,6 +32,8 @@ class Takes(StrEnum):
     """float [n], NaN if the output is not a number. Labels: float [n]."""
     TEXTS = "texts"
     """str [n]. Labels: str [n]."""
+    GENERATED = "generated"
+    """str [n], as generated. Labels: str [n], several references of one text on a line each."""
     LIKELIHOODS = "likelihoods"
     """float [n]: the sum of log likelihoods of an example's tokens. Labels: int [n], the number of tokens."""
 
@@ -46,6 +51,20 @@ class Metric:
     percent: bool = True
     """Whether it is shown in percent: proportions and correlations."""
     only_two_classes: bool = False
+    sums: "Sums | None" = None
+    """What the value of a corpus is computed from, if it is not a mean."""
+    needs: tuple[str, ...] = ()
+    """Modules of the `generation` extra."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """A value that depends on sums over the examples."""
+
+    statistics: Outcomes
+    """Computes what is summed, [n, S]."""
+    value: Callable[[np.ndarray], float]
+    """Computes the value from the sums, [S]."""
 
 
 def _sklearn(name: str, **options: Any) -> Measure:
@@ -179,7 +198,22 @@ def _all() -> list[Metric]:
             percent=False,
         ),
         *map(_recall_at, (1, 5, 10)),
+        _of_sums("bleu", Sums(generation.bleu_statistics, generation.bleu), Takes.GENERATED, "sacrebleu"),
+        *(_of_texts(kind, partial(generation.rouge, kind), "rouge_score") for kind in ("rouge1", "rouge2", "rougeL")),
+        _of_texts("meteor", generation.meteor, "nltk"),
+        _of_texts("cider", generation.cider, "pycocoevalcap"),
     ]
+
+
+def _of_sums(name: str, sums: Sums, takes: Takes, *needs: str) -> Metric:
+    def value(predictions: np.ndarray, labels: np.ndarray) -> float:
+        return sums.value(sums.statistics(predictions, labels).sum(0))
+
+    return Metric(name=name, takes=takes, value=value, sums=sums, needs=needs)
+
+
+def _of_texts(name: str, outcomes: Outcomes, *needs: str) -> Metric:
+    return Metric(name=name, takes=Takes.GENERATED, value=_mean_of(outcomes), outcomes=outcomes, needs=needs)
 
 
 METRICS: dict[str, Metric] = _Metrics({metric.name: metric for metric in _all()})

@@ -92,7 +92,9 @@ def test_word_f1_counts_words():
 @pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.outcomes is not None])
 def test_outcomes_average_to_the_value(name):
     takes = METRICS[name].takes
-    predictions = {"classes": PREDICTED, "scores": rng.normal(size=(60, 3)), "texts": PREDICTED.astype(str)}[takes]
+    texts = PREDICTED.astype(str)
+    forms = {"classes": PREDICTED, "scores": rng.normal(size=(60, 3)), "texts": texts, "generated": texts}
+    predictions = forms[takes]
     labels = predictions[::-1] if name in ("agreement", "kl_divergence") else LABELS.astype(predictions.dtype)
     labels = LABELS if takes == "scores" and name.startswith("recall") else labels
     assert METRICS[name].outcomes(predictions, labels).mean() == pytest.approx(value(name, predictions, labels))
@@ -106,7 +108,7 @@ def test_normalised_is_one_for_an_equal_and_below_for_a_worse_model():
 
 
 def test_a_metric_that_is_none_is_a_key_error():
-    for name in ("recall@0", "recall@x", "bleu"):
+    for name in ("recall@0", "recall@x", "blue"):
         with pytest.raises(KeyError):
             METRICS[name]
 

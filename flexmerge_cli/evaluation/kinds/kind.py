@@ -7,6 +7,8 @@ from typing import Any
 
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.generation import EXTRA
+from flexmerge_cli.evaluation.loading import require
 from flexmerge_cli.evaluation.metrics import METRICS
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
@@ -112,6 +114,8 @@ def chosen_metrics(
             raise place.error(
                 "metric", f"`{name}` requires two classes, but the model has {num_classes}", hint=f"{name}_macro"
             )
+        if name in METRICS:
+            require(*METRICS[name].needs, extra=EXTRA)
     if len(set(names)) < len(names):
         raise place.error("metric", "a metric occurs twice", hint="remove one")
     if AGREEMENT in names and len(names) > 1:

@@ -18,7 +18,14 @@ from flexmerge_cli.evaluation.metrics import METRICS, Takes
 from flexmerge_cli.evaluation.scored import Given, Scored
 from flexmerge_cli.record import Record
 
-KINDS = {Takes.CLASSES: "iub", Takes.NUMBERS: "iuf", Takes.SCORES: "iuf", Takes.LIKELIHOODS: "iuf", Takes.TEXTS: "U"}
+KINDS = {
+    Takes.CLASSES: "iub",
+    Takes.NUMBERS: "iuf",
+    Takes.SCORES: "iuf",
+    Takes.LIKELIHOODS: "iuf",
+    Takes.TEXTS: "U",
+    Takes.GENERATED: "U",
+}
 
 
 class Answer(Record):

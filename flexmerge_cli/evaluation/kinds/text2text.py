@@ -7,7 +7,8 @@ scoring    generate (default): the greedy output is compared; rank: the most lik
            `choices` is the output, as in T0
 normalise  likelihoods by `none` (default, as for T0), `tokens` or `characters`
 max_length, max_new_tokens   of input and output
-Texts are compared stripped and in lower case. For correlations, outputs are parsed as numbers; an output that is not a
+Texts are compared stripped and in lower case, but as they are by the metrics of generation (evaluation/generation.py),
+for which a target may be a list of texts. For correlations, outputs are parsed as numbers; an output that is not a
 number counts as no correlation. An output that is not a label is a miss. Both are reported.
 """
 
@@ -36,6 +37,7 @@ TARGET = ("target", "targets", "label", "output", "answer", "labels")
 OF_TEXTS = ("exact_match", "word_f1")
 OF_CLASSES = ("accuracy", "balanced_accuracy", "f1", "f1_macro", "matthews")
 OF_NUMBERS = ("spearman", "pearson")
+OF_GENERATED = ("bleu", "rouge1", "rouge2", "rougeL", "meteor", "cider")
 
 
 class Columns(Record):
@@ -95,12 +97,13 @@ def score(model: TaskModel, task: Text2Text, examples: Examples, run: Run) -> Se
 
 def _metrics(task: Text2Text, place: Place) -> tuple[str, ...]:
     first = OF_CLASSES if task.labels is not None else OF_TEXTS
-    rest = [name for name in (*OF_TEXTS, *OF_NUMBERS) if name not in first]
+    rest = [name for name in (*OF_TEXTS, *OF_NUMBERS, *OF_GENERATED) if name not in first]
     metrics = chosen_metrics(
         task, place, (*first, *rest, AGREEMENT), num_classes=len(task.labels) if task.labels is not None else None
     )
-    if task.scoring == "rank" and any(name in OF_NUMBERS for name in metrics):
-        raise place.error("metric", "correlations need generated numbers", hint="scoring: generate")
+    generated = [name for name in metrics if name in (*OF_NUMBERS, *OF_GENERATED)]
+    if task.scoring == "rank" and generated:
+        raise place.error("metric", f"`{generated[0]}` needs generated texts", hint="scoring: generate")
     return metrics
 
 
@@ -144,9 +147,12 @@ def _ranked(task: Text2Text, table: Table, place: Place) -> list[list[str]]:
 def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]) -> dict[Takes, np.ndarray]:
     """Return the targets that outputs are compared with, keyed by what the metrics take."""
     found: dict[Takes, np.ndarray] = {}
+    column = table.columns.get("target", ())
     for takes in {METRICS[name].takes for name in metrics if name != AGREEMENT}:
         if takes is Takes.NUMBERS:
             found[takes] = table.numbers("target", place)
+        elif takes is Takes.GENERATED:
+            found[takes] = np.array([_references(value, table, row, place) for row, value in enumerate(column)])
         elif takes is Takes.CLASSES:
             found[takes] = np.array([_class_of(task, table, index, place) for index in range(len(table))])
         elif task.labels is not None:
@@ -155,6 +161,18 @@ def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]
         else:
             found[takes] = np.array([comparable(str(value)) for value in table.columns["target"]])
     return found
+
+
+def _references(value: Any, table: Table, row: int, place: Place) -> str:
+    """Return the texts that a target means, a line each. Raises UsageError."""
+    texts = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise place.error(
+            "columns.target",
+            f"{table.row(row)} has no reference: {str(value)[:60]!r}",
+            hint="a text, or a list of texts",
+        )
+    return "\n".join(" ".join(text.split()) for text in texts)
 
 
 def _class_of(task: Text2Text, table: Table, index: int, place: Place) -> int:
@@ -226,6 +244,8 @@ def _scored(name: str, outputs: Sequence[str], targets: np.ndarray, task: Text2T
     elif takes is Takes.CLASSES:
         predictions = np.array([_meant(text, task.label_texts) for text in texts])
         wrong, what = int((predictions < 0).sum()), "are none of the labels"
+    elif takes is Takes.GENERATED:
+        predictions, wrong, what = np.array([" ".join(text.split()) for text in outputs]), 0, ""
     else:
         predictions, wrong, what = np.array(texts), 0, ""
     notes = (f"{wrong} of {len(texts)} outputs {what}",) if wrong else ()
@@ -244,7 +264,7 @@ def _number(text: str) -> float:
 KIND = Kind(
     name="text2text",
     schema=Text2Text,
-    metrics=(*OF_TEXTS, *OF_CLASSES, *OF_NUMBERS, AGREEMENT),
+    metrics=(*OF_TEXTS, *OF_CLASSES, *OF_NUMBERS, *OF_GENERATED, AGREEMENT),
     prepare=prepare,
     score=score,
     batch_size=16,
