@@ -1,11 +1,14 @@
 """FR-Merging: the weighted sum of the tasks' matrices without their lowest frequencies."""
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix, is_other, of_matrices
 from flexmerge_cli.methods.method import Range, StatisticScope, Where, method
@@ -16,6 +19,9 @@ from flexmerge_cli.methods.sums import Sums
 Variant = Literal["paper", "code"]
 Coef = Literal["eq3", "align", "uniform"]
 Cutoff = Annotated[float, Range(least=0, below=1.5)]
+Band = Literal["low", "high"] | str
+BAND = re.compile(r"(\d+\.\d+|\.\d+|\d+):(\d+\.\d+|\.\d+|\d+)")
+HALF = 0.5  # the cutoff of the bands low and high
 
 
 # The filter leaves only rounding noise of a constant matrix, about 1e-16 of it, which counts as nothing.
@@ -41,25 +47,54 @@ def magnitude_sums(scope: StatisticScope) -> Sums:
     return Sums(scope=scope, terms=terms, then=Magnitudes)
 
 
-def pass_mask(height: int, width: int, variant: Variant, cutoff: float | None = None) -> Tensor:
+def edges(band: str, cutoff: float | None) -> tuple[float, float]:
+    """Return the band [low, high) of frequencies that pass; 1 is the highest along the shorter side.
+
+    Raises UsageError.
+    """
+    if band in ("low", "high"):
+        edge = HALF if cutoff is None else cutoff
+        return (0.0, edge) if band == "low" else (edge, math.inf)
+    match = BAND.fullmatch(band)
+    low, high = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if not low < high:
+        raise UsageError(f"band={band} is not a band", hint="low, high or LOW:HIGH, such as 0.25:0.5")
+    if cutoff is not None:
+        raise UsageError(f"band={band} has both its ends, and cutoff={cutoff} is another", hint="leave out cutoff")
+    return low, high
+
+
+def check_band(*, band: str | None, cutoff: float | None, **_: object) -> None:
+    """Raise UsageError for a band that is none."""
+    if band is not None:
+        edges(band, cutoff)
+
+
+def pass_mask(
+    height: int, width: int, variant: Variant, cutoff: float | None = None, band: str | None = None
+) -> Tensor:
     """Return the factor of each bin of an unshifted two-dimensional DFT: 0 or 1, with variant=code also 2. [H, W].
+
+    With a band, only its frequencies pass, whatever the variant: those at distance r·min(H, W)/2 from frequency 0.
 
     paper: bins at cutoff·min(H, W)/2 and more from frequency 0 pass (cutoff 0.016). code: those within min(H, W)//10 of
     the Nyquist bin, plus those from there to cutoff·min(H, W) (cutoff 0.7). On squares both remove about the same
     corner; on 3072 × 768 the code's rule removes two thirds of the spectrum.
     """
     rows, columns = (torch.arange(size, dtype=torch.float64) for size in (height, width))
-    if variant == "paper":
+    if variant == "paper" or band is not None:
         rows = torch.where(2 * rows < height, rows, rows - height)
         columns = torch.where(2 * columns < width, columns, columns - width)
         distance = (rows.square()[:, None] + columns.square()).sqrt()
-        return (distance >= (0.016 if cutoff is None else cutoff) * min(height, width) / 2).double()
+        low, high = (0.016 if cutoff is None else cutoff, math.inf) if band is None else edges(band, cutoff)
+        unit = min(height, width) / 2
+        return ((distance >= low * unit) & (distance < high * unit)).double()
     distance = ((rows - height // 2).square()[:, None] + (columns - width // 2).square()).sqrt()
-    low, high = min(height, width) // 10, (0.7 if cutoff is None else cutoff) * min(height, width)
-    return (distance <= low).double() + ((distance >= low) & (distance <= high)).double()
+    near, far = min(height, width) // 10, (0.7 if cutoff is None else cutoff) * min(height, width)
+    return (distance <= near).double() + ((distance >= near) & (distance <= far)).double()
 
 
-def filtered(matrices: Tensor, variant: Variant, cutoff: float | None = None) -> Tensor:
+def filtered(matrices: Tensor, variant: Variant, cutoff: float | None = None, band: str | None = None) -> Tensor:
     """Multiply the spectrum of each matrix by the mask and take the real part, G. [k, m, n] -> the same, float64.
 
     It filters one matrix at a time: a spectrum takes sixteen bytes per element, several times.
@@ -67,19 +102,27 @@ def filtered(matrices: Tensor, variant: Variant, cutoff: float | None = None) ->
     out = torch.empty(matrices.shape, dtype=torch.float64, device=matrices.device)
     if matrices.numel() == 0:
         return out
-    mask = pass_mask(matrices.shape[-2], matrices.shape[-1], variant, cutoff).to(matrices.device)
+    mask = pass_mask(matrices.shape[-2], matrices.shape[-1], variant, cutoff, band).to(matrices.device)
     for matrix, into in zip(matrices, out):
         into.copy_(torch.fft.ifft2(torch.fft.fft2(matrix.double()).mul_(mask)).real)
     return out
 
 
-@step(name="fr", paper="Zheng & Wang 2025", scope="tensor", elementwise=is_other, workspace=of_matrices(1.5, 6))
+@step(
+    name="fr",
+    paper="Zheng & Wang 2025",
+    scope="tensor",
+    elementwise=is_other,
+    check=check_band,
+    workspace=of_matrices(1.5, 6),
+)
 def fr_step(
     deltas: Tensor,
     where: Where,
     *,
     variant: Variant = "code",
     cutoff: Cutoff | None = None,
+    band: Band | None = None,
     matrices: Matrices = "linear",
 ) -> Tensor:
     """Remove frequencies from every task's matrices, before any method. [M, *shape] -> [M, *shape].
@@ -90,7 +133,7 @@ def fr_step(
     """
     if not is_matrix(where.tensor, where.shape, matrices):
         return deltas
-    return filtered(deltas.flatten(2), variant, cutoff).view(deltas.shape)
+    return filtered(deltas.flatten(2), variant, cutoff, band).view(deltas.shape)
 
 
 def _coef(variant: Variant, coef: Coef | None) -> Coef:
@@ -121,6 +164,7 @@ def _aligned(vectors: Tensor, unfiltered: Tensor) -> list[float]:
     scope="tensor",
     elementwise=_elementwise,
     statistics=_statistics,
+    check=check_band,
     when="the backbone of free; as a step before another method it is often better",
     workspace=of_matrices(1.5, 4.5, others=16),
 )
@@ -131,6 +175,7 @@ def fr(
     *,
     variant: Variant = "code",
     cutoff: Cutoff | None = None,
+    band: Band | None = None,
     coef: Coef | None = None,
     scope: Literal["block", "tensor", "model"] = "block",
     others: Literal["coef", "mean", "base"] | None = None,
@@ -141,6 +186,8 @@ def fr(
 
     variant: code is the authors' release, paper their text, whose filter removes next to nothing. cutoff: 0.016 for
     paper, 0.7 for code; see pass_mask for its effect.
+    band: the frequencies that pass instead, for experiments: low or high, below cutoff (0.5) or from there on, or
+    LOW:HIGH; 1 is the highest along the shorter side.
     coef: eq3 (default of paper), λ_i the share of task i in the mean magnitudes over `scope`, which sums to 1; align
     (default of code), λ_i = max E/E_i of the filtered tensor, so that small tasks grow; uniform, 1/k.
     scale: 0.7 with align, else 1. others: for tensors that are not matrices, coef (default of paper) applies everything
@@ -156,7 +203,7 @@ def fr(
         scale = 0.7 if coef == "align" else 1.0
     vectors = deltas
     if is_matrix(where.tensor, where.shape, matrices):
-        vectors = filtered(deltas.flatten(2), variant, cutoff).view(deltas.shape)
+        vectors = filtered(deltas.flatten(2), variant, cutoff, band).view(deltas.shape)
     elif others != "coef":
         mean = mean_tasks(deltas)
         return mean if others == "mean" else torch.zeros_like(mean)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.aswudi import rank
 from flexmerge_cli.methods.fr import filtered, pass_mask
 from flexmerge_cli.methods.iso import ranks
@@ -141,6 +142,36 @@ def test_filter_takes_out_the_mean_and_nothing_at_cutoff_0():
     matrices = random(2, 6, 10)
     assert filtered(matrices, "paper").mean(dim=(1, 2)).abs().max() < 1e-15
     assert torch.allclose(filtered(matrices, "paper", 0.0), matrices, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (9, 4), (1, 5)])
+def test_bands_add_up_to_the_matrix_and_hold_their_frequencies(shape):
+    matrices = random(2, *shape)
+    low, high = (filtered(matrices, "code", 0.4, band) for band in ("low", "high"))
+    assert torch.allclose(low + high, matrices, atol=1e-14)
+    assert torch.allclose(filtered(matrices, "code", None, "0.0:0.4"), low, atol=1e-14)
+    parts = [filtered(matrices, "code", None, band) for band in ("0.0:0.5", "0.5:1.0", "1.0:99.0")]
+    assert torch.allclose(sum(parts), matrices, atol=1e-14)
+
+
+def test_a_wave_passes_the_band_of_its_frequency_alone():
+    wave = torch.cos(2 * torch.pi * 3 / 16 * torch.arange(16, dtype=torch.float64)).expand(1, 16, 16)  # 3 of 8
+    for band, passes in (("0.3:0.38", True), ("0.0:0.37", False), ("0.376:1.5", False), ("low", True), ("high", False)):
+        assert torch.allclose(filtered(wave, "paper", None, band), wave * passes, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0.5:0.25", "not a band"),
+        ("middle", "not a band"),
+        ("0.1:0.2,cutoff=0.5", "has both its ends"),
+        ("x:y", "not a"),
+    ],
+)
+def test_a_band_that_is_none_is_refused(text, says):
+    with pytest.raises(UsageError, match=says):
+        parse_call(f"fr:band={text}")
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
