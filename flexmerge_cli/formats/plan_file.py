@@ -199,13 +199,17 @@ class Plan(Record):
         """Return the Gram matrix of a tensor, [M, M] float64."""
         return np.array(tensor.gram, np.float64)
 
-    def task_energy(self) -> np.ndarray:
-        """Return ‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
-        total = np.zeros(len(self.tasks))
+    def whole_gram(self) -> np.ndarray:
+        """Return ⟨τ_j, τ_k⟩ over the mergeable tensors, [M, M] float64, summed in the plan's order."""
+        total = np.zeros((len(self.tasks), len(self.tasks)))
         for tensor in self.tensors:
             if tensor.class_ is TensorClass.MERGEABLE:
-                total += np.diag(self.gram(tensor))
+                total += self.gram(tensor)
         return total
+
+    def task_energy(self) -> np.ndarray:
+        """Return ‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
+        return np.diag(self.whole_gram()).copy()
 
     def _by_name(self) -> dict[str, PlanTensor]:
         found: dict[str, PlanTensor] | None = self.__dict__.get("_index")

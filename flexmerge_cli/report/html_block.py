@@ -96,18 +96,21 @@ def _tree(facts: PlanFacts, merges: Sequence[tuple[int, Merge]], leaves: Sequenc
 
 
 def _heat(facts: PlanFacts, index: int, leaves: Sequence[int]) -> str:
-    names, scale = facts.plan.task_names, facts.scale
-    matrix = facts.similarity[index][np.ix_(leaves, leaves)]
+    return f"<div><h4>Similarity</h4>{heat_of_tasks(facts, facts.similarity[index], leaves, facts.scale)}</div>"
+
+
+def heat_of_tasks(facts: PlanFacts, values: np.ndarray, leaves: Sequence[int], scale: Scale) -> str:
+    """Make the heat map of a number for every two tasks, [M, M], with the tasks in the order of leaves."""
+    names, matrix = facts.plan.task_names, values[np.ix_(leaves, leaves)]
     if len(leaves) > NUMBERED_TASKS:
         rows = [
             Tick(place=1 - (row + 0.5) / len(leaves), label=name(names[task], TASK_CHARACTERS))
             for row, task in enumerate(leaves)
         ]
-        says = "similarity of every two tasks"
+        says = "a number for every two tasks"
         height = f"{NARROW_ROW_REM * len(leaves):g}rem"
         image = heat_picture(matrix, scale, says)
-        picture = chart("", says=says, height=height, left=rows, over=image, kind="tasks dense")
-        return f"<div><h4>Similarity</h4>{picture}</div>"
+        return chart("", says=says, height=height, left=rows, over=image, kind="tasks dense")
     head = "".join(f'<th scope=col title="{text(names[task])}">{task + 1}</th>' for task in leaves)
     body = "".join(
         f"<tr><th scope=row>{task + 1} {name(names[task], TASK_CHARACTERS)}</th>"
@@ -116,8 +119,8 @@ def _heat(facts: PlanFacts, index: int, leaves: Sequence[int]) -> str:
         for task, row in zip(leaves, matrix)
     )
     return (
-        f"<div><h4>Similarity</h4><div class=scroll><table class=cells><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div></div>"
+        f"<div class=scroll><table class=cells><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.html import legend, name, page, section, table, text, today
-from flexmerge_cli.report.html_block import heat_picture, one_block
+from flexmerge_cli.report.html_block import heat_of_tasks, heat_picture, one_block
 from flexmerge_cli.report.html_chart import Tick, band, chart, dots, fraction, line, nice_ticks
 from flexmerge_cli.report.inspect_heat import Scale
-from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.inspect_plan import PlanFacts, cosine_scale
 from flexmerge_cli.report.options import DISTANCE_NOTE, KEPT_NOTE, OPTION_HEADS, option_remarks, shown_options
 from flexmerge_cli.report.text import human_bytes, tail
 
@@ -35,9 +35,17 @@ def plan_page(facts: PlanFacts) -> str:
         ]
     )
     sections = [_options(facts), _tasks(facts)]
+    if len(facts.cosine) > 1:
+        sections.insert(1, _task_vectors(facts))
     if plan.order:
         sections[1:1] = [_size(facts), _tiles(facts), _one(facts), _depth(facts)]
     return page(f"{facts.path.name}: a plan of {len(plan.tasks)} tasks", subtitle, sections)
+
+
+def _task_vectors(facts: PlanFacts) -> str:
+    heat = heat_of_tasks(facts, facts.cosine, range(len(facts.cosine)), cosine_scale(facts.cosine))
+    note = "The cosine of every two task vectors, over all tensors that merge."
+    return section("Task vectors", heat, note=note)
 
 
 def _options(facts: PlanFacts) -> str:

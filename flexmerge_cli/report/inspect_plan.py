@@ -40,6 +40,8 @@ class PlanFacts:
     """The places of each block's merges in the order, from 1: `--merges N` makes all up to N."""
     block: int | None
     """The requested block."""
+    cosine: np.ndarray
+    """Cosines of whole task vectors, [M, M] float64; NaN for a task that is the base."""
     options: dict[str, Any]
     """The ways to store the family, as `options_value` gives them."""
 
@@ -84,8 +86,23 @@ def plan_facts(path: Path, block: str | None = None) -> PlanFacts:
         merges=merges,
         positions=tuple(map(tuple, positions)),
         block=chosen,
+        cosine=cosines(plan.whole_gram()),
         options=options_value(plan, str(path)),
     )
+
+
+def cosines(gram: np.ndarray) -> np.ndarray:
+    """Return the cosines of vectors, [M, M] in [-1, 1], from their Gram matrix; NaN for a vector of zeros."""
+    norms = np.sqrt(np.diag(gram))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: np.ndarray = np.clip(gram / np.outer(norms, norms), -1.0, 1.0)
+    found[np.diag_indices(len(gram))] = np.where(norms > 0, 1.0, np.nan)
+    return found
+
+
+def cosine_scale(cosine: np.ndarray) -> Scale:
+    """Return the range of the cosines of different tasks."""
+    return Scale.over(cosine[~np.eye(len(cosine), dtype=bool)])
 
 
 def plan_value(facts: PlanFacts) -> dict[str, Any]:
@@ -103,6 +120,10 @@ def plan_value(facts: PlanFacts) -> dict[str, Any]:
         "one_model_bytes": plan.one_model_bytes,
         "classes": classes(plan),
         "vocabularies": vocabularies(plan),
+        "task_vectors": {
+            "norms": np.sqrt(plan.task_energy()).tolist(),
+            "cosine": [[None if np.isnan(value) else float(value) for value in row] for row in facts.cosine],
+        },
         "merges": len(plan.order),
         "near_ties": plan.near_ties,
         "sizes": [_size(facts, name, merges) for name, merges in curve.named],

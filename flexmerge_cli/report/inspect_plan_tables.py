@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.report import inspect_draw as draw
-from flexmerge_cli.report.inspect_plan import PlanFacts
+from flexmerge_cli.report.inspect_plan import PlanFacts, cosine_scale
 from flexmerge_cli.report.options import show_options, show_sizes
 from flexmerge_cli.report.plan import adapter_words, show_low_rank
 from flexmerge_cli.report.table import line_columns, say, table
@@ -34,6 +34,9 @@ def show_plan(facts: PlanFacts, value: dict[str, Any], *, every: bool) -> None:
     counted = [(kind, found["tensors"], f"{found['bytes']:,}") for kind, found in value["classes"].items()]
     table(["class", "tensors", "bytes"], [row for row in counted if row[1]])
     show_vocabularies(value["vocabularies"])
+    if len(value["tasks"]) > 1 and len(facts.cosine) > 1:
+        print("cosine of every two task vectors, over all tensors that merge")
+        draw.heat_map(facts.cosine, facts.plan.task_names, cosine_scale(facts.cosine))
     if value["merges"]:
         _show_sizes(value)
     else:

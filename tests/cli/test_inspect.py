@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from flexmerge_cli.bundle.manifest_file import read_manifest
+from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.cli.app import run
+from flexmerge_cli.evaluation.models import StoredWeights
 from flexmerge_cli.formats.plan_file import save_plan
 from flexmerge_cli.planning.make import load_plan
+from flexmerge_cli.report.inspect_plan import cosines
 from flexmerge_cli.report.plan import size_rows
 from tests.program import stored_sizes
 from tests.report.examples import GOLDEN, bundle_path, copy_of, plan_path
@@ -82,6 +86,26 @@ def test_a_plan_tells_the_sizes_that_plan_tells(capsys: pytest.CaptureFixture[st
     assert sorted(place for block in value["blocks"] for place in block["merges"]) == list(
         range(1, len(plan.order) + 1)
     )
+
+
+def test_a_plan_tells_the_cosines_of_whole_task_vectors(capsys: pytest.CaptureFixture[str]) -> None:
+    value, plan = inspect(plan_path(), capsys), load_plan(plan_path())
+    models = [open_checkpoint(str(source)) for source in (GOLDEN / "base", *sorted((GOLDEN / "tasks").iterdir()))]
+    base, *tasks = (
+        [StoredWeights(model.tensors)[tensor.name].double().flatten() for tensor in plan.tensors if tensor.gram]
+        for model in models
+    )
+    vectors = [torch.cat([own - of for own, of in zip(task, base, strict=True)]).numpy() for task in tasks]
+    norms = [np.linalg.norm(vector) for vector in vectors]
+    assert value["task_vectors"]["norms"] == pytest.approx(norms, rel=1e-6)
+    wanted = np.array([[left @ right for right in vectors] for left in vectors]) / np.outer(norms, norms)
+    assert np.allclose(value["task_vectors"]["cosine"], wanted, atol=1e-6)
+
+
+def test_a_task_that_is_the_base_has_no_cosine() -> None:
+    found = cosines(np.array([[4.0, 0.0, -2.0], [0.0, 0.0, 0.0], [-2.0, 0.0, 1.0]]))
+    assert np.array_equal(found[[0, 0, 2], [0, 2, 2]], [1.0, -1.0, 1.0])
+    assert np.isnan(found[1]).all() and np.isnan(found[:, 1]).all()
 
 
 def test_a_block_is_a_heat_map_that_needs_no_colour(

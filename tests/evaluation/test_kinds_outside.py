@@ -104,7 +104,7 @@ def test_what_a_command_gets_loads_in_transformers_with_the_same_logits(model, t
         ("print('[1, 2]')", "is not a score"),
         ("print('{\"value\": NaN}')", "value"),
         ('print(\'{"predictions": [1], "labels": [1, 2], "metric": "accuracy"}\')', "of the same length"),
-        ('print(\'{"predictions": [1], "labels": [1], "metric": "bleu"}\')', "not a metric of flexmerge"),
+        ('print(\'{"predictions": [1], "labels": [1], "metric": "blue"}\')', "not a metric of flexmerge"),
     ],
 )
 def test_a_command_that_fails_or_prints_no_score_is_told(model, tmp_path, code, said):
