@@ -190,29 +190,49 @@ class _Search:
                     self._take_digests(name, part.readers)
 
     def groups(self) -> None:
-        """Groups whose values were computed."""
+        """Find groups whose values were computed."""
         old_units = {unit.name: unit for unit in self.bundle.manifest.units}
         copies, gone = set(self.found.places), set[Part]()
+        # Errors are summed in runs, whose length is that of the widest scope in a tensor, be it another group's. Only
+        # where copies lose something, too, can a tensor's groups differ in scope: there all stay, or none.
+        together = self.cast is not None and bool(self.layout.allocation.methods)
         for unit in self.layout.allocation.units:
             old = old_units.get(unit.name)
             of_old = {group.tasks: group for group in old.groups} if old and old.tensors == unit.tensors else {}
-            for group in unit.groups:
-                new = group_entry(self.plan, unit, group, self.layout.storages, self.cast, Measured())
-                if "errors" not in new:
-                    continue  # exact copies
-                entry, parts = of_old.get(tuple(new["tasks"])), self._parts_of(unit, group)
-                is_same = entry is not None and self._is_same_group(unit, group, new, entry)
-                places = {part: self.found.places.get(part) or self._on_route(part) for part in parts}
-                if is_same and entry is not None and entry.errors is not None and all(places.values()):
-                    self.found.places |= {part: place for part, place in places.items() if place is not None}
-                    self.found.errors[unit.name, group.tasks] = dict(zip(group.tasks, unpacked_errors(entry.errors)))
-                    for name in unit.tensors:
-                        self._take_digests(name, group.tasks)
-                else:
+            wanted = [(group, self._entry(unit, group)) for group in unit.groups]
+            computed = [(group, new) for group, new in wanted if "errors" in new]  # the others are exact copies
+            kept = {
+                group.tasks: places
+                for group, new in computed
+                if (places := self._places(unit, group, new, of_old.get(tuple(new["tasks"])))) is not None
+            }
+            if together and (len(kept) < len(computed) or len(of_old) != len(unit.groups)):
+                kept = {}
+            for group, new in computed:
+                if group.tasks not in kept:
                     self.found.computed.add((unit.name, group.tasks))
-                    gone.update(part for part in parts if part not in copies)
+                    gone.update(part for part in self._parts_of(unit, group) if part not in copies)
+                    continue
+                self.found.places |= kept[group.tasks]
+                errors = unpacked_errors(str(of_old[tuple(new["tasks"])].errors))
+                self.found.errors[unit.name, group.tasks] = dict(zip(group.tasks, errors))
+                for name in unit.tensors:
+                    self._take_digests(name, group.tasks)
         for part in gone:  # a cast copy that a group which stays reads, too
             self.found.places.pop(part, None)
+
+    def _entry(self, unit: Unit, group: Group) -> dict[str, Any]:
+        return group_entry(self.plan, unit, group, self.layout.storages, self.cast, Measured())
+
+    def _places(
+        self, unit: Unit, group: Group, new: Mapping[str, Any], old: GroupEntry | None
+    ) -> dict[Part, StoredTensor] | None:
+        """Return where the parts of a group lie; None unless the group is the same in the bundle."""
+        if old is None or old.errors is None or not self._is_same_group(unit, group, new, old):
+            return None
+        found = {part: self.found.places.get(part) or self._on_route(part) for part in self._parts_of(unit, group)}
+        places = {part: place for part, place in found.items() if place is not None}
+        return places if len(places) == len(found) else None
 
     def _parts_of(self, unit: Unit, group: Group) -> list[Part]:
         stored = [each for name in unit.tensors for each in self.layout.storages[name].groups]

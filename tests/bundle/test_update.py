@@ -71,6 +71,14 @@ def test_so_it_is_of_families_with_heads_vocabularies_and_ties(name, method, tmp
         assert check_update(tmp_path, METHODS[method], tmp_path, old, new)["kept_files"] >= 0
 
 
+def test_so_it_is_where_groups_of_one_tensor_sum_their_errors_in_other_runs(tmp_path):
+    folders = write_family(tmp_path, plain(width=24))  # rows of low_bit beside cast copies
+    plans(tmp_path, folders.arguments, "task3")
+    options = ("--method", "low_bit:bits=2", "--dtype", "bf16", "--merges", "14")
+    for old, new in (("few", "all"), ("all", "few"), ("all", "all")):
+        check_update(tmp_path, options, tmp_path, old, new)
+
+
 def test_so_it_is_where_adapters_are_kept(tmp_path):
     adapters = {name: LORA(r=2, target_modules=["q_proj"]) for name in ("a", "b")}
     made = make_adapters(tmp_path / "made", "llama", adapters)
