@@ -105,6 +105,11 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
         raise UsageError(f"the plan has no task of {bundle.path}: {', '.join(manifest.tasks)}", hint=MERGE)
     if manifest.calibration is not None:
         raise UsageError(f"{bundle.path} was merged with a calibration, which `update` does not take", hint=MERGE)
+    if manifest.router is not None:
+        raise UsageError(
+            f"{bundle.path} has a router, which was fitted to its tasks",
+            hint="update the bundle that it was added to, and then use `flexmerge route`",
+        )
     if manifest.gate is not None:
         raise UsageError(f"{bundle.path} passed a gate, and `update` judges none", hint="merge its recipe again")
 

@@ -201,7 +201,9 @@ def test_what_does_not_belong_together_is_refused(grown, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_request_that_this_version_reads_otherwise_a_gate_and_a_calibration_are_refused(grown, tmp_path, monkeypatch):
+def test_a_request_that_this_version_reads_otherwise_a_gate_a_calibration_and_a_router_are_refused(
+    grown, tmp_path, monkeypatch
+):
     words = ("update", grown / "few", "--plan", grown / "all.json", "-o", tmp_path / "new")
     manifest = read_manifest(grown / "few")
     gate = {
@@ -213,7 +215,13 @@ def test_a_request_that_this_version_reads_otherwise_a_gate_and_a_calibration_ar
     }
     fields = json.loads((grown / "few/manifest.json").read_bytes()) | {"gate": gate}
     calibrated = json.loads((grown / "few/manifest.json").read_bytes()) | {"calibration": "0" * 64}
-    for other, said in ((fields, "passed a gate"), (calibrated, "with a calibration")):
+    routed = json.loads((grown / "few/manifest.json").read_bytes())
+    names = list(manifest.tasks)
+    routed["router"] = {"kind": "linear", "features": names[0], "tasks": names, "temperature": 1.0, "accuracy": 1.0}
+    routed["router"] |= {"examples": dict.fromkeys(names, 5), "data": dict.fromkeys(names, "0" * 32)}
+    routed["files"]["router/router.safetensors"] = {"bytes": 8, "sha256": "0" * 64, "tasks": []}
+    cases = ((fields, "passed a gate"), (calibrated, "with a calibration"), (routed, "has a router"))
+    for other, said in cases:
         with monkeypatch.context() as patch:
             found = type(manifest).model_validate(other)
             patch.setattr("flexmerge_cli.bundle.read.read_manifest", lambda _path, found=found: found)
