@@ -1,13 +1,14 @@
-"""`python -m tests.bench plan|merge|serve|cost|verify`: our time and peak anonymous memory beside a bare loop.
+"""`python -m tests.bench plan|merge|serve|cost|verify|calibrate`: our time and peak anonymous memory, and a bare loop.
 
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
 256 k-element chunk, two workers; `our-plan-gram` takes no more, `our-plan` what `auto` needs, too. For `merge` at 1x it
-reads the input and writes the output once. `serve` and `cost` are of bench_serve.py and bench_cost.py. For `verify`,
-export and the first use of a view (every tensor is looked up, and copied) with the comparison of digests beside
-without, of a dense and a coded bundle, also of files that are not in the page cache (`cold`). Imports are apart: each
-part runs in a process of its own and tells the time from after its imports. Files are read once before, so that all
-runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of one run.
+reads the input and writes the output once. `serve`, `cost` and `calibrate` are of bench_serve.py, bench_cost.py and
+bench_calibrate.py. For `verify`, export and the first use of a view (every tensor is looked up, and copied) with the
+comparison of digests beside without, of a dense and a coded bundle, also of files that are not in the page cache
+(`cold`). Imports are apart: each part runs in a process of its own and tells the time from after its imports. Files are
+read once before, so that all runs find them in the page cache. Numbers of shared machines are noisy: compare ratios of
+one run.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tests.bench_calibrate import bare_passes, calibrated, make_calibrated, told
 from tests.bench_cost import cost
 from tests.bench_serve import served
 
@@ -33,7 +35,7 @@ WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", *PARTS])
+    parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", "calibrate", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="of serve and cost")
@@ -44,6 +46,13 @@ def main() -> None:
     if arguments.what in ("serve", "cost"):
         measure = served if arguments.what == "serve" else cost
         for what, figure in measure(arguments.folder / "serve", arguments.device):
+            print(f"{what:50} {figure}", flush=True)
+        return
+    if arguments.what == "calibrate":
+        folder = arguments.folder / "calibrate"
+        make_calibrated(folder)
+        found = {name: run_part(name, folder) for name in ("bare-calibrate", "our-inputs", "our-fisher")}
+        for what, figure in told(found, folder):
             print(f"{what:50} {figure}", flush=True)
         return
     make_family(arguments.folder)
@@ -256,6 +265,9 @@ PARTS = {
         for bundle in ("dense", "coded")
         for verify in (False, True)
     },
+    "bare-calibrate": bare_passes,
+    "our-inputs": partial(calibrated, statistics="inputs"),
+    "our-fisher": partial(calibrated, statistics="fisher"),
 }
 
 

@@ -58,6 +58,7 @@ class Auto:
                 hint="flexmerge plan plan.json --statistics all -o with-statistics.json",
             )
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
+        self._calibration = pricer.calibrated
         self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
@@ -177,6 +178,7 @@ class Auto:
             errors=errors,
             base_is_stored=is_stored,
             copy_is_stored=tuple(is_stored and copy_is_base(tensor, task) for task in tensor.present),
+            importance=self._calibration.importance(tensor.name) if self._calibration is not None else None,
         )
 
     def _unit_by_pattern(self, block: PlanBlock, by_pattern: ByPattern) -> tuple[MethodUse | None] | None:
@@ -218,7 +220,7 @@ class Auto:
 
 def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> Auto:
     """Return the search, which each pricer makes once, because its tables take longer than any size asked of them."""
-    key = (limits, dtype, by_pattern)
+    key = (limits, dtype, by_pattern, pricer.calibrated is not None)
     if key not in pricer.searches:
         pricer.searches[key] = Auto(pricer, limits, dtype, by_pattern)
     found = pricer.searches[key]

@@ -17,6 +17,9 @@ from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
 
 # M tasks
 
+Weight = float | np.ndarray
+"""Of all tasks, or by task, [M]."""
+
 Groups = tuple[tuple[int, ...], ...]
 """A partition of the tasks, ordered by smallest task."""
 
@@ -51,6 +54,9 @@ class TensorStatistics:
     """Whether the dense base is stored anyway, for kept adapters: tasks may then read it at no cost."""
     copy_is_stored: tuple[bool, ...] = ()
     """For each task, whether that stored base is an exact copy of its tensor; empty if it is for none."""
+    importance: np.ndarray | None = None
+    """What a squared error of one element costs each task, [M] float64: the mean of its Fisher information. None if it
+    was not measured."""
 
     @property
     def matrix(self) -> Matrix:
@@ -120,7 +126,28 @@ class TensorStatistics:
         return m >= 1000 and m >= 2 * n and any("embed" in word or word in TABLE_WORDS for word in words)
 
 
-def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, float]:
+def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, Weight]:
+    """Return the weight w of each tensor's squared errors; 0 for unchanged tensors.
+
+    With the Fisher information it is by task, [M]: a task's weighted error is, to second order, the part of the base's
+    loss of predictions that it has, so that every task counts alike. Tensors of which it was not measured weigh as
+    without, times a common factor.
+    """
+    tensors = list(tensors)
+    plain = _plain_weights(tensors, block_of)
+    known = {t.name: t.importance for t in tensors if t.importance is not None and plain[t.name] > 0}
+    if not known:
+        return dict(plain)
+    energies = {tensor.name: np.maximum(np.diag(tensor.gram), 0.0) for tensor in tensors}
+    of_base_M: np.ndarray = np.sum([importance * energies[name] for name, importance in known.items()], axis=0)
+    share_M = np.divide(1.0, of_base_M, out=np.zeros_like(of_base_M), where=of_base_M > SMALLEST_PRODUCT)
+    share_M[share_M == 0] = share_M.mean()  # of a task that equals the base
+    found = {name: importance * share_M for name, importance in known.items()}
+    factor = float(np.median([found[name].mean() / plain[name] for name in found]))
+    return {name: found.get(name, factor * weight) for name, weight in plain.items()}
+
+
+def _plain_weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, float]:
     """Return the weight w of each tensor: 1/√(energy of the block · energy of the tensor), energies being means over
     the task vectors; 0 for unchanged tensors.
 

@@ -1,9 +1,9 @@
 """Tabulates every way in which `auto` may store one tensor, with its bytes and predicted cost. Numpy only; sees no
 weights.
 
-A tensor's choice is a centre and, for each class of bit-identical tasks, an option. The cost is w · D, where D is the
-predicted squared error summed over tasks. Of the many combinations, only the Lagrangian optima of each centre are
-listed: its *curve*.
+A tensor's choice is a centre and, for each class of bit-identical tasks, an option. The cost is Σ w · D over the tasks,
+where D is the predicted squared error. Of the many combinations, only the Lagrangian optima of each centre are listed:
+its *curve*.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from flexmerge_cli.allocation.auto_centres import (
     factors,
 )
 from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
-from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics
+from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics, Weight
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.stored.form import Bits
@@ -50,18 +50,26 @@ class Table:
     """All curves of one tensor, the frontier of their points, and its hull."""
 
     def __init__(
-        self, tensor: TensorStatistics, levels: Mapping[int, Groups], weight: float, limits: Limits = Limits()
+        self, tensor: TensorStatistics, levels: Mapping[int, Groups], weight: Weight, limits: Limits = Limits()
     ) -> None:
-        """Make the table. levels: those of the tensor's block, as `partitions` gives them; weight: the tensor's w."""
+        """Make the table. levels: those of the tensor's block, as `partitions` gives them; weight: the tensor's w by
+        task, [M]."""
         self.tensor = tensor
-        self.weight = weight
         self._classes = tensor.classes
+        self._weight_M = np.broadcast_to(weight, len(tensor.same))
+        self._weight_K = np.full(len(self._classes), weight if isinstance(weight, float) else 0.0)
+        if isinstance(weight, np.ndarray):
+            self._weight_K[:] = [weight[tasks].mean() for tasks in self._classes]
         if tensor.is_unchanged:  # exact copies, or the dense base where that serves tasks of several dtypes
             self.centres = [Centre(kind="none"), Centre(kind="base")]
         else:
             self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
         self._set_options(limits)
         self._set_curves()
+
+    def cost_of(self, choice: Choice) -> float:
+        """Return the cost of one of its choices."""
+        return float(np.dot(self._weight_M, choice.errors))
 
     def choice(self, point: int) -> Choice:
         """Return how the tensor is stored at a point of the frontier."""
@@ -101,7 +109,7 @@ class Table:
         if sum(dense) <= shared + len(dense) * tensor.code_bytes[bits] or len(self._classes) == 1:
             return sum(dense[tasks[0]] for tasks in self._classes), 0.0
         _, factor_CK = factors(tensor, [centre])
-        cost = self.weight * tensor.errors.ratio[bits] * float(factor_CK.sum())
+        cost = tensor.errors.ratio[bits] * float((self._weight_K * factor_CK).sum())
         return shared + len(self._classes) * tensor.code_bytes[bits], cost
 
     def _set_options(self, limits: Limits) -> None:
@@ -138,7 +146,7 @@ class Table:
         each = self._kind_CK, np.arange(len(firsts))
         self._bytes_CKV, self._unit_cost_CKV = bytes_3KV[each], cost_3KV[each]
         # A factor of 0 leaves nothing to gain. Slopes stay in falling order: all are multiplied by the same number.
-        price_CK1 = (self.weight * self._factor_CK)[:, :, None]
+        price_CK1 = (self._weight_K * self._factor_CK)[:, :, None]
         self._slope_CKS = np.where(price_CK1 > 0, slope_3KS[each] * np.where(price_CK1 > 0, price_CK1, 1.0), -np.inf)
 
     def _set_curves(self) -> None:
@@ -158,7 +166,7 @@ class Table:
 
         # Costs are summed anew for every state, in class order: subtracting step by step would not end at 0.
         cost, taken = np.zeros(shape), np.zeros(shape, np.intp)
-        cost_KCV = (self._unit_cost_CKV * (self.weight * self._factor_CK)[:, :, None]).transpose(1, 0, 2).copy()
+        cost_KCV = (self._unit_cost_CKV * (self._weight_K * self._factor_CK)[:, :, None]).transpose(1, 0, 2).copy()
         first_C1 = np.arange(num_centres)[:, None] * (num_segments + 1)
         for number in range(num_classes):
             np.cumsum(self._order_CP == number, axis=1, out=taken[:, 1:])

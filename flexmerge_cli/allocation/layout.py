@@ -142,6 +142,11 @@ class Pricer:
         """Whether `--dtype bf16` makes anything smaller; 16-bit models it would only round."""
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
+    @property
+    def calibrated(self) -> CalibrationData | None:
+        """The calibration, if the request reads one."""
+        return self.calibration if self.request is not None and self.request.calibration is not None else None
+
     def asked(self, request: MergeRequest) -> "Pricer":
         """Return a pricer with the same cache, for bundles that record this request."""
         other = copy.copy(self)
@@ -228,7 +233,7 @@ class Pricer:
             entry_bytes=self._entry_bytes(allocation, storages),
             gate=self.gate,
             request=self.request,
-            calibration=self.calibration if self.calibration and any(use.reads for use in allocation.methods) else None,
+            calibration=self.calibrated,
         )
 
     def _entry_bytes(self, allocation: Allocation, storages: Mapping[str, Storage]) -> int:

@@ -175,6 +175,14 @@ class CalibrationData:
         rows = [self._array(task, "fisher", where.tensor)[where.start : where.start + count] for task in tasks]
         return np.stack(rows), [entry.mean for entry in entries if entry is not None]
 
+    def importance(self, tensor: str) -> np.ndarray | None:
+        """Return the mean of each task's Fisher information of a tensor, or of the whole that it is a part of, [M].
+
+        None if it was not measured of every task.
+        """
+        entries = [self._entry(task, "fisher", tensor) for task in self.plan.all_tasks]
+        return None if None in entries else np.array([entry.mean for entry in entries])
+
     def _have(self, tensor: str) -> tuple[int, ...]:
         return tuple(self.plan.tensor(tensor).present)
 

@@ -104,7 +104,7 @@ def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
     kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
     choices: dict[str, list[tuple[Choice, float]]] = {}
     for choice, table_ in zip(solution.choices, auto.search.tables):
-        choices.setdefault(kind[choice.tensor], []).append((choice, table_.weight * sum(choice.errors)))
+        choices.setdefault(kind[choice.tensor], []).append((choice, table_.cost_of(choice)))
     total = sum(cost for of_kind in choices.values() for _, cost in of_kind)
     rows = []
     for name, of_kind in choices.items():

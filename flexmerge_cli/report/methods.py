@@ -92,8 +92,9 @@ def show_page(value: dict[str, Any]) -> None:
             rows = [(a["name"], a["takes"], _written(a["default"])) for a in one["arguments"]]
             table(["argument", "takes", "default"], rows, text=(1, 2))
         if one["what"] == "method":
-            for head, words in (("when:  ", one["when"]), ("stores:", one["stored"]), ("bytes: ", one["size"])):
-                say(f"{head} {words}")
+            heads = {"when": "when:  ", "needs": "needs: ", "stored": "stores:", "size": "bytes: "}
+            for key in filter(one.get, heads):
+                say(f"{heads[key]} {one[key]}")
         print(f"scope:  {one['scope']}\n")
         if one["what"] == "method":
             say(LEGEND)
@@ -108,6 +109,8 @@ def _show_rows(title: str, last: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         lines = [row["when"] if last == "when" else row["summary"].split(" [")[0]]  # drop the shapes
         lines.append(", ".join(f"{a['name']}={_written(a['default'])}" for a in row["arguments"]))
+        if row.get("needs"):
+            lines.append(f"needs {row['needs']}")
         if row.get("kind", "model") != "model":
             lines.append(f"stores {row['stored']}: {row['size']}")
         cells += [
@@ -124,6 +127,7 @@ def _method(call: Call) -> dict[str, Any]:
         "kind": form.product,
         **_common(method, call.scope),
         "when": method.when,
+        "needs": f"{method.reads} of --calibration" if method.reads else None,
         "stored": summary.parts,
         "size": summary.num_bytes,
     }
@@ -135,6 +139,7 @@ def _auto(call: Call) -> dict[str, Any]:
         "kind": "search",
         **_common(call.method, "model"),
         "when": call.method.when,
+        "needs": None,
         "stored": "per tensor a coded or dense centre, or none; per task up to 8 bits a weight, or a copy",
         "size": "what --size says",
     }

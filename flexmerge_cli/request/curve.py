@@ -8,7 +8,7 @@ from typing import Any
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.registry import all_methods, split_call
-from flexmerge_cli.request.merge import Clusters, Cut, MergeRequest, merge_request
+from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest, merge_request
 from flexmerge_cli.request.size import Size
 
 MAX_VALUES = 100
@@ -87,7 +87,8 @@ def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common:
     found = tuple(_curve_method(name, for_auto if name in autos else common) for name in dict.fromkeys(names))
     if common.get("calibration") is not None and not any(method.request.calibration for method in found):
         raise UsageError(
-            "--calibration has no effect here: no method reads it", hint="--method regmean; or leave it out"
+            "--calibration has no effect here: no method reads it",
+            hint="--method auto, regmean or fisher; or leave it out",
         )
     return found
 
@@ -118,7 +119,7 @@ def _curve_method(name: str, common: Mapping[str, Any]) -> CurveMethod:
     needs_size = any(common.get(word) is not None for word in ("fit", "cluster"))
     words = {key: value for key, value in common.items() if key != "calibration"}
     request = merge_request(method=name, size="1x" if needs_size else None, run_files=True, **words)
-    if request.reads:
+    if request.reads or isinstance(request.choice, Auto):
         request = replace(request, calibration=common.get("calibration"))
         request.require_calibration()
     return CurveMethod(name=name, request=request if isinstance(request.choice, Clusters) else request.at(None))

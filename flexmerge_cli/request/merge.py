@@ -136,7 +136,8 @@ class MergeRequest:
     @property
     def reads(self) -> set[str]:
         """The statistics of a calibration that its methods read."""
-        return {use.reads for use in self.uses} - {""}
+        found = {use.reads for use in self.uses} - {""}
+        return found | ({"fisher"} if isinstance(self.choice, Auto) and self.calibration is not None else set())
 
     def require_calibration(self) -> None:
         """Raise UsageError if a method reads a calibration, and none is given."""
@@ -261,7 +262,7 @@ def merge_request(
     if calibration is not None and not request.reads:
         raise UsageError(
             "--calibration has no effect here: no method reads it",
-            hint="--method regmean, or --method fisher; or leave it out",
+            hint="--method auto, regmean or fisher; or leave it out",
         )
     return request
 

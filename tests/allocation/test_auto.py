@@ -467,3 +467,31 @@ def test_thirty_tasks_of_16_bits_fit_into_one_model():
     (choice,) = search(*family).solve(one).choices
     assert 0 not in choice.bits  # every task keeps something of its own
     assert search(*family, Limits(min_bits=1)).smallest_bytes > 2 * one
+
+
+@settings(deadline=None, max_examples=20)
+@given(families(), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_with_importances_a_cost_is_the_part_of_the_bases_loss_that_tasks_have(family, seed, place):
+    tensors, block_of, levels = family
+    rng = np.random.default_rng(seed)
+    some = [replace(tensor, importance=rng.uniform(0.1, 9, len(tensor.same))) for tensor in tensors]
+    weight, plain = weights(some, block_of), weights(tensors, block_of)
+    energies = {tensor.name: np.maximum(np.diag(tensor.gram), 0) for tensor in some}
+    counted = [tensor for tensor in some if plain[tensor.name] > 0]
+    assert all(np.all(weight[tensor.name] == 0) for tensor in some if plain[tensor.name] == 0)
+    if not counted:
+        return
+    of_base = sum(tensor.importance * energies[tensor.name] for tensor in counted)
+    parts = sum(weight[tensor.name] * energies[tensor.name] for tensor in counted)
+    assert parts[of_base > 0] == pytest.approx(1)
+    found = search(some, block_of, levels)
+    most = sum(int(table.num_bytes[-1]) for table in found.tables)
+    solution = found.solve(int(found.smallest_bytes + place * (most - found.smallest_bytes)))
+    predicted = sum(np.dot(np.broadcast_to(weight[c.tensor], len(c.errors)), c.errors) for c in solution.choices)
+    assert solution.cost == pytest.approx(predicted, rel=1e-9, abs=1e-12)
+    # Tensors that were not measured weigh as without, times what the others have in the middle.
+    half = [some[0], *tensors[1:]]
+    if plain[some[0].name] > 0:
+        factor = float(np.mean(weights(half, block_of)[some[0].name])) / plain[some[0].name]
+        expected = {tensor.name: factor * plain[tensor.name] for tensor in tensors[1:]}
+        assert {name: weights(half, block_of)[name] for name in expected} == pytest.approx(expected)

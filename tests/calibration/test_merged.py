@@ -327,3 +327,20 @@ def test_force_replaces_a_calibration_and_nothing_else(pictures, tmp_path):
     assert json.loads((tmp_path / "calibration/calibration.json").read_text())["settings"]["statistics"] == ["inputs"]
     words = ["merge", pictures.family.plan_path, "--method", "fisher", "-o", tmp_path / "never"]
     fails(2, *words, "--calibration", tmp_path / "calibration", says="without the statistic `fisher`")
+
+
+def test_auto_weighs_errors_by_the_fisher_information(pictures, tmp_path):
+    family, output = pictures.family, pictures.output
+    words = ["merge", family.plan_path, "--method", "auto", "--size", "1.1x"]
+    succeeds(*words, "-o", tmp_path / "plain")
+    succeeds(*words, "--calibration", output, "-o", tmp_path / "weighed")
+    plain, weighed = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "weighed"))
+    assert "calibration" not in plain and weighed["calibration"] == family.read(output).digest
+    assert plain["units"] != weighed["units"]
+    assert max(plain["stored_bytes"], weighed["stored_bytes"]) <= 1.1 * plain["one_model_bytes"]
+    assert weighed["request"]["command"] == (
+        "flexmerge merge plan.json --method auto --size 1.1x --calibration calibration/ -o bundle/"
+    )
+    succeeds(*family.command(tmp_path / "calibration", "--statistics", "inputs"))
+    refused = fails(2, *words, "-o", tmp_path / "never", "--calibration", tmp_path / "calibration")
+    assert "without the statistic `fisher`" in refused.err
