@@ -426,6 +426,7 @@ def draw_curve(
     choose: float | None = None,
     tune: str | None = None,
     tune_spec: Path | str | None = None,
+    ensembles: bool = False,
     reuse: bool = True,
     parallel: int = 1,
     device: str = "auto",
@@ -442,7 +443,9 @@ def draw_curve(
     methods: one or several; `all` is every method. sizes: `0.75x:8x:0.25x` or `1x,2x`; None: each method's own.
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
-    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec. options: steps, calibrate, calibration, method_for, fit,
+    `scale=0.5:2.5:0.25`, chosen on the data of tune_spec.
+    ensembles: also score those of the fine-tuned models that have the same labels.
+    options: steps, calibrate, calibration, method_for, fit,
     cluster, seed and dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for
     what makes the points.
     Raises UsageError, SourceError, DataError, GateError if choose is given and the spec does not mention all tasks.
@@ -460,6 +463,7 @@ def draw_curve(
         target=choose,
         tune=tune,
         tune_spec_path=Path(tune_spec) if tune_spec is not None else None,
+        ensembles=ensembles,
         allow_exec=allow_exec,
         relocate=relocate or {},
         access=_access(offline, stream, max_memory),

@@ -193,6 +193,9 @@ ScoreSources = Annotated[
     bool, _scores("--sources", "", "Score the fine-tuned models and the base, to which normalised scores refer.")
 ]
 Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the other tasks' data, with its own head.")]
+Ensembles = Annotated[
+    bool, _scores("--ensembles", "", "Also score ensembles of the fine-tuned models that have the same labels.")
+]
 Corrupt = Annotated[
     list[str] | None,
     _scores("--corrupt", "NAME@SEVERITY", "Also score images with this corruption, e.g. gaussian_noise@3; repeatable."),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flexmerge_cli.allocation.layout import BundleLayout
+from flexmerge_cli.evaluation.ensembles import Ensemble
 from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -71,6 +72,8 @@ class Curve:
     alternatives: tuple[Point, ...]
     """Copies in fewer bits."""
     unreached: tuple[Unreached, ...]
+    ensembles: tuple[Ensemble, ...] | None = None
+    """Ensembles of the fine-tuned models; None if they were not requested."""
     fine_tuned: dict[str, Scored]
     base: dict[str, Scored]
     models: dict[str, dict[str, TaskModel]]

@@ -7,6 +7,8 @@ points        [{method, sizes, bytes, total_bytes, factor, merges, undone, comma
               tasks {name: {value, interval, normalised, weights}}; mean {value, interval, normalised}
 mean, mean_of  means of the references, and what they average: the metric, or `normalised` if tasks have different ones
 alternatives  points of copies in fewer bits, whose name is `method`
+ensembles     present if requested: [{rule, of, bytes, factor, passes, tasks, mean}] of fine-tuned models with the same
+              labels, `of` being their tasks and `passes` the models that run on an example; tasks and mean as of points
 unreached     [{method, size, message}]
 evaluations   {asked, computed, repeated, cached}: points times tasks, models that were run, scores of this run reused,
               and scores found in the cache
@@ -67,22 +69,54 @@ def curve_record(
             record["gate"] = judge(
                 point.scores, curve.fine_tuned, gate, same, not_scored=spec.not_scored, forgotten=spec.forgotten
             ).record()
+    return (
+        {
+            "format": FORMAT,
+            "plan": plan.sha256,
+            "spec": spec.record,
+            "one_model_bytes": plan.one_model_bytes,
+            "num_models": len(plan.tasks),
+            "tasks": tasks,
+            "mean": means(tasks) | reference_means(tasks),
+            "mean_of": one_metric(tasks) or NORMALISED,
+            "points": points,
+            "alternatives": [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.alternatives],
+            "unreached": [{"method": u.method, "size": u.size, "message": u.message} for u in curve.unreached],
+            "evaluations": curve.counts,
+            "order": _order(plan),
+            "data_dependent": dict(data_dependent) if data_dependent else None,
+        }
+        | ensemble_records(plan, curve, tasks)
+        | ({"gate": _smallest_that_passes(spec, points)} if gate else {})
+    )
+
+
+def ensemble_records(plan: Plan, curve: "Curve", records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the key `ensembles`, if they were requested."""
+    if curve.ensembles is None:
+        return {}
+    found = []
+    for ensemble in curve.ensembles:
+        tasks = {
+            task: _score(scored, curve.fine_tuned[task], interval(scored)) for task, scored in ensemble.scores.items()
+        }
+        found.append(
+            {
+                "rule": ensemble.rule, "of": list(tasks), "bytes": ensemble.num_bytes, "passes": len(tasks),
+                "factor": ensemble.num_bytes / max(1, plan.one_model_bytes), "tasks": tasks,
+                "mean": mean_of(tasks, {task: records[task] for task in tasks}),
+            }
+        )  # fmt: skip
+    return {"ensembles": found}
+
+
+def _score(scored: Scored, reference: Scored, ends: Interval) -> dict[str, Any]:
+    """Make the record of one number of a point, beside the fine-tuned model's."""
     return {
-        "format": FORMAT,
-        "plan": plan.sha256,
-        "spec": spec.record,
-        "one_model_bytes": plan.one_model_bytes,
-        "num_models": len(plan.tasks),
-        "tasks": tasks,
-        "mean": means(tasks) | reference_means(tasks),
-        "mean_of": one_metric(tasks) or NORMALISED,
-        "points": points,
-        "alternatives": [_point(plan, point, curve.fine_tuned, tasks, seen) for point in curve.alternatives],
-        "unreached": [{"method": u.method, "size": u.size, "message": u.message} for u in curve.unreached],
-        "evaluations": curve.counts,
-        "order": _order(plan),
-        "data_dependent": dict(data_dependent) if data_dependent else None,
-    } | ({"gate": _smallest_that_passes(spec, points)} if gate else {})
+        "value": scored.value if _finite(scored.value) else None,
+        "interval": list(ends) if _finite(scored.value, *ends) else None,
+        "normalised": normalised(scored.value, reference.value, higher_is_better=scored.higher_is_better),
+    }
 
 
 def same_as_fine_tuned(point: "Point", curve: "Curve") -> dict[str, bool]:
@@ -122,10 +156,7 @@ def _point(
         key = (task, point.digests[task])
         if key not in seen:
             seen[key] = interval(scored)
-        tasks[task] = {
-            "value": scored.value if _finite(scored.value) else None,
-            "interval": list(seen[key]) if _finite(scored.value, *seen[key]) else None,
-            "normalised": normalised(scored.value, references[task].value, higher_is_better=scored.higher_is_better),
+        tasks[task] = _score(scored, references[task], seen[key]) | {
             "weights": point.digests[task],
             "notes": list(scored.notes),
         }

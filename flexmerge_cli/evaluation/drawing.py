@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached, in_order
+from flexmerge_cli.evaluation.ensembles import ensembles
 from flexmerge_cli.evaluation.memory import curve_chunk, largest_model
 from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -168,6 +169,10 @@ def draw(
         for done, (task, model) in enumerate(models.items()):
             on_score(f"{who.replace('_', '-')} models", done, len(models))
             references[who][task] = drawing.reference(task, model)
+    found = None
+    if request.ensembles:
+        scorer, folders = drawing.scorer.scorer, drawing.scorer.folders
+        found = tuple(ensembles(scorer, drawing.fine_tuned, folders, on_score=on_score))
     if request.parallel > 1:
         results = _in_processes(drawing, jobs, on_score)
     else:
@@ -177,6 +182,7 @@ def draw(
         points=tuple(point for method in request.methods for point in by_job[method][0]),
         alternatives=tuple(by_job[None][0] if None in by_job else ()),
         unreached=tuple(item for method in request.methods for item in by_job[method][1]),
+        ensembles=found,
         fine_tuned=references["fine_tuned"],
         base=references["base"],
         data={task: drawing.scorer.scorer.examples(task, drawing.scorer.folders[task]).digest for task in spec.tasks},

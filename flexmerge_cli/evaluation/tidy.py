@@ -13,6 +13,7 @@ Curves have only the first metric of each task, and no rows for the references.
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def is_csv(path: Path) -> bool:
 
 def curve_csv(record: Mapping[str, Any]) -> str:
     """Write one row per point and task. record: from `curve_record`."""
-    return _csv(_of_points(record))
+    return _csv(chain(_of_points(record), _of_ensembles(record)))
 
 
 def scores_csv(document: dict[str, Any]) -> str:
@@ -51,6 +52,18 @@ def _of_points(record: Mapping[str, Any]) -> Iterator[Row]:
                 "split": reference["scores"]["fine_tuned"]["split"], **_value(scored),
                 "normalised": scored["normalised"], "fine_tuned": reference["fine_tuned"], "base": reference["base"],
                 "weights": scored["weights"],
+            }  # fmt: skip
+
+
+def _of_ensembles(record: Mapping[str, Any]) -> Iterator[Row]:
+    for found in record.get("ensembles", ()):
+        for task, scored in found["tasks"].items():
+            reference = record["tasks"][task]
+            yield {
+                "method": f"ensemble {found['rule']}", "bytes": found["bytes"], "factor": found["factor"], "task": task,
+                "metric": reference["metric"], "n": reference["n"],
+                "split": reference["scores"]["fine_tuned"]["split"], **_value(scored),
+                "normalised": scored["normalised"], "fine_tuned": reference["fine_tuned"], "base": reference["base"],
             }  # fmt: skip
 
 

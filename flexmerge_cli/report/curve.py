@@ -31,6 +31,8 @@ def show_curve(value: dict[str, Any]) -> None:
         text=(6, 7),
         keys=2,
     )
+    if "ensembles" in value:
+        show_ensembles(value)
     unreached: dict[str, list[str]] = {}
     for item in value["unreached"]:
         unreached.setdefault(item["method"], []).append(item["size"])
@@ -45,6 +47,33 @@ def show_curve(value: dict[str, Any]) -> None:
         print(f"{chosen['message']}\n{chosen['command']}")
     if chosen is None and gated:
         show_gate(value)
+
+
+ENSEMBLE_HEADS = ("ensemble", "size", "bytes", "passes", "mean", "of fine-\ntuned %", "of")
+
+
+def show_ensembles(value: dict[str, Any]) -> None:
+    """Print the ensembles of fine-tuned models, which a merge has to beat."""
+    if value["ensembles"]:
+        table(ENSEMBLE_HEADS, ensemble_rows(value), text=(6,), title="ensembles of the fine-tuned models")
+    else:
+        say("no ensembles: no two tasks have the same labels")
+
+
+def ensemble_rows(value: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of each ensemble, under ENSEMBLE_HEADS. Means are over its tasks."""
+    rows = []
+    for found in value["ensembles"]:
+        metric = one_metric({task: value["tasks"][task] for task in found["of"]}) or NORMALISED
+        kept = found["mean"]["normalised"]
+        rows.append(
+            [
+                found["rule"], f"{found['factor']:.2f}x", human_bytes(found["bytes"]), str(found["passes"]),
+                format_value(found["mean"]["value"], metric), "" if kept is None else f"{100 * kept:.1f}",
+                ", ".join(found["of"]),
+            ]
+        )  # fmt: skip
+    return rows
 
 
 def format_value(score: float | None, metric: str) -> str:

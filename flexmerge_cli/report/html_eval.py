@@ -5,7 +5,7 @@ from typing import Any
 
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
-from flexmerge_cli.report.curve import format_interval, format_value
+from flexmerge_cli.report.curve import ENSEMBLE_HEADS, ensemble_rows, format_interval, format_value
 from flexmerge_cli.report.curve_series import Series, metric_label, ranking, series_of, sizes_of
 from flexmerge_cli.report.html import facts, name, page, section, table, text, today
 from flexmerge_cli.report.html_chart import Tick, chart, dots, nice_ticks
@@ -33,7 +33,7 @@ def curve_page(record: dict[str, Any], source: str) -> str:
         ]
     )
     sections = [eval_style(series), *verdicts(record), _curve(series, record), _tasks(series, record)]
-    sections += [_ranking(series, record), _order(record), _references(record), _points(record)]
+    sections += [_ranking(series, record), _order(record), _references(record), _ensembles(record), _points(record)]
     title = f"{source}: accuracy against size, {len(record['tasks'])} tasks"
     return page(title, subtitle, filter(None, sections))
 
@@ -181,6 +181,14 @@ def _references(record: dict[str, Any]) -> str:
             cells.append(format_value(found[who], metric) + (f" ({ends})" if ends else ""))
         rows.append(cells)
     return section("References", table(["task", "metric", "n", "split", "fine-tuned", "base"], rows, left=2))
+
+
+def _ensembles(record: dict[str, Any]) -> str:
+    if not record.get("ensembles"):
+        return ""
+    rows = [[text(cell) for cell in row] for row in ensemble_rows(record)]
+    note = "Fine-tuned models with the same labels, all of which run on each example. Means are over their tasks."
+    return section("Ensembles", table(ENSEMBLE_HEADS, rows, words=(len(ENSEMBLE_HEADS) - 1,)), note=note)
 
 
 def _split(found: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ class CurveRequest:
     access: Access = ONLINE
     reuse: bool = True
     alternatives: bool = True
+    ensembles: bool = False
+    """Whether ensembles of the fine-tuned models are scored, where several have the same labels."""
     parallel: int = 1
     device: str = "auto"
     threads: int | None = None

@@ -1,4 +1,4 @@
-"""Models on other data than their task's own: `eval --cross`, and `unseen` of a spec."""
+"""Models on other data than their task's own: `eval --cross`, `unseen` of a spec, and `curve --ensembles`."""
 
 import csv
 import json
@@ -210,3 +210,46 @@ def test_merged_tasks_are_not_unseen_and_have_no_head(place, unseen):
     spec["tasks"]["words"]["head"] = "first"
     (place / "bad.yaml").write_text(json.dumps(spec))
     fails(2, "eval", place / "merged", "--spec", place / "bad.yaml", says="`head` is a key of `unseen`")
+
+
+def logits(path: Path, name: str) -> np.ndarray:
+    """The outputs of a checkpoint folder on a task's data, [n, C], one text at a time."""
+    built = transformers.BertForSequenceClassification.from_pretrained(path).eval()
+    of_text = transformers.AutoTokenizer.from_pretrained(path)
+    with torch.inference_mode():
+        rows = [built(**of_text(text, return_tensors="pt")).logits[0].double().numpy() for text in TEXTS[name]]
+    return np.stack(rows)
+
+
+def test_ensembles_combine_the_fine_tuned_models_of_one_label_space(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ("curve", place / "plan.json", "--spec", place / "eval.yaml", "--method", "average", "--ensembles")
+    found = succeeds(*arguments, "--json").json
+    shown = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--html", tmp_path / "page.html").out
+    assert [(one["rule"], one["of"]) for one in found["ensembles"]] == [
+        (rule, ["first", "second"]) for rule in ("mean", "weighted", "max_model")
+    ]
+    for data in ("first", "second"):
+        both = np.stack([logits(place / "tasks" / model, data) for model in ("first", "second")])
+        chances = np.exp(both) / np.exp(both).sum(-1, keepdims=True)
+        sure = 1 + (chances * np.log(chances)).sum(-1) / np.log(2)
+        combined = (both.mean(0), (sure[..., None] / sure.sum(0)[:, None] * both).sum(0), both.max(0))
+        for ensemble, values in zip(found["ensembles"], combined):
+            assert ensemble["tasks"][data]["value"] == np.mean(values.argmax(-1) == ANSWERS[data])
+    for ensemble in found["ensembles"]:
+        values = [record["value"] for record in ensemble["tasks"].values()]
+        assert ensemble["mean"]["value"] == np.mean(values) and ensemble["passes"] == 2
+        assert ensemble["bytes"] == sum(
+            found["tasks"][task]["scores"]["fine_tuned"]["bytes"] for task in ("first", "second")
+        )
+    assert "ensembles of the fine-tuned models" in shown and "max_model" in shown
+    assert (tmp_path / "rows.csv").read_text().count("ensemble mean") == 2
+    assert "max_model" in Page((tmp_path / "page.html").read_text()).text
+
+
+def test_without_equal_labels_there_is_no_ensemble(place):
+    spec = json.loads((place / "eval.yaml").read_text())
+    spec["tasks"] = {name: spec["tasks"][name] for name in ("first", "three", "words")}
+    (place / "apart.yaml").write_text(json.dumps(spec))
+    arguments = ("curve", place / "plan.json", "--spec", place / "apart.yaml", "--method", "average", "--ensembles")
+    assert "no two tasks have the same labels" in succeeds(*arguments).out
