@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
@@ -15,12 +17,14 @@ from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.formats.plan_file import Plan, is_plan, save_plan
+from flexmerge_cli.merging import calibration_of
 from flexmerge_cli.merging import merge as _merge
 from flexmerge_cli.planning.make import load_plan as load_plan
 from flexmerge_cli.planning.make import make_plan as _make_plan
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.plan import OrderSettings as OrderSettings
 from flexmerge_cli.request.plan import PlanRequest
+from flexmerge_cli.request.size import parse_sizes
 from flexmerge_cli.writing import check_file
 
 if TYPE_CHECKING:
@@ -317,6 +321,38 @@ def merge(
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     _merge(loaded, request, Path(output), plan_folder=folder, relocate=relocate, access=access, force=force, **options)
     return OpenBundle(output)
+
+
+def merge_sizes(
+    plan: Path | str,
+    output: Path | str,
+    *,
+    method: str,
+    sizes: str,
+    dtype: str | None = None,
+    force: bool = False,
+    offline: bool = False,
+    stream: bool = False,
+    **options: Any,
+) -> dict[str, OpenBundle]:
+    """Write a bundle of each size to `output/SIZE`, one after another, and open them. Same bytes as of single merges.
+
+    sizes: `1.5x,2x,4x` or `1x:8x:1x`. A size whose bundle is there already is left. options: as in `merge`.
+    """
+    from flexmerge_cli.merging_sizes import at_sizes
+    from flexmerge_cli.merging_sizes import merge_sizes as _merge_sizes
+
+    path, folder, several = Path(plan), Path(output), parse_sizes(sizes)
+    words = {key: options.pop(key) for key in WORDS if key in options}
+    request = merge_request(method=method, size=several[0].text, dtype=dtype, run_files=True, **words)
+    loaded, access = load_plan(path), _access(offline, stream, options.get("max_memory"))
+    pricer = Pricer(loaded, calibration=calibration_of(request, loaded))
+    bundles = {size: (one, allocate(loaded, one, pricer)) for size, one in at_sizes(request, several).items()}
+    check_apart(folder, [path])
+    place = path.absolute().parent
+    for _ in _merge_sizes(loaded, bundles, folder, force=force, plan_folder=place, access=access, **options):
+        pass
+    return {size: OpenBundle(folder / size) for size in bundles}
 
 
 def calibrate(

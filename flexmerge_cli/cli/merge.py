@@ -21,6 +21,7 @@ def merge(
     calibrate: o.Calibrate = None,
     method_for: o.MethodFor = None,
     size: o.Size = None,
+    sizes: o.Sizes = None,
     merges: o.Merges = None,
     fit: o.Fit = None,
     cluster: o.Cluster = None,
@@ -53,6 +54,7 @@ def merge(
     Examples:
     flexmerge merge plan.json --method auto --size 1x -o bundle/
     flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
+    flexmerge merge plan.json --method average --sizes 1.5x,2x,4x -o bundles/
     """
     from flexmerge_cli.bundle.kind import Kind
     from flexmerge_cli.cli import output as out
@@ -62,7 +64,7 @@ def merge(
     from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.evaluation.scores_file import read_scores
     from flexmerge_cli.report.auto import show_auto, unlike_predicted
-    from flexmerge_cli.report.bundle import merge_summary, show_merge, show_part, show_verdict
+    from flexmerge_cli.report.bundle import merge_summary, show_merge, show_part, show_sizes, show_verdict
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.request.part import parse_part
 
@@ -83,7 +85,7 @@ def merge(
         "fit": fit,
     }
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
-    packing = Packing.of(source, chosen, o.relocations(relocate), plan_file, access)
+    packing = Packing.of(source, chosen, o.relocations(relocate), plan_file, access, sizes)
     run = {"device": device, "threads": threads, "max_memory": memory}
     if scores is not None and no_card:
         raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
@@ -93,10 +95,22 @@ def merge(
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a bundle, and --dry-run writes none", hint="leave one of them out")
+    if packing.sizes and (html is not None or scores is not None or part is not None or join):
+        raise UsageError(
+            "--html, --scores, --part and --join concern one bundle, and --sizes writes several",
+            hint="leave them out, or merge that size by itself",
+        )
     for message in packing.request.notes:
         out.note(message, quiet=quiet)
     with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
-        plan = packing.plan(output, on_progress=on_progress, **run)
+        plan = packing.plan(
+            output if not packing.sizes else output / packing.sizes[0].text, on_progress=on_progress, **run
+        )
+        if packing.sizes:
+            value = packing.merge_sizes(plan, output, dry_run=dry_run, force=force, on_progress=on_progress, **run)
+            written_to = [] if dry_run else [output / size.text for size in packing.sizes]
+            out.emit(value, as_json=as_json, quiet=quiet, show=show_sizes, written=written_to)
+            return
         layout, warnings = packing.layout(plan, device=device)
     out.warn(warnings, quiet=quiet)
     chosen_by_auto = packing.auto()

@@ -167,7 +167,12 @@ Size = Annotated[
 ]
 Sizes = Annotated[
     str | None,
-    _sizes("--sizes", "SIZES", "0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB; default: each method's own."),
+    _sizes(
+        "--sizes",
+        "SIZES",
+        "0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB: points of a curve, by default each method's own; bundles of "
+        "merge, -o FOLDER/SIZE each.",
+    ),
 ]
 Merges = Annotated[int | None, _sizes("--merges", "N", "Stop after N merges instead of at a size.")]
 Fit = Annotated[

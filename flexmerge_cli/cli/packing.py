@@ -1,6 +1,6 @@
 """Prepares the source of `merge`: a plan, or a recipe, which is planned first."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.card import Scores
 from flexmerge_cli.bundle.publish import bundle_files, check_target
+from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
 from flexmerge_cli.checkpoint.place import is_remote
@@ -24,12 +25,15 @@ from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import OnProgress, calibration_of, merge
+from flexmerge_cli.merging_sizes import at_sizes, merge_sizes
 from flexmerge_cli.planning import left_out
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary
+from flexmerge_cli.report.bundle import merge_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
 from flexmerge_cli.request.part import Part
 from flexmerge_cli.request.recipe import Recipe, read_recipe
+from flexmerge_cli.request.size import Size, parse_sizes
 from flexmerge_cli.text import expanded
 
 
@@ -43,6 +47,8 @@ class Packing:
     keep_plan: Path | None
     relocate: Mapping[str, str]
     access: Access
+    sizes: tuple[Size, ...] = ()
+    """Sizes of several bundles; empty for one."""
     plan_folder: Path = field(default_factory=Path)
     source_warnings: tuple[str, ...] = ()
     pricer: Pricer | None = None
@@ -67,8 +73,9 @@ class Packing:
         relocate: Mapping[str, str],
         keep_plan: Path | None,
         access: Access = ONLINE,
+        sizes: str | None = None,
     ) -> "Packing":
-        """Read the source and parse the request. chosen: arguments of `merge_request`."""
+        """Read the source and parse the request. chosen: arguments of `merge_request`. sizes: several, as `--sizes`."""
         if not source.is_file():
             raise SourceError(f"no plan or recipe at {source}", hint="create a plan with `flexmerge plan`")
         recipe = read_recipe(source, access) if source.suffix in (".yaml", ".yml") else None
@@ -80,10 +87,15 @@ class Packing:
         typed = "method" in words or "method_for" in words  # the user typed it, so a method file may be run
         if recipe:
             of_recipe = recipe.merge_words()
-            if "size" in words or "merges" in words:
-                of_recipe.pop("size", None)
-                of_recipe.pop("merges", None)
+            if sizes is not None or "size" in words or "merges" in words:
+                for name in ("size", "sizes", "merges"):
+                    of_recipe.pop(name, None)
             words = of_recipe | words
+        sizes = words.pop("sizes", sizes)
+        several = parse_sizes(sizes) if sizes is not None else ()
+        if several and ("size" in words or "merges" in words):
+            raise UsageError("--sizes cannot be combined with --size or --merges", hint="leave one of them out")
+        words |= {"size": several[0].text} if several else {}
         try:
             request = merge_request(**words, run_files=typed)
         except MethodMissing as error:
@@ -95,7 +107,13 @@ class Packing:
         if recipe and request.size is not None:
             request.size.target(num_tasks=len(recipe.tasks), one_model_bytes=1)
         return Packing(
-            source=source, recipe=recipe, request=request, keep_plan=keep_plan, relocate=relocate, access=access
+            source=source,
+            recipe=recipe,
+            request=request,
+            keep_plan=keep_plan,
+            relocate=relocate,
+            access=access,
+            sizes=several,
         )
 
     def check(self, output: Path, *, force: bool) -> None:
@@ -106,7 +124,10 @@ class Packing:
                 "every part of a bundle would make the recipe's plan", hint="make it first, with `flexmerge plan`"
             )
         check_apart(output, self._inputs())
-        check_target(output, force=force, ours=bundle_files, resumes=True)
+        if self.sizes and self.recipe is not None and self.recipe.gate is not None:
+            raise UsageError("a gate judges one bundle, and --sizes writes several", hint="merge each size by itself")
+        if not self.sizes:
+            check_target(output, force=force, ours=bundle_files, resumes=True)
         if self.keep_plan is not None:
             check_apart(self.keep_plan, [output, *self._inputs()])
             check_plan_place(self.keep_plan, force=True)
@@ -174,6 +195,28 @@ class Packing:
             force=force, layout=layout, examine=examine, card=self.card, scores=self.scores, on_progress=on_progress,
             part=self.part, join=self.join, **run,
         )[1]  # fmt: skip
+
+    def merge_sizes(
+        self, plan: Plan, output: Path, *, dry_run: bool, force: bool, on_progress: OnProgress, **run: Any
+    ) -> dict[str, Any]:
+        """Write a bundle of each size, and return what there is to say: `bundles`, by size, and `warnings`."""
+        calibration = calibration_of(self.request, plan)
+        self.pricer = Pricer(plan, calibration=calibration)
+        requests = at_sizes(self.request, self.sizes)
+        layouts = {size: allocate(plan, request, self.pricer) for size, request in requests.items()}
+        found: Iterable[tuple[str, Measured | None, Unchanged | None]] = ((size, None, None) for size in layouts)
+        if not dry_run:
+            found = merge_sizes(
+                plan, {size: (requests[size], layouts[size]) for size in layouts}, output, force=force,
+                plan_folder=self.plan_folder, relocate=self.relocate, access=self.access, card=self.card,
+                on_progress=on_progress, **run,
+            )  # fmt: skip
+        bundles = {}
+        for size, measured, old in found:
+            value = merge_summary(layouts[size], output / size, measured, warnings=[], threads=run["threads"])
+            taken = {"update": old.summary()} if old is not None else {}
+            bundles[size] = value | taken | {"was_there": measured is None and not dry_run}
+        return {"bundles": bundles, "written": not dry_run, "warnings": [*self.source_warnings]}
 
     def verdict(self) -> dict[str, Any]:
         """Return `evaluation`, and its `gate`, once the bundle was scored."""

@@ -90,5 +90,20 @@ def show_update(value: dict[str, Any]) -> None:
     )
 
 
+def show_sizes(value: dict[str, Any]) -> None:
+    """Show the bundles of several sizes, a row each."""
+    rows = []
+    for size, bundle in value["bundles"].items():
+        of = bundle.get("update")
+        taken = f"{of['kept_bytes'] + of['copied_bytes']:,}" if of else "-"
+        distances = [task["distance"] for task in bundle["tasks"].values()]
+        farthest = "null" if None in distances else _distance(max(distances, default=0.0))
+        told = "there already" if bundle["was_there"] else farthest if bundle["written"] else "-"
+        rows.append((size, f"{bundle['factor']:.4f}x", f"{bundle['total_bytes']:,}", taken, told))
+    table(["size", "of one model", "bytes on disk", "taken from the\nsize before", "farthest task"], rows)
+    if value["written"]:
+        say("sizes were merged one after another; what one had of the next was not read again")
+
+
 def _distance(value: float | None) -> str:
     return "null" if value is None else "exact" if value == 0 else f"{value:.4f}"

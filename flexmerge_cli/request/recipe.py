@@ -27,6 +27,7 @@ from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Record
 from flexmerge_cli.request.merge import Cluster, MethodMissing, merge_request
+from flexmerge_cli.request.size import parse_sizes
 from flexmerge_cli.request.tasks import found_tasks
 from flexmerge_cli.text import expanded
 from flexmerge_cli.yaml_file import read_document
@@ -52,6 +53,8 @@ class MergeRecord(Record):
     size: str | None = None
     """A bare number is a multiple of one model."""
     merges: int | None = Field(default=None, ge=0)
+    sizes: str | None = None
+    """Several sizes, a bundle each."""
     fit: Literal["tight", "prefix"] | None = None
     cluster: Cluster | None = None
     seed: int | None = Field(default=None, ge=0)
@@ -148,6 +151,11 @@ def read_recipe(path: Path, access: Access = ONLINE) -> Recipe:
         raise document.error(("tasks",), "names no task", hint="tasks: {NAME: SOURCE}, or a folder")
     recipe._folder = folder
     words = recipe.merge_words()
+    sizes = words.pop("sizes", None)
+    if sizes is not None:
+        if words.keys() & {"size", "merges"}:
+            raise UsageError(f"{path}: merge.sizes goes with neither size nor merges", hint="leave one of them out")
+        words["size"] = parse_sizes(sizes)[0].text
     try:
         merge_request(**words)
     except MethodMissing:

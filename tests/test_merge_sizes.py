@@ -1,0 +1,96 @@
+"""`merge --sizes`: the bundles of single merges, which take from each other what they share."""
+
+import shutil
+import signal
+
+import pytest
+
+from flexmerge_cli import merge_sizes
+
+from .bundle.test_resume import Counted, counted
+from .families import plain, write_family
+from .program import Child, fails, succeeds, tree
+
+SIZES = ("1.5x", "2x", "3x")
+METHODS = ("average", "auto", "ties")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sizes")
+    succeeds("plan", *write_family(root, plain(layers=4, width=16)).arguments, "-o", root / "plan.json", "-q")
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(family):
+    """Method -> the bundles of single merges, and the bytes that they read of weights."""
+    found = {}
+    for method in METHODS:
+        words, out = ("merge", family / "plan.json", "--method", method), family / method
+        num_read = sum(counted(*words, "--size", size, "-o", out / size)[1] for size in SIZES)
+        found[method] = {size: tree(out / size) for size in SIZES}, num_read
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_bundle_is_that_of_a_single_merge_and_less_is_read(method, family, single, tmp_path):
+    expected, num_read = single[method]
+    words = ("merge", family / "plan.json", "--method", method, "--sizes", ",".join(SIZES), "-o", tmp_path / "b")
+    result, count = counted(*words)
+    assert {size: tree(tmp_path / "b" / size) for size in SIZES} == expected
+    assert count < num_read
+    assert "one after another" in result.out
+    again, count = counted(*words, "--json")
+    assert count == 0 and all(bundle["was_there"] for bundle in again.json["bundles"].values())
+
+
+def test_a_killed_run_is_gone_on_with(family, single, tmp_path):
+    expected, num_read = single["average"]
+    words = ("merge", family / "plan.json", "--method", "average", "--sizes", ",".join(SIZES), "-o", tmp_path / "b")
+    code, said = Child(*words, "--threads", "1", before=Counted(int(0.4 * num_read)).install).wait()
+    assert code == -signal.SIGKILL, said
+    there = [size for size in SIZES if (tmp_path / "b" / size).exists()]
+    assert 0 < len(there) < 3
+    told = succeeds(*words, "--json").json["bundles"]
+    assert [size for size in SIZES if told[size]["was_there"]] == there
+    assert {size: tree(tmp_path / "b" / size) for size in SIZES} == expected
+    assert [path.name for path in (tmp_path / "b").iterdir() if path.name.startswith(".")] == []
+
+
+def test_python_and_a_recipe_make_the_same(family, single, tmp_path):
+    expected, _ = single["average"]
+    opened = merge_sizes(family / "plan.json", tmp_path / "b", method="average", sizes=",".join(SIZES))
+    assert {size: tree(tmp_path / "b" / size) for size in opened} == expected
+    recipe = family / "recipe.yaml"
+    tasks = "".join(f"  task{number}: tasks/task{number}\n" for number in range(4))
+    recipe.write_text(f"version: 1\nbase: base\ntasks:\n{tasks}merge: {{method: average, sizes: '1.5x,2x'}}\n")
+    succeeds("merge", recipe, "--plan", family / "kept.json", "-o", tmp_path / "r")
+    assert {size: tree(tmp_path / "r" / size) for size in ("1.5x", "2x")} == {s: expected[s] for s in ("1.5x", "2x")}
+    succeeds("merge", recipe, "--plan", family / "kept.json", "--size", "3x", "-o", tmp_path / "one")
+    assert tree(tmp_path / "one") == expected["3x"]
+    recipe.write_text(recipe.read_text().replace("method: average", "method: average, size: 2x"))
+    fails(2, "merge", recipe, "-o", tmp_path / "x", says="sizes goes with neither")
+
+
+def test_something_else_in_a_place_is_refused_before_anything_is_written(family, single, tmp_path):
+    words = ("merge", family / "plan.json", "--method", "average", "--sizes", "1.5x,2x", "-o", tmp_path / "b")
+    shutil.copytree(family / "average" / "3x", tmp_path / "b/2x", symlinks=True)
+    fails(2, *words, says="exists")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["2x"]
+    succeeds(*words, "--force")
+    assert tree(tmp_path / "b/2x") == single["average"][0]["2x"]
+    path = next((tmp_path / "b/2x/weights").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    fails(2, *words, says="exists")  # a damaged one is none that may stay
+
+
+def test_what_is_asked_wrongly_is_refused(family, tmp_path):
+    words = ("merge", family / "plan.json", "-o", tmp_path / "b", "--sizes")
+    fails(2, *words, "1x,2x", says="method")
+    fails(2, *words, "1x,2x", "--method", "average", "--size", "2x", says="--sizes cannot be combined")
+    fails(2, *words, "1x,2x", "--method", "average", "--html", tmp_path / "x.html", says="concern one bundle")
+    fails(2, *words, "many", "--method", "average", says="is not a size")
+    fails(2, *words, "2x,2.5x", "--method", "average", "--cluster", "channels", says="whole number")
+    shown = succeeds(*words, "1.5x,2x", "--method", "average", "--dry-run", "--json").json
+    assert list(shown["bundles"]) == ["1.5x", "2x"] and shown["written"] is False and not (tmp_path / "b").exists()
