@@ -14,7 +14,10 @@ from .program import ROOT, succeeds
 
 SAMPLES = ROOT / "samples" / "eval"
 SPECS = {path.stem: yaml.safe_load(path.read_text()) for path in SAMPLES.glob("*.yaml")}
-MADE = ("text-classification", "regression", "causal-lm", "text2text", "zero-shot-image-classification")
+MADE = (
+    "text-classification", "regression", "causal-lm", "text2text", "zero-shot-image-classification",
+    "semantic-segmentation", "depth-estimation",
+)  # fmt: skip
 ON_DIGITS = ("image-classification", "agreement", "python", "command")
 
 

@@ -34,6 +34,11 @@ class Takes(StrEnum):
     """str [n]. Labels: str [n]."""
     GENERATED = "generated"
     """str [n], as generated. Labels: str [n], several references of one text on a line each."""
+    PIXELS = "pixels"
+    """int [n, classes, 3]: pixels of a class in prediction and label, in prediction alone, in label alone. Labels are
+    not read."""
+    ERRORS = "errors"
+    """float [n]: an error of each example. Labels are not read."""
     LIKELIHOODS = "likelihoods"
     """float [n]: the sum of log likelihoods of an example's tokens. Labels: int [n], the number of tokens."""
 
@@ -141,6 +146,26 @@ def _shared_words(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+def _given(predictions: np.ndarray, _labels: np.ndarray) -> np.ndarray:
+    return np.asarray(predictions, np.float64)
+
+
+def _pixels(predictions: np.ndarray, _labels: np.ndarray) -> np.ndarray:
+    return predictions.reshape(len(predictions), -1)
+
+
+def _mean_iou(sums: np.ndarray) -> float:
+    """The mean over the classes that occur, in predictions or labels, of intersection over union; 0 if none does."""
+    counts = sums.reshape(-1, 3)
+    union = counts.sum(1)
+    return float((counts[union > 0, 0] / union[union > 0]).mean()) if union.any() else 0.0
+
+
+def _pixel_accuracy(sums: np.ndarray) -> float:
+    both, _, labelled = sums.reshape(-1, 3).sum(0)
+    return float(both / max(1, both + labelled))
+
+
 def _recall_at(k: int) -> Metric:
     """Make the metric: whether the label is among the k most likely classes. Among equals the later comes first, as in
     scikit-learn."""
@@ -198,6 +223,20 @@ def _all() -> list[Metric]:
             percent=False,
         ),
         *map(_recall_at, (1, 5, 10)),
+        _of_sums("miou", Sums(_pixels, _mean_iou), Takes.PIXELS),
+        _of_sums("pixel_accuracy", Sums(_pixels, _pixel_accuracy), Takes.PIXELS),
+        Metric(name="delta1", takes=Takes.ERRORS, value=_mean_of(_given), outcomes=_given),
+        *(
+            Metric(
+                name=name,
+                takes=Takes.ERRORS,
+                value=_mean_of(_given),
+                outcomes=_given,
+                higher_is_better=False,
+                percent=False,
+            )
+            for name in ("abs_rel", "rmse")
+        ),
         _of_sums("bleu", Sums(generation.bleu_statistics, generation.bleu), Takes.GENERATED, "sacrebleu"),
         *(_of_texts(kind, partial(generation.rouge, kind), "rouge_score") for kind in ("rouge1", "rouge2", "rougeL")),
         _of_texts("meteor", generation.meteor, "nltk"),

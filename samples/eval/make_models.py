@@ -323,6 +323,71 @@ def zero_shot(out: Path) -> None:
         np.savez_compressed(out / "data" / f"{name}.npz", images=images, labels=labels)
 
 
+SIDE = 16
+PER_STAGE = {
+    "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 16], "patch_sizes": [3, 3],
+    "strides": [2, 2], "num_attention_heads": [1, 1], "mlp_ratios": [2, 2], "decoder_hidden_size": 16,
+}  # fmt: skip
+
+
+def halves(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of two colours, left and right of an edge: uint8 [n, 3, 16, 16], and which of three, [n, 16, 16]."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(3, size=(2, count, 1))
+    left = np.arange(SIDE) < rng.integers(4, SIDE - 3, (count, 1))
+    classes = np.repeat(np.where(left, first, second)[:, None], SIDE, 1)
+    tints = np.eye(3)[classes].transpose(0, 3, 1, 2)
+    return (rng.uniform(0, 140, tints.shape) + 100 * tints).astype(np.uint8), classes
+
+
+def dense(out: Path, base: Any, tasks: dict[str, Callable[[np.ndarray], np.ndarray]], loss_from: Any) -> None:
+    """A base that has seen nothing, and a fine-tune for each map from the colours of pixels to their labels."""
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": False, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+    }  # fmt: skip
+    save(out / "base", base)
+    (out / "data").mkdir()
+    for seed, (name, label_of) in enumerate(tasks.items(), 1):
+        model = type(base)(base.config)
+        model.load_state_dict(base.state_dict())
+        images, classes = halves(seed, NUM_TRAIN)
+        pixels, wanted = normalised(images), torch.from_numpy(label_of(classes))
+
+        def loss_of(chosen: np.ndarray, model: Any = model, pixels: Tensor = pixels, wanted: Tensor = wanted) -> Tensor:
+            return loss_from(model(pixel_values=pixels[chosen]), wanted[chosen])
+
+        train(model, loss_of, len(images), 80, 5e-3)
+        save(out / "tasks" / name, model)
+        (out / "tasks" / name / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        images, classes = halves(100 + seed, NUM_TEST)
+        np.savez_compressed(out / "data" / f"{name}.npz", images=images, labels=label_of(classes))
+
+
+def resized(maps: Tensor) -> Tensor:
+    return torch.nn.functional.interpolate(maps, (SIDE, SIDE), mode="bilinear", align_corners=False)
+
+
+def segmentation(out: Path) -> None:
+    """A Segformer, and two that tell colours apart, by different numbers."""
+    torch.manual_seed(0)
+    base = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**PER_STAGE, num_labels=3))
+    tasks = {"colours": lambda classes: classes, "reversed": lambda classes: 2 - classes}
+    dense(out, base, tasks, lambda made, wanted: torch.nn.functional.cross_entropy(resized(made.logits), wanted))
+
+
+def depth(out: Path) -> None:
+    """A GLPN, and two for which colours are near or far."""
+    torch.manual_seed(0)
+    base = transformers.GLPNForDepthEstimation(transformers.GLPNConfig(**PER_STAGE, max_depth=4))
+    tasks = {"near": lambda classes: 1.0 + classes, "far": lambda classes: 3.0 - classes}
+
+    def loss(made: Any, wanted: Tensor) -> Tensor:
+        return (resized(made.predicted_depth[:, None])[:, 0] - wanted).abs().mean()
+
+    dense(out, base, tasks, loss)
+
+
 def normalised(images: np.ndarray) -> Tensor:
     """What the model sees, as the processor says."""
     return (torch.from_numpy(images).float() / 255 - 0.5) / 0.25
@@ -334,6 +399,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "causal-lm": causal_lm,
     "text2text": text2text,
     "zero-shot-image-classification": zero_shot,
+    "semantic-segmentation": segmentation,
+    "depth-estimation": depth,
 }
 
 

@@ -93,7 +93,13 @@ def test_word_f1_counts_words():
 def test_outcomes_average_to_the_value(name):
     takes = METRICS[name].takes
     texts = PREDICTED.astype(str)
-    forms = {"classes": PREDICTED, "scores": rng.normal(size=(60, 3)), "texts": texts, "generated": texts}
+    forms = {
+        "classes": PREDICTED,
+        "scores": rng.normal(size=(60, 3)),
+        "texts": texts,
+        "generated": texts,
+        "errors": rng.normal(size=60),
+    }
     predictions = forms[takes]
     labels = predictions[::-1] if name in ("agreement", "kl_divergence") else LABELS.astype(predictions.dtype)
     labels = LABELS if takes == "scores" and name.startswith("recall") else labels

@@ -174,12 +174,19 @@ def images_of(table: Table, place: Place) -> tuple[Images, str]:
         raise place.error(
             "data", f"the data are pictures, but {place.side} has no {PROCESSOR}", hint="give pixels, as an .npz"
         )
-    pictures = [_picture(value, table, place, index) for index, value in enumerate(column)]
-    digest = xxhash.xxh3_128(table.digest.encode())
+    pictures, digest = pictures_of(table, place, "image", table.digest)
+    return Images(pictures=pictures), digest
+
+
+def pictures_of(table: Table, place: Place, role: str, digest: str) -> tuple[list[Any], str]:
+    """Return the pictures of a column, and a digest of `digest` and of the files it refers to. Raises UsageError."""
+    require("PIL", extra=DATA_EXTRA)
+    pictures = [_picture(value, table, place, index, role) for index, value in enumerate(table.columns[role])]
+    found = xxhash.xxh3_128(digest.encode())
     for picture in pictures:
         if isinstance(picture, Path):
-            digest.update(file_digest(picture).encode())
-    return Images(pictures=pictures), digest.hexdigest()
+            found.update(file_digest(picture).encode())
+    return pictures, found.hexdigest()
 
 
 def opened(picture: Any) -> Any:
@@ -197,18 +204,18 @@ def opened(picture: Any) -> Any:
     return image
 
 
-def _picture(value: Any, table: Table, place: Place, index: int) -> Any:
+def _picture(value: Any, table: Table, place: Place, index: int, role: str) -> Any:
     """Return a path that exists, bytes, or a PIL image."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         value = table.folder / value
     if isinstance(value, Path) and not value.is_file():
-        raise place.error("columns.image", f"{table.row(index)}: no picture at {value}", hint="check the path")
+        raise place.error(f"columns.{role}", f"{table.row(index)}: no picture at {value}", hint="check the path")
     if not isinstance(value, Path | bytes) and not hasattr(value, "convert"):
         raise place.error(
-            "columns.image",
-            f"`{table.names['image']}` in {table.row(index)} is not a picture: {type(value).__name__}",
+            f"columns.{role}",
+            f"`{table.names[role]}` in {table.row(index)} is not a picture: {type(value).__name__}",
             hint="a path, or the bytes of a file",
         )
     return value

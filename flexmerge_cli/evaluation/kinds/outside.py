@@ -63,6 +63,7 @@ def scored_of(answer: Any, who: str, metric: str | None) -> Scored:
 def _compared(name: str, found: Answer, who: str, hint: str) -> Scored:
     try:
         takes = METRICS[name].takes
+        KINDS[takes]
     except KeyError:
         raise DataError(f"{who} gave predictions of `{name}`, which is not a metric of flexmerge", hint=hint) from None
     try:

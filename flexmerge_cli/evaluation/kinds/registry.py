@@ -3,6 +3,7 @@
 from flexmerge_cli.evaluation.kinds import (
     causal_lm,
     command,
+    dense,
     image_classification,
     lm_eval,
     python,
@@ -16,7 +17,9 @@ from flexmerge_cli.evaluation.kinds.kind import Kind
 _MODULES = (
     image_classification, zero_shot, text_classification, regression, text2text, causal_lm, lm_eval, python, command,
 )  # fmt: skip
-KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in _MODULES}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (*(module.KIND for module in _MODULES), dense.SEGMENTATION, dense.DEPTH)
+}
 
 
 def kind_of(written: str) -> Kind | None:
