@@ -15,6 +15,9 @@ from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.serving.runtime import Run, Runtime
 
+MAX_RUNS = 4
+"""Runs beside which no more join: each passes through its model by itself; only shared products are taken together."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Row:
@@ -24,6 +27,8 @@ class Row:
     item: Any
     """The input as the task's `prepare` returned it."""
     answer: "Future[Any]" = field(default_factory=Future)
+    run: int = 0
+    """The number of the run that computes it, once it does."""
 
 
 class Worker:
@@ -46,6 +51,7 @@ class Worker:
         self._waiting: deque[Row] = deque()
         self._running: Sequence[Row] = ()
         self._changed = threading.Condition()
+        self._num_runs = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
@@ -122,10 +128,14 @@ class Worker:
         return found
 
     def _joining(self) -> list[Run]:
-        """Return what joins those that run, between two tokens: as many rows as the batch has room for."""
+        """Return what joins those that run, between two tokens: as many rows as the batch has room for.
+
+        If many run apart, what waits is collected until one of them ends: it then joins as fewer, larger runs.
+        """
         with self._changed:
             going = [row for row in self._running if not row.answer.done()]
-            rows = [] if self._is_stopping else self._taken(self._max_batch - len(going))
+            is_full = self._is_stopping or len({row.run for row in going}) >= MAX_RUNS
+            rows = [] if is_full else self._taken(self._max_batch - len(going))
             self._running = going + rows
         return self._runs(rows) if rows else []
 
@@ -138,7 +148,11 @@ class Worker:
         for name, own in of_task.items():
             rows_of = {id(row.item): row for row in own}
             for items in self._tasks[name].batches([row.item for row in own]):
-                runs.append((name, self._answering(name, [rows_of[id(item)] for item in items])))
+                together = [rows_of[id(item)] for item in items]
+                self._num_runs += 1
+                for row in together:
+                    row.run = self._num_runs
+                runs.append((name, self._answering(name, together)))
         return runs
 
     def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:

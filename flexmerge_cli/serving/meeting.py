@@ -82,6 +82,8 @@ class _Meeting:
         self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
         self._paused: set[int] = set()
         self._found: dict[int, Tensor | BaseException] = {}
+        self._multiplies = False
+        """Whether what a thread multiplies is for all, and nobody waits for it, although the thread's mode sees it."""
         for run in runs:
             self._add(run)
         self._next()
@@ -114,6 +116,8 @@ class _Meeting:
 
     def linear(self, place: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Multiply by a shared weight. Returns NotImplemented where nothing is shared."""
+        if self._multiplies:
+            return NotImplemented
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(weight, PackedWeight):
             if len(rows) > FEW_ROWS or not weight.packed.is_split or _place(weight) not in self._shared:
@@ -131,7 +135,7 @@ class _Meeting:
 
     def addmm(self, place: int, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
         """Multiply as transformers' Conv1D calls it."""
-        if isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
+        if self._multiplies or isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
             return NotImplemented
         key = weight.data_ptr(), bias.data_ptr()
         return self._product(place, key, x, lambda x: torch.addmm(bias, x, weight))
@@ -161,6 +165,7 @@ class _Meeting:
             self._turns[self._ready.pop(0)].release()
 
     def _multiply(self) -> None:
+        self._multiplies = True
         together: dict[Hashable, list[int]] = {}
         for place, (key, _, _) in sorted(self._waiting.items()):
             together.setdefault(key, []).append(place)
@@ -172,6 +177,7 @@ class _Meeting:
                 self._found.update(zip(places, torch.split(found, [len(x) for x in rows])))
             except Exception as error:  # each of those that wait for it raises it
                 self._found.update(dict.fromkeys(places, error))
+        self._multiplies = False
         self._ready = sorted(self._waiting)
         self._waiting.clear()
 

@@ -147,6 +147,40 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
     meeting.pause()  # of nobody
 
 
+def test_a_run_that_pauses_takes_the_products_that_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own thread multiplies then, and must not wait for itself."""
+    weight, nested, multiply = torch.eye(2), [0], meeting._Meeting._multiply
+
+    def counted(self: meeting._Meeting) -> None:
+        nested[0] += 1
+        assert nested[0] == 1
+        multiply(self)
+        nested[0] -= 1
+
+    monkeypatch.setattr(meeting._Meeting, "_multiply", counted)
+
+    def pauses() -> int:
+        meeting.pause()
+        return 1
+
+    def multiplies() -> int:
+        for _ in range(2):
+            functional.linear(torch.ones(1, 2), weight)
+            torch.addmm(torch.ones(2), torch.ones(1, 2), weight)
+        return 2
+
+    thread = threading.Thread(
+        target=lambda: found.extend(
+            run_together([multiplies, pauses], {weight.data_ptr()}, lambda _going: ([], {weight.data_ptr()}))
+        ),
+        daemon=True,
+    )
+    found: list[int] = []
+    thread.start()
+    thread.join(20)
+    assert found == [2, 1]
+
+
 def test_weights_of_one_model_alone_are_not_shared() -> None:
     first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     assert shared_weights([first, second]) == frozenset()
