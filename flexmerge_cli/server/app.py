@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from flexmerge_cli.server.completions import add_completions
+from flexmerge_cli.server.embeddings import add_embeddings
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.limits import BoundedBodies
 from flexmerge_cli.server.metrics import Measured
@@ -71,6 +72,7 @@ def make_app(service: Service) -> FastAPI:
         return {"task": name, "kind": task.kind, "outputs": [_output(answer) for answer in answers]}
 
     add_completions(app, service)
+    add_embeddings(app, service)
     return app
 
 

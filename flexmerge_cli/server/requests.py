@@ -33,6 +33,16 @@ class Predict(Body):
     max_tokens: Positive | None = None
 
 
+class Embedded(Body):
+    """`/v1/embeddings`."""
+
+    model: str
+    input: NotEmpty | Annotated[list[str], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+    """Whoever asks; it changes nothing."""
+
+
 class StreamOptions(Body):
     include_usage: bool = False
 

@@ -16,9 +16,9 @@ import uvicorn
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import MachineError, UsageError
 from flexmerge_cli.server.app import STOP_SECONDS, make_app
+from flexmerge_cli.server.kinds import tasks_of
 from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.service import Service
-from flexmerge_cli.server.tasks import tasks_of
 from flexmerge_cli.server.worker import Worker
 from flexmerge_cli.serving.runtime import Runtime
 

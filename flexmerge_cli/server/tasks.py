@@ -4,8 +4,6 @@ The code of `eval`'s kinds prepares inputs and reads outputs, so that an answer 
 raises Refusal for bad input of a client.
 """
 
-import base64
-import binascii
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.errors import FlexmergeError, UsageError
-from flexmerge_cli.evaluation.kinds.classes import architecture_of, label_count, label_names
-from flexmerge_cli.evaluation.kinds.images import PROCESSOR, image_processor, image_shape, pixels_of, pixels_of_array
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.kinds.classes import label_count, label_names
 from flexmerge_cli.evaluation.kinds.sequences import encodings, head_batch, takes_batches
 from flexmerge_cli.evaluation.kinds.tokens import FILES, max_length, num_positions, read_tokenizer
-from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
+from flexmerge_cli.evaluation.loading import read_config
 from flexmerge_cli.server.generation import Choice, generate
+from flexmerge_cli.server.pictures import Pictures
 from flexmerge_cli.server.refusal import Refusal
 
 
@@ -66,7 +63,7 @@ class _Classes(Task):
 
     def _outputs(self, logits: np.ndarray) -> list[dict[str, Any]]:
         """Turn logits, [n, classes] float32, into answers."""
-        _require_finite(logits)
+        require_finite(logits)
         values = torch.from_numpy(logits)
         scores = values.sigmoid() if self.is_multi_label else values.softmax(-1)
         return [
@@ -89,10 +86,10 @@ class Texts(_Classes):
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
         self.kind = "regression" if len(self.labels) == 1 else "text-classification"
-        self.tokens = _Tokens(name, side)
+        self.tokens = Tokens(name, side)
 
     def prepare(self, value: Any, **options: Any) -> Any:
-        _require_no_options(self, options)
+        require_no_options(self, options)
         pair = value if isinstance(value, list) else [value]
         if not 1 <= len(pair) <= 2 or not all(isinstance(text, str) for text in pair):
             raise Refusal("an input is a text, or a list of two texts", param="inputs")
@@ -103,7 +100,7 @@ class Texts(_Classes):
         found = [head_batch(model, self.tokens.tokenizer, items[at : at + step]) for at in range(0, len(items), step)]
         logits = np.concatenate(found)
         if self.kind == "regression":
-            _require_finite(logits)
+            require_finite(logits)
             return [{"value": value} for value in logits[:, 0].tolist()]
         return self._outputs(logits)
 
@@ -115,64 +112,18 @@ class Images(_Classes):
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
-        self._processor: Any = None
-        self._lock = threading.Lock()
+        self.pictures = Pictures(name, side)
 
     def prepare(self, value: Any, **options: Any) -> Any:
-        _require_no_options(self, options)
-        pixels = self._of_picture(value) if isinstance(value, str) else self._of_array(value)
-        if not bool(torch.isfinite(pixels).all()):
-            raise Refusal("an image has numbers that are not finite", param="inputs")
-        return pixels
+        require_no_options(self, options)
+        return self.pictures.prepared(value)
 
     def batches(self, items: Sequence[Any]) -> list[list[Any]]:
-        shapes = {tuple(item.shape) for item in items}
-        return [[item for item in items if tuple(item.shape) == shape] for shape in sorted(shapes)]
+        return by_shape(items, lambda item: item.shape)
 
     def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
         logits = model(pixel_values=torch.cat(list(items)).to(model.device, model.dtype)).logits
         return self._outputs(logits.float().cpu().numpy())
-
-    def _of_array(self, value: Any) -> torch.Tensor:
-        try:
-            array = np.array(value)
-        except (ValueError, OverflowError):  # lists of different lengths
-            array = np.empty(0)
-        if array.ndim != 3 or array.dtype.kind not in "uif" or not array.size:
-            raise Refusal("an image is numbers [channels, height, width], or a picture in base64", param="inputs")
-        self._require_shape(array.shape)
-        found: torch.Tensor = pixels_of_array(array[None], self.side)
-        return found
-
-    def _of_picture(self, text: str) -> torch.Tensor:
-        try:
-            data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        except (binascii.Error, ValueError):
-            raise Refusal("a picture is the bytes of a file in base64", param="inputs") from None
-        try:
-            with self._lock:
-                if self._processor is None:
-                    self._processor = self._opened_processor()
-            found: torch.Tensor = pixels_of(self._processor, [data])
-        except FlexmergeError as error:
-            raise Refusal(error.message, param="inputs") from None
-        self._require_shape(tuple(found.shape[1:]))
-        return found
-
-    def _opened_processor(self) -> Any:
-        if not (self.side / PROCESSOR).is_file():
-            raise Refusal(f"task `{self.name}` has no {PROCESSOR}: send pixels instead of a picture", param="inputs")
-        try:
-            return image_processor(self.side)
-        except Exception as error:  # from transformers, also for a malformed file
-            said = str(error).split("\n")[0][:200]
-            raise Refusal(
-                f"the {PROCESSOR} of task `{self.name}` prepares no pictures ({said}): send pixels", param="inputs"
-            ) from None
-
-    def _require_shape(self, shape: tuple[int, ...]) -> None:
-        if (wanted := image_shape(self.side, shape)) != shape:
-            raise Refusal(f"an image of {list(shape)}, and the model takes {list(wanted)}", param="inputs")
 
 
 class Generated(Task):
@@ -183,7 +134,7 @@ class Generated(Task):
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         """max_tokens: the most of a generated text."""
         super().__init__(name, side)
-        self.tokens, self.max_tokens = _Tokens(name, side), max_tokens
+        self.tokens, self.max_tokens = Tokens(name, side), max_tokens
         self.positions = num_positions(side)
         self.vocabulary: int = self.config.get("vocab_size", len(self.tokens.tokenizer))
 
@@ -265,7 +216,7 @@ class CausalLM(Generated):
         return found
 
 
-class _Tokens:
+class Tokens:
     """A task's tokenizer, which one thread at a time uses."""
 
     def __init__(self, name: str, side: Path) -> None:
@@ -297,46 +248,18 @@ class _Tokens:
             raise Refusal(said, code="context_length_exceeded")
 
 
-def tasks_of(bundle: Bundle, names: Sequence[str], *, max_tokens: int) -> dict[str, Task]:
-    """Return the tasks that are served. Raises UsageError for one that can't be, FlexmergeError for unsound side
-    files."""
-    found: dict[str, Task] = {}
-    for name in names:
-        bundle.check_files(name, weights=False)
-        side = bundle.config_folder(name)
-        found[name] = _kind_of(name, side)(name, side, max_tokens)
-    return found
+def by_shape(items: Sequence[Any], shape_of: Callable[[Any], Any]) -> list[list[Any]]:
+    """Split rows into batches of one shape."""
+    shapes = {tuple(shape_of(item)) for item in items}
+    return [[item for item in items if tuple(shape_of(item)) == shape] for shape in sorted(shapes)]
 
 
-def _kind_of(name: str, side: Path) -> Callable[[str, Path, int], Task]:
-    quiet_transformers()
-    from transformers.models.auto import modeling_auto as auto
-
-    architecture = architecture_of(read_config(side))
-    kinds: list[tuple[Any, Callable[[str, Path, int], Task]]] = [
-        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Texts(name, side)),
-        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Images(name, side)),
-        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: Text2Text(name, side, max_tokens=n)),
-        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: CausalLM(name, side, max_tokens=n)),
-    ]
-    for table, make in kinds:
-        if architecture in {
-            each for names in table.values() for each in ([names] if isinstance(names, str) else names)
-        }:
-            return make
-    raise UsageError(
-        f"task `{name}`: {side}/config.json names {architecture}, which is not served",
-        hint="classification of texts and images, regression, text2text and causal language models are; "
-        "choose such tasks with --tasks",
-    )
-
-
-def _require_no_options(task: Task, options: dict[str, Any]) -> None:
+def require_no_options(task: Task, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
             raise Refusal(f"task `{task.name}` is {task.kind}, which has no `{name}`", param=name)
 
 
-def _require_finite(values: np.ndarray) -> None:
+def require_finite(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         raise ArithmeticError("the model's outputs are not finite")

@@ -1,5 +1,6 @@
 """Bundles of tiny models with tokenizers, of every kind that is served."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,4 +67,54 @@ def mixed(root: Path) -> Path:
     return _bundle(root, base, made, method="average", size="3x")
 
 
-MADE: dict[str, Callable[[Path], Path]] = {"texts": texts, "images": images, "t5": t5, "gpt2": gpt2, "mixed": mixed}
+def encoders(root: Path) -> Path:
+    """Encoders of texts without heads."""
+    sizes = transformers.BertConfig(
+        vocab_size=len(tiny.SPECIAL) + len(tiny.WORDS), hidden_size=tiny.WIDTH, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=tiny.WIDTH, max_position_embeddings=tiny.LENGTH,
+    )  # fmt: skip
+    base = tiny.saved(root / "base", transformers.BertModel(sizes), tiny.tokenizer(start=True, end=True))
+    return _bundle(root, base, {"one": base, "two": base})
+
+
+def sentences(root: Path) -> Path:
+    """The same, as sentence-transformers saves them: the first token's states, of length 1."""
+    base = encoders(root / "plain").parent / "base"
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (base / "modules.json").write_text(json.dumps(modules))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    return _bundle(root, base, {"one": base, "two": base})
+
+
+def clip(root: Path) -> Path:
+    base = tiny.clip(root / "base")
+    return _bundle(root, base, {"pets": base, "cars": base})
+
+
+def vision(root: Path) -> Path:
+    """Vision towers of a CLIP."""
+    tower = transformers.CLIPVisionModelWithProjection.from_pretrained(tiny.clip(root / "whole"))
+    base = tiny.saved(root / "base", tower)
+    return _bundle(root, base, {"pets": base, "cars": base})
+
+
+def whisper(root: Path) -> Path:
+    """It hears a second, in 20 frames."""
+    sizes = transformers.WhisperConfig(
+        vocab_size=len(tiny.SPECIAL) + len(tiny.WORDS), num_mel_bins=8, d_model=tiny.WIDTH, encoder_layers=1,
+        decoder_layers=1, encoder_ffn_dim=tiny.WIDTH, decoder_ffn_dim=tiny.WIDTH, encoder_attention_heads=2,
+        decoder_attention_heads=2, max_source_positions=10, max_target_positions=20, pad_token_id=tiny.PAD,
+        bos_token_id=tiny.START, eos_token_id=tiny.END, decoder_start_token_id=tiny.START, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    base = tiny.saved(root / "base", transformers.WhisperForConditionalGeneration(sizes), tiny.tokenizer())
+    transformers.WhisperFeatureExtractor(feature_size=8, hop_length=800, chunk_length=1).save_pretrained(base)
+    return _bundle(root, base, {"calls": base, "songs": base})
+
+
+MADE: dict[str, Callable[[Path], Path]] = {
+    "texts": texts, "images": images, "t5": t5, "gpt2": gpt2, "mixed": mixed, "encoders": encoders,
+    "sentences": sentences, "clip": clip, "vision": vision, "whisper": whisper,
+}  # fmt: skip

@@ -1,0 +1,180 @@
+"""Tasks whose model has no head: embeddings of texts and images, and images beside texts of the request's own.
+
+A text's embedding is what sentence-transformers makes of it, where modules.json says how, else the mean of its tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.kinds.sequences import takes_batches
+from flexmerge_cli.json_file import parse_json
+from flexmerge_cli.server.pictures import Pictures
+from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.tasks import Task, Tokens, by_shape, require_finite, require_no_options
+
+POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
+MAX_TEXTS = 1000
+"""Texts that one image is compared with."""
+
+
+class Embeddings(Task):
+    """`embedding`: a text in, a vector out."""
+
+    kind = "embedding"
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        self.tokens = Tokens(name, side)
+        self.pooling, self.is_normalised = _pooling(name, side)
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        require_no_options(self, options)
+        if not isinstance(value, str):
+            raise Refusal("an input is a text", param="inputs")
+        return self.tokens.encoded(value)
+
+    def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
+        step = len(items) if takes_batches(model, self.tokens.tokenizer) else 1
+        for first in range(0, len(items), step):
+            rows = self._batch(model, items[first : first + step])
+            for number, row in enumerate(rows.tolist(), first):
+                deliver(number, {"embedding": row})
+
+    def _batch(self, model: Any, items: Sequence[Any]) -> Tensor:
+        inputs = dict(self.tokens.tokenizer.pad(list(items), padding=True, return_tensors="pt"))
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        states = model(**inputs).last_hidden_state.float()
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, :, None].to(states.dtype)
+        found = pooled(states, mask, self.pooling)
+        found = normalize(found, dim=-1) if self.is_normalised else found
+        require_finite(found.cpu().numpy())
+        return found.cpu()
+
+
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector of each text. states: [batch, tokens, width] float32. mask: [batch, tokens, 1], 1 where a token is."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    rows = torch.arange(len(states), device=states.device)
+    if pooling == "cls":
+        return states[rows, mask[:, :, 0].argmax(1)]
+    if pooling == "last":
+        return states[rows, (mask[:, :, 0] * (places + 1)).argmax(1)]
+    if pooling == "max":
+        return states.masked_fill(mask == 0, -torch.inf).amax(1)
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+def _pooling(name: str, side: Path) -> tuple[str, bool]:
+    """How the states of tokens become one vector, and whether that is normalised.
+
+    Raises UsageError for what sentence-transformers would compute beyond that.
+    """
+    if not (side / "modules.json").is_file():
+        return "mean", False
+    modules = _read(name, side / "modules.json")
+    listed = [one for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
+    kinds = [str(one.get("type", "")).rpartition(".")[2] for one in listed]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise UsageError(
+            f"task `{name}`: {side}/modules.json lists {', '.join(kinds)[:200]}, which is not served",
+            hint="a Transformer, a Pooling and maybe a Normalize are; choose other tasks with --tasks",
+        )
+    read = _read(name, side / Path(str(listed[1].get("path", ""))).name / "config.json")
+    config = read if isinstance(read, dict) else {}
+    asked = [word for key, word in POOLINGS.items() if config.get(f"pooling_mode_{key}") is True]
+    asked = asked or [word for word in POOLINGS.values() if config.get("pooling_mode") == word]
+    if len(asked) != 1:
+        raise UsageError(
+            f"task `{name}`: its Pooling is not one of {', '.join(POOLINGS.values())}, and no other is served",
+            hint="choose other tasks with --tasks",
+        )
+    return asked[0], len(kinds) > 2
+
+
+def _read(name: str, path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        said = f"task `{name}`: {path} cannot be read: {str(error)[:200]}"
+        raise UsageError(said, hint="get a sound copy of the file, or leave the task out with --tasks") from None
+
+
+class _OfImages(Task):
+    """What takes images of any shape that the model takes, and runs those of one shape together."""
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        self.pictures = Pictures(name, side)
+
+    def batches(self, items: Sequence[Any]) -> list[list[Any]]:
+        return by_shape(items, lambda item: self._pixels(item).shape)
+
+    def _pixels(self, item: Any) -> Tensor:
+        found: Tensor = item
+        return found
+
+
+class ImageEmbeddings(_OfImages):
+    """`image-embedding`: an image in, the encoder's projection of it out, of length 1."""
+
+    kind = "image-embedding"
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        require_no_options(self, options)
+        return self.pictures.prepared(value)
+
+    def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
+        found = normalize(model(pixel_values=joined(items, model)).image_embeds.float(), dim=-1).cpu()
+        require_finite(found.numpy())
+        for number, row in enumerate(found.tolist()):
+            deliver(number, {"embedding": row})
+
+
+class ImagesAndTexts(_OfImages):
+    """`zero-shot-image-classification`: an image and texts in, which of the texts fits best out."""
+
+    kind = "zero-shot-image-classification"
+
+    def __init__(self, name: str, side: Path) -> None:
+        super().__init__(name, side)
+        self.tokens = Tokens(name, side)
+
+    def prepare(self, value: Any, **options: Any) -> Any:
+        require_no_options(self, options)
+        said = "an input is an object with an `image`, and `texts`, a list of texts that it is compared with"
+        if not isinstance(value, dict) or set(value) != {"image", "texts"} or not isinstance(value["texts"], list):
+            raise Refusal(said, param="inputs")
+        texts = value["texts"]
+        if not 1 <= len(texts) <= MAX_TEXTS or not all(isinstance(text, str) for text in texts):
+            raise Refusal(f"{said}: 1 to {MAX_TEXTS}", param="inputs")
+        return self.pictures.prepared(value["image"]), texts, [self.tokens.encoded(text) for text in texts]
+
+    def _pixels(self, item: Any) -> Tensor:
+        found: Tensor = item[0]
+        return found
+
+    def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
+        pixels = joined([item[0] for item in items], model)
+        images = normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+        rows = [row for item in items for row in item[2]]
+        inputs = dict(self.tokens.tokenizer.pad(rows, padding=True, return_tensors="pt"))
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        texts = normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
+        logits = (model.logit_scale.exp() * images @ texts.T).float().cpu()
+        require_finite(logits.numpy())
+        first = 0
+        for number, (_, own, _) in enumerate(items):
+            scores = logits[number, first : first + len(own)].softmax(-1).tolist()
+            first += len(own)
+            best = max(range(len(own)), key=scores.__getitem__)
+            deliver(number, {"label": own[best], "index": best, "score": scores[best], "scores": scores})
+
+
+def joined(pixels: Sequence[Tensor], model: Any) -> Tensor:
+    return torch.cat(list(pixels)).to(model.device, model.dtype)

@@ -1,0 +1,163 @@
+"""Embeddings, CLIP and Whisper over HTTP are what the offline models give, and what they do not take is refused."""
+
+import base64
+import io
+import shutil
+import wave
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from flexmerge_cli import open_bundle
+from flexmerge_cli.errors import UsageError
+from flexmerge_cli.evaluation.kinds.images import pixels_of_array
+from flexmerge_cli.server.encoders import Embeddings, pooled
+from flexmerge_cli.server.speech import samples_of
+
+from ..evaluation.tiny import sentences
+from .offline import Offline
+from .test_predict import CLOSE, outputs, predict, refused
+
+
+def embedded(client, task, texts, **more):
+    return client.post("/v1/embeddings", json={"model": task, "input": texts, **more})
+
+
+@pytest.mark.parametrize("name", ["sentences", "encoders"])
+def test_a_text_is_embedded_as_sentence_transformers_do_or_by_the_mean_of_its_tokens(client_of, bundle_of, name):
+    client, texts = client_of(name), sentences(9, seed=3)
+    for task in ("one", "two"):
+        offline = Offline(bundle_of(name), task)
+        found = [answer["embedding"] for answer in outputs(client, task, texts)]
+        for text, row in zip(texts, found, strict=True):
+            with torch.inference_mode():
+                states = offline.model(**offline.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            expected = normalize(states[0], dim=0) if name == "sentences" else states.mean(0)
+            assert torch.allclose(torch.tensor(row), expected, **CLOSE)
+        answer = embedded(client, task, texts).json()
+        assert np.allclose([one["embedding"] for one in answer["data"]], found, atol=1e-5)
+        assert [one["index"] for one in answer["data"]] == list(range(9))
+        assert answer["usage"]["prompt_tokens"] == sum(len(offline.tokenizer(text)["input_ids"]) for text in texts)
+    packed = embedded(client, "one", texts[0], encoding_format="base64").json()["data"][0]["embedding"]
+    row = outputs(client, "one", texts[:1])[0]["embedding"]
+    assert np.allclose(np.frombuffer(base64.b64decode(packed), "<f4"), row, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "last"])
+def test_padding_has_no_part_in_what_is_pooled(pooling, side):
+    states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(3, 5, 1)
+    for row, length in enumerate((5, 2, 1)):
+        mask[row, slice(0, length) if side == "right" else slice(5 - length, 5)] = 1
+    found = pooled(states, mask, pooling)
+    for row, length in enumerate((5, 2, 1)):
+        alone = states[row, :length] if side == "right" else states[row, 5 - length :]
+        expected = {"cls": alone[0], "mean": alone.mean(0), "max": alone.amax(0), "last": alone[-1]}[pooling]
+        assert torch.allclose(found[row], expected)
+
+
+def test_modules_that_compute_more_than_a_pooling_are_refused_before_anything_is_loaded(bundle_of, tmp_path):
+    for number, (modules, pooling, says) in enumerate(
+        [
+            ('[{"type": "a.Transformer"}, {"type": "a.Pooling"}, {"type": "a.Dense"}]', "{}", "Dense"),
+            ('[{"type": "a.Transformer"}, {"type": "a.Pooling", "path": "1_Pooling"}]', "{}", "Pooling"),
+            ('[{"type": "a.Transformer"}, {"type": "a.Pooling", "path": "1_Pooling"}]', '{"pooling_mode_cls_token": '
+             'true, "pooling_mode_mean_tokens": true}', "Pooling"),
+            ("nonsense", "{}", "modules.json"),
+        ]
+    ):  # fmt: skip
+        side = tmp_path / str(number)
+        shutil.copytree(bundle_of("sentences") / "tasks/one", side)
+        (side / "modules.json").write_text(modules)
+        (side / "1_Pooling/config.json").write_text(pooling)
+        with pytest.raises(UsageError, match=says):
+            Embeddings("one", side)
+
+
+def test_what_is_no_text_and_what_embeds_no_texts_is_refused(client_of):
+    client = client_of("encoders")
+    refused(predict(client, "one", [3]), 400, "an input is a text")
+    refused(predict(client, "one", ["red"], max_tokens=3), 400, "max_tokens")
+    refused(embedded(client, "nobody", "red"), 404, "no task")
+    refused(embedded(client, "one", []), 400, "input")
+    refused(embedded(client, "one", "red", dimensions=3), 400, "dimensions")
+    refused(embedded(client_of("images"), "cats", "red"), 400, "image-classification")
+
+
+def pixels(seed, side=8):
+    return np.random.default_rng(seed).integers(0, 256, (3, side, side))
+
+
+def test_images_are_compared_with_texts_as_clip_does(client_of, bundle_of):
+    client, asked = client_of("clip", max_wait=0.02), []
+    for number in range(5):
+        asked.append({"image": pixels(number).tolist(), "texts": sentences(1 + number, seed=number)})
+    for task in ("pets", "cars"):
+        offline, folder = Offline(bundle_of("clip"), task), bundle_of("clip") / "tasks" / task
+        for one, answer in zip(asked, outputs(client, task, asked), strict=True):
+            inputs = offline.tokenizer(one["texts"], padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                logits = offline.model(
+                    pixel_values=pixels_of_array(np.array([one["image"]]), folder),
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                ).logits_per_image[0]  # fmt: skip
+            assert torch.allclose(torch.tensor(answer["scores"]), logits.softmax(-1), **CLOSE)
+            assert answer["label"] == one["texts"][answer["index"]] and answer["score"] == max(answer["scores"])
+    for wrong in ("red", {"image": asked[0]["image"]}, asked[0] | {"texts": []}, asked[0] | {"texts": [3]}):
+        refused(predict(client, "pets", [wrong]), 400, "an `image`, and `texts`")
+    refused(predict(client, "pets", [asked[0] | {"image": pixels(1, 4).tolist()}]), 400, "an image of [3, 4, 4]")
+
+
+def test_a_vision_tower_gives_the_projection_of_an_image(client_of, bundle_of):
+    client, offline = client_of("vision"), open_bundle(bundle_of("vision")).model("pets")
+    for number, answer in enumerate(outputs(client, "pets", [pixels(n).tolist() for n in range(3)])):
+        with torch.inference_mode():
+            found = offline(pixel_values=pixels_of_array(pixels(number)[None], bundle_of("vision") / "tasks/pets"))
+        assert torch.allclose(torch.tensor(answer["embedding"]), normalize(found.image_embeds[0], dim=0), **CLOSE)
+
+
+def recording(values, width=2, rate=16000, channels=1):
+    """The bytes of a WAV file of whole numbers [n, channels]."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as made:
+        made.setnchannels(channels)
+        made.setsampwidth(width)
+        made.setframerate(rate)
+        data = np.asarray(values).astype("<i4").view(np.uint8).reshape(-1, 4)[:, :width]
+        made.writeframes(((data.astype(int) + 128) % 256).astype(np.uint8).tobytes() if width == 1 else data.tobytes())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_samples_of_every_width_are_read_and_channels_averaged(width):
+    top = 1 << (8 * width - 1)
+    values = np.array([[0, top // 2], [-top, -top], [top - 1, 0]])
+    found = samples_of(recording(values, width, channels=2), 16000)
+    assert np.allclose(found, values.mean(1) / top, atol=1e-6)
+
+
+def test_recordings_are_recognised_as_offline(client_of, bundle_of):
+    from transformers import AutoFeatureExtractor
+
+    client, rng = client_of("whisper", max_wait=0.02), np.random.default_rng(1)
+    sounds = [rng.integers(-20000, 20000, (int(rng.integers(2000, 16000)), 1)) for _ in range(4)]
+    files = [base64.b64encode(recording(sound)).decode() for sound in sounds]
+    for task in ("calls", "songs"):
+        folder, offline = bundle_of("whisper") / "tasks" / task, Offline(bundle_of("whisper"), task)
+        extractor = AutoFeatureExtractor.from_pretrained(folder)
+        for sound, answer in zip(sounds, outputs(client, task, files, max_tokens=6), strict=True):
+            features = extractor(sound[:, 0] / 32768, sampling_rate=16000, return_tensors="pt")["input_features"]
+            made = offline.model.generate(input_features=features, max_new_tokens=6, do_sample=False)
+            assert answer["text"] == offline.tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
+            assert answer["text"]
+    refused(predict(client, "calls", [3]), 400, "WAV")
+    refused(predict(client, "calls", ["%%"]), 400, "base64")
+    refused(predict(client, "calls", [base64.b64encode(b"RIFFxxxx").decode()]), 400, "WAV")
+    wrong = base64.b64encode(recording(sounds[0], rate=8000)).decode()
+    refused(predict(client, "calls", [wrong]), 400, "8000 samples a second", "16000")
+    long = base64.b64encode(recording(np.zeros((16001, 1)))).decode()
+    refused(predict(client, "calls", [long]), 400, "at most 1")
+    refused(predict(client, "calls", files[:1], max_tokens=999), 400, "max_tokens is 999")
