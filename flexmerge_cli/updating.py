@@ -34,8 +34,8 @@ class Update:
     def of(folder: Path, plan: Plan, *, device: str = "auto") -> "Update":
         """Read the bundle's manifest and headers, and no weights.
 
-        Raises UsageError for a bundle of another family, IntegrityError if a file of it is missing or cut, GateError
-        if the plan cannot be packed as was asked.
+        Raises UsageError for a bundle of another family, and for one that was merged with a calibration, IntegrityError
+        if a file of it is missing or cut, GateError if the plan cannot be packed as was asked.
         """
         from flexmerge_cli.engine.device import choose_device
         from flexmerge_cli.engine.materialise import build_of
@@ -45,6 +45,11 @@ class Update:
         bundle.check_tasks(bundle.tasks)
         assert bundle.manifest.request is not None
         request = asked(bundle.manifest.request)
+        if request.calibration is not None:
+            raise UsageError(
+                f"{folder} was merged with a calibration, and the new plan has other tasks than that",
+                hint="calibrate the new plan, and then: flexmerge merge PLAN --calibration FOLDER …",
+            )
         layout = allocate(plan, request)
         build = build_of(layout, choose_device(device))
         return Update(plan=plan, request=request, layout=layout, found=unchanged(bundle, layout, build))

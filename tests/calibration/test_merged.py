@@ -342,5 +342,7 @@ def test_auto_weighs_errors_by_the_fisher_information(pictures, tmp_path):
         "flexmerge merge plan.json --method auto --size 1.1x --calibration calibration/ -o bundle/"
     )
     succeeds(*family.command(tmp_path / "calibration", "--statistics", "inputs"))
+    update = ["update", tmp_path / "weighed", "--plan", family.plan_path, "-o", tmp_path / "never"]
+    fails(2, *update, says="was merged with a calibration")
     refused = fails(2, *words, "-o", tmp_path / "never", "--calibration", tmp_path / "calibration")
     assert "without the statistic `fisher`" in refused.err
