@@ -1,9 +1,10 @@
-"""`python -m tests.bench plan|merge|serve|cost|verify|calibrate`: our time and peak anonymous memory, and a bare loop.
+"""`python -m tests.bench plan|merge|serve|cost|verify|calibrate|all`: our time and memory, and a bare loop.
 
 Eight synthetic fine-tunes of ViT-B/32 size (88 M parameters, float32), made once in --folder. The bare loop does the
 least that comparing them can take: positional reads into reused buffers, one subtraction and one Gram product per
 256 k-element chunk, two workers; `our-plan-gram` takes no more, `our-plan` what `auto` needs, too. For `merge` at 1x it
-reads the input and writes the output once. `serve`, `cost` and `calibrate` are of bench_serve.py, bench_cost.py and
+reads the input and writes the output once. `all` prints a table of them, of thirty bfloat16 fine-tunes and of reading a
+task, each with its limit. `serve`, `cost` and `calibrate` are of bench_serve.py, bench_cost.py and
 bench_calibrate.py. For `verify`, export and the first use of a view (every tensor is looked up, and copied) with the
 comparison of digests beside without, of a dense and a coded bundle, also of files that are not in the page cache
 (`cold`). Imports are apart: each part runs in a process of its own and tells the time from after its imports. Files are
@@ -23,9 +24,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.bench_calibrate import bare_passes, calibrated, make_calibrated, told
 from tests.bench_cost import cost
+from tests.bench_limits import print_limits
 from tests.bench_serve import served
 
 NUM_TASKS = 8
@@ -35,7 +38,7 @@ WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", "calibrate", *PARTS])
+    parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", "calibrate", "all", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="of serve and cost")
@@ -56,6 +59,9 @@ def main() -> None:
             print(f"{what:50} {figure}", flush=True)
         return
     make_family(arguments.folder)
+    if arguments.what == "all":
+        make_family(arguments.folder / "thirty", tasks=30, dtype="bfloat16")
+        sys.exit(not print_limits(run_part, arguments.folder, arguments.repeat))
     if arguments.what == "verify":
         compare_verified(arguments.folder, arguments.repeat)
         return
@@ -133,7 +139,7 @@ def bare_plan(folder: Path) -> Callable[[], None]:
     import torch
 
     torch.set_num_threads(1)
-    files, items = open_all(folder)
+    files, items, dtype = open_all(folder)
 
     def run() -> None:
         local = threading.local()
@@ -141,12 +147,15 @@ def bare_plan(folder: Path) -> Callable[[], None]:
         def work(item: tuple[int, int]) -> "np.ndarray":
             offset, count = item
             if not hasattr(local, "buffers"):
-                local.buffers = np.empty((NUM_TASKS + 1, CHUNK_ELEMENTS), np.float32)
-            chunk = local.buffers[:, :count]
+                local.buffers = np.empty((len(files), CHUNK_ELEMENTS * dtype.itemsize), np.uint8)
+                local.floats = torch.empty(len(files), CHUNK_ELEMENTS)
+            chunk = local.buffers[:, : count * dtype.itemsize]
             for row, file in enumerate(files):
                 os.preadv(file, [chunk[row].data], offset)
-            deltas = torch.from_numpy(chunk[1:])
-            deltas -= torch.from_numpy(chunk[0])
+            models = torch.from_numpy(chunk).view(dtype)
+            if dtype is not torch.float32:
+                models = local.floats[:, :count].copy_(models)
+            deltas = models[1:].sub_(models[0])
             return (deltas @ deltas.T).numpy()
 
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -159,7 +168,7 @@ def bare_plan(folder: Path) -> Callable[[], None]:
 def bare_merge(folder: Path) -> Callable[[], None]:
     import numpy as np
 
-    files, items = open_all(folder)
+    files, items, _ = open_all(folder)
     target = folder / "bare.out"
     target.unlink(missing_ok=True)
     out = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)
@@ -171,7 +180,7 @@ def bare_merge(folder: Path) -> Callable[[], None]:
         def work(item: tuple[int, int]) -> None:
             offset, count = item
             if not hasattr(local, "buffers"):
-                local.buffers = np.empty((NUM_TASKS + 1, CHUNK_ELEMENTS), np.float32)
+                local.buffers = np.empty((len(files), CHUNK_ELEMENTS), np.float32)
             chunk = local.buffers[:, :count]
             for row, file in enumerate(files):
                 os.preadv(file, [chunk[row].data], offset)
@@ -197,7 +206,7 @@ def our_plan(folder: Path, statistics: str = "all") -> Callable[[], None]:
     )
 
 
-def our_merge(folder: Path) -> Callable[[], None]:
+def our_merge(folder: Path, method: str = "average", size: str | None = "1x") -> Callable[[], None]:
     from flexmerge_cli import merge
     from flexmerge_cli.bundle import write
     from flexmerge_cli.engine import memory
@@ -205,8 +214,28 @@ def our_merge(folder: Path) -> Callable[[], None]:
 
     assert write and memory and all_methods()  # each method is a module
     shutil.rmtree(folder / "bundle", ignore_errors=True)
-    options = {"method": "average", "size": "1x", "device": "cpu"}
+    options = {"method": method, "size": size, "device": "cpu"}
     return lambda: merge(folder / "plan.json", folder / "bundle", **options) and None
+
+
+def our_auto(folder: Path) -> Callable[[], None]:
+    """What `auto` chooses from a plan that is read already."""
+    from flexmerge_cli.allocation.allocate import allocate
+    from flexmerge_cli.planning.make import load_plan
+    from flexmerge_cli.request.merge import merge_request
+
+    plan, request = load_plan(folder / "plan.json"), merge_request(method="auto", size="1x")
+    return lambda: allocate(plan, request) and None
+
+
+def bare_load(folder: Path) -> Callable[[], None]:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(1)
+    path = folder / "tasks" / "task1" / "model.safetensors"
+    shutil.copyfile(path, os.devnull)
+    return lambda: {name: value.clone() for name, value in load_file(path).items()} and None
 
 
 def our_bundles(folder: Path) -> Callable[[], None]:
@@ -258,7 +287,11 @@ PARTS = {
     "our-plan-gram": lambda folder: our_plan(folder, "gram"),
     "bare-merge": bare_merge,
     "our-merge": our_merge,
+    "our-merge-ties": partial(our_merge, method="ties"),
+    "our-merge-emr": partial(our_merge, method="emr", size=None),
+    "our-auto": our_auto,
     "our-bundles": our_bundles,
+    "bare-load": bare_load,
     **{
         f"{what}-{bundle}{'-verified' if verify else ''}": partial(part, bundle=bundle, verify=verify)
         for what, part in (("export", our_export), ("view", our_view), ("cold-view", partial(our_view, cold=True)))
@@ -271,8 +304,9 @@ PARTS = {
 }
 
 
-def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]]]:
-    """Descriptors of base and tasks, and (byte, elements) of every chunk of every tensor."""
+def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]], Any]:
+    """Descriptors of base and tasks, (byte, elements) of every chunk of every tensor, and the dtype of all."""
+    import torch
     from safetensors import safe_open
 
     paths = [folder / "base", *sorted((folder / "tasks").iterdir())]
@@ -284,14 +318,17 @@ def open_all(folder: Path) -> tuple[list[int], list[tuple[int, int]]]:
     for name, entry in entries.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            count = (end - start) // 4
+            dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[entry["dtype"]]
+            count = (end - start) // dtype.itemsize
             for low in range(0, count, CHUNK_ELEMENTS):
-                items.append((8 + header + start + 4 * low, min(CHUNK_ELEMENTS, count - low)))
-    return files, sorted(items)
+                items.append((8 + header + start + dtype.itemsize * low, min(CHUNK_ELEMENTS, count - low)))
+    return files, sorted(items), dtype
 
 
-def make_family(folder: Path, *, width: int = 768, layers: int = 12) -> None:
-    """A base and NUM_TASKS fine-tunes with the names and, as they are, the shapes of CLIP's ViT-B/32 image tower."""
+def make_family(
+    folder: Path, *, width: int = 768, layers: int = 12, tasks: int = NUM_TASKS, dtype: str = "float32"
+) -> None:
+    """A base and fine-tunes with the names and, as they are, the shapes of CLIP's ViT-B/32 image tower."""
     import torch
     from safetensors.torch import save_file
 
@@ -316,12 +353,13 @@ def make_family(folder: Path, *, width: int = 768, layers: int = 12) -> None:
     shapes["visual_projection.weight"] = [512, width]
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-    for index in range(NUM_TASKS + 1):
+    for index in range(tasks + 1):
         place = folder / "base" if index == 0 else folder / "tasks" / f"task{index}"
         place.mkdir(parents=True, exist_ok=True)
         tensors = base
         if index:
             tensors = {n: t + torch.randn(t.shape, generator=generator) * 0.001 for n, t in base.items()}
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     (folder / "done").touch()
 
