@@ -81,7 +81,7 @@ def test_a_number_from_outside_decides_nothing():
     given = Scored(metric="bleu", given=Given(value=0.9, n=100))
     verdict = judge({"t": given}, {"t": given}, parse_gate("1%", "1%"))
     assert [task.outcome for task in verdict.tasks] == [Outcome.UNDECIDED] * 2
-    assert "outside" in verdict.message
+    assert "external number" in verdict.message
 
 
 def test_the_mean_may_pass_where_a_task_fails():
