@@ -21,7 +21,6 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
-from flexmerge_cli.residuals.sign_runs import residual_code
 
 QUANTILES = (0.05, 0.5, 0.95)
 DENSE = 16  # bits of a centre that is not coded
@@ -49,7 +48,8 @@ def errors(family: Path, plan: Plan) -> np.ndarray:
             lost_by_centre = 0.0 if centre_bits == DENSE else tensor.coding_error.average[centre_bits]
             energy = max(0.0, spread) + len(tasks) * lost_by_centre
             for bits in RESIDUAL_BITS:
-                lost = sum(float((r - coded(r, residual_code(bits))).double().square().sum()) for r in residuals)
+                code = LowBit(bits=bits, scales="bfloat16", clip="search")  # rows that decode longer are farther off
+                lost = sum(float((r - coded(r, code)).double().square().sum()) for r in residuals)
                 found.append((bits, centre_bits, tensor.coding_error.ratio[bits] * energy, lost))
     return np.array(found)
 

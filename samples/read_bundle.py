@@ -51,6 +51,13 @@ def floats(part, precision=np.float32):
     return ((bits.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else bits).astype(precision)
 
 
+def scales(part):
+    """float32 [m, 1]; bytes stand for powers of 2^(1/4), and 0 for 0."""
+    dtype, bits = part
+    steps = np.concatenate([[0], np.exp2((np.arange(1, 256) - 192) / 4)]).astype(np.float32)
+    return (steps[bits] if dtype == "U8" else floats(part))[:, None]
+
+
 def bits_of(values, dtype):
     """float32 rounded to a dtype, half to even, as bits."""
     if dtype != "BF16":
@@ -83,13 +90,13 @@ def decode(parts, size, bits, levels=None):
     elif "left" in parts:
         values = floats(parts["left"], np.float64) @ floats(parts["right"], np.float64)
     elif bits < 1:  # patterns of signs
-        codes, run = parts["codes"][1], RUNS[bits]
-        m, at = len(codes), np.arange(run)
+        codes, run, at = parts["codes"][1], RUNS[bits], np.arange(RUNS[bits])
+        m = parts["scale"][1].size  # rows; a row of codes may be those of eight, four or two
         odd = sum((at[:, None] & at) >> bit & 1 for bit in range(5)) & 1
         patterns = np.concatenate([1 - 2 * odd, 2 * odd - 1]).astype(np.float32)
         n = size // m
-        signs = patterns[numbers(codes, -(-n // run), run.bit_length())].reshape(m, -1)[:, :n]
-        values = signs * floats(parts["scale"])[:, None]
+        runs = numbers(codes, m // len(codes) * -(-n // run), run.bit_length()).reshape(m, -(-n // run))
+        values = patterns[runs].reshape(m, -1)[:, :n] * scales(parts["scale"])
     else:
         if "levels" in parts:
             levels = parts["levels"][1]
@@ -98,7 +105,7 @@ def decode(parts, size, bits, levels=None):
         elif levels is None:
             levels = [-level for level in GAUSS[bits][::-1]] + GAUSS[bits]
         codes = parts["codes"][1]
-        values = np.float32(levels)[numbers(codes, size // len(codes), bits)] * floats(parts["scale"])[:, None]
+        values = np.float32(levels)[numbers(codes, size // len(codes), bits)] * scales(parts["scale"])
     return values.astype(np.float32).reshape(-1)
 
 

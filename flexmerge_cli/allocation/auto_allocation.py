@@ -20,11 +20,11 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import GateError, UsageError
-from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanBlock, PlanTensor
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Kind, Limits
 from flexmerge_cli.request.size import Target
+from flexmerge_cli.residuals.scales import Scales
 from flexmerge_cli.stored.form import Bits
 
 # About two bits per weight: the default for a first user, who need not know a number.
@@ -58,6 +58,7 @@ class Auto:
                 hint="flexmerge plan plan.json --statistics all -o with-statistics.json",
             )
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
+        self.scales = limits.scales
         self._calibration = pricer.calibrated
         self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
@@ -195,7 +196,7 @@ class Auto:
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
         by_pattern = self._kept if by_pattern is None else by_pattern
         uses = dict.fromkeys(kept[0] for kept in by_pattern.values() if kept is not None and kept[0] is not None)
-        uses |= dict.fromkeys(use for choice in choices for use, _, _ in _groups(choice, plan) if use is not None)
+        uses |= dict.fromkeys(use for choice in choices for use, _, _ in self._groups(choice) if use is not None)
         methods = {use: index for index, use in enumerate(uses)}
         everyone = plan.all_tasks
         units = []
@@ -210,12 +211,34 @@ class Auto:
                 if name in of_tensor:
                     found = tuple(
                         Group(tasks=tasks, method=None if use is None else methods[use], bits=bits)
-                        for use, tasks, bits in _groups(of_tensor[name], plan)
+                        for use, tasks, bits in self._groups(of_tensor[name])
                     )
                 else:  # without an element
                     found = tuple(Group(tasks=(task,), method=None) for task in everyone)
                 units.append(Unit(name=name, tensors=(name,), groups=found))
         return Allocation(methods=tuple(uses), units=tuple(units), dtype=self.dtype)
+
+    def _groups(self, choice: Choice) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
+        """Return (method, tasks, bits) by smallest task. Tasks of a class are together; a class alone has no centre."""
+        same = self.plan.tensor(choice.tensor).same
+        members: dict[int, list[int]] = {}
+        for task, first in enumerate(same):
+            members.setdefault(first, []).append(task)
+        everyone = tuple(range(len(same)))
+        found: list[tuple[Kind, Tasks]] = []
+        for group in {"none": (), "base": (everyone,), "average": choice.centre.groups}[choice.centre.kind]:
+            shares = choice.centre.kind == "base" or len({same[task] for task in group}) > 1
+            found.append((choice.centre.kind if shares else "none", group))
+        if choice.centre.kind == "none":
+            found += [("none", tuple(tasks)) for tasks in members.values()]
+        groups: list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]] = []
+        for kind, tasks in found:
+            bits = tuple(choice.bits[task] for task in tasks)
+            if set(bits) == {"exact"}:
+                groups += [(None, tuple(members[first]), None) for first in dict.fromkeys(same[task] for task in tasks)]
+            else:
+                groups.append((_use(kind, choice.centre.bits, self.scales), tasks, bits))
+        return sorted(groups, key=lambda group: group[1])
 
 
 def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> Auto:
@@ -233,32 +256,9 @@ def smallest_factor(layout: BundleLayout) -> float:
     return -(-layout.tensor_bytes * 10000 // max(1, layout.plan.one_model_bytes)) / 10000
 
 
-def _groups(choice: Choice, plan: Plan) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
-    """Return (method, tasks, bits) by smallest task. Tasks of one class are together, and a class alone in its group
-    has no centre."""
-    same = plan.tensor(choice.tensor).same
-    members: dict[int, list[int]] = {}
-    for task, first in enumerate(same):
-        members.setdefault(first, []).append(task)
-    everyone = tuple(range(len(same)))
-    found: list[tuple[Kind, Tasks]] = []
-    for group in {"none": (), "base": (everyone,), "average": choice.centre.groups}[choice.centre.kind]:
-        shares = choice.centre.kind == "base" or len({same[task] for task in group}) > 1
-        found.append((choice.centre.kind if shares else "none", group))
-    if choice.centre.kind == "none":
-        found += [("none", tuple(tasks)) for tasks in members.values()]
-    groups: list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]] = []
-    for kind, tasks in found:
-        bits = tuple(choice.bits[task] for task in tasks)
-        if set(bits) == {"exact"}:
-            groups += [(None, tuple(members[first]), None) for first in dict.fromkeys(same[task] for task in tasks)]
-        else:
-            groups.append((_use(kind, choice.centre.bits), tasks, bits))
-    return sorted(groups, key=lambda group: group[1])
-
-
 @functools.cache
-def _use(kind: Kind, centre_bits: CentreBits) -> MethodUse:
+def _use(kind: Kind, centre_bits: CentreBits, scales: Scales) -> MethodUse:
     """Return the method of a group. The group's own `bits` decide; those of the text have no effect."""
-    centre = "" if kind == "none" else f",centre_bits={centre_bits}"
-    return parse_use(f"low_bit:centre={kind}{centre},scales=bfloat16,clip=search")
+    if kind == "none":
+        return parse_use("low_bit:centre=none,scales=bfloat16,clip=search")
+    return parse_use(f"low_bit:centre={kind},centre_bits={centre_bits},scales={scales},clip=search")

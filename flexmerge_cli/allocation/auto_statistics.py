@@ -13,7 +13,9 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.residuals.coder import Matrix, View, num_bytes
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, CodingError
-from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
+from flexmerge_cli.residuals.low_bit import GAUSS_LOSSES, weight_code
+from flexmerge_cli.residuals.scales import Scales
+from flexmerge_cli.residuals.sign_runs import NORMAL_LOSSES, RUNS, SignRuns, residual_code
 
 # M tasks
 
@@ -76,9 +78,13 @@ class TensorStatistics:
 
     @property
     def code_bytes(self) -> dict[float, int]:
-        """The bytes of the matrix in each code, by its bits."""
-        every = (*RUNS, *RESIDUAL_BITS)
-        return {bits: num_bytes(residual_code(bits).parts(self.matrix, "F32")) for bits in every}
+        """The bytes of the matrix in each code of weights, by its bits."""
+        return {bits: num_bytes(weight_code(bits).parts(self.matrix, "F32")) for bits in RESIDUAL_BITS}
+
+    def residual_bytes(self, scales: Scales) -> dict[float, int]:
+        """Return the bytes of a residual in each code, by its bits."""
+        codes = {bits: residual_code(bits, scales, self.matrix[0]) for bits in (*RUNS, *RESIDUAL_BITS)}
+        return {bits: num_bytes(code.parts(self.matrix, "F32")) for bits, code in codes.items()}
 
     @property
     def residual_losses(self) -> dict[float, float]:
@@ -86,6 +92,18 @@ class TensorStatistics:
         the loss at one bit."""
         measured = self.errors.ratio
         return {bits: SignRuns(run=run).loss(measured[1]) for bits, run in RUNS.items()} | dict(measured)
+
+    def decoded_loss(self, bits: float) -> float:
+        """Return the part of a residual's energy by which decoded rows are off: more than is lost if these are longer.
+
+        ‖g·u - v‖² of unit vectors u, v of cosine c is 1 - 2·g·c + g².
+        """
+        loss = max(self.residual_losses[bits], LEAST_ERROR)
+        usual = NORMAL_LOSSES[RUNS[bits]] if bits < 1 else GAUSS_LOSSES[int(bits)] if bits <= 2 else None
+        if usual is None:
+            return loss
+        longer, cosine = (1 - min(loss, usual)) ** (-1 / 3), max(0.0, 1 - loss) ** 0.5
+        return float(1 - 2 * longer * cosine + longer**2)
 
     def dense_bytes(self, dtype: str) -> int:
         return math.prod(self.shape) * ITEM_BYTES[dtype]

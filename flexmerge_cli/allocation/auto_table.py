@@ -79,8 +79,12 @@ class Table:
         bits: dict[int, Bits] = {}
         errors: dict[int, float] = {}
         for number, (tasks, taken) in enumerate(zip(self._classes, taken_K)):
-            error = float(self._unit_cost_CKV[centre, number, taken] * self._factor_CK[centre, number]) / len(tasks)
-            label = self._labels[self._kind_CK[centre, number]][number][taken]
+            kind = self._kind_CK[centre, number]
+            label = self._labels[kind][number][taken]
+            unit = self._unit_cost_CKV[centre, number, taken]
+            if kind == CODED:
+                unit = self._decoded_losses.get(label, unit)
+            error = float(unit * self._factor_CK[centre, number]) / len(tasks)
             bits |= dict.fromkeys(tasks, label)
             errors |= dict.fromkeys(tasks, error)
         order = range(len(bits))
@@ -120,6 +124,7 @@ class Table:
             bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()
         }
         coded = {bits: max(ratio, LEAST_ERROR) for bits, ratio in tensor.residual_losses.items()}
+        self._decoded_losses: dict[Bits, float] = {bits: tensor.decoded_loss(bits) for bits in coded}
         coded |= {0: 1.0} if tensor.may_drop else {}
         if tensor.is_unchanged:
             copy, coded = {}, {}
@@ -128,7 +133,11 @@ class Table:
             0 if stored else tensor.dense_bytes(tensor.dtypes[task]) for task, stored in zip(firsts, stored_K)
         ]
         of_bytes = {
-            num_bytes: [_options(tensor, num_bytes, unit, limits) for unit in (copy, coded)] + [free]
+            num_bytes: [
+                _options(num_bytes, copy, tensor.code_bytes, limits),
+                _options(num_bytes, coded, tensor.residual_bytes(limits.scales), limits),
+                free,
+            ]
             for num_bytes in dict.fromkeys(exact_bytes)
         }
         hulls = [[of_bytes[num_bytes][kind] for num_bytes in exact_bytes] for kind in (COPY, CODED, FREE)]
@@ -180,11 +189,10 @@ class Table:
         """The points on the lower convex hull."""
 
 
-def _options(tensor: TensorStatistics, exact_bytes: int, unit: Mapping[float, float], limits: Limits) -> Options:
-    """Return the options of a class whose exact copy takes `exact_bytes`. unit: the cost of each number of bits."""
-    code_bytes = {0: 0, **tensor.code_bytes}
+def _options(exact_bytes: int, unit: Mapping[float, float], code_bytes: Mapping[float, int], limits: Limits) -> Options:
+    """Return the options of a class whose exact copy takes `exact_bytes`. unit, code_bytes: by bits."""
     allowed = [bits for bits in sorted(unit) if limits.allows(bits)]
-    option_bytes = np.array([*(code_bytes[bits] for bits in allowed), exact_bytes], np.int64)
+    option_bytes = np.array([*(code_bytes[bits] if bits else 0 for bits in allowed), exact_bytes], np.int64)
     cost = np.array([*(unit[bits] for bits in allowed), 0.0])
     labels: list[Bits] = [*allowed, "exact"]
     vertices = hull(option_bytes, cost)

@@ -22,6 +22,7 @@ from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
+from flexmerge_cli.residuals.scales import Scales
 from flexmerge_cli.residuals.sign_runs import RUNS, SignRuns, residual_code
 from flexmerge_cli.residuals.sparse import Sparse
 
@@ -77,6 +78,8 @@ class Coded:
     centre_bits: int | Literal["dense"] = "dense"
     coder: Callable[[int], Coder]
     """The coder of the residuals, as a function of the number of tasks in the group."""
+    scales: Literal["bfloat16", "byte"] = "bfloat16"
+    """Of residuals whose tasks have bits of their own, up to 2 bits."""
     view: View = View.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None
@@ -91,6 +94,8 @@ class Coded:
         matrix = self.view.matrix(shape)
         copies = Form(matrix=matrix, residual=None, centre=None)
         coder, centre_bits = self.coder(len(dtypes)), self.centre_bits
+        if isinstance(coder, SignRuns):
+            coder = coder.of_rows(matrix[0])
         if self.view.is_vector(shape) and self.vectors is not Vectors.CODED:
             if self.vectors is Vectors.COPIES:
                 return copies
@@ -106,9 +111,12 @@ class Coded:
         bits: 0 stores nothing beside the centre, and then `residual` is None. Less than 1 is possible only beside a
         centre.
         """
-        code = weight_code(int(bits)) if self.centre == "none" and bits else residual_code(bits) if bits else None
+        matrix, code = View.SQUEEZED.matrix(shape), None
+        if bits:
+            is_copy = self.centre == "none"
+            code = weight_code(int(bits)) if is_copy else residual_code(bits, self.scales, matrix[0])
         return Form(
-            matrix=View.SQUEEZED.matrix(shape),
+            matrix=matrix,
             residual=code,
             centre=None if self.centre == "none" or self.centre_bits == "dense" else weight_code(self.centre_bits),
         )
@@ -211,24 +219,28 @@ def low_bit(
     *,
     bits: Bits = 2,
     levels: Literal["gauss", "empirical"] = "gauss",
-    gain: Literal["none", "norm"] = "none",
+    gain: Literal["none", "norm", "long"] = "none",
     centre: str = "average",
     centre_bits: CentreBits = "dense",
-    scales: Literal["float32", "bfloat16"] = "float32",
+    scales: Scales = "float32",
     clip: Literal["none", "search"] = "none",
 ) -> Coded:
     """Store residuals in 1 to 8 bits per element, with one scale per row, on a dense centre, a coded one, or none.
 
     levels: up to 3 bits, the levels of a normal distribution, or levels fitted to each tensor. gain: norm keeps the
-    length of each row. centre: base, none, or a merging method. centre_bits: 2, 3, 4, 8 or dense; coded centres have
-    bfloat16 scales and at 4 bits a clip search, and vectors have 8 bits on 8 bits. clip: search finds the best cut at
-    4 bits.
+    length of each row, long is for 1 and 2 bits and makes it longer. centre: base, none, or a merging method.
+    centre_bits: 2, 3, 4, 8 or dense; coded centres have bfloat16 scales and at 4 bits a clip search, and vectors have 8
+    bits on 8 bits. scales: byte is for 1 and 2 bits, rounding by up to 9 %. clip: search finds the best cut at 4 bits.
     """
     if levels == "empirical" and bits > 3:
         raise UsageError(f"`low_bit`: levels=empirical supports at most 3 bits, not {bits}", hint="use levels=gauss")
     _check_centre_bits("low_bit", centre_bits)
     if centre == "none" and (gain != "none" or centre_bits != "dense"):
         raise UsageError("`low_bit`: gain and centre_bits have no effect with centre=none", hint="leave them out")
+    if gain == "long" and bits > 2:
+        raise UsageError("`low_bit`: gain=long is for 1 and 2 bits", hint="use gain=none")
+    if scales == "byte" and (bits > 2 or centre == "none"):
+        raise UsageError("`low_bit`: scales=byte is for residuals of 1 and 2 bits", hint="use scales=bfloat16")
     coder = LowBit(bits=bits, levels=levels, gain=gain, scales=scales, clip=clip)
     # Where `auto` could store the same, use its view, so that a uniform plan and one of `auto` have the same bytes.
     of_auto = centre == "none" or centre_bits != "dense"
@@ -236,6 +248,7 @@ def low_bit(
         centre=centre,
         centre_bits=centre_bits,
         coder=lambda num_tasks: coder,
+        scales="byte" if scales == "byte" else "bfloat16",
         view=View.SQUEEZED if of_auto else View.FIRST_AXIS,
         vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
     )
@@ -243,18 +256,22 @@ def low_bit(
 
 @coded(paper="own construction; patterns by Muller 1954", when="dozens of tasks, in less than one bit per element each")
 def sign_runs(
-    *, run: Annotated[int, Range(least=4, most=32)] = 8, centre: str = "average", centre_bits: CentreBits = "dense"
+    *,
+    run: Annotated[int, Range(least=4, most=32)] = 8,
+    centre: str = "average",
+    centre_bits: CentreBits = "dense",
+    scales: Literal["bfloat16", "byte"] = "bfloat16",
 ) -> Coded:
     """Store the signs of each run of elements as one of 2·run patterns: (log2(run) + 1)/run bits an element.
 
-    run: the number of elements in a run; 4, 8, 16 and 32 take 0.75, 0.5, 0.3125 and 0.1875 bits an element. Rows keep
-    their length. centre: base or a merging method; centre_bits: 2, 3, 4, 8 or dense. Vectors are exact copies on a
-    dense centre; on a coded one they have 8 bits on 8 bits.
+    run: elements of a run; 4, 8, 16 and 32 take 0.75, 0.5, 0.3125 and 0.1875 bits an element. centre: base or
+    a merging method; centre_bits: 2, 3, 4, 8 or dense. Vectors are exact copies on a dense centre, and have 8 bits on 8
+    bits on a coded one. scales: a byte rounds by up to 9 %, and codes of eight rows are then packed together.
     """
     if run not in RUNS.values():
         raise UsageError(f"`sign_runs`: run={run} is not one of 4, 8, 16, 32")
     _check_centre_bits("sign_runs", centre_bits)
-    coder = SignRuns(run=run)
+    coder = SignRuns(run=run, scales=scales)
     return Coded(
         centre=centre,
         centre_bits=centre_bits,

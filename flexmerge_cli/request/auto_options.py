@@ -23,13 +23,15 @@ class Limits:
     max_bits: int = 8
     """The most bits of a residual or coded copy, in [1, 8]."""
     centres: tuple[Kind, ...] = KINDS
-    """A tensor that none of these suits, such as the average of a single task, has no centre."""
+    """A tensor that can have none of these, as an average of a single task, has no centre."""
+    scales: Literal["bfloat16", "byte"] = "byte"
+    """Of the rows of residuals of up to 2 bits."""
 
     def allows(self, bits: float) -> bool:
         return self.min_bits <= bits <= self.max_bits
 
 
-def _check(*, min_bits: int, max_bits: int, centres: str) -> None:
+def _check(*, min_bits: int, max_bits: int, centres: str, scales: str) -> None:
     if min_bits > max_bits:
         raise UsageError(f"`auto`: min_bits={min_bits} is more than max_bits={max_bits}", hint="swap them")
     unknown = [word for word in centres.split("+") if word not in ("all", *KINDS)]
@@ -50,15 +52,17 @@ def auto(
     min_bits: Annotated[int, Range(least=0, most=8)] = 0,
     max_bits: Annotated[int, Range(least=1, most=8)] = 8,
     centres: str = "all",
+    scales: Literal["bfloat16", "byte"] = "byte",
 ) -> Limits:
     """Choose per tensor a centre, and per task a residual, a coded or an exact copy, for a size, from the plan alone.
 
     min_bits, max_bits: of residuals and coded copies; exact copies are always allowed, and min_bits=0 allows residuals
-    of less than one bit, and in embedding tables no residuals. centres: all, or some of none, base, average, joined by
-    `+`. Without a size: the smallest bundle whose predicted distance stays under --max-distance, or 0.35.
+    of less than one bit, and in embedding tables none. centres: all, or some of none, base, average, joined by `+`.
+    scales: of the rows of residuals of up to 2 bits.
+    Without a size: the smallest bundle whose predicted distance stays under --max-distance, or 0.35.
     """
     kinds = KINDS if "all" in centres.split("+") else tuple(kind for kind in KINDS if kind in centres.split("+"))
-    return Limits(min_bits=min_bits, max_bits=max_bits, centres=kinds)
+    return Limits(min_bits=min_bits, max_bits=max_bits, centres=kinds, scales=scales)
 
 
 def parse_auto(text: str) -> tuple[str, Limits] | None:

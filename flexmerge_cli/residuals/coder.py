@@ -42,7 +42,7 @@ class Part:
     """The dtype as safetensors spells it."""
     shape: tuple[int, ...]
     by_row: bool
-    """Axis 0 is the view's rows, and rows [a, b) of the view need no more than this part's [a, b)."""
+    """Axis 0 is the view's rows, or eight, four or two of them each; whole ones need no more than their own."""
 
     @property
     def num_bytes(self) -> int:

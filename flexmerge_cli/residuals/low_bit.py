@@ -11,18 +11,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
 from flexmerge_cli.later import Tensor
+from flexmerge_cli.residuals import scales
 from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
+from flexmerge_cli.residuals.scales import Scales
 
-# Lloyd–Max levels of N(0, 1), the positive half; their mean squared errors are .363380, .117482 and .034548.
+# Lloyd–Max levels of N(0, 1), the positive half, and their mean squared errors.
 GAUSS_LEVELS = {
     1: (0.797884560803,),
     2: (0.452780034636, 1.510417608499),
     3: (0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537),
 }
-# The thresholds between them; they are symmetric about 0, which is a threshold too.
+GAUSS_LOSSES = {1: 0.363380, 2: 0.117482, 3: 0.034548}
+# Between them, and symmetric about 0, which is a threshold too.
 GAUSS_THRESHOLDS: dict[int, tuple[float, ...]] = {
     1: (),
     2: (0.981598821568,),
@@ -32,8 +34,6 @@ GAUSS_THRESHOLDS: dict[int, tuple[float, ...]] = {
 # float32 values of one decoded block: it is still in the cache when the scales are applied.
 BLOCK_ELEMENTS = 1 << 18
 
-SCALE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowBit:
@@ -42,10 +42,11 @@ class LowBit:
     bits: int = 2
     """1 to 8."""
     levels: Literal["gauss", "empirical"] = "gauss"
-    """Up to 3 bits: the table above, or levels fitted to the tensor, which are stored and need the whole tensor."""
-    gain: Literal["none", "norm"] = "none"
-    """norm: after coding, scales are set so that every row decodes to its own length."""
-    scales: Literal["float32", "bfloat16"] = "float32"
+    """Up to 3 bits: the table above, or levels fitted to the tensor; those are stored, and need the whole tensor."""
+    gain: Literal["none", "norm", "long"] = "none"
+    """norm: after coding, scales are set so that every row decodes to its own length. long: to scales.lengthening
+    times it, up to 2 bits."""
+    scales: Scales = "float32"
     """bfloat16 halves the scales at up to 0.4 % error of gain; no float16, which underflows at 1e-5."""
     clip: Literal["none", "search"] = "none"
     """search: at 4 bits, the row's largest values are cut off where that lowers its squared error."""
@@ -62,7 +63,7 @@ class LowBit:
         m, n = shape
         levels = (Part(role="levels", dtype="F32", shape=(1 << self.bits,), by_row=False),) if self.has_levels else ()
         return (
-            Part(role="scale", dtype=SCALE_DTYPES[self.scales], shape=(m,), by_row=True),
+            Part(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
             *levels,
             Part(role="codes", dtype="U8", shape=(m, row_bytes(n, self.bits)), by_row=True),
         )
@@ -81,7 +82,7 @@ class LowBit:
         levels = fit_levels(matrix, self.bits) if self.has_levels else self.table()
         codes, scale = quantise(matrix, self, levels)
         return {
-            "scale": from_float32(scale.cpu().numpy(), SCALE_DTYPES[self.scales]),
+            "scale": scales.stored(scale.cpu().numpy(), self.scales),
             **({"levels": levels} if self.has_levels else {}),
             "codes": pack(codes.cpu().numpy(), self.bits),
         }
@@ -90,9 +91,8 @@ class LowBit:
         return scaled_levels(self.look_up(parts, shape))
 
     def look_up(self, parts: Parts, shape: Matrix) -> "LookUp":
-        scale = to_float32(parts["scale"], SCALE_DTYPES[self.scales])[:, None]
         levels = parts["levels"] if self.has_levels else self.table()
-        return LookUp(parts["codes"], shape[1], self.bits, levels, scale)
+        return LookUp(parts["codes"], shape[1], self.bits, levels, scales.read(parts["scale"], self.scales))
 
     def table(self) -> np.ndarray:
         """Return the value of each code in units of the scale: float32 [2^bits]."""

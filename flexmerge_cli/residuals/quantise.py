@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
-from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_THRESHOLDS, LowBit, half_range
+from flexmerge_cli.residuals.low_bit import GAUSS_LEVELS, GAUSS_LOSSES, GAUSS_THRESHOLDS, LowBit, half_range
+from flexmerge_cli.residuals.scales import lengthening, rounded
 
 # Fractions of the largest magnitude at which a row is clipped; on a tie the larger one, which comes first.
 CLIP_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -90,11 +91,14 @@ def _quantise_rows(rows: Tensor, coder: LowBit, levels: np.ndarray) -> tuple[Ten
         root = _root_mean_square(x)
         thresholds = levels if coder.has_levels else None
         codes = _codes(_divide(x, root), thresholds, coder.bits)
-        scale = _stored(root, coder)
-    if coder.gain == "norm":
+        scale = rounded(root, coder.scales)
+    if coder.gain != "none":
         decoded = torch.from_numpy(levels).to(x.device)[codes.int()].double()
-        lengths = row_sums(x.square())[:, None].sqrt(), row_sums(decoded.square_()).sqrt()
-        scale = _stored(_divide(*lengths)[:, 0], coder)
+        lengths = row_sums(x.square())[:, None].sqrt(), row_sums(decoded.square()).sqrt()
+        scale = _divide(*lengths)[:, 0]
+        if coder.gain == "long":
+            scale *= lengthening(row_sums(x * decoded), lengths[0][:, 0], lengths[1], GAUSS_LOSSES[coder.bits])
+        scale = rounded(scale, coder.scales)
     return codes.byte(), scale
 
 
@@ -103,11 +107,11 @@ def _spaced(x: Tensor, coder: LowBit) -> tuple[Tensor, Tensor]:
     h = half_range(coder.bits)
     largest = x.abs().amax(1)
     if coder.bits != 4 or coder.clip == "none":
-        scale = _stored(largest / h, coder)
+        scale = rounded(largest / h, coder.scales)
         return _nearest(x, scale, h).add_(h), scale
     least, best_q, best_scale = torch.full_like(largest, math.inf), torch.zeros_like(x), torch.zeros_like(largest)
     for factor in CLIP_FACTORS:
-        scale = _stored(factor * largest / h, coder)
+        scale = rounded(factor * largest / h, coder.scales)
         q = _nearest(x, scale, h)
         error = row_sums((q * scale.double()[:, None]).sub_(x).square_())
         better = error < least
@@ -147,9 +151,3 @@ def _root_mean_square(x: Tensor) -> Tensor:
 def _divide(x: Tensor, by: Tensor) -> Tensor:
     """Divide x by `by`, row by row; keep x where `by` is 0: such rows are zero, or so small that they round to it."""
     return x / torch.where(by > 0, by, 1.0)[:, None]
-
-
-def _stored(scale: Tensor, coder: LowBit) -> Tensor:
-    """Round float64 to float32 and to the dtype in which scales are stored."""
-    scale = scale.float()
-    return scale.to(torch.bfloat16).float() if coder.scales == "bfloat16" else scale

@@ -2,22 +2,24 @@
 
 The patterns of a run of d = 4, 8, 16 or 32 elements are the rows of the d × d Hadamard matrix and their negatives: the
 2·d words of a first-order Reed–Muller code (Muller 1954, Reed 1954), any two of which are orthogonal or opposite. A run
-takes the pattern that its elements correlate with most, in log2(2·d) bits. Rows are scaled to keep their length, and
-the last run of a row is filled up with zeros. `d = 1` would be one sign per element, which low_bit.py stores.
+takes the one that its elements correlate with most, in log2(2·d) bits. Rows decode longer than they were
+(scales.py), and the last run of a row is filled up with zeros. `d = 1` would be one sign an element: low_bit.py.
 """
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
 from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.residuals import scales
 from flexmerge_cli.residuals.bitdelta import LEVELS
 from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
+from flexmerge_cli.residuals.scales import Scales
 
 RUNS = {0.1875: 32, 0.3125: 16, 0.5: 8, 0.75: 4}
 """Maps bits per element to the number of elements in a run."""
@@ -35,10 +37,13 @@ BLOCK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignRuns:
-    """`scale` bfloat16 [m], `codes` [m, ⌈⌈n/run⌉·log2(2·run)/8⌉]. Decodes to ± scale; reads as codes of one bit."""
+    """`scale` [m], `codes` [m/k, ⌈k·⌈n/run⌉·log2(2·run)/8⌉]. Decodes to ± scale; reads as codes of one bit."""
 
     run: int
-    """The number of elements in a run: 4, 8, 16 or 32."""
+    """Elements of a run: 4, 8, 16 or 32."""
+    scales: Scales = "bfloat16"
+    together: int = 1
+    """k, how many rows' codes are packed one after another before the next starts on a byte; divides m and 8."""
 
     @property
     def scope(self) -> Literal["row"]:
@@ -48,11 +53,16 @@ class SignRuns:
     def code_bits(self) -> int:
         return self.run.bit_length()
 
+    def of_rows(self, num_rows: int) -> "SignRuns":
+        """Return the coder of so many rows: beside scales of a byte, codes of eight rows are packed together."""
+        return replace(self, together=math.gcd(num_rows, 8) or 1) if self.scales == "byte" else self
+
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
-        m, n = shape
+        (m, n), k = shape, self.together
+        codes = m // k, row_bytes(k * -(-n // self.run), self.code_bits)
         return (
-            Part(role="scale", dtype="BF16", shape=(m,), by_row=True),
-            Part(role="codes", dtype="U8", shape=(m, row_bytes(-(-n // self.run), self.code_bits)), by_row=True),
+            Part(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
+            Part(role="codes", dtype="U8", shape=codes, by_row=True),
         )
 
     def workspace(self, shape: Matrix) -> int:
@@ -68,22 +78,25 @@ class SignRuns:
         for first in range(0, m, step):
             rows = slice(first, first + step)
             codes[rows], scale[rows] = self._coded(matrix[rows].double())
-        return {"scale": from_float32(scale.cpu().numpy(), "BF16"), "codes": pack(codes.cpu().numpy(), self.code_bits)}
+        k = self.together
+        packed = pack(codes.cpu().numpy().reshape(m // k, k * codes.shape[1]), self.code_bits)
+        return {"scale": scales.stored(scale.cpu().numpy(), self.scales), "codes": packed}
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
         return scaled_levels(self.look_up(parts, shape))
 
     def look_up(self, parts: Parts, shape: Matrix) -> LookUp:
         """Write out the patterns as codes of one bit per element. Raises ValueError if the bytes are not n codes."""
-        n = shape[1]
-        codes = unpack(parts["codes"], -(-n // self.run), self.code_bits)
+        n, k = shape[1], self.together
+        num_runs = -(-n // self.run)
+        codes = unpack(parts["codes"], k * num_runs, self.code_bits).reshape(k * len(parts["codes"]), num_runs)
         if self.run == 4:  # two patterns to a byte
             codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
             signs = patterns(4)[codes[:, ::2], 0] | patterns(4)[codes[:, 1::2], 0] << 4
         else:
             signs = patterns(self.run)[codes].reshape(len(codes), codes.shape[1] * self.run // 8)
         signs = np.ascontiguousarray(signs[:, : row_bytes(n, 1)])
-        return LookUp(signs, n, 1, LEVELS, to_float32(parts["scale"], "BF16")[:, None])
+        return LookUp(signs, n, 1, LEVELS, scales.read(parts["scale"], self.scales))
 
     def _filled(self, n: int) -> int:
         """Return the number of elements of a row whose last run is filled up."""
@@ -92,17 +105,21 @@ class SignRuns:
     def _coded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode float64 [k, n] into codes, uint8 [k, runs], and scales, float32 [k]."""
         from flexmerge_cli.residuals.quantise import row_sums
+        from flexmerge_cli.residuals.scales import lengthening, rounded
 
         k, n = x.shape
-        scale = (row_sums(x.square()) / max(1, n)).sqrt().float().to(torch.bfloat16).float()
+        energy = row_sums(x.square())
         y = torch.nn.functional.pad(x, (0, -n % self.run)).view(k, -1, self.run)
         for half in (1 << step for step in range(self.run.bit_length() - 1)):  # additions alone: the same on any device
             pair = y.view(k, -1, self.run // (2 * half), 2, half)
             y = torch.stack([pair[:, :, :, 0] + pair[:, :, :, 1], pair[:, :, :, 0] - pair[:, :, :, 1]], 3)
         y = y.view(k, -1, self.run)
         best = y.abs().argmax(2, keepdim=True)
-        is_negative = y.gather(2, best) < 0
-        return (best + self.run * is_negative).squeeze(2).to(torch.uint8), scale
+        products = y.gather(2, best).squeeze(2)
+        ones = torch.full_like(energy, n**0.5)  # the length of a row of signs
+        longer = lengthening(row_sums(products.abs()), energy.sqrt(), ones, NORMAL_LOSSES[self.run])
+        codes = best.squeeze(2) + self.run * (products < 0)
+        return codes.to(torch.uint8), rounded(longer * (energy / max(1, n)).sqrt(), self.scales)
 
     def loss(self, sign_loss: float) -> float:
         """Predict the part of a residual's energy that is lost at the best scale, in [0, 1], from that of one sign per
@@ -121,9 +138,17 @@ def patterns(run: int) -> np.ndarray:
     return np.packbits(np.concatenate([1 - is_odd, is_odd]), axis=1, bitorder="little")
 
 
-def residual_code(bits: float) -> Coder:
-    """Return the code of a residual that `auto` stores; rows below 3 bits keep their length. bits: of RUNS, or 1 to
-    8."""
+def residual_code(bits: float, scales: Scales, num_rows: int) -> Coder:
+    """Return the code of a residual that `auto` stores; of up to 2 bits, rows decode longer than they were.
+
+    bits: of RUNS, or 1 … 8. scales: of up to 2 bits; from 3 bits on, scales are bfloat16.
+    """
     if bits < 1:
-        return SignRuns(run=RUNS[bits])
-    return LowBit(bits=int(bits), scales="bfloat16", clip="search", gain="norm" if bits <= 2 else "none")
+        return SignRuns(run=RUNS[bits], scales=scales).of_rows(num_rows)
+    is_coarse = bits <= 2
+    return LowBit(
+        bits=int(bits),
+        scales=scales if is_coarse else "bfloat16",
+        clip="search",
+        gain="long" if is_coarse else "none",
+    )

@@ -17,10 +17,17 @@ RUNS = {0.1875: (32, 0.827851, 0.30), 0.3125: (16, 0.730326, 0.45), 0.5: (8, 0.6
 
 def code_bytes(shape, bits):
     m, n = View.SQUEEZED.matrix(shape)
+    return 2 * m + m * -(-n * bits // 8) if bits else 0
+
+
+def residual_bytes(shape, bits):
+    """Scales of a byte up to 2 bits, and below 1 bit the codes of up to eight rows in one piece."""
+    m, n = View.SQUEEZED.matrix(shape)
     if bits in RUNS:
         run = RUNS[bits][0]
-        return 2 * m + m * math.ceil(math.ceil(n / run) * round(math.log2(2 * run)) / 8)
-    return 2 * m + m * -(-n * bits // 8) if bits else 0
+        together = max(k for k in (1, 2, 4, 8) if m % k == 0)
+        return m + m // together * math.ceil(together * math.ceil(n / run) * round(math.log2(2 * run)) / 8)
+    return code_bytes(shape, bits) - (m if bits <= 2 else 0)
 
 
 def dense_bytes(shape, dtype):
@@ -63,7 +70,7 @@ def table(tensor, levels, w):
         for b, (_, normal, exponent) in RUNS.items():
             caught = (1 - normal) * ((1 - lost[1]) * math.pi / 2) ** exponent
             lost[b] = min(1.0, max(lost[1], 1 - caught))
-        coded = [(code_bytes(tensor.shape, b), unit * max(1e-12, lost[b]), b) for b in (*RUNS, 1, 2, 3, 4, 8)]
+        coded = [(residual_bytes(tensor.shape, b), unit * max(1e-12, lost[b]), b) for b in (*RUNS, 1, 2, 3, 4, 8)]
         return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(representative)]
 
     rows = [(("none",), 0, [copies(representative) for representative in representatives])]

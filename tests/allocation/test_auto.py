@@ -175,9 +175,9 @@ def test_what_is_left_buys_nothing_more(family, place):
 
 
 @settings(deadline=None, max_examples=40)
-@given(families(), st.lists(st.floats(0, 1), min_size=2, max_size=6))
-def test_choices_add_up_and_more_bytes_never_cost_more_at_the_vertices(family, places):
-    found = search(*family)
+@given(families(), st.lists(st.floats(0, 1), min_size=2, max_size=6), st.sampled_from([0, 3]))
+def test_choices_add_up_and_more_bytes_never_cost_more_at_the_vertices(family, places, min_bits):
+    found = search(*family, Limits(min_bits=min_bits))
     bought = np.concatenate([[found.smallest_bytes], found._segments[1]]).cumsum()
     budgets = sorted({int(bought[int(place * (len(bought) - 1))]) for place in places})
     solutions = [found.solve(budget) for budget in budgets]
@@ -185,7 +185,8 @@ def test_choices_add_up_and_more_bytes_never_cost_more_at_the_vertices(family, p
     for solution in solutions:
         assert solution.num_bytes == sum(choice.num_bytes for choice in solution.choices)
         predicted = sum(weight[choice.tensor] * sum(choice.errors) for choice in solution.choices)
-        assert solution.cost == pytest.approx(predicted, rel=1e-9, abs=1e-12)
+        assert solution.cost <= predicted * (1 + 1e-9) + 1e-12  # rows of up to 2 bits decode longer: farther off
+        assert solution.cost == pytest.approx(predicted, rel=1e-9, abs=1e-12) or min_bits < 3
     costs = [solution.cost for solution in solutions]
     assert costs == sorted(costs, reverse=True)
 

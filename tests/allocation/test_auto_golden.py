@@ -1,6 +1,7 @@
 """`auto` against an independent reference, golden/auto.json: statistics in; choices, bytes, decoded weights out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 from flexmerge_cli.allocation import auto_statistics
 from flexmerge_cli.allocation.auto import search
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
+from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coder import View
 from flexmerge_cli.residuals.coding_error import CodingError
 from flexmerge_cli.residuals.low_bit import weight_code
@@ -64,7 +66,7 @@ def levels_of(family):
 
 def search_of(family):
     tensors = [statistics(name, data, family["item_bytes"]) for name, data in family["statistics"].items()]
-    return search(tensors, blocks_of(family), levels_of(family))
+    return search(tensors, blocks_of(family), levels_of(family), Limits(scales="bfloat16"))
 
 
 def as_golden(choice):
@@ -135,7 +137,8 @@ def test_packed_parts_and_decoded_weights_are_golden(name, task):
     matrix = View.SQUEEZED.matrix(base.shape)
     coder = weight_code(choice.centre.bits)
     centre = coder.decode(coder.encode(torch.from_numpy(average.reshape(matrix)), "F32"), matrix, "F32")
-    coder = residual_code(choice.bits[number])
+    bits = choice.bits[number]
+    coder = replace(residual_code(bits, "bfloat16", matrix[0]), gain="norm" if bits <= 2 else "none")
     parts = coder.encode(torch.from_numpy(tasks[number].reshape(matrix) - centre), "F32")
     for role, expected in DECODED["parts"][f"{name}/{task}"].items():
         assert parts[role].tobytes().hex().startswith(expected)

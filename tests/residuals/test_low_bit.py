@@ -120,7 +120,7 @@ def test_gain_restores_the_length_of_every_row(bits):
 @pytest.mark.parametrize("value", [-3.0, 0.0, 1e-3])
 def test_constant_rows_are_exact_up_to_their_scale(bits, value):
     rows = np.full((2, 7), value, np.float32)
-    coder = residual_code(bits)
+    coder = residual_code(bits, "bfloat16", 4)
     decoded = coder.decode(coder.encode(torch.from_numpy(rows), "F32"), rows.shape, "F32")
     assert decoded.ravel() == pytest.approx(rows.ravel(), rel=2**-8)
     assert (decoded == decoded[0, 0]).all()
@@ -130,7 +130,7 @@ def test_constant_rows_are_exact_up_to_their_scale(bits, value):
 def test_one_huge_element_survives_only_evenly_spaced_codes(bits, kept):
     row = np.full((1, 1000), 1e-3, np.float32)
     row[0, 500] = 100
-    coder = residual_code(bits)
+    coder = residual_code(bits, "bfloat16", 4)
     decoded = coder.decode(coder.encode(torch.from_numpy(row), "F32"), row.shape, "F32")
     assert (abs(decoded[0, 500] - 100) < 1) == kept
 

@@ -27,14 +27,20 @@ def hadamard(run):
 
 @pytest.mark.parametrize("run", RUNS.values())
 @pytest.mark.parametrize("columns", [1, 7, 32, 33, 100])
-def test_every_run_decodes_to_the_pattern_of_largest_product_at_the_length_of_its_row(run, columns):
+@pytest.mark.parametrize(("scales", "rounding"), [("bfloat16", 2**-8), ("byte", 2 ** (1 / 8) - 1)])
+def test_every_run_decodes_to_the_pattern_of_largest_product_at_the_length_that_its_loss_asks_for(
+    run, columns, scales, rounding
+):
     matrix = np.random.default_rng(columns).standard_normal((5, columns)).astype(np.float32)
-    coder = SignRuns(run=run)
+    coder = SignRuns(run=run, scales=scales)
     decoded = coder.decode(coder.encode(torch.from_numpy(matrix), "F32"), matrix.shape, "F32")
     words = np.concatenate([hadamard(run), -hadamard(run)])
     runs, found = (np.pad(x, ((0, 0), (0, -columns % run))).reshape(5, -1, run) for x in (matrix, np.sign(decoded)))
     assert (runs * found).sum(2) == pytest.approx((runs @ words.T).max(2))
-    assert np.abs(decoded) == pytest.approx(np.sqrt((matrix**2).mean(1, keepdims=True)).repeat(columns, 1), rel=2**-8)
+    products, energy = (runs @ words.T).max(2).sum(1, keepdims=True), (matrix**2).sum(1, keepdims=True)
+    lost = np.minimum(1 - products**2 / (energy * columns), NORMAL_LOSSES[run])
+    length = np.sqrt(energy / columns) / (1 - lost) ** (1 / 3)
+    assert np.abs(decoded) == pytest.approx(length.repeat(columns, 1), rel=rounding)
 
 
 @pytest.mark.parametrize("run", RUNS.values())

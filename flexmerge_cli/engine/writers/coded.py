@@ -138,8 +138,8 @@ def _code(
     by_row = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
     for role, bits in encoded.items():
         data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-        per_row = data.size // max(1, rows[1] - rows[0])
-        encoder.emit_bytes(parts[role], rows[0] * per_row if by_row[role] else 0, data, piece)
+        start = rows[0] * data.size // max(1, rows[1] - rows[0])  # eight rows may be one of the part
+        encoder.emit_bytes(parts[role], start if by_row[role] else 0, data, piece)
     return coder.decode(encoded, matrix, dtype, rows=rows).reshape(-1)
 
 
