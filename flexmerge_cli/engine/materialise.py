@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 import xxhash
 
 from flexmerge_cli.allocation.allocation import Tasks, Unit
@@ -35,6 +34,7 @@ from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.later import torch
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
 from flexmerge_cli.version import VERSION
@@ -45,7 +45,7 @@ def materialise(
     sources: Sources,
     output: Sink,
     *,
-    device: torch.device,
+    device: "torch.device",
     threads: int,
     chunk_elements: int = CHUNK_ELEMENTS,
     on_bytes: Callable[[int], None] = lambda _count: None,
@@ -338,7 +338,7 @@ def complete(layout: BundleLayout, measured: Measured) -> None:
     measured.task_distance = {task: _distance(totals[task], energy[task]) for task in layout.plan.all_tasks}
 
 
-def build_of(layout: BundleLayout, device: torch.device) -> str:
+def build_of(layout: BundleLayout, device: "torch.device") -> str:
     """Digest of what the stored values depend on beside sources, method and allocation; NO_DIGEST of copies.
 
     Element by element and row by row all processors and devices compute the same; linear algebra may differ.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import StoredGroup
@@ -22,6 +21,7 @@ from flexmerge_cli.engine.work import Worker
 from flexmerge_cli.engine.writers.table import writer_of
 from flexmerge_cli.engine.writers.writer import UnitValues
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.later import torch
 from flexmerge_cli.methods.method import Scope, Statistic
 from flexmerge_cli.stored.forms import form_of
 
