@@ -34,7 +34,7 @@ from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.later import torch
+from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
 from flexmerge_cli.version import VERSION
@@ -162,7 +162,7 @@ class _Run:
         return pieces
 
     def _errors_of_products(
-        self, raws: dict[str, Raw], values: dict[str, dict[Tasks, torch.Tensor]], pieces: dict[str, Piece]
+        self, raws: dict[str, Raw], values: dict[str, dict[Tasks, Tensor]], pieces: dict[str, Piece]
     ) -> None:
         """Compute the errors of a pool of LoRAs: the loss of ΔW counts at the B of a module, and nothing at its A."""
         for a, b in factor_pairs(raws):
