@@ -58,7 +58,17 @@ def test_options_of_one_name_mean_the_same_everywhere():
             for option in parameter.opts:
                 known.setdefault(option, set()).add(parameter.help)
     different = {option for option, helps in known.items() if option.startswith("--") and len(helps) > 1}
-    assert different == {"--output", "--task", "--tasks", "--method", "--plan", "--seed", "--private", "--statistics"}
+    assert different == {
+        "--output",
+        "--task",
+        "--tasks",
+        "--method",
+        "--plan",
+        "--seed",
+        "--private",
+        "--statistics",
+        "--join",
+    }
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
