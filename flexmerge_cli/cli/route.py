@@ -22,10 +22,12 @@ def route(
     examples: o.Examples = 256,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of folds and of mlp.")] = 0,
     device: o.Device = "auto",
+    max_memory: o.MaxMemory = None,
     offline: o.Offline = False,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
 ) -> None:
     """Add a router to a bundle: it finds the task of an input whose task nobody names.
 
@@ -45,6 +47,7 @@ def route(
     from flexmerge_cli.engine.device import choose_device
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.kinds.kind import Run
+    from flexmerge_cli.evaluation.memory import largest_model, require_memory
     from flexmerge_cli.evaluation.router import RouterRequest, fit_router
     from flexmerge_cli.evaluation.spec import read_spec
     from flexmerge_cli.report.router import show_router
@@ -52,13 +55,16 @@ def route(
     if spec is None:
         raise UsageError("no --spec: examples of each task", hint="flexmerge route bundle/ --spec eval.yaml -o routed/")
     request = RouterRequest(kind=kind, features=features, limit=examples, seed=seed)
+    memory = o.memory_of(max_memory)
     access = o.access_of(offline=offline, quiet=quiet)
     check_apart(output, [bundle])
     check_target(output, force=force, ours=bundle_files)
     with progress(quiet=quiet or as_json) as on_progress:
         opened = locate(bundle, access, on_progress=on_progress).open()
     asked = read_spec(spec, opened.tasks)
-    with progress(quiet=quiet or as_json, counts=True, stages=len(asked.tasks)) as on_step:
+    if memory is not None:
+        require_memory(largest_model(asked, opened), 1, memory)
+    with progress(quiet=quiet or as_json, verbose=verbose, counts=True, stages=len(asked.tasks)) as on_step:
         run = Run(device=str(choose_device(device)))
         found, entry = fit_router(opened, asked, request, run, access=access, on_step=on_step)
     write_routed(opened, found, entry, output, force=force)

@@ -27,6 +27,7 @@ ABSENT = {
         "cache": NO_WORK,
     },
     "--stream": {
+        "route": "files of a bundle on the Hub are always fetched and compared with their digests",
         "inspect": "it reads headers, wherever they are",
         "diff": "it reads headers, wherever they are",
         "export": "files of a bundle on the Hub are always fetched and compared with their digests",
@@ -41,14 +42,16 @@ ABSENT = {
         "cache": NO_WORK,
     },
     "--fit": {
-        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "serve"), "it chooses no size"),
+        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
+        "update": "it asks what the bundle was asked",
         "eval": "it scores a bundle as it is; `curve` takes --fit",
         "methods": NO_WORK,
         "cache": NO_WORK,
     },
     "--cluster": {
         "plan": "a plan prices methods; clusters are priced by `merge --dry-run`",
-        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "serve"), "it chooses no size"),
+        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
+        "update": "it asks what the bundle was asked",
         "eval": "it scores a bundle as it is; `curve` takes --cluster",
         "methods": NO_WORK,
         "cache": NO_WORK,
@@ -58,11 +61,13 @@ ABSENT = {
         "eval": "it judges by scores: --max-drop",
         "curve": "it judges by scores: --max-drop",
         **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "serve"), "it makes no bundle"),
+        "route": "it changes no weights",
+        "update": "it asks what the bundle was asked",
         "methods": NO_WORK,
         "cache": NO_WORK,
     },
     "--html": {
-        **dict.fromkeys(("calibrate", "diff", "export", "push", "serve"), "it has no page"),
+        **dict.fromkeys(("calibrate", "diff", "export", "push", "route", "serve", "update"), "it has no page"),
         "methods": NO_WORK,
         "cache": NO_WORK,
     },
@@ -77,6 +82,6 @@ def test_an_option_stands_on_every_command_where_it_makes_sense(option):
     assert lacking == set(ABSENT[option])
 
 
-@pytest.mark.parametrize("command", ["eval", "curve", "serve"])
+@pytest.mark.parametrize("command", ["eval", "curve", "route", "serve"])
 def test_max_memory_that_is_no_size_is_refused(command, tmp_path):
     fails(2, command, tmp_path, "--max-memory", "much", says="much")
