@@ -82,6 +82,6 @@ def test_an_option_stands_on_every_command_where_it_makes_sense(option):
     assert lacking == set(ABSENT[option])
 
 
-@pytest.mark.parametrize("command", ["eval", "curve", "route", "serve"])
+@pytest.mark.parametrize("command", ["eval", "curve", "serve"])
 def test_max_memory_that_is_no_size_is_refused(command, tmp_path):
     fails(2, command, tmp_path, "--max-memory", "much", says="much")
