@@ -1,8 +1,8 @@
 """Measures one model while it runs on its examples: inputs and outputs of its layers, and its Fisher information.
 
-A Wanted is one array of the file; `measure` takes any number of them in one run. It knows modules, and neither kinds of
-tasks nor files. What it holds: the sums of the Wanted of this run, and for the Fisher information the gradient of one
-tensor at a time beside the activations of one example.
+A Wanted is one array of the file; `measuring` observes any number of them in one run. This module knows the modules of
+a model, but neither kinds of tasks nor files. It holds the sums of this run's Wanted and, for the Fisher information,
+the gradient of one tensor at a time and the activations of one example.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from flexmerge_cli.formats.calibration import InputLayout, Statistic, half_size,
 from flexmerge_cli.random import key64, uniform
 
 BLOCK = 512
-"""Rows of a symmetric sum that are computed at once, up to the diagonal: half of the products, nearly."""
+"""Rows of a symmetric sum that are computed at once, up to the diagonal, which takes nearly half of the products."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +28,10 @@ class Wanted:
     tensor: str
     statistic: Statistic
     module: str
-    """Where the layer is in the model; of `fisher`, the parameter."""
+    """The path of the layer in the model or, for `fisher`, of the parameter."""
     layout: InputLayout | None
     shape: tuple[int, ...]
-    """The weight's."""
+    """The shape of the weight."""
 
     @property
     def num_elements(self) -> int:
@@ -50,15 +50,15 @@ class Found:
 
     wanted: Wanted
     count: int
-    """Rows of inputs, or examples, of which it is the mean."""
+    """The number of input rows, or examples, that it is the mean of."""
     array: np.ndarray
     """float32, flat."""
     of: str | None = None
-    """The tensor that got the same inputs, before it; the array is empty then."""
+    """An earlier tensor that got the same inputs; the array is then empty."""
 
 
 def layout_of(module: nn.Module) -> InputLayout | None:
-    """How a layer's weight lies; None for a module whose inputs are not measured."""
+    """Return the layout of a layer's weight; None for a module whose inputs are not measured."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
@@ -75,9 +75,9 @@ def layout_of(module: nn.Module) -> InputLayout | None:
 def measuring(
     model: nn.Module, wanted: Sequence[Wanted], *, task: str, seed: int
 ) -> Iterator[Callable[[], list[Found]]]:
-    """While the block runs the model, its layers are observed. Yields what gives the results, in the order of wanted.
+    """Observe the layers of a model that runs inside the block. Yields a function that returns the results.
 
-    task, seed: of what labels are drawn by.
+    The results are in the order of wanted. task, seed: they seed the drawing of labels.
     """
     inputs = _Inputs()
     outputs: dict[str, tuple[Tensor, int]] = {}
@@ -110,7 +110,7 @@ def measuring(
 
 @dataclass(slots=True)
 class _Symmetric:
-    """Σ xᵀx in float32, its lower triangle in blocks of rows."""
+    """The sum of xᵀx in float32: its lower triangle, in blocks of rows."""
 
     blocks: list[Tensor]
     count: int = 0
@@ -121,7 +121,7 @@ class _Symmetric:
         return _Symmetric([torch.zeros(size, device=device) for size in sizes])
 
     def add(self, x: Tensor) -> None:
-        """x: float32 [rows, n]."""
+        """Add the products of x, float32 [rows, n]."""
         for place, block in enumerate(self.blocks):
             low, stop = place * BLOCK, block.shape[1]
             block.addmm_(x[:, low:stop].T, x[:, :stop])
@@ -137,11 +137,11 @@ class _Symmetric:
 
 @dataclass(slots=True)
 class _Inputs:
-    """Sums over inputs. Layers that get the very same tensor one after another, such as q, k and v, share one."""
+    """Sums over inputs. Consecutive layers that get the very same tensor, such as q, k and v, share one sum."""
 
     sums: dict[str, _Symmetric | Tensor] = field(default_factory=dict)
     of: dict[str, str | None] = field(default_factory=dict)
-    """Tensor -> the one whose sum is its own, too; None for those that have one."""
+    """Maps each tensor to the one whose sum it shares; None for a tensor with a sum of its own."""
     last: tuple[Any, str] | None = None
 
     def hook(self, one: Wanted, module: nn.Module) -> Callable[..., None]:
@@ -175,7 +175,7 @@ class _Inputs:
             count = int(total.sum())
             array = (total / max(1, count)).float().cpu().numpy()
             return Found(wanted=one, count=count, array=array)
-        if total is None:  # a layer that never ran
+        if total is None:  # The layer never ran.
             return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
         if owner is not None:
             return Found(wanted=one, count=total.count, array=np.zeros(0, np.float32), of=owner)
@@ -183,7 +183,7 @@ class _Inputs:
 
 
 def _rows(x: Tensor, module: nn.Module, one: Wanted) -> Tensor:
-    """The inputs of a layer, float32 [rows, n]; of a convolution its patches, channels first."""
+    """Return the inputs of a layer, float32 [rows, n]; for a convolution, its patches, channels first."""
     x = x.detach().float()
     if one.layout != "conv2d":
         return x.reshape(-1, inputs_of(one.layout or "linear", one.shape))
@@ -215,7 +215,7 @@ def _mean_outputs(outputs: Mapping[str, tuple[Tensor, int]], one: Wanted) -> Fou
 
 
 class _Fisher:
-    """Σ over examples of (∂ log p(y|x) / ∂θ)², y drawn from the model. The model's calls add to it."""
+    """The sum over examples of (∂ log p(y|x) / ∂θ)², y drawn from the model. Every call of the model adds to it."""
 
     def __init__(self, model: nn.Module, wanted: Sequence[Wanted], key: int) -> None:
         self.model, self.wanted, self.key = model, wanted, key
@@ -253,7 +253,7 @@ class _Fisher:
         try:
             size = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             for place in range(size):
-                # A clone made here is no tensor of inference, and so gradients may pass through what is made of it.
+                # A clone made here is not an inference tensor, so gradients can flow through what is computed from it.
                 with torch.inference_mode(False), torch.enable_grad():
                     one = {name: _example(value, place, size) for name, value in kwargs.items()}
                     likelihood = self._likelihood(self.model(*(_example(value, place, size) for value in args), **one))
@@ -263,9 +263,11 @@ class _Fisher:
             self._is_inside = False
 
     def _likelihood(self, output: Any) -> Tensor:
-        """log p(y|x) of labels drawn from the model; of one number as output, that number, with a normal of size 1.
+        """Return log p(y|x) for labels drawn from the model.
 
-        logits [1, classes], or [1, tokens, vocabulary], where each place draws the next token.
+        Logits are [1, classes], or [1, tokens, vocabulary], where every position draws the next token. If the output is
+        one number, return that number: for a normal distribution of variance 1, the square of its gradient is the mean
+        over what would be drawn.
         """
         logits: Tensor = output.logits.float().flatten(0, -2)
         if logits.shape[1] == 1:
@@ -284,6 +286,6 @@ class _Fisher:
 
 
 def _example(value: Any, place: int, size: int) -> Any:
-    """One example of a batch."""
+    """Return one example of a batch."""
     is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
     return value[place : place + 1].clone() if is_batch else value

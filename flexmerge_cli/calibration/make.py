@@ -1,7 +1,7 @@
-"""`calibrate`: a plan and examples in, a calibration out. One fine-tuned model is in memory at a time.
+"""Makes a calibration from a plan and examples. One fine-tuned model is in memory at a time.
 
-A model runs once for as many arrays as HELD_BYTES holds, and again for the next ones; every array is written when its
-run ends.
+A model runs once for as many arrays as fit into HELD_BYTES, and again for the next ones; every array is written when
+its run ends.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[str, int, int], None]
 
-# What sums of one run take, beside the model. Those of a ViT-B/32 are 0.6 GB; a single larger one still has a run.
+# The most that the sums of one run take, beside the model. Those of a ViT-B/32 take 0.6 GB; a single larger sum gets a
+# run of its own.
 HELD_BYTES = 512 << 20
 DEFAULT: tuple[Statistic, ...] = ("inputs", "fisher")
 OUTSIDE = ("python", "command", "lm-eval")
@@ -57,12 +58,12 @@ IMAGES = ("image-classification", "zero-shot-image-classification")
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRequest:
-    """What is to be measured. Made by `calibration_request`."""
+    """What `calibrate` is to measure. Made by `calibration_request`."""
 
     plan: Plan
     plan_path: Path
     spec: EvalSpec
-    """With as many examples of each task as are measured, and no metric that needs labels."""
+    """The spec, with as many examples of each task as are measured and no metric that needs labels."""
     statistics: tuple[Statistic, ...]
     examples: int
     seed: int
@@ -72,7 +73,7 @@ class CalibrationRequest:
 
 
 def parse_statistics(text: str | None) -> tuple[Statistic, ...]:
-    """`inputs,fisher,outputs`, or some of them. Raises UsageError."""
+    """Parse `inputs,fisher,outputs`, or some of them. Raises UsageError."""
     if text is None:
         return DEFAULT
     words = [word.strip() for word in text.split(",")]
@@ -94,7 +95,8 @@ def calibration_request(
 ) -> CalibrationRequest:
     """Read plan, spec and examples, and check that they fit. Reads no weights.
 
-    examples: of each task, at least 1; drawn at random, by the spec's seed or 0, where there are more.
+    examples: the largest number for each task, at least 1. If a task has more, they are drawn at random with the spec's
+    seed, or 0.
     Raises UsageError, SourceError, DataError.
     """
     wanted, plan = parse_statistics(statistics), load_plan(plan_path)
@@ -115,9 +117,9 @@ def calibration_request(
             raise spec.document.error(("tasks", name, "kind"), said, hint="--statistics inputs,outputs")
         limit = min(examples, settled.limit or examples)
         changes: dict[str, Any] = {"limit": limit, "seed": settled.seed or 0}
-        changes["metric"] = AGREEMENT if AGREEMENT in kind.metrics else None  # which reads no labels
+        changes["metric"] = AGREEMENT if AGREEMENT in kind.metrics else None  # It reads no labels.
         if kind.name not in IMAGES:
-            changes["batch_size"] = 1  # no padding, which would count as inputs
+            changes["batch_size"] = 1  # Padding would count as inputs.
         tasks[name] = settled.model_copy(update=changes)
     spec = spec.model_copy(update={"tasks": tasks})
     references = references_of(plan, plan_path.absolute().parent, spec, relocate=relocate, access=access)
@@ -131,14 +133,14 @@ def calibration_request(
 
 
 def calibration_files(folder: Path) -> set[str] | None:
-    """What `calibrate` wrote into a folder; None if it is no calibration."""
+    """Return the files that `calibrate` wrote into a folder; None if it is not a calibration."""
     if not is_calibration(folder):
         return None
     return {INDEX_NAME, *(entry.file for entry in read_index(folder)[0].tasks.values())}
 
 
 def check_calibration_place(output: Path, request: CalibrationRequest, *, force: bool) -> None:
-    """What can be refused before a weight is read."""
+    """Refuse an output that cannot be written, before any weight is read."""
     check_apart(output, [request.plan_path, request.spec.document.path, *request.references.folders.values()])
     check_target(output, force=force, ours=calibration_files)
 
@@ -146,9 +148,9 @@ def check_calibration_place(output: Path, request: CalibrationRequest, *, force:
 def calibrate(
     request: CalibrationRequest, output: Path, *, force: bool = False, on_step: OnStep = lambda *_step: None
 ) -> list[dict[str, Any]]:
-    """Measure every task and write the calibration. Returns what `expected_sizes` does, as it turned out.
+    """Measure every task and write the calibration. Returns the rows of `expected_sizes`, with the actual numbers.
 
-    Raises DataError for sources that are not the plan's, and for activations or gradients that are not finite.
+    Raises DataError for sources that differ from the plan's, and for activations or gradients that are not finite.
     """
     check_calibration_place(output, request, force=force)
     with publish(output, force=force, ours=calibration_files) as folder:
@@ -172,9 +174,9 @@ def calibrate(
 
 
 def expected_sizes(request: CalibrationRequest) -> list[dict[str, Any]]:
-    """What each task's file will take at most, and how often its model runs. Reads no weights.
+    """Return the most bytes that each task's file will take, and how often its model runs. Reads no weights.
 
-    Layers that share their inputs, such as q, k and v, store them once; that is not known before the model runs.
+    Layers that share their inputs, such as q, k and v, store them once; this is not known before the model runs.
     """
     found = []
     for place in request.plan.all_tasks:
@@ -188,7 +190,7 @@ def expected_sizes(request: CalibrationRequest) -> list[dict[str, Any]]:
 def _row(
     request: CalibrationRequest, place: int, sizes: Mapping[tuple[str, str], int], wanted: "Sequence[Wanted]"
 ) -> dict[str, Any]:
-    """sizes: bytes by tensor and statistic."""
+    """Return the row of one task. sizes: bytes by tensor and statistic."""
     name = request.plan.task_names[place]
     largest = max(sizes, key=lambda key: sizes[key], default=None)
     return {
@@ -205,7 +207,7 @@ def _row(
 
 
 def _unread(request: CalibrationRequest, place: int) -> TaskModel:
-    """A task's model with memory in place of its weights, which nothing touches: it tells what its layers are."""
+    """Return a task's model with untouched memory in place of its weights, from which its layers can be listed."""
     import torch
 
     name, shapes = request.plan.task_names[place], request.plan.shapes_of(place)
@@ -220,10 +222,10 @@ def _unread(request: CalibrationRequest, place: int) -> TaskModel:
 def wanted_of(
     plan: Plan, place: int, model: Any, names: Mapping[str, str], statistics: Sequence[Statistic]
 ) -> "list[Wanted]":
-    """What is measured of a task's model: of the tensors that merge, in the plan's order.
+    """Return what is measured in a task's model, for the tensors that merge, in the plan's order.
 
-    names: name in the model's state -> the task's own name. Tensors of vocabularies that differ are left out, and of
-    split ones only `inputs` and `outputs` are measured, of the whole.
+    names: maps each name in the model's state to the task's own name. Tensors of vocabularies that differ are left out;
+    for split tensors only `inputs` and `outputs` are measured, for the whole.
     """
     from flexmerge_cli.calibration.collect import Wanted, layout_of
 
@@ -254,7 +256,7 @@ def wanted_of(
 
 
 def _runs(wanted: "Sequence[Wanted]") -> "list[list[Wanted]]":
-    """What is measured in each run of the model: as much as may be held, inputs and outputs apart from gradients."""
+    """Divide what is measured into runs of the model that fit into memory, with gradients in runs of their own."""
     runs: list[list[Wanted]] = []
     for is_fisher in (False, True):
         held = 0
@@ -272,7 +274,7 @@ def _runs(wanted: "Sequence[Wanted]") -> "list[list[Wanted]]":
 def _measure(
     request: CalibrationRequest, place: int, folder: Path, on_step: OnStep
 ) -> tuple[TaskEntry, dict[str, Any]]:
-    """Run one task's model, and write its file. Returns its entry, and its row."""
+    """Run one task's model and write its file. Returns its entry and its row."""
     plan, name = request.plan, request.plan.task_names[place]
     model = request.references.of(name)["fine_tuned"]()
     examples = request.scorer.examples(name, request.references.folders[name])
@@ -291,7 +293,7 @@ def _measure(
             for found in _run(request, model, run, on_example):
                 _check(found, name)
                 if not found.count:
-                    continue  # no example came by
+                    continue  # No example reached the layer.
                 one = found.wanted
                 if found.of is None:
                     file.add(f"{one.tensor}@{one.statistic}", found.array)
@@ -331,11 +333,11 @@ def _check(found: "Found", task: str) -> None:
 
 
 class _Built(Exception):
-    """Ends a run that only had to build the model."""
+    """Raised to end a run that only had to build the model."""
 
 
 def _observed(request: CalibrationRequest, place: int, model: TaskModel) -> "list[Wanted]":
-    """What is measured of a model as it is built."""
+    """Return what is measured in a model, as soon as it is built."""
     found: list[Wanted] = []
 
     def on_built(built: Any, names: Mapping[str, str]) -> None:
@@ -350,7 +352,7 @@ def _observed(request: CalibrationRequest, place: int, model: TaskModel) -> "lis
 def _run(
     request: CalibrationRequest, model: TaskModel, wanted: "Sequence[Wanted]", on_example: Callable[[int, int], None]
 ) -> "list[Found]":
-    """Run a model on its examples, and measure."""
+    """Run a model on its examples, and return what was measured."""
     from flexmerge_cli.calibration.collect import measuring
 
     results: list[Callable[[], list[Found]]] = []

@@ -1,6 +1,7 @@
-"""Writes one task's file of a calibration array by array, so that none waits for another: its header goes in last.
+"""Writes one task's file of a calibration array by array, so that none waits for another, and its header last.
 
-The header's place is reserved for all arrays that may come; what stays of it is spaces, which safetensors allows.
+Space is reserved for a header of all arrays that may come; what remains of it is filled with spaces, as safetensors
+allows.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ import numpy as np
 
 
 class ArrayFile:
-    """A safetensors file of float32 arrays, open for writing. A context; closed, it is whole."""
+    """A safetensors file of float32 arrays, open for writing. A context manager that completes the file on exit."""
 
     def __init__(self, path: Path, names: Iterable[tuple[str, int]]) -> None:
-        """names: of all arrays that may be written, with their elements."""
+        """Reserve space for the header. names: all arrays that may be written, with their numbers of elements."""
         self.path = path
         largest = list(names)
         end = 4 * sum(count for _, count in largest)
@@ -28,7 +29,7 @@ class ArrayFile:
         self._file.seek(8 + self._room)
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """array: float32, flat."""
+        """Append an array, float32, flat."""
         data = np.ascontiguousarray(array, "<f4")
         self._file.write(data.data)
         self._entries[name] = data.size, self._end, self._end + data.nbytes
@@ -46,7 +47,7 @@ class ArrayFile:
 
     @property
     def sha256(self) -> str:
-        """Of the closed file."""
+        """The SHA-256 of the closed file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

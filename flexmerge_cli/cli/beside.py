@@ -1,4 +1,4 @@
-"""Commands in which one option leaves others without effect."""
+"""Commands that have an option beside which others have no effect."""
 
 from typing import Any, ClassVar
 
@@ -6,10 +6,10 @@ from typer.core import TyperCommand
 
 
 class BesideCommand(TyperCommand):
-    """A command that refuses what was typed beside an option with which it has no effect."""
+    """A command that refuses options that have no effect beside another option."""
 
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {}
-    """Name of a parameter -> the names of those that have no effect beside it, with spaces between."""
+    """Maps the name of a parameter to the names of those without effect beside it, separated by spaces."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)

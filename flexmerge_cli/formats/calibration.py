@@ -1,16 +1,17 @@
-"""A calibration, `flexmerge.calibration/1`: what each fine-tuned model of a plan sees and does on its own examples.
+"""Defines the format `flexmerge.calibration/1`: what each fine-tuned model of a plan sees and does on its own examples.
 
-calibration.json   canonical JSON. `tasks` has of each task the fingerprint of its weights in the plan, the digest of
-                   its examples and their number n, its file, and what was measured of each tensor, by the plan's names
+calibration.json   canonical JSON. `tasks` has, for each task, the fingerprint of its weights in the plan, the digest of
+                   its examples and their number n, its file, and what was measured for each tensor, by the plan's names
 <task>.safetensors float32, per tensor:
-    <tensor>@inputs   mean over the rows x that went into the layer: of xᵀx, [n(n+1)/2], the lower triangle row by row
-                      ((i, j) with j ≤ i is at i(i+1)/2 + j); of an embedding table, which rows were looked up, [rows]
+    <tensor>@inputs   mean of xᵀx over the rows x that went into the layer, [n(n+1)/2]: the lower triangle row by row
+                      ((i, j) with j ≤ i is at i(i+1)/2 + j); for an embedding table, the part of the look-ups that
+                      each row had, [rows]
     <tensor>@fisher   mean over the examples of (∂ log p(y|x) / ∂θ)², y drawn from the model, in the weight's shape
     <tensor>@outputs  mean of the layer's outputs
-`inputs` of the index says how a weight lies: linear [out, n], conv1d [n, out], conv2d [out, n as channels × height ×
-width of a patch], or embedding; and `of` which tensor got the very same inputs and stores them for both.
-Settings and versions are told, and decide nothing. A calibration belongs to weights, not to a plan: a plan of the same
-fine-tuned models takes it.
+`inputs` of the index gives the layout of a weight: linear [out, n], conv1d [n, out], conv2d [out, n as channels ×
+height × width of a patch], or embedding; its `of` names the tensor that got the very same inputs and stores them for
+both. Settings and versions are for information only. A calibration belongs to weights, not to a plan: every plan of the
+same fine-tuned models can use it.
 """
 
 import hashlib
@@ -93,28 +94,28 @@ class Index(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """The inputs of one tensor, of the tasks of a group."""
+    """The inputs of one tensor in each task of a group."""
 
     layout: InputLayout
     arrays: Sequence[np.ndarray]
-    """Per task as stored: the lower triangle of [n, n], or [rows] counts of an embedding table."""
+    """The stored array of each task: the lower triangle of [n, n], or [rows] of an embedding table."""
 
     def __len__(self) -> int:
         return len(self.arrays)
 
     def __getitem__(self, task: int) -> np.ndarray:
-        """float32 [n, n], symmetric; of an embedding table [rows]."""
+        """Return the symmetric matrix of a task, float32 [n, n]; for an embedding table, [rows]."""
         packed = self.arrays[task]
         return packed if self.layout == "embedding" else unpacked(packed)
 
 
 def half_size(n: int) -> int:
-    """Elements that are stored of a symmetric [n, n]."""
+    """Return how many elements of a symmetric [n, n] are stored."""
     return n * (n + 1) // 2
 
 
 def unpacked(packed: np.ndarray) -> np.ndarray:
-    """The symmetric matrix of a stored lower triangle. [n(n+1)/2] -> [n, n], of the same dtype."""
+    """Return the symmetric matrix, [n, n], of a stored lower triangle, [n(n+1)/2], in the same dtype."""
     n = int((2 * packed.size) ** 0.5)
     found = np.empty((n, n), packed.dtype)
     for row in range(n):
@@ -124,44 +125,44 @@ def unpacked(packed: np.ndarray) -> np.ndarray:
 
 
 def inputs_of(layout: InputLayout, shape: Sequence[int]) -> int:
-    """The inputs of a layer n, or the rows of an embedding table, by its weight's shape."""
+    """Return the number of a layer's inputs, or of an embedding table's rows, from the shape of its weight."""
     return int(shape[0] if layout in ("conv1d", "embedding") else np.prod(shape[1:], dtype=np.int64))
 
 
 @dataclass(kw_only=True)
 class CalibrationData:
-    """An open calibration of a plan's tasks. Files are mapped; every array is read when it is used."""
+    """An open calibration of a plan's tasks. Its files are mapped, and an array is read when it is used."""
 
     path: Path
     plan: Plan
     index: Index
     digest: str
-    """sha256 of the index, which has those of the files."""
+    """The SHA-256 of the index, which contains those of the files."""
     tensors: Mapping[str, Mapping[str, StoredTensor]]
     _maps: dict[Path, np.ndarray] = field(default_factory=dict)
 
     def scope(self, reads: str, tensor: str) -> Scope:
-        """What a method that reads this statistic must see of a tensor: all of a matrix whose inputs are known."""
+        """Return how much of a tensor a method that reads a statistic must see: all of a matrix with known inputs."""
         layout = self.layout(tensor) if reads == "inputs" else None
         return "element" if layout in (None, "embedding") else "tensor"
 
     def layout(self, tensor: str) -> InputLayout | None:
-        """How a tensor's inputs are known; None if they are not, for every task of the plan that has it."""
+        """Return the layout of a tensor's inputs; None unless they are known for every task of the plan that has it."""
         found = {
             entry.layout if (entry := self._entry(task, "inputs", tensor)) else None for task in self._have(tensor)
         }
         one = found.pop() if len(found) == 1 else None
         part = whole_of(tensor)[1]
-        if part is not None and one is not None:  # parts share their inputs only where they are parts of the outputs
+        if part is not None and one is not None:  # Parts share their inputs only if the outputs were split.
             split = self.plan.split(tensor)
             outputs = 1 if one == "conv1d" else 0
             return one if split is not None and split.dim == outputs and one != "embedding" else None
         return one
 
     def measured(self, reads: str, where: Where, count: int) -> Any:
-        """What a method gets of one call: Moments, or for `fisher` float32 [k, count] and each task's mean of all.
+        """Return what one call of a method gets: Moments or, for `fisher`, float32 [k, count] and the mean of each task.
 
-        None where it was not measured of every task of the group.
+        None if it was not measured for every task of the group.
         """
         tasks = [self.plan.task_names.index(name) for name in where.tasks]
         if reads == "inputs":
@@ -176,9 +177,9 @@ class CalibrationData:
         return np.stack(rows), [entry.mean for entry in entries if entry is not None]
 
     def importance(self, tensor: str) -> np.ndarray | None:
-        """Return the mean of each task's Fisher information of a tensor, or of the whole that it is a part of, [M].
+        """Return the mean Fisher information of a tensor, or of the whole that it is a part of, for each task, [M].
 
-        None if it was not measured of every task.
+        None if it was not measured for every task.
         """
         entries = [self._entry(task, "fisher", tensor) for task in self.plan.all_tasks]
         return None if None in entries else np.array([entry.mean for entry in entries])
@@ -200,7 +201,7 @@ class CalibrationData:
 
 
 def is_calibration(folder: Path) -> bool:
-    """Whether a folder holds an index of a calibration."""
+    """Return whether a folder holds the index of a calibration."""
     try:
         return f'"format":"{FORMAT}"'.encode() in read_file(folder / INDEX_NAME, MAX_INDEX_BYTES, "a calibration")
     except (FlexmergeError, OSError):
@@ -208,7 +209,7 @@ def is_calibration(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> tuple[Index, str]:
-    """The index of a calibration, and its sha256. Raises SourceError, DataError."""
+    """Read the index of a calibration. Returns it and its SHA-256. Raises SourceError, DataError."""
     path = folder / INDEX_NAME
     if not path.is_file():
         raise SourceError(f"no calibration at {folder}: it has no {INDEX_NAME}", hint=AGAIN)
@@ -229,10 +230,10 @@ def read_index(folder: Path) -> tuple[Index, str]:
 
 
 def read_calibration(folder: Path, plan: Plan) -> CalibrationData:
-    """Open a calibration for a plan. Reads every file once, for its digest.
+    """Open a calibration for a plan. Reads every file once to check its digest.
 
-    Raises SourceError if there is none, DataError if it is of other weights or not sound, IntegrityError if a file is
-    missing or damaged.
+    Raises SourceError if there is none, DataError if it belongs to other weights or is unsound, IntegrityError if a
+    file is missing or damaged.
     """
     index, digest = read_index(folder)
     problems = []

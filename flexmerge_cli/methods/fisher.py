@@ -1,4 +1,4 @@
-"""Fisher merging: every element weighted by how much the task's own predictions depend on it."""
+"""Implements Fisher merging: every element is weighted by how much the task's own predictions depend on it."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""RegMean: the matrix whose outputs are nearest to those of all tasks, each on its own inputs."""
+"""Implements RegMean: the matrix whose outputs are nearest to those of all tasks, each on its own inputs."""
 
 import math
 from typing import Annotated, Any
@@ -7,14 +7,14 @@ from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Range, Where, method
 from flexmerge_cli.methods.reductions import mean_tasks
 
-# Moments are float32: a direction below this part of the largest one, times their number, is rounding.
+# Moments are float32: of n directions, those smaller than n times this part of the largest one are rounding errors.
 FLOAT32_EPSILON = 2.0**-23
 
 
 def _workspace(num_tasks: int, shape: tuple[int, ...], **_args: Any) -> int:
-    """Four [m, n] and six [n, n] of float64; of what has no inputs, weights and a mean.
+    """Return the bytes of four [m, n] and six [n, n] in float64 or, without inputs, of the weights and a mean.
 
-    Which axis is that of the inputs is not known here: the longer one counts.
+    Which axis has the inputs is not known here, so the longer one counts.
     """
     if len(shape) < 2:
         return (12 * num_tasks + 48) * math.prod(shape)
@@ -60,7 +60,7 @@ def regmean(
 
 
 def _mean_rows(deltas: Tensor, where: Where, counts: Any) -> Tensor:
-    """[k, n], a range of a table -> [n] float64; the mean of a row that nobody looked up."""
+    """Average a range of a table, [k, n], into [n] float64. A row that no task looked up gets the plain mean."""
     width = max(1, math.prod(where.shape[1:]))
     row_n = torch.arange(where.start, where.start + deltas.shape[1], device=deltas.device) // width
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
@@ -73,7 +73,10 @@ def _mean_rows(deltas: Tensor, where: Where, counts: Any) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """The X of least norm with X·gram nearest to right. gram [n, n]: symmetric, positive semidefinite; right [m, n]."""
+    """Return the X of least norm, [m, n], for which X·gram is nearest to right.
+
+    gram: [n, n], symmetric and positive semidefinite. right: [m, n].
+    """
     smallest = len(gram) * FLOAT32_EPSILON * gram.diagonal().max()
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) == 0 and bool(factor.diagonal().square().min() > smallest):

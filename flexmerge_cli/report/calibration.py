@@ -1,4 +1,4 @@
-"""What `calibrate` shows: per task how many examples, how often its model runs, and the bytes of each statistic."""
+"""Shows the results of `calibrate`: each task's examples, runs of its model, and bytes by statistic."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from flexmerge_cli.report.table import say, table
 
 
 def calibration_summary(rows: Sequence[dict[str, Any]], output: Path | None, *, written: bool) -> dict[str, Any]:
-    """rows: of calibration/make.py."""
+    """Return the document of `calibrate --json`. rows: those of calibration/make.py."""
     return {
         "calibration": str(output) if output is not None else None,
         "written": written,
