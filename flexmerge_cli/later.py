@@ -1,7 +1,7 @@
-"""Provides torch to modules that also declare and price, and that are imported even if nothing is computed.
+"""Provides torch to modules that are also imported when nothing is computed, to declare options or to compute sizes.
 
 `from flexmerge_cli.later import Tensor, torch` imports nothing: torch is imported when one of its attributes is first
-used. So a method's arguments can stand in one file with its arithmetic, and `methods`, dry runs and errors still start
+used. So a method's arguments can be in one file with its arithmetic, while `methods`, dry runs and errors still start
 at once.
 """
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """Imports torch with the first attribute that is used."""
+        """Imports torch when one of its attributes is first used."""
 
         def __getattr__(self, name: str) -> Any:
             value = getattr(importlib.import_module("torch"), name)
-            setattr(self, name, value)  # so that the next use does not come here
+            setattr(self, name, value)  # The next use finds it without a call.
             return value
 
     torch = _Torch()

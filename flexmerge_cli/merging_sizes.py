@@ -1,7 +1,7 @@
-"""`merge --sizes`: a plan and several sizes in, a bundle of each size out, in `OUTPUT/SIZE`.
+"""Merges a plan at several sizes, into a bundle for each size at `OUTPUT/SIZE`.
 
-The bundles are written one after another. Each takes from the one before it what both store, and reads no source
-for that. What a killed run has finished is recognised, and the same command writes the rest.
+The bundles are written one after another. Each takes from the one before it what both store, without reading a source
+for it. What a killed run has finished is recognised, and the same command writes the rest.
 """
 
 import json
@@ -26,7 +26,7 @@ DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocatio
 
 
 def at_sizes(request: MergeRequest, sizes: tuple[Size, ...]) -> dict[str, MergeRequest]:
-    """Return the request at each size, by the size's text. Raises UsageError for a choice that has none."""
+    """Return the request at each size, by the text of the size. Raises UsageError for a choice that has no size."""
     if not isinstance(request.choice, Cut | Auto | Clusters):
         raise UsageError("--sizes requires a method that chooses what is lost", hint="add --method NAME")
     return {size.text: request.at(size) for size in sizes}
@@ -43,8 +43,9 @@ def merge_sizes(
 ) -> Iterator[tuple[str, Measured | None, Unchanged | None]]:
     """Write a bundle of each size, and yield what was measured and what was taken from the bundle before.
 
-    bundles: size -> request and layout. A size whose very bundle is there already is not written: nothing is measured.
-    options: those of `merging.merge`. Raises UsageError, before a weight is read, where something else is there.
+    bundles: maps each size to its request and layout. A size whose bundle is already there is not written, so nothing
+    is measured for it. options: those of `merging.merge`. Raises UsageError, before any weight is read, if something
+    else is there.
     """
     from flexmerge_cli.engine.device import choose_device
     from flexmerge_cli.engine.materialise import build_of
@@ -69,7 +70,7 @@ def merge_sizes(
 
 
 def _is_there(folder: Path, layout: BundleLayout, build: str) -> bool:
-    """Return whether a folder is the very bundle that this layout makes, and every file of it is sound."""
+    """Return whether a folder is exactly the bundle that this layout makes, with every file sound."""
     if not is_bundle(folder):
         return False
     try:

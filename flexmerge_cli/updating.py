@@ -1,6 +1,6 @@
-"""`update`: a bundle and another plan of its family in, the bundle that `merge` makes of that plan out.
+"""Makes the bundle that `merge` makes of a new plan, from the bundle of another plan of the same family.
 
-What was asked of the old bundle is asked of the new plan. What does not change is taken from the old bundle.
+The request that the old bundle records is applied to the new plan. What does not change is taken from the old bundle.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from flexmerge_cli.request.merge import MergeRequest, merge_request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """A bundle and a plan, compared. Made by `Update.of`."""
+    """The comparison of a bundle with a plan. Made by `Update.of`."""
 
     plan: Plan
     request: MergeRequest
@@ -34,8 +34,8 @@ class Update:
     def of(folder: Path, plan: Plan, *, device: str = "auto") -> "Update":
         """Read the bundle's manifest and headers, and no weights.
 
-        Raises UsageError for a bundle of another family, and for one that was merged with a calibration, IntegrityError
-        if a file of it is missing or cut, GateError if the plan cannot be packed as was asked.
+        Raises UsageError for a bundle of another family or one that was merged with a calibration, IntegrityError if
+        one of its files is missing or truncated, GateError if the plan cannot be packed as requested.
         """
         from flexmerge_cli.engine.device import choose_device
         from flexmerge_cli.engine.materialise import build_of
@@ -55,18 +55,18 @@ class Update:
         return Update(plan=plan, request=request, layout=layout, found=unchanged(bundle, layout, build))
 
     def check(self, output: Path, plan_file: Path | None, *, force: bool) -> None:
-        """Check where the new bundle goes: to a place of its own or, with force, to that of the old one."""
+        """Check that the new bundle goes to a new place or, with force, to that of the old one."""
         old = self.found.bundle.path
         check_apart(output, [plan_file, *([] if output.resolve() == old.resolve() else [old])])
         check_target(output, force=force, ours=bundle_files)
 
     def write(self, output: Path, **options: Any) -> Measured:
-        """Write the new bundle. options: those of `merging.merge`, plan_folder among them. Raises as that."""
+        """Write the new bundle. options: those of `merging.merge`, including plan_folder. Raises what that raises."""
         return merge(self.plan, self.request, output, layout=self.layout, old=self.found, **options)[1]
 
 
 def asked(request: Request) -> MergeRequest:
-    """Parse again what a bundle records. Raises UsageError for a method that its bundle does not hold, from a file."""
+    """Parse the request that a bundle records. Raises UsageError for a method from a file, which no bundle contains."""
     words = request.dump()
     del words["command"]
     found = merge_request(**words)

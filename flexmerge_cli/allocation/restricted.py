@@ -1,4 +1,4 @@
-"""A layout and some of its parts in, the same layout without what these do not need out: what is left to compute."""
+"""Restricts a layout to what some of its parts need: what is left to compute."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,13 +11,13 @@ from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
 def restricted(
     layout: BundleLayout, wanted: Collection[Part], groups: Collection[tuple[str, Tasks]] = ()
 ) -> BundleLayout:
-    """Return the layout with those groups alone that make a wanted part; its files and units are all there.
+    """Return the layout with only those groups that make a wanted part. It keeps all its files and units.
 
-    groups: (unit, tasks) of groups under a method that stay besides.
+    groups: (unit, tasks) of further groups under a method that stay.
 
     What a group stores does not depend on other groups. A group under a method stays in every tensor of its unit, since
-    it may measure all of them; of copies, tasks stay whose part is wanted. Tensors of which nothing is wanted have
-    neither groups nor parts. Groups that stay may make parts that are not wanted, too.
+    it may measure all of them; for copies, the tasks whose part is wanted stay. Tensors without wanted parts have
+    neither groups nor parts. Groups that stay may also make parts that are not wanted.
     """
     wanted = set(wanted)
     chosen: dict[str, set[Tasks]] = {}
@@ -29,7 +29,7 @@ def restricted(
 
 
 def _methods_of(layout: BundleLayout, unit: Unit, wanted: set[Part]) -> set[Tasks]:
-    """The tasks of the groups under a method that make a wanted part of a unit."""
+    """Return the tasks of those groups under a method that make a wanted part of a unit."""
     of_unit = {part.task for part in wanted if part.of_unit and part.tensor == unit.name}
     groups = [group for name in unit.tensors for group in layout.storages[name].groups if group.method is not None]
     return {

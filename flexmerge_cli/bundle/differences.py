@@ -16,20 +16,20 @@ from flexmerge_cli.formats.manifest import GroupEntry, Manifest
 from flexmerge_cli.formats.plan_file import Plan, read_plan
 from flexmerge_cli.text import expanded
 
-# Two files that differ only in these hold the same: the version that made them, and their own digests.
+# Two files that differ only in these have the same contents: the version that made them, and their own digests.
 NO_CONTENT = ("generator", "build", "id", "sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two, in the form in which they are compared."""
+    """One of the two plans or bundles, in the form in which they are compared."""
 
     summary: dict[str, Any]
-    """The value's entries for each side, whether they differ or not."""
+    """The entries of the value that it has for each side, whether they differ or not."""
     fields: Mapping[str, Any]
-    """Everything in its file, by the file's own keys."""
+    """The whole contents of its file, by the file's own keys."""
     settings: dict[str, Any]
-    """The settings of the whole: bytes, methods, and the request."""
+    """The settings that concern all of it: bytes, methods, and the request."""
     tasks: dict[str, dict[str, Any]]
     """Maps each task to what is recorded about it."""
     blocks: dict[str, Any]
@@ -43,7 +43,7 @@ class Side:
 def diff_value(a: str, b: str, access: Access = ONLINE) -> dict[str, Any]:
     """Compare two plans or two bundles; only the manifests of bundles are read.
 
-    Raises UsageError for anything else and for one of each, and whatever reading raises.
+    Raises UsageError for anything else, or for a plan and a bundle, and whatever reading raises.
     """
     kinds = [recognise(source, access) for source in (a, b)]
     for source, kind in zip((a, b), kinds):
@@ -83,14 +83,14 @@ def diff_value(a: str, b: str, access: Access = ONLINE) -> dict[str, Any]:
 
 
 def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Map each key whose values differ to both values; null if a side has none."""
+    """Map each key whose values differ to both values, with None for a side that has none."""
     return {key: [a.get(key), b.get(key)] for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def _values(
     a: Mapping[str, tuple[str, int]], b: Mapping[str, tuple[str, int]], of_a: Mapping[str, str], of_b: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the tensors and side files of which a task reads other bytes; empty if there are none."""
+    """Return the tensors and side files whose bytes differ for a task; empty if there are none."""
     tensors, files = list(_pairs(a, b)), sorted(_pairs(of_a, of_b))
     if not tensors and not files:
         return {}
@@ -100,7 +100,7 @@ def _values(
 
 def _plan(source: str) -> Side:
     plan: Plan = read_plan(expanded(source))
-    # Sums over tasks round depending on the number of tasks: the last digits are no difference.
+    # The rounding of sums over tasks depends on the number of tasks, so the last digits do not count as a difference.
     lengths = [float(f"{math.sqrt(value):.12g}") for value in plan.task_energy()]
     names = plan.task_names
     merges: dict[str, list[list[list[str]]]] = {block.name: [] for block in plan.blocks}

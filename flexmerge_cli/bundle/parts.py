@@ -1,8 +1,8 @@
-"""Makes a bundle from parts: processes that write some tensors each into one partial folder, and one that publishes it.
+"""Makes a bundle from parts: several processes write some tensors each into one partial folder, and one publishes it.
 
 A part writes its bytes at their places in the weight files, which no two parts share, and has a journal of its own.
-Joining resumes a merge (engine/journal.py) of which nothing is left to compute: the bytes are checked against what the
-journals tell. So a part that failed is run again, and goes on where it was.
+Joining resumes a merge (engine/journal.py) that has nothing left to compute: it checks the bytes against the journals.
+A part that failed can be run again, and continues where it stopped.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ SHOWN = 20
 
 
 def merge_key(layout: BundleLayout, device: torch.device) -> str:
-    """Return what all bundles of the same bytes share, and most others do not: plan, request, methods, versions."""
+    """Return a key that merges with the same bytes share, and most others do not: plan, request, methods, versions."""
     return hashlib.sha256(f"{arithmetic(str(device))}\n".encode() + layout.manifest(Measured())).hexdigest()
 
 
 def share_of(layout: BundleLayout, part: Part) -> frozenset[str]:
-    """Return the tensors of one part. Those of a unit are of one part, since they may merge as one."""
+    """Return the tensors of one part. The tensors of a unit are in one part, since they may merge as one."""
     unit_of = {name: unit.name for unit in layout.allocation.units for name in unit.tensors}
     together: dict[tuple[str, str], list[str]] = {}
     for name, storage in layout.storages.items():
@@ -61,10 +61,10 @@ def write_part(
     on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
 ) -> None:
-    """Write the tensors of one part where `join` finds them, save those that a killed run of it has finished.
+    """Write the tensors of one part where `join` finds them, except those that a killed run of it has finished.
 
-    Statistics that methods take of the whole model are taken by every part. Raises UsageError if parts of another merge
-    lie there, MachineError if another process is writing this part.
+    Every part computes the statistics that methods need of the whole model. Raises UsageError if parts of another merge
+    are there, MachineError if another process is writing this part.
     """
     with shared(target) as folder:
         key = merge_key(layout, device)
@@ -85,7 +85,7 @@ def write_part(
 
 
 def require_parts(layout: BundleLayout, target: Path, device: torch.device) -> None:
-    """Raise UsageError that names what is missing, unless the partial folder of a target holds all parts."""
+    """Raise UsageError that names what is missing, unless the partial folder of a target has all parts."""
     folder, key = partial_folder(target), merge_key(layout, device)
     if not holds_journal(folder):
         raise UsageError(f"{folder} holds no parts", hint="write them with the same command and --part 1/N, 2/N, …")
@@ -101,7 +101,7 @@ def require_parts(layout: BundleLayout, target: Path, device: torch.device) -> N
 
 
 def damaged(layout: BundleLayout, folder: Path, names: Sequence[str]) -> IntegrityError:
-    """Return what is said if the bytes of these tensors are not those that their parts wrote."""
+    """Return the error for tensors whose bytes are not those that their parts wrote."""
     parts = parts_of(layout, folder, names)
     return IntegrityError(
         f"`{names[0]}` in {folder} is not what its part wrote, and {len(names) - 1:,} others",
@@ -110,7 +110,7 @@ def damaged(layout: BundleLayout, folder: Path, names: Sequence[str]) -> Integri
 
 
 def parts_of(layout: BundleLayout, folder: Path, names: Collection[str]) -> list[str]:
-    """Return the parts that these tensors are of, as `--part 3/16`; empty where the number of parts is not clear."""
+    """Return the parts that wrote these tensors, as `--part 3/16`; empty if the number of parts is unknown."""
     counts = {part.count for part in shares_of(folder)}
     if len(counts) != 1:
         return []

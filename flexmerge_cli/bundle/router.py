@@ -1,8 +1,8 @@
-"""The router of a bundle: features of an input in, the probability of each task out. Needs no torch.
+"""Reads, applies and writes the router of a bundle, which maps features of an input to the probability of each task.
 
-The features are means of the last hidden states of one task's backbone. Whatever the router was fitted as, it is stored
-as a standardisation and linear layers with ReLU between them, whose last outputs, divided by a temperature, are the
-logarithms of probabilities.
+The features are means of the last hidden states of one task's backbone. A router of any kind is stored as a
+standardisation and linear layers with ReLU between them, whose last outputs, divided by a temperature, are the logits
+of the tasks. Needs no torch.
 """
 
 import os
@@ -62,7 +62,7 @@ class Router:
         entry = bundle.manifest.router
         if entry is None:
             raise UsageError(f"{bundle.path} has no router", hint=HINT)
-        data = b"".join(bundle.chunks(ROUTER_FILE))  # which compares the digest
+        data = b"".join(bundle.chunks(ROUTER_FILE))  # This also checks the digest.
         arrays = {
             name: np.frombuffer(data, np.float32, tensor.num_elements, tensor.offset).reshape(tensor.shape)
             for name, tensor in read_header(bundle.path / ROUTER_FILE)[0].items()
@@ -94,9 +94,9 @@ def _check(router: Router, num_tasks: int) -> None:
 
 
 def write_routed(bundle: Bundle, router: Router, entry: RouterEntry, target: Path, *, force: bool = False) -> None:
-    """Write a bundle that is another one with this router. Files are hard links where that works, else copies.
+    """Write a copy of a bundle that has this router. Its files are hard links if possible, else copies.
 
-    Raises IntegrityError if a file of the bundle is damaged, UsageError if the place is taken.
+    Raises IntegrityError if a file of the bundle is damaged, UsageError if the target exists.
     """
     for task in bundle.tasks:
         bundle.check_files(task)

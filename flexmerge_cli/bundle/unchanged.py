@@ -1,9 +1,9 @@
-"""A bundle and the layout of a new one in; which parts of the new one lie in the old one, and what was measured there.
+"""Finds which parts of a new bundle's layout lie in an old bundle, and what was measured there.
 
-A part is taken over only if it can be shown to have the bytes that a merge would write. Of copies, and of the base, the
-digests of the tensors say so. What a method makes is the same where the group has the same tasks, with the same weights
-(by their fingerprints), over the same base, in the same tensors, by the same method, bits and dtype, in the same build,
-and where the method measures nothing beyond the group. Reads the manifest and headers, no weights.
+A part is taken over only if it can be shown to have the bytes that a merge would write. For copies, and for the base,
+the digests of the tensors show this. What a method makes is the same if the group has the same tasks, with the same
+weights (by their fingerprints), over the same base, in the same tensors, by the same method, bits and dtype, in the
+same build, and if the method measures nothing beyond the group. Reads the manifest and headers, but no weights.
 """
 
 import json
@@ -36,43 +36,43 @@ MERGE = "to make the bundle without the old one: flexmerge merge new.json … -o
 
 @dataclass(slots=True, kw_only=True)
 class Unchanged:
-    """What an old bundle has of a new layout."""
+    """The parts of a new layout that an old bundle already has."""
 
     bundle: Bundle
     layout: BundleLayout
     build: str
     places: dict[Part, StoredTensor] = field(default_factory=dict)
-    """Where the parts lie that are taken over."""
+    """Where the parts that are taken over lie in the old bundle."""
     computed: set[tuple[str, Tasks]] = field(default_factory=set)
-    """(unit, tasks) of the groups whose values and errors are to be computed, whatever is known of their parts."""
+    """(unit, tasks) of the groups whose values and errors must be computed, even if some of their parts are known."""
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Tensor -> task -> digest of what a reader gets, where it is taken over."""
+    """Maps each tensor, and each task that takes it over, to the digest of what a reader gets."""
     errors: dict[tuple[str, Tasks], dict[int, float]] = field(default_factory=dict)
-    """(unit, tasks) -> errors of the groups that are taken over, as `Measured` has them."""
+    """Maps (unit, tasks) of each group that is taken over to its errors, as in `Measured`."""
     files: dict[str, str] = field(default_factory=dict)
-    """Weight file -> the one of the old bundle that has its very bytes."""
+    """Maps each weight file to the one of the old bundle that has the same bytes."""
 
     @property
     def left(self) -> BundleLayout:
-        """The layout of what has to be computed."""
+        """The layout of what remains to be computed."""
         parts = (part for file in self.layout.files for part in file.parts)
         return restricted(self.layout, [part for part in parts if part not in self.places], self.computed)
 
     @property
     def copied(self) -> dict[Part, StoredTensor]:
-        """The parts that are taken over into files which have others besides."""
+        """The parts that are taken over into files that also have other parts."""
         files = [file for file in self.layout.files if file.path not in self.files]
         return {part: self.places[part] for file in files for part in file.parts if part in self.places}
 
     def pieces(self, place: StoredTensor) -> Iterator[np.ndarray]:
-        """The bytes of a part of the old bundle, uint8. Raises IntegrityError if its file is not the manifest's."""
+        """Yield the bytes of a part of the old bundle, uint8. Raises IntegrityError if its file is damaged."""
         step = PIECE_BYTES // place.item_bytes
         for start in range(0, place.num_elements, step):
             stop = min(place.num_elements, start + step)
             yield self.bundle.bits(place, slice(start, stop)).view(np.uint8)
 
     def complete(self, measured: Measured) -> None:
-        """Add what the old bundle knows to what a run of `left` has measured."""
+        """Add what the old bundle records to what a run of `left` has measured."""
         for name, storage in self.layout.storages.items():
             source = {task: str(storage.tensor.digests[task]) for task in storage.tensor.present}
             measured.digests[name] = source | measured.digests.get(name, {}) | self.digests.get(name, {})
@@ -82,7 +82,7 @@ class Unchanged:
         complete(self.layout, measured)
 
     def summary(self) -> dict[str, int]:
-        """Weight files and their bytes: linked whole, copied from the old ones, written anew."""
+        """Return the numbers and bytes of weight files that are linked, copied from the old ones, or newly written."""
         sizes = {file.path: file.num_bytes for file in self.layout.files}
         kept, copied = sum(sizes[path] for path in self.files), sum(part.num_bytes for part in self.copied)
         return {
@@ -95,7 +95,7 @@ class Unchanged:
 
 
 def check_lineage(bundle: Bundle, plan: Plan) -> None:
-    """Raise UsageError for a bundle that is not of a family with the plan, or does not say of which one it is."""
+    """Raise UsageError for a bundle that is not of the plan's family, or does not record which family it is of."""
     manifest, new = bundle.manifest, {reader.name: reader.fingerprint for reader in plan.readers}
     if manifest.base is None or manifest.request is None:
         raise UsageError(f"{bundle.path} does not record what it was made from, as older bundles do not", hint=MERGE)
@@ -115,7 +115,7 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
 
 
 def unchanged(bundle: Bundle, layout: BundleLayout, build: str) -> Unchanged:
-    """Find what a bundle has of a layout. build: as the new manifest records it. Raises as check_lineage."""
+    """Find what a bundle has of a layout. build: as the new manifest records it. Raises like check_lineage."""
     check_lineage(bundle, layout.plan)
     found = Unchanged(bundle=bundle, layout=layout, build=build)
     search = _Search(found)
@@ -134,7 +134,7 @@ def unchanged(bundle: Bundle, layout: BundleLayout, build: str) -> Unchanged:
 
 
 class _Search:
-    """Compares a bundle with a layout, and notes what it finds."""
+    """Compares a bundle with a layout, and records what it finds."""
 
     def __init__(self, found: Unchanged) -> None:
         self.found, self.bundle, self.layout, self.plan = found, found.bundle, found.layout, found.layout.plan
@@ -150,7 +150,7 @@ class _Search:
         self.in_units = {name for unit in layout.allocation.units for name in unit.tensors}
 
     def copies(self) -> None:
-        """Tensors of tasks and of the base that are stored as they are: their digests say where they lie."""
+        """Find tensors of tasks and of the base that are stored unchanged, by their digests."""
         contents, bases = self._contents()
         for name, storage in self.layout.storages.items():
             tensor = storage.tensor
@@ -168,7 +168,7 @@ class _Search:
                     self.found.places[part] = place
 
     def _contents(self) -> tuple[dict[tuple[str, Shape, str], StoredTensor], dict[str, StoredTensor]]:
-        """The parts that hold a tensor as some task gets it, by dtype, shape and digest, and the base's, by name."""
+        """Return the parts that hold a tensor as a task gets it, by dtype, shape and digest; the base's, by name."""
         contents: dict[tuple[str, Shape, str], StoredTensor] = {}
         named = [(name, part) for parts in self.bundle.parts.values() for name, part in parts.items()]
         bases = {name.removesuffix("@base"): part for name, part in named if name.endswith("@base")}
@@ -186,7 +186,7 @@ class _Search:
         return contents, bases
 
     def cast_copies(self) -> None:
-        """Tensors that do not merge, in another dtype."""
+        """Find tensors that do not merge and are stored in another dtype."""
         for name, storage in self.layout.storages.items():
             for part in storage.parts if self.same_run and name not in self.in_units else ():
                 place = self._on_route(part) if self._is_cast(storage, part) else None
@@ -198,8 +198,8 @@ class _Search:
         """Find groups whose values were computed."""
         old_units = {unit.name: unit for unit in self.bundle.manifest.units}
         copies, gone = set(self.found.places), set[Part]()
-        # Errors are summed in runs, whose length is that of the widest scope in a tensor, be it another group's. Only
-        # where copies lose something, too, can a tensor's groups differ in scope: there all stay, or none.
+        # Errors are summed in runs, whose length is that of the widest scope in a tensor, even if another group has it.
+        # A tensor's groups can differ in scope only if copies, too, lose something: then all groups stay, or none.
         together = self.cast is not None and bool(self.layout.allocation.methods)
         for unit in self.layout.allocation.units:
             old = old_units.get(unit.name)
@@ -223,7 +223,7 @@ class _Search:
                 self.found.errors[unit.name, group.tasks] = dict(zip(group.tasks, errors))
                 for name in unit.tensors:
                     self._take_digests(name, group.tasks)
-        for part in gone:  # a cast copy that a group which stays reads, too
+        for part in gone:  # This may be a cast copy that a group which stays reads, too.
             self.found.places.pop(part, None)
 
     def _entry(self, unit: Unit, group: Group) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class _Search:
         return found + [part for part in of_unit if part.task in group.tasks]
 
     def _is_same_group(self, unit: Unit, group: Group, new: Mapping[str, Any], old: GroupEntry) -> bool:
-        """Whether a group of the bundle is made of the same by the same method."""
+        """Return whether a group of the bundle is made of the same tensors by the same method."""
         methods, allocation = self.bundle.manifest.methods, self.layout.allocation
         method = (
             None if new["method"] is None else json.loads(json.dumps(method_entry(allocation.methods[new["method"]])))
@@ -266,7 +266,7 @@ class _Search:
         return chains_of(self.layout)
 
     def _is_local(self, chain: Chain, unit: Unit) -> bool:
-        """Whether a method measures nothing but the tasks of a group, in one block, or the whole plan is the same."""
+        """Return whether a method measures only the tasks of a group, in one block, or the whole plan is the same."""
         if self.bundle.manifest.plan == self.plan.sha256:
             return True
         expert: Any = chain.coded.expert if chain.coded is not None else None
@@ -280,7 +280,7 @@ class _Search:
         return is_block and of_group and not self.plan.pools_lora
 
     def _are_same(self, storage: Storage, tasks: Tasks) -> bool:
-        """Whether tasks have the tensor that they had, and give it back in the same dtype."""
+        """Return whether tasks still have the same tensor, and give it back in the same dtype."""
         entry, tensor = self.entries.get(storage.tensor.name), storage.tensor
         return entry is not None and all(
             task in self.same_tasks
@@ -294,7 +294,7 @@ class _Search:
         return part.array.role == "dense" and storage.tensor.dtype_of(part.readers[0]) != part.array.dtype
 
     def _on_route(self, part: Part) -> StoredTensor | None:
-        """The part of this name that its first reader had."""
+        """Return the part of this name that its first reader had in the old bundle."""
         name = self.names[part.readers[0]]
         found = self.bundle.parts_of(name).get(part.name) if name in self.bundle.manifest.tasks else None
         return found if found is not None and _fits(part, found) else None

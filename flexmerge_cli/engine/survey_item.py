@@ -1,7 +1,7 @@
-"""Describes what the pass of `plan` measures, what it finds, and in what pieces, for modules that price it or plan with
-it.
+"""Describes what the pass of `plan` measures, what it finds, and in what pieces it reads.
 
-survey.py does the arithmetic. Nothing here needs torch.
+Modules that compute its cost or use its results need only this; survey.py does the arithmetic. Nothing here needs
+torch.
 """
 
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ class Measure:
     base_energy: float
     """Σ θ_base²."""
     not_finite: list[tuple[int, int]]
-    """Pairs of the position, or -1 for the base, and the first index in C order."""
+    """Pairs of a position, or -1 for the base, and the first index in C order that is not finite."""
     coding: CodingError | None
 
 
 def models_of(item: SurveyItem) -> list[StoredTensor]:
-    """Return all tensors of an item; the base, if read, last."""
+    """Return all tensors of an item, with the base last if it is read."""
     return [tensor for _, tensor in item.tasks] + ([item.base] if item.base is not None else [])
 
 

@@ -1,9 +1,11 @@
 """Scores ensembles of fine-tuned models whose heads have the same labels: what a merge of them has to beat.
 
 mean       the mean of the models' outputs
-weighted   each model weighs by its confidence on the example: 1 - H(p)/log C, with H the entropy of its C probabilities
+weighted   the mean weighted by each model's confidence on the example: 1 - H(p)/log C, with H the entropy of its C
+           probabilities
 max_model  the greatest output of each class over the models
-An output is a logit, float32 [n, C]. No labels are used. The cost is M models' bytes, and M models run on each example.
+The outputs are logits, float32 [n, C]. No labels are used. An ensemble costs the bytes of M models, and M models run on
+each example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ class Ensemble:
     rule: str
     """A name in RULES."""
     num_bytes: int
-    """Bytes of all its models."""
+    """The bytes of all its models."""
     scores: Mapping[str, Scored]
     """The scores by task; every task's model is a member."""
 
@@ -59,7 +61,7 @@ RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean": mean, "weighted"
 def one_label_space(scorer: Scorer, folders: Mapping[str, Path]) -> list[list[str]]:
     """Return the groups of at least two tasks whose models can be scored on each other's data, in the spec's order.
 
-    folders: task -> folder of its side files. Only kinds with classes count.
+    folders: maps each task to the folder of its side files. Only kinds with classes count.
     """
     tasks = [task for task in scorer.spec.tasks if "recall@k" in scorer.spec.kind(task).metrics]
     others = {task: mismatches(scorer, task, folders) for task in tasks}
@@ -83,7 +85,7 @@ def ensembles(
 ) -> list[Ensemble]:
     """Score every rule on every group of one label space; one model is in memory at a time.
 
-    models: the fine-tuned ones, by task. Every model of a group runs on the data of every task of it.
+    models: the fine-tuned ones, by task. Every model of a group runs on the data of every task of the group.
     """
     found = []
     for group in one_label_space(scorer, folders):

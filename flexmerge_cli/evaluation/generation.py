@@ -1,10 +1,11 @@
-"""Metrics of generated texts, by the libraries that papers use: BLEU, ROUGE, METEOR, CIDEr. Texts in, numbers out.
+"""Computes metrics of generated texts with the libraries that papers use: BLEU, ROUGE, METEOR, CIDEr.
 
 texts       str [n]
-references  str [n]; several references of one text stand on a line each
+references  str [n]; several references of one text are on a line each
 BLEU is sacreBLEU's (13a tokens, case-sensitive), ROUGE is the F-measure of rouge-score without stemming, METEOR is
-NLTK's with exact and stem matches and without WordNet, whose data is no package, CIDEr is that of pycocoevalcap. The
-last two compare lower-case words without punctuation. With several references, the best counts for ROUGE and METEOR.
+NLTK's with exact and stem matches and without WordNet, whose data is not a package, and CIDEr is that of pycocoevalcap.
+METEOR and CIDEr compare lower-case words without punctuation. With several references, the best counts for ROUGE and
+METEOR.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 EXTRA = "flexmerge-cli[generation]"
-ORDERS = 4  # of the n-grams of BLEU
+ORDERS = 4  # BLEU counts n-grams of 1 to 4 words.
 
 
 def bleu_statistics(texts: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -30,7 +31,7 @@ def bleu_statistics(texts: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def bleu(sums: np.ndarray) -> float:
-    """BLEU of a corpus, from 0 to 1, by the sums of its statistics."""
+    """Return the BLEU of a corpus, from 0 to 1, from the sums of its statistics."""
     from sacrebleu.metrics.bleu import BLEU
 
     whole = [int(number) for number in sums]
@@ -54,14 +55,14 @@ def _rouge_scorer(kind: str) -> Any:
 
 
 class _NoSynonyms:
-    """Stands for WordNet."""
+    """Replaces WordNet, without any synonyms."""
 
     def synsets(self, _word: str) -> list[Any]:
         return []
 
 
 def meteor(texts: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return METEOR of each text, float64 [n]."""
+    """Return the METEOR of each text, float64 [n]."""
     from nltk.translate.meteor_score import meteor_score
 
     return np.array(
@@ -73,9 +74,9 @@ def meteor(texts: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def cider(texts: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return CIDEr-D of each text, float64 [n], from 0 to 10.
+    """Return the CIDEr-D of each text, float64 [n], from 0 to 10.
 
-    Words are weighed by how many of the n references have them.
+    Words are weighted by how many of the n references contain them.
     """
     from pycocoevalcap.cider.cider import Cider
 

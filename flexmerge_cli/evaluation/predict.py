@@ -28,7 +28,7 @@ class Prediction:
     task: str
     """The task that the router chose."""
     probability: float
-    """The probability of that task, by the router."""
+    """The router's probability of that task."""
     outputs: np.ndarray
     """The outputs of the task's head, float32 [outputs]."""
     label: str | None
@@ -46,7 +46,7 @@ class Predictor:
         weights: Literal["dense", "packed"] = "dense",
         batch_size: int = 32,
     ) -> None:
-        """Arguments: as of `OpenBundle.runtime`. batch_size: the largest number of inputs that run at once.
+        """Read the router. The arguments are those of `OpenBundle.runtime`, and batch_size, the most inputs at once.
 
         Raises UsageError if the bundle has no router.
         """
@@ -70,8 +70,8 @@ class Predictor:
     def predict(self, inputs: Sequence[Any]) -> list[Prediction]:
         """Route each input to its task, and return the answers in order.
 
-        inputs: texts, pairs of texts, or images: numbers [channels, height, width], paths, bytes, or PIL images. Raises
-        UsageError for an input that the models do not take.
+        inputs: texts, pairs of texts, or images: arrays [channels, height, width], paths, bytes, or PIL images. Raises
+        UsageError for an input that the models do not accept.
         """
         import torch
 
@@ -94,7 +94,7 @@ class Predictor:
         return [found[index] for index in range(len(inputs))]
 
     def _batches(self, task: str, model: Any, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """Prepare inputs as the model of a task takes them."""
+        """Prepare inputs for the model of a task."""
         size = self._batch_size
         if any(isinstance(value, str) or _is_pair(value) for value in inputs):
             tokenizer, rows = self._rows(task, inputs)

@@ -1,7 +1,7 @@
 """Scores a bundle whose router chooses the task of each example: `eval --router`.
 
-An example that goes to its own task counts as that task's model judges it. One that goes to another task is right only
-if that model's head has the same labels and names the right one.
+An example that goes to its own task counts as that task's model answers it. One that goes to another task is right only
+if that model's head has the same labels and chooses the right one.
 """
 
 import time

@@ -1,8 +1,8 @@
-"""Fits the router of a bundle: features of every task's examples in, a classifier of tasks out.
+"""Fits the router of a bundle: a classifier of tasks over features of every task's examples.
 
-The features of an example are the mean of the last hidden states that the backbone of one task of the bundle has for
-it. Each task's examples are prepared with that task's tokenizer or image processor, so the router sees inputs as it
-will see them when nobody knows their task.
+The features of an example are the mean of the last hidden states that the backbone of one of the bundle's tasks has for
+it. The examples of every task are prepared with that one task's tokenizer or image processor, as inputs of unknown task
+will be.
 """
 
 import tempfile
@@ -38,17 +38,17 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterRequest:
-    """How a router is made."""
+    """How to make a router."""
 
     kind: str = "linear"
     features: str | None = None
-    """The task whose backbone gives the features. None: the first one."""
+    """The task whose backbone gives the features; None for the first task."""
     limit: int = 256
     """The largest number of examples of a task."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises UsageError for an unknown kind, and for too few examples."""
+        """Raise UsageError for an unknown kind or too few examples."""
         if self.kind not in KINDS:
             raise UsageError(f"`{self.kind}` is no kind of router", hint=f"one of: {', '.join(KINDS)}")
         if self.limit < FOLDS:
@@ -135,7 +135,7 @@ def examples_for_router(
 
 @contextmanager
 def _side_files(bundle: Bundle, *, config: str, rest: str) -> Iterator[Path]:
-    """Give a folder with the config of one task, and the tokenizer and processor of another."""
+    """Yield a folder with the config of one task, and the tokenizer and processor of another."""
     with tempfile.TemporaryDirectory() as folder:
         for task, is_config in ((rest, False), (config, True)):
             for path in bundle.config_folder(task).iterdir():
@@ -153,7 +153,7 @@ def fit_router(
     access: Access = ONLINE,
     on_step: OnStep = lambda *_step: None,
 ) -> tuple[Router, RouterEntry]:
-    """Fit a router on the examples of every task of a spec, and say what the manifest says of it.
+    """Fit a router on the examples of every task of a spec. Returns it and its entry in the manifest.
 
     Its accuracy and temperature are those of cross-validation in 5 folds. The same bundle, examples, request and build
     give the same numbers. Raises UsageError, DataError, SourceError.
@@ -195,7 +195,7 @@ def fit_router(
 
 
 def fit(x: np.ndarray, y: np.ndarray, request: RouterRequest) -> tuple[Router, float]:
-    """Fit a router on features, float32 [n, d], of tasks y, int [n]. Returns its accuracy in cross-validation, too.
+    """Fit a router on features x, float32 [n, d], of tasks y, int [n]. Also returns its accuracy in cross-validation.
 
     Raises DataError if all features are the same.
     """
@@ -231,7 +231,7 @@ def _fitted(x: np.ndarray, y: np.ndarray, request: RouterRequest) -> Router:
 
         fitted = LogisticRegression(C=0.1, max_iter=2000).fit(z, y)
         weight, bias = fitted.coef_, fitted.intercept_
-        if len(weight) == 1:  # of two tasks scikit-learn has the difference alone
+        if len(weight) == 1:  # For two tasks, scikit-learn has only the difference.
             weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
         layers = [(weight, bias)]
     else:
@@ -241,7 +241,7 @@ def _fitted(x: np.ndarray, y: np.ndarray, request: RouterRequest) -> Router:
 
 
 def _multilayer(z: np.ndarray, y: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Fit a perceptron of three layers."""
+    """Fit a perceptron with three layers of weights."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning

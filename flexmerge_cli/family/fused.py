@@ -1,5 +1,6 @@
 """Converts tensors that some versions of a model have fused and others apart, such as `qkv` for `q_proj`, `k_proj`,
-`v_proj`, or with two axes swapped. If base and tasks differ, the base is viewed in the tasks' form. Headers only.
+`v_proj`, or with two axes swapped. If base and tasks differ, the base is viewed in the tasks' form. Only headers are
+read.
 
 transformers_names.json lists these tensors by model type (spelling.py). experts.py handles the experts of mixtures.
 """
@@ -15,7 +16,7 @@ from flexmerge_cli.family import spelling
 
 Tensors = Mapping[str, StoredTensor]
 MAX_PIECES = 4096
-"""The most equal runs of rows that one tensor is read from."""
+"""The largest number of equal runs of rows that one tensor is read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Rows:
 
 
 def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
-    """Return the base with its tensors fused or apart, and with the axes, as all tasks have them.
+    """Return the base with its tensors fused or apart, and with their axes, as in all tasks.
 
     Returns the base itself if the tasks have them in different forms.
     """
@@ -75,8 +76,10 @@ def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
 
 
 def for_modules(weights: Sequence[str], base: Checkpoint) -> Checkpoint:
-    """Return the base with its tensors apart, in equal parts, if adapters change such parts. weights: those of their
-    modules."""
+    """Return the base with its tensors apart, in equal parts, if adapters change such parts.
+
+    weights: the weights of the modules that they change.
+    """
     types = spelling.model_types(base.config)
     rows, _ = _rules(types)
     if not any(part.among(weights) for rule in rows for part in rule.parts if not rule.whole.among(weights)):
@@ -88,7 +91,7 @@ def for_modules(weights: Sequence[str], base: Checkpoint) -> Checkpoint:
 
 
 def mixed(tasks: Mapping[str, Checkpoint]) -> list[str]:
-    """Describe what some tasks have fused and others apart, and say what to do."""
+    """Describe what some tasks have fused and others apart, and what to do about it."""
     found = []
     types = spelling.model_types(*(task.config for task in tasks.values()))
     for rule in _rules(types)[0]:
@@ -113,7 +116,7 @@ def _rules(types: Iterable[str]) -> tuple[list[Rows], list[tuple[Word, Word]]]:
 def _renamed(
     tensors: Tensors, word: Word, other: Word, spellings: Iterable[Callable[[str], str]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, its new name) of every tensor that has the word in its name, or in another spelling of it."""
+    """Yield (name, new name) for every tensor that has the word in its name, or in another spelling of the name."""
     for name in tensors:
         new = next((new for way in spellings if (new := word.instead(other, way(name)))), None)
         if new is not None:
@@ -153,8 +156,11 @@ def _cut(
     spellings: Sequence[Callable[[str], str]],
     task: Tensors | None = None,
 ) -> None:
-    """Cut the base's whole tensors into parts. task: has the parts, whose numbers of rows are used; under other names,
-    they are the same in every layer. None: the parts are equal."""
+    """Cut the base's whole tensors into parts.
+
+    task: a task whose parts give the numbers of rows; under other names, they are the same in every layer. None for
+    equal parts.
+    """
     ends: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name, one in (task or {}).items():
         ends.setdefault(name.rpartition(".")[2], []).append((name, one))

@@ -160,7 +160,7 @@ class CalibrationData:
         return one
 
     def measured(self, reads: str, where: Where, count: int) -> Any:
-        """Return what one call of a method gets: Moments or, for `fisher`, float32 [k, count] and the mean of each task.
+        """Return what a method gets in one call: Moments or, for `fisher`, float32 [k, count] and each task's mean.
 
         None if it was not measured for every task of the group.
         """

@@ -1,10 +1,10 @@
-"""A part of a plan, `flexmerge.plan-part/1`: what one of several processes measured, sealed like a plan (sealed.py).
+"""Defines the format `flexmerge.plan-part/1`: what one of several processes measured, sealed like a plan (sealed.py).
 
-part, parts  it is part `part` of `parts`
-request      what the plan is to be made of, as the process was asked: all parts of a plan have the same
+part, parts  the file is part `part` of `parts`
+request      what the plan is to be made of; the same in all parts of a plan
 arithmetic   what the last bits of sums depend on: library, kind of device
-headers      "" for the base, or a task -> digest of its tensors' names, dtypes and shapes
-measures     of each item of this part, in the order of the pass; null for a number that is not finite
+headers      maps each task, and "" for the base, to the digest of its tensors' names, dtypes and shapes
+measures     one for each item of this part, in the order of the pass; null for a number that is not finite
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ FORMAT = "flexmerge.plan-part/1"
 MAX_PART_BYTES = 1 << 30
 
 Number = float | None
-"""None: not finite."""
+"""A number; None if it is not finite."""
 Numbers = Items[Number]
 Codes = dict[int, Number]
 
@@ -58,7 +58,7 @@ class PartCoding(Record):
 
 
 class PartMeasure(Record):
-    """What the pass found of one item."""
+    """What the pass found for one item."""
 
     tensor: str
     digests: Items[Digest]
@@ -73,7 +73,7 @@ class PartMeasure(Record):
 
 
 class PlanPart(Record):
-    """One part."""
+    """The contents of one part's file."""
 
     format: Literal["flexmerge.plan-part/1"]
     generator: str
@@ -87,11 +87,11 @@ class PlanPart(Record):
 
 
 def is_part(path: Path) -> bool:
-    """Return whether a file is, or once was, a part of a plan: what a new one may replace."""
+    """Return whether a file is, or once was, a part of a plan, so that a new one may replace it."""
     return is_sealed(path, FORMAT, MAX_PART_BYTES)
 
 
 def read_part(path: Path) -> PlanPart:
-    """Read a part. Raises UsageError if it is none, was edited, or is not consistent."""
+    """Read a part. Raises UsageError if the file is not one, was edited, or is inconsistent."""
     again = "make it again with `flexmerge plan --part`"
     return read_sealed(PlanPart, path, FORMAT, "part of a plan", again, MAX_PART_BYTES)

@@ -1,7 +1,8 @@
-"""Files of one JSON record that names its own sha256: canonical JSON, sorted keys, UTF-8, no times.
+"""Reads and writes files of one JSON record that contains its own SHA-256.
 
-`sha256` is that of the file's bytes with its 64 digits set to 0; an edited file is refused. A file is written beside
-its place and renamed: it is whole or not there.
+The JSON is canonical: sorted keys, UTF-8, no times.
+`sha256` is that of the file's bytes with its 64 digits set to 0; an edited file is refused. A file is written under
+another name and renamed, so it is either complete or not there.
 """
 
 import hashlib
@@ -25,9 +26,9 @@ Sealed = TypeVar("Sealed", bound=Record)
 
 
 def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
-    """Check a record's fields and fill in its sha256: that of the file which `save_sealed` writes.
+    """Check a record's fields and fill in its SHA-256, which is that of the file that `save_sealed` writes.
 
-    It is that of what the checked record holds: `fields` may leave out defaults, or write a number in another way.
+    It is computed from the checked record: `fields` may leave out defaults, or write a number in another way.
     Raises ValidationError.
     """
     record = kind.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
@@ -35,12 +36,12 @@ def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
 
 
 def save_sealed(record: Record, path: Path) -> None:
-    """Write the record, replacing what is there. Raises MachineError, and then leaves what is there as it was."""
+    """Write the record, replacing what is there. Raises MachineError, and then leaves the existing file unchanged."""
     write_file(path, _canonical(record)[0])
 
 
 def _canonical(record: Record) -> tuple[bytes, str]:
-    """Return the bytes of its file, with their sha256, and that sha256."""
+    """Return the bytes of a record's file, including their SHA-256, and that SHA-256."""
     fields = record.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
     empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(empty.encode()).hexdigest()
@@ -48,7 +49,7 @@ def _canonical(record: Record) -> tuple[bytes, str]:
 
 
 def is_sealed(path: Path, format_: str, max_bytes: int) -> bool:
-    """Return whether a file is, or once was, of this format: what a new one may replace."""
+    """Return whether a file has, or once had, this format, so that a new one may replace it."""
     try:
         return (
             path.is_file()
@@ -61,9 +62,9 @@ def is_sealed(path: Path, format_: str, max_bytes: int) -> bool:
 
 
 def read_sealed(kind: type[Sealed], path: Path, format_: str, what: str, again: str, max_bytes: int) -> Sealed:
-    """Read a file. what: `plan`. again: the hint, how to make it.
+    """Read a file. what: the word for it in errors, such as `plan`. again: the hint that says how to make it.
 
-    Raises UsageError if it is no such file, was edited, or is not consistent.
+    Raises UsageError if it is not such a file, was edited, or is inconsistent.
     """
     if path.is_file() and path.stat().st_size > max_bytes:
         raise UsageError(f"{path} is too large for a {what}", hint=again)

@@ -1,8 +1,8 @@
 """Makes a plan from parts: independent processes measure some tensors each, and one process joins the results.
 
 The pass measures each tensor by itself, so the plan has the same bytes as one made by one process. The join opens the
-sources for headers and the files beside the weights; of the weights it reads a few matrices, like `low_rank` in
-fields.py.
+sources for their headers and the files beside the weights; it also reads a few of the weight matrices, like `low_rank`
+in fields.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ def make_part(
     on_progress: OnProgress = silent,
     on_open: Callable[[Family], None] = lambda _family: None,
 ) -> PlanPart:
-    """Measure the tensors of one part. on_open and the errors are those of make_plan."""
+    """Measure the tensors of one part. on_open and the errors are as in make_plan."""
     from flexmerge_cli.engine.device import arithmetic
 
     made_with = arithmetic(device)
@@ -74,7 +74,7 @@ class Parts:
 
     @staticmethod
     def read(paths: Sequence[Path], access: Access) -> "Parts":
-        """Read the parts. Raises UsageError, with their names, for files that are not all parts of one plan."""
+        """Read the parts. Raises UsageError, naming the files, unless they are all the parts of one plan."""
         found: dict[int, tuple[Path, PlanPart]] = {}
         first: tuple[Path, PlanPart] | None = None
         for path in paths:
@@ -153,7 +153,7 @@ class Parts:
 
 
 def _differences(left: PlanPart, right: PlanPart) -> list[tuple[str, object, object]]:
-    """Return (what, the left value, the right value) for everything in which two parts of one plan must agree."""
+    """Return (what, left value, right value) for everything in which two parts of one plan must agree."""
     pairs: list[tuple[str, object, object]] = [
         ("the number of parts is", left.parts, right.parts),
         ("it was made with", left.arithmetic, right.arithmetic),
@@ -197,7 +197,7 @@ def _record(request: PlanRequest) -> PartRequest:
 
 
 def _headers(family: Family) -> dict[str, str]:
-    """Return the digest of the names, dtypes and shapes of each model's tensors; "" for the base."""
+    """Return the digest of the names, dtypes and shapes of each model's tensors; the base has the key ""."""
 
     def digest(model: Checkpoint) -> str:
         lines = (f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in sorted(model.tensors.items()))
@@ -238,7 +238,7 @@ def _written(item: SurveyItem, found: Measure) -> PartMeasure:
 
 
 def _read(item: SurveyItem, measure: PartMeasure, path: Path) -> Measure:
-    """Read a measure. Raises DataError for lists that are not as long as the item has tasks."""
+    """Read a measure. Raises DataError if lists are not as long as the number of tasks of the item."""
     count = len(item.tasks)
     square = [len(row) for matrix in (measure.gram, measure.agreement) for row in matrix or ()]
     rows = [len(matrix) for matrix in (measure.gram, measure.agreement) if matrix is not None]

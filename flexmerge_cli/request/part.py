@@ -1,4 +1,4 @@
-"""Defines one of several parts of a run that share its work, such as `--part 3/16`. Pure."""
+"""Defines one of several parts that share the work of a run, such as `--part 3/16`. Pure."""
 
 import re
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def places(self, sizes: Sequence[int]) -> list[int]:
-        """Return the places of this part's things: neighbours; all parts have about the same size in all.
+        """Return the positions of this part's items, which are consecutive. All parts have about the same total size.
 
-        sizes: the size of each thing. Each belongs to exactly one of the `count` parts, and a part may have none.
+        sizes: the size of each item. Each item belongs to exactly one of the `count` parts, and a part may be empty.
         """
         total = max(1, sum(sizes))
         middles = ((2 * end - size) * self.count // (2 * total) for size, end in zip(sizes, accumulate(sizes)))

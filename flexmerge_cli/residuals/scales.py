@@ -1,7 +1,8 @@
 """Stores the scales of rows: float32, bfloat16, or a byte of their logarithm. Numpy only.
 
-A byte c is 2^((c - 192) / 4), from 2^-47.75 to 2^15.75; 0 is 0. Rounding to it changes a row's length by 9 % at most
-and by 5 % on average, which loses a quarter of a per cent of its energy: far less than codes of two bits and fewer do.
+A byte c stands for 2^((c - 192) / 4), from 2^-47.75 to 2^15.75, and 0 for 0. Rounding to it changes a row's length by
+9 % at most and by 5 % on average, which loses a quarter of a per cent of its energy: far less than codes of two bits
+and fewer do.
 """
 
 from typing import Literal
@@ -22,11 +23,11 @@ VALUES = np.concatenate([[0.0], np.exp2((np.arange(1, 256) - ONE) / STEPS)]).ast
 
 
 def lengthening(product: Tensor, length: Tensor, decoded: Tensor, usual_loss: float) -> Tensor:
-    """Return how many times longer than they were rows should decode; float64 [m].
+    """Return the factors, float64 [m], by which rows should decode to more than their own length.
 
-    With c the cosine of a row and what it decodes to, at its own length the part of the latter that points at the row
-    is c of it; at 1/c times its length that part is whole, and what is wrong is longest. Accuracy is best between: at
-    c^(-2/3). Rows that code worse than those of a normal distribution are taken to code like them.
+    Let c be the cosine of a row and what it decodes to. At the row's own length, the component along the row is c times
+    the row; at 1/c times that length it is the whole row, but the error is also largest. Accuracy is best in between,
+    at c^(-2/3). Rows that code worse than rows of a normal distribution are treated like those.
 
     product, length, decoded: ⟨row, decoded⟩ and both lengths, float64 [m]. usual_loss: 1 - c² of a normal distribution.
     """
@@ -37,9 +38,9 @@ def lengthening(product: Tensor, length: Tensor, decoded: Tensor, usual_loss: fl
 
 
 def rounded(scale: Tensor, scales: Scales) -> Tensor:
-    """Round scales, at least 0, to what a reader gets: float32."""
+    """Round scales, which are at least 0, to the float32 values that a reader gets."""
     if scales == "byte":
-        codes = (scale.double().log2() * STEPS).round().add(ONE).clamp(1, 255)  # of 0: -inf, so 1
+        codes = (scale.double().log2() * STEPS).round().add(ONE).clamp(1, 255)  # 0 gives -inf, so 1.
         found = torch.from_numpy(VALUES).to(scale.device)[codes.long()]
         return torch.where(scale > 0, found, 0.0)
     scale = scale.float()
@@ -47,10 +48,10 @@ def rounded(scale: Tensor, scales: Scales) -> Tensor:
 
 
 def stored(scale: np.ndarray, scales: Scales) -> np.ndarray:
-    """Turn scales that `rounded` gave into the array that is stored."""
+    """Convert scales from `rounded` into the array that is stored."""
     return np.searchsorted(VALUES, scale).astype(np.uint8) if scales == "byte" else from_float32(scale, DTYPES[scales])
 
 
 def read(bits: np.ndarray, scales: Scales) -> np.ndarray:
-    """Read what `stored` gave: float32 [m, 1]."""
+    """Convert an array from `stored` back into scales, float32 [m, 1]."""
     return (VALUES[bits] if scales == "byte" else to_float32(bits, DTYPES[scales]))[:, None]

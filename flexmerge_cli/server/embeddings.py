@@ -1,4 +1,4 @@
-"""OpenAI's embeddings of the tasks that make them."""
+"""Serves OpenAI's embeddings API for the tasks that make embeddings of texts."""
 
 import base64
 from typing import Any
@@ -13,7 +13,7 @@ from flexmerge_cli.server.service import Service
 
 
 def add_embeddings(app: FastAPI, service: Service) -> None:
-    """Add the route."""
+    """Add the route `/v1/embeddings`."""
 
     @app.post("/v1/embeddings")
     async def embeddings(body: Embedded, request: Request) -> Any:

@@ -1,6 +1,6 @@
-"""Tasks whose model has no head: embeddings of texts and images, and images beside texts of the request's own.
+"""Serves tasks whose model has no head: embeddings of texts and images, and images compared with a request's texts.
 
-A text's embedding is what sentence-transformers makes of it, where modules.json says how, else the mean of its tokens.
+A text's embedding is what sentence-transformers computes, if modules.json says how, else the mean over its tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from flexmerge_cli.server.tasks import Task, Tokens, by_shape, require_finite, r
 
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
 MAX_TEXTS = 1000
-"""Texts that one image is compared with."""
+"""The largest number of texts that one image is compared with."""
 
 
 class Embeddings(Task):
@@ -58,7 +58,10 @@ class Embeddings(Task):
 
 
 def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """One vector of each text. states: [batch, tokens, width] float32. mask: [batch, tokens, 1], 1 where a token is."""
+    """Return one vector for each text.
+
+    states: float32 [batch, tokens, width]. mask: [batch, tokens, 1], 1 for tokens and 0 for padding.
+    """
     places = torch.arange(mask.shape[1], device=mask.device)
     rows = torch.arange(len(states), device=states.device)
     if pooling == "cls":
@@ -71,9 +74,9 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def _pooling(name: str, side: Path) -> tuple[str, bool]:
-    """How the states of tokens become one vector, and whether that is normalised.
+    """Return how the states of tokens become one vector, and whether it is normalised.
 
-    Raises UsageError for what sentence-transformers would compute beyond that.
+    Raises UsageError if sentence-transformers would compute anything else.
     """
     if not (side / "modules.json").is_file():
         return "mean", False
@@ -106,7 +109,7 @@ def _read(name: str, path: Path) -> Any:
 
 
 class _OfImages(Task):
-    """What takes images of any shape that the model takes, and runs those of one shape together."""
+    """A task that takes images of any shape that its model accepts, and runs those of one shape together."""
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
@@ -121,7 +124,7 @@ class _OfImages(Task):
 
 
 class ImageEmbeddings(_OfImages):
-    """`image-embedding`: an image in, the encoder's projection of it out, of length 1."""
+    """`image-embedding`: an image in, its projection by the encoder out, of length 1."""
 
     kind = "image-embedding"
 
@@ -137,7 +140,7 @@ class ImageEmbeddings(_OfImages):
 
 
 class ImagesAndTexts(_OfImages):
-    """`zero-shot-image-classification`: an image and texts in, which of the texts fits best out."""
+    """`zero-shot-image-classification`: an image and texts in, the text that fits best out."""
 
     kind = "zero-shot-image-classification"
 

@@ -1,4 +1,4 @@
-"""Chooses how a task is served by the architecture that its config names."""
+"""Chooses how each task is served, from the architecture that its config names."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +14,14 @@ from flexmerge_cli.server.speech import Speech
 from flexmerge_cli.server.tasks import CausalLM, Images, Task, Text2Text, Texts
 
 Make = Callable[[str, Path, int], Task]
-"""A task of a name, the folder of its side files, and the most tokens of a generated text."""
+"""Makes a task from its name, the folder of its side files, and the most tokens of a generated text."""
 
 
 def tasks_of(bundle: Bundle, names: Sequence[str], *, max_tokens: int) -> dict[str, Task]:
-    """Return the tasks that are served. Raises UsageError for one that can't be, FlexmergeError for unsound side
-    files."""
+    """Return the tasks that are served, by name.
+
+    Raises UsageError for one that cannot be served, FlexmergeError for unsound side files.
+    """
     found: dict[str, Task] = {}
     for name in names:
         bundle.check_files(name, weights=False)

@@ -1,4 +1,4 @@
-"""Images of requests: an array of pixels, or a picture's file in base64, as the pixels that a task's model takes."""
+"""Prepares the images of requests, which are arrays of pixels or picture files in base64, for a task's model."""
 
 import base64
 import binascii
@@ -15,10 +15,10 @@ from flexmerge_cli.server.refusal import Refusal
 
 
 class Pictures:
-    """The images of one task. May be used by several threads."""
+    """Prepares the images of one task. It may be used by several threads."""
 
     def __init__(self, name: str, side: Path) -> None:
-        """side: the folder of its config and preprocessor."""
+        """Set the task's name, and the folder of its config and preprocessor, side."""
         self.name, self.side = name, side
         self._processor: Any = None
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class Pictures:
     def _of_array(self, value: Any) -> torch.Tensor:
         try:
             array = np.array(value)
-        except (ValueError, OverflowError):  # lists of different lengths
+        except (ValueError, OverflowError):  # The lists have different lengths.
             array = np.empty(0)
         if array.ndim != 3 or array.dtype.kind not in "uif" or not array.size:
             raise Refusal("an image is numbers [channels, height, width], or a picture in base64", param="inputs")
@@ -58,7 +58,7 @@ class Pictures:
             raise Refusal(f"task `{self.name}` has no {PROCESSOR}: send pixels instead of a picture", param="inputs")
         try:
             return image_processor(self.side)
-        except Exception as error:  # from transformers, also for a malformed file
+        except Exception as error:  # It comes from transformers, also for a malformed file.
             said = str(error).split("\n")[0][:200]
             raise Refusal(
                 f"the {PROCESSOR} of task `{self.name}` prepares no pictures ({said}): send pixels", param="inputs"
@@ -70,7 +70,7 @@ class Pictures:
 
 
 def bytes_of(text: str, what: str) -> bytes:
-    """Return the bytes of a file in base64, or in a data: URL. Raises Refusal."""
+    """Return the bytes of a file that is given in base64 or as a data: URL. Raises Refusal."""
     try:
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):

@@ -1,4 +1,4 @@
-"""`speech-recognition`: the bytes of a WAV file in, the text that is said out. Whisper's architecture."""
+"""Serves `speech-recognition` with Whisper's architecture: the bytes of a WAV file in, the spoken text out."""
 
 import io
 import threading
@@ -20,15 +20,15 @@ from flexmerge_cli.server.tasks import Task, Tokens
 from flexmerge_cli.serving.meeting import pause
 
 PROMPT_TOKENS = 4
-"""Tokens that say language and task, before those of the text."""
+"""The number of tokens before those of the text, which give the language and the task."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Said:
-    """One recording to recognise."""
+    """One recording to transcribe."""
 
     features: Tensor
-    """[1, mels, frames] float32."""
+    """The spectrogram, float32 [1, mels, frames]."""
     max_tokens: int
     is_cancelled: bool = False
 
@@ -49,7 +49,7 @@ class Speech(Task):
         try:
             self.extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(side, local_files_only=True)
             self.rate, self.seconds = int(self.extractor.sampling_rate), float(self.extractor.chunk_length)
-        except Exception as error:  # from transformers, also for a malformed file
+        except Exception as error:  # It comes from transformers, also for a malformed file.
             said = str(error).split("\n")[0][:200]
             raise UsageError(
                 f"task `{name}`: {side}/preprocessor_config.json prepares no audio ({said})",
@@ -57,7 +57,7 @@ class Speech(Task):
             ) from None
 
     def prepare(self, value: Any, **options: Any) -> Said:
-        """options: max_tokens."""
+        """Prepare a recording. options: max_tokens."""
         wanted = options.get("max_tokens")
         if wanted is not None and wanted > self.max_tokens:
             raise Refusal(f"max_tokens is {wanted}, and the most is {self.max_tokens}", param="max_tokens")
@@ -75,7 +75,7 @@ class Speech(Task):
         item.is_cancelled = True
 
     def batches(self, items: Sequence[Said]) -> list[list[Said]]:
-        """Return those together that may have the same number of tokens."""
+        """Return together those that may have the same number of tokens."""
         return [[item for item in items if item.max_tokens == most] for most in sorted({i.max_tokens for i in items})]
 
     def run(self, model: Any, items: Sequence[Said], deliver: Callable[[int, Any], None]) -> None:

@@ -1,8 +1,8 @@
-"""Corrupts images in five severities: `gaussian_noise@3`. Pictures in, pictures out.
+"""Corrupts images in five severities, such as `gaussian_noise@3`.
 
 The corruptions are those of ImageNet-C (Hendrycks and Dietterich, 2019), computed by the library imagecorruptions-imaug
-from 8-bit pixels. Noise is seeded by the spec's seed, the corruption and the place of the image in the data, so that it
-is the same for any batch size, and for all models.
+from 8-bit pixels. Noise is seeded by the spec's seed, the corruption and the position of the image in the data, so that
+it is the same for every batch size and all models.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ LIBRARIES = ("imagecorruptions-imaug", "numpy", "opencv-python", "pillow", "scik
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """One corruption."""
+    """A corruption and its severity."""
 
     name: str
     severity: int
@@ -36,7 +36,7 @@ class Corruption:
 
 
 def parse_corruptions(words: Sequence[str]) -> tuple[Corruption, ...]:
-    """Parse `NAME@SEVERITY`; `NAME` is all its severities, and `all@SEVERITY` every corruption. Raises UsageError."""
+    """Parse `NAME@SEVERITY`; `NAME` means all its severities, and `all@SEVERITY` all corruptions. Raises UsageError."""
     found: list[Corruption] = []
     for word in words:
         name, at, severity = word.partition("@")
@@ -61,7 +61,7 @@ def library_digest() -> str:
 
 
 def corrupted(pixels: np.ndarray, corruption: Corruption, seed: int, place: int) -> np.ndarray:
-    """Corrupt an image. pixels: uint8 [height, width] or [height, width, 3]. place: its place in its data.
+    """Corrupt an image. pixels: uint8 [height, width] or [height, width, 3]. place: its position in its data.
 
     Returns uint8 of the same shape.
     """
@@ -76,7 +76,7 @@ def corrupted(pixels: np.ndarray, corruption: Corruption, seed: int, place: int)
     with _seeded(drawn):
         found = np.asarray(getattr(library, corruption.name)(picture, corruption.severity, **options), np.float64)
     found = found[..., 0] if as_colours else found
-    # A spatter without drops is 0 / 0.
+    # A spatter without drops computes 0 / 0.
     clean = np.where(np.isfinite(found), found, pixels)
     return clean.astype(np.uint8)
 

@@ -1,9 +1,9 @@
-"""`semantic-segmentation` and `depth-estimation`: an image in, a class or a depth for every pixel out.
+"""Scores `semantic-segmentation` and `depth-estimation`, whose models give a class or a depth for every pixel.
 
 columns  image (pixels [n, channels, height, width], or pictures), and label: numbers [n, height, width], or pictures of
          one channel, of any size
-ignore   of segmentation: pixels with this label do not count; by default 255
-unit     of depth: what a label is multiplied by to be a depth in the model's unit; pixels of depth 0 do not count
+ignore   for segmentation: pixels with this label do not count; by default 255
+unit     for depth: the factor from a label to a depth in the model's unit; pixels of depth 0 do not count
 Outputs are resized to the label, bilinearly, before they are compared. Only sums over the pixels of an image are kept.
 """
 
@@ -43,7 +43,7 @@ class Depth(DenseTask):
 
 
 def pixel_counts(found: np.ndarray, labels: np.ndarray, classes: int, ignore: int) -> np.ndarray:
-    """Count pixels by class: [classes, 3] int64 of those that are both, found alone, and labelled alone."""
+    """Count the pixels of each class, [classes, 3] int64: found and labelled, only found, only labelled."""
     valid = labels != ignore
     both = np.bincount(labels[valid & (found == labels)], minlength=classes)
     each = [np.bincount(values[valid], minlength=classes) for values in (found, labels)]
@@ -86,9 +86,9 @@ def _prepare(task: Any, place: Place, ending: str, metrics: Sequence[str]) -> Ex
 def _maps(
     model: TaskModel, examples: Examples, run: Run, architecture: str, output: Callable[[Any], Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield what the model says of each image, float32 [channels, height, width], and its label, [height, width].
+    """Yield the model's output for each image, float32 [channels, height, width], and its label, [height, width].
 
-    Raises DataError for a label that is not of one channel.
+    Raises DataError for a label that does not have one channel.
     """
     import torch
 
