@@ -124,7 +124,7 @@ class OpenBundle:
     ) -> "list[Prediction]":
         """Answer inputs whose task is unknown: the bundle's router finds the task of each, and its model answers.
 
-        inputs: texts, pairs of texts, or images: numbers [channels, height, width], paths, bytes, or PIL images.
+        inputs: texts, pairs of texts, or images: arrays [channels, height, width], paths, bytes, or PIL images.
         device, weights: as in `runtime`. Models stay loaded for the next call with the same device and weights.
         Raises UsageError if the bundle has no router (`flexmerge route` adds one), or for an input of another kind.
         """
@@ -203,11 +203,11 @@ def change_plan(
     stream: bool = False,
     **run: Any,
 ) -> Plan:
-    """Make and save the plan of a saved plan's tasks, with some added and some removed, as it would be made anew.
+    """Make and save a plan of a saved plan's tasks, with some added and some removed. It equals one made from scratch.
 
-    add: name -> source, relative to the working directory. order: by default the old plan's; to be given if that has a
-    rules file of its own. Less is read than for a plan that is made anew. run: as in `make_plan`.
-    Raises UsageError for tasks that are there already, or are not, DataError for sources that changed.
+    add: maps names to sources, relative to the working directory. order: by default the old plan's; required if that
+    plan was made with a rules file. Less is read than for a plan from scratch. run: as in `make_plan`.
+    Raises UsageError for added tasks that exist or removed ones that do not, DataError for sources that changed.
     """
     from flexmerge_cli.planning.changed import changed_request
     from flexmerge_cli.planning.known import Known
@@ -243,9 +243,9 @@ def update(
 ) -> OpenBundle:
     """Write the bundle that `merge` makes of a new plan as the old bundle was made, and open it.
 
-    What does not change is taken from the old bundle, as hard links where that works. output may be the old bundle with
-    force. options: relocate, card, threads, max_memory, on_progress, as in `merge`.
-    Raises UsageError for a bundle of another base or of other tasks, IntegrityError if what is taken is damaged.
+    What does not change is taken from the old bundle, as hard links where possible. With force, output may be the old
+    bundle. options: relocate, card, threads, max_memory, on_progress, as in `merge`.
+    Raises UsageError for a bundle of another base or of other tasks, IntegrityError if what is taken over is damaged.
     """
     from flexmerge_cli.updating import Update
 
@@ -260,7 +260,7 @@ def update(
 def diff(a: Path | str, b: Path | str, *, offline: bool = False) -> dict[str, Any]:
     """Compare two plans or two bundles. Returns the document of `flexmerge diff --json`; `equal` says whether they are.
 
-    Bundles may be on the Hub; weights are not read. Raises UsageError for anything else, or for one of each.
+    Bundles may be on the Hub; weights are not read. Raises UsageError for anything else, or for a plan and a bundle.
     """
     from flexmerge_cli.bundle.differences import diff_value
 
@@ -276,11 +276,11 @@ def push(
     per_task: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Publish a bundle on the Hub, only what changed, in one commit. Returns the document of `flexmerge push --json`.
+    """Publish what changed of a bundle on the Hub, in one commit. Returns the document of `flexmerge push --json`.
 
-    repository: `hf://org/name`, created if it is not there. dry_run: compare alone.
-    Raises IntegrityError for a damaged bundle, SourceError if the repository may not be written or has changed
-    meanwhile, UsageError for `private` where a public one is.
+    repository: `hf://org/name`, created if it does not exist. dry_run: only compare.
+    Raises IntegrityError for a damaged bundle, SourceError if the repository cannot be written or has changed
+    meanwhile, UsageError for `private` if the repository exists and is public.
     """
     from flexmerge_cli.bundle.push import push_bundle
 
@@ -335,9 +335,9 @@ def merge_sizes(
     stream: bool = False,
     **options: Any,
 ) -> dict[str, OpenBundle]:
-    """Write a bundle of each size to `output/SIZE`, one after another, and open them. Same bytes as of single merges.
+    """Write a bundle of each size to `output/SIZE`, one after another, and open them. They equal single merges.
 
-    sizes: `1.5x,2x,4x` or `1x:8x:1x`. A size whose bundle is there already is left. options: as in `merge`.
+    sizes: `1.5x,2x,4x` or `1x:8x:1x`. A size whose bundle is already there is skipped. options: as in `merge`.
     """
     from flexmerge_cli.merging_sizes import at_sizes
     from flexmerge_cli.merging_sizes import merge_sizes as _merge_sizes
@@ -425,7 +425,7 @@ def evaluate(
     max_drop, max_mean_drop: `1%` or `1pt`. The verdict is under `gate`; a failure raises nothing. It fails if a task of
     the bundle is neither scored nor named under `not_scored` in the spec. cross: also score every model on the other
     tasks' data. router: also score with the tasks that the bundle's router chooses.
-    corrupt: `["gaussian_noise@3"]` also scores images so corrupted.
+    corrupt: `["gaussian_noise@3"]` also scores images with that corruption.
     reuse=False: compute all scores, and replace cached ones. offline, stream: as in `make_plan`.
     max_memory: bytes for the weights of the models in memory at a time.
     Raises UsageError, SourceError, DataError, IntegrityError if a file that a scored task reads is damaged.
@@ -480,7 +480,7 @@ def draw_curve(
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
     `scale=0.5:2.5:0.25`, chosen on the data of tune_spec.
-    ensembles: also score those of the fine-tuned models that have the same labels.
+    ensembles: also score ensembles of the fine-tuned models that have the same labels.
     options: steps, calibrate, calibration, method_for, fit,
     cluster, seed and dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for
     what makes the points.

@@ -20,7 +20,7 @@ from flexmerge_cli.residuals.sign_runs import NORMAL_LOSSES, RUNS, SignRuns, res
 # M tasks
 
 Weight = float | np.ndarray
-"""Of all tasks, or by task, [M]."""
+"""The weight of squared errors: one for all tasks, or one for each task, [M]."""
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of the tasks, ordered by smallest task."""
@@ -57,8 +57,8 @@ class TensorStatistics:
     copy_is_stored: tuple[bool, ...] = ()
     """For each task, whether that stored base is an exact copy of its tensor; empty if it is for none."""
     importance: np.ndarray | None = None
-    """What a squared error of one element costs each task, [M] float64: the mean of its Fisher information. None if it
-    was not measured."""
+    """The cost of a squared error of one element for each task, [M] float64: the mean of its Fisher information. None
+    if it was not measured."""
 
     @property
     def matrix(self) -> Matrix:
@@ -94,9 +94,9 @@ class TensorStatistics:
         return {bits: SignRuns(run=run).loss(measured[1]) for bits, run in RUNS.items()} | dict(measured)
 
     def decoded_loss(self, bits: float) -> float:
-        """Return the part of a residual's energy by which decoded rows are off: more than is lost if these are longer.
+        """Return the error of decoded rows as a part of a residual's energy: more than the loss if rows decode longer.
 
-        ‖g·u - v‖² of unit vectors u, v of cosine c is 1 - 2·g·c + g².
+        For unit vectors u, v with cosine c, ‖g·u - v‖² is 1 - 2·g·c + g².
         """
         loss = max(self.residual_losses[bits], LEAST_ERROR)
         usual = NORMAL_LOSSES[RUNS[bits]] if bits < 1 else GAUSS_LOSSES[int(bits)] if bits <= 2 else None
@@ -159,7 +159,7 @@ def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) ->
     energies = {tensor.name: np.maximum(np.diag(tensor.gram), 0.0) for tensor in tensors}
     of_base_M: np.ndarray = np.sum([importance * energies[name] for name, importance in known.items()], axis=0)
     share_M = np.divide(1.0, of_base_M, out=np.zeros_like(of_base_M), where=of_base_M > SMALLEST_PRODUCT)
-    share_M[share_M == 0] = share_M.mean()  # of a task that equals the base
+    share_M[share_M == 0] = share_M.mean()  # This is for a task that equals the base.
     found = {name: importance * share_M for name, importance in known.items()}
     factor = float(np.median([found[name].mean() / plain[name] for name in found]))
     return {name: found.get(name, factor * weight) for name, weight in plain.items()}

@@ -68,7 +68,7 @@ class Table:
         self._set_curves()
 
     def cost_of(self, choice: Choice) -> float:
-        """Return the cost of one of its choices."""
+        """Return the cost of a choice."""
         return float(np.dot(self._weight_M, choice.errors))
 
     def choice(self, point: int) -> Choice:

@@ -27,7 +27,7 @@ class Located:
 
     path: Path
     tasks: Sequence[str] | None = None
-    """Whose files are here, and are asked for; None: all."""
+    """The tasks whose files are here and were asked for; None for all."""
     remote: Mapping[str, RemoteFile] = field(default_factory=dict)
     """Files that were left on the Hub; only their headers can be read."""
 

@@ -42,7 +42,7 @@ from flexmerge_cli.writing import (
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
-SHARED_SECONDS = 5.0  # within which a part waits for another, that looks whether the place is free
+SHARED_SECONDS = 5.0  # How long a part waits for another part that checks whether the target is free.
 NO_LOCKS = (*NOT_SUPPORTED, errno.ENOLCK)  # Lustre without -o flock, NFS without its lock daemon
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 SHOWN = 5
@@ -201,7 +201,7 @@ def publish(
 
 @contextlib.contextmanager
 def shared(target: Path) -> Iterator[Path]:
-    """Give the partial folder of a target, into which several processes write at the same time, and which stays.
+    """Yield the partial folder of a target, into which several processes write at the same time. The folder stays.
 
     Raises MachineError while a run that writes the whole holds it.
     """
@@ -297,9 +297,9 @@ def _is_dead(path: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(target: Path, *, is_shared: bool = False) -> Iterator[bool]:
-    """Hold the lock of a place; False where the file system has no locks. Raises MachineError if another run does.
+    """Hold the lock of a place, or yield False if the file system has no locks. Raises MachineError if it is held.
 
-    is_shared: several may hold it, and none that does not share it.
+    is_shared: other runs that share the lock may hold it, too, but no others.
     """
     path = _beside(target, "lock")
     descriptor = _lock(path, target, is_shared=is_shared)
@@ -307,7 +307,7 @@ def _locked(target: Path, *, is_shared: bool = False) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            if not is_shared:  # else others may hold it
+            if not is_shared:  # Others may hold a shared lock.
                 with contextlib.suppress(OSError):
                     path.unlink()
             with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ from flexmerge_cli.cli.beside import BesideCommand
 
 
 class MergeCommand(BesideCommand):
-    """The command `merge`, whose parts print and publish nothing."""
+    """The command `merge`. A part prints no report and publishes nothing."""
 
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {"part": "join dry_run html", "join": "dry_run"}
 

@@ -60,9 +60,9 @@ class Packing:
     card: bool = True
     """Whether the bundle gets a card."""
     part: Part | None = None
-    """Which part of the bundle is written; None: all of it."""
+    """The part of the bundle that is written; None for all of it."""
     join: bool = False
-    """Whether all parts have been written and the bundle is published."""
+    """Whether to publish a bundle whose parts have all been written."""
     scores: Scores | None = None
     """The scores that the card shows."""
 
@@ -75,7 +75,7 @@ class Packing:
         access: Access = ONLINE,
         sizes: str | None = None,
     ) -> "Packing":
-        """Read the source and parse the request. chosen: arguments of `merge_request`. sizes: several, as `--sizes`."""
+        """Read the source and parse the request. chosen: arguments of `merge_request`. sizes: those of `--sizes`."""
         if not source.is_file():
             raise SourceError(f"no plan or recipe at {source}", hint="create a plan with `flexmerge plan`")
         recipe = read_recipe(source, access) if source.suffix in (".yaml", ".yml") else None
@@ -199,7 +199,7 @@ class Packing:
     def merge_sizes(
         self, plan: Plan, output: Path, *, dry_run: bool, force: bool, on_progress: OnProgress, **run: Any
     ) -> dict[str, Any]:
-        """Write a bundle of each size, and return what there is to say: `bundles`, by size, and `warnings`."""
+        """Write a bundle of each size, and return what is reported: `bundles`, by size, and `warnings`."""
         calibration = calibration_of(self.request, plan)
         self.pricer = Pricer(plan, calibration=calibration)
         requests = at_sizes(self.request, self.sizes)

@@ -56,7 +56,7 @@ class _PartHash:
 
 
 class Journal:
-    """The journal of a folder; a context manager that holds it open. Told of everything by one thread."""
+    """The journal of a folder; a context manager that holds it open. Only one thread may use it."""
 
     def __init__(self, folder: Path, key: str, share: Share | None = None) -> None:
         """Read what earlier runs of this key finished. key: stands for all that decides the bundle's bytes.
@@ -117,14 +117,14 @@ def sealed(line: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Journals:
-    """What all journals of a folder say together."""
+    """The combined contents of all journals of a folder."""
 
     found: dict[str, Finished]
-    """Tensor -> what was finished of it; a NUL and a unit -> its arrays."""
+    """Maps each tensor to what was finished of it; a NUL and the name of a unit map to the arrays of the unit."""
     useless: str
-    """Why one of them cannot be gone on with; empty if all can."""
+    """The reason why one of them cannot be continued; empty if all can."""
     of_another: bool
-    """Whether one is of another merge, and not only damaged."""
+    """Whether one belongs to another merge, and is not just damaged."""
 
 
 def read_journals(folder: Path, key: str) -> Journals:
@@ -138,7 +138,7 @@ def read_journals(folder: Path, key: str) -> Journals:
 
 
 def _read(path: Path, key: str) -> tuple[dict[str, Finished], int] | str:
-    """What was finished, and the bytes of the journal that say so; or why it is of no use. Never raises."""
+    """Return what was finished and the journal's length up to there, or why the journal is useless. Never raises."""
     found, num_bytes = dict[str, Finished](), 0
     try:
         if path.is_symlink() or path.stat().st_size > MAX_JOURNAL_BYTES:
@@ -163,7 +163,7 @@ def _read(path: Path, key: str) -> tuple[dict[str, Finished], int] | str:
 
 
 def holds_journal(folder: Path) -> bool:
-    """Return whether a folder is what a killed merge or a part of one left, and may be gone on with."""
+    """Return whether a folder was left by a killed merge, or a part of one, and can be continued."""
     return bool(journals_of(folder))
 
 

@@ -307,7 +307,7 @@ class _Run:
         for unit, parts in self._of_units():
             arrays = [values[key] for part in parts if (key := (unit.name, part.task)) in values]
             if len(arrays) < len(parts):
-                continue  # of another part of the merge, or written before
+                continue  # It belongs to another part of the merge, or was written before.
             for part, array in zip(parts, arrays):
                 data = np.frombuffer(array.tobytes(), np.uint8)
                 self.output.write(part, 0, data)
@@ -319,11 +319,11 @@ class _Run:
 
 
 def complete(layout: BundleLayout, measured: Measured) -> None:
-    """Set what follows from errors and digests: of tied tensors, and each task's distance over ‖τ_k‖ of the whole."""
+    """Set what follows from errors and digests: digests of tied tensors, and each task's distance relative to ‖τ_k‖."""
     for storage in layout.storages.values():
         tensor = storage.tensor
         target = measured.digests.get(tensor.reason) if tensor.class_ is TensorClass.TIED else None
-        if target is not None:  # it was computed
+        if target is not None:  # It was computed.
             measured.digests[tensor.name] = {task: target[task] for task in tensor.present}
     energy = layout.plan.task_energy()
     totals = np.zeros(len(energy))
@@ -339,9 +339,9 @@ def complete(layout: BundleLayout, measured: Measured) -> None:
 
 
 def build_of(layout: BundleLayout, device: "torch.device") -> str:
-    """Digest of what the stored values depend on beside sources, method and allocation; NO_DIGEST of copies.
+    """Digest what the stored values depend on besides sources, method and allocation; NO_DIGEST if all are copies.
 
-    Element by element and row by row all processors and devices compute the same; linear algebra may differ.
+    All processors and devices compute the same values by element and by row, but linear algebra may differ.
     """
     groups = [group for storage in layout.storages.values() for group in storage.groups]
     if layout.allocation.dtype is None and all(group.method is None for group in groups):

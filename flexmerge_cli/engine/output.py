@@ -225,7 +225,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 class PartOutput(Output):
-    """Some parts of weight files of which other processes write the others at the same time. Files are not digested."""
+    """Writes some parts of weight files while other processes write the others. The files are not digested."""
 
     def __init__(self, folder: Path, files: Sequence[WeightFile], total_bytes: int) -> None:
         super().__init__(folder, files, total_bytes, resumes=True)

@@ -57,7 +57,7 @@ class Metric:
     """Whether it is shown in percent: proportions and correlations."""
     only_two_classes: bool = False
     sums: "Sums | None" = None
-    """What the value of a corpus is computed from, if it is not a mean."""
+    """The sums from which the value of a corpus is computed, if it is not a mean."""
     needs: tuple[str, ...] = ()
     """Modules of the `generation` extra."""
 
@@ -67,7 +67,7 @@ class Sums:
     """A value that depends on sums over the examples."""
 
     statistics: Outcomes
-    """Computes what is summed, [n, S]."""
+    """Computes the terms of the sums, [n, S]."""
     value: Callable[[np.ndarray], float]
     """Computes the value from the sums, [S]."""
 

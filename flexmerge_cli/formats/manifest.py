@@ -90,12 +90,12 @@ NO_SHA256 = "0" * 64
 
 
 def packed_errors(values: Sequence[float]) -> str:
-    """`errors` of a group."""
+    """Write the errors of a group's tasks as the text of `errors`."""
     return np.array(values, ">f8").tobytes().hex()
 
 
 def unpacked_errors(text: str) -> list[float]:
-    """The values again, every bit of them."""
+    """Return the errors from that text, bit by bit as they were."""
     return [float(value) for value in np.frombuffer(bytes.fromhex(text), ">f8")]
 
 

@@ -79,7 +79,7 @@ class Coded:
     coder: Callable[[int], Coder]
     """The coder of the residuals, as a function of the number of tasks in the group."""
     scales: Literal["bfloat16", "byte"] = "bfloat16"
-    """Of residuals whose tasks have bits of their own, up to 2 bits."""
+    """How scales are stored for residuals of up to 2 bits, if each task has a number of bits of its own."""
     view: View = View.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None

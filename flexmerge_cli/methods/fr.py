@@ -65,7 +65,7 @@ def edges(band: str, cutoff: float | None) -> tuple[float, float]:
 
 
 def check_band(*, band: str | None, cutoff: float | None, **_: object) -> None:
-    """Raise UsageError for a band that is none."""
+    """Raise UsageError unless the band is valid."""
     if band is not None:
         edges(band, cutoff)
 

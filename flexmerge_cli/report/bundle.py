@@ -91,7 +91,7 @@ def show_update(value: dict[str, Any]) -> None:
 
 
 def show_sizes(value: dict[str, Any]) -> None:
-    """Show the bundles of several sizes, a row each."""
+    """Show the bundles of several sizes, one per row."""
     rows = []
     for size, bundle in value["bundles"].items():
         of = bundle.get("update")

@@ -1,4 +1,4 @@
-"""Shows the differences of two plans or two bundles as tables. The value: bundle/differences.py."""
+"""Shows the differences of two plans or two bundles as tables. bundle/differences.py makes the value."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

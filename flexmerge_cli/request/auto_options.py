@@ -23,9 +23,9 @@ class Limits:
     max_bits: int = 8
     """The most bits of a residual or coded copy, in [1, 8]."""
     centres: tuple[Kind, ...] = KINDS
-    """A tensor that can have none of these, as an average of a single task, has no centre."""
+    """The kinds of centres. A tensor for which none is possible, such as an average of a single task, has no centre."""
     scales: Literal["bfloat16", "byte"] = "byte"
-    """Of the rows of residuals of up to 2 bits."""
+    """How the scales of rows are stored for residuals of up to 2 bits."""
 
     def allows(self, bits: float) -> bool:
         return self.min_bits <= bits <= self.max_bits

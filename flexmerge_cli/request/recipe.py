@@ -54,7 +54,7 @@ class MergeRecord(Record):
     """A bare number is a multiple of one model."""
     merges: int | None = Field(default=None, ge=0)
     sizes: str | None = None
-    """Several sizes, a bundle each."""
+    """Several sizes, with a bundle for each."""
     fit: Literal["tight", "prefix"] | None = None
     cluster: Cluster | None = None
     seed: int | None = Field(default=None, ge=0)

@@ -17,14 +17,14 @@ from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
 from flexmerge_cli.residuals.scales import Scales
 
-# Lloyd–Max levels of N(0, 1), the positive half, and their mean squared errors.
+# The positive half of the Lloyd–Max levels of N(0, 1), and their mean squared errors.
 GAUSS_LEVELS = {
     1: (0.797884560803,),
     2: (0.452780034636, 1.510417608499),
     3: (0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537),
 }
 GAUSS_LOSSES = {1: 0.363380, 2: 0.117482, 3: 0.034548}
-# Between them, and symmetric about 0, which is a threshold too.
+# The thresholds between them. They are symmetric about 0, which is also a threshold.
 GAUSS_THRESHOLDS: dict[int, tuple[float, ...]] = {
     1: (),
     2: (0.981598821568,),
@@ -42,10 +42,10 @@ class LowBit:
     bits: int = 2
     """1 to 8."""
     levels: Literal["gauss", "empirical"] = "gauss"
-    """Up to 3 bits: the table above, or levels fitted to the tensor; those are stored, and need the whole tensor."""
+    """For up to 3 bits: the table above, or levels fitted to the whole tensor, which are stored."""
     gain: Literal["none", "norm", "long"] = "none"
-    """norm: after coding, scales are set so that every row decodes to its own length. long: to scales.lengthening
-    times it, up to 2 bits."""
+    """norm: after coding, scales are set so that every row decodes to its own length. long, for up to 2 bits: to its
+    length times scales.lengthening."""
     scales: Scales = "float32"
     """bfloat16 halves the scales at up to 0.4 % error of gain; no float16, which underflows at 1e-5."""
     clip: Literal["none", "search"] = "none"

@@ -43,7 +43,7 @@ class SignRuns:
     """Elements of a run: 4, 8, 16 or 32."""
     scales: Scales = "bfloat16"
     together: int = 1
-    """k, how many rows' codes are packed one after another before the next starts on a byte; divides m and 8."""
+    """k, the number of rows whose codes are packed together, before the next code starts on a byte; divides m and 8."""
 
     @property
     def scope(self) -> Literal["row"]:
@@ -54,7 +54,7 @@ class SignRuns:
         return self.run.bit_length()
 
     def of_rows(self, num_rows: int) -> "SignRuns":
-        """Return the coder of so many rows: beside scales of a byte, codes of eight rows are packed together."""
+        """Return the coder for a number of rows. With scales of a byte, codes of up to 8 rows are packed together."""
         return replace(self, together=math.gcd(num_rows, 8) or 1) if self.scales == "byte" else self
 
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
@@ -116,7 +116,7 @@ class SignRuns:
         y = y.view(k, -1, self.run)
         best = y.abs().argmax(2, keepdim=True)
         products = y.gather(2, best).squeeze(2)
-        ones = torch.full_like(energy, n**0.5)  # the length of a row of signs
+        ones = torch.full_like(energy, n**0.5)  # This is the length of a row of signs.
         longer = lengthening(row_sums(products.abs()), energy.sqrt(), ones, NORMAL_LOSSES[self.run])
         codes = best.squeeze(2) + self.run * (products < 0)
         return codes.to(torch.uint8), rounded(longer * (energy / max(1, n)).sqrt(), self.scales)
@@ -139,7 +139,7 @@ def patterns(run: int) -> np.ndarray:
 
 
 def residual_code(bits: float, scales: Scales, num_rows: int) -> Coder:
-    """Return the code of a residual that `auto` stores; of up to 2 bits, rows decode longer than they were.
+    """Return the code of a residual that `auto` stores. With up to 2 bits, rows decode longer than they were.
 
     bits: of RUNS, or 1 … 8. scales: of up to 2 bits; from 3 bits on, scales are bfloat16.
     """

@@ -161,7 +161,7 @@ async def _answered(
 
 
 class _Stream(StreamingResponse):
-    """Events, whose texts end with it: a client may go away before the first one was begun."""
+    """A stream of events that ends its texts when it ends, since a client may leave before the first event."""
 
     def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")

@@ -34,13 +34,13 @@ class Predict(Body):
 
 
 class Embedded(Body):
-    """`/v1/embeddings`."""
+    """The body of `/v1/embeddings`."""
 
     model: str
     input: NotEmpty | Annotated[list[str], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
-    """Whoever asks; it changes nothing."""
+    """The user that asks; it has no effect."""
 
 
 class StreamOptions(Body):

@@ -23,7 +23,7 @@ from flexmerge_cli.server.worker import Worker
 from flexmerge_cli.serving.runtime import Runtime
 
 GRACE_SECONDS = 30.0
-"""How long requests may continue after the server was asked to stop. Then they end, with an error."""
+"""How long requests may continue after the server was asked to stop. After that they end with an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

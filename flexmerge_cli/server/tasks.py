@@ -31,7 +31,7 @@ class Task(ABC):
     """Whether others may join its runs before they end."""
 
     def __init__(self, name: str, side: Path) -> None:
-        """side: the folder of its config, and tokenizer or processor. Raises FlexmergeError."""
+        """Read the config. side: the folder of config, and tokenizer or processor. Raises FlexmergeError."""
         self.name, self.side, self.config = name, side, read_config(side)
 
     @abstractmethod

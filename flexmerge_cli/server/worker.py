@@ -16,7 +16,7 @@ from flexmerge_cli.server.tasks import Task
 from flexmerge_cli.serving.runtime import Run, Runtime
 
 MAX_RUNS = 4
-"""Runs beside which no more join: each passes through its model by itself; only shared products are taken together."""
+"""The number of runs from which no more join: each runs its own model, and only shared products are taken together."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -28,7 +28,7 @@ class Row:
     """The input as the task's `prepare` returned it."""
     answer: "Future[Any]" = field(default_factory=Future)
     run: int = 0
-    """The number of the run that computes it, once it does."""
+    """The number of the run that computes it, once there is one."""
 
 
 class Worker:
@@ -119,7 +119,7 @@ class Worker:
             return self._running
 
     def _taken(self, count: int) -> list[Row]:
-        """Take up to so many of the rows that wait longest, without those that nobody waits for any more."""
+        """Take at most `count` of the rows that have waited longest, without those that nobody waits for any more."""
         found: list[Row] = []
         while self._waiting and len(found) < count:
             row = self._waiting.popleft()
@@ -128,9 +128,9 @@ class Worker:
         return found
 
     def _joining(self) -> list[Run]:
-        """Return what joins those that run, between two tokens: as many rows as the batch has room for.
+        """Return the runs that join the running ones between two tokens: as many rows as the batch has room for.
 
-        If many run apart, what waits is collected until one of them ends: it then joins as fewer, larger runs.
+        If there are many separate runs, rows wait until one of them ends, and then join in fewer, larger runs.
         """
         with self._changed:
             going = [row for row in self._running if not row.answer.done()]

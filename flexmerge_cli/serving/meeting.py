@@ -47,7 +47,7 @@ def run_together(
     shared: of `shared_weights`. Runs without gradients.
     """
     meeting = _Meeting(runs, shared, joining)
-    for thread in meeting.threads:  # which grow while they are waited for
+    for thread in meeting.threads:  # More threads may be added while these are joined.
         thread.join()
     for error in meeting.errors:
         if error is not None:
@@ -56,7 +56,7 @@ def run_together(
 
 
 def pause() -> None:
-    """Let others join, between two tokens. Outside of a meeting it does nothing."""
+    """Let other runs join, between two tokens. Outside of a meeting this does nothing."""
     here: tuple[_Meeting, int] | None = getattr(_attending, "here", None)
     if here is not None:
         here[0].pause(here[1])
@@ -83,7 +83,7 @@ class _Meeting:
         self._paused: set[int] = set()
         self._found: dict[int, Tensor | BaseException] = {}
         self._multiplies = False
-        """Whether what a thread multiplies is for all, and nobody waits for it, although the thread's mode sees it."""
+        """Whether a thread is taking a product for all, which its own mode must not intercept."""
         for run in runs:
             self._add(run)
         self._next()

@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Key = tuple[Hashable, torch.dtype]
 Run = tuple[str, Callable[[Any], Any]]
-"""A task, and what is done with its model."""
+"""A task, and the function that is called with its model."""
 Result = TypeVar("Result")
 
 

@@ -65,7 +65,7 @@ def image_examples(task: ImageTask, place: Place, classes: int) -> Examples:
 
 
 def _corrupted(images: "Images", task: ImageTask, table: Table, place: Place) -> "Images":
-    """Give the images the corruption of the task. Raises UsageError."""
+    """Set the corruption of a task's images. Raises UsageError."""
     require_library()
     try:
         (corruption,) = parse_corruptions([str(task.corrupt)])
@@ -113,7 +113,7 @@ class Images:
         )
 
     def _worse_array(self, batch: np.ndarray, start: int, side: Path) -> np.ndarray:
-        """Corrupt numbers: float32 in the same range, of 256 levels."""
+        """Corrupt arrays. Returns float32 in the same range, rounded to 256 levels."""
         assert self.corruption is not None
         scale = _preprocessing(side, batch.shape[1])[0]
         levels = np.rint(batch * scale * 255).astype(np.uint8).transpose(0, 2, 3, 1)

@@ -164,7 +164,7 @@ def _targets(task: Text2Text, table: Table, place: Place, metrics: Sequence[str]
 
 
 def _references(value: Any, table: Table, row: int, place: Place) -> str:
-    """Return the texts that a target means, a line each. Raises UsageError."""
+    """Return the texts of a target, one per line. Raises UsageError."""
     texts = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise place.error(
