@@ -24,7 +24,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def calibration_of(request: MergeRequest, plan: Plan) -> CalibrationData | None:
-    """The calibration that a request's methods read; None if they read none.
+    """Return the calibration that a request's methods read; None if they read none.
 
     Raises UsageError if it is not given, or lacks what they read; SourceError, DataError and IntegrityError as
     `read_calibration`.

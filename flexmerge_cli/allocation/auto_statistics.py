@@ -147,9 +147,9 @@ class TensorStatistics:
 def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, Weight]:
     """Return the weight w of each tensor's squared errors; 0 for unchanged tensors.
 
-    With the Fisher information it is by task, [M]: a task's weighted error is, to second order, the part of the base's
-    loss of predictions that it has, so that every task counts alike. Tensors of which it was not measured weigh as
-    without, times a common factor.
+    With the Fisher information, each task has its own weight, [M]: a task's weighted error is, to second order, the
+    part of the base's loss of predictions that it still has, so all tasks count alike. Tensors for which it was not
+    measured keep their plain weight, times a common factor.
     """
     tensors = list(tensors)
     plain = _plain_weights(tensors, block_of)

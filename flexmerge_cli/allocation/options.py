@@ -132,7 +132,7 @@ def kept_by(name: str, bits: float) -> Range | None:
 
 
 def num_weights(plan: Plan) -> int:
-    """Count the weights of all tasks; a kept adapter counts as the base, of which it makes a model."""
+    """Count the weights of all tasks; a kept adapter counts as the base that it changes."""
     own = [tensor for tensor in plan.stored if tensor.class_ is not TensorClass.TIED]
     merged = sum(math.prod(tensor.shape_of(task)) for tensor in own for task in tensor.present)
     base = sum(math.prod(tensor.base_form[1]) for tensor in plan.tensors if tensor.base_form is not None)

@@ -23,5 +23,5 @@ def check_apart(output: Path, inputs: Iterable[Path | str | None]) -> None:
             how = "is" if place == other else "lies in" if other in place.parents else "contains"
             raise UsageError(f"the output {output} {how} the input {source}", hint="choose another place")
     for folder in place.parents:
-        if is_bundle(folder):  # whose manifest does not list the output, so that --force would not replace it any more
+        if is_bundle(folder):  # The manifest does not list the output, so --force would no longer replace the bundle.
             raise UsageError(f"the output {output} lies in the bundle {folder}", hint="choose another place")

@@ -210,7 +210,7 @@ def _modules(base: Path) -> dict[str, tuple[str, str]]:
         found = getattr(transformers, named)
         with torch.device("meta"):
             model = found(config) if named != "AutoModel" else transformers.AutoModel.from_config(config)
-    except Exception as error:  # of transformers, and of what it makes of odd configs
+    except Exception as error:  # It comes from transformers, which raises many kinds of errors for odd configs.
         said = str(error).split("\n")[0][:200]
         raise UsageError(f"the tasks' config.json is of no model of transformers: {said}", hint=HINT) from None
     prefix = f"{model.base_model_prefix}."

@@ -44,7 +44,7 @@ class BundleFiles:
     """The files of one bundle. Names are paths below the bundle's folder, as in the manifest. Thread-safe."""
 
     def __init__(self, folder: Path, entries: Mapping[str, FileEntry], *, verify: bool = True) -> None:
-        """verify: whether a file's sha256 is compared with the manifest's when the file is first read."""
+        """Set what is checked. verify: whether a file's SHA-256 is compared with the manifest when it is first read."""
         self._folder, self._entries, self._verify = folder, entries, verify
         self._names = {folder / name: name for name in entries}
         self._seen: dict[str, Identity] = {}
@@ -144,7 +144,7 @@ class BundleFiles:
                     self._digest(waiting.pop(0))
 
         for _ in range(min(len(waiting), MAX_THREADS, os.cpu_count() or 1)):
-            threading.Thread(target=digest, daemon=True).start()  # which no end of the program waits for
+            threading.Thread(target=digest, daemon=True).start()  # The program does not wait for it when it ends.
 
     @contextlib.contextmanager
     def checking(self, names: Iterable[str]) -> Iterator["BundleFiles"]:

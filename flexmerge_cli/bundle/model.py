@@ -42,10 +42,11 @@ def read_config(folder: Path, *, otherwise: str) -> dict[str, Any]:
 def assigned_model(
     weights: Mapping[str, Any], folder: Path, *, otherwise: str, architecture: str = "AutoModel", **options: Any
 ) -> Built:
-    """architecture: a class of transformers, where the config names none. options: of the class's `from_pretrained`.
+    """Build a model of transformers from weights, and the config in a folder.
 
-    Parameters lie on the weights' own memory where these have the dtype that is asked for. What the model generates by
-    is generation_config.json, as where a folder is loaded. Raises UsageError, DataError.
+    Parameters use the weights' own memory if these have the requested dtype. The model generates as
+    generation_config.json says, as if the folder were loaded. architecture: a class of transformers, if the config
+    names none. options: those of the class's `from_pretrained`. Raises UsageError, DataError.
     """
     try:
         import transformers
@@ -54,15 +55,15 @@ def assigned_model(
     read_config(folder, otherwise=otherwise)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # of transformers, and of what it makes of values that are not what they should be
+    except Exception as error:  # It comes from transformers, which raises many kinds of errors for odd values.
         said = str(error).split("\n")[0][:200]
         raise UsageError(f"{folder}/config.json is of no model of transformers: {said}", hint=otherwise) from None
     name = str((getattr(config, "architectures", None) or [architecture])[0])
     found = getattr(transformers, name, None)
     if found is None:
         raise UsageError(f"{folder}/config.json: transformers has no `{name}`", hint=otherwise)
-    # Documented so: without a path, the weights are those of `state_dict`; made on the meta device, and assigned.
-    # Mismatches are told, all at once: without `ignore` it would raise at the first, and not say which.
+    # As documented, without a path the weights are those of `state_dict`, assigned to a model on the meta device. All
+    # mismatches are reported at once: without `ignore` it would raise at the first one, and not say which it is.
     built, info = found.from_pretrained(
         None, config=config, state_dict=dict(weights), output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -75,7 +76,7 @@ def _generation(transformers: Any, built: Any, folder: Path) -> None:
     if (folder / "generation_config.json").is_file() and built.can_generate():
         try:
             built.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # as above
+        except Exception as error:  # It comes from transformers, as above.
             said = str(error).split("\n")[0][:200]
             raise DataError(f"{folder}/generation_config.json is unsound: {said}", hint="get a sound copy") from None
 

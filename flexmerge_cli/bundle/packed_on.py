@@ -17,7 +17,7 @@ from flexmerge_cli.residuals.look_up import unpack_on
 from flexmerge_cli.stored.packed import Elements, JoinedRows, Packed
 
 Place = Callable[[np.ndarray], Tensor]
-"""An array of numbers -> the same on the device."""
+"""Moves an array of numbers to the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,11 @@ class CodesOn:
     """Packed, uint8 [m, ⌈n·bits/8⌉]."""
     bits: int
     levels: np.ndarray
-    """float32 [2^bits]."""
+    """The levels, float32 [2^bits]."""
     table: Tensor
-    """The same on the device."""
+    """The levels on the device."""
     scale: Tensor
-    """float32 [m, 1] or [1, 1]."""
+    """The scale of each row, float32 [m, 1], or of all, [1, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class JoinedRowsOn:
 
 
 def packed_on(packed: Packed | JoinedRows, device: torch.device, place: Place) -> PackedOn | JoinedRowsOn:
-    """place: gives arrays that tasks share once, so that they lie there once."""
+    """Move packed values to a device. place: moves an array, and returns one that tasks share only once."""
     if isinstance(packed, JoinedRows):
         shared, own = _on(packed.shared, device, place), None if packed.own is None else _on(packed.own, device, place)
         return JoinedRowsOn(shared=shared, own=own, places=place(packed.places).to(torch.int64))

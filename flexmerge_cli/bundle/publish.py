@@ -1,15 +1,15 @@
-"""Publishes folders, which appear whole or not at all.
+"""Publishes folders, which appear complete or not at all.
 
-It is written to `.{name}.partial/` beside its place, under the lock `.{name}.lock`, forced to disk and renamed. What a
-crash leaves: before the rename, the partial folder and the lock; with `--force`, the old folder at `.{name}.partial`
-(exchanged, not yet removed), or, on file systems without an atomic exchange, at `.{name}.old` with nothing in its place
-(between two renames). Readers may then read `.{name}.old`. The next command that is to write there puts it back and
-removes the rest (`mend`); a merge goes on with a partial folder that has a journal of its own (engine/journal.py).
+A folder is written to `.{name}.partial/` beside its place, under the lock `.{name}.lock`, forced to disk and renamed. A
+crash before the rename leaves the partial folder and the lock. With `--force`, a crash may also leave the old folder at
+`.{name}.partial` (exchanged, not yet removed) or, on file systems without an atomic exchange, at `.{name}.old` with
+nothing in its place (between two renames). Readers may then read `.{name}.old`. The next command that writes there puts
+it back and removes the rest (`mend`); a merge continues with a partial folder that has its journal (engine/journal.py).
 Processes that write parts of a bundle (parts.py) share the lock and the partial folder, which stays until it is joined.
 
-Where the file system has no locks, every writer has a partial folder of its own, `.{name}.{host}-{pid}-{hex}.partial`,
-which the next one removes if that process of its host has ended. Writers then do not know of each other: the last one
-to end with `--force` stays, and one without it is told that something appeared.
+If the file system has no locks, every writer has a partial folder of its own, `.{name}.{host}-{pid}-{hex}.partial`,
+which the next one removes if that process of its host has ended. Writers then do not know of each other: the result of
+the last one to end with `--force` stays, and one without it gets an error that something appeared.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def check_target(target: Path, *, force: bool, ours: Ours, resumes: bool = False
 def _check_movable(target: Path) -> None:
     """Raise MachineError for a folder that cannot be renamed, such as one in overlayfs's lower layer. Moves nothing.
 
-    A folder never takes the place of one that is not empty, and what cannot be moved at all is told before that.
+    A folder never replaces one that is not empty, and a folder that cannot be moved at all fails before that check.
     """
     place = _partial(target.absolute(), locked=False)
     try:
@@ -112,7 +112,7 @@ def _check_movable(target: Path) -> None:
 
 
 def check_replaceable(target: Path, ours: Ours) -> None:
-    """Whether everything in a folder was written by flexmerge. Raises UsageError that names what was not."""
+    """Check that flexmerge wrote everything in a folder. Raises UsageError that names anything else."""
     if target.is_symlink() or not target.is_dir():
         raise UsageError(f"{target} is not what flexmerge wrote: it is not replaced", hint="move it away first")
     if target.is_mount():
@@ -154,12 +154,12 @@ def publish(
     resumes: Callable[[Path], bool] | None = None,
     joins: bool = False,
 ) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `target` when the block ends well, and is removed when it does not.
+    """Yield a folder to write into, which becomes `target` if the block succeeds, and is removed if it fails.
 
-    resumes: whether a partial folder with a journal, which a killed run left, can be gone on with. ours: looked at once
-    more before something is replaced. needed_bytes: what will be written, for the error of a full disk. Raises
-    UsageError if the place was taken meanwhile, MachineError; what is raised after the new folder took its place says
-    so. joins: the partial folder is what several processes wrote with `shared`, and stays when the block fails.
+    resumes: returns whether a partial folder with a journal, left by a killed run, can be continued. ours: called once
+    more before something is replaced. needed_bytes: what will be written, for the error of a full disk. joins: the
+    partial folder is what several processes wrote with `shared`, and stays if the block fails. Raises UsageError if the
+    place was taken meanwhile, MachineError; errors that are raised after the new folder took its place say so.
     """
     target = target.absolute()
     partial, is_done = target, False
@@ -193,7 +193,7 @@ def publish(
         if is_done:
             raise in_place(target, f"could not be forced to disk: {error.strerror}") from None
         place = str(partial) if error.filename is None else os.fsdecode(error.filename)
-        if not place.startswith((str(target), str(_beside(target, "")))):  # of what is read, not of what is written
+        if not place.startswith((str(target), str(_beside(target, "")))):  # A source failed.
             failed = MachineError(f"{place}: {error.strerror}", hint=hint_of(error))
             raise machine_failure(error) or failed from None
         raise cannot_write(error, Path(place), needed_bytes) from None
@@ -261,7 +261,7 @@ def partial_bytes(target: Path) -> int:
     if not holds_journal(folder):
         return 0
     found = 0
-    with contextlib.suppress(OSError):  # another run is writing there, or removes it: that is told later
+    with contextlib.suppress(OSError):  # Another run is writing there, or removes it, which is reported later.
         for place, _, names in os.walk(folder):
             found += sum(os.lstat(Path(place, name)).st_blocks * 512 for name in names)
     return found

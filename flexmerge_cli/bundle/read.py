@@ -70,14 +70,14 @@ class Bundle(Routes):
         remote: Mapping[str, RemoteFile] | None = None,
         verify: bool = True,
     ) -> "Bundle":
-        """Open a bundle. tasks: those whose files are looked at, must be sound, and are held; None for all, one of
+        """Open a bundle. tasks: the tasks whose files are checked, must be sound, and are kept; None for all, one of
         which must be sound.
 
-        What is wrong with the others is raised where they are read. remote: files that are not on this disk, of which
-        headers alone are read: such a bundle can be looked at, and not read from. verify: whether a file's sha256 is
-        compared when the file is first read.
+        Problems of the others are raised when they are read. remote: files that are not on this disk and whose headers
+        alone are read: such a bundle can be inspected, but not read from. verify: whether a file's SHA-256 is compared
+        when the file is first read.
         Raises SourceError if there is no bundle, DataError if it is malformed, IntegrityError if a file is missing or
-        cut, or the bundle is replaced again and again, MachineError if the disk fails.
+        truncated, or the bundle is replaced again and again, MachineError if the disk fails.
         """
         bundle = Bundle.look(path, tasks=tasks, remote=remote, verify=verify)
         if tasks is not None:

@@ -62,11 +62,13 @@ def write_bundle(
     old: Unchanged | None = None,
     joins: bool = False,
 ) -> Measured:
-    """side_files: (task, or "" for the base, name) -> source. accept may raise, after measuring and before publishing;
-    so may examine, which gets the folder of the whole bundle where it is not published yet. on_message: is told whether
-    a killed run of the same merge is gone on with. old: what another bundle has of the layout, which is taken over.
-    Raises IntegrityError if that is damaged. Such a run keeps no journal: what is taken over is not the costly part.
-    joins: all is there, in the partial folder, as parts.py writes it.
+    """Write and publish a bundle. Returns what was measured.
+
+    side_files: maps (task, or "" for the base, name) to its source. accept may raise, after measuring and before
+    publishing; so may examine, which gets the folder of the complete bundle before it is published. on_message: gets a
+    message if a killed run of the same merge is continued. old: what another bundle has of the layout, which is taken
+    over. Raises IntegrityError if that is damaged. Such a run keeps no journal, since what it takes over costs
+    little. joins: everything is in the partial folder already, as parts.py writes it.
     """
     key = merge_key(layout, device)
     if joins:
@@ -89,7 +91,7 @@ def write_bundle(
         ours=bundle_files,
         needed_bytes=layout.total_bytes,
         joins=joins,
-        resumes=resumes if old is None else None,  # whose files may be those of the old bundle
+        resumes=resumes if old is None else None,  # Its files may be those of the old bundle.
     )
     with publishing as folder, ExitStack() as stack:
 

@@ -147,7 +147,7 @@ class _Inputs:
     def hook(self, one: Wanted, module: nn.Module) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if torch.is_grad_enabled():  # of the Fisher information, whose examples are counted without it
+            if torch.is_grad_enabled():  # The pass for the Fisher information does not count as inputs.
                 return
             if one.layout == "embedding":
                 counts = torch.bincount(x.flatten(), minlength=one.shape[0]).double()

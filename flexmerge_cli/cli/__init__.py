@@ -12,6 +12,6 @@ def main() -> None:
         from flexmerge_cli.cli.app import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the program was loaded, or as it ends
+    except KeyboardInterrupt:  # It came before the program was loaded, or as it ended.
         code = 130
     sys.exit(code)

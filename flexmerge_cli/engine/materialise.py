@@ -57,11 +57,11 @@ def materialise(
     """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
 
     chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout may
-    hold only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
+    have only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
     journal: records each tensor that is written, and knows those that an earlier run has written to the same files,
     which are not computed again; `output` must then be an Output.
-    share: names of the tensors that are written, with all tensors of a unit or none; then only their digests are
-    returned. on_rest: is told, before anything is computed, which tensors the journal does not have; may raise.
+    share: names of the tensors to write, with all tensors of a unit or none; then only their digests are returned.
+    on_rest: gets, before anything is computed, the tensors that the journal does not have; may raise.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
     with Reader() as reader, single_threaded(), output:
@@ -191,7 +191,7 @@ class _Run:
             if (storage := self.layout.storages.get(name)) is not None
             and list(done.parts) == [self.output.digest(part) for part in storage.parts]
         }
-        for unit in self.layout.allocation.units:  # that merges as one
+        for unit in self.layout.allocation.units:  # A unit merges as one.
             if not found.issuperset(unit.tensors) and any(
                 self.scope(self.layout.storages[name]) == "block" for name in unit.tensors
             ):

@@ -232,7 +232,7 @@ class _Run:
         return high - low
 
     def _result(self, storage: Storage, span: Span) -> int:
-        """Sum what is written of a range and hashed later, its errors, and what digests carry of what was read."""
+        """Sum the bytes of a range that is written and hashed later, of its errors, and of the state of digests."""
         tensor = storage.tensor
         written = storage.num_bytes * span.stop // max(1, tensor.num_elements)
         written += self._unjoined(storage, span, whole=False)

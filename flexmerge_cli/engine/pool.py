@@ -90,7 +90,7 @@ class Buffers(threading.local):
         """Return an aligned array, uint8, of at least num_bytes."""
         array = self._arrays.get(key)
         if array is None or array.size < num_bytes:
-            self._arrays.pop(key, None)  # before the larger one is made
+            self._arrays.pop(key, None)  # This frees it before the larger one is made.
             array = self._arrays[key] = aligned(num_bytes)
         return array
 

@@ -72,7 +72,7 @@ def build_model(
         hint=f"check {model.folder}/config.json: its architecture and sizes",
     )
     skeletons.keep(key, built.model, weights)
-    same = {name: name for name in built.model.state_dict() if name in weights}  # where values were cast
+    same = {name: name for name in built.model.state_dict() if name in weights}  # Cast values share no memory.
     names = same | skeletons.names_of(built.model, weights)
     on_built(built.model.to(device), names)
     return built.model

@@ -155,7 +155,7 @@ def _pixels(predictions: np.ndarray, _labels: np.ndarray) -> np.ndarray:
 
 
 def _mean_iou(sums: np.ndarray) -> float:
-    """The mean over the classes that occur, in predictions or labels, of intersection over union; 0 if none does."""
+    """Average intersection over union over the classes that occur in predictions or labels; 0 if none does."""
     counts = sums.reshape(-1, 3)
     union = counts.sum(1)
     return float((counts[union > 0, 0] / union[union > 0]).mean()) if union.any() else 0.0

@@ -1,7 +1,7 @@
 """Runs jobs in several processes, with a function that each process prepares once, and yields their results in order.
 
 Every process computes with one thread. No process outlives the call: on an error, and if this process is interrupted,
-the others are told to end and clean up. They ignore Ctrl-C, which a terminal sends to all of them.
+the others are asked to end and clean up. They ignore Ctrl-C, which a terminal sends to all of them.
 """
 
 import multiprocessing

@@ -141,7 +141,7 @@ def free(
     has 88.3 %.
     Source: Zhengsh123/FREE-Merging.
     """
-    from flexmerge_cli.methods.registry import format_call  # which imports this module
+    from flexmerge_cli.methods.registry import format_call  # The registry imports this module.
 
     backbone = {"variant": variant, "cutoff": cutoff, "coef": coef, "scope": scope, "others": others, "scale": scale}
     declared: Coded = replace(

@@ -95,10 +95,10 @@ class Calibrated(Protocol):
     """What was measured of the tasks' models on examples (formats/calibration.py)."""
 
     def scope(self, reads: Reads, tensor: str) -> Scope:
-        """What a method that reads this must see of a tensor."""
+        """Return how much of a tensor a method that reads this must see."""
 
     def measured(self, reads: Reads, where: Where, count: int) -> Any:
-        """What a call on `count` elements gets as `measured`; None where it was not measured."""
+        """Return what a call on `count` elements gets as `measured`; None if it was not measured."""
 
 
 class PerTask(Protocol):

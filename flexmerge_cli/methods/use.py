@@ -46,7 +46,7 @@ class MethodUse:
     def reads(self) -> str:
         """What it, or its centre, reads of a calibration; empty: it needs none."""
         coded = self.coded
-        if coded is not None and coded.centre == "average":  # which is known without importing torch
+        if coded is not None and coded.centre == "average":  # This is known without importing torch.
             return ""
         maker = self.call if coded is None else coded.centre_call()
         return maker.method.reads if maker is not None else ""

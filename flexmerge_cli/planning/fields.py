@@ -173,7 +173,7 @@ def plan_of(
     made: Mapping[tuple[int, str], str] | None = None,
     low_rank: Mapping[int, dict[str, int]] | None = None,
 ) -> Plan:
-    """Make the plan: add blocks, order and names to the measurements. made: digests of what kept adapters make."""
+    """Make the plan: add blocks, order and names to the measurements. made: digests of the kept adapters' tensors."""
     mergeable = [record for record in records if record["class"] is TensorClass.MERGEABLE]
     blocks = partition_pairs([record["name"] for record in mergeable], request.order.blocks)
     block_of = {name: block.name for block in blocks for name in block.tensors}

@@ -23,7 +23,7 @@ from flexmerge_cli.report.vocabulary import show_vocabularies, vocabularies, voc
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.plan import PlanRequest
 
-MUCH = 0.05  # of a task's weights
+MUCH = 0.05  # As a part of a task's weights.
 
 
 def plan_summary(

@@ -116,9 +116,9 @@ class LookUp(NamedTuple):
     num_columns: int
     bits: int
     table: np.ndarray
-    """float32 [2^bits]."""
+    """The value of each code, float32 [2^bits]."""
     scale: np.ndarray
-    """float32 [m, 1] or [1, 1]."""
+    """The scale of each row, float32 [m, 1], or of all, [1, 1]."""
 
 
 def scaled_levels(look_up: LookUp) -> np.ndarray:

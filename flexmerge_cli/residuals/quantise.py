@@ -71,7 +71,7 @@ def fit_levels(matrix: Tensor, bits: int) -> np.ndarray:
     Returns float32 [2^bits], ascending. Rows of zeros do not count; a level that is nearest to no element stays put.
     """
     x = matrix.double()
-    x = (x / _root_mean_square(x)[:, None])[(matrix != 0).any(1)].reshape(-1).cpu()  # where sums have one order
+    x = (x / _root_mean_square(x)[:, None])[(matrix != 0).any(1)].reshape(-1).cpu()  # On the CPU, sums have one order.
     levels = np.concatenate([-np.array(GAUSS_LEVELS[bits])[::-1], GAUSS_LEVELS[bits]])
     for _ in range(LLOYD_STEPS):
         codes = _codes(x, levels).int()

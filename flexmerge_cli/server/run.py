@@ -126,7 +126,7 @@ class _Server(uvicorn.Server):
     """A server for which a signal to stop is an ordinary end, not one to raise again afterwards."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], stop: Callable[[], object]) -> None:
-        """stop: ends what is computed, so that answers and streams that still run end with an error."""
+        """Prepare a server. stop: ends all computations, so that running answers and streams end with an error."""
         super().__init__(config)
         self._on_ready, self._stop = on_ready, stop
 

@@ -132,7 +132,7 @@ class Generated(Task):
     has_pauses = True
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
-        """max_tokens: the most of a generated text."""
+        """Read the tokenizer. max_tokens: the most tokens of a generated text."""
         super().__init__(name, side)
         self.tokens, self.max_tokens = Tokens(name, side), max_tokens
         self.positions = num_positions(side)

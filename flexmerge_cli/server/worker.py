@@ -44,8 +44,11 @@ class Worker:
         max_queue: int,
         on_batch: Callable[[Sequence[Row]], None] = lambda _rows: None,
     ) -> None:
-        """max_batch: the most rows of a batch. max_wait: seconds that an incomplete batch waits for more. max_queue:
-        the most rows that wait. on_batch: called with every batch."""
+        """Prepare a worker.
+
+        max_batch: the most rows of a batch. max_wait: seconds that an incomplete batch waits for more. max_queue: the
+        most rows that wait. on_batch: called with every batch.
+        """
         self._runtime, self._tasks, self._on_batch = runtime, tasks, on_batch
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait, max_queue
         self._waiting: deque[Row] = deque()

@@ -69,7 +69,7 @@ class Runtime:
         self._bundle, self._stays_packed = bundle, weights == "packed"
         self._dtype = None if dtype is None else DTYPES[dtype]
         self._tasks: dict[str, _Task | None] = {}
-        """None: it was not asked for yet."""
+        """The open tasks; None for a task that was not requested yet."""
         self._placed: dict[Key, Tensor] = {}
         self._lock, self._lock_of_arrays = threading.RLock(), threading.Lock()
         wanted = bundle.tasks if tasks is None else tuple(tasks)
@@ -91,7 +91,7 @@ class Runtime:
             return {str(self.device): own + sum(resident.num_bytes for resident in self.describe())}
 
     def describe(self) -> tuple[Resident, ...]:
-        """Every array of the bundle that the runtime holds, or will hold once its tasks are loaded."""
+        """Describe every array of the bundle that the runtime holds, or will hold once its tasks are loaded."""
         found: dict[Hashable, tuple[str, Part, dict[str, None]]] = {}
         with self._lock:
             for task in self.tasks:

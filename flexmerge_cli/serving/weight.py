@@ -50,7 +50,7 @@ class PackedWeight(Tensor):
     def __new__(
         cls, packed: Packed | JoinedRows | PackedOn | JoinedRowsOn, shape: tuple[int, ...], dtype: torch.dtype
     ) -> "PackedWeight":
-        """packed: its rows are the first axis of `shape`."""
+        """Make a weight. packed: its rows are the first axis of `shape`."""
         device = packed.device if isinstance(packed, (PackedOn, JoinedRowsOn)) else torch.device("cpu")
         made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.packed = packed

@@ -24,7 +24,7 @@ class RouteParts(dict[str, StoredTensor]):
     DataError."""
 
     def __init__(self, path: Path, task: str) -> None:
-        """path: the bundle's, for errors."""
+        """Begin empty. path: the path of the bundle, for errors."""
         self.path, self.task = path, task
 
     def __missing__(self, name: str) -> StoredTensor:

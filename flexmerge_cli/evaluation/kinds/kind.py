@@ -55,7 +55,7 @@ class Examples:
     split: str | None = None
     metrics: tuple[str, ...]
     rest: Callable[[], str] = field(default=lambda: "")
-    """Returns a digest of what else scores depend on. Called after all checks, since it may read weights."""
+    """Returns a digest of everything else that scores depend on. Called after all checks, since it may read weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

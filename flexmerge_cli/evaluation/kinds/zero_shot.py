@@ -88,7 +88,7 @@ def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Seq
     import torch
 
     images, labels, classes = examples.items
-    texts, scale, projection = classes.embedded(run)  # before the encoder is built: one model in memory at a time
+    texts, scale, projection = classes.embedded(run)  # The encoder is built later: one model at a time.
     built = build_model(model, run.dtype, run.device, on_built=run.on_built)
     found = []
     with torch.inference_mode():
