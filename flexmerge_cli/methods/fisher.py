@@ -17,10 +17,10 @@ from flexmerge_cli.methods.reductions import mean_tasks
 def fisher(deltas: Tensor, measured: Any, *, floor: Annotated[float, Range(least=0)] = 0.01) -> Tensor:
     """Mean of the task vectors, each element weighted by its Fisher information. [k, n] float32 -> [n].
 
-    The weight of an element is its task's diagonal Fisher information, plus floor times the mean of that over the
-    tensor and the tasks, which keeps elements that matter to nobody near the plain mean. Elements whose weights are all
-    0, and tensors without Fisher information, get the mean. Released code takes the larger of the information and 1e-6
-    instead, whatever the scale of the gradients.
+    The weight of an element is its task's diagonal Fisher information, divided by the mean of that over the tensor,
+    plus floor, which keeps elements that matter to nobody near the plain mean. Each task is divided by its own mean, so
+    no task outweighs the others. Elements whose weights are all 0, and tensors without Fisher information, get the
+    plain mean. Released code takes the larger of the information and 1e-6 instead, whatever the scale of the gradients.
     """
     if measured is None:
         return mean_tasks(deltas)
