@@ -162,7 +162,9 @@ class _Inputs:
                 return
             self.last = x, one.tensor
             rows = _rows(x, module, one)
-            total = self.sums.setdefault(one.tensor, _Symmetric.zeros(rows.shape[1], rows.device))
+            if one.tensor not in self.sums:
+                self.sums[one.tensor] = _Symmetric.zeros(rows.shape[1], rows.device)
+            total = self.sums[one.tensor]
             assert isinstance(total, _Symmetric)
             total.add(rows)
 
