@@ -5,6 +5,7 @@ a model, but neither kinds of tasks nor files. It holds the sums of this run's W
 the gradient of one tensor at a time and the activations of one example.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.formats.calibration import InputLayout, Statistic, half_size, inputs_of
 from flexmerge_cli.random import key64, uniform
 
@@ -77,7 +79,8 @@ def measuring(
 ) -> Iterator[Callable[[], list[Found]]]:
     """Observe the layers of a model that runs inside the block. Yields a function that returns the results.
 
-    The results are in the order of wanted. task, seed: they seed the drawing of labels.
+    The results are in the order of wanted. task, seed: they seed the drawing of labels. Raises DataError if two layers
+    have the same inputs only at first.
     """
     inputs = _Inputs()
     outputs: dict[str, tuple[Tensor, int]] = {}
@@ -143,6 +146,9 @@ class _Inputs:
     of: dict[str, str | None] = field(default_factory=dict)
     """Maps each tensor to the one whose sum it shares; None for a tensor with a sum of its own."""
     last: tuple[Any, str] | None = None
+    """The inputs of the latest call, and the tensor whose sum they were added to."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often the layer of each tensor ran."""
 
     def hook(self, one: Wanted, module: nn.Module) -> Callable[..., None]:
         def observe(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -154,11 +160,12 @@ class _Inputs:
                 known = self.sums.get(one.tensor)
                 self.sums[one.tensor] = counts + known if isinstance(known, Tensor) else counts
                 return
-            is_same = self.last is not None and self.last[0] is x
-            owner = self.last[1] if self.last is not None and is_same else None
-            owner = self.of.setdefault(one.tensor, owner)
+            self.calls[one.tensor] += 1
+            current = self.last[1] if self.last is not None and self.last[0] is x else None
+            owner = self.of.setdefault(one.tensor, current)
             if owner is not None:
-                assert is_same, f"{one.tensor} does not get the inputs of {owner} any more"
+                if owner != current:
+                    raise _not_shared(one.tensor, owner)
                 return
             self.last = x, one.tensor
             rows = _rows(x, module, one)
@@ -180,8 +187,17 @@ class _Inputs:
         if total is None:  # The layer never ran.
             return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
         if owner is not None:
+            if self.calls[one.tensor] != self.calls[owner]:
+                raise _not_shared(one.tensor, owner)
             return Found(wanted=one, count=total.count, array=np.zeros(0, np.float32), of=owner)
         return Found(wanted=one, count=total.count, array=total.mean())
+
+
+def _not_shared(tensor: str, owner: str) -> DataError:
+    return DataError(
+        f"the layers of `{owner}` and `{tensor}` had the same inputs at first, but not always",
+        hint="measure no inputs: --statistics fisher",
+    )
 
 
 def _rows(x: Tensor, module: nn.Module, one: Wanted) -> Tensor:
