@@ -22,7 +22,7 @@ from flexmerge_cli.merging import merge
 from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest
 from flexmerge_cli.request.size import Size
 
-DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocation")
+DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocation", "build", "gate", "router")
 
 
 def at_sizes(request: MergeRequest, sizes: tuple[Size, ...]) -> dict[str, MergeRequest]:
@@ -79,5 +79,5 @@ def _is_there(folder: Path, layout: BundleLayout, build: str) -> bool:
     except (FlexmergeError, OSError, ValueError):
         return False
     wanted = json.loads(layout.manifest(Measured(build=build)))
-    same = all(manifest.get(key) == wanted.get(key) for key in (*DECIDING, "build", "gate"))
+    same = all(manifest.get(key) == wanted.get(key) for key in DECIDING)
     return same and not found.bad

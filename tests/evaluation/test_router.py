@@ -1,6 +1,7 @@
 """A router finds the task of an input: fitted by `route`, in the bundle, used by `eval --router` and `predict`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_the_same_request_gives_the_same_bytes_and_a_router_is_replaced(place, t
     again = succeeds("route", tmp_path / "one", "--spec", place / "eval.yaml", "-o", tmp_path / "again", "--json").json
     assert again["router"]["kind"] == "linear"
     assert (tmp_path / "again" / "manifest.json").read_bytes() == (place / "routed" / "manifest.json").read_bytes()
+
+
+def test_a_routed_bundle_is_none_that_sizes_asks_for(place, tmp_path):
+    words = ("merge", place / "plan.json", "--method", "average", "--sizes", "1.5x", "-o", tmp_path, "--json")
+    shutil.copytree(place / "merged", tmp_path / "1.5x", symlinks=True)
+    assert succeeds(*words).json["bundles"]["1.5x"]["was_there"]
+    shutil.rmtree(tmp_path / "1.5x")
+    shutil.copytree(place / "routed", tmp_path / "1.5x", symlinks=True)
+    fails(2, *words, says="exists")
 
 
 def test_routed_scores_are_those_of_predictions_one_by_one(place):
