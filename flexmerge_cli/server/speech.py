@@ -105,6 +105,9 @@ def samples_of(data: bytes, rate: int) -> np.ndarray:
     except (wave.Error, EOFError, ValueError, ZeroDivisionError) as error:
         said = f"a recording is no WAV file of whole-number samples (PCM): {str(error)[:100]}"
         raise Refusal(said, param="inputs") from None
+    if width not in (1, 2, 3, 4):
+        said = f"a recording has samples of {8 * width} bits, and the task takes 8, 16, 24 or 32: convert it"
+        raise Refusal(said, param="inputs")
     if found_rate != rate:
         said = f"a recording has {found_rate} samples a second, and the task takes {rate}: resample it"
         raise Refusal(said, param="inputs")

@@ -3,6 +3,7 @@
 import base64
 import io
 import shutil
+import struct
 import wave
 
 import numpy as np
@@ -14,6 +15,7 @@ from flexmerge_cli import open_bundle
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.images import pixels_of_array
 from flexmerge_cli.server.encoders import Embeddings, pooled
+from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.speech import samples_of
 
 from ..evaluation.tiny import sentences
@@ -137,6 +139,14 @@ def test_samples_of_every_width_are_read_and_channels_averaged(width):
     values = np.array([[0, top // 2], [-top, -top], [top - 1, 0]])
     found = samples_of(recording(values, width, channels=2), 16000)
     assert np.allclose(found, values.mean(1) / top, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [5, 8, 16])
+def test_samples_of_another_width_are_refused(width):
+    data = bytearray(recording(np.zeros((80, 1))))
+    data[32:36] = struct.pack("<HH", width, 8 * width)  # the bytes of a frame, and the bits of a sample
+    with pytest.raises(Refusal, match=f"{8 * width} bits"):
+        samples_of(bytes(data), 16000)
 
 
 def test_recordings_are_recognised_as_offline(client_of, bundle_of):
