@@ -21,6 +21,8 @@ from flexmerge_cli.server.tasks import Task, Tokens, by_shape, require_finite, r
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
 MAX_TEXTS = 1000
 """The largest number of texts that one image is compared with."""
+TEXTS_AT_ONCE = 32
+"""The largest number of those texts that run together, so that memory does not grow with their number."""
 
 
 class Embeddings(Task):
@@ -165,18 +167,26 @@ class ImagesAndTexts(_OfImages):
     def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
         pixels = joined([item[0] for item in items], model)
         images = normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
-        rows = [row for item in items for row in item[2]]
-        inputs = dict(self.tokens.tokenizer.pad(rows, padding=True, return_tensors="pt"))
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        texts = normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
-        logits = (model.logit_scale.exp() * images @ texts.T).float().cpu()
-        require_finite(logits.numpy())
-        first = 0
-        for number, (_, own, _) in enumerate(items):
-            scores = logits[number, first : first + len(own)].softmax(-1).tolist()
-            first += len(own)
+        rows = {tuple(row["input_ids"]): row for item in items for row in item[2]}
+        vectors = self._text_vectors(model, sorted(rows.values(), key=lambda row: len(row["input_ids"])))
+        for number, (image, (_, own, encoded)) in enumerate(zip(images, items, strict=True)):
+            texts = torch.stack([vectors[tuple(row["input_ids"])] for row in encoded])
+            logits = (model.logit_scale.exp() * texts @ image).float().cpu()
+            require_finite(logits.numpy())
+            scores = logits.softmax(-1).tolist()
             best = max(range(len(own)), key=scores.__getitem__)
             deliver(number, {"label": own[best], "index": best, "score": scores[best], "scores": scores})
+
+    def _text_vectors(self, model: Any, rows: Sequence[Any]) -> dict[tuple[int, ...], Tensor]:
+        """Return the projection of each text, of length 1, by its tokens."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for first in range(0, len(rows), TEXTS_AT_ONCE):
+            chunk = rows[first : first + TEXTS_AT_ONCE]
+            inputs = dict(self.tokens.tokenizer.pad(chunk, padding=True, return_tensors="pt"))
+            inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            texts = normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
+            found.update(zip((tuple(row["input_ids"]) for row in chunk), texts, strict=True))
+        return found
 
 
 def joined(pixels: Sequence[Tensor], model: Any) -> Tensor:

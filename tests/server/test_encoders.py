@@ -5,6 +5,7 @@ import io
 import shutil
 import struct
 import wave
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from torch.nn.functional import normalize
 from flexmerge_cli import open_bundle
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.images import pixels_of_array
-from flexmerge_cli.server.encoders import Embeddings, pooled
+from flexmerge_cli.server.encoders import TEXTS_AT_ONCE, Embeddings, ImagesAndTexts, pooled
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.speech import samples_of
 
-from ..evaluation.tiny import sentences
+from ..evaluation.tiny import WORDS, sentences
 from .offline import Offline
 from .test_predict import CLOSE, outputs, predict, refused
 
@@ -111,6 +112,27 @@ def test_images_are_compared_with_texts_as_clip_does(client_of, bundle_of):
     for wrong in ("red", {"image": asked[0]["image"]}, asked[0] | {"texts": []}, asked[0] | {"texts": [3]}):
         refused(predict(client, "pets", [wrong]), 400, "an `image`, and `texts`")
     refused(predict(client, "pets", [asked[0] | {"image": pixels(1, 4).tolist()}]), 400, "an image of [3, 4, 4]")
+
+
+def test_texts_of_images_run_in_chunks_and_each_once(bundle_of):
+    folder, model = bundle_of("clip") / "tasks/pets", open_bundle(bundle_of("clip")).model("pets")
+    task, texts = ImagesAndTexts("pets", folder), [" ".join(words) for words in product(WORDS[:4], repeat=3)]
+    lists = texts, texts[::-1], texts[:3]
+    items = [task.prepare({"image": pixels(n).tolist(), "texts": own}) for n, own in enumerate(lists)]
+    found, sizes = {}, []
+    with torch.inference_mode():
+        inputs = task.tokens.tokenizer(texts, padding=True, return_tensors="pt")
+        logits = model(
+            pixel_values=torch.cat([item[0] for item in items]),
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+        ).logits_per_image  # fmt: skip
+        model.text_model.register_forward_pre_hook(
+            lambda _module, _args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+        )
+        task.run(model, items, found.__setitem__)
+    assert sum(sizes) == len(texts) > max(sizes) == TEXTS_AT_ONCE
+    for number, expected in enumerate((logits[0], logits[1].flip(0), logits[2, :3])):
+        assert torch.allclose(torch.tensor(found[number]["scores"]), expected.softmax(-1), **CLOSE)
 
 
 def test_a_vision_tower_gives_the_projection_of_an_image(client_of, bundle_of):
