@@ -8,7 +8,9 @@ same weight are multiplied together, and each goes on with its own. Between two 
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -36,22 +38,21 @@ def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
 
 Joining = Callable[[Sequence[int]], tuple[Sequence[Callable[[], Any]], Collection[int]]]
 """Called between tokens with the numbers of the runs that go on. Returns the runs that join, which get the next
-numbers, and `shared_weights` of all that then run. It must not raise."""
+numbers and whose results are dropped, and `shared_weights` of all that then run. It must not raise."""
 
 
 def run_together(
     runs: Sequence[Callable[[], Result]], shared: Collection[int], joining: Joining | None = None
 ) -> list[Result]:
-    """Return the result of every run, in order. The first error, in that order, is raised once all have ended.
+    """Return the results of `runs`, in order. The first error, in order of the numbers, is raised once all have ended.
 
     shared: of `shared_weights`. Runs without gradients.
     """
     meeting = _Meeting(runs, shared, joining)
-    for thread in meeting.threads:  # More threads may be added while these are joined.
-        thread.join()
-    for error in meeting.errors:
-        if error is not None:
-            raise error
+    while meeting.threads:  # Others are added only by threads that have not ended.
+        meeting.threads.popleft().join()
+    if meeting.error is not None:
+        raise meeting.error[1]
     return meeting.results
 
 
@@ -68,15 +69,19 @@ _attending = threading.local()
 class _Meeting:
     """Tracks who runs, who waits for which product, and what each has found.
 
-    One thread runs at a time, so that it needs no lock.
+    One thread runs at a time, so that it needs no lock. It keeps nothing of runs that have joined and ended, since
+    others may join without end.
     """
 
     def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int], joining: Joining | None) -> None:
-        self.results: list[Any] = []
-        self.errors: list[BaseException | None] = []
-        self.threads: list[threading.Thread] = []
+        self.results: list[Any] = [None] * len(runs)
+        self.error: tuple[int, BaseException] | None = None
+        """The number of the first run that failed, and its error."""
+        self.threads: deque[threading.Thread] = deque()
+        """Those that `run_together` has not joined yet."""
         self._shared, self._joining = shared, joining
-        self._turns: list[threading.Semaphore] = []
+        self._places = count()
+        self._turns: dict[int, threading.Semaphore] = {}
         self._ready: list[int] = []
         """The runs that may go on, in order."""
         self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
@@ -89,13 +94,12 @@ class _Meeting:
         self._next()
 
     def _add(self, run: Callable[[], Any]) -> None:
-        place = len(self.threads)
-        self.results.append(None)
-        self.errors.append(None)
-        self._turns.append(threading.Semaphore(0))
+        place = next(self._places)
+        self._turns[place] = threading.Semaphore(0)
         self._ready.append(place)
-        self.threads.append(threading.Thread(target=self._attend, args=(place, run), daemon=True))
-        self.threads[place].start()
+        thread = threading.Thread(target=self._attend, args=(place, run), daemon=True)
+        thread.start()
+        self.threads.append(thread)  # which must have started, as it may be joined at once
 
     def _attend(self, place: int, run: Callable[[], Any]) -> None:
         torch.get_num_threads()  # takes over what was set; without it a thread uses all cores
@@ -103,9 +107,13 @@ class _Meeting:
         self._turns[place].acquire()
         try:
             with torch.inference_mode(), _Mode(self, place):
-                self.results[place] = run()
+                result = run()
+            if place < len(self.results):
+                self.results[place] = result
         except BaseException as error:  # raised by run_together
-            self.errors[place] = error
+            if self.error is None or place < self.error[0]:
+                self.error = place, error
+        del self._turns[place]
         self._next()
 
     def pause(self, place: int) -> None:

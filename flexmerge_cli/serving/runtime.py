@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,11 +156,12 @@ class Runtime:
     def together(
         self, runs: Sequence[tuple[str, Callable[[Any], Result]]], joining: Callable[[], Sequence[Run]] | None = None
     ) -> list[Result]:
-        """Call functions with the models of their tasks, side by side, and return their results, in order.
+        """Call functions with the models of their tasks, side by side, and return the results of `runs`, in order.
 
         runs: (task, function of its model); a task may occur several times. Where the models share weights, products
         are taken once for all. joining: returns runs of loaded tasks that join, whenever all that run are between two
-        tokens (`meeting.pause`); it must not raise. Raises the first error once all have ended, or like `model`.
+        tokens (`meeting.pause`), and whose results are dropped; it must not raise. Raises the first error once all have
+        ended, or like `model`.
         """
         models = [self.model(task) for task, _ in runs]
         calls = [partial(run, model) for (_, run), model in zip(runs, models)]
@@ -168,18 +170,18 @@ class Runtime:
                 with torch.inference_mode():
                     return [calls[0]()]
             return run_together(calls, shared_weights(models))
-        known = list(range(len(models))), shared_weights(models)
+        running, numbers = dict(enumerate(models)), count(len(models))
+        shared = shared_weights(models)
 
         def joined(going: Sequence[int]) -> tuple[list[Callable[[], Any]], Collection[int]]:
-            nonlocal known
-            more = [(self.model(task), run) for task, run in joining()]
-            numbers = [*going, *range(len(models), len(models) + len(more))]
-            models.extend(model for model, _ in more)
-            if numbers != known[0]:
-                known = numbers, shared_weights(models[number] for number in numbers)
-            return [partial(run, model) for model, run in more], known[1]
+            nonlocal running, shared
+            more = [(next(numbers), self.model(task), run) for task, run in joining()]
+            now = {number: running[number] for number in going} | {number: model for number, model, _ in more}
+            if now.keys() != running.keys():
+                running, shared = now, shared_weights(now.values())
+            return [partial(run, model) for _, model, run in more], shared
 
-        return run_together(calls, known[1], joined)
+        return run_together(calls, shared, joined)
 
     def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
         def of(own: Mapping[str, Any]) -> Callable[[Any], Any]:

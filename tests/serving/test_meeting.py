@@ -1,8 +1,11 @@
 """Batches of several tasks: each example has the output of its task's model alone, shared products are taken once."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -117,7 +120,7 @@ def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
 
 
 def test_runs_join_between_tokens_and_begin_together() -> None:
-    weight, products, going = torch.eye(2), [], []
+    weight, products, going, ended = torch.eye(2), [], [], []
 
     def text(tokens: int) -> Callable[[], int]:
         def run() -> int:
@@ -125,6 +128,7 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
                 functional.linear(torch.ones(tokens, 2), weight)
                 functional.linear(torch.ones(tokens, 2), weight)
                 meeting.pause()
+            ended.append(tokens)
             return tokens
 
         return run
@@ -141,10 +145,68 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meeting._Meeting, "_multiply", counted)
-        assert run_together([text(4)], {weight.data_ptr()}, joining) == [4, 2, 1]
+        assert run_together([text(4)], {weight.data_ptr()}, joining) == [4]
+    assert sorted(ended) == [1, 2, 4]
     assert going == [[0], [0], [0, 1, 2], [0, 1]]
     assert products == [[0]] * 4 + [[0, 1, 2]] * 2 + [[0, 1]] * 2
     meeting.pause()  # of nobody
+
+
+def test_nothing_is_kept_of_runs_that_have_joined_and_ended() -> None:
+    class Result:
+        pass
+
+    def num_kept() -> int:
+        return sum(type(one) in (Result, threading.Thread, threading.Semaphore) for one in gc.get_objects())
+
+    def run() -> Result:
+        meeting.pause()
+        return Result()
+
+    kept, num_calls = [num_kept()], count()
+
+    def joining(_numbers: "Sequence[int]") -> tuple[list[Callable[[], Result]], set[int]]:
+        number = next(num_calls)
+        if number == 300:
+            kept.append(num_kept())
+        return ([run] if number < 300 else []), set()
+
+    assert len(run_together([run], (), joining)) == 1
+    assert kept[1] - kept[0] < 100
+
+
+def test_a_task_that_is_dropped_while_others_run_is_freed_after_its_own_run(bundle_of: Callable[..., Path]) -> None:
+    runtime = open_bundle(bundle_of("vit", **FORMS["merged"])).runtime()
+    model, is_held = weakref.ref(runtime.model("beta")), []
+
+    def lasts(_model: object) -> None:
+        for _ in range(5):
+            meeting.pause()
+
+    def joining() -> list:
+        gc.collect()
+        is_held.append(model() is not None)
+        if len(is_held) == 3:
+            runtime.drop("beta")
+        return [("beta", lambda _model: None)] if len(is_held) == 1 else []
+
+    runtime.together([("alpha", lasts)], joining)
+    assert is_held == [True, True, True, False, False]
+
+
+def test_the_error_of_a_run_that_has_joined_is_raised_once_all_have_ended() -> None:
+    def fails() -> None:
+        raise ArithmeticError("no")
+
+    def lasts() -> None:
+        for _ in range(3):
+            meeting.pause()
+        ended.append(True)
+
+    joining, ended = iter([[fails, fails], [], []]), []
+    with pytest.raises(ArithmeticError):
+        run_together([lasts], (), lambda _numbers: (next(joining), ()))
+    assert ended
 
 
 def test_a_run_that_pauses_takes_the_products_that_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
