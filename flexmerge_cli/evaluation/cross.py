@@ -31,19 +31,21 @@ class Mismatch:
     """The same as a sentence."""
 
 
-def mismatches(scorer: Scorer, task: str, folders: Mapping[str, Path]) -> dict[str, Mismatch | None]:
+def mismatches(
+    scorer: Scorer, task: str, folders: Mapping[str, Path], *, named: bool = False
+) -> dict[str, Mismatch | None]:
     """Say for each other task of the spec why the models of `task` cannot be scored on its data; None if they can.
 
     folders: maps each task to the folder of its side files. The examples that can be scored are prepared, with the
-    model's own tokenizer or processor.
+    model's own tokenizer or processor. named: classes without names, such as LABEL_0, are a mismatch, too.
     """
     others = [other for other in scorer.spec.tasks if other != task]
-    return {other: _mismatch(scorer, task, other, folders) for other in others}
+    return {other: _mismatch(scorer, task, other, folders, named) for other in others}
 
 
-def _mismatch(scorer: Scorer, task: str, other: str, folders: Mapping[str, Path]) -> Mismatch | None:
+def _mismatch(scorer: Scorer, task: str, other: str, folders: Mapping[str, Path], named: bool) -> Mismatch | None:
     heads = _Head.of(scorer.spec, task, folders[task]), _Head.of(scorer.spec, other, folders[other])
-    found = _between(*heads)
+    found = _between(*heads, named=named)
     if found is not None:
         return found
     try:
@@ -79,13 +81,15 @@ class _Head:
         )
 
 
-def _between(model: _Head, data: _Head) -> Mismatch | None:
+def _between(model: _Head, data: _Head, *, named: bool) -> Mismatch | None:
     if None not in (model.name, data.name) and model.name != data.name:
         return Mismatch("head≠", f"the model is {model.name}, and the data are for {data.name}")
     if model.classes != data.classes:
         return Mismatch(
             f"{model.classes}≠{data.classes}", f"the head has {model.classes} classes, and the data {data.classes}"
         )
+    if named and model.classes is not None and not (model.labels and data.labels):
+        return Mismatch("labels≠", "the classes have no names that could be the same")
     if model.labels and data.labels and model.labels != data.labels:
         both = (", ".join(labels[:3]) + ("…" if len(labels) > 3 else "") for labels in (model.labels, data.labels))
         return Mismatch("labels≠", "the labels of the head are {}, and those of the data {}".format(*both))

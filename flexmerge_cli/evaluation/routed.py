@@ -1,7 +1,8 @@
 """Scores a bundle whose router chooses the task of each example: `eval --router`.
 
 An example that goes to its own task counts as that task's model answers it. One that goes to another task is right only
-if that model's head has the same labels and chooses the right one.
+if that model's head has the same labels and chooses the right one. Labels such as LABEL_0 name nothing and
+are not the same.
 """
 
 import time
@@ -85,7 +86,7 @@ def _hits(bundle: Bundle, scorer: Scorer, task: str, own: Scored, tasks: tuple[s
     for number, name in enumerate(tasks):
         if name == task:
             scored = own
-        elif mismatches(scorer, name, folders)[task] is None:
+        elif mismatches(scorer, name, folders, named=True)[task] is None:
             scored = scorer.score(_on_data_of(bundle, name, task))
         else:
             continue

@@ -117,6 +117,20 @@ def test_routed_scores_are_those_of_predictions_one_by_one(place):
     assert "routed" in shown and "random" in shown and "ms per example" in shown
 
 
+def test_classes_without_names_are_no_common_labels(place):
+    spec = json.loads((place / "eval.yaml").read_text())
+    for name in WORDS:
+        rows = [json.loads(line) for line in (place / f"{name}.jsonl").read_text().splitlines()]
+        answers = [LABELS.index(row["label"]) for row in rows]
+        tiny.rows(place / f"{name}-numbers.jsonl", text=sentences(name), label=answers)
+        spec["tasks"][name] |= {"data": f"{name}-numbers.jsonl", "labels": ["LABEL_0", "LABEL_1"]}
+    (place / "unnamed.yaml").write_text(json.dumps(spec))
+    document = succeeds("eval", place / "routed", "--spec", place / "unnamed.yaml", "--router", "--json").json
+    for name, record in document["router"]["tasks"].items():
+        assert record["true"] == document["tasks"][name]["merged"] > 0
+        assert record["random"] == pytest.approx(record["true"] / 3)
+
+
 def test_a_prediction_is_what_the_tasks_own_model_says(place):
     bundle = open_bundle(place / "routed")
     texts = ["one two three", "red blue", "is not the"]
