@@ -332,10 +332,11 @@ class BundleGate:
         """Prepare the data. Raises UsageError, SourceError and DataError if spec and data do not fit; reads no
         weights."""
         scorer, folders = self._scorer(), self.references.folders
-        self._data = {task: scorer.examples(task, folders[task]).digest or None for task in self.spec.tasks}
-        for task in self.spec.tasks:
-            for name in self.spec.others_of(task):
-                scorer.examples(name, folders[task])
+        self._data = {
+            name: scorer.examples(name, folders[task]).digest or None
+            for task in self.spec.tasks
+            for name in (task, *self.spec.others_of(task))
+        }
 
     def _scorer(self) -> Scorer:
         return Scorer(spec=self.spec, device=self.device)
@@ -347,7 +348,7 @@ class BundleGate:
         return {
             **{name: limit.text for name, limit in limits.items() if limit is not None},
             "spec": self.spec.sha256,
-            "data": self._data,
+            "data": {task: self._data[task] for task in self.spec.tasks},
             "not_scored": list(self.spec.not_scored),
             "versions": library_versions(),
         }
@@ -362,9 +363,9 @@ class BundleGate:
             Bundle.open(folder), self.spec, scorer=self._scorer(), references=self.references, on_step=on_step,
             on_scored=pairs.add,
         )  # fmt: skip
-        for task, record in document["tasks"].items():
-            if record["data"] != self._data[task]:
-                raise DataError(f"the data of task `{task}` changed during the run", hint="run it again")
+        for name, record in (document["tasks"] | document.get("unseen", {})).items():
+            if record["data"] != self._data[name]:
+                raise DataError(f"the data of task `{name}` changed during the run", hint="run it again")
         self.document = document | {"gate": pairs.verdict(self.spec, self.gate)}
         require_pass(self.document["gate"], "the bundle is not published: it")
         return self.document

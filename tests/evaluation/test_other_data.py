@@ -9,6 +9,11 @@ import pytest
 import torch
 import transformers
 
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation.gate import parse_gate
+from flexmerge_cli.evaluation.running import BundleGate, references_of
+from flexmerge_cli.evaluation.spec import read_spec
+from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.report.html_scores import scores_page
 
 from ..program import fails, flexmerge, succeeds
@@ -172,6 +177,22 @@ def test_processes_side_by_side_come_to_the_same(place, unseen):
 def test_a_gate_counts_only_the_unseen_data_that_say_so(place, unseen):
     found = flexmerge("eval", place / "merged", "--spec", unseen, "--max-drop", "100%", "--json").json
     assert set(found["gate"]["tasks"]) == {*LABELS, "newer"}
+
+
+def test_unseen_data_that_change_before_a_bundle_is_scored_are_told(place, unseen):
+    fields = json.loads(unseen.read_text())
+    fields["unseen"]["newer"]["data"] = "changing.jsonl"
+    changing = place / "changing.jsonl"
+    changing.write_bytes((place / "three.jsonl").read_bytes())
+    (place / "changing.yaml").write_text(json.dumps(fields))
+    spec = read_spec(place / "changing.yaml", tuple(LABELS))
+    references = references_of(load_plan(place / "plan.json"), place, spec)
+    gate = BundleGate(spec=spec, gate=parse_gate("100%", None), references=references, device="cpu")
+    assert set(gate.record["data"]) == set(LABELS)
+    gate.require(place / "merged", lambda *_step: None)
+    changing.write_text("".join(changing.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(DataError, match="`newer` changed during the run"):
+        gate.require(place / "merged", lambda *_step: None)
 
 
 def test_unseen_scores_are_shown_in_table_csv_and_page(place, unseen, tmp_path):
