@@ -33,7 +33,8 @@ class Embeddings(Task):
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
         self.tokens = Tokens(name, side)
-        self.pooling, self.is_normalised = _pooling(name, side)
+        self.pooling, self.is_normalised, limit = _as_sentence_transformers(name, side)
+        self.tokens.longest = min((one for one in (self.tokens.longest, limit) if one is not None), default=None)
 
     def prepare(self, value: Any, **options: Any) -> Any:
         require_no_options(self, options)
@@ -75,13 +76,13 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
-def _pooling(name: str, side: Path) -> tuple[str, bool]:
-    """Return how the states of tokens become one vector, and whether it is normalised.
+def _as_sentence_transformers(name: str, side: Path) -> tuple[str, bool, int | None]:
+    """Return how the states of tokens become one vector, whether it is normalised, and the most tokens of a text.
 
     Raises UsageError if sentence-transformers would compute anything else.
     """
     if not (side / "modules.json").is_file():
-        return "mean", False
+        return "mean", False, None
     modules = _read(name, side / "modules.json")
     listed = [one for one in modules if isinstance(one, dict)] if isinstance(modules, list) else []
     kinds = [str(one.get("type", "")).rpartition(".")[2] for one in listed]
@@ -99,7 +100,42 @@ def _pooling(name: str, side: Path) -> tuple[str, bool]:
             f"task `{name}`: its Pooling is not one of {', '.join(POOLINGS.values())}, and no other is served",
             hint="choose other tasks with --tasks",
         )
-    return asked[0], len(kinds) > 2
+    _require_no_prompt(name, side / "config_sentence_transformers.json")
+    transformer = side / Path(str(listed[0].get("path", ""))).name
+    limits = [_limit(name, path) for path in transformer.glob("sentence_*_config.json")]
+    return asked[0], len(kinds) > 2, min((one for one in limits if one is not None), default=None)
+
+
+def _require_no_prompt(name: str, path: Path) -> None:
+    """Raise UsageError if sentence-transformers would put a prompt before every text."""
+    config = _read(name, path) if path.is_file() else {}
+    prompt = config.get("default_prompt_name") if isinstance(config, dict) else None
+    prompts = config.get("prompts") if prompt is not None else None
+    if prompt is not None and not (isinstance(prompts, dict) and prompts.get(str(prompt)) == ""):
+        raise UsageError(
+            f"task `{name}`: {path} has the `default_prompt_name` `{str(prompt)[:100]}`, which is not served",
+            hint="set it to null in the checkpoint, merge again, and send the prompt with each text; "
+            "or leave the task out with --tasks",
+        )
+
+
+def _limit(name: str, path: Path) -> int | None:
+    """Return the most tokens of a text, if the config of a Transformer names it."""
+    read = _read(name, path)
+    config = read if isinstance(read, dict) else {}
+    if config.get("do_lower_case"):
+        raise UsageError(
+            f"task `{name}`: {path} has `do_lower_case`, which is not served",
+            hint="set it to false in the checkpoint, merge again, and send texts in lower case; "
+            "or leave the task out with --tasks",
+        )
+    limit: int | None = config.get("max_seq_length")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise UsageError(
+            f"task `{name}`: {path} has {str(limit)[:100]!r} as `max_seq_length`, which is not a positive whole number",
+            hint="correct the checkpoint and merge again, or leave the task out with --tasks",
+        )
+    return limit
 
 
 def _read(name: str, path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import shutil
 import struct
 import wave
@@ -78,6 +79,42 @@ def test_modules_that_compute_more_than_a_pooling_are_refused_before_anything_is
         (side / "1_Pooling/config.json").write_text(pooling)
         with pytest.raises(UsageError, match=says):
             Embeddings("one", side)
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "says"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        ("sentence_bert_config.json", {"max_seq_length": "many"}, "max_seq_length"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "red "}, "default_prompt_name": "query"},
+            "`query`",
+        ),
+    ],
+)
+def test_settings_that_change_the_texts_are_refused_before_anything_is_loaded(bundle_of, tmp_path, file, config, says):
+    side = shutil.copytree(bundle_of("sentences") / "tasks/one", tmp_path / "side")
+    (side / file).write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=says) as caught:
+        Embeddings("one", side)
+    assert "--tasks" in caught.value.hint
+
+
+def test_the_smaller_of_the_limits_of_tokens_counts_and_prompts_that_are_not_the_default_do_not(bundle_of, tmp_path):
+    side = shutil.copytree(bundle_of("sentences") / "tasks/one", tmp_path / "side")
+    usual = Embeddings("one", side).tokens.longest
+    prompts = {"prompts": {"query": "red ", "document": ""}}
+    for limit, name, expected in ((4, None, 4), (usual + 1, "document", usual), (None, None, usual)):
+        config = {"max_seq_length": limit, "do_lower_case": False}
+        (side / "sentence_bert_config.json").write_text(json.dumps(config))
+        (side / "config_sentence_transformers.json").write_text(json.dumps(prompts | {"default_prompt_name": name}))
+        assert Embeddings("one", side).tokens.longest == expected
+    (side / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4}))
+    task = Embeddings("one", side)
+    assert len(task.prepare("red green")["input_ids"]) == 4
+    with pytest.raises(Refusal, match="5 tokens, and task `one` takes 4"):
+        task.prepare("red green blue")
 
 
 def test_what_is_no_text_and_what_embeds_no_texts_is_refused(client_of):
