@@ -217,6 +217,20 @@ def test_a_method_that_overflows_is_an_error_with_its_place(tmp_path):
     )  # fmt: skip
 
 
+def test_a_row_too_large_for_a_scale_of_a_byte_is_an_error_with_its_tensor(tmp_path):
+    models = plain(num_tasks=2)
+    models.tasks["task1"]["pooler.dense.weight"][2] = 1e6
+    folders = write_family(tmp_path, models)
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    words = ("merge", tmp_path / "plan.json", "-o", tmp_path / "b", "--method")
+    fails(
+        3, *words, "low_bit:bits=2,centre=base,scales=byte",
+        says=("`pooler.dense.weight` of task `task1` cannot be coded", "scales=bfloat16"),
+    )  # fmt: skip
+    assert not (tmp_path / "b").exists()
+    succeeds(*words, "low_bit:bits=2,centre=base,scales=bfloat16")
+
+
 def test_infinities_of_private_tensors_are_copied_and_cast_as_they_are(tmp_path):
     models = plain(num_tasks=2)
     odd = torch.tensor([float("inf"), float("nan"), -float("inf"), 1.0])

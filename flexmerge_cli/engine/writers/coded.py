@@ -13,6 +13,7 @@ from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.dense import write_copies
 from flexmerge_cli.engine.writers.writer import Work, Writer
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.coded import Form
 from flexmerge_cli.methods.method import Scope
@@ -38,7 +39,6 @@ def _write_alike(
     assert coded is not None
     form = coded.form(storage.tensor.shape, tuple(dtypes))
     assert form.residual is not None
-    rows = _rows(form.matrix, raw)
     shared = {part.array.role: part for part in group.parts if part.task is None}
     dtype = promote(dtypes)
     centre = None
@@ -57,7 +57,7 @@ def _write_alike(
             vectors = (deltas[row].view(shape), base.view(shape), centre.view(shape))
             residual = coded.expert.residual(*vectors, float(factors[row])).flatten()
         mine = {part.array.role: part for part in group.parts if part.task == task}
-        back = _code(encoder, form.residual, residual, form.matrix, rows, dtypes[row], mine, piece)
+        back = _code(encoder, form.residual, residual, form.matrix, raw, dtypes[row], mine, piece)
         value = torch.from_numpy(back) if centre is None else centre.cpu() + torch.from_numpy(back)
         decoded_task = cast(value, dtypes[row])
         encoder.decoded(task, decoded_task, dtypes[row], group, raw, piece)
@@ -89,7 +89,7 @@ def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: 
             if form.residual is not None:
                 mine = {part.array.role: part for part in group.parts if part.task == task}
                 residual = own if centre is None else own - centre
-                back = _code(encoder, form.residual, residual, form.matrix, _rows(form.matrix, raw), dtype, mine, piece)
+                back = _code(encoder, form.residual, residual, form.matrix, raw, dtype, mine, piece)
                 value = torch.from_numpy(back) if value is None else value + torch.from_numpy(back)
             assert value is not None
             decoded = cast(value, dtype)
@@ -113,7 +113,7 @@ def _centre(
     plain: float32, before it is coded or rounded; shared: its parts, by role.
     """
     if form.centre is not None:
-        decoded = _code(encoder, form.centre, plain, form.matrix, _rows(form.matrix, raw), dtype, shared, piece)
+        decoded = _code(encoder, form.centre, plain, form.matrix, raw, dtype, shared, piece)
         return torch.from_numpy(decoded).to(encoder.worker.device)
     if "base" in shared:  # written once, for all groups
         return cast(plain, shared["base"].array.dtype).float()
@@ -127,14 +127,23 @@ def _code(
     coder: Coder,
     values: Tensor,
     matrix: Matrix,
-    rows: tuple[int, int],
+    raw: Raw,
     dtype: str,
     parts: Mapping[str, Part],
     piece: Piece,
 ) -> np.ndarray:
-    """Encode whole rows, write them, and decode them again: float32, flat."""
+    """Encode whole rows, write them, and decode them: float32, flat. Raises DataError for a scale out of range."""
+    rows = _rows(matrix, raw)
     chunk = values.view(rows[1] - rows[0], matrix[1])
-    encoded = coder.encode(chunk, dtype)
+    try:
+        encoded = coder.encode(chunk, dtype)
+    except OverflowError as error:
+        task = next(iter(parts.values())).task
+        assert task is not None
+        raise DataError(
+            f"`{raw.span.tensor}` of task `{encoder.plan.tasks[task].name}` cannot be coded: {error}",
+            hint="scales=bfloat16 in the method, such as --method auto:scales=bfloat16",
+        ) from None
     by_row = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
     for role, bits in encoded.items():
         data = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
