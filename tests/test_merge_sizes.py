@@ -45,6 +45,19 @@ def test_each_bundle_is_that_of_a_single_merge_and_less_is_read(method, family, 
     assert count == 0 and all(bundle["was_there"] for bundle in again.json["bundles"].values())
 
 
+def test_masks_of_a_larger_size_have_their_factors(tmp_path):
+    """`merge --sizes` and `update` stopped with "a part was not written", if a unit kept some of its masked groups."""
+    family = write_family(tmp_path, plain(num_tasks=12, layers=1))
+    succeeds("plan", *family.arguments, "-o", tmp_path / "plan.json", "-q")
+    words = ("merge", tmp_path / "plan.json", "--method", "emr")
+    succeeds(*words, "--sizes", "4x,5x", "-o", tmp_path / "sizes")
+    succeeds("plan", tmp_path / "plan.json", "--remove", "task0", "-o", tmp_path / "fewer.json")
+    for size in ("4x", "5x"):
+        succeeds(*words, "--size", size, "-o", tmp_path / size)
+        assert tree(tmp_path / "sizes" / size) == tree(tmp_path / size)
+        succeeds("update", tmp_path / size, "--plan", tmp_path / "fewer.json", "-o", tmp_path / f"updated-{size}")
+
+
 def test_a_killed_run_is_gone_on_with(family, single, tmp_path):
     expected, num_read = single["average"]
     words = ("merge", family / "plan.json", "--method", "average", "--sizes", ",".join(SIZES), "-o", tmp_path / "b")

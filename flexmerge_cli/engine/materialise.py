@@ -305,16 +305,15 @@ class _Run:
             for row, task in enumerate(tasks)
         }
         for unit, parts in self._of_units():
-            arrays = [values[key] for part in parts if (key := (unit.name, part.task)) in values]
-            if len(arrays) < len(parts):
-                continue  # It belongs to another part of the merge, or was written before.
-            for part, array in zip(parts, arrays):
-                data = np.frombuffer(array.tobytes(), np.uint8)
+            # The others belong to another part of the merge, were written before, or are taken from an older bundle.
+            computed = [part for part in parts if (unit.name, part.task) in values]
+            for part in computed:
+                data = np.frombuffer(values[unit.name, part.task].tobytes(), np.uint8)
                 self.output.write(part, 0, data)
                 self.output.hashed(part, 0, data)
                 if journal is not None:
                     journal.hashed(part, 0, data)
-            if journal is not None:
+            if journal is not None and len(computed) == len(parts):
                 journal.finished(f"\0{unit.name}", parts, {}, {})
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,8 @@ class MemoryOutput:
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.arrays = {part: aligned(part.num_bytes) for part in parts}
+        self._left = {part: part.num_bytes for part in self.arrays}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "MemoryOutput":
         return self
@@ -61,11 +64,14 @@ class MemoryOutput:
     def write(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         if part in self.arrays:
             self.arrays[part][start_byte : start_byte + data.size] = data
+            with self._lock:
+                self._left[part] -= data.size
 
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         pass
 
     def finish(self) -> dict[str, str]:
+        assert all(left <= 0 for left in self._left.values()), "a part was not written"
         return {}
 
 

@@ -16,7 +16,7 @@ from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
 
 from ..engine.merges import EDGES, FAMILIES, billed, groups_of, plan_of, planned, write
-from ..families import ODD, Folders, assert_same_state, write_family
+from ..families import ODD, Folders, assert_same_state, plain, write_family
 from ..program import succeeds
 
 METHODS = {
@@ -103,6 +103,18 @@ def test_weights_are_those_of_the_bundle_of_odd_families(planned_family, tmp_pat
         layout = billed(plan, "average", "emr", "low_bit:bits=2", "low_bit:centre=none", groups=groups, dtype=dtype)
         written = write(folders, layout, tmp_path / f"{shift}")
         assert_same_bundle(made.bundle(layout, plan.all_tasks), Bundle.open(written), list(plan.task_names))
+
+
+@pytest.mark.parametrize("tasks", [range(7), (0,), (6, 2)])
+def test_groups_that_come_later_get_what_their_unit_stores_once(tmp_path, tasks):
+    """The factors of masks of a unit were not written, if some of its groups had theirs already."""
+    folders = planned(tmp_path, plain(num_tasks=7, layers=1))
+    plan, made = plan_of(folders), in_memory(folders)
+    for number, groups in enumerate([[(0, 1, 2), (3, 4, 5), (6,)], [(0, 1, 2), (3, 4, 5, 6)]]):
+        layout = billed(plan, "emr", groups=[groups] * len(plan.blocks))
+        written = write(folders, layout, tmp_path / str(number))
+        names = [plan.task_names[task] for task in tasks]
+        assert_same_bundle(made.bundle(layout, tasks), Bundle.open(written), names)
 
 
 def test_one_task_at_a_time_gives_the_same(family, plan, tmp_path):
