@@ -37,7 +37,7 @@ def test_every_command_builds_a_bundle_of_the_bytes_that_the_table_says(name, tm
     sizes = [row["disk_bytes"] for row in rows.values()]
     assert sizes == sorted(sizes)
     if name == "plain":
-        assert set(rows) >= set(all_methods())
+        assert set(rows) >= {name for name, method in all_methods().items() if not method.reads}  # a calibration
 
 
 def test_bits_are_those_of_the_tensor_data_per_weight_and_task(plan, tmp_path):
@@ -114,10 +114,10 @@ def test_what_was_measured_stands_in_the_docs():
     ("bits", "kept"),
     [
         (0.3, None),
-        (0.8, (83.9, 83.9)),
-        (1.0, (95.3, 95.3)),
-        (1.5, (98.4, 100.8)),
-        (2.2, (99.6, 100.8)),
+        (0.65, (74.5, 74.5)),
+        (1.0, (99.0, 99.0)),
+        (1.5, (99.7, 100.8)),
+        (2.2, (99.9, 100.8)),
         (9.0, (100.0, 100.8)),
     ],
 )
