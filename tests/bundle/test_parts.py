@@ -165,3 +165,18 @@ def test_every_tensor_is_of_one_part_and_units_are_whole(family):
     )
     for unit in layout.allocation.units:
         assert sum(not share.isdisjoint(unit.tensors) for share in shares) <= 1
+
+
+def test_a_command_that_is_refused_keeps_the_parts(family, tmp_path):
+    """Without --force, over a bundle, the parts were removed before the place was refused."""
+    words, out = merging(family), tmp_path / "b"
+    succeeds("merge", family / "plan.json", "-o", out)
+    for number in (1, 2):
+        succeeds(*words, "--force", "--part", f"{number}/2", "-o", out)
+    refused = ("--join",), ("--part", "1/2"), ("--dry-run",), ()
+    for more in refused:
+        fails(2, *words, *more, "-o", out, says="exists")
+    fails(2, "export", out, "--task", "task0", "-o", out, says="")
+    succeeds(*words, "--join", "--force", "-o", out)
+    succeeds(*words, "-o", tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole") and hidden(tmp_path) == []

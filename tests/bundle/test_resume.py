@@ -183,10 +183,13 @@ def test_what_else_is_written_there_removes_it(killed, family, tmp_path):
     assert not (tmp_path / ".b.partial").exists()
 
 
-def test_where_something_else_lies_by_now_it_is_removed(killed, tmp_path):
+def test_where_something_else_lies_by_now_a_refusal_removes_nothing(killed, tmp_path):
+    """It may be the work of others, such as the parts of a merge that runs on several machines."""
     (tmp_path / "b").mkdir()
     fails(2, *killed, says="exists")
-    assert not (tmp_path / ".b.partial").exists()
+    assert (tmp_path / ".b.partial").exists()
+    assert "going on" in succeeds(*killed, "--force").err
+    assert tree(tmp_path / "b") == tree(tmp_path / "whole") and not (tmp_path / ".b.partial").exists()
 
 
 def test_what_lies_there_is_no_room_that_is_missing(killed, tmp_path, monkeypatch):
