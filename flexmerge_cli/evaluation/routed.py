@@ -7,6 +7,7 @@ are not the same.
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def routed_record(
     router, entry, spec = Router.of(bundle), bundle.manifest.router, scorer.spec
     assert entry is not None
     first = entry.tasks[0]
-    model = FeatureModel.of(bundle, entry.features, scorer.run(first))
+    model = FeatureModel.of(bundle, entry.features, replace(scorer.run(first), dtype=None))  # as `predict` does
     records, seconds, count = {}, 0.0, 0
     for task in spec.tasks:
         examples = examples_for_router(bundle, spec, task, entry.features, limit=None, access=scorer.access)
@@ -96,6 +97,4 @@ def _hits(bundle: Bundle, scorer: Scorer, task: str, own: Scored, tasks: tuple[s
 
 
 def _on_data_of(bundle: Bundle, name: str, task: str) -> Any:
-    from dataclasses import replace
-
     return replace(bundle_model(bundle, name), task=task)

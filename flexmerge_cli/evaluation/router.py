@@ -127,6 +127,8 @@ def examples_for_router(
             hint="leave the task out",
         )
     changes: dict[str, Any] = {} if settled.kind == "regression" else {"metric": AGREEMENT}
+    if settled.kind in TEXTS:
+        changes["max_length"] = None  # Nobody knows the task of an input, and so not its own limit either.
     if limit is not None:
         changes["limit"] = min(limit, settled.limit or limit)
     with _side_files(bundle, config=task, rest=features) as side:

@@ -131,6 +131,19 @@ def test_classes_without_names_are_no_common_labels(place):
         assert record["random"] == pytest.approx(record["true"] / 3)
 
 
+def test_limits_and_dtypes_of_a_spec_do_not_reach_the_features(place, tmp_path):
+    """`predict` knows no task's own `max_length`, and computes in the stored dtype."""
+    spec = json.loads((place / "eval.yaml").read_text())
+    for name, task in spec["tasks"].items():
+        spec["tasks"][name] = task | {"data": str(place / task["data"]), "max_length": 3, "dtype": "bfloat16"}
+    (tmp_path / "short.yaml").write_text(json.dumps(spec))
+    succeeds("route", place / "merged", "--spec", tmp_path / "short.yaml", "-o", tmp_path / "routed")
+    assert (tmp_path / "routed" / ROUTER_FILE).read_bytes() == (place / "routed" / ROUTER_FILE).read_bytes()
+    words = ("eval", place / "routed", "--router", "--json", "--spec")
+    found = [succeeds(*words, path).json["router"]["tasks"] for path in (place / "eval.yaml", tmp_path / "short.yaml")]
+    assert [each["numbers"]["to"] for each in found] == [found[0]["numbers"]["to"]] * 2
+
+
 def test_a_prediction_is_what_the_tasks_own_model_says(place):
     bundle = open_bundle(place / "routed")
     texts = ["one two three", "red blue", "is not the"]
