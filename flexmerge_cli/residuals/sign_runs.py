@@ -68,7 +68,7 @@ class SignRuns:
     def workspace(self, shape: Matrix) -> int:
         m, n = shape
         filled = self._filled(n)
-        return 8 * 6 * min(m * filled, max(BLOCK_ELEMENTS, filled)) + 2 * m * n + 16 * m
+        return 8 * 6 * min(m * filled, max(BLOCK_ELEMENTS, filled)) + 2 * m * n + 40 * m
 
     def encode(self, matrix: Tensor, dtype: str) -> dict[str, np.ndarray]:
         m, n = matrix.shape

@@ -71,6 +71,6 @@ def test_arguments_of_mergekit_are_refused_with_what_to_write(plan, tmp_path):
 @pytest.mark.parametrize("command", [("methods",), ("merge", "--method")])
 def test_a_method_that_is_not_here_is_explained(command, plan, tmp_path):
     name, *option = command
-    words = (name, "RegMean") if not option else (name, plan, *option, "RegMean", "-o", tmp_path / "b")
-    failed = fails(2, *words, says="no method `RegMean`: it solves a least-squares problem")
-    assert "the nearest here is --method swudi" in failed.err
+    words = (name, "AdaMerging") if not option else (name, plan, *option, "AdaMerging", "-o", tmp_path / "b")
+    failed = fails(2, *words, says="no method `AdaMerging`: it learns a coefficient per task or layer")
+    assert "the nearest here is --method task_arithmetic" in failed.err
