@@ -1,3 +1,4 @@
+import hypothesis
 import pytest
 import torch
 
@@ -6,6 +7,10 @@ from .families import ODD, Folders, plain, write_family
 from .program import succeeds
 
 __all__ = ["hub"]
+
+# A busy machine may take any time for an example, and for drawing it.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items):
