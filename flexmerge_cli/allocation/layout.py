@@ -32,7 +32,7 @@ from flexmerge_cli.formats.calibration import CalibrationData
 from flexmerge_cli.formats.folders import BASE_FOLDER, linked_names
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request, recorded
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.request.merge import Layout, MergeRequest
 

@@ -15,7 +15,8 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.aliases import PRESETS
-from flexmerge_cli.methods.method import Call, method
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import method
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits

@@ -19,7 +19,7 @@ from flexmerge_cli.allocation.storage import (
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 
 
 class GroupPrices:

@@ -13,7 +13,7 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.forms import form_of

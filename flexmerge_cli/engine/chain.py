@@ -8,8 +8,9 @@ from typing import Any
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.engine.spans import widest
+from flexmerge_cli.methods.call import Calibrated, Call
 from flexmerge_cli.methods.coded import Coded
-from flexmerge_cli.methods.method import Calibrated, Call, Scope
+from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import pooled_call, pooled_workspace
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from flexmerge_cli.methods.use import MethodUse

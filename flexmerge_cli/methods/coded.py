@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
-from flexmerge_cli.methods.method import Call, Fraction, Method, Range, method
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code

@@ -5,7 +5,7 @@ Grouping by similarity produces such groups, so users are warned about methods t
 
 from collections.abc import Sequence
 
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 
 # The smallest cosine of near-duplicates, and the largest factor that needs no warning.
 NEAR, TOLERATED = 0.9, 2.0

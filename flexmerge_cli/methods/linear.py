@@ -5,7 +5,8 @@ from typing import Literal
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
-from flexmerge_cli.methods.method import Call, Positive, Where, method, per_element
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Positive, Where, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
-from flexmerge_cli.methods.method import UNTOLD, Call, Where, nothing, nowhere
+from flexmerge_cli.methods.method import UNTOLD, Where, nothing, nowhere
 
 LINEAR = (average, task_arithmetic, weighted_average)
 

@@ -1,7 +1,7 @@
 """Decides which methods can merge a pool of LoRA adapters by the ΔW of its modules (see pooled.py). Needs no torch."""
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 
 
 def merges_products(call: Call) -> bool:

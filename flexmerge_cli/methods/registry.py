@@ -17,8 +17,9 @@ import yaml
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.absent import explain_absent
 from flexmerge_cli.methods.aliases import PRESETS, Alias, resolve_alias
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
-from flexmerge_cli.methods.method import Call, Method, Origin
+from flexmerge_cli.methods.method import Method, Origin
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
 from flexmerge_cli.yaml_file import BoundedLoader, load_bounded
 

@@ -14,15 +14,13 @@ from typing import Any
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
+from flexmerge_cli.methods.call import Call, Invocation, ScopedInvocation
 from flexmerge_cli.methods.method import (
     UNTOLD,
-    Call,
     Declared,
-    Invocation,
     Method,
     Scope,
     Scoped,
-    ScopedInvocation,
     Statistic,
     Where,
     Workspace,

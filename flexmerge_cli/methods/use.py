@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.coded import Coded, declare
-from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import parse_calibrate, parse_call, parse_step, resolve
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.load import packaged_methods
-from flexmerge_cli.methods.method import Call, Parameter
+from flexmerge_cli.methods.method import Parameter
 from flexmerge_cli.methods.registry import (
     all_calibrations,
     all_methods,

@@ -10,8 +10,9 @@ from enum import StrEnum
 
 from flexmerge_cli.checkpoint.dtypes import CASTS
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.coded import declare
-from flexmerge_cli.methods.method import Call, Statistic
+from flexmerge_cli.methods.method import Statistic
 from flexmerge_cli.methods.registry import format_call, resolve
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits, parse_auto

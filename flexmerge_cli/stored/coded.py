@@ -13,8 +13,8 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import FLOATING, promote
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, UsageError
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.coded import Coded, Form, declare
-from flexmerge_cli.methods.method import Call
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.summary import Summary
 

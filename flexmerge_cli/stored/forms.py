@@ -1,7 +1,7 @@
 """The table of forms in which the tasks of a group are stored."""
 
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.stored.coded import CODED
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.dense import COPY, MERGED

@@ -8,7 +8,7 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES, promote
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Matrix, View
 from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Call, Centre, Statistic, Where
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Centre, Statistic, Where
 from flexmerge_cli.methods.reductions import flat
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flexmerge_cli.methods.method import Call, Method
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Method
 from flexmerge_cli.methods.registry import (
     all_calibrations,
     all_methods,

@@ -6,7 +6,8 @@ Made from the declarations, so a method is tested on the day its file appears.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flexmerge_cli.methods.method import Call, Parameter
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Parameter
 from flexmerge_cli.methods.registry import all_methods, all_steps, make_call, make_step
 from flexmerge_cli.methods.step import StepCall
 

@@ -10,7 +10,7 @@ from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.writer import UnitValues, Work, Writer
 from flexmerge_cli.later import Tensor, torch
-from flexmerge_cli.methods.method import Call
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.residuals import mask as masks
 
 

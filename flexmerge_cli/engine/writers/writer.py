@@ -10,7 +10,8 @@ from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.work import Raw
 from flexmerge_cli.later import Tensor
-from flexmerge_cli.methods.method import Call, Scope
+from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.method import Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
