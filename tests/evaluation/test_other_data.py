@@ -32,16 +32,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cross")
     tasks = {}
     for seed, (name, labels) in enumerate(LABELS.items(), 1):
-        ids = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
-        path = tiny.bert(folder / "tasks" / name, len(labels), **ids)
-        model = transformers.BertForSequenceClassification.from_pretrained(path)
-        if seed == 1:
-            model.bert.save_pretrained(folder / "base")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
+        path = tiny.tuned_bert(folder, name, seed, labels)
         tiny.rows(folder / f"{name}.jsonl", text=TEXTS[name], label=[labels[n] for n in ANSWERS[name]])
         tasks[name] = {
             "kind": "text-classification", "data": {"path": f"{name}.jsonl", "split": "test"}, "checkpoint": str(path),

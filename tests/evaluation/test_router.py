@@ -37,15 +37,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("router")
     tasks = {}
     for seed, name in enumerate(WORDS, 1):
-        path = tiny.bert(folder / "tasks" / name, 2, id2label=dict(enumerate(LABELS)))
-        model = transformers.BertForSequenceClassification.from_pretrained(path)
-        if seed == 1:
-            model.bert.save_pretrained(folder / "base")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
+        path = tiny.tuned_bert(folder, name, seed, LABELS, size=0.05)
         answers = np.random.default_rng(seed).integers(0, 2, N)
         tiny.rows(folder / f"{name}.jsonl", text=sentences(name), label=[LABELS[n] for n in answers])
         tasks[name] = {"kind": "text-classification", "data": f"{name}.jsonl", "checkpoint": str(path)}

@@ -24,17 +24,8 @@ LABELS = {name: np.random.default_rng(seed).integers(0, 2, N).tolist() for seed,
 def place(tmp_path_factory) -> Path:
     """A base, two fine-tunes of it that differ, their plan, bundles `exact` and `merged`, data and spec."""
     folder = tmp_path_factory.mktemp("scores")
-    config = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     for seed, name in enumerate(LABELS, 1):
-        path = tiny.bert(folder / "tasks" / name, 2, **config)
-        model = transformers.BertForSequenceClassification.from_pretrained(path)
-        if seed == 1:
-            model.bert.save_pretrained(folder / "base")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
+        tiny.tuned_bert(folder, name, seed)
         tiny.rows(folder / f"{name}.jsonl", text=TEXTS, label=LABELS[name])
     succeeds("plan", "--base", folder / "base", "--tasks", folder / "tasks", "-o", folder / "plan.json")
     succeeds("merge", folder / "plan.json", "-o", folder / "exact")

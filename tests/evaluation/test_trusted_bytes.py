@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import flexmerge_cli
 from flexmerge_cli.bundle.read import Bundle
@@ -28,15 +26,7 @@ def place(tmp_path_factory):
     """A base, two fine-tunes, their plan, `coded` and `exact` bundles, and a spec that names all of them."""
     folder = tmp_path_factory.mktemp("trusted")
     for seed, name in enumerate(TASKS, 1):
-        path = tiny.bert(folder / "tasks" / name, 2)
-        model = transformers.BertForSequenceClassification.from_pretrained(path)
-        if seed == 1:
-            model.bert.save_pretrained(folder / "base")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
+        tiny.tuned_bert(folder, name, seed)
         labels = np.random.default_rng(seed).integers(0, 2, N).tolist()
         tiny.rows(folder / f"{name}.jsonl", text=tiny.sentences(N, seed), label=labels)
     tasks = {

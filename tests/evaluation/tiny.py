@@ -1,6 +1,7 @@
 """Real models of every kind, tiny and untrained, on disk with tokenizers of their own; and specs that score them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def bert(folder: Path, num_labels: int, **config: Any) -> Path:
         intermediate_size=WIDTH, max_position_embeddings=LENGTH, num_labels=num_labels, **config,
     )  # fmt: skip
     return saved(folder, transformers.BertForSequenceClassification(sizes), tokenizer(start=True, end=True, pairs=True))
+
+
+def tuned_bert(folder: Path, name: str, seed: int, labels: Sequence[str] = ("no", "yes"), *, size: float = 0.1) -> Path:
+    """A fine-tune, `tasks/NAME`, that differs by its seed, from 1; the first one's backbone is also saved as `base`."""
+    ids = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
+    path = bert(folder / "tasks" / name, len(labels), **ids)
+    model = transformers.BertForSequenceClassification.from_pretrained(path)
+    if seed == 1:
+        model.bert.save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(path)
+    return path
 
 
 def vit(folder: Path, num_labels: int = 3, **config: Any) -> Path:
