@@ -2,7 +2,7 @@
 
 A part lies in the file of exactly the set of tasks that read it. In a file, parts with larger items come first, then by
 name, so that every part is aligned; headers are padded to 8 bytes. A header names no plan and no version, so
-equal parts make equal files. Files with more than SHARD_BYTES of data are split.
+equal parts make equal files; its mark tells `export --force` which linked files are flexmerge's. Files with more than SHARD_BYTES of data are split.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def weight_files(readers: Tasks, parts: Sequence[Part], task_names: Sequence[str
             parts=tuple(shard),
             header=safetensors_header(
                 {part.name: (part.array.dtype, part.array.shape, part.num_bytes) for part in shard},
-                {"format": "pt"},
+                {"flexmerge": "bundle", "format": "pt"},
             ),
         )
         for number, shard in enumerate(shards, 1)

@@ -39,7 +39,7 @@ def test_dry_run_is_right_to_the_byte(name, method, odd_plan, tmp_path):
     data = {}
     for path in (tmp_path / "b/weights").iterdir():
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt"}
+            assert file.metadata() == {"flexmerge": "bundle", "format": "pt"}
             data |= {(path.name, key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     assert said["tensor_bytes"] == sum(value.numel() * value.element_size() for value in data.values())
 

@@ -109,6 +109,16 @@ def test_links_of_the_hubs_cache_are_resolved(merged, tmp_path):
     assert set(open_checkpoint(str(tmp_path / "out")).tensors) == set(open_bundle(merged).view("task0"))
 
 
+def test_links_to_a_bundle_are_replaced_by_links_to_another(plan, tmp_path):
+    """Nothing said any more that the linked files were flexmerge's, once the old bundle was gone."""
+    for size in ("2x", "1x"):
+        succeeds("merge", plan, "--method", "average", "--size", size, "-o", tmp_path / "b", "--force")
+        succeeds("export", tmp_path / "b", "--task", "task0", "--link", "-o", tmp_path / "out", "--force")
+        weights = tmp_path / "b" / "weights"
+        linked = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors"]
+        assert linked and all(any(path.samefile(own) for own in weights.iterdir()) for path in linked)
+
+
 def test_an_export_replaces_an_export_and_no_other_checkpoint(merged, tmp_path):
     succeeds("export", merged, "--task", "task0", "-o", tmp_path / "out")
     fails(2, "export", merged, "--task", "task1", "-o", tmp_path / "out", says="exists")
