@@ -1,9 +1,9 @@
 """Decides which part lies in which weight file, in what order, and the exact bytes of every header. Pure.
 
 A part lies in the file of exactly the set of tasks that read it. In a file, parts with larger items come first, then by
-name, so that every part is aligned; headers are padded to 8 bytes. A header names no plan and no version, so equal parts
-make equal files; its mark tells `export --force` that a linked file is flexmerge's. Files with more than SHARD_BYTES of
-data are split.
+name, so that every part is aligned; headers are padded to 8 bytes. A header names no plan and no version, so equal
+parts make equal files; its mark tells `export --force` that a linked file is flexmerge's. Files with more than
+SHARD_BYTES of data are split.
 """
 
 import hashlib
