@@ -85,8 +85,8 @@ def show_update(value: dict[str, Any]) -> None:
     of = value["update"]
     verb = "wrote" if value["written"] else "would write"
     say(
-        f"of the weight files, {of['kept_files']} with {of['kept_bytes']:,} bytes stay as they are; {verb} "
-        f"{of['written_files']}: {of['copied_bytes']:,} bytes from the old ones, {of['written_bytes']:,} anew"
+        f"weight files: kept {of['kept_files']} ({of['kept_bytes']:,} bytes); {verb} {of['written_files']} "
+        f"({of['copied_bytes']:,} bytes copied from the old ones, {of['written_bytes']:,} computed)"
     )
 
 

@@ -92,7 +92,7 @@ def test_only_what_is_new_is_read_and_files_that_stay_are_links(grown, tmp_path)
     words = ("update", grown / "few", "--plan", grown / "all.json")
     result, count = counted(*words, "-o", tmp_path / "new")
     assert 0 < count <= of_new
-    assert "of the weight files, 3 with" in result.out
+    assert "weight files: kept 3 (" in result.out
     manifest = read_manifest(tmp_path / "new")
     kept = [path for path, file in manifest.files.items() if path.startswith("weights/") and "task3" not in file.tasks]
     assert kept and all((tmp_path / "new" / path).samefile(grown / "few" / path) for path in kept)
