@@ -37,7 +37,8 @@ def measured(cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, An
     """Each case run in another process. {family, tasks, dtype, method, steps, …} -> the same with `peak`, `told`.
 
     A case: `family` of SHAPES, `tasks`, `dtype`; of `merge` `method`, `steps`, `calibrate`, `size`; `threads`; `chunk`:
-    `smallest` or `default`. Found: `peak`, bytes of anonymous memory beyond the start's; `told`, those that are told.
+    `smallest` or `default`. Or `sign_runs`, elements of a run, and `shape`: a matrix that is encoded. Found: `peak`, bytes
+    of anonymous memory beyond the start's; `told`, those that are told.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -204,6 +205,17 @@ def planning(case: dict[str, Any], plan_file: Path, _output: Path) -> tuple[int,
     return told, lambda: make_plan(request, device="cpu", threads=threads, max_memory=limit)
 
 
+def encoding(case: dict[str, Any]) -> tuple[int, Callable[[], object]]:
+    """The same of one matrix of patterns of signs."""
+    import torch
+
+    from flexmerge_cli.residuals.sign_runs import SignRuns
+
+    coder, matrix = SignRuns(run=case["sign_runs"]), torch.ones(case["shape"])
+    coder.encode(matrix[:10], "F32")
+    return coder.workspace(tuple(case["shape"])), lambda: coder.encode(matrix, "F32")
+
+
 def _making(*family: Any) -> tuple[int, Callable[[], object]]:
     return 0, lambda: make_family(*family)
 
@@ -221,6 +233,9 @@ def main() -> None:
     all_methods()
     folder, cases = Path(sys.argv[1]), json.loads(sys.stdin.read())
     for case in cases:
+        if "sign_runs" in case:
+            case["told"], case["peak"] = in_child(partial(encoding, case))
+            continue
         family = (folder, case["family"], case["tasks"], case.get("dtype", "float32"), case.get("kind", ""))
         in_child(partial(_making, *family))  # what it leaves behind would be had again, and not counted
         plan = make_family(*family)
