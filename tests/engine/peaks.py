@@ -37,8 +37,8 @@ def measured(cases: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, An
     """Each case run in another process. {family, tasks, dtype, method, steps, …} -> the same with `peak`, `told`.
 
     A case: `family` of SHAPES, `tasks`, `dtype`; of `merge` `method`, `steps`, `calibrate`, `size`; `threads`; `chunk`:
-    `smallest` or `default`. Or `sign_runs`, elements of a run, and `shape`: a matrix that is encoded. Found: `peak`, bytes
-    of anonymous memory beyond the start's; `told`, those that are told.
+    `smallest` or `default`. Or `sign_runs`, elements of a run, and `shape`: a matrix that is encoded. Found: `peak`,
+    bytes of anonymous memory beyond the start's; `told`, those that are told.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
