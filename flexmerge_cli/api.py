@@ -39,6 +39,7 @@ WORDS = (
     "max_distance",
     "layout",
     "calibration",
+    "servable",
 )
 """Options of `merge` that define the request."""
 
@@ -212,9 +213,9 @@ def merge(
 
     A method may come from a file, `./my.py#NAME`, which is run.
     sources_relative_to: folder of the plan's relative sources; by default that of the plan file, or the current one.
-    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, layout and calibration, with the
-    values of the command line; relocate, a mapping; card, whether README.md is written; device, threads, max_memory,
-    on_progress.
+    options: steps, calibrate, method_for, merges, fit, cluster, seed, max_distance, layout, calibration and servable,
+    with the values of the command line; relocate, a mapping; card, whether README.md is written; device, threads,
+    max_memory, on_progress.
     offline, stream: as in `make_plan`.
     Raises UsageError for unknown words, and for options that would have no effect.
     """
@@ -235,7 +236,7 @@ def merge_sizes(
     plan: Path | str,
     output: Path | str,
     *,
-    method: str,
+    method: str | None = None,
     sizes: str,
     dtype: str | None = None,
     force: bool = False,

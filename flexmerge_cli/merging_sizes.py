@@ -19,7 +19,7 @@ from flexmerge_cli.bundle.verify import verify_bundle
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import merge
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest
+from flexmerge_cli.request.merge import Exact, MergeRequest
 from flexmerge_cli.request.size import Size
 
 DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocation", "build", "gate", "router")
@@ -27,7 +27,7 @@ DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocatio
 
 def at_sizes(request: MergeRequest, sizes: tuple[Size, ...]) -> dict[str, MergeRequest]:
     """Return the request at each size, by the text of the size. Raises UsageError for a choice that has no size."""
-    if not isinstance(request.choice, Cut | Auto | Clusters):
+    if isinstance(request.choice, Exact):
         raise UsageError("--sizes requires a method that chooses what is lost", hint="add --method NAME")
     return {size.text: request.at(size) for size in sizes}
 

@@ -9,6 +9,8 @@ from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.clusters import cluster_channels
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
+from flexmerge_cli.allocation.servable import Servable as Served
+from flexmerge_cli.allocation.servable import servable
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
@@ -16,7 +18,7 @@ from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest
+from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest, Servable
 
 # The part of --max-distance that `auto` aims at when no size is given: the measured distance may exceed the predicted
 # one.
@@ -29,7 +31,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
     Raises UsageError for a request that does not fit the plan, and GateError for a size that cannot be reached.
     """
     pricer = (pricer or Pricer(plan)).asked(request)
-    if plan.pools_lora:
+    if plan.pools_lora and not isinstance(request.choice, Servable):
         _check_pool(request)
     match request.choice:
         case Exact():
@@ -38,6 +40,10 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
             found = auto_found(pricer, request)
             assert found is not None
             return found[1].layout
+        case Servable():
+            served = servable_found(pricer, request)
+            assert served is not None
+            return served.layout
         case Clusters() as choice:
             choice.size.target(num_tasks=len(plan.tasks), one_model_bytes=plan.one_model_bytes)
             count = int(choice.size.value)
@@ -65,6 +71,15 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | 
         return search, search.cut(pricer.plan.target(choice.size))
     limit = MAX_DISTANCE if request.max_distance is None else request.max_distance * PREDICTED_PART
     return search, search.within(limit)
+
+
+def servable_found(pricer: Pricer, request: MergeRequest) -> Served | None:
+    """Return what `--servable` chooses; None for any other choice."""
+    choice = request.choice
+    if not isinstance(choice, Servable):
+        return None
+    size = None if choice.size is None else pricer.plan.target(choice.size)
+    return servable(pricer.asked(request), choice.rank, size, request.dtype)
 
 
 def offers(plan: Plan, dtype: str | None) -> str:

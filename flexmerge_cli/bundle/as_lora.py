@@ -167,11 +167,10 @@ def _write_adapter(
         if own_name not in kinds:
             raise _refused(name, task, "is the weight of no linear layer")
         module, kind = kinds[own_name]
-        left, right = _factors(bundle, whole, task, name)
+        dtype, left, right = _factors(bundle, whole, task, name)
         if kind == FAN_IN_FIRST:  # weights of [in, out]
             left, right = right.T, left.T
             conv = True
-        dtype = whole.centres[name].dtype
         arrays[f"base_model.model.{module}.lora_A.weight"] = dtype, right
         arrays[f"base_model.model.{module}.lora_B.weight"] = dtype, left
         modules.append(module)
@@ -185,16 +184,17 @@ def _write_adapter(
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _factors(bundle: Bundle, whole: Factored, task: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return left [m, rank] and right [rank, n] as bits, which are zeros where the task equals the centre."""
+def _factors(bundle: Bundle, whole: Factored, task: str, name: str) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the dtype and the bits of left [m, rank] and right [rank, n], which are zeros where the task equals the
+    centre."""
     m, n = whole.centres[name].shape
-    bits = NUMPY[whole.centres[name].dtype]
-    left, right = np.zeros((m, whole.rank), bits), np.zeros((whole.rank, n), bits)
-    if name in whole.factors[task]:
-        stored = whole.factors[task][name]
+    stored = whole.factors[task].get(name)
+    dtype = whole.centres[name].dtype if stored is None else stored[0].dtype  # which differ if the base's does
+    left, right = np.zeros((m, whole.rank), NUMPY[dtype]), np.zeros((whole.rank, n), NUMPY[dtype])
+    if stored is not None:
         own = [bundle.bits(part).reshape(part.shape) for part in stored]
         left[:, : own[0].shape[1]], right[: own[1].shape[0]] = own
-    return left, right
+    return dtype, left, right
 
 
 def _modules(base: Path) -> dict[str, tuple[str, str]]:

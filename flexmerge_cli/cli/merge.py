@@ -30,6 +30,7 @@ def merge(
     max_distance: o.MaxDistance = None,
     layout_: o.Layout = None,
     calibration: o.Calibration = None,
+    servable: o.Servable = None,
     relocate: o.Relocate = None,
     plan_file: o.KeptPlan = None,
     html: o.Html = None,
@@ -55,6 +56,7 @@ def merge(
     flexmerge merge plan.json --method auto --size 1x -o bundle/
     flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
     flexmerge merge plan.json --method average --sizes 1.5x,2x,4x -o bundles/
+    flexmerge merge plan.json --servable lora:rank=64 -o bundle/
     """
     from flexmerge_cli.bundle.kind import Kind
     from flexmerge_cli.cli import output as out
@@ -63,7 +65,7 @@ def merge(
     from flexmerge_cli.cli.terminal import OutputLost
     from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.evaluation.scores_file import read_scores
-    from flexmerge_cli.report.auto import show_auto, unlike_predicted
+    from flexmerge_cli.report.auto import show_chosen, unlike_predicted
     from flexmerge_cli.report.bundle import merge_summary, show_merge, show_part, show_sizes, show_verdict
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.request.part import parse_part
@@ -82,6 +84,7 @@ def merge(
         "max_distance": max_distance,
         "layout": layout_,
         "calibration": str(calibration) if calibration else None,
+        "servable": servable,
         "fit": fit,
     }
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
@@ -113,10 +116,9 @@ def merge(
             return
         layout, warnings = packing.layout(plan, device=device)
     out.warn(warnings, quiet=quiet)
-    chosen_by_auto = packing.auto()
-    if chosen_by_auto is not None and not as_json and not quiet and part is None:
-        show_auto(chosen_by_auto)
-    more = {"auto": chosen_by_auto} if chosen_by_auto else {}
+    more = packing.chosen()
+    if not as_json and not quiet and part is None:
+        show_chosen(more)
     written = None
     try:
         with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
@@ -133,9 +135,10 @@ def merge(
         value = {"part": part, "output": str(output), "warnings": warnings}
         out.emit(value, as_json=as_json, quiet=quiet, show=show_part)
         return
-    if written is not None and chosen_by_auto and not packing.request.uses:  # the search does not know their methods
+    if written is not None and more and not packing.request.uses:  # what was predicted does not know their methods
         distances = {plan.tasks[task].name: distance for task, distance in written.task_distance.items()}
-        surprises = unlike_predicted(chosen_by_auto["distance"], distances)
+        (predicted,) = (one["distance"] for one in more.values())
+        surprises = unlike_predicted(predicted, distances)
         out.warn(surprises, quiet=quiet)
         warnings += surprises
     if html is not None and written is not None:

@@ -154,6 +154,14 @@ MethodFor = Annotated[
         "Use this method for matching blocks; `keep` leaves them unmerged; repeatable.",
     ),
 ]
+Servable = Annotated[
+    str | None,
+    _stored(
+        "--servable",
+        "lora:rank=N",
+        "Instead of a method: store one base and low-rank residuals, which engines serve as adapters.",
+    ),
+]
 Dtype = Annotated[str | None, _stored("--dtype", "bf16|fp16|fp32", "Cast stored tensors.")]
 Layout = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers
+from flexmerge_cli.allocation.allocate import advice, allocate, auto_found, offers, servable_found
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
@@ -28,7 +28,7 @@ from flexmerge_cli.merging import OnProgress, calibration_of, merge
 from flexmerge_cli.merging_sizes import at_sizes, merge_sizes
 from flexmerge_cli.planning import left_out
 from flexmerge_cli.planning.make import load_plan, make_plan
-from flexmerge_cli.report.auto import auto_summary
+from flexmerge_cli.report.auto import auto_summary, servable_summary
 from flexmerge_cli.report.bundle import merge_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
 from flexmerge_cli.request.part import Part
@@ -178,11 +178,12 @@ class Packing:
         layout = allocate(plan, self.request, self.pricer)
         return layout, [*self.source_warnings, *advice(plan, layout, self.pricer)]
 
-    def auto(self) -> dict[str, Any] | None:
-        """Return the summary of what `auto` chose, after `layout`; None for other methods."""
+    def chosen(self) -> dict[str, Any]:
+        """Return what `auto` or `--servable` chose, by its name, after `layout`; nothing for other methods."""
         assert self.pricer is not None
-        found = auto_found(self.pricer, self.request)
-        return None if found is None else auto_summary(*found)
+        auto, servable = auto_found(self.pricer, self.request), servable_found(self.pricer, self.request)
+        found = {"auto": auto_summary(*auto)} if auto is not None else {}
+        return found | ({"servable": servable_summary(servable)} if servable is not None else {})
 
     def write(
         self, plan: Plan, layout: BundleLayout, output: Path, *, force: bool, on_progress: OnProgress, **run: Any

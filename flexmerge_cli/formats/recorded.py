@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from flexmerge_cli.record import Count, Record
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest
+from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest, Servable
 
 PROGRAM = ["flexmerge", "merge", "plan.json"]
 
@@ -42,6 +42,7 @@ class Request(Record):
     layout: Literal["pointer"] | None = None
     calibration: Literal["calibration/"] | None = None
     """Given, wherever it lay; which one the manifest tells."""
+    servable: str | None = None
     command: str = Field(max_length=1 << 20)
     """The command that makes the bundle again from the plan, here called `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")
@@ -69,7 +70,7 @@ class Request(Record):
 def recorded(request: MergeRequest) -> Request:
     """Record a request. All requests that ask the same give the same record, whoever asked."""
     choice = request.choice
-    if isinstance(choice, Cut | Auto | Clusters) and choice.size is not None:
+    if isinstance(choice, Cut | Auto | Clusters | Servable) and choice.size is not None:
         number = f"{Decimal(repr(choice.size.value)).normalize():f}"
         size = replace(choice.size, text=f"{number}{choice.size.unit}")
         request = replace(request, choice=replace(choice, size=size))

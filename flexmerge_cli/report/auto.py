@@ -1,4 +1,4 @@
-"""Shows, before `--method auto` writes, where bytes and distortion go, and what other sizes would bring."""
+"""Shows, before anything is written, what `--method auto` and `--servable` chose, and what they predict."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ from flexmerge_cli.allocation.auto import Solution
 from flexmerge_cli.allocation.auto_allocation import Auto, Found
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_table import Choice
+from flexmerge_cli.allocation.servable import Servable
 from flexmerge_cli.report.table import say, table
 
 UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
@@ -53,6 +54,35 @@ def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
             "distance": _distances(auto, twice),
         },
     }
+
+
+def servable_summary(found: Servable) -> dict[str, Any]:
+    """Return the value for --json. captured, distance: per task, at least and at most."""
+    captured = dict(zip(found.layout.plan.task_names, found.captured_M.tolist()))
+    return {
+        "rank": found.rank,
+        "factor": found.layout.tensor_bytes / max(1, found.layout.plan.one_model_bytes),
+        "base_bytes": found.base_bytes,
+        "adapter_bytes": found.adapter_bytes,
+        "captured": captured,
+        "distance": {name: max(0.0, 1 - part) ** 0.5 for name, part in captured.items()},
+    }
+
+
+def show_chosen(value: dict[str, Any]) -> None:
+    """Print what `auto` or `--servable` chose, by its name."""
+    if "auto" in value:
+        show_auto(value["auto"])
+    if "servable" in value:
+        of = value["servable"]
+        table(
+            ["task", "captured energy,\nat least"],
+            [(name, f"{part:.1%}") for name, part in of["captured"].items()],
+        )
+        say(
+            f"an engine serves one base of {of['base_bytes']:,} bytes and, per task, an adapter of rank {of['rank']} "
+            f"with {of['adapter_bytes']:,} bytes"
+        )
 
 
 def show_auto(value: dict[str, Any]) -> None:

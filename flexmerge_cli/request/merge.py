@@ -17,6 +17,7 @@ from flexmerge_cli.methods.registry import format_call, resolve
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits, parse_auto
 from flexmerge_cli.request.plan import require_text
+from flexmerge_cli.request.servable import parse_servable
 from flexmerge_cli.request.size import Size, parse_size
 
 KEEP = "keep"
@@ -98,7 +99,19 @@ class Auto:
     """The size limit. None: the smallest bundle whose predicted distances stay under the limit."""
 
 
-Choice = Exact | Cut | Clusters | Auto
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servable:
+    """What an engine can serve is chosen: one base, and an adapter of low rank per task."""
+
+    text: str
+    """`lora:rank=N`."""
+    rank: int
+    """The largest rank of an adapter; at least 1."""
+    size: Size | None = None
+    """The size limit. None: adapters have that rank."""
+
+
+Choice = Exact | Cut | Clusters | Auto | Servable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +167,7 @@ class MergeRequest:
         clusters."""
         if isinstance(self.choice, Clusters):
             return replace(self, choice=replace(self.choice, size=_whole(size, "--sizes")))
-        assert isinstance(self.choice, Cut | Auto)
+        assert isinstance(self.choice, Cut | Auto | Servable)
         return replace(self, choice=replace(self.choice, size=size))
 
     def words(self) -> list[str]:
@@ -173,6 +186,8 @@ class MergeRequest:
                 ("--method-for", f"{item.pattern}={KEEP if item.use is None else item.use.name}")
                 for item in choice.block_methods
             ]
+        if isinstance(choice, Servable):
+            found.append(("--servable", choice.text))
         found.append(("--size", self.size and self.size.text))
         if isinstance(choice, Cut):
             found += [("--merges", choice.merges), ("--fit", None if choice.fit is Fit.TIGHT else choice.fit.value)]
@@ -201,12 +216,17 @@ UNREAD: dict[object, tuple[set[str], tuple[str, str]]] = {
         {"method_for", "merges", "fit"},
         ("groups every tensor by itself, and cuts no merge order", "leave {option} out, or leave out --cluster"),
     ),
+    Servable: (
+        {"steps", "calibrate", "method_for", "merges", "fit", "cluster", "seed"},
+        ("chooses its own methods", "leave {option} out, or leave out --servable"),
+    ),
     Cut: ({"seed"}, ("draws nothing", "add --cluster channels, or leave {option} out")),
 }
 NAMES: dict[object, str] = {
     Exact: "a merge without --method",
     Auto: "--method auto",
     Clusters: "--cluster",
+    Servable: "--servable",
     Cut: "cutting a merge order",
 }
 
@@ -226,6 +246,7 @@ def merge_request(
     max_distance: float | None = None,
     layout: str | None = None,
     calibration: str | None = None,
+    servable: str | None = None,
     run_files: bool = False,
 ) -> MergeRequest:
     """Parse the words of a request; None means not given. Reads no plan or weight, and runs a method's file at most
@@ -234,8 +255,8 @@ def merge_request(
     method, steps, calibrate: `NAME[:key=value,…]`; method may be `auto`. method_for: maps a pattern to a method or
     `keep`; or texts PATTERN=METHOD. size: `2.25x`, `40%` or `600MiB`. fit: `tight` or `prefix`. cluster: `channels`.
     dtype: `bf16`, `fp16` or `fp32`. max_distance: at least 0. layout: `links` or `pointer`. calibration: the folder
-    that `calibrate` wrote; `require_calibration` checks that it is given. run_files: whether a method may come from
-    `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
+    that `calibrate` wrote; `require_calibration` checks that it is given. servable: `lora:rank=64`. run_files:
+    whether a method may come from `./FILE.py#NAME`, which is code that runs; never for words of a stranger's file.
 
     Raises UsageError for unknown words, for options that contradict each other, and for every option that would not be
     read; MethodMissing for a size without a method.
@@ -248,6 +269,7 @@ def merge_request(
         fit=fit,
         cluster=cluster,
         seed=seed,
+        servable=servable,
     )
     require_text("method-for", *(pattern for pattern, _ in given.method_for))
     texts = [text for text in (method, *(text for _, text in given.method_for)) if text not in (None, KEEP)]
@@ -279,6 +301,7 @@ class _Words:
     fit: str | None
     cluster: str | None
     seed: int | None
+    servable: str | None
 
 
 def _choice(method: str | None, size: str | None, given: _Words, run_files: bool) -> Choice:
@@ -286,7 +309,13 @@ def _choice(method: str | None, size: str | None, given: _Words, run_files: bool
     auto = parse_auto(method) if method is not None else None
     kind: type[Choice] = Cut if given.cluster is None else Clusters
     kind = Exact if method is None else Auto if auto is not None else kind
+    kind = kind if given.servable is None else Servable
     _refuse_unread(kind, given)
+    if given.servable is not None:
+        if method is not None:
+            raise UsageError("--servable chooses its own methods", hint="leave out --method, or leave out --servable")
+        text, rank = parse_servable(given.servable)
+        return Servable(text=text, rank=rank, size=wanted)
     if method is None:
         if wanted is not None or given.merges is not None:
             raise MethodMissing(

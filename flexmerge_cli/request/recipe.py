@@ -7,7 +7,7 @@ blocks   as --blocks;  order {linkage, strategy, similarity, seed};  private [pa
          statistics  as --statistics;  variant  as --variant;  adapters  as --adapters;  assume_base
 ignore   [subfolder of tasks, or pattern of files of the sources], as --ignore;  with_code, follow_links
 merge    {method, steps [..], calibrate, method_for {pattern: method}, size or merges, fit, cluster, seed, dtype,
-         max_distance, layout, calibration}
+         max_distance, layout, calibration, servable}
 gate     {spec, max_drop, max_mean_drop}: what the finished bundle must keep of the fine-tuned scores to be published;
          spec is an eval.yaml, none of whose code is run; it scores every task, or names it under `not_scored`
 Unknown keys are refused, with the line and the nearest valid name. Nothing in a recipe is run.
@@ -63,6 +63,7 @@ class MergeRecord(Record):
     layout: Literal["links", "pointer"] | None = None
     calibration: str | None = None
     """The folder that `calibrate` wrote."""
+    servable: str | None = None
 
     @field_validator("size", mode="before")
     @classmethod

@@ -9,7 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import open_bundle
+from flexmerge_cli import make_plan, open_bundle
+from flexmerge_cli.allocation.allocate import allocate, servable_found
+from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.errors import GateError, UsageError
+from flexmerge_cli.planning.make import load_plan
+from flexmerge_cli.request.merge import merge_request
 
 from ..adapters import IA3, LORA, Adapted, make
 from ..program import fails, succeeds, tree
@@ -52,7 +57,7 @@ def of_bundle(bundle: Path, names) -> torch.Tensor:
         ("llama", CONFIGS, "tasks", ()),
         ("llama", CONFIGS, "merged", OF_BASE),
         ("llama", CONFIGS, "merged", ("--method", "low_rank:rank=2,centre=average")),
-        ("gpt2", dict.fromkeys("ab", TURNED), "merged", OF_BASE),
+        ("gpt2", dict.fromkeys("ab", TURNED), "merged", ("--servable", "lora:rank=8")),
     ],
     ids=["kept adapters", "over the base", "over the average", "weights of [in, out]"],
 )  # fmt: skip
@@ -115,6 +120,77 @@ def test_a_task_that_changes_nothing_has_an_adapter_of_zeros(tmp_path):
     assert weights and config["r"] == config["lora_alpha"] == 4
 
 
+# --servable.
+
+
+def test_servable_keeps_all_of_merged_loras_and_of_full_fine_tunes_at_least_what_it_predicts(tmp_path):
+    """Merged LoRAs have the base as centre and their own rank; for full fine-tunes the average is better."""
+    adapted = make(tmp_path / "made", "llama", CONFIGS)
+    merged = [f"--task={name}={adapted.merged / name}" for name in "ab"]
+    full = [f"--task=full{seed}={adapted.full(f'full{seed}', seed)}" for seed in (1, 2)]
+    for name, tasks in (("loras", merged), ("mixed", merged + full)):
+        succeeds("plan", "--base", adapted.base, *tasks, "-o", tmp_path / f"{name}.json")
+    merge = ("merge", tmp_path / "loras.json", "--servable", "lora:rank=64")
+    told = succeeds(*merge, "--dry-run", "-o", tmp_path / "x", "--json").json
+    assert told["servable"]["rank"] == 4 and set(told["servable"]["captured"].values()) == {1.0}
+    assert "captured energy" in succeeds(*merge, "--dry-run", "-o", tmp_path / "x").out
+
+    bundle, out = tmp_path / "bundle", tmp_path / "out"
+    merge = ("merge", tmp_path / "mixed.json", "--servable", "lora:rank=8")
+    told = succeeds(*merge, "-o", bundle, "--json").json
+    assert manifest_of(bundle)["request"]["servable"] == "lora:rank=8" and told["servable"]["rank"] == 8
+    for name, task in told["tasks"].items():
+        assert 1 - task["distance"] ** 2 >= told["servable"]["captured"][name] - 1e-6, name
+    assert min(told["servable"]["captured"].values()) > 0.1
+    succeeds("export", bundle, "--as-lora", "-o", out)
+    size = {path.parent.name: path.stat().st_size for path in out.rglob("*.safetensors")}
+    assert size["base"] == pytest.approx(told["servable"]["base_bytes"], abs=8192)
+    assert size["full1"] == pytest.approx(told["servable"]["adapter_bytes"], abs=8192)
+    names = ["a", "b", "full1", "full2"]
+    found = served(adapted, out / "adapters", out / "base", names)
+    torch.testing.assert_close(found, of_bundle(bundle, names), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A base, three full fine-tunes and an adapter, and the plan of the fine-tunes."""
+    root = tmp_path_factory.mktemp("full")
+    adapted = make(root / "made", "llama", {"a": CONFIGS["a"]})
+    tasks = {f"t{seed}": adapted.full(f"t{seed}", seed) for seed in range(3)}
+    make_plan(adapted.base, tasks, output=root / "plan.json", statistics="gram")
+    return adapted, tasks, root / "plan.json"
+
+
+def test_servable_takes_the_largest_rank_that_fits_the_size(full):
+    pricer = Pricer(load_plan(full[2]))
+
+    def found(size=None):
+        return servable_found(pricer, merge_request(servable="lora:rank=16", size=size))
+
+    largest = found()
+    one = pricer.plan.one_model_bytes
+    sizes = [1, 1.3, 1.8, largest.layout.tensor_bytes / one]
+    ranks = [found(f"{factor:.6f}x").rank for factor in sizes]
+    assert ranks == sorted(set(ranks)) and ranks[0] == 0 and ranks[-1] == largest.rank > 8
+    assert all(found(f"{factor:.6f}x").layout.tensor_bytes <= (factor + 1e-6) * one for factor in sizes)
+    on_disk = found(f"{largest.layout.total_bytes - 1}B")
+    assert on_disk.layout.total_bytes < largest.layout.total_bytes and on_disk.rank >= largest.rank - 1
+    with pytest.raises(GateError, match=r"its smallest is 1\.0000x"):
+        found("0.5x")
+
+
+def test_servable_names_the_tensor_that_no_engine_can_serve(full, tmp_path):
+    adapted, tasks, _ = full
+    asked = merge_request(servable="lora")
+    heads = make_plan(adapted.base, tasks, private=("*lm_head*",), statistics="gram")
+    with pytest.raises(UsageError, match=r"lm_head.weight` is each task's own"):
+        allocate(heads, asked)
+    mixed = {"kept": adapted.tasks / "a", "t0": tasks["t0"]}
+    kept = make_plan(adapted.base, mixed, statistics="gram")
+    with pytest.raises(UsageError, match="over which adapters are kept"):
+        allocate(kept, asked)
+
+
 # What is not low rank.
 
 
@@ -130,12 +206,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_not_low_rank_is_refused_by_its_first_tensor_and_nothing_is_written(what, tmp_path):
-    configs, options, tensor, full = REFUSED[what]
-    adapted = make(tmp_path / "made", "llama", configs)
-    sources = [f"--task=t{n}={adapted.full(f't{n}', n)}" for n in range(3)] if full else ["--tasks", adapted.tasks]
-    succeeds("plan", "--base", adapted.base, *sources, "-o", tmp_path / "plan.json")
-    succeeds("merge", tmp_path / "plan.json", *options, "-o", tmp_path / "bundle")
+def test_what_is_not_low_rank_is_refused_by_its_first_tensor_and_nothing_is_written(what, full, tmp_path):
+    configs, options, tensor, is_full = REFUSED[what]
+    plan = full[2]
+    if not is_full:
+        adapted, plan = make(tmp_path / "made", "llama", configs), tmp_path / "plan.json"
+        succeeds("plan", "--base", adapted.base, "--tasks", adapted.tasks, "-o", plan)
+    succeeds("merge", plan, *options, "-o", tmp_path / "bundle")
     done = fails(2, "export", tmp_path / "bundle", "--as-lora", "-o", tmp_path / "out", says=(tensor, "LoRA"))
     first = next(t["name"] for t in manifest_of(tmp_path / "bundle")["tensors"] if t["name"] in done.err)
     assert first.endswith(tensor) and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from flexmerge_cli import OrderSettings, load_plan, make_plan, merge
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.request.curve import curve_methods
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, merge_request
+from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, Servable, merge_request
 from flexmerge_cli.request.size import parse_size
 
 from ..adapters import LORA, make
@@ -35,6 +35,8 @@ UNREAD = [
     ({"method": "average", "cluster": "channels", "size": "2x", "fit": "tight"}, "--fit"),
     ({"method": "average", "cluster": "channels", "size": "2x", "merges": 1}, "--merges"),
     ({"method": "average", "cluster": "channels", "size": "2x", "method_for": ["a=keep"]}, "--method-for"),
+    ({"servable": "lora", "fit": "prefix"}, "--fit"),
+    ({"servable": "lora", "method": "average"}, "--servable"),
 ]
 UNKNOWN = [
     ({"method": "average", "size": "2x", "fit": "bogus"}, "--fit bogus"),
@@ -43,6 +45,7 @@ UNKNOWN = [
     ({"method": "ties", "size": "2y"}, "`2y` is not a size"),
     ({"method": "ties", "max_distance": -1.0}, "--max-distance -1.0"),
     ({"method": "ties", "merges": -1}, "--merges -1"),
+    ({"servable": "ia3"}, "--servable ia3"),
 ]
 
 
@@ -141,6 +144,7 @@ def test_a_seed_of_another_plan_is_kept_where_it_is_read(plan, tmp_path):
         ({"method": "average", "merges": 3, "method_for": {"*.mlp": "keep", "*.attn": "emr"}}, Cut),
         ({"method": "average", "cluster": "channels", "size": "2x", "seed": 4}, Clusters),
         ({"method": "auto:max_bits=4", "size": "1x", "dtype": "bf16"}, Auto),
+        ({"servable": "lora:rank=4", "size": "2x"}, Servable),
         ({"method": "dare_ties", "steps": ["trim"], "size": "2x"}, Cut),
         ({"method": "average", "method_for": {"*.mlp": "della-linear"}}, Cut),
     ],
