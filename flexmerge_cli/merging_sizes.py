@@ -12,7 +12,7 @@ from typing import Any
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle
-from flexmerge_cli.bundle.publish import bundle_files, check_target
+from flexmerge_cli.bundle.publish import bundle_files, check_target, mend
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.unchanged import Unchanged, unchanged
 from flexmerge_cli.bundle.verify import verify_bundle
@@ -52,6 +52,8 @@ def merge_sizes(
 
     where = choose_device(device)
     builds = {size: build_of(layout, where) for size, (_, layout) in bundles.items()}
+    for size in bundles:
+        mend(output / size, resumes=True)
     there = {size for size, (_, layout) in bundles.items() if _is_there(output / size, layout, builds[size])}
     for size in bundles:
         if size not in there:

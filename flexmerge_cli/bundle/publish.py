@@ -76,21 +76,16 @@ def bundle_files(folder: Path) -> Collection[str] | None:
 def check_target(target: Path, *, force: bool, ours: Ours, resumes: bool = False) -> None:
     """Check, before any weight is read, that the folder can be made there, and that the place is free or replaceable.
 
-    Mends what a killed run left there, unless the command is refused anyway. resumes: a partial folder with a journal
-    stays. Raises UsageError, MachineError.
+    Mends what a killed run left there. resumes: a partial folder with a journal stays, as it also does if the command
+    is refused: it may be the work of others. Raises UsageError, MachineError.
     """
     check_parent(target)
-    _require_free(target, force=force)  # A command that is refused removes nothing of another one.
-    mend(target, resumes=resumes)
-    _require_free(target, force=force)  # A folder may have been put back.
+    mend(target, resumes=resumes or (os.path.lexists(target) and not force))
     if os.path.lexists(target):
+        if not force:
+            raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
         check_replaceable(target, ours)
         _check_movable(target)
-
-
-def _require_free(target: Path, *, force: bool) -> None:
-    if os.path.lexists(target) and not force:
-        raise UsageError(f"{target} exists", hint="choose another place with -o, or replace it with --force")
 
 
 def _check_movable(target: Path) -> None:

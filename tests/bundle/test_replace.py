@@ -46,6 +46,20 @@ def test_what_a_crash_left_is_removed_and_an_old_folder_is_put_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_a_refused_command_removes_what_a_killed_one_left_after_its_end(plan, tmp_path):
+    """A kill between the rename and the removal of the lock left a lock that stayed: the command is refused from then
+    on, and `merge --sizes` skips what is there."""
+    several = ("merge", plan, "--method", "average", "--sizes", "1x,2x", "-o", tmp_path / "sizes")
+    succeeds(*several)
+    succeeds("merge", plan, "-o", tmp_path / "b")
+    left = tmp_path / ".b.lock", tmp_path / "sizes/.1x.lock"
+    for lock in left:
+        lock.touch()
+    fails(2, "merge", plan, "-o", tmp_path / "b", says="exists")
+    succeeds(*several)
+    assert not any(lock.exists() for lock in left)
+
+
 def no_exchange(monkeypatch):
     """It is so on macOS; a kernel or a file system without it answers in another way, and comes to the same."""
     monkeypatch.setattr("ctypes.CDLL", lambda *_arguments, **_options: object())
