@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         merge_sizes,
         open_bundle,
         push,
+        tune,
         update,
         verify,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "merge_sizes",
     "open_bundle",
     "push",
+    "tune",
     "update",
     "verify",
 ]

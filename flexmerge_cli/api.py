@@ -297,6 +297,38 @@ def calibrate(
     calibrate(request, Path(output), force=force)
 
 
+def tune(
+    plan: Path | str,
+    spec: Path | str,
+    output: Path | str,
+    *,
+    method: str = "adamerging",
+    examples: int = 256,
+    device: str | None = None,
+    relocate: Mapping[str, str] | None = None,
+    force: bool = False,
+    offline: bool = False,
+    stream: bool = False,
+) -> None:
+    """Find a weight for each task and block on unlabelled examples, and write them to the file `output`.
+
+    spec: as for `calibrate`. method: `adamerging[:key=value,…]`. examples: of each task, at most. `merge` takes the
+    file as `weighted_average:weights=@FILE,normalize=count`. Raises UsageError, SourceError, DataError, MachineError.
+    """
+    from flexmerge_cli.calibration.tune import tune, tune_request
+
+    request = tune_request(
+        Path(plan),
+        Path(spec),
+        method=method,
+        examples=examples,
+        device=device,
+        relocate=relocate,
+        access=_access(offline, stream, None),
+    )
+    tune(request, Path(output), force=force)
+
+
 def evaluate(
     bundle: Path | str,
     spec: Path | str,

@@ -14,6 +14,7 @@ from flexmerge_cli.allocation.servable import servable
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
+from flexmerge_cli.methods.linear import require_known
 from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
@@ -33,6 +34,8 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
     pricer = (pricer or Pricer(plan)).asked(request)
     if plan.pools_lora and not isinstance(request.choice, Servable):
         _check_pool(request)
+    for use in request.uses:
+        require_known(use.call, plan.task_names, [block.name for block in plan.blocks])
     match request.choice:
         case Exact():
             return pricer.layout(copies(plan, request.dtype))

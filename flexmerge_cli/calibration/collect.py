@@ -273,8 +273,10 @@ class _Fisher:
             for place in range(size):
                 # A clone made here is not an inference tensor, so gradients can flow through what is computed from it.
                 with torch.inference_mode(False), torch.enable_grad():
-                    one = {name: _example(value, place, size) for name, value in kwargs.items()}
-                    likelihood = self._likelihood(self.model(*(_example(value, place, size) for value in args), **one))
+                    one = {name: example_of(value, place, size) for name, value in kwargs.items()}
+                    likelihood = self._likelihood(
+                        self.model(*(example_of(value, place, size) for value in args), **one)
+                    )
                     likelihood.backward()  # type: ignore[no-untyped-call]
                 self.num_examples += 1
         finally:
@@ -303,7 +305,7 @@ class _Fisher:
         return Found(wanted=one, count=self.num_examples, array=(self.sums[one.tensor] / count).flatten().cpu().numpy())
 
 
-def _example(value: Any, place: int, size: int) -> Any:
+def example_of(value: Any, place: int, size: int) -> Any:
     """Return one example of a batch."""
     is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
     return value[place : place + 1].clone() if is_batch else value

@@ -4,7 +4,7 @@ A model runs once for as many arrays as fit into HELD_BYTES, and again for the n
 its run ends.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from flexmerge_cli.bundle.publish import check_target, publish
 from flexmerge_cli.calibration.write import ArrayFile
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import DataError, UsageError
-from flexmerge_cli.evaluation.kinds.kind import AGREEMENT
+from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples
 from flexmerge_cli.evaluation.references import References
 from flexmerge_cli.evaluation.running import references_of
 from flexmerge_cli.evaluation.scored import TaskModel
@@ -92,11 +92,12 @@ def calibration_request(
     device: str | None = None,
     relocate: Mapping[str, str] | None = None,
     access: Access = ONLINE,
+    kinds: Collection[str] | None = None,
 ) -> CalibrationRequest:
     """Read plan, spec and examples, and check that they fit. Reads no weights.
 
     examples: the largest number for each task, at least 1. If a task has more, they are drawn at random with the spec's
-    seed, or 0.
+    seed, or 0. kinds: the only kinds of tasks that can be used; None: those that can be observed.
     Raises UsageError, SourceError, DataError.
     """
     wanted, plan = parse_statistics(statistics), load_plan(plan_path)
@@ -112,7 +113,11 @@ def calibration_request(
         if kind.name in OUTSIDE:
             said = f"`{kind.name}` runs models of its own, which cannot be observed"
             raise spec.document.error(("tasks", name, "kind"), said, hint="a kind that builds the model itself")
-        if "fisher" in wanted and kind.name not in HAVE_LOGITS:
+        if kinds is not None and kind.name not in kinds:
+            raise spec.document.error(
+                ("tasks", name, "kind"), f"`{kind.name}` has no logits of classes", hint=f"one of: {', '.join(kinds)}"
+            )
+        if kinds is None and "fisher" in wanted and kind.name not in HAVE_LOGITS:
             said = f"no Fisher information of `{kind.name}`, whose model alone gives no probabilities"
             raise spec.document.error(("tasks", name, "kind"), said, hint="--statistics inputs,outputs")
         limit = min(examples, settled.limit or examples)
@@ -345,7 +350,7 @@ def _observed(request: CalibrationRequest, place: int, model: TaskModel) -> "lis
         raise _Built
 
     with suppress(_Built):
-        _score(request, model, on_built=on_built)
+        run_examples(request, model, on_built=on_built)
     return found
 
 
@@ -362,11 +367,13 @@ def _run(
             measured = measuring(built, wanted, task=model.task, seed=request.seed)
             results.append(stack.enter_context(measured))
 
-        _score(request, model, on_built=on_built, on_example=on_example)
+        run_examples(request, model, on_built=on_built, on_example=on_example)
         return results[0]()
 
 
-def _score(request: CalibrationRequest, model: TaskModel, **run: Any) -> None:
+def run_examples(request: CalibrationRequest, model: TaskModel, **run: Any) -> Examples:
+    """Run a task's model on its examples, and return these. run: fields of Run."""
     spec, scorer = request.spec, request.scorer
     examples = scorer.examples(model.task, model.folder)
     spec.kind(model.task).score(model, spec.tasks[model.task], examples, replace(scorer.run(model.task), **run))
+    return examples

@@ -24,6 +24,7 @@ from flexmerge_cli.cli import (
     push,
     route,
     serve,
+    tune,
     update,
 )
 from flexmerge_cli.cli import eval as eval_command
@@ -42,6 +43,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "calibrate": calibrate.calibrate,
+    "tune": tune.tune,
     "merge": merge.merge,
     "update": update.update,
     "inspect": inspect.inspect,

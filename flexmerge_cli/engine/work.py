@@ -123,7 +123,8 @@ class Worker:
 
     def where(self, span: Span, low: int, tasks: Sequence[int]) -> Where:
         names = tuple(self.plan.tasks[task].name for task in tasks)
-        return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=self.plan.tensor(span.tensor).shape)
+        shape, block = self.plan.tensor(span.tensor).shape, self.block_of[span.tensor]
+        return Where(tasks=names, tensor=span.tensor, start=span.start + low, shape=shape, block=block)
 
     def rows_of(self, raw: Raw, tasks: Sequence[int]) -> Tensor | None:
         """Return the tasks' bits as one matrix [k, n], if they lie like that."""
@@ -219,7 +220,8 @@ class Worker:
             unstepped[name] = shape_for(flat_kn, "tensor", where)
         names = tuple(self.plan.tasks[task].name for task in group.tasks)
         first = next(iter(raws))
-        where = Where(tasks=names, tensor=self.block_of[first], start=0, shape=())
+        block = self.block_of[first]
+        where = Where(tasks=names, tensor=block, start=0, shape=(), block=block)
         found: dict[str, Tensor] = chain.call(deltas, where, chain.stats(group.tasks, first), unstepped)
         # A method may return what it got, which is this thread's buffer and is reused for the next group.
         return {name: value.clone() for name, value in found.items()}

@@ -14,7 +14,11 @@ _TWO = "interpolates on a sphere or by rules of its own between the weights them
 # Name -> (what it is, the nearest method here as options of `merge`, or nothing).
 ABSENT = {
     "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "regmean"),
-    "adamerging": ("learns a coefficient per task or layer: needs data, unlabelled", "task_arithmetic"),
+    "adamerging": (
+        "learns a coefficient per task or layer from unlabelled examples: `flexmerge tune` does, and writes what "
+        "weighted_average:weights=@FILE takes",
+        "weighted_average",
+    ),
     "wemoe": (_MIXES, "emr"),
     "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
     "sparse_wemoe": (_MIXES, "emr"),

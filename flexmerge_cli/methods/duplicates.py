@@ -6,6 +6,7 @@ Grouping by similarity produces such groups, so users are warned about methods t
 from collections.abc import Sequence
 
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.linear import mean_weight
 
 # The smallest cosine of near-duplicates, and the largest factor that needs no warning.
 NEAR, TOLERATED = 0.9, 2.0
@@ -48,7 +49,7 @@ def copies_factor(call: Call, tasks: Sequence[str]) -> float:
     if name == "task_arithmetic" and args["form"] == "sum":
         return k * (0.3 if args["scale"] is None else scale)
     if name == "weighted_average" and not args["normalize"]:
-        return sum(float((args["weights"] or {}).get(task, 1)) for task in tasks)
+        return sum(mean_weight(args["weights"], task) for task in tasks)
     if name == "breadcrumbs" and args["merge"] == "sum":
         return k * (0.3 if args["scale"] is None else scale)
     if name in ("ties", "della") and args["merge"] == "sum":

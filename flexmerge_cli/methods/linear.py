@@ -1,7 +1,8 @@
 """Methods that are linear in the task vectors: the mean, the scaled mean or sum, and weighted ones."""
 
 import math
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
@@ -38,13 +39,56 @@ def task_arithmetic(deltas: Tensor, *, form: Literal["mean", "sum"] = "mean", sc
     return (1.5 if scale is None else scale) * mean_tasks(deltas)
 
 
-def _check_weights(*, weights: dict[str, float] | None, **_: object) -> None:
-    for task, weight in (weights or {}).items():
-        if type(weight) not in (int, float) or not math.isfinite(weight) or weight < 0:
+Weights = Mapping[str, Any] | None
+"""Numbers by task, or by block and task; None: all are 1."""
+
+
+def _by_task(weights: Weights) -> list[Mapping[str, Any]]:
+    """Return the maps {task: weight}: one for all blocks, or one for each."""
+    by_block = [of for of in (weights or {}).values() if isinstance(of, Mapping)]
+    return by_block or [weights or {}]
+
+
+def _check_weights(*, weights: Weights, **_: object) -> None:
+    for of in _by_task(weights):
+        for task, weight in of.items():
+            if type(weight) not in (int, float) or not math.isfinite(weight) or weight < 0:
+                raise UsageError(
+                    f"`weighted_average`: the weight of `{task}` is {weight!r}, not a number of 0 or more",
+                    hint="weights={task: number, …}",
+                )
+    mixed = [name for name, of in (weights or {}).items() if not isinstance(of, Mapping)]
+    if mixed and len(mixed) < len(weights or {}):
+        raise UsageError(
+            f"`weighted_average`: the weight of `{mixed[0]}` is a number, and others are maps",
+            hint="weights={task: number, …} or weights={block: {task: number, …}, …}",
+        )
+
+
+def require_known(call: Call, tasks: Collection[str], blocks: Collection[str]) -> None:
+    """Raise UsageError if weights name a task or block that the plan lacks, or lack a block of the plan."""
+    weights = call.args.get("weights") if call.method is weighted_average else None
+    if not weights:
+        return
+    of = _by_task(weights)
+    unknown = [f"task `{name}`" for one in of for name in one if name not in tasks]
+    if of[0] is not weights:  # They are by block.
+        unknown = [f"block `{name}`" for name in weights if name not in blocks] or unknown
+        if lacking := [name for name in blocks if name not in weights]:
             raise UsageError(
-                f"`weighted_average`: the weight of `{task}` is {weight!r}, not a number of 0 or more",
-                hint="weights={task: number, …}",
+                f"`weighted_average`: no weights of block `{lacking[0]}`", hint="run `flexmerge tune` with this plan"
             )
+    if unknown:
+        raise UsageError(
+            f"`weighted_average`: weights of {unknown[0]}, which the plan does not have",
+            hint="flexmerge inspect plan.json lists tasks and blocks",
+        )
+
+
+def mean_weight(weights: Weights, task: str) -> float:
+    """Return the weight of a task, averaged over blocks."""
+    of = _by_task(weights)
+    return sum(float(one.get(task, 1.0)) for one in of) / len(of)
 
 
 @method(
@@ -55,16 +99,25 @@ def _check_weights(*, weights: dict[str, float] | None, **_: object) -> None:
     workspace=per_element(0, 32),
 )
 def weighted_average(
-    deltas: Tensor, where: Where, *, weights: dict[str, float] | None = None, normalize: bool = True
+    deltas: Tensor,
+    where: Where,
+    *,
+    weights: dict[str, Any] | None = None,
+    normalize: bool | Literal["count"] = True,
 ) -> Tensor:
     """Take the weighted mean of the task vectors, with normalize=false their weighted sum. [k, n] float32 -> [n].
 
-    weights: {task: number >= 0}; a task that is not named has weight 1. They are normalised in each group, so equal
-    weights have no effect. Raises UsageError for a group whose weights are all 0.
+    weights: {task: weight} or {block: {task: weight}}, or @FILE with what `flexmerge tune` wrote; a task that is not
+    named has weight 1. They are normalised in each group, so equal weights have no effect; normalize=count divides by
+    the number of tasks instead. Raises UsageError for a group whose weights are all 0 and normalised.
     """
-    weight_k = [float((weights or {}).get(task, 1.0)) for task in where.tasks]
+    of_block = (weights or {}).get(where.block)
+    found = of_block if isinstance(of_block, Mapping) else weights or {}
+    weight_k = [float(found.get(task, 1.0)) for task in where.tasks]
     if not normalize:
         return weigh_tasks(deltas, weight_k)
+    if normalize == "count":
+        return weigh_tasks(deltas, weight_k) / len(weight_k)
     if sum(weight_k) == 0:
         raise UsageError(
             f"`weighted_average`: all weights of the group {', '.join(where.tasks)} are 0",

@@ -47,6 +47,8 @@ class Where:
     """Index of the first element in the whole tensor, in C order."""
     shape: tuple[int, ...]
     """The shape of the whole tensor."""
+    block: str = ""
+    """The name of the block that has the tensor."""
 
 
 @dataclass(frozen=True, slots=True)

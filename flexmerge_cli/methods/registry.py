@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -18,8 +19,9 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.absent import explain_absent
 from flexmerge_cli.methods.aliases import PRESETS, Alias, resolve_alias
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.coefficients import read_coefficients
 from flexmerge_cli.methods.load import method_from_file, method_from_package, packaged_methods
-from flexmerge_cli.methods.method import Method, Origin
+from flexmerge_cli.methods.method import Method, Origin, Parameter
 from flexmerge_cli.methods.step import Calibration, CalibrationCall, Step, StepCall
 from flexmerge_cli.yaml_file import BoundedLoader, load_bounded
 
@@ -92,6 +94,11 @@ def parse_call(text: str, *, run_files: bool = False, code: bytes | None = None)
         if function in all_methods():
             raise UsageError(f"`{name}` has the name of another method", hint="rename the function")
         return make_call(method_from_file(file, function, code), args, name=name)
+    for key, value in args.items():
+        if isinstance(value, str) and value.startswith("@"):
+            if not run_files:
+                raise UsageError(f"`{text}` names a file", hint="files are read only with --method")
+            args[key] = read_coefficients(Path(value[1:]))
     method = all_methods().get(name) or method_from_package(name)
     if method is None:
         alias = resolve_alias(name)
@@ -226,16 +233,20 @@ def _unknown(kind: str, name: str) -> UsageError:
 
 
 def _complete(declared: Method | Step | Calibration, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments in the order of the signature. Null means the default."""
+    return complete(declared.name, declared.parameters, args)
+
+
+def complete(name: str, parameters: Mapping[str, Parameter], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments in the order of the signature. Null means the default. Raises UsageError."""
     for key in args:
-        if key not in declared.parameters:
-            near = difflib.get_close_matches(key[:MAX_WORD], declared.parameters, 1)
-            known = ", ".join(declared.parameters) or "none"
-            hint = f"did you mean `{near[0]}`?" if near else f"`{declared.name}` takes: {known}"
-            raise UsageError(f"`{declared.name}` has no argument `{key}`", hint=hint)
+        if key not in parameters:
+            near = difflib.get_close_matches(key[:MAX_WORD], parameters, 1)
+            known = ", ".join(parameters) or "none"
+            hint = f"did you mean `{near[0]}`?" if near else f"`{name}` takes: {known}"
+            raise UsageError(f"`{name}` has no argument `{key}`", hint=hint)
     return {
-        key: parameter.default if args.get(key) is None else parameter.check(args[key], declared.name)
-        for key, parameter in declared.parameters.items()
+        key: parameter.default if args.get(key) is None else parameter.check(args[key], name)
+        for key, parameter in parameters.items()
     }
 
 
@@ -256,6 +267,9 @@ def split_call(text: str) -> tuple[str, dict[str, Any]]:
             of_file = name.endswith(".py") and not equals
             hint = f"./{name}#{item.strip()}" if of_file else "write NAME:key=value,key=value"
             raise UsageError(f"cannot read `{item.strip()}` in method `{text}`", hint=hint)
+        if value.strip().startswith("@"):  # It names a file, and YAML reserves the character.
+            args[key.strip()] = value.strip()
+            continue
         try:
             args[key.strip()] = load_bounded(value, _Loader)
         except yaml.YAMLError:

@@ -73,4 +73,4 @@ def test_a_method_that_is_not_here_is_explained(command, plan, tmp_path):
     name, *option = command
     words = (name, "AdaMerging") if not option else (name, plan, *option, "AdaMerging", "-o", tmp_path / "b")
     failed = fails(2, *words, says="no method `AdaMerging`: it learns a coefficient per task or layer")
-    assert "the nearest here is --method task_arithmetic" in failed.err
+    assert "`flexmerge tune` does" in failed.err and "the nearest here is --method weighted_average" in failed.err

@@ -8,6 +8,7 @@ from flexmerge_cli.cli.app import COMMANDS, app
 from ..program import fails
 
 NO_WORK = "it does no work on weights"
+OF_MODELS = ("calibrate", "tune")
 ABSENT = {
     "--verbose": {
         "push": "it tells every repository and its bytes in any case",
@@ -19,6 +20,7 @@ ABSENT = {
     "--json": {},
     "--max-memory": {
         "calibrate": "it holds one model and half a gigabyte of sums, or one sum that is larger",
+        "tune": "it holds all task vectors: the models have to fit",
         "inspect": "it reads headers, and with --verify one piece at a time",
         "diff": NO_WORK,
         "export": "it writes one tensor at a time",
@@ -42,7 +44,7 @@ ABSENT = {
         "cache": NO_WORK,
     },
     "--fit": {
-        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
+        **dict.fromkeys((*OF_MODELS, "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
         "update": "it asks what the bundle was asked",
         "eval": "it scores a bundle as it is; `curve` takes --fit",
         "methods": NO_WORK,
@@ -50,7 +52,7 @@ ABSENT = {
     },
     "--cluster": {
         "plan": "a plan prices methods; clusters are priced by `merge --dry-run`",
-        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
+        **dict.fromkeys((*OF_MODELS, "inspect", "diff", "export", "push", "route", "serve"), "it chooses no size"),
         "update": "it asks what the bundle was asked",
         "eval": "it scores a bundle as it is; `curve` takes --cluster",
         "methods": NO_WORK,
@@ -60,14 +62,14 @@ ABSENT = {
         "plan": "the distance of a bundle is known once it is merged",
         "eval": "it judges by scores: --max-drop",
         "curve": "it judges by scores: --max-drop",
-        **dict.fromkeys(("calibrate", "inspect", "diff", "export", "push", "serve"), "it makes no bundle"),
+        **dict.fromkeys((*OF_MODELS, "inspect", "diff", "export", "push", "serve"), "it makes no bundle"),
         "route": "it changes no weights",
         "update": "it asks what the bundle was asked",
         "methods": NO_WORK,
         "cache": NO_WORK,
     },
     "--html": {
-        **dict.fromkeys(("calibrate", "diff", "export", "push", "route", "serve", "update"), "it has no page"),
+        **dict.fromkeys((*OF_MODELS, "diff", "export", "push", "route", "serve", "update"), "it has no page"),
         "methods": NO_WORK,
         "cache": NO_WORK,
     },

@@ -1,0 +1,224 @@
+"""All tasks' models on one set of merged weights, with their examples: what is tuned by gradients.
+
+The merged weights are θ_base + Σ_k w_k τ_k / M with a weight per task and block. In memory are the merged weights and
+their gradient, the task vectors of all M tasks, every task's own tensors, and the examples as the models get them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmerge_cli.calibration.collect import example_of
+from flexmerge_cli.calibration.make import CalibrationRequest, run_examples
+from flexmerge_cli.errors import DataError
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.split import whole_of
+from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
+from flexmerge_cli.random import key64, uniform
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a model, of one example."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shared:
+    """One tensor that merges: a parameter of the models, or a part of one."""
+
+    block: int
+    base: Tensor
+    """float32."""
+    deltas: dict[int, Tensor]
+    """The task vector of each task that has it, float32."""
+    merged: Tensor
+    """What the models compute with, in their dtype."""
+    gradient: Tensor
+    """float32; the sum of what was added since `clear`."""
+
+
+@dataclass(slots=True)
+class JointModels:
+    """The models of a plan's tasks, which share the merged weights."""
+
+    plan: Plan
+    seed: int
+    models: list[Any] = field(default_factory=list)
+    examples: list[list[Example]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    """The digest of each task's examples."""
+    _shared: dict[str, _Shared] = field(default_factory=dict)
+    _wholes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Merged weights and gradients as the models have them, by the plan's names of whole tensors."""
+
+    @staticmethod
+    def of(request: CalibrationRequest, on_task: Callable[[int, int], None] = lambda *_step: None) -> "JointModels":
+        """Run each task's model once, to see what it gets, and keep it. Raises DataError if sources have changed."""
+        found = JointModels(request.plan, request.seed)
+        for task in request.plan.all_tasks:
+            on_task(task, len(request.plan.tasks))
+            found._add(task, request)
+        return found
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.plan.tasks)
+
+    def _add(self, task: int, request: CalibrationRequest) -> None:
+        own = request.references.of(self.plan.task_names[task])
+        tuned, base = own["fine_tuned"](), own["base"]()
+        built: list[tuple[Any, Mapping[str, str]]] = []
+        seen: list[Example] = []
+
+        def on_built(model: Any, names: Mapping[str, str]) -> None:
+            built.append((model, names))
+            model.register_forward_pre_hook(
+                lambda _module, args, kwargs: seen.extend(_examples(args, kwargs)), with_kwargs=True
+            )
+
+        self.digests.append(run_examples(request, base, on_built=on_built).digest)
+        (model, names), *_ = built
+        model._forward_pre_hooks.clear()
+        model._forward_pre_hooks_with_kwargs.clear()
+        self._share(task, model, names, tuned.weights, base.weights)
+        self.models.append(model)
+        self.examples.append(seen)
+
+    def _share(
+        self,
+        task: int,
+        model: Any,
+        names: Mapping[str, str],
+        tuned: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
+    ) -> None:
+        """Let a task's model compute with the merged weights, and note its task vectors."""
+        merging: dict[str, list[PlanTensor]] = {}
+        for tensor in self.plan.tensors:
+            has = tensor.class_ is TensorClass.MERGEABLE and task in tensor.present
+            if has and self.plan.vocabulary(tensor.name) is None:
+                merging.setdefault(whole_of(self.plan.own_name(task, tensor.name))[0], []).append(tensor)
+        for name, parameter in model.named_parameters():
+            own = names.get(name, "")
+            parameter.requires_grad_(own in merging)
+            if own not in merging:
+                continue
+            whole = whole_of(merging[own][0].name)[0]
+            if whole not in self._wholes:
+                self._wholes[whole] = parameter.detach().clone(), torch.zeros_like(parameter, dtype=torch.float32)
+            merged, gradient = self._wholes[whole]
+            if merged.shape != parameter.shape:
+                parameter.requires_grad_(False)
+                continue
+            parameter.data = merged
+            parameter.register_post_accumulate_grad_hook(_adding(gradient))
+            for tensor in merging[own]:
+                self._note(task, tensor, merged, gradient, tuned[own].to(merged.device), base[own].to(merged.device))
+
+    def _note(
+        self, task: int, tensor: PlanTensor, merged: Tensor, gradient: Tensor, tuned: Tensor, base: Tensor
+    ) -> None:
+        split, part = self.plan.split(tensor.name), whole_of(tensor.name)[1]
+
+        def part_of(value: Tensor) -> Tensor:
+            return value if split is None or part is None else value.chunk(split.parts, split.dim)[part]
+
+        if tensor.name not in self._shared:
+            block = next(place for place, one in enumerate(self.plan.blocks) if tensor.name in one.tensors)
+            start = part_of(base).float().clone()
+            self._shared[tensor.name] = _Shared(
+                block=block, base=start, deltas={}, merged=part_of(merged), gradient=part_of(gradient)
+            )
+        shared = self._shared[tensor.name]
+        shared.deltas[task] = part_of(tuned).float() - shared.base
+
+    # Computing
+
+    def merge(self, weight_MB: np.ndarray) -> None:
+        """Set the merged weights. weight_MB: float64 [tasks, blocks]."""
+        for shared in self._shared.values():
+            value = shared.base.clone()
+            for task, delta in shared.deltas.items():
+                value.add_(delta, alpha=float(weight_MB[task, shared.block]) / self.num_tasks)
+            shared.merged.copy_(value)
+
+    def gradient(self, loss: Callable[[Tensor], Tensor], step: int, batch_size: int) -> tuple[np.ndarray, float]:
+        """Return ∂/∂w of the sum over tasks of a loss, float64 [tasks, blocks], and that sum.
+
+        loss: maps logits [n, …, classes] to a mean. step: says which examples are used; each is used once before any
+        is used again, in an order that the seed draws. Raises DataError if the loss is not finite.
+        """
+        total = 0.0
+        for _, gradient in self._wholes.values():
+            gradient.zero_()
+        for task, model in enumerate(self.models):
+            batch = [self.examples[task][place] for place in self._places(task, step, batch_size)]
+            with torch.enable_grad():
+                for args, kwargs, part in _stacked(batch):
+                    value = loss(model(*args, **kwargs).logits.float()) * part
+                    value.backward()  # type: ignore[no-untyped-call]
+                    total += float(value.detach())
+            if not np.isfinite(total):
+                raise DataError(
+                    f"task `{self.plan.task_names[task]}`: the outputs of the merged model are not finite",
+                    hint="check the data, or give the spec `dtype: float32`",
+                )
+        found = np.zeros((self.num_tasks, len(self.plan.blocks)))
+        for shared in self._shared.values():
+            gradient = shared.gradient.flatten().double()
+            for task, delta in shared.deltas.items():
+                found[task, shared.block] += float(gradient @ delta.flatten().double()) / self.num_tasks
+        return found, total
+
+    def _places(self, task: int, step: int, batch_size: int) -> list[int]:
+        n, name = len(self.examples[task]), self.plan.task_names[task]
+        size, key, found = min(batch_size, n), key64("flexmerge/tune/1", self.seed, name), []
+        for number in range(step * size, (step + 1) * size):
+            epoch, place = divmod(number, n)
+            found.append(int(np.argsort(uniform(key, epoch * n, n), kind="stable")[place]))
+        return found
+
+
+def _adding(total: Tensor) -> Callable[[Tensor], None]:
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def _examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Example]:
+    """Divide what a model gets into examples."""
+    n = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    with torch.inference_mode(False):  # Clones made here can take part in gradients.
+        return [
+            (
+                tuple(example_of(value, place, n) for value in args),
+                {name: example_of(value, place, n) for name, value in kwargs.items()},
+            )
+            for place in range(n)
+        ]
+
+
+def _stacked(batch: list[Example]) -> list[tuple[tuple[Any, ...], dict[str, Any], float]]:
+    """Stack examples of equal shapes. Returns arguments, and the part of the batch that they are."""
+    alike: dict[Any, list[Example]] = {}
+    for args, kwargs in batch:
+        shapes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        alike.setdefault((tuple(kwargs), tuple(shapes)), []).append((args, kwargs))
+
+    def joined(values: list[Any]) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) and values[0].ndim else values[0]
+
+    return [
+        (
+            tuple(joined([args[place] for args, _ in group]) for place in range(len(group[0][0]))),
+            {name: joined([kwargs[name] for _, kwargs in group]) for name in group[0][1]},
+            len(group) / len(batch),
+        )
+        for group in alike.values()
+    ]

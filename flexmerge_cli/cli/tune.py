@@ -1,0 +1,59 @@
+"""`flexmerge tune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmerge_cli.cli import options as o
+
+
+def tune(
+    plan: o.PlanFile,
+    spec: o.Spec = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write the coefficients.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help="How to find them: adamerging."),
+    ] = "adamerging",
+    examples: o.Examples = 256,
+    relocate: o.Relocate = None,
+    offline: o.Offline = False,
+    stream: o.Stream = False,
+    device: o.Device = "auto",
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Find a weight for each task and block on unlabelled examples, for `merge --method weighted_average`.
+
+    \b
+    Example:
+    flexmerge tune plan.json --spec calib.yaml -o coefficients.json
+    flexmerge merge plan.json --method weighted_average:weights=@coefficients.json,normalize=count --size 1x -o bundle/
+    """
+    from flexmerge_cli.calibration.tune import tune, tune_request
+    from flexmerge_cli.cli import output as out
+    from flexmerge_cli.errors import UsageError
+    from flexmerge_cli.report.tune import show_tune, tune_summary
+
+    if spec is None:
+        raise UsageError("no --spec: the examples of each task", hint="--spec calib.yaml, written as for `eval`")
+    if output is None:
+        raise UsageError("no output file given for the coefficients", hint="add -o coefficients.json")
+    request = tune_request(
+        plan,
+        spec,
+        method=method,
+        examples=examples,
+        device=None if device == "auto" else device,
+        relocate=o.relocations(relocate),
+        access=o.access_of(offline=offline, quiet=quiet, stream=stream),
+    )
+    with out.progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_step:
+        found = tune(request, output, force=force, on_step=on_step)
+    value = tune_summary(found, output)
+    out.emit(value, as_json=as_json, quiet=quiet, show=show_tune, written=[output])

@@ -1,0 +1,37 @@
+"""Shows the result of `tune`: each task's examples, and its smallest, mean and largest weight over blocks."""
+
+from pathlib import Path
+from typing import Any
+
+from flexmerge_cli.methods.coefficients import Coefficients
+from flexmerge_cli.report.table import say, table
+
+
+def tune_summary(found: Coefficients, output: Path) -> dict[str, Any]:
+    """Return the document of `tune --json`."""
+    by_task: list[dict[str, Any]] = [of for of in found.weights.values() if isinstance(of, dict)]
+    by_task = by_task or [dict(found.weights)]
+    return {
+        "coefficients": str(output),
+        "method": found.method,
+        "tasks": {
+            name: {"examples": task.n, "weights": [of[name] for of in by_task]} for name, task in found.tasks.items()
+        },
+    }
+
+
+def show_tune(value: dict[str, Any]) -> None:
+    table(
+        ["task", "examples", "least\nweight", "mean", "largest"],
+        [
+            [name, row["examples"], *(f"{number:.3f}" for number in _spread(row["weights"]))]
+            for name, row in value["tasks"].items()
+        ],
+        text=(0,),
+    )
+    path = value["coefficients"]
+    say(f"wrote {path}, for --method weighted_average:weights=@{path},normalize=count")
+
+
+def _spread(weights: list[float]) -> tuple[float, float, float]:
+    return min(weights), sum(weights) / len(weights), max(weights)
