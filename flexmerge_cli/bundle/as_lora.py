@@ -25,10 +25,6 @@ from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.manifest import Manifest
-from flexmerge_cli.residuals.low_rank import LowRank
-from flexmerge_cli.stored.adapted import AdaptedTensor
-from flexmerge_cli.stored.coded import CodedTensor
-from flexmerge_cli.stored.dense import DenseTensor
 
 BASE, ADAPTERS = "base", "adapters"
 HINT = "leave out --as-lora: `export --all` writes a whole checkpoint of each task"
@@ -60,24 +56,12 @@ def factored(bundle: Bundle) -> Factored:
     rank = 0
     for tensor in bundle.manifest.tensors:
         for task in tensor.digests if tensor.of is None else ():
-            found = bundle.whole(task, tensor.name)
-            match found:
-                case AdaptedTensor(base=StoredTensor() as centre, changed=None):
-                    own = None
-                case AdaptedTensor(base=StoredTensor() as centre) if found.is_low_rank:
-                    own, change = None, found.changed and found.changed.change
-                    rank = max(rank, getattr(change, "rank", 0))
-                case DenseTensor(part=centre) if found.is_plain:
-                    own = None
-                case CodedTensor(form=form) if isinstance(form.residual, LowRank) and form.centre is None:
-                    parts = bundle.parts_of(task)
-                    centre = parts[f"{tensor.name}@{'base' if found.base else 'unified'}"]
-                    left, right = (parts[f"{tensor.name}@{role}.{found.owner}"] for role in ("left", "right"))
-                    own, rank = (left, right), max(rank, left.shape[1])
-                    if len(tensor.shape_of(task)) != 2:
-                        raise _refused(tensor.name, task, "is no matrix")
-                case _:
-                    raise _refused(tensor.name, task, "does not differ by a matrix of low rank")
+            found = bundle.whole(task, tensor.name).low_rank_sum(bundle.parts_of(task))
+            if found is None:
+                raise _refused(tensor.name, task, "does not differ by a matrix of low rank")
+            if found.factors is not None and len(tensor.shape_of(task)) != 2:
+                raise _refused(tensor.name, task, "is no matrix")
+            centre, own, rank = found.centre, found.factors, max(rank, found.rank)
             first = centres.setdefault(tensor.name, centre)
             if not _same(bundle, first, centre):
                 raise _refused(tensor.name, task, "does not differ by a matrix of low rank from that of other tasks")

@@ -12,23 +12,24 @@ from torch import Tensor
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, torch_dtype
 from flexmerge_cli.residuals.look_up import scaled_levels_on
-from flexmerge_cli.stored.coded import CodedTensor
+from flexmerge_cli.stored.decoding import Packable
 from flexmerge_cli.stored.packed import Packed
 
 # Elements decoded at a time on a device.
 BLOCK_ELEMENTS = 1 << 24
 
 
-def decode_on(bundle: Bundle, stored: CodedTensor, device: torch.device) -> Tensor:
-    """Decode on the device, in the task's own dtype and shape."""
-    packed = stored.packed(bundle.parts_of(stored.of.task), bundle.bits)
+def decode_on(bundle: Bundle, task: str, stored: Packable, device: torch.device) -> Tensor:
+    """Decode on the device, in the task's own dtype, one axis. stored: of a form that decodes on devices."""
+    packed = stored.packed(bundle.parts_of(task), bundle.bits)
+    assert isinstance(packed, Packed)
     m, n = packed.matrix
     out = torch.empty(m, n, dtype=torch_dtype(packed.dtype), device=device)
     step = max(1, BLOCK_ELEMENTS // max(1, n))
     for first in range(0, m, step):
         rows = slice(first, min(m, first + step))
         out[rows] = _values(packed, rows, device).to(out.dtype)
-    return out.reshape(stored.of.shape)
+    return out.reshape(-1)
 
 
 def _values(packed: Packed, rows: slice, device: torch.device) -> Tensor:

@@ -255,7 +255,7 @@ def _weight_map(bundle: Bundle, task: str) -> dict[str, Path] | None:
     found = {}
     for own, aligned in bundle.manifest.aligned(task).items():
         if not bundle.is_tied(aligned):
-            part = bundle.dense(task, aligned)
+            part = bundle.whole(task, aligned).dense
             if part is None or (part.name, part.dtype) != (own, bundle.tensors_of(task)[own][0]):
                 return None
             found[own] = part.path

@@ -3,22 +3,17 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.split import Split
-from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, RowsEntry, TensorEntry, UnitEntry
+from flexmerge_cli.formats.manifest import Manifest, RowsEntry, TensorEntry, UnitEntry
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
-from flexmerge_cli.stored.adapted import AdaptedTensor
-from flexmerge_cli.stored.coded import CodedTensor
 from flexmerge_cli.stored.decoding import Described, Packable, RouteParts, Stored
-from flexmerge_cli.stored.dense import DenseTensor
 from flexmerge_cli.stored.forms import stored_as
-from flexmerge_cli.stored.joined import JoinedTensor
-from flexmerge_cli.stored.masked import MaskedTensor
-from flexmerge_cli.stored.split import SplitTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,29 +93,43 @@ class Routes:
 
         Raises DataError if the manifest does not say so soundly, or it takes a part that is not there.
         """
-        tensor, adapter, parts = self._tensors[aligned], self.manifest.tasks[task].adapter, self._parts[task]
-        if adapter is not None:
-            return self._adapted(task, tensor, adapter)
-        if tensor.of is not None:
+        tensor = self._tensors[aligned]
+        if tensor.of is not None and self.manifest.tasks[task].adapter is None:
             return self.stored_as(task, tensor.of)
-        shape, dense, unit = tensor.shape_of(task), self._dense[task].get(aligned), self._units.get(aligned)
-        if dense is not None:
-            return DenseTensor(part=dense, dtype=tensor.dtype_of(task), shape=shape)
+        return stored_as(self._described(task, tensor), self._parts[task])
+
+    def _described(self, task: str, tensor: TensorEntry) -> Described:
+        """Return what the manifest says about an entry."""
+        entry, dense = self.manifest.tasks[task], self._dense[task].get(tensor.name)
+        one = Described(
+            form="copy" if entry.adapter is None else "adapted",
+            tensor=tensor.name,
+            task=task,
+            shape=tensor.shape_of(task),
+            tasks=(task,),
+            dtypes=(tensor.dtype_of(task),),
+            dense=dense,
+        )
+        if entry.adapter is not None:
+            change = entry.adapter.changes.get(tensor.name)
+            if change is None:
+                return one
+            weights = file_inside(self.path, str(self.manifest.own_weights(task)))
+            return replace(one, change=partial(change.tensor, weights=weights), needs_base=change.value is None)
+        unit = self._units.get(tensor.name)
         group = next((group for group in unit.groups if task in group.tasks), None) if unit is not None else None
         if unit is None or group is None:
-            raise DataError(f"{self.path}: `{aligned}` is in no file of `{task}`", hint="fetch the bundle again")
+            return one
         method = self.manifest.methods[group.method] if group.method is not None else None
-        described = Described(
-            tensor=aligned,
-            unit=unit.name,
-            task=task,
-            shape=shape,
+        return replace(
+            one,
+            form=group.kind,
             tasks=group.tasks,
             dtypes=tuple(map(tensor.dtype_of, group.tasks)),
+            unit=unit.name,
             bits=group.bits,
             method=None if method is None else (method.name, json.dumps(method.args)),
         )
-        return stored_as(group.kind, described, parts)
 
     def parts_of(self, task: str) -> RouteParts:
         """Return all parts on a task's route."""
@@ -131,40 +140,34 @@ class Routes:
 
         Raises as stored_as.
         """
-        if (split := self._splits.get(aligned)) is not None:
-            return SplitTensor(parts=tuple(self.stored_as(task, name) for name in split.names), dim=split.dim)
-        found, rows = self.stored_as(task, aligned), self._rows.get((task, aligned))
-        if rows is None:
-            return found
-        own = f"{self._tensors[aligned].of or aligned}{ROWS_SUFFIX}"
-        return JoinedTensor(
-            shared=found,
-            own=self.stored_as(task, own) if rows.has_own else None,
-            common=rows.common,
-            rows=rows.rows,
+        split, rows = self._splits.get(aligned), self._rows.get((task, aligned))
+        if split is None and rows is None:
+            return self.stored_as(task, aligned)
+        if split is not None:
+            form, names = "split", split.names
+        else:
+            assert rows is not None
+            own = f"{self._tensors[aligned].of or aligned}{ROWS_SUFFIX}"
+            form, names = "joined", (aligned, own) if rows.has_own else (aligned,)
+        dtype, shape = self.tensor_of(task, aligned)
+        described = Described(
+            form=form,
+            tensor=aligned,
+            task=task,
+            shape=shape,
+            tasks=(task,),
+            dtypes=(dtype,),
+            pieces=tuple(self.stored_as(task, name) for name in names),
+            dim=split.dim if split is not None else 0,
+            common=rows.common if rows is not None else (),
         )
-
-    def coded(self, task: str, aligned: str) -> CodedTensor | None:
-        """Return how a tensor is stored as a centre and residuals; None if it is stored otherwise."""
-        found = self.whole(task, aligned)
-        return found if isinstance(found, CodedTensor) else None
-
-    def dense(self, task: str, aligned: str) -> StoredTensor | None:
-        """Return the part that holds a tensor as it is, or in a wider dtype; None if it must be decoded."""
-        found = self.whole(task, aligned)
-        return found.part if isinstance(found, DenseTensor) else None
+        return stored_as(described, self._parts[task])
 
     def packed(self, task: str, aligned: str) -> Packable | None:
         """Return how a tensor is stored if any of its rows can be decoded alone; None if it is dense, or stored
         otherwise."""
-        match found := self.whole(task, aligned):
-            case CodedTensor() | MaskedTensor():
-                return found
-            case AdaptedTensor():
-                return found if found.is_low_rank else None
-            case JoinedTensor():
-                return found if found.is_packable else None
-        return None
+        found = self.whole(task, aligned)
+        return found.packable if found.dense is None else None
 
     def is_shared(self, task: str, aligned: str) -> bool:
         """Return whether the tensor is exactly the bits of one part, so that a view can refer to the mapped file."""
@@ -193,14 +196,3 @@ class Routes:
                     f"{self.path}: `{tensor.name}` of `{task}` is stored in another size or dtype than it is given",
                     hint="fetch it again",
                 )
-
-    def _adapted(self, task: str, tensor: TensorEntry, adapter: AdapterEntry) -> AdaptedTensor:
-        change, name, parts = adapter.changes.get(tensor.name), f"{tensor.name}@base", self._parts[task]
-        dtype, shape = tensor.dtype_of(task), tensor.shape_of(task)
-        base = changed = None
-        if change is None or change.value is None:
-            base = parts.get(name) or self._dense[task].get(tensor.name) or parts.get(tensor.name) or parts[name]
-        if change is not None:
-            weights = file_inside(self.path, str(self.manifest.own_weights(task)))
-            changed = replace(change.tensor(base, weights), shape=shape)
-        return AdaptedTensor(base=base, changed=changed, dtype=dtype, shape=shape)

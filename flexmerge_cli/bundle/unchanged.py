@@ -27,8 +27,6 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.manifest import GroupEntry, unpacked_errors
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.record import Shape
-from flexmerge_cli.stored.adapted import AdaptedTensor
-from flexmerge_cli.stored.dense import DenseTensor
 
 PIECE_BYTES = 4 << 20
 MERGE = "to make the bundle without the old one: flexmerge merge new.json … -o new/"
@@ -176,10 +174,9 @@ class _Search:
             if entry.of is not None:
                 continue
             held = self.bundle.stored_as(task, entry.name)
-            part = held.part if isinstance(held, DenseTensor) else None
-            if isinstance(held, AdaptedTensor) and held.base is not None:
-                part = held.base if held.changed is None else None
+            if held.base is not None:
                 bases.setdefault(entry.name, held.base)
+            part = held.dense or (held.base if held.is_plain else None)
             form = entry.dtype_of(task), entry.shape_of(task)
             if part is not None and (part.dtype, part.shape) == form:
                 contents[(*form, entry.digests[task])] = part

@@ -47,9 +47,9 @@ class View(Mapping[str, Tensor]):
             self.bundle.ahead(self.task)
         dtype, shape = self._tensors[name]
         on_cpu = self.device.type == "cpu"
-        coded = None if on_cpu else self.bundle.coded(self.task, aligned)
-        if coded is not None:
-            return decode_on(self.bundle, coded, self.device).reshape(shape)
+        stored = None if on_cpu else self.bundle.whole(self.task, aligned).packable
+        if stored is not None and stored.decodes_on_devices:
+            return decode_on(self.bundle, self.task, stored, self.device).reshape(shape)
         array = self.bundle.array(self.task, aligned, shared=on_cpu and not self.copy)
         tensor = as_tensor(np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype).reshape(shape)
         return tensor if on_cpu else tensor.to(self.device)

@@ -187,7 +187,7 @@ def check_centre(declared: Coded, name: str) -> None:
     if declared.centre == "average":  # the usual one, which is known without importing torch
         return
     call = declared.centre_call()
-    if call is not None and call.method.form != "merged":
+    if call is not None and not call.method.gives_one_model:
         raise UsageError(
             f"`{name}`: centre={declared.centre!r} stores more than one dense value",
             hint="use `base`, `average`, or another method that merges a group into one model",

@@ -18,7 +18,7 @@ def near_duplicate_warning(call: Call, tasks: Sequence[str], smallest_cosine: fl
     tasks: names of the group's tasks. smallest_cosine: the smallest over all pairs of its task vectors.
     """
     name, args, k = call.method.name, call.args, len(tasks)
-    if smallest_cosine < NEAR or k < 2 or (call.method.form == "masked" and k == 2):
+    if smallest_cosine < NEAR or k < 2 or (call.method.gives_masks and k == 2):
         return None
     group = f"{k} near-duplicates (smallest cosine {smallest_cosine:.2f}: {', '.join(tasks)})"
     if name == "tall_masks" and args["lam"] * (k - 1) >= 1:

@@ -241,6 +241,16 @@ class Method(Scoped):
     origin: Origin | None = None
     """Where the method comes from. None: flexmerge."""
 
+    @property
+    def gives_one_model(self) -> bool:
+        """Whether all tasks of a group read one dense value, and nothing of their own."""
+        return self.form == "merged"
+
+    @property
+    def gives_masks(self) -> bool:
+        """Whether it returns a Centre: each task reads some elements of a unified delta."""
+        return self.form == "masked"
+
 
 def nothing(**_args: Any) -> None:
     """Return None: the default declaration, for no statistics, no gain and nothing to check."""

@@ -6,7 +6,7 @@ from flexmerge_cli.methods.call import Call
 
 def merges_products(call: Call) -> bool:
     """Return whether a method can merge the ΔW of one module, without other tensors, into one value."""
-    return call.method.form == "merged" and call.statistics is None and call.scope != "block"
+    return call.method.gives_one_model and call.statistics is None and call.scope != "block"
 
 
 def check_pooled(call: Call, *, steps: int = 0, calibrate: bool = False) -> None:

@@ -11,7 +11,7 @@ from flexmerge_cli.methods.svd import svd
 def _refuse(method: Method) -> str | None:
     if method.name in ("iso_c", "iso_cts"):
         return "all singular values are equal there, so the directions to calibrate are arbitrary"
-    if method.form == "masked":
+    if method.gives_masks:
         return "it calibrates one merged delta, and this method gives each task its own"
     return None
 

@@ -54,7 +54,7 @@ class MethodUse:
     @property
     def stores_per_task(self) -> bool:
         """Whether it stores something per task in addition to what a group shares."""
-        return self.call.method.form != "merged"
+        return not self.call.method.gives_one_model
 
 
 def parse_use(

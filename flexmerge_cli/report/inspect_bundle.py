@@ -158,7 +158,7 @@ def letters(unit: UnitEntry) -> dict[str, str]:
         letter = ALONE
         if len(group.tasks) > 1:
             letter = LETTERS[shared] if shared < len(LETTERS) else "#"
-            letter = letter.upper() if group.kind == "copy" else letter
+            letter = letter.upper() if group.method is None else letter
             shared += 1
         found.update(dict.fromkeys(group.tasks, letter))
     return found
@@ -180,7 +180,7 @@ def bits(unit: UnitEntry) -> dict[str, str]:
 
 def is_exact(group: GroupEntry, task: str) -> bool:
     """Return whether the task's values are restored exactly."""
-    return group.kind == "copy" and group.distance.get(task) == 0
+    return group.method is None and group.distance.get(task) == 0
 
 
 def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> None:

@@ -23,33 +23,33 @@ from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.packing import row_bytes
 from flexmerge_cli.residuals.sign_runs import SignRuns
 from flexmerge_cli.residuals.sparse import Sparse
-from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
+from flexmerge_cli.stored.decoding import ALL, Described, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, Kept, Packed
 from flexmerge_cli.stored.summary import Summary, residual_summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodedTensor:
+class CodedTensor(Packable):
     """How one tensor of one task is stored."""
 
     of: Described
     coded: Coded
     form: Form
     centre: tuple[Array, ...]
-    base: bool
+    needs_base: bool
     """Whether decoding needs the base's tensor."""
     own: tuple[Array, ...]
     """The task's arrays; none if the tensor is the centre itself."""
     owner: str
     """The task that gives its own parts their name: the first of those that share them."""
 
-    is_plain = False
+    decodes_on_devices = True
 
     def fits(self, parts: RouteParts) -> bool:
         if not {*self.of.dtypes} <= set(FLOATING):
             return False
-        if self.base:
+        if self.needs_base:
             base = parts[f"{self.of.tensor}@base"]
             if base.dtype not in FLOATING or base.num_elements != math.prod(self.of.shape):
                 return False
@@ -57,6 +57,13 @@ class CodedTensor:
             self._own_name(array): array for array in self.own
         }
         return all((parts[n].dtype, parts[n].shape) == (array.dtype, array.shape) for n, array in needed.items())
+
+    def low_rank_sum(self, parts: RouteParts) -> LowRankSum | None:
+        if not isinstance(self.form.residual, LowRank) or self.form.centre is not None:
+            return None
+        centre = parts[f"{self.of.tensor}@{'base' if self.needs_base else 'unified'}"]
+        left, right = (parts[f"{self.of.tensor}@{role}.{self.owner}"] for role in ("left", "right"))
+        return LowRankSum(centre, left.shape[1], (left, right))
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
         return self.packed(parts, read).decode().reshape(self.of.shape)
@@ -68,7 +75,7 @@ class CodedTensor:
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
         names = [self._centre_name(array) for array in self.centre] + [self._own_name(array) for array in self.own]
         found = {}
-        for name in ([f"{self.of.tensor}@base"] if self.base else []) + names:
+        for name in ([f"{self.of.tensor}@base"] if self.needs_base else []) + names:
             role, part = name.removeprefix(f"{self.of.tensor}@"), parts[name]
             found[role] = part, part.num_bytes
             residual = self.form.residual
@@ -86,7 +93,7 @@ class CodedTensor:
             stored = {a.role: read(parts[self._centre_name(a)], ALL).reshape(a.shape) for a in self.centre}
             codes.append(_look_up(centre, stored, self.form.matrix))
         elif self.coded.centre != "none":
-            part = parts[f"{self.of.tensor}@{'base' if self.base else 'unified'}"]
+            part = parts[f"{self.of.tensor}@{'base' if self.needs_base else 'unified'}"]
             dense = Elements(read(part, ALL), part.dtype)
         factors = kept = None
         own = {a.role: read(parts[self._own_name(a)], ALL).reshape(a.shape) for a in self.own}
@@ -131,7 +138,7 @@ def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
         coded=coded,
         form=form,
         centre=_centre_arrays(coded, form, of.shape, of.dtypes),
-        base=_needs_base(coded, form),
+        needs_base=_needs_base(coded, form),
         own=_own_arrays(form, of.dtype),
         owner=of.task if bits is None else _owner(of, parts),
     )
@@ -217,4 +224,11 @@ def _summary(call: Call) -> Summary:
     return residual_summary(coded)
 
 
-CODED = GroupForm(word="residual", product="residuals", layout=_layout, summary=_summary, decoder=coded_tensor)
+CODED = GroupForm(
+    word="residual",
+    product="residuals",
+    layout=_layout,
+    summary=_summary,
+    decoder=coded_tensor,
+    writer="flexmerge_cli.engine.writers.coded:RESIDUALS",
+)

@@ -8,14 +8,14 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.residuals.coder import Matrix, View
-from flexmerge_cli.stored.decoding import ALL, Read, RouteParts
+from flexmerge_cli.stored.decoding import ALL, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, Packed
 from flexmerge_cli.stored.summary import Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseTensor:
+class DenseTensor(Packable):
     """The part that holds a tensor."""
 
     part: StoredTensor
@@ -25,6 +25,13 @@ class DenseTensor:
     @property
     def is_plain(self) -> bool:
         return self.part.dtype == self.dtype
+
+    @property
+    def dense(self) -> StoredTensor:
+        return self.part
+
+    def low_rank_sum(self, parts: RouteParts) -> LowRankSum | None:
+        return LowRankSum(self.part) if self.is_plain else None
 
     def fits(self, parts: RouteParts) -> bool:
         casts = self.is_plain or {self.part.dtype, self.dtype} <= set(FLOATING)
@@ -65,6 +72,7 @@ COPY = GroupForm(
     layout=lambda _group: None,
     summary=lambda _call: Summary(parts="copies", num_bytes="k·s·n"),
     decoder=None,
+    writer="flexmerge_cli.engine.writers.dense:COPIES",
 )
 MERGED = GroupForm(
     word="merged",
@@ -72,4 +80,5 @@ MERGED = GroupForm(
     layout=_merged_layout,
     summary=lambda _call: Summary(parts="one dense value", num_bytes="s·n"),
     decoder=None,
+    writer="flexmerge_cli.engine.writers.dense:MERGE",
 )

@@ -69,18 +69,26 @@ def no_arrays(_call: Call) -> tuple[Array, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GroupForm:
-    """A way to store what a group shares and what each of its tasks has for itself."""
+class Form:
+    """A way to store a tensor of a task."""
 
     word: str
-    """The word in the manifest, with which methods declare it."""
+    decoder: Callable[[Described, RouteParts], Stored] | None
+    """None if every task reads a dense part. Raises DataError if the manifest does not describe this form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupForm(Form):
+    """A way to store what a group shares and what each of its tasks has for itself. Its word is in the manifest, and
+    methods declare it."""
+
     product: str
     """What a method of this form produces, in one word."""
     layout: Callable[[GroupTensor], GroupLayout | None]
     """Gives None if copies are exact and no larger."""
     summary: Callable[[Call], Summary]
     """What a method stores, in words and as a formula."""
-    decoder: Callable[[Described, RouteParts], Stored] | None
-    """None if every task reads a dense part. Raises DataError if the manifest does not describe this form."""
+    writer: str
+    """The module and the name of its Writer (engine/writers/writer.py), imported when first used."""
     of_unit: Callable[[Call], tuple[Array, ...]] = no_arrays
     """Returns the arrays that each task of a group has once for all tensors of a unit."""

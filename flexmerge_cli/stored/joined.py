@@ -11,15 +11,13 @@ import numpy as np
 from flexmerge_cli.checkpoint.rows import Runs, other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.residuals.coder import Matrix
-from flexmerge_cli.stored.coded import CodedTensor
-from flexmerge_cli.stored.decoding import Read, RouteParts, Stored
-from flexmerge_cli.stored.dense import DenseTensor
-from flexmerge_cli.stored.masked import MaskedTensor
+from flexmerge_cli.stored.decoding import Described, Packable, Read, RouteParts, Stored
+from flexmerge_cli.stored.form import Form
 from flexmerge_cli.stored.packed import JoinedRows, Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JoinedTensor:
+class JoinedTensor(Packable):
     """What a reader needs for one task's whole tensor."""
 
     shared: Stored
@@ -30,38 +28,30 @@ class JoinedTensor:
     rows: int
     """The number of all rows of the task."""
 
-    is_plain = False
-
     def fits(self, parts: RouteParts) -> bool:
         return self.shared.fits(parts) and (self.own is None or self.own.fits(parts))
 
     @property
     def matrix(self) -> Matrix:
-        return self.rows, self._packable(self.shared).matrix[1]
+        return self.rows, _packable(self.shared).matrix[1]
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
-        own = {} if self.own is None else self._packable(self.own).pieces(parts)
-        shared = self._packable(self.shared).pieces(parts)
+        own = {} if self.own is None else _packable(self.own).pieces(parts)
+        shared = _packable(self.shared).pieces(parts)
         return shared | {f"{role} of own rows": piece for role, piece in own.items()}
 
     def packed(self, parts: RouteParts, read: Read) -> JoinedRows:
-        shared = self._packable(self.shared).packed(parts, read)
-        own = None if self.own is None else self._packable(self.own).packed(parts, read)
+        shared = _packable(self.shared).packed(parts, read)
+        own = None if self.own is None else _packable(self.own).packed(parts, read)
         assert isinstance(shared, Packed) and (own is None or isinstance(own, Packed))
         num_own = 0 if own is None else own.matrix[0]
         numbers = np.arange(shared.matrix[0], dtype=np.int32), -1 - np.arange(num_own, dtype=np.int32)
         return JoinedRows(shared, own, join(*numbers, self.common, self.rows))
 
-    @staticmethod
-    def _packable(stored: Stored) -> "DenseTensor | CodedTensor | MaskedTensor":
-        assert isinstance(stored, (DenseTensor, CodedTensor, MaskedTensor))
-        return stored
-
     @property
-    def is_packable(self) -> bool:
-        """Whether its parts can be decoded row by row. An adapter's cannot."""
-        parts = (self.shared, *([] if self.own is None else [self.own]))
-        return all(isinstance(part, (DenseTensor, CodedTensor, MaskedTensor)) for part in parts)
+    def packable(self) -> "JoinedTensor | None":
+        pieces = (self.shared, *([] if self.own is None else [self.own]))
+        return self if all(piece.packable is not None for piece in pieces) else None
 
     def decode(self, parts: RouteParts, read: Read) -> np.ndarray:
         own = self.own.decode(parts, read) if self.own is not None else None
@@ -78,3 +68,17 @@ def join(shared: np.ndarray, own: np.ndarray | None, common: Runs, rows: int) ->
             whole[first : first + count] = part[position : position + count]
             position += count
     return whole
+
+
+def _packable(stored: Stored) -> Packable:
+    found = stored.packable
+    assert found is not None
+    return found
+
+
+def _decoder(of: Described, _parts: RouteParts) -> JoinedTensor:
+    shared, *own = of.pieces
+    return JoinedTensor(shared=shared, own=own[0] if own else None, common=of.common, rows=of.shape[0])
+
+
+JOINED = Form(word="joined", decoder=_decoder)

@@ -11,19 +11,17 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.coder import Matrix, View
-from flexmerge_cli.stored.decoding import ALL, Described, Read, RouteParts
+from flexmerge_cli.stored.decoding import ALL, Described, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, Masked, Packed
 from flexmerge_cli.stored.summary import Summary
 
 
 @dataclass(frozen=True, slots=True)
-class MaskedTensor:
+class MaskedTensor(Packable):
     """Decodes one task's tensor; `<unit>@gamma.<task>` exists only if the method rescales."""
 
     of: Described
-
-    is_plain = False
 
     def fits(self, parts: RouteParts) -> bool:
         base, unified, mask, gamma = self._parts(parts)
@@ -95,5 +93,6 @@ MASKED = GroupForm(
     layout=_layout,
     summary=_summary,
     decoder=lambda of, _parts: MaskedTensor(of),
+    writer="flexmerge_cli.engine.writers.masked:MASKS",
     of_unit=_factors,
 )

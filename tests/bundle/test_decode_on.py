@@ -40,9 +40,9 @@ def test_a_coded_tensor_has_the_bits_of_the_view(method, name, device, tmp_path)
     for task in bundle.tasks:
         view, names = open_bundle(path).view(task), bundle.manifest.tasks[task].names
         for tensor in bundle.manifest.tensors:
-            coded = bundle.coded(task, tensor.name) if task in tensor.digests else None
-            if coded is not None:
-                found = decode_on(bundle, coded, torch.device(device))
+            stored = bundle.whole(task, tensor.name).packable if task in tensor.digests else None
+            if stored is not None and stored.decodes_on_devices:
+                found = decode_on(bundle, task, stored, torch.device(device))
                 expected = view[names.get(tensor.name, tensor.name)]
                 assert same_bits(found.reshape(expected.shape), expected)
                 decoded += 1
@@ -66,7 +66,7 @@ def test_what_is_stored_otherwise_is_no_coded_tensor(merged, masked):
     for path in (merged, masked):
         bundle = Bundle.open(path)
         names = [(task, tensor.name) for tensor in bundle.manifest.tensors for task in tensor.digests]
-        assert names and all(bundle.coded(*place) is None for place in names)
+        assert names and not any(bundle.whole(*place).decodes_on_devices for place in names)
 
 
 def test_a_device_that_is_not_there_is_refused(merged):

@@ -1,6 +1,7 @@
-"""Maps each stored form to its writer, and writes what all groups of a tensor store together."""
+"""Finds the writer of each stored form, and writes what all groups of a tensor store together."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
@@ -9,22 +10,16 @@ from flexmerge_cli.engine.encode import Encoder, Piece
 from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.spans import widest
 from flexmerge_cli.engine.work import Raw, cast
-from flexmerge_cli.engine.writers.coded import RESIDUALS
-from flexmerge_cli.engine.writers.dense import COPIES, MERGE
-from flexmerge_cli.engine.writers.masked import MASKS
 from flexmerge_cli.engine.writers.writer import Writer
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Scope
-from flexmerge_cli.stored.coded import CODED
-from flexmerge_cli.stored.dense import COPY, MERGED
-from flexmerge_cli.stored.masked import MASKED
-
-WRITERS: Mapping[str, Writer] = {COPY.word: COPIES, MERGED.word: MERGE, MASKED.word: MASKS, CODED.word: RESIDUALS}
-"""The writer of each form, by the form's word."""
 
 
 def writer_of(group: StoredGroup) -> Writer:
-    return WRITERS[group.form.word]
+    """Return what writes the group's form."""
+    module, _, name = group.form.writer.partition(":")
+    found: Writer = getattr(import_module(module), name)
+    return found
 
 
 def encode(encoder: Encoder, storage: Storage, raw: Raw, values: Mapping[Tasks, Tensor] | None = None) -> Piece:
