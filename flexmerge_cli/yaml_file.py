@@ -24,7 +24,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_DIGITS = 4300  # Python's own limit for decimal numbers
 MAX_KEY_DIGITS = 15
-MAX_TOLD = 100  # the most characters of a file's text in a message
+MAX_SHOWN = 100  # the most characters of a file's text in a message
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = tuple[Any, ...]
@@ -79,7 +79,7 @@ def read_document(path: Path, what: str) -> Document:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error)[:MAX_TOLD]
+        problem = str(getattr(error, "problem", None) or error)[:MAX_SHOWN]
         raise UsageError(f"{path}{where}: {problem}", hint=f"correct the YAML, if this is a {what}") from None
     if not holds_text(value):
         raise UsageError(f"{path} holds text that no file can hold", hint=f"is it a {what}?")
@@ -97,7 +97,7 @@ class BoundedLoader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            problem = f"an alias (`*{str(event.anchor)[:MAX_TOLD]}`): write the value out"
+            problem = f"an alias (`*{str(event.anchor)[:MAX_SHOWN]}`): write the value out"
             raise ComposerError(None, None, problem, mark)
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -133,7 +133,7 @@ def load_bounded(
             loader.dispose()
     except (RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         # What PyYAML raises if a value is not of the type of its tag: `!!bool maybe`, `!!timestamp soon`.
-        raise yaml.YAMLError(str(error)[:MAX_TOLD]) from None
+        raise yaml.YAMLError(str(error)[:MAX_SHOWN]) from None
 
 
 def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None:
@@ -149,7 +149,7 @@ def _lines(path: Path, node: Any, place: Place, lines: dict[Place, int]) -> None
             if not isinstance(key, yaml.ScalarNode) or (key.tag.endswith(":int") and len(key.value) > MAX_KEY_DIGITS):
                 raise UsageError(f"{path}, line {line}: a key that is not a word", hint="correct the YAML")
             if key.value in seen:
-                raise UsageError(f"{path}, line {line}: `{key.value[:MAX_TOLD]}` occurs twice", hint="remove one")
+                raise UsageError(f"{path}, line {line}: `{key.value[:MAX_SHOWN]}` occurs twice", hint="remove one")
             seen.add(key.value)
             lines[(*place, key.value)] = line
             _lines(path, value, (*place, key.value), lines)
@@ -166,10 +166,10 @@ def _explained(document: Document, error: ValidationError, schema: type[BaseMode
     key = ".".join(str(step) for step in place if not str(step)[:1].isupper() or step in inside) or "the file"
     if first["type"] == "extra_forbidden":
         known = _keys(schema, first["loc"][:-1])
-        near = difflib.get_close_matches(str(place[-1])[:MAX_TOLD], known, 1)
+        near = difflib.get_close_matches(str(place[-1])[:MAX_SHOWN], known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
-        return UsageError(f"{where}: unknown key `{key[:MAX_TOLD]}`", hint=hint)
-    return UsageError(f"{where}: {key[:MAX_TOLD]}: {_problem(first)}", hint="docs/formats.md describes every key")
+        return UsageError(f"{where}: unknown key `{key[:MAX_SHOWN]}`", hint=hint)
+    return UsageError(f"{where}: {key[:MAX_SHOWN]}: {_problem(first)}", hint="docs/formats.md describes every key")
 
 
 # pydantic's name of a problem -> our words for it.
@@ -205,7 +205,7 @@ def _problem(error: Mapping[str, Any]) -> str:
         message = PROBLEMS[error["type"]].format(**error.get("ctx", {}))
     found = error.get("input")
     shown = isinstance(found, str | int | float) and error["type"] != "value_error"
-    return f"`{str(found)[:MAX_TOLD]}` {message}" if shown else message
+    return f"`{str(found)[:MAX_SHOWN]}` {message}" if shown else message
 
 
 def _keys(schema: type[BaseModel], place: Place) -> list[str]:

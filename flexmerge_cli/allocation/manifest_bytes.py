@@ -73,7 +73,7 @@ def canonical(value: Any) -> bytes:
 
 
 def _marked(value: Any) -> Any:
-    """Put a NUL, which no path or name can hold, before each number, so that it can be told from text."""
+    """Put a NUL, which no path or name can hold, before each number, so that it can be distinguished from text."""
     if isinstance(value, _Number):
         return "\0" + value
     if isinstance(value, Mapping):

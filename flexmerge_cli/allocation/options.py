@@ -1,5 +1,5 @@
-"""Lists the ways to store a family, one row each: bytes on disk and when served, bits per weight, the measured score of
-such bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters."""
+"""Lists the options to store a family, one row each: bytes on disk and when served, bits per weight, the measured score
+of such bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters."""
 
 import math
 import shlex
@@ -83,9 +83,9 @@ class StorageOption:
 
 
 def storage_options(pricer: Pricer, plan_path: str, *, all_methods: bool = False) -> list[StorageOption]:
-    """List all ways, sorted by their bytes on disk: copies as found, exact deduplication, a cast if it saves anything,
-    `auto` at some sizes if the plan has the statistics, and, if there are tasks to merge, the usual methods, or all, at
-    their smallest."""
+    """List all options, sorted by their bytes on disk: copies as found, exact deduplication, a cast if it saves
+    anything, `auto` at some sizes if the plan has the statistics, and, if there are tasks to merge, the usual
+    methods, or all, at their smallest."""
     plan, pricer = pricer.plan, pricer.asked(MergeRequest())  # others are padded to the same length
     weights, command = num_weights(plan), f"flexmerge merge {shlex.quote(plan_path)}"
 
@@ -121,14 +121,14 @@ def begin_with(rows: Sequence[StorageOption]) -> tuple[str, str] | None:
     for row in rows:
         if row.kept is not None and row.kept[0] >= WELL_KEPT and row.command is not None and not row.is_larger:
             exact = row.name == EXACT
-            told = (
+            why = (
                 "the smallest that loses nothing"
                 if exact
                 else (
                     f"the smallest of those that kept {WELL_KEPT:g} % or more of the fine-tuned score on other families"
                 )
             )
-            return row.name, told
+            return row.name, why
     return None
 
 

@@ -35,16 +35,16 @@ def merge_key(layout: BundleLayout, device: torch.device) -> str:
 def share_of(layout: BundleLayout, part: Part) -> frozenset[str]:
     """Return the tensors of one part. The tensors of a unit are in one part, since they may merge as one."""
     unit_of = {name: unit.name for unit in layout.allocation.units for name in unit.tensors}
-    together: dict[tuple[str, str], list[str]] = {}
+    by_unit: dict[tuple[str, str], list[str]] = {}
     for name, storage in layout.storages.items():
         if storage.parts:
-            together.setdefault(("unit", unit_of[name]) if name in unit_of else ("tensor", name), []).append(name)
+            by_unit.setdefault(("unit", unit_of[name]) if name in unit_of else ("tensor", name), []).append(name)
 
     def read_bytes(name: str) -> int:
         tensor = layout.storages[name].tensor
         return tensor.num_elements * (len(tensor.present) + 1) * ITEM_BYTES[tensor.dtype]
 
-    groups = list(together.values())
+    groups = list(by_unit.values())
     places = part.places([sum(map(read_bytes, names)) for names in groups])
     return frozenset(name for place in places for name in groups[place])
 

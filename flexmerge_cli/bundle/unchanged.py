@@ -197,7 +197,7 @@ class _Search:
         copies, gone = set(self.found.places), set[Part]()
         # Errors are summed in runs, whose length is that of the widest scope in a tensor, even if another group has it.
         # A tensor's groups can differ in scope only if copies, too, lose something: then all groups stay, or none.
-        together = self.cast is not None and bool(self.layout.allocation.methods)
+        keeps_all_or_none = self.cast is not None and bool(self.layout.allocation.methods)
         for unit in self.layout.allocation.units:
             old = old_units.get(unit.name)
             of_old = {group.tasks: group for group in old.groups} if old and old.tensors == unit.tensors else {}
@@ -208,7 +208,7 @@ class _Search:
                 for group, new in computed
                 if (places := self._places(unit, group, new, of_old.get(tuple(new["tasks"])))) is not None
             }
-            if together and (len(kept) < len(computed) or len(of_old) != len(unit.groups)):
+            if keeps_all_or_none and (len(kept) < len(computed) or len(of_old) != len(unit.groups)):
                 kept = {}
             for group, new in computed:
                 if group.tasks not in kept:

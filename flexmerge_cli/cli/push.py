@@ -54,8 +54,8 @@ def push(
     )
 
     def show(value: dict[str, Any]) -> None:
-        for source, told in value["repositories"].items():
-            done = f"commit {told['commit']}" if told["commit"] else "nothing was sent"
+        for source, sent in value["repositories"].items():
+            done = f"commit {sent['commit']}" if sent["commit"] else "nothing was sent"
             print(f"{source}: {done}")
 
     emit(value, as_json=as_json, quiet=quiet, show=show)

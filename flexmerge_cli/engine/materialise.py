@@ -127,10 +127,10 @@ class _Run:
             name = storage.tensor.name
             spans = [(storage, span) for span in self.spans(name, scopes[name])]
             if scopes[name] == "block":
-                together = units.setdefault(self.encoder.unit_of[name], [])
-                if not together:
-                    items.append(together)
-                together += spans
+                of_unit = units.setdefault(self.encoder.unit_of[name], [])
+                if not of_unit:
+                    items.append(of_unit)
+                of_unit += spans
             else:
                 items += [[pair] for pair in spans]
         return items

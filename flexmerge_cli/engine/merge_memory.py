@@ -72,9 +72,9 @@ class _Run:
         found = Pass()
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
-            together = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
-            if together:
-                self._block(found, together)
+            in_blocks = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
+            if in_blocks:
+                self._block(found, in_blocks)
         for storage in self.layout.storages.values():
             scope = visit_scope(self.chains, storage)
             if scope != "block" and storage.parts:

@@ -131,7 +131,7 @@ def _measure(
         raw.append(data[: (stop - start) * tensor.item_bytes])
         digests.append(digest_range(raw[-1], start * tensor.item_bytes, last=stop == tensor.num_elements))
 
-    longer, together = read_models(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
+    longer, stacked = read_models(models, [(start, end)] * len(models), reader, buffers, on_read=on_read)
     dtypes = [tensor.dtype for tensor in models]
     classes = _classes(raw, dtypes)
     is_base = _are_base(raw, dtypes, classes) if item.base is not None else [False] * len(item.tasks)
@@ -140,7 +140,7 @@ def _measure(
         seen = [_first_bad(raw[position], models[position].dtype, position, start) for position in floats]
         return _Part(digests, classes, is_base, None, None, [], [place for place in seen if place is not None])
     values = [as_tensor(data, tensor.dtype) for data, tensor in zip(longer, models)]
-    rows_kN = as_tensor(together, models[0].dtype).view(len(models), -1) if together is not None else None
+    rows_kN = as_tensor(stacked, models[0].dtype).view(len(models), -1) if stacked is not None else None
 
     def new_array(key: object, count: int) -> torch.Tensor:
         return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")

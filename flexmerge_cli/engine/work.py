@@ -102,13 +102,13 @@ class Worker:
                 last = start_byte + data.size >= tensor.num_elements * tensor.item_bytes
                 taken.append(digest_range(data, start_byte, last=last))
 
-        found, together = read_models(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
+        found, stacked = read_models(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
         bits = {
             representative: as_tensor(data, tensor.dtype)
             for representative, data, tensor in zip(representatives, found, tensors, strict=True)
         }
         self.on_bytes(sum(data.size for data in found))
-        rows = as_tensor(together, tensors[0].dtype).view(len(tensors), -1) if together is not None else None
+        rows = as_tensor(stacked, tensors[0].dtype).view(len(tensors), -1) if stacked is not None else None
         return Raw(span, bits, rows, dict(zip(representatives, taken)))
 
     def will_need(self, storage: Storage, span: Span) -> None:

@@ -137,9 +137,9 @@ def _alignment(adapter: Adapter, base: Checkpoint) -> Alignment:
         base.tensors, parts | own, model_types=model_types(base.config), kind=adapter.model_class or "", fits=fits
     )
     if found.unclear:
-        ways = "; ".join(map(str, found.unclear[:4]))
+        possible = "; ".join(map(str, found.unclear[:4]))
         raise DataError(
-            f"{adapter.checkpoint.path} fits the base {base.path} in several ways: {ways}",
+            f"{adapter.checkpoint.path} fits the base {base.path} in several ways: {possible}",
             hint="give the part of the base that it was trained on as the base, or " + BY_HAND,
         )
     return found

@@ -274,8 +274,8 @@ def _check_architecture(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, 
         if found := differences(base.config, checkpoint.config):
             problems.append(f"task `{name}`: {'; '.join(found)} ({checkpoint.path}, {base.path})")
         elif alignment.unclear:
-            ways = "; ".join(map(str, alignment.unclear[:4]))
-            unclear.append(f"task `{name}` ({checkpoint.path}) fits the base in several ways: {ways}")
+            possible = "; ".join(map(str, alignment.unclear[:4]))
+            unclear.append(f"task `{name}` ({checkpoint.path}) fits the base in several ways: {possible}")
         elif 2 * len(alignment.matched) < most:
             problems.append(_misfit(name, base, checkpoint, alignment))
     if unclear:

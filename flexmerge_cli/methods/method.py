@@ -146,7 +146,7 @@ def per_element(each_task: float, once: float) -> Workspace:
 
 
 # For methods that declare no workspace: more than any elementwise method of this package needs.
-UNTOLD = per_element(64, 64)
+UNDECLARED = per_element(64, 64)
 
 Fraction = Annotated[float, Range(above=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
@@ -268,7 +268,7 @@ def method(
     statistics: Callable[..., Statistic | None] = nothing,
     form: str = "merged",
     gain: Callable[..., Gain | None] = nothing,
-    workspace: Workspace = UNTOLD,
+    workspace: Workspace = UNDECLARED,
     check: Callable[..., None] = nothing,
     when: str = "",
     reads: Reads = "",

@@ -15,7 +15,7 @@ from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.linear import average, task_arithmetic, weighted_average
-from flexmerge_cli.methods.method import UNTOLD, Where, nothing, nowhere
+from flexmerge_cli.methods.method import UNDECLARED, Where, nothing, nowhere
 
 LINEAR = (average, task_arithmetic, weighted_average)
 
@@ -46,8 +46,8 @@ def pooled_call(call: Call) -> Call:
         return found
 
     method = replace(
-        call.method, function=merge_factors, scope="block", elementwise=nowhere, statistics=nothing, workspace=UNTOLD,
-        parameters={}, wants_where=True, wants_stats=False, wants_unstepped=False,
+        call.method, function=merge_factors, scope="block", elementwise=nowhere, statistics=nothing,
+        workspace=UNDECLARED, parameters={}, wants_where=True, wants_stats=False, wants_unstepped=False,
     )  # fmt: skip
     return Call(method=method, args={}, text=call.text, short=call.short)
 

@@ -16,7 +16,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.call import Call, Invocation, ScopedInvocation
 from flexmerge_cli.methods.method import (
-    UNTOLD,
+    UNDECLARED,
     Declared,
     Method,
     Scope,
@@ -66,7 +66,7 @@ def step(
     name: str = "",
     elementwise: Callable[..., bool] = nowhere,
     statistics: Callable[..., Statistic | None] = nothing,
-    workspace: Workspace = UNTOLD,
+    workspace: Workspace = UNDECLARED,
     check: Callable[..., None] = nothing,
 ) -> Callable[[Callable[..., Tensor]], Step]:
     """Make a Step of a function; its name is the function's, or the given one where a method has that name too."""
@@ -138,7 +138,7 @@ def calibration(
     *,
     paper: str,
     elementwise: Callable[..., bool] = nowhere,
-    workspace: Workspace = UNTOLD,
+    workspace: Workspace = UNDECLARED,
     refuse: Callable[[Method], str | None],
 ) -> Callable[[Callable[..., Tensor]], Calibration]:
     """Make a Calibration of a function; its name is the function's."""

@@ -56,7 +56,7 @@ def _options(facts: PlanFacts) -> str:
     ]
     remarks = "".join(f"<p>{text(line)}</p>" for line in option_remarks(facts.options))
     return section(
-        "Ways to store them",
+        "Options to store them",
         remarks,
         table([*OPTION_HEADS, "command"], rows, words=(len(OPTION_HEADS),)),
         note=f"{KEPT_NOTE}.",

@@ -43,7 +43,7 @@ class PlanFacts:
     cosine: np.ndarray
     """Cosines of whole task vectors, [M, M] float64; NaN for a task that is the base."""
     options: dict[str, Any]
-    """The ways to store the family, as `options_value` gives them."""
+    """The options to store the family, as `options_value` gives them."""
 
     def groups(self, block: int, merges: int) -> int:
         """Return the number of groups of a block after this many merges."""

@@ -42,7 +42,7 @@ class SignRuns:
     run: int
     """Elements of a run: 4, 8, 16 or 32."""
     scales: Scales = "bfloat16"
-    together: int = 1
+    rows_per_pack: int = 1
     """k, the number of rows whose codes are packed together, before the next code starts on a byte; divides m and 8."""
 
     @property
@@ -55,10 +55,10 @@ class SignRuns:
 
     def of_rows(self, num_rows: int) -> "SignRuns":
         """Return the coder for a number of rows. With scales of a byte, codes of up to 8 rows are packed together."""
-        return replace(self, together=math.gcd(num_rows, 8) or 1) if self.scales == "byte" else self
+        return replace(self, rows_per_pack=math.gcd(num_rows, 8) or 1) if self.scales == "byte" else self
 
     def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
-        (m, n), k = shape, self.together
+        (m, n), k = shape, self.rows_per_pack
         codes = m // k, row_bytes(k * -(-n // self.run), self.code_bits)
         return (
             Part(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
@@ -78,7 +78,7 @@ class SignRuns:
         for first in range(0, m, step):
             rows = slice(first, first + step)
             codes[rows], scale[rows] = self._coded(matrix[rows].double())
-        k = self.together
+        k = self.rows_per_pack
         packed = pack(codes.cpu().numpy().reshape(m // k, k * codes.shape[1]), self.code_bits)
         return {"scale": scales.stored(scale.cpu().numpy(), self.scales), "codes": packed}
 
@@ -87,7 +87,7 @@ class SignRuns:
 
     def look_up(self, parts: Parts, shape: Matrix) -> LookUp:
         """Write out the patterns as codes of one bit per element. Raises ValueError if the bytes are not n codes."""
-        n, k = shape[1], self.together
+        n, k = shape[1], self.rows_per_pack
         num_runs = -(-n // self.run)
         codes = unpack(parts["codes"], k * num_runs, self.code_bits).reshape(k * len(parts["codes"]), num_runs)
         if self.run == 4:  # two patterns to a byte

@@ -102,7 +102,7 @@ class Worker:
         while rows := self._next_batch():
             joining = self._joining if any(self._tasks[row.task].has_pauses for row in rows) else None
             try:
-                self._runtime.together(self._runs(rows), joining)
+                self._runtime.run_in_lockstep(self._runs(rows), joining)
             except BaseException as error:
                 _fail(self._running, error)
 
@@ -151,11 +151,11 @@ class Worker:
         for name, own in of_task.items():
             rows_of = {id(row.item): row for row in own}
             for items in self._tasks[name].batches([row.item for row in own]):
-                together = [rows_of[id(item)] for item in items]
+                batch = [rows_of[id(item)] for item in items]
                 self._num_runs += 1
-                for row in together:
+                for row in batch:
                     row.run = self._num_runs
-                runs.append((name, self._answering(name, together)))
+                runs.append((name, self._answering(name, batch)))
         return runs
 
     def _answering(self, name: str, rows: Sequence[Row]) -> Callable[[Any], None]:

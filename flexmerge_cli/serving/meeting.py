@@ -41,7 +41,7 @@ Joining = Callable[[Sequence[int]], tuple[Sequence[Callable[[], Any]], Collectio
 numbers and whose results are dropped, and `shared_weights` of all that then run. It must not raise."""
 
 
-def run_together(
+def run_in_lockstep(
     runs: Sequence[Callable[[], Result]], shared: Collection[int], joining: Joining | None = None
 ) -> list[Result]:
     """Return the results of `runs`, in order. The first error, in order of the numbers, is raised once all have ended.
@@ -78,7 +78,7 @@ class _Meeting:
         self.error: tuple[int, BaseException] | None = None
         """The number of the first run that failed, and its error."""
         self.threads: deque[threading.Thread] = deque()
-        """Those that `run_together` has not joined yet."""
+        """Those that `run_in_lockstep` has not joined yet."""
         self._shared, self._joining = shared, joining
         self._places = count()
         self._turns: dict[int, threading.Semaphore] = {}
@@ -110,7 +110,7 @@ class _Meeting:
                 result = run()
             if place < len(self.results):
                 self.results[place] = result
-        except BaseException as error:  # raised by run_together
+        except BaseException as error:  # raised by run_in_lockstep
             if self.error is None or place < self.error[0]:
                 self.error = place, error
         del self._turns[place]
@@ -174,10 +174,10 @@ class _Meeting:
 
     def _multiply(self) -> None:
         self._multiplies = True
-        together: dict[Hashable, list[int]] = {}
+        by_key: dict[Hashable, list[int]] = {}
         for place, (key, _, _) in sorted(self._waiting.items()):
-            together.setdefault(key, []).append(place)
-        for places in together.values():
+            by_key.setdefault(key, []).append(place)
+        for places in by_key.values():
             rows, product = [self._waiting[place][1] for place in places], self._waiting[places[0]][2]
             try:
                 with torch.inference_mode():

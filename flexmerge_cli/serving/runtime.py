@@ -20,7 +20,7 @@ from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
-from flexmerge_cli.serving.meeting import run_together, shared_weights
+from flexmerge_cli.serving.meeting import run_in_lockstep, shared_weights
 from flexmerge_cli.serving.skeleton import skeleton
 from flexmerge_cli.serving.weight import PackedWeight
 
@@ -141,7 +141,7 @@ class Runtime:
         example. Returns the output of every example, in order, its tensors without that axis: heads may have
         different sizes. Raises UsageError if `tasks` does not fit the inputs, or like `model`.
         """
-        return run_batch(lambda own: self._together(own, lambda model: model), inputs, tasks)
+        return run_batch(lambda own: self._batched(own, lambda model: model), inputs, tasks)
 
     def generate(self, inputs: Mapping[str, Any], tasks: Sequence[str], **options: Any) -> list[Tensor]:
         """Generate with models of several tasks in one batch. inputs, tasks and errors: as in a call.
@@ -150,10 +150,10 @@ class Runtime:
         the left, with an attention mask.
         """
         return run_batch(
-            lambda own: self._together(own, lambda model: partial(model.generate, **options)), inputs, tasks
+            lambda own: self._batched(own, lambda model: partial(model.generate, **options)), inputs, tasks
         )
 
-    def together(
+    def run_in_lockstep(
         self, runs: Sequence[tuple[str, Callable[[Any], Result]]], joining: Callable[[], Sequence[Run]] | None = None
     ) -> list[Result]:
         """Call functions with the models of their tasks, side by side, and return the results of `runs`, in order.
@@ -169,7 +169,7 @@ class Runtime:
             if len(calls) == 1:
                 with torch.inference_mode():
                     return [calls[0]()]
-            return run_together(calls, shared_weights(models))
+            return run_in_lockstep(calls, shared_weights(models))
         running, numbers = dict(enumerate(models)), count(len(models))
         shared = shared_weights(models)
 
@@ -181,13 +181,13 @@ class Runtime:
                 running, shared = now, shared_weights(now.values())
             return [partial(run, model) for _, model, run in more], shared
 
-        return run_together(calls, shared, joined)
+        return run_in_lockstep(calls, shared, joined)
 
-    def _together(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
+    def _batched(self, inputs: Mapping[str, Mapping[str, Any]], run: Callable[[Any], Callable[..., Any]]) -> list[Any]:
         def of(own: Mapping[str, Any]) -> Callable[[Any], Any]:
             return lambda model: run(model)(**own)
 
-        return self.together([(task, of(own)) for task, own in inputs.items()])
+        return self.run_in_lockstep([(task, of(own)) for task, own in inputs.items()])
 
     def _task(self, task: str) -> "_Task":
         self._require(task)

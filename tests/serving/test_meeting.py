@@ -18,7 +18,7 @@ from torch.nn import functional  # noqa: E402
 from flexmerge_cli import open_bundle  # noqa: E402
 from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.serving import meeting  # noqa: E402
-from flexmerge_cli.serving.meeting import run_together, shared_weights  # noqa: E402
+from flexmerge_cli.serving.meeting import run_in_lockstep, shared_weights  # noqa: E402
 
 from ..transformers_families import FAMILIES, TASKS  # noqa: E402
 
@@ -112,10 +112,10 @@ def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
 
     count = threading.active_count()
     with pytest.raises(ArithmeticError):
-        run_together([works, fails, works], {weight.data_ptr()})
+        run_in_lockstep([works, fails, works], {weight.data_ptr()})
     with pytest.raises(RuntimeError, match="shape"):
-        run_together([wrong, wrong], {weight.data_ptr()})
-    assert [found.tolist() for found in run_together([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
+        run_in_lockstep([wrong, wrong], {weight.data_ptr()})
+    assert [found.tolist() for found in run_in_lockstep([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
     assert threading.active_count() == count
 
 
@@ -145,7 +145,7 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meeting._Meeting, "_multiply", counted)
-        assert run_together([text(4)], {weight.data_ptr()}, joining) == [4]
+        assert run_in_lockstep([text(4)], {weight.data_ptr()}, joining) == [4]
     assert sorted(ended) == [1, 2, 4]
     assert going == [[0], [0], [0, 1, 2], [0, 1]]
     assert products == [[0]] * 4 + [[0, 1, 2]] * 2 + [[0, 1]] * 2
@@ -171,7 +171,7 @@ def test_nothing_is_kept_of_runs_that_have_joined_and_ended() -> None:
             kept.append(num_kept())
         return ([run] if number < 300 else []), set()
 
-    assert len(run_together([run], (), joining)) == 1
+    assert len(run_in_lockstep([run], (), joining)) == 1
     assert kept[1] - kept[0] < 100
 
 
@@ -190,7 +190,7 @@ def test_a_task_that_is_dropped_while_others_run_is_freed_after_its_own_run(bund
             runtime.drop("beta")
         return [("beta", lambda _model: None)] if len(is_held) == 1 else []
 
-    runtime.together([("alpha", lasts)], joining)
+    runtime.run_in_lockstep([("alpha", lasts)], joining)
     assert is_held == [True, True, True, False, False]
 
 
@@ -205,7 +205,7 @@ def test_the_error_of_a_run_that_has_joined_is_raised_once_all_have_ended() -> N
 
     joining, ended = iter([[fails, fails], [], []]), []
     with pytest.raises(ArithmeticError):
-        run_together([lasts], (), lambda _numbers: (next(joining), ()))
+        run_in_lockstep([lasts], (), lambda _numbers: (next(joining), ()))
     assert ended
 
 
@@ -233,7 +233,7 @@ def test_a_run_that_pauses_takes_the_products_that_others_wait_for(monkeypatch: 
 
     thread = threading.Thread(
         target=lambda: found.extend(
-            run_together([multiplies, pauses], {weight.data_ptr()}, lambda _going: ([], {weight.data_ptr()}))
+            run_in_lockstep([multiplies, pauses], {weight.data_ptr()}, lambda _going: ([], {weight.data_ptr()}))
         ),
         daemon=True,
     )

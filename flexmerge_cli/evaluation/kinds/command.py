@@ -21,7 +21,7 @@ from flexmerge_cli.evaluation.materialise import materialised
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
 
-TOLD = 800  # characters shown of the end of a failed program's output
+MAX_SHOWN = 800  # characters shown of the end of a failed program's output
 
 
 class Command(TaskSpec):
@@ -55,7 +55,7 @@ def score(model: TaskModel, task: Command, examples: Examples, run: Run) -> Sequ
             )
         except subprocess.TimeoutExpired:
             raise DataError(f"{who} took longer than {task.timeout_s:g} s", hint="increase timeout_s") from None
-    said = done.stderr.decode(errors="replace").strip()[-TOLD:]
+    said = done.stderr.decode(errors="replace").strip()[-MAX_SHOWN:]
     if done.returncode != 0:
         raise DataError(f"{who} exited with {done.returncode}\n  {said}", hint="run it manually on an exported task")
     return [scored_of(_last_json(done.stdout.decode(errors="replace"), who), who, next(iter(task.metrics), None))]

@@ -25,7 +25,7 @@ from flexmerge_cli.evaluation.task_spec import TaskSpec
 NAME = re.compile(r"python:([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
-TOLD = 500  # characters shown of an error of the function
+MAX_SHOWN = 500  # characters shown of an error of the function
 
 
 class Python(TaskSpec):
@@ -59,7 +59,7 @@ def score(model: TaskModel, task: Python, examples: Examples, run: Run) -> Seque
         except FlexmergeError:
             raise
         except Exception as error:
-            said = f"task `{model.task}`: {task.kind} failed: {type(error).__name__}: {str(error)[:TOLD]}"
+            said = f"task `{model.task}`: {task.kind} failed: {type(error).__name__}: {str(error)[:MAX_SHOWN]}"
             raise DataError(said, hint="run with --debug to see where") from error
     return [scored_of(answer, f"task `{model.task}`: {task.kind}", next(iter(task.metrics), None))]
 
