@@ -9,7 +9,7 @@ from flexmerge_cli.cli import options as o
 
 def cache(
     clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all that is cached; it is computed anew when needed.")
+        bool, typer.Option("--clear", help="Remove everything that is cached; it is recomputed when needed.")
     ] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

@@ -19,7 +19,7 @@ def calibrate(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Run each fine-tuned model of a plan on a few examples, and keep what methods such as regmean need of them.
+    """Run each fine-tuned model of a plan on a few examples, and save the statistics that methods such as regmean need.
 
     \b
     Example:

@@ -22,7 +22,9 @@ def export(
     ] = False,
     as_lora: Annotated[
         bool,
-        typer.Option("--as-lora", help="Export one base and a PEFT adapter per task, for engines that serve these."),
+        typer.Option(
+            "--as-lora", help="Export one base and a PEFT adapter per task, for engines that serve LoRA adapters."
+        ),
     ] = False,
     offline: o.Offline = False,
     force: o.Force = False,

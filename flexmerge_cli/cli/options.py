@@ -45,13 +45,12 @@ Tasks = Annotated[
     _sources(
         "--tasks",
         "FOLDER…",
-        "Fine-tunes: folders that hold one each, or hf://org/name with one in each subfolder, or the fine-"
-        "tunes themselves.",
+        "Fine-tunes: folders or hf://org/name with one in each subfolder, or the fine-tunes themselves.",
     ),
 ]
 Task = Annotated[
     list[str] | None,
-    _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it has the name of its folder."),
+    _sources("--task", "NAME=MODEL", "One fine-tune; repeatable. Without NAME= it is named after its folder."),
 ]
 Add = Annotated[
     list[str] | None, _sources("--add", "NAME=MODEL", "Add this fine-tune to the tasks of a plan.json; repeatable.")
@@ -59,12 +58,14 @@ Add = Annotated[
 Remove = Annotated[list[str] | None, _sources("--remove", "NAME", "Remove this task of a plan.json; repeatable.")]
 Ignore = Annotated[
     list[str] | None,
-    _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or files of the sources that match; repeatable."),
+    _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or source files with matching names; repeatable."),
 ]
 FollowLinks = Annotated[
     bool, _sources("--follow-links", "", "Follow links out of the sources, as DVC and git-annex make them.")
 ]
-WithCode = Annotated[bool, _sources("--with-code", "", "Carry the Python files of the sources, which loaders may run.")]
+WithCode = Annotated[
+    bool, _sources("--with-code", "", "Include the Python files of the sources, which loaders may run.")
+]
 Adapters = Annotated[
     str | None,
     _sources(
@@ -83,7 +84,9 @@ Variant = Annotated[
 ]
 Relocate = Annotated[
     list[str] | None,
-    _sources("--relocate", "OLD=NEW", "New beginning of the paths of a plan's sources that have moved; repeatable."),
+    _sources(
+        "--relocate", "OLD=NEW", "Replace the beginning of the paths of a plan's sources that have moved; repeatable."
+    ),
 ]
 Offline = Annotated[bool, _sources("--offline", "", "Use only what the Hub cache holds, like HF_HUB_OFFLINE=1.")]
 Stream = Annotated[
@@ -134,7 +137,7 @@ CurveMethods = Annotated[
     _stored(
         "--method",
         "NAME",
-        "A method, such as auto or low_bit:bits=2, or all; repeatable; else task_arithmetic.",
+        "A method, such as auto or low_bit:bits=2, or all; repeatable. Default: task_arithmetic.",
     ),
 ]
 AllMethods = Annotated[bool, _output("--all-methods", "", "List what every method would store.")]
@@ -144,7 +147,7 @@ Step = Annotated[
 Calibrate = Annotated[str | None, _stored("--calibrate", "NAME", "Apply this calibration after the method: svc.")]
 Calibration = Annotated[
     Path | None,
-    _stored("--calibration", "FOLDER", "What `calibrate` measured, for methods that need it: regmean, fisher."),
+    _stored("--calibration", "FOLDER", "Output of `calibrate`, for methods that need it: regmean, fisher."),
 ]
 MethodFor = Annotated[
     list[str] | None,
@@ -165,7 +168,11 @@ Servable = Annotated[
 Dtype = Annotated[str | None, _stored("--dtype", "bf16|fp16|fp32", "Cast stored tensors.")]
 Layout = Annotated[
     str | None,
-    _stored("--layout", "links|pointer", "How tasks/NAME has weights that need no decoding (default: links)."),
+    _stored(
+        "--layout",
+        "links|pointer",
+        "How tasks/NAME refers to weights that need no decoding: by links (default) or by an index of files.",
+    ),
 ]
 Size = Annotated[
     str | None,
@@ -178,8 +185,8 @@ Sizes = Annotated[
     _sizes(
         "--sizes",
         "SIZES",
-        "0.75x:8x:0.25x (from, to, step) or 1x,2x,600MiB: points of a curve, by default each method's own; bundles of "
-        "merge, -o FOLDER/SIZE each.",
+        "Several sizes: 1x,2x,600MiB or 0.75x:8x:0.25x (from, to, step). `merge` writes each to FOLDER/SIZE; `curve` "
+        "draws each, by default sizes that suit each method.",
     ),
 ]
 Merges = Annotated[int | None, _sizes("--merges", "N", "Stop after N merges instead of at a size.")]
@@ -203,7 +210,7 @@ ComparedPlan = Annotated[
     Path | None, _scores("--plan", "FILE", "Plan whose sources to compare with, or to score with --sources.")
 ]
 ScoreSources = Annotated[
-    bool, _scores("--sources", "", "Score the fine-tuned models and the base, to which normalised scores refer.")
+    bool, _scores("--sources", "", "Score the fine-tuned models and the base, which normalised scores are relative to.")
 ]
 Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the other tasks' data, with its own head.")]
 Ensembles = Annotated[
@@ -215,7 +222,7 @@ Corrupt = Annotated[
 ]
 CalibrationStatistics = Annotated[
     str | None,
-    _stored("--statistics", "NAMES", "What to measure, of inputs,fisher,outputs; default: inputs,fisher."),
+    _stored("--statistics", "NAMES", "What to measure: some of inputs,fisher,outputs. Default: inputs,fisher."),
 ]
 Examples = Annotated[int, _scores("--examples", "N", "How many examples of each task to use.", min=1)]
 Router = Annotated[bool, _scores("--router", "", "Also score with the tasks that the bundle's router chooses.")]
@@ -224,22 +231,27 @@ NoReuse = Annotated[bool, _scores("--no-reuse", "", "Compute every score anew, e
 AllowExec = Annotated[bool, _scores("--allow-exec", "", "Run the code that the spec names: kinds python and command.")]
 MaxDrop = Annotated[
     str | None,
-    _gates("--max-drop", "LIMIT", "How much each task may lose, 1% of its fine-tuned score or 1pt; else exit 6."),
+    _gates(
+        "--max-drop",
+        "LIMIT",
+        "How much each task may lose: 1% of its fine-tuned score, or 1pt. Exit with 6 if one loses more.",
+    ),
 ]
 MaxMeanDrop = Annotated[
-    str | None, _gates("--max-mean-drop", "LIMIT", "How much the mean over tasks may lose; else exit 6.")
+    str | None,
+    _gates("--max-mean-drop", "LIMIT", "How much the mean over tasks may lose. Exit with 6 if it loses more."),
 ]
 Choose = Annotated[
     float | None,
     _gates(
         "--choose",
         "PART",
-        "Find the smallest that keeps this part of the fine-tuned score, e.g. 0.99; if none does, exit 6.",
+        "Find the smallest that keeps this fraction of the fine-tuned score, e.g. 0.99. Exit with 6 if none does.",
     ),
 ]
 Tune = Annotated[
     str | None,
-    _gates("--tune", "NAME=VALUES", "Try scale=0.5:2.5:0.25 and take the best on the data of --tune-spec."),
+    _gates("--tune", "NAME=VALUES", "Try these values, e.g. scale=0.5:2.5:0.25, and take the best on --tune-spec."),
 ]
 TuneSpec = Annotated[
     Path | None,
@@ -248,7 +260,7 @@ TuneSpec = Annotated[
 
 # How it runs.
 Device = Annotated[str, _run("--device", "DEVICE", "Where to compute: auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, _run("--threads", "N", "Number of worker threads; one per core unless given.", min=1)]
+Threads = Annotated[int | None, _run("--threads", "N", "Number of worker threads. Default: one per core.", min=1)]
 Parallel = Annotated[
     int, _run("--parallel", "N", "Number of tasks, or of methods, to score at once, each in its own process.", min=1)
 ]
@@ -257,7 +269,7 @@ MaxMemory = Annotated[
     _run(
         "--max-memory",
         "BYTES",
-        "Limit on the run's anonymous memory, e.g. 8GiB; where models run, for their weights, not for activations.",
+        "Limit on anonymous memory, e.g. 8GiB. Where models run, it covers their weights, not their activations.",
     ),
 ]
 Part = Annotated[
@@ -268,11 +280,13 @@ Part = Annotated[
         "Do one of N parts of the work, e.g. 3/16, while other processes do the others; see --join.",
     ),
 ]
-Join = Annotated[bool, _run("--join", "", "Publish the bundle whose parts the same command wrote with --part.")]
-JoinParts = Annotated[
-    list[Path] | None, _run("--join", "PART…", "Make the plan of these parts, which `plan --part` wrote.")
+Join = Annotated[
+    bool, _run("--join", "", "Join the parts that the same command wrote with --part, and publish the bundle.")
 ]
-DryRun = Annotated[bool, _run("--dry-run", "", "Report without writing anything; read no weights.")]
+JoinParts = Annotated[
+    list[Path] | None, _run("--join", "PART…", "Join these parts, which `plan --part` wrote, into the plan.")
+]
+DryRun = Annotated[bool, _run("--dry-run", "", "Report what would be done. Write nothing and read no weights.")]
 
 # Output.
 PlanOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where to write plan.json.")]
@@ -285,15 +299,17 @@ SpecOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where --i
 KeptPlan = Annotated[Path | None, _output("--plan", "FILE", "Save the recipe's plan here and reuse it.")]
 Csv = Annotated[Path | None, _output("--csv", "FILE", "Write a table with one score per row.")]
 Html = Annotated[Path | None, _output("--html", "FILE", "Write a self-contained HTML report.")]
-NoCard = Annotated[bool, _output("--no-card", "", "Write no README.md, which tells people what the bundle is.")]
+NoCard = Annotated[bool, _output("--no-card", "", "Write no README.md, which explains the bundle to people.")]
 CardScores = Annotated[
-    Path | None, _output("--scores", "FILE", "What `eval bundle/ --json` printed, for the table of tasks in README.md.")
+    Path | None, _output("--scores", "FILE", "Output of `eval bundle/ --json`, for the table of tasks in README.md.")
 ]
 Png = Annotated[Path | None, _output("--png", "FILE", "Write a picture of the curve.")]
 Force = Annotated[bool, _output("--force", "", "Replace an existing output.")]
 Json = Annotated[bool, _output("--json", "", "Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, _output("-q", "--quiet", "", "Print nothing but errors, and with --json the result.")]
-Verbose = Annotated[bool, _output("-v", "--verbose", "", "Show how long each stage took, and long tables whole.")]
+Verbose = Annotated[
+    bool, _output("-v", "--verbose", "", "Show how long each stage took, and print long tables in full.")
+]
 
 
 def memory_of(text: str | None) -> int | None:

@@ -72,7 +72,7 @@ def plan(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Compare fine-tuned models block by block. The plan holds all that a later merge of any size needs.
+    """Compare fine-tuned models block by block. The plan holds everything that a later merge of any size needs.
 
     \b
     Example:

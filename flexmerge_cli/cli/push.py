@@ -25,7 +25,7 @@ def push(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Publish a bundle on the Hub: each weight once, only what changed, in one commit.
+    """Publish a bundle on the Hub in one commit: each weight once, and only what changed.
 
     \b
     Examples:

@@ -29,10 +29,10 @@ def route(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Add a router to a bundle: it finds the task of an input whose task nobody names.
+    """Add a router to a bundle, which finds the task of an input.
 
     The router is a classifier on hidden states of one task's model, fitted on examples whose only label is their task.
-    The new bundle links the files of the old one where that works.
+    The new bundle links to the files of the old one where the file system allows it.
 
     \b
     Examples:

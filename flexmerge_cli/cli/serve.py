@@ -10,7 +10,7 @@ from flexmerge_cli.cli import options as o
 def serve(
     bundle: o.Bundle,
     port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0: one that is free.")
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 chooses a free one.")
     ] = 8000,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. There is no authentication.")
@@ -25,16 +25,19 @@ def serve(
     device: o.Device = "cpu",
     max_memory: o.MaxMemory = None,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", metavar="N", min=1, help="Inputs that are computed at once.")
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Largest number of inputs computed at once.")
     ] = 32,
     max_wait: Annotated[
         float,
         typer.Option(
-            "--max-wait", metavar="MS", min=0, max=60_000, help="Milliseconds that a batch waits to be filled."
+            "--max-wait", metavar="MS", min=0, max=60_000, help="Milliseconds that a batch waits for more inputs."
         ),
     ] = 5.0,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", metavar="N", min=1, help="Inputs that may wait; more are refused with 503.")
+        int,
+        typer.Option(
+            "--max-queue", metavar="N", min=1, help="Largest number of waiting inputs; more are refused with 503."
+        ),
     ] = 1024,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Limit on the tokens of a generated text.")
@@ -47,7 +50,7 @@ def serve(
 ) -> None:
     """Answer requests over HTTP with the tasks of a bundle: OpenAI's API for language models, predictions for others.
 
-    Ctrl-C or SIGTERM finishes the requests that run, and ends it. Nothing is loaded from the network.
+    Ctrl-C or SIGTERM finishes running requests, then stops the server. Nothing is loaded from the network.
 
     \b
     Examples:

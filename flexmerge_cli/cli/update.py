@@ -27,7 +27,7 @@ def update(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Make the bundle of a new plan as BUNDLE was made, and take from BUNDLE all that does not change.
+    """Make the bundle of a new plan as BUNDLE was made, reusing everything in BUNDLE that does not change.
 
     \b
     Examples:
