@@ -1,3 +1,5 @@
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -22,6 +24,14 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """So that tests may run side by side, and sums of matrix products do not hang on the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """What tests write need not outlive a power failure. Tests of what is synced put their own fsync in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which fails in the same way if the descriptor is not open
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -158,13 +158,19 @@ def _code_of(arguments: list[str]) -> int:
         print(VERSION)
         return 0
     try:
-        result = app(_without_debug(arguments), prog_name="flexmerge", standalone_mode=False)
+        result = _parser()(_without_debug(arguments), prog_name="flexmerge", standalone_mode=False)
     except _Carried as carried:
         assert carried.__cause__ is not None
         raise carried.__cause__ from None
     except SystemExit as done:  # the parser's own, after completing words for a shell
         result = done.code
     return result if isinstance(result, int) else 0
+
+
+@functools.cache
+def _parser() -> Callable[..., Any]:
+    """Return the parser of all commands. Making it takes 25 ms, more than some commands."""
+    return typer.main.get_command(app)
 
 
 def _failure(error: BaseException, arguments: list[str]) -> FlexmergeError:
