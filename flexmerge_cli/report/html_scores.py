@@ -11,6 +11,7 @@ from flexmerge_cli.report.evaluation import remarks, score_table, tables_apart
 from flexmerge_cli.report.html import facts, name, page, section, table, text
 from flexmerge_cli.report.html_eval import eval_style, spec_facts, verdicts
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of
+from flexmerge_cli.report.router import routed_section
 from flexmerge_cli.report.score_text import format_score, interval_cells, scale_of
 from flexmerge_cli.report.text import human_bytes
 
@@ -38,6 +39,7 @@ def scores_page(document: dict[str, Any], source: str) -> str:
     title = f"{source}: scores of {len(tasks)} tasks" + ("" if "bundle" in document else ", sources")
     sections = [eval_style(series), *verdicts(document), _table(document)]
     sections += [cross_section(document) if "cross" in document else ""]
+    sections += [routed_section(document) if "router" in document else ""]
     sections += [_place(curve) if curve is not None else "", _numbers(document)]
     return page(title, facts([*pairs, *spec_facts(document)]), filter(None, sections))
 

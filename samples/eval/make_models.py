@@ -242,6 +242,9 @@ def zero_shot(out: Path) -> None:
         (out / "data").mkdir(exist_ok=True)
         images, labels = pictures(100 + seed, classes, NUM_TEST)
         np.savez_compressed(out / "data" / f"{name}.npz", images=images, labels=labels)
+        first = [np.flatnonzero(labels == number)[0] for number in range(len(classes))]
+        texts = [f"the {label}" for label in classes]
+        np.savez_compressed(out / "data" / f"{name}-pairs.npz", images=images[first], texts=texts)
 
 
 SIDE = 16

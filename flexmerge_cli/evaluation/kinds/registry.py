@@ -8,6 +8,7 @@ from flexmerge_cli.evaluation.kinds import (
     lm_eval,
     python,
     regression,
+    retrieval,
     text2text,
     text_classification,
     zero_shot,
@@ -15,7 +16,8 @@ from flexmerge_cli.evaluation.kinds import (
 from flexmerge_cli.evaluation.kinds.kind import Kind
 
 _MODULES = (
-    image_classification, zero_shot, text_classification, regression, text2text, causal_lm, lm_eval, python, command,
+    image_classification, zero_shot, retrieval, text_classification, regression, text2text, causal_lm, lm_eval, python,
+    command,
 )  # fmt: skip
 KINDS: dict[str, Kind] = {
     kind.name: kind for kind in (*(module.KIND for module in _MODULES), dense.SEGMENTATION, dense.DEPTH)

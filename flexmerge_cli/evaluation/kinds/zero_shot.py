@@ -41,28 +41,37 @@ class ZeroShot(ImageTask):
 
 
 @dataclass(slots=True, kw_only=True)
-class Classes:
-    """The texts that images are compared with, embedded on first use."""
+class TextTower:
+    """A whole CLIP model that texts are embedded with."""
 
     checkpoint: Checkpoint
     access: Access
-    """Access to the whole CLIP model that texts are embedded with."""
-    prompts: list[list[str]]
-    """The prompts of each class."""
     tokenizer: Any
     _model: TaskModel | None = None
-    _found: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
 
     @property
     def model(self) -> TaskModel:
-        """The text model. Opening it reads its weights once, for their digest."""
+        """The model. Opening it reads its weights once, for their digest."""
         if self._model is None:
             self._model = checkpoint_model("text model", fetched(self.checkpoint, self.access))
         return self._model
 
     def digest(self) -> str:
-        """Return the digest of everything that the embeddings depend on."""
-        return f"{self.model.digest} {side_digest(self.checkpoint.path)} {self.prompts}"
+        """Return the digest of everything that embeddings depend on besides the texts."""
+        return f"{self.model.digest} {side_digest(self.checkpoint.path)}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Classes:
+    """The texts that images are compared with, embedded on first use."""
+
+    tower: TextTower
+    prompts: list[list[str]]
+    """The prompts of each class."""
+    _found: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        return f"{self.tower.digest()} {self.prompts}"
 
     def embedded(self, run: Run) -> tuple[Any, Any, Any]:
         """Return embeddings [classes, d] float32, the scale of the logits, and the text model's projection of
@@ -73,6 +82,13 @@ class Classes:
 
 
 def prepare(task: ZeroShot, place: Place) -> Examples:
+    require_encoder(place)
+    examples, classes = image_examples(task, place, len(task.labels)), _classes(task, place)
+    return replace(examples, items=(*examples.items, classes), rest=lambda: f"{classes.digest()} {examples.rest()}")
+
+
+def require_encoder(place: Place) -> str:
+    """Return the architecture of an image encoder of CLIP. Raises UsageError if the task's config names another."""
     encoder = architecture_of(read_config(place.side))
     if encoder not in ENCODERS:
         raise place.error(
@@ -80,8 +96,7 @@ def prepare(task: ZeroShot, place: Place) -> Examples:
             f"{place.side}/config.json names {encoder}, which is not an image encoder of CLIP",
             hint=f"one of: {', '.join(ENCODERS)}",
         )
-    examples, classes = image_examples(task, place, len(task.labels)), _classes(task, place)
-    return replace(examples, items=(*examples.items, classes), rest=lambda: f"{classes.digest()} {examples.rest()}")
+    return encoder
 
 
 def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Sequence[Scored]:
@@ -94,30 +109,38 @@ def score(model: TaskModel, task: ZeroShot, examples: Examples, run: Run) -> Seq
     with torch.inference_mode():
         for start, stop in run.batches(examples.n):
             pixels = images.pixels(start, stop, model.folder).to(built.device, built.dtype)
-            embedded = torch.nn.functional.normalize(_image_embeddings(built, pixels, projection).float(), dim=-1)
+            embedded = image_embeddings(built, pixels, projection)
             found.append((scale * embedded @ texts.T).cpu().numpy())
     return class_scores(np.concatenate(found), labels, examples.metrics)
 
 
 def _classes(task: ZeroShot, place: Place) -> Classes:
     """Check text model, templates and tokenizer. Reads only headers of the text model's weights."""
-    written = task.text_model or (place.document.value.get("base") if isinstance(place.document.value, dict) else None)
-    if written is None:
-        raise place.error("", "no text model", hint="text_model: path/of/a/CLIP, or `base:` of the spec")
-    checkpoint = open_checkpoint(written, relative_to=place.folder, access=place.access)
-    folder = checkpoint.path
-    key = "text_model" if task.text_model else "kind"
-    architecture = architecture_of(read_config(folder))
-    if architecture != "CLIPModel":
-        said = f"{folder}/config.json names {architecture}: no text tower"
-        raise place.error(key, said, hint="text_model: a whole CLIPModel")
-    templates = task.templates or _templates(folder, place)
+    tower = text_tower(task.text_model, place)
+    templates = task.templates or _templates(tower.checkpoint.path, place)
     wrong = next((text for text in templates if text.count("{}") != 1), None)
     if wrong is not None:
         raise place.error("templates", f"{wrong[:60]!r} must contain {{}} exactly once", hint="a photo of a {}.")
     prompts = [[template.replace("{}", label) for template in templates] for label in task.labels]
-    tokenizer = open_tokenizer(folder, place)
-    return Classes(checkpoint=checkpoint, access=place.access, prompts=prompts, tokenizer=tokenizer)
+    return Classes(tower=tower, prompts=prompts)
+
+
+def text_tower(written: str | None, place: Place) -> TextTower:
+    """Open a whole CLIP checkpoint, by default the spec's `base`. Reads only headers of weights.
+
+    written: the key `text_model`. Raises UsageError, SourceError, DataError.
+    """
+    key = "text_model" if written else "kind"
+    written = written or (place.document.value.get("base") if isinstance(place.document.value, dict) else None)
+    if written is None:
+        raise place.error("", "no text model", hint="text_model: path/of/a/CLIP, or `base:` of the spec")
+    checkpoint = open_checkpoint(written, relative_to=place.folder, access=place.access)
+    folder = checkpoint.path
+    architecture = architecture_of(read_config(folder))
+    if architecture != "CLIPModel":
+        said = f"{folder}/config.json names {architecture}: no text tower"
+        raise place.error(key, said, hint="text_model: a whole CLIPModel")
+    return TextTower(checkpoint=checkpoint, access=place.access, tokenizer=open_tokenizer(folder, place))
 
 
 def _templates(folder: Path, place: Place) -> Sequence[str]:
@@ -136,30 +159,38 @@ def _templates(folder: Path, place: Place) -> Sequence[str]:
 def _embedded(classes: Classes, run: Run) -> tuple[Any, Any, Any]:
     import torch
 
-    built = build_model(classes.model, "float32", run.device)
+    built = build_model(classes.tower.model, "float32", run.device)
     normalised = torch.nn.functional.normalize
-    rows = []
     with torch.inference_mode():
-        for prompts in classes.prompts:
-            longest = min(classes.tokenizer.model_max_length, built.config.text_config.max_position_embeddings)
-            inputs = classes.tokenizer(
-                prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt"
-            ).to(built.device)
-            output = built.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            each = normalised(built.text_projection(output.pooler_output), dim=-1)
-            rows.append(normalised(each.mean(0), dim=-1))
+        each = (text_embeddings(built, classes.tower.tokenizer, prompts) for prompts in classes.prompts)
+        rows = [normalised(embeddings.mean(0), dim=-1) for embeddings in each]
         scale = built.logit_scale.exp()
     return torch.stack(rows), scale, built.visual_projection
 
 
-def _image_embeddings(built: Any, pixels: Any, projection: Any) -> Any:
-    """Return image embeddings [batch, d], with the encoder's own projection if it has one."""
+def text_embeddings(built: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    """Embed texts with a whole CLIP model: normalised, [n, d]. Texts that are too long are cut."""
+    import torch
+
+    longest = min(tokenizer.model_max_length, built.config.text_config.max_position_embeddings)
+    inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    inputs = inputs.to(built.device)
+    output = built.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    return torch.nn.functional.normalize(built.text_projection(output.pooler_output), dim=-1)
+
+
+def image_embeddings(built: Any, pixels: Any, projection: Any) -> Any:
+    """Embed images: normalised, float32 [n, d]. projection: used if the encoder has none of its own."""
+    import torch
+
     name = type(built).__name__
     if name == "CLIPVisionModelWithProjection":
-        return built(pixel_values=pixels).image_embeds
-    if name == "CLIPModel":
-        return built.visual_projection(built.vision_model(pixel_values=pixels).pooler_output)
-    return projection(built(pixel_values=pixels).pooler_output.float())
+        found = built(pixel_values=pixels).image_embeds
+    elif name == "CLIPModel":
+        found = built.visual_projection(built.vision_model(pixel_values=pixels).pooler_output)
+    else:
+        found = projection(built(pixel_values=pixels).pooler_output.float())
+    return torch.nn.functional.normalize(found.float(), dim=-1)
 
 
 KIND = Kind(
