@@ -19,7 +19,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import AHEAD
 from flexmerge_cli.engine.survey_item import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem, view_of
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.residuals.coding_error import sample_rows
+from flexmerge_cli.residuals.coding_error import ROW_TASKS, sample_rows
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
 from flexmerge_cli.residuals.row_errors import FEWEST_COLUMNS
 
@@ -54,25 +54,29 @@ def survey_bytes(
         sampled = min(some, len(sample_rows(item.name, (rows, columns))) * some // max(1, rows) + 1) if some else 0
         count = min(size, count + columns)
         work = max(reading_bytes(tensor, count) for tensor in models)
+        turns = min(k, ROW_TASKS)
+        is_plain = {tensor.dtype for tensor in models} == {"F32"}
         if item.gram:
-            is_plain = {tensor.dtype for tensor in models} == {"F32"}
             comparing = 16 * k * min(count, PRODUCT_ELEMENTS) + 4 * tile + (0 if is_plain else 4 * k * tile)
             comparing += 6 * k * tile if signs else 0
             work = max(
                 work,
                 comparing,
                 (400 if columns >= FEWEST_COLUMNS else 130) * some
-                + (16 * k + 4) * sampled * columns
+                + (16 * turns + 20) * sampled * columns
                 + 80 * min(count, PRODUCT_ELEMENTS) * (some > 0),
             )
         found.add(
             ranges,
             raw=sum(count * tensor.item_bytes + 64 for tensor in models),
             deltas=4 * k * tile if item.gram else 0,
-            average=(8 * count + 8 * tile) if some else 0,
+            rows=4 * (k + turns) * sampled * columns + (0 if is_plain or not some else 4 * count),
             codes=0 if native.lib is not None or not some else 16 * max(ROW_BLOCK, min(count, columns)),
             work=max(work, count),  # whether all is finite, an element a byte
-            result=grams + 64 * some + 40 * k * sampled + sum(unjoined_bytes(t.item_bytes * chunk) for t in models),
+            result=grams
+            + 32 * some
+            + (64 + 48 * turns) * sampled
+            + sum(unjoined_bytes(t.item_bytes * chunk) for t in models),
             totals=grams * ranges
             + 400 * (k + 1) * ranges
             + sum(open_bytes(chunk * tensor.item_bytes, tensor.num_bytes) for tensor in models),

@@ -20,7 +20,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.device import as_tensor, single_threaded, to_bytes, torch_dtype
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.read_models import read_models
-from flexmerge_cli.engine.survey_codes import RowRange, average_into, measure_rows
+from flexmerge_cli.engine.survey_codes import RowRange, measure_rows
 from flexmerge_cli.engine.survey_item import (
     CHUNK_ELEMENTS,
     PRODUCT_ELEMENTS,
@@ -141,32 +141,20 @@ def _measure(
         return _Part(digests, classes, is_base, None, None, [], [place for place in seen if place is not None])
     values = [as_tensor(data, tensor.dtype) for data, tensor in zip(longer, models)]
     rows_kN = as_tensor(stacked, models[0].dtype).view(len(models), -1) if stacked is not None else None
-
-    def new_array(key: object, count: int) -> torch.Tensor:
-        return as_tensor(buffers.get(key, 4 * count)[: 4 * count], "F32")
-
     grams, agreements, energies = [], [], []
-    width = -(-min(TILE_ELEMENTS, end - start) // ALIGNMENT) * ALIGNMENT  # so that each task's elements begin aligned
+    width = -(-min(TILE_ELEMENTS, stop - start) // ALIGNMENT) * ALIGNMENT  # so that each task's elements begin aligned
     # In C, the base is subtracted during multiplication. Otherwise, if nothing else needs the tasks' own values any
     # more, the deltas take their place. Both save passes through memory.
     plain = rows_kN is not None and device.type == "cpu" and rows_kN.dtype is torch.float32
     fused = plain and not signs and native.lib is not None and len(values) - 1 <= native.MOST_TASKS
     in_place = plain and not fused and sums is None
     columns = 0 if fused or in_place else width
-    deltas = new_array("deltas", (len(values) - 1) * columns).view(len(values) - 1, columns)
-    average = total = torch.empty(0)
+    size = 4 * (len(values) - 1) * columns
+    deltas = as_tensor(buffers.get("deltas", size)[:size], "F32").view(len(values) - 1, columns)
     if device.type != "cpu":
         deltas = torch.empty_like(deltas, device=device)
-    if rows.stop > rows.first:
-        count = end - start
-        average = new_array("average", count) if device.type == "cpu" else torch.empty(count, device=device)
-        on_cpu = as_tensor(buffers.get("total", 8 * width)[: 8 * width], "F64")
-        total = on_cpu if device.type == "cpu" else torch.empty_like(on_cpu, device=device)
-    # Elements from `stop` on belong only to the last row.
-    lows = [*range(0, stop - start, TILE_ELEMENTS), *range(stop - start, end - start, TILE_ELEMENTS)]
-    for low in lows:
-        is_own = low < stop - start
-        high = min(low + TILE_ELEMENTS, stop - start if is_own else end - start)
+    for low in range(0, stop - start, TILE_ELEMENTS):
+        high = min(low + TILE_ELEMENTS, stop - start)
         base = values[-1][low:high].to(device, torch.float32)
         block = rows_kN[:-1, low:high] if rows_kN is not None and not columns else deltas[:, : high - low]
         if fused:
@@ -176,10 +164,6 @@ def _measure(
         else:
             for position, value in enumerate(values[:-1]):
                 torch.sub(value[low:high].to(device, torch.float32), base, out=block[position])
-        if len(average):
-            average_into(average[low:high], base, block, total, subtracted=not fused)
-        if not is_own:
-            continue
         of_products, of_base = _products(block, base, subtracted=not fused)
         grams += of_products
         energies += of_base
@@ -198,7 +182,7 @@ def _measure(
     agreement = counts if signs else None
     coded = None
     if sums is not None and rows.stop > rows.first:
-        coded = measure_rows(sums, rows, start, values, average, device, new_array)
+        coded = measure_rows(sums, rows, start, values, device, buffers)
     return _Part(digests, classes, is_base, stack, agreement, energies, bad, coded)
 
 

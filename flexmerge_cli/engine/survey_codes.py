@@ -4,18 +4,19 @@ A range of elements codes the rows that start in it, and reads on to the end of 
 once, as a whole, and the sums do not depend on how tensors are cut.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flexmerge_cli import native
+from flexmerge_cli.engine.device import as_tensor
+from flexmerge_cli.engine.pool import Buffers
+from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.residuals.coder import Matrix
-from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors
-
-NewArray = Callable[[object, int], torch.Tensor]
-"""Takes a purpose and a number of elements, and returns float32 memory of this thread, which its next range reuses."""
+from flexmerge_cli.residuals.coding_error import CodingErrorSum, RowErrors, residual_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,52 +40,48 @@ class RowRange:
         return self.stop * self.columns if self.stop > self.first else 0
 
 
-def average_into(
-    average: torch.Tensor, base: torch.Tensor, block_kN: torch.Tensor, total: torch.Tensor, *, subtracted: bool = True
-) -> None:
-    """Compute θ_0 + mean τ: the mean as in `mean_tasks`, in float64, rounded once, then a float32 sum.
-
-    block_kN: task vectors, or weights from which the base is not yet subtracted. total: float64, as long as a block,
-    reused: fresh memory of this size takes longer than the sum.
-    """
-    count = len(base)
-    rows_are_whole = block_kN.stride(1) == base.stride(0) == average.stride(0) == 1 or count < 2
-    if native.lib is not None and block_kN.device.type == "cpu" and rows_are_whole:
-        pointers, out = (base.data_ptr(), block_kN.data_ptr()), average.data_ptr()
-        native.lib.flexmerge_average(*pointers, len(block_kN), count, block_kN.stride(0), subtracted, out)
-        return
-    deltas_kN = block_kN if subtracted else block_kN - base
-    total = total[:count].copy_(deltas_kN[0])
-    for delta in deltas_kN[1:]:
-        if total.device.type == "cpu":
-            np.add(total.numpy(), delta.numpy(), out=total.numpy())  # in 0.65 of torch's time
-        else:
-            total.add_(delta)
-    average.copy_(total.div_(len(deltas_kN))).add_(base)
-
-
 def measure_rows(
     sums: CodingErrorSum,
     rows: RowRange,
     start: int,
-    values: list[torch.Tensor],
-    average: torch.Tensor,
+    values: Sequence[torch.Tensor],
     device: torch.device,
-    new_array: NewArray,
+    buffers: Buffers,
 ) -> RowErrors:
     """Measure the coding errors of whole rows. values: the tasks' elements from `start` on in their own dtypes, and
-    last the base's; average: float32, of the same elements."""
+    last the base's. Memory is reused: fresh memory takes longer than the arithmetic."""
     at = slice(rows.first * rows.columns - start, rows.end - start)
+    *tasks, base = [value[at].view(-1, rows.columns) for value in values]
+    sampled = sums.sampled_in(rows.first, len(base))
+    chosen = torch.from_numpy(sums.sampled[sampled] - rows.first)
 
-    def matrix(flat: torch.Tensor) -> torch.Tensor:
-        return flat[at].view(rows.stop - rows.first, rows.columns)
+    def new(key: str, *shape: int) -> torch.Tensor:
+        if device.type != "cpu":
+            return torch.empty(shape, device=device)
+        size = 4 * math.prod(shape)
+        return as_tensor(buffers.get(key, size)[:size], "F32").view(shape)
 
-    base = matrix(values[-1])
-    if base.dtype is not torch.float32 and device.type == "cpu":
-        base = new_array("base", base.numel()).view(base.shape).copy_(base)
-    return sums.measure(
-        rows.first,
-        base.to(device, torch.float32),
-        matrix(average),
-        [matrix(value) for value in values[:-1]],
+    own = new("own", len(tasks), len(chosen), rows.columns)
+    for into, task in zip(own, tasks):
+        into.copy_(task[chosen])
+    if base.dtype is not torch.float32 or base.device != device:
+        base = new("wide", *base.shape).copy_(base)
+    average = average_of(base[chosen.to(device)], own)
+    measured = residual_tasks(sampled, len(tasks))
+    places = torch.from_numpy(measured * len(chosen) + np.arange(len(chosen))[:, None])
+    residuals = new("residuals", *measured.shape, rows.columns)
+    flat = own.view(-1, rows.columns), places.flatten().to(device), residuals.view(-1, rows.columns)
+    torch.index_select(flat[0], 0, flat[1], out=flat[2])
+    return sums.measure(rows.first, base, average, residuals.sub_(average[:, None]).flatten(0, 1))
+
+
+def average_of(base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return θ_0 + mean τ, the mean in float64, rounded once: float32 [s, n], [k, s, n] -> [s, n]."""
+    if native.lib is None or base.device.type != "cpu":
+        return base + mean_tasks(weights - base).float()
+    average = torch.empty_like(base)
+    size = base.numel()
+    native.lib.flexmerge_average(
+        base.data_ptr(), weights.data_ptr(), len(weights), size, size, False, average.data_ptr()
     )
+    return average

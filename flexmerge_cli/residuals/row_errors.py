@@ -67,6 +67,12 @@ def row_errors(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
     return errors
 
 
+def row_energies(matrix: Tensor) -> np.ndarray:
+    """Sum x² of each row in float64: float32 [m, n] -> float64 [m]."""
+    energies: np.ndarray = matrix.double().square_().sum(1).cpu().numpy()
+    return energies
+
+
 def _plain(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
     return np.stack([squared_errors(matrix, weight_code(number)).cpu().numpy() for number in bits])
 
@@ -105,7 +111,7 @@ class _Native:
         assert native.lib is not None
         m, n = self.matrix.shape
         inverse_Tm, exact_m = (1 / trials.unit_Tm).float(), trials.exact_m.float()
-        last_T = torch.tensor([0.0 if bits <= 3 else half_range(bits) for bits in trials.bits])
+        last_T = torch.tensor([0.0 if bits <= 3 else float(half_range(bits)) for bits in trials.bits])
         tables_T7 = torch.tensor([_table(bits) for bits in trials.bits])
         found_Tm = torch.empty(len(trials.bits), m, dtype=torch.float64)
         arrays = inverse_Tm, last_T, tables_T7, exact_m, found_Tm

@@ -35,12 +35,14 @@ def family(shape, dtype=torch.float32):
 
 def at_once(name, base, tasks):
     matrix = View.SQUEEZED.matrix(tuple(base.shape))
-    wide = [task.float().reshape(matrix) for task in tasks]
+    wide = torch.stack([task.float().reshape(matrix) for task in tasks])
     start = base.float().reshape(matrix)
-    average = start + mean_tasks(torch.stack([task - start for task in wide])).float()
     total = CodingErrorSum(name, matrix)
     if 0 not in matrix:
-        total.add(total.measure(0, start, average, wide))
+        rows = total.sampled
+        average = start[rows] + mean_tasks(wide[:, rows] - start[rows]).float()
+        residuals = (wide[:, rows] - average).transpose(0, 1).flatten(0, 1)
+        total.add(total.measure(0, start, average, residuals))
     return total.finish()
 
 

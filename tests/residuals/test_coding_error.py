@@ -7,8 +7,18 @@ import torch
 from safetensors.numpy import load_file
 
 from flexmerge_cli.residuals.coder import View
-from flexmerge_cli.residuals.coding_error import NORMAL_RATIOS, CodingError, CodingErrorSum, sample_rows
+from flexmerge_cli.residuals.coding_error import (
+    NORMAL_RATIOS,
+    WEIGHT_BITS,
+    CodingError,
+    CodingErrorSum,
+    residual_tasks,
+    sample_rows,
+)
 from flexmerge_cli.residuals.low_bit import weight_code
+from flexmerge_cli.residuals.row_errors import row_errors
+
+from ..families import normal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 AUTO = json.loads((GOLDEN / "auto.json").read_text())
@@ -27,8 +37,14 @@ def measure(name, base, tasks, chunk_rows):
     base, average, *tasks = [torch.from_numpy(x.reshape(matrix)) for x in (base, average, *tasks)]
     total = CodingErrorSum(name, matrix)
     for first in range(0, matrix[0], chunk_rows):
-        rows = slice(first, first + chunk_rows)
-        total.add(total.measure(first, base[rows], average[rows], [task[rows] for task in tasks]))
+        here = total.sampled_in(first, min(chunk_rows, matrix[0] - first))
+        residuals = [
+            tasks[task][row] - average[row]
+            for row, turn in zip(total.sampled[here], residual_tasks(here, len(tasks)))
+            for task in turn
+        ]
+        residuals = torch.stack(residuals) if residuals else torch.empty(0, matrix[1])
+        total.add(total.measure(first, base[first : first + chunk_rows], average[total.sampled[here]], residuals))
     return total.finish()
 
 
@@ -71,6 +87,41 @@ def test_sampled_rows_are_golden(case):
     assert rows[:8].tolist() == case["first"]
     assert (np.diff(rows) > 0).all()
     assert rows[-1] < case["shape"][0]
+
+
+def exact(matrix):
+    return {bits: sum(row_errors(matrix, (bits,))[0]) for bits in WEIGHT_BITS}
+
+
+@pytest.mark.parametrize("kind", ["all rows move", "few rows move", "outlying row", "outlying column", "far", "zeros"])
+def test_the_error_of_the_average_is_close_to_the_exact_one(kind):
+    """What 64 of 2000 rows say: within one percent where fine-tunes stay near, and within the rows' own spread."""
+    base, *changes = normal(0, 2000, 300), 0.05 * normal(1, 2000, 300), 0.05 * normal(2, 2000, 300)
+    if kind == "few rows move":
+        changes = [change * (torch.arange(2000) < 40)[:, None] for change in changes]
+    elif kind == "outlying row":
+        base[1234] *= 1000
+    elif kind == "outlying column":
+        base[:, 7] *= 100
+    elif kind == "far":
+        changes = [40 * change for change in changes]
+    elif kind == "zeros":
+        base[:] = 0
+    tasks = [(base + change).numpy() for change in changes]
+    found = measure("w", base.numpy(), tasks, 500)
+    average = base + (sum(torch.from_numpy(task) - base for task in tasks).double() / 2).float()
+    assert found.base == pytest.approx(exact(base), rel=1e-6)
+    tolerance = {"far": 0.05, "zeros": 0.05}.get(kind, 0.01)
+    assert found.average == pytest.approx(exact(average), rel=tolerance)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 8, 9, 30])
+def test_tasks_take_turns_in_the_sampled_rows(num_tasks):
+    turns = residual_tasks(slice(0, 64), num_tasks)
+    assert turns.shape == (64, min(8, num_tasks)) and all(len(set(row)) == len(row) for row in turns.tolist())
+    counts = np.bincount(turns.ravel(), minlength=num_tasks)
+    assert counts.max() - counts.min() <= 1
+    assert np.array_equal(residual_tasks(slice(10, 20), num_tasks), turns[10:20])
 
 
 def test_statistics_survive_json():
