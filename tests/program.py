@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import select
 import signal
 import sys
@@ -11,9 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.cli.app import run
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +102,15 @@ class Child:
         with os.fdopen(self._read, "rb") as file:
             printed = file.read().decode()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), printed
+
+
+def run_script(patch: "pytest.MonkeyPatch", script: Path, *arguments: object) -> str:
+    """Run a Python script as its own file runs, but in this process; return what it prints."""
+    patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    patch.syspath_prepend(str(script.parent))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(str(script), run_name="__main__")
+    return out.getvalue()
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 
 from flexmerge_cli.evaluation.kinds.registry import KINDS
 
-from .program import ROOT, succeeds
+from .program import ROOT, run_script, succeeds
 
 SAMPLES = ROOT / "samples" / "eval"
 SPECS = {path.stem: yaml.safe_load(path.read_text()) for path in SAMPLES.glob("*.yaml")}
@@ -44,8 +43,8 @@ def bundle(base: Path, tasks: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
-def test_a_spec_scores_what_the_script_makes_and_fine_tunes_are_no_worse_than_the_base(tmp_path, kind):
-    subprocess.run([sys.executable, SAMPLES / "make_models.py", "--out", tmp_path / "models", kind], check=True)
+def test_a_spec_scores_what_the_script_makes_and_fine_tunes_are_no_worse_than_the_base(tmp_path, kind, monkeypatch):
+    run_script(monkeypatch, SAMPLES / "make_models.py", "--out", tmp_path / "models", kind)
     family = tmp_path / "models" / kind
     made = bundle(family / "base", family / "tasks", tmp_path)
     for spec in (kind, *(name for name, models in OTHER_DATA.items() if models == kind)):

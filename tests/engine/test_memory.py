@@ -13,7 +13,7 @@ from flexmerge_cli.engine.memory import Pass
 from flexmerge_cli.engine.pool import AHEAD
 from flexmerge_cli.engine.spans import Span
 from flexmerge_cli.engine.statistics import run_statistics
-from flexmerge_cli.methods.method import UNTOLD, Where
+from flexmerge_cli.methods.method import UNDECLARED, Where
 from flexmerge_cli.methods.registry import all_calibrations, all_methods, all_steps
 
 from ..families import plain, write_family
@@ -61,10 +61,21 @@ ODD = [
     ),
     {"family": "long", "statistics": "all", "tasks": 8, "threads": 2},
 ]
+TWICE = ("average", "ties", "pcb", "pcb:scope=model", "free", "emr", "low_bit", "low_rank", "opcm")
+"""Methods of every kind of workspace and pass, merged by two threads as well. What a method itself takes shows in one,
+where nothing else is in memory."""
+
+
+def numbers_of_threads(case):
+    if "threads" in case:
+        return (case["threads"],)
+    return (1, 2) if "statistics" in case or "steps" in case or case["method"] in TWICE or "kind" in case else (1,)
+
+
 CASES = [
     {"tasks": 4, "chunk": "smallest", "threads": threads, **case}
     for case in [*MERGES, *PLANS, *ODD]
-    for threads in ((1, 2) if "threads" not in case else (case["threads"],))
+    for threads in numbers_of_threads(case)
 ]
 
 
@@ -103,7 +114,7 @@ def test_a_run_keeps_to_the_least_memory_that_it_asks_for(number, peaks):
 def test_what_computes_tells_its_workspace(what):
     from flexmerge_cli.methods.coded import CodedMethod
 
-    assert isinstance(what, CodedMethod) or what.workspace is not UNTOLD
+    assert isinstance(what, CodedMethod) or what.workspace is not UNDECLARED
 
 
 def test_what_there_is_once_counts_once():
