@@ -21,6 +21,7 @@
 
 #define BLOCK 512 /* elements of a row at a time, a multiple of 16: what is decoded stays in the first-level cache */
 #define LANES 32
+#define FEW 16 /* rows at a time of a product: each term prepares its look-up once for them */
 
 enum { NONE, F32, BF16 };
 
@@ -42,7 +43,7 @@ typedef struct {
 } Rows;
 
 /* Of native.py, which calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 1; }
+EXPORTED int64_t flexmerge_version(void) { return 2; }
 
 static inline float number(const void *from, int64_t type, int64_t at)
 {
@@ -91,7 +92,18 @@ static inline __attribute__((always_inline)) uint64_t word_of(const uint8_t *fro
     }
 }
 
+/* The value of one code in units of the scale. */
+static inline float level(const Codes *of, const uint8_t *row, int64_t at)
+{
+    const int64_t bit = at * of->bits;
+    uint32_t code = row[bit / 8];
+    if (bit % 8 + of->bits > 8) code |= (uint32_t)row[bit / 8 + 1] << 8;
+    code = code >> bit % 8 & ((1u << of->bits) - 1);
+    return of->bits == 8 ? (float)code + of->table[0] : of->table[code];
+}
+
 #ifdef X86
+#define AHEAD 2048 /* bytes: what is prefetched, behind the end of a row the next rows */
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
 #define INLINED static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vbmi")))
 
@@ -143,30 +155,38 @@ INLINED int64_t decode_16(const uint8_t *codes, int64_t bits, const float *value
     return i;
 }
 
-/* sums[v] = Σ value[i] · x[v, i] of the first elements, x in rows of n; four sums at a time, so that none waits. */
-INLINED int64_t dot_16(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n, int vectors,
-                       float *sums)
+/* out[v, r] += scale · Σ value[r, i] · x[v, i], x in rows of n; four sums at a time, so that none waits. */
+INLINED void dot_16(const Codes *of, int64_t bits, int64_t first, int64_t count, const float *x, int64_t n, int vectors,
+                    float *out, int64_t stride)
 {
-    const Decoder by = decoder(values, bits);
-    __m512 sum[4][4];
-    for (int v = 0; v < vectors; v++)
-        for (int j = 0; j < 4; j++) sum[v][j] = _mm512_setzero_ps();
+    const Decoder by = decoder(of->table, bits);
     const int64_t last = whole_words(n, bits, 64);
-    int64_t i = 0;
-    for (; i <= last; i += 64)
-        for (int j = 0; j < 4; j++) {
-            const __m512 value = decoded(&by, codes + (i + 16 * j) * bits / 8, bits, 1);
-            for (int v = 0; v < vectors; v++)
-                sum[v][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i + 16 * j), sum[v][j]);
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t *codes = of->codes + (first + r) * of->row_bytes;
+        __m512 sum[4][4];
+        for (int v = 0; v < vectors; v++)
+            for (int j = 0; j < 4; j++) sum[v][j] = _mm512_setzero_ps();
+        int64_t i = 0;
+        for (; i <= last; i += 64) {
+            _mm_prefetch((const char *)codes + i * bits / 8 + AHEAD, _MM_HINT_T0);
+            for (int j = 0; j < 4; j++) {
+                const __m512 value = decoded(&by, codes + (i + 16 * j) * bits / 8, bits, 1);
+                for (int v = 0; v < vectors; v++)
+                    sum[v][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i + 16 * j), sum[v][j]);
+            }
         }
-    for (; i + 16 <= n; i += 16) {
-        const __m512 value = decoded(&by, codes + i * bits / 8, bits, 0);
-        for (int v = 0; v < vectors; v++) sum[v][0] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i), sum[v][0]);
+        for (; i + 16 <= n; i += 16) {
+            const __m512 value = decoded(&by, codes + i * bits / 8, bits, 0);
+            for (int v = 0; v < vectors; v++) sum[v][0] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + v * n + i), sum[v][0]);
+        }
+        const float scale = of->scale[(first + r) * of->scale_step];
+        for (int v = 0; v < vectors; v++) {
+            float total = _mm512_reduce_add_ps(
+                _mm512_add_ps(_mm512_add_ps(sum[v][0], sum[v][1]), _mm512_add_ps(sum[v][2], sum[v][3])));
+            for (int64_t j = i; j < n; j++) total += level(of, codes, j) * x[v * n + j];
+            out[v * stride + r] += scale * total;
+        }
     }
-    for (int v = 0; v < vectors; v++)
-        sums[v] = _mm512_reduce_add_ps(
-            _mm512_add_ps(_mm512_add_ps(sum[v][0], sum[v][1]), _mm512_add_ps(sum[v][2], sum[v][3])));
-    return i;
 }
 
 /* With the number of bits a constant. Return how many elements were done. */
@@ -187,23 +207,19 @@ static AVX512 int64_t decode_fast(const uint8_t *codes, int64_t bits, const floa
     OF_BITS(DECODE)
 }
 
-static AVX512 int64_t dot_one(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n,
-                              float *sums)
+/* Return whether it could. */
+static AVX512 int dot_fast(const Codes *of, int64_t first, int64_t count, const float *x, int64_t n, int vectors,
+                           float *out, int64_t stride)
 {
-#define DOT_ONE(BITS) dot_16(codes, BITS, values, x, n, 1, sums)
-    OF_BITS(DOT_ONE)
-}
-
-static AVX512 int64_t dot_four(const uint8_t *codes, int64_t bits, const float *values, const float *x, int64_t n,
-                               float *sums)
-{
-#define DOT_FOUR(BITS) dot_16(codes, BITS, values, x, n, 4, sums)
+    const int64_t bits = of->bits;
+#define DOT_ONE(BITS) (dot_16(of, BITS, first, count, x, n, 1, out, stride), 1)
+#define DOT_FOUR(BITS) (dot_16(of, BITS, first, count, x, n, 4, out, stride), 1)
+    if (vectors == 1) OF_BITS(DOT_ONE)
     OF_BITS(DOT_FOUR)
 }
 #else
 #define decode_fast(...) 0
-#define dot_one(...) 0
-#define dot_four(...) 0
+#define dot_fast(...) 0
 #endif
 
 /* n elements of a row, from element `first`, a multiple of 8; added to what is there if `add`. */
@@ -276,32 +292,53 @@ static FOR_EVERY_PROCESSOR float product_sum(const float *w, const float *x, int
     return total;
 }
 
-/* out[v, r] += scale · Σ value[r, i] · x[v, i], of `vectors` rows of n elements of x and `count` rows of codes from
- * `first`. Codes are decoded once for four vectors. */
-EXPORTED void flexmerge_dot(const Codes *of, int64_t first, int64_t count, int64_t n, const float *x,
-                                                int64_t vectors, float *out, int64_t out_stride)
+/* out[v, r] += scale · Σ value[r, i] · x[v, i] for `vectors` rows of x. Codes are decoded once for four of them. */
+static void add_codes(const Codes *of, int64_t first, int64_t count, const float *x, int64_t n, int64_t vectors,
+                      float *out, int64_t stride)
 {
-    const Codes plain = {NULL, of->row_bytes, of->bits, of->table, (const float[]){1}, 0};
+    const Codes plain = {of->codes, of->row_bytes, of->bits, of->table, (const float[]){1}, 0};
     float values[BLOCK];
-    for (int64_t r = 0; r < count; r++) {
-        const uint8_t *codes = of->codes + (first + r) * of->row_bytes;
-        const float scale = of->scale[(first + r) * of->scale_step];
-        for (int64_t v = 0; v < vectors;) {
-            const int64_t step = vectors - v < 4 ? 1 : 4;
-            float sums[4] = {0};
-            int64_t done = 0;
-            if (HAS_AVX512)
-                done = step == 4 ? dot_four(codes, of->bits, of->table, x + v * n, n, sums)
-                                 : dot_one(codes, of->bits, of->table, x + v * n, n, sums);
-            Codes rest = plain;
-            rest.codes = codes;
-            for (int64_t i = done; i < n; i += BLOCK) {
-                const int64_t size = n - i < BLOCK ? n - i : BLOCK;
-                codes_block(&rest, 0, i, size, 0, values);
-                for (int64_t w = 0; w < step; w++) sums[w] += product_sum(values, x + (v + w) * n + i, size);
+    for (int64_t v = 0; v < vectors;) {
+        const int step = vectors - v < 4 ? 1 : 4;
+        if (!HAS_AVX512 || !dot_fast(of, first, count, x + v * n, n, step, out + v * stride, stride))
+            for (int64_t r = 0; r < count; r++) {
+                float sums[4] = {0};
+                for (int64_t i = 0; i < n; i += BLOCK) {
+                    const int64_t size = n - i < BLOCK ? n - i : BLOCK;
+                    codes_block(&plain, first + r, i, size, 0, values);
+                    for (int w = 0; w < step; w++) sums[w] += product_sum(values, x + (v + w) * n + i, size);
+                }
+                for (int w = 0; w < step; w++)
+                    out[(v + w) * stride + r] += of->scale[(first + r) * of->scale_step] * sums[w];
             }
-            for (int64_t w = 0; w < step; w++) out[(v + w) * out_stride + r] += scale * sums[w];
-            v += step;
+        v += step;
+    }
+}
+
+static void add_dense(const Rows *of, int64_t first, int64_t count, const float *x, int64_t vectors, float *out,
+                      int64_t stride)
+{
+    const int64_t n = of->n;
+    float values[BLOCK];
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int64_t size = n - i < BLOCK ? n - i : BLOCK;
+            dense_block(of->dense, of->dense_type, (first + r) * n + i, size, values);
+            for (int64_t v = 0; v < vectors; v++) out[v * stride + r] += product_sum(values, x + v * n + i, size);
         }
+}
+
+/* out[v, r] = Σ W[first + r, i] · x[v, i] for `vectors` rows of n elements of x and `count` rows of the weight, which
+ * has no mask. Nothing of it is written. */
+EXPORTED void flexmerge_product(const Rows *of, int64_t first, int64_t count, const float *x, int64_t vectors,
+                                float *out, int64_t stride)
+{
+    for (int64_t r = 0; r < count; r += FEW) {
+        const int64_t rows = count - r < FEW ? count - r : FEW;
+        for (int64_t v = 0; v < vectors; v++) memset(out + v * stride + r, 0, rows * sizeof *out);
+        if (of->dense_type != NONE) add_dense(of, first + r, rows, x, vectors, out + r, stride);
+        for (int which = 0; which < 2; which++)
+            if (of->codes[which].codes)
+                add_codes(&of->codes[which], first + r, rows, x, of->n, vectors, out + r, stride);
     }
 }

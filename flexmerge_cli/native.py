@@ -28,7 +28,7 @@ _ARGUMENTS = {
 
 _DECODE_ARGUMENTS = {
     "flexmerge_decode": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
-    "flexmerge_dot": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT),
+    "flexmerge_product": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT),
 }
 
 
@@ -77,4 +77,4 @@ MOST_TASKS = 32  # the limit of flexmerge_products
 TYPES = {"F32": 1, "BF16": 2}  # as in decode.c
 
 lib = _load("_native", 2, _ARGUMENTS)
-decoding = _load("_decode", 1, _DECODE_ARGUMENTS)
+decoding = _load("_decode", 2, _DECODE_ARGUMENTS)

@@ -27,10 +27,11 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.engine.device import as_tensor
 from flexmerge_cli.stored.packed import Elements, JoinedRows, Packed
 
-# Elements of a tile: in float32 it stays in the second-level cache between its decoding and its product.
-TILE_ELEMENTS = 1 << 18
-# On a GPU: some 200 MB while it is decoded.
-DEVICE_TILE_ELEMENTS = 1 << 22
+# Elements of a tile, 16 MB in float32: most matrices are one, since BLAS has slower kernels for narrow ones.
+TILE_ELEMENTS = 1 << 22
+
+# Elements that are worth a thread.
+THREAD_ELEMENTS = 1 << 15
 
 # Up to so many rows of x, multiplying by codes beats decoding a tile and multiplying by that.
 FEW_ROWS = 4
@@ -44,6 +45,8 @@ class PackedWeight(Tensor):
     """A weight [m, …] of the dtype that the model computes in."""
 
     packed: Packed | JoinedRows | PackedOn | JoinedRowsOn
+    form: tuple[torch.dtype, torch.device]
+    """Its dtype and device, which cost a microsecond each where torch is asked."""
     _halves: "tuple[PackedWeight, Packed | None] | None" = None
 
     @staticmethod
@@ -53,7 +56,7 @@ class PackedWeight(Tensor):
         """Make a weight. packed: its rows are the first axis of `shape`."""
         device = packed.device if isinstance(packed, (PackedOn, JoinedRowsOn)) else torch.device("cpu")
         made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made.packed = packed
+        made.packed, made.form = packed, (dtype, device)
         return made
 
     @classmethod
@@ -106,7 +109,7 @@ class PackedWeight(Tensor):
             return packed.decode(places).to(self.dtype)
         rows, n = places.numpy(), packed.matrix[1]
         whole = np.empty((len(rows), n), NUMPY[packed.dtype])
-        threads = min(torch.get_num_threads(), len(rows) * n // (TILE_ELEMENTS // 8), len(rows))
+        threads = min(torch.get_num_threads(), len(rows) * n // THREAD_ELEMENTS, len(rows))
         if threads > 1:
             cuts = [len(rows) * part // threads for part in range(threads + 1)]
             pieces = map(slice, cuts[:-1], cuts[1:])
@@ -117,8 +120,7 @@ class PackedWeight(Tensor):
 
     def tiles(self) -> "list[tuple[int, int]]":
         m, n = self.packed.matrix
-        elements = TILE_ELEMENTS if self.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-        step = max(1, elements // max(1, n))
+        step = max(1, TILE_ELEMENTS // max(1, n))
         return [(first, min(m, first + step)) for first in range(0, m, step)]
 
 
@@ -130,7 +132,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Return x · Wᵀ + bias."""
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or isinstance(bias, PackedWeight):
         return NotImplemented
-    rows = x.reshape(-1, x.shape[-1])
+    rows, m = x.reshape(-1, x.shape[-1]), weight.packed.matrix[0]
     if len(rows) <= FEW_ROWS and weight.packed.is_split:
         assert isinstance(weight.packed, Packed)
         found = split_product(rows, weight.packed)
@@ -142,14 +144,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         found = fused.product(rows, weight.packed)
         found = (found if bias is None else found + bias).to(x.dtype)
     else:
-        found = rows.new_empty(len(rows), len(weight))
+        found = rows.new_empty(len(rows), m)
         for first, stop in weight.tiles():
             tile, out = weight.piece(first, stop).T, found[:, first:stop]
             if bias is None:
                 torch.mm(rows, tile, out=out)
             else:
                 torch.addmm(bias[first:stop], rows, tile, out=out)
-    return found.reshape(*x.shape[:-1], len(weight))
+    return found.reshape(*x.shape[:-1], m)
 
 
 def _has_kernel(weight: PackedWeight) -> bool:
@@ -168,12 +170,12 @@ def split_product(x: Tensor, packed: Packed) -> Tensor:
     """Return x · Wᵀ in float32, [k, m], without decoding codes."""
     m, n = packed.matrix
     x = x.to(torch.float32).contiguous()
-    found = x.new_zeros(len(x), m)
-    if packed.dense is not None:
+    if packed.loops is not None and native.decoding is not None:
+        found = _product(x, packed.loops, m)
+    elif packed.dense is not None:
         found = functional.linear(x, _tensor(packed.dense, m, n).to(torch.float32))
-    for place in range(len(packed.codes)):
-        assert packed.loops is not None
-        add_codes_product(x, packed.loops.codes[place], found)
+    else:
+        found = x.new_zeros(len(x), m)
     if packed.factors is not None:
         left, right = packed.factors
         rank = len(right.bits) // n
@@ -187,20 +189,18 @@ def split_product(x: Tensor, packed: Packed) -> Tensor:
     return found
 
 
-def add_codes_product(x: Tensor, codes: native.Codes, out: Tensor) -> None:
-    """Add x · Wᵀ to out, by as many threads as torch uses; float32 x [k, n] and out [k, m], contiguous."""
+def _product(x: Tensor, rows: native.Rows, m: int) -> Tensor:
+    """Multiply by dense elements and codes, in C and by as many threads as torch uses; float32 [k, n] -> [k, m]."""
     assert native.decoding is not None
-    dot, held, (k, m), n = native.decoding.flexmerge_dot, native.address(codes), out.shape, x.shape[1]
-    threads = min(torch.get_num_threads(), m * n // (TILE_ELEMENTS // 8), m)
-
-    def rows(first: int, stop: int) -> None:
-        dot(held, first, stop - first, n, x.data_ptr(), k, out.data_ptr() + 4 * first, m)
-
-    if threads > 1:
-        cuts = [m * part // threads for part in range(threads + 1)]
-        list(_pool().map(rows, cuts[:-1], cuts[1:]))
+    (k, n), product, held = x.shape, native.decoding.flexmerge_product, native.address(rows)
+    found = x.new_empty(k, m)
+    source, out, threads = x.data_ptr(), found.data_ptr(), min(torch.get_num_threads(), m * n // THREAD_ELEMENTS, m)
+    if threads <= 1:
+        product(held, 0, m, source, k, out, m)
     else:
-        rows(0, m)
+        cuts = [m * part // threads for part in range(threads + 1)]
+        list(_pool().map(lambda a, b: product(held, a, b - a, source, k, out + 4 * a, m), cuts[:-1], cuts[1:]))
+    return found
 
 
 def _addmm(added: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -272,8 +272,8 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 
 def _is_plain(x: Tensor, weight: PackedWeight) -> bool:
     """Return whether our products apply. What needs a gradient, or would raise, goes to torch."""
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    return not needs_gradient and x.dtype == weight.dtype and x.device == weight.device and type(x) is not PackedWeight
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    return type(x) is not PackedWeight and (x.dtype, x.device) == weight.form and not needs_gradient
 
 
 def _tensor(part: Elements, m: int, n: int) -> Tensor:

@@ -206,11 +206,11 @@ def _native_rows(packed: Packed) -> native.Rows | None:
         found.unified, found.unified_type = unified.bits.ctypes.data, native.TYPES[unified.dtype]
         found.mask, found.gamma = packed.masked.packed.ctypes.data, float(packed.masked.gamma)
     for place, look_up in enumerate(packed.codes):
-        found.codes[place] = native_codes(look_up)
+        found.codes[place] = _native_codes(look_up)
     return found
 
 
-def native_codes(look_up: LookUp) -> native.Codes:
+def _native_codes(look_up: LookUp) -> native.Codes:
     codes, _, bits, table, scale = look_up
     is_by_row = int(len(scale) == len(codes) and len(scale) != 1)
     return native.Codes(codes.ctypes.data, codes.shape[1], bits, table.ctypes.data, scale.ctypes.data, is_by_row)

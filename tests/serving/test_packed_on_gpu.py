@@ -30,7 +30,7 @@ CASES = [(name, AUTO) for name in ("vit", "t5", "llama, tied", "gpt2", "resnet")
 @pytest.fixture(autouse=True)
 def _every_weight_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "LEAST_ELEMENTS", 0)
-    monkeypatch.setattr(weight, "DEVICE_TILE_ELEMENTS", 100)
+    monkeypatch.setattr(weight, "TILE_ELEMENTS", 100)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: case if isinstance(case, str) else case["method"])

@@ -1,5 +1,7 @@
 """Weights in their own bytes: the loops in C give the bits of the plain way, for any rows and every form."""
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
-from flexmerge_cli.stored.packed import Elements, Kept, Masked, Packed, native_codes
+from flexmerge_cli.stored.packed import Elements, Kept, Masked, Packed
 
 SHAPES = [(1, 1), (3, 7), (5, 8), (4, 33), (2, 1030), (7, 512)]
 
@@ -84,20 +86,24 @@ def test_any_rows_have_the_bits_of_the_whole_sum(shape, dtype, is_native, monkey
 @pytest.mark.skipif(native.decoding is None, reason="not built: no compiler")
 @pytest.mark.parametrize("vectors", [1, 3, 4, 9])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_products_with_codes_are_those_of_what_they_decode_to(bits, vectors):
-    for m, n in SHAPES:
-        look_up = codes(m, n, bits, 1)
+def test_products_are_those_of_what_is_decoded_for_any_split_of_the_rows(bits: int, vectors: int) -> None:
+    assert native.decoding is not None
+    for (m, n), kind in product([*SHAPES, (35, 97)], (None, "F32", "BF16")):
+        dense = None if kind is None else elements(m, n, kind)
+        packed = Packed(matrix=(m, n), dtype="F32", dense=dense, codes=(codes(m, n, bits, 1), codes(m, n, 9 - bits, 2)))
+        assert packed.loops is not None
         x = np.random.default_rng(6).standard_normal((vectors, n)).astype(np.float32)
-        out = np.ones((vectors, m), np.float32)
-        held = native_codes(look_up)
-        assert native.decoding is not None
-        native.decoding.flexmerge_dot(
-            native.ctypes.addressof(held), 0, m, n, x.ctypes.data, vectors,
-            out.ctypes.data, m,
-        )  # fmt: skip
-        weight = scaled_levels(look_up).astype(np.float64)
-        bound = 1e-6 * (1 + abs(x.astype(np.float64)) @ abs(weight).T)
-        assert (abs(out - 1 - x.astype(np.float64) @ weight.T) <= bound).all()
+        whole, parts = np.full((vectors, m), np.nan, np.float32), np.full((vectors, m), np.nan, np.float32)
+        for out, cuts in (whole, (0, m)), (parts, (0, m // 2, m)):
+            for first, stop in pairwise(cuts):
+                native.decoding.flexmerge_product(
+                    native.address(packed.loops), first, stop - first, x.ctypes.data, vectors,
+                    out.ctypes.data + 4 * first, m,
+                )  # fmt: skip
+        assert whole.tobytes() == parts.tobytes()
+        decoded = packed.decode().reshape(m, n).astype(np.float64)
+        bound = 1e-6 * (1 + abs(x.astype(np.float64)) @ abs(decoded).T)
+        assert (abs(whole - x.astype(np.float64) @ decoded.T) <= bound).all()
 
 
 def test_a_coder_of_signs_decodes_to_plus_and_minus_its_scale():
