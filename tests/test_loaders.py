@@ -10,7 +10,8 @@ from .loaders import LOADERS, ONE, PLACES, SEVERAL, Bench
 from .program import succeeds
 
 OF_ONE_FILE = {"timm", "open_clip"}
-WITH_SEVERAL = {"tasks/NAME": "coded", "export": "loads", "export --link": "refused"}
+OF_PARTS = {"sentence-transformers"}
+WITHOUT_FOLDER = {"tasks/NAME": "coded", "export": "loads", "export --link": "refused"}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def bench(tmp_path_factory):
 @pytest.mark.parametrize("route", [ONE, SEVERAL])
 @pytest.mark.parametrize("name", [name for name, loader in LOADERS.items() if find_spec(loader.package)])
 def test_every_loader_gives_the_outputs_of_the_fine_tuned_model(name, route, place, bench):
-    expected = WITH_SEVERAL[place] if name in OF_ONE_FILE and route == SEVERAL else "loads"
-    assert bench.cell(name, route, place) == expected
+    is_coded = name in OF_PARTS or (name in OF_ONE_FILE and route == SEVERAL)
+    assert bench.cell(name, route, place) == (WITHOUT_FOLDER[place] if is_coded else "loads")
 
 
 def test_a_task_of_a_bundle_on_the_hub_loads_and_is_fetched_once(hub, bench):
