@@ -70,14 +70,12 @@ def place_samples(folder: Path) -> None:
 
 
 def place_own_models(folder: Path, _hub: object) -> None:
-    """base/, finetuned/, an eval.yaml and a calib.yaml."""
+    """base/, finetuned/ and an eval.yaml."""
     (folder / "base").symlink_to(folder / "samples" / "digits" / "base")
     (folder / "finetuned").symlink_to(folder / "samples" / "digits" / "tasks")
     spec = (folder / "samples" / "digits" / "eval.yaml").read_text()
     spec = spec.replace("data: test/", "data: samples/digits/test/")
     (folder / "eval.yaml").write_text(spec.replace("checkpoint: tasks/", "checkpoint: finetuned/"))
-    calib = (folder / "samples" / "digits" / "calib.yaml").read_text()
-    (folder / "calib.yaml").write_text(calib.replace("data: calib/", "data: samples/digits/calib/") + "limit: 8\n")
 
 
 def place_adapters(folder: Path, _hub: object) -> None:
