@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 from .adapters import LORA, make
 from .families import plain, write_family
+from .forked import forked_program
 from .program import ROOT, flexmerge, succeeds
 
 FENCE = re.compile(r"(?:^<!-- (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -118,10 +118,10 @@ def page(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     hub = request.getfixturevalue("hub") if name == "docs/hub.md" else None
     PLACES.get(name, lambda _folder, _hub: None)(tmp_path, hub)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FLEXMERGE_VENV", sys.prefix)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    yield (ROOT / name).read_text()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'venv/bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FLEXMERGE_VENV", str(tmp_path / "venv"))
+    with forked_program(tmp_path / "venv/bin"):
+        yield (ROOT / name).read_text()
 
 
 @pytest.mark.slow
