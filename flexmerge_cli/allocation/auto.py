@@ -71,12 +71,14 @@ class Search:
         self._fill(points, left)
         return self._solution(points)
 
-    def solve_priced(self, max_bytes: float, price: Callable[[Solution], float]) -> Solution:
+    def solve_priced(
+        self, max_bytes: float, price: Callable[[Solution], float], smallest: Solution | None = None
+    ) -> Solution:
         """Solve for a limit on the size of the whole bundle, as `price` gives it. The limit is never exceeded.
 
-        Raises GateError if even the smallest choices exceed it.
+        smallest: choices that are within the limit, if any are known. Raises GateError if even the smallest exceed it.
         """
-        smallest = self.solve(self.smallest_bytes)
+        smallest = smallest or self.solve(self.smallest_bytes)
         if price(smallest) > max_bytes:
             smallest = self.smallest_priced(price)
         if price(smallest) > max_bytes:

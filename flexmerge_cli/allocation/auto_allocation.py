@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
@@ -60,6 +61,8 @@ class Auto:
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
         self.scales = limits.scales
         self._calibration = pricer.calibrated
+        self._groups_of = functools.cache(self._groups)
+        self._disk_bytes = functools.cache(lambda solution: self._found(solution).layout.total_bytes)
         self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
@@ -72,6 +75,7 @@ class Auto:
         """Return the same search for bundles that record another request."""
         other = copy.copy(self)
         other.pricer, other._exact, other._smallest_on_disk = pricer, None, None
+        other._disk_bytes = functools.cache(lambda solution: other._found(solution).layout.total_bytes)
         return other
 
     def cut(self, size: Target) -> Found:
@@ -81,9 +85,11 @@ class Auto:
         if (exact.layout.total_bytes if size.on_disk else exact.layout.tensor_bytes) <= size.max_bytes:
             return exact
         if size.on_disk:
-            if all(least().layout.total_bytes > size.max_bytes for least in (self.smallest, self.smallest_on_disk)):
+            smallest = (least() for least in (self.smallest, self.smallest_on_disk))
+            fitting = next((found for found in smallest if found.layout.total_bytes <= size.max_bytes), None)
+            if fitting is None:
                 self._refuse(size)
-            return self._found(self.search.solve_priced(size.max_bytes, self._disk_bytes))
+            return self._found(self.search.solve_priced(size.max_bytes, self._disk_bytes, fitting.solution))
         budget = self._budget(size.max_bytes)
         if budget < self.search.smallest_bytes:
             self._refuse(size)
@@ -130,7 +136,7 @@ class Auto:
         forms = [tensor.base_form for tensor in tensors if self.plan.base_readers(tensor)]
         return sum(math.prod(form[1]) * ITEM_BYTES[form[0]] for form in forms if form is not None)
 
-    def _refuse(self, size: Target) -> None:
+    def _refuse(self, size: Target) -> NoReturn:
         one = max(1, self.plan.one_model_bytes)
         layouts = [(self.smallest_on_disk() if size.on_disk else self.smallest()).layout, self.exact().layout]
         layout = min(layouts, key=lambda layout: layout.total_bytes if size.on_disk else layout.tensor_bytes)
@@ -140,9 +146,6 @@ class Auto:
             hint=f"--size {smallest_factor(layout):g}x"
             + (", or --dtype bf16" if self.dtype is None and self.pricer.cast_saves else ""),
         )
-
-    def _disk_bytes(self, solution: Solution) -> int:
-        return self._found(solution).layout.total_bytes
 
     def _found(self, solution: Solution) -> Found:
         return Found(solution=solution, layout=self.pricer.layout(self._allocation(solution.choices)))
@@ -196,7 +199,7 @@ class Auto:
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
         by_pattern = self._kept if by_pattern is None else by_pattern
         uses = dict.fromkeys(kept[0] for kept in by_pattern.values() if kept is not None and kept[0] is not None)
-        uses |= dict.fromkeys(use for choice in choices for use, _, _ in self._groups(choice) if use is not None)
+        uses |= dict.fromkeys(use for choice in choices for use, _, _ in self._groups_of(choice) if use is not None)
         methods = {use: index for index, use in enumerate(uses)}
         everyone = plan.all_tasks
         units = []
@@ -211,7 +214,7 @@ class Auto:
                 if name in of_tensor:
                     found = tuple(
                         Group(tasks=tasks, method=None if use is None else methods[use], bits=bits)
-                        for use, tasks, bits in self._groups(of_tensor[name])
+                        for use, tasks, bits in self._groups_of(of_tensor[name])
                     )
                 else:  # without an element
                     found = tuple(Group(tasks=(task,), method=None) for task in everyone)

@@ -6,6 +6,7 @@ where D is the predicted squared error. Of the many combinations, only the Lagra
 its *curve*.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -66,13 +67,14 @@ class Table:
             self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
         self._set_options(limits)
         self._set_curves()
+        self.choice = functools.cache(self._choice)
+        """Returns how the tensor is stored at a point of the frontier."""
 
     def cost_of(self, choice: Choice) -> float:
         """Return the cost of a choice."""
         return float(np.dot(self._weight_M, choice.errors))
 
-    def choice(self, point: int) -> Choice:
-        """Return how the tensor is stored at a point of the frontier."""
+    def _choice(self, point: int) -> Choice:
         centre, position = divmod(int(self.points[point]), self._num_positions)
         applied = self._order_CP[centre, :position]
         taken_K = np.bincount(applied[applied >= 0], minlength=len(self._classes))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part
@@ -20,7 +21,7 @@ SHARD_BYTES = 5_000_000_000  # the size at which the Hub and transformers split 
 MAX_STEM_BYTES = 100  # most file systems allow 255; an export or a partial file adds to it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class WeightFile:
     """One safetensors file of a bundle."""
 
@@ -32,7 +33,7 @@ class WeightFile:
     header: bytes
     """The header with its length prefix."""
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return len(self.header) + sum(part.num_bytes for part in self.parts)
 

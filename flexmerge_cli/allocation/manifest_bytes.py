@@ -55,8 +55,13 @@ class SmallFile:
     """The content of a file that is not a copy."""
 
 
-class _Number(str):
+class _Number:
     """A number that is written as exactly these characters."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
 
 
 def fixed(value: float | None) -> _Number:
@@ -68,19 +73,15 @@ def fixed(value: float | None) -> _Number:
 
 def canonical(value: Any) -> bytes:
     """Encode as JSON with sorted keys and no spaces, and `_Number`s as they are."""
-    text = json.dumps(_marked(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(value, default=_encodable, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return re.sub(r'"\\u0000([^"]*)"', r"\1", text).encode()
 
 
-def _marked(value: Any) -> Any:
-    """Put a NUL, which no path or name can hold, before each number, so that it can be distinguished from text."""
+def _encodable(value: Any) -> Any:
+    """Put a NUL, which no path or name can hold, before a number, so that it can be distinguished from text."""
     if isinstance(value, _Number):
-        return "\0" + value
-    if isinstance(value, Mapping):
-        return {key: _marked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(item) for item in value]
-    return value
+        return "\0" + value.text
+    return dict(value)
 
 
 def manifest_frame(

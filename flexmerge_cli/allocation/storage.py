@@ -7,6 +7,7 @@ where they take no more bytes. Copies with the same bits are one part with more 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from flexmerge_cli.allocation.allocation import Group, Tasks, Unit
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
@@ -19,7 +20,7 @@ from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, Group
 from flexmerge_cli.stored.forms import form_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
     """One stored array and the tasks that need it."""
 
@@ -34,7 +35,7 @@ class Part:
     of_unit: bool = False
     """Whether it is stored once for all tensors of a unit."""
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return self.array.num_bytes
 

@@ -105,7 +105,7 @@ def test_headers_are_canonical():
     "value", [0, 1, 0.1234567, 9.9999999, 1e-99, 1e-120, 1e99, 123456.789, None, float("inf"), float("nan")]
 )
 def test_measured_numbers_have_one_width(value):
-    text = fixed(value)
+    text = fixed(value).text
     assert len(text) == 12
     found = json.loads(text)
     if value is None or value != value or value == float("inf"):
