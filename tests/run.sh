@@ -13,10 +13,13 @@ if [ "${1-}" = fast ]; then
 fi
 if [ ! -x "$venv/bin/ruff" ] || [ -z "$fast" ]; then
   [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+  "$venv/bin/python" -m pip install --quiet --no-compile --constraint tests/constraints.txt --editable '.[dev]'
 fi
 export PATH="$PWD/$venv/bin:$PATH"
 case $venv in /*) export PATH="$venv/bin:$PATH" ;; esac
+# Compile what is imported, once, beside no source: pip would compile all, and each program anew what pip did not.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$(cd "$venv" && pwd)/pycache}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests run side by side, and so do the programs that they start
 ruff check .
 ruff format --check .

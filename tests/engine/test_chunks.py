@@ -47,7 +47,7 @@ def test_a_bundle_is_the_same_for_any_chunk_size_and_number_of_threads(method, l
     plan = plan_of(large)
     groups = [GROUPS[index % 3] for index in range(len(plan.blocks))]
     layout, first = billed(plan, method, groups=groups), None
-    for chunk_elements, threads in ((1024, 1), (1024, 3), (65536, 3), (WHOLE, 1)):
+    for chunk_elements, threads in ((1024, 3), (65536, 3), (WHOLE, 1)):
         target = tmp_path / f"{chunk_elements}-{threads}"
         files = tree(write(large, layout, target, threads=threads, chunk_elements=chunk_elements))
         first = first or files
@@ -58,14 +58,15 @@ def test_a_bundle_is_the_same_for_any_chunk_size_and_number_of_threads(method, l
 @pytest.mark.parametrize("run", [1, 8, 257, RUN_ELEMENTS, 3000])
 def test_a_sum_over_runs_does_not_show_how_it_was_cut(sums, run):
     """These are float64 bits, which a bundle's seven digits would hide."""
-    values = torch.cat([normal(1, 3, 50_003), normal(1, 3, 50_003)])
+    length = 50_003 if run > 1 else 5_003
+    values = torch.cat([normal(1, 3, length), normal(1, 3, length)])
     whole = sums(values, run)
-    assert whole.shape == (6, -(-50_003 // run))
+    assert whole.shape == (6, -(-length // run))
     assert np.array_equal(whole[:3], whole[3:])
     term = values.double().square() if sums is runs.squares else values.double().abs()
     assert whole.sum(1) == pytest.approx(term.sum(1).numpy(), rel=1e-7)
     for step in (run, 8 * run):
-        parts = [sums(values[:, low : low + step], run) for low in range(0, 50_003, step)]
+        parts = [sums(values[:, low : low + step], run) for low in range(0, length, step)]
         assert np.array_equal(np.concatenate(parts, axis=1), whole)
         total = 0.0
         for part in parts:

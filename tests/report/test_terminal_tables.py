@@ -94,21 +94,16 @@ def told(text: str) -> str:
     return text
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("terminal")
-    family(place)
-    return place
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_what_a_command_prints_fits_80_columns(folder, name):
-    """Run them in order: each command needs what those before it wrote."""
-    printed = told(on_terminal(folder, COMMANDS[name]))
-    assert printed == (GOLDEN / f"{name}.txt").read_text(), "python -m tests.report.test_terminal_tables writes it anew"
-    lines = printed.splitlines()
-    assert not [line for line in lines if line != line.rstrip()]
-    assert not [line for line in lines if len(line) > COLUMNS and "flexmerge merge" not in line]
+def test_what_commands_print_fits_80_columns(tmp_path):
+    """All in one test: each command needs what those before it wrote."""
+    family(tmp_path)
+    printed = {name: told(on_terminal(tmp_path, command)) for name, command in COMMANDS.items()}
+    for name, text in printed.items():
+        lines = text.splitlines()
+        assert not [line for line in lines if line != line.rstrip()], name
+        assert not [line for line in lines if len(line) > COLUMNS and "flexmerge merge" not in line], name
+    golden = {name: (GOLDEN / f"{name}.txt").read_text() for name in COMMANDS}
+    assert printed == golden, "python -m tests.report.test_terminal_tables writes them anew"
 
 
 names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=60)
