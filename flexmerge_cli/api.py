@@ -12,6 +12,7 @@ from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.verify import Verification
 from flexmerge_cli.bundle.verify import verify as _verify
 from flexmerge_cli.checkpoint.access import Access
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.stream import StreamPool
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.adapters import Adapters
@@ -185,14 +186,22 @@ def push(
     per_task: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Publish what changed of a bundle on the Hub, in one commit. Returns the document of `flexmerge push --json`.
+    """Publish what changed of a bundle on the Hub, in one commit, or in an object store. Returns the document of
+    `flexmerge push --json`.
 
-    repository: `hf://org/name`, created if it does not exist. dry_run: only compare.
+    repository: `hf://org/name`, created if it does not exist, or an address such as `s3://bucket/folder`. dry_run: only
+    compare.
     Raises IntegrityError for a damaged bundle, SourceError if the repository cannot be written or has changed
     meanwhile, UsageError for `private` if the repository exists and is public.
     """
     from flexmerge_cli.bundle.push import push_bundle
+    from flexmerge_cli.bundle.store import push_to_store
 
+    if is_remote(repository) and not is_hub(repository):
+        if private or per_task or revision is not None:
+            raise UsageError("private, revision and per_task are for repositories of the Hub", hint="leave them out")
+        sent = push_to_store(Path(bundle), repository, dry_run=dry_run)
+        return {"pushed": not dry_run, "repositories": {repository: sent}}
     return push_bundle(Path(bundle), repository, private=private, revision=revision, per_task=per_task, dry_run=dry_run)
 
 
@@ -219,6 +228,8 @@ def merge(
     offline, stream: as in `make_plan`.
     Raises UsageError for unknown words, and for options that would have no effect.
     """
+    if is_remote(str(output)):
+        raise UsageError(f"{output}: Python writes bundles to folders", hint="merge into one, and then: push")
     path = None if isinstance(plan, Plan) else Path(plan)
     folder = Path(sources_relative_to) if sources_relative_to else path.parent if path else Path.cwd()
     words = {key: options.pop(key) for key in WORDS if key in options}

@@ -54,7 +54,7 @@ def merge_sizes(
     builds = {size: build_of(layout, where) for size, (_, layout) in bundles.items()}
     for size in bundles:
         mend(output / size, resumes=True)
-    there = {size for size, (_, layout) in bundles.items() if _is_there(output / size, layout, builds[size])}
+    there = {size for size, (_, layout) in bundles.items() if is_there(output / size, layout, builds[size])}
     for size in bundles:
         if size not in there:
             check_target(output / size, force=force, ours=bundle_files, resumes=True)
@@ -71,7 +71,7 @@ def merge_sizes(
         before = output / size
 
 
-def _is_there(folder: Path, layout: BundleLayout, build: str) -> bool:
+def is_there(folder: Path, layout: BundleLayout, build: str) -> bool:
     """Return whether a folder is exactly the bundle that this layout makes, with every file sound."""
     if not is_bundle(folder):
         return False

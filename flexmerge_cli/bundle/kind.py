@@ -7,7 +7,7 @@ from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, is_bundle, standin
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import find_weights
 from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
-from flexmerge_cli.checkpoint.place import is_hub, is_remote
+from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.regular_file import check_kind, open_file
 from flexmerge_cli.text import expanded
@@ -23,7 +23,7 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
     """Recognise the kind of a source; a missing one counts as a checkpoint. Raises UsageError for other files."""
     path = standing(expanded(source))
     if is_remote(source):
-        return Kind.BUNDLE if is_hub(source) and holds_bundle(source, access) else Kind.CHECKPOINT
+        return Kind.BUNDLE if holds_bundle(source, access) else Kind.CHECKPOINT
     if not path.exists():
         return Kind.CHECKPOINT  # opening it reports what is wrong
     check_kind(path)

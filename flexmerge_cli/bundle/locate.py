@@ -1,22 +1,26 @@
-"""Finds a bundle in a folder, or in a repository of the Hub, from which it fetches the files of the wanted tasks.
+"""Finds a bundle in a folder, in a repository of the Hub, or at an address, and fetches the files of the wanted tasks.
 
 A manifest tells what a task reads, so one task of a bundle of thirty is fetched without the others' bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_bundle, read_manifest
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.hub import list_names, open_tree
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.errors import IntegrityError, SourceError, UsageError
+from flexmerge_cli.checkpoint.urls import new_folder, open_url
+from flexmerge_cli.errors import DataError, IntegrityError, SourceError
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.text import expanded
+from flexmerge_cli.writing import no_space
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -29,7 +33,7 @@ class Located:
     tasks: Sequence[str] | None = None
     """The tasks whose files are here and were asked for; None for all."""
     remote: Mapping[str, RemoteFile] = field(default_factory=dict)
-    """Files that were left on the Hub; only their headers can be read."""
+    """Files that were left where they are; only their headers can be read."""
 
     def open(self, *, verify: bool = True) -> Bundle:
         """Open the bundle. Raises like `Bundle.open`."""
@@ -45,11 +49,12 @@ def locate(
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> Located:
     """Find the bundle. From the Hub, fetch its manifest and, unless headers_only, the files of `tasks` (None: of all).
+    Files at another address are copied into a folder that is removed when the process ends.
 
     Raises SourceError, IntegrityError if the repository has not what its manifest tells of.
     """
     if is_remote(source) and not is_hub(source):
-        raise UsageError(f"{source}: a bundle is a folder, or of the Hub", hint="copy it to this disk")
+        return _at_address(source, access, tasks, headers_only, on_progress)
     if not is_hub(source):
         return Located(path=expanded(source), tasks=tasks)
     tree = open_tree(source, access)
@@ -60,18 +65,13 @@ def locate(
     tree.local(MANIFEST_NAME)
     manifest = read_manifest(tree.path)
     needed = _needed(tree.path, manifest, tasks)
-    problems = []
-    for name in needed:
-        listed = tree.files.get(name)
-        if listed is not None and listed.size != manifest.files[name].bytes:
-            problems.append(f"{name} has {listed.size:,} bytes, {manifest.files[name].bytes:,} by the manifest")
-        elif listed is None and not (tree.path / name).is_file():
-            problems.append(f"{name} is missing")
+    here = {name for name in needed if (tree.path / name).is_file()}
+    problems = _problems(manifest, needed, {name: file.size for name, file in tree.files.items()}, here)
+    if problems and not tree.files:
+        raise SourceError(_not_whole(tree.source, problems), hint="run it once without --offline and HF_HUB_OFFLINE")
     if problems:
-        text = f"{tree.source} is not whole:\n  " + "\n  ".join(problems)
-        if not tree.files:
-            raise SourceError(text, hint="run it once without --offline and HF_HUB_OFFLINE")
-        raise IntegrityError(text, hint="take another revision, or merge and upload it again")
+        hint = "take another revision, or merge and upload it again"
+        raise IntegrityError(_not_whole(tree.source, problems), hint=hint)
     remote = {name: tree.files[name] for name in needed if not (tree.path / name).is_file()}
     if headers_only:
         return Located(path=tree.path, remote=remote)
@@ -79,9 +79,63 @@ def locate(
     return Located(path=tree.path, tasks=tasks)
 
 
+def _at_address(
+    source: str, access: Access, tasks: Sequence[str] | None, headers_only: bool, on_progress: OnProgress
+) -> Located:
+    folder, path = open_url(source, access)[0], new_folder()
+    if not folder.is_file(MANIFEST_NAME):
+        raise SourceError(f"no bundle at {source}: it has no {MANIFEST_NAME}", hint=f"flexmerge inspect {source}")
+    if folder.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:
+        raise DataError(f"{source}/{MANIFEST_NAME} is too large for a manifest", hint="do not use this bundle")
+    folder.copy(MANIFEST_NAME, path / MANIFEST_NAME, lambda _count: None)
+    manifest = read_manifest(path)
+    needed = _needed(path, manifest, tasks)
+    sizes = {name: folder.size(name) for name in needed if folder.is_file(name)}
+    if problems := _problems(manifest, needed, sizes, set()):
+        raise IntegrityError(_not_whole(source, problems), hint="push it again")
+    if headers_only:
+        return Located(path=path, remote={name: folder.remote(name) for name in needed})
+    total = sum(sizes.values())
+    if shutil.disk_usage(path).free < total:
+        raise no_space(path, total)
+    access.on_message(f"fetching {total:,} bytes in {len(needed)} files from {source} into {path}")
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress("fetch", done, total)
+
+    for name in needed:
+        folder.copy(name, path / name, on_bytes)
+    for link, name in manifest.all_links.items():
+        if name in sizes:
+            (path / link).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path / name, path / link)
+    return Located(path=path, tasks=tasks)
+
+
 def holds_bundle(source: str, access: Access = ONLINE) -> bool:
-    """Return whether a repository of the Hub is a bundle, judged by the names of its files."""
-    return {MANIFEST_NAME, "weights"} <= set(list_names(source, access))
+    """Return whether a repository of the Hub or an address is a bundle, judged by the names of its files."""
+    if is_hub(source):
+        return {MANIFEST_NAME, "weights"} <= set(list_names(source, access))
+    folder, named = open_url(source, access)
+    return named is None and folder.is_file(MANIFEST_NAME) and is_bundle(folder.local(MANIFEST_NAME).parent)
+
+
+def _problems(manifest: Manifest, needed: Sequence[str], sizes: Mapping[str, int], here: Collection[str]) -> list[str]:
+    """Return what is wrong with the listed files. here: those that are on this disk."""
+    found = []
+    for name in needed:
+        if name in sizes and sizes[name] != manifest.files[name].bytes:
+            found.append(f"{name} has {sizes[name]:,} bytes, {manifest.files[name].bytes:,} by the manifest")
+        elif name not in sizes and name not in here:
+            found.append(f"{name} is missing")
+    return found
+
+
+def _not_whole(source: str, problems: Sequence[str]) -> str:
+    return f"{source} is not whole:\n  " + "\n  ".join(problems)
 
 
 def _needed(path: Path, manifest: Manifest, tasks: Sequence[str] | None) -> list[str]:

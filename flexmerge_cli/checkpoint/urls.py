@@ -6,12 +6,12 @@ the schemes are optional dependencies (`pip install 'flexmerge-cli[stream]'`).
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from flexmerge_cli.checkpoint.access import Access
@@ -26,6 +26,7 @@ from flexmerge_cli.text import is_text
 from flexmerge_cli.writing import write_file
 
 MAX_SMALL_BYTES = 256 << 20  # of a file other than weights
+COPY_BYTES = 32 << 20  # of one request
 MAX_ENTRIES = 200_000
 MAX_FOLDERS = 32  # that are searched on a server without listings
 LISTING_SECONDS = 300.0
@@ -157,6 +158,16 @@ class UrlFolder:
         for name in names:
             self.local(name)
 
+    def copy(self, name: str, path: Path, on_bytes: Callable[[int], None]) -> None:
+        """Copy a large file to this disk, in pieces."""
+        remote = self.remote(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for start in range(0, remote.size, COPY_BYTES):
+                data = remote.read_range(start, min(start + COPY_BYTES, remote.size))
+                file.write(data)
+                on_bytes(len(data))
+
     def incomplete(self, message: str) -> FlexmergeError:
         return DataError(message, hint=f"the checkpoint at {self._url} is incomplete: upload it again")
 
@@ -226,6 +237,15 @@ class UrlFolder:
 
 def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
     """Return the folder and the named weight file, if any. Raises SourceError, or UsageError for an unknown scheme."""
+    files, _ = open_store(source, access)
+    name = source.rstrip("/").rpartition("/")[2]
+    if name.endswith(WEIGHT_SUFFIXES):
+        return UrlFolder(source.rstrip("/").rpartition("/")[0], files), name
+    return UrlFolder(source, files), None
+
+
+def open_store(source: str, access: Access) -> tuple[Any, str]:
+    """Return the fsspec file system of an address, and the path in it. Raises like `open_url`."""
     if access.offline:
         raise SourceError(
             f"{source} is not on this disk, and --offline forbids network access", hint="leave out --offline"
@@ -247,7 +267,7 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
             options["client_kwargs"] = conf.get(scheme, {}).get("client_kwargs", {}) | {
                 "response_class": bounded_response()
             }
-        files, _ = url_to_fs(source, **options)
+        files, path = url_to_fs(source, **options)
     except ImportError as error:
         raise SourceError(f"{source}: {error}", hint="pip install 'flexmerge-cli[stream]'") from None
     except ValueError as error:
@@ -257,10 +277,7 @@ def open_url(source: str, access: Access) -> tuple[UrlFolder, str | None]:
         ) from None
     except Exception as error:  # a backend that finds no credentials, or no such host
         raise url_error(source, error) from None
-    name = source.rstrip("/").rpartition("/")[2]
-    if name.endswith(WEIGHT_SUFFIXES):
-        return UrlFolder(source.rstrip("/").rpartition("/")[0], files), name
-    return UrlFolder(source, files), None
+    return files, str(path)
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -291,6 +308,11 @@ def url_error(url: str, error: Exception) -> SourceError:
         return SourceError(f"nothing at {url}", hint="check the address")
     hint = "check address and credentials" if isinstance(error, PermissionError) else "check the connection, try again"
     return SourceError(f"{url} cannot be read: {type(error).__name__}: {lines[0][:200]}", hint=hint)
+
+
+def new_folder() -> Path:
+    """Make an empty folder, which is removed when the process ends."""
+    return Path(mkdtemp(dir=_temporary().name))
 
 
 @cache

@@ -1,6 +1,7 @@
 """`flexmerge merge`."""
 
 from contextlib import suppress
+from pathlib import Path
 from typing import ClassVar
 
 from flexmerge_cli.cli import options as o
@@ -15,7 +16,7 @@ class MergeCommand(BesideCommand):
 
 def merge(
     source: o.PlanOrRecipe,
-    output: o.BundleOutput,
+    output_: o.BundlePlace,
     method: o.Method = None,
     step: o.Step = None,
     calibrate: o.Calibrate = None,
@@ -57,11 +58,14 @@ def merge(
     flexmerge merge plan.json --method task_arithmetic:scale=1.5 --size 2.25x -o bundle/
     flexmerge merge plan.json --method average --sizes 1.5x,2x,4x -o bundles/
     flexmerge merge plan.json --servable lora:rank=64 -o bundle/
+    flexmerge merge plan.json --method auto --size 1x -o s3://bucket/folder
     """
     from flexmerge_cli.bundle.kind import Kind
+    from flexmerge_cli.checkpoint.place import is_remote
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.cli.eval_outputs import check_outputs
     from flexmerge_cli.cli.packing import Packing
+    from flexmerge_cli.cli.storing import AtStore
     from flexmerge_cli.cli.terminal import OutputLost
     from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.evaluation.scores_file import read_scores
@@ -70,6 +74,12 @@ def merge(
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.request.part import parse_part
 
+    if is_remote(output_) and (sizes is not None or part is not None or join):
+        raise UsageError(
+            "--sizes, --part and --join write folders on this disk", hint="write one, and then: flexmerge push"
+        )
+    store = AtStore.of(output_, force=force, offline=offline)
+    output = Path(output_) if store is None else store.folder
     memory = o.memory_of(max_memory)
     chosen = {
         "method": method,
@@ -94,7 +104,7 @@ def merge(
         raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
     packing.card, packing.scores = not no_card, read_scores(scores) if scores is not None else None
     packing.part, packing.join = parse_part(part) if part is not None else None, join
-    packing.check(output, force=force)
+    packing.check(output, force=force or store is not None)
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a bundle, and --dry-run writes none", hint="leave one of them out")
@@ -123,12 +133,17 @@ def merge(
     try:
         with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             if not dry_run:
-                written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
+                old = store.unchanged(layout, device) if store is not None else None
+                written = packing.write(
+                    plan, layout, output, force=force or store is not None, old=old, on_progress=on_progress, **run
+                )
+                if store is not None:
+                    store.send(on_progress)
     except GateError as error:
         if not as_json:
             with suppress(OutputLost):  # the verdict is more important
                 out.emit(packing.verdict(), as_json=False, quiet=quiet, show=show_verdict)
-        summary = merge_summary(layout, output, None, warnings=warnings, threads=threads)
+        summary = merge_summary(layout, output_, None, warnings=warnings, threads=threads)
         error.document = summary | more | packing.verdict()
         raise
     if packing.part is not None:
@@ -143,5 +158,9 @@ def merge(
         warnings += surprises
     if html is not None and written is not None:
         write_page(output, html, Kind.BUNDLE)
-    value = merge_summary(layout, output, written, warnings=warnings, threads=threads) | more | packing.verdict()
-    out.emit(value, as_json=as_json, quiet=quiet, show=show_merge, written=[output] if written is not None else [])
+    if store is not None and written is not None:
+        store.done()
+    value = merge_summary(layout, output_, written, warnings=warnings, threads=threads) | more | packing.verdict()
+    out.emit(
+        value, as_json=as_json, quiet=quiet, show=show_merge, written=[Path(output_)] if written is not None else []
+    )

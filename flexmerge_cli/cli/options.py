@@ -290,6 +290,9 @@ DryRun = Annotated[bool, _run("--dry-run", "", "Report what would be done. Write
 
 # Output.
 PlanOutput = Annotated[Path | None, _output("-o", "--output", "FILE", "Where to write plan.json.")]
+BundlePlace = Annotated[
+    str, _output("-o", "--output", "FOLDER", "Folder, or address such as s3://bucket/folder, to write the bundle to.")
+]
 BundleOutput = Annotated[Path, _output("-o", "--output", "FOLDER", "Folder to write the bundle to.")]
 CalibrationOutput = Annotated[Path | None, _output("-o", "--output", "FOLDER", "Folder to write the calibration to.")]
 ExportOutput = Annotated[

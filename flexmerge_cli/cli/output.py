@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 
 
 def emit(
-    value: Any, *, as_json: bool, show: Callable[[Any], None], quiet: bool = False, written: Sequence[Path] = ()
+    value: Any, *, as_json: bool, show: Callable[[Any], None], quiet: bool = False, written: Sequence[Path | str] = ()
 ) -> None:
     """Print the result, after everything else: as ASCII JSON, which every encoding can hold, or with `show`.
 

@@ -186,7 +186,15 @@ class Packing:
         return found | ({"servable": servable_summary(servable)} if servable is not None else {})
 
     def write(
-        self, plan: Plan, layout: BundleLayout, output: Path, *, force: bool, on_progress: OnProgress, **run: Any
+        self,
+        plan: Plan,
+        layout: BundleLayout,
+        output: Path,
+        *,
+        force: bool,
+        on_progress: OnProgress,
+        old: Unchanged | None = None,
+        **run: Any,
     ) -> Measured:
         def examine(folder: Path) -> Scores | None:
             return None if self.gate is None else scores_of(self.gate.require(folder, on_progress))
@@ -194,7 +202,7 @@ class Packing:
         return merge(
             plan, self.request, output, plan_folder=self.plan_folder, relocate=self.relocate, access=self.access,
             force=force, layout=layout, examine=examine, card=self.card, scores=self.scores, on_progress=on_progress,
-            part=self.part, join=self.join, **run,
+            part=self.part, join=self.join, old=old, **run,
         )[1]  # fmt: skip
 
     def merge_sizes(

@@ -11,7 +11,10 @@ from flexmerge_cli.cli import options as o
 def push(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
     repository: Annotated[
-        str, typer.Argument(metavar="REPOSITORY", help="hf://org/name; created if it does not exist.")
+        str,
+        typer.Argument(
+            metavar="REPOSITORY", help="hf://org/name, created if it does not exist, or s3://bucket/folder."
+        ),
     ],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
     revision: Annotated[
@@ -25,16 +28,39 @@ def push(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Publish a bundle on the Hub in one commit: each weight once, and only what changed.
+    """Publish a bundle on the Hub in one commit, or in an object store: each weight once, and only what changed.
 
     \b
     Examples:
     flexmerge push bundle/ hf://org/name --dry-run
     flexmerge push bundle/ hf://org/name --private
     flexmerge push bundle/ hf://org/name --per-task
+    flexmerge push bundle/ s3://bucket/folder
     """
     from flexmerge_cli.bundle.push import Push, push_bundle
-    from flexmerge_cli.cli.output import emit, note
+    from flexmerge_cli.bundle.store import push_to_store
+    from flexmerge_cli.checkpoint.place import is_hub, is_remote
+    from flexmerge_cli.cli.output import emit, note, progress
+    from flexmerge_cli.errors import UsageError
+
+    if is_remote(repository) and not is_hub(repository):
+        if private or per_task or revision is not None:
+            raise UsageError(
+                "--private, --revision and --per-task are for repositories of the Hub", hint="leave them out"
+            )
+        with progress(quiet=quiet or as_json) as on_progress:
+            sent = push_to_store(
+                bundle,
+                repository,
+                dry_run=dry_run,
+                offline=offline,
+                on_compared=lambda message: note(message, quiet=quiet),
+                on_progress=on_progress,
+            )
+        found = {"pushed": not dry_run, "repositories": {repository: sent}}
+        done = "nothing was sent" if dry_run else "complete"
+        emit(found, as_json=as_json, quiet=quiet, show=lambda _found: print(f"{repository}: {done}"))
+        return
 
     def on_compared(source: str, one: Push) -> None:
         for message in one.notes:

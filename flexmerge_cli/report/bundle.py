@@ -12,7 +12,7 @@ from flexmerge_cli.report.text import human_bytes, merges_words
 
 
 def merge_summary(
-    layout: BundleLayout, output: Path, measured: Measured | None, *, warnings: list[str], threads: int | None
+    layout: BundleLayout, output: Path | str, measured: Measured | None, *, warnings: list[str], threads: int | None
 ) -> dict[str, Any]:
     """Return files, bytes and memory, and after a run also the distances."""
     from flexmerge_cli.engine.merge_memory import merge_bytes

@@ -1,0 +1,161 @@
+"""Bundles in object stores: in memory and, where moto and s3fs are installed, on an S3 server of this machine."""
+
+import json
+
+import fsspec
+import pytest
+import torch
+
+from flexmerge_cli import open_bundle, push
+from flexmerge_cli.bundle import store as stores
+
+from ..program import fails, flexmerge, succeeds, tree
+
+MANIFEST = "manifest.json"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def address(request, monkeypatch, tmp_path):
+    """An address of an empty store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "memory":
+        yield "memory://packed/bundle"
+        fsspec.filesystem("memory").rm("/", recursive=True)
+        return
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fsspec.filesystem("s3").mkdir("packed")
+    yield "s3://packed/bundle"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def made(plan, tmp_path_factory):
+    """Two bundles of one family, whose weight files have the same names and sizes."""
+    folder = tmp_path_factory.mktemp("made")
+    for name, method in (("a", "average"), ("b", "task_arithmetic:scale=0.5")):
+        succeeds("merge", plan, "--method", method, "--size", "2x", "-o", folder / name)
+    return folder
+
+
+def objects(address):
+    files, root = fsspec.core.url_to_fs(address)
+    files.invalidate_cache()
+    return {name.strip("/").removeprefix(f"{root.strip('/')}/"): files.cat_file(name) for name in files.find(root)}
+
+
+def own(folder):
+    """The files of a bundle without its links."""
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return {name: data for name, data in tree(folder).items() if name in {*files, MANIFEST, "README.md"}}
+
+
+class Broken(Exception):
+    pass
+
+
+def breaks_after(monkeypatch, count):
+    """Make every further upload fail, as a kill would end it."""
+    kept, sent = stores.Store.put, []
+
+    def put(store, file, name):
+        if len(sent) == count:
+            raise Broken("the connection is gone")
+        kept(store, file, name)
+        sent.append(name)
+
+    monkeypatch.setattr(stores.Store, "put", put)
+    return sent
+
+
+def test_a_bundle_in_a_store_is_read_like_one_on_this_disk(made, address, tmp_path):
+    dry = succeeds("push", made / "a", address, "--dry-run", "--json").json["repositories"][address]
+    assert objects(address) == {}
+    succeeds("push", made / "a", address)
+    assert objects(address) == own(made / "a")
+    assert dry["bytes"] == sum(len(data) for data in own(made / "a").values())
+    assert push(made / "a", address)["repositories"][address] == {"changed": [], "removed": [], "bytes": 0}
+    there, here = open_bundle(address), open_bundle(made / "a")
+    for task in here.tasks:
+        views = there.view(task), here.view(task)
+        assert all(torch.equal(views[0][name], views[1][name]) for name in views[1])
+    shown = [succeeds("inspect", source, "--json").json["tasks"] for source in (address, made / "a")]
+    assert shown[0] == shown[1]
+    succeeds("inspect", address, "--verify")
+    for source, name in ((address, "there"), (made / "a", "here")):
+        succeeds("export", source, "--task", here.tasks[0], "-o", tmp_path / name)
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_a_push_that_breaks_off_publishes_nothing_and_the_next_one_goes_on(made, address, monkeypatch):
+    with monkeypatch.context() as broken:
+        first = breaks_after(broken, 2)
+        fails(4, "push", made / "a", address, says="nothing was published")
+    assert len(first) == 2 and MANIFEST not in objects(address)
+    fails(4, "export", address, "--task", "task0", "-o", "nowhere", says="no bundle")
+    with monkeypatch.context() as counted:
+        rest = breaks_after(counted, 1000)
+        succeeds("push", made / "a", address)
+    assert {*first, *rest} == own(made / "a").keys() and not set(first) & set(rest) and rest[-1] == MANIFEST
+    assert objects(address) == own(made / "a")
+
+
+@pytest.mark.parametrize("breaks", ["nothing else", "the first", "the second", "both"])
+def test_objects_of_another_bundle_are_never_taken_for_ours(breaks, made, address, monkeypatch):
+    """Their names and sizes are the same."""
+    with monkeypatch.context() as broken:
+        breaks_after(broken, {"nothing else": 0, "the second": 1000}.get(breaks, 2))
+        flexmerge("push", made / "a", address)
+    if breaks in ("the second", "both"):
+        with monkeypatch.context() as broken:
+            breaks_after(broken, 1)
+            fails(4, "push", made / "b", address)
+        assert MANIFEST not in objects(address)
+    succeeds("push", made / "b", address)
+    assert objects(address) == own(made / "b")
+
+
+def test_what_else_is_there_is_refused_or_stays(made, address):
+    files, root = fsspec.core.url_to_fs(address)
+    files.pipe_file(f"{root}/notes.txt", b"mine")
+    fails(2, "push", made / "a", address, says="holds 1 objects and no bundle, such as notes.txt")
+    files.rm_file(f"{root}/notes.txt")
+    succeeds("push", made / "a", address)
+    for name in ("notes.txt", "README.md"):
+        files.pipe_file(f"{root}/{name}", b"mine")
+    succeeds("push", made / "b", address)
+    assert objects(address) == own(made / "b") | {"notes.txt": b"mine", "README.md": b"mine"}
+
+
+def test_merge_writes_to_an_address_and_goes_on_where_it_was_killed(plan, made, address, monkeypatch, tmp_path):
+    command = ("merge", plan, "--method", "average", "--size", "2x", "-o", address)
+    succeeds(*command, "--dry-run")
+    assert objects(address) == {}
+    with monkeypatch.context() as broken:
+        first = breaks_after(broken, 2)
+        fails(4, *command, says="nothing was published")
+    with monkeypatch.context() as counted:
+        rest = breaks_after(counted, 1000)
+        assert succeeds(*command, "--json").json["bundle"] == address
+    assert not set(first) & set(rest) and objects(address) == own(made / "a")
+    assert not any((tmp_path / "cache").rglob("*.safetensors"))
+    fails(2, *command, says=f"{address} exists")
+    succeeds("merge", plan, "--method", "task_arithmetic:scale=0.5", "--size", "2x", "-o", address, "--force")
+    assert {**objects(address), MANIFEST: b""} == {**own(made / "b"), MANIFEST: b""}
+    fails(2, *command, "--part", "1/2", says="--part")
+
+
+@pytest.mark.parametrize(("target", "more", "says"), [
+    ("https://127.0.0.1/x", (), "a web server is not written to"),
+    ("memory://x", ("--private",), "for repositories of the Hub"),
+    ("nosuch://x", (), "not a source that flexmerge supports"),
+])  # fmt: skip
+def test_addresses_that_cannot_be_written(target, more, says, made):
+    fails(2, "push", made / "a", target, *more, says=says)
