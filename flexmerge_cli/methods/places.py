@@ -24,6 +24,8 @@ BINS = 1 << DIGIT_BITS
 # elements gathers all that are left, and a tensor of fewer elements takes one pass.
 GATHERED = 1 << 18
 
+MANY = 64  # the pieces of a list at which they are joined into one array
+
 # Elements whose keys are made at once: keys may take a hundred bytes per element and task, ranges have half a million.
 TILE_ELEMENTS = 1 << 16
 
@@ -223,13 +225,17 @@ class _Tally:
         if other.counts_XB is not None:
             counts_XB = other.counts_XB if counts_XB is None else counts_XB + other.counts_XB
         joined = replace(self, counts_XB=counts_XB, size_X=self.size_X + other.size_X)
-        if joined.size_X.max(initial=0) <= GATHERED:
-            return joined
-        return joined._all_counted()
+        if joined.size_X.max(initial=0) > GATHERED:
+            return joined._all_counted()
+        return joined if max(map(len, self.loose_X), default=0) < MANY else joined._packed()
 
     def settled(self) -> "_Tally":
         """Count the gathered keys too if any keys are counted, in the thread that measured them."""
-        return self if self.counts_XB is None or not self.size_X.any() else self._all_counted()
+        return self._packed() if self.counts_XB is None or not self.size_X.any() else self._all_counted()
+
+    def _packed(self) -> "_Tally":
+        """Join the keys of each list into one array: small pieces that stay keep large blocks from being reused."""
+        return replace(self, loose_X=[[np.concatenate(loose)] if loose else [] for loose in self.loose_X])
 
     def _all_counted(self) -> "_Tally":
         return replace(self, counts_XB=self.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)

@@ -13,16 +13,13 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
-from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, tiles
+from flexmerge_cli.methods.places import MANY, AtPlaces, Found, magnitude_keys, tiles
 from flexmerge_cli.random import tie_numbers
 
 # R rows, T places of each row, S of them that split ties, N elements
 
 WIDTH = 8.0
 """Half the width of the window in which the last tie is searched, in standard deviations."""
-
-MANY = 64
-"""The number of gathered pieces at which they are joined into one: each piece takes a hundred bytes of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,3 +156,22 @@ def test_folding_does_not_depend_on_padding(numbers):
     terms = torch.tensor(numbers, dtype=torch.float64)
     padded = torch.cat([terms, torch.zeros(300 - len(numbers), dtype=torch.float64)])
     assert fold(terms).item() == fold(padded).item()
+
+
+def test_gathered_keys_are_few_arrays():
+    """Many small ones would keep the allocator from reusing the memory between them."""
+    tile = places_module.TILE_ELEMENTS
+    statistic = AtPlaces(
+        scope="model",
+        keys=lambda deltas, _where: magnitude_keys(deltas),
+        places=lambda *_: (1,),
+        then=lambda found: found,
+    )
+    where = Where(tasks=("a", "b"), tensor="x", start=0, shape=(2 * tile,))
+    part = statistic.measure(torch.ones(2, 2 * tile), where)
+    assert [len(loose) for loose in part.tally.loose_X] == [1, 1]
+    part = total = statistic.measure(torch.ones(2, 8), where)
+    for _ in range(3 * places_module.MANY):
+        total = statistic.combine(total, statistic.measure(torch.ones(2, 8), where))
+    assert total.tally.size_X.tolist() == [8 * (3 * places_module.MANY + 1)] * 2
+    assert all(len(loose) <= places_module.MANY for loose in total.tally.loose_X)
