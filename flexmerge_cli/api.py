@@ -402,6 +402,7 @@ def draw_curve(
     tune: str | None = None,
     tune_spec: Path | str | None = None,
     ensembles: bool = False,
+    plane: str | None = None,
     reuse: bool = True,
     parallel: int = 1,
     device: str = "auto",
@@ -419,7 +420,8 @@ def draw_curve(
     max_drop, max_mean_drop: as in `evaluate`; a verdict per point. choose: the part of the fine-tuned score to keep, in
     (0, 2]; `chosen` in the document says which point does; if none does, nothing is raised. tune:
     `scale=0.5:2.5:0.25`, chosen on the data of tune_spec.
-    ensembles: also score ensembles of the fine-tuned models that have the same labels.
+    ensembles: also score ensembles of the fine-tuned models that have the same labels. plane: `A,B`, two tasks that
+    are also scored on the plane through the base and their fine-tuned models.
     options: steps, calibrate, calibration, method_for, fit,
     cluster, seed and dtype, as in `merge`. offline, stream: as in `make_plan`. max_memory: as in `evaluate`, and for
     what makes the points.
@@ -439,6 +441,7 @@ def draw_curve(
         tune=tune,
         tune_spec_path=Path(tune_spec) if tune_spec is not None else None,
         ensembles=ensembles,
+        plane=plane,
         allow_exec=allow_exec,
         relocate=relocate or {},
         access=_access(offline, stream, max_memory),

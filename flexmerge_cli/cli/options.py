@@ -216,6 +216,9 @@ Cross = Annotated[bool, _scores("--cross", "", "Also score every model on the ot
 Ensembles = Annotated[
     bool, _scores("--ensembles", "", "Also score ensembles of the fine-tuned models that have the same labels.")
 ]
+Plane = Annotated[
+    str | None, _scores("--plane", "TASK,TASK", "Also score two tasks on the plane of the base and their models.")
+]
 Corrupt = Annotated[
     list[str] | None,
     _scores("--corrupt", "NAME@SEVERITY", "Also score images with this corruption, e.g. gaussian_noise@3; repeatable."),

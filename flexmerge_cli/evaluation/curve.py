@@ -12,6 +12,7 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.evaluation.ensembles import Ensemble
 from flexmerge_cli.evaluation.in_memory import Key, MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
+from flexmerge_cli.evaluation.plane import Plane
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 
@@ -74,6 +75,7 @@ class Curve:
     unreached: tuple[Unreached, ...]
     ensembles: tuple[Ensemble, ...] | None = None
     """Ensembles of the fine-tuned models; None if they were not requested."""
+    plane: Plane | None = None
     fine_tuned: dict[str, Scored]
     base: dict[str, Scored]
     models: dict[str, dict[str, TaskModel]]

@@ -18,7 +18,7 @@ from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
 from flexmerge_cli.evaluation.tune import require_other_data
 from flexmerge_cli.evaluation.tuning import tuned
 from flexmerge_cli.planning.make import load_plan
-from flexmerge_cli.request.curve import CurveRequest, curve_methods, parse_tune
+from flexmerge_cli.request.curve import CurveRequest, curve_methods, parse_plane, parse_tune
 from flexmerge_cli.request.size import parse_sizes
 
 DEFAULT_METHODS = "task_arithmetic"
@@ -35,6 +35,7 @@ def curve_document(
     target: float | None = None,
     tune: str | None = None,
     tune_spec_path: Path | None = None,
+    plane: str | None = None,
     allow_exec: bool = False,
     on_score: OnScore = lambda *_step: None,
     **run: Any,
@@ -43,8 +44,8 @@ def curve_document(
 
     plan_path: the path that commands in the document give; relative sources are relative to its folder.
     words: steps, calibrate, method_for, fit, cluster, seed and dtype of `merge_request`, for every method. target: the
-    fraction of the fine-tuned score that --choose must keep, in (0, 2]. run: the fields relocate, access, reuse,
-    parallel, device, threads and max_memory of CurveRequest.
+    fraction of the fine-tuned score that --choose must keep, in (0, 2]. plane: `A,B`. run: the fields relocate, access,
+    reuse, ensembles, parallel, device, threads and max_memory of CurveRequest.
     Raises UsageError and GateError before a weight is read, SourceError, DataError.
     """
     gate = gate or Gate()
@@ -66,10 +67,14 @@ def curve_document(
     asked = CurveRequest(
         methods=curve_methods(methods, has_statistics=plan.settings.statistics == "all", **words),
         sizes=parse_sizes(sizes) if sizes is not None else (),
+        plane=parse_plane(plane) if plane is not None else None,
         **run,
     )
     for size in asked.sizes:
         plan.target(size)
+    unknown = [task for task in asked.plane or () if task not in spec.tasks]
+    if unknown:
+        raise UsageError(f"--plane: the spec has no task `{unknown[0]}`", hint=f"two of: {', '.join(spec.tasks)}")
     tune_spec = None
     if tune_spec_path is not None:
         if target is None and tune is None:
@@ -83,7 +88,8 @@ def curve_document(
             raise UsageError(
                 "--tune needs data other than those reported", hint="--tune-spec val.yaml: the validation data"
             )
-        found = tuned(plan, plan_path, tune_spec, asked, parse_tune(tune, asked.methods, **words), on_score=on_score)
+        variants = parse_tune(tune, asked.methods, **words)
+        found = tuned(plan, plan_path, tune_spec, asked.alone, variants, on_score=on_score)
         asked = replace(asked, methods=tuple(found.get(method.name, method) for method in asked.methods))
         arguments = "; ".join(method.name for method in found.values())
         data_dependent = {"arguments": arguments, "spec": str(tune_spec_path)}
@@ -91,7 +97,7 @@ def curve_document(
     curve = draw(plan, plan_path, spec, asked, on_score=on_score)
     document = curve_record(plan, spec, curve, gate=gate, data_dependent=data_dependent)
     if target is not None:
-        other = draw(plan, plan_path, tune_spec, asked, on_score=on_score) if tune_spec is not None else None
+        other = draw(plan, plan_path, tune_spec, asked.alone, on_score=on_score) if tune_spec is not None else None
         each = gate.max_drop is not None
         document["chosen"] = _choice(curve, other, target, each=each, data=str(tune_spec_path)).record()
     return document

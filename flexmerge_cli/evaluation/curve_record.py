@@ -9,6 +9,7 @@ mean, mean_of  means of the references, and what they average: the metric, or `n
 alternatives  points of copies in fewer bits, whose name is `method`
 ensembles     present if requested: [{rule, of, bytes, factor, passes, tasks, mean}] of fine-tuned models with the same
               labels, `of` being their tasks and `passes` the models that run on an example; tasks and mean as of points
+plane         present if requested: {tasks: [A, B], places, points: [{a, b, tasks, mean}]} of θ_0 + a·τ_A + b·τ_B
 unreached     [{method, size, message}]
 evaluations   {asked, computed, repeated, cached}: points times tasks, models that were run, scores of this run reused,
               and scores found in the cache
@@ -31,6 +32,7 @@ from flexmerge_cli.evaluation.evaluate import FORMAT, means, one_metric, task_re
 from flexmerge_cli.evaluation.gate import Gate, Outcome, judge
 from flexmerge_cli.evaluation.intervals import interval
 from flexmerge_cli.evaluation.metrics import normalised
+from flexmerge_cli.evaluation.plane import PLACES
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.formats.plan_file import Plan
@@ -87,6 +89,7 @@ def curve_record(
             "data_dependent": dict(data_dependent) if data_dependent else None,
         }
         | ensemble_records(plan, curve, tasks)
+        | plane_record(curve, tasks)
         | ({"gate": _smallest_that_passes(spec, points)} if gate else {})
     )
 
@@ -108,6 +111,18 @@ def ensemble_records(plan: Plan, curve: "Curve", records: Mapping[str, Mapping[s
             }
         )  # fmt: skip
     return {"ensembles": found}
+
+
+def plane_record(curve: "Curve", records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the key `plane`, if it was requested."""
+    if curve.plane is None:
+        return {}
+    points = []
+    for (a, b), scores in curve.plane.scores.items():
+        tasks = {task: _score(scored, curve.fine_tuned[task], interval(scored)) for task, scored in scores.items()}
+        mean = mean_of(tasks, {task: records[task] for task in tasks})
+        points.append({"a": a, "b": b, "tasks": tasks, "mean": mean})
+    return {"plane": {"tasks": list(curve.plane.tasks), "places": list(PLACES), "points": points}}
 
 
 def _score(scored: Scored, reference: Scored, ends: Interval) -> dict[str, Any]:

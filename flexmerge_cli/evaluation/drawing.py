@@ -18,6 +18,7 @@ from flexmerge_cli.evaluation.cache import ScoreCache
 from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached, in_order
 from flexmerge_cli.evaluation.ensembles import ensembles
 from flexmerge_cli.evaluation.memory import curve_chunk, largest_model
+from flexmerge_cli.evaluation.plane import score_plane
 from flexmerge_cli.evaluation.processes import in_processes
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
@@ -173,6 +174,10 @@ def draw(
     if request.ensembles:
         scorer, folders = drawing.scorer.scorer, drawing.scorer.folders
         found = tuple(ensembles(scorer, drawing.fine_tuned, folders, on_score=on_score))
+    plane = None
+    if request.plane is not None:
+        scorer = drawing.scorer.scorer
+        plane = score_plane(plan, request.plane, scorer, drawing.fine_tuned, drawing.base, on_score=on_score)
     if request.parallel > 1:
         results = _in_processes(drawing, jobs, on_score)
     else:
@@ -183,6 +188,7 @@ def draw(
         alternatives=tuple(by_job[None][0] if None in by_job else ()),
         unreached=tuple(item for method in request.methods for item in by_job[method][1]),
         ensembles=found,
+        plane=plane,
         fine_tuned=references["fine_tuned"],
         base=references["base"],
         data={task: drawing.scorer.scorer.examples(task, drawing.scorer.folders[task]).digest for task in spec.tasks},

@@ -34,7 +34,7 @@ def is_csv(path: Path) -> bool:
 
 def curve_csv(record: Mapping[str, Any]) -> str:
     """Write one row per point and task. record: from `curve_record`."""
-    return _csv(chain(_of_points(record), _of_ensembles(record)))
+    return _csv(chain(_of_points(record), _of_ensembles(record), _of_plane(record)))
 
 
 def scores_csv(document: dict[str, Any]) -> str:
@@ -61,6 +61,19 @@ def _of_ensembles(record: Mapping[str, Any]) -> Iterator[Row]:
             reference = record["tasks"][task]
             yield {
                 "method": f"ensemble {found['rule']}", "bytes": found["bytes"], "factor": found["factor"], "task": task,
+                "metric": reference["metric"], "n": reference["n"],
+                "split": reference["scores"]["fine_tuned"]["split"], **_value(scored),
+                "normalised": scored["normalised"], "fine_tuned": reference["fine_tuned"], "base": reference["base"],
+            }  # fmt: skip
+
+
+def _of_plane(record: Mapping[str, Any]) -> Iterator[Row]:
+    plane = record.get("plane", {"points": ()})
+    for point in plane["points"]:
+        for task, scored in point["tasks"].items():
+            reference = record["tasks"][task]
+            yield {
+                "method": f"plane {','.join(plane['tasks'])} at {point['a']:g},{point['b']:g}", "task": task,
                 "metric": reference["metric"], "n": reference["n"],
                 "split": reference["scores"]["fine_tuned"]["split"], **_value(scored),
                 "normalised": scored["normalised"], "fine_tuned": reference["fine_tuned"], "base": reference["base"],

@@ -6,6 +6,7 @@ from typing import Any
 from flexmerge_cli.evaluation.curve_record import NORMALISED
 from flexmerge_cli.evaluation.evaluate import format_counts, one_metric
 from flexmerge_cli.report.evaluation import show_gate
+from flexmerge_cli.report.plane import show_plane
 from flexmerge_cli.report.score_text import format_score, scale_of
 from flexmerge_cli.report.table import say, table
 from flexmerge_cli.report.text import human_bytes
@@ -33,6 +34,8 @@ def show_curve(value: dict[str, Any]) -> None:
     )
     if "ensembles" in value:
         show_ensembles(value)
+    if "plane" in value:
+        show_plane(value)
     unreached: dict[str, list[str]] = {}
     for item in value["unreached"]:
         unreached.setdefault(item["method"], []).append(item["size"])

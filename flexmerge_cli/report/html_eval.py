@@ -10,6 +10,7 @@ from flexmerge_cli.report.curve_series import Series, metric_label, ranking, ser
 from flexmerge_cli.report.html import facts, name, page, section, table, text, today
 from flexmerge_cli.report.html_chart import Tick, chart, dots, nice_ticks
 from flexmerge_cli.report.html_eval_chart import curve_chart, mean_of, of_task, series_css
+from flexmerge_cli.report.plane import plane_section
 from flexmerge_cli.report.text import human_bytes
 
 MAX_TASK_COLUMNS = 12
@@ -33,7 +34,8 @@ def curve_page(record: dict[str, Any], source: str) -> str:
         ]
     )
     sections = [eval_style(series), *verdicts(record), _curve(series, record), _tasks(series, record)]
-    sections += [_ranking(series, record), _order(record), _references(record), _ensembles(record), _points(record)]
+    sections += [_ranking(series, record), _order(record), _references(record), _ensembles(record)]
+    sections += [plane_section(record) if "plane" in record else "", _points(record)]
     title = f"{source}: accuracy against size, {len(record['tasks'])} tasks"
     return page(title, subtitle, filter(None, sections))
 

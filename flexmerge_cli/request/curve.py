@@ -44,11 +44,18 @@ class CurveRequest:
     alternatives: bool = True
     ensembles: bool = False
     """Whether ensembles of the fine-tuned models are scored, where several have the same labels."""
+    plane: tuple[str, str] | None = None
+    """Two tasks that are scored on the plane through the base and their fine-tuned models."""
     parallel: int = 1
     device: str = "auto"
     threads: int | None = None
     max_memory: int | None = None
     """Bytes of anonymous memory for all processes, beyond what Python and torch take."""
+
+    @property
+    def alone(self) -> "CurveRequest":
+        """The request for points alone, which values are chosen by."""
+        return replace(self, ensembles=False, plane=None)
 
     def __post_init__(self) -> None:
         """Raise UsageError for a size that a method cannot have."""
@@ -64,6 +71,14 @@ class Tune:
     name: str
     variants: Mapping[str, Mapping[str, CurveMethod]]
     """Maps each method that takes the argument to its values, and each value to the method with that value."""
+
+
+def parse_plane(text: str) -> tuple[str, str]:
+    """Parse `A,B`. Raises UsageError unless these are two different names."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise UsageError(f"--plane `{text}` is not two tasks", hint="--plane digit,parity")
+    return names[0], names[1]
 
 
 def curve_methods(asked: str | Sequence[str], *, has_statistics: bool, **common: Any) -> tuple[CurveMethod, ...]:

@@ -1,4 +1,4 @@
-"""Models on other data than their task's own: `eval --cross`, `unseen` of a spec, and `curve --ensembles`."""
+"""Models beyond their task's own data: `eval --cross`, `unseen` of a spec, `curve` with `--ensembles` or `--plane`."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.evaluation import curve_record, plane
 from flexmerge_cli.evaluation.gate import parse_gate
 from flexmerge_cli.evaluation.running import BundleGate, references_of
 from flexmerge_cli.evaluation.spec import read_spec
@@ -265,3 +266,46 @@ def test_without_equal_labels_there_is_no_ensemble(place):
     (place / "apart.yaml").write_text(json.dumps(spec))
     arguments = ("curve", place / "plan.json", "--spec", place / "apart.yaml", "--method", "average", "--ensembles")
     assert "no two tasks have the same labels" in succeeds(*arguments).out
+
+
+def test_a_plane_has_the_scores_of_models_mixed_by_hand(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(plane, "PLACES", (0.0, 0.5, 1.0))
+    monkeypatch.setattr(curve_record, "PLACES", plane.PLACES)
+    arguments = ("curve", place / "plan.json", "--spec", place / "eval.yaml", "--method", "average")
+    arguments += ("--plane", "first,three")
+    found = succeeds(*arguments, "--json").json
+    shown = succeeds(*arguments, "--csv", tmp_path / "rows.csv", "--html", tmp_path / "page.html").out
+    base = transformers.BertModel.from_pretrained(place / "base").state_dict()
+    both = {
+        name: transformers.BertForSequenceClassification.from_pretrained(place / "tasks" / name)
+        for name in ("first", "three")
+    }
+    points = {(point["a"], point["b"]): point["tasks"] for point in found["plane"]["points"]}
+    assert list(points) == [(a, b) for b in plane.PLACES for a in plane.PLACES]
+    for (a, b), scores in points.items():
+        for name in both:
+            state = both[name].state_dict()
+            for key, value in base.items():
+                first, three = (both[other].state_dict()[f"bert.{key}"] for other in ("first", "three"))
+                state[f"bert.{key}"] = value + a * (first - value) + b * (three - value)
+            mixed = transformers.BertForSequenceClassification(both[name].config)
+            mixed.load_state_dict(state)
+            mixed.save_pretrained(tmp_path / "mixed")
+            transformers.AutoTokenizer.from_pretrained(place / "tasks" / name).save_pretrained(tmp_path / "mixed")
+            assert scores[name]["value"] == accuracy(tmp_path / "mixed", name), (a, b, name)
+    for name, at in {"first": (1.0, 0.0), "three": (0.0, 1.0)}.items():
+        assert points[at][name]["value"] == found["tasks"][name]["fine_tuned"] and points[at][name]["normalised"] == 1
+        assert points[0.0, 0.0][name]["value"] == found["tasks"][name]["base"]
+    assert len({scores["first"]["value"] for scores in points.values()}) > 1
+    assert "the best of these points is a =" in shown
+    assert (tmp_path / "rows.csv").read_text().count('"plane first,three at 0.5,0.5"') == 2
+    assert "The plane of two tasks" in Page((tmp_path / "page.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("first", "is not two tasks"), ("first,first", "is not two tasks"), ("first,other", "no task `other`")],
+)
+def test_a_plane_needs_two_tasks_of_the_spec(place, words, says):
+    arguments = ("curve", place / "plan.json", "--spec", place / "eval.yaml", "--method", "average", "--plane", words)
+    fails(2, *arguments, says=says)
