@@ -140,7 +140,7 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
     if merged and adapter is None:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
     as_adapter = adapter is not None and not merged
-    if link and bundle.manifest.tasks[task].pooled is not None:
+    if link and not bundle.manifest.tasks[task].is_model:
         raise UsageError(f"task `{task}` is an adapter, of one file of its own", hint="leave out --link")
     if link and not as_adapter:
         weight_map = _weight_map(bundle, task)
@@ -223,7 +223,7 @@ def write_weights(
 
 def _library(bundle: Bundle, task: str) -> LibraryName:
     """Return the library that loads the task's model."""
-    if bundle.manifest.tasks[task].pooled is not None:
+    if not bundle.manifest.tasks[task].is_model:
         return "peft"
     names = side_files(bundle, task, merged=False).values()
     config = bundle.config_folder(task) / "config.json"

@@ -108,7 +108,7 @@ def task_model(bundle: Bundle, task: str, weights: Mapping[str, Tensor], **kwarg
     names of model and checkpoint differ, IntegrityError if a side file is not the manifest's or the bundle is replaced.
     """
     folder = bundle.config_folder(task)
-    if bundle.manifest.tasks[task].pooled is not None:
+    if not bundle.manifest.tasks[task].is_model:
         hint = f"flexmerge export {bundle.path} --task {task} -o FOLDER, and load it with peft"
         raise UsageError(f"task `{task}` is an adapter of a pool, and no model", hint=hint)
     bundle.check_files(task, weights=False)

@@ -239,7 +239,7 @@ def wanted_of(
         if tensor.class_ is TensorClass.MERGEABLE and place in tensor.present and plan.vocabulary(tensor.name) is None:
             whole = whole_of(tensor.name)[0]
             own = whole_of(plan.own_name(place, tensor.name))[0]
-            shapes[own] = whole, tuple(plan.whole_shape(tensor, place)), whole != tensor.name
+            shapes[own] = whole, plan.whole_shape(tensor.name, tensor.shape_of(place), place), whole != tensor.name
     modules, found = dict(model.named_modules()), []
     for name, parameter in model.named_parameters():
         if names.get(name) not in shapes:

@@ -105,8 +105,12 @@ class Family:
     @property
     def one_model_bytes(self) -> int:
         """The tensor bytes of a model, averaged over tasks and rounded. An adapter counts as the model it makes."""
-        models = [*self.tasks, *(kept.model for kept in self.kept)]
-        return round(sum(model.num_bytes for model in models) / len(models))
+        return round(sum(model.num_bytes for model in self.models.values()) / len(self.models))
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The model of every member, by task; of a kept adapter, the model that it makes of the base."""
+        return dict(zip(self.task_names, self.tasks)) | {kept.name: kept.model for kept in self.kept}
 
 
 def are_task_names(names: Sequence[str]) -> bool:

@@ -147,6 +147,11 @@ class TaskEntry(Record):
     """Present if its folder holds links to the weight files of its route, in the order of their paths: a single one is
     called `<stem>.safetensors`, several are numbered as shards."""
 
+    @property
+    def is_model(self) -> bool:
+        """Whether its tensors are those of a model, and not the factors of an adapter of a pool."""
+        return self.pooled is None
+
 
 class MethodEntry(Record):
     name: str

@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
@@ -156,27 +157,29 @@ class Plan(Record):
         whole, place = whole_of(tensor)
         return None if place is None else next(split for split in self.splits if split.tensor == whole)
 
-    def whole_shape(self, tensor: PlanTensor, task: int) -> Shape:
-        """Return the shape that the tensor has in the task's own file."""
-        vocabulary, split = self.vocabulary(tensor.name), self.split(tensor.name)
-        shape = tensor.shape_of(task)
+    def whole_shape(self, name: str, shape: Shape, task: int | None) -> Shape:
+        """Return the shape that a tensor of this name and shape has in the file of a task, or of the base (None)."""
+        vocabulary, split = self.vocabulary(name), self.split(name)
         if split is not None:
             return split.whole(shape)
-        return shape if vocabulary is None else (vocabulary.tasks[task].rows, *shape[1:])
+        rows = None if vocabulary is None else vocabulary.of(task)
+        return shape if rows is None else (rows.rows, *shape[1:])
+
+    def section(self, name: str, whole: StoredTensor, task: int | None) -> StoredTensor:
+        """Return a tensor out of the whole one that the file of a task, or of the base (None), has: rows, or a part."""
+        vocabulary, split = self.vocabulary(name), self.split(name)
+        if split is not None:
+            return split.take(whole, name)
+        rows = None if vocabulary is None else vocabulary.of(task)
+        return whole if rows is None else whole.take(rows.own if name.endswith(ROWS_SUFFIX) else rows.common)
 
     def shapes_of(self, reader: int) -> dict[str, Shape]:
         """Map the own name of every tensor that a reader has to its shape."""
         member, found = self.readers[reader], {}
         for name in [*(tensor.name for tensor in self.tensors), *self.own_names]:
-            given, vocabulary = member.given(name, self.find(name), reader), self.vocabulary(name)
-            if given is None:
-                continue
-            shape = given.shape
-            if vocabulary is not None and reader < len(vocabulary.tasks):
-                shape = vocabulary.tasks[reader].rows, *shape[1:]
-            if (split := self.split(name)) is not None:
-                shape = split.whole(shape)
-            found[whole_of(member.names.get(name, name))[0]] = shape
+            given = member.given(name, self.find(name), reader)
+            if given is not None:
+                found[whole_of(member.names.get(name, name))[0]] = self.whole_shape(name, given.shape, reader)
         return found
 
     def joined_tasks(self) -> set[int]:

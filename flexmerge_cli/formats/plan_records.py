@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.license import MAX_LICENSE
 from flexmerge_cli.checkpoint.parts import are_parts
+from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.order.linkage import Linkage
@@ -153,6 +154,11 @@ class PlanRows(Record):
     """Why rows were compared by position and not by token; empty if they were compared by token."""
 
     @property
+    def own(self) -> Runs:
+        """The other rows, ascending."""
+        return other_rows(self.common, self.rows)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the model has no other rows, and has these in the base's order."""
         return self.common == ((0, self.rows),)
@@ -164,6 +170,10 @@ class PlanVocabulary(Record):
     tensors: Items[str]
     base: PlanRows
     tasks: Items[PlanRows]
+
+    def of(self, task: int | None) -> PlanRows | None:
+        """Return the rows of a task, or of the base if it is None; None for a kept adapter, which has the base's."""
+        return self.base if task is None else self.tasks[task] if task < len(self.tasks) else None
 
 
 class PlanBlock(Record):

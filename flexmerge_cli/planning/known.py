@@ -40,7 +40,7 @@ class Known:
         of_base = {
             self.plan.base.names.get(whole := whole_of(tensor.name)[0], whole): (
                 form[0],
-                self._whole_base(tensor.name, form[1]),
+                self.plan.whole_shape(tensor.name, form[1], None),
             )
             for tensor, form in forms
             if form is not None
@@ -52,7 +52,7 @@ class Known:
                 own = {
                     whole_of(self.plan.own_name(place, tensor.name))[0]: (
                         tensor.dtype_of(place),
-                        self.plan.whole_shape(tensor, place),
+                        self.plan.whole_shape(tensor.name, tensor.shape_of(place), place),
                     )
                     for tensor in self.plan.tensors
                     if place in tensor.present
@@ -165,12 +165,6 @@ class Known:
         records = {each.name: each for each in self.plan.adapters if each.name not in self.new}
         change = records[adapter].changes.get(name) if adapter in records else None
         return change.digest if change is not None else None
-
-    def _whole_base(self, name: str, shape: Shape) -> Shape:
-        vocabulary, split = self.plan.vocabulary(name), self.plan.split(name)
-        if split is not None:
-            return split.whole(shape)
-        return shape if vocabulary is None else (vocabulary.base.rows, *shape[1:])
 
     def _digest(self, family: Family, owner: FamilyTensor, task: str, stored: StoredTensor) -> str | None:
         """Return the digest of a task's tensor; None if it is not known, or if some values may not be finite."""

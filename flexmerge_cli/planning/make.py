@@ -227,7 +227,7 @@ def to_fetch(family: Family) -> list[RemoteFile]:
         if tensor.base is not None and (tensor.tensor_class is TensorClass.MERGEABLE or tensor.resized)
     ]
     read += [tensor for kept in family.kept for tensor in kept.model.tensors.values()]
-    return files_to_fetch([family.base, *family.tasks, *(kept.model for kept in family.kept)], read)
+    return files_to_fetch([family.base, *family.models.values()], read)
 
 
 def settle_ties(family: Family, known: Known | None = None) -> Family:

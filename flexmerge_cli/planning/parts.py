@@ -203,8 +203,7 @@ def _headers(family: Family) -> dict[str, str]:
         lines = (f"{name} {tensor.dtype} {tensor.shape}" for name, tensor in sorted(model.tensors.items()))
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
-    models = dict(zip(family.task_names, family.tasks)) | {kept.name: kept.model for kept in family.kept}
-    return {name: digest(model) for name, model in models.items()} | {"": digest(family.base)}
+    return {name: digest(model) for name, model in family.models.items()} | {"": digest(family.base)}
 
 
 def _places(items: Sequence[SurveyItem], part: Part) -> list[int]:

@@ -9,7 +9,6 @@ from flexmerge_cli.checkpoint.checkpoint import Checkpoint, each_opened, open_ch
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
-from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.errors import DataError, SourceError, UsageError
@@ -203,29 +202,19 @@ def _located(
     of_tasks: tuple[dict[str, StoredTensor], ...] = tuple({} for _ in tasks)
     of_base: dict[str, StoredTensor] = {}
     for tensor in plan.stored:
-        name, vocabulary = tensor.name.removesuffix(ROWS_SUFFIX), plan.vocabulary(tensor.name)
-        whole, split = whole_of(name)[0], plan.split(name)
+        name = tensor.name.removesuffix(ROWS_SUFFIX)
+        whole = whole_of(name)[0]
         if base is not None and (tensor.class_ is TensorClass.MERGEABLE or plan.base_readers(tensor)):
             assert tensor.base_form is not None
             dtype, shape = tensor.base_form
-            if vocabulary is not None:
-                shape = (vocabulary.base.rows, *shape[1:])
-            if split is not None:
-                shape = split.whole(shape)
-            found = located(base, "the base", plan.base.names.get(whole, whole), dtype, shape)
-            if found is not None and vocabulary is not None:
-                found = found.take(vocabulary.base.common)
-            if found is not None:
-                of_base[name] = found if split is None else split.take(found, name)
+            own, shape = plan.base.names.get(whole, whole), plan.whole_shape(name, shape, None)
+            if (found := located(base, "the base", own, dtype, shape)) is not None:
+                of_base[name] = plan.section(name, found, None)
         for task in tensor.present:
-            own = whole_of(plan.own_name(task, name))[0]
-            who = f"task `{plan.tasks[task].name}`"
-            found = located(tasks[task], who, own, tensor.dtype_of(task), plan.whole_shape(tensor, task))
-            if found is not None and vocabulary is not None:
-                rows = vocabulary.tasks[task]
-                found = found.take(rows.common if name == tensor.name else other_rows(rows.common, rows.rows))
-            if found is not None:
-                of_tasks[task][tensor.name] = found if split is None else split.take(found, name)
+            own, who = whole_of(plan.own_name(task, name))[0], f"task `{plan.tasks[task].name}`"
+            shape = plan.whole_shape(name, tensor.shape_of(task), task)
+            if (found := located(tasks[task], who, own, tensor.dtype_of(task), shape)) is not None:
+                of_tasks[task][tensor.name] = plan.section(tensor.name, found, task)
     for record, opened in zip(plan.tasks, tasks):
         if opened.parts != record.parts:
             problems.append(f"task `{record.name}`: other subfolders of {opened.path} hold weights")

@@ -135,7 +135,7 @@ def classes(plan: Plan) -> dict[str, Any]:
 def _bytes(plan: Plan, tensor: PlanTensor, task: int) -> int:
     """Return a task's bytes of a tensor. Tied tensors have no separate rows."""
     is_whole = tensor.class_ is TensorClass.TIED
-    shape = plan.whole_shape(tensor, task) if is_whole else tensor.shape_of(task)
+    shape = plan.whole_shape(tensor.name, tensor.shape_of(task), task) if is_whole else tensor.shape_of(task)
     return math.prod(shape) * ITEM_BYTES[tensor.dtype_of(task)]
 
 
