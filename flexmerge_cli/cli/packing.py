@@ -27,6 +27,7 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import OnProgress, calibration_of, merge
 from flexmerge_cli.merging_sizes import at_sizes, merge_sizes
 from flexmerge_cli.planning import left_out
+from flexmerge_cli.planning.fields import requested_settings
 from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary, servable_summary
 from flexmerge_cli.report.bundle import merge_summary
@@ -245,24 +246,8 @@ def _holds(plan: Plan, given: Given, folder: Path) -> bool:
     old = {task.name: resolved(task.source, folder) for task in plan.readers} | {"": resolved(plan.base.source, folder)}
     new = {name: resolved(source, request.relative_to) for name, source in request.tasks.items()}
     new[""] = resolved(request.base, request.relative_to)
-    settings, order = plan.settings, request.order
-    same_order = (settings.linkage, settings.strategy, settings.similarity, settings.seed) == (
-        order.linkage, order.strategy, order.similarity, order.seed,
-    )  # fmt: skip
-    access = request.access
-    same_files = (settings.variant, settings.ignore, settings.with_code, settings.follow_links) == (
-        access.variant, access.ignore, access.with_code, access.follow_links,
-    )  # fmt: skip
-    same_classes = (settings.merge_heads, settings.private, settings.adapters, settings.assume_base) == (
-        request.merge_heads, request.private, request.adapters, request.assume_base,
-    )  # fmt: skip
-    rules = Path(order.blocks).read_text() if Path(order.blocks).is_file() else None
-    return (
-        old == new
-        and same_order
-        and same_classes
-        and same_files
-        and settings.statistics in ("all", request.statistics)
-        and settings.rules == rules
-        and (rules is not None or settings.blocks == order.blocks)
-    )
+    settings = plan.settings
+    wanted = requested_settings(request)
+    if settings.statistics == "all":
+        wanted = wanted.model_copy(update={"statistics": "all"})
+    return old == new and settings == wanted

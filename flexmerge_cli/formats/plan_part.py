@@ -12,14 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.formats.plan_records import Settings
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed
-from flexmerge_cli.order.linkage import Linkage
-from flexmerge_cli.order.order import Strategy
-from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Count, Digest, Items, Record
 from flexmerge_cli.request.part import MAX_PARTS
-from flexmerge_cli.request.plan import Statistics
 
 FORMAT = "flexmerge.plan-part/1"
 MAX_PART_BYTES = 1 << 30
@@ -36,19 +32,8 @@ class PartRequest(Record):
     base: str
     tasks: dict[str, str]
     blocks: str
-    linkage: Linkage
-    strategy: Strategy
-    similarity: Similarity
-    seed: Count
-    private: tuple[str, ...]
-    merge_heads: bool
-    statistics: Statistics
-    adapters: Adapters
-    assume_base: bool
-    variant: str | None
-    ignore: tuple[str, ...]
-    with_code: bool
-    follow_links: bool
+    """As in `settings`, but the path of a user's own rules.yaml."""
+    settings: Settings
 
 
 class PartCoding(Record):

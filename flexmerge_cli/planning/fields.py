@@ -24,13 +24,16 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
-from flexmerge_cli.formats.plan_records import PlanTensor
+from flexmerge_cli.formats.plan_records import PlanTensor, Settings
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import comparison_unit
 from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.text import is_text
 from flexmerge_cli.version import GENERATOR
+
+SETTINGS_OF_REQUEST = ("adapters", "assume_base", "private", "merge_heads", "statistics")
+SETTINGS_OF_ACCESS = ("variant", "ignore", "with_code", "follow_links")
 
 
 def tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]]) -> list[dict[str, Any]]:
@@ -224,34 +227,24 @@ def plan_of(
         "rows": records[len(family.tensors) :],
         "vocabularies": [asdict(vocabulary) for vocabulary in family.vocabularies],
         "splits": [split.model_dump() for split in family.splits],
-        "settings": {
-            "adapters": request.adapters,
-            "assume_base": request.assume_base,
-            "private": list(request.private),
-            "merge_heads": request.merge_heads,
-            "statistics": request.statistics,
-            "variant": request.access.variant,
-            "ignore": list(request.access.ignore),
-            "with_code": request.access.with_code,
-            "follow_links": request.access.follow_links,
-            **settings_fields(request.order),
-        },
+        "settings": requested_settings(request).model_dump(mode="json"),
         **order_fields(tensors, blocks, request.order),
     }
     return sealed_plan(fields)
 
 
+def requested_settings(request: PlanRequest) -> Settings:
+    """Return the settings of the plan that a request asks for."""
+    asked = {name: getattr(request, name) for name in SETTINGS_OF_REQUEST}
+    access = {name: getattr(request.access, name) for name in SETTINGS_OF_ACCESS}
+    return Settings(**settings_fields(request.order), **asked, **access)
+
+
 def settings_fields(order: OrderSettings) -> dict[str, Any]:
     """Return the fields of `settings` that describe how the order was made."""
     own = Path(order.blocks).is_file()
-    return {
-        "blocks": "rules" if own else order.blocks,
-        "rules": Path(order.blocks).read_text() if own else None,
-        "linkage": str(order.linkage),
-        "strategy": str(order.strategy),
-        "similarity": str(order.similarity),
-        "seed": order.seed,
-    }
+    rules = Path(order.blocks).read_text() if own else None
+    return asdict(order) | {"blocks": "rules" if own else order.blocks, "rules": rules}
 
 
 def order_fields(tensors: Mapping[str, PlanTensor], blocks: Sequence[Block], order: OrderSettings) -> dict[str, Any]:

@@ -6,7 +6,7 @@ in fields.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_part import FORMAT, PartCoding, PartMeasure, PartRequest, PlanPart, read_part
 from flexmerge_cli.formats.sealed import NO_DIGEST, sealed
+from flexmerge_cli.planning.fields import SETTINGS_OF_ACCESS, SETTINGS_OF_REQUEST, requested_settings
 from flexmerge_cli.planning.make import make_plan, measured_alone, opened
 from flexmerge_cli.planning.measuring import OnProgress, silent
 from flexmerge_cli.request.part import Part
@@ -50,7 +51,7 @@ def make_part(
     measures = measured_alone(
         items, asked.request, device=device, threads=threads, max_memory=max_memory, on_progress=on_progress
     )
-    fields = {
+    found = {
         "format": FORMAT,
         "generator": GENERATOR,
         "sha256": NO_DIGEST,
@@ -61,7 +62,7 @@ def make_part(
         "headers": _headers(asked.family),
         "measures": [_written(item, found).model_dump(mode="json") for item, found in zip(items, measures)],
     }
-    return sealed(PlanPart, fields)
+    return sealed(PlanPart, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +109,14 @@ class Parts:
     def request(self) -> PlanRequest:
         """The request that the parts were made for."""
         asked = self.parts[0].request
+        settings = dict(asked.settings)
+        order = {each.name: settings[each.name] for each in fields(OrderSettings)} | {"blocks": asked.blocks}
         return PlanRequest(
             base=asked.base,
             tasks=asked.tasks,
-            order=OrderSettings(
-                blocks=asked.blocks,
-                linkage=asked.linkage,
-                strategy=asked.strategy,
-                similarity=asked.similarity,
-                seed=asked.seed,
-            ),
-            private=asked.private,
-            merge_heads=asked.merge_heads,
-            statistics=asked.statistics,
-            adapters=asked.adapters,
-            assume_base=asked.assume_base,
-            access=replace(
-                self.access,
-                variant=asked.variant,
-                ignore=asked.ignore,
-                with_code=asked.with_code,
-                follow_links=asked.follow_links,
-            ),
+            order=OrderSettings(**order),
+            access=replace(self.access, **{name: settings[name] for name in SETTINGS_OF_ACCESS}),
+            **{name: settings[name] for name in SETTINGS_OF_REQUEST},
         )
 
     def join(self, **run: Any) -> Plan:
@@ -154,17 +141,15 @@ class Parts:
 
 def _differences(left: PlanPart, right: PlanPart) -> list[tuple[str, object, object]]:
     """Return (what, left value, right value) for everything in which two parts of one plan must agree."""
+    requests = left.request, right.request
     pairs: list[tuple[str, object, object]] = [
         ("the number of parts is", left.parts, right.parts),
         ("it was made with", left.arithmetic, right.arithmetic),
     ]
-    for name in PartRequest.model_fields:
-        if name != "tasks":
-            one, other = getattr(left.request, name), getattr(right.request, name)
-            pairs.append((f"--{name.replace('_', '-')} is", one, other))
+    one, other = (dict(part.settings) | {"base": part.base, "blocks": part.blocks} for part in requests)
+    pairs += [(f"--{name.replace('_', '-')} is", one[name], other[name]) for name in one]
     for task in sorted({*left.request.tasks, *right.request.tasks}):
-        one, other = (part.request.tasks.get(task, "missing") for part in (left, right))
-        pairs.append((f"task `{task}` is", one, other))
+        pairs.append((f"task `{task}` is", requests[0].tasks.get(task), requests[1].tasks.get(task)))
     for name in sorted({*left.headers, *right.headers}):
         who = f"task `{name}`" if name else "the base"
         pairs.append((f"the digest of the tensors of {who} is", left.headers.get(name), right.headers.get(name)))
@@ -175,24 +160,12 @@ def _record(request: PlanRequest) -> PartRequest:
     def whole(source: str) -> str:
         return source if is_remote(source) else str((request.relative_to / expanded(source)).absolute())
 
-    order, access = request.order, request.access
+    blocks = request.order.blocks
     return PartRequest(
         base=whole(request.base),
         tasks={name: whole(source) for name, source in sorted(request.tasks.items())},
-        blocks=str(Path(order.blocks).absolute()) if Path(order.blocks).is_file() else order.blocks,
-        linkage=order.linkage,
-        strategy=order.strategy,
-        similarity=order.similarity,
-        seed=order.seed,
-        private=request.private,
-        merge_heads=request.merge_heads,
-        statistics=request.statistics,
-        adapters=request.adapters,
-        assume_base=request.assume_base,
-        variant=access.variant,
-        ignore=access.ignore,
-        with_code=access.with_code,
-        follow_links=access.follow_links,
+        blocks=str(Path(blocks).absolute()) if Path(blocks).is_file() else blocks,
+        settings=requested_settings(request),
     )
 
 
