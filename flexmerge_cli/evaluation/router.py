@@ -19,7 +19,7 @@ from flexmerge_cli.bundle.router import Router
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples, Run
-from flexmerge_cli.evaluation.kinds.sequences import padded_batch, takes_batches
+from flexmerge_cli.evaluation.kinds.sequences import mean_of_tokens, padded_batch, takes_batches
 from flexmerge_cli.evaluation.loading import build_model, require
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.scored import TaskModel
@@ -104,8 +104,7 @@ def pooled(built: Any, batch: Mapping[str, Any]) -> np.ndarray:
     if hidden.dim() == 4:  # [n, channels, height, width]
         mean = hidden.mean((2, 3))
     elif "attention_mask" in batch:
-        mask = batch["attention_mask"][:, :, None].float()
-        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        mean = mean_of_tokens(hidden, batch["attention_mask"][:, :, None].float())
     else:
         mean = hidden.mean(1)
     found: np.ndarray = mean.cpu().numpy()

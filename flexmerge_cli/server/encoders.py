@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.evaluation.kinds.sequences import takes_batches
+from flexmerge_cli.evaluation.kinds.sequences import mean_of_tokens, padded_batch, takes_batches
 from flexmerge_cli.json_file import parse_json
-from flexmerge_cli.server.pictures import Pictures
 from flexmerge_cli.server.refusal import Refusal
-from flexmerge_cli.server.tasks import Task, Tokens, by_shape, require_finite, require_no_options
+from flexmerge_cli.server.tasks import OfImages, Task, Tokens, require_finite, require_no_options
 
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
 MAX_TEXTS = 1000
@@ -50,8 +49,7 @@ class Embeddings(Task):
                 deliver(number, {"embedding": row})
 
     def _batch(self, model: Any, items: Sequence[Any]) -> Tensor:
-        inputs = dict(self.tokens.tokenizer.pad(list(items), padding=True, return_tensors="pt"))
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        inputs = padded_batch(model, self.tokens.tokenizer, list(items))
         states = model(**inputs).last_hidden_state.float()
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, :, None].to(states.dtype)
         found = pooled(states, mask, self.pooling)
@@ -73,7 +71,7 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
         return states[rows, (mask[:, :, 0] * (places + 1)).argmax(1)]
     if pooling == "max":
         return states.masked_fill(mask == 0, -torch.inf).amax(1)
-    return (states * mask).sum(1) / mask.sum(1)
+    return mean_of_tokens(states, mask)
 
 
 def _as_sentence_transformers(name: str, side: Path) -> tuple[str, bool, int | None]:
@@ -146,38 +144,19 @@ def _read(name: str, path: Path) -> Any:
         raise UsageError(said, hint="get a sound copy of the file, or leave the task out with --tasks") from None
 
 
-class _OfImages(Task):
-    """A task that takes images of any shape that its model accepts, and runs those of one shape together."""
-
-    def __init__(self, name: str, side: Path) -> None:
-        super().__init__(name, side)
-        self.pictures = Pictures(name, side)
-
-    def batches(self, items: Sequence[Any]) -> list[list[Any]]:
-        return by_shape(items, lambda item: self._pixels(item).shape)
-
-    def _pixels(self, item: Any) -> Tensor:
-        found: Tensor = item
-        return found
-
-
-class ImageEmbeddings(_OfImages):
+class ImageEmbeddings(OfImages):
     """`image-embedding`: an image in, its projection by the encoder out, of length 1."""
 
     kind = "image-embedding"
 
-    def prepare(self, value: Any, **options: Any) -> Any:
-        require_no_options(self, options)
-        return self.pictures.prepared(value)
-
     def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
-        found = normalize(model(pixel_values=joined(items, model)).image_embeds.float(), dim=-1).cpu()
+        found = normalize(model(pixel_values=self.joined(items, model)).image_embeds.float(), dim=-1).cpu()
         require_finite(found.numpy())
         for number, row in enumerate(found.tolist()):
             deliver(number, {"embedding": row})
 
 
-class ImagesAndTexts(_OfImages):
+class ImagesAndTexts(OfImages):
     """`zero-shot-image-classification`: an image and texts in, the text that fits best out."""
 
     kind = "zero-shot-image-classification"
@@ -196,12 +175,11 @@ class ImagesAndTexts(_OfImages):
             raise Refusal(f"{said}: 1 to {MAX_TEXTS}", param="inputs")
         return self.pictures.prepared(value["image"]), texts, [self.tokens.encoded(text) for text in texts]
 
-    def _pixels(self, item: Any) -> Tensor:
-        found: Tensor = item[0]
-        return found
+    def pixels(self, item: Any) -> Tensor:
+        return super().pixels(item[0])
 
     def run(self, model: Any, items: Sequence[Any], deliver: Callable[[int, Any], None]) -> None:
-        pixels = joined([item[0] for item in items], model)
+        pixels = self.joined(items, model)
         images = normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
         rows = {tuple(row["input_ids"]): row for item in items for row in item[2]}
         vectors = self._text_vectors(model, sorted(rows.values(), key=lambda row: len(row["input_ids"])))
@@ -223,7 +201,3 @@ class ImagesAndTexts(_OfImages):
             texts = normalize(model.text_projection(model.text_model(**inputs).pooler_output), dim=-1)
             found.update(zip((tuple(row["input_ids"]) for row in chunk), texts, strict=True))
         return found
-
-
-def joined(pixels: Sequence[Tensor], model: Any) -> Tensor:
-    return torch.cat(list(pixels)).to(model.device, model.dtype)

@@ -105,10 +105,8 @@ class Texts(_Classes):
         return self._outputs(logits)
 
 
-class Images(_Classes):
-    """`image-classification`: takes an array of pixels, or the bytes of a picture."""
-
-    kind = "image-classification"
+class OfImages(Task):
+    """A task that takes images of any shape that its model accepts, and runs those of one shape at once."""
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
@@ -119,11 +117,26 @@ class Images(_Classes):
         return self.pictures.prepared(value)
 
     def batches(self, items: Sequence[Any]) -> list[list[Any]]:
-        return by_shape(items, lambda item: item.shape)
+        shapes = {tuple(self.pixels(item).shape) for item in items}
+        return [[item for item in items if tuple(self.pixels(item).shape) == shape] for shape in sorted(shapes)]
+
+    def pixels(self, item: Any) -> torch.Tensor:
+        """Return the pixels of a row, [1, channels, height, width]."""
+        found: torch.Tensor = item
+        return found
+
+    def joined(self, items: Sequence[Any], model: Any) -> torch.Tensor:
+        """Return the pixels of a batch, where and as the model computes."""
+        return torch.cat([self.pixels(item) for item in items]).to(model.device, model.dtype)
+
+
+class Images(OfImages, _Classes):
+    """`image-classification`: takes an array of pixels, or the bytes of a picture."""
+
+    kind = "image-classification"
 
     def answers(self, model: Any, items: Sequence[Any]) -> list[Any]:
-        logits = model(pixel_values=torch.cat(list(items)).to(model.device, model.dtype)).logits
-        return self._outputs(logits.float().cpu().numpy())
+        return self._outputs(model(pixel_values=self.joined(items, model)).logits.float().cpu().numpy())
 
 
 class Generated(Task):
@@ -246,12 +259,6 @@ class Tokens:
         if self.longest is not None and len(ids) > self.longest:
             said = f"an input has {len(ids)} tokens, and task `{self.name}` takes {self.longest}"
             raise Refusal(said, code="context_length_exceeded")
-
-
-def by_shape(items: Sequence[Any], shape_of: Callable[[Any], Any]) -> list[list[Any]]:
-    """Split rows into batches of one shape."""
-    shapes = {tuple(shape_of(item)) for item in items}
-    return [[item for item in items if tuple(shape_of(item)) == shape] for shape in sorted(shapes)]
 
 
 def require_no_options(task: Task, options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from flexmerge_cli.evaluation.kinds.tokens import load_tokenizer, max_length
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.scored import TaskModel
 from flexmerge_cli.evaluation.task_spec import TaskSpec
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.record import Record
 
 HEAD = "ForSequenceClassification"
@@ -96,6 +97,12 @@ def padded_batch(built: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) 
     else:
         inputs = dict(tokenizer.pad(rows, padding=True, return_tensors="pt"))
     return {name: value.to(built.device) for name, value in inputs.items()}
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over tokens, [batch, width]. states: [batch, tokens, width]; mask: [batch, tokens, 1], 0 for
+    padding."""
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _is_decoder(built: Any) -> bool:
