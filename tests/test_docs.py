@@ -103,3 +103,21 @@ def test_the_index_lists_every_page():
 
 def test_the_readme_stays_short():
     assert len(read("README.md").splitlines()) <= 250
+
+
+def test_the_layout_has_a_line_for_every_folder_of_the_package_and_no_other():
+    layout = read("docs/architecture.md").partition("## Layout")[2].partition("## Invariants")[0]
+    folders = {path.parent.name for path in (ROOT / "flexmerge_cli").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` \|", layout, re.MULTILINE)) == folders
+
+
+def test_what_an_answer_names_is_in_the_files_that_it_links():
+    answers = read("docs/architecture.md").partition("## Where does it happen?")[2].partition("## How to add")[0]
+    rows = [line for line in answers.splitlines() if "](" in line]
+    assert len(rows) >= 10
+    for row in rows:
+        linked = [ROOT / "docs" / target for target in re.findall(r"\]\(([^)#]+)", row)]
+        files = [file for path in linked for file in ([path] if path.is_file() else path.rglob("*.py"))]
+        text = "".join(file.read_text() for file in files)
+        for name in re.findall(r"`([^`]+)`", row.partition(" | ")[2]):
+            assert name.rpartition(".")[2].rstrip("=") in text, row
