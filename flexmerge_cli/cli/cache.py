@@ -29,6 +29,7 @@ def cache(
 
     def show(found: dict[str, Any]) -> None:
         done = "removed from" if clear else "in"
-        print(f"{found['entries']:,} scores, {human_bytes(found['bytes'])}, {done} {found['folder']}")
+        files = f"{found['entries']:,} file{'s' * (found['entries'] != 1)}"
+        print(f"{files}, {human_bytes(found['bytes'])}, {done} {found['folder']}")
 
     emit(value, as_json=as_json, quiet=quiet, show=show)
