@@ -52,7 +52,7 @@ def family(tmp_path_factory) -> Folders:
 def plan(family):
     """Its plan."""
     path = family.root / "plan.json"
-    succeeds("plan", *family.arguments, "-o", path)
+    succeeds("plan", "-q", *family.arguments, "-o", path)
     return path
 
 
@@ -77,7 +77,7 @@ def odd_plan(odd_family):
     def get(name: str):
         if name not in made:
             made[name] = odd_family(name).root / "plan.json"
-            succeeds("plan", *odd_family(name).arguments, "-o", made[name])
+            succeeds("plan", "-q", *odd_family(name).arguments, "-o", made[name])
         return made[name]
 
     return get

@@ -393,21 +393,21 @@ def test_a_recipe_may_ask_for_it(family, tmp_path):
 
 def test_a_plan_without_statistics_says_so_and_gets_them(plan, family, tmp_path):
     bare, full = tmp_path / "bare.json", tmp_path / "full.json"
-    succeeds("plan", *family.arguments, "--statistics", "gram", "-o", bare)
+    succeeds("plan", "-q", *family.arguments, "--statistics", "gram", "-o", bare)
     result = fails(2, "merge", bare, "--method", "auto", "-o", tmp_path / "b")
     assert "flexmerge plan plan.json --statistics all" in result.err
     # Sources are relative to the plan's folder, and so is the other plan's.
-    succeeds("plan", bare, "--statistics", "all", "-o", full)
+    succeeds("plan", "-q", bare, "--statistics", "all", "-o", full)
     fresh = tmp_path / "fresh.json"
-    succeeds("plan", *family.arguments, "-o", fresh)
+    succeeds("plan", "-q", *family.arguments, "-o", fresh)
     assert full.read_bytes() == fresh.read_bytes()
-    succeeds("plan", fresh, "--statistics", "gram", "-o", full, "--force")
+    succeeds("plan", "-q", fresh, "--statistics", "gram", "-o", full, "--force")
     assert full.read_bytes() == bare.read_bytes()
 
 
 def test_adding_statistics_checks_the_weights(tmp_path):
     folders = write_family(tmp_path, plain())
-    succeeds("plan", *folders.arguments, "--statistics", "gram", "-o", tmp_path / "bare.json")
+    succeeds("plan", "-q", *folders.arguments, "--statistics", "gram", "-o", tmp_path / "bare.json")
     place = folders.tasks["task1"] / "model.safetensors"
     data = bytearray(place.read_bytes())
     data[-1] ^= 1

@@ -50,7 +50,7 @@ def test_every_model_comes_back_at_its_full_size(name, method, odd_family, odd_p
 def test_every_layout_of_a_checkpoint_comes_back(name, layout, tmp_path):
     models = ODD[name]()
     folders = write_family(tmp_path / "family", models, layout=layout)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "bundle")
     assert_gives_back(tmp_path / "bundle", models, tmp_path)
 
@@ -89,7 +89,7 @@ def test_what_is_not_mergeable_comes_back_whatever_is_merged(name, method, odd_f
 
 def test_a_group_of_one_keeps_every_bit_and_no_other_does(tmp_path):
     folders = write_family(tmp_path, plain())
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", "--method", "average", "--size", "2.5x", "-o", tmp_path / "bundle")
     opened = open_bundle(tmp_path / "bundle")
     alone = merged = 0
@@ -110,7 +110,7 @@ def test_a_task_of_one_group_with_an_equal_one_is_exact(tmp_path):
     base = encoder()
     models = Models(base=base, tasks={"a": tuned(base, 1), "b": tuned(base, 1), "c": tuned(base, 2)})
     folders = write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     result = succeeds(
         "merge", tmp_path / "plan.json", "--method", "task_arithmetic", "--size", "2x", "-o", tmp_path / "b", "--json"
     )

@@ -46,7 +46,7 @@ def rules(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, rules):
     found = write_family(tmp_path_factory.mktemp("family"), plain())
-    succeeds("plan", *found.arguments, "--blocks", rules, "-o", found.root / "plan.json")
+    succeeds("plan", "-q", *found.arguments, "--blocks", rules, "-o", found.root / "plan.json")
     return found
 
 
@@ -145,7 +145,7 @@ def test_a_slice_of_a_layer_is_one_block_of_rows_and_columns(folders):
 )
 def test_models_come_back_bit_by_bit(tmp_path, rules, name, layout):
     folders = write_family(tmp_path, ODD[name](), layout=layout)
-    succeeds("plan", *folders.arguments, "--blocks", rules, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "--blocks", rules, "-o", tmp_path / "plan.json")
     bundle = merged(folders, tmp_path / "bundle")
     assert verify(bundle, decode=True).broken_tasks == ()
     opened = open_bundle(bundle)
@@ -199,7 +199,7 @@ def test_every_way_to_read_a_bundle_joins_the_parts(folders, tmp_path, options):
 @pytest.mark.parametrize("name", ["bf16", "constants"])
 def test_references_are_the_sources_and_the_base(tmp_path, rules, name):
     folders = write_family(tmp_path, ODD[name]())
-    succeeds("plan", *folders.arguments, "--blocks", rules, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "--blocks", rules, "-o", tmp_path / "plan.json")
     plan = load_plan(tmp_path / "plan.json")
     bundle = Bundle.open(merged(folders, tmp_path / "bundle"))
     sources = open_sources(plan, tmp_path)
@@ -234,7 +234,7 @@ def test_merged_adapters_are_split_and_others_refuse(tmp_path, rules):
         fails(2, "plan", *sources, "--blocks", rules, "--adapters", kind, "-o", tmp_path / "no.json", says="split")
     states = {}
     for kind, blocks in (("whole", "component"), ("split", rules)):
-        succeeds("plan", *sources, "--adapters", "merge", "--blocks", blocks, "-o", tmp_path / f"{kind}.json")
+        succeeds("plan", "-q", *sources, "--adapters", "merge", "--blocks", blocks, "-o", tmp_path / f"{kind}.json")
         succeeds("merge", tmp_path / f"{kind}.json", "-o", tmp_path / kind)
         states[kind] = dict(open_bundle(tmp_path / kind).view("task1"))
     assert_same_state(states["split"], states["whole"])
@@ -243,12 +243,12 @@ def test_merged_adapters_are_split_and_others_refuse(tmp_path, rules):
 def test_other_blocks_of_the_same_measurements(folders, tmp_path, rules):
     """Whole blocks merge what is in a tensor's parts together; another split needs the weights."""
     plan = folders.root / "plan.json"
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "whole.json")
-    succeeds("plan", plan, "--blocks", "component", "-o", tmp_path / "joined.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "whole.json")
+    succeeds("plan", "-q", plan, "--blocks", "component", "-o", tmp_path / "joined.json")
     whole, joined = load_plan(tmp_path / "whole.json"), load_plan(tmp_path / "joined.json")
     assert [block.name for block in joined.blocks] == [block.name for block in whole.blocks]
     assert [(m.block, m.left, m.right) for m in joined.order] == [(m.block, m.left, m.right) for m in whole.order]
-    succeeds("plan", tmp_path / "joined.json", "--blocks", rules, "-o", tmp_path / "again.json")
+    succeeds("plan", "-q", tmp_path / "joined.json", "--blocks", rules, "-o", tmp_path / "again.json")
     again = load_plan(tmp_path / "again.json")
     assert (again.order, again.blocks) == (load_plan(plan).order, load_plan(plan).blocks)
     (tmp_path / "other.yaml").write_text(RULES.replace(f"parts: {PARTS}", "parts: 2"))
@@ -261,13 +261,13 @@ def test_a_task_is_added_to_and_removed_from_a_plan_with_splits(folders, tmp_pat
     some = [word for name, path in list(folders.tasks.items())[:3] for word in ("--task", f"{name}={path}")]
     last = folders.tasks["task3"]
     for plan, sources in (("fewer", some), ("none", [*some[2:], "--task", f"task3={last}"])):
-        succeeds("plan", "--base", folders.base, *sources, "--blocks", rules, "-o", tmp_path / f"{plan}.json")
+        succeeds("plan", "-q", "--base", folders.base, *sources, "--blocks", rules, "-o", tmp_path / f"{plan}.json")
     succeeds(
         "plan", tmp_path / "fewer.json", "--add", f"task3={last}", "--blocks", rules, "-o", tmp_path / "added.json"
     )
     added, whole = load_plan(tmp_path / "added.json"), load_plan(wanted)
     assert (added.tensors, added.splits, added.order) == (whole.tensors, whole.splits, whole.order)
-    succeeds("plan", wanted, "--remove", "task0", "--blocks", rules, "-o", tmp_path / "removed.json")
+    succeeds("plan", "-q", wanted, "--remove", "task0", "--blocks", rules, "-o", tmp_path / "removed.json")
     removed, fresh = load_plan(tmp_path / "removed.json"), load_plan(tmp_path / "none.json")
     assert (removed.tensors, removed.order) == (fresh.tensors, fresh.order)
 
@@ -302,7 +302,7 @@ def test_a_checkpoint_with_a_name_of_a_part_is_refused(tmp_path):
 
 
 def test_a_dry_run_has_the_splits(folders, rules):
-    succeeds("plan", *folders.arguments, "--blocks", rules, "--dry-run")
+    succeeds("plan", "-q", *folders.arguments, "--blocks", rules, "--dry-run")
     assert load_plan(folders.root / "plan.json").splits[0].parts == PARTS
 
 

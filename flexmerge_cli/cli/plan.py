@@ -123,7 +123,7 @@ def plan(
     from flexmerge_cli.bundle.kind import Kind
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_part, show_plan
-    from flexmerge_cli.request.merge import merge_request
+    from flexmerge_cli.request.merge import MergeRequest, merge_request
 
     if method is None and (size is not None or merges is not None):
         method = "average"  # every method that stores one dense value per block is cut in the same place
@@ -155,7 +155,10 @@ def plan(
                 on_progress=on_progress,
                 on_open=families.append,
             )
-        value = plan_summary(found, output, request, *families, all_methods=all_methods)
+        is_shown = as_json or not quiet or request != MergeRequest()  # a size may be out of reach
+        value = {"warnings": []}
+        if is_shown:
+            value = plan_summary(found, output, request, *families, all_methods=all_methods)
         if html is not None:
             write_page(output, html, Kind.PLAN)
     out.warn(value["warnings"], quiet=quiet)

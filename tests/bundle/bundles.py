@@ -17,7 +17,7 @@ from ..program import succeeds
 def make(root: Path, *options: object, name: str = "heads", layout: str = "file") -> Path:
     """A bundle of one of the odd families; the plan beside it."""
     folders = write_family(root, ODD[name](), layout=layout)
-    succeeds("plan", *folders.arguments, "-o", root / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", root / "plan.json")
     succeeds("merge", root / "plan.json", *options, "-o", root / "bundle")
     return root / "bundle"
 

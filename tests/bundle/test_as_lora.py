@@ -29,7 +29,7 @@ def packed(root: Path, *options: object, kind="llama", configs=CONFIGS, of="task
     """A bundle of adapters, or (of="merged") of the full models that they make."""
     adapted = make(root / "made", kind, configs)
     sources = {"tasks": adapted.tasks, "merged": adapted.merged}[of]
-    succeeds("plan", "--base", adapted.base, "--tasks", sources, *more, "-o", root / "plan.json")
+    succeeds("plan", "-q", "--base", adapted.base, "--tasks", sources, *more, "-o", root / "plan.json")
     succeeds("merge", root / "plan.json", *options, "-o", root / "bundle")
     return adapted, root / "bundle"
 
@@ -110,7 +110,7 @@ def test_the_adapters_of_a_pool_come_without_a_base(tmp_path):
 def test_a_task_that_changes_nothing_has_an_adapter_of_zeros(tmp_path):
     adapted = make(tmp_path / "made", "llama", CONFIGS)
     tasks = (f"--task=a={adapted.merged / 'a'}", f"--task=same={adapted.base}")
-    succeeds("plan", "--base", adapted.base, *tasks, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", "--base", adapted.base, *tasks, "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", *OF_BASE, "-o", tmp_path / "bundle")
     succeeds("export", tmp_path / "bundle", "--as-lora", "-o", tmp_path / "out")
     found = served(adapted, tmp_path / "out/adapters", tmp_path / "out/base", ["same", "a"])
@@ -129,7 +129,7 @@ def test_servable_keeps_all_of_merged_loras_and_of_full_fine_tunes_at_least_what
     merged = [f"--task={name}={adapted.merged / name}" for name in "ab"]
     full = [f"--task=full{seed}={adapted.full(f'full{seed}', seed)}" for seed in (1, 2)]
     for name, tasks in (("loras", merged), ("mixed", merged + full)):
-        succeeds("plan", "--base", adapted.base, *tasks, "-o", tmp_path / f"{name}.json")
+        succeeds("plan", "-q", "--base", adapted.base, *tasks, "-o", tmp_path / f"{name}.json")
     merge = ("merge", tmp_path / "loras.json", "--servable", "lora:rank=64")
     told = succeeds(*merge, "--dry-run", "-o", tmp_path / "x", "--json").json
     assert told["servable"]["rank"] == 4 and set(told["servable"]["captured"].values()) == {1.0}
@@ -211,7 +211,7 @@ def test_what_is_not_low_rank_is_refused_by_its_first_tensor_and_nothing_is_writ
     plan = full[2]
     if not is_full:
         adapted, plan = make(tmp_path / "made", "llama", configs), tmp_path / "plan.json"
-        succeeds("plan", "--base", adapted.base, "--tasks", adapted.tasks, "-o", plan)
+        succeeds("plan", "-q", "--base", adapted.base, "--tasks", adapted.tasks, "-o", plan)
     succeeds("merge", plan, *options, "-o", tmp_path / "bundle")
     done = fails(2, "export", tmp_path / "bundle", "--as-lora", "-o", tmp_path / "out", says=(tensor, "LoRA"))
     first = next(t["name"] for t in manifest_of(tmp_path / "bundle")["tensors"] if t["name"] in done.err)

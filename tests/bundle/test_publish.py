@@ -31,7 +31,7 @@ def large(tmp_path_factory):
     base = encoder() | {f"encoder.layer.{n}.mlp.weight": normal(n, 500, 400) for n in range(5)}
     models = Models(base=base, tasks={f"task{n}": tuned(base, n + 1) for n in range(4)})
     folders = write_family(tmp_path_factory.mktemp("large"), models)
-    succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", folders.root / "plan.json")
     return folders
 
 
@@ -146,7 +146,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(large, tmp_
 def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(free_pages, tmp_path):
     """The bytes would fit; their blocks do not, be it in the weights, a side file or the manifest."""
     folders = write_family(tmp_path / "family", plain(num_tasks=3))
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     needed = succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "b", "--dry-run", "--json").json["total_bytes"]
     pages = -(-needed // 4096) + free_pages
     with small_disk(tmp_path / "disk", f"{4 * pages}k") as disk:
@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(free_pages, 
 @pytest.mark.parametrize("pages", [1, 2, 5, 9])
 def test_every_output_on_a_disk_that_fills_up_is_told_and_nothing_is_left(pages, merged, tmp_path):
     family = write_family(tmp_path / "family", plain(num_tasks=3))
-    succeeds("plan", *family.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *family.arguments, "-o", tmp_path / "plan.json")
     for command in (
         ("plan", *family.arguments, "-o"),
         ("export", merged, "--task", "task0", "-o"),
@@ -179,7 +179,7 @@ def test_every_output_on_a_disk_that_fills_up_is_told_and_nothing_is_left(pages,
 
 def test_a_disk_that_is_just_large_enough_is_enough(tmp_path):
     folders = write_family(tmp_path / "family", plain(num_tasks=3))
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     with small_disk(tmp_path / "disk", "160k") as disk:
         succeeds("merge", tmp_path / "plan.json", "-o", disk / "b")
         assert verify(disk / "b").bad == {}
@@ -252,7 +252,7 @@ def test_a_place_is_refused_before_anything_is_read(plan, tmp_path, monkeypatch)
 @pytest.mark.parametrize("place", ["base", "base/inside", "tasks", "tasks/task1", "tasks/task1/deep", "."])
 def test_a_bundle_never_lies_over_in_or_around_an_input(place, tmp_path):
     folders = write_family(tmp_path / "family", plain(num_tasks=2))
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     before = tree(tmp_path)
     target = folders.root / place
     target.parent.mkdir(exist_ok=True)
@@ -265,7 +265,7 @@ def test_a_bundle_never_lies_over_in_or_around_an_input(place, tmp_path):
 def test_an_input_inside_the_bundle_that_would_be_replaced_is_safe(tmp_path):
     """Someone keeps a checkpoint in an old bundle's folder."""
     folders = write_family(tmp_path / "family", plain(num_tasks=2))
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     succeeds("merge", tmp_path / "plan.json", "-o", tmp_path / "b")
     folders.tasks["task1"].rename(tmp_path / "b/kept")
     relocate = f"{folders.tasks['task1']}={tmp_path / 'b/kept'}"
@@ -295,7 +295,7 @@ def test_an_unwritable_place_is_told_before_anything_is_read():
     try:
         root.chmod(0o755)
         folders = write_family(root / "family", plain(num_tasks=2))
-        succeeds("plan", *folders.arguments, "-o", root / "plan.json")
+        succeeds("plan", "-q", *folders.arguments, "-o", root / "plan.json")
         succeeds("merge", root / "plan.json", "-o", root / "b")
         (root / "closed").mkdir(mode=0o555)
         for arguments in (
@@ -371,7 +371,7 @@ def test_where_few_files_can_be_open_it_is_said_so_and_nothing_is_left(tmp_path)
     folders = write_family(tmp_path / "family", plain(num_tasks=3))
     outputs = tmp_path / "out"
     outputs.mkdir()
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     bundle = tmp_path / "bundle"
     merge = ("merge", tmp_path / "plan.json", "--method", "average", "--size", "2x", "-q", "--threads", 1, "-o")
     succeeds(*merge, bundle)

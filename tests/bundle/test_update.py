@@ -117,7 +117,7 @@ def test_a_task_whose_weights_are_others_is_written_anew(grown, tmp_path):
     write_checkpoint(tmp_path / "tasks/task1", changed)
     for name in ("vocab.txt", "config.json"):
         shutil.copy(grown / "tasks/task1" / name, tmp_path / "tasks/task1" / name)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "all.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "all.json")
     for method in ("exact", "average-half", "bf16"):
         out = tmp_path / method
         succeeds("merge", grown / "few.json", *METHODS[method], "-o", out / "old")
@@ -186,13 +186,13 @@ def test_damaged_parts_are_found_and_nothing_is_written(method, grown, tmp_path)
 
 def test_what_does_not_belong_together_is_refused(grown, tmp_path):
     other = write_family(tmp_path / "other", ODD["small_shapes"]())
-    succeeds("plan", *other.arguments, "-o", tmp_path / "other.json")
+    succeeds("plan", "-q", *other.arguments, "-o", tmp_path / "other.json")
     out = ("-o", tmp_path / "new")
     fails(
         2, "update", grown / "few", "--plan", tmp_path / "other.json", *out, says=("another base", str(other.base.name))
     )
     tasks = [f"--remove=task{number}" for number in range(3)]
-    succeeds("plan", grown / "all.json", *tasks, "-o", tmp_path / "last.json")
+    succeeds("plan", "-q", grown / "all.json", *tasks, "-o", tmp_path / "last.json")
     fails(2, "update", grown / "few", "--plan", tmp_path / "last.json", *out, says=("has no task of", "task0, task1"))
     fails(2, "update", KEPT, "--plan", grown / "all.json", *out, says="does not record what it was made from")
     fails(4, "update", tmp_path, "--plan", grown / "all.json", *out, says="no bundle at")

@@ -88,6 +88,12 @@ def test_errors_of_a_recipe_are_in_our_words(family, tmp_path, more, says):
     assert "Input should" not in error and "pydantic" not in error and ", line " in error
 
 
+def test_a_quiet_plan_computes_nothing_to_show_and_still_refuses_a_size_out_of_reach(family, tmp_path, monkeypatch):
+    fails(6, "plan", *family.arguments, "-o", tmp_path / "a.json", "--size", "0.1x", "-q", says="smallest")
+    monkeypatch.setattr("flexmerge_cli.report.plan.plan_summary", None)
+    succeeds("plan", *family.arguments, "-o", tmp_path / "b.json", "-q")
+
+
 def test_quiet_prints_nothing_but_errors(family, tmp_path):
     plan = tmp_path / "plan.json"
     for arguments in (

@@ -50,12 +50,12 @@ def measurements(path):
 def test_what_is_streamed_is_what_is_on_the_disk(layout, hub, tmp_path, small_requests):
     folders = write_family(tmp_path / "made", large(), layout=layout)
     arguments = publish(hub, folders)
-    succeeds("plan", *arguments, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *arguments, "--stream", "-o", tmp_path / "plan.json")
     total = sum(path.stat().st_size for path in folders.root.rglob("*.safetensors"))
     if layout in ("file", "shards"):
         assert hub.weights_sent() == total, "each byte once"
     assert not [path for path in (tmp_path / "hub-cache").rglob("*") if path.suffix in (".safetensors", ".bin")]
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "local.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "local.json")
     assert measurements(tmp_path / "plan.json") == measurements(tmp_path / "local.json")
     every = (["--method", "emr"], ["--method", "ties", "--size", "2x"], [])
     for number, options in enumerate(every if layout == "file" else every[:1]):
@@ -89,7 +89,7 @@ def test_python_streams_too(hub, tmp_path, small_requests):
 def test_requests_are_few_and_large(hub, tmp_path, small_requests):
     folders = write_family(tmp_path / "made", large())
     arguments = publish(hub, folders)
-    succeeds("plan", *arguments, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *arguments, "--stream", "-o", tmp_path / "plan.json")
     asked = [path for method, path, asked in hub.requests if asked is not None and path.startswith("/cdn/org/task0")]
     size = (folders.tasks["task0"] / "model.safetensors").stat().st_size
     tensors = 3
@@ -101,7 +101,7 @@ def test_requests_are_few_and_large(hub, tmp_path, small_requests):
 def test_a_signed_address_that_expires_is_asked_for_anew(hub, tmp_path, small_requests, monkeypatch):
     folders = write_family(tmp_path / "made", large())
     arguments = publish(hub, folders)
-    succeeds("plan", *arguments, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *arguments, "--stream", "-o", tmp_path / "plan.json")
     hub.signature = 7
     succeeds("merge", tmp_path / "plan.json", "--method", "average", "--stream", "-o", tmp_path / "bundle")
     succeeds("inspect", tmp_path / "bundle", "--verify")
@@ -113,8 +113,8 @@ def test_connections_that_break_do_not_show(hub, tmp_path, small_requests, monke
     folders = write_family(tmp_path / "made", large())
     arguments = publish(hub, folders)
     hub.cuts["org/task1/model.safetensors"] = [10, 0, 1000, 70_000, 5]
-    succeeds("plan", *arguments, "--stream", "-o", tmp_path / "plan.json")
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "local.json")
+    succeeds("plan", "-q", *arguments, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "local.json")
     assert measurements(tmp_path / "plan.json") == measurements(tmp_path / "local.json")
 
 
@@ -122,7 +122,7 @@ def test_a_source_that_breaks_for_good_is_told_and_nothing_is_left(hub, tmp_path
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     folders = write_family(tmp_path / "made", large())
     arguments = publish(hub, folders)
-    succeeds("plan", *arguments, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *arguments, "--stream", "-o", tmp_path / "plan.json")
     hub.cuts["org/task1/model.safetensors"] = [10_000_000] * 2 + [0] * 1000
     fails(4, "merge", tmp_path / "plan.json", "--stream", "-o", tmp_path / "bundle", says="org/task1")
     assert not [path for path in tmp_path.iterdir() if "bundle" in path.name]
@@ -147,7 +147,9 @@ def test_max_memory_bounds_what_is_held(hub, tmp_path, small_requests, monkeypat
         pools.append(pool)
 
     monkeypatch.setattr(stream.StreamPool, "__init__", noted)
-    succeeds("plan", *arguments, "--stream", "--max-memory", "200MiB", "--threads", "1", "-o", tmp_path / "plan.json")
+    succeeds(
+        "plan", "-q", *arguments, "--stream", "--max-memory", "200MiB", "--threads", "1", "-o", tmp_path / "plan.json"
+    )
     (pool,) = pools
     assert pool.max_bytes == (200 << 20) // 3
     assert 0 < pool.most_bytes <= pool.max_bytes
@@ -222,11 +224,11 @@ def test_a_web_server_is_a_source(web, tmp_path):
     given = ["--base", f"{address}/base", *tasks]
     shown = succeeds("inspect", f"{address}/tasks/task0", "--json").json
     assert shown["side_files"] == ["README.md", "config.json", "vocab.txt"]
-    succeeds("plan", *given, "--dry-run")
+    succeeds("plan", "-q", *given, "--dry-run")
     done = fails(2, "plan", *given, "-o", tmp_path / "plan.json", says="can only be streamed")
     assert "hint: add --stream" in done.err
-    succeeds("plan", *given, "--stream", "-o", tmp_path / "plan.json")
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "local.json")
+    succeeds("plan", "-q", *given, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "local.json")
     assert measurements(tmp_path / "plan.json") == measurements(tmp_path / "local.json")
     succeeds("merge", tmp_path / "plan.json", "--method", "average", "--size", "2x", "--stream", "-o", tmp_path / "b")
     succeeds("inspect", tmp_path / "b", "--verify")
@@ -242,8 +244,8 @@ def test_an_object_store_is_a_source(bucket, tmp_path):
     bucket.put(str(folders.root), "/models", recursive=True)
     tasks = [argument for name in folders.tasks for argument in ("--task", f"{name}=memory://models/tasks/{name}")]
     given = ["--base", "memory://models/base", *tasks]
-    succeeds("plan", *given, "--stream", "-o", tmp_path / "plan.json")
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "local.json")
+    succeeds("plan", "-q", *given, "--stream", "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "local.json")
     assert measurements(tmp_path / "plan.json") == measurements(tmp_path / "local.json")
     succeeds("merge", tmp_path / "plan.json", "--method", "emr", "--stream", "-o", tmp_path / "bundle")
     bucket.pipe("/models/tasks/task0/model.safetensors", (folders.tasks["task1"] / "model.safetensors").read_bytes())

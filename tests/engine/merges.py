@@ -107,7 +107,7 @@ PARTITIONS = ((8,), (1, 7), (2, 6), (3, 5), (4, 4), (1, 2, 5), (2, 3, 3), (1,) *
 def planned(root: Path, models: Models, *options: object) -> Folders:
     """Write a family to disk, with its `root/plan.json`."""
     folders = write_family(root, models)
-    succeeds("plan", *folders.arguments, *options, "-o", root / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, *options, "-o", root / "plan.json")
     return folders
 
 

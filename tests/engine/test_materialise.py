@@ -34,7 +34,7 @@ def large(tmp_path_factory):
     for number, state in enumerate(models.tasks.values()):
         state["classifier.weight"] = normal(number, 9 + 70_000 * (number % 2), 1)
     folders = write_family(tmp_path_factory.mktemp("large"), models)
-    succeeds("plan", *folders.arguments, "-o", folders.root / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", folders.root / "plan.json")
     return folders
 
 
@@ -98,7 +98,7 @@ def test_distance_is_null_where_the_task_is_the_base_and_is_changed(tmp_path):
     base = encoder()
     models = Models(base=base, tasks={"same": dict(base), "other": tuned(base, 1)})
     folders = write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     result = succeeds("merge", tmp_path / "plan.json", "--method", "average", "-o", tmp_path / "b", "--json")
     assert result.json["tasks"]["same"]["distance"] is None
     assert result.json["tasks"]["other"]["distance"] == pytest.approx(0.5, rel=1e-3)
@@ -136,7 +136,7 @@ def flip(path, name, *, bit=0):
 )
 def test_one_changed_bit_of_a_source_is_an_error(where, name, says, size, large, tmp_path):
     folders = write_family(tmp_path, large.models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     flip(tmp_path / where / "model.safetensors", name)
     before = sorted(tmp_path.iterdir())
     fails(
@@ -148,7 +148,7 @@ def test_one_changed_bit_of_a_source_is_an_error(where, name, says, size, large,
 def test_a_changed_base_is_an_error_where_it_is_needed(large, tmp_path):
     """At full size nothing is compared with the base, and none is needed."""
     folders = write_family(tmp_path, large.models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     flip(tmp_path / "base/model.safetensors", "pooler.dense.weight")
     fails(
         3,
@@ -165,7 +165,7 @@ def test_a_changed_base_is_an_error_where_it_is_needed(large, tmp_path):
 
 def test_no_thread_outlives_a_run_that_failed(large, tmp_path):
     folders = write_family(tmp_path, large.models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     flip(tmp_path / "tasks/task0/model.safetensors", "classifier.weight")
     with pytest.raises(DataError) as raised:
         write(folders, merge_request(method="average"), tmp_path / "b", chunk_elements=1024, threads=3)
@@ -184,7 +184,7 @@ def test_a_cast_that_overflows_is_an_error(name, tmp_path):
     state = models.tasks["task1"]
     state[name].view(-1)[-1] = 1e6
     folders = write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     place = str([n - 1 for n in state[name].shape])
     for method in ((), ("--method", "average")):
         fails(
@@ -207,10 +207,10 @@ def test_a_method_that_overflows_is_an_error_with_its_place(tmp_path):
     for state in models.tasks.values():
         state["pooler.dense.weight"][2, 3] = 3e38
     folders = write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     models.tasks["task0"]["pooler.dense.weight"][2, 3] = 2e38
     write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json", "--force")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json", "--force")
     fails(
         3, "merge", tmp_path / "plan.json", "--method", "task_arithmetic:scale=1.5", "-o", tmp_path / "b",
         says=("`task_arithmetic` gives a value that is not finite as F32 in `pooler.dense.weight` at [2, 3]",),
@@ -221,7 +221,7 @@ def test_a_row_too_large_for_a_scale_of_a_byte_is_an_error_with_its_tensor(tmp_p
     models = plain(num_tasks=2)
     models.tasks["task1"]["pooler.dense.weight"][2] = 1e6
     folders = write_family(tmp_path, models)
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     words = ("merge", tmp_path / "plan.json", "-o", tmp_path / "b", "--method")
     fails(
         3, *words, "low_bit:bits=2,centre=base,scales=byte",
@@ -253,7 +253,7 @@ def test_negative_zero_is_written_as_zero_where_values_are_made(tmp_path):
         "b": {"layer.0.mlp.weight": torch.tensor([0.0, 0.0, 0.0]), "layer.0.attn.weight": torch.ones(3) * 2},
     }
     folders = write_family(tmp_path, Models(base=base, tasks=tasks))
-    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", tmp_path / "plan.json")
     for dtype in ("fp32", "bf16", "fp16"):
         succeeds("merge", tmp_path / "plan.json", "--method", "average", "--dtype", dtype, "-o", tmp_path / dtype)
         merged = open_bundle(tmp_path / dtype).view("a")["layer.0.mlp.weight"]

@@ -58,6 +58,6 @@ def write_spec(
 
 def digits(folder: Path) -> Digits:
     sources = [word for task in TASKS for word in ("--task", f"{task}={DIGITS / 'tasks' / task}")]
-    succeeds("plan", "--base", DIGITS / "base", *sources, "-o", folder / "plan.json")
+    succeeds("plan", "-q", "--base", DIGITS / "base", *sources, "-o", folder / "plan.json")
     write_spec(folder / "eval.yaml")
     return Digits(folder=folder)

@@ -18,9 +18,9 @@ def made(tmp_path_factory):
     """Plans of four and of three tasks; bundles by average and by ties, and the former again."""
     root = tmp_path_factory.mktemp("diff")
     folders = write_family(root, plain())
-    succeeds("plan", *folders.arguments, "-o", root / "plan.json")
+    succeeds("plan", "-q", *folders.arguments, "-o", root / "plan.json")
     few = [f"--task={name}={folders.tasks[name]}" for name in ("task0", "task1", "task3")]
-    succeeds("plan", "--base", folders.base, *few, "-o", root / "few.json")
+    succeeds("plan", "-q", "--base", folders.base, *few, "-o", root / "few.json")
     for name, method in {"average": "average", "again": "average", "ties": "ties"}.items():
         succeeds("merge", root / "plan.json", "--method", method, "--size", "2x", "-o", root / name)
     return root
@@ -52,12 +52,12 @@ def test_plans_differ_in_tasks_sources_settings_and_merges(made, tmp_path):
     assert value["tasks"]["only_a"] == ["task2"] and value["tasks"]["only_b"] == []
     assert value["tasks"]["changed"] == {} and value["values"] == {}
     assert {len(a) - len(b) for a, b in value["blocks"].values()} == {1}
-    succeeds("plan", made / "plan.json", "--linkage", "average", "-o", tmp_path / "average.json")
+    succeeds("plan", "-q", made / "plan.json", "--linkage", "average", "-o", tmp_path / "average.json")
     value = differences(made / "plan.json", tmp_path / "average.json")
     assert value["settings"] == {"linkage": ["complete", "average"]}
     other = write_family(tmp_path, plain(torch.bfloat16))
     options = [f"--task={name}={path}" for name, path in other.tasks.items()]
-    succeeds("plan", "--base", other.base, *options, "-o", tmp_path / "bf16.json")
+    succeeds("plan", "-q", "--base", other.base, *options, "-o", tmp_path / "bf16.json")
     value = differences(made / "plan.json", tmp_path / "bf16.json")
     assert set(value["tasks"]["changed"]) == set(other.tasks)
     assert all({"weights", "bytes", "length"} <= set(pairs) for pairs in value["tasks"]["changed"].values())
