@@ -59,7 +59,9 @@ def read_file(path: Path, max_bytes: int, what: str) -> bytes:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+        data = file.read(size + 1) if size <= max_bytes else b""  # read(n) takes n bytes of memory at once
+        if len(data) > size:  # It grows, or its size is not known.
+            data += file.read(max_bytes + 1 - len(data))
         if max(size, len(data)) > max_bytes:
             raise DataError(
                 f"{path} has {size:,} bytes, and {what} has at most {max_bytes:,}",

@@ -26,6 +26,7 @@ from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.folders import WEIGHTS
+from flexmerge_cli.json_file import require_memory
 from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 
 COPY_BYTES = 4 << 20
@@ -39,6 +40,11 @@ def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
             f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
             hint="make several bundles of fewer tasks",
         )
+    manifest = layout.manifest(Measured())
+    try:
+        require_memory(manifest, manifest.decode())
+    except ValueError as error:
+        raise UsageError(f"no reader would take the manifest: {error}", hint="make several bundles") from None
     free = shutil.disk_usage(folder_above(target)).free + partial_bytes(target)
     if free < layout.total_bytes:
         raise no_space(target, layout.total_bytes)

@@ -48,6 +48,14 @@ def _canonical(record: Record) -> tuple[bytes, str]:
     return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode(), digest
 
 
+def sha256_without(data: bytes, digits: str, start: int) -> str:
+    """Return the SHA-256 of data with the digits that begin at `start` set to 0. Takes no copy of data."""
+    digest = hashlib.sha256(memoryview(data)[:start])
+    digest.update(NO_DIGEST.encode())
+    digest.update(memoryview(data)[start + len(digits) :])
+    return digest.hexdigest()
+
+
 def is_sealed(path: Path, format_: str, max_bytes: int) -> bool:
     """Return whether a file has, or once had, this format, so that a new one may replace it."""
     try:
@@ -74,8 +82,7 @@ def read_sealed(kind: type[Sealed], path: Path, format_: str, what: str, again: 
         if not isinstance(fields, dict) or fields.get("format") != format_:
             raise UsageError(f"{path} is not a {what} ({format_})", hint=again)
         claimed = str(fields.get("sha256"))
-        zeroed = data.replace(f'"sha256":"{claimed}"'.encode(), f'"sha256":"{NO_DIGEST}"'.encode(), 1)
-        if hashlib.sha256(zeroed).hexdigest() != claimed:
+        if sha256_without(data, claimed, data.find(f'"sha256":"{claimed}"'.encode()) + len('"sha256":"')) != claimed:
             raise UsageError(f"{path} was edited: its sha256 does not fit its bytes", hint=again)
         if not json_holds_text(data, fields):
             raise UsageError(f"{path} holds text that no file can hold", hint=again)
