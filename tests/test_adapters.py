@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexmerge_cli import open_bundle
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import IntegrityError
+from flexmerge_cli.evaluation.memory import forms_of_bundle, forms_of_plan
+from flexmerge_cli.formats.plan_file import read_plan
 from samples import read_bundle
 from tests.adapters import IA3, LORA, Adapted, make
 from tests.families import same_bits
@@ -54,6 +57,13 @@ def kept(adapted: Adapted) -> Path:
     succeeds("plan", "--base", adapted.base, "--tasks", adapted.tasks, "-o", root / "kept.json")
     succeeds("merge", root / "kept.json", "-o", root / "kept")
     return root / "kept"
+
+
+def test_the_models_that_a_gate_scores_have_the_memory_that_the_plan_counts(kept):
+    """The plan knew no tensors of kept adapters: `curve --max-memory` ended with a ValueError."""
+    plan, bundle = read_plan(kept.parent / "kept.json"), Bundle.open(kept)
+    for task in bundle.tasks:
+        assert sorted(forms_of_plan(plan, task)) == sorted(forms_of_bundle(bundle, task))
 
 
 def assert_one_rounding(folder: Path, expected: Path) -> None:

@@ -124,7 +124,7 @@ def merge(
             written_to = [] if dry_run else [output / size.text for size in packing.sizes]
             out.emit(value, as_json=as_json, quiet=quiet, show=show_sizes, written=written_to)
             return
-        layout, warnings = packing.layout(plan, device=device)
+        layout, warnings = packing.layout(plan, device=device, max_memory=memory)
     out.warn(warnings, quiet=quiet)
     more = packing.chosen()
     if not as_json and not quiet and part is None:

@@ -19,6 +19,7 @@ from flexmerge_cli.cli.options import check_plan_place
 from flexmerge_cli.cli.sources import Given, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
+from flexmerge_cli.evaluation.memory import largest_model, require_memory
 from flexmerge_cli.evaluation.running import BundleGate, references_of
 from flexmerge_cli.evaluation.scores_file import scores_of
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
@@ -168,9 +169,15 @@ class Packing:
                 return plan
         return given.make(save_to=self.keep_plan, on_open=on_open, **run)
 
-    def layout(self, plan: Plan, *, device: str) -> tuple[BundleLayout, list[str]]:
-        """Return the layout of what will be written. A gate whose spec or data do not fit is refused before merging."""
+    def layout(self, plan: Plan, *, device: str, max_memory: int | None) -> tuple[BundleLayout, list[str]]:
+        """Return the layout of what will be written.
+
+        A gate whose spec or data do not fit, or whose models need more memory, is refused before merging.
+        """
         if self.spec is not None:
+            memory = self.access.memory_left(max_memory)
+            if memory is not None:
+                require_memory(largest_model(self.spec, plan), 1, memory)
             references = references_of(plan, self.plan_folder, self.spec, relocate=self.relocate, access=self.access)
             on = None if device == "auto" else device
             self.gate = BundleGate(spec=self.spec, gate=self.limits, references=references, device=on)

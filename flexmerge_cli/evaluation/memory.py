@@ -31,9 +31,10 @@ def forms_of_bundle(bundle: Bundle, task: str) -> list[Form]:
 
 def forms_of_plan(plan: Plan, task: str) -> list[Form]:
     """List every tensor of a task's model."""
-    number = plan.task_names.index(task)
-    stored = (tensor for tensor in plan.tensors if number in tensor.present)
-    return [(tensor.dtype_of(number), math.prod(tensor.shape_of(number))) for tensor in stored]
+    number = plan.reader_names.index(task)
+    names = [*(tensor.name for tensor in plan.stored), *plan.own_names]
+    given = (plan.readers[number].given(name, plan.find(name), number) for name in names)
+    return [(form.dtype, math.prod(form.shape)) for form in given if form is not None]
 
 
 def model_bytes(forms: Iterable[Form], dtype: str | None) -> int:

@@ -14,6 +14,7 @@ from flexmerge_cli.evaluation.scoring import Scorer
 from ..program import fails, succeeds
 from .curves import SCORED, Digits
 from .test_curve import asked
+from .test_gate import recipe
 
 
 def needed(result) -> int:
@@ -54,6 +55,14 @@ def test_an_evaluation_is_refused_with_the_figure_that_will_do(sample: Digits, t
         words = ["eval", *words, "--spec", sample.spec_path, "--parallel", parallel]
         result = fails(2, *words, "--max-memory", f"{one * parallel - 1}B", says="the weights of")
         assert needed(result) == one * parallel and ("--parallel 1" in result.err) == (parallel > 1)
+
+
+def test_a_recipe_whose_gate_needs_more_than_merging_is_refused_before_it_merges(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr("flexmerge_cli.cli.packing.merge", lambda *_, **__: pytest.fail("it merges"))
+    monkeypatch.setattr("flexmerge_cli.cli.packing.largest_model", lambda *_: 5 << 30)
+    path = recipe(sample, tmp_path, size="3x", limit="1%")
+    result = fails(2, "merge", path, "-o", tmp_path / "b", "--max-memory", "4GiB", says="the weights of 1 model ")
+    assert needed(result) == 5 << 30
 
 
 def test_a_curve_is_refused_before_a_model_is_scored_and_runs_with_the_figure_that_will_do(sample, monkeypatch):
