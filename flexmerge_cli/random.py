@@ -44,6 +44,19 @@ def uniform(key: int, start: int, count: int) -> np.ndarray:
 
 def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
     """Return the numbers at these places of the key's stream. indices: uint64 of any shape."""
+    return (_mixed(key, indices) >> np.uint64(11)) * 2.0**-53
+
+
+def random_bits(key: int, start: int, count: int) -> np.ndarray:
+    """Return bits start … start + count - 1 of the key's stream: [count] bool. Each output has 64, the lowest first."""
+    first = start // 64
+    words = _mixed(key, np.arange(first, -(-(start + count) // 64), dtype=np.uint64))
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little").view(bool)
+    return bits[start - 64 * first : start - 64 * first + count]
+
+
+def _mixed(key: int, indices: np.ndarray) -> np.ndarray:
+    """Return these outputs of the key's stream, uint64."""
     z = indices + np.uint64(1)  # arrays of uint64 wrap silently, as intended; scalars would warn
     z *= np.uint64(STEP)
     z += np.uint64(key)
@@ -52,8 +65,7 @@ def uniform_at(key: int, indices: np.ndarray) -> np.ndarray:
     z ^= z >> np.uint64(27)
     z *= np.uint64(MULTIPLIER_2)
     z ^= z >> np.uint64(31)
-    z >>= np.uint64(11)
-    return z * 2.0**-53
+    return z
 
 
 def tie_numbers(tensor: str, indices: np.ndarray) -> np.ndarray:

@@ -43,8 +43,8 @@ class PackedOn:
     dtype: torch.dtype
     device: torch.device
     dense: Tensor | None
-    masked: tuple[Tensor, Tensor, float] | None
-    """What is unified, [m, n]; the mask's bits, uint8 [⌈m·n/8⌉]; and its factor."""
+    masked: tuple[Tensor, Tensor, float, bool] | None
+    """What is unified, [m, n]; the mask's bits, uint8 [⌈m·n/8⌉]; its factor; and whether it is signed."""
     codes: tuple[CodesOn, ...]
     factors: tuple[Tensor, Tensor] | None
     kept: tuple[Tensor, Tensor, Tensor] | None
@@ -64,11 +64,12 @@ class PackedOn:
         n = self.matrix[1]
         total = None if self.dense is None else self.dense[rows].to(torch.float32)
         if self.masked is not None:
-            unified, mask, gamma = self.masked
+            unified, mask, gamma, is_signed = self.masked
             assert total is not None
             at = self._numbers(rows)[:, None] * n + torch.arange(n, device=self.device)
             taken = (mask[at >> 3] >> (at & 7) & 1).bool()
-            total = torch.where(taken, total + gamma * unified[rows].to(torch.float32), total)
+            shift = gamma * unified[rows].to(torch.float32)
+            total = torch.where(taken, total + shift, total - shift if is_signed else total)
         for part in self.codes:
             scale = part.scale[rows] if len(part.scale) == self.matrix[0] else part.scale
             found = unpack_on(part.codes[rows], n, part.bits, part.levels) * scale
@@ -156,7 +157,9 @@ def _on(packed: Packed, device: torch.device, place: Place) -> PackedOn:
         dtype=torch_dtype(packed.dtype),
         device=device,
         dense=None if packed.dense is None else elements(packed.dense, m),
-        masked=None if masked is None else (elements(masked.unified, m), place(masked.packed), float(masked.gamma)),
+        masked=None
+        if masked is None
+        else (elements(masked.unified, m), place(masked.packed), float(masked.gamma), masked.is_signed),
         codes=tuple(
             CodesOn(
                 codes=place(part.codes),

@@ -19,8 +19,8 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.formats.calibration import InputLayout, Statistic, half_size, inputs_of
 from flexmerge_cli.random import key64, uniform
 
-BLOCK = 512
-"""Rows of a symmetric sum that are computed at once, up to the diagonal, which takes nearly half of the products."""
+TILE = 96
+"""The most rows of a tile on the diagonal of a symmetric sum, of which nearly a half is computed in vain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,29 +113,47 @@ def measuring(
 
 @dataclass(slots=True)
 class _Symmetric:
-    """The sum of xᵀx in float32: its lower triangle, in blocks of rows."""
+    """The sum of xᵀx in float32: its lower triangle, in tiles."""
 
-    blocks: list[Tensor]
+    n: int
+    tiles: list[tuple[slice, slice, Tensor]]
     count: int = 0
 
     @staticmethod
     def zeros(n: int, device: torch.device) -> "_Symmetric":
-        sizes = [(min(BLOCK, n - low), min(low + BLOCK, n)) for low in range(0, n, BLOCK)]
-        return _Symmetric([torch.zeros(size, device=device) for size in sizes])
+        tiles = [
+            (rows, columns, torch.zeros(rows.stop - rows.start, columns.stop - columns.start, device=device))
+            for rows, columns in _tiles(0, n)
+        ]
+        return _Symmetric(n, tiles)
 
     def add(self, x: Tensor) -> None:
         """Add the products of x, float32 [rows, n]."""
-        for place, block in enumerate(self.blocks):
-            low, stop = place * BLOCK, block.shape[1]
-            block.addmm_(x[:, low:stop].T, x[:, :stop])
+        for rows, columns, total in self.tiles:
+            total.addmm_(x[:, rows].T, x[:, columns])
         self.count += len(x)
 
     def mean(self) -> np.ndarray:
-        packed = []
-        for place, block in enumerate(self.blocks):
-            rows = (block / max(1, self.count)).cpu().numpy()
-            packed += [row[: place * BLOCK + number + 1] for number, row in enumerate(rows)]
-        return np.concatenate(packed)
+        """Return the lower triangle, row by row."""
+        found = np.empty(half_size(self.n), np.float32)
+        for rows, columns, total in self.tiles:
+            tile = (total / max(1, self.count)).cpu().numpy()
+            for row, values in enumerate(tile, rows.start):
+                stop = min(columns.stop, row + 1)
+                first = half_size(row)
+                found[first + columns.start : first + stop] = values[: stop - columns.start]
+        return found
+
+
+def _tiles(start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and columns of tiles that cover a lower triangle: as few and as large as halving makes them."""
+    if stop - start <= TILE:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield slice(middle, stop), slice(start, middle)
+    yield from _tiles(start, middle)
+    yield from _tiles(middle, stop)
 
 
 @dataclass(slots=True)

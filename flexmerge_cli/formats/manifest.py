@@ -44,7 +44,8 @@ router    a classifier of tasks (bundle/router.py), whose arrays are in router/r
           `examples` it was fitted on and the digest of their `data`. Without a router neither is there
 A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
-to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent.
+to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent;
+superposed is base ± unified, with signs that are drawn with the `seed` of the method (`drawn` in residuals/mask.py).
 `bits` of a group gives the bits of each task, if they differ; 0 reads the centre alone, and a task that is stored
 exactly has its plain name and is omitted. Such a group is coded like `low_bit:scales=bfloat16,clip=search` of its
 centre, whatever `bits` of the method says, with every tensor as rows of its first axis after dropping leading axes of

@@ -53,7 +53,7 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """The result of a method of form `masked`: a unified delta, and which of its elements each task takes.
+    """The result of a method of form `masked` or `superposed`: a unified delta, and which elements each task takes.
 
     mask(deltas, unified) -> bool [k, n]: deltas are the group's task vectors before any step, unified [n] is float32
     after rounding to the dtype it is stored in. A mask that was computed from the stepped deltas ignores both.
@@ -230,7 +230,8 @@ class Method(Scoped):
     """A function with its declarations."""
 
     form: str
-    """How its groups are stored: `merged` returns one delta, `masked` a Centre; a CodedMethod is `residual`."""
+    """How its groups are stored: `merged` returns one delta, `masked` and `superposed` a Centre; a CodedMethod is
+    `residual`."""
     gain: Callable[..., Gain | None]
     """The factor per task of a method of form `masked`, from the arguments."""
     when: str
@@ -248,8 +249,8 @@ class Method(Scoped):
 
     @property
     def gives_masks(self) -> bool:
-        """Whether it returns a Centre: each task reads some elements of a unified delta."""
-        return self.form == "masked"
+        """Whether it returns a Centre: each task reads some elements of a unified delta, or all with signs."""
+        return self.form in ("masked", "superposed")
 
 
 def nothing(**_args: Any) -> None:

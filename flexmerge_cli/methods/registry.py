@@ -57,6 +57,7 @@ MODULES = (
     "tall_masks",
     "consensus",
     "consensus_original",
+    "randes",
     "coded",
     "free",
 )

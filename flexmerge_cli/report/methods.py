@@ -33,6 +33,7 @@ TITLES = {
     "search": "Chosen for a size, from the plan alone",
     "model": "One model per group: one dense value, s·n bytes",
     "masks": "A model per group, and a mask per task",
+    "superposition": "A superposition per group, and nothing per task",
     "residuals": "A centre per group, and a residual per task",
 }
 

@@ -7,6 +7,8 @@ The method decides which elements a task takes (methods/emr.py, methods/consensu
 
 import numpy as np
 
+from flexmerge_cli.random import key64, random_bits
+
 # n elements of one tensor, or of a range of it
 
 
@@ -37,11 +39,24 @@ def check(packed: np.ndarray, num_elements: int) -> None:
         raise ValueError(f"a mask of {num_elements} elements has bits behind its end")
 
 
-def apply(base: np.ndarray, unified: np.ndarray, mask: np.ndarray, gamma: float | np.floating = 1.0) -> np.ndarray:
+def apply(
+    base: np.ndarray,
+    unified: np.ndarray,
+    mask: np.ndarray,
+    gamma: float | np.floating = 1.0,
+    *,
+    is_signed: bool = False,
+) -> np.ndarray:
     """Compute base + gamma · mask · unified: one float32 product, then one float32 sum. Returns float32 [n].
 
     base, unified: float32 [n]; mask: bool [n]; gamma: rounded to float32, as it is stored. Elementwise, so any range of
-    a tensor gives the same bits. Elements that the task does not take equal the base's, bit for bit.
+    a tensor gives the same bits. Elements that the task does not take equal the base's, bit for bit; if is_signed,
+    gamma · unified is subtracted there.
     """
     shift = np.float32(gamma) * unified.astype(np.float32, copy=False)
-    return np.where(mask, base + shift, base).astype(np.float32, copy=False)
+    return np.where(mask, base + shift, base - shift if is_signed else base).astype(np.float32, copy=False)
+
+
+def drawn(seed: int, task: str, tensor: str, start: int, count: int) -> np.ndarray:
+    """Draw a task's mask of elements start … start + count - 1 of a tensor: bool [count]."""
+    return random_bits(key64("flexmerge/superposed/1", seed, task, tensor), start, count)

@@ -8,10 +8,10 @@ from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.dense import COPY, MERGED, DenseTensor
 from flexmerge_cli.stored.form import Form, GroupForm
 from flexmerge_cli.stored.joined import JOINED
-from flexmerge_cli.stored.masked import MASKED
+from flexmerge_cli.stored.masked import MASKED, SUPERPOSED
 from flexmerge_cli.stored.split import SPLIT
 
-FORMS: dict[str, Form] = {form.word: form for form in (COPY, MERGED, MASKED, CODED, ADAPTED, JOINED, SPLIT)}
+FORMS: dict[str, Form] = {form.word: form for form in (COPY, MERGED, MASKED, SUPERPOSED, CODED, ADAPTED, JOINED, SPLIT)}
 """Maps the word for a form to the form."""
 
 

@@ -1,5 +1,9 @@
-"""Decodes a tensor of a masked group: base + gamma · mask · unified, with one bit of mask per task and element."""
+"""Decodes a tensor of a masked group: base + gamma · mask · unified, with one bit of mask per task and element.
 
+The mask of a superposed group is drawn instead of stored, and unified is subtracted where it is not set.
+"""
+
+import json
 import math
 from dataclasses import dataclass
 
@@ -22,13 +26,15 @@ class MaskedTensor(Packable):
     """Decodes one task's tensor; `<unit>@gamma.<task>` exists only if the method rescales."""
 
     of: Described
+    seed: int | None = None
+    """The seed with which a signed mask is drawn; None if the mask is stored."""
 
     def fits(self, parts: RouteParts) -> bool:
         base, unified, mask, gamma = self._parts(parts)
         count = math.prod(self.of.shape)
         return (
             {base.dtype, unified.dtype, self.of.dtype} <= set(FLOATING)
-            and (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),))
+            and (mask is None or (mask.dtype, mask.shape) == ("U8", (masks.packed_bytes(count),)))
             and (base.num_elements, unified.num_elements) == (count, count)
             and (gamma is None or (gamma.dtype, gamma.num_elements) == ("F32", 1))
         )
@@ -48,28 +54,38 @@ class MaskedTensor(Packable):
         """Return the tensor in its stored bytes. Raises DataError if they cannot be decoded."""
         base, unified, mask, gamma = self._parts(parts)
         factor = np.float32(1.0) if gamma is None else read(gamma, ALL)[0]
-        packed = read(mask, ALL)
-        try:
-            masks.check(packed, unified.num_elements)
-        except ValueError as error:
-            raise DataError(f"{parts.path}: `{mask.name}`: {error}", hint="fetch the bundle again") from None
+        if mask is None:
+            assert self.seed is not None
+            packed = masks.pack(masks.drawn(self.seed, self.of.task, self.of.tensor, 0, unified.num_elements))
+        else:
+            packed = read(mask, ALL)
+            try:
+                masks.check(packed, unified.num_elements)
+            except ValueError as error:
+                raise DataError(f"{parts.path}: `{mask.name}`: {error}", hint="fetch the bundle again") from None
         return Packed(
             matrix=self.matrix,
             dtype=self.of.dtype,
             dense=Elements(read(base, ALL), base.dtype),
-            masked=Masked(Elements(read(unified, ALL), unified.dtype), packed, factor),
+            masked=Masked(Elements(read(unified, ALL), unified.dtype), packed, factor, self.seed is not None),
         )
 
-    def _parts(self, parts: RouteParts) -> tuple[StoredTensor, StoredTensor, StoredTensor, StoredTensor | None]:
+    def _parts(self, parts: RouteParts) -> tuple[StoredTensor, StoredTensor, StoredTensor | None, StoredTensor | None]:
         name, task = self.of.tensor, self.of.task
         gamma = parts.get(f"{self.of.unit}@gamma.{task}")
-        return parts[f"{name}@base"], parts[f"{name}@unified"], parts[f"{name}@mask.{task}"], gamma
+        mask = parts[f"{name}@mask.{task}"] if self.seed is None else None
+        return parts[f"{name}@base"], parts[f"{name}@unified"], mask, gamma
 
 
 def _layout(group: GroupTensor) -> GroupLayout | None:
     mask = Array(role="mask", dtype="U8", shape=(masks.packed_bytes(math.prod(group.shape)),))
+    return _shared_layout(group, (mask,))
+
+
+def _shared_layout(group: GroupTensor, of_task: tuple[Array, ...]) -> GroupLayout | None:
+    """Lay out base and unified delta. of_task: what each task stores for itself."""
     unified = Array(role="unified", dtype=promote(group.dtypes), shape=group.shape)
-    own = tuple(((place,), (mask,)) for place in range(len(group.dtypes)))
+    own = tuple(((place,), of_task) for place in range(len(group.dtypes)))
     found = GroupLayout(centre=(unified,), base=True, own=own)
     base_bytes = math.prod(group.shape) * ITEM_BYTES[group.base_dtype]
     return None if group.copies_bytes <= found.num_bytes + base_bytes else found
@@ -95,4 +111,24 @@ MASKED = GroupForm(
     decoder=lambda of, _parts: MaskedTensor(of),
     writer="flexmerge_cli.engine.writers.masked:MASKS",
     of_unit=_factors,
+)
+
+
+def _superposed(of: Described, parts: RouteParts) -> MaskedTensor:
+    seed = json.loads(of.method[1]).get("seed") if of.method is not None else None
+    if type(seed) is not int or seed < 0:
+        raise DataError(
+            f"{parts.path}: `{of.tensor}` of `{of.task}` is superposed, and its method has no seed",
+            hint="fetch the bundle again",
+        )
+    return MaskedTensor(of, seed)
+
+
+SUPERPOSED = GroupForm(
+    word="superposed",
+    product="superposition",
+    layout=lambda group: _shared_layout(group, ()),
+    summary=lambda _call: Summary(parts="superposed task vectors and base", num_bytes="2·s·n"),
+    decoder=_superposed,
+    writer="flexmerge_cli.engine.writers.masked:MASKS",
 )

@@ -3,7 +3,7 @@
 It is m rows of n elements: the sum, in float32 and in this order, of the terms that it has,
 
     dense    elements that are stored as they are
-    masked   gamma · unified where the task's mask is set
+    masked   gamma · unified where the task's mask is set, and nothing or -gamma · unified elsewhere
     codes    up to two arrays of codes: a centre's, a residual's
     factors  the product of two thin matrices
     kept     few elements, by row
@@ -47,6 +47,8 @@ class Masked:
     packed: np.ndarray
     """uint8 [⌈m·n/8⌉]."""
     gamma: np.float32
+    is_signed: bool = False
+    """Whether gamma · unified is subtracted where the mask is not set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,8 @@ class Packed:
             assert values is not None
             at = rows[:, None] * n + np.arange(n)
             taken = (self.masked.packed[at >> 3] >> (at & 7) & 1).astype(bool)
-            values = masks.apply(values, self.masked.unified.rows(rows, n), taken, self.masked.gamma)
+            unified, is_signed = self.masked.unified.rows(rows, n), self.masked.is_signed
+            values = masks.apply(values, unified, taken, self.masked.gamma, is_signed=is_signed)
         for look_up in self.codes:
             scale = look_up.scale[rows] if len(look_up.scale) == m else look_up.scale
             found = scaled_levels(look_up._replace(codes=look_up.codes[rows], scale=scale))
@@ -196,7 +199,7 @@ def _native_rows(packed: Packed) -> native.Rows | None:
     parts = [packed.dense, None if packed.masked is None else packed.masked.unified]
     if any(part is not None and part.dtype not in native.TYPES for part in parts):
         return None
-    if packed.dense is None and not packed.codes:
+    if (packed.dense is None and not packed.codes) or (packed.masked is not None and packed.masked.is_signed):
         return None
     found = native.Rows(n=packed.matrix[1])
     if packed.dense is not None:

@@ -72,7 +72,7 @@ def merge(
     merged = {}
     for block in family.blocks if blocks is None else blocks:
         unstepped = {name: family.deltas[name][rows] for name in sorted(family.blocks[block])}
-        if bypass and (len(group) == 1 or (call.method.form == "masked" and len(group) == 2)):
+        if bypass and (len(group) == 1 or (call.method.gives_masks and len(group) == 2)):
             merged |= {name: _copies(deltas, group) for name, deltas in unstepped.items()}
             continue
         deltas = {name: run.deltas[name][rows] for name in unstepped}
@@ -178,7 +178,7 @@ class _Run:
             for start, end in ranges(shape, scope, self.chunk):
                 part, raw = (_shaped(x, scope, start, end) for x in (rows, unstepped[name]))
                 parts.append((start, end, call(part, self.where(group, name, start), stats, raw)))
-            if call.method.form == "masked":
+            if call.method.gives_masks:
                 results[name] = parts
             else:
                 results[name] = torch.cat([part.flatten() for _, _, part in parts]).view(shape)
@@ -199,7 +199,7 @@ def _shaped(deltas: Tensor, scope: str, start: int, end: int) -> Tensor:
 def _per_task(
     call: Call, results: Any, deltas: Any, unstepped: Any, group: Any, stored: Callable[[str], torch.dtype]
 ) -> dict[str, Merged]:
-    if call.method.form != "masked":
+    if not call.method.gives_masks:
         rounded = {name: result.to(torch.float32) + 0.0 for name, result in results.items()}
         return {name: Merged(unified=u, tasks=dict.fromkeys(group, u)) for name, u in rounded.items()}
     unified, masks = {}, {}
@@ -207,6 +207,8 @@ def _per_task(
         made = torch.cat([centre.delta.to(torch.float32) for _, _, centre in parts])
         unified[name] = made.to(stored(name)).to(torch.float32) + 0.0
         masks[name] = torch.cat([_mask(part, flat(unstepped[name]), unified[name]) for part in parts], 1)
+        if call.method.form == "superposed":
+            masks[name] = 2.0 * masks[name] - 1.0
     gain = np.ones(len(group))
     if call.gain is not None:
         below = np.stack([(masks[n] * unified[n]).double().abs().sum(1).cpu().numpy() for n in unified], 1)

@@ -122,7 +122,7 @@ def test_group_of_one_and_identical_tensors_keep_every_bit(name):
     assert all(torch.equal(value, same[0]) for value in together.tasks.values())
 
 
-@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.method.form == "masked"])
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.method.gives_masks])
 def test_masked_pairs_are_copies(name):
     family = small_family()
     merged = merge(family, CALLS[name], group="ab")
@@ -166,7 +166,7 @@ def test_result_is_finite_and_of_the_right_shape(name, family):
 def test_calibration_follows_or_says_why_not(name):
     family, call = small_family(), CALLS[name]
     calibrate = make_calibration(all_calibrations()["svc"], {})
-    if call.method.form == "masked" or call.method.name in ("iso_c", "iso_cts"):
+    if call.method.gives_masks or call.method.name in ("iso_c", "iso_cts"):
         with pytest.raises(UsageError, match="cannot follow"):
             calibrate.require_after(call)
         return

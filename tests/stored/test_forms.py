@@ -29,7 +29,7 @@ def test_every_method_has_a_form_that_the_manifest_knows():
         assert method.form in FORMS and method.form != "copy", name
     for word in group_forms():
         assert GroupEntry(tasks=("a",), kind=word, method=None, distance={}).kind == word
-    with pytest.raises(ValueError, match="no form `mask`; one of copy, merged, masked, residual"):
+    with pytest.raises(ValueError, match="no form `mask`; one of copy, merged, masked, superposed, residual"):
         GroupEntry(tasks=("a",), kind="mask", method=None, distance={})
 
 

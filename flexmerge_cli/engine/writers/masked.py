@@ -1,4 +1,4 @@
-"""Writes the unified delta of a masked group, and the mask of each task."""
+"""Writes the unified delta of a masked or superposed group, and the mask of each task unless it is drawn."""
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from flexmerge_cli.engine.writers.writer import UnitValues, Work, Writer
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.residuals import mask as masks
+from flexmerge_cli.stored.masked import SUPERPOSED
 
 
 def _write(
@@ -27,6 +28,7 @@ def _write(
     key = encoder.unit_of[raw.span.tensor], group.tasks
     gamma = encoder.of_units.get(key, np.ones(len(group.tasks), np.float32))
     run, errors = raw.span.run, room_for_errors(len(group.tasks), raw)
+    is_signed = group.form is SUPERPOSED
     for low, high in encoder.tiles(group, raw, None):
         found, deltas = worker.value(group, raw, low, high)
         unified = worker.rounded(found.delta.flatten(), unified_part.array.dtype)
@@ -36,14 +38,15 @@ def _write(
         taken[:, low:high] = takes.cpu().numpy()
         for row, task in enumerate(group.tasks):
             # As residuals/mask.py decodes: one product, one sum, both float32.
-            shifted = base + unified * torch.tensor(gamma[row], device=worker.device)
-            decoded[row][low:high].copy_(torch.where(takes[row], shifted, base))
+            shift = unified * torch.tensor(gamma[row], device=worker.device)
+            decoded[row][low:high].copy_(torch.where(takes[row], base + shift, base - shift if is_signed else base))
             lost = worker.on_device(decoded[row][low:high]) - worker.on_device(worker.own(raw, task)[low:high])
             errors[row, low // run : -(-high // run)] = squares(lost[None], run)[0]
     encoder.emit(unified_part, start, encoder.finite(stored, group, raw), piece)
     packed = masks.pack(taken)
     for row, task in enumerate(group.tasks):
-        encoder.emit_bytes(mask_parts[task], start // 8, packed[row], piece)
+        if task in mask_parts:
+            encoder.emit_bytes(mask_parts[task], start // 8, packed[row], piece)
         encoder.decoded(task, decoded[row], dtypes[row], group, raw, piece)
         piece.errors[task] = errors[row]
 
