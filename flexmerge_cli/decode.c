@@ -322,14 +322,14 @@ static void add_dense(const Rows *of, int64_t first, int64_t count, const float 
     float values[BLOCK];
     for (int64_t r = 0; r < count; r++)
         for (int64_t i = 0; i < n; i += BLOCK) {
-            const int64_t size = n - i < BLOCK ? n - i : BLOCK;
-            dense_block(of->dense, of->dense_type, (first + r) * n + i, size, values);
+            const int64_t size = n - i < BLOCK ? n - i : BLOCK, at = (first + r) * n + i;
+            dense_block(of->dense, of->dense_type, at, size, values);
+            if (of->mask) masked_block(of, at, size, values);
             for (int64_t v = 0; v < vectors; v++) out[v * stride + r] += product_sum(values, x + v * n + i, size);
         }
 }
 
-/* out[v, r] = Σ W[first + r, i] · x[v, i] for `vectors` rows of n elements of x and `count` rows of the weight, which
- * has no mask. Nothing of it is written. */
+/* out[v, r] = Σ W[first + r, i] · x[v, i] for `vectors` rows of n elements of x and `count` rows of the weight. */
 EXPORTED void flexmerge_product(const Rows *of, int64_t first, int64_t count, const float *x, int64_t vectors,
                                 float *out, int64_t stride)
 {
@@ -341,4 +341,23 @@ EXPORTED void flexmerge_product(const Rows *of, int64_t first, int64_t count, co
             if (of->codes[which].codes)
                 add_codes(&of->codes[which], first + r, rows, x, of->n, vectors, out + r, stride);
     }
+}
+
+static FOR_EVERY_PROCESSOR void add_times(const float *w, float x, int64_t n, float *out)
+{
+    for (int64_t i = 0; i < n; i++) out[i] += x * w[i];
+}
+
+/* out[v, i] += Σ x[v, r] · W[r, i] for `vectors` rows of m elements of x, and `count` columns of the weight from `first`, a
+ * multiple of 8. */
+EXPORTED void flexmerge_product_of_rows(const Rows *of, int64_t m, int64_t first, int64_t count, const float *x,
+                                        int64_t vectors, float *out)
+{
+    float values[BLOCK];
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t i = first; i < first + count; i += BLOCK) {
+            const int64_t size = first + count - i < BLOCK ? first + count - i : BLOCK;
+            block(of, r, i, size, values);
+            for (int64_t v = 0; v < vectors; v++) add_times(values, x[v * m + r], size, out + v * of->n + i);
+        }
 }

@@ -29,6 +29,7 @@ _ARGUMENTS = {
 _DECODE_ARGUMENTS = {
     "flexmerge_decode": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_product": (_POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT),
+    "flexmerge_product_of_rows": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER),
 }
 
 

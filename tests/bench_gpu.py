@@ -146,7 +146,7 @@ def main() -> None:
     start, failed = time.perf_counter(), False
     all_rows = (
         rows(arguments.device, arguments.folder),
-        served(arguments.folder / "serve", arguments.device, ["average-1x", "auto-1x"]),
+        served(arguments.folder / "serve", arguments.device, ["average-1x", "auto-1x"], ["vit", "llama"]),
     )
     for of_part in all_rows:
         for what, figure in of_part:

@@ -1,9 +1,10 @@
 """`python -m tests.bench serve [--device cuda]`: memory, throughput and loading of a runtime, beside plain models.
 
-Two families of eight synthetic fine-tunes, made once in --folder: CLIP's ViT-B/32 image tower (88 M parameters), and a
-Llama-shaped language model (110 M). Each is merged by average at 1x, 2.25x and 4x, and packed by `auto` at 1x. Every
-figure comes from a process of its own. On the CPU times are processor times and memory is PSS; on a GPU they are those
-of the clock and what torch has allocated there. Numbers of shared machines are noisy: compare ratios of one run.
+Three families of eight synthetic fine-tunes, made once in --folder: CLIP's ViT-B/32 image tower (88 M parameters), and
+a Llama-shaped language model (110 M), in float32 and in bfloat16. Each is merged by average at 1x, 2.25x and 4x, and
+packed by `auto` at 1x. Every figure comes from a process of its own. On the CPU times are processor times and memory is
+PSS; on a GPU they are those of the clock and what torch has allocated there. Numbers of shared machines are noisy:
+compare ratios of one run.
 """
 
 import gc
@@ -47,7 +48,7 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM, config
 
 
-FAMILIES = {"vit": clip, "llama": llama}
+FAMILIES = {"vit": clip, "llama": llama, "llama-bf16": llama}
 
 
 def make_family(root: Path, sizes: Collection[str]) -> None:
@@ -59,14 +60,14 @@ def make_family(root: Path, sizes: Collection[str]) -> None:
     if not (root / "plan.json").exists():
         kind, config = FAMILIES[root.name]()
         torch.manual_seed(0)
-        model = kind(config)
+        model = kind(config).to(torch.bfloat16 if root.name.endswith("bf16") else torch.float32)
         model.save_pretrained(root / "base")
         base = {key: value.clone() for key, value in model.state_dict().items()}
         for number in range(NUM_TASKS):
             generator = torch.Generator().manual_seed(number + 1)
             with torch.no_grad():
                 for key, value in model.named_parameters():
-                    value.copy_(base[key] + 0.001 * torch.randn(value.shape, generator=generator))
+                    value.copy_(base[key].float() + 0.001 * torch.randn(value.shape, generator=generator))
             model.save_pretrained(root / "tasks" / f"task{number}", max_shard_size="10GB")
         tasks = {path.name: path for path in (root / "tasks").iterdir()}
         make_plan(root / "base", tasks, output=root / "plan.json", device="cpu")
@@ -207,7 +208,8 @@ def torch_inference() -> Any:
 
 
 def plain_model(bundle: Path, device: str) -> Any:
-    return FAMILIES[bundle.parent.name]()[0].from_pretrained(bundle.parent / "tasks" / "task1").eval().to(device)
+    kind, _ = FAMILIES[bundle.parent.name]()
+    return kind.from_pretrained(bundle.parent / "tasks" / "task1", dtype="auto").eval().to(device)
 
 
 def plain_forward(bundle: Path, device: str) -> None:
@@ -221,7 +223,7 @@ def inputs_of(bundle: Path, count: int, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    if bundle.parent.name == "llama":
+    if bundle.parent.name != "vit":
         ids = torch.randint(3, 32000, (count, 16), generator=generator).to(device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {"pixel_values": torch.randn(count, 3, 224, 224, generator=generator).to(device)}

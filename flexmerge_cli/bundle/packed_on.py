@@ -50,7 +50,7 @@ class PackedOn:
     kept: tuple[Tensor, Tensor, Tensor] | None
     """Where each row begins, int64 [m + 1]; columns, int16 with the bits of uint16, or int32; and values."""
 
-    is_split = False
+    has_product = False
     address = None
 
     @property
@@ -110,7 +110,7 @@ class JoinedRowsOn:
     places: Tensor
     """int64 [m]: a row of `shared`, or -1 less the row of `own`."""
 
-    is_split = False
+    has_product = False
     address = None
     is_codes_alone = False
 

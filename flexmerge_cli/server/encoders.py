@@ -17,7 +17,8 @@ from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.tasks import OfImages, Task, Tokens, require_finite, require_no_options
 
-POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
+POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
+"""How sentence-transformers names them in its older files, `pooling_mode_…`, and in newer ones."""
 MAX_TEXTS = 1000
 """The largest number of texts that one image is compared with."""
 TEXTS_AT_ONCE = 32
@@ -67,7 +68,7 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     rows = torch.arange(len(states), device=states.device)
     if pooling == "cls":
         return states[rows, mask[:, :, 0].argmax(1)]
-    if pooling == "last":
+    if pooling == "lasttoken":
         return states[rows, (mask[:, :, 0] * (places + 1)).argmax(1)]
     if pooling == "max":
         return states.masked_fill(mask == 0, -torch.inf).amax(1)

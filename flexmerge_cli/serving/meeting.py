@@ -128,7 +128,7 @@ class _Meeting:
             return NotImplemented
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(weight, PackedWeight):
-            if len(rows) > FEW_ROWS or not weight.packed.is_split or _place(weight) not in self._shared:
+            if len(rows) > FEW_ROWS or not weight.packed.has_product or _place(weight) not in self._shared:
                 return NotImplemented
             centre, residual = weight.halves()
             found = self._product(place, _place(weight), rows.float(), lambda x: functional.linear(x, centre))
@@ -139,7 +139,7 @@ class _Meeting:
             found = self._product(place, key, rows, lambda x: functional.linear(x, weight, bias))
         else:
             return NotImplemented
-        return found.reshape(*x.shape[:-1], len(weight))
+        return found.reshape(*x.shape[:-1], found.shape[1])
 
     def addmm(self, place: int, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
         """Multiply as transformers' Conv1D calls it."""

@@ -109,13 +109,11 @@ class PackedWeight(Tensor):
             return packed.decode(places).to(self.dtype)
         rows, n = places.numpy(), packed.matrix[1]
         whole = np.empty((len(rows), n), NUMPY[packed.dtype])
-        threads = min(torch.get_num_threads(), len(rows) * n // THREAD_ELEMENTS, len(rows))
-        if threads > 1:
-            cuts = [len(rows) * part // threads for part in range(threads + 1)]
-            pieces = map(slice, cuts[:-1], cuts[1:])
-            list(_pool().map(lambda piece: packed.decode_into(rows[piece], whole[piece]), pieces))
-        else:
-            packed.decode_into(rows, whole)
+
+        def part(first: int, count: int) -> None:
+            packed.decode_into(rows[first : first + count], whole[first : first + count])
+
+        _by_threads(part, len(rows), whole.size)
         return as_tensor(whole.reshape(-1).view(np.uint8), packed.dtype).reshape(len(rows), n).to(self.dtype)
 
     def tiles(self) -> "list[tuple[int, int]]":
@@ -133,7 +131,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or isinstance(bias, PackedWeight):
         return NotImplemented
     rows, m = x.reshape(-1, x.shape[-1]), weight.packed.matrix[0]
-    if len(rows) <= FEW_ROWS and weight.packed.is_split:
+    if len(rows) <= FEW_ROWS and weight.packed.has_product:
         assert isinstance(weight.packed, Packed)
         found = split_product(rows, weight.packed)
         found = (found if bias is None else found + bias).to(x.dtype)
@@ -167,7 +165,7 @@ def has_triton() -> bool:
 
 
 def split_product(x: Tensor, packed: Packed) -> Tensor:
-    """Return x · Wᵀ in float32, [k, m], without decoding codes."""
+    """Return x · Wᵀ in float32, [k, m], without decoding the weight."""
     m, n = packed.matrix
     x = x.to(torch.float32).contiguous()
     if packed.loops is not None and native.decoding is not None:
@@ -194,20 +192,42 @@ def _product(x: Tensor, rows: native.Rows, m: int) -> Tensor:
     assert native.decoding is not None
     (k, n), product, held = x.shape, native.decoding.flexmerge_product, native.address(rows)
     found = x.new_empty(k, m)
-    source, out, threads = x.data_ptr(), found.data_ptr(), min(torch.get_num_threads(), m * n // THREAD_ELEMENTS, m)
-    if threads <= 1:
-        product(held, 0, m, source, k, out, m)
-    else:
-        cuts = [m * part // threads for part in range(threads + 1)]
-        list(_pool().map(lambda a, b: product(held, a, b - a, source, k, out + 4 * a, m), cuts[:-1], cuts[1:]))
+    source, out = x.data_ptr(), found.data_ptr()
+    _by_threads(lambda first, count: product(held, first, count, source, k, out + 4 * first, m), m, m * n)
     return found
+
+
+def _add_product_of_rows(x: Tensor, packed: Packed, out: Tensor) -> None:
+    """Add x · W to out, float32 [k, m] and [k, n], contiguous. The weight has neither factors nor kept elements."""
+    assert native.decoding is not None and packed.loops is not None
+    (m, n), product, held = packed.matrix, native.decoding.flexmerge_product_of_rows, native.address(packed.loops)
+    source, k, into = x.data_ptr(), len(x), out.data_ptr()
+    # Whole bytes of codes: eight columns.
+    _by_threads(
+        lambda first, count: product(held, m, 8 * first, min(8 * count, n - 8 * first), source, k, into),
+        -(-n // 8), m * n,
+    )  # fmt: skip
+
+
+def _by_threads(run: Callable[[int, int], object], count: int, elements: int) -> None:
+    """Call run(first, number) for parts of `count` things, side by side if there are enough elements of a weight."""
+    threads = min(torch.get_num_threads(), elements // THREAD_ELEMENTS, count)
+    if threads <= 1:
+        run(0, count)
+    else:
+        cuts = [count * part // threads for part in range(threads + 1)]
+        list(_pool().map(lambda first, stop: run(first, stop - first), cuts[:-1], cuts[1:]))
 
 
 def _addmm(added: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """Return bias + x · W, as transformers' Conv1D calls it."""
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or (beta, alpha) != (1, 1):
         return NotImplemented
+    packed = weight.packed
     found = added.expand(len(x), weight.shape[1]).to(torch.float32, copy=True)
+    if len(x) <= FEW_ROWS and isinstance(packed, Packed) and packed.is_in_loops:
+        _add_product_of_rows(x.to(torch.float32).contiguous(), packed, found)
+        return found.to(x.dtype)
     for first, stop in weight.tiles():
         tile = weight.piece(first, stop)
         if x.dtype is torch.float32:

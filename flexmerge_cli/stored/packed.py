@@ -93,14 +93,22 @@ class Packed:
         object.__setattr__(self, "loops", _native_rows(self))
 
     @property
-    def is_split(self) -> bool:
-        """Whether a product with it may be taken as the sum of products with its terms."""
+    def has_product(self) -> bool:
+        """Whether a product with it may be taken as the sum of products with its terms, which decodes no weight."""
         has_loops = native.decoding is not None and self.loops is not None
-        return self.masked is None and (not self.codes or has_loops)
+        return has_loops or not (self.masked or self.codes)
+
+    @property
+    def is_in_loops(self) -> bool:
+        """Whether the loops in C know all of it."""
+        return native.decoding is not None and self.loops is not None and self.factors is None and self.kept is None
 
     @property
     def address(self) -> int | None:
-        """The address of the first array, which tasks that share a centre have in common."""
+        """The address of the first array, which tasks that share a centre have in common. None with a mask, which
+        chooses between two arrays."""
+        if self.masked is not None:
+            return None
         first = self.dense.bits if self.dense is not None else self.codes[0].codes if self.codes else None
         return None if first is None else int(first.ctypes.data)
 
@@ -175,7 +183,7 @@ class JoinedRows:
     places: np.ndarray
     """int32 [m]: a row of `shared`, or -1 minus the row of `own`."""
 
-    is_split = False
+    has_product = False
     address = None
 
     @property

@@ -11,15 +11,17 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn.functional import normalize
 
 from flexmerge_cli import open_bundle
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.images import pixels_of_array
-from flexmerge_cli.server.encoders import TEXTS_AT_ONCE, Embeddings, ImagesAndTexts, pooled
+from flexmerge_cli.server.encoders import POOLINGS, TEXTS_AT_ONCE, Embeddings, ImagesAndTexts, pooled
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.speech import samples_of
 
+from ..evaluation import tiny
 from ..evaluation.tiny import WORDS, sentences
 from .offline import Offline
 from .test_predict import CLOSE, outputs, predict, refused
@@ -49,8 +51,34 @@ def test_a_text_is_embedded_as_sentence_transformers_do_or_by_the_mean_of_its_to
     assert np.allclose(np.frombuffer(base64.b64decode(packed), "<f4"), row, atol=1e-5)
 
 
+def test_embeddings_are_those_of_sentence_transformers_itself(bundle_of, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    parts = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    base, texts = str(bundle_of("encoders") / "tasks/one"), sentences(9, seed=3)
+
+    def saved(name, pooling, *more):
+        modules = [parts.Transformer(base), parts.Pooling(tiny.WIDTH, pooling), *more]
+        library.SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / name))
+        return tmp_path / name
+
+    for key, pooling in POOLINGS.items():
+        side = saved(pooling, pooling, *([parts.Normalize()] if pooling in ("cls", "max") else []))
+        expected = library.SentenceTransformer(str(side), device="cpu").encode(texts)
+        for config in (None, {"word_embedding_dimension": tiny.WIDTH, f"pooling_mode_{key}": True}):  # older versions
+            if config is not None:
+                (side / "1_Pooling/config.json").write_text(json.dumps(config))
+            task, found = Embeddings("one", side), {}
+            with torch.inference_mode():
+                items = [task.prepare(text) for text in texts]
+                task.run(transformers.AutoModel.from_pretrained(side).eval(), items, found.__setitem__)
+            assert np.allclose([found[place]["embedding"] for place in range(9)], expected, atol=1e-6)
+    for place, pooling in enumerate(("weightedmean", "mean_sqrt_len_tokens", ("cls", "mean"))):
+        with pytest.raises(UsageError, match="Pooling"):
+            Embeddings("one", saved(str(place), pooling))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "lasttoken"])
 def test_padding_has_no_part_in_what_is_pooled(pooling, side):
     states = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(3, 5, 1)
@@ -59,7 +87,7 @@ def test_padding_has_no_part_in_what_is_pooled(pooling, side):
     found = pooled(states, mask, pooling)
     for row, length in enumerate((5, 2, 1)):
         alone = states[row, :length] if side == "right" else states[row, 5 - length :]
-        expected = {"cls": alone[0], "mean": alone.mean(0), "max": alone.amax(0), "last": alone[-1]}[pooling]
+        expected = {"cls": alone[0], "mean": alone.mean(0), "max": alone.amax(0), "lasttoken": alone[-1]}[pooling]
         assert torch.allclose(found[row], expected)
 
 

@@ -90,7 +90,11 @@ def test_products_are_those_of_what_is_decoded_for_any_split_of_the_rows(bits: i
     assert native.decoding is not None
     for (m, n), kind in product([*SHAPES, (35, 97)], (None, "F32", "BF16")):
         dense = None if kind is None else elements(m, n, kind)
-        packed = Packed(matrix=(m, n), dtype="F32", dense=dense, codes=(codes(m, n, bits, 1), codes(m, n, 9 - bits, 2)))
+        mask = masks.pack(np.random.default_rng(4).random(m * n) < 0.5)
+        packed = Packed(
+            matrix=(m, n), dtype="F32", dense=dense, codes=(codes(m, n, bits, 1), codes(m, n, 9 - bits, 2)),
+            masked=Masked(elements(m, n, kind, 5), mask, np.float32(1.25)) if kind is not None and bits % 2 else None,
+        )  # fmt: skip
         assert packed.loops is not None
         x = np.random.default_rng(6).standard_normal((vectors, n)).astype(np.float32)
         whole, parts = np.full((vectors, m), np.nan, np.float32), np.full((vectors, m), np.nan, np.float32)
@@ -104,6 +108,16 @@ def test_products_are_those_of_what_is_decoded_for_any_split_of_the_rows(bits: i
         decoded = packed.decode().reshape(m, n).astype(np.float64)
         bound = 1e-6 * (1 + abs(x.astype(np.float64)) @ abs(decoded).T)
         assert (abs(whole - x.astype(np.float64) @ decoded.T) <= bound).all()
+        x = np.random.default_rng(7).standard_normal((vectors, m)).astype(np.float32)
+        whole, parts = np.ones((vectors, n), np.float32), np.ones((vectors, n), np.float32)
+        for out, cuts in (whole, (0, n)), (parts, (0, n // 16 * 8, n)):
+            for first, stop in pairwise(cuts):
+                native.decoding.flexmerge_product_of_rows(
+                    native.address(packed.loops), m, first, stop - first, x.ctypes.data, vectors, out.ctypes.data,
+                )  # fmt: skip
+        assert whole.tobytes() == parts.tobytes()
+        bound = 1e-6 * (1 + abs(x.astype(np.float64)) @ abs(decoded))
+        assert (abs(whole - 1 - x.astype(np.float64) @ decoded) <= bound).all()
 
 
 def test_a_coder_of_signs_decodes_to_plus_and_minus_its_scale():
