@@ -18,7 +18,7 @@ from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import MergeRequest
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -58,7 +58,7 @@ def merge(
     card: bool = True,
     scores: Scores | None = None,
     old: Unchanged | None = None,
-    part: Part | None = None,
+    part: Share | None = None,
     join: bool = False,
     on_progress: OnProgress = lambda _what, _done, _total: None,
 ) -> tuple[BundleLayout, Measured]:

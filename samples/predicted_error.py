@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.plan_file import Plan
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, WEIGHT_BITS
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 
@@ -35,7 +35,7 @@ def errors(family: Path, plan: Plan) -> np.ndarray:
     for tensor in plan.tensors:
         if tensor.class_ is not TensorClass.MERGEABLE or tensor.coding_error is None:
             continue
-        matrix = View.SQUEEZED.matrix(tensor.shape)
+        matrix = MatrixView.SQUEEZED.matrix(tensor.shape)
         origin = base[tensor.name].float()
         models = [task[tensor.name].float() for task in tasks]
         deltas = torch.stack([model - origin for model in models])

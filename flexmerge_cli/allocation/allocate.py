@@ -3,14 +3,12 @@
 import numpy as np
 
 from flexmerge_cli.allocation.allocation import Allocation, copies
-from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, Found, auto
-from flexmerge_cli.allocation.auto_allocation import Auto as Search
+from flexmerge_cli.allocation.auto_allocation import MAX_DISTANCE, AutoFound, AutoSearch, auto
 from flexmerge_cli.allocation.block_measure import block_measure
 from flexmerge_cli.allocation.clusters import cluster_channels
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
-from flexmerge_cli.allocation.servable import Servable as Served
-from flexmerge_cli.allocation.servable import servable
+from flexmerge_cli.allocation.servable import ServableAllocation, servable
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
@@ -55,7 +53,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
             return pricer.layout(_cut(pricer, choice, request.dtype))
 
 
-def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | None:
+def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[AutoSearch, AutoFound] | None:
     """Return the search of `auto`, which each pricer makes once, and what it finds; None for any other choice.
 
     If no size is given, it finds the smallest bundle whose predicted distances stay under the request's limit, or
@@ -76,7 +74,7 @@ def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[Search, Found] | 
     return search, search.within(limit)
 
 
-def servable_found(pricer: Pricer, request: MergeRequest) -> Served | None:
+def servable_found(pricer: Pricer, request: MergeRequest) -> ServableAllocation | None:
     """Return what `--servable` chooses; None for any other choice."""
     choice = request.choice
     if not isinstance(choice, Servable):

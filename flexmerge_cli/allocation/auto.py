@@ -15,7 +15,7 @@ import numpy as np
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_hull import slopes
 from flexmerge_cli.allocation.auto_statistics import Groups, TensorStatistics, weights
-from flexmerge_cli.allocation.auto_table import Choice, Table
+from flexmerge_cli.allocation.auto_table import AutoTable, TensorChoice
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.request.auto_options import Limits
 
@@ -37,7 +37,7 @@ TRIAL_TENSORS = 8192
 class Solution:
     """The choices for all tensors."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[TensorChoice, ...]
     """Sorted by tensor name."""
     num_bytes: int
     cost: float
@@ -47,7 +47,7 @@ class Solution:
 class Search:
     """The tables of a plan. It is made once and then asked for any number of budgets."""
 
-    def __init__(self, tables: Iterable[Table]) -> None:
+    def __init__(self, tables: Iterable[AutoTable]) -> None:
         self.tables = sorted(tables, key=lambda table: table.tensor.name)
         self._segments = self._sorted_segments()
         energies = [np.maximum(np.diag(table.tensor.gram), 0.0) for table in self.tables]
@@ -275,10 +275,10 @@ def search(
     """
     tensors = list(tensors)
     weight = weights(tensors, block_of)
-    return Search(Table(tensor, levels[block_of[tensor.name]], weight[tensor.name], limits) for tensor in tensors)
+    return Search(AutoTable(tensor, levels[block_of[tensor.name]], weight[tensor.name], limits) for tensor in tensors)
 
 
-def _best(table: Table, point: int, left: int) -> tuple[float, int, int]:
+def _best(table: AutoTable, point: int, left: int) -> tuple[float, int, int]:
     """Find the greatest saving per byte from a point of the frontier: (saving, bytes added, point). A saving of 0 means
     that none fits."""
     stop = int(np.searchsorted(table.num_bytes, table.num_bytes[point] + left, side="right"))

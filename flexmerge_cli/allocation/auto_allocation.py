@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
-from flexmerge_cli.allocation.auto_table import Choice
+from flexmerge_cli.allocation.auto_table import TensorChoice
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
@@ -39,14 +39,14 @@ Kept = tuple[MethodUse | None] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class AutoFound:
     """What the search chose, and the layout that stores it."""
 
     solution: Solution
     layout: BundleLayout
 
 
-class Auto:
+class AutoSearch:
     """Searches of one plan: any number of sizes from one set of tables."""
 
     def __init__(self, pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> None:
@@ -66,19 +66,19 @@ class Auto:
         self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
-        self._exact: Found | None = None
-        self._smallest_on_disk: Found | None = None
+        self._exact: AutoFound | None = None
+        self._smallest_on_disk: AutoFound | None = None
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
         """Bytes of everything that the search does not decide."""
 
-    def priced_by(self, pricer: Pricer) -> "Auto":
+    def priced_by(self, pricer: Pricer) -> "AutoSearch":
         """Return the same search for bundles that record another request."""
         other = copy.copy(self)
         other.pricer, other._exact, other._smallest_on_disk = pricer, None, None
         other._disk_bytes = functools.cache(lambda solution: other._found(solution).layout.total_bytes)
         return other
 
-    def cut(self, size: Target) -> Found:
+    def cut(self, size: Target) -> AutoFound:
         """Find the least predicted damage within a size, which is never exceeded. Raises GateError with the smallest
         possible size."""
         exact = self.exact()
@@ -95,28 +95,28 @@ class Auto:
             self._refuse(size)
         return self._found(self.search.solve(budget))
 
-    def smallest(self) -> Found:
+    def smallest(self) -> AutoFound:
         return self._found(self.search.solve(self.search.smallest_bytes))
 
-    def smallest_on_disk(self) -> Found:
+    def smallest_on_disk(self) -> AutoFound:
         """Return the smallest bundle with headers and names counted, which may hold more data than `smallest`."""
         if self._smallest_on_disk is None:
             self._smallest_on_disk = self._found(self.search.smallest_priced(self._disk_bytes))
         return self._smallest_on_disk
 
-    def within(self, max_distance: float) -> Found:
+    def within(self, max_distance: float) -> AutoFound:
         """Return the smallest bundle whose predicted distances stay under a limit, among those that are best for some
         price of a byte."""
         found, exact = self._found(self.search.solve_distance(max_distance)), self.exact()
         return found if found.layout.total_bytes < exact.layout.total_bytes else exact
 
-    def exact(self) -> Found:
+    def exact(self) -> AutoFound:
         """Return a bundle that loses nothing of the searched blocks: copies, or the search's own choices if these are
         smaller."""
         if self._exact is None:
             solution = self.search.solve(self._most_bytes)
             kept: dict[str, Kept] = {name: use or (None,) for name, use in self._kept.items()}
-            copied = Found(solution=solution, layout=self.pricer.layout(self._allocation((), kept)))
+            copied = AutoFound(solution=solution, layout=self.pricer.layout(self._allocation((), kept)))
             chosen = self._found(solution)
             self._exact = copied if copied.layout.total_bytes <= chosen.layout.total_bytes else chosen
         return self._exact
@@ -147,8 +147,8 @@ class Auto:
             + (", or --dtype bf16" if self.dtype is None and self.pricer.cast_saves else ""),
         )
 
-    def _found(self, solution: Solution) -> Found:
-        return Found(solution=solution, layout=self.pricer.layout(self._allocation(solution.choices)))
+    def _found(self, solution: Solution) -> AutoFound:
+        return AutoFound(solution=solution, layout=self.pricer.layout(self._allocation(solution.choices)))
 
     def _search(self, limits: Limits) -> Search:
         merges: dict[str, list[tuple[Tasks, Tasks]]] = {}
@@ -193,7 +193,7 @@ class Auto:
         found = [use for pattern, use in by_pattern if fnmatch.fnmatchcase(block.name, pattern)]
         return (found[0],) if found else None
 
-    def _allocation(self, choices: Sequence[Choice], by_pattern: Mapping[str, Kept] | None = None) -> Allocation:
+    def _allocation(self, choices: Sequence[TensorChoice], by_pattern: Mapping[str, Kept] | None = None) -> Allocation:
         """Build the allocation from the choices for all searched tensors. Without choices, it leaves these tensors out,
         to price the rest."""
         plan, of_tensor = self.plan, {choice.tensor: choice for choice in choices}
@@ -221,7 +221,7 @@ class Auto:
                 units.append(Unit(name=name, tensors=(name,), groups=found))
         return Allocation(methods=tuple(uses), units=tuple(units), dtype=self.dtype)
 
-    def _groups(self, choice: Choice) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
+    def _groups(self, choice: TensorChoice) -> list[tuple[MethodUse | None, Tasks, tuple[Bits, ...] | None]]:
         """Return (method, tasks, bits) by smallest task. Tasks of a class are together; a class alone has no centre."""
         same = self.plan.tensor(choice.tensor).same
         members: dict[int, list[int]] = {}
@@ -244,13 +244,13 @@ class Auto:
         return sorted(groups, key=lambda group: group[1])
 
 
-def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> Auto:
+def auto(pricer: Pricer, limits: Limits, dtype: str | None = None, by_pattern: ByPattern = ()) -> AutoSearch:
     """Return the search, which each pricer makes once, because its tables take longer than any size asked of them."""
     key = (limits, dtype, by_pattern, pricer.calibrated is not None)
     if key not in pricer.searches:
-        pricer.searches[key] = Auto(pricer, limits, dtype, by_pattern)
+        pricer.searches[key] = AutoSearch(pricer, limits, dtype, by_pattern)
     found = pricer.searches[key]
-    assert isinstance(found, Auto)
+    assert isinstance(found, AutoSearch)
     return found if found.pricer.request == pricer.request else found.priced_by(pricer)
 
 

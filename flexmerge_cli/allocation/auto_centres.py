@@ -27,7 +27,7 @@ COPY, CODED, FREE = range(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Centre:
+class AutoCentre:
     """One row of the table."""
 
     kind: Kind
@@ -36,10 +36,10 @@ class Centre:
     """Tasks that share a centre of kind `average`, ordered by smallest task. Tasks of one class are together."""
 
 
-def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[Centre]:
+def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[AutoCentre]:
     """List no centre, the base, then the levels from one group up. A level that groups the classes like an earlier one
     is left out."""
-    found = [Centre(kind="none")] + [Centre(kind="base", bits=bits) for bits in CENTRE_BITS]
+    found = [AutoCentre(kind="none")] + [AutoCentre(kind="base", bits=bits) for bits in CENTRE_BITS]
     seen: set[Groups] = set()
     for level in sorted(levels):
         group_of = {task: number for number, group in enumerate(levels[level]) for task in group}
@@ -50,11 +50,11 @@ def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[C
         if groups in seen or not any(tensor.num_classes(group) > 1 for group in groups):
             continue
         seen.add(groups)
-        found += [Centre(kind="average", bits=bits, groups=groups) for bits in CENTRE_BITS]
+        found += [AutoCentre(kind="average", bits=bits, groups=groups) for bits in CENTRE_BITS]
     return found
 
 
-def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
+def centre_bytes(tensor: TensorStatistics, centres: list[AutoCentre]) -> np.ndarray:
     """Return the bytes of all the centres that each row of the table stores, int64 [C]."""
     code_bytes = tensor.code_bytes
     dense: dict[Groups, list[int]] = {}
@@ -70,7 +70,7 @@ def centre_bytes(tensor: TensorStatistics, centres: list[Centre]) -> np.ndarray:
     return np.array(num_bytes, np.int64)
 
 
-def factors(tensor: TensorStatistics, centres: list[Centre]) -> tuple[np.ndarray, np.ndarray]:
+def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.ndarray, np.ndarray]:
     """Return how each class is stored (COPY, CODED, FREE) and the factor of its unit costs before the weight w, [C, K]
     each.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.residuals.coder import Matrix, View, num_bytes
+from flexmerge_cli.residuals.coder import Matrix, MatrixView, num_bytes
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS, CodingError
 from flexmerge_cli.residuals.low_bit import GAUSS_LOSSES, weight_code
 from flexmerge_cli.residuals.scales import Scales
@@ -63,7 +63,7 @@ class TensorStatistics:
     @property
     def matrix(self) -> Matrix:
         """The shape of the matrix that everything is coded in."""
-        return View.SQUEEZED.matrix(self.shape)
+        return MatrixView.SQUEEZED.matrix(self.shape)
 
     @property
     def classes(self) -> list[list[int]]:

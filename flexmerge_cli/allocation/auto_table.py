@@ -16,7 +16,7 @@ from flexmerge_cli.allocation.auto_centres import (
     CODED,
     COPY,
     FREE,
-    Centre,
+    AutoCentre,
     CentreBits,
     centre_bytes,
     centres_of,
@@ -25,7 +25,7 @@ from flexmerge_cli.allocation.auto_centres import (
 from flexmerge_cli.allocation.auto_hull import frontier, hull, slopes
 from flexmerge_cli.allocation.auto_statistics import LEAST_ERROR, Groups, TensorStatistics, Weight
 from flexmerge_cli.request.auto_options import Limits
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.stored.form import Bits
 
 # K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
@@ -35,11 +35,11 @@ Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class TensorChoice:
     """How one tensor is stored."""
 
     tensor: str
-    centre: Centre
+    centre: AutoCentre
     bits: tuple[Bits, ...]
     """The bits of each task; the tasks of a class share one stored value."""
     num_bytes: int
@@ -47,7 +47,7 @@ class Choice:
     """The predicted squared error of each task."""
 
 
-class Table:
+class AutoTable:
     """All curves of one tensor, the frontier of their points, and its hull."""
 
     def __init__(
@@ -62,19 +62,21 @@ class Table:
         if isinstance(weight, np.ndarray):
             self._weight_K[:] = [weight[tasks].mean() for tasks in self._classes]
         if tensor.is_unchanged:  # exact copies, or the dense base where that serves tasks of several dtypes
-            self.centres = [Centre(kind="none"), Centre(kind="base")]
+            self.centres = [AutoCentre(kind="none"), AutoCentre(kind="base")]
         else:
-            self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [Centre(kind="none")]
+            self.centres = [c for c in centres_of(tensor, levels) if c.kind in limits.centres] or [
+                AutoCentre(kind="none")
+            ]
         self._set_options(limits)
         self._set_curves()
         self.choice = functools.cache(self._choice)
         """Returns how the tensor is stored at a point of the frontier."""
 
-    def cost_of(self, choice: Choice) -> float:
+    def cost_of(self, choice: TensorChoice) -> float:
         """Return the cost of a choice."""
         return float(np.dot(self._weight_M, choice.errors))
 
-    def _choice(self, point: int) -> Choice:
+    def _choice(self, point: int) -> TensorChoice:
         centre, position = divmod(int(self.points[point]), self._num_positions)
         applied = self._order_CP[centre, :position]
         taken_K = np.bincount(applied[applied >= 0], minlength=len(self._classes))
@@ -90,7 +92,7 @@ class Table:
             bits |= dict.fromkeys(tasks, label)
             errors |= dict.fromkeys(tasks, error)
         order = range(len(bits))
-        return Choice(
+        return TensorChoice(
             tensor=self.tensor.name,
             centre=self.centres[centre],
             bits=tuple(bits[task] for task in order),
@@ -107,9 +109,9 @@ class Table:
         tensor = self.tensor
         if tensor.is_unchanged:
             return int(self.num_bytes[0]), 0.0
-        if View.SQUEEZED.is_vector(tensor.shape):
+        if MatrixView.SQUEEZED.is_vector(tensor.shape):
             centre_bits = bits = 8
-        centre = Centre(kind="average", bits=centre_bits, groups=(tuple(range(len(tensor.same))),))
+        centre = AutoCentre(kind="average", bits=centre_bits, groups=(tuple(range(len(tensor.same))),))
         dense = [tensor.dense_bytes(dtype) for dtype in tensor.dtypes]
         shared = int(centre_bytes(tensor, [centre])[0])
         if sum(dense) <= shared + len(dense) * tensor.code_bytes[bits] or len(self._classes) == 1:

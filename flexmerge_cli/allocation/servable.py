@@ -32,7 +32,7 @@ HINT = "leave out --servable: `merge --method auto` stores any family"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Servable:
+class ServableAllocation:
     """What an engine would serve, and the bundle that stores it."""
 
     layout: BundleLayout
@@ -60,7 +60,7 @@ class _Choice:
     """The bytes of one task's factors."""
 
 
-def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None = None) -> Servable:
+def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None = None) -> ServableAllocation:
     """Choose for the largest rank up to `rank` that fits the size.
 
     Raises UsageError, naming the first tensor, for a family that no such engine can serve, and GateError if even one
@@ -92,7 +92,7 @@ def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None =
     return best
 
 
-def _fits(found: Servable, size: Target) -> bool:
+def _fits(found: ServableAllocation, size: Target) -> bool:
     return (found.layout.total_bytes if size.on_disk else found.layout.tensor_bytes) <= size.max_bytes
 
 
@@ -123,7 +123,7 @@ def _is_matrix(tensor: PlanTensor) -> bool:
     return len(tensor.shape) == 2 and min(tensor.shape) > 1 and last == "weight" and not is_table
 
 
-def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> Servable:
+def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> ServableAllocation:
     plan = pricer.plan
     everyone, uses = plan.all_tasks, dict[MethodUse, int]()
     units, lost_M, energy_M = [], np.zeros(len(everyone)), np.zeros(len(everyone))
@@ -139,7 +139,7 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
     layout = pricer.layout(Allocation(methods=tuple(uses), units=tuple(units), dtype=dtype))
     apart = {TensorClass.TIED} | (set() if plan.kept else {TensorClass.BASE_ONLY})
     whole = [tensor for tensor in plan.stored if tensor.class_ not in apart]
-    return Servable(
+    return ServableAllocation(
         layout=layout,
         rank=largest,
         base_bytes=sum(t.num_elements * ITEM_BYTES[effective_dtype(t.dtype, dtype)] for t in whole),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexmerge_cli.bundle.kind import Kind, recognise
+from flexmerge_cli.bundle.kind import SourceKind, recognise
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, standing
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -47,16 +47,16 @@ def diff_value(a: str, b: str, access: Access = ONLINE) -> dict[str, Any]:
     """
     kinds = [recognise(source, access) for source in (a, b)]
     for source, kind in zip((a, b), kinds):
-        if kind is Kind.CHECKPOINT and not expanded(source).exists() and "://" not in source:
+        if kind is SourceKind.CHECKPOINT and not expanded(source).exists() and "://" not in source:
             raise SourceError(f"no plan or bundle at {source}", hint="check the path")
-        if kind is Kind.CHECKPOINT:
+        if kind is SourceKind.CHECKPOINT:
             raise UsageError(
                 f"{source} is a checkpoint, but `diff` compares plans or bundles",
                 hint="to compare models, plan them: flexmerge plan --base A --task b=B -o plan.json",
             )
     if kinds[0] is not kinds[1]:
         raise UsageError(f"{a} is a {kinds[0]}, but {b} is a {kinds[1]}", hint="give two plans, or two bundles")
-    sides = [_plan(source) if kinds[0] is Kind.PLAN else _bundle(source, access) for source in (a, b)]
+    sides = [_plan(source) if kinds[0] is SourceKind.PLAN else _bundle(source, access) for source in (a, b)]
     left, right = sides
     both = [name for name in left.tasks if name in right.tasks]
     keys = sorted({*left.fields, *right.fields} - set(NO_CONTENT))

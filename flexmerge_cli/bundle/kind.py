@@ -13,33 +13,33 @@ from flexmerge_cli.regular_file import check_kind, open_file
 from flexmerge_cli.text import expanded
 
 
-class Kind(StrEnum):
+class SourceKind(StrEnum):
     CHECKPOINT = "checkpoint"
     PLAN = "plan"
     BUNDLE = "bundle"
 
 
-def recognise(source: str, access: Access = ONLINE) -> Kind:
+def recognise(source: str, access: Access = ONLINE) -> SourceKind:
     """Recognise the kind of a source; a missing one counts as a checkpoint. Raises UsageError for other files."""
     path = standing(expanded(source))
     if is_remote(source):
-        return Kind.BUNDLE if holds_bundle(source, access) else Kind.CHECKPOINT
+        return SourceKind.BUNDLE if holds_bundle(source, access) else SourceKind.CHECKPOINT
     if not path.exists():
-        return Kind.CHECKPOINT  # opening it reports what is wrong
+        return SourceKind.CHECKPOINT  # opening it reports what is wrong
     check_kind(path)
     if path.is_dir():
         # This holds also if the manifest is missing or damaged, so that the problem is reported.
         if (path / "weights").is_dir() and any((path / name).exists() for name in (MANIFEST_NAME, "tasks", "coded")):
-            return Kind.BUNDLE
+            return SourceKind.BUNDLE
         if is_bundle(path):
-            return Kind.BUNDLE
+            return SourceKind.BUNDLE
         if find_weights(path) is None:
             inside = sorted(str(child) for child in path.iterdir() if child.is_dir() and find_weights(child))
             if inside:
                 raise UsageError(f"{source} holds {len(inside)} checkpoints", hint=f"flexmerge inspect {inside[0]}")
-        return Kind.CHECKPOINT
+        return SourceKind.CHECKPOINT
     if path.suffix in WEIGHT_SUFFIXES:
-        return Kind.CHECKPOINT
+        return SourceKind.CHECKPOINT
     if path.name == MANIFEST_NAME or path.name.endswith(".index.json"):
         raise UsageError(
             f"{source} is a file of a checkpoint or bundle folder", hint=f"flexmerge inspect {path.parent}"
@@ -51,4 +51,4 @@ def recognise(source: str, access: Access = ONLINE) -> Kind:
     with open_file(path) as file:
         if file.read(64).lstrip()[:1] != b"{":
             raise UsageError(f"{source} is not a checkpoint, plan or bundle", hint="give a folder or a plan.json")
-    return Kind.PLAN
+    return SourceKind.PLAN

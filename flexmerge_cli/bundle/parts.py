@@ -22,7 +22,7 @@ from flexmerge_cli.engine.output import PartOutput
 from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import IntegrityError, UsageError
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 
 SHOWN = 20
 
@@ -32,7 +32,7 @@ def merge_key(layout: BundleLayout, device: torch.device) -> str:
     return hashlib.sha256(f"{arithmetic(str(device))}\n".encode() + layout.manifest(Measured())).hexdigest()
 
 
-def share_of(layout: BundleLayout, part: Part) -> frozenset[str]:
+def share_of(layout: BundleLayout, part: Share) -> frozenset[str]:
     """Return the tensors of one part. The tensors of a unit are in one part, since they may merge as one."""
     unit_of = {name: unit.name for unit in layout.allocation.units for name in unit.tensors}
     by_unit: dict[tuple[str, str], list[str]] = {}
@@ -53,7 +53,7 @@ def write_part(
     layout: BundleLayout,
     sources: Sources,
     target: Path,
-    part: Part,
+    part: Share,
     *,
     device: torch.device,
     threads: int,
@@ -115,7 +115,7 @@ def parts_of(layout: BundleLayout, folder: Path, names: Collection[str]) -> list
     if len(counts) != 1:
         return []
     count = counts.pop()
-    every = (Part(number, count) for number in range(1, count + 1))
+    every = (Share(number, count) for number in range(1, count + 1))
     return [f"--part {part}" for part in every if not share_of(layout, part).isdisjoint(names)]
 
 

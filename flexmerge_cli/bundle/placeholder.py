@@ -18,7 +18,7 @@ _KEEPING = (_aten.detach.default, _aten.alias.default, _aten.clone.default)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SharedArray:
     """An array that lies in memory once, whatever uses it."""
 
     key: Hashable
@@ -36,7 +36,7 @@ class Value:
     name: str
     tensors: Mapping[str, Tensor]
     """Gives it, by its name."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SharedArray, ...] = ()
     """What it is made of where it can stay packed."""
     made: "Made | None" = None
     """How it is made of others; `name` is then that of the first."""

@@ -47,7 +47,7 @@ class Wanted:
 
 
 @dataclass(slots=True, kw_only=True)
-class Found:
+class CollectedArray:
     """One array that was measured."""
 
     wanted: Wanted
@@ -76,7 +76,7 @@ def layout_of(module: nn.Module) -> InputLayout | None:
 @contextmanager
 def measuring(
     model: nn.Module, wanted: Sequence[Wanted], *, task: str, seed: int
-) -> Iterator[Callable[[], list[Found]]]:
+) -> Iterator[Callable[[], list[CollectedArray]]]:
     """Observe the layers of a model that runs inside the block. Yields a function that returns the results.
 
     The results are in the order of wanted. task, seed: they seed the drawing of labels. Raises DataError if two layers
@@ -98,7 +98,7 @@ def measuring(
         if gradients.wanted:
             hooks.enter_context(gradients)
 
-        def found() -> list[Found]:
+        def found() -> list[CollectedArray]:
             return [
                 inputs.found(one)
                 if one.statistic == "inputs"
@@ -195,20 +195,20 @@ class _Inputs:
 
         return observe
 
-    def found(self, one: Wanted) -> Found:
+    def found(self, one: Wanted) -> CollectedArray:
         owner = self.of.get(one.tensor)
         total = self.sums.get(owner or one.tensor)
         if isinstance(total, Tensor):
             count = int(total.sum())
             array = (total / max(1, count)).float().cpu().numpy()
-            return Found(wanted=one, count=count, array=array)
+            return CollectedArray(wanted=one, count=count, array=array)
         if total is None:  # The layer never ran.
-            return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
+            return CollectedArray(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
         if owner is not None:
             if self.calls[one.tensor] != self.calls[owner]:
                 raise _not_shared(one.tensor, owner)
-            return Found(wanted=one, count=total.count, array=np.zeros(0, np.float32), of=owner)
-        return Found(wanted=one, count=total.count, array=total.mean())
+            return CollectedArray(wanted=one, count=total.count, array=np.zeros(0, np.float32), of=owner)
+        return CollectedArray(wanted=one, count=total.count, array=total.mean())
 
 
 def _not_shared(tensor: str, owner: str) -> DataError:
@@ -243,11 +243,11 @@ def _summing(outputs: dict[str, tuple[Tensor, int]], one: Wanted) -> Callable[..
     return observe
 
 
-def _mean_outputs(outputs: Mapping[str, tuple[Tensor, int]], one: Wanted) -> Found:
+def _mean_outputs(outputs: Mapping[str, tuple[Tensor, int]], one: Wanted) -> CollectedArray:
     if one.tensor not in outputs:
-        return Found(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
+        return CollectedArray(wanted=one, count=0, array=np.zeros(one.num_elements, np.float32))
     total, count = outputs[one.tensor]
-    return Found(wanted=one, count=count, array=(total / count).float().cpu().numpy())
+    return CollectedArray(wanted=one, count=count, array=(total / count).float().cpu().numpy())
 
 
 class _Fisher:
@@ -318,9 +318,11 @@ class _Fisher:
         drawn = torch.searchsorted(edges, numbers[:, None] * edges[:, -1:]).clamp_(max=edges.shape[1] - 1)
         return each.gather(-1, drawn.to(each.device)).sum()
 
-    def found(self, one: Wanted) -> Found:
+    def found(self, one: Wanted) -> CollectedArray:
         count = max(1, self.num_examples)
-        return Found(wanted=one, count=self.num_examples, array=(self.sums[one.tensor] / count).flatten().cpu().numpy())
+        return CollectedArray(
+            wanted=one, count=self.num_examples, array=(self.sums[one.tensor] / count).flatten().cpu().numpy()
+        )
 
 
 def example_of(value: Any, place: int, size: int) -> Any:

@@ -28,13 +28,13 @@ from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.calibration import (
     INDEX_NAME,
     STATISTICS,
+    CalibratedTask,
+    CalibrationSettings,
     FisherEntry,
     Index,
     InputsEntry,
     OutputsEntry,
-    Settings,
     Statistic,
-    TaskEntry,
     is_calibration,
     read_index,
 )
@@ -43,7 +43,7 @@ from flexmerge_cli.planning.make import load_plan
 from flexmerge_cli.version import GENERATOR
 
 if TYPE_CHECKING:
-    from flexmerge_cli.calibration.collect import Found, Wanted
+    from flexmerge_cli.calibration.collect import CollectedArray, Wanted
 
 OnStep = Callable[[str, int, int], None]
 
@@ -163,7 +163,7 @@ def calibrate(
         measured = [_measure(request, place, folder, on_step) for place in request.plan.all_tasks]
         index = Index(
             generator=GENERATOR,
-            settings=Settings(
+            settings=CalibrationSettings(
                 statistics=request.statistics,
                 examples=request.examples,
                 seed=request.seed,
@@ -278,7 +278,7 @@ def _runs(wanted: "Sequence[Wanted]") -> "list[list[Wanted]]":
 
 def _measure(
     request: CalibrationRequest, place: int, folder: Path, on_step: OnStep
-) -> tuple[TaskEntry, dict[str, Any]]:
+) -> tuple[CalibratedTask, dict[str, Any]]:
     """Run one task's model and write its file. Returns its entry and its row."""
     plan, name = request.plan, request.plan.task_names[place]
     model = request.references.of(name)["fine_tuned"]()
@@ -304,7 +304,7 @@ def _measure(
                     file.add(f"{one.tensor}@{one.statistic}", found.array)
                     sizes[one.tensor, one.statistic] = found.array.nbytes
                 entries[one.statistic][one.tensor] = _entry(found)
-    entry = TaskEntry(
+    entry = CalibratedTask(
         weights=plan.tasks[place].fingerprint,
         data=examples.digest,
         n=examples.n,
@@ -318,7 +318,7 @@ def _measure(
     return entry, _row(request, place, sizes, wanted)
 
 
-def _entry(found: "Found") -> InputsEntry | FisherEntry | OutputsEntry:
+def _entry(found: "CollectedArray") -> InputsEntry | FisherEntry | OutputsEntry:
     one = found.wanted
     if one.statistic == "fisher":
         return FisherEntry(mean=float(found.array.mean(dtype=np.float64)))
@@ -328,7 +328,7 @@ def _entry(found: "Found") -> InputsEntry | FisherEntry | OutputsEntry:
     return InputsEntry(layout=one.layout, rows=found.count, of=found.of)
 
 
-def _check(found: "Found", task: str) -> None:
+def _check(found: "CollectedArray", task: str) -> None:
     if not np.isfinite(found.array).all():
         what = {"inputs": "inputs", "fisher": "gradients", "outputs": "outputs"}[found.wanted.statistic]
         raise DataError(
@@ -356,11 +356,11 @@ def _observed(request: CalibrationRequest, place: int, model: TaskModel) -> "lis
 
 def _run(
     request: CalibrationRequest, model: TaskModel, wanted: "Sequence[Wanted]", on_example: Callable[[int, int], None]
-) -> "list[Found]":
+) -> "list[CollectedArray]":
     """Run a model on its examples, and return what was measured."""
     from flexmerge_cli.calibration.collect import measuring
 
-    results: list[Callable[[], list[Found]]] = []
+    results: list[Callable[[], list[CollectedArray]]] = []
     with ExitStack() as stack:
 
         def on_built(built: Any, _names: Mapping[str, str]) -> None:

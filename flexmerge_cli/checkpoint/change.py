@@ -21,7 +21,7 @@ TILE_ELEMENTS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowRank:
+class LowRankChange:
     """θ + scale · left · right, for a tensor viewed as [first axis, the rest]."""
 
     left: "StoredTensor"
@@ -53,7 +53,7 @@ class Scaled:
         return (self.vector,)
 
 
-Change = LowRank | Scaled
+Change = LowRankChange | Scaled
 
 
 def add_product(

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.change import LowRank, add_product, multiply
+from flexmerge_cli.checkpoint.change import LowRankChange, add_product, multiply
 from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -137,7 +137,7 @@ class Reader:
         columns = math.prod(tensor.shape[1:])
         if not len(values):
             return filled
-        if isinstance(change, LowRank):
+        if isinstance(change, LowRankChange):
             left = self._floats(change.left, start // columns, -(-stop // columns))
             right = self._floats(change.right, 0, change.right.shape[0])
             add_product(values, start, columns, left.astype(np.float64), right.astype(np.float64), change.scale)

@@ -57,7 +57,7 @@ class Global:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Storage:
+class PickledStorage:
     """A record of the archive that holds elements."""
 
     dtype: str
@@ -71,7 +71,7 @@ class Storage:
 class PickledTensor:
     """A tensor as the file describes it. Nothing is checked against the storage yet."""
 
-    storage: Storage
+    storage: PickledStorage
     dtype: str
     """The dtype as torch spells it."""
     offset: int
@@ -182,7 +182,7 @@ class _Machine:
                 found = STORAGE.fullmatch(name)
                 if found is None or found[1] not in STORAGES:
                     raise ValueError(f"an unknown storage {name[:100]!r}")
-                self.stack.append(Storage(STORAGES[found[1]], key, count))
+                self.stack.append(PickledStorage(STORAGES[found[1]], key, count))
             case _:
                 raise ValueError("a persistent object that is not a storage")
 
@@ -238,7 +238,7 @@ def _tensor_v3(
 
 
 def _array(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str, metadata: Any = None) -> Any:
-    if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
+    if not (isinstance(storage, PickledStorage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise ValueError("a tensor without a storage or a shape")
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")

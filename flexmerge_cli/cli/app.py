@@ -31,7 +31,7 @@ from flexmerge_cli.cli import eval as eval_command
 from flexmerge_cli.cli.failures import Interruption, failure_of
 from flexmerge_cli.cli.output import note, tell
 from flexmerge_cli.cli.signals import Signals, interrupting_signals
-from flexmerge_cli.cli.terminal import OutputLost, Stream, shown_streams
+from flexmerge_cli.cli.terminal import OutputLost, TerminalStream, shown_streams
 from flexmerge_cli.errors import FlexmergeError
 from flexmerge_cli.version import VERSION
 
@@ -124,7 +124,7 @@ def shown_warnings() -> Iterator[None]:
         yield
 
 
-def _ended(arguments: list[str], stdout: Stream, signals: Signals) -> int:
+def _ended(arguments: list[str], stdout: TerminalStream, signals: Signals) -> int:
     """Run the command, report its outcome and return the exit code."""
     failure: FlexmergeError | None = None
     code = 0

@@ -60,7 +60,7 @@ def merge(
     flexmerge merge plan.json --servable lora:rank=64 -o bundle/
     flexmerge merge plan.json --method auto --size 1x -o s3://bucket/folder
     """
-    from flexmerge_cli.bundle.kind import Kind
+    from flexmerge_cli.bundle.kind import SourceKind
     from flexmerge_cli.checkpoint.place import is_remote
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.cli.eval_outputs import check_outputs
@@ -157,7 +157,7 @@ def merge(
         out.warn(surprises, quiet=quiet)
         warnings += surprises
     if html is not None and written is not None:
-        write_page(output, html, Kind.BUNDLE)
+        write_page(output, html, SourceKind.BUNDLE)
     if store is not None and written is not None:
         store.done()
     value = merge_summary(layout, output_, written, warnings=warnings, threads=threads) | more | packing.verdict()

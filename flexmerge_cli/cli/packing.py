@@ -16,7 +16,7 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.hub import pinned_source
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.cli.options import check_plan_place
-from flexmerge_cli.cli.sources import Given, plan_request
+from flexmerge_cli.cli.sources import GivenSources, plan_request
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.evaluation.gate import Gate, parse_gate, require_scored
 from flexmerge_cli.evaluation.memory import largest_model, require_memory
@@ -33,7 +33,7 @@ from flexmerge_cli.planning.make import load_plan, make_plan
 from flexmerge_cli.report.auto import auto_summary, servable_summary
 from flexmerge_cli.report.bundle import merge_summary
 from flexmerge_cli.request.merge import MergeRequest, MethodMissing, merge_request
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.request.size import Size, parse_sizes
 from flexmerge_cli.text import expanded
@@ -61,7 +61,7 @@ class Packing:
     """The recipe's gate, once there is a plan."""
     card: bool = True
     """Whether the bundle gets a card."""
-    part: Part | None = None
+    part: Share | None = None
     """The part of the bundle that is written; None for all of it."""
     join: bool = False
     """Whether to publish a bundle whose parts have all been written."""
@@ -241,7 +241,7 @@ class Packing:
         return {} if document is None else {"gate": document["gate"], "evaluation": document}
 
 
-def _holds(plan: Plan, given: Given, folder: Path) -> bool:
+def _holds(plan: Plan, given: GivenSources, folder: Path) -> bool:
     """Return whether a kept plan has the recipe's sources and settings. The merge itself checks the bytes of the
     sources."""
     assert given.request is not None

@@ -120,7 +120,7 @@ def plan(
     check_outputs({"html": html} if html else {}, [source, output, *given.places], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a plan, and --dry-run makes none", hint="leave one of them out")
-    from flexmerge_cli.bundle.kind import Kind
+    from flexmerge_cli.bundle.kind import SourceKind
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.report.plan import dry_summary, plan_summary, show_part, show_plan
     from flexmerge_cli.request.merge import MergeRequest, merge_request
@@ -160,7 +160,7 @@ def plan(
         if is_shown:
             value = plan_summary(found, output, request, *families, all_methods=all_methods)
         if html is not None:
-            write_page(output, html, Kind.PLAN)
+            write_page(output, html, SourceKind.PLAN)
     out.warn(value["warnings"], quiet=quiet)
     value["warnings"] = [*given.warnings, *value["warnings"]]
     out.emit(value, as_json=as_json, quiet=quiet, show=show_plan, written=[] if output is None or dry_run else [output])

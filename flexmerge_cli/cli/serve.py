@@ -63,10 +63,10 @@ def serve(
     from flexmerge_cli.request.size import parse_bytes
 
     require("fastapi", "uvicorn", "prometheus_client", "transformers", extra="flexmerge-cli[serve]")
-    from flexmerge_cli.server.run import Settings, bound_socket, make_service, url_of
+    from flexmerge_cli.server.run import ServerSettings, bound_socket, make_service, url_of
     from flexmerge_cli.server.run import serve as run
 
-    settings = Settings(
+    settings = ServerSettings(
         tasks=tasks,
         weights=weights,
         device=device,

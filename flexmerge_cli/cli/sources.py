@@ -18,7 +18,7 @@ from flexmerge_cli.planning.changed import changed_request
 from flexmerge_cli.planning.known import Known
 from flexmerge_cli.planning.make import load_plan, make_plan, replan
 from flexmerge_cli.planning.parts import Parts, make_part
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest, Statistics, known_word
 from flexmerge_cli.request.recipe import Recipe, read_recipe
 from flexmerge_cli.request.tasks import found_tasks, name_of
@@ -28,7 +28,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class GivenSources:
     """Where a plan comes from: sources, or another plan."""
 
     request: PlanRequest | None
@@ -77,7 +77,7 @@ class Given:
         save_plan(plan, save_to)
         return plan
 
-    def make_part(self, part: Part, *, save_to: Path, **run: Any) -> dict[str, Any]:
+    def make_part(self, part: Share, *, save_to: Path, **run: Any) -> dict[str, Any]:
         """Measure one part of the plan and save it; return what there is to say of it."""
         assert self.request is not None
         made = make_part(self.request, part, **run)
@@ -85,10 +85,10 @@ class Given:
         return {"part": str(part), "output": str(save_to), "tensors": len(made.measures), "warnings": [*self.warnings]}
 
 
-def joined_parts(paths: Sequence[Path], access: Access) -> Given:
+def joined_parts(paths: Sequence[Path], access: Access) -> GivenSources:
     """Read the parts of a plan, which say what it is made of."""
     parts = Parts.read(paths, access)
-    return Given(request=parts.request, plan=None, order=parts.request.order, parts=parts)
+    return GivenSources(request=parts.request, plan=None, order=parts.request.order, parts=parts)
 
 
 def plan_request(
@@ -108,7 +108,7 @@ def plan_request(
     follow_links: bool = False,
     add: Collection[str] = (),
     remove: Collection[str] = (),
-) -> Given:
+) -> GivenSources:
     """Combine the options with the recipe or plan. Options take precedence."""
     if statistics is not None:
         known_word(get_args(Statistics), statistics, "statistics")
@@ -138,7 +138,7 @@ def plan_request(
         chosen = order_settings(order, old)
         if changes:
             return _changed(plan, source, add, remove, chosen, statistics, replace(access, ignore=tuple(ignore)))
-        return Given(
+        return GivenSources(
             request=None,
             plan=plan,
             order=chosen,
@@ -190,7 +190,7 @@ def plan_request(
             follow_links=follow_links or bool(recipe and recipe.follow_links),
         ),
     )
-    return Given(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
+    return GivenSources(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
 
 
 def _named(option: str, item: str) -> tuple[str, str]:
@@ -212,7 +212,7 @@ def _changed(
     order: OrderSettings,
     statistics: str | None,
     access: Access,
-) -> Given:
+) -> GivenSources:
     """Return the plan with tasks added or removed."""
     added: dict[str, str] = {}
     for name, path in (_named("--add", item) for item in add):
@@ -223,7 +223,7 @@ def _changed(
     folder = source.absolute().parent
     words = cast(Statistics | None, statistics)
     request = changed_request(plan, folder, added, remove, order=order, statistics=words, access=access)
-    return Given(
+    return GivenSources(
         request=request,
         plan=plan,
         order=order,

@@ -37,7 +37,7 @@ class OutputLost(MachineError):
         """Whether the reader of a pipe has gone, as after `| head`. It knows that, so no message is due."""
 
 
-class Stream:
+class TerminalStream:
     """A standard stream that writes control characters in visible form.
 
     rich, which writes escape sequences of its own, uses `rich_proxied_file`; report/console.py takes care of the rest.
@@ -47,7 +47,7 @@ class Stream:
         self._file, self._is_stdout, self._escape = file, is_stdout, escape
         self.is_used = False
         if escape:
-            self.rich_proxied_file = Stream(file, is_stdout=is_stdout, escape=False)
+            self.rich_proxied_file = TerminalStream(file, is_stdout=is_stdout, escape=False)
 
     def write(self, text: str) -> int:
         with self._failing():
@@ -77,12 +77,12 @@ class Stream:
 
 
 @contextmanager
-def shown_streams() -> Iterator[Stream]:
+def shown_streams() -> Iterator[TerminalStream]:
     """Replace sys.stdout and sys.stderr with Streams. Yields the one for stdout."""
     before = sys.stdout, sys.stderr
     files = [file if file is not None else io.StringIO() for file in before]  # None: the stream is closed
     handlers = [_set_errors(file, UNENCODABLE) for file in files]
-    stdout, stderr = (Stream(file, is_stdout=is_stdout) for file, is_stdout in zip(files, (True, False)))
+    stdout, stderr = (TerminalStream(file, is_stdout=is_stdout) for file, is_stdout in zip(files, (True, False)))
     sys.stdout, sys.stderr = cast(TextIO, stdout), cast(TextIO, stderr)
     try:
         yield stdout

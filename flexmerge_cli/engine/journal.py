@@ -22,7 +22,7 @@ import xxhash
 
 from flexmerge_cli.allocation.storage import Part
 from flexmerge_cli.errors import MachineError
-from flexmerge_cli.request.part import Part as Share
+from flexmerge_cli.request.part import Share
 
 JOURNAL_NAME = ".journal"
 NAME_OF_SHARE = re.compile(r"\.journal-(\d{1,4})-of-(\d{1,4})")

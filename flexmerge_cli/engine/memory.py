@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from flexmerge_cli import native
 from flexmerge_cli.checkpoint.change import TILE_ELEMENTS as PRODUCT_TILE
-from flexmerge_cli.checkpoint.change import LowRank
+from flexmerge_cli.checkpoint.change import LowRankChange
 from flexmerge_cli.checkpoint.digest import PIECE_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import AHEAD
@@ -112,7 +112,7 @@ def reading_bytes(tensor: StoredTensor, count: int) -> int:
     if change is None:
         return tensor.item_bytes * count if tensor.strides is not None else 0
     floats = 0 if tensor.dtype in ("F32", "F64") else 4 * count
-    if not isinstance(change, LowRank):
+    if not isinstance(change, LowRankChange):
         return floats + 24 * count
     columns = math.prod(tensor.shape[1:])
     rows = min(tensor.shape[0], count // max(1, columns) + 2)

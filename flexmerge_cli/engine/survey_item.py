@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coder import Matrix, MatrixView
 from flexmerge_cli.residuals.coding_error import CodingError
 
 # Elements of one product. Fixed, so that the sums, and thus the plan's bytes, do not depend on how files are cut.
@@ -63,4 +63,4 @@ def models_of(item: SurveyItem) -> list[StoredTensor]:
 
 def view_of(shape: tuple[int, ...]) -> Matrix:
     """Return the shape of the rows that `auto` codes."""
-    return View.SQUEEZED.matrix(shape)
+    return MatrixView.SQUEEZED.matrix(shape)

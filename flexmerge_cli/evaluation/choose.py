@@ -23,7 +23,7 @@ Scores = Mapping[str, Scored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class KeptScore:
     """The part of the fine-tuned scores that a point keeps, on some data."""
 
     value: float
@@ -41,7 +41,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class ChosenPoint:
     """The chosen point, and its scores on data that it was not chosen on."""
 
     point: Point
@@ -49,8 +49,8 @@ class Choice:
     """Whether the point qualifies. If false, it is the best of the points that do not."""
     target: float
     each: bool
-    chosen_on: Kept
-    reported: Kept
+    chosen_on: KeptScore
+    reported: KeptScore
     data: str
     """The data that it was chosen on, in words."""
 
@@ -72,7 +72,7 @@ class Choice:
         )
 
     def record(self) -> dict[str, Any]:
-        def kept(found: Kept) -> dict[str, Any]:
+        def kept(found: KeptScore) -> dict[str, Any]:
             return {
                 "value": found.value, "low": found.low, "worst": found.worst, "worst_low": found.worst_low,
                 "n": found.n,
@@ -100,7 +100,7 @@ def choose(
     *,
     each: bool,
     data: str,
-) -> Choice:
+) -> ChosenPoint:
     """Choose the smallest point in bytes that qualifies or, if none does, the one with the highest bound.
 
     points, references: the scores on the data to choose on, and those on the data to report. Among points of one size
@@ -115,7 +115,7 @@ def choose(
         point, on, reported = min(good, key=lambda item: (item[0].tensor_bytes, item[0].total_bytes, -item[1].value))
     else:
         point, on, reported = max(found, key=lambda item: item[1].worst_low if each else item[1].low)
-    return Choice(
+    return ChosenPoint(
         point=point,
         qualifies=bool(good),
         target=target,
@@ -126,12 +126,12 @@ def choose(
     )
 
 
-def kept_of(merged: Scores, references: Scores) -> Kept:
+def kept_of(merged: Scores, references: Scores) -> KeptScore:
     parts = parts_kept(merged, references)
     draws_TR = np.array([draws_R for _, draws_R in parts.values()])
     bounds = {task: float(np.quantile(draws_R, 1 - CONFIDENCE)) for task, (_, draws_R) in parts.items()}
     worst = min(bounds, key=lambda task: bounds[task])
-    return Kept(
+    return KeptScore(
         value=float(np.mean([value for value, _ in parts.values()])),
         low=float(np.quantile(draws_TR.mean(axis=0), 1 - CONFIDENCE)),
         worst=worst,

@@ -21,7 +21,7 @@ OnScore = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class CurveCut:
     """A layout to score, and the request that it comes from."""
 
     method: str
@@ -114,7 +114,7 @@ class CurveScorer:
         """Add a score that is already known, such as that of the fine-tuned model."""
         self._by_digest[task, digest] = scored
 
-    def points(self, cuts: Sequence[Cut], on_score: OnScore = lambda *_step: None) -> Iterator[Point]:
+    def points(self, cuts: Sequence[CurveCut], on_score: OnScore = lambda *_step: None) -> Iterator[Point]:
         """Score from the largest layout to the smallest, so that few groups change from one to the next.
 
         Parts that no later layout stores are released before the next layout is made.
@@ -128,13 +128,13 @@ class CurveScorer:
         for place, cut in enumerate(ordered):
             self.memory.keep_only(needed[place])
 
-            def on_task(number: int, place: int = place, cut: Cut = cut) -> None:
+            def on_task(number: int, place: int = place, cut: CurveCut = cut) -> None:
                 on_score(f"{cut.method} at {format_size(cut)}", place * len(tasks) + number, len(ordered) * len(tasks))
 
             yield self._point(cut, tasks, numbers, on_task)
 
     def _point(
-        self, cut: Cut, tasks: Sequence[str], numbers: Mapping[str, int], on_task: Callable[[int], None]
+        self, cut: CurveCut, tasks: Sequence[str], numbers: Mapping[str, int], on_task: Callable[[int], None]
     ) -> Point:
         layout, num_computed, num_cached = cut.layout, 0, 0
         identities = {task: (task, self.memory.identity(layout, numbers[task])) for task in tasks}
@@ -172,10 +172,10 @@ class CurveScorer:
         )
 
 
-def in_order(cuts: Sequence[Cut]) -> list[Cut]:
+def in_order(cuts: Sequence[CurveCut]) -> list[CurveCut]:
     """Return the cuts in the order in which they are scored."""
     return sorted(cuts, key=lambda cut: -cut.layout.tensor_bytes)
 
 
-def format_size(cut: Cut | Point) -> str:
+def format_size(cut: CurveCut | Point) -> str:
     return cut.sizes[0] if cut.sizes else "its own size"

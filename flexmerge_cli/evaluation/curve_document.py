@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.evaluation.choose import Choice, choose, halves
+from flexmerge_cli.evaluation.choose import ChosenPoint, choose, halves
 from flexmerge_cli.evaluation.curve import Curve, OnScore, Point
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.drawing import draw
@@ -103,7 +103,7 @@ def curve_document(
     return document
 
 
-def _choice(curve: Curve, other: Curve | None, target: float, *, each: bool, data: str) -> Choice:
+def _choice(curve: Curve, other: Curve | None, target: float, *, each: bool, data: str) -> ChosenPoint:
     """Choose a point. other: the same points on the data to choose on, called `data`; None: use a half of the
     curve's."""
     points = [*curve.points, *curve.alternatives]

@@ -15,7 +15,7 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.cache import ScoreCache
-from flexmerge_cli.evaluation.curve import Curve, CurveScorer, Cut, OnScore, Point, Unreached, in_order
+from flexmerge_cli.evaluation.curve import Curve, CurveCut, CurveScorer, OnScore, Point, Unreached, in_order
 from flexmerge_cli.evaluation.ensembles import ensembles
 from flexmerge_cli.evaluation.memory import curve_chunk, largest_model
 from flexmerge_cli.evaluation.plane import score_plane
@@ -44,7 +44,7 @@ ALTERNATIVES = {
 
 def cuts_of(
     pricer: Pricer, sizes: Sequence[Size], method: CurveMethod, plan_path: str
-) -> tuple[list[Cut], list[Unreached]]:
+) -> tuple[list[CurveCut], list[Unreached]]:
     """Lay out one method at every size that it reaches, and at its own. Sizes with equal allocations are one cut.
 
     A method's own size is the smallest that it reaches; for `auto` it is the size chosen when none is given. It is
@@ -65,15 +65,17 @@ def cuts_of(
         texts = found.setdefault(key, ([], layout, command_of(plan_path, asked)))[0]
         texts += [size.text] if size is not None else []
     return [
-        Cut(method=method.name, sizes=tuple(texts), layout=layout, command=command)
+        CurveCut(method=method.name, sizes=tuple(texts), layout=layout, command=command)
         for texts, layout, command in found.values()
     ], unreached
 
 
-def alternatives_of(pricer: Pricer, plan_path: str) -> list[Cut]:
+def alternatives_of(pricer: Pricer, plan_path: str) -> list[CurveCut]:
     """Lay out copies in fewer bits, if the family has more than one task to copy."""
     return [
-        Cut(method=name, sizes=(), layout=allocate(pricer.plan, asked, pricer), command=command_of(plan_path, asked))
+        CurveCut(
+            method=name, sizes=(), layout=allocate(pricer.plan, asked, pricer), command=command_of(plan_path, asked)
+        )
         for name, asked in ALTERNATIVES.items()
     ]
 
@@ -128,12 +130,12 @@ class Drawing:
         self.scorer.known(task, model.digest, scored)
         return scored
 
-    def cuts(self, job: Job) -> tuple[list[Cut], list[Unreached]]:
+    def cuts(self, job: Job) -> tuple[list[CurveCut], list[Unreached]]:
         if job is None:
             return alternatives_of(self.pricer, str(self.plan_path)), []
         return cuts_of(self.pricer, self.request.sizes, job, str(self.plan_path))
 
-    def fit(self, jobs: Sequence[Sequence[Cut]]) -> None:
+    def fit(self, jobs: Sequence[Sequence[CurveCut]]) -> None:
         """Fit the memory of every job, each given by its cuts, to what is allowed. Raises UsageError."""
         memory, request = self.scorer.memory, self.request
         if request.max_memory is not None:

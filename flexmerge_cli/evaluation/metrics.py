@@ -56,14 +56,14 @@ class Metric:
     percent: bool = True
     """Whether it is shown in percent: proportions and correlations."""
     only_two_classes: bool = False
-    sums: "Sums | None" = None
+    sums: "MetricSums | None" = None
     """The sums from which the value of a corpus is computed, if it is not a mean."""
     needs: tuple[str, ...] = ()
     """Modules of the `generation` extra."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class MetricSums:
     """A value that depends on sums over the examples."""
 
     statistics: Outcomes
@@ -223,8 +223,8 @@ def _all() -> list[Metric]:
             percent=False,
         ),
         *map(_recall_at, (1, 5, 10)),
-        _of_sums("miou", Sums(_pixels, _mean_iou), Takes.PIXELS),
-        _of_sums("pixel_accuracy", Sums(_pixels, _pixel_accuracy), Takes.PIXELS),
+        _of_sums("miou", MetricSums(_pixels, _mean_iou), Takes.PIXELS),
+        _of_sums("pixel_accuracy", MetricSums(_pixels, _pixel_accuracy), Takes.PIXELS),
         Metric(name="delta1", takes=Takes.ERRORS, value=_mean_of(_given), outcomes=_given),
         *(
             Metric(
@@ -237,14 +237,14 @@ def _all() -> list[Metric]:
             )
             for name in ("abs_rel", "rmse")
         ),
-        _of_sums("bleu", Sums(generation.bleu_statistics, generation.bleu), Takes.GENERATED, "sacrebleu"),
+        _of_sums("bleu", MetricSums(generation.bleu_statistics, generation.bleu), Takes.GENERATED, "sacrebleu"),
         *(_of_texts(kind, partial(generation.rouge, kind), "rouge_score") for kind in ("rouge1", "rouge2", "rougeL")),
         _of_texts("meteor", generation.meteor, "nltk"),
         _of_texts("cider", generation.cider, "pycocoevalcap"),
     ]
 
 
-def _of_sums(name: str, sums: Sums, takes: Takes, *needs: str) -> Metric:
+def _of_sums(name: str, sums: MetricSums, takes: Takes, *needs: str) -> Metric:
     def value(predictions: np.ndarray, labels: np.ndarray) -> float:
         return sums.value(sums.statistics(predictions, labels).sum(0))
 

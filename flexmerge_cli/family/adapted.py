@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
+from flexmerge_cli.checkpoint.change import Change, LowRankChange, Scaled
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.dtypes import FLOATING
 from flexmerge_cli.checkpoint.parts import part_of
@@ -145,16 +145,16 @@ def _alignment(adapter: Adapter, base: Checkpoint) -> Alignment:
     return found
 
 
-def _low_rank(adapter: Adapter, factors: Factors, weight: StoredTensor) -> LowRank | None:
+def _low_rank(adapter: Adapter, factors: Factors, weight: StoredTensor) -> LowRankChange | None:
     """Return the change of a weight; None if the factors do not make a tensor of this shape."""
     a, b = _flat(factors.a, factors.a.shape[0]), _flat(factors.b, factors.b.shape[0])
     shape = (weight.shape[0], math.prod(weight.shape[1:])) if weight.shape else (0, 0)
     plain, turned = (b.shape[0], a.shape[1]) == shape, (a.shape[1], b.shape[0]) == shape
     if turned and (factors.is_embedding or not plain or adapter.transposed) and len(weight.shape) == 2:
-        return LowRank(left=_transposed(a), right=_transposed(b), scale=factors.scale)
+        return LowRankChange(left=_transposed(a), right=_transposed(b), scale=factors.scale)
     if not plain or factors.is_embedding:
         return None
-    return LowRank(left=b, right=a, scale=factors.scale)
+    return LowRankChange(left=b, right=a, scale=factors.scale)
 
 
 def _scaled(adapter: Adapter, module: str, vector: StoredTensor, weight: StoredTensor) -> Scaled | None:

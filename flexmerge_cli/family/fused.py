@@ -40,7 +40,7 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class FusedRows:
     """A tensor that consists of the rows of others, one after another."""
 
     whole: Word
@@ -106,9 +106,9 @@ def mixed(tasks: Mapping[str, Checkpoint]) -> list[str]:
     return found
 
 
-def _rules(types: Iterable[str]) -> tuple[list[Rows], list[tuple[Word, Word]]]:
+def _rules(types: Iterable[str]) -> tuple[list[FusedRows], list[tuple[Word, Word]]]:
     forms = [spelling.forms().get(each, {}) for each in types]
-    rows = [Rows(Word(whole), tuple(map(Word, parts))) for of in forms for whole, parts in of.get("rows", ())]
+    rows = [FusedRows(Word(whole), tuple(map(Word, parts))) for of in forms for whole, parts in of.get("rows", ())]
     turned = [(Word(old), Word(new)) for of in forms for old, new in of.get("turned", ())]
     return list(dict.fromkeys(rows)), list(dict.fromkeys(turned))
 
@@ -124,7 +124,7 @@ def _renamed(
 
 
 def _join(
-    tensors: dict[str, StoredTensor], rule: Rows, spellings: Sequence[Callable[[str], str]], task: Tensors
+    tensors: dict[str, StoredTensor], rule: FusedRows, spellings: Sequence[Callable[[str], str]], task: Tensors
 ) -> None:
     shapes = {tensor.shape for name, tensor in task.items() if rule.whole.of(name)}
     found: dict[str, dict[int, str]] = {}
@@ -152,7 +152,7 @@ def _join(
 
 def _cut(
     tensors: dict[str, StoredTensor],
-    rule: Rows,
+    rule: FusedRows,
     spellings: Sequence[Callable[[str], str]],
     task: Tensors | None = None,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from flexmerge_cli.checkpoint.change import Change, LowRank, Scaled
+from flexmerge_cli.checkpoint.change import Change, LowRankChange, Scaled
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.record import Digest, Items, Record
@@ -23,7 +23,7 @@ from flexmerge_cli.record import Digest, Items, Record
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
-class Place(Record):
+class ArrayPlace(Record):
     """An array in the adapter's weight file."""
 
     offset: Count
@@ -33,8 +33,8 @@ class Place(Record):
     """The strides in elements; None if row-major."""
 
     @staticmethod
-    def of(tensor: StoredTensor) -> "Place":
-        return Place(offset=tensor.offset, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides)
+    def of(tensor: StoredTensor) -> "ArrayPlace":
+        return ArrayPlace(offset=tensor.offset, dtype=tensor.dtype, shape=tensor.shape, strides=tensor.strides)
 
     def stored(self, path: Path) -> StoredTensor:
         fields = {"dtype": self.dtype, "shape": self.shape, "offset": self.offset, "strides": self.strides}
@@ -57,31 +57,33 @@ class ChangeRecord(Record):
 
     digest: Digest
     """The digest of the result."""
-    value: Place | None = None
+    value: ArrayPlace | None = None
     """The whole tensor, if the adapter holds it."""
-    left: Place | None = None
-    right: Place | None = None
+    left: ArrayPlace | None = None
+    right: ArrayPlace | None = None
     scale: float | None = None
-    vector: Place | None = None
+    vector: ArrayPlace | None = None
     axis: Literal[0, 1] | None = None
 
     @staticmethod
     def of(tensor: StoredTensor, weights: Path, digest: str) -> "ChangeRecord":
         """Record a tensor's change. weights: the adapter's file; a tensor that lies in it is whole."""
-        value = Place.of(tensor) if tensor.path == weights else None
+        value = ArrayPlace.of(tensor) if tensor.path == weights else None
         match tensor.change:
-            case LowRank(left=left, right=right, scale=scale):
-                return ChangeRecord(digest=digest, value=value, left=Place.of(left), right=Place.of(right), scale=scale)
+            case LowRankChange(left=left, right=right, scale=scale):
+                return ChangeRecord(
+                    digest=digest, value=value, left=ArrayPlace.of(left), right=ArrayPlace.of(right), scale=scale
+                )
             case Scaled(vector=vector, axis=axis):
                 along: Literal[0, 1] = 1 if axis else 0
-                return ChangeRecord(digest=digest, value=value, vector=Place.of(vector), axis=along)
+                return ChangeRecord(digest=digest, value=value, vector=ArrayPlace.of(vector), axis=along)
         return ChangeRecord(digest=digest, value=value)
 
     def tensor(self, base: StoredTensor | None, weights: Path) -> StoredTensor:
         """Return the tensor that is read. base: where the base's bits lie, if they are needed."""
         change: Change | None = None
         if self.left is not None and self.right is not None:
-            change = LowRank(
+            change = LowRankChange(
                 left=self.left.stored(weights), right=self.right.stored(weights), scale=float(self.scale or 0.0)
             )
         elif self.vector is not None:

@@ -59,7 +59,7 @@ class OutputsEntry(Record):
     rows: Count
 
 
-class TaskEntry(Record):
+class CalibratedTask(Record):
     weights: Digest
     data: Digest
     n: Count
@@ -71,7 +71,7 @@ class TaskEntry(Record):
     outputs: Named[OutputsEntry]
 
 
-class Settings(Record):
+class CalibrationSettings(Record):
     statistics: Items[Statistic]
     examples: Count
     seed: Count
@@ -83,9 +83,9 @@ class Settings(Record):
 class Index(Record):
     format: Literal["flexmerge.calibration/1"] = FORMAT
     generator: str
-    settings: Settings
+    settings: CalibrationSettings
     versions: Named[str]
-    tasks: Named[TaskEntry]
+    tasks: Named[CalibratedTask]
 
     def dump(self) -> bytes:
         fields = self.model_dump(mode="json", exclude_none=True)
@@ -255,7 +255,7 @@ def read_calibration(folder: Path, plan: Plan) -> CalibrationData:
     return found
 
 
-def _opened(folder: Path, entry: TaskEntry) -> dict[str, StoredTensor]:
+def _opened(folder: Path, entry: CalibratedTask) -> dict[str, StoredTensor]:
     path = folder / entry.file
     if not path.is_file() or path.stat().st_size != entry.bytes:
         now = f"{path.stat().st_size:,} bytes" if path.is_file() else "missing"
@@ -266,7 +266,7 @@ def _opened(folder: Path, entry: TaskEntry) -> dict[str, StoredTensor]:
     return read_header(path)[0]
 
 
-def _check(found: CalibrationData, place: int, entry: TaskEntry) -> None:
+def _check(found: CalibrationData, place: int, entry: CalibratedTask) -> None:
     """Raise DataError for arrays that the file lacks, or that do not have the size of the plan's tensors."""
     task, plan = found.plan.tasks[place].name, found.plan
     shapes = {name: shape for tensor in plan.tensors for name, shape in [(tensor.name, tensor.shape_of(place))]

@@ -17,7 +17,7 @@ from flexmerge_cli.formats.plan_records import License, Parts, PlanTensor, SideF
 from flexmerge_cli.record import Count, Digest, Named, Record, Shape
 
 
-class Given(NamedTuple):
+class GivenTensor(NamedTuple):
     """The form in which a member has a tensor."""
 
     dtype: str
@@ -70,7 +70,7 @@ class Member(Record):
         return ()
 
     @abstractmethod
-    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
         """Return the form in which it has a tensor, or None. tensor: the plan's record, if there is one. place: its own
         number."""
 
@@ -112,10 +112,10 @@ class PlanTask(Member):
     library: LibraryName = "transformers"
     """The library that loads the model; omitted if it is transformers, or unknown."""
 
-    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
         if tensor is None or tensor.digests[place] is None:
             return None
-        return Given(tensor.dtype_of(place), tensor.shape_of(place), None)
+        return GivenTensor(tensor.dtype_of(place), tensor.shape_of(place), None)
 
     def entry(self, adapters: Adapters) -> dict[str, Any]:
         return {"pooled": self.adapter} if adapters == "pool" else {}
@@ -148,13 +148,13 @@ class PlanAdapter(Member):
         """The aligned names of modules_to_save, resized embeddings and biases."""
         return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
 
-    def given(self, name: str, tensor: PlanTensor | None, place: int) -> Given | None:
+    def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
         change = self.changes.get(name)
         if change is not None and change.value is not None:
-            return Given(change.value.dtype, change.value.shape, change.digest)
+            return GivenTensor(change.value.dtype, change.value.shape, change.digest)
         if tensor is None or tensor.base_form is None:
             return None
-        return Given(*tensor.base_form, str(tensor.base_digest if change is None else change.digest))
+        return GivenTensor(*tensor.base_form, str(tensor.base_digest if change is None else change.digest))
 
     def needs_base(self, name: str) -> bool:
         change = self.changes.get(name)

@@ -37,9 +37,9 @@ from flexmerge_cli.formats.plan_records import (
     PlanBase,
     PlanBlock,
     PlanMerge,
+    PlanSettings,
     PlanTensor,
     PlanVocabulary,
-    Settings,
 )
 from flexmerge_cli.formats.sealed import NO_DIGEST as NO_DIGEST
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed, save_sealed, sealed
@@ -64,7 +64,7 @@ class Plan(Record):
     tensors: Items[PlanTensor]
     blocks: Items[PlanBlock]
     order: Items[PlanMerge]
-    settings: Settings
+    settings: PlanSettings
     near_ties: Count
     rows: Items[PlanTensor] = ()
     vocabularies: Items[PlanVocabulary] = ()

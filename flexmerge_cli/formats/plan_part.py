@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flexmerge_cli.formats.plan_records import Settings
+from flexmerge_cli.formats.plan_records import PlanSettings
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed
 from flexmerge_cli.record import Count, Digest, Items, Record
 from flexmerge_cli.request.part import MAX_PARTS
@@ -33,7 +33,7 @@ class PartRequest(Record):
     tasks: dict[str, str]
     blocks: str
     """As in `settings`, but the path of a user's own rules.yaml."""
-    settings: Settings
+    settings: PlanSettings
 
 
 class PartCoding(Record):

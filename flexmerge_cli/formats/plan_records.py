@@ -189,7 +189,7 @@ class PlanMerge(Record):
     similarity: Measurement
 
 
-class Settings(Record):
+class PlanSettings(Record):
     """What the classes, blocks and order were made with."""
 
     blocks: str

@@ -20,7 +20,7 @@ from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.method import Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
-from flexmerge_cli.residuals.coder import Coder, Matrix, View, num_bytes
+from flexmerge_cli.residuals.coder import Coder, Matrix, MatrixView, num_bytes
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.scales import Scales
@@ -59,7 +59,7 @@ class Expert(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class CodedForm:
     """How one tensor of one group is stored."""
 
     matrix: Matrix
@@ -81,19 +81,19 @@ class Coded:
     """The coder of the residuals, as a function of the number of tasks in the group."""
     scales: Literal["bfloat16", "byte"] = "bfloat16"
     """How scales are stored for residuals of up to 2 bits, if each task has a number of bits of its own."""
-    view: View = View.FIRST_AXIS
+    view: MatrixView = MatrixView.FIRST_AXIS
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None
     """Makes the residuals, and is itself a Statistic. None: they are θ_k - centre."""
 
-    def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Form:
+    def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> CodedForm:
         """Choose the form of a tensor in a group whose tasks have these dtypes, one each.
 
         Copies are chosen where they are no larger than centre and residuals. The base costs nothing here: whether it is
         stored anyway depends on other groups, and this rule must not.
         """
         matrix = self.view.matrix(shape)
-        copies = Form(matrix=matrix, residual=None, centre=None)
+        copies = CodedForm(matrix=matrix, residual=None, centre=None)
         coder, centre_bits = self.coder(len(dtypes)), self.centre_bits
         if isinstance(coder, SignRuns):
             coder = coder.of_rows(matrix[0])
@@ -102,21 +102,21 @@ class Coded:
                 return copies
             coder, centre_bits = weight_code(8), 8
         centre = None if centre_bits == "dense" else weight_code(centre_bits)
-        form = Form(matrix=matrix, residual=coder, centre=centre)
+        form = CodedForm(matrix=matrix, residual=coder, centre=centre)
         copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
-    def form_of_bits(self, shape: tuple[int, ...], bits: float) -> Form:
+    def form_of_bits(self, shape: tuple[int, ...], bits: float) -> CodedForm:
         """Return the form of a tensor for a task with its own number of bits, as in `auto`; vectors are coded, too.
 
         bits: 0 stores nothing beside the centre, and then `residual` is None. Less than 1 is possible only beside a
         centre.
         """
-        matrix, code = View.SQUEEZED.matrix(shape), None
+        matrix, code = MatrixView.SQUEEZED.matrix(shape), None
         if bits:
             is_copy = self.centre == "none"
             code = weight_code(int(bits)) if is_copy else residual_code(bits, self.scales, matrix[0])
-        return Form(
+        return CodedForm(
             matrix=matrix,
             residual=code,
             centre=None if self.centre == "none" or self.centre_bits == "dense" else weight_code(self.centre_bits),
@@ -126,7 +126,7 @@ class Coded:
         """Return the method that makes the centre; None if the centre is the base, or there is none."""
         return None if self.centre in ("base", "none") else _centre_call(self.centre)
 
-    def centre_bytes(self, form: Form, dtypes: tuple[str, ...]) -> int:
+    def centre_bytes(self, form: CodedForm, dtypes: tuple[str, ...]) -> int:
         """Return the bytes of one group's centre; 0 for the base, which all groups share, and if there is no centre."""
         if form.residual is None or self.centre in ("base", "none"):
             return 0
@@ -135,7 +135,7 @@ class Coded:
         return dense if form.centre is None else num_bytes(form.centre.parts(form.matrix, dtype))
 
 
-def residual_bytes(form: Form, dtypes: tuple[str, ...]) -> int:
+def residual_bytes(form: CodedForm, dtypes: tuple[str, ...]) -> int:
     """Return the bytes of the residuals of all tasks of a group; 0 if they are copies."""
     if form.residual is None:
         return 0
@@ -250,7 +250,7 @@ def low_bit(
         centre_bits=centre_bits,
         coder=lambda num_tasks: coder,
         scales="byte" if scales == "byte" else "bfloat16",
-        view=View.SQUEEZED if of_auto else View.FIRST_AXIS,
+        view=MatrixView.SQUEEZED if of_auto else MatrixView.FIRST_AXIS,
         vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
     )
 
@@ -277,7 +277,7 @@ def sign_runs(
         centre=centre,
         centre_bits=centre_bits,
         coder=lambda num_tasks: coder,
-        view=View.FIRST_AXIS if centre_bits == "dense" else View.SQUEEZED,
+        view=MatrixView.FIRST_AXIS if centre_bits == "dense" else MatrixView.SQUEEZED,
         vectors=Vectors.COPIES if centre_bits == "dense" else Vectors.BYTES,
     )
 

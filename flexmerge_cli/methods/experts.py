@@ -5,7 +5,7 @@ from typing import Literal
 
 from flexmerge_cli.methods.coded import Coded, Vectors, coded
 from flexmerge_cli.methods.method import Fraction
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.sparse import Sparse
 
 
@@ -13,4 +13,4 @@ from flexmerge_cli.residuals.sparse import Sparse
 def free(*, density: Fraction = 0.01, select: Literal["tensor", "row"] = "tensor") -> Coded:
     """Store the largest elements of every tensor, vectors included, on the `fr` merge, with its arguments."""
     top = Sparse(density=density, select=select)
-    return Coded(centre="fr", coder=lambda num_tasks: top, view=View.LAST_AXIS, vectors=Vectors.CODED)
+    return Coded(centre="fr", coder=lambda num_tasks: top, view=MatrixView.LAST_AXIS, vectors=Vectors.CODED)

@@ -17,7 +17,7 @@ from flexmerge_cli.methods.fr import NOISE, Coef, Cutoff, Variant, filtered
 from flexmerge_cli.methods.matrices import Matrices, Scale, is_matrix
 from flexmerge_cli.methods.method import Fraction, Per, Positive, StatisticScope, Where
 from flexmerge_cli.methods.reductions import flat
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.quantise import row_sums
 from flexmerge_cli.residuals.sparse import Sparse
 
@@ -25,7 +25,7 @@ Mu = Literal["code", "paper"]
 
 
 @dataclass(frozen=True, slots=True)
-class Magnitudes:
+class FreeMagnitudes:
     """Sums over a scope, per task, [k] float64, from which the factors are computed."""
 
     kept: np.ndarray
@@ -38,13 +38,13 @@ class Magnitudes:
     """Σ|G(τ)|, where G is the filter of `fr`, which leaves tensors that are not matrices unchanged."""
     num_elements: np.ndarray
 
-    def take(self, tasks: list[int]) -> "Magnitudes":
+    def take(self, tasks: list[int]) -> "FreeMagnitudes":
         fields = (self.kept, self.num_kept, self.whole, self.passed, self.num_elements)
-        return Magnitudes(*(values[tasks] for values in fields))
+        return FreeMagnitudes(*(values[tasks] for values in fields))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Expert:
+class FreeExpert:
     """Computes a task's expert from its task vector. A Statistic whose calls see whole tensors, [R, numel]."""
 
     top: Sparse
@@ -58,11 +58,11 @@ class Expert:
     matrices: Matrices
     per: Per = "task"
 
-    def measure(self, deltas: Tensor, where: Where) -> Magnitudes:
+    def measure(self, deltas: Tensor, where: Where) -> FreeMagnitudes:
         """Measure the contribution of one tensor."""
         sums = np.array([self._sums(delta.reshape(1, *where.shape), where) for delta in deltas]).T
         kept, num_kept, whole, passed = sums
-        return Magnitudes(kept, num_kept, whole, passed, np.full(len(deltas), float(deltas.shape[1])))
+        return FreeMagnitudes(kept, num_kept, whole, passed, np.full(len(deltas), float(deltas.shape[1])))
 
     def _sums(self, delta: Tensor, where: Where) -> list[float]:
         """Compute the fields of Magnitudes, in order, for one task. [1, *shape]; one task at a time to save memory."""
@@ -75,11 +75,11 @@ class Expert:
 
     def workspace(self, _num_tasks: int, shape: tuple[int, ...]) -> int:
         """Return the bytes that `measure` takes on a tensor: sizes, top set and spectrum of one task."""
-        matrix = View.LAST_AXIS.matrix(shape)
+        matrix = MatrixView.LAST_AXIS.matrix(shape)
         return 100 * math.prod(shape) + self.top.workspace(matrix)
 
-    def combine(self, left: Magnitudes, right: Magnitudes) -> Magnitudes:
-        return Magnitudes(
+    def combine(self, left: FreeMagnitudes, right: FreeMagnitudes) -> FreeMagnitudes:
+        return FreeMagnitudes(
             left.kept + right.kept,
             left.num_kept + right.num_kept,
             left.whole + right.whole,
@@ -87,10 +87,10 @@ class Expert:
             left.num_elements + right.num_elements,
         )
 
-    def finish(self, total: Magnitudes) -> Magnitudes:
+    def finish(self, total: FreeMagnitudes) -> FreeMagnitudes:
         return total
 
-    def factors(self, group: Magnitudes) -> np.ndarray:
+    def factors(self, group: FreeMagnitudes) -> np.ndarray:
         """Compute μ of the tasks of a group, [k] float64. 0/0 is 0."""
         if isinstance(self.mu, float):
             return np.full(len(group.kept), self.mu)
@@ -111,7 +111,7 @@ class Expert:
 
     def _keep(self, delta: Tensor) -> Tensor:
         """Find the top set, bool [*shape]."""
-        return self.top.keep(delta.reshape(View.LAST_AXIS.matrix(tuple(delta.shape)))).reshape(delta.shape)
+        return self.top.keep(delta.reshape(MatrixView.LAST_AXIS.matrix(tuple(delta.shape)))).reshape(delta.shape)
 
 
 @coded(paper="Zheng & Wang 2025", when="one merged model, and one percent of every task's own changes")
@@ -147,7 +147,7 @@ def free(
     declared: Coded = replace(
         experts.free.function(density=density, select=select),
         centre=format_call("fr", {**backbone, "matrices": matrices}),
-        expert=Expert(
+        expert=FreeExpert(
             top=Sparse(density=density, select=select),
             mu=mu,
             scope=mu_scope,

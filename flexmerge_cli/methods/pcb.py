@@ -8,7 +8,7 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Per, Positive, Scope, Statistic, StatisticScope, method, per_element
-from flexmerge_cli.methods.places import AtPlaces, Found, magnitude_keys, magnitudes, value_keys, values
+from flexmerge_cli.methods.places import AtPlaces, FoundKeys, magnitude_keys, magnitudes, value_keys, values
 from flexmerge_cli.methods.reductions import flat, sum_tasks
 
 
@@ -76,10 +76,10 @@ def _statistics(*, K: float, scope: Within, **_: object) -> Statistic:
     def thresholds(n: int, _positive: int) -> tuple[int, int]:
         return n - min(n - 1, int(n * (1 - K))), 1
 
-    def compete(sizes: Found) -> AtPlaces:
+    def compete(sizes: FoundKeys) -> AtPlaces:
         lowest, highest = magnitudes(sizes.key_RT).astype(np.float64).T
 
-        def scored(found: Found) -> Competition | Thresholds:
+        def scored(found: FoundKeys) -> Competition | Thresholds:
             threshold, best = values(found.key_RT).T
             if scope == "model":
                 return Thresholds(threshold=threshold, best=best, num_tasks=len(best))

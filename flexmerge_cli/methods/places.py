@@ -60,7 +60,7 @@ def tiles(deltas: Tensor, where: Where) -> Iterator[tuple[Tensor, Where]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundKeys:
     """The keys at the requested places. Place 0, before the first, has the largest of all keys and quota 0."""
 
     key_RT: np.ndarray
@@ -86,7 +86,7 @@ class AtPlaces:
 
     A place past the last one means the last.
     """
-    then: Callable[[Found], Any]
+    then: Callable[[FoundKeys], Any]
     """Makes what follows from the keys: the next statistic, or a value."""
 
     def measure(self, deltas: Tensor, where: Where) -> "_Scope":
@@ -184,17 +184,17 @@ def _narrow(
     prefix_RT = digit_RT - BINS // 2 if shift == bits else (prefix_RT << DIGIT_BITS) | digit_RT
     quota_RT = quota_RT - above_RT
     if shift == DIGIT_BITS:
-        return search.then(Found(key_RT=prefix_RT, quota_RT=quota_RT, equal_RT=inside_RT))
+        return search.then(FoundKeys(key_RT=prefix_RT, quota_RT=quota_RT, equal_RT=inside_RT))
     return _Narrowed(search=search, prefix_RT=prefix_RT, quota_RT=quota_RT, bits=bits, shift=shift - DIGIT_BITS)
 
 
-def _pick(sorted_X: list[np.ndarray], list_RT: np.ndarray, quota_RT: np.ndarray) -> Found:
+def _pick(sorted_X: list[np.ndarray], list_RT: np.ndarray, quota_RT: np.ndarray) -> FoundKeys:
     key_RT, above_RT, equal_RT = (np.zeros_like(quota_RT) for _ in range(3))
     for at, place in np.ndenumerate(quota_RT):
         keys = sorted_X[list_RT[at]]
         key = int(keys[place - 1]) if place else int(np.iinfo(np.int64).max)
         key_RT[at], above_RT[at], equal_RT[at] = key, (keys > key).sum(), (keys == key).sum()
-    return Found(key_RT=key_RT, quota_RT=quota_RT - above_RT, equal_RT=equal_RT)
+    return FoundKeys(key_RT=key_RT, quota_RT=quota_RT - above_RT, equal_RT=equal_RT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
-from flexmerge_cli.methods.places import MANY, AtPlaces, Found, magnitude_keys, tiles
+from flexmerge_cli.methods.places import MANY, AtPlaces, FoundKeys, magnitude_keys, tiles
 from flexmerge_cli.random import tie_numbers
 
 # R rows, T places of each row, S of them that split ties, N elements
@@ -81,7 +81,7 @@ def keep_largest(
     If one element with key 0 is kept, all of them are: it makes no difference whether zeros are kept.
     """
 
-    def settle(found: Found) -> object:
+    def settle(found: FoundKeys) -> object:
         split_RT = (found.quota_RT > 0) & (found.quota_RT < found.equal_RT) & (found.key_RT > 0)
         if split_RT.any():
             return _Ties(scope=scope, per=per, keys=keys, found=found, split_RT=split_RT, then=then, width=WIDTH)
@@ -102,7 +102,7 @@ class _Ties:
     scope: StatisticScope
     per: Per
     keys: Callable[[Tensor, Where], Tensor]
-    found: Found
+    found: FoundKeys
     split_RT: np.ndarray
     """The rows and places where some ties are kept and some are not."""
     then: Callable[[Kept], object]

@@ -24,7 +24,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
-from flexmerge_cli.formats.plan_records import PlanTensor, Settings
+from flexmerge_cli.formats.plan_records import PlanSettings, PlanTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import comparison_unit
 from flexmerge_cli.planning import kept_adapters
@@ -233,11 +233,11 @@ def plan_of(
     return sealed_plan(fields)
 
 
-def requested_settings(request: PlanRequest) -> Settings:
+def requested_settings(request: PlanRequest) -> PlanSettings:
     """Return the settings of the plan that a request asks for."""
     asked = {name: getattr(request, name) for name in SETTINGS_OF_REQUEST}
     access = {name: getattr(request.access, name) for name in SETTINGS_OF_ACCESS}
-    return Settings(**settings_fields(request.order), **asked, **access)
+    return PlanSettings(**settings_fields(request.order), **asked, **access)
 
 
 def settings_fields(order: OrderSettings) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from flexmerge_cli.formats.sealed import NO_DIGEST, sealed
 from flexmerge_cli.planning.fields import SETTINGS_OF_ACCESS, SETTINGS_OF_REQUEST, requested_settings
 from flexmerge_cli.planning.make import make_plan, measured_alone, opened
 from flexmerge_cli.planning.measuring import OnProgress, silent
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.residuals.coding_error import CodingError
 from flexmerge_cli.text import expanded
@@ -34,7 +34,7 @@ from flexmerge_cli.version import GENERATOR
 
 def make_part(
     request: PlanRequest,
-    part: Part,
+    part: Share,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -132,7 +132,7 @@ class Parts:
             raise DataError(f"{who} has other tensors than when {self.paths[0]} was made", hint="make the parts again")
         found: dict[int, Measure] = {}
         for path, part in zip(self.paths, self.parts):
-            places = _places(items, Part(part.part, part.parts))
+            places = _places(items, Share(part.part, part.parts))
             if [items[place].name for place in places] != [measure.tensor for measure in part.measures]:
                 raise DataError(f"{path} holds other tensors than its part has", hint="make it again")
             found |= {place: _read(items[place], one, path) for place, one in zip(places, part.measures)}
@@ -179,7 +179,7 @@ def _headers(family: Family) -> dict[str, str]:
     return {name: digest(model) for name, model in family.models.items()} | {"": digest(family.base)}
 
 
-def _places(items: Sequence[SurveyItem], part: Part) -> list[int]:
+def _places(items: Sequence[SurveyItem], part: Share) -> list[int]:
     return part.places([sum(tensor.num_bytes for tensor in models_of(item)) for item in items])
 
 

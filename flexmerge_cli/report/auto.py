@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.auto import Solution
-from flexmerge_cli.allocation.auto_allocation import Auto, Found
+from flexmerge_cli.allocation.auto_allocation import AutoFound, AutoSearch
 from flexmerge_cli.allocation.auto_centres import CentreBits
-from flexmerge_cli.allocation.auto_table import Choice
-from flexmerge_cli.allocation.servable import Servable
+from flexmerge_cli.allocation.auto_table import TensorChoice
+from flexmerge_cli.allocation.servable import ServableAllocation
 from flexmerge_cli.report.table import say, table
 
 UNIFORM: tuple[tuple[CentreBits, int], ...] = ((3, 1), (4, 1), (8, 1), (4, 2), (8, 2), (4, 3), (8, 3), (8, 4))
@@ -22,7 +22,7 @@ MOST_TIMES = 4
 LEAST_DISTANCE = 0.01
 
 
-def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
+def auto_summary(auto: AutoSearch, found: AutoFound) -> dict[str, Any]:
     """Return the value for --json. distortion is Σ w·D over the searched tensors, which ranks plans of one family."""
     solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
     fixed = auto.fixed_bytes
@@ -56,7 +56,7 @@ def auto_summary(auto: Auto, found: Found) -> dict[str, Any]:
     }
 
 
-def servable_summary(found: Servable) -> dict[str, Any]:
+def servable_summary(found: ServableAllocation) -> dict[str, Any]:
     """Return the value for --json. captured, distance: per task, at least and at most."""
     captured = dict(zip(found.layout.plan.task_names, found.captured_M.tolist()))
     return {
@@ -129,10 +129,10 @@ def kind_of(block: str) -> str:
     return (named or words or [block])[-1]
 
 
-def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
+def _kinds(auto: AutoSearch, solution: Solution) -> list[dict[str, Any]]:
     """Return the bytes by kind of block, most first."""
     kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
-    choices: dict[str, list[tuple[Choice, float]]] = {}
+    choices: dict[str, list[tuple[TensorChoice, float]]] = {}
     for choice, table_ in zip(solution.choices, auto.search.tables):
         choices.setdefault(kind[choice.tensor], []).append((choice, table_.cost_of(choice)))
     total = sum(cost for of_kind in choices.values() for _, cost in of_kind)
@@ -153,7 +153,7 @@ def _kinds(auto: Auto, solution: Solution) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["bytes"], row["kind"]))
 
 
-def _centres(choices: Iterable[Choice]) -> str:
+def _centres(choices: Iterable[TensorChoice]) -> str:
     """Describe the choices by frequency, most frequent first: `average 8 bits ×12, none ×3`."""
     counts: Counter[str] = Counter()
     for centre in (choice.centre for choice in choices):
@@ -164,7 +164,7 @@ def _centres(choices: Iterable[Choice]) -> str:
     return ", ".join(shown + ["…"] * (len(found) > 3))
 
 
-def _distances(auto: Auto, solution: Solution) -> dict[str, float | None]:
+def _distances(auto: AutoSearch, solution: Solution) -> dict[str, float | None]:
     """Return the predicted distance per task; null for a task that equals the base and is not stored exactly."""
     found = auto.search.distances(solution) if solution.choices else np.full(len(auto.plan.tasks), np.nan)
     return {name: None if np.isnan(x) else float(x) for name, x in zip(auto.plan.task_names, found)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexmerge_cli.bundle.kind import Kind
+from flexmerge_cli.bundle.kind import SourceKind
 from flexmerge_cli.report.table import say, table
 
 DIFFERENT = 7  # exit code
@@ -32,7 +32,7 @@ def show_diff(value: dict[str, Any], *, every: bool = False) -> None:
                 for name, found in value["values"].items()
             ],
         )
-    words = _groups if value["kind"] == Kind.BUNDLE else _merges
+    words = _groups if value["kind"] == SourceKind.BUNDLE else _merges
     blocks = [(name, *words(pair)) for name, pair in value["blocks"].items()]
     _show("block", blocks if every else blocks[:ROWS])
     if not every and len(blocks) > ROWS:

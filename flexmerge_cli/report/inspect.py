@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmerge_cli.bundle.apart import check_apart
-from flexmerge_cli.bundle.kind import Kind, recognise
+from flexmerge_cli.bundle.kind import SourceKind, recognise
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
@@ -48,17 +48,17 @@ class Report:
     """The error of a bundle that was inspected and is damaged."""
 
 
-def check(asked: Asked) -> Kind:
+def check(asked: Asked) -> SourceKind:
     """Check the kind of source and whether the request fits it, before anything is read. Raises UsageError."""
     if asked.decode and not asked.verify:
         raise UsageError("--decode requires --verify", hint="--verify --decode")
     kind = recognise(asked.source, asked.access)
     what = f"{asked.source} is a {kind}"
-    if asked.verify and kind is not Kind.BUNDLE:
+    if asked.verify and kind is not SourceKind.BUNDLE:
         raise UsageError(f"--verify checks a bundle against its manifest, but {what}", hint="leave out --verify")
-    if asked.block is not None and kind is not Kind.PLAN:
+    if asked.block is not None and kind is not SourceKind.PLAN:
         raise UsageError(f"--block shows a block of a plan, but {what}", hint="leave out --block")
-    if asked.html is not None and kind is Kind.CHECKPOINT:
+    if asked.html is not None and kind is SourceKind.CHECKPOINT:
         raise UsageError(f"--html shows a plan or a bundle, but {what}", hint="flexmerge plan, then inspect the plan")
     if asked.html is not None and asked.verify:
         raise UsageError("--html and --verify cannot be combined", hint="run one after the other")
@@ -67,10 +67,10 @@ def check(asked: Asked) -> Kind:
     return kind
 
 
-def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
+def look(asked: Asked, kind: SourceKind, *, on_progress: OnProgress) -> Report:
     """Read the source, and write the page if requested. Raises whatever reading raises."""
     path = expanded(asked.source)
-    if kind is Kind.CHECKPOINT:
+    if kind is SourceKind.CHECKPOINT:
         from flexmerge_cli.report.inspect_checkpoint import checkpoint_value, show_checkpoint
 
         return Report(
@@ -80,7 +80,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
     if asked.verify:
         return _verified(locate(asked.source, asked.access, on_progress=on_progress).path, asked, on_progress)
     page = None
-    if kind is Kind.PLAN:
+    if kind is SourceKind.PLAN:
         from flexmerge_cli.report.inspect_plan import plan_facts, plan_value
         from flexmerge_cli.report.inspect_plan_tables import show_plan
 
@@ -105,7 +105,7 @@ def look(asked: Asked, kind: Kind, *, on_progress: OnProgress) -> Report:
     return report
 
 
-def write_page(source: Path, html: Path, kind: Kind) -> None:
+def write_page(source: Path, html: Path, kind: SourceKind) -> None:
     """Write the page of a plan or a bundle."""
     look(Asked(source=str(source), html=html), kind, on_progress=lambda *_step: None)
 

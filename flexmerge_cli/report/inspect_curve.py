@@ -25,7 +25,7 @@ MAX_CUTS = 160  # as many as a chart shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Curve:
+class SizeCurve:
     """The size at every cut, and the distances at some."""
 
     tensor_bytes: tuple[int, ...]
@@ -38,14 +38,16 @@ class Curve:
     """Maps each method to [C, M] float64; NaN for a task whose task vector is zero and that is not exact."""
 
 
-def curve_of(plan: Plan) -> Curve:
+def curve_of(plan: Plan) -> SizeCurve:
     """Compute the curve. 8 700 merges of 30 tasks take about 3 s."""
     sizes = dense_sizes(plan)
     named = named_cuts(plan, sizes)
     spread = np.linspace(0, len(sizes) - 1, min(MAX_CUTS, len(sizes))).round().astype(int).tolist()
     cuts = sorted({*spread, *(merges for _, merges in named)})
     distance = distances_at(plan, cuts, list(LINEAR.values()))
-    return Curve(tensor_bytes=tuple(sizes), named=tuple(named), cuts=tuple(cuts), distance=dict(zip(LINEAR, distance)))
+    return SizeCurve(
+        tensor_bytes=tuple(sizes), named=tuple(named), cuts=tuple(cuts), distance=dict(zip(LINEAR, distance))
+    )
 
 
 def dense_sizes(plan: Plan) -> list[int]:

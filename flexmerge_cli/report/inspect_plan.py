@@ -14,7 +14,7 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.order.similarity import similarity
 from flexmerge_cli.planning.make import load_plan
-from flexmerge_cli.report.inspect_curve import Curve, curve_of
+from flexmerge_cli.report.inspect_curve import SizeCurve, curve_of
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.options import options_value, size_row
 from flexmerge_cli.report.plan import classes, low_rank_rows, task_rows
@@ -29,7 +29,7 @@ class PlanFacts:
 
     plan: Plan
     path: Path
-    curve: Curve
+    curve: SizeCurve
     similarity: np.ndarray
     """Similarities, [B, M, M] float64, compared as in the plan's settings."""
     scale: Scale

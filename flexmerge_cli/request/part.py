@@ -11,7 +11,7 @@ MAX_PARTS = 9999
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Part:
+class Share:
     """Part `number` of `count`, counted from 1."""
 
     number: int
@@ -30,9 +30,9 @@ class Part:
         return [place for place, middle in enumerate(middles) if min(middle, self.count - 1) == self.number - 1]
 
 
-def parse_part(text: str) -> Part:
+def parse_part(text: str) -> Share:
     """Parse `3/16`. Raises UsageError."""
     found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"--part {text} is not a part of a whole", hint="write --part 3/16 for the third of 16 parts")
-    return Part(int(found[1]), int(found[2]))
+    return Share(int(found[1]), int(found[2]))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from flexmerge_cli.later import Tensor
-from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
+from flexmerge_cli.residuals.coder import CodedPart, Matrix, Parts, Rows
 from flexmerge_cli.residuals.low_bit import LookUp, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes
 
@@ -30,12 +30,12 @@ class BitDelta:
     def scope(self) -> Literal["row", "tensor"]:
         return "row" if self.scale == "row" or self.gain == "norm" else "tensor"
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         m, n = shape
         by_row = self.scope == "row"
         return (
-            Part(role="scale", dtype="F32", shape=(m if by_row else 1,), by_row=by_row),
-            Part(role="codes", dtype="U8", shape=(m, row_bytes(n, 1)), by_row=True),
+            CodedPart(role="scale", dtype="F32", shape=(m if by_row else 1,), by_row=by_row),
+            CodedPart(role="codes", dtype="U8", shape=(m, row_bytes(n, 1)), by_row=True),
         )
 
     def workspace(self, shape: Matrix) -> int:

@@ -33,7 +33,7 @@ Parts = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class CodedPart:
     """One array that is stored for one tensor and task, or for a centre."""
 
     role: str
@@ -49,7 +49,7 @@ class Part:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-class View(StrEnum):
+class MatrixView(StrEnum):
     """How a tensor is viewed as a matrix. Always in C order, so that elements keep their flat index."""
 
     FIRST_AXIS = "first_axis"
@@ -64,7 +64,7 @@ class View(StrEnum):
         shape = self._axes(shape)
         if len(shape) < 2:
             return 1, math.prod(shape)
-        if self is View.LAST_AXIS:
+        if self is MatrixView.LAST_AXIS:
             return math.prod(shape[:-1]), shape[-1]
         return shape[0], math.prod(shape[1:])
 
@@ -73,7 +73,7 @@ class View(StrEnum):
         return len(self._axes(shape)) < 2
 
     def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if self is not View.SQUEEZED:
+        if self is not MatrixView.SQUEEZED:
             return shape
         leading = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
         return shape[leading:]
@@ -86,7 +86,7 @@ class Coder(Protocol):
     def scope(self) -> Literal["row", "tensor"]:
         """`row`: no row depends on another, so chunks of whole rows may be encoded one by one."""
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         """Return the stored parts, in order. dtype: the model's."""
 
     def workspace(self, shape: Matrix) -> int:
@@ -104,6 +104,6 @@ class Coder(Protocol):
         """
 
 
-def num_bytes(parts: tuple[Part, ...]) -> int:
+def num_bytes(parts: tuple[CodedPart, ...]) -> int:
     """Return the size of the parts in bytes, without headers."""
     return sum(part.num_bytes for part in parts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.residuals import scales
-from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
+from flexmerge_cli.residuals.coder import CodedPart, Matrix, Parts, Rows
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
 from flexmerge_cli.residuals.scales import Scales
 
@@ -59,13 +59,15 @@ class LowBit:
     def has_levels(self) -> bool:
         return self.levels == "empirical" and self.bits <= 3
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         m, n = shape
-        levels = (Part(role="levels", dtype="F32", shape=(1 << self.bits,), by_row=False),) if self.has_levels else ()
+        levels = (
+            (CodedPart(role="levels", dtype="F32", shape=(1 << self.bits,), by_row=False),) if self.has_levels else ()
+        )
         return (
-            Part(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
+            CodedPart(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
             *levels,
-            Part(role="codes", dtype="U8", shape=(m, row_bytes(n, self.bits)), by_row=True),
+            CodedPart(role="codes", dtype="U8", shape=(m, row_bytes(n, self.bits)), by_row=True),
         )
 
     def workspace(self, shape: Matrix) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
 from flexmerge_cli.later import Tensor, torch
-from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
+from flexmerge_cli.residuals.coder import CodedPart, Matrix, Parts, Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,12 @@ class LowRank:
         wanted = self.rank or (p // self.shared_by if self.shared_by else int(self.fraction * p + 1e-6))
         return min(max(1, wanted), p)
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         m, n = shape
         rank = self.rank_of(shape)
         return (
-            Part(role="left", dtype=dtype, shape=(m, rank), by_row=True),
-            Part(role="right", dtype=dtype, shape=(rank, n), by_row=False),
+            CodedPart(role="left", dtype=dtype, shape=(m, rank), by_row=True),
+            CodedPart(role="right", dtype=dtype, shape=(rank, n), by_row=False),
         )
 
     def workspace(self, shape: Matrix) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.residuals import scales
 from flexmerge_cli.residuals.bitdelta import LEVELS
-from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts, Rows
+from flexmerge_cli.residuals.coder import CodedPart, Coder, Matrix, Parts, Rows
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
 from flexmerge_cli.residuals.packing import pack, row_bytes, unpack
 from flexmerge_cli.residuals.scales import Scales
@@ -57,12 +57,12 @@ class SignRuns:
         """Return the coder for a number of rows. With scales of a byte, codes of up to 8 rows are packed together."""
         return replace(self, rows_per_pack=math.gcd(num_rows, 8) or 1) if self.scales == "byte" else self
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         (m, n), k = shape, self.rows_per_pack
         codes = m // k, row_bytes(k * -(-n // self.run), self.code_bits)
         return (
-            Part(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
-            Part(role="codes", dtype="U8", shape=codes, by_row=True),
+            CodedPart(role="scale", dtype=scales.DTYPES[self.scales], shape=(m,), by_row=True),
+            CodedPart(role="codes", dtype="U8", shape=codes, by_row=True),
         )
 
     def workspace(self, shape: Matrix) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from flexmerge_cli.checkpoint.dtypes import from_float32, to_float32
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.random import tie_numbers
-from flexmerge_cli.residuals.coder import Matrix, Part, Parts, Rows
+from flexmerge_cli.residuals.coder import CodedPart, Matrix, Parts, Rows
 from flexmerge_cli.residuals.elias_fano import decode_positions, encode_positions, index_bytes
 
 
@@ -40,12 +40,12 @@ class Sparse:
             return m * self._count_of(n)
         return min(max(1, self._count_of(m * n)), m * n)
 
-    def parts(self, shape: Matrix, dtype: str) -> tuple[Part, ...]:
+    def parts(self, shape: Matrix, dtype: str) -> tuple[CodedPart, ...]:
         m, n = shape
         count = self.count(shape)
         return (
-            Part(role="index", dtype="U8", shape=(index_bytes(m * n, count),), by_row=False),
-            Part(role="values", dtype=dtype, shape=(count,), by_row=False),
+            CodedPart(role="index", dtype="U8", shape=(index_bytes(m * n, count),), by_row=False),
+            CodedPart(role="values", dtype=dtype, shape=(count,), by_row=False),
         )
 
     def workspace(self, shape: Matrix) -> int:

@@ -14,7 +14,7 @@ from flexmerge_cli.server.completions import add_completions
 from flexmerge_cli.server.embeddings import add_embeddings
 from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.limits import BoundedBodies
-from flexmerge_cli.server.metrics import Measured
+from flexmerge_cli.server.metrics import MeasuredApp
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.requests import Predict
 from flexmerge_cli.server.service import Service
@@ -37,7 +37,7 @@ def make_app(service: Service) -> FastAPI:
     # The pages that FastAPI makes from the schema load their scripts from the network.
     app = FastAPI(title="flexmerge", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BoundedBodies, max_bytes=service.max_body)
-    app.add_middleware(Measured, metrics=service.metrics)
+    app.add_middleware(MeasuredApp, metrics=service.metrics)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)

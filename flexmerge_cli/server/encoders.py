@@ -15,7 +15,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.sequences import mean_of_tokens, padded_batch, takes_batches
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.server.refusal import Refusal
-from flexmerge_cli.server.tasks import OfImages, Task, Tokens, require_finite, require_no_options
+from flexmerge_cli.server.tasks import OfImages, Task, TaskTokens, require_finite, require_no_options
 
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
 """How sentence-transformers names them in its older files, `pooling_mode_…`, and in newer ones."""
@@ -32,7 +32,7 @@ class Embeddings(Task):
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
-        self.tokens = Tokens(name, side)
+        self.tokens = TaskTokens(name, side)
         self.pooling, self.is_normalised, limit = _as_sentence_transformers(name, side)
         self.tokens.longest = min((one for one in (self.tokens.longest, limit) if one is not None), default=None)
 
@@ -164,7 +164,7 @@ class ImagesAndTexts(OfImages):
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
-        self.tokens = Tokens(name, side)
+        self.tokens = TaskTokens(name, side)
 
     def prepare(self, value: Any, **options: Any) -> Any:
         require_no_options(self, options)

@@ -11,7 +11,7 @@ from flexmerge_cli.evaluation.kinds.tokens import FILES
 from flexmerge_cli.evaluation.loading import quiet_transformers, read_config
 from flexmerge_cli.server.encoders import Embeddings, ImageEmbeddings, ImagesAndTexts
 from flexmerge_cli.server.speech import Speech
-from flexmerge_cli.server.tasks import CausalLM, Images, Task, Text2Text, Texts
+from flexmerge_cli.server.tasks import CausalLM, ImageClasses, Task, Text2TextTask, Texts
 
 Make = Callable[[str, Path, int], Task]
 """Makes a task from its name, the folder of its side files, and the most tokens of a generated text."""
@@ -41,8 +41,11 @@ def _kind_of(name: str, side: Path) -> Make:
         ({"": ("CLIPModel",)}, lambda name, side, _: ImagesAndTexts(name, side)),
         ({"": ("CLIPVisionModelWithProjection",)}, lambda name, side, _: ImageEmbeddings(name, side)),
         (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Texts(name, side)),
-        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: Images(name, side)),
-        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: Text2Text(name, side, max_tokens=n)),
+        (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, lambda name, side, _: ImageClasses(name, side)),
+        (
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            lambda name, side, n: Text2TextTask(name, side, max_tokens=n),
+        ),
         (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, lambda name, side, n: CausalLM(name, side, max_tokens=n)),
     ]
     if not config.get("is_encoder_decoder") and any((side / file).is_file() for file in FILES):

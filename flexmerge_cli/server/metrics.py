@@ -49,7 +49,7 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class Measured:
+class MeasuredApp:
     """Counts every request, those in progress, and their seconds. An ASGI middleware."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

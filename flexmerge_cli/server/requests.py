@@ -85,7 +85,7 @@ class Completion(Generation):
     )
 
 
-class Piece(Body):
+class ContentPart(Body):
     """A part of a message's content; only text is accepted."""
 
     type: Literal["text"]
@@ -94,7 +94,7 @@ class Piece(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Piece]
+    content: str | list[ContentPart]
     name: str | None = None
 
 

@@ -19,7 +19,7 @@ from flexmerge_cli.server.app import STOP_SECONDS, make_app
 from flexmerge_cli.server.kinds import tasks_of
 from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.service import Service
-from flexmerge_cli.server.worker import Worker
+from flexmerge_cli.server.worker import BatchWorker
 from flexmerge_cli.serving.runtime import Runtime
 
 GRACE_SECONDS = 30.0
@@ -27,7 +27,7 @@ GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """The settings of a server, apart from the bundle."""
 
     tasks: Collection[str] | None = None
@@ -48,7 +48,7 @@ class Settings:
     """The most bytes of a request."""
 
 
-def make_service(bundle: Bundle, settings: Settings) -> Service:
+def make_service(bundle: Bundle, settings: ServerSettings) -> Service:
     """Load every task. Raises like `Runtime.model`, and UsageError for a task that can't be served."""
     runtime = Runtime(bundle, tasks=settings.tasks, device=settings.device, weights=settings.weights)
     tasks = tasks_of(bundle, runtime.tasks, max_tokens=settings.max_tokens)
@@ -63,7 +63,7 @@ def make_service(bundle: Bundle, settings: Settings) -> Service:
     for name in runtime.tasks:
         runtime.model(name)
     metrics = Metrics()
-    worker = Worker(
+    worker = BatchWorker(
         runtime,
         tasks,
         max_batch=settings.max_batch,

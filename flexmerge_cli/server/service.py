@@ -13,7 +13,7 @@ from flexmerge_cli.server.generation import Choice
 from flexmerge_cli.server.metrics import Metrics
 from flexmerge_cli.server.refusal import CLIENT_GONE, Refusal
 from flexmerge_cli.server.tasks import Task
-from flexmerge_cli.server.worker import Row, Worker
+from flexmerge_cli.server.worker import BatchWorker, Row
 
 log = logging.getLogger("uvicorn.error")
 MAX_NAMED = 50
@@ -25,7 +25,7 @@ class Service:
     """The tasks of a runtime, ready for requests."""
 
     tasks: dict[str, Task]
-    worker: Worker
+    worker: BatchWorker
     metrics: Metrics
     max_body: int
     """The most bytes of a request."""

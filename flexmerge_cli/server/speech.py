@@ -16,7 +16,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.loading import quiet_transformers
 from flexmerge_cli.server.pictures import bytes_of
 from flexmerge_cli.server.refusal import Refusal
-from flexmerge_cli.server.tasks import Task, Tokens
+from flexmerge_cli.server.tasks import Task, TaskTokens
 from flexmerge_cli.serving.meeting import pause
 
 PROMPT_TOKENS = 4
@@ -41,7 +41,7 @@ class Speech(Task):
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         super().__init__(name, side)
-        self.tokens = Tokens(name, side)
+        self.tokens = TaskTokens(name, side)
         positions = int(self.config.get("max_target_positions", 448))
         self.max_tokens = min(max_tokens, max(1, positions - PROMPT_TOKENS))
         self._lock = threading.Lock()

@@ -86,7 +86,7 @@ class Texts(_Classes):
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
         self.kind = "regression" if len(self.labels) == 1 else "text-classification"
-        self.tokens = Tokens(name, side)
+        self.tokens = TaskTokens(name, side)
 
     def prepare(self, value: Any, **options: Any) -> Any:
         require_no_options(self, options)
@@ -130,7 +130,7 @@ class OfImages(Task):
         return torch.cat([self.pixels(item) for item in items]).to(model.device, model.dtype)
 
 
-class Images(OfImages, _Classes):
+class ImageClasses(OfImages, _Classes):
     """`image-classification`: takes an array of pixels, or the bytes of a picture."""
 
     kind = "image-classification"
@@ -147,7 +147,7 @@ class Generated(Task):
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         """Read the tokenizer. max_tokens: the most tokens of a generated text."""
         super().__init__(name, side)
-        self.tokens, self.max_tokens = Tokens(name, side), max_tokens
+        self.tokens, self.max_tokens = TaskTokens(name, side), max_tokens
         self.positions = num_positions(side)
         self.vocabulary: int = self.config.get("vocab_size", len(self.tokens.tokenizer))
 
@@ -167,7 +167,7 @@ class Generated(Task):
         return wanted or min(usual, self.max_tokens, *([] if most is None else [most]))
 
 
-class Text2Text(Generated):
+class Text2TextTask(Generated):
     kind = "text2text"
 
     def prepare(self, value: Any, **options: Any) -> Choice:
@@ -229,7 +229,7 @@ class CausalLM(Generated):
         return found
 
 
-class Tokens:
+class TaskTokens:
     """A task's tokenizer, which one thread at a time uses."""
 
     def __init__(self, name: str, side: Path) -> None:

@@ -31,7 +31,7 @@ class Row:
     """The number of the run that computes it, once there is one."""
 
 
-class Worker:
+class BatchWorker:
     """Runs rows with the models of a runtime. `submit` may be called from any thread."""
 
     def __init__(

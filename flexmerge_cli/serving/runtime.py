@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.bundle.packed_on import packed_on
-from flexmerge_cli.bundle.placeholder import Part, Placeholder, fill, made_bytes, packable, placeholders
+from flexmerge_cli.bundle.placeholder import Placeholder, SharedArray, fill, made_bytes, packable, placeholders
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.engine.device import choose_device
@@ -93,12 +93,12 @@ class Runtime:
 
     def describe(self) -> tuple[Resident, ...]:
         """Describe every array of the bundle that the runtime holds, or will hold once its tasks are loaded."""
-        found: dict[Hashable, tuple[str, Part, dict[str, None]]] = {}
+        found: dict[Hashable, tuple[str, SharedArray, dict[str, None]]] = {}
         with self._lock:
             for task in self.tasks:
                 state = self._task(task)
                 for key, held in state.needs.items():
-                    whole = Part(key, "", held.numel() * held.dtype.itemsize)
+                    whole = SharedArray(key, "", held.numel() * held.dtype.itemsize)
                     for part in held.value.parts if key in state.packed else (whole,):
                         found.setdefault(part.key, (held.value.name, part, {}))[2][task] = None
         return tuple(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexmerge_cli.bundle.placeholder import Part, Placeholder, Value
+from flexmerge_cli.bundle.placeholder import Placeholder, SharedArray, Value
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.resident import packed_pieces
 from flexmerge_cli.bundle.view import View, task_model
@@ -27,9 +27,9 @@ def skeleton(bundle: Bundle, task: str, *, device: str, dtype: torch.dtype | Non
     return model
 
 
-def _parts(bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def _parts(bundle: Bundle, task: str, aligned: str, shape: tuple[int, ...]) -> tuple[SharedArray, ...]:
     pieces = packed_pieces(bundle, task, aligned, shape)
-    return tuple(Part((part.path, part.offset), role, num_bytes) for role, (part, num_bytes) in pieces.items())
+    return tuple(SharedArray((part.path, part.offset), role, num_bytes) for role, (part, num_bytes) in pieces.items())
 
 
 class _Refusal:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flexmerge_cli.checkpoint.change import LowRank
+from flexmerge_cli.checkpoint.change import LowRankChange
 from flexmerge_cli.checkpoint.dtypes import to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coder import Matrix, MatrixView
 from flexmerge_cli.stored.decoding import ALL, Described, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Form
 from flexmerge_cli.stored.packed import Elements, Packed
@@ -49,7 +49,7 @@ class AdaptedTensor(Packable):
 
     @property
     def matrix(self) -> Matrix:
-        return View.FIRST_AXIS.matrix(self.shape)
+        return MatrixView.FIRST_AXIS.matrix(self.shape)
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
         """Return the base and the factors of a low-rank tensor. The left factor is held in float64, with the scale."""
@@ -72,12 +72,12 @@ class AdaptedTensor(Packable):
             matrix=self.matrix, dtype=self.dtype, dense=Elements(read(base, ALL), base.dtype), factors=factors
         )
 
-    def _low_rank(self) -> tuple[StoredTensor, LowRank] | None:
+    def _low_rank(self) -> tuple[StoredTensor, LowRankChange] | None:
         """Return the base's tensor and the factors that are added to it; None if it is no such sum."""
         change = None if self.changed is None else self.changed.change
-        return (self.of_base, change) if self.of_base is not None and isinstance(change, LowRank) else None
+        return (self.of_base, change) if self.of_base is not None and isinstance(change, LowRankChange) else None
 
-    def _factored(self) -> tuple[StoredTensor, LowRank]:
+    def _factored(self) -> tuple[StoredTensor, LowRankChange]:
         found = self._low_rank()
         assert found is not None
         return found

@@ -14,10 +14,10 @@ from flexmerge_cli.checkpoint.dtypes import FLOATING, promote
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.methods.call import Call
-from flexmerge_cli.methods.coded import Coded, Form, declare
+from flexmerge_cli.methods.coded import Coded, CodedForm, declare
 from flexmerge_cli.methods.registry import declared
 from flexmerge_cli.residuals.bitdelta import BitDelta
-from flexmerge_cli.residuals.coder import Coder, Matrix, Part, Parts
+from flexmerge_cli.residuals.coder import CodedPart, Coder, Matrix, Parts
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit
 from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.packing import row_bytes
@@ -25,7 +25,7 @@ from flexmerge_cli.residuals.sign_runs import SignRuns
 from flexmerge_cli.residuals.sparse import Sparse
 from flexmerge_cli.stored.decoding import ALL, Described, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
-from flexmerge_cli.stored.packed import Elements, Kept, Packed
+from flexmerge_cli.stored.packed import Elements, KeptElements, Packed
 from flexmerge_cli.stored.summary import Summary, residual_summary
 
 
@@ -35,7 +35,7 @@ class CodedTensor(Packable):
 
     of: Described
     coded: Coded
-    form: Form
+    form: CodedForm
     centre: tuple[Array, ...]
     needs_base: bool
     """Whether decoding needs the base's tensor."""
@@ -80,7 +80,7 @@ class CodedTensor(Packable):
             found[role] = part, part.num_bytes
             residual = self.form.residual
             if isinstance(residual, Sparse) and role == f"index.{self.owner}":
-                found[role] = part, Kept.index_bytes(self.matrix, residual.count(self.matrix))
+                found[role] = part, KeptElements.index_bytes(self.matrix, residual.count(self.matrix))
             if isinstance(residual, SignRuns) and role == f"codes.{self.owner}":  # one bit an element once it is read
                 found[role] = part, self.matrix[0] * row_bytes(self.matrix[1], 1)
         return found
@@ -105,7 +105,7 @@ class CodedTensor(Packable):
                 positions = residual.positions(own, self.form.matrix)
             except ValueError as error:
                 raise _undecodable(error) from None
-            kept = Kept.at(positions, Elements(own["values"], self.of.dtype), self.form.matrix)
+            kept = KeptElements.at(positions, Elements(own["values"], self.of.dtype), self.form.matrix)
         elif residual is not None:
             codes.append(_look_up(residual, own, self.form.matrix))
         return Packed(
@@ -183,23 +183,23 @@ def _layout_of_bits(coded: Coded, group: GroupTensor, bits: tuple[Bits, ...]) ->
     )
 
 
-def _centre_arrays(coded: Coded, form: Form, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[Array, ...]:
+def _centre_arrays(coded: Coded, form: CodedForm, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[Array, ...]:
     """Return the arrays that the tasks share, except the base."""
     if form.centre is not None and coded.centre != "none":
         return _arrays(form.centre.parts(form.matrix, promote(dtypes)))
     return () if coded.centre in ("base", "none") else (Array(role="unified", dtype=promote(dtypes), shape=shape),)
 
 
-def _needs_base(coded: Coded, form: Form) -> bool:
+def _needs_base(coded: Coded, form: CodedForm) -> bool:
     return coded.centre == "base" and form.centre is None
 
 
-def _own_arrays(form: Form, dtype: str) -> tuple[Array, ...]:
+def _own_arrays(form: CodedForm, dtype: str) -> tuple[Array, ...]:
     """Return the arrays that a task has for itself; none if it is the centre."""
     return _arrays(form.residual.parts(form.matrix, dtype)) if form.residual is not None else ()
 
 
-def _arrays(parts: tuple[Part, ...]) -> tuple[Array, ...]:
+def _arrays(parts: tuple[CodedPart, ...]) -> tuple[Array, ...]:
     return tuple(Array(role=part.role, dtype=part.dtype, shape=part.shape) for part in parts)
 
 

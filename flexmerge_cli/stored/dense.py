@@ -7,7 +7,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import FLOATING, from_float32, promote, to_float32
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coder import Matrix, MatrixView
 from flexmerge_cli.stored.decoding import ALL, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, Packed
@@ -39,7 +39,7 @@ class DenseTensor(Packable):
 
     @property
     def matrix(self) -> Matrix:
-        return View.FIRST_AXIS.matrix(self.shape)
+        return MatrixView.FIRST_AXIS.matrix(self.shape)
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
         return {"dense": (self.part, self.part.num_bytes)}

@@ -14,7 +14,7 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.residuals import mask as masks
-from flexmerge_cli.residuals.coder import Matrix, View
+from flexmerge_cli.residuals.coder import Matrix, MatrixView
 from flexmerge_cli.stored.decoding import ALL, Described, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, Masked, Packed
@@ -44,7 +44,7 @@ class MaskedTensor(Packable):
 
     @property
     def matrix(self) -> Matrix:
-        return View.FIRST_AXIS.matrix(self.of.shape)
+        return MatrixView.FIRST_AXIS.matrix(self.of.shape)
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
         roles = "base", "unified", f"mask.{self.of.task}", f"gamma.{self.of.task}"

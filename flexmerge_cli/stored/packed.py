@@ -52,7 +52,7 @@ class Masked:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptElements:
     """The elements of a sparse matrix, in C order."""
 
     starts: np.ndarray
@@ -67,11 +67,11 @@ class Kept:
         return 8 * (matrix[0] + 1) + (2 if matrix[1] <= 1 << 16 else 4) * count
 
     @staticmethod
-    def at(positions: np.ndarray, values: Elements, matrix: Matrix) -> "Kept":
+    def at(positions: np.ndarray, values: Elements, matrix: Matrix) -> "KeptElements":
         """Index the values. positions: int64, ascending in [0, m·n)."""
         m, n = matrix
         starts = np.searchsorted(positions, np.arange(m + 1) * n)
-        return Kept(starts, (positions % max(1, n)).astype(np.uint16 if n <= 1 << 16 else np.int32), values)
+        return KeptElements(starts, (positions % max(1, n)).astype(np.uint16 if n <= 1 << 16 else np.int32), values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Packed:
     codes: tuple[LookUp, ...] = ()
     factors: tuple[Elements, Elements] | None = None
     """Left [m, r] and right [r, n], both one axis."""
-    kept: Kept | None = None
+    kept: KeptElements | None = None
     loops: native.Rows | None = field(init=False, compare=False, repr=False)
     """The arguments of the loops in C; None if they do not know a dtype. Valid as long as the arrays are."""
 
@@ -231,7 +231,7 @@ def _float64(part: Elements) -> np.ndarray:
     return part.bits if part.dtype == "F64" else to_float32(part.bits, part.dtype).astype(np.float64)
 
 
-def _add_kept(values: np.ndarray, rows: np.ndarray, kept: Kept) -> None:
+def _add_kept(values: np.ndarray, rows: np.ndarray, kept: KeptElements) -> None:
     begin, end = kept.starts[rows], kept.starts[rows + 1]
     counts = end - begin
     of_row = np.repeat(np.arange(len(rows)), counts)

@@ -8,7 +8,7 @@ import itertools
 import math
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 
 CENTRE_BITS = (2, 3, 4, 8, "dense")
 RUNS = {0.1875: (32, 0.827851, 0.30), 0.3125: (16, 0.730326, 0.45), 0.5: (8, 0.602450, 0.65), 0.75: (4, 0.463643, 0.85)}
@@ -16,13 +16,13 @@ RUNS = {0.1875: (32, 0.827851, 0.30), 0.3125: (16, 0.730326, 0.45), 0.5: (8, 0.6
 
 
 def code_bytes(shape, bits):
-    m, n = View.SQUEEZED.matrix(shape)
+    m, n = MatrixView.SQUEEZED.matrix(shape)
     return 2 * m + m * -(-n * bits // 8) if bits else 0
 
 
 def residual_bytes(shape, bits):
     """Scales of a byte up to 2 bits, and below 1 bit the codes of up to eight rows in one piece."""
-    m, n = View.SQUEEZED.matrix(shape)
+    m, n = MatrixView.SQUEEZED.matrix(shape)
     if bits in RUNS:
         run = RUNS[bits][0]
         together = max(k for k in (1, 2, 4, 8) if m % k == 0)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli.allocation.auto import Search, search
-from flexmerge_cli.allocation.auto_centres import CODED, Centre, factors
+from flexmerge_cli.allocation.auto_centres import CODED, AutoCentre, factors
 from flexmerge_cli.allocation.auto_hull import frontier, hull
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
-from flexmerge_cli.allocation.auto_table import Table
+from flexmerge_cli.allocation.auto_table import AutoTable
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coding_error import NORMAL_RATIOS, CodingError
@@ -241,7 +241,7 @@ def test_a_distance_that_rounding_makes_negative_is_the_least_that_counts():
     """Nearly equal tasks of large task vectors: the Gram matrix tells their distance no more, and a copy is exact."""
     tensor = tensor_of("w", (64, 64), 2, np.random.default_rng(0))
     tensor = replace(tensor, gram=np.array([[1.0, 1.0 + 1e-12], [1.0 + 1e-12, 1.0]]))
-    kinds, factors_CK = factors(tensor, [Centre(kind="average", groups=((0, 1),))])
+    kinds, factors_CK = factors(tensor, [AutoCentre(kind="average", groups=((0, 1),))])
     assert kinds.tolist() == [[CODED, CODED]]
     assert factors_CK.tolist() == [[1e-12, 1e-12]]
     found = search([tensor], {"w": "w"}, {"w": partitions(2, [((0,), (1,))])})
@@ -277,7 +277,7 @@ def test_rounding_to_another_dtype_is_no_fine_tuning():
     tensor = tensor_of("w", (64, 64), 2, np.random.default_rng(0), dtypes=["F32", "BF16"], is_base=(0, 1))
     tensor = replace(tensor, gram=np.diag([0.0, 1e-3]))
     (choice,) = search([tensor], {"w": "w"}, {"w": partitions(2, [((0,), (1,))])}).solve(4 * 64 * 64).choices
-    assert (choice.centre, choice.bits, choice.errors) == (Centre(kind="base"), (0, 0), (0.0, 0.0))
+    assert (choice.centre, choice.bits, choice.errors) == (AutoCentre(kind="base"), (0, 0), (0.0, 0.0))
 
 
 def test_float64_is_no_copy_of_a_dense_base_which_readers_cast_to_float32():
@@ -452,7 +452,7 @@ def test_work_grows_with_tensors_and_tasks_and_no_faster(num_tensors, num_tasks)
     levels = random_levels(num_tasks, rng)
 
     def run():
-        found = Search([Table(tensor, levels, 1.0) for tensor in tensors])
+        found = Search([AutoTable(tensor, levels, 1.0) for tensor in tensors])
         for share in (1.0, 1.3, 2.0):
             found.solve(int(share * found.smallest_bytes))
 

@@ -13,7 +13,7 @@ from flexmerge_cli.allocation import auto_statistics
 from flexmerge_cli.allocation.auto import search
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions, weights
 from flexmerge_cli.request.auto_options import Limits
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.coding_error import CodingError
 from flexmerge_cli.residuals.low_bit import weight_code
 from flexmerge_cli.residuals.sign_runs import residual_code
@@ -134,7 +134,7 @@ def test_packed_parts_and_decoded_weights_are_golden(name, task):
     group = next(group for group in choice.centre.groups if number in group)
     deltas = np.stack([tasks[k] - base for k in group])
     average = base + deltas.mean(axis=0, dtype=np.float64).astype(np.float32)
-    matrix = View.SQUEEZED.matrix(base.shape)
+    matrix = MatrixView.SQUEEZED.matrix(base.shape)
     coder = weight_code(choice.centre.bits)
     centre = coder.decode(coder.encode(torch.from_numpy(average.reshape(matrix)), "F32"), matrix, "F32")
     bits = choice.bits[number]

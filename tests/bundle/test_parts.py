@@ -8,7 +8,7 @@ import pytest
 from flexmerge_cli.bundle import publish
 from flexmerge_cli.bundle.parts import share_of
 from flexmerge_cli.engine import journal
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 
 from ..families import ODD, plain, write_family
 from ..program import Child, fails, flexmerge, succeeds, tree
@@ -123,7 +123,7 @@ def test_a_part_waits_for_no_part_but_for_a_merge_of_the_whole(family, tmp_path,
     with publish.shared(out):
         succeeds(*words, "--part", "1/2", "-o", out)
         fails(1, *words, "-o", out, says="is being written by another process")
-    with journal.Journal(tmp_path / ".b.partial", "another", Part(2, 2)):
+    with journal.Journal(tmp_path / ".b.partial", "another", Share(2, 2)):
         fails(2, *words, "--part", "2/2", "-o", out, says="cannot be joined with these")
     (tmp_path / ".b.partial" / ".journal-2-of-2").unlink()
     monkeypatch.setattr(publish, "SHARED_SECONDS", 0.1)
@@ -159,7 +159,7 @@ def test_every_tensor_is_of_one_part_and_units_are_whole(family):
 
     layout = allocate(load_plan(family / "plan.json"), merge_request(method="ties", size="2x"))
     count = random.Random(0).randrange(2, 9)
-    shares = [share_of(layout, Part(number, count)) for number in range(1, count + 1)]
+    shares = [share_of(layout, Share(number, count)) for number in range(1, count + 1)]
     assert sorted(name for share in shares for name in share) == sorted(
         n for n, s in layout.storages.items() if s.parts
     )

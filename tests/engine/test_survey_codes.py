@@ -8,7 +8,7 @@ import torch
 from flexmerge_cli.engine.survey import survey
 from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
 from flexmerge_cli.methods.reductions import mean_tasks
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.coding_error import CodingErrorSum
 
 from ..families import normal
@@ -34,7 +34,7 @@ def family(shape, dtype=torch.float32):
 
 
 def at_once(name, base, tasks):
-    matrix = View.SQUEEZED.matrix(tuple(base.shape))
+    matrix = MatrixView.SQUEEZED.matrix(tuple(base.shape))
     wide = torch.stack([task.float().reshape(matrix) for task in tasks])
     start = base.float().reshape(matrix)
     total = CodingErrorSum(name, matrix)

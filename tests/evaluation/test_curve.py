@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.evaluation.curve import Cut
+from flexmerge_cli.evaluation.curve import CurveCut
 from flexmerge_cli.evaluation.curve_record import curve_record
 from flexmerge_cli.evaluation.drawing import Drawing, cuts_of, draw
 from flexmerge_cli.evaluation.evaluate import evaluate
@@ -115,7 +115,7 @@ def test_a_task_is_scored_again_only_if_its_weights_changed(sample):
 
     drawing = Drawing(plan=plan, plan_path=sample.plan_path, spec=sample.spec, request=asked("average"))
     cuts = [
-        Cut(
+        CurveCut(
             method="average",
             sizes=(str(n),),
             layout=allocate(plan, merge_request(method="average", merges=n), drawing.pricer),

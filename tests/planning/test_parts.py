@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flexmerge_cli.planning import parts
-from flexmerge_cli.request.part import Part
+from flexmerge_cli.request.part import Share
 
 from ..adapters import LORA
 from ..adapters import make as make_adapters
@@ -36,7 +36,7 @@ def assert_joined_is_whole(sources, count, root, *options):
 
 @given(st.lists(st.integers(0, 1 << 40), max_size=30), st.integers(1, 40))
 def test_each_thing_is_of_one_part_and_parts_are_of_about_equal_size(sizes, count):
-    places = [Part(number, count).places(sizes) for number in range(1, count + 1)]
+    places = [Share(number, count).places(sizes) for number in range(1, count + 1)]
     assert [place for part in places for place in part] == list(range(len(sizes)))
     for part in places:
         # Half of the first and of the last may lie outside of an equal share.

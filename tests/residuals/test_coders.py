@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.residuals.bitdelta import BitDelta
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.sign_runs import RUNS, residual_code
@@ -104,19 +104,19 @@ def test_zero_decodes_to_zero(coder, matrix):
 @pytest.mark.parametrize(
     ("view", "shape", "matrix", "is_vector"),
     [
-        (View.FIRST_AXIS, (), (1, 1), True),
-        (View.FIRST_AXIS, (7,), (1, 7), True),
-        (View.FIRST_AXIS, (1, 1, 64), (1, 64), False),
-        (View.FIRST_AXIS, (16, 3, 4, 4), (16, 48), False),
-        (View.FIRST_AXIS, (0, 3, 4), (0, 12), False),
-        (View.FIRST_AXIS, (3, 0, 4), (3, 0), False),
-        (View.SQUEEZED, (), (1, 1), True),
-        (View.SQUEEZED, (1, 1, 64), (1, 64), True),
-        (View.SQUEEZED, (1, 17, 64), (17, 64), False),
-        (View.SQUEEZED, (64, 1), (64, 1), False),
-        (View.SQUEEZED, (1, 0, 5), (0, 5), False),
-        (View.LAST_AXIS, (16, 3, 4, 4), (192, 4), False),
-        (View.LAST_AXIS, (7,), (1, 7), True),
+        (MatrixView.FIRST_AXIS, (), (1, 1), True),
+        (MatrixView.FIRST_AXIS, (7,), (1, 7), True),
+        (MatrixView.FIRST_AXIS, (1, 1, 64), (1, 64), False),
+        (MatrixView.FIRST_AXIS, (16, 3, 4, 4), (16, 48), False),
+        (MatrixView.FIRST_AXIS, (0, 3, 4), (0, 12), False),
+        (MatrixView.FIRST_AXIS, (3, 0, 4), (3, 0), False),
+        (MatrixView.SQUEEZED, (), (1, 1), True),
+        (MatrixView.SQUEEZED, (1, 1, 64), (1, 64), True),
+        (MatrixView.SQUEEZED, (1, 17, 64), (17, 64), False),
+        (MatrixView.SQUEEZED, (64, 1), (64, 1), False),
+        (MatrixView.SQUEEZED, (1, 0, 5), (0, 5), False),
+        (MatrixView.LAST_AXIS, (16, 3, 4, 4), (192, 4), False),
+        (MatrixView.LAST_AXIS, (7,), (1, 7), True),
     ],
 )
 def test_views(view, shape, matrix, is_vector):

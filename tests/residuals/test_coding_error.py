@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from flexmerge_cli.residuals.coder import View
+from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.residuals.coding_error import (
     NORMAL_RATIOS,
     WEIGHT_BITS,
@@ -31,7 +31,7 @@ def family():
 
 
 def measure(name, base, tasks, chunk_rows):
-    matrix = View.SQUEEZED.matrix(base.shape)
+    matrix = MatrixView.SQUEEZED.matrix(base.shape)
     deltas = np.stack([task - base for task in tasks])
     average = base + deltas.mean(axis=0, dtype=np.float64).astype(np.float32)
     base, average, *tasks = [torch.from_numpy(x.reshape(matrix)) for x in (base, average, *tasks)]

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from flexmerge_cli import open_bundle
 from flexmerge_cli.server.app import make_app
-from flexmerge_cli.server.run import Settings, make_service
+from flexmerge_cli.server.run import ServerSettings, make_service
 
 from .bundles import MADE
 
@@ -35,7 +35,7 @@ def client_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., TestCl
 
         def get(name: str, **settings: Any) -> TestClient:
             bundle = open_bundle(bundle_of(name))._bundle
-            service = make_service(bundle, Settings(**settings))
+            service = make_service(bundle, ServerSettings(**settings))
             return stack.enter_context(TestClient(make_app(service)))
 
         yield get

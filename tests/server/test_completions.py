@@ -10,7 +10,7 @@ import torch
 from flexmerge_cli import open_bundle
 from flexmerge_cli.server.app import make_app
 from flexmerge_cli.server.generation import Choice, generate
-from flexmerge_cli.server.run import Settings, make_service
+from flexmerge_cli.server.run import ServerSettings, make_service
 from flexmerge_cli.server.worker import Row
 
 from ..evaluation.tiny import LENGTH, WORDS, sentences
@@ -196,7 +196,7 @@ def test_what_is_not_supported_or_out_of_range_is_told(client_of):
 @pytest.mark.parametrize("name", ["/v1/completions", "/v1/chat/completions"])
 def test_nothing_is_computed_of_a_stream_whose_client_leaves_before_its_first_event(bundle_of, name, leaves_at):
     """The worker is not started, so that all that was asked waits."""
-    service = make_service(open_bundle(bundle_of("mixed"))._bundle, Settings())
+    service = make_service(open_bundle(bundle_of("mixed"))._bundle, ServerSettings())
     asked = {"prompt": ["red"]} if name == "/v1/completions" else {"messages": [{"role": "user", "content": "red"}]}
     body = json.dumps({"model": "talk", "stream": True, **asked}).encode()
     messages = [{"type": "http.request", "body": body}]
@@ -230,7 +230,7 @@ def test_nothing_is_computed_of_a_stream_whose_client_leaves_before_its_first_ev
 @pytest.mark.parametrize("short", ["code", "verse", "mood"])
 @pytest.mark.parametrize("weights", ["dense", "packed"])
 def test_what_is_asked_while_a_text_is_generated_joins_it_at_the_next_token(bundle_of, short, weights):
-    service = make_service(open_bundle(bundle_of("mixed"))._bundle, Settings(weights=weights, max_wait=0))
+    service = make_service(open_bundle(bundle_of("mixed"))._bundle, ServerSettings(weights=weights, max_wait=0))
     offline, worker, order = Offline(bundle_of("mixed"), short), service.worker, []
     rows = {}
 
@@ -263,7 +263,7 @@ def test_what_is_asked_while_a_text_is_generated_joins_it_at_the_next_token(bund
 
 
 def test_no_more_join_than_a_batch_has_room_for(bundle_of):
-    service = make_service(open_bundle(bundle_of("gpt2"))._bundle, Settings(max_batch=2, max_wait=0))
+    service = make_service(open_bundle(bundle_of("gpt2"))._bundle, ServerSettings(max_batch=2, max_wait=0))
     task, worker, most = service.tasks["first"], service.worker, []
 
     def choice(count):

@@ -10,7 +10,7 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY, from_float32, to_float32
 from flexmerge_cli.residuals import mask as masks
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.low_bit import LookUp, LowBit, scaled_levels
-from flexmerge_cli.stored.packed import Elements, Kept, Masked, Packed
+from flexmerge_cli.stored.packed import Elements, KeptElements, Masked, Packed
 
 SHAPES = [(1, 1), (3, 7), (5, 8), (4, 33), (2, 1030), (7, 512)]
 
@@ -27,9 +27,9 @@ def elements(m: int, n: int, dtype: str, seed: int = 9) -> Elements:
     return Elements(from_float32(np.random.default_rng(seed).standard_normal(m * n).astype(np.float32), dtype), dtype)
 
 
-def kept(m: int, n: int, dtype: str) -> Kept:
+def kept(m: int, n: int, dtype: str) -> KeptElements:
     positions = np.flatnonzero(np.random.default_rng(3).random(m * n) < 0.3)
-    return Kept.at(positions, elements(1, len(positions), dtype), (m, n))
+    return KeptElements.at(positions, elements(1, len(positions), dtype), (m, n))
 
 
 def weights(m: int, n: int, dtype: str) -> list[Packed]:

@@ -15,7 +15,7 @@ from flexmerge_cli.engine.writers.dense import write_copies
 from flexmerge_cli.engine.writers.writer import Work, Writer
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.later import Tensor, torch
-from flexmerge_cli.methods.coded import Form
+from flexmerge_cli.methods.coded import CodedForm
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.residuals.coder import Coder, Matrix
 
@@ -100,7 +100,7 @@ def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: 
 
 def _centre(
     encoder: Encoder,
-    form: Form,
+    form: CodedForm,
     plain: Tensor,
     shared: Mapping[str, Part],
     dtype: str,

@@ -29,7 +29,7 @@ from flexmerge_cli.record import Record
 HEADS = ("ForCausalLM", "LMHeadModel")
 
 
-class Columns(Record):
+class CausalColumns(Record):
     text: str | None = None
     context: str | None = None
     choices: str | tuple[str, ...] | None = None
@@ -38,7 +38,7 @@ class Columns(Record):
 
 class CausalLm(TaskSpec):
     kind: Literal["causal-lm"]
-    columns: Columns = Columns()
+    columns: CausalColumns = CausalColumns()
     normalise: Normalise = "tokens"
     join: str = " "
     max_length: int | None = Field(default=None, ge=2)

@@ -16,7 +16,7 @@ from pydantic import Field
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.data import Column, read_table
 from flexmerge_cli.evaluation.kinds.classes import check_architecture, label_column, label_count
-from flexmerge_cli.evaluation.kinds.images import USUAL, Columns, images_of, opened, pictures_of
+from flexmerge_cli.evaluation.kinds.images import USUAL, ImageColumns, images_of, opened, pictures_of
 from flexmerge_cli.evaluation.kinds.kind import Examples, Kind, Place, Run, chosen_metrics
 from flexmerge_cli.evaluation.loading import build_model, read_config
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
@@ -29,7 +29,7 @@ OF_DEPTHS = ("abs_rel", "rmse", "delta1")
 class DenseTask(TaskSpec):
     """The keys of both kinds."""
 
-    columns: Columns = Columns()
+    columns: ImageColumns = ImageColumns()
 
 
 class Segmentation(DenseTask):

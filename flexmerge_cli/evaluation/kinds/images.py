@@ -34,7 +34,7 @@ USUAL = ("image", "images", "img", "pixel_values")
 PROCESSOR = "preprocessor_config.json"
 
 
-class Columns(Record):
+class ImageColumns(Record):
     image: str | None = None
     label: str | None = None
 
@@ -42,7 +42,7 @@ class Columns(Record):
 class ImageTask(TaskSpec):
     """The keys of both kinds of image classification."""
 
-    columns: Columns = Columns()
+    columns: ImageColumns = ImageColumns()
     labels: tuple[str, ...] | None = None
     corrupt: str | None = None
     """A corruption of the images, `gaussian_noise@3`."""

@@ -19,7 +19,7 @@ HEAD = "ForSequenceClassification"
 TEXT = ("text", "sentence", "sentence1", "premise", "question", "input")
 
 
-class Columns(Record):
+class SequenceColumns(Record):
     text: str | None = None
     pair: str | None = None
     label: str | None = None
@@ -28,11 +28,11 @@ class Columns(Record):
 class SequenceTask(TaskSpec):
     """The keys of both kinds."""
 
-    columns: Columns = Columns()
+    columns: SequenceColumns = SequenceColumns()
     max_length: int | None = Field(default=None, ge=1)
 
 
-def text_columns(columns: Columns) -> dict[str, Column]:
+def text_columns(columns: SequenceColumns) -> dict[str, Column]:
     pair = {"pair": Column(name=columns.pair)} if columns.pair is not None else {}
     return {"text": Column(name=columns.text, usual=TEXT)} | pair
 

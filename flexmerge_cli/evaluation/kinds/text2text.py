@@ -40,7 +40,7 @@ OF_NUMBERS = ("spearman", "pearson")
 OF_GENERATED = ("bleu", "rouge1", "rouge2", "rougeL", "meteor", "cider")
 
 
-class Columns(Record):
+class Text2TextColumns(Record):
     text: str | None = None
     target: str | None = None
     choices: str | tuple[str, ...] | None = None
@@ -49,7 +49,7 @@ class Columns(Record):
 class Text2Text(TaskSpec):
     kind: Literal["text2text"]
     template: str | None = None
-    columns: Columns = Columns()
+    columns: Text2TextColumns = Text2TextColumns()
     labels: tuple[str | tuple[str, ...], ...] | None = None
     scoring: Literal["generate", "rank"] = "generate"
     normalise: Normalise = "none"
