@@ -121,3 +121,9 @@ def test_what_an_answer_names_is_in_the_files_that_it_links():
         text = "".join(file.read_text() for file in files)
         for name in re.findall(r"`([^`]+)`", row.partition(" | ")[2]):
             assert name.rpartition(".")[2].rstrip("=") in text, row
+
+
+def test_no_class_name_stands_for_two_things():
+    sources = [file.read_text() for file in (ROOT / "flexmerge_cli").rglob("*.py")]
+    names = [name for source in sources for name in re.findall(r"^class ([A-Z]\w*)", source, re.MULTILINE)]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
