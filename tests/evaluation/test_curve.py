@@ -140,7 +140,7 @@ def test_nothing_merged_is_the_fine_tuned_models_and_is_not_scored_again(sample)
         assert point.scores[task] is curve.fine_tuned[task]
 
 
-def test_in_processes_the_results_are_the_same(sample, curve, request_):
+def test_in_processes_the_results_are_the_same(sample, curve, request_, forked_workers):
     again = draw(
         sample.plan,
         sample.plan_path,

@@ -158,8 +158,7 @@ def test_unseen_data_are_scored_with_the_models_of_their_head_and_have_means_apa
     assert found["unseen_mean"]["merged"] == np.mean([new["merged"], found["tasks"]["three"]["merged"]])
 
 
-@pytest.mark.slow
-def test_processes_side_by_side_come_to_the_same(place, unseen):
+def test_processes_side_by_side_come_to_the_same(place, unseen, forked_workers):
     arguments = ("eval", place / "merged", "--spec", unseen, "--cross", "--json")
     alone, beside = succeeds(*arguments).json, succeeds(*arguments, "--parallel", 2, "--no-reuse").json
     assert alone.pop("evaluations") != beside.pop("evaluations")

@@ -83,8 +83,7 @@ def test_damaged_side_files_are_told_as_such(place, tmp_path, file, more):
     fails(5, *scored(place, damaged(place, "exact", tmp_path, file=file), *more), says=file)
 
 
-@pytest.mark.slow
-def test_processes_side_by_side_refuse_it(place, tmp_path):
+def test_processes_side_by_side_refuse_it(place, tmp_path, forked_workers):
     fails(5, *scored(place, damaged(place, "coded", tmp_path), "--parallel", 2), says="weights/")
 
 
