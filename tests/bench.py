@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("what", choices=["plan", "merge", "serve", "cost", "verify", "calibrate", "all", *PARTS])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/flexmerge-bench"))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--width", type=int, default=768, help="of the models: 384 has 22 M parameters")
     parser.add_argument("--device", default="cpu", help="of serve and cost")
     arguments = parser.parse_args()
     if arguments.what in PARTS:
@@ -58,9 +59,11 @@ def main() -> None:
         for what, figure in told(found, folder):
             print(f"{what:50} {figure}", flush=True)
         return
-    make_family(arguments.folder)
+    if arguments.width != 768:
+        arguments.folder /= f"width-{arguments.width}"
+    make_family(arguments.folder, width=arguments.width)
     if arguments.what == "all":
-        make_family(arguments.folder / "thirty", tasks=30, dtype="bfloat16")
+        make_family(arguments.folder / "thirty", width=arguments.width, tasks=30, dtype="bfloat16")
         sys.exit(not print_limits(run_part, arguments.folder, arguments.repeat))
     if arguments.what == "verify":
         compare_verified(arguments.folder, arguments.repeat)

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Fraction, Positive, Range, Scope, Statistic, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
-from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks
+from flexmerge_cli.methods.reductions import mean_tasks, only, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest, places_of
 from flexmerge_cli.methods.step import step
 
@@ -36,8 +36,8 @@ def masked(deltas: Tensor, where: Where, kept: Kept | None, *, beta: float, gamm
     if kept is None:
         removed, end = _cuts(deltas.shape[-1], beta=beta, gamma=gamma)
         places = places_of(keys, where)
-        return torch.where((places >= removed) & (places < end), deltas, 0.0)
-    return torch.where(kept.mask(keys, where, 1) & ~kept.mask(keys, where, 0), deltas, 0.0)
+        return only((places >= removed) & (places < end), deltas)
+    return only(kept.mask(keys, where, 1) & ~kept.mask(keys, where, 0), deltas)
 
 
 @method(

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Centre, Gain, method, per_element
-from flexmerge_cli.methods.reductions import elect
+from flexmerge_cli.methods.reductions import elect, only
 
 
 def rescale(*, gamma: str) -> Gain:
@@ -39,5 +39,5 @@ def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted
     """
     elected = elect(deltas)
     agrees = deltas * elected > 0
-    unified = elected * torch.where(agrees, deltas.abs(), 0.0).amax(0)
+    unified = elected * only(agrees, deltas.abs()).amax(0)
     return Centre(unified, lambda _deltas, _unified: agrees)

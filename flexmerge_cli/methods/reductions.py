@@ -11,6 +11,11 @@ def flat(deltas: Tensor) -> Tensor:
     return deltas.reshape(len(deltas), deltas[0].numel())
 
 
+def only(kept: Tensor, values: Tensor) -> Tensor:
+    """Return float32 values where `kept`, and +0 elsewhere: multiplying bits takes a quarter of the time of `where`."""
+    return (values.view(torch.int32) * kept).view(torch.float32)
+
+
 def sum_tasks(deltas: Tensor) -> Tensor:
     """Sum the tasks, [k, *shape] -> [*shape] float64, in a fixed order, so that the same bits come out everywhere."""
     if native.lib is not None and deltas.device.type == "cpu" and deltas.dtype is torch.float32:
@@ -28,6 +33,11 @@ def sum_tasks(deltas: Tensor) -> Tensor:
         for delta in deltas[1:]:
             total.add_(delta)
     return total
+
+
+def count_tasks(kept: Tensor) -> Tensor:
+    """Count the tasks that are true, bool [k, *shape] -> whole numbers [*shape]; in bytes where they can hold it."""
+    return kept.view(torch.uint8).sum(0, dtype=torch.uint8 if len(kept) < 256 else torch.int64)
 
 
 def mean_tasks(deltas: Tensor) -> Tensor:

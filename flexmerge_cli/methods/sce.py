@@ -19,7 +19,7 @@ from flexmerge_cli.methods.method import (
     per_element,
 )
 from flexmerge_cli.methods.places import value_keys
-from flexmerge_cli.methods.reductions import elect, mean_tasks, sum_tasks
+from flexmerge_cli.methods.reductions import elect, mean_tasks, only, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest, places_of
 from flexmerge_cli.methods.sums import Sums, fold
 
@@ -46,7 +46,7 @@ def _variance_keys(deltas: Tensor, _where: Where) -> Tensor:
 def _select(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
     if kept is None:
         return deltas
-    return torch.where(kept.mask(_variance_keys(deltas, where), where), deltas, 0.0)
+    return only(kept.mask(_variance_keys(deltas, where), where), deltas)
 
 
 def _weights(energy: np.ndarray) -> np.ndarray:

@@ -41,16 +41,17 @@ class Kept:
         key_R1 = torch.from_numpy(key_R1).to(flat.device, flat.dtype)
         kept, last_R1 = flat >= key_R1, self.last_RT[:, place, None]
         if (last_R1 < 1).any():
-            ties_RN = (flat == key_R1).cpu().numpy() & (last_R1 < 1)
-            kept &= torch.from_numpy(~(ties_RN & (_numbers(ties_RN, where) > last_R1))).to(flat.device)
+            rows, columns, numbers = _ties((flat == key_R1).cpu().numpy() & (last_R1 < 1), where)
+            lost = numbers > last_R1[rows, 0]
+            at = (torch.from_numpy(axis[lost]).to(flat.device) for axis in (rows, columns))
+            kept[tuple(at)] = False
         return kept.view(keys.shape)
 
 
-def _numbers(ties_RN: np.ndarray, where: Where) -> np.ndarray:
-    """Return the numbers of elements that tie in any row, else 0: bool [R, N], from where.start on -> float64 [N]."""
-    numbers, found = np.zeros(ties_RN.shape[1]), np.flatnonzero(ties_RN.any(0))
-    numbers[found] = tie_numbers(where.tensor, found.astype(np.uint64) + np.uint64(where.start))
-    return numbers
+def _ties(ties_RN: np.ndarray, where: Where) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns and numbers of the elements that tie, row by row. ties_RN: bool, from where.start on."""
+    rows, columns = np.divmod(np.flatnonzero(ties_RN), ties_RN.shape[1])
+    return rows, columns, tie_numbers(where.tensor, columns.astype(np.uint64) + np.uint64(where.start))
 
 
 def places_of(keys: Tensor, where: Where) -> Tensor:
@@ -112,14 +113,15 @@ class _Ties:
         at = self.split_RT.nonzero()
         quota_S, equal_S = self.found.quota_RT[at], self.found.equal_RT[at]
         half_S = self.width * np.sqrt(quota_S * (1 - quota_S / equal_S)) + self.width**2
-        low_S1, high_S1 = (((quota_S + half) / equal_S)[:, None] for half in (-half_S, half_S))
+        low_S, high_S = ((quota_S + half) / equal_S for half in (-half_S, half_S))
         key_S1 = torch.from_numpy(self.found.key_RT[at][:, None]).to(deltas.device)
         below_S, inside = np.zeros(len(quota_S), np.int64), []
         for tile, there in tiles(deltas, where):
-            ties_SN = (self.keys(tile, there)[at[0]] == key_S1).cpu().numpy()
-            numbers = _numbers(ties_SN, there)
-            below_S += (ties_SN & (numbers < low_S1)).sum(1)
-            inside.append([numbers[near] for near in ties_SN & (low_S1 <= numbers) & (numbers < high_S1)])
+            which, _, numbers = _ties((self.keys(tile, there)[at[0]] == key_S1).cpu().numpy(), there)
+            is_below = numbers < low_S[which]
+            below_S += np.bincount(which[is_below], minlength=len(below_S))
+            near = ~is_below & (numbers < high_S[which])
+            inside.append(np.split(numbers[near], np.searchsorted(which[near], np.arange(1, len(below_S)))))
         return _Window(below_S, inside).packed()
 
     def combine(self, left: "_Window", right: "_Window") -> "_Window":

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Fraction, Positive, Statistic, StatisticScope, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
-from flexmerge_cli.methods.reductions import elect, sum_tasks
+from flexmerge_cli.methods.reductions import count_tasks, elect, only, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest
 from flexmerge_cli.methods.step import step
 
@@ -17,7 +17,7 @@ def trim_statistics(*, K: float, scope: StatisticScope, **_: object) -> Statisti
 
 def trimmed(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
     """Zero all but the largest of each task. [k, n] float32 -> [k, n]."""
-    return deltas if kept is None else torch.where(kept.mask(magnitude_keys(deltas), where), deltas, 0.0)
+    return deltas if kept is None else only(kept.mask(magnitude_keys(deltas), where), deltas)
 
 
 def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tensor:
@@ -26,9 +26,9 @@ def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tens
     elected = elect(deltas)
     agrees = deltas * elected > 0
     if merge == "max":
-        return elected.double() * torch.where(agrees, deltas.abs(), 0.0).amax(0)
-    total = sum_tasks(torch.where(agrees, deltas, 0.0))
-    return total if merge == "sum" else total / agrees.sum(0).clamp(min=1)
+        return elected.double() * only(agrees, deltas.abs()).amax(0)
+    total = sum_tasks(only(agrees, deltas))
+    return total if merge == "sum" else total / count_tasks(agrees).clamp(min=1)
 
 
 @method(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.methods.reductions import count_tasks, only, sum_tasks
 from flexmerge_cli.methods.registry import parse_call
 
 from .conftest import break_ties_by_index
@@ -115,3 +115,16 @@ def test_pcb_of_the_release_gives_nothing_where_no_score_is_above_the_threshold(
     family = family_of(deltas, blocks={"one": ("a",), "other": ("b",)})
     merged = merge(family, parse_call("pcb:K=0.1,scope=model"))
     assert not merged["b"].unified.any() and merged["a"].unified.any()
+
+
+def test_what_a_mask_leaves_has_the_bits_of_where():
+    values = torch.tensor(
+        [[1.5, -0.0, float("nan"), float("inf"), -2.0, 1e-45], [-float("inf"), 3.0, -1e-45, 0.0, -1, 2]]
+    )
+    kept = torch.tensor([[1, 1, 0, 0, 0, 1], [1, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert only(kept, values).numpy().tobytes() == torch.where(kept, values, 0.0).numpy().tobytes()
+
+
+@pytest.mark.parametrize("tasks", [1, 255, 256, 300])
+def test_tasks_are_counted_however_many_there_are(tasks):
+    assert count_tasks(torch.ones(tasks, 2, 3, dtype=torch.bool)).tolist() == [[tasks] * 3] * 2
