@@ -1,32 +1,34 @@
-"""`auto` beside uniform plans and block merging at the same bytes: accuracy per task, as markdown, and a picture.
+"""`auto` beside uniform plans and block merging at the same bytes, on one family: markdown, and a picture.
 
-    python samples/compare_auto.py [--family samples/digits] [--picture FILE.png] [--json]
+    python samples/compare_auto.py [--family samples/digits] [--method M ...] [--picture FILE.png] [--json]
 
-Needs the `eval` extra; two minutes on two cores. Sizes are of tensor data, in models. A uniform plan c + b has the
-average of all tasks in c bits and residuals of b bits; where it is smaller than a size, merges are undone until the
-size is used up. In percent of the fine-tuned models' accuracy, mean over tasks; differences from `auto` with 95 %
-intervals of the paired bootstrap, the same images drawn for both.
+Needs the `eval` extra; minutes. Eight sizes of tensor data, from the smallest that `auto` reaches to four models, in
+equal ratios. A uniform plan c + b has the average of all tasks in c bits and residuals of b bits; where it is smaller
+than a size, merges are undone until the size is used up. `--method` replaces what `auto` is compared with.
+
+Accuracy is in percent of the fine-tuned models'. Differences have the 95 % interval of the paired bootstrap, the same
+examples drawn for both. *Best* is the best of all other methods, chosen anew at each size by its accuracy on these very
+examples, which nobody without labels can do. The hypervolume is the area under the accuracy of the worst task over the
+size, where the best so far counts; that of the others has the best of them at each size.
 """
 
 import json
-import os
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-import yaml
 from family import arguments, plan_of
 
-from flexmerge_cli import load_plan, merge
-from flexmerge_cli.errors import GateError
+from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
+from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.evaluation.drawing import draw as scored
+from flexmerge_cli.evaluation.spec import read_spec
+from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.curve import CurveRequest, curve_methods
+from flexmerge_cli.request.size import parse_sizes
 
-SIZES = ("smallest", "0.5x", "0.75x", "1x", "1.25x", "1.5x", "2x")
+NUM_SIZES, LARGEST = 8, 4.0
 UNIFORM = {
     f"{centre} + {bits}": f"low_bit:bits={bits},gain={'norm' if bits < 3 else 'none'},centre=average,"
     f"centre_bits={centre},scales=bfloat16,clip=search"
@@ -37,140 +39,111 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 DRAWS = 2000
 
 Hits = dict[str, np.ndarray]
-"""Task -> whether each image's most likely class is its label, bool [n]."""
+"""Maps each task to whether each example's most likely class is its label, [n]."""
 
 
-class Scorer:
-    """Makes bundles of one family, and scores the models in them."""
-
-    def __init__(self, family: Path, folder: Path) -> None:
-        self.family, self.folder = family, folder
-        self.plan = load_plan(folder / "plan.json")
-        self.data = {task.name: self._data(task.name) for task in self.plan.tasks}
-
-    def fine_tuned(self) -> Hits:
-        path = self.family / "tasks"
-        return {task: self._hits(_model(path / task), task) for task in self.data}
-
-    def bundle(self, method: str, size: str) -> tuple[float, Hits] | None:
-        """Its size in models, and its hits; None where the method does not reach the size."""
-        path = self.folder / f"bundle-{os.getpid()}"
-        try:
-            made = merge(self.folder / "plan.json", path, method=method, size=size, force=True)
-        except GateError:
-            return None
-        factor = made.manifest.stored_bytes / made.manifest.one_model_bytes
-        return factor, {task: self._hits(made.model(task).float(), task) for task in self.data}
-
-    def _data(self, task: str) -> tuple[torch.Tensor, np.ndarray]:
-        spec = yaml.safe_load((self.family / "eval.yaml").read_text())
-        with np.load(self.family / spec["tasks"][task]["data"]) as file:
-            images, labels = file["images"].astype(np.float32), file["labels"]
-        how = json.loads((self.family / "tasks" / task / "preprocessor_config.json").read_text())
-        pixels = (images * how["rescale_factor"] - how["image_mean"][0]) / how["image_std"][0]
-        return torch.from_numpy(pixels.astype(np.float32)), labels
-
-    def _hits(self, model: Any, task: str) -> np.ndarray:
-        pixels, labels = self.data[task]
-        with torch.inference_mode():
-            found: np.ndarray = model(pixel_values=pixels).logits.argmax(-1).numpy() == labels
-        return found
-
-
-def _model(path: Path) -> Any:
-    return transformers.ViTForImageClassification.from_pretrained(path, dtype=torch.float32).eval()
-
-
-scorer: Scorer  # of this process
-
-
-def start(family: Path, folder: Path) -> None:
-    global scorer
-    torch.set_num_threads(1)  # the processes share the cores
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    scorer = Scorer(family, folder)
-
-
-def score(job: tuple[str, str]) -> tuple[float, Hits] | None:
-    return scorer.bundle(*job) if job[0] else (0.0, scorer.fine_tuned())
-
-
-def compare(family: Path) -> dict[str, Any]:
-    methods = {"auto": "auto", **UNIFORM, **{name: name for name in BLOCK_MERGING}}
+def compare(family: Path, others: dict[str, str]) -> dict[str, Any]:
+    """Score all methods at all sizes. others: label -> method."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        plan_of(family, folder)
-        sizes = {name: smallest(folder / "plan.json") if name == "smallest" else name for name in SIZES}
-        jobs = [(method, size) for size in sizes.values() for method in methods.values()]
-        with ProcessPoolExecutor(None, get_context("spawn"), start, (family, folder)) as pool:
-            tuned = pool.submit(score, ("", ""))
-            found = []
-            for number, result in enumerate(pool.map(score, jobs)):
-                found.append(result)
-                print(f"{number + 1} of {len(jobs)}: {jobs[number][0]} at {jobs[number][1]}", file=sys.stderr)
-            reference = tuned.result()[1]
-    rows = iter(found)
-    at = {size: {name: next(rows) for name in methods} for size in sizes}
-    return {
-        "fine_tuned": {task: float(100 * hits.mean()) for task, hits in reference.items()},
-        "sizes": {
-            size: {name: told(row, results["auto"], reference) for name, row in results.items() if row is not None}
-            for size, results in at.items()
-        },
-    }
+        plan = plan_of(family, Path(temporary))
+        smallest = smallest_factor(auto(Pricer(plan), Limits()).smallest().layout)
+        sizes = [f"{size:.4f}x" for size in np.geomspace(smallest, LARGEST, NUM_SIZES)]
+        names = {"auto": "auto", **others}
+        request = CurveRequest(
+            methods=curve_methods(list(names.values()), has_statistics=True),
+            sizes=parse_sizes(",".join(sizes)),
+            alternatives=False,
+        )
+        spec = read_spec(family / "eval.yaml", plan.task_names)
+        curve = scored(plan, Path(temporary) / "plan.json", spec, request)
+    at = {(point.method, size): point for point in curve.points for size in point.sizes}
+    tuned = {task: np.asarray(found.outcomes, float) for task, found in curve.fine_tuned.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+        points = {label: at[name, size] for label, name in names.items() if (name, size) in at}
+        hits = {label: hits_of(point.scores) for label, point in points.items()}
+        rows[size] = {
+            label: measures(of_method, hits["auto"], tuned)
+            | {"size": points[label].tensor_bytes / plan.one_model_bytes}
+            for label, of_method in hits.items()
+        }
+    return {"fine_tuned": {task: 100 * float(hit.mean()) for task, hit in tuned.items()}, "sizes": rows}
 
 
-def smallest(plan: Path) -> str:
-    """The size that `auto` names as its smallest."""
-    from flexmerge_cli.allocation.auto_allocation import auto, smallest_factor
-    from flexmerge_cli.allocation.layout import Pricer
-    from flexmerge_cli.request.auto_options import Limits
-
-    return f"{smallest_factor(auto(Pricer(load_plan(plan)), Limits()).smallest().layout):g}x"
+def hits_of(scores: Any) -> Hits:
+    return {task: np.asarray(found.outcomes, float) for task, found in scores.items()}
 
 
-def told(row: tuple[float, Hits], auto: tuple[float, Hits], reference: Hits) -> dict[str, Any]:
-    """Accuracy per task, of the fine-tuned model's, and by how much `auto` is better on the same images."""
-    factor, hits = row
+def measures(hits: Hits, of_auto: Hits, tuned: Hits) -> dict[str, Any]:
+    """Accuracy per task, of the fine-tuned model's, and by how much `auto` is better on the same examples."""
     random = np.random.default_rng(0)
     differences = np.zeros(DRAWS)
-    for task, of_tuned in reference.items():
+    for task, of_tuned in tuned.items():
         drawn = random.integers(0, len(of_tuned), (DRAWS, len(of_tuned)))
-        gained = auto[1][task].astype(float) - hits[task]
-        differences += 100 * gained[drawn].mean(1) / np.maximum(of_tuned[drawn].mean(1), 1e-9) / len(reference)
-    each = {task: float(100 * hits[task].mean() / reference[task].mean()) for task in reference}
-    mean = float(np.mean(list(each.values())))
-    of_auto = np.mean([100 * auto[1][task].mean() / reference[task].mean() for task in reference])
+        gained = of_auto[task] - hits[task]
+        differences += 100 * gained[drawn].mean(1) / np.maximum(of_tuned[drawn].mean(1), 1e-9) / len(tuned)
+    each = {task: 100 * float(hits[task].mean() / tuned[task].mean()) for task in tuned}
+    difference = np.mean([100 * (of_auto[task].mean() - hits[task].mean()) / tuned[task].mean() for task in tuned])
     low, high = np.quantile(differences, (0.025, 0.975))
-    better = {"difference": float(of_auto - mean), "low": float(low), "high": float(high)}
-    return {"factor": factor, "mean": mean, "worst": min(each.values()), "tasks": each, "auto_better": better}
+    better = {"difference": float(difference), "low": float(low), "high": float(high)}
+    return {"mean": float(np.mean(list(each.values()))), "worst": min(each.values()), "tasks": each, "better": better}
+
+
+def best(row: dict[str, Any], measure: str) -> str | None:
+    """The method other than `auto` that is best by the `mean` or the `worst` task."""
+    return max((label for label in row if label != "auto"), key=lambda label: row[label][measure], default=None)
+
+
+def hypervolume(found: dict[str, Any], worst: list[float]) -> float:
+    """The area under the best accuracy of a worst task so far, over the sizes."""
+    sizes = np.array([float(size.rstrip("x")) for size in found["sizes"]])
+    return float((np.maximum.accumulate(worst)[:-1] * np.diff(sizes)).sum())
 
 
 def show(found: dict[str, Any]) -> None:
-    tasks = list(found["fine_tuned"])
-    print(f"Fine-tuned: {', '.join(f'{task} {value:.1f}' for task, value in found['fine_tuned'].items())}")
-    for results in found["sizes"].values():
-        factor = results["auto"]["factor"]
-        print(f"\n| at {factor:.2f}x | size | mean | `auto` is better by | {' | '.join(tasks)} |")
-        print(f"|{' --- |' * (len(tasks) + 4)}")
-        for name, row in results.items():
-            gain = row["auto_better"]
-            better = "" if name == "auto" else f"{gain['difference']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]"
-            each = " | ".join(f"{row['tasks'][task]:.0f}" for task in tasks)
-            print(f"| {name} | {row['factor']:.2f}x | {row['mean']:.1f} | {better} | {each} |")
+    rows = found["sizes"]
+    print("| size | `auto`: mean (worst task) | best mean | `auto` is better by | best worst task |\n|" + " --- |" * 5)
+    of_auto, of_best = [], []
+    for size, row in rows.items():
+        mean, worst = best(row, "mean"), best(row, "worst")
+        of_auto.append(row["auto"]["worst"])
+        of_best.append(row[worst]["worst"] if worst else 0.0)
+        told = ["–", "", "–"]
+        if mean and worst:
+            told = [f"{row[mean]['mean']:.1f}, {mean}", gain(row[mean]), f"{row[worst]['worst']:.1f}, {worst}"]
+        print(f"| {shown(size)} | {row['auto']['mean']:.1f} ({row['auto']['worst']:.1f}) | {' | '.join(told)} |")
+    volumes = hypervolume(found, of_auto), hypervolume(found, of_best)
+    print(f"\nHypervolume of `auto`, of the best single method's: {volumes[0] / max(volumes[1], 1e-9):.3f}\n")
+    print(f"| | {' | '.join(map(shown, rows))} |\n|{' --- |' * (len(rows) + 1)}")
+    for label in dict.fromkeys(label for row in rows.values() for label in row):
+        cells = [told_of(row[label], label) if label in row else "–" for row in rows.values()]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+def shown(size: str) -> str:
+    return f"{float(size.rstrip('x')):.2f}x"
+
+
+def gain(cell: dict[str, Any]) -> str:
+    better = cell["better"]
+    return f"{better['difference']:+.1f} [{better['low']:+.1f}, {better['high']:+.1f}]"
+
+
+def told_of(cell: dict[str, Any], label: str) -> str:
+    return f"{cell['mean']:.1f}" if label == "auto" else f"{cell['mean']:.1f}: {gain(cell)}"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    names = ("auto", "4 + 1", "8 + 1", "4 + 2", "8 + 2", "tsv_m", "average", "task_arithmetic")
+    names = ("auto", "4 + 0.5", "4 + 1", "4 + 2", "8 + 2", "tsv_m", "average", "task_arithmetic")
     for name, colour, mark in zip(names, COLOURS, "osD^v*xP"):
         rows = [results[name] for results in found["sizes"].values() if name in results]
-        size, mean = [row["factor"] for row in rows], [row["mean"] for row in rows]
+        size, mean = [row["size"] for row in rows], [row["mean"] for row in rows]
         axes.plot(size, mean, color=colour, marker=mark, markersize=5, linewidth=2 if name == "auto" else 1, label=name)
     axes.axhline(100, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
     axes.set_xlabel("size in models, tensor data")
     axes.set_ylabel("accuracy, % of the fine-tuned models'")
     axes.grid(alpha=0.3)
@@ -179,8 +152,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__)
-    found = compare(given.family)
+    given = arguments(__doc__, methods=True)
+    others = {name: name for name in given.method} or UNIFORM | {name: name for name in BLOCK_MERGING}
+    found = compare(given.family, others)
     print(json.dumps(found, indent=2)) if given.json else show(found)
     if given.picture:
         draw(found, given.picture)

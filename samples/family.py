@@ -7,12 +7,14 @@ from flexmerge_cli import make_plan
 from flexmerge_cli.formats.plan_file import Plan
 
 
-def arguments(doc: str | None, *, picture: bool = True) -> argparse.Namespace:
-    """`--family` (base/, tasks/NAME/, eval.yaml; by default the digits), `--json`, and `--picture`."""
+def arguments(doc: str | None, *, picture: bool = True, methods: bool = False) -> argparse.Namespace:
+    """`--family` (base/, tasks/NAME/, eval.yaml; by default the digits), `--json`, `--picture` and `--method`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", type=Path, default=Path(__file__).parent / "digits")
     if picture:
         parser.add_argument("--picture", type=Path)
+    if methods:
+        parser.add_argument("--method", action="append", default=[])
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
