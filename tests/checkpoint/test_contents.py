@@ -78,9 +78,9 @@ def test_every_file_is_in_one_place_whatever_their_order():
 @pytest.mark.parametrize("name", ["{}/model.safetensors", ".{}", "{}.csv", "checkpoint-{}/x", "{}/{}.npz"])
 def test_sorting_many_files_takes_time_linear_in_their_number(name):
     names = ["modules.json", *(name.replace("{}", str(number)) for number in range(60_000))]
-    begun = time.perf_counter()
+    begun = time.process_time()
     contents_of(names)
-    assert time.perf_counter() - begun < 10  # one second; a minute or more by the square of their number
+    assert time.process_time() - begun < 10  # one second; a minute or more by the square of their number
 
 
 def test_subfolders_are_parts_of_a_model_and_models_in_a_folder_are_none():
