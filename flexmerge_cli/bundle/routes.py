@@ -102,7 +102,7 @@ class Routes:
         """Return what the manifest says about an entry."""
         entry, dense = self.manifest.tasks[task], self._dense[task].get(tensor.name)
         one = Described(
-            form="copy" if entry.adapter is None else "adapted",
+            form="copy",
             tensor=tensor.name,
             task=task,
             shape=tensor.shape_of(task),
@@ -111,11 +111,7 @@ class Routes:
             dense=dense,
         )
         if entry.adapter is not None:
-            change = entry.adapter.changes.get(tensor.name)
-            if change is None:
-                return one
-            weights = file_inside(self.path, str(self.manifest.own_weights(task)))
-            return replace(one, change=partial(change.tensor, weights=weights), needs_base=change.value is None)
+            return entry.adapter.described(one, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
         unit = self._units.get(tensor.name)
         group = next((group for group in unit.groups if task in group.tasks), None) if unit is not None else None
         if unit is None or group is None:

@@ -56,8 +56,10 @@ The manifest is written last, so it is the commit point: a folder without it is 
 keys.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -83,6 +85,7 @@ from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS
 from flexmerge_cli.residuals.sign_runs import RUNS
+from flexmerge_cli.stored.decoding import Described
 from flexmerge_cli.stored.forms import known_form
 
 FORMAT = "flexmerge.bundle/2"
@@ -130,6 +133,14 @@ class AdapterEntry(Record):
     weights: str
     """The file's name in tasks/NAME."""
     changes: Named[ChangeRecord]
+
+    def described(self, tensor: Described, weights: Callable[[], Path]) -> Described:
+        """Describe a tensor of its model, given what holds for any task. weights: gives the adapter's file."""
+        change = self.changes.get(tensor.tensor)
+        if change is None:
+            return replace(tensor, form="adapted")
+        make = partial(change.tensor, weights=weights())
+        return replace(tensor, form="adapted", change=make, needs_base=change.value is None)
 
 
 class TaskEntry(Record):
