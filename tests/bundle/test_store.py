@@ -31,8 +31,8 @@ def address(request, monkeypatch, tmp_path):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("packed")
-    yield "s3://packed/bundle"
+    fsspec.filesystem("s3").makedirs("packed", exist_ok=True)  # servers of one process share their buckets
+    yield f"s3://packed/{tmp_path.name}"
     server.stop()
 
 
