@@ -139,3 +139,12 @@ def test_what_is_missing_is_said(pictures, tmp_path):
     fails(4, "merge", plan, "--method", nothing, "-o", tmp_path / "b", says="no coefficients at nothing.json")
     fails(2, "tune", plan, "-o", tmp_path / "c.json", says="no --spec")
     fails(2, "tune", plan, "--spec", pictures.family.spec, says="no output file")
+
+
+def test_data_that_are_not_finite_are_refused(pictures, tmp_path):
+    for task in TASKS:
+        np.savez(tmp_path / f"{task}.npz", images=np.full((2, 3, 8, 8), np.nan, np.float32))
+    spec = tmp_path / "calib.yaml"
+    spec.write_text(pictures.family.spec.read_text())
+    failed = fails(3, *command(pictures.family, tmp_path / "c.json", "--spec", spec), says="task `a`")
+    assert "the outputs of the merged model are not finite" in failed.err and not (tmp_path / "c.json").exists()
