@@ -7,7 +7,7 @@ transformers_names.json lists these tensors by model type (spelling.py). experts
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
@@ -55,6 +55,7 @@ class FusedRows:
 def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
     """Return the base with its tensors fused or apart, and with their axes, as in all tasks.
 
+    Tensors that the tasks have under the same name stay as they are: a tower may have fused what another has apart.
     Returns the base itself if the tasks have them in different forms.
     """
     if not tasks:
@@ -63,12 +64,16 @@ def in_form_of(tasks: Sequence[Checkpoint], base: Checkpoint) -> Checkpoint:
     spellings: list[Callable[[str], str]] = [str, *spelling.by_type(types)]
     rows, turned = _rules(types)
     tensors: dict[str, StoredTensor] = dict(base.tensors)
+    there = {way(name) for name in tasks[0].tensors for way in spellings}
+    lacking = {name for name in tensors if not any(way(name) in there for way in spellings)}
     for rule in rows:
         forms = [rule.forms(list(task.tensors)) for task in tasks]
-        if all(form == {"whole"} for form in forms):
-            _join(tensors, rule, spellings, tasks[0].tensors)
-        elif all(form == {"parts"} for form in forms):
-            _cut(tensors, rule, spellings, tasks[0].tensors)
+        if any(form != forms[0] for form in forms) or (len(forms[0]) == 2 and len(lacking) == len(tensors)):
+            continue
+        if "parts" in forms[0]:
+            _cut(tensors, rule, spellings, lacking, tasks[0].tensors)
+        if "whole" in forms[0]:
+            _join(tensors, rule, spellings, lacking, tasks[0].tensors)
     for old, new in turned:
         shapes = [{tensor.shape for name, tensor in task.tensors.items() if new.of(name)} for task in tasks]
         _turn(tensors, old, new, spellings, set.intersection(*shapes))
@@ -86,7 +91,7 @@ def for_modules(weights: Sequence[str], base: Checkpoint) -> Checkpoint:
         return base
     tensors = dict(base.tensors)
     for rule in rows:
-        _cut(tensors, rule, [str, *spelling.by_type(types)])
+        _cut(tensors, rule, [str, *spelling.by_type(types)], set(base.tensors))
     return replace(base, tensors=tensors)
 
 
@@ -114,22 +119,27 @@ def _rules(types: Iterable[str]) -> tuple[list[FusedRows], list[tuple[Word, Word
 
 
 def _renamed(
-    tensors: Tensors, word: Word, other: Word, spellings: Iterable[Callable[[str], str]]
+    names: Iterable[str], word: Word, other: Word, spellings: Iterable[Callable[[str], str]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, new name) for every tensor that has the word in its name, or in another spelling of the name."""
-    for name in tensors:
+    """Yield (name, new name) for every name that has the word in it, or in another spelling of it."""
+    for name in names:
         new = next((new for way in spellings if (new := word.instead(other, way(name)))), None)
         if new is not None:
             yield name, new
 
 
 def _join(
-    tensors: dict[str, StoredTensor], rule: FusedRows, spellings: Sequence[Callable[[str], str]], task: Tensors
+    tensors: dict[str, StoredTensor],
+    rule: FusedRows,
+    spellings: Sequence[Callable[[str], str]],
+    lacking: Collection[str],
+    task: Tensors,
 ) -> None:
+    """Join those of the base's parts that the tasks lack. task: a task whose whole tensors give the shapes."""
     shapes = {tensor.shape for name, tensor in task.items() if rule.whole.of(name)}
     found: dict[str, dict[int, str]] = {}
     for place, part in enumerate(rule.parts):
-        for name, whole in _renamed(tensors, part, rule.whole, spellings):
+        for name, whole in _renamed([name for name in tensors if name in lacking], part, rule.whole, spellings):
             found.setdefault(whole, {})[place] = name
     for whole, places in found.items():
         if whole in tensors or len(places) < len(rule.parts):
@@ -154,9 +164,10 @@ def _cut(
     tensors: dict[str, StoredTensor],
     rule: FusedRows,
     spellings: Sequence[Callable[[str], str]],
+    lacking: Collection[str],
     task: Tensors | None = None,
 ) -> None:
-    """Cut the base's whole tensors into parts.
+    """Cut those of the base's whole tensors into parts that the tasks lack.
 
     task: a task whose parts give the numbers of rows; under other names, they are the same in every layer. None for
     equal parts.
@@ -164,7 +175,8 @@ def _cut(
     ends: dict[str, list[tuple[str, StoredTensor]]] = {}
     for name, one in (task or {}).items():
         ends.setdefault(name.rpartition(".")[2], []).append((name, one))
-    names = [dict(_renamed(tensors, rule.whole, part, spellings)) for part in rule.parts]
+    of_base = [name for name in tensors if name in lacking]
+    names = [dict(_renamed(of_base, rule.whole, part, spellings)) for part in rule.parts]
     for own in names[0]:
         whole, of_parts = tensors[own], [found[own] for found in names]
         end = of_parts[0].rpartition(".")[2]

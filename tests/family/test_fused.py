@@ -57,6 +57,19 @@ def test_what_transformers_joins_or_cuts_is_seen_in_the_form_of_the_tasks(kind, 
     assert fused.mixed({"a": found["one"]}) == []
 
 
+def test_a_tower_may_have_fused_what_another_has_apart(tmp_path):
+    """Such tasks over a base that has all apart, or all fused, were stored unmerged."""
+    words = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    text, vision = ({f"{tower}.layers.0.{word}": normal(seed + n, 4, 6) for n, word in enumerate(words)}
+                    for tower, seed in (("text", 0), ("vision", 10)))  # fmt: skip
+    one = {tower: {f"{tower}.layers.0.qkv_proj.weight": torch.cat(list(state.values()))}
+           for tower, state in (("text", text), ("vision", vision))}  # fmt: skip
+    states = {"apart": text | vision, "task": text | one["vision"], "fused": one["text"] | one["vision"]}
+    found = {name: opened(tmp_path / name, "unlimited_ocr", state) for name, state in states.items()}
+    for base in found.values():
+        assert_same_state(read(fused.in_form_of([found["task"]] * 2, base)), states["task"])
+
+
 @pytest.mark.parametrize("kind, old, new", TURNED)
 def test_axes_that_transformers_swaps_are_as_the_tasks_have_them(kind, old, new, tmp_path):
     value = normal(1, 4, 3, 5) if "experts" in old else normal(1, 3, 5)
