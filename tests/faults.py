@@ -26,6 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .evaluation import tiny
 from .families import plain, write_family
 from .program import Child, flexmerge, tree
 
@@ -128,10 +131,18 @@ class Command:
     """`{place}` stands for the folder, `{shared}` for the one with family, plan and bundle."""
     output: str
     """A file or folder that is made."""
+    parts: tuple[str, ...] = ()
+    """Subfolders of the output, if not the whole but each of these appears whole or not at all."""
     has_old: bool = False
     """Whether something lies there before, in which case --force is among the arguments."""
     code: int = 0
     """Exit code where nothing fails."""
+    again: int = 2
+    """Exit code of the same command once the new output is there."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(f"{self.output}/{part}" for part in self.parts) or (self.output,)
 
 
 COMMANDS = {
@@ -140,12 +151,35 @@ COMMANDS = {
         arguments=("merge", "{shared}/plan.json", "-o", "{place}/b", "--threads", "1", "--force"),
         output="b",
         has_old=True,
+        again=0,
+    ),
+    "merge --sizes": Command(
+        arguments=(
+            "merge", "{shared}/plan.json", "--method", "average", "--sizes", "1x,2x", "-o", "{place}/b",
+            "--threads", "1",
+        ),
+        output="b",
+        parts=("1x", "2x"),
+        again=0,
+    ),
+    "update": Command(
+        arguments=("update", "{shared}/bundle", "--plan", "{shared}/more.json", "-o", "{place}/b", "--threads", "1"),
+        output="b",
+    ),
+    "update --force": Command(
+        arguments=(
+            "update", "{place}/b", "--plan", "{shared}/more.json", "-o", "{place}/b", "--threads", "1", "--force",
+        ),
+        output="b",
+        has_old=True,
+        again=0,
     ),
     "export --all": Command(arguments=("export", "{shared}/bundle", "--all", "-o", "{place}/out"), output="out"),
     "export --link --force": Command(
         arguments=("export", "{shared}/bundle", "--all", "--link", "-o", "{place}/out", "--force"),
         output="out",
         has_old=True,
+        again=0,
     ),
     "plan": Command(
         arguments=("plan", "--base", "{shared}/base", "--tasks", "{shared}/tasks", "-o", "{place}/p.json"),
@@ -155,6 +189,15 @@ COMMANDS = {
         arguments=("plan", "--base", "{shared}/base", "--tasks", "{shared}/tasks", "-o", "{place}/p.json", "--force"),
         output="p.json",
         has_old=True,
+        again=0,
+    ),
+    "calibrate": Command(
+        arguments=("calibrate", "{shared}/models.json", "--spec", "{shared}/calib.yaml", "-o", "{place}/c"),
+        output="c",
+    ),
+    "route": Command(
+        arguments=("route", "{shared}/models", "--spec", "{shared}/calib.yaml", "-o", "{place}/b"),
+        output="b",
     ),
     "eval --init": Command(arguments=("eval", "--init", "{shared}/bundle", "-o", "{place}/e.yaml"), output="e.yaml"),
     "eval with a gate": Command(
@@ -166,7 +209,7 @@ COMMANDS = {
         code=6,  # undecided: a number that a command prints has no bound
     ),
 }  # fmt: skip
-Content = dict[str, bytes] | bytes | None
+Content = tuple[dict[str, bytes] | bytes | None, ...]
 
 
 class Bench:
@@ -178,7 +221,9 @@ class Bench:
         write_family(self._shared, plain(num_tasks=2, layers=1))
         at = str(self._shared)
         self._run("plan", "--base", f"{at}/base", "--tasks", f"{at}/tasks", "-o", f"{at}/plan.json")
+        self._run("plan", f"{at}/plan.json", "--add", f"task2={at}/tasks/task1", "-o", f"{at}/more.json")
         self._run("merge", f"{at}/plan.json", "--method", "average", "-o", f"{at}/bundle")
+        self._models()
         self._old, self._new = self._olds(), {}
         (self._shared / "score.json").write_text('{"value": 0.9, "n": 100}')
         told = f'{{kind: command, command: [sh, -c, "cat {self._shared}/score.json", "{{checkpoint}}"]}}'
@@ -191,26 +236,40 @@ class Bench:
         self._run("export", f"{self._shared}/bundle", "--all", "-o", f"{old['out']}")
         return old
 
+    def _models(self) -> None:
+        """Two models that run, their plan and bundle, and a spec with examples."""
+        at, tasks = self._shared, {}
+        for seed, name in enumerate(("one", "two"), 1):
+            tiny.tuned_bert(at / "bert", name, seed)
+            tiny.rows(at / f"{name}.jsonl", text=tiny.sentences(8, seed), label=["no", "yes"] * 4)
+            tasks[name] = f"{{kind: text-classification, data: {name}.jsonl}}"
+        words = ", ".join(f"{name}: {told}" for name, told in tasks.items())
+        (at / "calib.yaml").write_text(f"version: 1\ntasks: {{{words}}}\n")
+        self._run("plan", "--base", f"{at}/bert/base", "--tasks", f"{at}/bert/tasks", "-o", f"{at}/models.json")
+        self._run("merge", f"{at}/models.json", "-o", f"{at}/models")
+
     def calls(self, name: str) -> list[str]:
         """Names of the calls of a run in which nothing fails, which also tells what it makes."""
         command = COMMANDS[name]
+        with self._place(command) as place:  # here first: what a child imports, each later one would import anew
+            assert flexmerge(*self._arguments(command, place)).code == command.code
         with self._place(command) as place:
             log = self._root / "log"
             with log.open("wb", buffering=0) as file:
                 code, printed = self._child(command, place, Fault(log=file.fileno()))
             assert code == command.code, printed
-            self._new[name] = _content(place / command.output)
-            assert [path.name for path in place.iterdir()] == [command.output]
+            self._new[name] = _content(place, command)
+            assert None not in self._new[name] and not _beside(place, command)
         return log.read_text().split()
 
     def problems(self, name: str, number: int, kind: str) -> list[str]:
         """What does not hold if the call of this number fails with `kind`, or is killed. calls(name) comes first."""
         command, found = COMMANDS[name], []
         with self._place(command) as place:
-            old, new = _content(place / command.output), self._new[name]
+            old, new = _content(place, command), self._new[name]
             code, printed = self._child(command, place, Fault(number=number, kind=kind))
-            there = _content(place / command.output)
-            if there not in (old, new):
+            there = _content(place, command)
+            if any(found not in whole for found, whole in zip(there, zip(old, new))):
                 found.append("neither the old nor the new one is there")
             if "Traceback" in printed or "bug in flexmerge" in printed:
                 found.append(f"says {printed!r}")
@@ -221,11 +280,11 @@ class Bench:
             if code == 1 and there == new and "in its place" not in printed:
                 found.append(f"the new one is there, and the error does not say so: {printed!r}")
             again = flexmerge(*self._arguments(command, place))
-            if again.code != (2 if there == new and "--force" not in command.arguments else command.code):
+            if again.code != (command.again if there == new else command.code):
                 found.append(f"the same command: exit {again.code}, {again.err!r}")
-            if _content(place / command.output) != new:
+            if _content(place, command) != new:
                 found.append("the same command made something else")
-            left = sorted(path.name for path in place.iterdir() if path.name != command.output)
+            left = _beside(place, command)
             left += [path.name for path in (self._root / "cache").rglob("*.partial")]
             if left:
                 found.append(f"left: {left}")
@@ -259,14 +318,22 @@ class Bench:
         assert result.code == 0, result.err
 
 
-def _content(path: Path) -> Content:
-    if path.is_dir():
-        return tree(path)
-    return path.read_bytes() if path.exists() else None
+def _content(place: Path, command: Command) -> Content:
+    """What lies at each of a command's outputs, or None."""
+    paths = [place / output for output in command.outputs]
+    return tuple(tree(path) if path.is_dir() else path.read_bytes() if path.exists() else None for path in paths)
+
+
+def _beside(place: Path, command: Command) -> list[str]:
+    """Names of what lies beside a command's outputs."""
+    folders = {(place / output).parent for output in command.outputs}
+    ours = {place / command.output, *(place / output for output in command.outputs)}
+    return sorted(path.name for folder in folders | {place} if folder.exists() for path in set(folder.iterdir()) - ours)
 
 
 def main(names: list[str]) -> int:
     bad = 0
+    torch.set_num_threads(1)  # a child that is forked has no others
     with tempfile.TemporaryDirectory(prefix="flexmerge-faults-") as root:
         bench = Bench(Path(root))
         for name in names or COMMANDS:
