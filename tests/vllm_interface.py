@@ -1,7 +1,8 @@
 """vLLM's interface to loaders: a stand-in for tests, and that of a wheel (`python -m tests.vllm_interface FOLDER`).
 
 FOLDER is where a wheel of vLLM was unpacked. Its own files that load weights are imported, and stubs stand for the rest
-of vLLM, which needs a GPU. The command compares the stand-in with them, and loads tasks through them.
+of vLLM, which needs a GPU. The command compares the stand-in with them, loads tasks through them, and has vLLM's own
+reader of adapters read an export of `--as-lora`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexmerge_cli import open_bundle
@@ -30,7 +32,12 @@ from .program import ROOT
 
 GROUP = "vllm.general_plugins"
 LOADERS = "vllm.model_executor.model_loader"
-OWN = ("vllm.plugins", LOADERS, *(f"{LOADERS}.{name}" for name in ("base_loader", "default_loader", "weight_utils")))
+OWN = {
+    "vllm.plugins": (),
+    LOADERS: ("base_loader", "default_loader", "weight_utils"),
+    "vllm.lora": ("lora_model", "lora_weights", "peft_helper", "utils"),
+}
+"""Modules, and those below them, that are vLLM's own."""
 
 
 class Model(nn.Module):
@@ -144,7 +151,7 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
         if name.partition(".")[0] != "vllm":
             return None
-        if name in OWN:
+        if name in OWN or name.rpartition(".")[2] in OWN.get(name.rpartition(".")[0], ()):
             place = self.folder / name.replace(".", "/")
             file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
             places = [str(place)] if place.is_dir() else None
@@ -155,6 +162,8 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = _Stub(spec.name)
         if spec.name == "vllm.tracing":
             module.instrument = lambda **_given: lambda function: function  # type: ignore[attr-defined]
+        if spec.name == "vllm.utils.torch_utils":
+            module.PIN_MEMORY = False  # type: ignore[attr-defined]
         if spec.name == "vllm.envs":
             module.VLLM_USE_MODELSCOPE = module.VLLM_PLUGINS = None  # type: ignore[attr-defined]
         return module
@@ -222,6 +231,32 @@ def check_interface(loaders: ModuleType) -> None:
     assert dataclasses.is_dataclass(loaders.DefaultModelLoader.Source)
 
 
+def check_adapters(root: Path) -> int:
+    """Export fine-tunes as adapters, and read them as vLLM's engine does. Returns how many weights were compared."""
+    from .adapters import LORA, make
+    from .program import succeeds
+
+    lora, helper = (importlib.import_module(f"vllm.lora.{name}") for name in ("lora_model", "peft_helper"))
+    adapted = make(root, "llama", {"a": LORA(r=2, target_modules=["q_proj", "v_proj"])})
+    tasks = [f"--task=full{seed}={adapted.full(f'full{seed}', seed)}" for seed in (1, 2)]
+    succeeds("plan", "--base", adapted.base, *tasks, f"--task=a={adapted.merged / 'a'}", "-o", root / "plan.json")
+    succeeds("merge", root / "plan.json", "--servable", "lora:rank=8", "-o", root / "bundle")
+    succeeds("export", root / "bundle", "--as-lora", "-o", root / "out")
+    base, opened, count = load_file(root / "out/base/model.safetensors"), open_bundle(root / "bundle"), 0
+    linear = {name.split(".")[-2] for name, tensor in base.items() if tensor.ndim == 2} - {"embed_tokens"}
+    for task in opened.tasks:
+        folder, view = str(root / "out/adapters" / task), opened.view(task)
+        config = helper.PEFTHelper.from_local_dir(folder, max_position_embeddings=None)
+        config.validate_legal(SimpleNamespace(max_lora_rank=8))
+        found = lora.LoRAModel.from_local_checkpoint(folder, linear, config, device="cpu", dtype=torch.float32)
+        for name in base:
+            own = found.get_lora(name.removesuffix(".weight"))
+            change = own.scaling * own.lora_b @ own.lora_a if own is not None else 0
+            torch.testing.assert_close(base[name] + change, view[name])
+            count += own is not None
+    return count
+
+
 def main(folder: Path) -> None:
     from .bundle.bundles import make
 
@@ -234,6 +269,7 @@ def main(folder: Path) -> None:
         for place, options in (("exact", ()), ("coded", ("--method", "auto", "--size", "1x"))):
             count = check_load(loaders, make(Path(root) / place, *options, name="plain"))
             print(f"{place}: {count} tensors are equal")
+        print(f"adapters: {check_adapters(Path(root) / 'adapters')} matrices are those of the bundle")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ class _Choice:
     """None: all tasks have the same bits, and the group is a copy."""
     lost_M: np.ndarray
     """The predicted squared error of each task."""
+    centre_bytes: int
+    """The bytes of the value that all tasks share."""
     rank: int = 0
     factor_bytes: int = 0
     """The bytes of one task's factors."""
@@ -111,7 +113,8 @@ def _not_servable(plan: Plan, dtype: str | None) -> Iterator[tuple[str, str]]:
         forms = {(effective_dtype(tensor.dtype_of(task), dtype), tensor.shape_of(task)) for task in tensor.present}
         if len(forms) > 1 or (tensor.class_ is not TensorClass.MERGEABLE and len(set(tensor.same)) > 1):
             yield tensor.name, "is each task's own"
-        over_base = forms == {tensor.base_form} and (_is_matrix(tensor) or all(tensor.is_base))
+        has_factors = _is_matrix(tensor) and len(set(tensor.same)) > 1  # what all tasks share is stored whole
+        over_base = forms == {tensor.base_form} and (has_factors or all(tensor.is_base))
         if plan.kept and plan.tasks and not over_base:
             yield tensor.name, "is not the base's, over which adapters are kept"
 
@@ -127,7 +130,7 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
     plan = pricer.plan
     everyone, uses = plan.all_tasks, dict[MethodUse, int]()
     units, lost_M, energy_M = [], np.zeros(len(everyone)), np.zeros(len(everyone))
-    largest = adapter_bytes = 0
+    largest = base_bytes = adapter_bytes = 0
     for tensor in (plan.tensor(name) for block in plan.blocks for name in block.tensors):
         choice = _choice(plan, tensor, known, rank, dtype)
         method = None if choice.use is None else uses.setdefault(choice.use, len(uses))
@@ -136,21 +139,23 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
         lost_M += choice.lost_M
         energy_M += _energies(plan.gram(tensor))
         largest, adapter_bytes = max(largest, choice.rank), adapter_bytes + choice.factor_bytes
+        base_bytes += choice.centre_bytes
     layout = pricer.layout(Allocation(methods=tuple(uses), units=tuple(units), dtype=dtype))
-    apart = {TensorClass.TIED} | (set() if plan.kept else {TensorClass.BASE_ONLY})
-    whole = [tensor for tensor in plan.stored if tensor.class_ not in apart]
+    apart = {TensorClass.TIED, TensorClass.MERGEABLE} | (set() if plan.kept else {TensorClass.BASE_ONLY})
+    base_bytes += sum(_dense_bytes(t, t.dtype, dtype) for t in plan.stored if t.class_ not in apart)
     return ServableAllocation(
         layout=layout,
         rank=largest,
-        base_bytes=sum(t.num_elements * ITEM_BYTES[effective_dtype(t.dtype, dtype)] for t in whole),
+        base_bytes=base_bytes,
         adapter_bytes=adapter_bytes,
         captured_M=1 - np.divide(lost_M, energy_M, out=np.zeros_like(lost_M), where=energy_M > 0),
     )
 
 
 def _choice(plan: Plan, tensor: PlanTensor, known: list[int], rank: int, dtype: str | None) -> _Choice:
+    own_bytes = _dense_bytes(tensor, tensor.dtype, dtype)
     if len(set(tensor.same)) < 2 or not tensor.num_elements:
-        return _Choice(use=None, lost_M=np.zeros(len(tensor.same)))
+        return _Choice(use=None, lost_M=np.zeros(len(tensor.same)), centre_bytes=own_bytes)
     gram, found = plan.gram(tensor), list[_Choice]()
     of_base_M = _energies(gram)
     of_mean_M = np.maximum(of_base_M - 2 * gram.mean(axis=1) + gram.mean(), 0.0)
@@ -164,9 +169,11 @@ def _choice(plan: Plan, tensor: PlanTensor, known: list[int], rank: int, dtype: 
             lost_M = np.where(is_whole_M, 0.0, energy_M * (1 - own / min(m, n)))
             factor_bytes = own * (m + n) * ITEM_BYTES[effective_dtype(tensor.dtype, dtype)]
             use = parse_use(f"low_rank:rank={own},centre={centre}")
-            found.append(_Choice(use=use, lost_M=lost_M, rank=own, factor_bytes=factor_bytes))
+            centre_bytes = own_bytes if centre == "average" else _dense_bytes(tensor, str(tensor.base_dtype), dtype)
+            choice = _Choice(use=use, lost_M=lost_M, centre_bytes=centre_bytes, rank=own, factor_bytes=factor_bytes)
+            found.append(choice)
         elif centre == "average":
-            found.append(_Choice(use=parse_use("average"), lost_M=of_mean_M))
+            found.append(_Choice(use=parse_use("average"), lost_M=of_mean_M, centre_bytes=own_bytes))
     if not found:
         raise UsageError(f"`{tensor.name}` is too small for factors: no engine can serve it over the base", hint=HINT)
     return min(found, key=lambda choice: float(choice.lost_M.sum()))
@@ -179,6 +186,10 @@ def _rank_of(tensor: PlanTensor, rank: int, centre: str, dtype: str | None) -> i
     each = sum(ITEM_BYTES[own] for own in dtypes)
     left = m * n * (each - (ITEM_BYTES[promote(tuple(dtypes))] if centre == "average" else 0))
     return min(rank, m, n, (left - 1) // ((m + n) * each))
+
+
+def _dense_bytes(tensor: PlanTensor, own_dtype: str, dtype: str | None) -> int:
+    return tensor.num_elements * ITEM_BYTES[effective_dtype(own_dtype, dtype)]
 
 
 def _energies(gram: np.ndarray) -> np.ndarray:

@@ -21,5 +21,8 @@ def parse_servable(text: str) -> tuple[str, int]:
     name, args = split_call(text)
     if name != "lora":
         raise UsageError(f"--servable {text} is not known", hint="write --servable lora:rank=64")
-    call = make_call(lora, args)
+    try:
+        call = make_call(lora, args)
+    except UsageError as error:
+        raise UsageError(f"--servable {text}: {error.message}", hint="write --servable lora:rank=64") from None
     return call.text, call.args["rank"]

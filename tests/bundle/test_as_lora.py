@@ -129,7 +129,8 @@ def test_servable_keeps_all_of_merged_loras_and_of_full_fine_tunes_at_least_what
     merged = [f"--task={name}={adapted.merged / name}" for name in "ab"]
     full = [f"--task=full{seed}={adapted.full(f'full{seed}', seed)}" for seed in (1, 2)]
     for name, tasks in (("loras", merged), ("mixed", merged + full)):
-        succeeds("plan", "-q", "--base", adapted.base, *tasks, "-o", tmp_path / f"{name}.json")
+        words = ("--statistics", "gram", "-q", "-o", tmp_path / f"{name}.json")
+        succeeds("plan", "--base", adapted.base, *tasks, *words)
     merge = ("merge", tmp_path / "loras.json", "--servable", "lora:rank=64")
     told = succeeds(*merge, "--dry-run", "-o", tmp_path / "x", "--json").json
     assert told["servable"]["rank"] == 4 and set(told["servable"]["captured"].values()) == {1.0}
@@ -153,9 +154,9 @@ def test_servable_keeps_all_of_merged_loras_and_of_full_fine_tunes_at_least_what
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """A base, three full fine-tunes and an adapter, and the plan of the fine-tunes."""
+    """A base with adapters, three full fine-tunes, and the plan of these."""
     root = tmp_path_factory.mktemp("full")
-    adapted = make(root / "made", "llama", {"a": CONFIGS["a"]})
+    adapted = make(root / "made", "llama", CONFIGS)
     tasks = {f"t{seed}": adapted.full(f"t{seed}", seed) for seed in range(3)}
     make_plan(adapted.base, tasks, output=root / "plan.json", statistics="gram")
     return adapted, tasks, root / "plan.json"
@@ -189,6 +190,10 @@ def test_servable_names_the_tensor_that_no_engine_can_serve(full, tmp_path):
     kept = make_plan(adapted.base, mixed, statistics="gram")
     with pytest.raises(UsageError, match="over which adapters are kept"):
         allocate(kept, asked)
+    over_base = {"kept": adapted.tasks / "a", "a": adapted.merged / "a", "b": adapted.merged / "b"}
+    found = servable_found(Pricer(make_plan(adapted.base, over_base, statistics="gram")), asked)
+    assert {use.text for use in found.layout.allocation.methods} == {"low_rank:rank=4,fraction=null,centre=base"}
+    assert found.captured_M.tolist() == [1.0, 1.0]
 
 
 # What is not low rank.

@@ -46,6 +46,7 @@ UNKNOWN = [
     ({"method": "ties", "max_distance": -1.0}, "--max-distance -1.0"),
     ({"method": "ties", "merges": -1}, "--merges -1"),
     ({"servable": "ia3"}, "--servable ia3"),
+    ({"servable": "lora:rank=0"}, "--servable lora:rank=0"),
 ]
 
 
