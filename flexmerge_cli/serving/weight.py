@@ -34,7 +34,7 @@ TILE_ELEMENTS = 1 << 22
 THREAD_ELEMENTS = 1 << 15
 
 # Up to so many rows of x, multiplying by codes beats decoding a tile and multiplying by that.
-FEW_ROWS = 4
+FEW_ROWS = 8
 # The same of the fused kernel, which reads the weight once for 16 rows.
 FEW_ROWS_FUSED = 16
 
