@@ -4,7 +4,7 @@ Every object appears whole, but a folder cannot be renamed, so the manifest is t
 a bundle that is replaced it is removed first. Until then `.flexmerge-push.json` names the manifest that will be there:
 
 manifest  its sha256
-files     the names that the push may write
+files     the names that the push writes or removes
 ready     whether every object of these names was written by this push, or has the bytes that it would write
 
 A push that breaks off publishes nothing. The next one of the same bundle sends only what is missing, as far as sizes
@@ -28,6 +28,7 @@ from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.urls import open_store
 from flexmerge_cli.errors import DataError, FlexmergeError, SourceError, UsageError
 from flexmerge_cli.formats.manifest import Manifest
+from flexmerge_cli.json_file import parse_json
 
 MARK = ".flexmerge-push.json"
 FORMAT = "flexmerge.push/1"
@@ -81,18 +82,20 @@ class Store:
                 return None
 
     def mark(self) -> dict[str, Any]:
-        """Return what a push that broke off says about itself; empty if there is none."""
+        """Return what a push that broke off says about itself; empty if there is none, or something else is called
+        so."""
         try:
-            found = json.loads(self.read(MARK, MAX_MANIFEST_BYTES) or b"{}")
+            found = parse_json(self.read(MARK, MAX_MANIFEST_BYTES) or b"{}")
         except ValueError:
             return {}
-        return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+        is_mark = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("files"), list)
+        return found if is_mark and all(isinstance(name, str) for name in found["files"]) else {}
 
 
 def check_store(address: str, *, force: bool, offline: bool = False) -> None:
     """Refuse, before a weight is read, an address that holds a bundle, without `force`, or anything else."""
     store = Store.at(address, offline=offline)
-    if store.mark():
+    if store.mark() and (force or MANIFEST_NAME not in store.sizes):
         return
     if store.manifest() is None and store.sizes:
         raise UsageError(
@@ -135,6 +138,7 @@ def push_to_store(
         if CARD_NAME in wanted and store.sizes.get(CARD_NAME) == card.stat().st_size:
             sound |= {CARD_NAME} if store.read(CARD_NAME, MAX_CARD_BYTES) == card.read_bytes() else set()
     written = {*(mark.get("files") or ()), *(old.files if old is not None else ()), *wanted}
+    written -= {CARD_NAME} - wanted.keys()  # which may be somebody's own by now
     stale = sorted((written & store.sizes.keys()) - sound)
     changed = sorted(wanted.keys() - sound)
     is_same = store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) == (folder / MANIFEST_NAME).read_bytes()
@@ -143,7 +147,8 @@ def push_to_store(
     on_compared(f"{store.address}: {total:,} bytes to send, {len(changed)} changed and {len(gone)} removed files")
     if not dry_run and not (is_same and not changed and not stale and not mark):
         with _errors(store.address):
-            _send(store, folder, changed, stale, {"manifest": own, "files": sorted(wanted)}, goes_on, on_progress)
+            new_mark = {"manifest": own, "files": sorted({*wanted, *stale})}
+            _send(store, folder, changed, stale, new_mark, goes_on, on_progress)
     return {"changed": changed, "removed": gone, "bytes": total}
 
 

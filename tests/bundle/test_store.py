@@ -122,6 +122,47 @@ def test_objects_of_another_bundle_are_never_taken_for_ours(breaks, made, addres
     assert objects(address) == own(made / "b")
 
 
+def test_a_push_that_breaks_off_while_it_removes_the_old_bundle_leaves_none_of_its_files(
+    plan, made, address, monkeypatch, tmp_path
+):
+    """Files that the new bundle does not have stayed there for ever, and nobody's manifest named them."""
+    succeeds("merge", plan, "-o", tmp_path / "copies")
+    succeeds("push", tmp_path / "copies", address)
+    files, root = fsspec.core.url_to_fs(address)
+    remove, removed = files.rm_file, []
+
+    def rm_file(path):
+        if removed:
+            raise Broken("the connection is gone")
+        removed.append(path)
+        remove(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "rm_file", rm_file)
+        fails(4, "push", made / "a", address, says="nothing was published")
+    assert removed == [f"{root}/{MANIFEST}"]
+    files.pipe_file(f"{root}/README.md", b"mine")
+    succeeds("push", made / "a", address)
+    assert objects(address) == own(made / "a") | {"README.md": b"mine"}
+
+
+def test_merge_replaces_a_bundle_only_with_force_whatever_a_broken_push_left_beside_it(plan, made, address):
+    succeeds("push", made / "a", address)
+    files, root = fsspec.core.url_to_fs(address)
+    mark = {"format": stores.FORMAT, "manifest": "0" * 64, "files": [], "ready": False}
+    files.pipe_file(f"{root}/{stores.MARK}", json.dumps(mark).encode())
+    fails(2, "merge", plan, "-o", address, says="exists")
+    succeeds("push", made / "b", address)
+    assert objects(address) == own(made / "b")
+
+
+@pytest.mark.parametrize("files", [5, [5], [["a"]], None])
+def test_a_mark_that_is_not_ours_counts_as_none(files, made, address):
+    store, root = fsspec.core.url_to_fs(address)
+    store.pipe_file(f"{root}/{stores.MARK}", json.dumps({"format": stores.FORMAT, "files": files}).encode())
+    fails(2, "push", made / "a", address, says="no bundle")
+
+
 def test_what_else_is_there_is_refused_or_stays(made, address):
     files, root = fsspec.core.url_to_fs(address)
     files.pipe_file(f"{root}/notes.txt", b"mine")
