@@ -104,7 +104,9 @@ def _not_servable(plan: Plan, dtype: str | None) -> Iterator[tuple[str, str]]:
         yield plan.tensors[0].name, "is a factor of a pooled adapter, which `export --as-lora` serves as it is"
     yield from ((split.tensor, "is stored in parts") for split in plan.splits)
     yield from ((name, "has rows of each task's own") for one in plan.vocabularies for name in one.tensors)
-    yield from ((name, "is saved whole by an adapter") for name in plan.own_names)
+    changes = [(name, change) for adapter in plan.adapters for name, change in adapter.changes.items()]
+    yield from ((name, "is saved whole by an adapter") for name, change in changes if change.value is not None)
+    yield from ((name, "is multiplied by an adapter") for name, change in changes if change.vector is not None)
     for tensor in plan.stored:
         if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
             continue

@@ -196,6 +196,17 @@ def test_servable_names_the_tensor_that_no_engine_can_serve(full, tmp_path):
     assert found.captured_M.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("adapter", "says"), [
+    (LORA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head.weight` is saved whole by an adapter"),
+    (IA3(task_type="CAUSAL_LM"), "down_proj.weight` is multiplied by an adapter"),
+], ids=["whole", "(IA)³"])  # fmt: skip
+def test_servable_refuses_the_kept_adapters_that_no_export_as_lora_takes(adapter, says, tmp_path):
+    adapted = make(tmp_path, "llama", {"a": LORA(r=2, target_modules=["q_proj"]), "b": adapter})
+    plan = make_plan(adapted.base, {name: adapted.tasks / name for name in "ab"}, statistics="gram")
+    with pytest.raises(UsageError, match=says):
+        allocate(plan, merge_request(servable="lora"))
+
+
 # What is not low rank.
 
 
