@@ -75,6 +75,9 @@ def check_parent(path: Path) -> None:
     Raises UsageError, MachineError.
     """
     parent = folder_above(path)
+    if re.fullmatch("[a-z][a-z0-9+.-]+:", first := "".join(path.parts[:1])) and not os.path.lexists(first):
+        hint = "write to this disk; `merge` and `push` send a bundle to an address"
+        raise UsageError(f"{path} is an address, and nothing but a bundle is written to one", hint=hint)
     if path.name in ("", ".."):
         raise UsageError(f"{path} names no file or folder to make", hint="give the place a name")
     if not parent.is_dir():

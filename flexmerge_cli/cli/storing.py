@@ -13,7 +13,8 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.store import check_store, push_to_store
 from flexmerge_cli.bundle.unchanged import Unchanged, unchanged
-from flexmerge_cli.checkpoint.place import is_remote
+from flexmerge_cli.checkpoint.place import is_hub, is_remote
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.cache import cache_folder
 from flexmerge_cli.merging_sizes import is_there
 
@@ -28,9 +29,17 @@ class AtStore:
 
     @staticmethod
     def of(output: str, *, force: bool, offline: bool) -> "AtStore | None":
-        """Check that the bundle may go to an address; None if it is a folder on this disk."""
+        """Check that the bundle may go to an address; None if it is a folder on this disk.
+
+        Raises UsageError for a repository of the Hub, to which `push` sends a bundle in one commit.
+        """
         if not is_remote(output):
             return None
+        if is_hub(output):
+            raise UsageError(
+                f"{output}: merge writes no repository",
+                hint=f"write a folder, and then: flexmerge push FOLDER {output}",
+            )
         check_store(output, force=force, offline=offline)
         name = hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:16]
         return AtStore(address=output, folder=cache_folder().parent / "uploads" / name / "bundle", offline=offline)

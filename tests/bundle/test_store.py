@@ -1,13 +1,15 @@
 """Bundles in object stores: in memory and, where moto and s3fs are installed, on an S3 server of this machine."""
 
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
-from flexmerge_cli import open_bundle, push
+from flexmerge_cli import merge, merge_sizes, open_bundle, push
 from flexmerge_cli.bundle import store as stores
+from flexmerge_cli.errors import UsageError
 
 from ..program import fails, flexmerge, succeeds, tree
 
@@ -200,3 +202,20 @@ def test_merge_writes_to_an_address_and_goes_on_where_it_was_killed(plan, made, 
 ])  # fmt: skip
 def test_addresses_that_cannot_be_written(target, more, says, made):
     fails(2, "push", made / "a", target, *more, says=says)
+
+
+def test_what_writes_to_this_disk_takes_no_address_for_a_folder(plan, made, monkeypatch, tmp_path):
+    """`update` made a folder called `s3:`, and merge wrote to the Hub as to an object store, a commit for each file."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("update", made / "a", "--plan", plan, "-o", "s3://b/x"),
+        ("export", made / "a", "--all", "-o", "s3://b/x"),
+        ("plan", plan, "--linkage", "average", "-o", "s3://b/plan.json"),
+    ):
+        fails(2, *command, says="s3:/b/")
+    fails(2, "merge", plan, "-o", "hf://org/name", "--dry-run", says="flexmerge push FOLDER hf://org/name")
+    with pytest.raises(UsageError, match="is an address"):
+        merge(plan, Path("s3://b/x"))
+    with pytest.raises(UsageError, match="is an address"):
+        merge_sizes(plan, "s3://b/x", method="average", sizes="2x")
+    assert list(tmp_path.iterdir()) == []
