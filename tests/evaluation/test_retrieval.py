@@ -12,7 +12,13 @@ from flexmerge_cli.evaluation.scoring import Scorer
 
 from . import tiny
 
+SEED = 3  # of models that find some pairs and not others
 N, PER_IMAGE = 9, (1, 3, 2, 1, 1, 2, 1, 3, 1)
+
+
+@pytest.fixture(autouse=True)
+def same_models():
+    torch.manual_seed(SEED)
 
 
 def images():
@@ -48,6 +54,20 @@ def ranks(similarity, right):
     return found
 
 
+def similarities(model, numbers, texts):
+    """The cosines of some of the images with texts, [images, texts]."""
+    tokenizer = tiny.tokenizer(start=True, end=True)
+    with torch.inference_mode():
+        seen, read = [], []
+        for image in images()[list(numbers)]:
+            pixels = torch.from_numpy((image / 255 - 0.5) / 0.25).float()[None]
+            seen.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)[0])
+        for text in texts:
+            output = model.text_model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+            read.append(model.text_projection(output.pooler_output)[0])
+    return np.array([[float(a @ b / a.norm() / b.norm()) for b in read] for a in seen])
+
+
 @pytest.mark.parametrize("direction", ["image-to-text", "text-to-image"])
 @pytest.mark.parametrize("encoder", ["CLIPModel", "CLIPVisionModel"])
 def test_recall_equals_a_loop_over_all_pairs(tmp_path, encoder, direction):
@@ -67,16 +87,7 @@ def test_recall_equals_a_loop_over_all_pairs(tmp_path, encoder, direction):
     data(tmp_path)
     task = {"kind": "image-text-retrieval", "data": "d.jsonl", "metric": ["recall@2", "recall@1", "recall@5"]}
     found = tiny.scored(model, task | {"direction": direction, "batch_size": 4}, base="base")
-    tokenizer, flat = tiny.tokenizer(start=True, end=True), [text for of in captions() for text in of]
-    with torch.inference_mode():
-        seen, read = [], []
-        for image in images():
-            pixels = torch.from_numpy((image / 255 - 0.5) / 0.25).float()[None]
-            seen.append(whole.visual_projection(whole.vision_model(pixel_values=pixels).pooler_output)[0])
-        for text in flat:
-            output = whole.text_model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
-            read.append(whole.text_projection(output.pooler_output)[0])
-    similarity = np.array([[float(a @ b / a.norm() / b.norm()) for b in read] for a in seen])
+    similarity = similarities(whole, range(N), [text for of in captions() for text in of])
     owners = [number for number, count in enumerate(PER_IMAGE) for _ in range(count)]
     if direction == "image-to-text":
         wanted = ranks(similarity, [[t for t, owner in enumerate(owners) if owner == n] for n in range(N)])
@@ -118,3 +129,21 @@ def test_one_pair_is_always_found(tmp_path):
     data(tmp_path)
     task = {"kind": "image-text-retrieval", "data": "d.jsonl", "limit": 1}
     assert tiny.scored(model, task).value == 1
+
+
+def test_an_image_with_most_of_the_texts_makes_the_others_no_easier_to_find(tmp_path):
+    """Those with one text have 9 wrong ones, of which 5 may be better; the first image has only 2."""
+    model = tiny.clip(tmp_path / "model")
+    processor(model)
+    data(tmp_path)
+    texts = tiny.sentences(10, seed=1)
+    tiny.rows(tmp_path / "d.jsonl", image=["0.png", "1.png", "2.png"], text=[texts[:8], texts[8], texts[9]])
+    task = {"kind": "image-text-retrieval", "data": "d.jsonl", "metric": ["recall@5", "recall@8", "recall@100"]}
+    found = tiny.scored(model, task)
+    own = [[*range(8)], [8], [9]]
+    similarity = similarities(transformers.CLIPModel.from_pretrained(model).eval(), range(3), texts)
+    rank = np.array(ranks(similarity, own))
+    assert {scored.metric: scored.value for scored in (found, *found.others)} == {
+        f"recall@{k}": pytest.approx((rank < k).mean()) for k in (5, 8, 100)
+    }
+    assert (rank >= 5).any()

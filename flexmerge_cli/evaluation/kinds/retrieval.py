@@ -31,6 +31,8 @@ from flexmerge_cli.record import Record
 
 USUAL_TEXTS = ("text", "texts", "caption", "captions", "sentences")
 METRICS = ("recall@1", "recall@k")
+NEVER = -2.0
+"""A similarity below any of normalised embeddings."""
 
 
 class Columns(Record):
@@ -102,20 +104,20 @@ def score(model: TaskModel, task: Retrieval, examples: Examples, run: Run) -> Se
 def _right_and_wrong(queries: Any, of_query: Any, answers: Any, of_answer: Any, count: int, run: Run) -> np.ndarray:
     """Return the similarity of each query's best right answer, then those of the best `count` wrong ones.
 
-    float32 [queries, 1 + count], fewer if there are fewer wrong answers. Memory is that of one batch of queries.
+    float32 [queries, 1 + count], fewer if no query has as many wrong answers; where one has fewer than another, NEVER
+    fills the row. Memory is that of one batch of queries.
     """
     import torch
 
     of_query, of_answer = of_query.to(queries.device), of_answer.to(queries.device)
-    num_right = torch.bincount(of_answer)
-    count = min(count, len(answers) - int(num_right.max()))
+    count = min(count, len(answers) - int(torch.bincount(of_answer).min()))
     found = []
     for start in range(0, len(queries), run.batch_size):
         batch = slice(start, start + run.batch_size)
         similarity = queries[batch] @ answers.T
         is_right = of_query[batch, None] == of_answer
         right = similarity.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
-        wrong = similarity.masked_fill(is_right, -torch.inf).topk(count, 1).values
+        wrong = similarity.masked_fill(is_right, NEVER).topk(count, 1).values
         found.append(torch.cat([right, wrong], 1).cpu())
     return torch.cat(found).numpy()
 
