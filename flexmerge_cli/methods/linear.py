@@ -1,13 +1,12 @@
 """Methods that are linear in the task vectors: the mean, the scaled mean or sum, and weighted ones."""
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.call import Call
-from flexmerge_cli.methods.method import Positive, Where, method, per_element
+from flexmerge_cli.methods.method import MAX_SHOWN, Positive, Where, is_number, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 
 
@@ -52,9 +51,10 @@ def _by_task(weights: Weights) -> list[Mapping[str, Any]]:
 def _check_weights(*, weights: Weights, **_: object) -> None:
     for of in _by_task(weights):
         for task, weight in of.items():
-            if type(weight) not in (int, float) or not math.isfinite(weight) or weight < 0:
+            if not is_number(weight) or weight < 0:
+                shown = repr(weight)[:MAX_SHOWN]
                 raise UsageError(
-                    f"`weighted_average`: the weight of `{task}` is {weight!r}, not a number of 0 or more",
+                    f"`weighted_average`: the weight of `{task}` is {shown}, not a number of 0 or more",
                     hint="weights={task: number, …}",
                 )
     mixed = [name for name, of in (weights or {}).items() if not isinstance(of, Mapping)]

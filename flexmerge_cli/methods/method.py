@@ -148,6 +148,14 @@ def per_element(each_task: float, once: float) -> Workspace:
 # For methods that declare no workspace: more than any elementwise method of this package needs.
 UNDECLARED = per_element(64, 64)
 
+MAX_SHOWN = 100  # characters of a wrong argument in a message
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that a bundle can record: finite, and of at most 63 bits if it is whole."""
+    return value.bit_length() < 64 if type(value) is int else type(value) is float and math.isfinite(value)
+
+
 Fraction = Annotated[float, Range(above=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
 
@@ -170,11 +178,14 @@ class Parameter:
             return value
         for kind in self.kinds:
             number = kind in (int, float) and type(value) in ((int, float) if kind is float else (int,))
-            if number and math.isfinite(value) and (self.range is None or self.range.holds(value)):
+            if number and is_number(value) and (self.range is None or self.range.holds(value)):
                 return kind(value)
             if kind in (bool, dict, str) and type(value) is kind:
                 return value
-        raise UsageError(f"`{method}`: {self.name}={value!r} is not {self.wants()}", hint=f"flexmerge methods {method}")
+        raise UsageError(
+            f"`{method}`: {self.name}={repr(value)[:MAX_SHOWN]} is not {self.wants()}",
+            hint=f"flexmerge methods {method}",
+        )
 
     def wants(self) -> str:
         names = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a map {name: number}"}
