@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.calibration.joint import JointModels
-from flexmerge_cli.methods.method import Positive, Range
+from flexmerge_cli.methods.method import Range
 
 Count = Annotated[int, Range(least=1)]
+Moderate = Annotated[float, Range(above=0, most=1000)]
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -25,9 +26,9 @@ def adamerging(
     *,
     granularity: Literal["block", "task"] = "block",
     steps: Count = 100,
-    lr: Positive = 0.01,
+    lr: Moderate = 0.01,
     batch_size: Count = 16,
-    init: Positive = 1.0,
+    init: Moderate = 1.0,
 ) -> np.ndarray:
     """Minimise the entropy of the answers of θ_base + Σ_k w_k τ_k / M, summed over tasks, by Adam. [tasks, blocks].
 

@@ -149,7 +149,7 @@ class JointModels:
         """Return ∂/∂w of the sum over tasks of a loss, float64 [tasks, blocks], and that sum.
 
         loss: maps logits [n, …, classes] to a mean. step: says which examples are used; each is used once before any
-        is used again, in an order that the seed draws. Raises DataError if the loss is not finite.
+        is used again, in an order that the seed draws. Raises DataError if loss or gradient are not finite.
         """
         total = 0.0
         for _, gradient in self._wholes.values():
@@ -162,16 +162,21 @@ class JointModels:
                     value.backward()  # type: ignore[no-untyped-call]
                     total += float(value.detach())
             if not np.isfinite(total):
-                raise DataError(
-                    f"task `{self.plan.task_names[task]}`: the outputs of the merged model are not finite",
-                    hint="check the data, or give the spec `dtype: float32`",
-                )
+                raise self._not_finite(f"task `{self.plan.task_names[task]}`: the outputs")
         found = np.zeros((self.num_tasks, len(self.plan.blocks)))
         for shared in self._shared.values():
             gradient = shared.gradient.flatten().double()
             for task, delta in shared.deltas.items():
                 found[task, shared.block] += float(gradient @ delta.flatten().double()) / self.num_tasks
+        if not np.isfinite(found).all():
+            raise self._not_finite("the gradients")
         return found, total
+
+    @staticmethod
+    def _not_finite(what: str) -> DataError:
+        return DataError(
+            f"{what} of the merged model are not finite", hint="check the data, or give the spec `dtype: float32`"
+        )
 
     def _places(self, task: int, step: int, batch_size: int) -> list[int]:
         n, name = len(self.examples[task]), self.plan.task_names[task]

@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from flexmerge_cli import open_bundle
+from flexmerge_cli.calibration.joint import JointModels
+from flexmerge_cli.calibration.tune import tune_request
+from flexmerge_cli.errors import DataError
 
 from ..program import fails, succeeds
 from .families import NUM_EXAMPLES, TASKS
@@ -105,6 +108,8 @@ def test_the_same_examples_and_seed_give_the_same_bytes(pictures, tmp_path):
     [
         ("adamerging:steps=0", 2, "steps=0 is not an integer in [1"),
         ("adamerging:speed=1", 2, "no argument `speed`"),
+        ("adamerging:lr=1e300", 2, "lr=1e+300 is not a number in (0, 1000]"),
+        ("adamerging:init=1e300", 2, "init=1e+300 is not a number in (0, 1000]"),
         ("ties", 2, "no method `ties`"),
     ],
 )
@@ -148,3 +153,12 @@ def test_data_that_are_not_finite_are_refused(pictures, tmp_path):
     spec.write_text(pictures.family.spec.read_text())
     failed = fails(3, *command(pictures.family, tmp_path / "c.json", "--spec", spec), says="task `a`")
     assert "the outputs of the merged model are not finite" in failed.err and not (tmp_path / "c.json").exists()
+
+
+def test_gradients_that_are_not_finite_are_refused(pictures):
+    """A loss may be finite where its gradient is not, such as √x at 0."""
+    request = tune_request(pictures.family.plan_path, pictures.family.spec, examples=1, device="cpu").examples
+    models = JointModels.of(request)
+    models.merge(np.ones((len(TASKS), len(models.plan.blocks))))
+    with pytest.raises(DataError, match="the gradients of the merged model are not finite"):
+        models.gradient(lambda logits: (logits - logits.detach()).sum().abs().sqrt(), 0, 1)
