@@ -47,8 +47,13 @@ class MaskedTensor(Packable):
         return MatrixView.FIRST_AXIS.matrix(self.of.shape)
 
     def pieces(self, parts: RouteParts) -> dict[str, tuple[StoredTensor, int]]:
+        base, unified, mask, gamma = self._parts(parts)
+        if mask is None:  # what is drawn takes memory of its own, and lies in no file
+            name, size = f"{self.of.tensor}@mask.{self.of.task}", masks.packed_bytes(unified.num_elements)
+            mask = StoredTensor(name=name, dtype="U8", shape=(size,), path=parts.path / name, offset=0)
         roles = "base", "unified", f"mask.{self.of.task}", f"gamma.{self.of.task}"
-        return {role: (part, part.num_bytes) for role, part in zip(roles, self._parts(parts)) if part is not None}
+        found = zip(roles, (base, unified, mask, gamma))
+        return {role: (part, part.num_bytes) for role, part in found if part is not None}
 
     def packed(self, parts: RouteParts, read: Read) -> Packed:
         """Return the tensor in its stored bytes. Raises DataError if they cannot be decoded."""
