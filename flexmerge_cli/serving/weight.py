@@ -224,7 +224,7 @@ def _addmm(added: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: 
     if not isinstance(weight, PackedWeight) or not _is_plain(x, weight) or (beta, alpha) != (1, 1):
         return NotImplemented
     packed = weight.packed
-    found = added.expand(len(x), weight.shape[1]).to(torch.float32, copy=True)
+    found = added.expand(len(x), weight.shape[1]).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if len(x) <= FEW_ROWS and isinstance(packed, Packed) and packed.is_in_loops:
         _add_product_of_rows(x.to(torch.float32).contiguous(), packed, found)
         return found.to(x.dtype)

@@ -39,6 +39,7 @@ FORMS = [
     {"method": "emr"},
     {"method": "consensus"},
     {"method": "tall_masks"},
+    {"method": "randes"},
     {"method": "average", "size": "2x"},
 ]
 
@@ -103,6 +104,14 @@ def test_products_are_within_the_bound(options: dict, dtype: str, bundle_of: Cal
             expected = x.double() @ w.double()
             bound = (len(w) + 8) * torch.finfo(held.dtype).eps / 2 * (x.double().abs() @ w.double().abs())
             assert bool(((found.double() - expected).abs() <= bound + 1e-7).all()), (name, rows)
+
+
+def test_what_a_product_is_added_to_may_lie_in_memory_in_any_order(bundle_of: Callable[..., Path]) -> None:
+    """The loops in C wrote rows into a matrix of columns."""
+    runtime = open_bundle(bundle_of("gpt2", **AUTO)).runtime(weights="packed")
+    name, held = next(pair for pair in packed_weights(runtime.model("alpha")).items() if ".c_" in pair[0])
+    x, added = torch.randn(3, held.shape[0]), torch.randn(held.shape[1], 3).T
+    assert torch.allclose(torch.addmm(added, x, held), torch.addmm(added, x, held.decoded()), atol=1e-4), name
 
 
 def test_generated_tokens_are_those_of_the_decoded_model(bundle_of: Callable[..., Path]) -> None:
