@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from flexmerge_cli import load_plan, open_bundle, verify
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
+from flexmerge_cli.evaluation import plane
 from flexmerge_cli.evaluation.models import base_model
 from flexmerge_cli.evaluation.planned import planned_models
 from flexmerge_cli.planning.sources import open_sources
@@ -441,6 +442,58 @@ def test_references_of_an_evaluation_are_whole(tied, tmp_path):
     for task in models.tasks:
         found = base_model(bundle, task, open_checkpoint(str(tmp_path / "base")), {})
         assert_same_state(found.weights, base[task].weights)
+
+
+class Noted:
+    """A scorer that keeps the weights and digests of what it is to score."""
+
+    def __init__(self):
+        self.weights, self.digests = {}, []
+
+    def score(self, model, *, reference):
+        self.weights.setdefault(model.task, []).append(dict(model.weights))
+        self.digests.append(model.digest)
+
+
+def plane_of(root, plan, places, monkeypatch):
+    """What `curve --plane two,one` scores of each of both tasks, point by point."""
+    monkeypatch.setattr(plane, "PLACES", places)
+    folders = {name: root / "tasks" / name for name in plan.task_names}
+    models, scorer = planned_models(plan, open_sources(plan, root).located, folders, plan.task_names), Noted()
+    plane.score_plane(plan, ("two", "one"), scorer, *models)
+    return scorer
+
+
+def test_on_the_plane_of_two_tasks_rows_of_the_same_word_are_mixed(tmp_path, monkeypatch):
+    words = {
+        "base": WORDS, "one": [WORDS[3], "new", *WORDS[:3], *WORDS[4:]], "two": [*WORDS, "other"],
+        "three": [*WORDS[:5], *WORDS[6:], "more"],
+    }  # fmt: skip
+    models = family(tmp_path, words)
+    assert models.tasks["one"][EMBEDDING].shape == models.tasks["two"][EMBEDDING].shape
+    found = plane_of(tmp_path, planned(tmp_path), (0.0, 0.5), monkeypatch).weights
+    for tensor in (EMBEDDING, OUTPUT, BIAS):
+        for task, other in (("one", "two"), ("two", "one")):
+            own, average = models.tasks[task][tensor], found[task][-1][tensor]
+            for row, word in enumerate(words[task]):
+                expected = own[row]
+                if all(word in known for known in words.values()):
+                    expected = (own[row] + models.tasks[other][tensor][words[other].index(word)]) / 2
+                torch.testing.assert_close(average[row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_plan_merges_is_part_of_what_the_plane_is_cached_by(tmp_path, monkeypatch):
+    """A tensor that one task has of the base, and the other has not, moves that task's points only if it merges."""
+    models = family(tmp_path, dict.fromkeys(("base", "one", "two"), WORDS))
+    name = "encoder.layer.0.attention.self.query.weight"
+    models.tasks["one"][name] = models.base[name]
+    write_checkpoint(tmp_path / "tasks" / "one", models.tasks["one"])
+    (tmp_path / "tasks/one/config.json").write_text((tmp_path / "base/config.json").read_text())
+    merging, private = (
+        plane_of(tmp_path, planned(tmp_path, *options), (0.5,), monkeypatch) for options in ((), ("--private", name))
+    )
+    assert not torch.equal(merging.weights["one"][0][name], private.weights["one"][0][name])
+    assert not set(merging.digests) & set(private.digests)
 
 
 @pytest.mark.parametrize("more", [3, -5])

@@ -2,7 +2,7 @@
 
 A point is θ_0 + a·τ_A + b·τ_B, computed in float32 and rounded to the task's own dtype. (0, 0) is the base, (1, 0) and
 (0, 1) are the fine-tuned models, (½, ½) is their average and (1, 1) their sum. Each task is scored with its own tensors
-that do not merge, such as its head.
+that do not merge, such as its head, and with its own rows of tokens that not all models have.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.evaluation.scored import Scored, TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.family.classes import TensorClass
@@ -44,6 +45,7 @@ def score_plane(
 ) -> Plane:
     """Score every point; one model is in memory at a time. fine_tuned, base: the models by task."""
     scores: dict[tuple[float, float], dict[str, Scored]] = {}
+    others = {task: _others(plan, *map(plan.task_names.index, (task, of))) for task, of in (tasks, tasks[::-1])}
     points = [(a, b) for b in PLACES for a in PLACES]
     for number, (a, b) in enumerate(points):
         scores[a, b] = {}
@@ -53,11 +55,11 @@ def score_plane(
                 own=fine_tuned[task].weights,
                 base=base[task].weights,
                 other=fine_tuned[other].weights,
-                names=_names(plan, plan.task_names.index(task), plan.task_names.index(other)),
+                others=others[task],
                 parts=(own, of_other),
             )
             digests = (fine_tuned[task].digest, base[task].digest, fine_tuned[other].digest, own, of_other)
-            digest = xxhash.xxh3_128_hexdigest(f"flexmerge/plane/1 {digests}".encode())
+            digest = xxhash.xxh3_128_hexdigest(f"flexmerge/plane/2 {digests} {others[task]}".encode())
             if (own, of_other) == (1.0, 0.0):
                 digest = fine_tuned[task].digest  # Its score is known.
             model = replace(fine_tuned[task], weights=weights, digest=digest, num_bytes=None)
@@ -65,16 +67,30 @@ def score_plane(
     return Plane(tasks=tasks, scores=scores)
 
 
-def _names(plan: Plan, task: int, other: int) -> dict[str, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Other:
+    """Where another task has a tensor that merges."""
+
+    name: str
+    """Its own name."""
+    rows: tuple[Runs, Runs] | None
+    """The rows of the task and of the other that merge, in the same order; None: all."""
+
+
+def _others(plan: Plan, task: int, other: int) -> dict[str, _Other]:
     """Map a task's own names of tensors that merge to those of another task that has them, too."""
     found = {}
     for tensor in plan.tensors:
         stored_as = plan.tensor(tensor.reason) if tensor.class_ is TensorClass.TIED else tensor
         if stored_as.class_ is TensorClass.MERGEABLE and {task, other} <= set(tensor.present):
-            names = plan.own_name(task, tensor.name), plan.own_name(other, tensor.name)
+            names, vocabulary = (
+                [plan.own_name(each, tensor.name) for each in (task, other)],
+                plan.vocabulary(tensor.name),
+            )
             if plan.split(tensor.name) is not None:
-                names = whole_of(names[0])[0], whole_of(names[1])[0]
-            found[names[0]] = names[1]
+                names = [whole_of(name)[0] for name in names]
+            rows = None if vocabulary is None else (vocabulary.tasks[task].common, vocabulary.tasks[other].common)
+            found[names[0]] = _Other(name=names[1], rows=rows)
     return found
 
 
@@ -85,18 +101,26 @@ class _Mixed(Mapping[str, "Tensor"]):
     own: "Mapping[str, Tensor]"
     base: "Mapping[str, Tensor]"
     other: "Mapping[str, Tensor]"
-    names: Mapping[str, str]
-    """Maps the task's names to the other's."""
+    others: Mapping[str, _Other]
+    """Maps the task's names to what the other has."""
     parts: tuple[float, float]
     """Of the task's own vector, and of the other's."""
 
     def __getitem__(self, name: str) -> "Tensor":
-        own = self.own[name]
-        other = self.other[self.names[name]] if name in self.names else None
-        if other is None or other.shape != own.shape or self.parts == (1.0, 0.0):
+        own, of = self.own[name], self.others.get(name)
+        if of is None or self.parts == (1.0, 0.0):
             return own
-        base = self.base[name].float()
-        mixed = base + self.parts[0] * (own.float() - base) + self.parts[1] * (other.float() - base)
+        base, other = self.base[name], self.other[of.name]
+        if of.rows is None:
+            return own if other.shape != own.shape else self._mixed(own, base, other)
+        at, at_other = ([row for first, count in runs for row in range(first, first + count)] for runs in of.rows)
+        joined = own.clone()
+        joined[at] = self._mixed(own[at], base[at], other[at_other])
+        return joined
+
+    def _mixed(self, own: "Tensor", base: "Tensor", other: "Tensor") -> "Tensor":
+        start = base.float()
+        mixed = start + self.parts[0] * (own.float() - start) + self.parts[1] * (other.float() - start)
         return mixed.to(own.dtype)
 
     def __iter__(self) -> Iterator[str]:
