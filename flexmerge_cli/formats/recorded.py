@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.record import Count, Record
 from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest, Servable
 
@@ -20,6 +21,9 @@ PROGRAM = ["flexmerge", "merge", "plan.json"]
 
 # The request must not change how large a bundle is: a bundle of exact copies must fit wherever it fits without `auto`.
 PADDED_BYTES = 512
+
+MAX_COMMAND = 1 << 20
+"""The most characters of a command."""
 
 
 class Request(Record):
@@ -43,7 +47,7 @@ class Request(Record):
     calibration: Literal["calibration/"] | None = None
     """Given, wherever it lay; which one the manifest tells."""
     servable: str | None = None
-    command: str = Field(max_length=1 << 20)
+    command: str = Field(max_length=MAX_COMMAND)
     """The command that makes the bundle again from the plan, here called `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")
     """Spaces up to a multiple of PADDED_BYTES."""
@@ -68,7 +72,10 @@ class Request(Record):
 
 
 def recorded(request: MergeRequest) -> Request:
-    """Record a request. All requests that ask the same give the same record, whoever asked."""
+    """Record a request. All requests that ask the same give the same record, whoever asked.
+
+    Raises UsageError if its command is too long to be recorded, as weights of very many blocks and tasks make it.
+    """
     choice = request.choice
     if isinstance(choice, Cut | Auto | Clusters | Servable) and choice.size is not None:
         number = f"{Decimal(repr(choice.size.value)).normalize():f}"
@@ -86,7 +93,13 @@ def recorded(request: MergeRequest) -> Request:
         fields["fit"] = choice.fit.value
     if isinstance(choice, Clusters):
         fields["seed"] = choice.seed
-    return Request(**fields, command=shlex.join([*PROGRAM, *words, "-o", "bundle/"]))
+    command = shlex.join([*PROGRAM, *words, "-o", "bundle/"])
+    if len(command) > MAX_COMMAND:
+        raise UsageError(
+            f"the command that a bundle records would have {len(command):,} characters, more than {MAX_COMMAND:,}",
+            hint="take weights of tasks instead of blocks: flexmerge tune --method adamerging:granularity=task",
+        )
+    return Request(**fields, command=command)
 
 
 def _without_folder(word: str) -> str:

@@ -127,6 +127,7 @@ def test_a_wrong_method_is_refused(pictures, tmp_path, method, code, says):
         (lambda of: next(iter(of["weights"].values())).update(a=-1.0), 2, "the weight of `a` is -1.0"),
         (lambda of: of.pop("weights"), 3, "is not a file of coefficients"),
         (lambda of: of.update(format="flexmerge.plan/1"), 3, "is not a file of coefficients"),
+        (lambda of: of.update(weights={f"task{n}": 1 for n in range(80_000)}), 2, "the command that a bundle records"),
     ],
 )
 def test_coefficients_that_do_not_fit_are_refused(tuned, tmp_path, change, code, says):
