@@ -77,7 +77,7 @@ def test_counting_digits_gives_what_gathering_gives(name, monkeypatch):
     family = small_family()
     gathered = flat(merge(family, CALLS[name], bypass=False), family.tasks)
     monkeypatch.setattr(places, "GATHERED", 0)
-    assert torch.equal(gathered, flat(merge(family, CALLS[name], chunk=53, bypass=False), family.tasks))
+    assert torch.equal(gathered, flat(merge(family, CALLS[name], chunk=23, bypass=False), family.tasks))
 
 
 @pytest.mark.parametrize("name", CALLS)
