@@ -75,6 +75,21 @@ def test_rows_decode_alone_and_on_a_device_of_torch(superposed):
     assert torch.equal(there.decode(torch.tensor([1, 0])), whole[[1, 0]])
 
 
+def test_what_stays_packed_is_counted_with_the_mask_that_each_task_draws(superposed):
+    bundle, counted, held = Bundle.open(superposed), {}, {}
+    for task in TASKS:
+        for name in bundle.manifest.aligned(task).values():
+            stored = bundle.packed(task, name)
+            if stored is None:
+                continue
+            pieces = stored.pieces(bundle.parts_of(task))
+            counted |= {(part.path, part.offset): size for part, size in pieces.values() if size}
+            packed = stored.packed(bundle.parts_of(task), bundle.bits)
+            arrays = {"base": packed.dense.bits, "unified": packed.masked.unified.bits, task: packed.masked.packed}
+            held |= {(name, key): array.nbytes for key, array in arrays.items()}
+    assert sum(counted.values()) == sum(held.values()) > 0
+
+
 def test_a_task_is_exported_as_it_is_read(superposed, tmp_path):
     export(superposed, "task2", tmp_path / "out")
     view, found = open_bundle(superposed).view("task2"), weights(tmp_path / "out")
