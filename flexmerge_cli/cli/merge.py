@@ -116,9 +116,9 @@ def merge(
     for message in packing.request.notes:
         out.note(message, quiet=quiet)
     with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
-        plan = packing.plan(
-            output if not packing.sizes else output / packing.sizes[0].text, on_progress=on_progress, **run
-        )
+        beside = output if not packing.sizes else output / packing.sizes[0].text
+        # The plan of a recipe has sources relative to the bundle; to the recipe if that lies at an address.
+        plan = packing.plan(source if store is not None else beside, on_progress=on_progress, **run)
         if packing.sizes:
             value = packing.merge_sizes(plan, output, dry_run=dry_run, force=force, on_progress=on_progress, **run)
             written_to = [] if dry_run else [output / size.text for size in packing.sizes]

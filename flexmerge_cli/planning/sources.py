@@ -164,14 +164,18 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
 
     def opened(key: str) -> Checkpoint:
         source = sources[key]
-        moved = _relocated(source, folder, relocate)
-        if moved is None and not is_remote(source) and not (folder / expanded(source)).exists():
-            raise SourceError(
-                f"the plan's source {source} is missing: {(folder / source).resolve()} does not exist",
-                hint=f"if it moved: flexmerge merge with --relocate {source}=NEW, or with the beginnings of both paths",
-            )
+        moved, found = _relocated(source, folder, relocate), source
+        if moved is None and not is_remote(source):
+            place = (folder / expanded(source)).resolve()
+            if not place.exists():
+                raise SourceError(
+                    f"the plan's source {source} is missing: {place} does not exist",
+                    hint=f"if it moved: flexmerge merge with --relocate {source}=NEW, or with the beginnings of both "
+                    "paths",
+                )
+            found = source if folder.is_dir() else str(place)  # no file system knows `..` of a folder still to be made
         return open_checkpoint(
-            moved if moved is not None else source,
+            moved if moved is not None else found,
             relative_to=folder if moved is None else None,
             access=access,
             needs=needs[key],
