@@ -5,7 +5,8 @@ errors of coding the base and the average whole, and `residuals`, the part of a 
 
 The base's error is an exact sum, because a sample misses outliers: with one, 4 bits were off by a factor of 4. The
 average's is the base's times the ratio of both on the sampled rows. It lies between the least and the largest ratio of
-a row, and outliers are in the base as well.
+a row, and outliers are in the base as well. Where the ratio is large, the base codes better in the sampled rows than in
+others, or the tasks have moved far: then the difference of both is added to the base's error.
 """
 
 import math
@@ -21,6 +22,7 @@ from flexmerge_cli.residuals.coder import Matrix
 
 WEIGHT_BITS = (2, 3, 4, 8)
 RESIDUAL_BITS = (1, 2, 3, 4, 8)
+MOST_RATIO = 2  # the largest by which the base's error is multiplied
 ROW_TASKS = 8  # the most tasks whose residuals are measured in one sampled row
 
 # Used if no sampled row has moved: the ratios of a normal distribution, and of evenly spaced levels across it.
@@ -142,7 +144,8 @@ class CodingErrorSum:
         on_sample, average = np.split(self._pairs, 2)
         with np.errstate(invalid="ignore", divide="ignore"):  # inf / inf comes only from values that no plan holds
             lost = self._lost / (self._energy[0] or 1.0)
-            estimated = np.where(on_sample > 0, self._base * (average / on_sample), self._base + average)
+            is_near = (on_sample > 0) & (average <= MOST_RATIO * on_sample)
+            estimated = np.where(is_near, self._base * (average / on_sample), self._base + (average - on_sample))
         ratio = dict(zip(RESIDUAL_BITS, map(float, lost))) if self._energy[0] > 0 else NORMAL_RATIOS
         return CodingError(
             base=dict(zip(WEIGHT_BITS, map(float, self._base))),
