@@ -149,7 +149,8 @@ def _differences(left: PlanPart, right: PlanPart) -> list[tuple[str, object, obj
     one, other = (dict(part.settings) | {"base": part.base, "blocks": part.blocks} for part in requests)
     pairs += [(f"--{name.replace('_', '-')} is", one[name], other[name]) for name in one]
     for task in sorted({*left.request.tasks, *right.request.tasks}):
-        pairs.append((f"task `{task}` is", requests[0].tasks.get(task), requests[1].tasks.get(task)))
+        here, there = (part.tasks.get(task, "missing") for part in requests)
+        pairs.append((f"task `{task}` is", here, there))
     for name in sorted({*left.headers, *right.headers}):
         who = f"task `{name}`" if name else "the base"
         pairs.append((f"the digest of the tensors of {who} is", left.headers.get(name), right.headers.get(name)))

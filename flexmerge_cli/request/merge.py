@@ -16,7 +16,7 @@ from flexmerge_cli.methods.method import Statistic
 from flexmerge_cli.methods.registry import format_call, resolve
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits, parse_auto
-from flexmerge_cli.request.plan import require_text
+from flexmerge_cli.request.plan import require_seed, require_text
 from flexmerge_cli.request.servable import parse_servable
 from flexmerge_cli.request.size import Size, parse_size
 
@@ -355,6 +355,7 @@ def _refuse_unread(kind: type[Choice], given: _Words) -> None:
 def _clusters(use: MethodUse, size: Size | None, given: _Words) -> Clusters:
     cluster = Cluster(_word(Cluster, str(given.cluster), "cluster", CLUSTER_HINT))
     require_tensor_scope(use.call)
+    require_seed(given.seed or 0)
     return Clusters(use=use, cluster=cluster, size=_whole(size, "--size"), seed=given.seed or 0)
 
 

@@ -23,7 +23,7 @@ class OrderSettings:
     """How blocks are made and merged. Enums can be given as words: `OrderSettings(linkage="average")`.
 
     Raises UsageError for an unknown word, for a linkage and a similarity that do not go together, and for a seed that
-    nothing would draw from.
+    nothing would draw from, or that no plan could hold.
     """
 
     blocks: str = "component"
@@ -44,8 +44,13 @@ class OrderSettings:
                 f"--seed {self.seed} has no effect with --strategy {self.strategy}, which draws nothing",
                 hint="add --strategy random, or leave --seed out",
             )
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed} is negative", hint="give 0 or more")
+        require_seed(self.seed)
+
+
+def require_seed(seed: int) -> None:
+    """Raise UsageError for a seed that no file could hold."""
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"--seed {seed} is outside [0, 2^63)", hint="give a smaller number of 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,6 +121,8 @@ def test_what_are_not_all_parts_of_one_plan_is_refused_by_name(made, tmp_path, m
     refused(one, other(2, count=4), three, says=("other.json", "the number of parts is 4 here, 3 there"))
     swapped = ["--base", folders.base, f"--task=task0={folders.tasks['task1']}", *folders.arguments[4:]]
     refused(one, other(2, sources=swapped), three, says=("other.json", "task"))
+    alone = ["--base", folders.base, f"--task=task0={folders.tasks['task0']}"]
+    refused(one, other(2, sources=alone), three, says=("other.json", "`task1` is missing here"))
     edited = tmp_path / "edited.json"
     edited.write_text(two.read_text().replace('"base_energy":', '"base_energy": 1', 1))
     refused(one, edited, three, says="edited.json was edited")

@@ -129,6 +129,23 @@ def test_orders_take_words_and_refuse_what_is_not_read(family):
             make_plan(family.base, family.sources, **words)
 
 
+def test_a_seed_that_no_file_could_hold_is_refused_before_a_weight_is_read(family, plan, tmp_path):
+    """`plan` read all weights, and ended in an error of our own."""
+    asked = ("--strategy", "random", "-o", tmp_path / "no.json", "--seed")
+    for seed in (1 << 63, 10**30):
+        fails(2, "plan", *family.arguments, *asked, seed, says="outside [0, 2^63)")
+        for place, text in (
+            ("order", "order: {strategy: random, "),
+            ("merge", "merge: {cluster: channels, method: average, size: 2x, "),
+        ):
+            recipe = tmp_path / f"{place}.yaml"
+            recipe.write_text(f"version: 1\nbase: {family.base}\ntasks: {family.root}/tasks\n{text}seed: {seed}}}\n")
+            fails(2, "merge", recipe, "-o", tmp_path / "b", says="outside [0, 2^63)")
+        options = ("--method", "average", "--cluster", "channels", "--size", "2x", "--seed", seed)
+        fails(2, "merge", plan, *options, "-o", tmp_path / "b", says="outside [0, 2^63)")
+    assert OrderSettings(strategy="random", seed=(1 << 63) - 1).seed
+
+
 def test_a_seed_of_another_plan_is_kept_where_it_is_read(plan, tmp_path):
     succeeds("plan", plan, "--strategy", "random", "--seed", 3, "-o", tmp_path / "random.json")
     succeeds("plan", tmp_path / "random.json", "--blocks", "layer", "-o", tmp_path / "layers.json")
