@@ -58,10 +58,14 @@ def serve(
     flexmerge serve bundle/ --tasks sst2 cola --port 8080
     """
     from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.checkpoint.place import is_hub, is_remote
     from flexmerge_cli.cli.output import emit, note
+    from flexmerge_cli.errors import UsageError
     from flexmerge_cli.evaluation.loading import require
     from flexmerge_cli.request.size import parse_bytes
 
+    if is_remote(bundle) and not is_hub(bundle):
+        raise UsageError(f"{bundle}: serve loads nothing from the network", hint="copy the bundle to this disk first")
     require("fastapi", "uvicorn", "prometheus_client", "transformers", extra="flexmerge-cli[serve]")
     from flexmerge_cli.server.run import ServerSettings, bound_socket, make_service, url_of
     from flexmerge_cli.server.run import serve as run

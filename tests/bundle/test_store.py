@@ -219,3 +219,8 @@ def test_what_writes_to_this_disk_takes_no_address_for_a_folder(plan, made, monk
     with pytest.raises(UsageError, match="is an address"):
         merge_sizes(plan, "s3://b/x", method="average", sizes="2x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_serve_says_that_it_loads_nothing_from_an_address():
+    """It said that --offline, which it does not have, forbade it."""
+    fails(2, "serve", "s3://bucket/bundle", says=("serve loads nothing from the network", "copy the bundle"))
