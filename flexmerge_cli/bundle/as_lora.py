@@ -8,7 +8,7 @@ the centre: B and A are the stored factors, padded with zeros to one rank, so th
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
         rank = max(tensor.shape[0] for tensor in bundle.manifest.tensors if ".lora_A." in tensor.name)
     else:
         whole = factored(bundle)
+        whole = replace(whole, rank=max(1, whole.rank))  # no library takes an adapter of rank 0
         rank = whole.rank
     needed = 0 if whole is None else sum(part.num_bytes for part in whole.centres.values())
     ours = partial(_exported, bundle.manifest)
@@ -109,7 +110,8 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
         if whole is not None:
             (folder / BASE).mkdir()
             _write_base(bundle, whole, folder / BASE)
-        kinds = _modules(folder / BASE) if whole is not None and any(whole.factors.values()) else {}
+        has_own = any(task.adapter is None for task in bundle.manifest.tasks.values())
+        kinds = _modules(folder / BASE) if whole is not None and has_own else {}
         for task in bundle.tasks:
             bundle.check_files(task)
             if whole is None or bundle.manifest.tasks[task].adapter is not None:
@@ -142,8 +144,13 @@ def _write_adapter(
     bundle: Bundle, task: str, whole: Factored, kinds: Mapping[str, tuple[str, str]], folder: Path
 ) -> None:
     """Write one adapter. All have the same modules, with zeros where a task has no factors: PEFT requires every
-    module."""
+    module. If no task has factors, they have one linear layer."""
     changed = sorted({name for own in whole.factors.values() for name in own})
+    if not changed:  # numbered layers come first: engines serve no adapter of every head
+        linear = [name for name in whole.centres if whole.names.get(name, name) in kinds]
+        changed = sorted(linear, key=lambda name: (not any(map(str.isdigit, name.split("."))), name))[:1]
+    if not changed:
+        raise UsageError(f"the model of task `{task}` has no linear layer: no LoRA fits it", hint=HINT)
     arrays: dict[str, tuple[str, np.ndarray]] = {}
     modules, conv = [], False
     for name in changed:

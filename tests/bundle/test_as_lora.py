@@ -120,6 +120,20 @@ def test_a_task_that_changes_nothing_has_an_adapter_of_zeros(tmp_path):
     assert weights and config["r"] == config["lora_alpha"] == 4
 
 
+@pytest.mark.parametrize("beside", [(), ("kept",)], ids=["alone", "beside a kept adapter"])
+def test_tasks_that_are_one_model_have_adapters_of_zeros(beside, tmp_path):
+    """They had rank 0 and no module, which peft refuses."""
+    adapted = make(tmp_path / "made", "llama", {"kept": LORA(r=2, target_modules=["q_proj"])})
+    tasks = {name: adapted.base if beside else adapted.full(name, 1) for name in ("one", "other")}
+    make_plan(adapted.base, tasks | {name: adapted.tasks / name for name in beside}, output=tmp_path / "plan.json")
+    succeeds("merge", tmp_path / "plan.json", "--servable", "lora:rank=4", "-o", tmp_path / "bundle")
+    said = succeeds("export", tmp_path / "bundle", "--as-lora", "-o", tmp_path / "out").out
+    assert f"--max-lora-rank {2 if beside else 1} " in said
+    names = ["one", *beside, "other"]
+    found = served(adapted, tmp_path / "out/adapters", tmp_path / "out/base", names)
+    torch.testing.assert_close(found, of_bundle(tmp_path / "bundle", names), rtol=1e-4, atol=1e-4)
+
+
 # --servable.
 
 
