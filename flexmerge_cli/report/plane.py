@@ -17,8 +17,10 @@ def show_plane(value: Mapping[str, Any]) -> None:
     rows = [[f"{b:g}", *(_text(value) for _, value in cells)] for b, cells in grid(plane, MEAN).items()]
     title = f"the base plus a·τ({of_a}) + b·τ({of_b}): mean of both tasks, of fine-tuned %"
     table(["b \\ a", *(f"{a:g}" for a in plane["places"])], rows, title=title)
-    best = max(plane["points"], key=lambda point: point["mean"]["normalised"] or 0.0)
-    say(f"the best of these points is a = {best['a']:g}, b = {best['b']:g}")
+    known = [point for point in plane["points"] if point["mean"]["normalised"] is not None]
+    if known:
+        best = max(known, key=lambda point: point["mean"]["normalised"])
+        say(f"the best of these points is a = {best['a']:g}, b = {best['b']:g}")
 
 
 def plane_section(value: Mapping[str, Any]) -> str:
