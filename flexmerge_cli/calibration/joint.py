@@ -159,7 +159,8 @@ class JointModels:
             with torch.enable_grad():
                 for args, kwargs, part in _stacked(batch):
                     value = loss(model(*args, **kwargs).logits.float()) * part
-                    value.backward()  # type: ignore[no-untyped-call]
+                    if value.requires_grad:  # Nothing that this model computes with may merge.
+                        value.backward()  # type: ignore[no-untyped-call]
                     total += float(value.detach())
             if not np.isfinite(total):
                 raise self._not_finite(f"task `{self.plan.task_names[task]}`: the outputs")

@@ -56,6 +56,10 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
     tuner = tuners()[name]
     full = complete(name, parameters_of(tuner), args)
     request = calibration_request(plan_path, spec_path, kinds=KINDS, **asked)
+    if not request.plan.blocks:
+        raise UsageError(
+            f"{plan_path} has no block that merges, so there is nothing to weigh", hint="plan without --private"
+        )
     return TuneRequest(method=format_call(name, full), tuner=partial(tuner, **full), examples=request)
 
 

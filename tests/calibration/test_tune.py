@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import open_bundle
+from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.calibration.joint import JointModels
 from flexmerge_cli.calibration.tune import tune_request
 from flexmerge_cli.errors import DataError
@@ -163,3 +163,21 @@ def test_gradients_that_are_not_finite_are_refused(pictures):
     models.merge(np.ones((len(TASKS), len(models.plan.blocks))))
     with pytest.raises(DataError, match="the gradients of the merged model are not finite"):
         models.gradient(lambda logits: (logits - logits.detach()).sum().abs().sqrt(), 0, 1)
+    found, total = models.gradient(lambda logits: logits.detach().sum(), 0, 1)  # as where nothing in use merges
+    assert not found.any() and np.isfinite(total)
+
+
+@pytest.mark.parametrize(("private", "code"), [("*", 2), ("*encoder*", 0)])
+def test_only_what_merges_is_weighed(pictures, tmp_path, private, code):
+    family = pictures.family
+    sources = [word for task in TASKS for word in ("--task", f"{task}={family.folder / 'tasks' / task}")]
+    words = ("plan", "-q", "--base", family.folder / "base", *sources, "--private", private)
+    succeeds(*words, "-o", tmp_path / "plan.json")
+    words = ("tune", tmp_path / "plan.json", "--spec", family.spec, "--examples", 1, "--device", "cpu")
+    words += ("--method", "adamerging:steps=1", "-o", tmp_path / "c.json")
+    if code:
+        fails(code, *words, says="has no block that merges")
+    else:
+        succeeds(*words)
+        blocks = {block.name for block in load_plan(tmp_path / "plan.json").blocks}
+        assert set(json.loads((tmp_path / "c.json").read_text())["weights"]) == blocks
