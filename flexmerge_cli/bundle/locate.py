@@ -3,12 +3,12 @@
 A manifest tells what a task reads, so one task of a bundle of thirty is fetched without the others' bytes.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_bundle, read_manifest
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.access import ONLINE, Access
@@ -108,10 +108,11 @@ def _at_address(
 
     for name in needed:
         folder.copy(name, path / name, on_bytes)
-    for link, name in manifest.all_links.items():
-        if name in sizes:
+    if links := {link: name for link, name in manifest.all_links.items() if name in sizes}:
+        make = linker(path)
+        for link, name in links.items():
             (path / link).parent.mkdir(parents=True, exist_ok=True)
-            os.link(path / name, path / link)
+            make(path / name, path / link)
     return Located(path=path, tasks=tasks)
 
 

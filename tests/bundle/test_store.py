@@ -1,6 +1,8 @@
 """Bundles in object stores: in memory and, where moto and s3fs are installed, on an S3 server of this machine."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -94,6 +96,18 @@ def test_a_bundle_in_a_store_is_read_like_one_on_this_disk(made, address, tmp_pa
     for source, name in ((address, "there"), (made / "a", "here")):
         succeeds("export", source, "--task", here.tasks[0], "-o", tmp_path / name)
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+@pytest.mark.parametrize("kind", ["link", "symlink"])
+def test_one_kind_of_links_is_enough_for_a_bundle_at_an_address(kind, plan, address, monkeypatch, tmp_path):
+    def refused(*_arguments, **_options):
+        raise OSError(errno.EPERM, "there are no such links")
+
+    succeeds("merge", plan, "-o", tmp_path / "copies")
+    succeeds("push", tmp_path / "copies", address)
+    monkeypatch.setattr(os, kind, refused)
+    succeeds("inspect", address, "--verify")
+    succeeds("export", address, "--task", "task0", "-o", tmp_path / "out")
 
 
 def test_a_push_that_breaks_off_publishes_nothing_and_the_next_one_goes_on(made, address, monkeypatch):
