@@ -65,12 +65,19 @@ class _Choice:
 def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None = None) -> ServableAllocation:
     """Choose for the largest rank up to `rank` that fits the size.
 
-    Raises UsageError, naming the first tensor, for a family that no such engine can serve, and GateError if even one
-    merged model exceeds the size.
+    Raises UsageError, naming the first tensor, for a family that no such engine can serve, or for a kept adapter of a
+    larger rank, and GateError if even one merged model exceeds the size.
     """
     plan = pricer.plan
     for tensor, why in _not_servable(plan, dtype):
         raise UsageError(f"`{tensor}` {why}: no engine with one base and adapters can serve it", hint=HINT)
+    for adapter in plan.adapters:
+        own = max((change.left.shape[1] for change in adapter.changes.values() if change.left is not None), default=0)
+        if own > rank:
+            raise UsageError(
+                f"task `{adapter.name}` is kept as an adapter of rank {own}, and --servable allows {rank}",
+                hint=f"--servable lora:rank={own}",
+            )
     known = [task.low_rank.rank if task.low_rank is not None else UNKNOWN_RANK for task in plan.tasks]
     rank = min(rank, max(known, default=rank))
     found = _of_rank(pricer, known, rank, dtype)

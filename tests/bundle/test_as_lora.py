@@ -221,6 +221,15 @@ def test_servable_refuses_the_kept_adapters_that_no_export_as_lora_takes(adapter
         allocate(plan, merge_request(servable="lora"))
 
 
+def test_servable_refuses_a_kept_adapter_of_a_larger_rank(tmp_path):
+    """Its rank was not looked at, and engines that are started for the one that was asked for refuse it."""
+    adapted = make(tmp_path, "llama", CONFIGS)
+    plan = make_plan(adapted.base, {name: adapted.tasks / name for name in "ab"}, statistics="gram")
+    with pytest.raises(UsageError, match="task `b` is kept as an adapter of rank 4, and --servable allows 3"):
+        allocate(plan, merge_request(servable="lora:rank=3"))
+    allocate(plan, merge_request(servable="lora:rank=4"))
+
+
 # What is not low rank.
 
 
