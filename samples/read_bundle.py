@@ -6,6 +6,7 @@ once, in the file of exactly the tasks that read it. A tensor under its plain na
 from `<tensor>@<role>[.<task>]`, as its group's kind says:
 
     masked     base + gamma · mask · unified     mask: one bit an element; gamma, of the unit, may be absent
+    superposed base + sign · unified             signs are drawn, with the method's seed
     residual   centre + residual, both float32   centre: base, unified, codes and scale, or none at all
                scale · levels[codes]             low_bit, bitdelta: codes of b bits, every row from a new byte on
                left · right                      low_rank, tsv_c: a float64 product
@@ -18,6 +19,7 @@ as runs, and `<tensor>@rows` at the others. A tensor of `splits` is `<tensor>@pa
 are counted from the least significant of a byte.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -131,6 +133,18 @@ def decode_residual(parts, name, task, size, method, group):
     return residual if centre is None else floats(centre).reshape(-1) + residual
 
 
+def signs(seed, task, name, count):
+    """The signs of a tensor's elements, float32 [count]: bits of splitmix64, the lowest of its 64 first; 1 is +."""
+    text = "\0".join(["flexmerge/superposed/1", str(seed), task, name])
+    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u8")
+    z = np.arange(1, count // 64 + 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    drawn = np.unpackbits(z.astype("<u8").view(np.uint8), bitorder="little", count=count)
+    return 2 * drawn.astype(np.float32) - 1
+
+
 def place(file, at):
     """An array of an adapter's file: (dtype, bits)."""
     kind = np.dtype(NUMPY[at["dtype"]])
@@ -185,6 +199,10 @@ def read_stored(bundle, task):
             group = places[name][1]
             method = manifest["methods"][group["method"]]
             bits = bits_of(decode_residual(coded, name, task, int(np.prod(shape)), method, group), dtype)
+        elif places[name][1]["kind"] == "superposed":
+            base, unified = floats(coded[f"{name}@base"]), floats(coded[f"{name}@unified"])
+            seed = manifest["methods"][places[name][1]["method"]]["args"]["seed"]
+            bits = bits_of(base + signs(seed, task, name, base.size).reshape(base.shape) * unified, dtype)
         else:
             base, unified = floats(coded[f"{name}@base"]), floats(coded[f"{name}@unified"])
             mask = numbers(coded[f"{name}@mask.{task}"][1], base.size, 1).reshape(base.shape)

@@ -113,6 +113,7 @@ def serve(service: Service, listener: socket.socket, on_ready: Callable[[], None
     """
     config = uvicorn.Config(
         make_app(service),
+        log_config=None,  # Its own would close the handlers of all other libraries in this process.
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=math.ceil(GRACE_SECONDS + STOP_SECONDS),
