@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.dtypes import TO_TORCH, promote
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.methods.coded import Coded, declare
 from flexmerge_cli.residuals.coder import Coder
+from flexmerge_cli.residuals.mask import drawn
 
 from ..families import Models, State
 from ..methods.driver import Family, measure, merge
@@ -105,6 +106,10 @@ def _group(
             taken = [merged[name].tasks[task].flatten() for task in names]
             kept = kept_base.float().flatten()
             found = [torch.where(delta == 0, kept, kept + delta) for delta in taken]
+        elif call.method.form == "superposed":
+            unified = merged[name].unified.flatten().to(torch_dtype(promote(dtypes[name]))).float()
+            plus = (torch.from_numpy(drawn(call.args["seed"], task, name, 0, len(unified))) for task in names)
+            found = [kept_base.float().flatten() + torch.where(mine, unified, -unified) for mine in plus]
         else:
             found = [value.to(torch_dtype(promote(dtypes[name])))] * len(names)
         values += [
