@@ -177,7 +177,7 @@ def test_tasks_without_images_cannot_be_corrupted(tmp_path):
     from flexmerge_cli.evaluation.spec import read_spec
 
     (tmp_path / "eval.yaml").write_text("version: 1\ncorrupt: contrast@1\ntasks: {a: {kind: causal-lm, data: x.jsonl}}")
-    with pytest.raises(UsageError, match="no task has images"):
+    with pytest.raises(UsageError, match="is for image classification"):
         read_spec(tmp_path / "eval.yaml", ("a",))
 
 
