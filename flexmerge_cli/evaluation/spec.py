@@ -101,7 +101,9 @@ class EvalSpec(Record):
         """Return the spec with these corruptions instead of its own. Raises UsageError."""
         found = self.model_copy(update={"corrupt": tuple(words)})
         if found.corruptions and not any(map(found.corrupted_of, found.tasks)):
-            raise UsageError("`corrupt` is for image classification, of which the spec has no task", hint="leave out `corrupt`")
+            raise UsageError(
+                "`corrupt` is for image classification, of which the spec has no task", hint="leave out `corrupt`"
+            )
         return found
 
     def others_of(self, task: str) -> list[str]:

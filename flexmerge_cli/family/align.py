@@ -223,7 +223,9 @@ def _candidates(
             renames = [
                 (rename, other)
                 for of_base, other in (hits if len(hits) <= MAX_SAME_ENDS else ())
-                if fits(tensor, base[other]) and (rename := renamed(start, of_base, "." in end)) is not None
+                if fits(tensor, base[other])
+                and (rename := renamed(start, of_base, "." in end)) is not None
+                and rename.apply(name) == other  # which it is not where empty segments look like none
             ]
             for rename, other in renames:
                 found.setdefault(rename, {})[name] = other

@@ -22,6 +22,8 @@ from flexmerge_cli.server.service import Service
 from flexmerge_cli.server.worker import BatchWorker
 from flexmerge_cli.serving.runtime import Runtime
 
+BACKLOG = 2048
+"""Connections that may wait to be accepted; uvicorn's own default."""
 GRACE_SECONDS = 30.0
 """How long requests may continue after the server was asked to stop. After that they end with an error."""
 
@@ -89,7 +91,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
-        found.listen(uvicorn.Config(app="").backlog)
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         is_taken = error.errno == errno.EADDRINUSE

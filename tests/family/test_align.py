@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
@@ -184,6 +184,7 @@ NAMES = st.lists(st.text("ab.1", min_size=1, max_size=9), min_size=1, max_size=8
 
 
 @given(NAMES, NAMES)
+@example(["..."], [".", ".."])
 def test_names_are_aligned_one_to_one_whatever_they_are(base_names, task_names):
     base, task = tensors(*base_names), tensors(*task_names)
     found = align(base, task, model_types=("vit", "llava"))
