@@ -192,7 +192,10 @@ COMMANDS = {
         again=0,
     ),
     "calibrate": Command(
-        arguments=("calibrate", "{shared}/models.json", "--spec", "{shared}/calib.yaml", "-o", "{place}/c"),
+        arguments=(
+            "calibrate", "{shared}/models.json", "--spec", "{shared}/calib.yaml", "-o", "{place}/c",
+            "--statistics", "inputs,outputs",  # a process that has used autograd cannot fork others that use it
+        ),
         output="c",
     ),
     "route": Command(
