@@ -104,7 +104,7 @@ class _Mixed(Mapping[str, "Tensor"]):
     others: Mapping[str, _Other]
     """Maps the task's names to what the other has."""
     parts: tuple[float, float]
-    """Of the task's own vector, and of the other's."""
+    """The factors of the task's own vector and of the other's."""
 
     def __getitem__(self, name: str) -> "Tensor":
         own, of = self.own[name], self.others.get(name)
