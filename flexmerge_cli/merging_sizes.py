@@ -19,7 +19,8 @@ from flexmerge_cli.bundle.verify import verify_bundle
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import merge
-from flexmerge_cli.request.merge import Exact, MergeRequest
+from flexmerge_cli.request.choices import Exact
+from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import Size
 
 DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocation", "build", "gate", "router")

@@ -21,7 +21,7 @@ from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning.make import replan
-from flexmerge_cli.request.merge import Fit
+from flexmerge_cli.request.choices import Fit
 from flexmerge_cli.request.plan import OrderSettings
 from flexmerge_cli.request.size import parse_size
 

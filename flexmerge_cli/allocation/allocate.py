@@ -17,7 +17,8 @@ from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, MergeRequest, Servable
+from flexmerge_cli.request.choices import Auto, Clusters, Cut, Exact, Servable
+from flexmerge_cli.request.merge import MergeRequest
 
 # The part of --max-distance that `auto` aims at when no size is given: the measured distance may exceed the predicted
 # one.

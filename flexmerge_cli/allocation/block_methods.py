@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.use import MethodUse
-from flexmerge_cli.request.merge import BlockMethod
+from flexmerge_cli.request.choices import BlockMethod
 
 
 def matching(plan: Plan, block_methods: Sequence[BlockMethod]) -> list[BlockMethod | None]:

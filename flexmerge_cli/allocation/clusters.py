@@ -18,7 +18,7 @@ from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.similarity import BlockMeasure, Similarity, comparable, cosine, similarity
 from flexmerge_cli.random import Stream, key64
-from flexmerge_cli.request.merge import Cluster
+from flexmerge_cli.request.choices import Cluster
 
 MAX_ITERATIONS = 100
 # A squared length of a mean of rows below this counts as 0: rounding alone leaves up to 1e-15 where rows cancel.

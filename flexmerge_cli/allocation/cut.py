@@ -14,7 +14,7 @@ from flexmerge_cli.allocation.prices import UnitPrice
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import MethodUse
 from flexmerge_cli.order.order import Merge, groups_after
-from flexmerge_cli.request.merge import BlockMethod, Fit
+from flexmerge_cli.request.choices import BlockMethod, Fit
 from flexmerge_cli.request.size import Target
 
 # One undo shrinks headers and manifest by far less than this. The exact amount takes a layout, which this bound saves.

@@ -17,8 +17,8 @@ from flexmerge_cli.evaluation.metrics import normalised
 from flexmerge_cli.evaluation.scored import Scored
 from flexmerge_cli.evaluation.spec import EvalSpec
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.request.choices import Clusters, Cut
 from flexmerge_cli.request.curve import CurveMethod, CurveRequest, Tune
-from flexmerge_cli.request.merge import Clusters, Cut
 
 
 def tuned(

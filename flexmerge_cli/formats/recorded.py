@@ -15,7 +15,8 @@ from pydantic import Field, field_validator
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.record import Count, Record
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest, Servable
+from flexmerge_cli.request.choices import Auto, Clusters, Cut, Servable
+from flexmerge_cli.request.merge import MergeRequest
 
 PROGRAM = ["flexmerge", "merge", "plan.json"]
 

@@ -8,7 +8,8 @@ from typing import Any
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.registry import all_methods, split_call
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, MergeRequest, merge_request
+from flexmerge_cli.request.choices import Auto, Clusters, Cut
+from flexmerge_cli.request.merge import MergeRequest, merge_request
 from flexmerge_cli.request.size import Size
 
 MAX_VALUES = 100

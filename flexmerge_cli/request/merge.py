@@ -15,22 +15,14 @@ from flexmerge_cli.methods.coded import declare
 from flexmerge_cli.methods.method import Statistic
 from flexmerge_cli.methods.registry import format_call, resolve
 from flexmerge_cli.methods.use import MethodUse, parse_use
-from flexmerge_cli.request.auto_options import Limits, parse_auto
+from flexmerge_cli.request.auto_options import parse_auto
+from flexmerge_cli.request.choices import Auto, BlockMethod, Choice, Cluster, Clusters, Cut, Exact, Fit, Servable
 from flexmerge_cli.request.plan import require_seed, require_text
 from flexmerge_cli.request.servable import parse_servable
 from flexmerge_cli.request.size import Size, parse_size
 
 KEEP = "keep"
 """Written in place of a method for blocks whose tasks stay apart."""
-
-
-class Fit(StrEnum):
-    """How a prefix of the merge order is fitted to a size."""
-
-    TIGHT = "tight"
-    """Merges are undone again where the bundle still fits."""
-    PREFIX = "prefix"
-    """The shortest prefix that fits, as in the paper."""
 
 
 class Layout(StrEnum):
@@ -42,83 +34,11 @@ class Layout(StrEnum):
     """An index that names these files, for places that have no links."""
 
 
-class Cluster(StrEnum):
-    """What is clustered instead of following a merge order."""
-
-    CHANNELS = "channels"
-    """Each tensor by itself, all into the same number of clusters."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockMethod:
-    """A method for the blocks whose names match a pattern; the first match of several holds."""
-
-    pattern: str
-    """A pattern in the syntax of `fnmatch`."""
-    use: MethodUse | None
-    """None keeps the tasks of these blocks apart."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exact:
-    """Nothing is merged: equal tensors are stored once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """The merge order is cut at a size, after a number of merges, or where the bundle is smallest."""
-
-    use: MethodUse
-    block_methods: tuple[BlockMethod, ...] = ()
-    size: Size | None = None
-    merges: int | None = None
-    """Given instead of a size; at least 0."""
-    fit: Fit = Fit.TIGHT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clusters:
-    """The tasks are clustered tensor by tensor."""
-
-    use: MethodUse
-    cluster: Cluster
-    size: Size
-    """A whole number of models: the number of clusters."""
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Auto:
-    """A centre and bits per task are chosen for every tensor, from the plan alone."""
-
-    text: str
-    """`auto[:key=value,…]` with the arguments that are not at their defaults."""
-    limits: Limits
-    block_methods: tuple[BlockMethod, ...] = ()
-    size: Size | None = None
-    """The size limit. None: the smallest bundle whose predicted distances stay under the limit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Servable:
-    """What an engine can serve is chosen: one base, and an adapter of low rank per task."""
-
-    text: str
-    """`lora:rank=N`."""
-    rank: int
-    """The largest rank of an adapter; at least 1."""
-    size: Size | None = None
-    """The size limit. None: adapters have that rank."""
-
-
-Choice = Exact | Cut | Clusters | Auto | Servable
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
     """What a bundle is to hold. `merge_request` makes it."""
 
-    choice: Choice = Exact()
+    choice: Choice = field(default_factory=Exact)
     dtype: str | None = None
     """`F32`, `F16` or `BF16`, to which floating tensors are cast; None keeps their dtypes."""
     max_distance: float | None = None

@@ -26,7 +26,8 @@ from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Record
-from flexmerge_cli.request.merge import Cluster, MethodMissing, merge_request
+from flexmerge_cli.request.choices import Cluster
+from flexmerge_cli.request.merge import MethodMissing, merge_request
 from flexmerge_cli.request.size import parse_sizes
 from flexmerge_cli.request.tasks import found_tasks
 from flexmerge_cli.text import expanded

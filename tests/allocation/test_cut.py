@@ -12,7 +12,7 @@ from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.order.order import groups_after
-from flexmerge_cli.request.merge import Fit
+from flexmerge_cli.request.choices import Fit
 from flexmerge_cli.request.size import parse_size
 
 from ..families import Models, encoder, normal, tuned, write_family

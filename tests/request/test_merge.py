@@ -8,8 +8,9 @@ import yaml
 from flexmerge_cli import OrderSettings, load_plan, make_plan, merge
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.errors import FlexmergeError, UsageError
+from flexmerge_cli.request.choices import Auto, Clusters, Cut, Exact, Servable
 from flexmerge_cli.request.curve import curve_methods
-from flexmerge_cli.request.merge import Auto, Clusters, Cut, Exact, Servable, merge_request
+from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.request.size import parse_size
 
 from ..adapters import LORA, make
