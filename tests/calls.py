@@ -1,7 +1,10 @@
-"""How much work something is, in calls of functions: the same on every machine, unlike its time."""
+"""Measures what a call does apart from its result: the calls of functions it makes, the same on every machine, and the
+threads it leaves behind."""
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def num_calls(run: Callable[[], object]) -> int:
@@ -19,3 +22,11 @@ def num_calls(run: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+@contextmanager
+def no_thread_outlives() -> Iterator[None]:
+    """Fail if a thread that began in the block still lives at its end; those of earlier tests may live on, or end."""
+    before = set(threading.enumerate())
+    yield
+    assert not [thread.name for thread in threading.enumerate() if thread not in before]

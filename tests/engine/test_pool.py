@@ -6,6 +6,8 @@ import torch
 
 from flexmerge_cli.engine.pool import Buffers, ordered_map
 
+from ..calls import no_thread_outlives
+
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_results_come_in_the_order_of_the_items(threads):
@@ -78,13 +80,16 @@ def test_no_worker_runs_after_the_reader_of_the_results_failed():
         time.sleep(0.02)
         return item
 
-    with pytest.raises(RuntimeError) as raised, ordered_map(range(1000), work, threads=3) as results:
+    with (
+        no_thread_outlives(),
+        pytest.raises(RuntimeError) as raised,
+        ordered_map(range(1000), work, threads=3) as results,
+    ):
         for _ in results:
             raise RuntimeError("the reader failed")
     started = running._value
     time.sleep(0.1)
     assert running._value == started <= 5
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexmerge")]
     assert raised.value is not None
 
 

@@ -20,6 +20,7 @@ from flexmerge_cli.bundle import resident  # noqa: E402
 from flexmerge_cli.serving import meeting  # noqa: E402
 from flexmerge_cli.serving.meeting import run_in_lockstep, shared_weights  # noqa: E402
 
+from ..calls import no_thread_outlives  # noqa: E402
 from ..transformers_families import FAMILIES, TASKS  # noqa: E402
 
 FORMS = {
@@ -110,13 +111,12 @@ def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
     def wrong() -> "torch.Tensor":
         return functional.linear(torch.ones(1, 3), weight)
 
-    count = threading.active_count()
-    with pytest.raises(ArithmeticError):
-        run_in_lockstep([works, fails, works], {weight.data_ptr()})
-    with pytest.raises(RuntimeError, match="shape"):
-        run_in_lockstep([wrong, wrong], {weight.data_ptr()})
-    assert [found.tolist() for found in run_in_lockstep([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
-    assert threading.active_count() == count
+    with no_thread_outlives():
+        with pytest.raises(ArithmeticError):
+            run_in_lockstep([works, fails, works], {weight.data_ptr()})
+        with pytest.raises(RuntimeError, match="shape"):
+            run_in_lockstep([wrong, wrong], {weight.data_ptr()})
+        assert [found.tolist() for found in run_in_lockstep([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
 
 
 def test_runs_join_between_tokens_and_begin_together() -> None:
