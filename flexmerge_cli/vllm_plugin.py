@@ -1,4 +1,4 @@
-"""Loads a task of a bundle into vLLM: `vllm serve bundle/coded/NAME/files --load-format flexmerge`.
+"""Loads a task of a bundle into vLLM: `vllm serve bundle/tasks/NAME --load-format flexmerge`.
 
 vLLM imports this module, as the entry point `vllm.general_plugins`, and nothing else does. A view gives the tensors one
 after another, decoded where they must be; vLLM's own loader puts them into its model and checks that none is missing.
@@ -38,18 +38,19 @@ def register() -> None:
 
 
 def task_view(model: str) -> View:
-    """Return the view of the task whose config lies in this folder of a bundle.
+    """Return the view of the task whose folder of a bundle this is.
 
     Raises UsageError for any other folder, and DataError or IntegrityError for a bundle that is not sound.
     """
     folder = Path(model).resolve()
-    for root in folder.parents[1:3]:
+    for place in (folder, folder.parent):  # older bundles have the config in coded/NAME/files
+        root = place.parent.parent
         if is_bundle(root):
             bundle = Bundle.open(root)
             for task in bundle.tasks:
-                if root / bundle.manifest.side_folder(task) == folder:
+                if root / bundle.manifest.side_folder(task) == place:
                     return View(bundle, task)
     raise UsageError(
         f"{model} is no task's folder in a bundle, which --load-format {LOAD_FORMAT} loads",
-        hint="vllm serve BUNDLE/tasks/NAME, or BUNDLE/coded/NAME/files where a task must be decoded",
+        hint="vllm serve BUNDLE/tasks/NAME, or BUNDLE/coded/NAME where a task must be decoded",
     )

@@ -201,7 +201,7 @@ def check_load(loaders: ModuleType, bundle: Path) -> int:
     opened, count = open_bundle(bundle), 0
     for task in opened.tasks:
         view = opened.view(task)
-        folder = bundle / next(p for p in (f"tasks/{task}", f"coded/{task}/files") if (bundle / p).is_dir())
+        folder = bundle / next(p for p in (f"tasks/{task}", f"coded/{task}") if (bundle / p).is_dir())
         loader = loaders.get_model_loader(load_config("flexmerge"))
         model = Model(view.items())
         loader.download_model(model_config(folder))

@@ -3,7 +3,8 @@ Pure.
 
 A task loads as it lies if each of its tensors is a part of the same name and dtype, and if its library reads as many
 files as there are on its route. Then the folder holds links to these files and, if there are several, their index. The
-same holds for `base`, the model of kept adapters; where it does not load, its files lie in `base/files`.
+same holds for `base`, the model of kept adapters. No file beside weights that must be decoded has a name
+that a loader knows.
 """
 
 import json
@@ -15,20 +16,20 @@ from flexmerge_cli.allocation.manifest_bytes import SmallFile
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
 from flexmerge_cli.checkpoint.libraries import LIBRARIES, Library, LibraryName, index_name, shard_names
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, base_files_folder, side_folder
+from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, side_folder, side_path
 from flexmerge_cli.formats.plan_file import Plan
 
 README = """# {name} is no checkpoint
 
-Its weights lie in the bundle's folder `weights`, in a form that only flexmerge reads; `files` has its config and what
-else belongs to the model. `flexmerge export BUNDLE --task {name} -o {name}` writes a checkpoint of it. In Python,
+Its weights lie in the bundle's folder `weights`, in a form that only flexmerge reads; `*.aside` are its config and the
+other files of the model. `flexmerge export BUNDLE --task {name} -o {name}` writes a checkpoint of it. In Python,
 `flexmerge_cli.open_bundle(BUNDLE).model("{name}")` is the model. BUNDLE is the folder that holds `manifest.json`.
 """
 
 BASE_README = """# The base is no checkpoint here
 
 Its weights lie in the bundle's folder `weights`, partly in a form that only flexmerge reads, because other tasks share
-them; `files` has its config and tokenizer. `flexmerge export BUNDLE --task NAME --merged -o NAME` writes the model that
+them; `*.aside` are its config and files. `flexmerge export BUNDLE --task NAME --merged -o NAME` writes the model that
 an adapter makes of the base. BUNDLE is the folder that holds `manifest.json`.
 """
 
@@ -77,16 +78,19 @@ def task_folders(
             stems[task] = library.stem
         loads(f"tasks/{name}", held, library.stem, (task,))
     for number, reader in enumerate(plan.readers):
-        folder = side_folder(reader.name, coded=number in coded)
-        small += [_copied(folder, reader.name, name, (number,), side.bytes) for name, side in reader.files.items()]
+        is_coded = number in coded
+        folder = side_folder(reader.name, coded=is_coded)
+        for name, side in reader.files.items():
+            path = side_path(folder, name, coded=is_coded)
+            small.append(_copied(path, (reader.name, name), (number,), side.bytes))
     of_base, library = _held_of_base(plan, storages), LIBRARIES[plan.base.library]
     in_place = of_base is not None and _reads(library, files, plan.kept, links=links)
     if plan.kept and in_place and of_base is not None:
         loads(BASE_FOLDER, of_base, library.stem, plan.kept)
     elif plan.kept:
         small.append(_made(f"{BASE_FOLDER}/{CODED_README}", plan.kept, BASE_README.encode()))
-    folder = base_files_folder(coded=not in_place)
-    small += [_copied(folder, "", name, plan.kept, side.bytes) for name, side in plan.base.files.items()]
+    for name, side in plan.base.files.items():
+        small.append(_copied(side_path(BASE_FOLDER, name, coded=not in_place), ("", name), plan.kept, side.bytes))
     return TaskFolders(
         stems=stems,
         base_stem=library.stem if plan.kept and links and in_place else None,
@@ -152,5 +156,5 @@ def _made(path: str, readers: tuple[int, ...], content: bytes) -> SmallFile:
     return SmallFile(path=path, readers=readers, num_bytes=len(content), content=content)
 
 
-def _copied(folder: str, of: str, name: str, readers: tuple[int, ...], num_bytes: int) -> SmallFile:
-    return SmallFile(path=f"{folder}/{name}", readers=readers, num_bytes=num_bytes, origin=(of, name))
+def _copied(path: str, origin: tuple[str, str], readers: tuple[int, ...], num_bytes: int) -> SmallFile:
+    return SmallFile(path=path, readers=readers, num_bytes=num_bytes, origin=origin)

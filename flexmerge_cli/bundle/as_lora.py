@@ -124,9 +124,7 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
 
 def _write_base(bundle: Bundle, whole: Factored, folder: Path) -> None:
     if bundle.manifest.kept:
-        prefix = f"{bundle.manifest.base_folder}/"
-        paths = [path for path in bundle.manifest.tasks[bundle.manifest.kept[0]].files if path.startswith(prefix)]
-        beside = {path: path.removeprefix(prefix) for path in paths if "safetensors" not in path}
+        beside = {path: name for name, path in bundle.manifest.base_files.items() if "safetensors" not in name}
     else:
         beside = side_files(bundle, bundle.tasks[0], merged=False)
     for path, name in beside.items():

@@ -116,7 +116,7 @@ def _tasks(manifest: Manifest, plan: Plan, scores: Scores | None) -> str:
         entry = manifest.tasks[reader.name]
         num_bytes = sum(manifest.files[path].bytes for path in manifest.weight_files(reader.name))
         distance = "exact" if entry.exact else "–" if entry.distance is None else f"{entry.distance:.4f}"
-        folder = manifest.side_folder(reader.name).removesuffix("/files")
+        folder = manifest.side_folder(reader.name)
         row = [f"`{reader.name}`", _name(reader.source), f"`{folder}`", f"{num_bytes:,}", distance]
         score = scored.get(reader.name)
         if scored:

@@ -121,16 +121,13 @@ def _check(bundle: Bundle, path: str, sha256: str) -> None:
 
 def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     """Map the path in the bundle to the name in the export, for all files but weights and index."""
-    prefix, adapter = f"{bundle.manifest.side_folder(task)}/", bundle.manifest.tasks[task].adapter
-    own = {path: path.removeprefix(prefix) for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
-    own = {path: name for path, name in own.items() if not INDEX.fullmatch(name)}
+    adapter = bundle.manifest.tasks[task].adapter
+    own = {path: name for name, path in bundle.manifest.side_files(task).items() if not INDEX.fullmatch(name)}
     if adapter is None or not merged:
         return own
     own = {path: name for path, name in own.items() if name not in (adapter.weights, CONFIG_NAME, "README.md")}
-    prefix = f"{bundle.manifest.base_folder}/"
-    of_base = {path for path in bundle.manifest.tasks[task].files if path.startswith(prefix)}
-    names = {path: path.removeprefix(prefix) for path in sorted(of_base) if not INDEX.fullmatch(path)}
-    return own | {path: name for path, name in names.items() if name not in own.values()}
+    of_base = {path: name for name, path in sorted(bundle.manifest.base_files.items()) if not INDEX.fullmatch(name)}
+    return own | {path: name for path, name in of_base.items() if name not in own.values()}
 
 
 def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False) -> int:

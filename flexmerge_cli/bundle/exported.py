@@ -9,7 +9,6 @@ from flexmerge_cli.checkpoint.choose import WEIGHT_SUFFIXES
 from flexmerge_cli.checkpoint.libraries import STEMS
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import FlexmergeError
-from flexmerge_cli.formats.folders import BASE_FOLDER
 from flexmerge_cli.formats.manifest import Manifest
 
 
@@ -32,7 +31,8 @@ def exported_files(manifest: Manifest, folder: Path) -> set[str] | None:
     if not weights:
         return None
     indices = {f"{part}/{stem}.safetensors.index.json".lstrip("/") for part in stems for stem in stems[part]}
-    beside = {_name_beside(path) for path in manifest.files} - {name for name, _ in kept}
+    beside = {name for task in manifest.tasks for name in manifest.side_files(task)} | manifest.base_files.keys()
+    beside -= {name for name, _ in kept}
     return weights | indices | beside
 
 
@@ -53,15 +53,3 @@ def _is_kept(path: Path, kept: set[tuple[str, str]]) -> bool:
     """Return whether a file equals an adapter's weights byte by byte; these bear no mark of flexmerge."""
     digests = {digest for name, digest in kept if name == path.name}
     return bool(digests) and sha256_of(path) in digests
-
-
-def _name_beside(path: str) -> str:
-    """Return what a side file of the bundle is called in an export, and None for a weight file."""
-    folder, _, name = path.partition("/")
-    match folder:
-        case "tasks":
-            return name.partition("/")[2]
-        case "coded":
-            return name.partition("/files/")[2]
-        case _:
-            return name.removeprefix("files/") if folder == BASE_FOLDER else ""

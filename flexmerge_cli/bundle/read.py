@@ -20,8 +20,9 @@ from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.checkpoint.urls import new_folder
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
-from flexmerge_cli.formats.folders import WEIGHTS
+from flexmerge_cli.formats.folders import BASE_FOLDER, WEIGHTS
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.stored.decoding import ALL
@@ -41,6 +42,8 @@ class Bundle(Routes):
     """Parameters that models of several tasks have in common and that lie in no file (view.py)."""
     _problems: dict[str, FlexmergeError] = field(default_factory=dict)
     """File, or task -> why it cannot be read."""
+    _linked: dict[str, Path] = field(default_factory=dict, compare=False)
+    """Folder of a task that must be decoded -> the folder of links to its side files."""
 
     @property
     def methods(self) -> list[str]:
@@ -222,10 +225,21 @@ class Bundle(Routes):
         return np.asarray(whole[part.offset : part.offset + part.num_bytes]).view(NUMPY[part.dtype])[at]
 
     def config_folder(self, task: str) -> Path:
-        """Return the folder of a task's config and tokenizer; for a kept adapter without its own, the base's."""
-        folder = self.path / self.manifest.side_folder(task)
-        has_own = self.manifest.tasks[task].adapter is None or f"tasks/{task}/config.json" in self.manifest.files
-        return folder if has_own else self.path / self.manifest.base_folder
+        """Return a folder with a task's config and tokenizer; for a kept adapter without its own, the base's.
+
+        Where the weights beside them must be decoded, it is a folder for this process, of links under the files' names.
+        """
+        names, is_coded = self.manifest.side_files(task), self.manifest.is_coded(task)
+        folder = self.manifest.side_folder(task)
+        if self.manifest.tasks[task].adapter is not None and "config.json" not in names:
+            names, is_coded, folder = self.manifest.base_files, self.manifest.is_base_coded, BASE_FOLDER
+        if is_coded and folder not in self._linked:
+            made = new_folder()
+            for name, path in names.items():
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                (made / name).symlink_to((self.path / path).absolute())
+            self._linked[folder] = made
+        return self._linked[folder] if is_coded else self.path / folder
 
 
 def _look(

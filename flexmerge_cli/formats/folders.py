@@ -1,26 +1,39 @@
 """Says where the files of a bundle lie below its folder. Pure."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from flexmerge_cli.checkpoint.libraries import shard_names
 
 BASE_FOLDER = "base"
 WEIGHTS = "weights/"
 CODED_README = "README.md"
+ASIDE = ".aside"  # after the name of every side file of a model that must be decoded: a loader finds no config
 ROUTER = "router"
 ROUTER_FILE = f"{ROUTER}/router.safetensors"
 MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
 
 def side_folder(task: str, *, coded: bool) -> str:
-    """Return the folder of a task's side files. coded: the task must be decoded, so the folder of its name has no
-    config that a loader could find."""
-    return f"coded/{task}/files" if coded else f"tasks/{task}"
+    """Return the folder of a task's side files. coded: the task must be decoded before a loader can read it."""
+    return f"coded/{task}" if coded else f"tasks/{task}"
 
 
-def base_files_folder(*, coded: bool) -> str:
-    """Return the folder of the side files of the base of kept adapters."""
-    return f"{BASE_FOLDER}/files" if coded else BASE_FOLDER
+def side_path(folder: str, name: str, *, coded: bool) -> str:
+    """Return where a side file lies in the bundle. name: what it is called in its checkpoint."""
+    return f"{folder}/{name}{ASIDE if coded else ''}"
+
+
+def side_files(folder: str, paths: Iterable[str], *, coded: bool) -> dict[str, str]:
+    """Map what each side file of a folder is called in its checkpoint to its path in the bundle."""
+    prefix = f"{folder}/"
+    found = {path.removeprefix(prefix): path for path in paths if path.startswith(prefix)}
+    if not coded:
+        return found
+    found.pop(CODED_README, None)
+    if all(name.endswith(ASIDE) for name in found):
+        return {name.removesuffix(ASIDE): path for name, path in found.items()}
+    # Older bundles have them under their own names in a subfolder.
+    return {name.removeprefix("files/"): path for name, path in found.items() if name.startswith("files/")}
 
 
 def linked_names(folder: str, stem: str | None, route: Collection[str]) -> dict[str, str]:

@@ -8,9 +8,10 @@ build     digest of the versions of torch and flexmerge, and, where linear algeb
 files     {path: {bytes, sha256, tasks}} of every file but this one; a path MUST stay inside the bundle
 tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` lists the route
           and the task's other files: those under tasks/NAME or, if it must be decoded, coded/NAME/README.md, which says
-          so, and those under coded/NAME/files. With a `stem`, tasks/NAME also holds links to the weight files, which
-          are in no list: their names follow from the stem and the route. `flexmerge.bundle/1` has neither: all tasks
-          are under tasks/NAME, and tasks that need no decoding have an index that points to ../../weights
+          so, and those under coded/NAME, with `.aside` after their names. With a `stem`, tasks/NAME also holds links to
+          the weight files, which are in no list: their names follow from the stem and the route. `flexmerge.bundle/1`
+          has neither: all tasks are under tasks/NAME, and tasks that need no decoding have an index that points to
+          ../../weights
 units     which tasks share what, how (kind), and each task's distance there; if a group may lose something, `errors`
           are Σ (θ̂ - θ)² of its tasks, in their order, from which distances are computed
 tensors   every tensor of every task: class, dtype, shape (`dtypes`, `shapes` per task where they differ) and, for each
@@ -27,7 +28,7 @@ bit by bit; `changes` says where the data for each changed tensor lie in its wei
 tensors are the base's own: the plain name on its route or, if other tasks decode with it, `<tensor>@base`. base/ is the
 base as a checkpoint: its config and tokenizer, and with `base_stem` links to the weight files on the routes of all kept
 adapters. If parts have other names than the base's tensors, base/README.md says that base/ is no checkpoint, and its
-config and tokenizer are under base/files.
+config and tokenizer are there with `.aside` after their names.
 request   what was asked of `merge`, options by name (recorded.py), with spaces as `padding`; and the `command` that
           asks the same of the plan, here called plan.json, and gives the same id or, if there is a `gate`, the same
           weights without it. Bundles from before it was recorded lack it
@@ -71,14 +72,7 @@ from flexmerge_cli.checkpoint.rows import num_rows
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import Split
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
-from flexmerge_cli.formats.folders import (
-    BASE_FOLDER,
-    CODED_README,
-    WEIGHTS,
-    base_files_folder,
-    linked_names,
-    side_folder,
-)  # fmt: skip
+from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, WEIGHTS, linked_names, side_files, side_folder
 from flexmerge_cli.formats.manifest_check import FIRST, check_manifest
 from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
@@ -314,7 +308,15 @@ class Manifest(Record):
 
     def side_folder(self, task: str) -> str:
         """Return where a task's config, tokenizer and other side files lie."""
-        return side_folder(task, coded=f"coded/{task}/{CODED_README}" in self.files)
+        return side_folder(task, coded=self.is_coded(task))
+
+    def is_coded(self, task: str) -> bool:
+        """Return whether a task must be decoded before a loader can read it."""
+        return f"coded/{task}/{CODED_README}" in self.files
+
+    def side_files(self, task: str) -> dict[str, str]:
+        """Map what each side file of a task is called in its checkpoint to its path; an index of weights is one."""
+        return side_files(self.side_folder(task), self.tasks[task].files, coded=self.is_coded(task))
 
     def lies_in_place(self, task: str) -> bool:
         """Return whether a folder holds the weights of the task's model as its library reads them, or an index to
@@ -339,9 +341,14 @@ class Manifest(Record):
         return linked_names(BASE_FOLDER, self.base_stem, route)
 
     @property
-    def base_folder(self) -> str:
-        """The folder of the base's config and tokenizer."""
-        return base_files_folder(coded=f"{BASE_FOLDER}/{CODED_README}" in self.files)
+    def is_base_coded(self) -> bool:
+        """Whether the base of the kept adapters must be decoded before a loader can read it."""
+        return f"{BASE_FOLDER}/{CODED_README}" in self.files
+
+    @property
+    def base_files(self) -> dict[str, str]:
+        """Maps what each side file of the kept adapters' base is called in its checkpoint to its path."""
+        return side_files(BASE_FOLDER, self.files, coded=self.is_base_coded)
 
     @property
     def all_links(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Checks that a manifest is consistent in itself, beyond the types of its records."""
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
@@ -64,13 +65,15 @@ def check_manifest(manifest: "Manifest") -> None:
     for name, task in manifest.tasks.items():
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
-        folder, links = manifest.side_folder(name), manifest.links(name)
-        is_coded = folder.startswith("coded/")
+        is_coded, links = manifest.is_coded(name), manifest.links(name)
+        side = manifest.side_files(name) | (manifest.base_files if task.adapter is not None else {})
+        if any(
+            own.endswith("/") or not own or any(str(up) in side for up in PurePosixPath(own).parents) for own in side
+        ):
+            raise ValueError(f"two files of task `{name}` have one place in a checkpoint, or one has none")
+        beside = {f"coded/{name}/{CODED_README}", *manifest.side_files(name).values()}
         for path in task.files:
-            is_known = (
-                path.startswith((WEIGHTS, f"{BASE_FOLDER}/", f"{folder}/")) or path == f"coded/{name}/{CODED_README}"
-            )
-            if not is_known or path in links:
+            if not (path.startswith((WEIGHTS, f"{BASE_FOLDER}/")) or path in beside) or path in links:
                 raise ValueError(f"`{path}` is not a file of task `{name}`, or has the name of a link to its weights")
         if task.stem is not None and (is_coded or task.adapter is not None):
             raise ValueError(f"the weights of task `{name}` are linked, but no loader can read them")

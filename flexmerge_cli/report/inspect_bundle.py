@@ -291,7 +291,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),
         "files": list(entry.files),
         "in_place": manifest.lies_in_place(task),
-        "config": f"{manifest.side_folder(task)}/config.json" in entry.files,
+        "config": "config.json" in manifest.side_files(task),
     }
 
 

@@ -314,7 +314,7 @@ def test_copies_of_a_view_are_not_on_the_map(original):
 def test_export_of_a_task_that_reads_a_flipped_byte_leaves_nothing_and_others_are_exported(kind, request, tmp_path):
     original = request.getfixturevalue(kind)
     for name, entry in manifest_of(original)["files"].items():
-        if name.endswith(".index.json") or (name.startswith("coded/") and "/files/" not in name):
+        if name.endswith(".index.json") or (name.startswith("coded/") and name.endswith("/README.md")):
             continue  # what `export` does not copy
         bundle = copy(original, tmp_path / "b")
         size = (bundle / name).stat().st_size
@@ -355,7 +355,7 @@ def test_nothing_is_said_of_a_task_that_was_not_checked(kind, request):
     value = succeeds("inspect", merged, "--json").json
     for name, task in value["tasks"].items():
         assert task["in_place"] == (kind == "merged") == (merged / "tasks" / name).is_dir()
-        assert task["config"] == any(name.endswith("/config.json") for name in task["files"])
+        assert task["config"] == any("/config.json" in name for name in task["files"])
     assert weights_words({"in_place": True, "config": False}) == "in place, no config"
     assert weights_words({"in_place": False, "config": True}) == "after export"
     assert "transformers" not in succeeds("inspect", merged).out

@@ -1,7 +1,9 @@
 """The folders of tasks: links that loaders follow, and nothing that they take for a checkpoint."""
 
 import errno
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,16 +11,16 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from flexmerge_cli import open_bundle, verify
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.formats.manifest import Manifest
 
 from ..families import ODD, assert_same_state, write_family
 from ..program import fails, flexmerge, stored_sizes, succeeds, tree
 from .bundles import changed, copy, make, manifest_of, seal
-
-LOADERS_LOOK_FOR = ("*.safetensors", "*.bin", "*.pt", "*.pth", "config.json", "*.index.json", "adapter_config.json")
 
 
 def links_of(bundle: Path) -> dict[str, str]:
@@ -44,11 +46,10 @@ def test_what_lies_below_tasks_is_the_model_and_what_lies_below_coded_is_no_chec
             assert_same_state(tensors, {key: value for key, value in view.items() if key not in tied})
             assert tied <= {"lm_head.weight"}
         else:
-            assert [p for pattern in LOADERS_LOOK_FOR for p in (bundle / "coded" / task).glob(pattern)] == []
+            assert {p.suffix for p in (bundle / "coded" / task).rglob("*") if p.is_file()} <= {".aside", ".md"}
             text = (bundle / "coded" / task / "README.md").read_text()
             assert f"--task {task} " in text and "no checkpoint" in text
             fails(2, "inspect", bundle / "coded" / task, says=f"--task {task} ")
-            fails(2, "inspect", bundle / "coded" / task / "files", says=f"--task {task} ")
     assert any((bundle / "tasks").glob("*")) or any((bundle / "coded").glob("*"))
 
 
@@ -242,16 +243,53 @@ def test_manifests_of_strangers_with_odd_links_are_refused(change, merged, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", ["coded/task1/x", "tasks/task1/config.json", "coded/x/README.md"])
+@pytest.mark.parametrize(
+    "path",
+    ["coded/task1/x", "coded/task1/files/x", "coded/task1/config.json/x.aside", "coded/task1/.aside",
+     "tasks/task1/config.json", "coded/x/README.md"],
+)  # fmt: skip
 def test_files_of_a_coded_task_lie_in_its_folder(path, masked, tmp_path):
     bundle = copy(masked, tmp_path / "b")
     fields = manifest_of(bundle)
-    old = "coded/task1/files/vocab.txt"
+    old = "coded/task1/vocab.txt.aside"
     fields["files"][path] = fields["files"].pop(old)
     files = fields["tasks"]["task1"]["files"]
     fields["tasks"]["task1"]["files"] = sorted(path if name == old else name for name in files)
     seal(bundle, fields)
     fails(3, "export", bundle, "--task", "task1", "-o", tmp_path / "out")
+
+
+def test_the_files_of_a_coded_task_have_their_own_names_for_us_and_none_for_loaders(masked, tmp_path):
+    """Its folder with a config alone was a model to llama.cpp's converter, which made a file of no tensors of it."""
+    folder = masked / "coded/task1"
+    with pytest.raises((OSError, ValueError), match=r"model_type|config"):
+        AutoConfig.from_pretrained(folder)
+    opened = Bundle.open(masked)
+    own = opened.config_folder("task1")
+    assert own == opened.config_folder("task1")
+    assert sorted(path.name for path in own.iterdir()) == ["README.md", "config.json", "vocab.txt"]
+    assert (own / "config.json").samefile(folder / "config.json.aside")
+    succeeds("export", masked, "--task", "task1", "-o", tmp_path / "out")
+    (tmp_path / "out/model.safetensors").unlink()
+    assert tree(own) == tree(tmp_path / "out")
+
+
+def test_a_bundle_that_has_them_in_a_subfolder_under_their_own_names_is_read(masked, tmp_path):
+    """As `flexmerge.bundle/2` had them at first."""
+    text = json.dumps(manifest_of(masked))
+    old = copy(masked, tmp_path / "old")
+    for task in (old / "coded").iterdir():
+        (task / "files").mkdir()
+        for path in task.glob("*.aside"):
+            path.rename(task / "files" / path.name.removesuffix(".aside"))
+    seal(old, json.loads(re.sub(r"coded/(\w+)/([\w.]+)\.aside", r"coded/\1/files/\2", text)))
+    assert verify(old, decode=True).bad == {}
+    succeeds("export", old, "--task", "task1", "-o", tmp_path / "out")
+    assert_same_state(load_file(tmp_path / "out/model.safetensors"), open_bundle(masked).view("task1"))
+    (tmp_path / "out/model.safetensors").unlink()
+    assert tree(Bundle.open(old).config_folder("task1")) == tree(tmp_path / "out")
+    fails(2, "inspect", old / "coded/task1/files", says="--task task1 ")
+    succeeds("merge", masked.parent / "plan.json", "--method", "emr", "-o", old, "--force")
 
 
 def test_a_source_may_be_a_task_of_a_bundle(tmp_path):

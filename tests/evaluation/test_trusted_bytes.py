@@ -105,7 +105,7 @@ def test_damage_that_no_scored_task_reads_costs_no_score(place, tmp_path):
 def test_files_that_are_replaced_while_they_are_scored_give_no_score(place, tmp_path):
     """Weights are held open, config and tokenizer are not: half of a model would be the new one's."""
     shutil.copytree(place / "coded", tmp_path / "bundle")
-    config = tmp_path / "bundle/coded/first/files/config.json"
+    config = tmp_path / "bundle/coded/first/config.json.aside"
 
     def replaced(_what: str, _done: int, _total: int) -> None:
         data = config.read_bytes()
