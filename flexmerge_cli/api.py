@@ -323,8 +323,9 @@ def tune(
 ) -> None:
     """Find a weight for each task and block on unlabelled examples, and write them to the file `output`.
 
-    spec: as for `calibrate`. method: `adamerging[:key=value,…]`. examples: of each task, at most. `merge` takes the
-    file as `weighted_average:weights=@FILE,normalize=count`. Raises UsageError, SourceError, DataError, MachineError.
+    spec: as for `calibrate`. method: `adamerging`, `concrete` or `fw_merging`, with arguments as `NAME:key=value,…`.
+    examples: of each task, at most. `merge` takes the file as `weighted_average:weights=@FILE,normalize=count`. Raises
+    UsageError, SourceError, DataError, MachineError.
     """
     from flexmerge_cli.calibration.tune import tune, tune_request
 

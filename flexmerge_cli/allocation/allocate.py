@@ -11,11 +11,12 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.servable import ServableAllocation, servable
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
-from flexmerge_cli.methods.linear import require_known
+from flexmerge_cli.methods.linear import require_known, require_weight
 from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods
-from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.request.choices import Auto, Clusters, Cut, Exact, Servable
 from flexmerge_cli.request.merge import MergeRequest
@@ -28,13 +29,21 @@ PREDICTED_PART = 0.95
 def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) -> BundleLayout:
     """Choose what the bundle stores, and price it to the byte.
 
-    Raises UsageError for a request that does not fit the plan, and GateError for a size that cannot be reached.
+    Raises UsageError for a request that does not fit the plan, DataError for coefficients of other models, and
+    GateError for a size that cannot be reached.
     """
-    pricer = (pricer or Pricer(plan)).asked(request)
+    layout = _chosen(plan, request, (pricer or Pricer(plan)).asked(request))
+    _require_weights(layout)
+    return layout
+
+
+def _chosen(plan: Plan, request: MergeRequest, pricer: Pricer) -> BundleLayout:
     if plan.pools_lora and not isinstance(request.choice, Servable):
         _check_pool(request)
+    tasks = {task.name: task.fingerprint for task in plan.tasks}
     for use in request.uses:
-        require_known(use.call, plan.task_names, [block.name for block in plan.blocks])
+        if (call := _weighing(use)) is not None:
+            require_known(call, base=plan.base.fingerprint, tasks=tasks, blocks=[block.name for block in plan.blocks])
     match request.choice:
         case Exact():
             return pricer.layout(copies(plan, request.dtype))
@@ -52,6 +61,23 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
             return pricer.layout(cluster_channels(plan, count, choice.use, seed=choice.seed, dtype=request.dtype))
         case Cut() as choice:
             return pricer.layout(_cut(pricer, choice, request.dtype))
+
+
+def _weighing(use: MethodUse) -> Call | None:
+    """Return the call of `weighted_average` that makes a method's values; None for other methods."""
+    return use.maker if "weighted_average" in use.text else None
+
+
+def _require_weights(layout: BundleLayout) -> None:
+    """Raise UsageError for a group whose weights have no sum to divide by."""
+    plan, calls = layout.plan, [_weighing(use) for use in layout.allocation.methods]
+    if not any(calls):
+        return
+    block_of = {name: block.name for block in plan.blocks for name in block.tensors}
+    for unit in layout.allocation.units:
+        for group in unit.groups:
+            if group.method is not None and (call := calls[group.method]) is not None:
+                require_weight(call, block_of[unit.tensors[0]], [plan.task_names[task] for task in group.tasks])
 
 
 def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[AutoSearch, AutoFound] | None:

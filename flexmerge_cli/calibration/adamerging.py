@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli.calibration.adam import Adam
 from flexmerge_cli.calibration.joint import JointModels
 from flexmerge_cli.methods.method import Range
 
@@ -37,17 +38,12 @@ def adamerging(
     λ_k = w_k / M, start at 0.3 with eight tasks, keep λ in [0, 1] and take steps of 0.001; FusionBench does not bound
     λ, gives every tensor a weight ("layer-wise") and adds 1e-8 inside the logarithm. Both adapt on the test images.
     """
-    weight_MB = np.full((models.num_tasks, len(models.plan.blocks)), float(init))
-    first, second = np.zeros_like(weight_MB), np.zeros_like(weight_MB)
+    weight_MB, adam = np.full((models.num_tasks, len(models.plan.blocks)), float(init)), Adam(lr)
     for step in range(steps):
         models.merge(weight_MB)
         gradient, _ = models.gradient(entropy, step, batch_size)
         if granularity == "task":
             gradient[:] = gradient.sum(1, keepdims=True)
-        first += 0.1 * (gradient - first)
-        second += 0.001 * (gradient**2 - second)
-        # The bias corrections of Adam, and its ε.
-        size = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
-        weight_MB = np.maximum(0.0, weight_MB - lr * first / (1 - 0.9 ** (step + 1)) / size)
+        weight_MB = np.maximum(0.0, weight_MB + adam.change(gradient))
         on_step(step + 1, steps)
     return weight_MB

@@ -67,6 +67,14 @@ class JointModels:
     def num_tasks(self) -> int:
         return len(self.plan.tasks)
 
+    @property
+    def elements_B(self) -> np.ndarray:
+        """The number of elements of each block that merge, float64 [blocks]."""
+        found = np.zeros(len(self.plan.blocks))
+        for shared in self._shared.values():
+            found[shared.block] += shared.base.numel()
+        return found
+
     def _add(self, task: int, request: CalibrationRequest) -> None:
         own = request.references.of(self.plan.task_names[task])
         tuned, base = own["fine_tuned"](), own["base"]()

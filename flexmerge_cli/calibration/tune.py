@@ -31,8 +31,10 @@ Tuner = Callable[..., "np.ndarray"]
 def tuners() -> Mapping[str, Tuner]:
     """Map names to functions of (models, on_step, **arguments) that return weights, float64 [tasks, blocks]."""
     from flexmerge_cli.calibration.adamerging import adamerging
+    from flexmerge_cli.calibration.concrete import concrete
+    from flexmerge_cli.calibration.fw_merging import fw_merging
 
-    return {"adamerging": adamerging}
+    return {"adamerging": adamerging, "concrete": concrete, "fw_merging": fw_merging}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,7 @@ def tune(
         generator=GENERATOR,
         method=request.method,
         versions=library_versions(),
+        base=plan.base.fingerprint,
         tasks={
             task.name: TunedTask(weights=task.fingerprint, data=models.digests[place], n=len(models.examples[place]))
             for place, task in enumerate(plan.tasks)

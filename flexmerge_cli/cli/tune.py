@@ -16,7 +16,9 @@ def tune(
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", metavar="NAME[:KEY=VALUE,…]", help="How to find them: adamerging."),
+        typer.Option(
+            "--method", metavar="NAME[:KEY=VALUE,…]", help="How to find them: adamerging, concrete or fw_merging."
+        ),
     ] = "adamerging",
     examples: o.Examples = 256,
     relocate: o.Relocate = None,

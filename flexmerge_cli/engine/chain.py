@@ -56,11 +56,10 @@ def chains_of(layout: BundleLayout) -> list[Chain]:
 
 
 def _chain(use: MethodUse, calibration: Calibrated | None) -> Chain:
-    coded = use.coded
-    call = coded.centre_call() if coded is not None else use.call
+    call = use.maker
     if call is not None and call.method.reads:
         call = replace(call, source=calibration)
-    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=coded)
+    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded)
 
 
 def _pooled(use: MethodUse) -> Chain:

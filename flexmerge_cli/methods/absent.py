@@ -9,15 +9,18 @@ _MIXES = "mixes the tasks' weights for each input with a router that is trained 
 _PRUNES = "prunes the weights of a single model"
 _MOE = "builds a mixture of experts, or prunes one"
 _MODELS = "runs several models and combines their outputs"
+_TUNE = (
+    "flexmerge tune plan.json --spec calib.yaml --method {} -o coefficients.json, then --method "
+    "weighted_average:weights=@coefficients.json,normalize=count"
+)
 _TWO = "interpolates on a sphere or by rules of its own between the weights themselves, not task vectors"
 
-# Name -> (what it is, the nearest method here as options of `merge`, or nothing).
+# Name -> (what it is, the nearest method here as options of `merge`, commands that do it, or nothing).
 ABSENT = {
     "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "regmean"),
     "adamerging": (
-        "learns a coefficient per task or layer from unlabelled examples: `flexmerge tune` does, and writes what "
-        "weighted_average:weights=@FILE takes",
-        "weighted_average",
+        "is a method of `flexmerge tune`, which learns a weight per task and block from unlabelled examples",
+        _TUNE.format("adamerging"),
     ),
     "wemoe": (_MIXES, "emr"),
     "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
@@ -30,12 +33,18 @@ ABSENT = {
     ),
     "ada_svd": ("averages the experts of SMILE by its routing weights: needs data", "tsv_m"),
     "surgery": ("trains a small module per task that corrects the merged model's features: needs data", "low_rank"),
-    "concrete": ("learns a mask of a subspace that the tasks share: needs data", "consensus_original"),
+    "concrete": (
+        "is a method of `flexmerge tune`, which learns a mask of blocks, not of elements, from unlabelled examples",
+        _TUNE.format("concrete"),
+    ),
     "concrete_tsvm": ("learns a mask of a subspace before TSV-Merge: needs data", "tsv_m"),
     "doge_ta": ("minimises what the tasks lose by projected gradients of the task vectors", "wudi"),
     "dop": ("merges one task after the other by projections in two directions", "opcm"),
     "gossip": ("merges neighbours among the tasks again and again", "average"),
-    "fw_merging": ("chooses models and weights by Frank-Wolfe steps: needs data, for gradients", "weighted_average"),
+    "fw_merging": (
+        "is a method of `flexmerge tune`, which steps towards models that the gradients on unlabelled examples choose",
+        _TUNE.format("fw_merging"),
+    ),
     "trust_region": ("leaves out what conflicts, judged by gradients of the tasks' losses: needs data", "ties"),
     "knots": ("aligns LoRA updates in the basis of their joint SVD, then merges them as TIES", "tsv_m"),
     "expo": ("extrapolates beyond one aligned model", "task_arithmetic:scale=1.5"),
@@ -118,6 +127,8 @@ def explain_absent(name: str) -> tuple[str, str] | None:
     if found is None:
         return None
     what, nearest = found
+    if nearest.startswith("flexmerge "):
+        return what, nearest
     if not nearest:
         return what, "`flexmerge methods` lists and explains the methods here"
     return what, f"{'write' if what == _SAME else 'the nearest here is'} --method {nearest}"

@@ -3,10 +3,11 @@
     {"format": "flexmerge.coefficients/1", "method": "adamerging:granularity=block,…", "weights": {…}, "tasks": {…}, …}
 
 `weights` are numbers by task, or by block and task, as `weighted_average` takes them. The rest says how they were
-found, and with which fine-tuned models and examples of each task.
+found, and with which base and fine-tuned models, by their fingerprints, and examples of each task.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ class Coefficients(Record):
     generator: str
     method: str
     versions: Named[str]
+    base: Digest | None = None
+    """The fingerprint of the base in the plan."""
     tasks: Named[TunedTask]
     weights: Named[float | dict[str, float]]
 
@@ -51,13 +54,35 @@ def is_coefficients(path: Path) -> bool:
         return file.read(len(FORMAT) + 12) == f'{{"format":"{FORMAT}"'.encode()
 
 
-def read_coefficients(path: Path) -> dict[str, Any]:
+class TunedWeights(dict[str, Any]):
+    """The weights of a file, which remember the models that they were found with."""
+
+    def __init__(self, path: Path, found: Coefficients) -> None:
+        super().__init__(found.weights)
+        self.path, self.found = path, found
+
+    def require_same(self, base: str, tasks: Mapping[str, str]) -> None:
+        """Raise DataError unless the models are those of a plan, given by the fingerprints of base and tasks."""
+        tuned = {name: task.weights for name, task in self.found.tasks.items()}
+        sides = [(f"task `{name}`", tuned.get(name), now) for name, now in tasks.items()]
+        sides += [("the base", self.found.base or base, base)]
+        problems = [
+            f"{who}: not in the file" if then is None else f"{who}: tuned with weights {then}, the plan has {now}"
+            for who, then, now in sides
+            if then != now
+        ]
+        if problems:
+            some = "\n  ".join(problems[:20])
+            raise DataError(f"{self.path} was found with other models than the plan's:\n  {some}", hint=AGAIN)
+
+
+def read_coefficients(path: Path) -> TunedWeights:
     """Read the weights of a file. Raises SourceError if there is none, DataError if it is unsound."""
     if not path.exists():
         raise SourceError(f"no coefficients at {path}", hint=AGAIN)
     data = read_file(path, MAX_BYTES, "a file of coefficients")
     try:
-        return Coefficients.model_validate(parse_json(data, is_ours=True)).weights
+        return TunedWeights(path, Coefficients.model_validate(parse_json(data, is_ours=True)))
     except (ValidationError, Unsound) as error:
         reason: object = first_error(error) if isinstance(error, ValidationError) else error
     except ValueError as error:

@@ -1,11 +1,13 @@
 """Methods that are linear in the task vectors: the mean, the scaled mean or sum, and weighted ones."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.coefficients import TunedWeights
 from flexmerge_cli.methods.method import MAX_SHOWN, Positive, Where, is_number, method, per_element
 from flexmerge_cli.methods.reductions import mean_tasks, sum_tasks, weigh_tasks
 
@@ -65,8 +67,9 @@ def _check_weights(*, weights: Weights, **_: object) -> None:
         )
 
 
-def require_known(call: Call, tasks: Collection[str], blocks: Collection[str]) -> None:
-    """Raise UsageError if weights name a task or block that the plan lacks, or lack a block of the plan."""
+def require_known(call: Call, *, base: str, tasks: Mapping[str, str], blocks: Collection[str]) -> None:
+    """Raise UsageError if weights name a task or block that the plan lacks, or lack a block of the plan, and DataError
+    if they were found with other models. base, tasks: the fingerprints of the plan's models."""
     weights = call.args.get("weights") if call.method is weighted_average else None
     if not weights:
         return
@@ -83,6 +86,34 @@ def require_known(call: Call, tasks: Collection[str], blocks: Collection[str]) -
             f"`weighted_average`: weights of {unknown[0]}, which the plan does not have",
             hint="flexmerge inspect plan.json lists tasks and blocks",
         )
+    if isinstance(weights, TunedWeights):
+        weights.require_same(base, tasks)
+
+
+def require_weight(call: Call, block: str, tasks: Sequence[str]) -> None:
+    """Raise UsageError if the weights of a group of a block are normalised, and their sum is 0 or overflows."""
+    if call.method is weighted_average and call.args["normalize"] is True:
+        _total(_weights_of(call.args["weights"], block, tasks), tasks)
+
+
+def _weights_of(weights: Weights, block: str, tasks: Sequence[str]) -> list[float]:
+    """Return the weight of each task in a block."""
+    of_block = (weights or {}).get(block)
+    found = of_block if isinstance(of_block, Mapping) else weights or {}
+    return [float(found.get(task, 1.0)) for task in tasks]
+
+
+def _total(weight_k: Sequence[float], tasks: Sequence[str]) -> float:
+    total = sum(weight_k)
+    if not 0 < total < math.inf:
+        said = "all weights" if total == 0 else "the sum of the weights"
+        raise UsageError(
+            f"`weighted_average`: {said} of the group {', '.join(tasks)} {'are 0' if total == 0 else 'is infinite'}",
+            hint="give at least one of these tasks a positive weight, or set normalize=false"
+            if total == 0
+            else "give smaller weights: only their ratios matter",
+        )
+    return total
 
 
 def mean_weight(weights: Weights, task: str) -> float:
@@ -109,21 +140,13 @@ def weighted_average(
 
     weights: {task: weight} or {block: {task: weight}}, or @FILE with what `flexmerge tune` wrote; a task that is not
     named has weight 1. They are normalised in each group, so equal weights have no effect; normalize=count divides by
-    the number of tasks instead. Raises UsageError for a group whose weights are all 0 and normalised.
+    the number of tasks instead. Raises UsageError for a group whose weights are all 0, or overflow, and normalised.
     """
-    of_block = (weights or {}).get(where.block)
-    found = of_block if isinstance(of_block, Mapping) else weights or {}
-    weight_k = [float(found.get(task, 1.0)) for task in where.tasks]
+    weight_k = _weights_of(weights, where.block, where.tasks)
     if not normalize:
         return weigh_tasks(deltas, weight_k)
-    if normalize == "count":
-        return weigh_tasks(deltas, weight_k) / len(weight_k)
-    if sum(weight_k) == 0:
-        raise UsageError(
-            f"`weighted_average`: all weights of the group {', '.join(where.tasks)} are 0",
-            hint="give at least one of these tasks a positive weight, or set normalize=false",
-        )
-    return weigh_tasks(deltas, weight_k) / sum(weight_k)
+    divisor = len(weight_k) if normalize == "count" else _total(weight_k, where.tasks)
+    return weigh_tasks(deltas, weight_k) / divisor
 
 
 def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:

@@ -180,7 +180,7 @@ class Parameter:
             number = kind in (int, float) and type(value) in ((int, float) if kind is float else (int,))
             if number and is_number(value) and (self.range is None or self.range.holds(value)):
                 return kind(value)
-            if kind in (bool, dict, str) and type(value) is kind:
+            if kind in (bool, dict, str) and isinstance(value, kind):
                 return value
         raise UsageError(
             f"`{method}`: {self.name}={repr(value)[:MAX_SHOWN]} is not {self.wants()}",

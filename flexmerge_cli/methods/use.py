@@ -43,13 +43,19 @@ class MethodUse:
         return declare(self.call)
 
     @property
+    def maker(self) -> Call | None:
+        """The method that makes a group's one value: the method itself, or its centre; None if there is no such
+        value."""
+        coded = self.coded
+        return self.call if coded is None else coded.centre_call()
+
+    @property
     def reads(self) -> str:
         """What it, or its centre, reads of a calibration; empty: it needs none."""
         coded = self.coded
         if coded is not None and coded.centre == "average":  # This is known without importing torch.
             return ""
-        maker = self.call if coded is None else coded.centre_call()
-        return maker.method.reads if maker is not None else ""
+        return self.maker.method.reads if self.maker is not None else ""
 
     @property
     def stores_per_task(self) -> bool:
@@ -72,8 +78,7 @@ def parse_use(
     own = [step for step in map(parse_step, found.steps) if step.step.name not in asked]
     after = parse_calibrate(calibrate) if calibrate else None
     if after is not None:
-        coded = declare(call)
-        maker = call if coded is None else coded.centre_call()
+        maker = MethodUse(call).maker
         if maker is None:
             raise UsageError(
                 f"`{after.calibration.name}` cannot follow `{found.method}`: that method merges nothing",

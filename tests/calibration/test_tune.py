@@ -11,6 +11,7 @@ from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.calibration.joint import JointModels
 from flexmerge_cli.calibration.tune import tune_request
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.random import key64, uniform
 
 from ..program import fails, succeeds
 from .families import NUM_EXAMPLES, TASKS
@@ -32,37 +33,54 @@ def tuned(done):
     return done.family, output
 
 
+class Plain:
+    """The merged models of a family, by code that knows nothing of the program's."""
+
+    def __init__(self, family):
+        self.base, self.blocks = load_file(family.folder / "base" / "model.safetensors"), family.plan.blocks
+        self.block_of = {name: place for place, block in enumerate(self.blocks) for name in block.tensors}
+        self.tuned = {task: {name: family.weights(task)[name] for name in self.block_of} for task in TASKS}
+        self.models = {task: model_of(family, task) for task in TASKS}
+        self.names = {task: by_value(self.models[task], family.weights(task)) for task in TASKS}
+        self.inputs = {task: examples(family, task) for task in TASKS}
+
+    def merged(self, weight):
+        """The merged tensors. weight: [tasks, blocks]."""
+        return {
+            name: self.base[name]
+            + sum(weight[k, b] * (self.tuned[t][name] - self.base[name]) for k, t in enumerate(TASKS)) / len(TASKS)
+            for name, b in self.block_of.items()
+        }
+
+    def entropy(self, merged):
+        """The entropy of the answers, summed over tasks."""
+        loss = 0
+        for task in TASKS:
+            own = {name: merged[of] for name, of in self.names[task].items() if of in merged}
+            for one in self.inputs[task]:
+                logits = torch.func.functional_call(self.models[task], own, kwargs=one).logits
+                p = logits.reshape(-1, logits.shape[-1]).softmax(-1)
+                loss = loss - (p * p.log()).sum(-1).mean() / len(self.inputs[task])
+        return loss
+
+    def by_block(self, weight):
+        return {
+            block.name: {task: float(weight[k, b]) for k, task in enumerate(TASKS)}
+            for b, block in enumerate(self.blocks)
+        }
+
+
 def plain(family, *, granularity="block"):
-    """Block -> task -> weight, by a loop that knows nothing of the program's."""
-    base, plan = load_file(family.folder / "base" / "model.safetensors"), family.plan
-    block_of = {name: block.name for block in plan.blocks for name in block.tensors}
-    blocks = [block.name for block in plan.blocks]
-    vectors = {task: {name: family.weights(task)[name] - base[name] for name in block_of} for task in TASKS}
-    models = {task: model_of(family, task) for task in TASKS}
-    names = {task: by_value(models[task], family.weights(task)) for task in TASKS}
-    inputs = {task: examples(family, task) for task in TASKS}
-    number = {"block": len(blocks), "task": 1}[granularity]
+    """Block -> task -> weight, by torch's Adam."""
+    of = Plain(family)
+    number = {"block": len(of.blocks), "task": 1}[granularity]
     weight = torch.ones(len(TASKS), number, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=LR)
     for _ in range(STEPS):
-        loss = 0
-        for task in TASKS:
-            merged = {}
-            for name, own in names[task].items():
-                if own in block_of:
-                    place = blocks.index(block_of[own]) if granularity == "block" else 0
-                    merged[name] = base[own] + sum(weight[k, place] * vectors[t][own] for k, t in enumerate(TASKS)) / 3
-            for one in inputs[task]:
-                logits = torch.func.functional_call(models[task], merged, kwargs=one).logits
-                p = logits.reshape(-1, logits.shape[-1]).softmax(-1)
-                loss = loss - (p * p.log()).sum(-1).mean() / len(inputs[task])
         optimizer.zero_grad()
-        loss.backward()
+        of.entropy(of.merged(weight.expand(-1, len(of.blocks)))).backward()
         optimizer.step()
-    return {
-        block: {task: float(weight.detach()[k, p % number]) for k, task in enumerate(TASKS)}
-        for p, block in enumerate(blocks)
-    }
+    return of.by_block(weight.detach().expand(-1, len(of.blocks)))
 
 
 def test_weights_of_blocks_are_those_of_a_plain_loop(tuned):
@@ -79,6 +97,62 @@ def test_weights_of_tasks_are_those_of_a_plain_loop(pictures, tmp_path):
     succeeds(*command(pictures.family, tmp_path / "c.json", "--method", method))
     expected = next(iter(plain(pictures.family, granularity="task").values()))
     assert json.loads((tmp_path / "c.json").read_text())["weights"] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(("granularity", "init"), [("task", 1.0), ("block", 2.4)])
+def test_frank_wolfe_moves_the_weights_of_models_towards_models(pictures, tmp_path, granularity, init):
+    """In weights, where the program steps in coefficients: θ + γ(s - θ) for the model s of least ⟨gradient, s⟩."""
+    family, of = pictures.family, Plain(pictures.family)
+    method = f"fw_merging:granularity={granularity},steps=3,rate=0.5,batch_size={NUM_EXAMPLES},init={init}"
+    succeeds(*command(family, tmp_path / "c.json", "--method", method))
+    start = of.merged(torch.full((len(TASKS), len(of.blocks)), init))
+    now, chosen = start, set()
+    for step in range(3):
+        leaves = {name: value.clone().requires_grad_() for name, value in now.items()}
+        of.entropy(leaves).backward()
+        vertices = [*of.tuned.values(), start]
+        scores = torch.zeros(len(vertices), len(of.blocks), dtype=torch.float64)
+        for v, vertex in enumerate(vertices):
+            for name, b in of.block_of.items():
+                if leaves[name].grad is not None:
+                    scores[v, b] += (leaves[name].grad.double() * vertex[name].double()).sum()
+        if granularity == "task":
+            scores[:] = scores.sum(1, keepdim=True)
+        best = scores.argmin(0)
+        chosen |= set(best.tolist())
+        now = {n: v + 0.5 * 2 / (step + 2) * (vertices[best[of.block_of[n]]][n] - v) for n, v in now.items()}
+    assert chosen - {len(TASKS)}, "no step went to a model"
+    weights = json.loads((tmp_path / "c.json").read_text())["weights"]
+    found = of.merged(torch.tensor([[weights.get(b.name, weights)[task] for b in of.blocks] for task in TASKS]))
+    for name, value in now.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_concrete_gates_are_those_of_a_plain_loop(pictures, tmp_path):
+    """torch's relaxed Bernoulli with the same uniform numbers, by autograd and Adam."""
+    family, of = pictures.family, Plain(pictures.family)
+    method = f"concrete:steps={STEPS},lr={LR},batch_size={NUM_EXAMPLES},temperature=0.7,init=2"
+    succeeds(*command(family, tmp_path / "c.json", "--method", method))
+    sizes = torch.zeros(len(of.blocks), dtype=torch.float64)
+    for name, b in of.block_of.items():
+        sizes[b] += of.base[name].numel()
+    drawn = torch.from_numpy(uniform(key64("flexmerge/concrete/1", 0), 0, STEPS * len(of.blocks)))
+    logits = torch.zeros(len(of.blocks), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=LR)
+
+    def weights(mask):
+        return (2 * mask / ((sizes * mask).sum() / sizes.sum())).expand(len(TASKS), -1)
+
+    for u in drawn.reshape(STEPS, -1):
+        optimizer.zero_grad()
+        mask = torch.sigmoid((logits + torch.logit(u)) / 0.7)
+        of.entropy({name: value.float() for name, value in of.merged(weights(mask)).items()}).backward()
+        optimizer.step()
+    expected = of.by_block(weights(torch.sigmoid(logits.detach())))
+    found = json.loads((tmp_path / "c.json").read_text())["weights"]
+    assert not np.allclose([list(each.values()) for each in expected.values()], 2, atol=LR / 4)
+    for block, each in expected.items():
+        assert found[block] == pytest.approx(each, abs=2e-3), block
 
 
 def test_a_merge_takes_them_without_data_and_records_them(tuned, tmp_path):
@@ -110,7 +184,10 @@ def test_the_same_examples_and_seed_give_the_same_bytes(pictures, tmp_path):
         ("adamerging:speed=1", 2, "no argument `speed`"),
         ("adamerging:lr=1e300", 2, "lr=1e+300 is not a number in (0, 1000]"),
         ("adamerging:init=1e300", 2, "init=1e+300 is not a number in (0, 1000]"),
-        ("ties", 2, "no method `ties`"),
+        ("fw_merging:rate=2", 2, "rate=2 is not a number in (0, 1]"),
+        ("concrete:temperature=0", 2, "temperature=0 is not a number in [0.01, 100]"),
+        ("concrete:granularity=task", 2, "no argument `granularity`"),
+        ("ties", 2, "one of: adamerging, concrete, fw_merging"),
     ],
 )
 def test_a_wrong_method_is_refused(pictures, tmp_path, method, code, says):
@@ -125,6 +202,16 @@ def test_a_wrong_method_is_refused(pictures, tmp_path, method, code, says):
         (lambda of: next(iter(of["weights"].values())).update(d=1.0), 2, "weights of task `d`"),
         (lambda of: of["weights"].update(other={}), 2, "weights of block `other`"),
         (lambda of: next(iter(of["weights"].values())).update(a=-1.0), 2, "the weight of `a` is -1.0"),
+        (
+            lambda of: [each.update(dict.fromkeys(each, 0.0)) for each in of["weights"].values()],
+            2,
+            "all weights of the",
+        ),
+        (lambda of: [each.update(dict.fromkeys(each, 1e308)) for each in of["weights"].values()], 2, "is infinite"),
+        (lambda of: next(iter(of["weights"].values())).update(a=float("nan")), 3, "is not a file of coefficients"),
+        (lambda of: of["tasks"]["a"].update(weights=of["tasks"]["b"]["weights"]), 3, "task `a`: tuned with weights"),
+        (lambda of: of["tasks"].pop("c"), 3, "task `c`: not in the file"),
+        (lambda of: of.update(base=of["tasks"]["b"]["weights"]), 3, "the base: tuned with weights"),
         (lambda of: of.pop("weights"), 3, "is not a file of coefficients"),
         (lambda of: of.update(format="flexmerge.plan/1"), 3, "is not a file of coefficients"),
         (lambda of: of.update(weights={f"task{n}": 1 for n in range(80_000)}), 2, "the command that a bundle records"),
@@ -137,6 +224,27 @@ def test_coefficients_that_do_not_fit_are_refused(tuned, tmp_path, change, code,
     (tmp_path / "c.json").write_text(json.dumps(fields))
     method = f"weighted_average:weights=@{tmp_path / 'c.json'}"
     fails(code, "merge", family.plan_path, "--method", method, "-o", tmp_path / "never", "--dry-run", says=says)
+
+
+def test_groups_without_weight_are_refused_before_weights_are_read(pictures, tmp_path):
+    """In a centre as in a method, and only where a group has no weight at all."""
+    plan, zeros = pictures.family.plan_path, "weighted_average:weights={a: 0, b: 0, c: 0}"
+    words = ("merge", plan, "--dry-run", "-o", tmp_path / "never", "--method")
+    for method in (zeros, f'low_bit:centre="{zeros}"'):
+        fails(2, *words, method, says=("all weights of the group a, b, c are 0", "normalize=false"))
+    succeeds(*words, f"{zeros},normalize=count")
+    succeeds(*words, "weighted_average:weights={a: 0, b: 0}")
+    fails(2, *words, 'low_bit:centre="weighted_average:weights={d: 0}"', says="weights of task `d`")
+
+
+def test_coefficients_without_a_base_are_read(tuned, tmp_path):
+    """Files written before the base was recorded name the tasks alone."""
+    family, output = tuned
+    fields = json.loads(output.read_text())
+    assert fields.pop("base") == family.plan.base.fingerprint
+    (tmp_path / "c.json").write_text(json.dumps(fields))
+    method = f"weighted_average:weights=@{tmp_path / 'c.json'}"
+    succeeds("merge", family.plan_path, "--method", method, "-o", tmp_path / "never", "--dry-run")
 
 
 def test_what_is_missing_is_said(pictures, tmp_path):

@@ -72,5 +72,5 @@ def test_arguments_of_mergekit_are_refused_with_what_to_write(plan, tmp_path):
 def test_a_method_that_is_not_here_is_explained(command, plan, tmp_path):
     name, *option = command
     words = (name, "AdaMerging") if not option else (name, plan, *option, "AdaMerging", "-o", tmp_path / "b")
-    failed = fails(2, *words, says="no method `AdaMerging`: it learns a coefficient per task or layer")
-    assert "`flexmerge tune` does" in failed.err and "the nearest here is --method weighted_average" in failed.err
+    failed = fails(2, *words, says="no method `AdaMerging`: it is a method of `flexmerge tune`")
+    assert "--method adamerging -o coefficients.json, then --method weighted_average:weights=@" in failed.err

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from flexmerge_cli.calibration.tune import tuners
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
@@ -122,7 +123,11 @@ def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(na
     assert name not in all_methods() and resolve_alias(name) is None
     with pytest.raises(UsageError, match=f"no method `{re.escape(name)}`: it ") as raised:
         parse_call(name)
-    words = (raised.value.hint or "").partition("--method ")[2].split()
+    *before, after = (raised.value.hint or "").split("--method ")
+    words = after.split() if before else []
+    if before and before[0].startswith("flexmerge tune "):
+        assert before[1].split()[0] in tuners() and words[0].startswith("weighted_average:weights=@coefficients.json")
+        words = ["weighted_average:normalize=count"]  # There is no such file here.
     if words:
         parse_call(words[0])
         parse_use(words[0], steps=words[words.index("--step") + 1 :][:1] if "--step" in words else ())
