@@ -15,6 +15,7 @@ from typing import NoReturn
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
+from flexmerge_cli.allocation.auto_merged import merged
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import TensorChoice
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
@@ -60,6 +61,7 @@ class AutoSearch:
             )
         self.pricer, self.plan, self.dtype = pricer, plan, dtype
         self.scales = limits.scales
+        self._may_merge = limits.allows(0) and "average" in limits.centres and not by_pattern
         self._calibration = pricer.calibrated
         self._groups_of = functools.cache(self._groups)
         self._disk_bytes = functools.cache(lambda solution: self._found(solution).layout.total_bytes)
@@ -79,11 +81,14 @@ class AutoSearch:
         return other
 
     def cut(self, size: Target) -> AutoFound:
-        """Find the least predicted damage within a size, which is never exceeded. Raises GateError with the smallest
-        possible size."""
+        """Find the least predicted damage within a size, which is never exceeded: never more than that of merging by
+        `average`. Raises GateError with the smallest possible size."""
         exact = self.exact()
         if (exact.layout.total_bytes if size.on_disk else exact.layout.tensor_bytes) <= size.max_bytes:
             return exact
+        return self._or_merged(self._searched(size), size)
+
+    def _searched(self, size: Target) -> AutoFound:
         if size.on_disk:
             smallest = (least() for least in (self.smallest, self.smallest_on_disk))
             fitting = next((found for found in smallest if found.layout.total_bytes <= size.max_bytes), None)
@@ -94,6 +99,13 @@ class AutoSearch:
         if budget < self.search.smallest_bytes:
             self._refuse(size)
         return self._found(self.search.solve(budget))
+
+    def _or_merged(self, found: AutoFound, size: Target) -> AutoFound:
+        """Return what merging by `average` stores in a size instead, if that is predicted to be better and allowed."""
+        if not (self._may_merge and (other := merged(self.pricer, self.search, size, self.dtype))):
+            return found
+        solution, layout = other
+        return AutoFound(solution=solution, layout=layout) if solution.cost < found.solution.cost else found
 
     def smallest(self) -> AutoFound:
         return self._found(self.search.solve(self.search.smallest_bytes))
@@ -108,7 +120,11 @@ class AutoSearch:
         """Return the smallest bundle whose predicted distances stay under a limit, among those that are best for some
         price of a byte."""
         found, exact = self._found(self.search.solve_distance(max_distance)), self.exact()
-        return found if found.layout.total_bytes < exact.layout.total_bytes else exact
+        if found.layout.total_bytes >= exact.layout.total_bytes:
+            return exact
+        size = Target(text="", max_bytes=found.layout.total_bytes, on_disk=True, all_merges=False)
+        other = self._or_merged(found, size)
+        return found if (self.search.distances(other.solution) > max_distance).any() else other
 
     def exact(self) -> AutoFound:
         """Return a bundle that loses nothing of the searched blocks: copies, or the search's own choices if these are

@@ -1,0 +1,57 @@
+"""Predicts the damage of merging by `average`, by the price of `auto`, so that `auto` is never predicted to be worse.
+
+Of all values that a group could share, its mean has the least squared error. So no other merge of the same groups is
+predicted to be better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from flexmerge_cli.allocation.allocation import Tasks
+from flexmerge_cli.allocation.auto import Search, Solution
+from flexmerge_cli.allocation.auto_centres import AutoCentre
+from flexmerge_cli.allocation.auto_statistics import TensorStatistics
+from flexmerge_cli.allocation.auto_table import TensorChoice
+from flexmerge_cli.allocation.cut import Cutter
+from flexmerge_cli.allocation.layout import BundleLayout, Pricer
+from flexmerge_cli.errors import GateError
+from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.request.size import Target
+
+
+def merged(pricer: Pricer, search: Search, size: Target, dtype: str | None) -> tuple[Solution, BundleLayout] | None:
+    """Return what `--method average` stores in a size, and its predicted damage; None if it does not fit."""
+    cutter = Cutter(pricer, parse_use("average"), dtype)
+    try:
+        layout = pricer.layout(cutter.cut(replace(size, all_merges=False)))
+    except GateError:
+        return None
+    units = {name: unit for unit in layout.allocation.units for name in unit.tensors}
+    choices = tuple(
+        _choice(table.tensor, [group.tasks for group in units[table.tensor.name].groups], layout)
+        for table in search.tables
+    )
+    solution = Solution(
+        choices=choices,
+        num_bytes=sum(choice.num_bytes for choice in choices),
+        cost=sum(table.cost_of(choice) for table, choice in zip(search.tables, choices)),
+    )
+    return solution, layout
+
+
+def _choice(tensor: TensorStatistics, groups: Sequence[Tasks], layout: BundleLayout) -> TensorChoice:
+    """Return the choice that stores a dense average of each group, and exact copies of tasks that are alone."""
+    errors = np.zeros(len(tensor.same))
+    for group in groups:
+        gram = tensor.gram[np.ix_(group, group)]
+        errors[list(group)] = np.maximum(np.diag(gram) - 2 * gram.mean(axis=1) + gram.mean(), 0.0)
+    shared = {task for group in groups if tensor.num_classes(group) > 1 for task in group}
+    return TensorChoice(
+        tensor=tensor.name,
+        centre=AutoCentre(kind="average", groups=tuple(groups)) if shared else AutoCentre(kind="none"),
+        bits=tuple(0 if task in shared else "exact" for task in range(len(errors))),
+        num_bytes=layout.storages[tensor.name].num_bytes,
+        errors=tuple(float(error) if task in shared else 0.0 for task, error in enumerate(errors)),
+    )

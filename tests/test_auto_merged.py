@@ -1,0 +1,98 @@
+"""`auto` is never predicted to be worse than merging by `average` in the same bytes, and merges where that is right."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexmerge_cli import load_plan, merge, open_bundle
+from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.allocation.auto_allocation import auto
+from flexmerge_cli.allocation.auto_merged import merged
+from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.methods.use import parse_use
+from flexmerge_cli.request.auto_options import Limits
+from flexmerge_cli.request.merge import merge_request
+from flexmerge_cli.request.size import parse_size
+
+from .families import Models, encoder, heads, plain, same_bits, tuned
+from .test_auto_bundle import measured_distance, planned
+
+AVERAGE = parse_use("average")
+
+
+def alike(noise: float, *, num_tasks: int = 3, width: int = 8) -> Models:
+    """Fine-tunes of one fine-tune, each a little off it."""
+    base = encoder(width=width)
+    common = tuned(base, 100)
+    return Models(base=base, tasks={f"task{n}": tuned(common, n + 1, size=noise) for n in range(num_tasks)})
+
+
+def searched(plan: Path, size: str, **limits):
+    """What `auto` finds, and the predicted cost of merging by `average` in the size; None where that does not fit."""
+    found, loaded = auto(Pricer(load_plan(plan)).asked(merge_request(method="auto")), Limits(**limits)), load_plan(plan)
+    target = parse_size(size).target(num_tasks=len(loaded.tasks), one_model_bytes=loaded.one_model_bytes)
+    other = merged(found.pricer, found.search, target, None)
+    return found.cut(target), None if other is None else other[0].cost
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-3])
+def test_tasks_that_differ_by_noise_are_merged_if_coding_would_cost_more(noise, tmp_path):
+    plan = planned(alike(noise), tmp_path)
+    found, other = searched(plan, "1x")
+    assert found.solution.cost <= other
+    assert (found.layout.allocation.methods == (AVERAGE,)) == (noise < 1e-5)
+
+
+def test_a_bundle_of_noisy_copies_is_that_of_average(tmp_path):
+    models = alike(1e-6)
+    plan = planned(models, tmp_path)
+    for method in ("auto", "average"):
+        merge(plan, tmp_path / method, method=method, size="1x", device="cpu")
+    of_auto, of_average = (open_bundle(tmp_path / method) for method in ("auto", "average"))
+    assert of_auto.manifest.stored_bytes == of_average.manifest.stored_bytes
+    for task, state in models.tasks.items():
+        assert all(same_bits(of_auto.view(task)[name], of_average.view(task)[name]) for name in state)
+
+
+def test_equal_tasks_are_stored_once_and_exactly(tmp_path):
+    found, _ = searched(planned(alike(0.0), tmp_path), "1x")
+    assert found.solution.cost == 0 and found.layout.tensor_bytes == found.layout.plan.one_model_bytes
+
+
+@pytest.mark.parametrize("models", [plain(), alike(1e-4), heads()], ids=["plain", "near", "heads"])
+def test_it_is_never_predicted_to_be_worse_than_merging(models, tmp_path):
+    plan, fits = planned(models, tmp_path), 0
+    for size in ("1x", "1.3x", "60%", "40kB"):
+        found, other = searched(plan, size)
+        fits += other is not None
+        assert other is None or found.solution.cost <= other
+    assert fits
+
+
+def test_the_predicted_error_of_a_merge_is_the_measured_one(tmp_path):
+    models = plain()
+    plan = planned(models, tmp_path)
+    loaded = load_plan(plan)
+    found = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
+    size = parse_size("2x").target(num_tasks=4, one_model_bytes=loaded.one_model_bytes)
+    solution, layout = merged(found.pricer, found.search, size, None)
+    merge(plan, tmp_path / "bundle", method="average", size="2x", device="cpu")
+    assert layout.allocation == allocate(loaded, merge_request(method="average", size="2x")).allocation
+    measured = [measured_distance(tmp_path / "bundle", models, task) for task in models.tasks]
+    assert found.search.distances(solution) == pytest.approx(np.array(measured), rel=1e-4)
+    assert solution.num_bytes == layout.tensor_bytes
+
+
+@pytest.mark.parametrize("limits", [{"min_bits": 1}, {"centres": ("base",)}])
+def test_limits_that_exclude_merging_are_kept(limits, tmp_path):
+    found, other = searched(planned(alike(1e-6), tmp_path), "1x", **limits)
+    assert AVERAGE not in found.layout.allocation.methods and found.solution.cost > other
+
+
+def test_without_a_size_a_merge_must_keep_the_distance_too(tmp_path):
+    loaded = load_plan(planned(alike(1e-6, width=48), tmp_path))
+    search = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
+    near, far = search.within(1e-4), search.within(0.2)
+    assert near.layout.allocation.methods == (AVERAGE,) and (search.search.distances(near.solution) <= 1e-4).all()
+    assert far.layout.total_bytes < near.layout.total_bytes
