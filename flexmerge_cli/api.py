@@ -255,7 +255,9 @@ def merge_sizes(
     stream: bool = False,
     **options: Any,
 ) -> dict[str, OpenBundle]:
-    """Write a bundle of each size to `output/SIZE`, one after another, and open them. They equal single merges.
+    """Write a bundle of each size to `output/SIZE`, in one read of the weights, and open them.
+
+    They equal single merges.
 
     sizes: `1.5x,2x,4x` or `1x:8x:1x`. A size whose bundle is already there is skipped. options: as in `merge`.
     """
@@ -270,8 +272,7 @@ def merge_sizes(
     bundles = {size: (one, allocate(loaded, one, pricer)) for size, one in at_sizes(request, several).items()}
     check_apart(folder, [path])
     place = path.absolute().parent
-    for _ in _merge_sizes(loaded, bundles, folder, force=force, plan_folder=place, access=access, **options):
-        pass
+    _merge_sizes(loaded, bundles, folder, force=force, plan_folder=place, access=access, **options)
     return {size: OpenBundle(folder / size) for size in bundles}
 
 

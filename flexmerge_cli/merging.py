@@ -1,6 +1,8 @@
 """Does what `merge` does: turns a plan, a method and a size into a bundle."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.allocation.allocate import allocate
@@ -72,20 +74,54 @@ def merge(
 
     Raises UsageError, DataError, SourceError, MachineError, and GateError if a task is farther than max_distance.
     """
+    layout = layout or allocate(plan, request, Pricer(plan, calibration=calibration_of(request, plan)))
+    [measured] = merge_all(
+        plan, {output: (request, layout)}, plan_folder=plan_folder, relocate=relocate, access=access, force=force,
+        device=device, threads=threads, max_memory=max_memory, examine=examine, card=card, scores=scores, old=old,
+        part=part, join=join, on_progress=on_progress,
+    )  # fmt: skip
+    return layout, measured
+
+
+def merge_all(
+    plan: Plan,
+    bundles: Mapping[Path, tuple[MergeRequest, BundleLayout]],
+    *,
+    plan_folder: Path,
+    relocate: Mapping[str, str] | None = None,
+    access: Access = ONLINE,
+    force: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    examine: Callable[[Path], Scores | None] = lambda _folder: None,
+    card: bool = True,
+    scores: Scores | None = None,
+    old: Unchanged | None = None,
+    part: Share | None = None,
+    join: bool = False,
+    on_progress: OnProgress = lambda _what, _done, _total: None,
+) -> list[Measured]:
+    """Write several bundles of one plan, each at its place, in one read of the weights; see `merge`.
+
+    old, part and join: for one bundle only.
+    """
     from flexmerge_cli.bundle.parts import write_part
-    from flexmerge_cli.bundle.write import check_output, write_bundle
+    from flexmerge_cli.bundle.write import check_output, writing
     from flexmerge_cli.engine.device import choose_device
+    from flexmerge_cli.engine.materialise import materialise_all
     from flexmerge_cli.engine.merge_memory import merge_chunk
     from flexmerge_cli.engine.pool import default_threads
 
     where = choose_device(device)
     threads = threads or default_threads()
-    layout = layout or allocate(plan, request, Pricer(plan, calibration=calibration_of(request, plan)))
     memory = access.memory_left(max_memory)
-    check_output(output, layout, force=force)
+    check_output({output: layout for output, (_, layout) in bundles.items()}, force=force)
     sources = open_sources(plan, plan_folder, relocate, access)
-    chunk = merge_chunk(layout if old is None else old.left, threads, memory, sources.located)
-    check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
+    layouts = [layout for _, layout in bundles.values()]
+    chunk = merge_chunk(layouts if old is None else [old.left], threads, memory, sources.located)
+    for output in bundles:
+        check_apart(output, [found.path for found in (*sources.tasks, sources.base) if found is not None])
     fetch(sources.to_fetch(), access, on_progress)
     # This is one pass over everything; less is read of equal tensors, and of a base with which nothing merges.
     read = (sources.located.base, *sources.located.tasks)
@@ -102,13 +138,14 @@ def merge(
         on_progress(stage, done, total)
 
     if part is not None:
+        [(output, (_, layout))] = bundles.items()
         write_part(
             layout, sources.located, output, part, device=where, threads=threads, chunk_elements=chunk,
             on_bytes=on_bytes, on_stage=on_stage,
         )  # fmt: skip
-        return layout, Measured()
+        return [Measured()]
 
-    def accept(measured: Measured) -> None:
+    def accept(request: MergeRequest, measured: Measured) -> None:
         limit = request.max_distance
         far = {
             plan.tasks[task].name: distance
@@ -130,21 +167,16 @@ def merge(
         if card:
             (folder / CARD_NAME).write_text(make_card(folder, manifest, plan, scores or found))
 
-    measured = write_bundle(
-        layout,
-        sources.located,
-        sources.side_files,
-        output,
-        force=force,
-        device=where,
-        threads=threads,
-        chunk_elements=chunk,
-        accept=accept,
-        examine=finish,
-        on_bytes=on_bytes,
-        on_stage=on_stage,
-        on_message=access.on_message,
-        old=old,
-        joins=join,
-    )
-    return layout, measured
+    with ExitStack() as stack:
+        products = []
+        for output, (request, layout) in bundles.items():
+            bundle = writing(
+                layout, sources.side_files, output, force=force, device=where, accept=partial(accept, request),
+                examine=finish, on_stage=on_stage, on_message=access.on_message, old=old, joins=join,
+            )  # fmt: skip
+            products.append(stack.enter_context(bundle))
+        materialise_all(
+            products, sources.located, device=where, threads=threads, chunk_elements=chunk, on_bytes=on_bytes,
+            on_stage=on_stage,
+        )  # fmt: skip
+    return [product.measured for product in products]

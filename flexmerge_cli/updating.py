@@ -38,7 +38,7 @@ class Update:
         one of its files is missing or truncated, GateError if the plan cannot be packed as requested.
         """
         from flexmerge_cli.engine.device import choose_device
-        from flexmerge_cli.engine.materialise import build_of
+        from flexmerge_cli.engine.product import build_of
 
         bundle = Bundle.look(folder)
         check_lineage(bundle, plan)

@@ -22,7 +22,7 @@ from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.chain import Chain, chains_of
-from flexmerge_cli.engine.materialise import complete
+from flexmerge_cli.engine.product import complete
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.manifest import GroupEntry, unpacked_errors
 from flexmerge_cli.formats.plan_file import Plan

@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,8 @@ from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.digest import digest_file
 from flexmerge_cli.engine import journal
 from flexmerge_cli.engine.journal import Journal, holds_journal, journals_of, read_journals
-from flexmerge_cli.engine.materialise import materialise
 from flexmerge_cli.engine.output import Output
-from flexmerge_cli.engine.sources import Sources
-from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
+from flexmerge_cli.engine.product import Product
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.folders import WEIGHTS
 from flexmerge_cli.json_file import require_memory
@@ -32,9 +30,18 @@ from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 COPY_BYTES = 4 << 20
 
 
-def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
+def check_output(bundles: Mapping[Path, BundleLayout], *, force: bool) -> None:
     """Refuse what can be refused before a weight is read: a taken or unwritable place, a full disk."""
-    check_target(target, force=force, ours=bundle_files, resumes=True)
+    for target, layout in bundles.items():
+        check_target(target, force=force, ours=bundle_files, resumes=True)
+        _check_manifest(layout)
+    needed = sum(layout.total_bytes for layout in bundles.values())
+    free = shutil.disk_usage(folder_above(target)).free + sum(map(partial_bytes, bundles))
+    if free < needed:
+        raise no_space(target, needed)
+
+
+def _check_manifest(layout: BundleLayout) -> None:
     if layout.num_manifest_bytes > MAX_MANIFEST_BYTES:
         raise UsageError(
             f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
@@ -45,30 +52,24 @@ def check_output(target: Path, layout: BundleLayout, *, force: bool) -> None:
         require_memory(manifest, manifest.decode())
     except ValueError as error:
         raise UsageError(f"no reader would take the manifest: {error}", hint="make several bundles") from None
-    free = shutil.disk_usage(folder_above(target)).free + partial_bytes(target)
-    if free < layout.total_bytes:
-        raise no_space(target, layout.total_bytes)
 
 
-def write_bundle(
+@contextmanager
+def writing(
     layout: BundleLayout,
-    sources: Sources,
     side_files: Mapping[tuple[str, str], Path],
     target: Path,
     *,
     force: bool,
     device: torch.device,
-    threads: int,
-    chunk_elements: int = CHUNK_ELEMENTS,
     accept: Callable[[Measured], None] = lambda _measured: None,
     examine: Callable[[Path], None] = lambda _folder: None,
-    on_bytes: Callable[[int], None] = lambda _count: None,
     on_stage: Callable[[str], None] = lambda _name: None,
     on_message: Callable[[str], None] = lambda _message: None,
     old: Unchanged | None = None,
     joins: bool = False,
-) -> Measured:
-    """Write and publish a bundle. Returns what was measured.
+) -> Iterator[Product]:
+    """Give what the engine makes inside the block of a bundle, which is completed and published at its end.
 
     side_files: maps (task, or "" for the base, name) to its source. accept may raise, after measuring and before
     publishing; so may examine, which gets the folder of the complete bundle before it is published. on_message: gets a
@@ -117,18 +118,14 @@ def write_bundle(
             resumes=holds_journal(folder),
             known={part: partial(old.pieces, place) for part, place in old.copied.items()} if old is not None else {},
         )
-        measured = materialise(
-            layout if old is None else old.left,
-            sources,
-            output,
-            device=device,
-            threads=threads,
-            chunk_elements=chunk_elements,
-            on_bytes=on_bytes,
-            on_stage=on_stage,
+        product = Product(
+            layout=layout if old is None else old.left,
+            output=output,
             journal=stack.enter_context(Journal(folder, key)) if is_long or joins else None,
             on_rest=on_rest,
         )
+        yield product
+        measured = product.measured
         if old is not None:
             old.complete(measured)
         on_stage("files of the tasks")
@@ -143,7 +140,6 @@ def write_bundle(
         examine(folder)
         for written in journals_of(folder):
             written.unlink()
-    return measured
 
 
 def _leave_weights(layout: BundleLayout, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Prepares the source of `merge`: a plan, or a recipe, which is planned first."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ class Packing:
         self.pricer = Pricer(plan, calibration=calibration)
         requests = at_sizes(self.request, self.sizes)
         layouts = {size: allocate(plan, request, self.pricer) for size, request in requests.items()}
-        found: Iterable[tuple[str, Measured | None, Unchanged | None]] = ((size, None, None) for size in layouts)
+        found: dict[str, Measured] = {}
         if not dry_run:
             found = merge_sizes(
                 plan, {size: (requests[size], layouts[size]) for size in layouts}, output, force=force,
@@ -229,10 +229,9 @@ class Packing:
                 on_progress=on_progress, **run,
             )  # fmt: skip
         bundles = {}
-        for size, measured, old in found:
-            value = merge_summary(layouts[size], output / size, measured, warnings=[], threads=run["threads"])
-            taken = {"update": old.summary()} if old is not None else {}
-            bundles[size] = value | taken | {"was_there": measured is None and not dry_run}
+        for size, layout in layouts.items():
+            value = merge_summary(layout, output / size, found.get(size), warnings=[], threads=run["threads"])
+            bundles[size] = value | {"was_there": size not in found and not dry_run}
         return {"bundles": bundles, "written": not dry_run, "warnings": [*self.source_warnings]}
 
     def verdict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class AtStore:
     def unchanged(self, layout: BundleLayout, device: str) -> Unchanged | None:
         """Return the bundle that a killed run has made but not sent, if it is the one that this run makes."""
         from flexmerge_cli.engine.device import choose_device
-        from flexmerge_cli.engine.materialise import build_of
+        from flexmerge_cli.engine.product import build_of
 
         build = build_of(layout, choose_device(device))
         if layout.calibration is not None or not is_there(self.folder, layout, build):

@@ -1,43 +1,32 @@
-"""Runs `merge`: turns source weights into the arrays of a layout, and measures what was lost.
+"""Runs `merge`: turns source weights into the arrays of layouts, and measures what was lost.
 
-Each weight is read once here; statistics_pass.py reads it before for what methods and forms must know about the whole.
-Threads take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in order, so that
-neither bytes nor numbers depend on the number of threads.
+Each weight is read once here, for all layouts; statistics_pass.py reads it before for what methods and forms must know
+about the whole. Threads take ranges of one tensor over base and tasks (work.py); one thread takes hashes and sums, in
+order, so that neither bytes nor numbers depend on the number of threads.
 """
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 
 import numpy as np
-import xxhash
 
-from flexmerge_cli.allocation.allocation import Tasks, Unit
 from flexmerge_cli.allocation.layout import BundleLayout
-from flexmerge_cli.allocation.manifest_bytes import NO_DIGEST, Measured
-from flexmerge_cli.allocation.storage import Part as StoredPart
-from flexmerge_cli.allocation.storage import Storage
-from flexmerge_cli.checkpoint.digest import TensorDigest
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
-from flexmerge_cli.engine.chain import chains_of
 from flexmerge_cli.engine.device import single_threaded
-from flexmerge_cli.engine.encode import Encoder, Piece
+from flexmerge_cli.engine.encode import Piece
 from flexmerge_cli.engine.journal import Journal
-from flexmerge_cli.engine.output import Output, Sink
-from flexmerge_cli.engine.pool import ordered_map, with_fallback
-from flexmerge_cli.engine.runs import RUN_ELEMENTS, added
+from flexmerge_cli.engine.output import Sink
+from flexmerge_cli.engine.pool import Buffers, ordered_map, with_fallback
+from flexmerge_cli.engine.product import Making, Product
+from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.sources import BASE, Sources
-from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, Span, cut
-from flexmerge_cli.engine.statistics_pass import StatisticsPass
-from flexmerge_cli.engine.work import Raw, Worker
-from flexmerge_cli.engine.writers.table import encode, visit_scope
-from flexmerge_cli.errors import DataError
-from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, Span, cut, widest
+from flexmerge_cli.engine.work import Worker
+from flexmerge_cli.later import torch
 from flexmerge_cli.methods.method import Scope
-from flexmerge_cli.methods.pooled import factor_pairs, product_gram
-from flexmerge_cli.version import VERSION
 
 
 def materialise(
@@ -52,52 +41,56 @@ def materialise(
     on_stage: Callable[[str], None] = lambda _name: None,
     journal: Journal | None = None,
     share: Collection[str] | None = None,
-    on_rest: Callable[[Sequence[str]], None] = lambda _names: None,
 ) -> Measured:
-    """Write the layout's parts to `output`. Raises DataError if a source is not what the plan saw.
+    """Write the parts of one layout to `output`; see `materialise_all`.
 
-    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read. The layout may
-    have only some units and groups, as in evaluation/in_memory.py: what they store does not depend on the rest.
-    journal: records each tensor that is written, and knows those that an earlier run has written to the same files,
-    which are not computed again; `output` must then be an Output.
-    share: names of the tensors to write, with all tensors of a unit or none; then only their digests are returned.
-    on_rest: gets, before anything is computed, the tensors that the journal does not have; may raise.
+    The layout may have only some units and groups, as in evaluation/in_memory.py: what they store does not depend on
+    the rest.
+    """
+    product = Product(layout=layout, output=output, journal=journal, share=share)
+    materialise_all(
+        [product], sources, device=device, threads=threads, chunk_elements=chunk_elements, on_bytes=on_bytes,
+        on_stage=on_stage,
+    )  # fmt: skip
+    return product.measured
+
+
+def materialise_all(
+    products: Sequence[Product],
+    sources: Sources,
+    *,
+    device: "torch.device",
+    threads: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    on_bytes: Callable[[int], None] = lambda _count: None,
+    on_stage: Callable[[str], None] = lambda _name: None,
+) -> None:
+    """Write the parts of all products, whose layouts are of one plan. Raises DataError if a source is not what the plan
+    saw.
+
+    chunk_elements: a multiple of RUN_ELEMENTS. on_bytes is called with the number of source bytes read.
     """
     assert chunk_elements % RUN_ELEMENTS == 0
-    with Reader() as reader, single_threaded(), output:
-        worker = Worker(layout, sources, reader, device)
-        worker.on_bytes = on_bytes
-        run = _Run(worker, Encoder(worker, output), output, threads, chunk_elements, on_stage)
-        measured = run.write(journal, share, on_rest)
-        measured.sha256 = output.finish()
-        return measured
-
-
-@dataclass(slots=True)
-class _Joined:
-    """The sums and digests of the pieces so far."""
-
-    errors: dict[tuple[str, int], float] = field(default_factory=dict)
-    """Σ (θ̂ - θ)², by (tensor, task)."""
-    sources: dict[int, TensorDigest] = field(default_factory=dict)
-    """The digests so far of the tensor that is being read."""
-    decoded: dict[int, TensorDigest] = field(default_factory=dict)
+    with Reader() as reader, single_threaded(), ExitStack() as stack:
+        for product in products:
+            stack.enter_context(product.output)
+        buffers = Buffers()
+        workers = [Worker(product.layout, sources, reader, device, buffers) for product in products]
+        for worker in workers:
+            worker.on_bytes = on_bytes
+        run = _Run([Making(*pair) for pair in zip(products, workers)], threads, chunk_elements, on_stage)
+        for product, making in zip(products, run.makings):
+            product.on_rest([*making.rest])
+        run.write()
 
 
 class _Run:
-    """One run: what is read when, and how pieces are joined."""
+    """One run: what is read when."""
 
     def __init__(
-        self,
-        worker: Worker,
-        encoder: Encoder,
-        output: Sink,
-        threads: int,
-        chunk_elements: int,
-        on_stage: Callable[[str], None],
+        self, makings: Sequence[Making], threads: int, chunk_elements: int, on_stage: Callable[[str], None]
     ) -> None:
-        self.worker, self.encoder, self.output = worker, encoder, output
-        self.layout, self.plan = worker.layout, worker.plan
+        self.makings, self.plan = makings, makings[0].plan
         self.threads, self.chunk_elements, self.on_stage = threads, chunk_elements, on_stage
 
     def spans(self, name: str, scope: Scope = "element") -> list[Span]:
@@ -107,252 +100,77 @@ class _Run:
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes if shape is not None]
         return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
 
-    def scope(self, storage: Storage) -> Scope:
-        return visit_scope(self.worker.chains, storage)
+    def items(self) -> list[list[Span]]:
+        """List what is visited together: one range of a tensor or, for methods of scope `block`, all tensors of a
+        unit."""
+        # Use the order of parts in the files of the first, so that files are mostly written, and hashed, front to back.
+        first = {name: storage for making in reversed(self.makings) for name, storage in making.rest.items()}
 
-    def items(self, kept: Collection[str], share: Collection[str] | None) -> list[list[tuple[Storage, Span]]]:
-        """List what is visited together: one range of a tensor or, for methods of scope `block`, all tensors of a unit.
+        def place(name: str) -> tuple[int, str]:
+            part = first[name].parts[0]
+            return -ITEM_BYTES[part.array.dtype], part.name
 
-        kept: tensors that are left out. share: those that are not; None: all.
-        """
-        found = self.layout.storages.items()
-        wanted = {name for name, storage in found if storage.parts and (share is None or name in share)} - set(kept)
-        storages = [storage for name, storage in found if name in wanted]
-        # Use the order of parts in their files, so that files are mostly written, and hashed, front to back.
-        storages.sort(key=lambda storage: (-ITEM_BYTES[storage.parts[0].array.dtype], storage.parts[0].name))
-        scopes = {storage.tensor.name: self.scope(storage) for storage in storages}
-        units: dict[str, list[tuple[Storage, Span]]] = {}
-        items: list[list[tuple[Storage, Span]]] = []
-        for storage in storages:
-            name = storage.tensor.name
-            spans = [(storage, span) for span in self.spans(name, scopes[name])]
-            if scopes[name] == "block":
-                of_unit = units.setdefault(self.encoder.unit_of[name], [])
-                if not of_unit:
-                    items.append(of_unit)
-                of_unit += spans
+        units: dict[object, list[Span]] = {}
+        items: list[list[Span]] = []
+        for name in sorted(first, key=place):
+            scope = widest(making.scope(making.rest[name]) for making in self.makings if name in making.rest)
+            spans = self.spans(name, scope)
+            if scope == "block":
+                # A unit is a block or one of its tensors.
+                found = [making.unit_of[name] for making in self.makings if name in making.unit_of]
+                unit = max(found, key=lambda unit: len(unit.tensors)).name
+                if unit not in units:
+                    items.append(units.setdefault(unit, []))
+                units[unit] += spans
             else:
-                items += [[pair] for pair in spans]
+                items += [[span] for span in spans]
         return items
 
-    def _visit(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
-        if len(item) == 1 and self.scope(item[0][0]) != "block":
-            storage, span = item[0]
-            return [encode(self.encoder, storage, self.worker.read(span, self.worker.models(storage), digests=True))]
+    def models(self, name: str) -> tuple[int, ...]:
+        """Return the models that must be read for a tensor, as `Worker.models`."""
+        found = {model for m in self.makings if name in m.rest for model in m.worker.models(m.rest[name])}
+        return (*sorted(found - {BASE}), *({BASE} & found))
+
+    def visit(self, item: Sequence[Span]) -> list[dict[str, Piece]]:
+        """Read an item, and return the pieces of each product."""
+        worker = self.makings[0].worker
         raws = {
-            span.tensor: self.worker.read(span, self.worker.models(storage), place, digests=True)
-            for place, (storage, span) in enumerate(item)
+            span.tensor: worker.read(span, self.models(span.tensor), place, digests=True)
+            for place, span in enumerate(item)
         }
-        values: dict[str, dict[Tasks, torch.Tensor]] = {name: {} for name in raws}
-        groups = {group.tasks: group for storage, _ in item for group in storage.groups if group.method is not None}
-        for tasks, group in groups.items():
-            chain = self.worker.chain(group)
-            members = {
-                storage.tensor.name: raws[storage.tensor.name]
-                for storage, _ in item
-                if any(g.tasks == tasks and g.method is not None for g in storage.groups)
-            }
-            if chain.call is not None and chain.call.scope == "block":
-                for name, value in self.worker.block_values(group, members).items():
-                    values[name][tasks] = value
-        pieces = [encode(self.encoder, storage, raws[span.tensor], values[span.tensor]) for storage, span in item]
-        if any(chain.products is not None for chain in self.worker.chains):
-            self._errors_of_products(raws, values, {span.tensor: piece for (_, span), piece in zip(item, pieces)})
-        self.worker.buffers.drop()  # they are buffers for each tensor of the unit, and the next unit has other tensors
-        return pieces
+        found: list[tuple[Making, dict[str, Piece]]] = []
+        for making in self.makings:
+            found.append((making, making.visit(raws, found)))
+        if len(item) > 1:
+            worker.buffers.drop()  # they are buffers for each tensor of the unit, and the next unit has other tensors
+        return [pieces for _, pieces in found]
 
-    def _errors_of_products(
-        self, raws: dict[str, Raw], values: dict[str, dict[Tasks, Tensor]], pieces: dict[str, Piece]
-    ) -> None:
-        """Compute the errors of a pool of LoRAs: the loss of ΔW counts at the B of a module, and nothing at its A."""
-        for a, b in factor_pairs(raws):
-            gram = self.plan.gram(self.plan.tensor(b))
-            for piece in (pieces[a], pieces[b]):
-                piece.errors = {task: np.zeros_like(error) for task, error in piece.errors.items()}
-            for tasks in set(values[a]) & set(values[b]):
-                for task in tasks:
-                    own = [self.worker.own(raws[name], task).view(self.plan.tensor(name).shape) for name in (a, b)]
-                    merged = [values[name][tasks].view(self.plan.tensor(name).shape).cpu() for name in (a, b)]
-                    lost = product_gram((merged[0], own[0]), (merged[1], own[1]))
-                    scale = gram[task, task] / float(lost[1, 1]) if float(lost[1, 1]) > 0 else 1.0
-                    error = max(0.0, float(lost[0, 0] - 2 * lost[0, 1] + lost[1, 1])) * scale
-                    pieces[b].errors[task].flat[0] = error
+    def visit_on_cpu(self, item: Sequence[Span]) -> list[dict[str, Piece]]:
+        with ExitStack() as stack:
+            for making in self.makings:
+                stack.enter_context(making.worker.on_cpu())
+            return self.visit(item)
 
-    def _visit_on_cpu(self, item: Sequence[tuple[Storage, Span]]) -> list[Piece]:
-        with self.worker.on_cpu():
-            return self._visit(item)
-
-    def _keep(self, journal: Journal, joined: "_Joined", measured: Measured) -> set[str]:
-        """Return the tensors that an earlier run has written. Its measurements go to `joined` and `measured`."""
-        assert isinstance(self.output, Output)
-        found = {
-            name
-            for name, done in journal.found.items()
-            if (storage := self.layout.storages.get(name)) is not None
-            and list(done.parts) == [self.output.digest(part) for part in storage.parts]
-        }
-        for unit in self.layout.allocation.units:  # A unit merges as one.
-            if not found.issuperset(unit.tensors) and any(
-                self.scope(self.layout.storages[name]) == "block" for name in unit.tensors
-            ):
-                found.difference_update(unit.tensors)
-        for unit, parts in self._of_units():
-            done = journal.found.get(f"\0{unit.name}")
-            sound = done is not None and list(done.parts) == [self.output.digest(part) for part in parts]
-            if found.issuperset(unit.tensors) and sound:
-                for part in parts:
-                    self.output.keep(part)
-            elif found.issuperset(unit.tensors):
-                found.difference_update(unit.tensors)
-        for name in sorted(found):
-            done = journal.found[name]
-            for part in self.layout.storages[name].parts:
-                self.output.keep(part)
-            measured.digests[name] = done.digests
-            joined.errors |= {(name, task): error for task, error in done.errors.items()}
-        return found
-
-    def write(
-        self, journal: Journal | None, share: Collection[str] | None, on_rest: Callable[[Sequence[str]], None]
-    ) -> Measured:
-        measured, joined = Measured(), _Joined()
-        items = self.items(self._keep(journal, joined, measured) if journal is not None else (), share)
-        names = {span.tensor: None for item in items for _, span in item}
-        on_rest([*names])
-        if names:
-            before = StatisticsPass(self.worker, self.encoder, self.spans, self.threads, self.on_stage)
-            before.measure(frozenset(names))
-            self._write_of_units(journal)
+    def write(self) -> None:
+        known: dict[object, object] = {}
+        for making in self.makings:
+            making.measure(self.spans, self.threads, self.on_stage, known)
         self.on_stage("merge")
+        items = self.items()
 
-        def work(place: int) -> list[Piece]:
+        def work(place: int) -> list[dict[str, Piece]]:
             for item in items[place + self.threads + 1 : place + self.threads + 2]:
-                for storage, span in item:
-                    self.worker.will_need(storage, span)
+                for span in item:
+                    self.makings[0].worker.will_need(span, self.models(span.tensor))
             return with_fallback(
-                lambda: self._visit(items[place]), lambda: self._visit_on_cpu(items[place]), warnings.warn
+                lambda: self.visit(items[place]), lambda: self.visit_on_cpu(items[place]), warnings.warn
             )
 
         with ordered_map(range(len(items)), work, threads=self.threads) as visits:
-            for item, pieces in zip(items, visits):
-                for (storage, span), piece in zip(item, pieces):
-                    self._join(storage, span, piece, joined, measured, journal)
-        if share is not None:
-            return measured
-        for unit in self.layout.allocation.units:
-            for group in unit.groups:
-                measured.errors[unit.name, group.tasks] = {
-                    task: sum((joined.errors.get((name, task), 0.0) for name in unit.tensors), 0.0)
-                    for task in group.tasks
-                }
-        measured.build = build_of(self.layout, self.worker.device)
-        complete(self.layout, measured)
-        return measured
-
-    def _join(
-        self,
-        storage: Storage,
-        span: Span,
-        piece: Piece,
-        joined: "_Joined",
-        measured: Measured,
-        journal: Journal | None,
-    ) -> None:
-        """Take a piece's hashes and sums; at the end of its tensor, check and record its digests."""
-        for part, start_byte, data in piece.written:
-            self.output.hashed(part, start_byte, data)
-            if journal is not None:
-                journal.hashed(part, start_byte, data)
-        for into, found in ((joined.sources, piece.sources), (joined.decoded, piece.decoded)):
-            for model, digest in found.items():
-                into.setdefault(model, TensorDigest()).add(digest)
-        for task, error in piece.errors.items():
-            joined.errors[span.tensor, task] = added(joined.errors.get((span.tensor, task), 0.0), error)
-        if span.last:
-            self._check_sources(storage, joined.sources)
-            decoded = joined.decoded
-            measured.digests[span.tensor] = {
-                task: decoded[task].hexdigest() if task in decoded else str(storage.tensor.digests[task])
-                for task in storage.tensor.present
-            }
-            joined.sources, joined.decoded = {}, {}
-            if journal is not None:
-                name, digests = span.tensor, measured.digests[span.tensor]
-                errors = {task: joined.errors[name, task] for task in digests if (name, task) in joined.errors}
-                journal.finished(name, storage.parts, digests, errors)
-
-    def _check_sources(self, storage: Storage, digests: dict[int, TensorDigest]) -> None:
-        tensor = storage.tensor
-        for model, digest in digests.items():
-            expected = tensor.base_digest if model == BASE else tensor.digests[model]
-            if digest.hexdigest() != expected:
-                stored, who = self.worker.source(tensor.name, model), self.worker.sources.describe[model]
-                raise DataError(
-                    f"{who} has changed since the plan: `{stored.name}` of {stored.path}", hint="make the plan again"
-                )
-
-    def _of_units(self) -> list[tuple[Unit, list[StoredPart]]]:
-        """Return what is stored once for all tensors of a unit, in the order of the files."""
-        of_units: dict[str, list[StoredPart]] = {}
-        for part in (part for file in self.layout.files for part in file.parts if part.of_unit):
-            of_units.setdefault(part.tensor, []).append(part)
-        return [(unit, of_units[unit.name]) for unit in self.layout.allocation.units if unit.name in of_units]
-
-    def _write_of_units(self, journal: Journal | None) -> None:
-        values: dict[tuple[str, int | None], np.ndarray] = {
-            (unit, task): data[row : row + 1]
-            for (unit, tasks), data in self.encoder.of_units.items()
-            for row, task in enumerate(tasks)
-        }
-        for unit, parts in self._of_units():
-            # The others belong to another part of the merge, were written before, or are taken from an older bundle.
-            computed = [part for part in parts if (unit.name, part.task) in values]
-            for part in computed:
-                data = np.frombuffer(values[unit.name, part.task].tobytes(), np.uint8)
-                self.output.write(part, 0, data)
-                self.output.hashed(part, 0, data)
-                if journal is not None:
-                    journal.hashed(part, 0, data)
-            if journal is not None and len(computed) == len(parts):
-                journal.finished(f"\0{unit.name}", parts, {}, {})
-
-
-def complete(layout: BundleLayout, measured: Measured) -> None:
-    """Set what follows from errors and digests: digests of tied tensors, and each task's distance relative to ‖τ_k‖."""
-    for storage in layout.storages.values():
-        tensor = storage.tensor
-        target = measured.digests.get(tensor.reason) if tensor.class_ is TensorClass.TIED else None
-        if target is not None:  # It was computed.
-            measured.digests[tensor.name] = {task: target[task] for task in tensor.present}
-    energy = layout.plan.task_energy()
-    totals = np.zeros(len(energy))
-    for unit in layout.allocation.units:
-        for group in unit.groups:
-            errors = measured.errors[unit.name, group.tasks]
-            measured.group_distance[unit.name, group.tasks] = {
-                task: _distance(error, energy[task]) for task, error in errors.items()
-            }
-            for task, error in errors.items():
-                totals[task] += error
-    measured.task_distance = {task: _distance(totals[task], energy[task]) for task in layout.plan.all_tasks}
-
-
-def build_of(layout: BundleLayout, device: "torch.device") -> str:
-    """Digest what the stored values depend on besides sources, method and allocation; NO_DIGEST if all are copies.
-
-    All processors and devices compute the same values by element and by row, but linear algebra may differ.
-    """
-    groups = [group for storage in layout.storages.values() for group in storage.groups]
-    if layout.allocation.dtype is None and all(group.method is None for group in groups):
-        return NO_DIGEST
-    text, chains = f"{VERSION} {torch.__version__}", chains_of(layout)
-    if any(visit_scope(chains, storage) in ("tensor", "block") for storage in layout.storages.values()):
-        text += f" {device.type} {torch.backends.cpu.get_cpu_capability()}"
-    return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def _distance(error: float, energy: float) -> float | None:
-    """Return ‖θ̂ - θ‖ / ‖τ‖: 0 if exact, otherwise None if ‖τ‖ = 0."""
-    if error == 0:
-        return 0.0
-    return float(np.sqrt(error / energy)) if energy > 0 else None
+            for item, visited in zip(items, visits):
+                for making, pieces in zip(self.makings, visited):
+                    for span in item:
+                        if span.tensor in pieces:
+                            making.join(span, pieces[span.tensor])
+        for making in self.makings:
+            making.finish()

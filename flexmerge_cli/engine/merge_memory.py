@@ -5,7 +5,7 @@ in work.py, writers/ and statistics_pass.py is counted here.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexmerge_cli.allocation.allocation import Tasks
@@ -39,31 +39,60 @@ SMALLEST_CHUNK = 1 << 12
 
 
 def merge_bytes(
-    layout: BundleLayout, threads: int, chunk_elements: int = CHUNK_ELEMENTS, sources: Sources | None = None
+    layout: BundleLayout,
+    threads: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    sources: Sources | None = None,
+    others: Sequence[BundleLayout] = (),
 ) -> int:
     """Return the most memory that `merge` takes for this layout, in bytes. sources: only they tell what reading
-    adapters takes."""
-    run = _Run(layout, chunk_elements, sources)
+    adapters takes. others: the layouts that are written at the same time, which read each range once."""
+    layouts = (layout, *others)
+    chains = [chains_of(one) for one in layouts]
+    scopes = {
+        name: widest(
+            visit_scope(of_one, one.storages[name]) for of_one, one in zip(chains, layouts) if name in one.storages
+        )
+        for name in dict.fromkeys(name for one in layouts for name in one.storages)
+    }
+    runs = [_Run(one, of_one, scopes, chunk_elements, sources) for of_one, one in zip(chains, layouts)]
     models = len(layout.plan.tasks) + 1
     fixed = FIXED_BYTES + RECORD_BYTES * models * len(layout.plan.tensors) + threads * THREAD_BYTES
-    passes = [run.writing(), *run.statistics()]
-    return fixed + SPAN_BYTES * run.num_spans + max(taken.bytes(threads) for taken in passes)
+    writing = sum(run.writing().bytes(threads) for run in runs)
+    statistics = max((taken.bytes(threads) for run in runs for taken in run.statistics()), default=0)
+    return fixed + SPAN_BYTES * sum(run.num_spans for run in runs) + max(writing, statistics)
 
 
-def merge_chunk(layout: BundleLayout, threads: int, max_memory: int | None, sources: Sources | None = None) -> int:
+def merge_chunk(
+    layouts: Sequence[BundleLayout], threads: int, max_memory: int | None, sources: Sources | None = None
+) -> int:
     """Return the elements of one work item of `merge`. Raises UsageError if even the smallest does not fit."""
+    first, *others = layouts
     return fitting(
-        lambda chunk: merge_bytes(layout, threads, chunk, sources), CHUNK_ELEMENTS, SMALLEST_CHUNK, max_memory, threads
+        lambda chunk: merge_bytes(first, threads, chunk, sources, others),
+        CHUNK_ELEMENTS,
+        SMALLEST_CHUNK,
+        max_memory,
+        threads,
     )
 
 
 class _Run:
     """The passes of one layout."""
 
-    def __init__(self, layout: BundleLayout, chunk_elements: int, sources: Sources | None) -> None:
+    def __init__(
+        self,
+        layout: BundleLayout,
+        chains: Sequence[Chain],
+        scopes: Mapping[str, Scope],
+        chunk_elements: int,
+        sources: Sources | None,
+    ) -> None:
+        """Take a layout. scopes: what one visit sees of each tensor, for all layouts that are written together."""
+        self.scopes = scopes
         self.sources = (sources.base, *sources.tasks) if sources is not None else ()
         self.layout, self.plan, self.chunk_elements = layout, layout.plan, chunk_elements
-        self.chains = chains_of(layout)
+        self.chains = chains
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.num_spans = 0
 
@@ -72,11 +101,11 @@ class _Run:
         found = Pass()
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
-            in_blocks = [storage for storage in storages if visit_scope(self.chains, storage) == "block"]
+            in_blocks = [storage for storage in storages if self.scopes[storage.tensor.name] == "block"]
             if in_blocks:
                 self._block(found, in_blocks)
         for storage in self.layout.storages.values():
-            scope = visit_scope(self.chains, storage)
+            scope = self.scopes[storage.tensor.name]
             if scope != "block" and storage.parts:
                 span = self._span(storage, scope)
                 result = self._result(storage, span)

@@ -10,7 +10,6 @@ import numpy as np
 
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import StoredGroup
-from flexmerge_cli.engine.chain import Chain
 from flexmerge_cli.engine.encode import Encoder
 from flexmerge_cli.engine.pool import ordered_map
 from flexmerge_cli.engine.runs import added
@@ -33,11 +32,18 @@ class StatisticsPass:
     """The passes before the one that writes."""
 
     def __init__(
-        self, worker: Worker, encoder: Encoder, spans: Spans, threads: int, on_stage: Callable[[str], None]
+        self,
+        worker: Worker,
+        encoder: Encoder,
+        spans: Spans,
+        threads: int,
+        on_stage: Callable[[str], None],
+        known: dict[Any, Any],
     ) -> None:
+        """Take what measures. known: what passes of other layouts of the plan have found, which this one extends."""
         self.worker, self.encoder, self.spans = worker, encoder, spans
         self.layout, self.plan = worker.layout, worker.plan
-        self.threads, self.on_stage = threads, on_stage
+        self.threads, self.on_stage, self._known = threads, on_stage, known
         self._names: frozenset[str] = frozenset()
 
     def measure(self, names: frozenset[str]) -> None:
@@ -64,16 +70,17 @@ class StatisticsPass:
                     wide = any(later is not None and later.scope != "tensor" for later in after[number + 1 :])
                     places = mergeable if wide else [tensor for tensor, _ in used]
                     everyone = [(tensor, self.plan.all_tasks) for tensor in places]
-                    found = self._measure(chain, step.statistics, everyone, number, f"{step.step.name}: statistics")
+                    what = f"{step.step.name}: statistics"
+                    found = self._measure(index, step.statistics, everyone, number, what)
                     by_domain = {domain: value for (domain, _), value in found.items()}
                 chain.step_stats.append(by_domain)
             groups = [(tensor, group.tasks) for tensor, group in used]
             if first is not None:
-                found = self._measure(chain, first, groups, len(chain.steps), f"{name}: statistics")
+                found = self._measure(index, first, groups, len(chain.steps), f"{name}: statistics")
                 chain.stats = self._lookup(first, found)
             expert: Any = chain.coded.expert if chain.coded else None
             if expert is not None:
-                found = self._measure(chain, expert, groups, 0, f"{name}: statistics of the experts", "tensor")
+                found = self._measure(index, expert, groups, 0, f"{name}: statistics of the experts", "tensor")
                 chain.expert_stats = self._lookup(expert, found)
 
     def _used(self, index: int) -> list[tuple[str, StoredGroup]]:
@@ -87,20 +94,24 @@ class StatisticsPass:
 
     def _measure(
         self,
-        chain: Chain,
+        index: int,
         first: Statistic,
         groups: Sequence[tuple[str, Tasks]],
         num_steps: int,
         what: str,
         scope: Scope = "element",
     ) -> dict[Key, Any]:
-        """Run one statistic on deltas that have been through the first steps."""
+        """Run one statistic of a method, by its index, on deltas that have been through the first steps."""
+        chain = self.worker.chains[index]
         wanted: dict[str, list[Tasks]] = {}
         for name, of_group in groups:
             sets = wanted.setdefault(self.worker.domain(first.scope, name), [])
             tasks = of_group if getattr(first, "per", "task") == "group" else self.plan.all_tasks
             if tasks not in sets:
                 sets.append(tasks)
+        key = (self.layout.allocation.methods[index], what, num_steps, *((d, *sets) for d, sets in wanted.items()))
+        if key in self._known:
+            return dict(self._known[key])
         spans = []
         for name in sorted(t.name for t in self.plan.tensors if t.class_ is TensorClass.MERGEABLE):
             shape = self.plan.tensor(name).shape
@@ -112,7 +123,7 @@ class StatisticsPass:
             deltas = self.worker.deltas(raw, tasks, 0, span.stop - span.start)
             return self.worker.all_stepped(chain, deltas, span, tasks, num_steps)
 
-        return run_statistics(
+        found = self._known[key] = run_statistics(
             first,
             wanted,
             spans,
@@ -122,6 +133,7 @@ class StatisticsPass:
             threads=self.threads,
             on_pass=lambda number: self.on_stage(f"{what}, pass {number}"),
         )
+        return found
 
     def _lookup(self, first: Statistic, found: dict[Key, Any]) -> Callable[[Tasks, str], Any]:
         """Return a function that finds the finished value for a group's tasks and a tensor."""
@@ -132,13 +144,24 @@ class StatisticsPass:
 
     def _of_units(self) -> None:
         """Compute what groups store once for all tensors of a unit, which the writers of these tensors need."""
-        jobs = [
-            (group, span)
+        methods, units = self.layout.allocation.methods, {unit.name: unit for unit in self.layout.allocation.units}
+        used = [
+            (index, name, group)
             for index, call in enumerate(self.layout.calls)
             if form_of(call).of_unit(call)
             for name, group in self._used(index)
-            for span in self.spans(name, self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape))
         ]
+        jobs: list[tuple[StoredGroup, Span]] = []
+        for index, name, group in used:
+            unit, scope = (
+                self.encoder.unit_of[name],
+                self.worker.chains[index].scope_of(name, self.plan.tensor(name).shape),
+            )
+            known = self._known.get((units[unit], methods[index], group.tasks))
+            if known is None:
+                jobs += [(group, span) for span in self.spans(name, scope)]
+            else:
+                self.encoder.of_units[unit, group.tasks] = known
         if not jobs:
             return
         self.on_stage("factors of the blocks")
@@ -161,7 +184,8 @@ class StatisticsPass:
             elements_T = np.array([self.plan.tensor(name).num_elements for name in totals[key]], np.float64)
             sums_skT = np.stack(list(totals[key].values()), axis=-1)
             call = self.layout.calls[group.method]
-            self.encoder.of_units[key] = _of_unit(group).values(call, sums_skT, elements_T)
+            values = _of_unit(group).values(call, sums_skT, elements_T)
+            self.encoder.of_units[key] = self._known[units[key[0]], methods[group.method], group.tasks] = values
 
 
 def _of_unit(group: StoredGroup) -> UnitValues:

@@ -43,11 +43,13 @@ class Raw:
 class Worker:
     """Reads and merges ranges. Thread-safe: whatever changes belongs to one thread."""
 
-    def __init__(self, layout: BundleLayout, sources: Sources, reader: Reader, device: "torch.device") -> None:
+    def __init__(
+        self, layout: BundleLayout, sources: Sources, reader: Reader, device: "torch.device", buffers: Buffers
+    ) -> None:
         self.layout, self.plan, self.sources = layout, layout.plan, sources
         self.reader = reader
         self._device, self._here = device, threading.local()
-        self.buffers = Buffers()
+        self.buffers = buffers
         self.chains = chains_of(layout)
         self.block_of = {name: block.name for block in self.plan.blocks for name in block.tensors}
         self.on_bytes: Callable[[int], None] = lambda _count: None
@@ -111,8 +113,8 @@ class Worker:
         rows = as_tensor(stacked, tensors[0].dtype).view(len(tensors), -1) if stacked is not None else None
         return Raw(span, bits, rows, dict(zip(representatives, taken)))
 
-    def will_need(self, storage: Storage, span: Span) -> None:
-        for model in self.models(storage):
+    def will_need(self, span: Span, models: Sequence[int]) -> None:
+        for model in models:
             self.reader.will_need(self.source(span.tensor, model), span.start, span.stop)
 
     def own(self, raw: Raw, task: int) -> Tensor:

@@ -94,15 +94,11 @@ def show_sizes(value: dict[str, Any]) -> None:
     """Show the bundles of several sizes, one per row."""
     rows = []
     for size, bundle in value["bundles"].items():
-        of = bundle.get("update")
-        taken = f"{of['kept_bytes'] + of['copied_bytes']:,}" if of else "-"
         distances = [task["distance"] for task in bundle["tasks"].values()]
         farthest = "null" if None in distances else _distance(max(distances, default=0.0))
         shown = "there already" if bundle["was_there"] else farthest if bundle["written"] else "-"
-        rows.append((size, f"{bundle['factor']:.4f}x", f"{bundle['total_bytes']:,}", taken, shown))
-    table(["size", "of one model", "bytes on disk", "taken from the\nsize before", "farthest task"], rows)
-    if value["written"]:
-        say("sizes were merged one after another; what one had of the next was not read again")
+        rows.append((size, f"{bundle['factor']:.4f}x", f"{bundle['total_bytes']:,}", shown))
+    table(["size", "of one model", "bytes on disk", "farthest task"], rows)
 
 
 def _distance(value: float | None) -> str:

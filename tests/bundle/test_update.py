@@ -10,7 +10,7 @@ import pytest
 
 from flexmerge_cli import api, change_plan, diff, load_plan, update, updating
 from flexmerge_cli.bundle.manifest_file import read_manifest
-from flexmerge_cli.engine import materialise
+from flexmerge_cli.engine import product
 from flexmerge_cli.errors import UsageError
 
 from ..adapters import LORA
@@ -129,7 +129,7 @@ def test_a_task_whose_weights_are_others_is_written_anew(grown, tmp_path):
 @pytest.mark.parametrize("method", ["average-half", "exact"])
 def test_of_another_build_only_copies_are_taken_over(method, grown, tmp_path, monkeypatch):
     succeeds("merge", grown / "few.json", *METHODS[method], "-o", tmp_path / "old")
-    monkeypatch.setattr(materialise.torch, "__version__", "9.9")
+    monkeypatch.setattr(product.torch, "__version__", "9.9")
     found = check_update(grown, METHODS[method], tmp_path, "few", "all")
     again = succeeds("update", tmp_path / "old", "--plan", grown / "all.json", "-o", tmp_path / "new", "--json")
     assert tree(tmp_path / "new") == tree(tmp_path / "merged-all")

@@ -1,7 +1,7 @@
 """Small families, plans and allocations of them, and bundles: what the engine's tests of methods have in common."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 from flexmerge_cli import load_plan
 from flexmerge_cli.allocation.allocation import from_groups
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
-from flexmerge_cli.bundle.write import write_bundle
+from flexmerge_cli.allocation.manifest_bytes import Measured
+from flexmerge_cli.bundle.write import writing
+from flexmerge_cli.engine.materialise import materialise_all
+from flexmerge_cli.engine.sources import Sources
 from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.registry import all_methods, format_call
@@ -139,13 +142,28 @@ def billed(
     return Pricer(plan).layout(from_groups(plan, list(groups), methods=uses, method_of=turns, dtype=dtype))
 
 
+def write_bundle(
+    layout: BundleLayout,
+    sources: Sources,
+    side_files: Mapping[tuple[str, str], Path],
+    target: Path,
+    *,
+    device: torch.device,
+    **run: Any,
+) -> Measured:
+    """Write and publish a bundle. run: arguments of `materialise_all`."""
+    with writing(layout, side_files, target, force=False, device=device) as product:
+        materialise_all([product], sources, device=device, **run)
+    return product.measured
+
+
 def write(
     folders: Folders, layout: BundleLayout, target: Path, *, threads: int = 1, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Path:
     sources = open_sources(layout.plan, folders.root)
     write_bundle(
         layout, sources.located, sources.side_files, target,
-        force=False, device=torch.device("cpu"), threads=threads, chunk_elements=chunk_elements,
+        device=torch.device("cpu"), threads=threads, chunk_elements=chunk_elements,
     )  # fmt: skip
     return target
 

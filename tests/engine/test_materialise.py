@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.allocation.allocate import allocate
-from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.engine.spans import CHUNK_ELEMENTS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.merging import merge
@@ -17,6 +16,7 @@ from flexmerge_cli.request.merge import merge_request
 from ..calls import no_thread_outlives
 from ..families import Models, encoder, normal, plain, tuned, write_family
 from ..program import fails, succeeds, tree
+from .merges import write_bundle
 
 CPU = torch.device("cpu")
 METHODS = ("average", "task_arithmetic", "ties", "emr", "consensus:K=0.3", "ties:scope=block", "emr:gamma=tensor_mean")
@@ -42,7 +42,7 @@ def write(folders, request, target, *, threads=2, chunk_elements=CHUNK_ELEMENTS)
     sources = open_sources(plan, folders.root)
     return write_bundle(
         allocate(plan, request), sources.located, sources.side_files, target,
-        force=False, device=CPU, threads=threads, chunk_elements=chunk_elements,
+        device=CPU, threads=threads, chunk_elements=chunk_elements,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
-from flexmerge_cli.bundle.write import write_bundle
 from flexmerge_cli.evaluation.in_memory import MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.planned import planned_models
@@ -17,6 +16,7 @@ from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.merge import merge_request
 
 from .. import adapters
+from ..engine.merges import write_bundle
 from ..families import assert_same_state
 from ..program import succeeds
 from ..test_adapters import CONFIGS
@@ -33,7 +33,7 @@ def assert_as_written(path: Path) -> None:
     for method in ("average", "emr", "low_bit:bits=2,centre_bits=8", None):
         layout = allocate(plan, merge_request(method=method), pricer)
         target = path.with_name(f"{path.stem}-{(method or 'copies').partition(':')[0]}")
-        write_bundle(layout, sources.located, sources.side_files, target, force=False, **run)
+        write_bundle(layout, sources.located, sources.side_files, target, **run)
         assert_same_bundle(made.bundle(layout, plan.all_tasks), Bundle.open(target), list(plan.task_names))
 
 
