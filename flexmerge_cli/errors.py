@@ -24,6 +24,20 @@ def without_colours(text: str) -> str:
     return COLOURS.sub("", text)
 
 
+_ADDRESSES: dict[str, str] = {}
+
+
+def show_as(folder: object, address: str) -> None:
+    """Make errors name the address where they would name this folder, which holds for this process what is there."""
+    _ADDRESSES[str(folder)] = address.rstrip("/")
+
+
+def _with_addresses(text: str) -> str:
+    for folder, address in _ADDRESSES.items():
+        text = text.replace(folder, address)
+    return text
+
+
 class FlexmergeError(Exception):
     """Base class of all errors that are meant for users."""
 
@@ -33,8 +47,8 @@ class FlexmergeError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """message: what is wrong and where, without a final period. hint: what to do next, if possible a command."""
-        self.message = without_colours(without_secrets(message))
-        self.hint = None if hint is None else without_colours(without_secrets(hint))
+        self.message = without_colours(without_secrets(_with_addresses(message)))
+        self.hint = None if hint is None else without_colours(without_secrets(_with_addresses(hint)))
         super().__init__(self.message)
 
 

@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.hub import list_names, open_tree
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.urls import new_folder, open_url
-from flexmerge_cli.errors import DataError, IntegrityError, SourceError
+from flexmerge_cli.errors import DataError, IntegrityError, SourceError, show_as
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import no_space
@@ -83,6 +83,7 @@ def _at_address(
     source: str, access: Access, tasks: Sequence[str] | None, headers_only: bool, on_progress: OnProgress
 ) -> Located:
     folder, path = open_url(source, access)[0], new_folder()
+    show_as(path, source)
     if not folder.is_file(MANIFEST_NAME):
         raise SourceError(f"no bundle at {source}: it has no {MANIFEST_NAME}", hint=f"flexmerge inspect {source}")
     if folder.size(MANIFEST_NAME) > MAX_MANIFEST_BYTES:

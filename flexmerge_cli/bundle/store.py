@@ -31,6 +31,7 @@ from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.json_file import parse_json
 
 MARK = ".flexmerge-push.json"
+PARTS = ".flexmerge-parts/"  # of a bundle that is not joined yet (store_parts.py)
 FORMAT = "flexmerge.push/1"
 WEB = ("http://", "https://")
 
@@ -45,6 +46,8 @@ class Store:
     root: str
     sizes: Mapping[str, int]
     """The bytes of each object, by its name below the address."""
+    parts: Mapping[str, int]
+    """The same of the parts that are not joined yet, by their names below PARTS."""
 
     @staticmethod
     def at(address: str, *, offline: bool = False) -> "Store":
@@ -52,12 +55,14 @@ class Store:
         if address.startswith(WEB):
             raise UsageError(f"{address}: a web server is not written to", hint="hf://org/name or s3://bucket/bundle")
         files, root = open_store(address.rstrip("/"), Access(offline=offline))
-        with _errors(address):
+        with store_errors(address):
             files.invalidate_cache()
             listed = files.find(root, detail=True)
         prefix = root.strip("/")
-        sizes = {name.strip("/").removeprefix(prefix).lstrip("/"): int(info["size"]) for name, info in listed.items()}
-        return Store(address.rstrip("/"), files, root.rstrip("/"), sizes)
+        found = {name.strip("/").removeprefix(prefix).lstrip("/"): int(info["size"]) for name, info in listed.items()}
+        parts = {name.removeprefix(PARTS): size for name, size in found.items() if name.startswith(PARTS)}
+        sizes = {name: size for name, size in found.items() if not name.startswith(PARTS)}
+        return Store(address.rstrip("/"), files, root.rstrip("/"), sizes, parts)
 
     def put(self, file: Path, name: str) -> None:
         """Send a file. It appears when all of it is there."""
@@ -69,7 +74,7 @@ class Store:
             return b""
         if self.sizes[name] > most:
             raise DataError(f"{self.address}/{name} has more than {most:,} bytes", hint="choose another address")
-        with _errors(self.address):
+        with store_errors(self.address):
             return bytes(self.files.cat_file(f"{self.root}/{name}"))
 
     def manifest(self) -> Manifest | None:
@@ -146,7 +151,7 @@ def push_to_store(
     gone = sorted(set(stale) - set(changed))
     on_compared(f"{store.address}: {total:,} bytes to send, {len(changed)} changed and {len(gone)} removed files")
     if not dry_run and not (is_same and not changed and not stale and not mark):
-        with _errors(store.address):
+        with store_errors(store.address):
             new_mark = {"manifest": own, "files": sorted({*wanted, *stale})}
             _send(store, folder, changed, stale, new_mark, goes_on, on_progress)
     return {"changed": changed, "removed": gone, "bytes": total}
@@ -178,7 +183,8 @@ def _send(
         done += (folder / name).stat().st_size
     on_progress("send", done, total)
     store.put(folder / MANIFEST_NAME, MANIFEST_NAME)
-    files.rm_file(f"{root}/{MARK}")
+    with store_errors(store.address, f"is published, but its {MARK} was not removed", "the next push removes it"):
+        files.rm_file(f"{root}/{MARK}")
 
 
 def _is_own_card(store: Store) -> bool:
@@ -193,8 +199,9 @@ def _is_own_card(store: Store) -> bool:
 
 
 @contextmanager
-def _errors(address: str) -> Iterator[None]:
-    """Raise SourceError for whatever fails between us and the store, and say that nothing was published."""
+def store_errors(address: str, failed: str = "was not written", then: str = "nothing was published") -> Iterator[None]:
+    """Raise SourceError for whatever fails between us and the store. failed, then: what it says about the address, and
+    what follows."""
     try:
         yield
     except FlexmergeError:
@@ -202,6 +209,6 @@ def _errors(address: str) -> Iterator[None]:
     except Exception as error:  # every backend raises its own errors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise SourceError(
-            f"{address} was not written: {type(error).__name__}: {lines[0][:200]}; nothing was published",
+            f"{address} {failed}: {type(error).__name__}: {lines[0][:200]}; {then}",
             hint="check address and credentials, and run the command again: what was sent is not sent twice",
         ) from None

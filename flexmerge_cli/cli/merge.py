@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flexmerge_cli.cli import options as o
 from flexmerge_cli.cli.beside import BesideCommand
@@ -74,11 +74,10 @@ def merge(
     from flexmerge_cli.report.inspect import write_page
     from flexmerge_cli.request.part import parse_part
 
-    if is_remote(output_) and (sizes is not None or part is not None or join):
-        raise UsageError(
-            "--sizes, --part and --join write folders on this disk", hint="write one, and then: flexmerge push"
-        )
-    store = AtStore.of(output_, force=force, offline=offline)
+    if is_remote(output_) and sizes is not None:
+        raise UsageError("--sizes writes folders on this disk", hint="write them, and then: flexmerge push")
+    share = parse_part(part) if part is not None else None
+    store = AtStore.of(output_, force=force, offline=offline, part=share)
     output = Path(output_) if store is None else store.folder
     memory = o.memory_of(max_memory)
     chosen = {
@@ -99,11 +98,11 @@ def merge(
     }
     access = o.access_of(offline=offline, quiet=quiet, stream=stream, max_memory=memory)
     packing = Packing.of(source, chosen, o.relocations(relocate), plan_file, access, sizes)
-    run = {"device": device, "threads": threads, "max_memory": memory}
+    run: dict[str, Any] = {"device": device, "threads": threads, "max_memory": memory}
     if scores is not None and no_card:
         raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
     packing.card, packing.scores = not no_card, read_scores(scores) if scores is not None else None
-    packing.part, packing.join = parse_part(part) if part is not None else None, join
+    packing.part, packing.join = share, join
     packing.check(output, force=force or store is not None)
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:
@@ -133,12 +132,10 @@ def merge(
     try:
         with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             if not dry_run:
-                old = store.unchanged(layout, device) if store is not None else None
-                written = packing.write(
-                    plan, layout, output, force=force or store is not None, old=old, on_progress=on_progress, **run
-                )
                 if store is not None:
-                    store.send(on_progress)
+                    written = store.write(packing, plan, layout, on_progress=on_progress, **run)
+                else:
+                    written = packing.write(plan, layout, output, force=force, on_progress=on_progress, **run)
     except GateError as error:
         if not as_json:
             with suppress(OutputLost):  # the verdict is more important
@@ -147,7 +144,7 @@ def merge(
         error.document = summary | more | packing.verdict()
         raise
     if packing.part is not None:
-        value = {"part": part, "output": str(output), "warnings": warnings}
+        value = {"part": part, "output": output_, "warnings": warnings}
         out.emit(value, as_json=as_json, quiet=quiet, show=show_part)
         return
     if written is not None and more and not packing.request.uses:  # what was predicted does not know their methods

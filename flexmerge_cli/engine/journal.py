@@ -63,7 +63,7 @@ class Journal:
 
         share: the part of the merge that is written; each part has a journal of its own.
         """
-        self._path, self._key, self._share, self._descriptor = _path(folder, share), key, share, -1
+        self._path, self._key, self._share, self._descriptor = journal_path(folder, share), key, share, -1
         self._hashes: dict[Part, _PartHash] = {}
         own = _read(self._path, key)
         self.found, self._num_bytes = read_journals(folder, key).found, 0 if isinstance(own, str) else own[1]
@@ -181,5 +181,6 @@ def shares_of(folder: Path) -> set[Share]:
     return {Share(int(name[1]), int(name[2])) for name in names if name is not None}
 
 
-def _path(folder: Path, share: Share | None) -> Path:
+def journal_path(folder: Path, share: Share | None) -> Path:
+    """Return where the journal of a merge, or of a part of one, lies."""
     return folder / (JOURNAL_NAME if share is None else f"{JOURNAL_NAME}-{share.number}-of-{share.count}")

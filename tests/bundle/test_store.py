@@ -11,9 +11,11 @@ import torch
 
 from flexmerge_cli import merge, merge_sizes, open_bundle, push
 from flexmerge_cli.bundle import store as stores
+from flexmerge_cli.bundle import store_parts
 from flexmerge_cli.errors import UsageError
 
 from ..program import fails, flexmerge, succeeds, tree
+from .test_resume import counted
 
 MANIFEST = "manifest.json"
 
@@ -206,7 +208,72 @@ def test_merge_writes_to_an_address_and_goes_on_where_it_was_killed(plan, made, 
     fails(2, *command, says=f"{address} exists")
     succeeds("merge", plan, "--method", "task_arithmetic:scale=0.5", "--size", "2x", "-o", address, "--force")
     assert {**objects(address), MANIFEST: b""} == {**own(made / "b"), MANIFEST: b""}
-    fails(2, *command, "--part", "1/2", says="--part")
+    fails(2, *command, "--part", "1/2", says=f"{address} exists")
+
+
+def test_parts_go_to_an_address_and_are_joined_there_whatever_breaks_off(plan, made, address, monkeypatch, tmp_path):
+    command = ("merge", plan, "--method", "average", "--size", "2x", "-o", address)
+    fails(2, *command, "--join", says=f"{address} holds no parts")
+    succeeds(*command, "--part", "1/3")
+    with monkeypatch.context() as broken:
+        broken.setattr(store_parts, "journal_path", Broken)
+        fails(4, *command, "--part", "2/3", says=f"{address} has no part 2/3")
+    assert len(objects(address)) == 3
+    said = fails(2, *command, "--join", says=(f"{address} lacks --part 2/3, --part 3/3", "run --part 2/3 again")).err
+    assert str(tmp_path) not in said
+    fails(2, *command, "--dtype", "bf16", "--part", "2/3", says="parts of another merge")
+    for part in ("2/3", "3/3"):
+        succeeds(*command, "--part", part)
+    assert counted(*command, "--part", "1/3", "--json")[1] == 0
+    assert not any(name.endswith("manifest.json") for name in objects(address))
+    with monkeypatch.context() as broken:
+        breaks_after(broken, 2)
+        fails(4, *command, "--join", says="nothing was published")
+    assert MANIFEST not in objects(address)
+    _, read = counted(*command, "--join")
+    assert objects(address) == own(made / "a") and read == 0
+    assert not any((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_part_that_was_cut_off_in_the_store_is_not_joined(plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ("merge", plan, "--method", "average", "-o", "memory://packed/cut")
+    succeeds(*command, "--part", "1/1")
+    files = fsspec.filesystem("memory")
+    (data,) = (name for name in files.find("/packed/cut") if name.endswith(".data"))
+    whole = files.cat_file(data)
+    files.pipe_file(data, whole[:-1])
+    fails(5, *command, "--join", says="run the part again")
+    files.pipe_file(data, whole[:-1] + b"?")
+    fails(5, *command, "--join", says=("memory://packed/cut is not what its part wrote", "--part 1/1"))
+    assert not files.exists("/packed/cut/manifest.json")
+    files.rm("/packed", recursive=True)
+
+
+def test_errors_of_a_bundle_at_an_address_name_the_address(made):
+    """They named the folder to which its files were fetched."""
+    files = fsspec.filesystem("memory")
+    succeeds("push", made / "a", "memory://packed/named")
+    (name,) = [name for name in files.find("/packed/named") if name.endswith(".safetensors")][:1]
+    files.pipe_file(name, files.cat_file(name)[:-1] + b"?")
+    said = fails(5, "export", "memory://packed/named", "--all", "-o", made / "never").err
+    error = said[said.index("error: ") :]
+    assert f"memory://packed/named/weights/{name.rpartition('/')[2]}" in error and "flexmerge-" not in error
+    said = fails(4, "export", "memory://packed/named", "--task", "none", "-o", made / "never").err
+    assert "in memory://packed/named" in said
+    files.rm("/packed", recursive=True)
+
+
+def test_a_push_that_cannot_remove_its_mark_says_that_it_is_published(made, monkeypatch):
+    files = type(fsspec.filesystem("memory"))
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "rm_file", lambda *_: (_ for _ in ()).throw(Broken("no permission to delete")))
+        said = fails(4, "push", made / "a", "memory://packed/marked", says=".flexmerge-push.json was not removed").err
+    assert "is published" in said and "nothing was published" not in said
+    succeeds("inspect", "memory://packed/marked")
+    succeeds("push", made / "a", "memory://packed/marked")
+    assert ".flexmerge-push.json" not in objects("memory://packed/marked")
+    files().rm("/packed", recursive=True)
 
 
 @pytest.mark.parametrize(("target", "more", "says"), [
