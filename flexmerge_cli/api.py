@@ -283,6 +283,8 @@ def calibrate(
     *,
     statistics: str | None = None,
     examples: int = 256,
+    through: str | None = None,
+    size: str | None = None,
     device: str | None = None,
     relocate: Mapping[str, str] | None = None,
     force: bool = False,
@@ -292,16 +294,20 @@ def calibrate(
     """Run each fine-tuned model of a plan on a few examples, and write what it measured to the folder `output`.
 
     spec: as for `evaluate`, without metrics and labels. statistics: some of `inputs,fisher,outputs`; by default the
-    first two. examples: of each task, at most. `merge` takes the folder as `calibration`.
+    first two. examples: of each task, at most. through, size: measure inputs through a merge by this method, block by
+    block, as RegMean++ does. `merge` takes the folder as `calibration`.
     Raises UsageError, SourceError, DataError for activations that are not finite, MachineError.
     """
-    from flexmerge_cli.calibration.make import calibrate, calibration_request
+    from flexmerge_cli.calibration.make import calibrate
+    from flexmerge_cli.calibration.request import calibration_request
 
     request = calibration_request(
         Path(plan),
         Path(spec),
         statistics=statistics,
         examples=examples,
+        through=through,
+        size=size,
         device=device,
         relocate=relocate,
         access=_access(offline, stream, None),

@@ -10,6 +10,7 @@ from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.servable import ServableAllocation, servable
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.formats.calibration import CalibrationData
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
@@ -19,7 +20,7 @@ from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
 from flexmerge_cli.request.choices import Auto, Clusters, Cut, Exact, Servable
-from flexmerge_cli.request.merge import MergeRequest
+from flexmerge_cli.request.merge import MergeRequest, typed
 
 # The part of --max-distance that `auto` aims at when no size is given: the measured distance may exceed the predicted
 # one.
@@ -34,6 +35,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
     """
     layout = _chosen(plan, request, (pricer or Pricer(plan)).asked(request))
     _require_weights(layout)
+    _require_same_groups(layout, request)
     return layout
 
 
@@ -78,6 +80,18 @@ def _require_weights(layout: BundleLayout) -> None:
         for group in unit.groups:
             if group.method is not None and (call := calls[group.method]) is not None:
                 require_weight(call, block_of[unit.tensors[0]], [plan.task_names[task] for task in group.tasks])
+
+
+def _require_same_groups(layout: BundleLayout, request: MergeRequest) -> None:
+    """Raise UsageError for a calibration that was measured through a merge with other groups."""
+    data = layout.calibration
+    through = data.index.settings.through if isinstance(data, CalibrationData) else None
+    if through is not None and isinstance(data, CalibrationData) and through.groups != layout.allocation.digest():
+        raise UsageError(
+            f"{data.path} was measured through a merge by `{through.request}`, and `{typed(request)}` has other groups "
+            "or another method",
+            hint=f"merge with {through.request}, or calibrate --through anew",
+        )
 
 
 def auto_found(pricer: Pricer, request: MergeRequest) -> tuple[AutoSearch, AutoFound] | None:

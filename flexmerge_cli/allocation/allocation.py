@@ -5,6 +5,8 @@ engine and the manifest read it; a cut of the order makes one, and so do cluster
 search.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +53,17 @@ class Allocation:
     undone: int = 0
     fit: str = "none"
     """How the cut was fitted. It is recorded in the manifest and has no effect."""
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what decides the stored values: methods, groups and cast."""
+        methods = [
+            [use.text, [step.text for step in use.steps], use.calibrate and use.calibrate.text] for use in self.methods
+        ]
+        units = [
+            [unit.name, unit.tensors, [[group.tasks, group.method, group.bits] for group in unit.groups]]
+            for unit in self.units
+        ]
+        return hashlib.sha256(json.dumps([methods, units, self.dtype]).encode()).hexdigest()
 
 
 def copies(plan: Plan, dtype: str | None = None) -> Allocation:

@@ -28,7 +28,7 @@ from flexmerge_cli.allocation.storage import (
 )
 from flexmerge_cli.allocation.task_folders import task_folders
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.calibration import CalibrationData
+from flexmerge_cli.formats.calibration import Measurements
 from flexmerge_cli.formats.folders import BASE_FOLDER, linked_names
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request, recorded
@@ -57,7 +57,7 @@ class BundleLayout:
     """The manifest's `gate`."""
     request: Request | None = None
     """What was asked: the manifest's `request`."""
-    calibration: CalibrationData | None = None
+    calibration: Measurements | None = None
     """What some method of the allocation reads; None if none reads any."""
 
     @cached_property
@@ -121,7 +121,7 @@ class Pricer:
     """Prices allocations of one plan, and caches what they share: a cut tries many that differ in one block."""
 
     def __init__(
-        self, plan: Plan, *, gate: Mapping[str, Any] | None = None, calibration: CalibrationData | None = None
+        self, plan: Plan, *, gate: Mapping[str, Any] | None = None, calibration: Measurements | None = None
     ) -> None:
         """Take a plan. gate: the description of the gate, which every bundle's manifest records. calibration: what
         methods read that read one."""
@@ -143,7 +143,7 @@ class Pricer:
         return self.tensor_bytes(copies(self.plan, "BF16")) < self.tensor_bytes(copies(self.plan))
 
     @property
-    def calibrated(self) -> CalibrationData | None:
+    def calibrated(self) -> Measurements | None:
         """The calibration, if the request reads one."""
         return self.calibration if self.request is not None and self.request.calibration is not None else None
 

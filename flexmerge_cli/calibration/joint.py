@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmerge_cli.calibration.collect import example_of
-from flexmerge_cli.calibration.make import CalibrationRequest, run_examples
+from flexmerge_cli.calibration.request import CalibrationRequest, run_examples
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import whole_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.bundle.apart import check_apart
-from flexmerge_cli.calibration.make import CalibrationRequest, OnStep, calibration_request
+from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, calibration_request
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.scoring import library_versions
 from flexmerge_cli.methods.coefficients import Coefficients, TunedTask, is_coefficients

@@ -9,6 +9,8 @@ def calibrate(
     output: o.CalibrationOutput = None,
     statistics: o.CalibrationStatistics = None,
     examples: o.Examples = 256,
+    through: o.Through = None,
+    size: o.Size = None,
     relocate: o.Relocate = None,
     offline: o.Offline = False,
     stream: o.Stream = False,
@@ -22,11 +24,13 @@ def calibrate(
     """Run each fine-tuned model of a plan on a few examples, and save the statistics that methods such as regmean need.
 
     \b
-    Example:
+    Examples:
     flexmerge calibrate plan.json --spec calib.yaml -o calibration/
     flexmerge merge plan.json --method regmean --calibration calibration/ --size 1x -o bundle/
+    flexmerge calibrate plan.json --spec calib.yaml --through regmean --size 1x -o through/
     """
-    from flexmerge_cli.calibration.make import calibrate, calibration_request, check_calibration_place, expected_sizes
+    from flexmerge_cli.calibration.make import calibrate, check_calibration_place, expected_sizes
+    from flexmerge_cli.calibration.request import calibration_request
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.report.calibration import calibration_summary, show_calibration
@@ -40,6 +44,8 @@ def calibrate(
         spec,
         statistics=statistics,
         examples=examples,
+        through=through,
+        size=size,
         device=None if device == "auto" else device,
         relocate=o.relocations(relocate),
         access=o.access_of(offline=offline, quiet=quiet, stream=stream),

@@ -227,6 +227,10 @@ CalibrationStatistics = Annotated[
     str | None,
     _stored("--statistics", "NAMES", "What to measure: some of inputs,fisher,outputs. Default: inputs,fisher."),
 ]
+Through = Annotated[
+    str | None,
+    _stored("--through", "METHOD", "Measure inputs through a merge by this method, block by block (RegMean++)."),
+]
 Examples = Annotated[int, _scores("--examples", "N", "How many examples of each task to use.", min=1)]
 Router = Annotated[bool, _scores("--router", "", "Also score with the tasks that the bundle's router chooses.")]
 Init = Annotated[bool, _scores("--init", "", "Write a starter spec for a bundle to -o.")]

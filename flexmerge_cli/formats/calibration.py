@@ -10,12 +10,14 @@ calibration.json   canonical JSON. `tasks` has, for each task, the fingerprint o
     <tensor>@outputs  mean of the layer's outputs
 `inputs` of the index gives the layout of a weight: linear [out, n], conv1d [n, out], conv2d [out, n as channels ×
 height × width of a patch], or embedding; its `of` names the tensor that got the very same inputs and stores them for
-both. Settings and versions are for information only. A calibration belongs to weights, not to a plan: every plan of the
-same fine-tuned models can use it.
+both. Settings and versions are for information only, but for `through`: the merge whose models gave the inputs, by its
+options and the digest of its groups. A calibration belongs to weights, not to a plan: every plan of the same fine-tuned
+models can use it. One that was measured through a merge belongs to merges with these groups.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +73,15 @@ class CalibratedTask(Record):
     outputs: Named[OutputsEntry]
 
 
+class ThroughEntry(Record):
+    """The merge whose models gave the inputs, instead of the fine-tuned ones."""
+
+    request: str
+    """Its options, as one would type them."""
+    groups: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The digest of its allocation."""
+
+
 class CalibrationSettings(Record):
     statistics: Items[Statistic]
     examples: Count
@@ -78,6 +89,7 @@ class CalibrationSettings(Record):
     device: str
     dtypes: Named[str | None]
     spec: str = Field(pattern=r"^[0-9a-f]{64}$")
+    through: ThroughEntry | None = None
 
 
 class Index(Record):
@@ -130,16 +142,20 @@ def inputs_of(layout: InputLayout, shape: Sequence[int]) -> int:
 
 
 @dataclass(kw_only=True)
-class CalibrationData:
-    """An open calibration of a plan's tasks. Its files are mapped, and an array is read when it is used."""
+class Measurements(ABC):
+    """What was measured of a plan's tasks, as methods read it."""
 
-    path: Path
     plan: Plan
-    index: Index
     digest: str
     """The SHA-256 of the index, which contains those of the files."""
-    tensors: Mapping[str, Mapping[str, StoredTensor]]
-    _maps: dict[Path, np.ndarray] = field(default_factory=dict)
+
+    @abstractmethod
+    def entry(self, task: int, statistic: str, tensor: str) -> Any:
+        """Return the entry of a whole tensor; None if it was not measured."""
+
+    @abstractmethod
+    def array(self, task: int, statistic: str, tensor: str) -> np.ndarray:
+        """Return the stored array of a whole tensor that was measured, float32, flat."""
 
     def scope(self, reads: str, tensor: str) -> Scope:
         """Return how much of a tensor a method that reads a statistic must see: all of a matrix with known inputs."""
@@ -188,12 +204,27 @@ class CalibrationData:
         return tuple(self.plan.tensor(tensor).present)
 
     def _entry(self, task: int, statistic: str, tensor: str) -> Any:
-        entry = self.index.tasks[self.plan.tasks[task].name]
-        return getattr(entry, statistic).get(whole_of(tensor)[0])
+        return self.entry(task, statistic, whole_of(tensor)[0])
 
     def _array(self, task: int, statistic: str, tensor: str) -> np.ndarray:
-        name, of = self.plan.tasks[task].name, getattr(self._entry(task, statistic, tensor), "of", None)
-        stored = self.tensors[name][f"{of or whole_of(tensor)[0]}@{statistic}"]
+        of = getattr(self._entry(task, statistic, tensor), "of", None)
+        return self.array(task, statistic, of or whole_of(tensor)[0])
+
+
+@dataclass(kw_only=True)
+class CalibrationData(Measurements):
+    """An open calibration of a plan's tasks. Its files are mapped, and an array is read when it is used."""
+
+    path: Path
+    index: Index
+    tensors: Mapping[str, Mapping[str, StoredTensor]]
+    _maps: dict[Path, np.ndarray] = field(default_factory=dict)
+
+    def entry(self, task: int, statistic: str, tensor: str) -> Any:
+        return getattr(self.index.tasks[self.plan.tasks[task].name], statistic).get(tensor)
+
+    def array(self, task: int, statistic: str, tensor: str) -> np.ndarray:
+        stored = self.tensors[self.plan.tasks[task].name][f"{tensor}@{statistic}"]
         if stored.path not in self._maps:
             self._maps[stored.path] = np.memmap(stored.path, np.uint8, mode="r")
         data = self._maps[stored.path][stored.offset : stored.offset + stored.num_bytes]

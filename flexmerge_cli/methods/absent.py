@@ -17,7 +17,11 @@ _TWO = "interpolates on a sphere or by rules of its own between the weights them
 
 # Name -> (what it is, the nearest method here as options of `merge`, commands that do it, or nothing).
 ABSENT = {
-    "regmean_pp": ("is RegMean with the inputs that the merged layers below give: needs data", "regmean"),
+    "regmean_pp": (
+        "is `regmean` with the inputs that come through the merged layers below, which `calibrate --through` measures",
+        "flexmerge calibrate plan.json --spec calib.yaml --through regmean --size 1x -o through/, then "
+        "--method regmean --calibration through/ --size 1x",
+    ),
     "adamerging": (
         "is a method of `flexmerge tune`, which learns a weight per task and block from unlabelled examples",
         _TUNE.format("adamerging"),

@@ -4,6 +4,7 @@
 Each choice holds the fields that it reads and no others: an option that the choice would not read is an error.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -118,6 +119,11 @@ class MergeRequest:
         found.append(("--calibration", self.calibration))
         found.append(("--layout", None if self.layout is Layout.LINKS else self.layout.value))
         return [str(word) for option, value in found if value is not None for word in (option, value)]
+
+
+def typed(request: MergeRequest) -> str:
+    """Return the options that decide what is stored, as one would type them; the calibration is left out."""
+    return shlex.join(replace(request, calibration=None, max_distance=None, layout=Layout.LINKS).words())
 
 
 class MethodMissing(UsageError):

@@ -135,9 +135,9 @@ def test_layers_with_the_same_inputs_store_them_once(pictures):
 
 
 def test_numbers_do_not_depend_on_how_much_is_held(pictures, tmp_path, monkeypatch):
-    from flexmerge_cli.calibration import make
+    from flexmerge_cli.calibration import measure
 
-    monkeypatch.setattr(make, "HELD_BYTES", 3000)
+    monkeypatch.setattr(measure, "HELD_BYTES", 3000)
     succeeds(*pictures.family.command(tmp_path / "again"))
     for task in TASKS:
         one, other = (read(folder, task) for folder in (pictures.output, tmp_path / "again"))

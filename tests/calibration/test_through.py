@@ -1,0 +1,136 @@
+"""RegMean++: inputs measured through what is merged so far, beside a plain loop with transformers and numpy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flexmerge_cli import calibrate, open_bundle
+
+from ..program import fails, succeeds, tree
+from .families import TASKS
+from .test_measured import by_value, examples, model_of, observed
+from .test_merged import spec_with
+
+ALPHA = 0.9
+
+
+def through(family, output, *options):
+    return family.command(output, "--through", "regmean", "--size", "1x", *options)
+
+
+@pytest.fixture(scope="module")
+def made(done):
+    output = done.family.folder / "through"
+    succeeds(*through(done.family, output))
+    return done.family, output
+
+
+def plain(family):
+    """The merged weights by name, in float64: dense normal equations, block after block, by hooks of torch."""
+    base = load_file(family.folder / "base" / "model.safetensors")
+    models = {task: model_of(family, task) for task in TASKS}
+    names = {task: by_value(models[task], family.weights(task)) for task in TASKS}
+    block_of = {name: block.name for block in family.plan.blocks for name in block.tensors}
+    inputs = {task: examples(family, task) for task in TASKS}
+    order = []
+    with torch.no_grad():
+        hooks = [
+            module.register_forward_pre_hook(lambda _m, _a, name=name: order.append(name))
+            for name, module in models["a"].named_modules()
+        ]
+        models["a"](**inputs["a"][0])
+        for hook in hooks:
+            hook.remove()
+    merged, tuned = {}, {task: family.weights(task) for task in TASKS}
+    parameters = {task: dict(models[task].named_parameters()) for task in TASKS}
+    places = {own: order.index(name.rpartition(".")[0]) for name, own in names["a"].items()}
+    blocks = sorted(
+        family.plan.blocks, key=lambda block: min((places.get(name, 10**6) for name in block.tensors), default=0)
+    )
+    for block in blocks:
+        grams = {task: {} for task in TASKS}
+        for task in TASKS:
+            for module, (rows, _) in observed(models[task], inputs[task]).items():
+                name = names[task].get(f"{module}.weight")
+                if name in block_of and block_of[name] == block.name:
+                    grams[task][name] = module, (rows.T @ rows / len(rows)).numpy()
+        for name in block.tensors:
+            values = [tuned[task][name].double().numpy() for task in TASKS]
+            found = sum(values) / len(TASKS)
+            if name in grams["a"]:
+                found = merge_layer(values, [grams[task][name][1] for task in TASKS], models["a"], grams["a"][name][0])
+            merged[name] = found
+            for task in TASKS:
+                own = next(of for of, file_name in names[task].items() if file_name == name)
+                parameters[task][own].data = torch.from_numpy(found).float()
+    assert merged.keys() <= base.keys()
+    return merged
+
+
+def merge_layer(values, grams, model, module):
+    layer = model.get_submodule(module)
+    if isinstance(layer, torch.nn.Embedding):
+        counts = np.stack([np.diag(gram) for gram in grams])
+        weight = np.where(counts.sum(0) > 0, counts, 1)
+        return sum(w[:, None] * v for w, v in zip(weight, values)) / weight.sum(0)[:, None]
+    turned = type(layer).__name__ == "Conv1D"
+    grams = [np.where(np.eye(len(gram)) > 0, gram, ALPHA * gram) for gram in grams]
+    flat = [(v.T if turned else v).reshape(v.shape[1 if turned else 0], -1) for v in values]
+    found = np.linalg.solve(sum(grams), sum(g @ v.T for g, v in zip(grams, flat))).T
+    return (found.T if turned else found).reshape(values[0].shape)
+
+
+def test_a_merge_has_the_values_of_a_plain_loop(made, tmp_path):
+    family, output = made
+    words = ["merge", family.plan_path, "--method", "regmean", "--size", "1x", "--calibration"]
+    succeeds(*words, output, "-o", tmp_path / "bundle")
+    succeeds(*words, family.folder / "calibration", "-o", tmp_path / "plain")
+    expected, found = plain(family), open_bundle(tmp_path / "bundle").view("a")
+    other = open_bundle(tmp_path / "plain").view("a")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), torch.from_numpy(value), rtol=1e-3, atol=2e-4)
+    differ = [name for name in expected if not torch.allclose(found[name], other[name], atol=1e-3)]
+    assert differ, "the inputs of later layers are those of the fine-tuned models"
+    settings = json.loads((output / "calibration.json").read_text())["settings"]
+    assert settings["through"]["request"] == "--method regmean --size 1x" and settings["statistics"] == ["inputs"]
+
+
+def test_at_larger_sizes_each_task_runs_through_its_own_groups(pictures, tmp_path):
+    """Python writes the same bytes, for any method that reads inputs; and a calibration belongs to its groups."""
+    family, output = pictures.family, tmp_path / "through"
+    words = ["--through", "low_bit:centre=regmean", "--size", "1.6x"]
+    expected = succeeds(*family.command(output, *words, "--json", "--dry-run")).json
+    done = succeeds(*family.command(output, *words, "--json")).json
+    assert done["tasks"]["a"]["runs"] == expected["tasks"]["a"]["runs"] > 1
+    assert done["total_bytes"] <= expected["total_bytes"]
+    method = {"through": "low_bit:centre=regmean", "size": "1.6x", "device": "cpu"}
+    calibrate(family.plan_path, family.spec, tmp_path / "python", **method)
+    assert tree(tmp_path / "python") == tree(output)
+    merged = ["merge", family.plan_path, "--calibration", output, "-o", tmp_path / "never", "--dry-run", "--method"]
+    succeeds(*merged, "low_bit:centre=regmean", "--size", "1.6x")
+    for other in (("low_bit:centre=regmean", "--size", "2.2x"), ("regmean", "--size", "1.6x")):
+        said = f"through a merge by `--method low_bit:centre=regmean --size 1.6x`, and `--method {' '.join(other)}` has"
+        fails(2, *merged, *other, says=said)
+
+
+def test_what_is_asked_wrongly_is_refused(pictures, tmp_path):
+    family, output = pictures.family, tmp_path / "never"
+    fails(2, *family.command(output, "--size", "1x"), says="--size has no effect without --through")
+    fails(2, *family.command(output, "--through", "average"), says="--through average: it reads no inputs")
+    fails(2, *family.command(output, "--through", "fisher", "--size", "1x"), says="it reads no inputs")
+    fails(2, *through(family, output, "--statistics", "fisher"), says="--through measures inputs alone")
+    fails(6, *family.command(output, "--through", "regmean", "--size", "0.5x"), says="does not reach 0.5x")
+    np.savez(tmp_path / "nan.npz", images=np.full((2, 3, 8, 8), np.nan, np.float32))
+    refused = fails(3, *spec_with(family, tmp_path, b=lambda old: old | {"data": "nan.npz"}), "--through", "regmean")
+    assert "task `b`: the inputs of" in refused.err and "are not finite" in refused.err
+    assert not output.exists()
+
+
+def test_one_example_is_enough(pictures, tmp_path):
+    output, plan = tmp_path / "through", pictures.family.plan_path
+    succeeds(*through(pictures.family, output, "--examples", 1))
+    words = ["merge", plan, "--method", "regmean", "--size", "1x", "--calibration", output]
+    succeeds(*words, "-o", tmp_path / "bundle")
