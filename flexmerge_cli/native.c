@@ -20,7 +20,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 2; }
+EXPORTED int64_t flexmerge_version(void) { return 3; }
 
 /* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
  * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
@@ -184,6 +184,193 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const float *base, const float
             for (int64_t i = 0; i < RUN; i += LANES)
                 for (int j = 0; j < LANES; j++) {
                     const float d = (from[i + j] - b[i + j]) - (s[i + j] - b[i + j]);
+                    lost[j] += d * d;
+                }
+            for (int j = 0; j < LANES; j++) total += lost[j];
+            errors[row * errors_stride + run] = total;
+        }
+    }
+}
+
+/* The number that decides between equal magnitudes, as random.py draws it: multiples of 2^-53 in [0, 1). */
+static inline double tie_number(uint64_t key, uint64_t index)
+{
+    uint64_t z = key + (index + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+/* Zero what is not among the largest of k rows: magnitudes below `least`, in bits, and those equal to it whose number is
+ * above `last`. With `drop`, zero these largest instead. Elements are counted from `start` on in their tensor. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_trim(const int32_t *x, int64_t k, int64_t n, int64_t stride,
+                                                 const int32_t *least, const double *last, uint64_t tie_key,
+                                                 int64_t start, int64_t drop, int32_t *out)
+{
+    for (int64_t row = 0; row < k; row++, x += stride, out += n) {
+        const int32_t key = least[row], flip = drop != 0;
+        for (int64_t first = 0; first < n; first += RUN) {
+            const int64_t stop = first + RUN < n ? first + RUN : n;
+            int32_t ties = 0;
+            for (int64_t i = first; i < stop; i++) {
+                const int32_t size = x[i] & INT32_MAX;
+                ties += size == key;
+                out[i] = (size >= key) != flip ? x[i] : 0;
+            }
+            if (!ties || last[row] >= 1) continue;
+            for (int64_t i = first; i < stop; i++)
+                if ((x[i] & INT32_MAX) == key && tie_number(tie_key, (uint64_t)(start + i)) > last[row])
+                    out[i] = flip ? x[i] : 0;
+        }
+    }
+}
+
+/* Of n elements of k rows: elect the sign of their sum, + if it is 0; and out = the mean (how = 0), the sum (1) or the
+ * largest (2) of the rows that agree, 0 if none does. agrees [k, n], or NULL: whether each does. */
+static inline __attribute__((always_inline)) void agree(const float *x, int64_t k, int64_t stride, int n, int64_t how,
+                                                        double *out, uint8_t *agrees, int64_t agrees_stride)
+{
+    const float minus[LANES] = {0};
+    double sum[LANES];
+    float sign[LANES], most[LANES];
+    int32_t count[LANES];
+    add_rows(x, k, stride, n, minus, sum);
+    for (int j = 0; j < n; j++) sign[j] = sum[j] >= 0 ? 1 : -1, sum[j] = 0, most[j] = 0, count[j] = 0;
+    for (int64_t row = 0; row < k; row++) {
+        const float *from = x + row * stride;
+        if (agrees)
+            for (int j = 0; j < n; j++) agrees[row * agrees_stride + j] = from[j] * sign[j] > 0;
+        if (how == 2) {
+            for (int j = 0; j < n; j++) {
+                const float size = from[j] * sign[j];
+                most[j] = size > most[j] ? size : most[j];
+            }
+        } else {
+            for (int j = 0; j < n; j++) {
+                const int agreeing = from[j] * sign[j] > 0;
+                sum[j] += agreeing ? from[j] : 0.0f;
+                count[j] += agreeing;
+            }
+        }
+    }
+    for (int j = 0; j < n; j++)
+        out[j] = how == 2 ? (double)(sign[j] * most[j]) : how == 1 ? sum[j] : sum[j] / (count[j] ? count[j] : 1);
+}
+
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_agree(const float *x, int64_t k, int64_t n, int64_t stride, int64_t how,
+                                                  double *out, uint8_t *agrees)
+{
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        agree(x + i, k, stride, LANES, how, out + i, agrees ? agrees + i : agrees, n);
+    agree(x + i, k, stride, n - i, how, out + i, agrees ? agrees + i : agrees, n);
+}
+
+/* Count the digits, the upper 16 of the lower `shift` bits, of n keys, of which only the bits of `mask` count and which
+ * have `bits`: 32 or 64. The top digit is signed; counts [2^16] begin with the smallest. What is counted before stays.
+ * positive: how many keys are above 0. */
+#define COUNT(KEY)                                                   \
+    for (int64_t i = 0; i < n; i++) {                                \
+        const KEY key = ((const KEY *)keys)[i] & (KEY)mask;          \
+        counts[((key >> down) & 0xFFFF) ^ flip]++;                   \
+        above += key > 0;                                            \
+    }
+
+EXPORTED void flexmerge_count(const void *keys, int64_t bits, int64_t n, int64_t mask, int64_t shift, int64_t *counts,
+                              int64_t *positive)
+{
+    const int flip = shift == bits ? 0x8000 : 0, down = (int)shift - 16;
+    int64_t above = 0;
+    if (bits == 32) {
+        COUNT(int32_t)
+    } else {
+        COUNT(int64_t)
+    }
+    *positive = above;
+}
+
+#define FIND(KEY)                                                                                       \
+    for (int64_t first = 0; first < n; first += RUN) {                                                  \
+        const int64_t stop = first + RUN < n ? first + RUN : n;                                         \
+        const KEY *key = keys;                                                                          \
+        KEY some = 0;                                                                                   \
+        for (int64_t i = first; i < stop; i++) some |= (key[i] & (KEY)mask) >> shift == (KEY)prefix;    \
+        if (some)                                                                                       \
+            for (int64_t i = first; i < stop; i++) {                                                    \
+                at[count] = i;                                                                          \
+                count += (key[i] & (KEY)mask) >> shift == (KEY)prefix;                                  \
+            }                                                                                           \
+    }
+
+/* Places of the keys, as above, whose upper bits equal the prefix: found[0] is their number, and the places follow.
+ * There is room for n + 1. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_find(const void *keys, int64_t bits, int64_t n, int64_t mask, int64_t shift,
+                                                 int64_t prefix, int64_t *found)
+{
+    int64_t count = 0, *at = found + 1;
+    if (bits == 32) {
+        FIND(int32_t)
+    } else {
+        FIND(int64_t)
+    }
+    found[0] = count;
+}
+
+/* Σ of n values as numpy adds up adjacent ones: eight sums of up to 128 values, and halves of more. */
+static double pairwise(const double *x, int64_t n)
+{
+    if (n > 128) {
+        const int64_t half = n / 2 - n / 2 % 8;
+        return pairwise(x, half) + pairwise(x + half, n - half);
+    }
+    double sum[8] = {0}, total;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += x[i + j];
+    total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    for (; i < n; i++) total += x[i];
+    return total;
+}
+
+/* Σ |x| of each run of k rows, whose stride may be 0. takes [k, n], or NULL: which elements count. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sizes(const float *x, int64_t k, int64_t n, int64_t stride,
+                                                  const uint8_t *takes, double *out)
+{
+    double size[RUN];
+    for (int64_t row = 0; row < k; row++)
+        for (int64_t first = 0; first < n; first += RUN) {
+            const int64_t count = first + RUN < n ? RUN : n - first;
+            const float *from = x + row * stride + first;
+            for (int64_t i = 0; i < count; i++) size[i] = fabsf(from[i]);
+            if (takes)
+                for (int64_t i = 0; i < count; i++) size[i] = takes[row * n + first + i] ? size[i] : 0;
+            *out++ = pairwise(size, count);
+        }
+}
+
+/* What k tasks get of a unified delta, base + gamma · unified where they take it, and elsewhere the base or, if it is
+ * `is_signed`, base - gamma · unified; and what they lose, Σ (decoded - x)² of each run as flexmerge_squares adds up.
+ * takes [k, takes_stride] has a byte per element. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_masked(const float *base, const float *x, int64_t k, int64_t runs,
+                                                   int64_t stride, const float *unified, const uint8_t *takes,
+                                                   int64_t takes_stride, const float *gamma, int64_t is_signed,
+                                                   float *decoded, int64_t decoded_stride, double *errors,
+                                                   int64_t errors_stride)
+{
+    for (int64_t run = 0; run < runs; run++) {
+        const float *b = base + run * RUN, *u = unified + run * RUN;
+        for (int64_t row = 0; row < k; row++) {
+            const float *own = x + row * stride + run * RUN, factor = gamma[row];
+            const uint8_t *taken = takes + row * takes_stride + run * RUN;
+            float *to = decoded + row * decoded_stride + run * RUN;
+            float lost[LANES] = {0};
+            double total = 0;
+            for (int64_t i = 0; i < RUN; i += LANES)
+                for (int j = 0; j < LANES; j++) {
+                    const float shift = factor * u[i + j], there = b[i + j] + shift;
+                    const float elsewhere = is_signed ? b[i + j] - shift : b[i + j];
+                    const float value = taken[i + j] ? there : elsewhere, d = value - own[i + j];
+                    to[i + j] = value;
                     lost[j] += d * d;
                 }
             for (int j = 0; j < LANES; j++) total += lost[j];

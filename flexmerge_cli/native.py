@@ -22,6 +22,17 @@ _ARGUMENTS = {
     ),
     "flexmerge_products": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_measure_rows": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
+    "flexmerge_trim": (
+        _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, ctypes.c_uint64, _COUNT, _COUNT, _POINTER,
+    ),
+    "flexmerge_agree": (_POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER),
+    "flexmerge_count": (_POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER),
+    "flexmerge_find": (_POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
+    "flexmerge_sizes": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER),
+    "flexmerge_masked": (
+        _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT,
+        _POINTER, _COUNT,
+    ),
     "flexmerge_row_errors": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
 }  # fmt: skip
 
@@ -77,5 +88,5 @@ def address(held: ctypes.Structure) -> int:
 MOST_TASKS = 32  # the limit of flexmerge_products
 TYPES = {"F32": 1, "BF16": 2}  # as in decode.c
 
-lib = _load("_native", 2, _ARGUMENTS)
+lib = _load("_native", 3, _ARGUMENTS)
 decoding = _load("_decode", 2, _DECODE_ARGUMENTS)

@@ -5,6 +5,7 @@ The numbers are the same on every machine, for every chunk size and thread count
 for secrets.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -73,7 +74,13 @@ def tie_numbers(tensor: str, indices: np.ndarray) -> np.ndarray:
 
     tensor: its name, or empty if a single one is ranked and its name is unknown. indices: uint64, in C order.
     """
-    return uniform_at(key64("flexmerge/tie/1", 0, tensor), indices)
+    return uniform_at(tie_key(tensor), indices)
+
+
+@functools.lru_cache(maxsize=64)
+def tie_key(tensor: str) -> int:
+    """Return the key of the stream of a tensor's tie numbers."""
+    return key64("flexmerge/tie/1", 0, tensor)
 
 
 class Stream:

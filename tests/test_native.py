@@ -5,11 +5,15 @@ import pytest
 import torch
 
 from flexmerge_cli import make_plan, merge, native
-from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, sizes, squares
 from flexmerge_cli.engine.survey import gram_sums
 from flexmerge_cli.engine.survey_codes import average_of
 from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
-from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.methods import places
+from flexmerge_cli.methods.method import Where
+from flexmerge_cli.methods.places import AtPlaces, value_keys
+from flexmerge_cli.methods.reductions import largest_agreeing, merge_agreeing, sum_tasks
+from flexmerge_cli.methods.selection import Kept, keep_largest
 from flexmerge_cli.residuals.row_errors import row_errors
 
 from .families import Models, write_family
@@ -103,8 +107,84 @@ def test_squares_of_runs_have_the_same_bits(count, monkeypatch):
     assert np.array_equal(found, squares(values, RUN_ELEMENTS))
 
 
+@pytest.mark.parametrize("count", [0, 5, 127, 129, 1023, 1024, 1025, 5000])
+def test_sizes_of_runs_have_the_same_bits(count, monkeypatch):
+    values, counts = normal(3, count + 9)[:, :count], normal(3, count, seed=1) > 0
+    unified = normal(count, seed=2).expand(3, count)
+    found = sizes(values, RUN_ELEMENTS), sizes(unified, RUN_ELEMENTS, counts)
+    monkeypatch.setattr(native, "lib", None)
+    plain = sizes(values, RUN_ELEMENTS), sizes(unified, RUN_ELEMENTS, counts)
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(found, plain))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tasks", [1, 2, 8])
+def test_agreeing_deltas_have_the_same_bits(size, tasks, monkeypatch):
+    deltas = normal(tasks, size + 7)[:, :size]
+    deltas[-1, ::3] = -deltas[0, ::3]  # of two tasks these cancel
+    deltas[:, ::5] = 0
+    deltas[0, 1::7] = -0.0
+    deltas[0, 2::31] = float("inf")
+    found = [merge_agreeing(deltas, merge) for merge in ("mean", "sum", "max")] + [*largest_agreeing(deltas)]
+    monkeypatch.setattr(native, "lib", None)
+    plain = [merge_agreeing(deltas, merge) for merge in ("mean", "sum", "max")] + [*largest_agreeing(deltas)]
+    assert all(one.numpy().tobytes() == other.numpy().tobytes() for one, other in zip(found, plain))
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_same_deltas_are_kept(size, drop, monkeypatch):
+    """Some of those that tie, all of them, or none at all; -0 and values that are not finite stay what they are."""
+    deltas = (normal(4, size + 7)[:, :size] * 2).round()
+    deltas[2, 1::11] = float("nan")
+    deltas[3, ::4] = -0.0
+    magnitude = torch.tensor([1.0, 2.0, 3.0]).view(torch.int32).numpy()
+    kept = Kept(
+        key_RT=np.array([[magnitude[0]], [magnitude[1]], [magnitude[2]], [np.iinfo(np.int64).max]], np.int64),
+        last_RT=np.array([[0.3], [1.0], [0.7], [1.0]]),
+    )
+    where = Where(tasks=("a", "b", "c", "d"), tensor="x", start=123, shape=(size + 500,))
+    found = kept.largest(deltas, where, drop=drop)
+    monkeypatch.setattr(native, "lib", None)
+    assert found.numpy().tobytes() == kept.largest(deltas, where, drop=drop).numpy().tobytes()
+
+
+@pytest.mark.parametrize("gathered", [20, 1500, 1 << 18])
+@pytest.mark.parametrize("wide", [False, True])
+def test_keys_at_places_are_found_alike(wide, gathered, monkeypatch):
+    """Keys of 32 and 64 bits that are gathered, counted and then gathered, or counted to the last bit."""
+    deltas, more = (normal(2, 3000) * 8).round() / 8, normal(2, 999, seed=1)
+    where = Where(tasks=("a", "b"), tensor="x", start=0, shape=(3000,))
+    monkeypatch.setattr(places, "GATHERED", gathered)
+
+    def found() -> list[np.ndarray]:
+        if wide:
+            keys = lambda deltas, _where: value_keys(deltas.double())  # noqa: E731
+            statistic = AtPlaces(scope="model", keys=keys, places=lambda *_: (5, 2000), then=lambda found: found)
+        else:
+            statistic = keep_largest(scope="model", counts=lambda n, positive: (5, positive - 7))
+        while hasattr(statistic, "measure"):
+            first = statistic.measure(deltas, where)
+            second = statistic.measure(more, Where(tasks=("a", "b"), tensor="y", start=0, shape=(999,)))
+            statistic = statistic.finish(statistic.combine(first, second))
+        return [statistic.key_RT, statistic.quota_RT if wide else statistic.last_RT]
+
+    in_c = found()
+    monkeypatch.setattr(native, "lib", None)
+    assert all(np.array_equal(one, other) for one, other in zip(in_c, found()))
+
+
 @pytest.mark.parametrize(
-    "method", ["average", "task_arithmetic", "task_arithmetic:form=sum", "task_arithmetic:scale=0.7"]
+    "method",
+    [
+        "average",
+        "task_arithmetic",
+        "task_arithmetic:form=sum",
+        "task_arithmetic:scale=0.7",
+        "ties:K=0.3",
+        "emr",
+        "randes",
+    ],
 )
 def test_bundles_are_the_same_with_and_without(method, tmp_path, monkeypatch):
     """Equal tensors, two dtypes, tails of runs, groups of a cut: the manifest, digests and distances, too."""
@@ -120,9 +200,9 @@ def test_bundles_are_the_same_with_and_without(method, tmp_path, monkeypatch):
     for way in ("c", "torch"):
         if way == "torch":
             monkeypatch.setattr(native, "lib", None)
-        for size in ("1x", "2x"):
+        for size in (None,) if method in ("emr", "randes") else ("1x", "2x"):
             folder = tmp_path / f"{way}-{size}"
             merge(tmp_path / "plan.json", folder, method=method, size=size, device="cpu")
             files = [path for path in folder.rglob("*") if path.is_file()]
             made[way, size] = {path.relative_to(folder): path.read_bytes() for path in files}
-    assert made["c", "1x"] == made["torch", "1x"] and made["c", "2x"] == made["torch", "2x"]
+    assert all(made["c", size] == files for (way, size), files in made.items() if way == "torch")

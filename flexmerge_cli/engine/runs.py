@@ -9,6 +9,7 @@ import numpy as np
 
 from flexmerge_cli import native
 from flexmerge_cli.later import Tensor, torch
+from flexmerge_cli.methods.reductions import native_rows
 
 # Squares of a run are summed in float32: their sum is off by 1e-7, and that of thousands of runs by less. The sums are
 # kept in LANES adjacent lanes, as in native.c, so that both give the same bits.
@@ -32,8 +33,17 @@ def squares(values_kN: Tensor, run: int) -> np.ndarray:
     return np.concatenate([sums, _sums(np.square(rest, dtype=np.float64), run)], axis=1)
 
 
-def sizes(values_kN: Tensor, run: int) -> np.ndarray:
-    """Return Σ|x| of each run likewise, in float64 throughout."""
+def sizes(values_kN: Tensor, run: int, counts_kN: Tensor | None = None) -> np.ndarray:
+    """Return Σ|x| of each run likewise, in float64 throughout. counts_kN: which elements count, bool; None: all."""
+    if native.lib is not None and run == RUN_ELEMENTS and (rows := native_rows(values_kN)) is not None:
+        total = np.empty((len(rows), -(-rows.shape[1] // run)))
+        native.lib.flexmerge_sizes(
+            rows.data_ptr(), len(rows), rows.shape[1], rows.stride(0),
+            None if counts_kN is None else counts_kN.contiguous().data_ptr(), total.ctypes.data,
+        )  # fmt: skip
+        return total
+    if counts_kN is not None:
+        values_kN = torch.where(counts_kN, values_kN, 0.0)
     values_kN = values_kN.double().abs()
     return _sums(values_kN.numpy(), run) if values_kN.device.type == "cpu" else _sums_there(values_kN, run)
 

@@ -120,7 +120,7 @@ class StatisticsPass:
 
         def read(span: Span, tasks: Tasks) -> torch.Tensor:
             raw = self.worker.read(span, (*tasks, BASE))
-            deltas = self.worker.deltas(raw, tasks, 0, span.stop - span.start)
+            deltas = self.worker.deltas_in_place(raw, tasks)
             return self.worker.all_stepped(chain, deltas, span, tasks, num_steps)
 
         found = self._known[key] = run_statistics(

@@ -138,6 +138,14 @@ class Worker:
 
     # Merging
 
+    def deltas_in_place(self, raw: Raw, tasks: Sequence[int]) -> Tensor:
+        """Return the task vectors of the whole range like `deltas`, where possible in the memory of its bits, which are
+        then lost: half of the memory is touched."""
+        rows = self.rows_of(raw, tasks)
+        if rows is None or rows.dtype is not torch.float32 or self.device.type != "cpu":
+            return self.deltas(raw, tasks, 0, raw.span.stop - raw.span.start)
+        return rows.sub_(self.on_device(raw.bits[BASE]))
+
     def deltas(self, raw: Raw, tasks: Sequence[int], low: int, high: int, place: int = 0) -> Tensor:
         """Return float32(θ_k) - float32(θ_base) of elements [low, high) of the range, [k, n]. Valid until the next
         call."""

@@ -32,12 +32,11 @@ def _statistics(*, beta: float, gamma: float, scope: Within, **_: object) -> Sta
 def masked(deltas: Tensor, where: Where, kept: Kept | None, *, beta: float, gamma: float) -> Tensor:
     """Zero the largest and the small elements, of each row [k, r, n] if there is no statistic. Returns the same
     shape."""
-    keys = magnitude_keys(deltas)
     if kept is None:
         removed, end = _cuts(deltas.shape[-1], beta=beta, gamma=gamma)
-        places = places_of(keys, where)
+        places = places_of(magnitude_keys(deltas), where)
         return only((places >= removed) & (places < end), deltas)
-    return only(kept.mask(keys, where, 1) & ~kept.mask(keys, where, 0), deltas)
+    return kept.largest(kept.largest(deltas, where, 1), where, 0, drop=True)
 
 
 @method(

@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Centre, Fraction, Positive, Statistic, Where, method, per_element
-from flexmerge_cli.methods.reductions import mean_tasks
+from flexmerge_cli.methods.reductions import mean_tasks, merge_agreeing
 from flexmerge_cli.methods.selection import Kept
 from flexmerge_cli.methods.tall_masks import Lam, near
-from flexmerge_cli.methods.ties import merge_agreeing, trim_statistics, trimmed
+from flexmerge_cli.methods.ties import trim_statistics, trimmed
 
 
 def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"], **_: object) -> Statistic | None:

@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Positive, Range, Statistic, Where, method, per_element
-from flexmerge_cli.methods.reductions import sum_tasks
+from flexmerge_cli.methods.reductions import merge_agreeing, sum_tasks
 from flexmerge_cli.methods.selection import Kept
 from flexmerge_cli.methods.tall_masks import Lam, near
-from flexmerge_cli.methods.ties import merge_agreeing, trim_statistics, trimmed
+from flexmerge_cli.methods.ties import trim_statistics, trimmed
 
 
 def _statistics(*, on: str, K: float, scope: Literal["model", "block", "tensor"], **_: object) -> Statistic | None:

@@ -8,9 +8,9 @@ from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.dare import Seed, draws, l1_workspace, with_l1_norm
 from flexmerge_cli.methods.method import Positive, Range, Scope, Where, method, per_element
 from flexmerge_cli.methods.places import magnitude_keys
+from flexmerge_cli.methods.reductions import merge_agreeing
 from flexmerge_cli.methods.selection import places_of
 from flexmerge_cli.methods.step import step
-from flexmerge_cli.methods.ties import merge_agreeing
 
 MeanRate = Annotated[float, Range(above=0, below=1)]
 Window = Annotated[float, Range(least=0, below=1)]

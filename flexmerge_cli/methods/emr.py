@@ -6,7 +6,7 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Centre, Gain, method, per_element
-from flexmerge_cli.methods.reductions import elect, only
+from flexmerge_cli.methods.reductions import largest_agreeing
 
 
 def rescale(*, gamma: str) -> Gain:
@@ -37,7 +37,5 @@ def emr(deltas: Tensor, *, gamma: Literal["weighted", "tensor_mean"] = "weighted
     elections can have γ > 1.
     Source: harveyhuang18/EMR_Merging, which gives NaN for a zero task; here γ = 0.
     """
-    elected = elect(deltas)
-    agrees = deltas * elected > 0
-    unified = elected * only(agrees, deltas.abs()).amax(0)
+    unified, agrees = largest_agreeing(deltas)
     return Centre(unified, lambda _deltas, _unified: agrees)

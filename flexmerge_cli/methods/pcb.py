@@ -8,7 +8,7 @@ import numpy as np
 
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Fraction, Per, Positive, Scope, Statistic, StatisticScope, method, per_element
-from flexmerge_cli.methods.places import AtPlaces, FoundKeys, magnitude_keys, magnitudes, value_keys, values
+from flexmerge_cli.methods.places import AtPlaces, FoundKeys, magnitudes, value_keys, values
 from flexmerge_cli.methods.reductions import flat, sum_tasks
 
 
@@ -97,7 +97,6 @@ def _statistics(*, K: float, scope: Within, **_: object) -> Statistic:
     return AtPlaces(
         scope=over,
         per=per,
-        keys=lambda deltas, _where: magnitude_keys(deltas),
         key_bytes=8,
         places=bounds,
         then=compete,

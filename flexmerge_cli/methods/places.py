@@ -6,14 +6,16 @@ gathers them all and no further pass is needed. Small scopes take one pass, othe
 64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
+from flexmerge_cli.random import tie_numbers
 
 # R rows (tasks, or one), T places of each row, B bins of a digit, N elements
 
@@ -29,10 +31,12 @@ MANY = 64  # the pieces of a list at which they are joined into one array
 # Elements whose keys are made at once: keys may take a hundred bytes per element and task, ranges have half a million.
 TILE_ELEMENTS = 1 << 16
 
+NO_SIGN = 0x7FFFFFFF  # the bits of a float32 magnitude
+
 
 def magnitude_keys(deltas: Tensor) -> Tensor:
     """Map float32 to int32 of the same shape, ordered like |x|; 0 for 0."""
-    return deltas.contiguous().view(torch.int32) & 0x7FFFFFFF
+    return deltas.contiguous().view(torch.int32) & NO_SIGN
 
 
 def magnitudes(keys: np.ndarray) -> np.ndarray:
@@ -69,6 +73,8 @@ class FoundKeys:
     """The number of elements with this key among the first elements up to the place."""
     equal_RT: np.ndarray
     """The number of elements with this key."""
+    last_RT: np.ndarray | None = None
+    """The tie number of the last element up to the place, 1 where all with this key are; None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +83,12 @@ class AtPlaces:
 
     scope: StatisticScope
     per: Per = "task"
-    keys: Callable[[Tensor, Where], Tensor]
-    """Computes the keys: float32 [R, N] -> [R, N] or fewer rows, int32 or int64."""
+    keys: Callable[[Tensor, Where], Tensor] | None = None
+    """Computes the keys: float32 [R, N] -> [R, N] or fewer rows, int32 or int64. None: magnitudes."""
     key_bytes: int = 4
     """Bytes of a key, in this pass and those that follow."""
+    splits_ties: bool = False
+    """Whether tie numbers are gathered with the keys, which spares a pass over elements that tie."""
     places: Callable[[int, int], tuple[int, ...]]
     """Maps (elements of the scope, those of a row with a key above 0) to places from the top; 1 is the largest key.
 
@@ -90,14 +98,24 @@ class AtPlaces:
     """Makes what follows from the keys: the next statistic, or a value."""
 
     def measure(self, deltas: Tensor, where: Where) -> "_Scope":
-        positive_R, tally, bits = np.zeros((), np.int64), None, 0
-        for keys in self._tiles(deltas, where):
-            bits = keys.element_size() * 8
-            tile = _tally(list(keys), bits, bits)
-            tally = tile if tally is None else tally.joined(tile)
-            positive_R = positive_R + np.count_nonzero((keys > 0).cpu().numpy(), axis=1)
+        positive_R, tally = np.zeros((), np.int64), None
+        for rows, _ in self.rows(deltas, where):
+            if tally is None:
+                tally = _Tally.of(len(rows), rows[0].num_bits, rows[0].num_bits)
+                if deltas.shape[1] > GATHERED:
+                    tally.count_all()
+            positive_R = positive_R + tally.add(rows)
         assert tally is not None
-        return _Scope(deltas.shape[1], positive_R, bits, tally.settled())
+        return _Scope(deltas.shape[1], positive_R, tally.settle())
+
+    def rows(self, deltas: Tensor, where: Where) -> Iterator[tuple[list["_Row"], Where]]:
+        """Yield the keys of each row of a range, piece by piece, and the place of each piece."""
+        if self.keys is None and native.lib is not None and deltas.device.type == "cpu":
+            yield [_Row(row.contiguous().view(torch.int32), NO_SIGN) for row in deltas], where
+            return
+        for tile, there in tiles(deltas, where):
+            keys = magnitude_keys(tile) if self.keys is None else self.keys(tile, there)
+            yield [_Row(row.contiguous(), -1) for row in keys], there
 
     def memory(self, num_tasks: int, num_elements: int) -> tuple[int, int]:
         """Return the bytes of the tally of a range of this many elements, and of such a scope: keys are gathered or
@@ -105,25 +123,22 @@ class AtPlaces:
 
         It is at least twice what finding the last tie takes (selection.py).
         """
-        lists, gathered = num_tasks * len(self.places(2, 1)), self.key_bytes * min(num_elements, GATHERED)
+        lists, item_bytes = num_tasks * len(self.places(2, 1)), self.key_bytes + (8 if self.splits_ties else 0)
+        gathered = item_bytes * min(num_elements, GATHERED)
         ties = int(128 * num_elements**0.5) + 2048
         if num_elements <= GATHERED:
             return lists * max(gathered, ties), lists * max(gathered, ties)
         return lists * max(8 * BINS, ties), lists * max(gathered + 2 * 8 * BINS, ties)
 
-    def _tiles(self, deltas: Tensor, where: Where) -> Iterator[Tensor]:
-        for tile, there in tiles(deltas, where):
-            yield self.keys(tile, there)
-
     def combine(self, left: "_Scope", right: "_Scope") -> "_Scope":
         positive_R = left.positive_R + right.positive_R
-        return _Scope(left.size + right.size, positive_R, left.bits, left.tally.joined(right.tally))
+        return _Scope(left.size + right.size, positive_R, left.tally.join(right.tally))
 
     def finish(self, total: "_Scope") -> Any:
         places = [self.places(total.size, int(positive)) for positive in total.positive_R]
         place_RT = np.minimum(np.array(places, np.int64), total.size)
         rows = np.broadcast_to(np.arange(len(place_RT))[:, None], place_RT.shape)
-        return _narrow(self, np.zeros_like(place_RT), place_RT, rows, total.bits, total.bits, total.tally)
+        return _narrow(self, np.zeros_like(place_RT), place_RT, rows, total.tally)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,24 +162,23 @@ class _Narrowed:
         return self.search.per
 
     def measure(self, deltas: Tensor, where: Where) -> "_Tally":
-        tally = None
-        for keys in self.search._tiles(deltas, where):
-            left = [
-                row[_indices((row >> self.shift) == int(prefix))]
-                for row, prefix_T in zip(keys, self.prefix_RT, strict=True)
-                for prefix in prefix_T
-            ]
-            tile = _tally(left, self.shift, self.bits)
-            tally = tile if tally is None else tally.joined(tile)
-        assert tally is not None
-        return tally.settled()
+        tally = _Tally.of(self.prefix_RT.size, self.shift, self.bits)
+        for rows, there in self.search.rows(deltas, where):
+            pairs = [(row, int(prefix)) for row, own in zip(rows, self.prefix_RT, strict=True) for prefix in own]
+            at = [row.at(self.shift, prefix) for row, prefix in pairs]
+            numbers = []
+            if self.search.splits_ties and tally.counts_XB is None:
+                start = np.uint64(there.start)
+                numbers = [tie_numbers(there.tensor, indices.astype(np.uint64) + start) for indices in at]
+            tally.add([row.picked(indices) for (row, _), indices in zip(pairs, at)], numbers)
+        return tally.settle()
 
     def combine(self, left: "_Tally", right: "_Tally") -> "_Tally":
-        return left.joined(right)
+        return left.join(right)
 
     def finish(self, total: "_Tally") -> Any:
         own = np.arange(self.prefix_RT.size).reshape(self.prefix_RT.shape)
-        return _narrow(self.search, self.prefix_RT, self.quota_RT, own, self.bits, self.shift, total)
+        return _narrow(self.search, self.prefix_RT, self.quota_RT, own, total)
 
 
 def _narrow(
@@ -172,15 +186,14 @@ def _narrow(
     prefix_RT: np.ndarray,
     quota_RT: np.ndarray,
     list_RT: np.ndarray,
-    bits: int,
-    shift: int,
     tally: "_Tally",
 ) -> Any:
     """Start what follows a pass. list_RT: the index of the tally's list for each row and place."""
+    bits, shift = tally.bits, tally.shift
     if tally.counts_XB is None:
-        sorted_X = [np.sort(np.concatenate(keys))[::-1].astype(np.int64) for keys in tally.loose_X]
-        return search.then(_pick(sorted_X, list_RT, quota_RT))
-    digit_RT, above_RT, inside_RT = _locate(tally.counted()[list_RT], quota_RT)
+        return search.then(_pick(tally.settle(), list_RT, quota_RT))
+    tally.count_all()
+    digit_RT, above_RT, inside_RT = _locate(tally.counts_XB[list_RT], quota_RT)
     prefix_RT = digit_RT - BINS // 2 if shift == bits else (prefix_RT << DIGIT_BITS) | digit_RT
     quota_RT = quota_RT - above_RT
     if shift == DIGIT_BITS:
@@ -188,13 +201,18 @@ def _narrow(
     return _Narrowed(search=search, prefix_RT=prefix_RT, quota_RT=quota_RT, bits=bits, shift=shift - DIGIT_BITS)
 
 
-def _pick(sorted_X: list[np.ndarray], list_RT: np.ndarray, quota_RT: np.ndarray) -> FoundKeys:
-    key_RT, above_RT, equal_RT = (np.zeros_like(quota_RT) for _ in range(3))
-    for at, place in np.ndenumerate(quota_RT):
-        keys = sorted_X[list_RT[at]]
+def _pick(tally: "_Tally", list_RT: np.ndarray, place_RT: np.ndarray) -> FoundKeys:
+    key_RT, quota_RT, equal_RT = (np.zeros_like(place_RT) for _ in range(3))
+    last_RT = np.ones(place_RT.shape)
+    sorted_X = [np.sort(keys)[::-1] for (keys,) in tally.loose_X]
+    for at, place in np.ndenumerate(place_RT):
+        keys, numbers = sorted_X[list_RT[at]], tally.numbers_X[list_RT[at]]
         key = int(keys[place - 1]) if place else int(np.iinfo(np.int64).max)
-        key_RT[at], above_RT[at], equal_RT[at] = key, (keys > key).sum(), (keys == key).sum()
-    return FoundKeys(key_RT=key_RT, quota_RT=quota_RT - above_RT, equal_RT=equal_RT)
+        key_RT[at], quota_RT[at], equal_RT[at] = key, place - (keys > key).sum(), (keys == key).sum()
+        if numbers and 0 < quota_RT[at] < equal_RT[at]:
+            last_RT[at] = np.sort(numbers[0][tally.loose_X[list_RT[at]][0] == key])[quota_RT[at] - 1]
+    known = any(tally.numbers_X)
+    return FoundKeys(key_RT=key_RT, quota_RT=quota_RT, equal_RT=equal_RT, last_RT=last_RT if known else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,71 +221,131 @@ class _Scope:
 
     size: int
     positive_R: np.ndarray
-    bits: int
     tally: "_Tally"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Tally:
     """Keys of X lists: gathered while they are few, then counted by one digit."""
 
-    counts_XB: np.ndarray | None
-    loose_X: list[list[np.ndarray]]
-    size_X: np.ndarray
-    """The number of loose keys in each list."""
     shift: int
     bits: int
+    loose_X: list[list[np.ndarray]]
+    numbers_X: list[list[np.ndarray]]
+    """The tie numbers of the loose keys, if they are known."""
+    size_X: np.ndarray
+    """The number of loose keys in each list."""
+    counts_XB: np.ndarray | None = None
 
-    def joined(self, other: "_Tally") -> "_Tally":
-        for loose, added in zip(self.loose_X, other.loose_X, strict=True):
-            loose.extend(added)
-        counts_XB = self.counts_XB
-        if other.counts_XB is not None:
-            counts_XB = other.counts_XB if counts_XB is None else counts_XB + other.counts_XB
-        joined = replace(self, counts_XB=counts_XB, size_X=self.size_X + other.size_X)
-        if joined.size_X.max(initial=0) > GATHERED:
-            return joined._all_counted()
-        return joined if max(map(len, self.loose_X), default=0) < MANY else joined._packed()
+    @staticmethod
+    def of(lists: int, shift: int, bits: int) -> "_Tally":
+        """Begin to tally keys that agree above their lower `shift` bits."""
+        return _Tally(shift, bits, [[] for _ in range(lists)], [[] for _ in range(lists)], np.zeros(lists, np.int64))
 
-    def settled(self) -> "_Tally":
+    def count_all(self) -> None:
+        """Count what is gathered, and all that is added from now on."""
+        if self.counts_XB is None:
+            self.counts_XB = np.zeros((len(self.loose_X), BINS), np.int64)
+        for counts_B, loose, numbers in zip(self.counts_XB, self.loose_X, self.numbers_X):
+            for keys in loose:
+                _Row(torch.from_numpy(keys), -1).count(self.shift, counts_B)
+            loose.clear()
+            numbers.clear()
+        self.size_X[:] = 0
+
+    def add(self, rows: Sequence["_Row"], numbers: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """Add keys to each list, and return how many of them are above 0, [X]."""
+        if self.counts_XB is not None:
+            counted = zip(self.counts_XB, rows, strict=True)
+            return np.array([row.count(self.shift, counts_B) for counts_B, row in counted])
+        for loose, row in zip(self.loose_X, rows, strict=True):
+            loose.append(row.keys())
+        for known, added in zip(self.numbers_X, numbers):
+            known.append(added)
+        self.size_X += [len(row.bits) for row in rows]
+        positive = np.array([np.count_nonzero(loose[-1] > 0) for loose in self.loose_X])
+        self._check_size()
+        return positive
+
+    def join(self, other: "_Tally") -> "_Tally":
+        """Add what another has tallied, which is consumed."""
+        for ours, theirs in ((self.loose_X, other.loose_X), (self.numbers_X, other.numbers_X)):
+            for known, added in zip(ours, theirs, strict=True):
+                known.extend(added)
+        if self.counts_XB is None:
+            self.counts_XB = other.counts_XB
+        elif other.counts_XB is not None:
+            self.counts_XB += other.counts_XB
+        self.size_X += other.size_X
+        self._check_size()
+        return self
+
+    def _check_size(self) -> None:
+        if self.size_X.max(initial=0) > GATHERED:
+            self.count_all()
+        elif max(map(len, self.loose_X), default=0) >= MANY:
+            self._pack()
+
+    def settle(self) -> "_Tally":
         """Count the gathered keys too if any keys are counted, in the thread that measured them."""
-        return self._packed() if self.counts_XB is None or not self.size_X.any() else self._all_counted()
+        if self.counts_XB is None:
+            self._pack()
+        else:
+            self.count_all()
+        return self
 
-    def _packed(self) -> "_Tally":
+    def _pack(self) -> None:
         """Join the keys of each list into one array: small pieces that stay keep large blocks from being reused."""
-        return replace(self, loose_X=[[np.concatenate(loose)] if loose else [] for loose in self.loose_X])
-
-    def _all_counted(self) -> "_Tally":
-        return replace(self, counts_XB=self.counted(), loose_X=[[] for _ in self.loose_X], size_X=self.size_X * 0)
-
-    def counted(self) -> np.ndarray:
-        """Count all keys, int64 [X, BINS]."""
-        counts_XB = np.zeros((len(self.loose_X), BINS), np.int64) if self.counts_XB is None else self.counts_XB
-        for list_, loose in enumerate(self.loose_X):
-            if loose:
-                counts_XB[list_] += _count(torch.from_numpy(np.concatenate(loose)), self.shift, self.bits)
-        return counts_XB
+        for pieces in (*self.loose_X, *self.numbers_X):
+            pieces[:] = [np.concatenate(pieces)] if pieces else []
 
 
-def _tally(rows: list[Tensor], shift: int, bits: int) -> _Tally:
-    """Tally keys that agree above their lower `shift` bits."""
-    if any(len(row) > GATHERED for row in rows):
-        counts_XB = np.stack([_count(row, shift, bits) for row in rows])
-        return _Tally(counts_XB, [[] for _ in rows], np.zeros(len(rows), np.int64), shift, bits)
-    loose_X = [[row.cpu().numpy()] for row in rows]
-    return _Tally(None, loose_X, np.array([len(row) for row in rows]), shift, bits)
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The keys of one row. They may be magnitudes of task vectors that are not computed but read as they lie."""
 
+    bits: Tensor
+    """Adjacent in memory, int32 or int64 [N]."""
+    mask: int
+    """The key consists of these bits."""
 
-def _indices(mask_N: Tensor) -> Tensor:
-    """Return the indices of elements that are true, int64: numpy finds few of them in a quarter of torch's time."""
-    return torch.from_numpy(np.flatnonzero(mask_N.cpu().numpy())).to(mask_N.device)
+    @property
+    def num_bits(self) -> int:
+        return 8 * self.bits.element_size()
 
+    def keys(self) -> np.ndarray:
+        return (self.bits if self.mask == -1 else self.bits & self.mask).cpu().numpy()
 
-def _count(keys: Tensor, shift: int, bits: int) -> np.ndarray:
-    """Count each digit, which is the upper 16 of the lower `shift` bits. int64 [BINS], ordered like the keys."""
-    digits = keys >> (shift - DIGIT_BITS)
-    digits = digits + BINS // 2 if shift == bits else digits & (BINS - 1)  # keys are signed
-    return torch.bincount(digits, minlength=BINS).cpu().numpy()
+    def picked(self, at: np.ndarray) -> "_Row":
+        return _Row(self.bits[torch.from_numpy(at).to(self.bits.device)], self.mask)
+
+    def at(self, shift: int, prefix: int) -> np.ndarray:
+        """Return the indices of the keys whose bits above the lower `shift` equal the prefix, int64."""
+        if native.lib is None or self.bits.device.type != "cpu":
+            # numpy finds few of them in a quarter of torch's time.
+            return np.flatnonzero((((self.bits & self.mask) >> shift) == prefix).cpu().numpy())
+        count, found = len(self.bits), np.empty(len(self.bits) + 1, np.int64)
+        native.lib.flexmerge_find(
+            self.bits.data_ptr(), self.num_bits, count, self.mask, shift, prefix, found.ctypes.data
+        )
+        return found[1 : 1 + found[0]].copy()
+
+    def count(self, shift: int, counts_B: np.ndarray) -> int:
+        """Count each digit, which is the upper 16 of the lower `shift` bits, and return how many keys are above 0.
+
+        counts_B: int64 [BINS], in the order of the keys; it is added to.
+        """
+        if native.lib is not None and self.bits.device.type == "cpu":
+            positive, count = np.zeros(1, np.int64), len(self.bits)
+            native.lib.flexmerge_count(
+                self.bits.data_ptr(), self.num_bits, count, self.mask, shift, counts_B.ctypes.data, positive.ctypes.data
+            )
+            return int(positive[0])
+        keys = self.bits & self.mask
+        digits = keys >> (shift - DIGIT_BITS)
+        digits = digits + BINS // 2 if shift == self.num_bits else digits & (BINS - 1)  # keys are signed
+        counts_B += torch.bincount(digits, minlength=BINS).cpu().numpy()
+        return int((keys > 0).sum())
 
 
 def _locate(counts_RTB: np.ndarray, place_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """Sums and averages over the tasks of a group: in float64, in task order, on any device."""
 
+from typing import Literal
+
 import numpy as np
 
 from flexmerge_cli import native
@@ -16,10 +18,16 @@ def only(kept: Tensor, values: Tensor) -> Tensor:
     return (values.view(torch.int32) * kept).view(torch.float32)
 
 
+def native_rows(deltas: Tensor) -> Tensor | None:
+    """Return the same values as rows that native.c can read; None for other devices and dtypes."""
+    if deltas.device.type != "cpu" or deltas.dtype is not torch.float32:
+        return None
+    return deltas if deltas[0].is_contiguous() else deltas.contiguous()
+
+
 def sum_tasks(deltas: Tensor) -> Tensor:
     """Sum the tasks, [k, *shape] -> [*shape] float64, in a fixed order, so that the same bits come out everywhere."""
-    if native.lib is not None and deltas.device.type == "cpu" and deltas.dtype is torch.float32:
-        rows = deltas if deltas[0].is_contiguous() else deltas.contiguous()
+    if native.lib is not None and (rows := native_rows(deltas)) is not None:
         total = torch.empty(rows.shape[1:], dtype=torch.float64)
         native.lib.flexmerge_sum(rows.data_ptr(), len(rows), total.numel(), rows.stride(0), total.data_ptr())
         return total
@@ -56,3 +64,35 @@ def weigh_tasks(deltas: Tensor, weights: list[float]) -> Tensor:
 def elect(deltas: Tensor) -> Tensor:
     """Return the sign of the sum, +1 or -1; exact cancellation elects +1. [k, *shape] -> [*shape] float32."""
     return torch.where(sum_tasks(deltas) >= 0, 1.0, -1.0)
+
+
+Agreeing = Literal["mean", "sum", "max"]
+
+
+def merge_agreeing(deltas: Tensor, merge: Agreeing) -> Tensor:
+    """Take the mean, sum or largest of the deltas of the elected sign; 0 where there are none. [k, *] -> [*]
+    float64."""
+    return _agreeing(deltas, merge, marks=False)[0]
+
+
+def largest_agreeing(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest delta of the elected sign, float64 [*], and which deltas have that sign, bool [k, *]."""
+    return _agreeing(deltas, "max", marks=True)
+
+
+def _agreeing(deltas: Tensor, merge: Agreeing, *, marks: bool) -> tuple[Tensor, Tensor]:
+    if native.lib is not None and (rows := native_rows(deltas)) is not None:
+        found = torch.empty(rows.shape[1:], dtype=torch.float64)
+        agrees = torch.empty(rows.shape if marks else 0, dtype=torch.bool)
+        how = ("mean", "sum", "max").index(merge)
+        native.lib.flexmerge_agree(
+            rows.data_ptr(), len(rows), found.numel(), rows.stride(0), how,
+            found.data_ptr(), agrees.data_ptr() if marks else None,
+        )  # fmt: skip
+        return found, agrees
+    elected = elect(deltas)
+    agrees = deltas * elected > 0
+    if merge == "max":
+        return elected.double() * only(agrees, deltas.abs()).amax(0), agrees
+    total = sum_tasks(only(agrees, deltas))
+    return total if merge == "sum" else total / count_tasks(agrees).clamp(min=1), agrees

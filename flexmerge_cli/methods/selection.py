@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Per, StatisticScope, Where
 from flexmerge_cli.methods.places import MANY, AtPlaces, FoundKeys, magnitude_keys, tiles
-from flexmerge_cli.random import tie_numbers
+from flexmerge_cli.methods.reductions import native_rows, only
+from flexmerge_cli.random import tie_key, tie_numbers
 
 # R rows, T places of each row, S of them that split ties, N elements
 
@@ -47,6 +49,19 @@ class Kept:
             kept[tuple(at)] = False
         return kept.view(keys.shape)
 
+    def largest(self, deltas: Tensor, where: Where, place: int = 0, *, drop: bool = False) -> Tensor:
+        """Zero the deltas that are not kept by their magnitudes or, with `drop`, those that are. [R, *] -> [R, *]."""
+        if native.lib is None or (rows := native_rows(deltas)) is None:
+            return only(self.mask(magnitude_keys(deltas), where, place) ^ drop, deltas)
+        trimmed = torch.empty(rows.shape)
+        least_R = np.minimum(self.key_RT[:, place], np.iinfo(np.int32).max).astype(np.int32)
+        last_R = np.ascontiguousarray(self.last_RT[:, place])
+        native.lib.flexmerge_trim(
+            rows.data_ptr(), len(rows), rows[0].numel(), rows.stride(0), least_R.ctypes.data, last_R.ctypes.data,
+            tie_key(where.tensor), where.start, drop, trimmed.data_ptr(),
+        )  # fmt: skip
+        return trimmed
+
 
 def _ties(ties_RN: np.ndarray, where: Where) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return rows, columns and numbers of the elements that tie, row by row. ties_RN: bool, from where.start on."""
@@ -71,7 +86,7 @@ def keep_largest(
     *,
     scope: StatisticScope,
     counts: Callable[[int, int], tuple[int, ...]],
-    keys: Callable[[Tensor, Where], Tensor] = lambda deltas, _where: magnitude_keys(deltas),
+    keys: Callable[[Tensor, Where], Tensor] | None = None,
     per: Per = "task",
     then: Callable[[Kept], object] = lambda kept: kept,
 ) -> AtPlaces:
@@ -84,11 +99,14 @@ def keep_largest(
 
     def settle(found: FoundKeys) -> object:
         split_RT = (found.quota_RT > 0) & (found.quota_RT < found.equal_RT) & (found.key_RT > 0)
-        if split_RT.any():
+        if split_RT.any() and found.last_RT is None:
             return _Ties(scope=scope, per=per, keys=keys, found=found, split_RT=split_RT, then=then, width=WIDTH)
-        return then(Kept(key_RT=found.key_RT, last_RT=np.ones(found.key_RT.shape)))
+        last_RT = np.ones(found.key_RT.shape)
+        if found.last_RT is not None:
+            last_RT[split_RT] = found.last_RT[split_RT]
+        return then(Kept(key_RT=found.key_RT, last_RT=last_RT))
 
-    return AtPlaces(scope=scope, per=per, keys=keys, places=counts, then=settle)
+    return AtPlaces(scope=scope, per=per, keys=keys, places=counts, then=settle, splits_ties=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +120,7 @@ class _Ties:
 
     scope: StatisticScope
     per: Per
-    keys: Callable[[Tensor, Where], Tensor]
+    keys: Callable[[Tensor, Where], Tensor] | None
     found: FoundKeys
     split_RT: np.ndarray
     """The rows and places where some ties are kept and some are not."""
@@ -117,7 +135,8 @@ class _Ties:
         key_S1 = torch.from_numpy(self.found.key_RT[at][:, None]).to(deltas.device)
         below_S, inside = np.zeros(len(quota_S), np.int64), []
         for tile, there in tiles(deltas, where):
-            which, _, numbers = _ties((self.keys(tile, there)[at[0]] == key_S1).cpu().numpy(), there)
+            keys = magnitude_keys(tile) if self.keys is None else self.keys(tile, there)
+            which, _, numbers = _ties((keys[at[0]] == key_S1).cpu().numpy(), there)
             is_below = numbers < low_S[which]
             below_S += np.bincount(which[is_below], minlength=len(below_S))
             near = ~is_below & (numbers < high_S[which])

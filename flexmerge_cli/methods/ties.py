@@ -4,8 +4,7 @@ from typing import Literal
 
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.method import Fraction, Positive, Statistic, StatisticScope, Where, method, per_element
-from flexmerge_cli.methods.places import magnitude_keys
-from flexmerge_cli.methods.reductions import count_tasks, elect, only, sum_tasks
+from flexmerge_cli.methods.reductions import Agreeing, merge_agreeing
 from flexmerge_cli.methods.selection import Kept, keep_largest
 from flexmerge_cli.methods.step import step
 
@@ -17,18 +16,7 @@ def trim_statistics(*, K: float, scope: StatisticScope, **_: object) -> Statisti
 
 def trimmed(deltas: Tensor, where: Where, kept: Kept | None) -> Tensor:
     """Zero all but the largest of each task. [k, n] float32 -> [k, n]."""
-    return deltas if kept is None else only(kept.mask(magnitude_keys(deltas), where), deltas)
-
-
-def merge_agreeing(deltas: Tensor, merge: Literal["mean", "sum", "max"]) -> Tensor:
-    """Take the mean, sum or largest of the deltas of the elected sign; 0 where there are none. [k, *] -> [*]
-    float64."""
-    elected = elect(deltas)
-    agrees = deltas * elected > 0
-    if merge == "max":
-        return elected.double() * only(agrees, deltas.abs()).amax(0)
-    total = sum_tasks(only(agrees, deltas))
-    return total if merge == "sum" else total / count_tasks(agrees).clamp(min=1)
+    return deltas if kept is None else kept.largest(deltas, where)
 
 
 @method(
@@ -46,7 +34,7 @@ def ties(
     K: Fraction = 0.1,
     scale: Positive = 1.0,
     scope: Literal["model", "block", "tensor"] = "model",
-    merge: Literal["mean", "sum", "max"] = "mean",
+    merge: Agreeing = "mean",
 ) -> Tensor:
     """Trim each task to its largest elements, elect a sign, merge the deltas that agree with it. [k, n] float32 -> [n].
 

@@ -3,7 +3,8 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from flexmerge_cli.methods import selection
+from flexmerge_cli import native
+from flexmerge_cli.methods import places, selection
 from flexmerge_cli.residuals import sparse
 
 
@@ -18,7 +19,8 @@ def break_ties_by_index(patch: pytest.MonkeyPatch, first: Mapping[str, int] | No
 
     first: where a tensor begins in a scope of several.
     """
-    for module in (selection, sparse):
+    patch.setattr(native, "lib", None)  # it draws tie numbers itself
+    for module in (places, selection, sparse):
         patch.setattr(
             module, "tie_numbers", lambda tensor, indices: (indices + (first or {}).get(tensor, 0)) * 2.0**-53
         )

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.engine.device import torch_dtype
 from flexmerge_cli.engine.encode import Encoder, Piece, array, room_for_errors
-from flexmerge_cli.engine.runs import sizes, squares
+from flexmerge_cli.engine.runs import RUN_ELEMENTS, sizes, squares
 from flexmerge_cli.engine.sources import BASE
-from flexmerge_cli.engine.work import Raw, cast
+from flexmerge_cli.engine.work import Raw, Worker, cast
 from flexmerge_cli.engine.writers.writer import UnitValues, Work, Writer
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.call import Call
@@ -23,7 +24,10 @@ def _write(
     mask_parts = {part.task: part for part in group.parts if part.array.role == "mask"}
     stored = torch.empty(count, dtype=torch_dtype(unified_part.array.dtype))
     dtypes = encoder.dtypes(storage, group)
-    decoded = [torch.empty(count, dtype=torch_dtype(dtype)) for dtype in dtypes]
+    dtype, *others = {*dtypes}
+    # Rows of one matrix, if they have one dtype: native.c writes all of them.
+    room = [torch.empty(count, dtype=torch_dtype(each)) for each in dtypes] if others else None
+    decoded = room or [*torch.empty(len(dtypes), count, dtype=torch_dtype(dtype))]
     taken = np.empty((len(group.tasks), count), bool)
     key = encoder.unit_of[raw.span.tensor], group.tasks
     gamma = encoder.of_units.get(key, np.ones(len(group.tasks), np.float32))
@@ -36,12 +40,18 @@ def _write(
         base = cast(worker.on_device(raw.bits[BASE][low:high]), base_part.array.dtype).float()
         takes = found.mask(deltas, unified)
         taken[:, low:high] = takes.cpu().numpy()
+        done = 0
+        if not others and dtype == "F32":
+            done = _decode_runs(worker, group, raw, base, unified, taken, gamma, is_signed, decoded, errors, low)
+        if low + done == high:
+            continue
         for row, task in enumerate(group.tasks):
             # As residuals/mask.py decodes: one product, one sum, both float32.
-            shift = unified * torch.tensor(gamma[row], device=worker.device)
-            decoded[row][low:high].copy_(torch.where(takes[row], base + shift, base - shift if is_signed else base))
-            lost = worker.on_device(decoded[row][low:high]) - worker.on_device(worker.own(raw, task)[low:high])
-            errors[row, low // run : -(-high // run)] = squares(lost[None], run)[0]
+            shift, there = unified[done:] * torch.tensor(gamma[row], device=worker.device), slice(low + done, high)
+            elsewhere = base[done:] - shift if is_signed else base[done:]
+            decoded[row][there].copy_(torch.where(takes[row, done:], base[done:] + shift, elsewhere))
+            lost = worker.on_device(decoded[row][there]) - worker.on_device(worker.own(raw, task)[there])
+            errors[row, (low + done) // run : -(-high // run)] = squares(lost[None], run)[0]
     encoder.emit(unified_part, start, encoder.finite(stored, group, raw), piece)
     packed = masks.pack(taken)
     for row, task in enumerate(group.tasks):
@@ -51,6 +61,37 @@ def _write(
         piece.errors[task] = errors[row]
 
 
+def _decode_runs(
+    worker: Worker,
+    group: StoredGroup,
+    raw: Raw,
+    base: Tensor,
+    unified: Tensor,
+    taken: np.ndarray,
+    gamma: np.ndarray,
+    is_signed: bool,
+    decoded: list[Tensor],
+    errors: np.ndarray,
+    low: int,
+) -> int:
+    """Decode the whole runs of a tile that begins at `low`, and measure their errors, in one pass through memory where
+    native.c can; return how many elements. The bits are those of the general path.
+
+    decoded: rows of one float32 matrix.
+    """
+    rows, run = worker.rows_of(raw, group.tasks), raw.span.run
+    plain = worker.device.type == "cpu" and run == RUN_ELEMENTS and rows is not None and rows.dtype is torch.float32
+    if native.lib is None or not plain or rows is None:
+        return 0
+    runs = len(unified) // run
+    native.lib.flexmerge_masked(
+        base.data_ptr(), rows[:, low:].data_ptr(), len(rows), runs, rows.stride(0), unified.data_ptr(),
+        taken[:, low:].ctypes.data, taken.shape[1], gamma.ctypes.data, is_signed, decoded[0][low:].data_ptr(),
+        taken.shape[1], errors[:, low // run :].ctypes.data, errors.shape[1],
+    )  # fmt: skip
+    return runs * run
+
+
 def _sums(encoder: Encoder, group: StoredGroup, raw: Raw) -> np.ndarray:
     """Return Σ |δ| of each task, and of what its mask takes from the unified delta."""
     worker, span, found = encoder.worker, raw.span, []
@@ -58,9 +99,9 @@ def _sums(encoder: Encoder, group: StoredGroup, raw: Raw) -> np.ndarray:
     for low, high in worker.tiles(chain, span):
         centre, deltas = worker.value(group, raw, low, high)
         unified = worker.rounded(centre.delta.flatten(), dtype)
-        taken = torch.where(centre.mask(deltas, unified), unified, 0.0)
         stepped = worker.stepped(chain, deltas, worker.where(span, low, group.tasks), group.tasks)
-        found.append(np.stack([sizes(stepped, span.run), sizes(taken, span.run)]))
+        taken = sizes(unified.expand_as(deltas), span.run, centre.mask(deltas, unified))
+        found.append(np.stack([sizes(stepped, span.run), taken]))
     return np.concatenate(found, axis=2)
 
 
