@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flexmerge_cli import load_plan, merge, open_bundle
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.auto_allocation import auto
-from flexmerge_cli.allocation.auto_merged import merged
+from flexmerge_cli.allocation.auto_merged import damage, merged
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.request.auto_options import Limits
@@ -29,18 +30,19 @@ def alike(noise: float, *, num_tasks: int = 3, width: int = 8) -> Models:
 
 
 def searched(plan: Path, size: str, **limits):
-    """What `auto` finds, and the predicted cost of merging by `average` in the size; None where that does not fit."""
+    """What `auto` finds in a size, its predicted damage, and that of merging by `average`; None if it does not fit."""
     found, loaded = auto(Pricer(load_plan(plan)).asked(merge_request(method="auto")), Limits(**limits)), load_plan(plan)
     target = parse_size(size).target(num_tasks=len(loaded.tasks), one_model_bytes=loaded.one_model_bytes)
     other = merged(found.pricer, found.search, target, None)
-    return found.cut(target), None if other is None else other[0].cost
+    chosen = found.cut(target)
+    return chosen, damage(found.search, chosen.solution), other and damage(found.search, other[0])
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3])
 def test_tasks_that_differ_by_noise_are_merged_if_coding_would_cost_more(noise, tmp_path):
     plan = planned(alike(noise), tmp_path)
-    found, other = searched(plan, "1x")
-    assert found.solution.cost <= other
+    found, own, other = searched(plan, "1x")
+    assert own <= other
     assert (found.layout.allocation.methods == (AVERAGE,)) == (noise < 1e-5)
 
 
@@ -56,17 +58,17 @@ def test_a_bundle_of_noisy_copies_is_that_of_average(tmp_path):
 
 
 def test_equal_tasks_are_stored_once_and_exactly(tmp_path):
-    found, _ = searched(planned(alike(0.0), tmp_path), "1x")
-    assert found.solution.cost == 0 and found.layout.tensor_bytes == found.layout.plan.one_model_bytes
+    found, own, _ = searched(planned(alike(0.0), tmp_path), "1x")
+    assert own == 0 and found.layout.tensor_bytes == found.layout.plan.one_model_bytes
 
 
 @pytest.mark.parametrize("models", [plain(), alike(1e-4), heads()], ids=["plain", "near", "heads"])
 def test_it_is_never_predicted_to_be_worse_than_merging(models, tmp_path):
     plan, fits = planned(models, tmp_path), 0
     for size in ("1x", "1.3x", "60%", "40kB"):
-        found, other = searched(plan, size)
+        _, own, other = searched(plan, size)
         fits += other is not None
-        assert other is None or found.solution.cost <= other
+        assert other is None or own <= other
     assert fits
 
 
@@ -86,13 +88,27 @@ def test_the_predicted_error_of_a_merge_is_the_measured_one(tmp_path):
 
 @pytest.mark.parametrize("limits", [{"min_bits": 1}, {"centres": ("base",)}])
 def test_limits_that_exclude_merging_are_kept(limits, tmp_path):
-    found, other = searched(planned(alike(1e-6), tmp_path), "1x", **limits)
-    assert AVERAGE not in found.layout.allocation.methods and found.solution.cost > other
+    found, own, other = searched(planned(alike(1e-6), tmp_path), "1x", **limits)
+    assert AVERAGE not in found.layout.allocation.methods and own > other
+
+
+def test_tasks_that_have_little_in_common_are_coded_where_squared_error_would_merge_them(tmp_path):
+    """Residuals of less than one bit lose most of their energy, but a merge loses all of it."""
+    base = encoder(layers=1, width=64, dtype=torch.bfloat16)
+    models = Models(base=base, tasks={f"task{n:02}": tuned(base, n + 1) for n in range(32)})
+    loaded = load_plan(planned(models, tmp_path))
+    search = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
+    size = parse_size("1x").target(num_tasks=32, one_model_bytes=loaded.one_model_bytes)
+    solution, _ = merged(search.pricer, search.search, size, None)
+    found = search.cut(size)
+    assert found.layout.allocation.methods != (AVERAGE,)
+    assert found.solution.cost > solution.cost
+    assert damage(search.search, found.solution) < damage(search.search, solution)
 
 
 def test_without_a_size_a_merge_must_keep_the_distance_too(tmp_path):
     loaded = load_plan(planned(alike(1e-6, width=48), tmp_path))
     search = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
-    near, far = search.within(1e-4), search.within(0.2)
-    assert near.layout.allocation.methods == (AVERAGE,) and (search.search.distances(near.solution) <= 1e-4).all()
+    near, far = search.within(1e-3), search.within(0.2)
+    assert near.layout.allocation.methods == (AVERAGE,) and (search.search.distances(near.solution) <= 1e-3).all()
     assert far.layout.total_bytes < near.layout.total_bytes

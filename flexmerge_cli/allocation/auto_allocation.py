@@ -15,7 +15,7 @@ from typing import NoReturn
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
-from flexmerge_cli.allocation.auto_merged import merged
+from flexmerge_cli.allocation.auto_merged import damage, merged
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import TensorChoice
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
@@ -105,7 +105,8 @@ class AutoSearch:
         if not (self._may_merge and (other := merged(self.pricer, self.search, size, self.dtype))):
             return found
         solution, layout = other
-        return AutoFound(solution=solution, layout=layout) if solution.cost < found.solution.cost else found
+        is_better = damage(self.search, solution) < damage(self.search, found.solution)
+        return AutoFound(solution=solution, layout=layout) if is_better else found
 
     def smallest(self) -> AutoFound:
         return self._found(self.search.solve(self.search.smallest_bytes))

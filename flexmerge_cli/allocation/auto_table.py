@@ -57,7 +57,7 @@ class AutoTable:
         task, [M]."""
         self.tensor = tensor
         self._classes = tensor.classes
-        self._weight_M = np.broadcast_to(weight, len(tensor.same))
+        self.weight_M = np.broadcast_to(weight, len(tensor.same))
         self._weight_K = np.full(len(self._classes), weight if isinstance(weight, float) else 0.0)
         if isinstance(weight, np.ndarray):
             self._weight_K[:] = [weight[tasks].mean() for tasks in self._classes]
@@ -74,7 +74,7 @@ class AutoTable:
 
     def cost_of(self, choice: TensorChoice) -> float:
         """Return the cost of a choice."""
-        return float(np.dot(self._weight_M, choice.errors))
+        return float(np.dot(self.weight_M, choice.errors))
 
     def _choice(self, point: int) -> TensorChoice:
         centre, position = divmod(int(self.points[point]), self._num_positions)
