@@ -113,7 +113,7 @@ def merge_all(
     from flexmerge_cli.engine.merge_memory import merge_chunk
     from flexmerge_cli.engine.pool import default_threads
 
-    where = choose_device(device)
+    where = choose_device(device, computes=not join)
     threads = threads or default_threads()
     memory = access.memory_left(max_memory)
     check_output({output: layout for output, (_, layout) in bundles.items()}, force=force)

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
+WORDS = "flexmerge.words"  # in a context's `meta`: the words of the command
+
 
 class BesideCommand(TyperCommand):
     """A command that refuses options that have no effect beside another option."""
@@ -12,6 +14,7 @@ class BesideCommand(TyperCommand):
     """Maps the name of a parameter to the names of those without effect beside it, separated by spaces."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = [*args]
         rest = super().parse_args(ctx, args)
         words = {
             parameter.name: parameter.opts[-1] if parameter.param_type_name == "option" else parameter.metavar

@@ -4,17 +4,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import typer
+
 from flexmerge_cli.cli import options as o
-from flexmerge_cli.cli.beside import BesideCommand
+from flexmerge_cli.cli.beside import WORDS, BesideCommand
 
 
 class MergeCommand(BesideCommand):
     """The command `merge`. A part prints no report and publishes nothing."""
 
-    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {"part": "join dry_run html", "join": "dry_run"}
+    WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
+        "part": "join workers dry_run html",
+        "join": "workers dry_run",
+        "workers": "dry_run",
+    }
 
 
 def merge(
+    context: typer.Context,
     source: o.PlanOrRecipe,
     output_: o.BundlePlace,
     method: o.Method = None,
@@ -39,6 +46,7 @@ def merge(
     scores: o.CardScores = None,
     part: o.Part = None,
     join: o.Join = False,
+    workers: o.Workers = None,
     dry_run: o.DryRun = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
@@ -67,6 +75,7 @@ def merge(
     from flexmerge_cli.cli.packing import Packing
     from flexmerge_cli.cli.storing import AtStore
     from flexmerge_cli.cli.terminal import OutputLost
+    from flexmerge_cli.cli.workers import merge_parts
     from flexmerge_cli.errors import GateError, UsageError
     from flexmerge_cli.evaluation.scores_file import read_scores
     from flexmerge_cli.report.auto import show_chosen, unlike_predicted
@@ -102,14 +111,14 @@ def merge(
     if scores is not None and no_card:
         raise UsageError("--scores is for the card, and --no-card writes none", hint="leave one of them out")
     packing.card, packing.scores = not no_card, read_scores(scores) if scores is not None else None
-    packing.part, packing.join = share, join
+    packing.part, packing.join = share, join or workers is not None
     packing.check(output, force=force or store is not None)
     check_outputs({"html": html} if html else {}, [source, output], force=force)
     if html is not None and dry_run:
         raise UsageError("--html shows a bundle, and --dry-run writes none", hint="leave one of them out")
-    if packing.sizes and (html is not None or scores is not None or part is not None or join):
+    if packing.sizes and (html is not None or scores is not None or part is not None or packing.join):
         raise UsageError(
-            "--html, --scores, --part and --join concern one bundle, and --sizes writes several",
+            "--html, --scores, --part, --join and --workers concern one bundle, and --sizes writes several",
             hint="leave them out, or merge that size by itself",
         )
     for message in packing.request.notes:
@@ -131,6 +140,11 @@ def merge(
     written = None
     try:
         with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+            if workers is not None:
+                run["device"] = merge_parts(
+                    workers, context.meta[WORDS], output_, [source, *packing.local_sources(plan)], device=device,
+                    threads=threads, on_progress=on_progress,
+                )  # fmt: skip
             if not dry_run:
                 if store is not None:
                     written = store.write(packing, plan, layout, on_progress=on_progress, **run)

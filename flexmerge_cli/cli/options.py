@@ -287,6 +287,10 @@ Part = Annotated[
         "Do one of N parts of the work, e.g. 3/16, while other processes do the others; see --join.",
     ),
 ]
+Workers = Annotated[
+    str | None,
+    _run("--workers", "ray[:ADDRESS]", "Have a Ray cluster do the work in parts; this process joins them."),
+]
 Join = Annotated[
     bool, _run("--join", "", "Join the parts that the same command wrote with --part, and publish the bundle.")
 ]

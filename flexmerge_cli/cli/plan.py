@@ -1,9 +1,12 @@
 """`flexmerge plan`."""
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import typer
+
 from flexmerge_cli.cli import options as o
-from flexmerge_cli.cli.beside import BesideCommand
+from flexmerge_cli.cli.beside import WORDS, BesideCommand
 
 if TYPE_CHECKING:
     from flexmerge_cli.family.family import Family
@@ -13,7 +16,8 @@ class PlanCommand(BesideCommand):
     """The command `plan` or `serve`, whose --tasks and --join take all words up to the next option, as wildcards do."""
 
     WITHOUT_EFFECT: ClassVar[dict[str, str]] = {
-        "part": "join dry_run html method size merges fit dtype all_methods",
+        "part": "join workers dry_run html method size merges fit dtype all_methods",
+        "workers": "join dry_run",
         "join": "source base tasks task add remove ignore with_code follow_links blocks linkage strategy similarity "
         "seed private merge_heads statistics adapters assume_base variant dry_run",
     }
@@ -31,6 +35,7 @@ class PlanCommand(BesideCommand):
 
 
 def plan(
+    context: typer.Context,
     source: o.PlanSource = None,
     base: o.Base = None,
     tasks: o.Tasks = None,
@@ -60,6 +65,7 @@ def plan(
     html: o.Html = None,
     part: o.Part = None,
     join: o.JoinParts = None,
+    workers: o.Workers = None,
     dry_run: o.DryRun = False,
     device: o.Device = "auto",
     threads: o.Threads = None,
@@ -82,6 +88,7 @@ def plan(
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.cli.eval_outputs import check_outputs
     from flexmerge_cli.cli.sources import joined_parts, plan_request
+    from flexmerge_cli.cli.workers import plan_parts
     from flexmerge_cli.errors import UsageError
     from flexmerge_cli.request.part import parse_part
 
@@ -110,8 +117,11 @@ def plan(
             add or (),
             remove or (),
         )
-    if share is not None and (given.request is None or given.known is not None):
-        raise UsageError("--part makes a part of a new plan", hint="give sources or a recipe, not a plan")
+    if (share is not None or workers is not None) and (given.request is None or given.known is not None):
+        raise UsageError(
+            f"{'--part' if share else '--workers'} divides the work of a new plan",
+            hint="give sources or a recipe, not a plan",
+        )
     if output is None and not dry_run:
         raise UsageError("no output file given for the plan", hint="add -o plan.json")
     if output is not None and not dry_run:
@@ -146,7 +156,15 @@ def plan(
     else:
         assert output is not None
         families: list[Family] = []
-        with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
+        with ExitStack() as stack:
+            on_progress = stack.enter_context(out.progress(quiet=quiet or as_json, verbose=verbose))
+            if workers is not None:
+                assert given.request is not None
+                parts = plan_parts(
+                    workers, context.meta[WORDS], output, given.request, device=device, threads=threads,
+                    on_progress=on_progress,
+                )  # fmt: skip
+                given = joined_parts(stack.enter_context(parts), access)
             found = given.make(
                 save_to=output,
                 device=device,

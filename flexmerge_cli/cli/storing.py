@@ -71,7 +71,8 @@ class AtStore:
         """Make the bundle, or a part of it, and send it. Returns None for a part, and leaves one that is there."""
         from flexmerge_cli.engine.device import choose_device
 
-        key, store = merge_key(layout, choose_device(device))[:16], Store.at(self.address, offline=self.offline)
+        key = merge_key(layout, choose_device(device, computes=False))[:16]
+        store = Store.at(self.address, offline=self.offline)
         options = run | {"device": device, "on_progress": on_progress, "force": True}
         if packing.part is not None:
             if not has_part(store, key, packing.part):

@@ -14,8 +14,11 @@ from flexmerge_cli.later import Tensor, torch
 KINDS: tuple[str, ...] = ("cpu", "cuda")
 
 
-def choose_device(wanted: str = "auto") -> "torch.device":
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that does not exist."""
+def choose_device(wanted: str = "auto", *, computes: bool = True) -> "torch.device":
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:n`. Raises UsageError for a device that does not exist here.
+
+    computes: False if nothing is computed on it here, as when parts are joined that were made elsewhere.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -24,7 +27,11 @@ def choose_device(wanted: str = "auto") -> "torch.device":
         raise UsageError(f"no device `{wanted}`", hint="--device auto, cpu, cuda or cuda:0") from None
     if device.type not in KINDS:
         raise UsageError(f"device `{wanted}` is not supported", hint="--device auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if (
+        computes
+        and device.type == "cuda"
+        and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count())
+    ):
         raise UsageError(f"no device `{wanted}`: torch sees {torch.cuda.device_count()}", hint="--device cpu")
     return device
 
@@ -32,7 +39,7 @@ def choose_device(wanted: str = "auto") -> "torch.device":
 def arithmetic(device: str) -> str:
     """Say what the last bits of sums depend on: kind of device, version of torch, whether the loops in C are there."""
     loops = "with" if native.lib is not None else "without"
-    return f"torch {torch.__version__} on {choose_device(device).type}, {loops} loops in C"
+    return f"torch {torch.__version__} on {choose_device(device, computes=False).type}, {loops} loops in C"
 
 
 @contextmanager
