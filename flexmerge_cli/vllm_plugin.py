@@ -40,7 +40,8 @@ def register() -> None:
 def task_view(model: str) -> View:
     """Return the view of the task whose folder of a bundle this is.
 
-    Raises UsageError for any other folder, and DataError or IntegrityError for a bundle that is not sound.
+    Raises UsageError for any other folder, or a task with mixtures of experts, and DataError or IntegrityError for a
+    bundle that is not sound.
     """
     folder = Path(model).resolve()
     for place in (folder, folder.parent):  # older bundles have the config in coded/NAME/files
@@ -49,6 +50,7 @@ def task_view(model: str) -> View:
             bundle = Bundle.open(root)
             for task in bundle.tasks:
                 if root / bundle.manifest.side_folder(task) == place:
+                    bundle.require_tensors(task)
                     return View(bundle, task)
     raise UsageError(
         f"{model} is no task's folder in a bundle, which --load-format {LOAD_FORMAT} loads",

@@ -22,6 +22,7 @@ from flexmerge_cli import load_plan, merge
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.evaluation.evaluate import evaluate
+from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.spec import read_spec
 from flexmerge_cli.formats.plan_file import save_plan
 from flexmerge_cli.methods.aliases import PRESETS
@@ -63,8 +64,8 @@ class Scorer:
 
     def score(self, bundle: Bundle) -> dict[str, float]:
         """Percent, by task."""
-        spec, tensors = read_spec(self.spec, bundle.tasks), bundle.manifest.tensors
-        keys = {task: (task, " ".join(tensor.digests.get(task, "") for tensor in tensors)) for task in spec.tasks}
+        spec = read_spec(self.spec, bundle.tasks)
+        keys = {task: (task, bundle_model(bundle, task).digest) for task in spec.tasks}
         new = [task for task, key in keys.items() if key not in self.known]
         if new:  # without the fine-tuned models, which have a line of their own
             changed = {task: spec.tasks[task].model_copy(update={"checkpoint": None}) for task in new}

@@ -114,8 +114,9 @@ def decode(parts, size, bits, levels=None):
 def decode_residual(parts, name, task, size, method, group):
     """centre + residual of one tensor and task, float32 [size]. parts: all that the task reads."""
     shared = {role: parts[f"{name}@{role}"] for role in CODED if f"{name}@{role}" in parts}
-    # Tasks with bits of their own: equal ones share a part, named by the first of them.
-    own = {role: parts[f"{name}@{role}.{who}"] for who in group["tasks"] for role in CODED
+    # Tasks with bits of their own: equal ones share a part, named by the first of them. A mixture has all parts.
+    owners = [task] if group["kind"] == "mixture" else group["tasks"]
+    own = {role: parts[f"{name}@{role}.{who}"] for who in owners for role in CODED
            if f"{name}@{role}.{who}" in parts}  # fmt: skip
     bits, centre_bits = method["args"].get("bits", 1), method["args"].get("centre_bits")
     if "run" in method["args"]:
@@ -195,7 +196,7 @@ def read_stored(bundle, task):
         elif name in dense:
             stored, bits = dense[name]
             bits = bits if stored == dtype else bits_of(floats(dense[name]), dtype)
-        elif places[name][1]["kind"] == "residual":
+        elif places[name][1]["kind"] in ("residual", "mixture"):
             group = places[name][1]
             method = manifest["methods"][group["method"]]
             bits = bits_of(decode_residual(coded, name, task, int(np.prod(shape)), method, group), dtype)

@@ -20,6 +20,7 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.coded import declare, has_gate
 
 
 class GroupPrices:
@@ -28,10 +29,12 @@ class GroupPrices:
     def __init__(self, calls: Sequence[Call], cast: str | None) -> None:
         self.calls, self.cast = calls, cast
         self._likes: dict[tuple[object, ...], dict[Group, GroupPrice]] = {}
+        self._has_mixture = any((coded := declare(call)) is not None and coded.top is not None for call in calls)
 
     def known(self, tensor: PlanTensor) -> dict[Group, GroupPrice]:
         """Return the prices so far of tensors like this one; `of` adds to them."""
-        like = (tensor.shape, tensor.dtype, tensor.dtypes, tensor.base_dtype, tensor.same)
+        gated = self._has_mixture and has_gate(tensor.name, tensor.shape)
+        like = (tensor.shape, tensor.dtype, tensor.dtypes, tensor.base_dtype, tensor.same, gated)
         return self._likes.setdefault(like, {})
 
     def of(self, tensor: PlanTensor, group: Group, known: dict[Group, GroupPrice]) -> GroupPrice:

@@ -229,7 +229,15 @@ def group_layout(tensor: PlanTensor, group: Group, calls: Sequence[Call], cast: 
     dtypes = tuple(effective_dtype(tensor.dtype_of(task), cast) for task in group.tasks)
     base_dtype = base_array(tensor, cast).dtype
     return form_of(call).layout(
-        GroupTensor(call=call, shape=tensor.shape, dtypes=dtypes, base_dtype=base_dtype, same=same, bits=group.bits)
+        GroupTensor(
+            call=call,
+            name=tensor.name,
+            shape=tensor.shape,
+            dtypes=dtypes,
+            base_dtype=base_dtype,
+            same=same,
+            bits=group.bits,
+        )
     )
 
 
@@ -263,15 +271,15 @@ def _merged(
     ]
     parts += [base] if found.base else []
     for places, arrays in found.own:
-        readers = tuple(group.tasks[place] for place in places)
-        owner = plan.tasks[readers[0]].name
+        sharing = tuple(group.tasks[place] for place in places)
+        owner = plan.tasks[sharing[0]].name
         parts += [
             Part(
                 name=f"{tensor.name}@{array.role}.{owner}",
                 array=array,
-                readers=readers,
+                readers=coded if found.is_mixture else sharing,
                 tensor=tensor.name,
-                task=readers[0],
+                task=sharing[0],
             )
             for array in arrays
         ]

@@ -18,12 +18,20 @@ from flexmerge_cli.checkpoint.libraries import LIBRARIES, Library, LibraryName, 
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, side_folder, side_path
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.stored.coded import MIXTURE
 
 README = """# {name} is no checkpoint
 
 Its weights lie in the bundle's folder `weights`, in a form that only flexmerge reads; `*.aside` are its config and the
 other files of the model. `flexmerge export BUNDLE --task {name} -o {name}` writes a checkpoint of it. In Python,
 `flexmerge_cli.open_bundle(BUNDLE).model("{name}")` is the model. BUNDLE is the folder that holds `manifest.json`.
+"""
+
+MIXTURE_README = """# {name} is no checkpoint
+
+Layers of its model are mixtures of experts, which no file of tensors holds; `*.aside` are its config and the other
+files of the model. In Python, `flexmerge_cli.open_bundle(BUNDLE).model("{name}")` is the model. BUNDLE is the folder
+that holds `manifest.json`.
 """
 
 BASE_README = """# The base is no checkpoint here
@@ -54,6 +62,13 @@ def task_folders(
     stems: dict[int, str] = {}
     small: list[SmallFile] = []
     coded: set[int] = set()
+    mixed = {
+        task
+        for storage in storages.values()
+        for group in storage.groups
+        if group.form is MIXTURE and any(part.task is not None for part in group.parts)
+        for task in group.coded_tasks
+    }
 
     def loads(folder: str, held: Mapping[str, Part], stem: str, readers: tuple[int, ...]) -> None:
         """Add the index of a folder that loads, if it needs one. held: the part of each tensor, by own name."""
@@ -72,7 +87,8 @@ def task_folders(
         name, library = plan.tasks[task].name, LIBRARIES[library_of_task(plan, task)]
         if held is None or not _reads(library, files, (task,), links=links):
             coded.add(task)
-            small.append(_made(f"coded/{name}/{CODED_README}", (task,), README.format(name=name).encode()))
+            text = (MIXTURE_README if task in mixed else README).format(name=name)
+            small.append(_made(f"coded/{name}/{CODED_README}", (task,), text.encode()))
             continue
         if links:
             stems[task] = library.stem

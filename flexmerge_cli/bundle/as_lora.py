@@ -49,6 +49,8 @@ class Factored:
 def factored(bundle: Bundle) -> Factored:
     """Find the factors. Raises UsageError that names the first tensor that is not low rank over what the tasks
     share."""
+    for task in bundle.tasks:
+        bundle.require_tensors(task)
     for split in bundle.manifest.splits:
         raise _refused(split.tensor, bundle.tasks[0], "is stored in parts")
     centres: dict[str, StoredTensor] = {}

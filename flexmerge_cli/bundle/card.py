@@ -124,12 +124,13 @@ def _tasks(manifest: Manifest, plan: Plan, scores: Scores | None) -> str:
         rows.append(row)
     lines = [heads, ["---"] * len(heads), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    way = "can be used in Python alone" if any(map(manifest.has_experts, manifest.tasks)) else "must be exported first"
     return f"""## Tasks
 
 {table}
 
 Distance is ‖θ̂ − θ‖/‖τ‖: how far the weights are from those of the fine-tuned model, relative to what fine-tuning
-changed. A folder below `tasks` loads as it lies; what is below `coded` must be exported first."""
+changed. A folder below `tasks` loads as it lies; what is below `coded` {way}."""
 
 
 def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
@@ -150,7 +151,7 @@ def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
     commands = [
         "pip install flexmerge-cli",
         f"flexmerge export hf://{REPOSITORY} --task {first} -o {first}/   # any task as an ordinary checkpoint",
-    ]
+    ][: 1 if any(map(manifest.has_experts, manifest.tasks)) else 2]
     python = f'from flexmerge_cli import open_bundle\n\nmodel = open_bundle("hf://{REPOSITORY}").model("{first}")'
     parts.append(f"Any task, of which only its own files are fetched:\n\n{_fence(chr(10).join(commands), 'bash')}")
     parts.append(f"Several tasks in one process share what the bundle stores once:\n\n{_fence(python, 'python')}")

@@ -133,6 +133,7 @@ def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
 def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False) -> int:
     """Return the bytes that are needed. Refuses a task that cannot be given back in this form."""
     bundle.check_task(task)
+    bundle.require_tensors(task)
     adapter = bundle.manifest.tasks[task].adapter
     if merged and adapter is None:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")

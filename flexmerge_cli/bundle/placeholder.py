@@ -118,6 +118,12 @@ def placeholders(model: nn.Module) -> dict[tuple[Hashable, torch.dtype], Placeho
     return {(held.value.key, held.dtype): held for _, _, held in _tensors(model) if isinstance(held, Placeholder)}
 
 
+def named_placeholders(model: nn.Module) -> dict[str, Placeholder]:
+    """Return the placeholders of a model, by their names in its state."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: held for name, held in named if isinstance(held, Placeholder)}
+
+
 def made_bytes(model: nn.Module) -> int:
     """Count the bytes of the tensors that the model made for itself, such as the frequencies of rotary embeddings."""
     made = {id(held): held for _, _, held in _tensors(model) if not isinstance(held, Placeholder)}

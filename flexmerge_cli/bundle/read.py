@@ -21,11 +21,11 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.urls import new_folder
-from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError
+from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError, UsageError
 from flexmerge_cli.formats.folders import BASE_FOLDER, WEIGHTS
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.methods.registry import format_call
-from flexmerge_cli.stored.decoding import ALL
+from flexmerge_cli.stored.decoding import ALL, Experts
 
 MAX_LOOKS = 5
 
@@ -196,10 +196,32 @@ class Bundle(Routes):
 
         shared: of a dense part in the task's own dtype a view of the mapped file instead, which all tasks of a group
         have in common.
-        Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read.
+        Raises IntegrityError if a file that this takes is not the manifest's, MachineError if it cannot be read,
+        UsageError for a layer that is a mixture of experts.
         """
         found = self.whole(task, aligned)
+        if found.experts(self._parts[task]) is not None:
+            raise self._no_tensor(task, aligned)
         return found.decode(self._parts[task], self.mapped if shared and found.is_plain else self.bits)
+
+    def experts(self, task: str) -> dict[str, Experts]:
+        """Map aligned names to the experts of the task's layers that are mixtures of them."""
+        if not self.manifest.has_experts(task):
+            return {}
+        parts, names = self._parts[task], self.manifest.aligned(task).values()
+        found = {name: self.whole(task, name).experts(parts) for name in names}
+        return {name: experts for name, experts in found.items() if experts is not None}
+
+    def require_tensors(self, task: str) -> None:
+        """Raise UsageError if a layer of the task's model is a mixture of experts."""
+        for name in self.experts(task):
+            raise self._no_tensor(task, name)
+
+    def _no_tensor(self, task: str, aligned: str) -> UsageError:
+        return UsageError(
+            f"`{aligned}` of task `{task}` is a mixture of experts, which no tensor of an ordinary checkpoint can hold",
+            hint=f'use the model itself: flexmerge_cli.open_bundle("{self.path}").model("{task}")',
+        )
 
     def stored(self, task: str, aligned: str) -> np.ndarray:
         """Return what has an entry and a digest in the manifest: a tensor, or the common rows or `@rows` of a

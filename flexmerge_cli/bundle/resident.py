@@ -52,11 +52,13 @@ def resident(bundle: Bundle) -> dict[str, Held]:
     arrays: dict[str, tuple[dict[Hashable, int], dict[Hashable, int]]] = {}
     packed_names, seen = set[str](), set[Hashable]()
     for task in bundle.sound_tasks:
+        mixtures = bundle.experts(task)
         for own, name in bundle.manifest.aligned(task).items():
             key, (dtype, shape) = bundle.identity(task, name), bundle.tensor_of(task, name)
             is_weight = own.endswith(".weight") and not ONE.fullmatch(own)
             pieces = packed_pieces(bundle, task, name, shape) if is_weight else {}
-            num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+            factors = [part for pair in mixtures[name].factors for part in pair] if name in mixtures else []
+            num_bytes = (math.prod(shape) + sum(part.num_elements for part in factors)) * ITEM_BYTES[dtype]
             parts: dict[Hashable, int] = {(part.path, part.offset): held for part, held in pieces.values()}
             whole: dict[Hashable, int] = {key: num_bytes}
             for place, needed in enumerate((whole, parts or whole)):

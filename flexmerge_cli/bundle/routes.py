@@ -178,7 +178,11 @@ class Routes:
             return self.identity(task, tensor.of)
         if (task, aligned) in self._rows:
             return aligned, task
-        return aligned, tensor.dtype_of(task), str(tensor.shape_of(task)), tensor.digests[task]
+        form = aligned, tensor.dtype_of(task), str(tensor.shape_of(task))
+        experts = self.stored_as(task, aligned).experts(self._parts[task])  # What tasks of one group have in common.
+        return (
+            (*form, tensor.digests[task]) if experts is None else (*form, *(left.name for left, _ in experts.factors))
+        )
 
     def is_tied(self, aligned: str) -> bool:
         return aligned not in self._splits and self._tensors[aligned].of is not None

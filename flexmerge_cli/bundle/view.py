@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy as copy_of
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from flexmerge_cli.bundle.decode_on import decode_on
+from flexmerge_cli.bundle.mixture import Mixture, install
 from flexmerge_cli.bundle.model import assigned_model
-from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, placeholders
+from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, named_placeholders, placeholders
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.engine.device import as_tensor, choose_device, torch_dtype
 from flexmerge_cli.engine.pool import default_threads
@@ -39,12 +42,32 @@ class View(Mapping[str, Tensor]):
         self._tensors = bundle.tensors_of(task)
         self._looked_up = 0
         self.aligned = bundle.manifest.aligned(task)
+        self._gives_centres = False
+
+    @property
+    def parameters(self) -> "View":
+        """The same mapping, with the centre as the weight of each layer that is a mixture of experts."""
+        found = copy_of(self)
+        found._gives_centres = True
+        return found
+
+    @cached_property
+    def mixtures(self) -> "dict[str, Mixture]":
+        """The mixtures of experts among the layers, by the own name of their weight."""
+        found = self.bundle.experts(self.task)
+        return {
+            own: Mixture(found[name], self.bundle, self.device, self.bundle.identity(self.task, name))
+            for own, name in self.aligned.items()
+            if name in found
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         aligned = self.aligned[name]
         self._looked_up += 1
         if self._looked_up == 2:  # whoever wants one tensor alone does not have the other files read
             self.bundle.ahead(self.task)
+        if self._gives_centres and name in self.mixtures:
+            return self.mixtures[name].centre
         dtype, shape = self._tensors[name]
         on_cpu = self.device.type == "cpu"
         stored = None if on_cpu else self.bundle.whole(self.task, aligned).packable
@@ -81,7 +104,7 @@ def load_model(view: View, **kwargs: Any) -> Any:
     def placed(held: Placeholder, tensors: View) -> nn.Parameter:
         names, key = held.value.names, (held.value.key, held.dtype)
         is_joined = held.value.made is not None
-        is_shared = maps and all(bundle.is_shared(task, view.aligned[name]) for name in names)
+        is_shared = maps and all(name in mixtures or bundle.is_shared(task, view.aligned[name]) for name in names)
         is_shared = is_shared and (is_joined or held.dtype == forms[names[0]][0])
         there: nn.Parameter | None = bundle.joined.get(key) if is_joined and is_shared else None
         if there is not None:
@@ -92,12 +115,13 @@ def load_model(view: View, **kwargs: Any) -> Any:
             bundle.joined[key] = made
         return made
 
-    needs = placeholders(model)
+    needs, states, mixtures = placeholders(model), named_placeholders(model), view.mixtures
     with bundle.checking(task) as checked, ThreadPoolExecutor(default_threads()) as pool:
         checked.ahead(task)
-        tensors = View(checked, task, copy=view.copy, device=str(view.device))
+        tensors = View(checked, task, copy=view.copy, device=str(view.device)).parameters
         found = dict(zip(needs, pool.map(lambda held: placed(held, tensors), needs.values())))
-    fill(model, lambda held: found[held.value.key, held.dtype])
+        fill(model, lambda held: found[held.value.key, held.dtype])
+        install(model, {state: held.value.names for state, held in states.items()}, tensors.mixtures)
     return model
 
 

@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.reader import Reader, strided
 from flexmerge_cli.checkpoint.rows import Runs
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.evaluation.scored import TaskModel, places_line, weights_digest
+from flexmerge_cli.evaluation.scored import DigestLine, TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
@@ -107,6 +107,7 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
         rows = vocabulary.tasks.get(task)
         if rows is not None:
             lines += [places_line(names.get(name, name), rows.rows, rows.common) for name in vocabulary.tensors]
+    lines += _expert_lines(bundle, task)
     return TaskModel(
         task=task,
         weights=View(bundle, task),
@@ -114,6 +115,18 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
         digest=weights_digest(lines),
         num_bytes=sum(bundle.manifest.files[file].bytes for file in bundle.route(task)),
     )
+
+
+def _expert_lines(bundle: Bundle, task: str) -> list[DigestLine]:
+    """Return what determines mixtures beside the task's own experts: the method, and the models of the other ones."""
+    manifest, found = bundle.manifest, list[DigestLine]()
+    for unit in manifest.units if manifest.has_experts(task) else ():
+        group = next(group for group in unit.groups if task in group.tasks)
+        if group.method is not None:
+            method = manifest.methods[group.method].model_dump_json()
+            models = [manifest.base, *(manifest.tasks[one].fingerprint for one in group.tasks)]
+            found.append((f"{unit.name}@experts", method, (), f"{models} {manifest.calibration}"))
+    return found
 
 
 def base_model(bundle: Bundle, task: str, base: Checkpoint, digests: dict[str, str]) -> TaskModel:

@@ -79,6 +79,7 @@ from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Arguments, Count, Digest, Items, Named, Record, Runs, Shape
 from flexmerge_cli.residuals.coding_error import RESIDUAL_BITS
 from flexmerge_cli.residuals.sign_runs import RUNS
+from flexmerge_cli.stored.coded import MIXTURE
 from flexmerge_cli.stored.decoding import Described
 from flexmerge_cli.stored.forms import known_form
 
@@ -295,6 +296,10 @@ class Manifest(Record):
                 own = self.tasks[task].names.get(tensor.name, tensor.name)
                 found[task][own.removesuffix(suffix)] = whole
         return found
+
+    def has_experts(self, task: str) -> bool:
+        """Return whether layers of the task's model may be mixtures of experts, which no tensor holds."""
+        return any(group.kind == MIXTURE.word and task in group.tasks for unit in self.units for group in unit.groups)
 
     def own_weights(self, task: str) -> str | None:
         """Return the path of the weight file that is a kept adapter's own; None for other tasks."""

@@ -18,6 +18,7 @@ from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.matrices import is_matrix
 from flexmerge_cli.methods.method import Fraction, Method, Range, method
 from flexmerge_cli.residuals.bitdelta import BitDelta
 from flexmerge_cli.residuals.coder import Coder, Matrix, MatrixView, num_bytes
@@ -68,6 +69,8 @@ class CodedForm:
     """The coder of each task's residual. None: exact copies of all tasks, and no centre."""
     centre: Coder | None
     """The coder of the centre. None: the centre is dense, or there is none."""
+    is_centre: bool = False
+    """Whether every task reads the centre alone; `residual` is then None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +88,12 @@ class Coded:
     vectors: Vectors = Vectors.COPIES
     expert: Expert | None = None
     """Makes the residuals, and is itself a Statistic. None: they are θ_k - centre."""
+    top: int | None = None
+    """The number of residuals that a gate adds to the centre for an input: those of all tasks of a group are experts,
+    which each of them reads. None: a task's own residual is added, whatever the input."""
 
-    def form(self, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> CodedForm:
-        """Choose the form of a tensor in a group whose tasks have these dtypes, one each.
+    def form(self, tensor: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> CodedForm:
+        """Choose the form of a tensor in a group whose tasks have these dtypes, one each. tensor: its aligned name.
 
         Copies are chosen where they are no larger than centre and residuals. The base costs nothing here: whether it is
         stored anyway depends on other groups, and this rule must not.
@@ -103,6 +109,8 @@ class Coded:
             coder, centre_bits = weight_code(8), 8
         centre = None if centre_bits == "dense" else weight_code(centre_bits)
         form = CodedForm(matrix=matrix, residual=coder, centre=centre)
+        if self.top is not None and not has_gate(tensor, shape):
+            form = CodedForm(matrix=matrix, residual=None, centre=None, is_centre=True)
         copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
@@ -128,7 +136,7 @@ class Coded:
 
     def centre_bytes(self, form: CodedForm, dtypes: tuple[str, ...]) -> int:
         """Return the bytes of one group's centre; 0 for the base, which all groups share, and if there is no centre."""
-        if form.residual is None or self.centre in ("base", "none"):
+        if (form.residual is None and not form.is_centre) or self.centre in ("base", "none"):
             return 0
         dtype = promote(dtypes)
         dense = math.prod(form.matrix) * ITEM_BYTES[dtype]
@@ -140,6 +148,11 @@ def residual_bytes(form: CodedForm, dtypes: tuple[str, ...]) -> int:
     if form.residual is None:
         return 0
     return sum(num_bytes(form.residual.parts(form.matrix, dtype)) for dtype in dtypes)
+
+
+def has_gate(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is, by its aligned name, the whole weight of a linear layer, which can have experts."""
+    return tensor.endswith("weight") and is_matrix(tensor, shape, "linear")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +174,7 @@ def declare(call: Call) -> Coded | None:
     return call.method.function(**call.args) if isinstance(call.method, CodedMethod) else None
 
 
-def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMethod]:
+def coded(*, paper: str, when: str, form: str = "residual") -> Callable[[Callable[..., Coded]], CodedMethod]:
     """Make a CodedMethod of a declaration. Its name is the function's, its scope that of the coder for two tasks."""
 
     def wrap(function: Callable[..., Coded]) -> CodedMethod:
@@ -171,7 +184,7 @@ def coded(*, paper: str, when: str) -> Callable[[Callable[..., Coded]], CodedMet
         def check(**args: Any) -> None:
             check_centre(function(**args), function.__name__)
 
-        plain = method(paper=paper, scope=scope, form="residual", check=check, when=when)(function)
+        plain = method(paper=paper, scope=scope, form=form, check=check, when=when)(function)
         return CodedMethod(**{field.name: getattr(plain, field.name) for field in fields(plain)})
 
     return wrap
@@ -292,6 +305,18 @@ def low_rank(*, rank: Rank | None = None, fraction: Fraction | None = None, cent
         raise UsageError(f"`low_rank`: rank={rank} and fraction={fraction} are both given", hint="leave one out")
     coder = LowRank(rank=rank, fraction=0.125 if fraction is None else fraction)
     return Coded(centre=centre, coder=lambda num_tasks: coder)
+
+
+@coded(paper="Tang et al. 2024", when="one body for inputs of any task: layers choose the task", form="mixture")
+def smile(*, rank: Rank = 16, top: Rank = 1, centre: str = "base") -> Coded:
+    """Store a low-rank expert per task for each linear layer, some of which a gate adds to the centre for each input.
+
+    rank: that of every expert, at most the matrix's own; top: the number of experts that are added. Tensors that are no
+    weights of linear layers are the centre's. Which experts are added differs from input to input, so that no exported
+    folder can hold the model: `bundle.model`, runtimes, `serve` and `eval` compute it.
+    """
+    coder = LowRank(rank=rank)
+    return Coded(centre=centre, coder=lambda num_tasks: coder, vectors=Vectors.CODED, top=top)
 
 
 @coded(paper="Gargiulo et al. 2025 (TSV-Compress)", when="two models' worth of matrices, however many tasks")

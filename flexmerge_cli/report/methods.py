@@ -35,6 +35,7 @@ TITLES = {
     "masks": "A model per group, and a mask per task",
     "superposition": "A superposition per group, and nothing per task",
     "residuals": "A centre per group, and a residual per task",
+    "experts": "A centre per group, and an expert per task, among which layers choose",
 }
 
 

@@ -12,8 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmerge_cli.bundle.mixture import Mixture, install
 from flexmerge_cli.bundle.packed_on import packed_on
-from flexmerge_cli.bundle.placeholder import Placeholder, SharedArray, fill, made_bytes, packable, placeholders
+from flexmerge_cli.bundle.placeholder import (
+    Placeholder,
+    SharedArray,
+    fill,
+    made_bytes,
+    named_placeholders,
+    packable,
+    placeholders,
+)
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.engine.device import choose_device
@@ -98,7 +107,9 @@ class Runtime:
             for task in self.tasks:
                 state = self._task(task)
                 for key, held in state.needs.items():
-                    whole = SharedArray(key, "", held.numel() * held.dtype.itemsize)
+                    mixture = state.mixtures.get(held.value.name)
+                    count = held.numel() + (0 if mixture is None else mixture.num_elements)
+                    whole = SharedArray(key, "", count * held.dtype.itemsize)
                     for part in held.value.parts if key in state.packed else (whole,):
                         found.setdefault(part.key, (held.value.name, part, {}))[2][task] = None
         return tuple(
@@ -116,6 +127,7 @@ class Runtime:
             if not found.is_loaded:
                 self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
                 fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
+                install(found.model, found.names, found.mixtures)
                 found.is_loaded = True
             return found.model
 
@@ -196,14 +208,21 @@ class Runtime:
             with torch.inference_mode(False):
                 model = skeleton(self._bundle, task, device=str(self.device), dtype=self._dtype)
             packed = packable(model) if self._stays_packed else set()
-            found = _Task(model=model, needs=placeholders(model), packed=packed, made_bytes=made_bytes(model))
+            found = _Task(
+                model=model,
+                needs=placeholders(model),
+                packed=packed,
+                made_bytes=made_bytes(model),
+                names={state: held.value.names for state, held in named_placeholders(model).items()},
+                mixtures=View(self._bundle, task, device=str(self.device)).mixtures,
+            )
             self._tasks[task] = found
         return found
 
     def _read(self, task: str, needs: Mapping[Key, Placeholder]) -> dict[Key, Tensor]:
         """Read values, and digest the files meanwhile; nothing is handed out before that has ended."""
         with self._bundle.checking(task) as bundle, ThreadPoolExecutor(default_threads()) as pool:
-            view, packed = View(bundle, task, device=str(self.device)), self._task(task).packed
+            view, packed = View(bundle, task, device=str(self.device)).parameters, self._task(task).packed
 
             def read(key: Key) -> Tensor:
                 held = needs[key]
@@ -248,6 +267,10 @@ class _Task:
     packed: set[Key]
     """What of that stays packed."""
     made_bytes: int
+    names: dict[str, tuple[str, ...]]
+    """The own names of the tensors that each of its parameters and buffers is made of, by its name in the state."""
+    mixtures: Mapping[str, Mixture]
+    """The layers that are mixtures of experts, by the own name of their weight."""
     arrays: dict[tuple[int, int, str], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
     """The arrays of packed weights that lie on a GPU, by where they come from: array and its copy there."""
     is_loaded: bool = False

@@ -23,7 +23,7 @@ from flexmerge_cli.residuals.low_rank import LowRank
 from flexmerge_cli.residuals.packing import row_bytes
 from flexmerge_cli.residuals.sign_runs import SignRuns
 from flexmerge_cli.residuals.sparse import Sparse
-from flexmerge_cli.stored.decoding import ALL, Described, LowRankSum, Packable, Read, RouteParts
+from flexmerge_cli.stored.decoding import ALL, Described, Experts, LowRankSum, Packable, Read, RouteParts
 from flexmerge_cli.stored.form import Array, Bits, GroupForm, GroupLayout, GroupTensor
 from flexmerge_cli.stored.packed import Elements, KeptElements, Packed
 from flexmerge_cli.stored.summary import Summary, residual_summary
@@ -46,6 +46,22 @@ class CodedTensor(Packable):
 
     decodes_on_devices = True
 
+    @property
+    def is_mixture(self) -> bool:
+        return self.coded.top is not None and self.form.residual is not None
+
+    def experts(self, parts: RouteParts) -> Experts | None:
+        if not self.is_mixture:
+            return None
+        name, top = self.of.tensor, self.coded.top
+        assert top is not None
+        factors = tuple((parts[f"{name}@left.{task}"], parts[f"{name}@right.{task}"]) for task in self.of.tasks)
+        return Experts(parts[f"{name}@{'base' if self.needs_base else 'unified'}"], factors, min(top, len(factors)))
+
+    @property
+    def packable(self) -> "CodedTensor | None":
+        return None if self.is_mixture else self
+
     def fits(self, parts: RouteParts) -> bool:
         if not {*self.of.dtypes} <= set(FLOATING):
             return False
@@ -56,10 +72,12 @@ class CodedTensor(Packable):
         needed = {self._centre_name(array): array for array in self.centre} | {
             self._own_name(array): array for array in self.own
         }
+        for task, dtype in zip(self.of.tasks, self.of.dtypes) if self.is_mixture else ():
+            needed |= {f"{self.of.tensor}@{array.role}.{task}": array for array in _own_arrays(self.form, dtype)}
         return all((parts[n].dtype, parts[n].shape) == (array.dtype, array.shape) for n, array in needed.items())
 
     def low_rank_sum(self, parts: RouteParts) -> LowRankSum | None:
-        if not isinstance(self.form.residual, LowRank) or self.form.centre is not None:
+        if not isinstance(self.form.residual, LowRank) or self.form.centre is not None or self.is_mixture:
             return None
         centre = parts[f"{self.of.tensor}@{'base' if self.needs_base else 'unified'}"]
         left, right = (parts[f"{self.of.tensor}@{role}.{self.owner}"] for role in ("left", "right"))
@@ -129,8 +147,8 @@ def coded_tensor(of: Described, parts: RouteParts) -> CodedTensor:
     if coded is None:
         raise unknown
     bits = None if of.bits is None else of.bits.get(of.task)
-    form = coded.form(of.shape, of.dtypes) if bits is None else coded.form_of_bits(of.shape, bits)
-    is_nothing = form.residual is None and (bits is None or coded.centre == "none")
+    form = coded.form(of.tensor, of.shape, of.dtypes) if bits is None else coded.form_of_bits(of.shape, bits)
+    is_nothing = form.residual is None and not form.is_centre and (bits is None or coded.centre == "none")
     if is_nothing or (bits is None and of.bits is not None):
         raise unknown
     return CodedTensor(
@@ -154,13 +172,14 @@ def _layout(group: GroupTensor) -> GroupLayout | None:
     assert coded is not None
     if group.bits is not None:
         return _layout_of_bits(coded, group, group.bits)
-    form = coded.form(group.shape, group.dtypes)
-    if form.residual is None:
+    form = coded.form(group.name, group.shape, group.dtypes)
+    if form.residual is None and not form.is_centre:
         return None
     return GroupLayout(
         centre=_centre_arrays(coded, form, group.shape, group.dtypes),
         base=_needs_base(coded, form),
         own=tuple(((place,), _own_arrays(form, dtype)) for place, dtype in enumerate(group.dtypes)),
+        is_mixture=coded.top is not None,
     )
 
 
@@ -224,11 +243,24 @@ def _summary(call: Call) -> Summary:
     return residual_summary(coded)
 
 
+def _mixture_summary(call: Call) -> Summary:
+    found = _summary(call)
+    return Summary(parts=f"{found.parts} as an expert; other tensors are the centre's", num_bytes=found.num_bytes)
+
+
 CODED = GroupForm(
     word="residual",
     product="residuals",
     layout=_layout,
     summary=_summary,
+    decoder=coded_tensor,
+    writer="flexmerge_cli.engine.writers.coded:RESIDUALS",
+)
+MIXTURE = GroupForm(
+    word="mixture",
+    product="experts",
+    layout=_layout,
+    summary=_mixture_summary,
     decoder=coded_tensor,
     writer="flexmerge_cli.engine.writers.coded:RESIDUALS",
 )

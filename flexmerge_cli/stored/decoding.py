@@ -43,6 +43,16 @@ class LowRankSum(NamedTuple):
     """Left [m, r] and right [r, n]; None if nothing is added, or they lie in a kept adapter's own files."""
 
 
+class Experts(NamedTuple):
+    """The weight of a layer that computes centre · x + Σ left_k · right_k · x over the experts that a gate chooses."""
+
+    centre: StoredTensor
+    factors: tuple[tuple[StoredTensor, StoredTensor], ...]
+    """Left [m, r] and right [r, n] of each task of the group."""
+    top: int
+    """The number of experts that are added."""
+
+
 class Stored(ABC):
     """One tensor of one task, as it is stored. A form overrides what holds for it."""
 
@@ -55,6 +65,11 @@ class Stored(ABC):
     def is_plain(self) -> bool:
         """Whether the tensor is the bits of one part, unchanged, so that a view of them can stand for it."""
         return False
+
+    def experts(self, parts: RouteParts) -> Experts | None:
+        """Return the experts of a layer that no tensor stands for, since a gate chooses among them for each input; None
+        for any other tensor. What `decode` gives is then the centre with the task's own expert."""
+        return None
 
     @property
     def dense(self) -> StoredTensor | None:

@@ -32,6 +32,8 @@ class GroupTensor:
     """All inputs of the layout of one tensor of one group."""
 
     call: Call
+    name: str = ""
+    """The tensor's aligned name."""
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     """The dtype of the tensor in each task of the group."""
@@ -57,6 +59,8 @@ class GroupLayout:
     """Whether decoding needs the base's tensor too."""
     own: tuple[tuple[tuple[int, ...], tuple[Array, ...]], ...]
     """Places of tasks in the group, and the arrays that only these read; a task in none of them is an exact copy."""
+    is_mixture: bool = False
+    """Whether the arrays in `own` are experts: each of these tasks reads those of all."""
 
     @property
     def num_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.stored.adapted import ADAPTED
-from flexmerge_cli.stored.coded import CODED
+from flexmerge_cli.stored.coded import CODED, MIXTURE
 from flexmerge_cli.stored.decoding import Described, RouteParts, Stored
 from flexmerge_cli.stored.dense import COPY, MERGED, DenseTensor
 from flexmerge_cli.stored.form import Form, GroupForm
@@ -11,7 +11,8 @@ from flexmerge_cli.stored.joined import JOINED
 from flexmerge_cli.stored.masked import MASKED, SUPERPOSED
 from flexmerge_cli.stored.split import SPLIT
 
-FORMS: dict[str, Form] = {form.word: form for form in (COPY, MERGED, MASKED, SUPERPOSED, CODED, ADAPTED, JOINED, SPLIT)}
+_FORMS = (COPY, MERGED, MASKED, SUPERPOSED, CODED, MIXTURE, ADAPTED, JOINED, SPLIT)
+FORMS: dict[str, Form] = {form.word: form for form in _FORMS}
 """Maps the word for a form to the form."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flexmerge_cli.checkpoint.rows import Runs, other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.residuals.coder import Matrix
-from flexmerge_cli.stored.decoding import Described, Packable, Read, RouteParts, Stored
+from flexmerge_cli.stored.decoding import Described, Experts, Packable, Read, RouteParts, Stored
 from flexmerge_cli.stored.form import Form
 from flexmerge_cli.stored.packed import JoinedRows, Packed
 
@@ -47,6 +47,9 @@ class JoinedTensor(Packable):
         num_own = 0 if own is None else own.matrix[0]
         numbers = np.arange(shared.matrix[0], dtype=np.int32), -1 - np.arange(num_own, dtype=np.int32)
         return JoinedRows(shared, own, join(*numbers, self.common, self.rows))
+
+    def experts(self, parts: RouteParts) -> Experts | None:
+        return self.shared.experts(parts)
 
     @property
     def packable(self) -> "JoinedTensor | None":

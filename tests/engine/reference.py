@@ -132,8 +132,7 @@ def _residuals(
 ) -> list[Tensor]:
     """θ̂ of each task, float32 before it is given its own dtype. plain, base: of the tensor, one axis."""
     shape = tuple(models.base[name].shape)
-    form = coded.form(shape, dtypes)
-    assert form.residual is not None
+    form = coded.form(name, shape, dtypes)
     if coded.centre == "none":
         centre = torch.zeros_like(base)
     elif form.centre is not None:
@@ -158,7 +157,7 @@ def _residuals(
             delta = family.deltas[name][family.tasks.index(task)]
             old, new = models.base[name].float(), centre.view(shape)
             residual = coded.expert.residual(delta, old, new, float(factors[row])).flatten()
-        found.append(centre + _coded(form.residual, residual, form.matrix, dtypes[row]))
+        found.append(centre if form.is_centre else centre + _coded(form.residual, residual, form.matrix, dtypes[row]))
     return found
 
 

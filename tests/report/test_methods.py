@@ -29,7 +29,9 @@ SIGNS = {"⌈": "ceil(", "⌉": ")", "⌊": "floor(", "⌋": ")", "·": "*", "�
 def test_the_formula_is_what_a_group_stores(call, dtype, item_bytes, num_tasks):
     shape = (96, 161)
     parsed, same = parse_call(call), tuple(range(num_tasks))
-    group = GroupTensor(call=parsed, shape=shape, dtypes=(dtype,) * num_tasks, base_dtype=dtype, same=same)
+    group = GroupTensor(
+        call=parsed, name="layer.weight", shape=shape, dtypes=(dtype,) * num_tasks, base_dtype=dtype, same=same
+    )
     found = form_of(parsed).layout(group)
     assert found is not None
     counted = found.num_bytes + found.base * math.prod(shape) * item_bytes

@@ -10,7 +10,7 @@ from flexmerge_cli.methods.registry import make_call
 from flexmerge_cli.residuals.coder import num_bytes
 from flexmerge_cli.residuals.low_bit import LowBit, weight_code
 
-METHODS = [coded.bitdelta, coded.low_bit, coded.low_rank, coded.tsv_c, coded.sparse, free.free]
+METHODS = [coded.bitdelta, coded.low_bit, coded.low_rank, coded.smile, coded.tsv_c, coded.sparse, free.free]
 MATRIX = (64, 32)
 
 
@@ -19,7 +19,7 @@ def stored(method, **args):
 
 
 def form(method, shape, num_tasks, dtype="BF16", **args):
-    return stored(method, **args).form(shape, (dtype,) * num_tasks)
+    return stored(method, **args).form("layer.weight", shape, (dtype,) * num_tasks)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -113,7 +113,7 @@ def test_copies_are_stored_where_they_are_no_larger(method, args, num_tasks, cop
 
 def test_tasks_of_several_dtypes_are_priced_each_in_its_own():
     low_rank = stored(coded.low_rank, rank=2)
-    found = low_rank.form((64, 64), ("BF16", "F16", "BF16"))
+    found = low_rank.form("layer.weight", (64, 64), ("BF16", "F16", "BF16"))
     assert coded.residual_bytes(found, ("BF16", "F16", "F32")) == 2 * 128 * (2 + 2 + 4)
     assert low_rank.centre_bytes(found, ("BF16", "F16")) == 4 * 64 * 64  # the least dtype that holds both
     assert low_rank.centre_bytes(found, ("BF16", "BF16")) == 2 * 64 * 64

@@ -37,8 +37,7 @@ def _write_alike(
     chain, dtypes = worker.chain(group), encoder.dtypes(storage, group)
     coded = chain.coded
     assert coded is not None
-    form = coded.form(storage.tensor.shape, tuple(dtypes))
-    assert form.residual is not None
+    form = coded.form(storage.tensor.name, storage.tensor.shape, tuple(dtypes))
     shared = {part.array.role: part for part in group.parts if part.task is None}
     dtype = promote(dtypes)
     centre = None
@@ -57,8 +56,11 @@ def _write_alike(
             vectors = (deltas[row].view(shape), base.view(shape), centre.view(shape))
             residual = coded.expert.residual(*vectors, float(factors[row])).flatten()
         mine = {part.array.role: part for part in group.parts if part.task == task}
-        back = _code(encoder, form.residual, residual, form.matrix, raw, dtypes[row], mine, piece)
-        value = torch.from_numpy(back) if centre is None else centre.cpu() + torch.from_numpy(back)
+        value = None if centre is None else centre.cpu()
+        if form.residual is not None:
+            back = _code(encoder, form.residual, residual, form.matrix, raw, dtypes[row], mine, piece)
+            value = torch.from_numpy(back) if value is None else value + torch.from_numpy(back)
+        assert value is not None
         decoded_task = cast(value, dtypes[row])
         encoder.decoded(task, decoded_task, dtypes[row], group, raw, piece)
         piece.errors[task] = lost_squares(decoded_task.float() - own.cpu(), span.run)
@@ -177,7 +179,9 @@ def _scope(chain: Chain, storage: Storage, group: StoredGroup) -> Scope:
     assert coded is not None
     if group.bits is not None:
         return "row"
-    form = coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))
+    form = coded.form(tensor.name, tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))
+    if form.is_centre:
+        return "element"
     return "tensor" if coded.expert or form.residual is None else form.residual.scope
 
 
@@ -186,7 +190,8 @@ def _bytes(work: Work) -> int:
     coded = work.chain.coded if work.chain is not None else None
     assert coded is not None
     forms = [coded.form_of_bits(tensor.shape, bits) for bits in {*(group.bits or ())} if bits != "exact"]
-    forms += [coded.form(tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))] if not forms else []
+    dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
+    forms += [coded.form(tensor.name, tensor.shape, dtypes)] if not forms else []
     columns = forms[0].matrix[1]
     part = (n // columns if columns else forms[0].matrix[0], columns)
     coders = [coder for form in forms for coder in (form.residual, form.centre) if coder is not None]
