@@ -3,6 +3,7 @@
     python samples/compare_methods.py [--family samples/digits] [--json]
 
 Needs the `eval` extra; four minutes on two free cores. Methods run with their defaults: nothing is tuned to the data.
+Methods that need data are in compare_data.py.
 Sizes are of tensor data, in models; 1x is every merge, and a little more for the heads, which are each task's own.
 """
 
@@ -102,7 +103,10 @@ def compare(family: Path) -> dict[str, list[Row]]:
     names = [
         "fine-tuned",
         *LOW_BIT,
-        *sorted(all_methods(), key=lambda name: parse_use(name).stores_per_task),
+        *sorted(
+            (name for name, method in all_methods().items() if not method.reads),
+            key=lambda name: parse_use(name).stores_per_task,
+        ),
         CHANNELS,
         MODELS,
     ]

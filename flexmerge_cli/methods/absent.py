@@ -5,10 +5,14 @@ aliases.py lacks. Needs no torch.
 """
 
 _SAME = "has another name here"
-_MIXES = "mixes the tasks' weights for each input with a router that is trained on data; here the task is known"
+_MIXES = (
+    "mixes the tasks' weights for each input with a router that is trained on data; here `flexmerge route` chooses one "
+    "task for each input"
+)
 _PRUNES = "prunes the weights of a single model"
 _MOE = "builds a mixture of experts, or prunes one"
-_MODELS = "runs several models and combines their outputs"
+_MODELS = "runs several models and combines their outputs: `curve --ensembles` scores that beside merges"
+_ENSEMBLES = "flexmerge curve plan.json --spec eval.yaml --ensembles --method average"
 _TUNE = (
     "flexmerge tune plan.json --spec calib.yaml --method {} -o coefficients.json, then --method "
     "weighted_average:weights=@coefficients.json,normalize=count"
@@ -49,9 +53,9 @@ ABSENT = {
     "knots": ("aligns LoRA updates in the basis of their joint SVD, then merges them as TIES", "tsv_m"),
     "expo": ("extrapolates beyond one aligned model", "task_arithmetic:scale=1.5"),
     "model_recombination": ("shuffles layers between the models at random", "average"),
-    "simple_ensemble": (_MODELS, ""),
-    "weighted_ensemble": (_MODELS, ""),
-    "max_model_predictor": (_MODELS, ""),
+    "simple_ensemble": (_MODELS, _ENSEMBLES),
+    "weighted_ensemble": (_MODELS, _ENSEMBLES),
+    "max_model_predictor": (_MODELS, _ENSEMBLES),
     "depth_upscaling": ("stacks copies of layers to a deeper model", ""),
     "mixtral_moe": (_MOE, ""),
     "moe_pruner": (_MOE, ""),
@@ -72,7 +76,11 @@ ABSENT = {
     "core_space": ("merges LoRA updates in a basis that they share", "tsv_m"),
     "ram": ("averages what several tasks changed, and keeps what a single one did", "consensus_original"),
     "smile_upscaling": (_SAME, "smile"),
+    "task_vector_cos_similarity": ("is a table of a plan: the cosines of its tasks", "flexmerge inspect plan.json"),
     "simple_average": (_SAME, "average"),
+    "dare_simple_average": (_SAME, "average --step dare"),
+    "dare_ties_merging": (_SAME, "ties --step dare"),
+    "wudi_merging": (_SAME, "wudi"),
     "fisher_merging": (_SAME, "fisher"),
     "linear_interpolation": (_SAME, "weighted_average"),
     "ties_merging": (_SAME, "ties"),
@@ -103,9 +111,19 @@ _OTHER_NAMES = {
     "concrete_subspace": "concrete",
     "concrete_task_arithmetic": "concrete",
     "concrete_adamerging": "concrete",
+    "concrete_task_wise_adamerging": "concrete",
+    "concrete_layer_wise_adamerging": "concrete",
     "doge": "doge_ta",
     "frank_wolfe": "fw_merging",
+    "frank_wolfe_merging": "fw_merging",
+    "fw_hard": "fw_merging",
+    "fw_soft": "fw_merging",
     "ensemble": "simple_ensemble",
+    "max_predictor": "max_model_predictor",
+    "simple_averaging": "simple_average",
+    "layer_recombination": "model_recombination",
+    "moe_based_merging": "mixtral_moe",
+    "moe_based_upscaling": "mixtral_moe",
     "mixture_of_experts": "mixtral_moe",
     "mixtral_moe_merging": "mixtral_moe",
     "mixtral_moe_upscaling": "mixtral_moe",
@@ -120,9 +138,9 @@ _OTHER_NAMES = {
 def explain_absent(name: str) -> tuple[str, str] | None:
     """Explain a method that flexmerge lacks, with a hint at the nearest one, `use --method …`; None for unknown names.
 
-    Case and `-` do not matter.
+    Case, `-`, and FusionBench's `clip_` in front do not matter.
     """
-    key = name.lower().replace("-", "_")
+    key = name.lower().replace("-", "_").removeprefix("clip_")
     found = ABSENT.get(_OTHER_NAMES.get(key, key))
     if found is None:
         return None

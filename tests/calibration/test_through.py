@@ -12,7 +12,6 @@ from flexmerge_cli import calibrate, open_bundle
 from ..program import fails, succeeds, tree
 from .families import TASKS
 from .test_measured import by_value, examples, model_of, observed
-from .test_merged import spec_with
 
 ALPHA = 0.9
 
@@ -123,14 +122,4 @@ def test_what_is_asked_wrongly_is_refused(pictures, tmp_path):
     fails(2, *family.command(output, "--through", "fisher", "--size", "1x"), says="it reads no inputs")
     fails(2, *through(family, output, "--statistics", "fisher"), says="--through measures inputs alone")
     fails(6, *family.command(output, "--through", "regmean", "--size", "0.5x"), says="does not reach 0.5x")
-    np.savez(tmp_path / "nan.npz", images=np.full((2, 3, 8, 8), np.nan, np.float32))
-    refused = fails(3, *spec_with(family, tmp_path, b=lambda old: old | {"data": "nan.npz"}), "--through", "regmean")
-    assert "task `b`: the inputs of" in refused.err and "are not finite" in refused.err
     assert not output.exists()
-
-
-def test_one_example_is_enough(pictures, tmp_path):
-    output, plan = tmp_path / "through", pictures.family.plan_path
-    succeeds(*through(pictures.family, output, "--examples", 1))
-    words = ["merge", plan, "--method", "regmean", "--size", "1x", "--calibration", output]
-    succeeds(*words, "-o", tmp_path / "bundle")

@@ -6,9 +6,9 @@ import pytest
 
 from flexmerge_cli.calibration.tune import tuners
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT
+from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT, explain_absent
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
-from flexmerge_cli.methods.registry import all_methods, parse_calibrate, parse_call, parse_step
+from flexmerge_cli.methods.registry import all_methods, all_steps, parse_calibrate, parse_call, parse_step
 from flexmerge_cli.methods.use import parse_use
 
 
@@ -118,6 +118,25 @@ def test_an_unknown_name_of_mergekit_is_a_hint():
     assert "--step dare" in raised.value.hint
 
 
+FUSION_BENCH = """
+simple_ensemble weighted_ensemble max-model_predictor simple_averaging weighted_averaging slerp
+task_arithmetic ties_merging dare fisher_merging regmean regmean_plusplus adamerging
+clip_concrete_task_wise_adamerging concrete_subspace ada_svd task_singular_vector isotropic_merging iso_c
+iso_cts opcm emr_merging tall_mask magmax model_stock doge_ta dop gossip fw_merging fw_hard fw_soft
+wudi_merging randes singular_value_calibration surgery trust_region pwe_moe rankone_moe weight_ensembling_moe
+sparse_we_moe smile_upscaling dawe depth_upscaling moe_based_merging moe_based_upscaling moe_pruner
+expert_sparsity model_recombination layer_recombination bitdelta magnitude_pruning sparselo_pruning wanda
+sparsegpt
+"""
+"""The pages of its algorithms, and the names of their configurations."""
+
+
+@pytest.mark.parametrize("name", FUSION_BENCH.split())
+def test_every_name_of_fusion_bench_is_known_or_explained(name):
+    here = name in all_methods() or name in all_steps()
+    assert here is not (explain_absent(name) is not None)
+
+
 @pytest.mark.parametrize("name", [*ABSENT, *_OTHER_NAMES])
 def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(name):
     assert name not in all_methods() and resolve_alias(name) is None
@@ -132,4 +151,4 @@ def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(na
         parse_call(words[0])
         parse_use(words[0], steps=words[words.index("--step") + 1 :][:1] if "--step" in words else ())
     else:
-        assert "flexmerge methods" in str(raised.value.hint)
+        assert "flexmerge methods" in str(raised.value.hint) or str(raised.value.hint).startswith("flexmerge inspect ")
