@@ -66,16 +66,25 @@ class PackedWeight(Tensor):
             found = product(*args, **(kwargs or {}))
             if found is not NotImplemented:
                 return found
-            args, kwargs = _decoded((args, kwargs or {}))
-            return func(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        elif func in _OF_THE_WRAPPER or (func.__name__ in ("__get__", "__set__") and func not in _OF_ELEMENTS):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = _decoded((args, kwargs or {}))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (_aten.detach.default, _aten.alias.default):
-            return cls(args[0].packed, tuple(args[0].shape), args[0].dtype)
+            with torch.inference_mode(
+                False
+            ):  # torch makes it a view of the weight, which an inference tensor cannot be
+                return cls(args[0].packed, tuple(args[0].shape), args[0].dtype)
         args, kwargs = _decoded((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
+        """Return a weight of the same bytes, which nothing writes to."""
+        return PackedWeight(self.packed, tuple(self.shape), self.dtype)
 
     def halves(self) -> "tuple[PackedWeight, Packed | None]":
         """Return the centre, which tasks share, as a weight in float32, and the rest of the sum."""
@@ -288,6 +297,18 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
         Tensor.__getitem__: _item,
     }.items()
 }
+
+
+_OF_THE_WRAPPER = {
+    Tensor.detach, Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__,
+    Tensor.stride, Tensor.is_contiguous, Tensor.storage_offset, Tensor.element_size, Tensor.data_ptr, Tensor.get_device,
+    Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.is_inference,
+    Tensor.requires_grad_, Tensor.__hash__, Tensor.untyped_storage, Tensor.is_pinned, Tensor.is_shared,
+}  # fmt: skip
+"""What a weight answers without being decoded, besides its attributes."""
+
+_OF_ELEMENTS = {vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+"""The attributes that are tensors of elements."""
 
 
 def _is_plain(x: Tensor, weight: PackedWeight) -> bool:

@@ -5,8 +5,10 @@ The bound. With u the unit roundoff of the dtype that is computed in, every prod
 are decoded or, in products with codes, not rounded to that dtype. Logits of tiny models then agree within 1e-5.
 """
 
+import copy
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,48 @@ def test_what_a_product_is_added_to_may_lie_in_memory_in_any_order(bundle_of: Ca
     name, held = next(pair for pair in packed_weights(runtime.model("alpha")).items() if ".c_" in pair[0])
     x, added = torch.randn(3, held.shape[0]), torch.randn(held.shape[1], 3).T
     assert torch.allclose(torch.addmm(added, x, held), torch.addmm(added, x, held.decoded()), atol=1e-4), name
+
+
+OPERATIONS: dict[str, Callable[["torch.Tensor"], "torch.Tensor"]] = {
+    "squeeze": lambda w: w[:, None].squeeze(1),
+    "unsqueeze": lambda w: w.unsqueeze(0),
+    "T": lambda w: w.T,
+    "view": lambda w: w.view(-1),
+    "chunk": lambda w: w.chunk(2)[1],
+    "unbind": lambda w: w.unbind(0)[1],
+    "item": lambda w: w[3],
+    "items": lambda w: w[3:5, 2],
+    "more axes": lambda w: w[..., None],
+    "detach": lambda w: w.detach(),
+    "data": lambda w: w.data,
+    "product": lambda w: 2 * w,
+    "exp": lambda w: -torch.exp(w.float()),
+    "cast": lambda w: w.to(torch.float64),
+    "matmul": lambda w: w @ w.T,
+    "einsum": lambda w: torch.einsum("ij,kj->ik", w, w),
+    "cat": lambda w: torch.cat([w, w]),
+    "transposed convolution": lambda w: functional.conv_transpose1d(torch.ones(1, len(w), 4), w[:, :, None]),
+    "bag": lambda w: functional.embedding_bag(torch.tensor([[1, 2]]), w),
+    "in place": lambda w: torch.zeros(w.shape).add_(w),
+    "numpy": lambda w: torch.from_numpy(w.detach().numpy().copy()),
+    "list": lambda w: torch.tensor(w.tolist()),
+    "copy": lambda w: copy.deepcopy(w),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_every_other_operation_gets_the_decoded_weight(
+    mode: Callable[[], AbstractContextManager[None]], bundle_of: Callable[..., Path]
+) -> None:
+    """Layers of state-space models take their weights apart, others write them as sums of products."""
+    model = open_bundle(bundle_of("bert with its prefix", **AUTO)).runtime(weights="packed").model("alpha")
+    held = next(held for held in packed_weights(model).values() if held.dim() == 2)
+    whole = held.decoded()
+    with mode():
+        for name, operation in OPERATIONS.items():
+            found, expected = operation(held), operation(whole)
+            found = found.decoded() if isinstance(found, PackedWeight) else found
+            assert type(found) is torch.Tensor and torch.equal(found, expected), name
 
 
 def test_generated_tokens_are_those_of_the_decoded_model(bundle_of: Callable[..., Path]) -> None:
