@@ -19,6 +19,7 @@ from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.sources import open_sources
+from flexmerge_cli.request.choices import Auto
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.part import Share
 
@@ -35,10 +36,14 @@ def calibration_of(request: MergeRequest, plan: Plan) -> CalibrationData | None:
     if request.calibration is None:
         return None
     found = read_calibration(Path(request.calibration), plan)
-    if missing := sorted(request.reads - set(found.index.settings.statistics)):
+    statistics = set(found.index.settings.statistics)
+    missing = sorted(request.reads - statistics)
+    if isinstance(request.choice, Auto) and not statistics & {"fisher", "inputs"}:
+        missing = [*missing, "fisher"]
+    if missing:
         raise UsageError(
             f"{request.calibration} was made without the statistic `{missing[0]}`, which the method reads",
-            hint=f"flexmerge calibrate … --statistics {','.join(sorted({*found.index.settings.statistics, *missing}))}",
+            hint=f"flexmerge calibrate … --statistics {','.join(sorted({*statistics, *missing}))}",
         )
     return found
 

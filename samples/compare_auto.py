@@ -1,10 +1,14 @@
 """`auto` beside uniform plans and block merging at the same bytes, on one family: markdown, and a picture.
 
     python samples/compare_auto.py [--family samples/digits] [--method M ...] [--picture FILE.png] [--json]
+    python samples/compare_auto.py --calibration FOLDER [--calibration FOLDER ...] [--family samples/digits] [--json]
 
 Needs the `eval` extra; minutes. Eight sizes of tensor data, from the smallest that `auto` reaches to four models, in
 equal ratios. A uniform plan c + b has the average of all tasks in c bits and residuals of b bits; where it is smaller
 than a size, merges are undone until the size is used up. `--method` replaces what `auto` is compared with.
+
+With `--calibration`, `auto` with a calibration is compared with `auto` from the plan alone, at the same sizes and at
+4/3 of them, and with `auto` with further calibrations, at five sizes from the smallest to one model.
 
 Accuracy is in percent of the fine-tuned models'. Differences have the 95 % interval of the paired bootstrap, the same
 examples drawn for both. *Best* is the best of all other methods, chosen anew at each size by its accuracy on these very
@@ -29,6 +33,8 @@ from flexmerge_cli.request.curve import CurveRequest, curve_methods
 from flexmerge_cli.request.size import parse_sizes
 
 NUM_SIZES, LARGEST = 8, 4.0
+NUM_SIZES_CALIBRATED = 5
+LARGER = 4 / 3  # a target is the accuracy of the plan alone at three quarters of its bytes
 UNIFORM = {
     f"{centre} + {bits}": f"low_bit:bits={bits},gain={'norm' if bits < 3 else 'none'},centre=average,"
     f"centre_bits={centre},scales=bfloat16,clip=search"
@@ -67,6 +73,38 @@ def compare(family: Path, others: dict[str, str]) -> dict[str, Any]:
             | {"size": points[label].tensor_bytes / plan.one_model_bytes}
             for label, of_method in hits.items()
         }
+    return {"fine_tuned": {task: 100 * float(hit.mean()) for task, hit in tuned.items()}, "sizes": rows}
+
+
+def compare_calibrated(family: Path, calibrations: list[Path]) -> dict[str, Any]:
+    """Score `auto` with each calibration and without. The first calibration is what the others are compared with."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plan = plan_of(family, Path(temporary))
+        smallest = smallest_factor(auto(Pricer(plan), Limits()).smallest().layout)
+        sizes = [f"{size:.4f}x" for size in np.geomspace(smallest, 1.0, NUM_SIZES_CALIBRATED)]
+        larger = [f"{LARGER * float(size.rstrip('x')):.4f}x" for size in sizes]
+        spec = read_spec(family / "eval.yaml", plan.task_names)
+
+        def hits(asked: list[str], calibration: Path | None) -> list[Hits]:
+            where = str(calibration) if calibration is not None else None
+            methods = curve_methods("auto", has_statistics=True, calibration=where)
+            request = CurveRequest(methods=methods, sizes=parse_sizes(",".join(asked)), alternatives=False)
+            curve = scored(plan, Path(temporary) / "plan.json", spec, request)
+            tuned.update({task: np.asarray(found.outcomes, float) for task, found in curve.fine_tuned.items()})
+            points = {size: hits_of(point.scores) for point in curve.points for size in point.sizes}
+            return [points[size] for size in asked]
+
+        tuned: Hits = {}
+        found = {
+            f"auto, {folder.name}" if place else "auto": hits(sizes, folder)
+            for place, folder in enumerate(calibrations)
+        }
+        of_plan = hits([*sizes, *larger], None)
+    found |= {"plan alone": of_plan[: len(sizes)], "plan alone, 4/3 of the size": of_plan[len(sizes) :]}
+    rows = {
+        size: {label: measures(each[place], found["auto"][place], tuned) for label, each in found.items()}
+        for place, size in enumerate(sizes)
+    }
     return {"fine_tuned": {task: 100 * float(hit.mean()) for task, hit in tuned.items()}, "sizes": rows}
 
 
@@ -114,6 +152,12 @@ def show(found: dict[str, Any]) -> None:
         print(f"| {shown(size)} | {row['auto']['mean']:.1f} ({row['auto']['worst']:.1f}) | {' | '.join(told)} |")
     volumes = hypervolume(found, of_auto), hypervolume(found, of_best)
     print(f"\nHypervolume of `auto`, of the best single method's: {volumes[0] / max(volumes[1], 1e-9):.3f}\n")
+    show_sizes(found)
+
+
+def show_sizes(found: dict[str, Any]) -> None:
+    """The accuracy of every method at every size, and by how much `auto` is better."""
+    rows = found["sizes"]
     print(f"| | {' | '.join(map(shown, rows))} |\n|{' --- |' * (len(rows) + 1)}")
     for label in dict.fromkeys(label for row in rows.values() for label in row):
         cells = [told_of(row[label], label) if label in row else "–" for row in rows.values()]
@@ -152,7 +196,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, methods=True)
+    given = arguments(__doc__, methods=True, calibrations=True)
+    if given.calibration:
+        found = compare_calibrated(given.family, given.calibration)
+        print(json.dumps(found, indent=2)) if given.json else show_sizes(found)
+        return
     others = {name: name for name in given.method} or UNIFORM | {name: name for name in BLOCK_MERGING}
     found = compare(given.family, others)
     print(json.dumps(found, indent=2)) if given.json else show(found)

@@ -147,7 +147,7 @@ Step = Annotated[
 Calibrate = Annotated[str | None, _stored("--calibrate", "NAME", "Apply this calibration after the method: svc.")]
 Calibration = Annotated[
     Path | None,
-    _stored("--calibration", "FOLDER", "Output of `calibrate`, for methods that need it: regmean, fisher."),
+    _stored("--calibration", "FOLDER", "Output of `calibrate`, for regmean, fisher, and auto."),
 ]
 MethodFor = Annotated[
     list[str] | None,

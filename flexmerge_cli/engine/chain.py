@@ -26,6 +26,8 @@ class Chain:
     the base, or if there is none."""
     calibrate: CalibrationCall | None
     coded: Coded | None
+    calibration: Calibrated | None = None
+    """What was measured on examples, if it was given."""
     products: Call | None = None
     """For a pool of LoRA adapters: the call that merges the products of the factors that `call` gets."""
     step_stats: list[Any] = field(default_factory=list)
@@ -59,7 +61,7 @@ def _chain(use: MethodUse, calibration: Calibrated | None) -> Chain:
     call = use.maker
     if call is not None and call.method.reads:
         call = replace(call, source=calibration)
-    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded)
+    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded, calibration=calibration)
 
 
 def _pooled(use: MethodUse) -> Chain:

@@ -70,9 +70,8 @@ class MergeRequest:
 
     @property
     def reads(self) -> set[str]:
-        """The statistics of a calibration that its methods read."""
-        found = {use.reads for use in self.uses} - {""}
-        return found | ({"fisher"} if isinstance(self.choice, Auto) and self.calibration is not None else set())
+        """The statistics of a calibration that its methods must have; `auto` takes what there is."""
+        return {use.reads for use in self.uses} - {""}
 
     def require_calibration(self) -> None:
         """Raise UsageError if a method reads a calibration, and none is given."""
@@ -208,7 +207,7 @@ def merge_request(
     request = MergeRequest(
         choice=choice, dtype=cast, max_distance=max_distance, layout=folders, calibration=calibration, notes=notes
     )
-    if calibration is not None and not request.reads:
+    if calibration is not None and not request.reads and not isinstance(choice, Auto):
         raise UsageError(
             "--calibration has no effect here: no method reads it",
             hint="--method auto, regmean or fisher; or leave it out",

@@ -82,12 +82,21 @@ class LowBit:
         from flexmerge_cli.residuals.quantise import fit_levels, quantise
 
         levels = fit_levels(matrix, self.bits) if self.has_levels else self.table()
-        codes, scale = quantise(matrix, self, levels)
+        parts = self.parts_of(*quantise(matrix, self, levels))
+        return parts | ({"levels": levels} if self.has_levels else {})
+
+    def parts_of(self, codes: Tensor, scale: Tensor) -> dict[str, np.ndarray]:
         return {
             "scale": scales.stored(scale.cpu().numpy(), self.scales),
-            **({"levels": levels} if self.has_levels else {}),
             "codes": pack(codes.cpu().numpy(), self.bits),
         }
+
+    def words(self) -> np.ndarray:
+        return self.table()[:, None]
+
+    @property
+    def usual_loss(self) -> float:
+        return GAUSS_LOSSES[self.bits]
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
         return scaled_levels(self.look_up(parts, shape))

@@ -78,9 +78,20 @@ class SignRuns:
         for first in range(0, m, step):
             rows = slice(first, first + step)
             codes[rows], scale[rows] = self._coded(matrix[rows].double())
-        k = self.rows_per_pack
-        packed = pack(codes.cpu().numpy().reshape(m // k, k * codes.shape[1]), self.code_bits)
+        return self.parts_of(codes, scale)
+
+    def parts_of(self, codes: Tensor, scale: Tensor) -> dict[str, np.ndarray]:
+        (m, num_runs), k = codes.shape, self.rows_per_pack
+        packed = pack(codes.cpu().numpy().reshape(m // k, k * num_runs), self.code_bits)
         return {"scale": scales.stored(scale.cpu().numpy(), self.scales), "codes": packed}
+
+    def words(self) -> np.ndarray:
+        bits = np.unpackbits(patterns(self.run), axis=1, bitorder="little")[:, : self.run]
+        return LEVELS[bits]
+
+    @property
+    def usual_loss(self) -> float:
+        return NORMAL_LOSSES[self.run]
 
     def decode(self, parts: Parts, shape: Matrix, dtype: str, rows: Rows | None = None) -> np.ndarray:
         return scaled_levels(self.look_up(parts, shape))

@@ -1,5 +1,6 @@
 """Methods that read a calibration, beside dense normal equations in float64; and what does not fit together."""
 
+import hashlib
 import json
 import shutil
 
@@ -341,8 +342,66 @@ def test_auto_weighs_errors_by_the_fisher_information(pictures, tmp_path):
     assert weighed["request"]["command"] == (
         "flexmerge merge plan.json --method auto --size 1.1x --calibration calibration/ -o bundle/"
     )
-    succeeds(*family.command(tmp_path / "calibration", "--statistics", "inputs"))
     update = ["update", tmp_path / "weighed", "--plan", family.plan_path, "-o", tmp_path / "never"]
     fails(2, *update, says="was merged with a calibration")
-    refused = fails(2, *words, "-o", tmp_path / "never", "--calibration", tmp_path / "calibration")
+    outputs_alone = with_index(pictures, tmp_path / "outputs", statistics=["outputs"], fisher={}, inputs={})
+    refused = fails(2, *words, "-o", tmp_path / "never", "--calibration", outputs_alone)
     assert "without the statistic `fisher`" in refused.err
+
+
+def with_index(pictures, folder, *, statistics, **of_tasks):
+    """A copy of the calibration whose index has other statistics."""
+    shutil.copytree(pictures.output, folder)
+    index = json.loads((folder / "calibration.json").read_text())
+    index["settings"]["statistics"] = statistics
+    for entry in index["tasks"].values():
+        entry |= of_tasks
+    (folder / "calibration.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_auto_rounds_residuals_so_that_outputs_change_less(pictures, tmp_path):
+    """With the inputs of the layers a bundle stores the same arrays as without, but other codes in them."""
+    family = pictures.family
+    moments = family.read(pictures.output)
+    words = ["merge", family.plan_path, "--method", "auto:scales=bfloat16", "--size", "0.3x"]
+    fisher_alone = with_index(pictures, tmp_path / "fisher", statistics=["fisher"], inputs={})
+    succeeds(*words, "--calibration", fisher_alone, "-o", tmp_path / "plain")
+    succeeds(*words, "--calibration", pictures.output, "-o", tmp_path / "fed")
+    succeeds(*words, "--calibration", pictures.output, "--threads", 3, "-o", tmp_path / "other")
+    assert tree(tmp_path / "fed") == tree(tmp_path / "other")
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "fed")]
+    assert manifests[0]["stored_bytes"] == manifests[1]["stored_bytes"]
+    groups = [[(g["tasks"], g.get("bits")) for u in manifest["units"] for g in u["groups"]] for manifest in manifests]
+    assert groups[0] == groups[1]
+    plain, fed = (open_bundle(tmp_path / name) for name in ("plain", "fed"))
+    found = []
+    for task in TASKS:
+        own = family.weights(task)
+        for name, entry in moments.index.tasks[task].inputs.items():
+            given = moments.measured("inputs", Where(tasks=(task,), tensor=name, start=0, shape=()), 0)
+            metric = given[0].astype(np.float64)
+            errors = [
+                (bundle.view(task)[name].double() - own[name].double()).numpy().reshape(len(own[name]), -1)
+                for bundle in (plain, fed)
+            ]
+            found.append([float(((error @ metric) * error).sum()) for error in errors])
+            assert entry.layout in ("linear", "conv2d")
+    losses = np.array(found)
+    assert (losses[:, 1] < losses[:, 0]).mean() > 0.8 and losses[:, 1].sum() < 0.8 * losses[:, 0].sum()
+
+
+def test_auto_refuses_inputs_that_are_not_finite(pictures, tmp_path):
+    folder = tmp_path / "calibration"
+    shutil.copytree(pictures.output, folder)
+    file, index = folder / "tasks/b.safetensors", folder / "calibration.json"
+    arrays = load_file(file)
+    arrays[next(name for name in arrays if name.endswith("query.weight@inputs"))][-1] = float("nan")
+    save_file(arrays, file)
+    of_file = json.loads(index.read_text())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    of_file["tasks"]["b"] |= {"sha256": digest, "bytes": file.stat().st_size}
+    index.write_text(json.dumps(of_file))
+    words = ["merge", pictures.family.plan_path, "--method", "auto", "--size", "0.3x", "-o", tmp_path / "never"]
+    said = fails(3, *words, "--calibration", folder, says="second moments of its inputs are not finite").err
+    assert "weight` of task `b` cannot be coded" in said and "flexmerge calibrate" in said

@@ -1,6 +1,6 @@
 """Writes a centre as it is stored and, for each task, its coded difference from the centre."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.dense import write_copies
 from flexmerge_cli.engine.writers.writer import Work, Writer
 from flexmerge_cli.errors import DataError
+from flexmerge_cli.formats.calibration import AGAIN as CALIBRATE
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.coded import CodedForm
 from flexmerge_cli.methods.method import Scope
+from flexmerge_cli.residuals import feedback
 from flexmerge_cli.residuals.coder import Coder, Matrix
 
 
@@ -91,7 +93,9 @@ def _write_by_bits(encoder: Encoder, storage: Storage, group: StoredGroup, raw: 
             if form.residual is not None:
                 mine = {part.array.role: part for part in group.parts if part.task == task}
                 residual = own if centre is None else own - centre
-                back = _code(encoder, form.residual, residual, form.matrix, raw, dtype, mine, piece)
+                alike = [other for other in group.tasks if (storage.tensor.same[other], bits_of[other]) == key]
+                moments = _moments(encoder, group, raw, alike, form)
+                back = _code(encoder, form.residual, residual, form.matrix, raw, dtype, mine, piece, moments)
                 value = torch.from_numpy(back) if value is None else value + torch.from_numpy(back)
             assert value is not None
             decoded = cast(value, dtype)
@@ -133,18 +137,27 @@ def _code(
     dtype: str,
     parts: Mapping[str, Part],
     piece: Piece,
+    moments: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Encode whole rows, write them, and decode them: float32, flat. Raises DataError for a scale out of range."""
+    """Encode whole rows, write them, and decode them: float32, flat. Raises DataError for a scale out of range.
+
+    moments: those of the layer's inputs, [n, n], for rounding with feedback; the rows are then the whole matrix.
+    """
     rows = _rows(matrix, raw)
     chunk = values.view(rows[1] - rows[0], matrix[1])
     try:
-        encoded = coder.encode(chunk, dtype)
-    except OverflowError as error:
+        if moments is not None and feedback.is_possible(coder):
+            encoded = feedback.encode(chunk, coder, moments)
+        else:
+            encoded = coder.encode(chunk, dtype)
+    except (OverflowError, feedback.UnsoundMoments) as error:
         task = next(iter(parts.values())).task
         assert task is not None
         raise DataError(
             f"`{raw.span.tensor}` of task `{encoder.plan.tasks[task].name}` cannot be coded: {error}",
-            hint="scales=bfloat16 in the method, such as --method auto:scales=bfloat16",
+            hint="scales=bfloat16 in the method, such as --method auto:scales=bfloat16"
+            if isinstance(error, OverflowError)
+            else CALIBRATE,
         ) from None
     by_row = {part.role: part.by_row for part in coder.parts(matrix, dtype)}
     for role, bits in encoded.items():
@@ -152,6 +165,25 @@ def _code(
         start = rows[0] * data.size // max(1, rows[1] - rows[0])  # eight rows may be one of the part
         encoder.emit_bytes(parts[role], start if by_row[role] else 0, data, piece)
     return coder.decode(encoded, matrix, dtype, rows=rows).reshape(-1)
+
+
+def _moments(
+    encoder: Encoder, group: StoredGroup, raw: Raw, tasks: Sequence[int], form: CodedForm
+) -> np.ndarray | None:
+    """Return the second moments of a layer's inputs, summed over tasks, float64 [n, n], by which its residual is coded.
+
+    None if it is coded without: for other codes, inputs that were not measured or are all zero, and layers whose inputs
+    do not lie along the columns.
+    """
+    worker, span = encoder.worker, raw.span
+    calibration = worker.chain(group).calibration
+    if calibration is None or not feedback.is_possible(form.residual):
+        return None
+    found = calibration.measured("inputs", worker.where(span, 0, tasks), span.stop - span.start)
+    if found is None or found.layout not in ("linear", "conv2d"):
+        return None
+    total: np.ndarray = sum((found[place] for place in range(len(tasks))), np.zeros(1))
+    return total if total.any() and len(total) == form.matrix[1] else None
 
 
 def _plain(encoder: Encoder, group: StoredGroup, raw: Raw, whole: Tensor | None = None) -> Tensor:
@@ -178,7 +210,9 @@ def _scope(chain: Chain, storage: Storage, group: StoredGroup) -> Scope:
     tensor, coded = storage.tensor, chain.coded
     assert coded is not None
     if group.bits is not None:
-        return "row"
+        residuals = [coded.form_of_bits(tensor.shape, bits).residual for bits in {*group.bits} if bits != "exact"]
+        is_measured = chain.calibration is not None and chain.calibration.scope("inputs", tensor.name) == "tensor"
+        return "tensor" if is_measured and any(map(feedback.is_possible, residuals)) else "row"
     form = coded.form(tensor.name, tensor.shape, tuple(tensor.dtype_of(task) for task in group.tasks))
     if form.is_centre:
         return "element"
@@ -187,7 +221,8 @@ def _scope(chain: Chain, storage: Storage, group: StoredGroup) -> Scope:
 
 def _bytes(work: Work) -> int:
     tensor, group, n = work.storage.tensor, work.group, work.n
-    coded = work.chain.coded if work.chain is not None else None
+    assert work.chain is not None
+    coded = work.chain.coded
     assert coded is not None
     forms = [coded.form_of_bits(tensor.shape, bits) for bits in {*(group.bits or ())} if bits != "exact"]
     dtypes = tuple(tensor.dtype_of(task) for task in group.tasks)
@@ -198,6 +233,8 @@ def _bytes(work: Work) -> int:
     coding = 40 * n + max((coder.workspace(part) for coder in coders), default=0)
     if coded.expert is not None:
         coding += 32 * n
+    if group.bits is not None and _scope(work.chain, work.storage, group) == "tensor":
+        coding += feedback.workspace(part)
     return max(work.merging + 4 * n, coding)
 
 
