@@ -5,7 +5,8 @@
 
 Needs the `eval` extra; minutes. Eight sizes of tensor data, from the smallest that `auto` reaches to four models, in
 equal ratios. A uniform plan c + b has the average of all tasks in c bits and residuals of b bits; where it is smaller
-than a size, merges are undone until the size is used up. `--method` replaces what `auto` is compared with.
+than a size, merges are undone until the size is used up. `--method` replaces what `auto` is compared with: any method,
+or a uniform plan such as "4 + 1".
 
 With `--calibration`, `auto` with a calibration is compared with `auto` from the plan alone, at the same sizes and at
 4/3 of them, and with `auto` with further calibrations, at five sizes from the smallest to one model.
@@ -201,7 +202,8 @@ def main() -> None:
         found = compare_calibrated(given.family, given.calibration)
         print(json.dumps(found, indent=2)) if given.json else show_sizes(found)
         return
-    others = {name: name for name in given.method} or UNIFORM | {name: name for name in BLOCK_MERGING}
+    known = UNIFORM | {name: name for name in BLOCK_MERGING}
+    others = {name: known.get(name, name) for name in given.method} or known
     found = compare(given.family, others)
     print(json.dumps(found, indent=2)) if given.json else show(found)
     if given.picture:
