@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from flexmerge_cli.engine import device
+from flexmerge_cli.engine import device, upload
 
 
 class _Guard(torch._C._acc.DeviceGuard):
@@ -147,6 +147,11 @@ def pretended_gpu() -> Iterator[type[Device]]:
         module = types.SimpleNamespace(_lazy_init=lambda: None, current_device=lambda: 0)
         patch.setitem(sys.modules, "torch.privateuseone", module)  # type: ignore[arg-type]
         patch.setattr(device, "KINDS", (*device.KINDS, GPU.type))
+        patch.setattr(upload, "pinned", lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8))
+        patch.setattr(
+            torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
+        )
+        patch.setattr(torch.cuda, "current_stream", lambda _: None)
         patch.setattr(threading.Thread, "run", run_there)
         # Views of a subclass's tensors that are made under inference mode cannot be counted, and fail.
         patch.setattr(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode))

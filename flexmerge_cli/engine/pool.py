@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from flexmerge_cli.engine.upload import Uploads
 from flexmerge_cli.later import torch
 
 Item = TypeVar("Item")
@@ -81,10 +82,12 @@ ALIGNMENT = 64  # bytes of a cache line, and of the widest vector registers
 
 
 class Buffers(threading.local):
-    """Reused byte buffers, separate for each thread; the thread's next item overwrites their content."""
+    """Reused byte buffers, separate for each thread; the thread's next item overwrites their content. `upload` copies
+    them to a GPU."""
 
     def __init__(self) -> None:
         self._arrays: dict[object, np.ndarray] = {}
+        self.upload = Uploads()
 
     def get(self, key: object, num_bytes: int) -> np.ndarray:
         """Return an aligned array, uint8, of at least num_bytes."""

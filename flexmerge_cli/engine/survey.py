@@ -155,15 +155,15 @@ def _measure(
         deltas = torch.empty_like(deltas, device=device)
     for low in range(0, stop - start, TILE_ELEMENTS):
         high = min(low + TILE_ELEMENTS, stop - start)
-        base = values[-1][low:high].to(device, torch.float32)
+        base = buffers.upload(values[-1][low:high], device).to(torch.float32)
         block = rows_kN[:-1, low:high] if rows_kN is not None and not columns else deltas[:, : high - low]
         if fused:
             pass
         elif rows_kN is not None:
-            torch.sub(rows_kN[:-1, low:high].to(device, torch.float32), base, out=block)
+            torch.sub(buffers.upload(rows_kN[:-1, low:high], device).to(torch.float32), base, out=block)
         else:
             for position, value in enumerate(values[:-1]):
-                torch.sub(value[low:high].to(device, torch.float32), base, out=block[position])
+                torch.sub(buffers.upload(value[low:high], device).to(torch.float32), base, out=block[position])
         of_products, of_base = _products(block, base, subtracted=not fused)
         grams += of_products
         energies += of_base

@@ -121,7 +121,7 @@ class Worker:
         return raw.bits[self.plan.tensor(raw.span.tensor).same[task]]
 
     def on_device(self, values: Tensor) -> Tensor:
-        return values.to(self.device, torch.float32)
+        return self.buffers.upload(values, self.device).to(torch.float32)
 
     def where(self, span: Span, low: int, tasks: Sequence[int]) -> Where:
         names = tuple(self.plan.tasks[task].name for task in tasks)
