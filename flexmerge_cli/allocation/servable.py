@@ -7,6 +7,7 @@ residuals are predicted to lose less. A residual of rank r keeps at least r/min(
 the plan found the task to be its base plus matrices of no greater rank.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from flexmerge_cli.allocation.storage import effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.members import PlanAdapter
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.use import MethodUse, parse_use
@@ -37,11 +39,11 @@ class ServableAllocation:
 
     layout: BundleLayout
     rank: int
-    """The largest rank of an adapter's matrices; 0 if the tasks are merged into one model."""
+    """The largest rank of an adapter's matrices, kept adapters included; 0 if the tasks are merged into one model."""
     base_bytes: int
     """The bytes of the tensors of the base that the engine holds."""
     adapter_bytes: int
-    """The bytes of each task's factors."""
+    """The bytes of the factors of one task, or of the largest kept adapter if these are more."""
     captured_M: np.ndarray
     """The least part of each task vector's energy that is predicted to be kept, in [0, 1] unless the average is farther
     from a task than the base."""
@@ -72,7 +74,7 @@ def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None =
     for tensor, why in _not_servable(plan, dtype):
         raise UsageError(f"`{tensor}` {why}: no engine with one base and adapters can serve it", hint=HINT)
     for adapter in plan.adapters:
-        own = max((change.left.shape[1] for change in adapter.changes.values() if change.left is not None), default=0)
+        own, _ = _factors(adapter)
         if own > rank:
             raise UsageError(
                 f"task `{adapter.name}` is kept as an adapter of rank {own}, and --servable allows {rank}",
@@ -149,6 +151,8 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
         energy_M += _energies(plan.gram(tensor))
         largest, adapter_bytes = max(largest, choice.rank), adapter_bytes + choice.factor_bytes
         base_bytes += choice.centre_bytes
+    for own, num_bytes in map(_factors, plan.adapters):
+        largest, adapter_bytes = max(largest, own), max(adapter_bytes, num_bytes)
     layout = pricer.layout(Allocation(methods=tuple(uses), units=tuple(units), dtype=dtype))
     apart = {TensorClass.TIED, TensorClass.MERGEABLE} | (set() if plan.kept else {TensorClass.BASE_ONLY})
     base_bytes += sum(_dense_bytes(t, t.dtype, dtype) for t in plan.stored if t.class_ not in apart)
@@ -159,6 +163,14 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
         adapter_bytes=adapter_bytes,
         captured_M=1 - np.divide(lost_M, energy_M, out=np.zeros_like(lost_M), where=energy_M > 0),
     )
+
+
+def _factors(adapter: PlanAdapter) -> tuple[int, int]:
+    """Return the largest rank of a kept adapter's matrices, and their bytes."""
+    pairs = [(change.left, change.right) for change in adapter.changes.values()]
+    factors = [factor for pair in pairs for factor in pair if factor is not None]
+    rank = max((left.shape[1] for left, _ in pairs if left is not None), default=0)
+    return rank, sum(ITEM_BYTES[factor.dtype] * math.prod(factor.shape) for factor in factors)
 
 
 def _choice(plan: Plan, tensor: PlanTensor, known: list[int], rank: int, dtype: str | None) -> _Choice:

@@ -75,13 +75,14 @@ def show_chosen(value: dict[str, Any]) -> None:
         show_auto(value["auto"])
     if "servable" in value:
         of = value["servable"]
-        table(
-            ["task", "captured energy,\nat least"],
-            [(name, f"{part:.1%}") for name, part in of["captured"].items()],
-        )
+        if of["captured"]:  # there are tasks beside kept adapters, which lose nothing
+            table(
+                ["task", "captured energy,\nat least"],
+                [(name, f"{part:.1%}") for name, part in of["captured"].items()],
+            )
         say(
             f"an engine serves one base of {of['base_bytes']:,} bytes and, per task, an adapter of rank {of['rank']} "
-            f"with {of['adapter_bytes']:,} bytes"
+            f"with {of['adapter_bytes']:,} bytes at most"
         )
 
 

@@ -137,6 +137,16 @@ def test_tasks_that_are_one_model_have_adapters_of_zeros(beside, tmp_path):
 # --servable.
 
 
+def test_servable_tells_the_rank_of_kept_adapters_alone(tmp_path):
+    """It said rank 0 and 0 bytes."""
+    adapted = make(tmp_path / "made", "llama", {"a": LORA(r=2, target_modules=["q_proj"]), "b": LORA(r=3)})
+    make_plan(adapted.base, {name: adapted.tasks / name for name in "ab"}, output=tmp_path / "plan.json")
+    words = ("merge", tmp_path / "plan.json", "--servable", "lora:rank=4", "-o", tmp_path / "bundle", "--dry-run")
+    told, largest = succeeds(*words, "--json").json["servable"], adapted.tasks / "b/adapter_model.safetensors"
+    assert told["rank"] == 3 and told["adapter_bytes"] == sum(t.nbytes for t in load_file(largest).values())
+    assert "an adapter of rank 3 with" in (out := succeeds(*words).out) and "captured energy" not in out
+
+
 def test_servable_keeps_all_of_merged_loras_and_of_full_fine_tunes_at_least_what_it_predicts(tmp_path):
     """Merged LoRAs have the base as centre and their own rank; for full fine-tunes the average is better."""
     adapted = make(tmp_path / "made", "llama", CONFIGS)
