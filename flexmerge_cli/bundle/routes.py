@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class Routes:
     manifest: Manifest
     parts: Mapping[str, Mapping[str, StoredTensor]]
     """File -> part name -> where it lies."""
+    _methods: list[tuple[str, str]] = field(init=False)
+    """The name and the arguments, as JSON, of each."""
     _units: dict[str, UnitEntry] = field(init=False)
     _tensors: dict[str, TensorEntry] = field(init=False)
     _entries: dict[str, list[TensorEntry]] = field(init=False)
@@ -67,6 +69,8 @@ class Routes:
             for task, rows in vocabulary.tasks.items()
             for name in vocabulary.tensors
         }
+        methods = [(method.name, json.dumps(method.args)) for method in manifest.methods]
+        object.__setattr__(self, "_methods", methods)
         object.__setattr__(self, "_units", {name: unit for unit in manifest.units for name in unit.tensors})
         object.__setattr__(self, "_tensors", tensors)
         object.__setattr__(self, "_entries", entries)
@@ -100,32 +104,25 @@ class Routes:
 
     def _described(self, task: str, tensor: TensorEntry) -> Described:
         """Return what the manifest says about an entry."""
-        entry, dense = self.manifest.tasks[task], self._dense[task].get(tensor.name)
-        one = Described(
-            form="copy",
+        adapter, unit = self.manifest.tasks[task].adapter, self._units.get(tensor.name)
+        groups = unit.groups if unit is not None and adapter is None else ()
+        group = next((group for group in groups if task in group.tasks), None)
+        tasks = (task,) if group is None else group.tasks
+        described = Described(
+            form="copy" if group is None else group.kind,
             tensor=tensor.name,
             task=task,
             shape=tensor.shape_of(task),
-            tasks=(task,),
-            dtypes=(tensor.dtype_of(task),),
-            dense=dense,
+            tasks=tasks,
+            dtypes=tuple(map(tensor.dtype_of, tasks)),
+            dense=self._dense[task].get(tensor.name),
+            unit="" if unit is None or group is None else unit.name,
+            bits=None if group is None else group.bits,
+            method=None if group is None or group.method is None else self._methods[group.method],
         )
-        if entry.adapter is not None:
-            return entry.adapter.described(one, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
-        unit = self._units.get(tensor.name)
-        group = next((group for group in unit.groups if task in group.tasks), None) if unit is not None else None
-        if unit is None or group is None:
-            return one
-        method = self.manifest.methods[group.method] if group.method is not None else None
-        return replace(
-            one,
-            form=group.kind,
-            tasks=group.tasks,
-            dtypes=tuple(map(tensor.dtype_of, group.tasks)),
-            unit=unit.name,
-            bits=group.bits,
-            method=None if method is None else (method.name, json.dumps(method.args)),
-        )
+        if adapter is None:
+            return described
+        return adapter.described(described, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
 
     def parts_of(self, task: str) -> RouteParts:
         """Return all parts on a task's route."""

@@ -63,7 +63,10 @@ def measure_rows(
 
     own = new("own", len(tasks), len(chosen), rows.columns)
     for into, task in zip(own, tasks):
-        into.copy_(task[chosen])
+        if task.dtype is torch.float32 and device.type == "cpu":
+            torch.index_select(task, 0, chosen, out=into)
+        else:
+            into.copy_(task.index_select(0, chosen))
     if base.dtype is not torch.float32 or base.device != device:
         base = new("wide", *base.shape).copy_(base)
     average = average_of(base[chosen.to(device)], own)

@@ -4,8 +4,8 @@ import numpy as np
 
 from flexmerge_cli import native
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
-from flexmerge_cli.engine.device import torch_dtype
-from flexmerge_cli.engine.encode import Encoder, Piece, array, room_for_errors
+from flexmerge_cli.engine.device import to_bytes, torch_dtype
+from flexmerge_cli.engine.encode import Encoder, Piece, array, digest_of, room_for_errors
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, sizes, squares
 from flexmerge_cli.engine.sources import BASE
 from flexmerge_cli.engine.work import Raw, Worker, cast
@@ -54,10 +54,13 @@ def _write(
             errors[row, (low + done) // run : -(-high // run)] = squares(lost[None], run)[0]
     encoder.emit(unified_part, start, encoder.finite(stored, group, raw), piece)
     packed = masks.pack(taken)
+    if not np.isfinite(errors).all():  # they cover every value that a task gets
+        for values in decoded:
+            encoder.check_finite(values, group, raw)
     for row, task in enumerate(group.tasks):
         if task in mask_parts:
             encoder.emit_bytes(mask_parts[task], start // 8, packed[row], piece)
-        encoder.decoded(task, decoded[row], dtypes[row], group, raw, piece)
+        piece.decoded[task] = digest_of(to_bytes(decoded[row]), raw, dtypes[row])
         piece.errors[task] = errors[row]
 
 
