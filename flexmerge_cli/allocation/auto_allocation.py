@@ -18,6 +18,7 @@ from flexmerge_cli.allocation.auto_centres import CentreBits
 from flexmerge_cli.allocation.auto_merged import damage, merged
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import TensorChoice
+from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.storage import copy_is_base, effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
@@ -68,6 +69,7 @@ class AutoSearch:
         self._kept = {block.name: self._unit_by_pattern(block, by_pattern) for block in plan.blocks}
         self.searched = [block for block in plan.blocks if self._kept[block.name] is None]
         self.search = self._search(limits)
+        self._averages: Cutter | None = None
         self._exact: AutoFound | None = None
         self._smallest_on_disk: AutoFound | None = None
         self.fixed_bytes = pricer.tensor_bytes(self._allocation(())) + self._base_bytes()
@@ -76,7 +78,7 @@ class AutoSearch:
     def priced_by(self, pricer: Pricer) -> "AutoSearch":
         """Return the same search for bundles that record another request."""
         other = copy.copy(self)
-        other.pricer, other._exact, other._smallest_on_disk = pricer, None, None
+        other.pricer, other._averages, other._exact, other._smallest_on_disk = pricer, None, None, None
         other._disk_bytes = functools.cache(lambda solution: other._found(solution).layout.total_bytes)
         return other
 
@@ -102,7 +104,11 @@ class AutoSearch:
 
     def _or_merged(self, found: AutoFound, size: Target) -> AutoFound:
         """Return what merging by `average` stores in a size instead, if that is predicted to be better and allowed."""
-        if not (self._may_merge and (other := merged(self.pricer, self.search, size, self.dtype))):
+        if not self._may_merge:
+            return found
+        if self._averages is None:
+            self._averages = Cutter(self.pricer, parse_use("average"), self.dtype)
+        if (other := merged(self._averages, self.search, size)) is None:
             return found
         solution, layout = other
         is_better = damage(self.search, solution) < damage(self.search, found.solution)

@@ -16,9 +16,8 @@ from flexmerge_cli.allocation.auto_centres import AutoCentre
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics
 from flexmerge_cli.allocation.auto_table import TensorChoice
 from flexmerge_cli.allocation.cut import Cutter
-from flexmerge_cli.allocation.layout import BundleLayout, Pricer
+from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.errors import GateError
-from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.request.size import Target
 
 # A task vector that is lost does more damage than noise of the same energy: this many times more. It was chosen on one
@@ -49,11 +48,11 @@ def _damages(tensor: TensorStatistics, choice: TensorChoice) -> np.ndarray:
     return damages
 
 
-def merged(pricer: Pricer, search: Search, size: Target, dtype: str | None) -> tuple[Solution, BundleLayout] | None:
-    """Return what `--method average` stores in a size, and its predicted damage; None if it does not fit."""
-    cutter = Cutter(pricer, parse_use("average"), dtype)
+def merged(cutter: Cutter, search: Search, size: Target) -> tuple[Solution, BundleLayout] | None:
+    """Return what `--method average`, for which `cutter` cuts, stores in a size, and its predicted damage; None if it
+    does not fit."""
     try:
-        layout = pricer.layout(cutter.cut(replace(size, all_merges=False)))
+        layout = cutter.pricer.layout(cutter.cut(replace(size, all_merges=False)))
     except GateError:
         return None
     units = {name: unit for unit in layout.allocation.units for name in unit.tensors}

@@ -6,6 +6,7 @@ blocks are coarse, and a prefix can jump far below the target.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, from_groups
 from flexmerge_cli.allocation.block_methods import uses_of_blocks
@@ -63,6 +64,10 @@ class Cutter:
 
     def sizes(self) -> list[int]:
         """Return the tensor bytes after 0, 1, … all merges."""
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> list[int]:
         state = self.state()
         sizes = [state.tensor_bytes]
         for merge in self.order:
@@ -95,8 +100,7 @@ class Cutter:
         """Return the allocation for a target. Raises GateError with the smallest size if nothing fits."""
         if size.all_merges and not any(use.stores_per_task for use in self.methods):
             return self.prefix(len(self.order), fit)
-        sizes = self.sizes()
-        state = self.state()
+        sizes, state = self.sizes(), self.state()
         applied = 0
         while not (sizes[applied] <= size.max_bytes and self._fits(state, size, applied, 0, fit)):
             if applied == len(self.order):
