@@ -11,7 +11,7 @@ from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, sta
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.formats.folders import ROUTER_FILE
+from flexmerge_cli.formats.folders import ADDED
 from flexmerge_cli.formats.manifest import GroupEntry, Manifest
 from flexmerge_cli.formats.plan_file import Plan, read_plan
 from flexmerge_cli.text import expanded
@@ -161,7 +161,7 @@ def _bundle(source: str, access: Access) -> Side:
             "methods": [_method(manifest, number) for number in range(len(manifest.methods))],
             "command": manifest.request.command if manifest.request is not None else None,
             "gate": manifest.gate.model_dump(mode="json", exclude_none=True) if manifest.gate is not None else None,
-            "router": manifest.files[ROUTER_FILE].sha256 if manifest.router is not None else None,
+            **{key: file.sha256 if (file := manifest.files.get(path)) else None for key, path in ADDED.items()},
         }
         | manifest.allocation.model_dump(mode="json"),
         tasks={

@@ -275,7 +275,7 @@ class BundleFiles:
         )
 
     def readers(self, name: str) -> str:
-        return f"read by {', '.join(self._entries[name].tasks) or 'the router'}"
+        return f"read by {', '.join(self._entries[name].tasks) or 'the ' + name.split('/')[0]}"
 
 
 def raise_all(folder: Path, problems: list[FlexmergeError]) -> None:

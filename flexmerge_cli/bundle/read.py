@@ -213,9 +213,15 @@ class Bundle(Routes):
         return {name: experts for name, experts in found.items() if experts is not None}
 
     def require_tensors(self, task: str) -> None:
-        """Raise UsageError if a layer of the task's model is a mixture of experts."""
+        """Raise UsageError if a layer of the task's model is a mixture of experts, or its inputs are corrected."""
         for name in self.experts(task):
             raise self._no_tensor(task, name)
+        if self.manifest.surgery is not None and task in self.manifest.surgery.layers:
+            raise UsageError(
+                f"what a layer of task `{task}` gets is corrected, which no tensor of an ordinary checkpoint can hold",
+                hint=f'use the model itself: flexmerge_cli.open_bundle("{self.path}").model("{task}"), or the bundle '
+                "without the correction",
+            )
 
     def _no_tensor(self, task: str, aligned: str) -> UsageError:
         return UsageError(

@@ -5,26 +5,17 @@ standardisation and linear layers with ReLU between them, whose last outputs, di
 of the tasks. Needs no torch.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flexmerge_cli.allocation.files import safetensors_header
-from flexmerge_cli.allocation.manifest_bytes import amended, fixed
-from flexmerge_cli.bundle.export import copy_file
-from flexmerge_cli.bundle.links import linker
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
-from flexmerge_cli.bundle.publish import bundle_files, publish
+from flexmerge_cli.allocation.manifest_bytes import fixed
+from flexmerge_cli.bundle.added import read_arrays, write_added
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.checkpoint.license import CARD_NAME
-from flexmerge_cli.checkpoint.safetensors import read_header
-from flexmerge_cli.errors import DataError, IntegrityError, UsageError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.formats.folders import ROUTER_FILE
 from flexmerge_cli.formats.manifest import RouterEntry
-from flexmerge_cli.writing import NO_LINK
 
 MAX_LAYERS = 8
 HINT = "make one with `flexmerge route bundle/ --spec eval.yaml -o routed/`"
@@ -62,12 +53,7 @@ class Router:
         entry = bundle.manifest.router
         if entry is None:
             raise UsageError(f"{bundle.path} has no router", hint=HINT)
-        data = b"".join(bundle.chunks(ROUTER_FILE))  # This also checks the digest.
-        arrays = {
-            name: np.frombuffer(data, np.float32, tensor.num_elements, tensor.offset).reshape(tensor.shape)
-            for name, tensor in read_header(bundle.path / ROUTER_FILE)[0].items()
-            if tensor.dtype == "F32"
-        }
+        arrays = read_arrays(bundle, ROUTER_FILE)
         try:
             names = [(f"weight{number}", f"bias{number}") for number in range((len(arrays) - 2) // 2)]
             layers = tuple((arrays[weight], arrays[bias]) for weight, bias in names)
@@ -94,53 +80,10 @@ def _check(router: Router, num_tasks: int) -> None:
 
 
 def write_routed(bundle: Bundle, router: Router, entry: RouterEntry, target: Path, *, force: bool = False) -> None:
-    """Write a copy of a bundle that has this router. Its files are hard links if possible, else copies.
-
-    Raises IntegrityError if a file of the bundle is damaged, UsageError if the target exists.
-    """
-    for task in bundle.tasks:
-        bundle.check_files(task)
+    """Write a copy of a bundle that has this router. Raises like `write_added`."""
     arrays = {"mean": router.mean, "scale": router.scale}
     for number, (weight, bias) in enumerate(router.layers):
         arrays |= {f"weight{number}": weight, f"bias{number}": bias}
-    header = safetensors_header(
-        {name: ("F32", array.shape, array.nbytes) for name, array in arrays.items()}, {"format": "np"}
-    )
-    manifest = bundle.manifest
-    with publish(target, force=force, ours=bundle_files, needed_bytes=bundle.total_bytes) as folder:
-        for path in (*(name for name in manifest.files if name != ROUTER_FILE), ROUTER_FILE):
-            place = folder / path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path == ROUTER_FILE:
-                place.write_bytes(header + b"".join(array.astype("<f4").tobytes() for array in arrays.values()))
-                continue
-            try:
-                os.link((bundle.path / path).resolve(), place)
-            except OSError as error:
-                if error.errno not in NO_LINK:
-                    raise
-                copy_file(bundle, path, place)
-        link = linker(folder) if manifest.all_links else None
-        for path, weights in manifest.all_links.items():
-            assert link is not None
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            link(folder / weights, folder / path)
-        file = {
-            "bytes": (folder / ROUTER_FILE).stat().st_size,
-            "sha256": sha256_of(folder / ROUTER_FILE),
-            "tasks": [],
-        }
-
-        def change(fields: dict[str, object]) -> None:
-            assert isinstance(fields["files"], dict)
-            fields["files"][ROUTER_FILE] = file
-            numbers = {"temperature": fixed(entry.temperature), "accuracy": fixed(entry.accuracy)}
-            fields["router"] = entry.model_dump(mode="json") | numbers
-
-        data = (bundle.path / MANIFEST_NAME).read_bytes()
-        if f'"id":"{manifest.id}"'.encode() not in data:
-            raise IntegrityError(f"{bundle.path} was replaced meanwhile", hint="run the command again")
-        (folder / MANIFEST_NAME).write_bytes(amended(data, change))
-        if (bundle.path / CARD_NAME).is_file():
-            shutil.copyfile(bundle.path / CARD_NAME, folder / CARD_NAME)
-        Router.of(Bundle.open(folder))
+    fields = entry.model_dump(mode="json")
+    fields |= {"temperature": fixed(entry.temperature), "accuracy": fixed(entry.accuracy)}
+    write_added(bundle, ROUTER_FILE, arrays, target, key="router", entry=fields, force=force)

@@ -108,6 +108,11 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
             f"{bundle.path} has a router, which was fitted to its tasks",
             hint="update the bundle that it was added to, and then use `flexmerge route`",
         )
+    if manifest.surgery is not None:
+        raise UsageError(
+            f"{bundle.path} has a surgery, which was fitted to its tasks",
+            hint="update the bundle that it was added to, and then use `flexmerge tune --method surgery`",
+        )
     if manifest.gate is not None:
         raise UsageError(f"{bundle.path} passed a gate, and `update` judges none", hint="merge its recipe again")
 

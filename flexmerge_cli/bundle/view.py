@@ -15,6 +15,7 @@ from flexmerge_cli.bundle.mixture import Mixture, install
 from flexmerge_cli.bundle.model import assigned_model
 from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, named_placeholders, placeholders
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.surgery import correct
 from flexmerge_cli.engine.device import as_tensor, choose_device, torch_dtype
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
@@ -121,7 +122,9 @@ def load_model(view: View, **kwargs: Any) -> Any:
         tensors = View(checked, task, copy=view.copy, device=str(view.device)).parameters
         found = dict(zip(needs, pool.map(lambda held: placed(held, tensors), needs.values())))
         fill(model, lambda held: found[held.value.key, held.dtype])
-        install(model, {state: held.value.names for state, held in states.items()}, tensors.mixtures)
+        names = {state: held.value.names for state, held in states.items()}
+        install(model, names, tensors.mixtures)
+        correct(bundle, task, model, names)
     return model
 
 

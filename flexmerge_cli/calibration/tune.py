@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.bundle.apart import check_apart
+from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, calibration_request
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.scoring import library_versions
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from flexmerge_cli.calibration.joint import JointModels
+    from flexmerge_cli.calibration.surgery import Corrected
 
 KINDS = ("image-classification", "text-classification", "causal-lm")
 DIGITS = 6
@@ -53,6 +55,8 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
     Raises UsageError, SourceError, DataError.
     """
     name, args = split_call(method)
+    if name == "surgery":
+        raise UsageError("surgery corrects the models of a bundle", hint="--bundle bundle/ -o corrected/")
     if name not in tuners():
         raise UsageError(f"`tune` has no method `{name}`", hint=f"one of: {', '.join(tuners())}")
     tuner = tuners()[name]
@@ -63,6 +67,23 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
             f"{plan_path} has no block that merges, so there is nothing to weigh", hint="plan without --private"
         )
     return TuneRequest(method=format_call(name, full), tuner=partial(tuner, **full), examples=request)
+
+
+def surgery_request(
+    plan_path: Path, spec_path: Path, *, method: str, bundle: Bundle, **asked: Any
+) -> "Callable[..., Mapping[str, Corrected]]":
+    """Return the function that writes a bundle's corrected copy, and takes its path, `force` and `on_step`.
+
+    Parses the method, and reads plan, spec and examples. Raises UsageError, SourceError, DataError.
+    """
+    from flexmerge_cli.calibration.surgery import fit, surgery
+
+    name, args = split_call(method)
+    if name != "surgery":
+        raise UsageError(f"--bundle is for surgery, and `{name}` takes a plan alone", hint="--method surgery:rank=16")
+    full = complete(name, parameters_of(fit), args)
+    request = calibration_request(plan_path, spec_path, kinds=KINDS, **asked)
+    return partial(surgery, request, bundle, full)
 
 
 def tune(

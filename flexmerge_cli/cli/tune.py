@@ -1,7 +1,7 @@
 """`flexmerge tune`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,14 +12,23 @@ def tune(
     plan: o.PlanFile,
     spec: o.Spec = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write the coefficients.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", help="Where to write the coefficients, or the corrected bundle."
+        ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            "--method", metavar="NAME[:KEY=VALUE,…]", help="How to find them: adamerging, concrete or fw_merging."
+            "--method",
+            metavar="NAME[:KEY=VALUE,…]",
+            help="How to find them: adamerging, concrete or fw_merging; surgery with --bundle.",
         ),
     ] = "adamerging",
+    bundle: Annotated[
+        str | None,
+        typer.Option("--bundle", metavar="FOLDER", help="With surgery: the bundle whose models it corrects."),
+    ] = None,
     examples: o.Examples = 256,
     relocate: o.Relocate = None,
     offline: o.Offline = False,
@@ -36,25 +45,29 @@ def tune(
     Example:
     flexmerge tune plan.json --spec calib.yaml -o coefficients.json
     flexmerge merge plan.json --method weighted_average:weights=@coefficients.json,normalize=count --size 1x -o bundle/
+    flexmerge tune plan.json --spec calib.yaml --method surgery:rank=16 --bundle bundle/ -o corrected/
     """
-    from flexmerge_cli.calibration.tune import tune, tune_request
+    from flexmerge_cli.bundle.locate import locate
+    from flexmerge_cli.calibration.tune import surgery_request, tune, tune_request
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.report.tune import show_tune, tune_summary
+    from flexmerge_cli.report.tune import show_surgery, show_tune, surgery_summary, tune_summary
 
     if spec is None:
         raise UsageError("no --spec: the examples of each task", hint="--spec calib.yaml, written as for `eval`")
     if output is None:
         raise UsageError("no output file given for the coefficients", hint="add -o coefficients.json")
-    request = tune_request(
-        plan,
-        spec,
-        method=method,
-        examples=examples,
-        device=None if device == "auto" else device,
-        relocate=o.relocations(relocate),
-        access=o.access_of(offline=offline, quiet=quiet, stream=stream),
-    )
+    access = o.access_of(offline=offline, quiet=quiet, stream=stream)
+    asked: dict[str, Any] = {"examples": examples, "device": None if device == "auto" else device, "access": access}
+    asked["relocate"] = o.relocations(relocate)
+    if bundle is not None:
+        fit = surgery_request(plan, spec, method=method, bundle=locate(bundle, access).open(), **asked)
+        with out.progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_step:
+            corrections = fit(output, force=force, on_step=on_step)
+        summary = surgery_summary(corrections, output)
+        out.emit(summary, as_json=as_json, quiet=quiet, show=show_surgery, written=[output])
+        return
+    request = tune_request(plan, spec, method=method, **asked)
     with out.progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_step:
         found = tune(request, output, force=force, on_step=on_step)
     value = tune_summary(found, output)

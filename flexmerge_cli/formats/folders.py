@@ -10,6 +10,10 @@ CODED_README = "README.md"
 ASIDE = ".aside"  # after the name of every side file of a model that must be decoded: a loader finds no config
 ROUTER = "router"
 ROUTER_FILE = f"{ROUTER}/router.safetensors"
+SURGERY = "surgery"
+SURGERY_FILE = f"{SURGERY}/surgery.safetensors"
+ADDED = {ROUTER: ROUTER_FILE, SURGERY: SURGERY_FILE}
+"""The folder of each file that was added to a bundle after its merge, and belongs to no tensor."""
 MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
 
@@ -43,11 +47,11 @@ def linked_names(folder: str, stem: str | None, route: Collection[str]) -> dict[
 
 
 def stays_inside(path: str) -> bool:
-    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/…, base/FILE or router/FILE, with names that
-    every disk can hold."""
+    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/…, base/FILE, router/FILE or surgery/FILE, with
+    names that every disk can hold."""
     folder, *below = path.split("/")
     return (
-        folder in ("weights", "tasks", "coded", BASE_FOLDER, ROUTER)
+        folder in ("weights", "tasks", "coded", BASE_FOLDER, *ADDED)
         and below != []
         and not set(below) & {"", ".", ".."}
         and not any(character in path for character in ("\\", ":", "\0"))

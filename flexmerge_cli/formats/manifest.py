@@ -43,6 +43,9 @@ router    a classifier of tasks (bundle/router.py), whose arrays are in router/r
           whose backbone gives its `features`, the `tasks` that it tells apart, in the order of its outputs, the
           `temperature` of these, its `accuracy` on examples that it was not fitted on, and for each task how many
           `examples` it was fitted on and the digest of their `data`. Without a router neither is there
+surgery   corrections of what the last layer of tasks' models gets (bundle/surgery.py), whose arrays are in
+          surgery/surgery.safetensors: their `rank`, and for each task the own name of the weight of that layer in
+          `layers`, how many `examples` it was fitted on and the digest of their `data`
 A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
 to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent;
@@ -245,6 +248,13 @@ class RouterEntry(Record):
     data: Named[Digest]
 
 
+class SurgeryEntry(Record):
+    rank: Count = Field(ge=1)
+    layers: Named[str] = Field(min_length=1)
+    examples: Named[Count]
+    data: Named[Digest]
+
+
 class Manifest(Record):
     format: Literal["flexmerge.bundle/1", "flexmerge.bundle/2"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -265,6 +275,7 @@ class Manifest(Record):
     splits: Items[Split] = ()
     gate: GateEntry | None = None
     router: RouterEntry | None = None
+    surgery: SurgeryEntry | None = None
     request: Request | None = None
     calibration: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_stem: Stem | None = None

@@ -11,10 +11,9 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import are_task_names
 from flexmerge_cli.family.split import check_splits, whole_of
 from flexmerge_cli.formats.folders import (
+    ADDED,
     BASE_FOLDER,
     CODED_README,
-    ROUTER,
-    ROUTER_FILE,
     WEIGHTS,
     stays_inside,
 )
@@ -43,9 +42,13 @@ def check_manifest(manifest: "Manifest") -> None:
         and router.examples.keys() == router.data.keys() == set(router.tasks)
     ):
         raise ValueError("its router does not have two or more of its tasks, each once")
-    of_router = {path for path in manifest.files if path.startswith(f"{ROUTER}/")}
-    if of_router != (set() if router is None else {ROUTER_FILE}):
-        raise ValueError("the file of its router is missing, or there are others in router/")
+    surgery = manifest.surgery
+    if surgery is not None and not (surgery.layers.keys() == surgery.examples.keys() == surgery.data.keys() <= tasks):
+        raise ValueError("its surgery is not of tasks that it has")
+    for folder, added in ADDED.items():
+        there = {path for path in manifest.files if path.startswith(f"{folder}/")}
+        if there != (set() if getattr(manifest, folder) is None else {added}):
+            raise ValueError(f"the file of its {folder} is missing, or there are others in {folder}/")
     for path, file in manifest.files.items():
         if not stays_inside(path):
             raise ValueError(f"it points outside the bundle: `{path}`")
@@ -54,8 +57,8 @@ def check_manifest(manifest: "Manifest") -> None:
             raise ValueError(f"`{path}` is read by an unknown task")
         if folder in ("tasks", "coded") and file.tasks != (below[0],):
             raise ValueError(f"`{path}` is not a file of its task")
-        if (not file.tasks) != (folder == ROUTER):
-            raise ValueError(f"`{path}` is not read by any task, or it is the router and read by one")
+        if (not file.tasks) != (folder in ADDED):
+            raise ValueError(f"`{path}` is not read by any task, or it belongs to no tensor and is read by one")
     read_by: dict[str, set[str]] = {name: set() for name in tasks}
     for path, file in manifest.files.items():
         for name in file.tasks:

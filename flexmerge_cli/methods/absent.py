@@ -32,11 +32,15 @@ ABSENT = {
     ),
     "wemoe": (_MIXES, "smile"),
     "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
-    "sparse_wemoe": (_MIXES, "emr"),
-    "dawe": (_MIXES, "emr"),
+    "sparse_wemoe": (_MIXES, "smile"),
+    "dawe": (_MIXES, "smile"),
     "rankone_moe": (_MIXES, "smile:rank=1"),
     "ada_svd": ("averages the experts of SMILE by its routing weights: needs data", "smile"),
-    "surgery": ("trains a small module per task that corrects the merged model's features: needs data", "low_rank"),
+    "surgery": (
+        "trains a small module per task that corrects the merged model's features on unlabelled examples: "
+        "`flexmerge tune --method surgery --bundle bundle/` adds it to a bundle",
+        "average",
+    ),
     "concrete": (
         "is a method of `flexmerge tune`, which learns a mask of blocks, not of elements, from unlabelled examples",
         _TUNE.format("concrete"),

@@ -108,6 +108,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
         "resident": resident_value(bundle),
         "gate": manifest.gate.model_dump(mode="json") if manifest.gate is not None else None,
         "router": manifest.router.model_dump(mode="json") if manifest.router is not None else None,
+        "surgery": manifest.surgery.model_dump(mode="json") if manifest.surgery is not None else None,
     }
 
 
@@ -199,6 +200,9 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
         say(gate_message(value["gate"]))
     if value["router"]:
         say(router_message(value["router"]))
+    if value["surgery"]:
+        rank, tasks = value["surgery"]["rank"], value["surgery"]["layers"]
+        say(f"surgery of rank {rank} corrects what the last layer gets of {', '.join(tasks)}")
     if allocation["dtype"]:
         say(f"floating-point tensors are stored as {allocation['dtype']}")
     table(

@@ -1,5 +1,6 @@
 """Shows the result of `tune`: each task's examples, and its smallest, mean and largest weight over blocks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ def tune_summary(found: Coefficients, output: Path) -> dict[str, Any]:
             name: {"examples": task.n, "weights": [of[name] for of in by_task]} for name, task in found.tasks.items()
         },
     }
+
+
+def surgery_summary(found: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Return the document of `tune --bundle --json`. found: the correction of each task."""
+    rows = {
+        task: {"examples": one.examples, "layer": one.layer, "before": one.before, "after": one.after}
+        for task, one in found.items()
+    }
+    return {"bundle": str(output), "method": "surgery", "tasks": rows}
+
+
+def show_surgery(value: dict[str, Any]) -> None:
+    rows = value["tasks"].items()
+    cells = [[task, row["examples"], f"{row['before']:.4f}", f"{row['after']:.4f}"] for task, row in rows]
+    table(["task", "examples", "mean |difference|\nof features", "corrected"], cells, text=(0,))
 
 
 def show_tune(value: dict[str, Any]) -> None:

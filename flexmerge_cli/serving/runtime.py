@@ -24,6 +24,7 @@ from flexmerge_cli.bundle.placeholder import (
     placeholders,
 )
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.surgery import correct
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
@@ -128,6 +129,7 @@ class Runtime:
                 self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
                 fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
                 install(found.model, found.names, found.mixtures)
+                correct(self._bundle, task, found.model, found.names)
                 found.is_loaded = True
             return found.model
 

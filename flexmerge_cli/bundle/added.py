@@ -1,0 +1,86 @@
+"""Adds a file to a bundle that was fitted to it: arrays that belong to no tensor, and their entry in the manifest."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexmerge_cli.allocation.files import safetensors_header
+from flexmerge_cli.allocation.manifest_bytes import amended
+from flexmerge_cli.bundle.export import copy_file
+from flexmerge_cli.bundle.links import linker
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
+from flexmerge_cli.bundle.publish import bundle_files, publish
+from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.license import CARD_NAME
+from flexmerge_cli.checkpoint.safetensors import read_header
+from flexmerge_cli.errors import IntegrityError
+from flexmerge_cli.writing import NO_LINK
+
+
+def read_arrays(bundle: Bundle, path: str) -> dict[str, np.ndarray]:
+    """Return the float32 arrays of a file of a bundle by name, after its digest was compared. Raises IntegrityError."""
+    data = b"".join(bundle.chunks(path))  # This also checks the digest.
+    return {
+        name: np.frombuffer(data, np.float32, tensor.num_elements, tensor.offset).reshape(tensor.shape)
+        for name, tensor in read_header(bundle.path / path)[0].items()
+        if tensor.dtype == "F32"
+    }
+
+
+def write_added(
+    bundle: Bundle,
+    path: str,
+    arrays: Mapping[str, np.ndarray],
+    target: Path,
+    *,
+    key: str,
+    entry: Mapping[str, Any],
+    force: bool = False,
+) -> None:
+    """Write a copy of a bundle that has this file, too. Its other files are hard links if possible, else copies.
+
+    path: that of the file in the bundle. arrays: its float32 arrays, in order. key, entry: what the manifest says of
+    it, and where. Raises IntegrityError if a file of the bundle is damaged, UsageError if the target exists.
+    """
+    for task in bundle.tasks:
+        bundle.check_files(task)
+    header = safetensors_header(
+        {name: ("F32", array.shape, array.nbytes) for name, array in arrays.items()}, {"format": "np"}
+    )
+    manifest = bundle.manifest
+    with publish(target, force=force, ours=bundle_files, needed_bytes=bundle.total_bytes) as folder:
+        for name in (*(name for name in manifest.files if name != path), path):
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if name == path:
+                place.write_bytes(header + b"".join(array.astype("<f4").tobytes() for array in arrays.values()))
+                continue
+            try:
+                os.link((bundle.path / name).resolve(), place)
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                copy_file(bundle, name, place)
+        link = linker(folder) if manifest.all_links else None
+        for name, weights in manifest.all_links.items():
+            assert link is not None
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link(folder / weights, folder / name)
+        file = {"bytes": (folder / path).stat().st_size, "sha256": sha256_of(folder / path), "tasks": []}
+
+        def change(fields: dict[str, object]) -> None:
+            assert isinstance(fields["files"], dict)
+            fields["files"][path] = file
+            fields[key] = entry
+
+        data = (bundle.path / MANIFEST_NAME).read_bytes()
+        if f'"id":"{manifest.id}"'.encode() not in data:
+            raise IntegrityError(f"{bundle.path} was replaced meanwhile", hint="run the command again")
+        (folder / MANIFEST_NAME).write_bytes(amended(data, change))
+        if (bundle.path / CARD_NAME).is_file():
+            shutil.copyfile(bundle.path / CARD_NAME, folder / CARD_NAME)
+        read_arrays(Bundle.open(folder), path)
