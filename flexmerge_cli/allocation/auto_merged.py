@@ -20,9 +20,9 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.errors import GateError
 from flexmerge_cli.request.size import Target
 
-# A task vector that is lost does more damage than noise of the same energy: this many times more. It was chosen on one
-# family of models, and orders merged and coded bundles of another as their scores do. See docs/benchmarks.md.
-LOST = 16.0
+# A task vector that is lost does more damage than noise of the same energy: this many times more. Anything from 48 on
+# orders merged and coded bundles of three families as their scores do. See docs/benchmarks.md.
+LOST = 64.0
 
 
 def damage(search: Search, solution: Solution) -> float:
