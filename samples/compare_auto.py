@@ -9,7 +9,7 @@ than a size, merges are undone until the size is used up. `--method` replaces wh
 or a uniform plan such as "4 + 1".
 
 With `--calibration`, `auto` with a calibration is compared with `auto` from the plan alone, at the same sizes and at
-4/3 of them, and with `auto` with further calibrations, at five sizes from the smallest to one model.
+4/3 of them, and with `auto` with further calibrations, at five sizes up to one model.
 
 Accuracy is in percent of the fine-tuned models'. Differences have the 95 % interval of the paired bootstrap, the same
 examples drawn for both. *Best* is the best of all other methods, chosen anew at each size by its accuracy on these very
@@ -82,8 +82,8 @@ def compare_calibrated(family: Path, calibrations: list[Path]) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as temporary:
         plan = plan_of(family, Path(temporary))
         smallest = smallest_factor(auto(Pricer(plan), Limits()).smallest().layout)
-        sizes = [f"{size:.4f}x" for size in np.geomspace(smallest, 1.0, NUM_SIZES_CALIBRATED)]
-        larger = [f"{LARGER * float(size.rstrip('x')):.4f}x" for size in sizes]
+        ladder, steps = sizes_by_quarters(smallest)
+        sizes = ladder[:NUM_SIZES_CALIBRATED]
         spec = read_spec(family / "eval.yaml", plan.task_names)
 
         def hits(asked: list[str], calibration: Path | None) -> list[Hits]:
@@ -100,13 +100,20 @@ def compare_calibrated(family: Path, calibrations: list[Path]) -> dict[str, Any]
             f"auto, {folder.name}" if place else "auto": hits(sizes, folder)
             for place, folder in enumerate(calibrations)
         }
-        of_plan = hits([*sizes, *larger], None)
-    found |= {"plan alone": of_plan[: len(sizes)], "plan alone, 4/3 of the size": of_plan[len(sizes) :]}
+        of_plan = hits(ladder, None)
+    found |= {"plan alone": of_plan[: len(sizes)], "plan alone, 4/3 of the size": of_plan[steps:]}
     rows = {
         size: {label: measures(each[place], found["auto"][place], tuned) for label, each in found.items()}
         for place, size in enumerate(sizes)
     }
     return {"fine_tuned": {task: 100 * float(hit.mean()) for task, hit in tuned.items()}, "sizes": rows}
+
+
+def sizes_by_quarters(smallest: float) -> tuple[list[str], int]:
+    """Return five sizes up to one model in equal ratios and as many larger ones, so that each size times 4/3 is among
+    them; and by how many places it is later."""
+    steps = next(n for n in range(1, 100) if LARGER ** (-(NUM_SIZES_CALIBRATED - 1) / n) >= smallest)
+    return [f"{LARGER ** (place / steps):.4f}x" for place in range(1 - NUM_SIZES_CALIBRATED, steps + 1)], steps
 
 
 def hits_of(scores: Any) -> Hits:

@@ -25,3 +25,11 @@ def test_a_difference_counts_examples_that_only_one_of_both_gets_right(compare):
     assert found["better"]["difference"] == 12.5 and found["better"]["low"] == 0.0 < found["better"]["high"]
     same = compare.measures({"a": right, "b": right}, {"a": right, "b": right}, {"a": tuned, "b": tuned})
     assert same["better"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_sizes_and_four_thirds_of_them_are_points_of_one_ladder(compare):
+    for smallest, first in ((0.29, 0.3164), (0.71, 0.75)):
+        sizes, steps = compare.sizes_by_quarters(smallest)
+        factors = [float(size.rstrip("x")) for size in sizes]
+        assert factors[0] == first and factors[4] == 1
+        assert factors[steps:] == pytest.approx([4 / 3 * factor for factor in factors[:5]], abs=2e-4)

@@ -391,6 +391,16 @@ def test_auto_rounds_residuals_so_that_outputs_change_less(pictures, tmp_path):
     assert (losses[:, 1] < losses[:, 0]).mean() > 0.8 and losses[:, 1].sum() < 0.8 * losses[:, 0].sum()
 
 
+@pytest.mark.parametrize("done", ["texts"], indirect=True)
+def test_layers_whose_inputs_are_rows_are_coded_without_feedback(done, tmp_path):
+    fisher_alone = with_index(done, tmp_path / "fisher", statistics=["fisher"], inputs={})
+    for name, calibration in (("plain", fisher_alone), ("fed", done.output)):
+        words = ["--method", "auto", "--size", "0.3x", "--calibration", calibration, "-o", tmp_path / name]
+        succeeds("merge", done.family.plan_path, *words)
+    weights = [sorted(folder.rglob("*.safetensors")) for folder in (tmp_path / "plain", tmp_path / "fed")]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+
+
 def test_auto_refuses_inputs_that_are_not_finite(pictures, tmp_path):
     folder = tmp_path / "calibration"
     shutil.copytree(pictures.output, folder)
