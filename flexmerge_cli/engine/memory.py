@@ -167,9 +167,13 @@ class Pass:
     def bytes(self, threads: int) -> int:
         """Return the bytes of the pass. A thread has one item at a time, and holds a large buffer only if it had a
         large item."""
-        waiting = threads + AHEAD + 1
-        held = (_largest(sizes, waiting if name == "result" else threads) for name, sizes in self._held.items())
-        return sum(held) + self._totals
+        return sum(self.split(threads))
+
+    def split(self, threads: int) -> tuple[int, int]:
+        """Return the bytes of what a thread needs for an item and gives back, and of results."""
+        waiting = _largest(self._held.get("result", Counter()), threads + AHEAD + 1)
+        working = sum(_largest(sizes, threads) for name, sizes in self._held.items() if name != "result")
+        return working, waiting + self._totals
 
 
 def _largest(sizes: Counter[int], count: int) -> int:

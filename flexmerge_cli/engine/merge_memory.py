@@ -58,7 +58,9 @@ def merge_bytes(
     runs = [_Run(one, of_one, scopes, chunk_elements, sources) for of_one, one in zip(chains, layouts)]
     models = len(layout.plan.tasks) + 1
     fixed = FIXED_BYTES + RECORD_BYTES * models * len(layout.plan.tensors) + threads * THREAD_BYTES
-    writing = sum(run.writing().bytes(threads) for run in runs)
+    passes = [run.writing().split(threads) for run in runs]
+    # A thread makes one bundle's values after another's, in the same buffers.
+    writing = max(working for working, _ in passes) + sum(results for _, results in passes)
     statistics = max((taken.bytes(threads) for run in runs for taken in run.statistics()), default=0)
     return fixed + SPAN_BYTES * sum(run.num_spans for run in runs) + max(writing, statistics)
 

@@ -9,12 +9,17 @@ import sys
 import numpy as np
 import pytest
 
+from flexmerge_cli import make_plan
+from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.engine.memory import Pass
+from flexmerge_cli.engine.merge_memory import merge_bytes
 from flexmerge_cli.engine.pool import AHEAD
 from flexmerge_cli.engine.spans import Span
 from flexmerge_cli.engine.statistics import run_statistics
 from flexmerge_cli.methods.method import UNDECLARED, Where
 from flexmerge_cli.methods.registry import all_calibrations, all_methods, all_steps
+from flexmerge_cli.request.merge import merge_request
 
 from ..families import plain, write_family
 from ..program import fails, succeeds
@@ -115,6 +120,14 @@ def test_what_computes_tells_its_workspace(what):
     from flexmerge_cli.methods.coded import CodedMethod
 
     assert isinstance(what, CodedMethod) or what.workspace is not UNDECLARED
+
+
+def test_several_sizes_count_their_results_and_what_computes_once(tmp_path):
+    folders = write_family(tmp_path, plain(num_tasks=3, layers=2))
+    pricer = Pricer(make_plan(folders.base, folders.tasks, statistics="gram"))
+    found = [allocate(pricer.plan, merge_request(method="average", size=size), pricer) for size in ("1.5x", "2x")]
+    single, both = [merge_bytes(one, 2) for one in found], merge_bytes(found[0], 2, others=found[1:])
+    assert max(single) < both < sum(single)
 
 
 def test_what_there_is_once_counts_once():
