@@ -1,28 +1,16 @@
 """Implements AdaMerging: weights of tasks and blocks for which the merged model is most certain of its answers."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from flexmerge_cli.calibration.adam import Adam
-from flexmerge_cli.calibration.joint import JointModels
-from flexmerge_cli.methods.method import Range
-
-Count = Annotated[int, Range(least=1)]
-Moderate = Annotated[float, Range(above=0, most=1000)]
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return the mean entropy of softmax(logits), in nats. [n, …, classes] -> []."""
-    each = torch.log_softmax(logits, -1)
-    return -(each.exp() * each).sum(-1).mean()
+from flexmerge_cli.calibration.merged import Count, MergedModels, Moderate, entropy
 
 
 def adamerging(
-    models: JointModels,
+    models: MergedModels,
     on_step: Callable[[int, int], None],
     *,
     granularity: Literal["block", "task"] = "block",

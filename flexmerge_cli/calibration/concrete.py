@@ -6,14 +6,13 @@ from typing import Annotated
 import numpy as np
 
 from flexmerge_cli.calibration.adam import Adam
-from flexmerge_cli.calibration.adamerging import Count, Moderate, entropy
-from flexmerge_cli.calibration.joint import JointModels
+from flexmerge_cli.calibration.merged import Count, MergedModels, Moderate, entropy
 from flexmerge_cli.methods.method import Range
 from flexmerge_cli.random import key64, uniform
 
 
 def concrete(
-    models: JointModels,
+    models: MergedModels,
     on_step: Callable[[int, int], None],
     *,
     steps: Count = 100,
@@ -22,7 +21,7 @@ def concrete(
     temperature: Annotated[float, Range(least=0.01, most=100)] = 0.5,
     init: Moderate = 1.0,
 ) -> np.ndarray:
-    """Learn a mask of blocks, which all tasks share, by the entropy of the answers. Float64 [tasks, blocks].
+    """Learn a mask of blocks, which all tasks share, by the entropy of the answers. [tasks, blocks].
 
     Every task has the weight init·m_b/m̄ in block b, where m̄ is the mean of the mask over all elements that merge, and
     1 is the average of the models. While it learns, m_b = σ((x_b + log(u/(1 - u)))/temperature) with u uniform, drawn

@@ -5,13 +5,12 @@ from typing import Literal
 
 import numpy as np
 
-from flexmerge_cli.calibration.adamerging import Count, Moderate, entropy
-from flexmerge_cli.calibration.joint import JointModels
+from flexmerge_cli.calibration.merged import Count, MergedModels, Moderate, entropy
 from flexmerge_cli.methods.method import Fraction
 
 
 def fw_merging(
-    models: JointModels,
+    models: MergedModels,
     on_step: Callable[[int, int], None],
     *,
     granularity: Literal["block", "task"] = "task",
@@ -20,7 +19,7 @@ def fw_merging(
     batch_size: Count = 100,
     init: Moderate = 1.0,
 ) -> np.ndarray:
-    """Move θ to θ + γ·(s - θ) in step t = 0, 1, …, with γ = rate·2/(t + 2). Returns weights, float64 [tasks, blocks].
+    """Move θ to θ + γ·(s - θ) in step t = 0, 1, …, with γ = rate·2/(t + 2). [tasks, blocks].
 
     s is the vertex that minimises ⟨∇L(θ), s⟩, where L is the entropy of the answers, summed over tasks. The vertices
     are the fine-tuned models and the start, where all weights are init; 1 is the average of the models. Of equal

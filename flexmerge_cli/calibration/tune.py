@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, calibration_request
+from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.scoring import library_versions
 from flexmerge_cli.methods.coefficients import Coefficients, TunedTask, is_coefficients
@@ -26,17 +27,6 @@ if TYPE_CHECKING:
 KINDS = ("image-classification", "text-classification", "causal-lm")
 DIGITS = 6
 """The significant digits of a coefficient."""
-
-Tuner = Callable[..., "np.ndarray"]
-
-
-def tuners() -> Mapping[str, Tuner]:
-    """Map names to functions of (models, on_step, **arguments) that return weights, float64 [tasks, blocks]."""
-    from flexmerge_cli.calibration.adamerging import adamerging
-    from flexmerge_cli.calibration.concrete import concrete
-    from flexmerge_cli.calibration.fw_merging import fw_merging
-
-    return {"adamerging": adamerging, "concrete": concrete, "fw_merging": fw_merging}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +47,15 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
     name, args = split_call(method)
     if name == "surgery":
         raise UsageError("surgery corrects the models of a bundle", hint="--bundle bundle/ -o corrected/")
-    if name not in tuners():
-        raise UsageError(f"`tune` has no method `{name}`", hint=f"one of: {', '.join(tuners())}")
-    tuner = tuners()[name]
-    full = complete(name, parameters_of(tuner), args)
+    if name not in TUNERS:
+        raise UsageError(f"`tune` has no method `{name}`", hint=f"one of: {', '.join(TUNERS)}")
+    full = complete(name, TUNERS[name].parameters, args)
     request = calibration_request(plan_path, spec_path, kinds=KINDS, **asked)
     if not request.plan.blocks:
         raise UsageError(
             f"{plan_path} has no block that merges, so there is nothing to weigh", hint="plan without --private"
         )
-    return TuneRequest(method=format_call(name, full), tuner=partial(tuner, **full), examples=request)
+    return TuneRequest(method=format_call(name, full), tuner=partial(TUNERS[name].function, **full), examples=request)
 
 
 def surgery_request(

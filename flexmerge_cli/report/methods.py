@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexmerge_cli.calibration.tuners import TUNERS, Tuner
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.load import packaged_methods
@@ -13,6 +14,7 @@ from flexmerge_cli.methods.registry import (
     all_calibrations,
     all_methods,
     all_steps,
+    complete,
     make_calibration,
     make_call,
     make_step,
@@ -45,14 +47,15 @@ def method_list() -> dict[str, Any]:
         "methods": [_method(parse_call(name)) for name in all_methods()],
         "steps": [_step(make_step(step, {})) for step in all_steps().values()],
         "calibrations": [_calibration(make_calibration(found, {})) for found in all_calibrations().values()],
+        "tune": [_tuner(tuner) for tuner in TUNERS.values()],
         "installed": sorted(packaged_methods()),
         "mergekit": [_alias(name) for name in ALIASES],
     }
 
 
 def method_page(text: str) -> dict[str, Any]:
-    """Return all entries of a name: a method (`NAME:key=value` with these arguments), a step, a calibration,
-    mergekit's.
+    """Return all entries of a name: a method (`NAME:key=value` with these arguments), a step, a calibration, a method
+    of `tune`, mergekit's.
 
     Raises UsageError for an unknown name.
     """
@@ -63,6 +66,9 @@ def method_page(text: str) -> dict[str, Any]:
     if name in all_calibrations():
         found.append(_calibration(make_calibration(all_calibrations()[name], args)))
     mergekit = _alias(name) if resolve_alias(name) else None
+    if name in TUNERS:
+        complete(name, TUNERS[name].parameters, args)
+        found.append(_tuner(TUNERS[name]))
     if name == auto.name:
         found.append(_auto(make_call(auto, args)))
     elif name in all_methods() or (not found and not resolve(text).message):
@@ -76,6 +82,7 @@ def show_list(value: dict[str, Any]) -> None:
         _show_rows(title, "when", rows)
     _show_rows("Steps, before a method: --step NAME", "does", value["steps"])
     _show_rows("Calibrations, after a method: --calibrate NAME", "does", value["calibrations"])
+    _show_rows("Weights found on unlabelled examples: flexmerge tune --method NAME", "does", value["tune"])
     say(LEGEND)
     if value["installed"]:
         say(f"From installed packages: {', '.join(value['installed'])}")
@@ -98,7 +105,8 @@ def show_page(value: dict[str, Any]) -> None:
             heads = {"when": "when:  ", "needs": "needs: ", "stored": "stores:", "size": "bytes: "}
             for key in filter(one.get, heads):
                 say(f"{heads[key]} {one[key]}")
-        print(f"scope:  {one['scope']}\n")
+        if one["scope"]:
+            print(f"scope:  {one['scope']}\n")
         if one["what"] == "method":
             say(LEGEND)
             print()
@@ -156,8 +164,12 @@ def _calibration(call: CalibrationCall) -> dict[str, Any]:
     return {"what": "calibration", **_common(call.calibration, "tensor")}
 
 
+def _tuner(tuner: Tuner) -> dict[str, Any]:
+    return {"what": "method of tune", **_common(tuner, "")}
+
+
 def _common(declared: Any, scope: str) -> dict[str, Any]:
-    """Return the fields common to methods, steps and calibrations."""
+    """Return the fields common to methods, steps, calibrations and methods of `tune`."""
     parameters: Mapping[str, Parameter] = declared.parameters
     return {
         "name": declared.name,

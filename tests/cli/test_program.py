@@ -45,6 +45,7 @@ MERGE = "merge {plan} -o {new} --size 2.5x"
 COMPUTES_NOTHING = [
     (0, "methods"),
     (0, "methods ties"),
+    (0, "methods fw_merging"),
     (0, "plan --base {base} --tasks {tasks} --dry-run"),
     (0, "inspect {plan}"),
     (0, "inspect {base}"),

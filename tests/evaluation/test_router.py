@@ -59,7 +59,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_perceptrons(monkeypatch):
-    monkeypatch.setattr(router, "HIDDEN", (16, 16))
+    monkeypatch.setattr(router, "HIDDEN", (16, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +217,8 @@ def test_kinds_tell_clusters_apart_and_give_probabilities(kind, tasks):
     found = made.probabilities(x)
     assert accuracy > 0.98 and (found.argmax(1) == y).all()
     np.testing.assert_allclose(found.sum(1), 1)
+    if kind == "mlp":
+        assert [weight.shape for weight, _ in made.layers] == [(16, 6), (8, 16), (tasks, 8)]
     if kind == "centroid":  # the nearest mean of standardised features
         z = (x - x.mean(0, dtype=np.float64)) / x.std(0, dtype=np.float64)
         means = np.stack([z[y == task].mean(0) for task in range(tasks)])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flexmerge_cli.calibration.tune import tuners
+from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT, explain_absent
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
@@ -145,7 +145,7 @@ def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(na
     *before, after = (raised.value.hint or "").split("--method ")
     words = after.split() if before else []
     if before and before[0].startswith("flexmerge tune "):
-        assert before[1].split()[0] in tuners() and words[0].startswith("weighted_average:weights=@coefficients.json")
+        assert before[1].split()[0] in TUNERS and words[0].startswith("weighted_average:weights=@coefficients.json")
         words = ["weighted_average:normalize=count"]  # There is no such file here.
     if words:
         parse_call(words[0])

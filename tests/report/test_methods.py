@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.methods.aliases import ALIASES
 from flexmerge_cli.methods.registry import all_calibrations, all_methods, all_steps, parse_call
 from flexmerge_cli.report import table
@@ -54,7 +55,8 @@ def evaluate(formula: str, **values: float) -> float:
 
 def test_every_method_step_and_calibration_is_listed_with_all_that_it_takes():
     value = succeeds("methods", "--json").json
-    for kind, known in (("methods", all_methods()), ("steps", all_steps()), ("calibrations", all_calibrations())):
+    kinds = {"methods": all_methods(), "steps": all_steps(), "calibrations": all_calibrations(), "tune": TUNERS}
+    for kind, known in kinds.items():
         assert [one["name"] for one in value[kind]] == list(known)
         for one in value[kind]:
             assert one["paper"] and one["summary"]
@@ -68,15 +70,16 @@ def test_the_list_holds_all_of_it_and_fits_a_terminal_of_100_columns(monkeypatch
     printed = succeeds("methods").out
     assert max(len(line) for line in printed.splitlines() if line.startswith(" ")) <= 100
     words = "".join(printed.split())
-    for one in (*all_methods().values(), *all_steps().values(), *all_calibrations().values()):
+    for one in (*all_methods().values(), *all_steps().values(), *all_calibrations().values(), *TUNERS.values()):
         assert one.name in words and all(f"{name}=" in words for name in one.parameters)
 
 
-@pytest.mark.parametrize("name", [*all_methods(), *all_steps(), *all_calibrations()])
+@pytest.mark.parametrize("name", [*all_methods(), *all_steps(), *all_calibrations(), *TUNERS])
 def test_every_name_is_explained(name):
     printed = succeeds("methods", name).out
     whats = [one["what"] for one in succeeds("methods", name, "--json").json["found"]]
     known = {"method": all_methods(), "step": all_steps(), "calibration": all_calibrations()}
+    known["method of tune"] = TUNERS
     assert whats == [what for what in known if name in known[what]]
     for what in whats:
         declared = known[what][name]
