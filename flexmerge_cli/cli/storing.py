@@ -11,11 +11,9 @@ from typing import Any
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
-from flexmerge_cli.bundle.parts import merge_key
 from flexmerge_cli.bundle.publish import partial_folder
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.store import Store, check_store, push_to_store
-from flexmerge_cli.bundle.store_parts import fetch_parts, has_part, remove_parts, send_part
 from flexmerge_cli.bundle.unchanged import Unchanged, unchanged
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.cli.packing import Packing
@@ -69,6 +67,8 @@ class AtStore:
         self, packing: Packing, plan: Plan, layout: BundleLayout, *, device: str, on_progress: OnProgress, **run: Any
     ) -> Measured | None:
         """Make the bundle, or a part of it, and send it. Returns None for a part, and leaves one that is there."""
+        from flexmerge_cli.bundle.parts import merge_key
+        from flexmerge_cli.bundle.store_parts import fetch_parts, has_part, remove_parts, send_part
         from flexmerge_cli.engine.device import choose_device
 
         key = merge_key(layout, choose_device(device, computes=False))[:16]
