@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from flexmerge_cli import load_plan, open_bundle
 from flexmerge_cli.calibration.joint import JointModels
 from flexmerge_cli.calibration.tune import tune_request
+from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.random import key64, uniform
 
@@ -170,10 +171,11 @@ def test_a_merge_takes_them_without_data_and_records_them(tuned, tmp_path):
     assert str(output) not in json.dumps(again) and "normalize=count" in json.dumps(again)
 
 
-def test_the_same_examples_and_seed_give_the_same_bytes(pictures, tmp_path):
-    options = "--method", "adamerging:steps=3,batch_size=4"
-    for name in ("one", "other"):
-        succeeds(*command(pictures.family, tmp_path / name, *options))
+@pytest.mark.parametrize("name", TUNERS)
+def test_the_same_examples_and_seed_give_the_same_bytes(pictures, tmp_path, name):
+    options = "--method", f"{name}:steps=3,batch_size=4"
+    for file in ("one", "other"):
+        succeeds(*command(pictures.family, tmp_path / file, *options))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
