@@ -321,6 +321,7 @@ def tune(
     output: Path | str,
     *,
     method: str = "adamerging",
+    bundle: Path | str | None = None,
     examples: int = 256,
     device: str | None = None,
     relocate: Mapping[str, str] | None = None,
@@ -331,21 +332,19 @@ def tune(
     """Find a weight for each task and block on unlabelled examples, and write them to the file `output`.
 
     spec: as for `calibrate`. method: `adamerging`, `concrete` or `fw_merging`, with arguments as `NAME:key=value,…`.
-    examples: of each task, at most. `merge` takes the file as `weighted_average:weights=@FILE,normalize=count`. Raises
-    UsageError, SourceError, DataError, MachineError.
+    examples: of each task, at most. `merge` takes the file as `weighted_average:weights=@FILE,normalize=count`. With a
+    bundle, `surgery` writes to the folder `output` a copy of it that corrects what the last layers of its models get.
+    Raises UsageError, SourceError, DataError, IntegrityError, MachineError.
     """
-    from flexmerge_cli.calibration.tune import tune, tune_request
+    from flexmerge_cli.calibration.tune import surgery_request, tune, tune_request
 
-    request = tune_request(
-        Path(plan),
-        Path(spec),
-        method=method,
-        examples=examples,
-        device=device,
-        relocate=relocate,
-        access=_access(offline, stream, None),
-    )
-    tune(request, Path(output), force=force)
+    access = _access(offline, stream, None)
+    asked: dict[str, Any] = {"examples": examples, "device": device, "relocate": relocate, "access": access}
+    if bundle is not None:
+        opened = locate(str(bundle), access).open()
+        surgery_request(Path(plan), Path(spec), method=method, bundle=opened, **asked)(Path(output), force=force)
+        return
+    tune(tune_request(Path(plan), Path(spec), method=method, **asked), Path(output), force=force)
 
 
 def evaluate(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import merge, open_bundle, verify
+from flexmerge_cli import merge, open_bundle, tune, verify
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.calibration.surgery import fit
 from flexmerge_cli.errors import IntegrityError, UsageError
@@ -93,7 +93,8 @@ def scored(path, task):
 
 def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(fitted, tmp_path):
     family, output, _ = fitted
-    succeeds(*command(family, tmp_path / "again"))
+    asked = {"method": f"surgery:rank={RANK},steps=60,lr=0.01", "bundle": family.folder / "merged", "device": "cpu"}
+    tune(family.plan_path, family.spec, tmp_path / "again", **asked)
     assert (tmp_path / "again/manifest.json").read_bytes() == (output / "manifest.json").read_bytes()
     assert (tmp_path / "again" / SURGERY_FILE).read_bytes() == (output / SURGERY_FILE).read_bytes()
     assert verify(output, decode=True).bad == {}
