@@ -131,7 +131,7 @@ def test_where_no_link_can_be_made_that_is_told_before_a_weight_is_read(plan, tm
 
     monkeypatch.setattr(os, "symlink", refuse)
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr("flexmerge_cli.bundle.write.materialise", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr("flexmerge_cli.engine.work.Worker.read", lambda *_, **__: pytest.fail("weights are read"))
     fails(1, "merge", plan, "-o", tmp_path / "b", says=("neither symbolic nor hard links", "hint: --layout pointer"))
     assert list(tmp_path.iterdir()) == []
 
