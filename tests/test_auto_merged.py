@@ -10,6 +10,7 @@ from flexmerge_cli import load_plan, merge, open_bundle
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.auto_allocation import auto
 from flexmerge_cli.allocation.auto_merged import damage, merged
+from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.methods.use import parse_use
 from flexmerge_cli.request.auto_options import Limits
@@ -33,7 +34,7 @@ def searched(plan: Path, size: str, **limits):
     """What `auto` finds in a size, its predicted damage, and that of merging by `average`; None if it does not fit."""
     found, loaded = auto(Pricer(load_plan(plan)).asked(merge_request(method="auto")), Limits(**limits)), load_plan(plan)
     target = parse_size(size).target(num_tasks=len(loaded.tasks), one_model_bytes=loaded.one_model_bytes)
-    other = merged(found.pricer, found.search, target, None)
+    other = merged(Cutter(found.pricer, AVERAGE), found.search, target)
     chosen = found.cut(target)
     return chosen, damage(found.search, chosen.solution), other and damage(found.search, other[0])
 
@@ -78,7 +79,7 @@ def test_the_predicted_error_of_a_merge_is_the_measured_one(tmp_path):
     loaded = load_plan(plan)
     found = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
     size = parse_size("2x").target(num_tasks=4, one_model_bytes=loaded.one_model_bytes)
-    solution, layout = merged(found.pricer, found.search, size, None)
+    solution, layout = merged(Cutter(found.pricer, AVERAGE), found.search, size)
     merge(plan, tmp_path / "bundle", method="average", size="2x", device="cpu")
     assert layout.allocation == allocate(loaded, merge_request(method="average", size="2x")).allocation
     measured = [measured_distance(tmp_path / "bundle", models, task) for task in models.tasks]
@@ -99,7 +100,7 @@ def test_tasks_that_have_little_in_common_are_coded_where_squared_error_would_me
     loaded = load_plan(planned(models, tmp_path))
     search = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
     size = parse_size("1x").target(num_tasks=32, one_model_bytes=loaded.one_model_bytes)
-    solution, _ = merged(search.pricer, search.search, size, None)
+    solution, _ = merged(Cutter(search.pricer, AVERAGE), search.search, size)
     found = search.cut(size)
     assert found.layout.allocation.methods != (AVERAGE,)
     assert found.solution.cost > solution.cost
