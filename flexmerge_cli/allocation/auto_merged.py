@@ -49,8 +49,10 @@ def _damages(tensor: TensorStatistics, choice: TensorChoice) -> np.ndarray:
 
 
 def merged(cutter: Cutter, search: Search, size: Target) -> tuple[Solution, BundleLayout] | None:
-    """Return what `--method average`, for which `cutter` cuts, stores in a size, and its predicted damage; None if it
-    does not fit."""
+    """Return what `--method average`, for which `cutter` cuts, stores in a size, and its predicted damage.
+
+    None if it does not fit, or rounds a tensor that no fine-tune changed, as it may where tasks have several dtypes.
+    """
     try:
         layout = cutter.pricer.layout(cutter.cut(replace(size, all_merges=False)))
     except GateError:
@@ -60,6 +62,8 @@ def merged(cutter: Cutter, search: Search, size: Target) -> tuple[Solution, Bund
         _choice(table.tensor, [group.tasks for group in units[table.tensor.name].groups], layout)
         for table in search.tables
     )
+    if any(table.tensor.is_unchanged and 0 in choice.bits for table, choice in zip(search.tables, choices)):
+        return None
     solution = Solution(
         choices=choices,
         num_bytes=sum(choice.num_bytes for choice in choices),
