@@ -56,7 +56,7 @@ def tune(
     if spec is None:
         raise UsageError("no --spec: the examples of each task", hint="--spec calib.yaml, written as for `eval`")
     if output is None:
-        raise UsageError("no output file given for the coefficients", hint="add -o coefficients.json")
+        raise UsageError("no output given", hint="add -o coefficients.json")
     access = o.access_of(offline=offline, quiet=quiet, stream=stream)
     asked: dict[str, Any] = {"examples": examples, "device": None if device == "auto" else device, "access": access}
     asked["relocate"] = o.relocations(relocate)

@@ -37,9 +37,9 @@ ABSENT = {
     "rankone_moe": (_MIXES, "smile:rank=1"),
     "ada_svd": ("averages the experts of SMILE by its routing weights: needs data", "smile"),
     "surgery": (
-        "trains a small module per task that corrects the merged model's features on unlabelled examples: "
-        "`flexmerge tune --method surgery --bundle bundle/` adds it to a bundle",
-        "average",
+        "is a method of `flexmerge tune`, which adds to a bundle a small correction per task of what its last layer "
+        "gets, learnt from unlabelled examples",
+        "flexmerge tune plan.json --spec calib.yaml --method surgery:rank=16 --bundle bundle/ -o corrected/",
     ),
     "concrete": (
         "is a method of `flexmerge tune`, which learns a mask of blocks, not of elements, from unlabelled examples",
