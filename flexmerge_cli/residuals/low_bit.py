@@ -83,7 +83,7 @@ class LowBit:
 
         levels = fit_levels(matrix, self.bits) if self.has_levels else self.table()
         parts = self.parts_of(*quantise(matrix, self, levels))
-        return parts | ({"levels": levels} if self.has_levels else {})
+        return {"scale": parts["scale"], "levels": levels, "codes": parts["codes"]} if self.has_levels else parts
 
     def parts_of(self, codes: Tensor, scale: Tensor) -> dict[str, np.ndarray]:
         return {
