@@ -47,7 +47,7 @@ def test_decoded_task_vectors_are_golden(family, case):
     stored = declare(golden)
     for tensor in group["bytes"]:
         deltas = stack(family, group["tasks"], tensor)
-        form = stored.form(deltas.shape[1:], ("F32",) * len(deltas))
+        form = stored.form(tensor, deltas.shape[1:], ("F32",) * len(deltas))
         centre = centre_delta(stored.centre_call() or stored.centre, family, group, group_id, tensor)
         for task in ("cars", "svhn"):
             number = group["tasks"].index(task)
@@ -70,11 +70,11 @@ def test_bytes_are_golden(family, case):
     golden, group, _, _ = CASES[case]
     stored, dtypes = declare(golden), ("F32",) * len(group["tasks"])
     for tensor, sizes in group["bytes"].items():
-        form = stored.form(family["cars"][tensor].shape, dtypes)
+        form = stored.form(tensor, family["cars"][tensor].shape, dtypes)
         each = num_bytes(form.residual.parts(form.matrix, "F32")) if form.residual else family["cars"][tensor].nbytes
         found = {"centre": stored.centre_bytes(form, dtypes), "per_task": each, "whole": form.residual is None}
         assert found == sizes
-    assert sum(stored_bytes(stored, delta, dtypes) for delta in family["cars"].values()) == group["bytes_model"]
+    assert sum(stored_bytes(stored, *named, dtypes) for named in family["cars"].items()) == group["bytes_model"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +82,7 @@ def test_parts_are_as_they_were_billed(family, case):
     golden, group, _, _ = CASES[case]
     for tensor in group["bytes"]:
         delta = torch.from_numpy(family["svhn"][tensor])
-        form = declare(golden).form(delta.shape, ("BF16",) * len(group["tasks"]))
+        form = declare(golden).form(tensor, delta.shape, ("BF16",) * len(group["tasks"]))
         if form.residual is None:
             continue
         billed = form.residual.parts(form.matrix, "BF16")
@@ -104,8 +104,8 @@ def stack(family, tasks, tensor):
     return torch.from_numpy(np.stack([family[task][tensor] for task in tasks]))
 
 
-def stored_bytes(stored, delta, dtypes):
-    form = stored.form(delta.shape, dtypes)
+def stored_bytes(stored, tensor, delta, dtypes):
+    form = stored.form(tensor, delta.shape, dtypes)
     if form.residual is None:
         return len(dtypes) * delta.nbytes
     return stored.centre_bytes(form, dtypes) + coded.residual_bytes(form, dtypes)
