@@ -23,7 +23,18 @@ from flexmerge_cli.request.choices import Exact
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import Size
 
-DECIDING = ("plan", "request", "generator", "calibration", "methods", "allocation", "build", "gate", "router")
+DECIDING = (
+    "plan",
+    "request",
+    "generator",
+    "calibration",
+    "methods",
+    "allocation",
+    "build",
+    "gate",
+    "router",
+    "surgery",
+)
 
 
 def at_sizes(request: MergeRequest, sizes: tuple[Size, ...]) -> dict[str, MergeRequest]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 import flexmerge_cli
 from flexmerge_cli import errors
 from flexmerge_cli.cli.app import COMMANDS
+from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.report.methods import method_list
 
 from .program import ROOT
@@ -77,6 +78,10 @@ def test_every_command_is_in_the_readme_and_every_exit_code_is_explained():
     assert [name for name in listed if f"flexmerge {name}" not in read("README.md")] == []
     codes = {one.exit_code for one in vars(errors).values() if isinstance(one, type) and hasattr(one, "exit_code")}
     assert [code for code in {0, 130, *codes} if f"| {code} |" not in read("docs/exit-codes.md")] == []
+
+
+def test_the_readme_counts_the_methods():
+    assert f"{len(all_methods())} methods, their steps" in read("README.md")
 
 
 def anchors(text: str) -> set[str]:

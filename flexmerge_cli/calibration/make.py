@@ -5,7 +5,7 @@ from typing import Any
 
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.publish import check_target, publish
-from flexmerge_cli.calibration.measure import by_unit, measured, observed, row_of, runs_of
+from flexmerge_cli.calibration.measure import by_stage, measured, observed, row_of, runs_of
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, Through
 from flexmerge_cli.evaluation.scored import TaskModel
 from flexmerge_cli.evaluation.scoring import library_versions
@@ -77,7 +77,7 @@ def expected_sizes(request: CalibrationRequest) -> list[dict[str, Any]]:
     for place in request.plan.all_tasks:
         wanted = observed(request, place, _unread(request, place))
         sizes: dict[tuple[str, str], int] = {(one.tensor, one.statistic): 4 * one.num_elements for one in wanted}
-        stages = [wanted] if request.through is None else by_unit(request.through, wanted).values()
+        stages = [wanted] if request.through is None else by_stage(request.through.allocation, wanted).values()
         found.append(row_of(request, place, sizes, sum(len(runs_of(stage)) for stage in stages)))
     return found
 

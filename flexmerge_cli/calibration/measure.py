@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, Through, run_examples
+from flexmerge_cli.allocation.allocation import Allocation
+from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, run_examples
 from flexmerge_cli.calibration.write import ArrayFile
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import TaskModel
@@ -88,13 +89,32 @@ def runs_of(wanted: "Sequence[Wanted]") -> "list[list[Wanted]]":
     return runs
 
 
-def by_unit(through: Through, wanted: "Sequence[Wanted]") -> "dict[str, list[Wanted]]":
-    """Group what is measured by the units of a merge, in its order; units without any are left out."""
-    unit_of = {whole_of(name)[0]: unit.name for unit in through.allocation.units for name in unit.tensors}
-    found: dict[str, list[Wanted]] = {unit.name: [] for unit in through.allocation.units}
+def stages_of(allocation: Allocation) -> dict[str, str]:
+    """Map each unit of a merge to the stage in which it merges, which has the name of the stage's first unit.
+
+    Units with parts of one tensor merge in one stage, because the inputs of its layer are measured once.
+    """
+    found: dict[str, str] = {}
+    by_whole: dict[str, str] = {}
+    for unit in allocation.units:
+        wholes = {whole for whole, part in map(whole_of, unit.tensors) if part is not None}
+        joined = {by_whole[whole] for whole in wholes if whole in by_whole}
+        first = next((stage for stage in found.values() if stage in joined), unit.name)
+        for known in (found, by_whole):
+            known |= {name: first for name, stage in known.items() if stage in joined}
+        found[unit.name] = first
+        by_whole |= dict.fromkeys(wholes, first)
+    return found
+
+
+def by_stage(allocation: Allocation, wanted: "Sequence[Wanted]") -> "dict[str, list[Wanted]]":
+    """Group what is measured by the stages of a merge, in its order; stages without any are left out."""
+    stages = stages_of(allocation)
+    stage_of = {whole_of(name)[0]: stages[unit.name] for unit in allocation.units for name in unit.tensors}
+    found: dict[str, list[Wanted]] = {stage: [] for stage in stages.values()}
     for one in wanted:
-        found[unit_of[one.tensor]].append(one)
-    return {name: of_unit for name, of_unit in found.items() if of_unit}
+        found[stage_of[one.tensor]].append(one)
+    return {stage: of_stage for stage, of_stage in found.items() if of_stage}
 
 
 @dataclass(slots=True, kw_only=True)

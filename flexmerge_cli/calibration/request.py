@@ -7,6 +7,7 @@ from typing import Any
 
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.allocation import Allocation
+from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.kind import AGREEMENT, Examples
@@ -15,9 +16,10 @@ from flexmerge_cli.evaluation.running import references_of
 from flexmerge_cli.evaluation.scored import TaskModel
 from flexmerge_cli.evaluation.scoring import Scorer
 from flexmerge_cli.evaluation.spec import EvalSpec, read_spec
-from flexmerge_cli.formats.calibration import STATISTICS, Statistic
+from flexmerge_cli.formats.calibration import STATISTICS, Statistic, Unmeasured
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.planning.make import load_plan
+from flexmerge_cli.request.choices import Auto
 from flexmerge_cli.request.merge import MergeRequest, merge_request
 
 THIS = "calibration/"
@@ -104,9 +106,9 @@ def calibration_request(
     if through is not None:
         merged = Through(**_merge_of(plan, through, size), relocate=relocate, access=access)
     spec = read_spec(spec_path, plan.task_names, unscorable=plan.kept_names)
-    if spec.forgotten or spec.not_scored:
-        missing = ", ".join([*spec.forgotten, *spec.not_scored])
-        raise spec.document.error(("tasks",), f"no examples of {missing}", hint="a calibration is of every task")
+    if missing := [name for name in (*spec.forgotten, *spec.not_scored) if name not in plan.kept_names]:
+        said = f"no examples of {', '.join(missing)}"
+        raise spec.document.error(("tasks",), said, hint="a calibration is of every task")
     tasks = {}
     for name in spec.tasks:
         settled, kind = spec.settled(name), spec.kind(name)
@@ -140,10 +142,18 @@ def calibration_request(
 def _merge_of(plan: Plan, method: str, size: str | None) -> dict[str, Any]:
     """Return the request and allocation of a merge that reads inputs. Raises UsageError, GateError."""
     asked = merge_request(method=method, size=size, run_files=True)
+    if isinstance(asked.choice, Auto):
+        raise UsageError(
+            f"--through {method}: `auto` merges no block by the inputs of its layers, and only rounds by them",
+            hint="leave out --through, or use --through regmean --size 1x",
+        )
     if asked.reads != {"inputs"}:
         raise UsageError(f"--through {method}: it reads no inputs", hint="--through regmean --size 1x")
     asked = replace(asked, calibration=THIS)
-    return {"request": asked, "allocation": allocate(plan, asked).allocation}
+    return {
+        "request": asked,
+        "allocation": allocate(plan, asked, Pricer(plan, calibration=Unmeasured(plan=plan))).allocation,
+    }
 
 
 def run_examples(request: CalibrationRequest, model: TaskModel, **run: Any) -> Examples:

@@ -1,6 +1,7 @@
 """Fits corrections of a bundle's models on unlabelled examples: last layers then get what fine-tuned ones get."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.surgery import corrected
+from flexmerge_cli.calibration.measure import RunEnded
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, run_examples
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.evaluation.models import bundle_model
@@ -59,7 +61,7 @@ def surgery(
     check_apart(output, [request.plan_path, request.spec.document.path, bundle.path])
     check_target(output, force=force, ours=bundle_files)
     names = request.plan.task_names
-    if bundle.manifest.base != request.plan.base.fingerprint or set(bundle.tasks) != set(names):
+    if bundle.manifest.base != request.plan.base.fingerprint or set(bundle.tasks) != set(request.plan.reader_names):
         raise UsageError(
             f"{bundle.path} was not merged from {request.plan_path}: its base or its tasks are others",
             hint="give the plan that the bundle was merged from",
@@ -98,8 +100,10 @@ def last_layer(request: CalibrationRequest, place: int, model: TaskModel) -> str
     def on_built(built: Any, names: Mapping[str, str]) -> None:
         layers = [path for path, module in built.named_modules() if type(module) is nn.Linear]
         found.extend(names.get(f"{path}.weight", "") for path in layers[-1:])
+        raise RunEnded
 
-    run_examples(request, model, on_built=on_built)
+    with suppress(RunEnded):
+        run_examples(request, model, on_built=on_built)
     if not found or found[0] not in own:
         raise UsageError(
             f"task `{model.task}` has no head of its own: surgery corrects what a last linear layer gets that is "

@@ -2,7 +2,8 @@
 
 At each block the models of all tasks run on their examples. The blocks that a model runs before it have their merged
 values, and the block itself and all later ones the fine-tuned values of its task. Then the block is merged, with the
-inputs that were measured, and the next one follows. Merged blocks and the inputs of one block are in memory.
+inputs that were measured, and the next one follows. Merged blocks and the inputs of one block are in memory. Blocks
+that have parts of one tensor, such as the heads of an attention, merge together.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,16 @@ from torch import nn
 
 from flexmerge_cli.allocation.allocation import Allocation, Group
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
-from flexmerge_cli.calibration.measure import RunEnded, TaskRecord, by_unit, row_of, run_of, runs_of, wanted_of
+from flexmerge_cli.calibration.measure import (
+    RunEnded,
+    TaskRecord,
+    by_stage,
+    row_of,
+    run_of,
+    runs_of,
+    stages_of,
+    wanted_of,
+)
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, Through, run_examples
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.engine.device import choose_device
@@ -25,7 +35,7 @@ from flexmerge_cli.evaluation.in_memory import MemoryBundles
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import whole_of
-from flexmerge_cli.formats.calibration import CalibratedTask, Measurements
+from flexmerge_cli.formats.calibration import CalibratedTask, Unmeasured
 from flexmerge_cli.planning.sources import open_sources
 
 if TYPE_CHECKING:
@@ -33,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class _SoFar(Measurements):
+class _SoFar(Unmeasured):
     """What has been measured so far."""
 
     records: list[TaskRecord] = field(default_factory=list)
@@ -57,18 +67,18 @@ def measured_through(
     plan, names = request.plan, request.plan.task_names
     sources = open_sources(plan, request.plan_path.absolute().parent, through.relocate, through.access)
     fetch(sources.to_fetch(), through.access)
-    so_far = _SoFar(plan=plan, digest="0" * 64)
+    so_far = _SoFar(plan=plan)
     pricer = Pricer(plan, calibration=so_far).asked(through.request)
     memory = MemoryBundles(
         sources=sources.located, device=choose_device(request.device or "auto"), threads=default_threads()
     )
     wanted, order = _observed(request)
-    stages = sorted({unit for of_task in wanted for unit in of_task}, key=order.index)
+    stages = sorted({stage for of_task in wanted for stage in of_task}, key=order.index)
     counts = [request.scorer.examples(name, request.references.folders[name]).n for name in names]
     runs, done, total = [0] * len(names), 0, len(stages) * sum(counts)
     with ExitStack() as files:
         for name, of_task in zip(names, wanted):
-            record = TaskRecord.of(name, folder, [one for of_unit in of_task.values() for one in of_unit])
+            record = TaskRecord.of(name, folder, [one for of_stage in of_task.values() for one in of_stage])
             so_far.records.append(record)
             files.enter_context(record.file)
         for stage in stages:
@@ -97,11 +107,11 @@ def measured_through(
 
 
 def _hybrid(pricer: Pricer, allocation: Allocation, merged: list[str]) -> BundleLayout:
-    """Return the layout in which these units are merged, and of all others each task has its own."""
-    chosen = set(merged)
+    """Return the layout in which the units of these stages are merged, and of all others each task has its own."""
+    stages = stages_of(allocation)
     units = tuple(
         unit
-        if unit.name in chosen
+        if stages[unit.name] in merged
         else replace(unit, groups=tuple(Group(tasks=(task,), method=None) for task in pricer.plan.all_tasks))
         for unit in allocation.units
     )
@@ -109,11 +119,12 @@ def _hybrid(pricer: Pricer, allocation: Allocation, merged: list[str]) -> Bundle
 
 
 def _observed(request: CalibrationRequest) -> "tuple[list[dict[str, list[Wanted]]], list[str]]":
-    """Run each fine-tuned model once. Returns what is measured in each task's model by unit, and all units in the order
-    in which models first run them; those that no model runs come last."""
+    """Run each fine-tuned model once. Returns what is measured in each task's model by stage, and all stages in the
+    order in which models first run them; those that no model runs come last."""
     assert request.through is not None
-    plan, through = request.plan, request.through
-    unit_of = {whole_of(name)[0]: unit.name for unit in through.allocation.units for name in unit.tensors}
+    plan, allocation = request.plan, request.through.allocation
+    stages = stages_of(allocation)
+    stage_of = {whole_of(name)[0]: stages[unit.name] for unit in allocation.units for name in unit.tensors}
     seen: dict[str, None] = {}
     wanted: list[dict[str, list[Wanted]]] = []
     for place in plan.all_tasks:
@@ -131,19 +142,19 @@ def _observed(request: CalibrationRequest) -> "tuple[list[dict[str, list[Wanted]
             aligned: Mapping[str, str] = aligned,
             first: dict[str, None] = first,
         ) -> None:
-            wanted.append(by_unit(through, wanted_of(plan, place, model, names, request.statistics)))
+            wanted.append(by_stage(allocation, wanted_of(plan, place, model, names, request.statistics)))
             modules = dict(model.named_modules())
             for name, _ in model.named_parameters():
-                unit = unit_of.get(aligned.get(names.get(name, ""), ""))
-                if unit is not None:
+                stage = stage_of.get(aligned.get(names.get(name, ""), ""))
+                if stage is not None:
                     module = modules[name.rpartition(".")[0]]
-                    module.register_forward_pre_hook(lambda *_call, unit=unit: first.setdefault(unit))
+                    module.register_forward_pre_hook(lambda *_call, stage=stage: first.setdefault(stage))
             model.register_forward_hook(_stop)
 
         with suppress(RunEnded):
             run_examples(request, request.references.of(plan.task_names[place])["fine_tuned"](), on_built=on_built)
-        seen |= {unit: None for unit in first if unit not in seen}
-    return wanted, [*seen, *(unit.name for unit in through.allocation.units if unit.name not in seen)]
+        seen |= {stage: None for stage in first if stage not in seen}
+    return wanted, [*seen, *(stage for stage in dict.fromkeys(stages.values()) if stage not in seen)]
 
 
 def _stop(*_call: Any) -> None:

@@ -212,6 +212,19 @@ class Measurements(ABC):
 
 
 @dataclass(kw_only=True)
+class Unmeasured(Measurements):
+    """A calibration in which nothing is measured yet; bundles that record it have their final size."""
+
+    digest: str = "0" * 64
+
+    def entry(self, task: int, statistic: str, tensor: str) -> Any:
+        return None
+
+    def array(self, task: int, statistic: str, tensor: str) -> np.ndarray:
+        raise KeyError(tensor)
+
+
+@dataclass(kw_only=True)
 class CalibrationData(Measurements):
     """An open calibration of a plan's tasks. Its files are mapped, and an array is read when it is used."""
 

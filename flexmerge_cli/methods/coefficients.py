@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from flexmerge_cli.errors import DataError, SourceError
+from flexmerge_cli.errors import DataError, FlexmergeError, SourceError
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.record import Count, Digest, Named, Record, Unsound, first_error
 from flexmerge_cli.regular_file import read_file
@@ -49,9 +49,11 @@ class Coefficients(Record):
 
 
 def is_coefficients(path: Path) -> bool:
-    """Return whether a file starts as `flexmerge tune` writes it."""
-    with path.open("rb") as file:
-        return file.read(len(FORMAT) + 12) == f'{{"format":"{FORMAT}"'.encode()
+    """Return whether `flexmerge tune` wrote a file."""
+    try:
+        return f'"format":"{FORMAT}"'.encode() in read_file(path, MAX_BYTES, "a file of coefficients")
+    except (FlexmergeError, OSError):
+        return False
 
 
 class TunedWeights(dict[str, Any]):

@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from flexmerge_cli import merge, open_bundle, tune, verify
+from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.calibration.surgery import fit
+from flexmerge_cli.engine.product import build_of
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.formats.folders import SURGERY_FILE
+from flexmerge_cli.merging_sizes import is_there
+from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.vllm_plugin import task_view
 
 from ..bundle.bundles import changed, copy, flip, seal
@@ -103,6 +107,10 @@ def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(fitted, tm
     assert summary["surgery"]["rank"] == RANK
     assert "surgery" in succeeds("inspect", output).out
     assert "surgery" in flexmerge("diff", family.folder / "merged", output).out
+    request = merge_request(method="average")
+    layout = allocate(family.plan, request)
+    assert is_there(family.folder / "merged", layout, build_of(layout, torch.device("cpu")))
+    assert not is_there(output, layout, build_of(layout, torch.device("cpu"))), "`merge --sizes` makes no corrections"
 
 
 def test_nothing_else_stands_for_a_corrected_model(fitted, tmp_path):

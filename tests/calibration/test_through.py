@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import calibrate, open_bundle
+from flexmerge_cli import OrderSettings, calibrate, load_plan, make_plan, merge, open_bundle
+from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.allocation.layout import Pricer
+from flexmerge_cli.calibration.request import calibration_request
+from flexmerge_cli.formats.calibration import read_calibration, unpacked
+from flexmerge_cli.request.merge import merge_request
 
 from ..program import fails, succeeds, tree
 from .families import TASKS
@@ -115,10 +120,40 @@ def test_at_larger_sizes_each_task_runs_through_its_own_groups(pictures, tmp_pat
         fails(2, *merged, *other, says=said)
 
 
+def test_blocks_with_parts_of_one_layer_merge_together(pictures, tmp_path):
+    """All heads but the last were not merged when what comes behind them was measured."""
+    family, plan, rules = pictures.family, tmp_path / "plan.json", tmp_path / "heads.yaml"
+    rules.write_text("split: [{match: attention.attention.query|key|value, parts: 2}]")
+    sources = {task: family.folder / "tasks" / task for task in TASKS}
+    assert make_plan(family.folder / "base", sources, output=plan, order=OrderSettings(blocks=str(rules))).splits
+    calibrate(plan, family.spec, tmp_path / "through", through="regmean", size="1x", device="cpu")
+    merge(plan, tmp_path / "bundle", method="regmean", size="1x", calibration=tmp_path / "through", device="cpu")
+    calibration, behind = (
+        read_calibration(tmp_path / "through", load_plan(plan)),
+        "vit.encoder.layer.0.intermediate.dense",
+    )
+    for number, task in enumerate(TASKS):
+        seen = observed(open_bundle(tmp_path / "bundle").model(task), examples(family, task))
+        (rows,) = (x for name, (x, _) in seen.items() if name.endswith(("intermediate.dense", "mlp.fc1")))
+        found = unpacked(calibration.array(number, "inputs", f"{behind}.weight"))
+        np.testing.assert_allclose(found, (rows.T @ rows / len(rows)).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_size_in_bytes_counts_what_the_manifest_says_of_the_calibration(pictures):
+    """A byte less than some groups take gave these groups, and `merge` chose other ones for the same size."""
+    family, asked = pictures.family, {"method": "regmean", "calibration": "calibration/"}
+    pricer = Pricer(family.plan, calibration=family.read(pictures.output))
+    least = allocate(family.plan, merge_request(size="1.6x", **asked), pricer).total_bytes - 1
+    found = allocate(family.plan, merge_request(size=f"{least}B", **asked), pricer).allocation
+    through = calibration_request(family.plan_path, family.spec, through="regmean", size=f"{least}B").through
+    assert through.allocation.digest() == found.digest()
+
+
 def test_what_is_asked_wrongly_is_refused(pictures, tmp_path):
     family, output = pictures.family, tmp_path / "never"
     fails(2, *family.command(output, "--size", "1x"), says="--size has no effect without --through")
     fails(2, *family.command(output, "--through", "average"), says="--through average: it reads no inputs")
+    fails(2, *family.command(output, "--through", "auto", "--size", "1x"), says="`auto` merges no block by the inputs")
     fails(2, *family.command(output, "--through", "fisher", "--size", "1x"), says="it reads no inputs")
     fails(2, *through(family, output, "--statistics", "fisher"), says="--through measures inputs alone")
     fails(6, *family.command(output, "--through", "regmean", "--size", "0.5x"), says="does not reach 0.5x")

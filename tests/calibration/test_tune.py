@@ -249,6 +249,16 @@ def test_coefficients_without_a_base_are_read(tuned, tmp_path):
     succeeds("merge", family.plan_path, "--method", method, "-o", tmp_path / "never", "--dry-run")
 
 
+def test_force_replaces_coefficients_and_nothing_else(pictures, tmp_path):
+    """It replaced none: the file did not begin with its format since the base is in it."""
+    words = command(pictures.family, tmp_path / "c.json", "--method", "adamerging:steps=1", "--examples", 1)
+    succeeds(*words)
+    fails(2, *words, says="exists")
+    succeeds(*words, "--force")
+    (tmp_path / "c.json").write_text('{"format":"flexmerge.plan/1"}')
+    fails(2, *words, "--force", says="is not a file of coefficients")
+
+
 def test_what_is_missing_is_said(pictures, tmp_path):
     plan = pictures.family.plan_path
     nothing = "weighted_average:weights=@nothing.json"
