@@ -45,6 +45,15 @@ def test_each_bundle_is_that_of_a_single_merge_and_all_are_made_in_one_read(meth
     assert count == 0 and all(bundle["was_there"] for bundle in again.json["bundles"].values())
 
 
+def test_distances_are_those_of_single_merges_where_one_size_visits_rows_and_another_elements(family, tmp_path):
+    """A cast copy was visited by rows, as the residuals of another size were, and its errors added up by rows."""
+    words = ("merge", family / "plan.json", "--method", "low_bit:bits=2", "--dtype", "bf16")
+    succeeds(*words, "--sizes", "1.5x,1.9x", "-o", tmp_path / "b")
+    for size in ("1.5x", "1.9x"):
+        succeeds(*words, "--size", size, "-o", tmp_path / size)
+        assert tree(tmp_path / "b" / size) == tree(tmp_path / size)
+
+
 def test_masks_of_a_larger_size_have_their_factors(tmp_path):
     """`merge --sizes` and `update` stopped with "a part was not written", if a unit kept some of its masked groups."""
     family = write_family(tmp_path, plain(num_tasks=12, layers=1))

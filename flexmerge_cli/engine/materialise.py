@@ -23,7 +23,7 @@ from flexmerge_cli.engine.pool import Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.product import Making, Product
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.sources import BASE, Sources
-from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, Span, cut, widest
+from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, Span, cut
 from flexmerge_cli.engine.work import Worker
 from flexmerge_cli.later import torch
 from flexmerge_cli.methods.method import Scope
@@ -93,12 +93,12 @@ class _Run:
         self.makings, self.plan = makings, makings[0].plan
         self.threads, self.chunk_elements, self.on_stage = threads, chunk_elements, on_stage
 
-    def spans(self, name: str, scope: Scope = "element") -> list[Span]:
+    def spans(self, name: str, *scopes: Scope) -> list[Span]:
         tensor = self.plan.tensor(name)
         # Private tensors may differ in shape; each task's own length is cut in the same way.
         shapes = [*(tensor.shapes or ()), tensor.base_shape]
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes if shape is not None]
-        return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scope, self.chunk_elements)
+        return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scopes, self.chunk_elements)
 
     def items(self) -> list[list[Span]]:
         """List what is visited together: one range of a tensor or, for methods of scope `block`, all tensors of a
@@ -113,9 +113,9 @@ class _Run:
         units: dict[object, list[Span]] = {}
         items: list[list[Span]] = []
         for name in sorted(first, key=place):
-            scope = widest(making.scope(making.rest[name]) for making in self.makings if name in making.rest)
-            spans = self.spans(name, scope)
-            if scope == "block":
+            scopes = [making.scope(making.rest[name]) for making in self.makings if name in making.rest]
+            spans = self.spans(name, *scopes)
+            if "block" in scopes:
                 # A unit is a block or one of its tensors.
                 found = [making.unit_of[name] for making in self.makings if name in making.unit_of]
                 unit = max(found, key=lambda unit: len(unit.tensors)).name

@@ -6,6 +6,7 @@ in work.py, writers/ and statistics_pass.py is counted here.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flexmerge_cli.allocation.allocation import Tasks
@@ -26,7 +27,16 @@ from flexmerge_cli.engine.memory import (
 )
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
 from flexmerge_cli.engine.sources import Sources
-from flexmerge_cli.engine.spans import CHUNK_ELEMENTS, TILE_ELEMENTS, Span, row_elements, step_and_run, tiles, widest
+from flexmerge_cli.engine.spans import (
+    CHUNK_ELEMENTS,
+    TILE_ELEMENTS,
+    Span,
+    row_elements,
+    run_of,
+    step_and_run,
+    tiles,
+    widest,
+)
 from flexmerge_cli.engine.work import runs_in_tiles
 from flexmerge_cli.engine.writers.table import visit_scope, writer_of
 from flexmerge_cli.engine.writers.writer import Work
@@ -50,9 +60,7 @@ def merge_bytes(
     layouts = (layout, *others)
     chains = [chains_of(one) for one in layouts]
     scopes = {
-        name: widest(
-            visit_scope(of_one, one.storages[name]) for of_one, one in zip(chains, layouts) if name in one.storages
-        )
+        name: [visit_scope(of_one, one.storages[name]) for of_one, one in zip(chains, layouts) if name in one.storages]
         for name in dict.fromkeys(name for one in layouts for name in one.storages)
     }
     runs = [_Run(one, of_one, scopes, chunk_elements, sources) for of_one, one in zip(chains, layouts)]
@@ -86,11 +94,11 @@ class _Run:
         self,
         layout: BundleLayout,
         chains: Sequence[Chain],
-        scopes: Mapping[str, Scope],
+        scopes: Mapping[str, Sequence[Scope]],
         chunk_elements: int,
         sources: Sources | None,
     ) -> None:
-        """Take a layout. scopes: what one visit sees of each tensor, for all layouts that are written together."""
+        """Take a layout. scopes: what visits of each tensor must see, for all layouts that are written together."""
         self.scopes = scopes
         self.sources = (sources.base, *sources.tasks) if sources is not None else ()
         self.layout, self.plan, self.chunk_elements = layout, layout.plan, chunk_elements
@@ -103,13 +111,13 @@ class _Run:
         found = Pass()
         for unit in self.layout.allocation.units:
             storages = [self.layout.storages[name] for name in unit.tensors]
-            in_blocks = [storage for storage in storages if self.scopes[storage.tensor.name] == "block"]
+            in_blocks = [storage for storage in storages if "block" in self.scopes[storage.tensor.name]]
             if in_blocks:
                 self._block(found, in_blocks)
         for storage in self.layout.storages.values():
-            scope = self.scopes[storage.tensor.name]
-            if scope != "block" and storage.parts:
-                span = self._span(storage, scope)
+            scopes = self.scopes[storage.tensor.name]
+            if "block" not in scopes and storage.parts:
+                span = self._span(storage, *scopes)
                 result = self._result(storage, span)
                 work = max((self._work(storage, group, span) for group in storage.groups), default=0)
                 work = max(work, self._reading(span.tensor, span.stop))
@@ -227,12 +235,15 @@ class _Run:
         """Return what reading `count` elements of one model takes, for the model that takes most."""
         return max((reading_bytes(model[name], count) for model in self.sources if name in model), default=0)
 
-    def _span(self, storage: Storage, scope: Scope) -> Span:
-        return self._cut(storage.tensor.name, _elements(storage.tensor), storage.tensor.shape, scope)
+    def _span(self, storage: Storage, *scopes: Scope) -> Span:
+        """Return the first range of a visit of these scopes, with the runs that this layout has alone."""
+        tensor = storage.tensor
+        span = self._cut(tensor.name, _elements(tensor), tensor.shape, *scopes)
+        return replace(span, run=run_of(visit_scope(self.chains, storage), tensor.shape))
 
-    def _cut(self, name: str, num_elements: int, shape: tuple[int, ...], scope: Scope) -> Span:
+    def _cut(self, name: str, num_elements: int, shape: tuple[int, ...], *scopes: Scope) -> Span:
         """Return the first range of a tensor, which is the longest."""
-        step, run = step_and_run(num_elements, shape, scope, self.chunk_elements)
+        step, run = step_and_run(num_elements, shape, scopes, self.chunk_elements)
         self.num_spans += -(-num_elements // step)
         return Span(name, 0, min(step, num_elements), step >= num_elements, run)
 

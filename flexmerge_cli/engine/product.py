@@ -5,7 +5,7 @@ computed once.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from flexmerge_cli.engine.journal import Journal
 from flexmerge_cli.engine.output import Output, Sink
 from flexmerge_cli.engine.runs import added
 from flexmerge_cli.engine.sources import BASE
-from flexmerge_cli.engine.spans import Span
+from flexmerge_cli.engine.spans import Span, run_of
 from flexmerge_cli.engine.statistics_pass import Spans, StatisticsPass
 from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
@@ -104,12 +104,18 @@ class Making:
                 for part, start_byte, data in twin.written:
                     self.output.write(part, start_byte, data)
             elif self.scope(self.rest[name]) != "block":
-                pieces[name] = encode(self.encoder, self.rest[name], raws[name])
+                pieces[name] = encode(self.encoder, self.rest[name], self._own(raws[name]))
             else:
                 by_unit.setdefault(self.unit_of[name], []).append(name)
         for names in by_unit.values():
-            pieces |= self._visit_unit({name: raws[name] for name in names})
+            pieces |= self._visit_unit({name: self._own(raws[name]) for name in names})
         return pieces
+
+    def _own(self, raw: Raw) -> Raw:
+        """Return a range with the runs that this product has alone: other products may be the reason for its extent."""
+        name = raw.span.tensor
+        run = run_of(self.scope(self.rest[name]), self.plan.tensor(name).shape)
+        return raw if run == raw.span.run else replace(raw, span=replace(raw.span, run=run))
 
     def _visit_unit(self, raws: Mapping[str, Raw]) -> dict[str, Piece]:
         storages = {name: self.rest[name] for name in raws}

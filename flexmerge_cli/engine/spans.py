@@ -1,7 +1,7 @@
 """Cuts tensors into work items: ranges of elements, whole rows, whole tensors, or all tensors of a unit. Pure."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from flexmerge_cli.engine.runs import RUN_ELEMENTS
@@ -40,9 +40,11 @@ def row_elements(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
-def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> list[Span]:
-    """Cut a tensor into spans of about chunk_elements."""
-    step, run = step_and_run(num_elements, shape, scope, chunk_elements)
+def cut(
+    tensor: str, num_elements: int, shape: tuple[int, ...], scopes: Collection[Scope], chunk_elements: int
+) -> list[Span]:
+    """Cut a tensor into spans of about chunk_elements, for visits of all these scopes."""
+    step, run = step_and_run(num_elements, shape, scopes, chunk_elements)
     starts: Sequence[int] = range(0, num_elements, step) if num_elements else (0,)
     return [
         Span(tensor, start, min(start + step, num_elements), start + step >= num_elements or num_elements == 0, run)
@@ -50,15 +52,27 @@ def cut(tensor: str, num_elements: int, shape: tuple[int, ...], scope: Scope, ch
     ]
 
 
-def step_and_run(num_elements: int, shape: tuple[int, ...], scope: Scope, chunk_elements: int) -> tuple[int, int]:
-    """Return the elements of a span, at least 1, and of a run. Rows come in multiples of eight, since packed masks must
-    start on a byte."""
+def step_and_run(
+    num_elements: int, shape: tuple[int, ...], scopes: Collection[Scope], chunk_elements: int
+) -> tuple[int, int]:
+    """Return the elements of a span, at least 1, and of a run of the widest scope.
+
+    Rows come in multiples of eight, since packed masks must start on a byte. If single elements are a scope, too, rows
+    begin where their runs do.
+    """
+    scope = widest(scopes)
+    run = run_of(scope, shape)
     if scope in ("tensor", "block"):
-        return max(1, num_elements), RUN_ELEMENTS
+        return max(1, num_elements), run
     if scope == "row":
-        run = max(1, row_elements(shape))
-        return max(8, chunk_elements // run // 8 * 8) * run, run
-    return chunk_elements, RUN_ELEMENTS
+        whole = math.lcm(8 * run, RUN_ELEMENTS if "element" in scopes else 1)
+        return max(1, chunk_elements // whole) * whole, run
+    return chunk_elements, run
+
+
+def run_of(scope: Scope, shape: tuple[int, ...]) -> int:
+    """Return the elements that are summed together where a visit sees this much of a tensor."""
+    return max(1, row_elements(shape)) if scope == "row" else RUN_ELEMENTS
 
 
 def tiles(num_elements: int, run: int) -> list[tuple[int, int]]:
