@@ -1,9 +1,10 @@
 """Does what `merge` does: turns a plan, a method and a size into a bundle."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import BundleLayout, Pricer
@@ -22,6 +23,9 @@ from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.choices import Auto
 from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.part import Share
+
+if TYPE_CHECKING:
+    from flexmerge_cli.engine.product import Product
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -109,7 +113,7 @@ def merge_all(
 ) -> list[Measured]:
     """Write several bundles of one plan, each at its place, in one read of the weights; see `merge`.
 
-    old, part and join: for one bundle only.
+    old, part and join: for one bundle only. A GateError names the bundles that are not published; the others are.
     """
     from flexmerge_cli.bundle.parts import write_part
     from flexmerge_cli.bundle.write import check_output, writing
@@ -118,7 +122,7 @@ def merge_all(
     from flexmerge_cli.engine.merge_memory import merge_chunk
     from flexmerge_cli.engine.pool import default_threads
 
-    where = choose_device(device, computes=not join)
+    where = choose_device(device, computes=not join and old is None)  # whoever has an old one has asked before
     threads = threads or default_threads()
     memory = access.memory_left(max_memory)
     check_output({output: layout for output, (_, layout) in bundles.items()}, force=force)
@@ -150,7 +154,7 @@ def merge_all(
         )  # fmt: skip
         return [Measured()]
 
-    def accept(request: MergeRequest, measured: Measured) -> None:
+    def accept(output: Path, request: MergeRequest, measured: Measured) -> None:
         limit = request.max_distance
         far = {
             plan.tasks[task].name: distance
@@ -160,7 +164,7 @@ def merge_all(
         if far:
             distances = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())
             raise GateError(
-                f"distance over {limit} for {distances}: the bundle is not published",
+                f"distance over {limit} for {distances}: {output} is not published",
                 hint="a larger --size, or another method",
             )
 
@@ -172,16 +176,31 @@ def merge_all(
         if card:
             (folder / CARD_NAME).write_text(make_card(folder, manifest, plan, scores or found))
 
+    failed: list[GateError] = []
+
+    @contextmanager
+    def judged(bundle: AbstractContextManager["Product"]) -> "Iterator[Product]":
+        """Write a bundle. One that a gate refuses does not keep the others from being published."""
+        try:
+            with bundle as product:
+                yield product
+        except GateError as error:
+            failed.insert(0, error)  # The last bundle ends first.
+
     with ExitStack() as stack:
         products = []
         for output, (request, layout) in bundles.items():
             bundle = writing(
-                layout, sources.side_files, output, force=force, device=where, accept=partial(accept, request),
+                layout, sources.side_files, output, force=force, device=where, accept=partial(accept, output, request),
                 examine=finish, on_stage=on_stage, on_message=access.on_message, old=old, joins=join,
             )  # fmt: skip
-            products.append(stack.enter_context(bundle))
+            products.append(stack.enter_context(judged(bundle)))
         materialise_all(
             products, sources.located, device=where, threads=threads, chunk_elements=chunk, on_bytes=on_bytes,
             on_stage=on_stage,
         )  # fmt: skip
+    if len(failed) > 1:
+        raise GateError("\n  ".join(error.message for error in failed), hint=failed[0].hint)
+    if failed:
+        raise failed[0]
     return [product.measured for product in products]

@@ -1,5 +1,6 @@
 """`merge --sizes`: the bundles of single merges, made in one read of the weights."""
 
+import json
 import shutil
 import signal
 
@@ -104,6 +105,20 @@ def test_something_else_in_a_place_is_refused_before_anything_is_written(family,
     path = next((tmp_path / "b/2x/weights").iterdir())
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     fails(2, *words, says="exists")  # a damaged one is none that may stay
+
+
+@pytest.mark.parametrize("order", [SIZES, SIZES[::-1]])
+def test_a_bundle_that_is_too_far_off_does_not_keep_the_others_from_being_written(order, family, single, tmp_path):
+    far = [max(distances(family / "average" / size)) for size in SIZES]
+    assert far[0] >= far[1] > far[2]
+    words = ("merge", family / "plan.json", "--method", "average", "--sizes", ",".join(order), "-o", tmp_path / "b")
+    said = fails(6, *words, "--max-distance", (far[1] + far[2]) / 2, says="is not published").err
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["3x"]
+    assert [f"{tmp_path / 'b' / size} is not published" in said for size in SIZES] == [True, True, False]
+
+
+def distances(bundle):
+    return [task["distance"] for task in json.loads((bundle / "manifest.json").read_bytes())["tasks"].values()]
 
 
 def test_what_is_asked_wrongly_is_refused(family, tmp_path):
