@@ -33,7 +33,7 @@ class Workers:
 
     ray: Any
     nodes: tuple[dict[str, Any], ...]
-    """The nodes that are alive and have processors, as Ray describes them."""
+    """The nodes that are alive and have processors and, if parts compute on GPUs, a GPU, as Ray describes them."""
     device: str
     """What all parts compute on."""
     threads: int
@@ -58,23 +58,32 @@ class Workers:
                 hint="start one with `ray start --head`, or name it: --workers ray:HOST:6379",
             ) from None
         try:
-            nodes = tuple(node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
+            nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
             if not nodes:
                 raise MachineError("no node of the Ray cluster has a processor", hint="ray status")
             if device == "auto":
-                device = "cuda" if all(node["Resources"].get("GPU", 0) >= 1 for node in nodes) else "cpu"
-            yield Workers(ray, nodes, device, threads or int(min(node["Resources"]["CPU"] for node in nodes)))
+                device = "cuda" if all(_gpus(node) for node in nodes) else "cpu"
+            if device != "cpu" and not (nodes := [node for node in nodes if _gpus(node)]):
+                raise UsageError(f"--device {device}: no node of the Ray cluster has a GPU", hint="--device cpu")
+            most = max(int(node["Resources"]["CPU"]) for node in nodes)
+            if threads is not None and threads > most:  # Ray would wait for such a node without end.
+                raise UsageError(
+                    f"--threads {threads}: no node of the Ray cluster has more than {most} processors",
+                    hint=f"--threads {most}",
+                )
+            shared_by = (1 if device == "cpu" else _gpus(node) for node in nodes)
+            threads = threads or max(1, min(int(n["Resources"]["CPU"]) // by for n, by in zip(nodes, shared_by)))
+            yield Workers(ray, tuple(nodes), device, threads)
         finally:
             ray.shutdown()
 
     @property
     def count(self) -> int:
         """The number of parts: some for each that can run at the same time."""
-        slots = (
-            node["Resources"].get("GPU", 0) if self.device != "cpu" else node["Resources"]["CPU"] // self.threads
-            for node in self.nodes
-        )
-        return max(1, PARTS_PER_SLOT * int(sum(slots)))
+        slots = [int(node["Resources"]["CPU"]) // self.threads for node in self.nodes]
+        if self.device != "cpu":
+            slots = [min(count, _gpus(node)) for count, node in zip(slots, self.nodes)]
+        return max(1, PARTS_PER_SLOT * sum(slots))
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise SourceError that names a node which does not see one of the paths."""
@@ -173,6 +182,10 @@ def shared_folder(beside: Path) -> Iterator[Path]:
     beside.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.parts-", dir=beside.absolute().parent) as folder:
         yield Path(folder)
+
+
+def _gpus(node: dict[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0))
 
 
 def _missing(paths: list[str]) -> list[str]:

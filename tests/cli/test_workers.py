@@ -1,12 +1,15 @@
 """`--workers ray`: plan and bundle of one process, from a cluster of two nodes, one of which is removed meanwhile."""
 
 import shutil
+import sys
 import threading
 import time
+from types import ModuleType
 
 import pytest
 
-from flexmerge_cli.cli.workers import part_words
+from flexmerge_cli.cli.workers import Workers, part_words
+from flexmerge_cli.errors import UsageError
 
 from ..families import plain, write_family
 from ..program import fails, succeeds, tree
@@ -25,6 +28,30 @@ def test_what_is_no_cluster_is_refused(tmp_path):
     fails(2, *words, "slurm", says="--workers slurm is no cluster")
     fails(2, *words, "ray", "--part", "1/2", says="--workers has no effect beside --part")
     fails(2, *words, "ray", "--dry-run", says="--dry-run has no effect beside --workers")
+
+
+@pytest.mark.parametrize(("nodes", "device", "threads", "found"), [
+    ([(8, 0), (4, 0)], "auto", None, ("cpu", 4, 6)),
+    ([(8, 0), (4, 0)], "auto", 8, ("cpu", 8, 2)),
+    ([(8, 0), (4, 0)], "auto", 9, "--threads 9: no node of the Ray cluster has more than 8"),
+    ([(8, 0)], "cuda", None, "no node of the Ray cluster has a GPU"),
+    ([(32, 4), (16, 1)], "auto", None, ("cuda", 8, 10)),
+    ([(32, 4), (16, 0)], "cuda", None, ("cuda", 8, 8)),
+    ([(2, 4)], "cuda", None, ("cuda", 1, 4)),
+    ([(32, 4)], "cuda", 16, ("cuda", 16, 4)),
+])  # fmt: skip
+def test_no_part_waits_for_what_no_node_has(nodes, device, threads, found, monkeypatch):
+    """Ray waits without end for a node with more processors than any has, or with a GPU."""
+    ray = ModuleType("ray")
+    ray.init, ray.shutdown = lambda **_options: None, lambda: None
+    ray.nodes = lambda: [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in nodes]
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    if isinstance(found, str):
+        with pytest.raises(UsageError, match=found), Workers.of("ray", device=device, threads=threads):
+            pass
+        return
+    with Workers.of("ray", device=device, threads=threads) as cluster:
+        assert (cluster.device, cluster.threads, cluster.count) == found
 
 
 @pytest.fixture
