@@ -28,12 +28,13 @@ _ADDRESSES: dict[str, str] = {}
 
 
 def show_as(folder: object, address: str) -> None:
-    """Make errors name the address where they would name this folder, which holds for this process what is there."""
-    _ADDRESSES[str(folder)] = address.rstrip("/")
+    """Make errors name the address, or another folder, where they would name this folder, which holds for this process
+    what is there."""
+    _ADDRESSES[str(folder)] = _with_addresses(address).rstrip("/")
 
 
 def _with_addresses(text: str) -> str:
-    for folder, address in _ADDRESSES.items():
+    for folder, address in list(_ADDRESSES.items()):  # other threads add to them
         text = text.replace(folder, address)
     return text
 
@@ -47,15 +48,21 @@ class FlexmergeError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """message: what is wrong and where, without a final period. hint: what to do next, if possible a command."""
-        self.message = without_colours(without_secrets(_with_addresses(message)))
-        self.hint = None if hint is None else without_colours(without_secrets(_with_addresses(hint)))
-        super().__init__(self.message)
+        message, hint = (self._said(message), None if hint is None else self._said(hint))
+        self.message, self.hint = message, hint
+        super().__init__(message)
+
+    def _said(self, text: str) -> str:
+        return without_colours(without_secrets(_with_addresses(text)))
 
 
 class MachineError(FlexmergeError):
-    """The machine failed: disk, memory, permission."""
+    """The machine failed: disk, memory, permission. Its folders are named even where others show an address."""
 
     exit_code = 1
+
+    def _said(self, text: str) -> str:
+        return without_colours(without_secrets(text))
 
 
 class UsageError(FlexmergeError):

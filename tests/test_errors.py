@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexmerge_cli.errors import DataError, MachineError, machine_failure
+from flexmerge_cli.errors import DataError, MachineError, UsageError, machine_failure, show_as
 
 
 def raised(run):
@@ -92,3 +92,12 @@ def test_colours_of_libraries_are_no_part_of_a_message():
     error = DataError("weights: \x1b[1mno\x1b[0m such \x1b[38;5;208mkey\x1b[m", hint="\x1b[31mlook\x1b[0m")
     assert (error.message, error.hint, str(error)) == ("weights: no such key", "look", "weights: no such key")
     assert DataError("name \x1b[2J").message == "name \x1b[2J", "what is no colour is made visible where it is shown"
+
+
+def test_what_the_machine_lacks_is_told_of_its_own_folder():
+    """A full disk was said to be at the address of a bundle, which is made in the cache before."""
+    show_as("/cache/of-errors", "s3://bucket/b/")
+    show_as("/links/of-errors", "/cache/of-errors/coded/a")
+    assert UsageError("/links/of-errors/x", hint="/cache/of-errors").message == "s3://bucket/b/coded/a/x"
+    found = MachineError("no space at /cache/of-errors", hint="free /cache/of-errors")
+    assert (found.message, found.hint) == ("no space at /cache/of-errors", "free /cache/of-errors")

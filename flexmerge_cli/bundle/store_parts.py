@@ -11,16 +11,18 @@ The join fetches all parts, and goes on like one whose parts lie in a shared fol
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.bundle.parts import share_of
-from flexmerge_cli.bundle.publish import partial_folder
+from flexmerge_cli.bundle.publish import partial_bytes, partial_folder
 from flexmerge_cli.bundle.store import PARTS, Store, store_errors
 from flexmerge_cli.engine.journal import journal_path
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.request.part import Share
+from flexmerge_cli.writing import cannot_write, no_space
 
 COPY_BYTES = 8 << 20
 JOURNAL = re.compile(r"(\d{1,4})-of-(\d{1,4})\.journal")
@@ -59,7 +61,7 @@ def send_part(store: Store, layout: BundleLayout, target: Path, key: str, part: 
 def fetch_parts(store: Store, layout: BundleLayout, target: Path, key: str, on_progress: OnProgress) -> None:
     """Fetch all finished parts to where the join looks for them.
 
-    Raises UsageError if there are none, IntegrityError if one is not of its size, SourceError.
+    Raises UsageError if there are none, IntegrityError if one is not of its size, SourceError, MachineError.
     """
     found = (JOURNAL.fullmatch(name.removeprefix(f"{key}/")) for name in store.parts)
     parts = [Share(int(name[1]), int(name[2])) for name in found if name is not None]
@@ -70,6 +72,8 @@ def fetch_parts(store: Store, layout: BundleLayout, target: Path, key: str, on_p
     folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     done, total = 0, sum(store.parts.get(f"{key}/{_name(part)}.data", 0) for part in parts)
+    if shutil.disk_usage(folder).free + partial_bytes(target) < total:
+        raise no_space(folder, total)
     for part in parts:
         place = f"{store.root}/{PARTS}{key}/{_name(part)}"
         ranges, size = [*_ranges(layout, part)], store.parts.get(f"{key}/{_name(part)}.data")
@@ -88,12 +92,23 @@ def fetch_parts(store: Store, layout: BundleLayout, target: Path, key: str, on_p
                         data = read.read(min(COPY_BYTES, num_bytes))
                         if not data:
                             raise IntegrityError(f"{place}.data ends early", hint="run the command again")
-                        os.pwrite(descriptor, data, offset)
+                        _write(descriptor, data, offset, folder / path)
                         offset, num_bytes, done = offset + len(data), num_bytes - len(data), done + len(data)
                         on_progress("fetch", done, total)
                 finally:
                     os.close(descriptor)
             store.files.get_file(f"{place}.journal", str(journal_path(folder, part)))
+
+
+def _write(descriptor: int, data: bytes, offset: int, path: Path) -> None:
+    """Write all bytes at their place. Raises MachineError that names the path."""
+    left = memoryview(data)
+    try:
+        while left:
+            written = os.pwrite(descriptor, left, offset)
+            left, offset = left[written:], offset + written
+    except OSError as error:
+        raise cannot_write(error, path) from None
 
 
 def remove_parts(store: Store) -> None:

@@ -17,6 +17,7 @@ from flexmerge_cli.bundle.store import Store, check_store, push_to_store
 from flexmerge_cli.bundle.unchanged import Unchanged, unchanged
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.cli.packing import Packing
+from flexmerge_cli.engine.journal import read_journals
 from flexmerge_cli.errors import UsageError, show_as
 from flexmerge_cli.evaluation.cache import cache_folder
 from flexmerge_cli.formats.plan_file import Plan
@@ -47,7 +48,7 @@ class AtStore:
                 hint=f"write a folder, and then: flexmerge push FOLDER {output}",
             )
         check_store(output, force=force, offline=offline)
-        name = hashlib.sha256(f"{output.rstrip('/')}{part or ''}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{output.rstrip('/')} {part or ''}".encode()).hexdigest()[:16]
         folder = cache_folder().parent / "uploads" / name / "bundle"
         for place in (folder, partial_folder(folder)):
             show_as(place, output)
@@ -58,7 +59,7 @@ class AtStore:
         from flexmerge_cli.engine.device import choose_device
         from flexmerge_cli.engine.product import build_of
 
-        build = build_of(layout, choose_device(device))
+        build = build_of(layout, choose_device(device, computes=False))
         if layout.calibration is not None or not is_there(self.folder, layout, build):
             return None
         return unchanged(Bundle.open(self.folder), layout, build)
@@ -71,7 +72,10 @@ class AtStore:
         from flexmerge_cli.bundle.store_parts import fetch_parts, has_part, remove_parts, send_part
         from flexmerge_cli.engine.device import choose_device
 
-        key = merge_key(layout, choose_device(device, computes=False))[:16]
+        whole_key = merge_key(layout, choose_device(device, computes=False))
+        key, partial = whole_key[:16], partial_folder(self.folder)
+        if read_journals(partial, whole_key).of_another:
+            shutil.rmtree(partial)  # What a killed run of another merge left is of no use, and nobody else sees it.
         store = Store.at(self.address, offline=self.offline)
         options = run | {"device": device, "on_progress": on_progress, "force": True}
         if packing.part is not None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -12,7 +13,11 @@ import torch
 from flexmerge_cli import merge, merge_sizes, open_bundle, push
 from flexmerge_cli.bundle import store as stores
 from flexmerge_cli.bundle import store_parts
+from flexmerge_cli.bundle.publish import partial_folder
+from flexmerge_cli.cli.storing import AtStore
+from flexmerge_cli.engine.journal import Journal
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.request.part import parse_part
 
 from ..program import fails, flexmerge, succeeds, tree
 from .test_resume import counted
@@ -248,6 +253,46 @@ def test_a_part_that_was_cut_off_in_the_store_is_not_joined(plan, monkeypatch, t
     fails(5, *command, "--join", says=("memory://packed/cut is not what its part wrote", "--part 1/1"))
     assert not files.exists("/packed/cut/manifest.json")
     files.rm("/packed", recursive=True)
+
+
+@pytest.mark.parametrize("more", [("--part", "1/1"), ("--join",)])
+def test_what_a_killed_run_of_another_merge_left_is_no_obstacle(more, plan, made, monkeypatch, tmp_path):
+    """The command was refused for good, with the advice to remove a folder at the address, where there was none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = "memory://packed/again"
+    command = ("merge", plan, "--method", "average", "--size", "2x", "-o", address)
+    is_joined = more == ("--join",)
+    if is_joined:
+        succeeds(*command, "--part", "1/1")
+    made_in = AtStore.of(address, force=False, offline=False, part=None if is_joined else parse_part("1/1"))
+    left = partial_folder(made_in.folder)
+    left.mkdir(parents=True)
+    with Journal(left, "another merge", parse_part("2/2")):
+        pass
+    succeeds(*command, *more)
+    assert (objects(address) == own(made / "a")) is is_joined
+    fsspec.filesystem("memory").rm("/packed", recursive=True)
+
+
+def test_a_join_needs_no_gpu_and_names_the_disk_that_is_full(plan, made, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = ("merge", plan, "--method", "average", "--size", "2x", "-o", "memory://packed/joined")
+    fails(2, *command, "--join", "--device", "cuda", says="holds no parts")
+    succeeds(*command, "--part", "1/1")
+    write, place = os.pwrite, tmp_path / "cache/flexmerge/uploads"
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for broken in ({"disk_usage": lambda _path: SimpleNamespace(free=10)}, {"pwrite": full}):
+        with monkeypatch.context() as patched:
+            for name, function in broken.items():
+                patched.setattr(getattr(store_parts, "shutil" if name == "disk_usage" else "os"), name, function)
+            fails(1, *command, "--join", says=f"no space at {place}")
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: write(file, data[: len(data) // 2 + 1], offset))
+    succeeds(*command, "--join")
+    assert objects("memory://packed/joined") == own(made / "a")
+    fsspec.filesystem("memory").rm("/packed", recursive=True)
 
 
 def test_errors_of_a_bundle_at_an_address_name_the_address(made):
