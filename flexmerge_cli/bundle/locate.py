@@ -18,6 +18,7 @@ from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.urls import new_folder, open_url
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError, show_as
+from flexmerge_cli.formats.folders import SURGERY_FILE
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import no_space
@@ -144,4 +145,10 @@ def _needed(path: Path, manifest: Manifest, tasks: Sequence[str] | None) -> list
     for task in tasks or ():
         if task not in manifest.tasks:
             raise SourceError(f"no task `{task}` in {path}", hint=f"it has: {', '.join(manifest.tasks)}")
-    return [name for name, file in manifest.files.items() if tasks is None or set(tasks) & set(file.tasks)]
+    wanted = set(manifest.tasks if tasks is None else tasks)
+    corrected = set() if manifest.surgery is None else wanted & manifest.surgery.layers.keys()
+    return [
+        name
+        for name, file in manifest.files.items()
+        if tasks is None or wanted & set(file.tasks) or (name == SURGERY_FILE and corrected)
+    ]

@@ -21,7 +21,15 @@ from flexmerge_cli.checkpoint.remote import RangeFile, RemoteFile
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.checkpoint.urls import new_folder
-from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, SourceError, UsageError
+from flexmerge_cli.errors import (
+    DataError,
+    FlexmergeError,
+    IntegrityError,
+    MachineError,
+    SourceError,
+    UsageError,
+    show_as,
+)
 from flexmerge_cli.formats.folders import BASE_FOLDER, WEIGHTS
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.methods.registry import format_call
@@ -263,6 +271,7 @@ class Bundle(Routes):
             names, is_coded, folder = self.manifest.base_files, self.manifest.is_base_coded, BASE_FOLDER
         if is_coded and folder not in self._linked:
             made = new_folder()
+            show_as(made, str(self.path / folder))
             for name, path in names.items():
                 (made / name).parent.mkdir(parents=True, exist_ok=True)
                 (made / name).symlink_to((self.path / path).absolute())

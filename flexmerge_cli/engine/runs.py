@@ -37,9 +37,10 @@ def sizes(values_kN: Tensor, run: int, counts_kN: Tensor | None = None) -> np.nd
     """Return Σ|x| of each run likewise, in float64 throughout. counts_kN: which elements count, bool; None: all."""
     if native.lib is not None and run == RUN_ELEMENTS and (rows := native_rows(values_kN)) is not None:
         total = np.empty((len(rows), -(-rows.shape[1] // run)))
+        counts = None if counts_kN is None else counts_kN.contiguous()  # held until the call has ended
         native.lib.flexmerge_sizes(
             rows.data_ptr(), len(rows), rows.shape[1], rows.stride(0),
-            None if counts_kN is None else counts_kN.contiguous().data_ptr(), total.ctypes.data,
+            None if counts is None else counts.data_ptr(), total.ctypes.data,
         )  # fmt: skip
         return total
     if counts_kN is not None:

@@ -71,7 +71,8 @@ def check_manifest(manifest: "Manifest") -> None:
         is_coded, links = manifest.is_coded(name), manifest.links(name)
         side = manifest.side_files(name) | (manifest.base_files if task.adapter is not None else {})
         if any(
-            own.endswith("/") or not own or any(str(up) in side for up in PurePosixPath(own).parents) for own in side
+            own.rpartition("/")[2] in ("", ".", "..") or any(str(up) in side for up in PurePosixPath(own).parents)
+            for own in side
         ):
             raise ValueError(f"two files of task `{name}` have one place in a checkpoint, or one has none")
         beside = {f"coded/{name}/{CODED_README}", *manifest.side_files(name).values()}

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from flexmerge_cli import open_bundle, verify
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.formats.manifest import Manifest
 
 from ..families import ODD, assert_same_state, write_family
@@ -246,6 +247,7 @@ def test_manifests_of_strangers_with_odd_links_are_refused(change, merged, tmp_p
 @pytest.mark.parametrize(
     "path",
     ["coded/task1/x", "coded/task1/files/x", "coded/task1/config.json/x.aside", "coded/task1/.aside",
+     "coded/task1/..aside", "coded/task1/...aside", "coded/task1/a/..aside", "coded/task1/a/...aside",
      "tasks/task1/config.json", "coded/x/README.md"],
 )  # fmt: skip
 def test_files_of_a_coded_task_lie_in_its_folder(path, masked, tmp_path):
@@ -272,6 +274,13 @@ def test_the_files_of_a_coded_task_have_their_own_names_for_us_and_none_for_load
     succeeds("export", masked, "--task", "task1", "-o", tmp_path / "out")
     (tmp_path / "out/model.safetensors").unlink()
     assert tree(own) == tree(tmp_path / "out")
+
+
+def test_errors_name_their_folder_in_the_bundle(masked):
+    """They named the folder of links, which is gone when the program has ended."""
+    with pytest.raises(UsageError) as error:
+        open_bundle(masked).model("task1")
+    assert f"{masked}/coded/task1/config.json" in str(error.value)
 
 
 def test_a_bundle_that_has_them_in_a_subfolder_under_their_own_names_is_read(masked, tmp_path):

@@ -3,14 +3,18 @@
 import json
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import merge, open_bundle, tune, verify
+from flexmerge_cli import merge, open_bundle, push, tune, verify
 from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.surgery import CorrectedLinear
+from flexmerge_cli.bundle.view import View, load_model
 from flexmerge_cli.calibration.surgery import fit
 from flexmerge_cli.engine.product import build_of
 from flexmerge_cli.errors import IntegrityError, UsageError
@@ -120,6 +124,15 @@ def test_nothing_else_stands_for_a_corrected_model(fitted, tmp_path):
     with pytest.raises(UsageError, match="is corrected"):
         task_view(str(output / "tasks" / "a"))
     fails(2, "update", output, "--plan", family.plan_path, "-o", tmp_path / "new", says="has a surgery")
+
+
+def test_one_task_of_a_bundle_at_an_address_is_corrected(fitted):
+    """Its factors were not fetched, and the model could not be built."""
+    _, output, _ = fitted
+    push(output, "memory://packed/corrected")
+    located = locate("memory://packed/corrected", tasks=["a"])
+    assert isinstance(load_model(View(located.open(), "a")).classifier, CorrectedLinear)
+    fsspec.filesystem("memory").rm("/packed", recursive=True)
 
 
 def test_damage_is_found_and_what_does_not_fit_is_refused(fitted, tmp_path):
