@@ -19,6 +19,7 @@ from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.recorded import recorded
 from flexmerge_cli.planning.sources import open_sources
 from flexmerge_cli.request.choices import Auto
 from flexmerge_cli.request.merge import MergeRequest
@@ -42,7 +43,8 @@ def calibration_of(request: MergeRequest, plan: Plan) -> CalibrationData | None:
     found = read_calibration(Path(request.calibration), plan)
     statistics = set(found.index.settings.statistics)
     missing = sorted(request.reads - statistics)
-    if isinstance(request.choice, Auto) and not statistics & {"fisher", "inputs"}:
+    useful = {"fisher"} if recorded(request).is_by_distance else {"fisher", "inputs"}
+    if isinstance(request.choice, Auto) and not statistics & useful:
         missing = [*missing, "fisher"]
     if missing:
         raise UsageError(

@@ -27,7 +27,7 @@ class Chain:
     calibrate: CalibrationCall | None
     coded: Coded | None
     calibration: Calibrated | None = None
-    """What was measured on examples, if it was given."""
+    """What was measured on examples, if residuals are rounded by it."""
     products: Call | None = None
     """For a pool of LoRA adapters: the call that merges the products of the factors that `call` gets."""
     step_stats: list[Any] = field(default_factory=list)
@@ -52,16 +52,20 @@ class Chain:
 
 def chains_of(layout: BundleLayout) -> list[Chain]:
     """Return the chains of an allocation's methods, in its order."""
+    # Rounding with feedback brings outputs nearer and weights farther, so it would miss a distance that was asked for.
+    is_by_distance = layout.request is not None and layout.request.is_by_distance
+    rounds_by = None if is_by_distance else layout.calibration
     return [
-        _pooled(use) if layout.plan.pools_lora else _chain(use, layout.calibration) for use in layout.allocation.methods
+        _pooled(use) if layout.plan.pools_lora else _chain(use, layout.calibration, rounds_by)
+        for use in layout.allocation.methods
     ]
 
 
-def _chain(use: MethodUse, calibration: Calibrated | None) -> Chain:
+def _chain(use: MethodUse, calibration: Calibrated | None, rounds_by: Calibrated | None) -> Chain:
     call = use.maker
     if call is not None and call.method.reads:
         call = replace(call, source=calibration)
-    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded, calibration=calibration)
+    return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded, calibration=rounds_by)
 
 
 def _pooled(use: MethodUse) -> Chain:

@@ -62,6 +62,11 @@ class Request(Record):
             raise ValueError("is not a command of `flexmerge merge plan.json`")
         return value
 
+    @property
+    def is_by_distance(self) -> bool:
+        """Whether a distance decides what is stored, and no size."""
+        return self.max_distance is not None and self.size is None
+
     def dump(self) -> dict[str, Any]:
         """Return it for JSON, without padding."""
         return self.model_dump(mode="json", exclude_none=True, exclude={"padding"})

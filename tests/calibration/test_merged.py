@@ -401,6 +401,22 @@ def test_layers_whose_inputs_are_rows_are_coded_without_feedback(done, tmp_path)
     assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
 
 
+def test_a_distance_that_is_asked_for_is_kept_without_feedback(pictures, tmp_path):
+    """Feedback makes distances half as large again: with --max-distance and no size, `auto` ended with exit 6."""
+    calibrations = {
+        "both": pictures.output,
+        "fisher": with_index(pictures, tmp_path / "without", statistics=["fisher"], inputs={}),
+        "inputs": with_index(pictures, tmp_path / "inputs-alone", statistics=["inputs"], fisher={}),
+    }
+    words = ["merge", pictures.family.plan_path, "--method", "auto", "--max-distance", "0.5", "--calibration"]
+    for name in ("both", "fisher"):
+        succeeds(*words, calibrations[name], "-o", tmp_path / name)
+    weights = [sorted((tmp_path / name).rglob("*.safetensors")) for name in ("both", "fisher")]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]
+    says = "was made without the statistic `fisher`"
+    fails(2, *words, calibrations["inputs"], "-o", tmp_path / "never", says=says)
+
+
 def test_auto_refuses_inputs_that_are_not_finite(pictures, tmp_path):
     folder = tmp_path / "calibration"
     shutil.copytree(pictures.output, folder)
