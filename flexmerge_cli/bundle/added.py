@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from flexmerge_cli.allocation.files import safetensors_header
 from flexmerge_cli.allocation.manifest_bytes import amended
+from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.export import copy_file
 from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
@@ -18,6 +19,7 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import IntegrityError
+from flexmerge_cli.formats.folders import ADDED
 from flexmerge_cli.writing import NO_LINK
 
 
@@ -39,15 +41,20 @@ def write_added(
     *,
     key: str,
     entry: Mapping[str, Any],
+    card: Callable[[Path], str] | None = None,
     force: bool = False,
 ) -> None:
     """Write a copy of a bundle that has this file, too. Its other files are hard links if possible, else copies.
 
     path: that of the file in the bundle. arrays: its float32 arrays, in order. key, entry: what the manifest says of
-    it, and where. Raises IntegrityError if a file of the bundle is damaged, UsageError if the target exists.
+    it, and where. card: makes the card of the new folder anew, if nobody has changed the old one.
+    Raises IntegrityError if a file of the bundle is damaged, UsageError if the target exists.
     """
     for task in bundle.tasks:
         bundle.check_files(task)
+    for other in ADDED.values():  # No task reads these.
+        if other in bundle.manifest.files and other != path:
+            read_arrays(bundle, other)
     header = safetensors_header(
         {name: ("F32", array.shape, array.nbytes) for name, array in arrays.items()}, {"format": "np"}
     )
@@ -81,6 +88,8 @@ def write_added(
         if f'"id":"{manifest.id}"'.encode() not in data:
             raise IntegrityError(f"{bundle.path} was replaced meanwhile", hint="run the command again")
         (folder / MANIFEST_NAME).write_bytes(amended(data, change))
-        if (bundle.path / CARD_NAME).is_file():
+        if card is not None and is_own_card(bundle.path / CARD_NAME):
+            (folder / CARD_NAME).write_text(card(folder))
+        elif (bundle.path / CARD_NAME).is_file():
             shutil.copyfile(bundle.path / CARD_NAME, folder / CARD_NAME)
         read_arrays(Bundle.open(folder), path)

@@ -124,18 +124,26 @@ def _tasks(manifest: Manifest, plan: Plan, scores: Scores | None) -> str:
         rows.append(row)
     lines = [heads, ["---"] * len(heads), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    way = "can be used in Python alone" if any(map(manifest.has_experts, manifest.tasks)) else "must be exported first"
+    way = "must be exported first" if _is_exportable(manifest) else "can be used in Python alone"
+    as_it_is = (
+        "loads as it lies" if manifest.surgery is None else "loads without the corrections of what last layers get"
+    )
     return f"""## Tasks
 
 {table}
 
 Distance is ‖θ̂ − θ‖/‖τ‖: how far the weights are from those of the fine-tuned model, relative to what fine-tuning
-changed. A folder below `tasks` loads as it lies; what is below `coded` {way}."""
+changed. A folder below `tasks` {as_it_is}; what is below `coded` {way}."""
+
+
+def _is_exportable(manifest: Manifest) -> bool:
+    """Return whether ordinary checkpoints can hold the models."""
+    return manifest.surgery is None and not any(map(manifest.has_experts, manifest.tasks))
 
 
 def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
     first = plan.readers[0].name
-    in_place = [name for name in manifest.tasks if manifest.tasks[name].stem is not None]
+    in_place = [n for n in manifest.tasks if manifest.tasks[n].stem is not None and manifest.surgery is None]
     kinds = {task.name: task.library for task in plan.tasks}
     loads = next((name for name in in_place if kinds.get(name) == "transformers"), None)
     parts = ["## Use"]
@@ -151,7 +159,7 @@ def _use(folder: Path, manifest: Manifest, plan: Plan) -> str:
     commands = [
         "pip install flexmerge-cli",
         f"flexmerge export hf://{REPOSITORY} --task {first} -o {first}/   # any task as an ordinary checkpoint",
-    ][: 1 if any(map(manifest.has_experts, manifest.tasks)) else 2]
+    ][: 2 if _is_exportable(manifest) else 1]
     python = f'from flexmerge_cli import open_bundle\n\nmodel = open_bundle("hf://{REPOSITORY}").model("{first}")'
     parts.append(f"Any task, of which only its own files are fetched:\n\n{_fence(chr(10).join(commands), 'bash')}")
     parts.append(f"Several tasks in one process share what the bundle stores once:\n\n{_fence(python, 'python')}")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from flexmerge_cli.bundle.added import write_added
 from flexmerge_cli.bundle.apart import check_apart
+from flexmerge_cli.bundle.card import make_card
+from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.bundle.publish import bundle_files, check_target
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.surgery import corrected
@@ -88,7 +90,10 @@ def surgery(
         data={task: one.data for task, one in found.items()},
     )
     arrays = {f"{task}@{role}": getattr(one, role) for task, one in found.items() for role in ("down", "up")}
-    write_added(bundle, SURGERY_FILE, arrays, output, key="surgery", entry=entry.model_dump(mode="json"), force=force)
+    write_added(
+        bundle, SURGERY_FILE, arrays, output, key="surgery", entry=entry.model_dump(mode="json"), force=force,
+        card=lambda folder: make_card(folder, read_manifest(folder), request.plan, None),
+    )  # fmt: skip
     return found
 
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from flexmerge_cli import merge, open_bundle, push, tune, verify
 from flexmerge_cli.allocation.allocate import allocate
+from flexmerge_cli.bundle.added import write_added
+from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.surgery import CorrectedLinear
@@ -20,7 +22,7 @@ from flexmerge_cli.engine.product import build_of
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import bundle_model
-from flexmerge_cli.formats.folders import SURGERY_FILE
+from flexmerge_cli.formats.folders import ROUTER_FILE, SURGERY_FILE
 from flexmerge_cli.merging_sizes import is_there
 from flexmerge_cli.request.merge import merge_request
 from flexmerge_cli.vllm_plugin import task_view
@@ -133,6 +135,23 @@ def test_one_task_of_a_bundle_at_an_address_is_corrected(fitted):
     located = locate("memory://packed/corrected", tasks=["a"])
     assert isinstance(load_model(View(located.open(), "a")).classifier, CorrectedLinear)
     fsspec.filesystem("memory").rm("/packed", recursive=True)
+
+
+def test_the_card_of_a_corrected_bundle_promises_no_export(fitted):
+    """It was the card of the bundle before, with a command that is refused, and scores of other models."""
+    family, output, _ = fitted
+    before, after = ((bundle / "README.md").read_text() for bundle in (family.folder / "merged", output))
+    assert "flexmerge export" in before and "flexmerge export" not in after
+    assert "loads without the corrections" in after and is_own_card(output / "README.md")
+
+
+def test_a_damaged_correction_is_not_linked_into_another_bundle(fitted, tmp_path):
+    _, output, _ = fitted
+    damaged = copy(output, tmp_path / "damaged")
+    flip(damaged / SURGERY_FILE)
+    with pytest.raises(IntegrityError, match=r"surgery\.safetensors: sha256 differs"):
+        write_added(Bundle.open(damaged), ROUTER_FILE, {}, tmp_path / "routed", key="router", entry={})
+    assert not (tmp_path / "routed").exists()
 
 
 def test_damage_is_found_and_what_does_not_fit_is_refused(fitted, tmp_path):
