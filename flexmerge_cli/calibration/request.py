@@ -91,6 +91,8 @@ def calibration_request(
     method and size of a merge whose models give the inputs.
     Raises UsageError, SourceError, DataError.
     """
+    if examples < 1:
+        raise UsageError(f"{examples} examples of each task are too few", hint="at least 1")
     wanted, plan = parse_statistics(statistics), load_plan(plan_path)
     if size is not None and through is None:
         raise UsageError("--size has no effect without --through", hint="--through regmean --size 1x")

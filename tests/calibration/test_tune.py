@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexmerge_cli import load_plan, open_bundle
+from flexmerge_cli import calibrate, load_plan, open_bundle, tune
 from flexmerge_cli.calibration.joint import JointModels
 from flexmerge_cli.calibration.tune import tune_request
 from flexmerge_cli.calibration.tuners import TUNERS
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.random import key64, uniform
 
 from ..program import fails, succeeds
@@ -257,6 +257,14 @@ def test_force_replaces_coefficients_and_nothing_else(pictures, tmp_path):
     succeeds(*words, "--force")
     (tmp_path / "c.json").write_text('{"format":"flexmerge.plan/1"}')
     fails(2, *words, "--force", says="is not a file of coefficients")
+
+
+@pytest.mark.parametrize("command", [calibrate, tune])
+@pytest.mark.parametrize("count", [0, -1])
+def test_python_refuses_less_than_one_example(pictures, tmp_path, command, count):
+    """0 ended in numpy, and with -1 `tune` left out one example."""
+    with pytest.raises(UsageError, match=f"{count} examples of each task are too few"):
+        command(pictures.family.plan_path, pictures.family.spec, tmp_path / "never", examples=count)
 
 
 def test_what_is_missing_is_said(pictures, tmp_path):
