@@ -13,12 +13,12 @@ from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.publish import partial_folder
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.store import Store, check_store, push_to_store
+from flexmerge_cli.bundle.store import PARTS, Store, check_store, push_to_store
 from flexmerge_cli.bundle.unchanged import Unchanged, unchanged
 from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.cli.packing import Packing
 from flexmerge_cli.engine.journal import read_journals
-from flexmerge_cli.errors import UsageError, show_as
+from flexmerge_cli.errors import IntegrityError, UsageError, show_as
 from flexmerge_cli.evaluation.cache import cache_folder
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.merging import OnProgress
@@ -88,7 +88,12 @@ class AtStore:
         if packing.join and old is None:
             fetch_parts(store, layout, self.folder, key, on_progress)
         is_joined, packing.join = packing.join, packing.join and old is None
-        written = packing.write(plan, layout, self.folder, old=old, **options)
+        try:
+            written = packing.write(plan, layout, self.folder, old=old, **options)
+        except IntegrityError as error:
+            if packing.join:  # A part that is finished in the store is not made again.
+                error.hint = f"remove the journals of these parts from {self.address}/{PARTS}{key}, and {error.hint}"
+            raise
         push_to_store(self.folder, self.address, offline=self.offline, on_progress=on_progress)
         if is_joined:
             remove_parts(store)
