@@ -66,7 +66,7 @@ def _mean_rows(deltas: Tensor, where: Where, counts: Any) -> Tensor:
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
     weight = torch.zeros_like(total)
     for task, delta in enumerate(deltas):
-        count = torch.from_numpy(counts[task]).to(deltas.device, torch.float64)[row_n]
+        count = torch.tensor(counts[task], dtype=torch.float64, device=deltas.device)[row_n]
         total += count * delta.double()
         weight += count
     return torch.where(weight > 0, total / weight, mean_tasks(deltas))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -121,6 +122,20 @@ def test_rows_of_a_table_are_weighted_by_how_often_they_were_looked_up():
     weight = np.where(counts.sum(0) > 0, counts, 1)
     expected = (weight[:, :, None] * deltas).sum(0) / weight.sum(0)[:, None]
     np.testing.assert_allclose(found, expected.ravel()[3:20], rtol=1e-6)
+
+
+def test_mapped_counts_bring_no_warning():
+    """torch warned on the terminal that the arrays of a calibration, which are mapped, cannot be written to."""
+    counts = np.ones(4, np.float32)
+    counts.flags.writeable = False
+    measured, deltas = Moments(layout="embedding", arrays=[counts] * 3), np.ones((3, 8), np.float32)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            called("regmean", deltas, measured, (4, 2))
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_fisher_weighs_each_element():
