@@ -6,7 +6,7 @@
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -256,11 +256,4 @@ CODED = GroupForm(
     decoder=coded_tensor,
     writer="flexmerge_cli.engine.writers.coded:RESIDUALS",
 )
-MIXTURE = GroupForm(
-    word="mixture",
-    product="experts",
-    layout=_layout,
-    summary=_mixture_summary,
-    decoder=coded_tensor,
-    writer="flexmerge_cli.engine.writers.coded:RESIDUALS",
-)
+MIXTURE = replace(CODED, word="mixture", product="experts", summary=_mixture_summary)
