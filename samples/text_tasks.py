@@ -69,28 +69,28 @@ def _files() -> Iterator[Path]:
 
 
 def exchanged(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """Whether the halves of a passage are exchanged."""
+    """Ask whether the halves of a passage are exchanged."""
     for words in corpus.passages:
         label, half = ("original", "exchanged")[rng.integers(2)], len(words) // 2
         yield {"text": " ".join(words[half:] + words[:half] if label == "exchanged" else words), "label": label}
 
 
 def where(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """The third of a passage that has its only `the`."""
+    """Ask which third of a passage has its only `the`."""
     for words in corpus.passages:
         if words.count("the") == 1:
             yield {"text": " ".join(words), "label": ("first", "second", "third")[3 * words.index("the") // len(words)]}
 
 
 def sooner(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """Which of two words of a passage, `of` and `the`, is first."""
+    """Ask which of two words of a passage, `of` and `the`, is first."""
     for words in corpus.passages:
         if {"of", "the"} <= set(words):
             yield {"text": " ".join(words), "label": min("of", "the", key=words.index)}
 
 
 def contains(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """Whether a passage has a word."""
+    """Ask whether a passage has a word."""
     found = corpus.passages
     for words in found:
         label = ("yes", "no")[rng.integers(2)]
@@ -101,7 +101,7 @@ def contains(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
 
 
 def half(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """The half of a passage that has a word."""
+    """Ask which half of a passage has a word."""
     for words in corpus.passages:
         place = rng.integers(len(words))
         if words.count(words[place]) == 1:
@@ -110,7 +110,7 @@ def half(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
 
 
 def longer(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """Which of two passages has more words."""
+    """Ask which of two passages has more words."""
     found = corpus.passages
     for words in found:
         other = found[rng.integers(len(found))]
@@ -121,7 +121,7 @@ def longer(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
 
 
 def order(corpus: Corpus, rng: np.random.Generator) -> Iterator[Row]:
-    """Whether the first two paragraphs of a docstring are in order."""
+    """Ask whether the first two paragraphs of a docstring are in order."""
     for doc in corpus.docs:
         found = [words_of(part)[:10] for part in doc.split("\n\n")[:2]]
         if len(found) == 2 and all(len(part) >= 4 for part in found):

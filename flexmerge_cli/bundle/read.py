@@ -226,7 +226,8 @@ class Bundle(Routes):
             raise self._no_tensor(task, name)
         if self.manifest.surgery is not None and task in self.manifest.surgery.layers:
             raise UsageError(
-                f"what a layer of task `{task}` gets is corrected, which no tensor of an ordinary checkpoint can hold",
+                f"the input of the last layer of task `{task}` is corrected, which no tensor of an ordinary checkpoint "
+                "can hold",
                 hint=f'use the model itself: flexmerge_cli.open_bundle("{self.path}").model("{task}"), or the bundle '
                 "without the correction",
             )
