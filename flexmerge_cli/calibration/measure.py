@@ -107,11 +107,16 @@ def stages_of(allocation: Allocation) -> dict[str, str]:
     return found
 
 
+def tensor_stages(allocation: Allocation) -> dict[str, str]:
+    """Map each tensor of a merge, a split one as a whole, to the stage in which it merges."""
+    stages = stages_of(allocation)
+    return {whole_of(name)[0]: stages[unit.name] for unit in allocation.units for name in unit.tensors}
+
+
 def by_stage(allocation: Allocation, wanted: "Sequence[Wanted]") -> "dict[str, list[Wanted]]":
     """Group what is measured by the stages of a merge, in its order; stages without any are left out."""
-    stages = stages_of(allocation)
-    stage_of = {whole_of(name)[0]: stages[unit.name] for unit in allocation.units for name in unit.tensors}
-    found: dict[str, list[Wanted]] = {stage: [] for stage in stages.values()}
+    stage_of = tensor_stages(allocation)
+    found: dict[str, list[Wanted]] = {stage: [] for stage in stage_of.values()}
     for one in wanted:
         found[stage_of[one.tensor]].append(one)
     return {stage: of_stage for stage, of_stage in found.items() if of_stage}

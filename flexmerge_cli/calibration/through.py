@@ -25,6 +25,7 @@ from flexmerge_cli.calibration.measure import (
     run_of,
     runs_of,
     stages_of,
+    tensor_stages,
     wanted_of,
 )
 from flexmerge_cli.calibration.request import CalibrationRequest, OnStep, Through, run_examples
@@ -123,8 +124,7 @@ def _observed(request: CalibrationRequest) -> "tuple[list[dict[str, list[Wanted]
     order in which models first run them; those that no model runs come last."""
     assert request.through is not None
     plan, allocation = request.plan, request.through.allocation
-    stages = stages_of(allocation)
-    stage_of = {whole_of(name)[0]: stages[unit.name] for unit in allocation.units for name in unit.tensors}
+    stage_of = tensor_stages(allocation)
     seen: dict[str, None] = {}
     wanted: list[dict[str, list[Wanted]]] = []
     for place in plan.all_tasks:
@@ -154,7 +154,7 @@ def _observed(request: CalibrationRequest) -> "tuple[list[dict[str, list[Wanted]
         with suppress(RunEnded):
             run_examples(request, request.references.of(plan.task_names[place])["fine_tuned"](), on_built=on_built)
         seen |= {stage: None for stage in first if stage not in seen}
-    return wanted, [*seen, *(stage for stage in dict.fromkeys(stages.values()) if stage not in seen)]
+    return wanted, [*seen, *(stage for stage in dict.fromkeys(stage_of.values()) if stage not in seen)]
 
 
 def _stop(*_call: Any) -> None:
