@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -89,19 +90,15 @@ def main() -> None:
 
 
 def compare_verified(folder: Path, repeat: int) -> None:
-    """Turn by turn, so that what else the machine does slows both alike."""
+    """Print medians of runs turn by turn, so that what else the machine does slows both alike."""
     if not (folder / "coded").exists():
         run_part("our-plan-gram", folder)
         run_part("our-bundles", folder)
     for what in ("export-dense", "export-coded", "view-dense", "view-coded", "cold-view-dense", "cold-view-coded"):
-        best: dict[str, dict[str, float]] = {}
-        for _ in range(repeat):
-            for name in (what, f"{what}-verified"):
-                found = run_part(name, folder)
-                if name not in best or found["seconds"] < best[name]["seconds"]:
-                    best[name] = found
-        seconds, verified = best[what]["seconds"], best[f"{what}-verified"]["seconds"]
-        print(f"{what:13} {seconds:6.2f} s, verified {verified:6.2f} s: {verified / seconds:.2f}x", flush=True)
+        pairs = [(run_part(what, folder), run_part(f"{what}-verified", folder)) for _ in range(repeat)]
+        for unit in ("seconds", "cpu"):
+            plain, verified = (statistics.median(run[unit] for run in runs) for runs in zip(*pairs, strict=True))
+            print(f"{what:16} {unit:8} {plain:6.2f}, verified {verified:6.2f}: {verified / plain:.2f}x", flush=True)
 
 
 def run_part(name: str, folder: Path) -> dict[str, float]:

@@ -25,7 +25,7 @@ from flexmerge_cli.writing import NO_LINK
 
 def read_arrays(bundle: Bundle, path: str) -> dict[str, np.ndarray]:
     """Return the float32 arrays of a file of a bundle by name, after its digest was compared. Raises IntegrityError."""
-    data = b"".join(bundle.chunks(path))  # This also checks the digest.
+    data = b"".join(map(bytes, bundle.chunks(path)))  # This also checks the digest.
     return {
         name: np.frombuffer(data, np.float32, tensor.num_elements, tensor.offset).reshape(tensor.shape)
         for name, tensor in read_header(bundle.path / path)[0].items()

@@ -165,8 +165,11 @@ class Bundle(Routes):
         with self.files.checking(self.manifest.weight_files(task)) as files:
             yield replace(self, files=files)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield a file of the manifest from beginning to end. Raises after the last byte if its sha256 differs."""
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a file of the manifest from beginning to end, in chunks that are valid until the next one.
+
+        Raises after the last byte if its sha256 differs.
+        """
         return self._on_disk.chunks(name)
 
     def ahead(self, task: str) -> None:

@@ -48,7 +48,7 @@ CONVERTED_FILE = re.compile(
 )
 
 MAX_DEPTH = 8  # folders within folders
-MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
+MAX_NAME_BYTES = 249  # for one folder or file: common file systems allow 255, and a bundle may add `.aside`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,7 +142,7 @@ def merge(
         with out.progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
             if workers is not None:
                 run["device"] = merge_parts(
-                    workers, context.meta[WORDS], output_, [source, *packing.local_sources(plan)], device=device,
+                    workers, context.meta[WORDS], output_, packing.local_inputs(plan), device=device,
                     threads=threads, on_progress=on_progress,
                 )  # fmt: skip
             if not dry_run:

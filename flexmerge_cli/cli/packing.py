@@ -147,10 +147,11 @@ class Packing:
         named = [source for source in sources if not is_remote(source)] + ([gate.spec] if gate is not None else [])
         return [self.source, *(self.recipe.folder / expanded(name) for name in named)]
 
-    def local_sources(self, plan: Plan) -> list[Path]:
-        """Return where the plan says that sources are on this disk."""
-        sources = [plan.base.source, *(reader.source for reader in plan.readers)]
-        return [self.plan_folder / expanded(source) for source in sources if not is_remote(source)]
+    def local_inputs(self, plan: Plan) -> list[Path]:
+        """Return what a merge reads on this disk: models, where the plan says that they are, and the calibration."""
+        models = [plan.base.source, *(reader.source for reader in plan.readers)]
+        places = [self.plan_folder / expanded(source) for source in models if not is_remote(source)]
+        return places + ([Path(self.request.calibration)] if self.request.calibration is not None else [])
 
     def plan(self, output: Path, **run: Any) -> Plan:
         """Return the plan of the source. A recipe's plan is made, or read from --plan if it has the same sources."""

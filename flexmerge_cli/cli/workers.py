@@ -7,6 +7,7 @@ and a part of a bundle continues where it stopped. No weights go through Ray: al
 import contextlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,12 @@ def part_words(words: Sequence[str], *, of_plan: bool) -> list[str]:
     return found
 
 
+def named_paths(words: Sequence[str]) -> list[Path]:
+    """Return the paths in a command's words that exist here, also in `--option=PATH`, `PATH#NAME`, `key=@PATH`."""
+    parts = {part for word in words for part in (word, *re.split("[=@#,]", word)) if part}
+    return [Path(part) for part in sorted(parts) if os.path.lexists(part)]
+
+
 @contextlib.contextmanager
 def plan_parts(
     workers: str, words: Sequence[str], output: Path, request: PlanRequest, *, on_progress: OnProgress, **run: Any
@@ -155,7 +162,7 @@ def plan_parts(
             return ["plan", *part_words(words, of_plan=True), "--part", str(part), *place]
 
         with Workers.of(workers, **run) as cluster:
-            cluster.check([folder, *sources])
+            cluster.check([folder, *sources, *named_paths(words)])
             cluster.run(words_of, on_progress)
             found = [folder / f"{number}.json" for number in range(1, cluster.count + 1)]
         yield found
@@ -166,12 +173,13 @@ def merge_parts(
 ) -> str:
     """Write all parts of a bundle where the join finds them, and return the device that made them.
 
-    paths: what the parts read; those that are not here lie elsewhere there, too. The rest is as in `plan_parts`.
+    paths: what the parts read besides the paths in `words`; those that are not here lie elsewhere there, too. The rest
+    is as in `plan_parts`.
     """
     with contextlib.ExitStack() as stack:
         folder = [] if is_remote(output) else [stack.enter_context(shared_folder(Path(output)))]
         cluster = stack.enter_context(Workers.of(workers, **run))
-        cluster.check([*folder, *(path for path in paths if path.exists())])
+        cluster.check([*folder, *named_paths(words), *(path for path in paths if path.exists())])
         cluster.run(lambda part: ["merge", *part_words(words, of_plan=False), "--part", str(part)], on_progress)
         return cluster.device
 

@@ -53,6 +53,7 @@ def kind_of(name, *others):
         "3_Custom/model.h5", "voices/af.npy",
     )),
     *((name, "other") for name in ("notes.csv", "picture.png", "a:b.json", "b\udcff.txt", "back\\slash.json")),
+    ("n" * 245 + ".txt", "side"), ("n" * 246 + ".txt", "other"),  # a bundle may add `.aside` to 255 bytes in all
     *((name, "indices") for name in ("model.safetensors.index.json", "unet/x.safetensors.index.fp16.json")),
 ])  # fmt: skip
 def test_what_a_file_is(name, kind):

@@ -1,15 +1,16 @@
 """`--workers ray`: plan and bundle of one process, from a cluster of two nodes, one of which is removed meanwhile."""
 
+import contextlib
 import shutil
 import sys
 import threading
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from flexmerge_cli.cli.workers import Workers, part_words
-from flexmerge_cli.errors import UsageError
+from flexmerge_cli.cli.workers import Workers, named_paths, part_words
+from flexmerge_cli.errors import SourceError, UsageError
 
 from ..families import plain, write_family
 from ..program import fails, succeeds, tree
@@ -20,6 +21,31 @@ def test_a_part_gets_the_words_of_the_command_but_those_of_the_join():
     assert part_words(words, of_plan=False) == ["plan.json", "--method", "average", "-o", "b"]
     assert part_words(words, of_plan=True) == ["plan.json", "-o", "b"]
     assert part_words(["--base", "--all-methods"], of_plan=True) == ["--base"]
+
+
+def test_every_file_that_a_part_reads_must_be_seen_by_the_nodes(tmp_path, monkeypatch):
+    """A calibration, a table for the card or a method's file on this disk alone failed late, on a node."""
+    asked = []
+
+    @contextlib.contextmanager
+    def of(_text, **_run):
+        yield SimpleNamespace(check=lambda paths: asked.extend(paths) or blind())
+
+    def blind():
+        raise SourceError("node 10.0.0.2 of the cluster does not see it", hint="mount it")
+
+    monkeypatch.setattr(Workers, "of", of)
+    folders = write_family(tmp_path, plain(num_tasks=2, layers=1))
+    succeeds("plan", *folders.arguments, "-o", tmp_path / "plan.json")
+    (tmp_path / "own.py").write_text("")
+    (tmp_path / "moved").mkdir()
+    words = ("merge", tmp_path / "plan.json", "--workers", "ray", "-o", tmp_path / "b")
+    fails(4, *words, f"--relocate={tmp_path}/old={tmp_path}/moved", says="does not see")
+    for path in (tmp_path / "plan.json", tmp_path / "moved", folders.base, *folders.tasks.values()):
+        assert path in asked
+    named = named_paths(["--method", f"{tmp_path}/own.py#m:scale=@{tmp_path}/plan.json", "--size", "2x", "--none"])
+    assert named == [tmp_path / "own.py", tmp_path / "plan.json"]
+    fails(4, "plan", *folders.arguments, "-o", tmp_path / "p.json", "--workers", "ray", says="does not see")
 
 
 def test_what_is_no_cluster_is_refused(tmp_path):
