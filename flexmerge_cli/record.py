@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+NO_DIGEST = "0" * 32  # where a digest stands that is not known yet
+NO_SHA256 = "0" * 64
 MAX_FIELDS = 64  # more than any record has
 MAX_ARGUMENT_DEPTH = 3
 MAX_ARGUMENT_CHARACTERS = 10_000

@@ -15,14 +15,13 @@ from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import FORMAT, NO_SHA256, packed_errors
+from flexmerge_cli.formats.manifest import FORMAT, packed_errors
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.methods.use import MethodUse
+from flexmerge_cli.record import NO_DIGEST, NO_SHA256
 from flexmerge_cli.stored.dense import COPY
 from flexmerge_cli.version import GENERATOR
-
-NO_DIGEST = "0" * 32
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,7 +7,6 @@ residuals are predicted to lose less. A residual of rank r keeps at least r/min(
 the plan found the task to be its base plus matrices of no greater rank.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from flexmerge_cli.allocation.storage import effective_dtype
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.members import PlanAdapter
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.methods.use import MethodUse, parse_use
@@ -73,11 +71,11 @@ def servable(pricer: Pricer, rank: int, size: Target | None, dtype: str | None =
     plan = pricer.plan
     for tensor, why in _not_servable(plan, dtype):
         raise UsageError(f"`{tensor}` {why}: no engine with one base and adapters can serve it", hint=HINT)
-    for adapter in plan.adapters:
-        own, _ = _factors(adapter)
+    for member in plan.readers:
+        own, _ = member.own_factors
         if own > rank:
             raise UsageError(
-                f"task `{adapter.name}` is kept as an adapter of rank {own}, and --servable allows {rank}",
+                f"task `{member.name}` is kept as an adapter of rank {own}, and --servable allows {rank}",
                 hint=f"--servable lora:rank={own}",
             )
     known = [task.low_rank.rank if task.low_rank is not None else UNKNOWN_RANK for task in plan.tasks]
@@ -113,9 +111,7 @@ def _not_servable(plan: Plan, dtype: str | None) -> Iterator[tuple[str, str]]:
         yield plan.tensors[0].name, "is a factor of a pooled adapter, which `export --as-lora` serves as it is"
     yield from ((split.tensor, "is stored in parts") for split in plan.splits)
     yield from ((name, "has rows of each task's own") for one in plan.vocabularies for name in one.tensors)
-    changes = [(name, change) for adapter in plan.adapters for name, change in adapter.changes.items()]
-    yield from ((name, "is saved whole by an adapter") for name, change in changes if change.value is not None)
-    yield from ((name, "is multiplied by an adapter") for name, change in changes if change.vector is not None)
+    yield from (found for member in plan.readers for found in member.not_low_rank())
     for tensor in plan.stored:
         if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
             continue
@@ -151,7 +147,7 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
         energy_M += _energies(plan.gram(tensor))
         largest, adapter_bytes = max(largest, choice.rank), adapter_bytes + choice.factor_bytes
         base_bytes += choice.centre_bytes
-    for own, num_bytes in map(_factors, plan.adapters):
+    for own, num_bytes in (member.own_factors for member in plan.readers):
         largest, adapter_bytes = max(largest, own), max(adapter_bytes, num_bytes)
     layout = pricer.layout(Allocation(methods=tuple(uses), units=tuple(units), dtype=dtype))
     apart = {TensorClass.TIED, TensorClass.MERGEABLE} | (set() if plan.kept else {TensorClass.BASE_ONLY})
@@ -163,14 +159,6 @@ def _of_rank(pricer: Pricer, known: list[int], rank: int, dtype: str | None) -> 
         adapter_bytes=adapter_bytes,
         captured_M=1 - np.divide(lost_M, energy_M, out=np.zeros_like(lost_M), where=energy_M > 0),
     )
-
-
-def _factors(adapter: PlanAdapter) -> tuple[int, int]:
-    """Return the largest rank of a kept adapter's matrices, and their bytes."""
-    pairs = [(change.left, change.right) for change in adapter.changes.values()]
-    factors = [factor for pair in pairs for factor in pair if factor is not None]
-    rank = max((left.shape[1] for left, _ in pairs if left is not None), default=0)
-    return rank, sum(ITEM_BYTES[factor.dtype] * math.prod(factor.shape) for factor in factors)
 
 
 def _choice(plan: Plan, tensor: PlanTensor, known: list[int], rank: int, dtype: str | None) -> _Choice:

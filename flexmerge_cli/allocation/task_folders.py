@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.manifest_bytes import SmallFile
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
-from flexmerge_cli.checkpoint.libraries import LIBRARIES, Library, LibraryName, index_name, shard_names
+from flexmerge_cli.checkpoint.libraries import LIBRARIES, Library, index_name, shard_names
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, side_folder, side_path
 from flexmerge_cli.formats.plan_file import Plan
@@ -84,7 +84,7 @@ def task_folders(
         small.append(_made(f"{folder}/{index_name(stem)}", readers, index))
 
     for task, held in _held(plan, storages, cast).items():
-        name, library = plan.tasks[task].name, LIBRARIES[library_of_task(plan, task)]
+        name, library = plan.tasks[task].name, LIBRARIES[plan.tasks[task].loaded_by(plan.settings.adapters)]
         if held is None or not _reads(library, files, (task,), links=links):
             coded.add(task)
             text = (MIXTURE_README if task in mixed else README).format(name=name)
@@ -120,10 +120,6 @@ def _reads(library: Library, files: Sequence[WeightFile], readers: tuple[int, ..
     return library.reads_shards or (links and count == 1)
 
 
-def library_of_task(plan: Plan, task: int) -> LibraryName:
-    return "peft" if plan.settings.adapters == "pool" else plan.tasks[task].library
-
-
 def _held(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> dict[int, dict[str, Part] | None]:
     """Return the part of each tensor of a task: task -> own name -> part. Tied tensors are left to the loader. None if
     one of them must be decoded, renamed (as tensors of subfolders are), cast or put together from rows."""
@@ -149,7 +145,7 @@ def _held(plan: Plan, storages: Mapping[str, Storage], cast: str | None) -> dict
 
 def _held_of_base(plan: Plan, storages: Mapping[str, Storage]) -> dict[str, Part] | None:
     """Return the same for the base of kept adapters. Files on their routes hold nothing else."""
-    if any(adapter.parts for adapter in plan.adapters):
+    if any(plan.readers[reader].parts for reader in plan.kept):
         return None
     found = {}
     for name, storage in storages.items():

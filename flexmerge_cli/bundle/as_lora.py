@@ -112,11 +112,11 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
         if whole is not None:
             (folder / BASE).mkdir()
             _write_base(bundle, whole, folder / BASE)
-        has_own = any(task.adapter is None for task in bundle.manifest.tasks.values())
+        has_own = not all(task.is_kept for task in bundle.manifest.tasks.values())
         kinds = _modules(folder / BASE) if whole is not None and has_own else {}
         for task in bundle.tasks:
             bundle.check_files(task)
-            if whole is None or bundle.manifest.tasks[task].adapter is not None:
+            if whole is None or bundle.manifest.tasks[task].is_kept:
                 export_task(bundle, task, folder / ADAPTERS / task)
             else:
                 (folder / ADAPTERS / task).mkdir()

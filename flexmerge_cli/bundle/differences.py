@@ -128,7 +128,7 @@ def _plan(source: str) -> Side:
                 "source": reader.source,
                 "weights": reader.fingerprint,
                 "bytes": reader.bytes,
-                "adapter": getattr(reader, "kind", None) or getattr(reader, "adapter", None),
+                "adapter": reader.adapter_kind,
                 "length": lengths[number] if number < len(lengths) else None,
             }
             for number, reader in enumerate(plan.readers)

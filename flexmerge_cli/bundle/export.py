@@ -19,7 +19,6 @@ from flexmerge_cli.checkpoint.choose import INDEX
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.libraries import LIBRARIES, LibraryName, index_name, library_of, shard_names
 from flexmerge_cli.checkpoint.parts import part_of
-from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.weights import MAX_CONFIG_BYTES, read_json
 from flexmerge_cli.engine.pool import default_threads, ordered_map
 from flexmerge_cli.errors import IntegrityError, UsageError
@@ -61,7 +60,7 @@ def export_tasks(
         raise UsageError(f"task `{twice}` is named twice", hint=f"--task {twice} once")
     for task in tasks:
         bundle.check_task(task)
-    makes_model = {task: merged and bundle.manifest.tasks[task].adapter is not None for task in tasks}
+    makes_model = {task: merged and bundle.manifest.tasks[task].is_kept for task in tasks}
     needed_bytes = sum(check_export(bundle, task, link=link, merged=makes_model[task]) for task in tasks)
     force = force or (target.is_dir() and not target.is_symlink() and not any(target.iterdir()))
 
@@ -79,14 +78,14 @@ def export_tasks(
 
 
 def _fill(bundle: Bundle, task: str, folder: Path, *, link: bool, merged: bool) -> None:
-    adapter = bundle.manifest.tasks[task].adapter
+    is_kept = bundle.manifest.tasks[task].is_kept
     for path, name in side_files(bundle, task, merged=merged).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if link and adapter is not None:
+        if link and is_kept:
             _link_file(bundle, path, folder / name)
         else:
             copy_file(bundle, path, folder / name)
-    if adapter is not None and not merged:
+    if is_kept and not merged:
         return
     if link:
         _link(bundle, task, folder)
@@ -121,11 +120,11 @@ def _check(bundle: Bundle, path: str, sha256: str) -> None:
 
 def side_files(bundle: Bundle, task: str, *, merged: bool) -> dict[str, str]:
     """Map the path in the bundle to the name in the export, for all files but weights and index."""
-    adapter = bundle.manifest.tasks[task].adapter
+    entry = bundle.manifest.tasks[task]
     own = {path: name for name, path in bundle.manifest.side_files(task).items() if not INDEX.fullmatch(name)}
-    if adapter is None or not merged:
+    if not (entry.is_kept and merged):
         return own
-    own = {path: name for path, name in own.items() if name not in (adapter.weights, CONFIG_NAME, "README.md")}
+    own = {path: name for path, name in own.items() if name not in entry.not_in_model}
     of_base = {path: name for name, path in sorted(bundle.manifest.base_files.items()) if not INDEX.fullmatch(name)}
     return own | {path: name for path, name in of_base.items() if name not in own.values()}
 
@@ -134,13 +133,13 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
     """Return the bytes that are needed. Refuses a task that cannot be given back in this form."""
     bundle.check_task(task)
     bundle.require_tensors(task)
-    adapter = bundle.manifest.tasks[task].adapter
-    if merged and adapter is None:
+    entry = bundle.manifest.tasks[task]
+    if merged and not entry.is_kept:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
-    as_adapter = adapter is not None and not merged
-    if link and not bundle.manifest.tasks[task].is_model:
+    as_given = entry.is_kept and not merged
+    if link and not entry.is_model:
         raise UsageError(f"task `{task}` is an adapter, of one file of its own", hint="leave out --link")
-    if link and not as_adapter:
+    if link and not as_given:
         weight_map = _weight_map(bundle, task)
         count = len(set((weight_map or {}).values()))
         if weight_map is None:
@@ -152,7 +151,7 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
         raise UsageError(f"task `{task}` cannot be linked: {why}", hint="leave out --link")
     if link:
         return 0
-    if as_adapter:
+    if as_given:
         return sum(bundle.manifest.files[path].bytes for path in side_files(bundle, task, merged=False))
     return sum(num_bytes(*form) for form in bundle.tensors_of(task).values())
 

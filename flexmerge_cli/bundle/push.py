@@ -131,7 +131,7 @@ def bundle_uploads(bundle: Bundle) -> dict[str, Upload]:
 def task_uploads(bundle: Bundle, task: str, scratch: Path) -> dict[str, Upload]:
     """Return the files of a task's ordinary folder. A task that must be decoded is exported to `scratch` first."""
     entry, inside = bundle.manifest.tasks[task], f"tasks/{task}/"
-    if entry.stem is not None or entry.adapter is not None:
+    if entry.stem is not None or entry.is_kept:
         own = {name: upload for name, upload in bundle_uploads(bundle).items() if name.startswith(inside)}
         return {name.removeprefix(inside): upload for name, upload in own.items()}
     export_task(bundle, task, scratch)

@@ -271,7 +271,7 @@ class Bundle(Routes):
         """
         names, is_coded = self.manifest.side_files(task), self.manifest.is_coded(task)
         folder = self.manifest.side_folder(task)
-        if self.manifest.tasks[task].adapter is not None and "config.json" not in names:
+        if self.manifest.tasks[task].is_kept and "config.json" not in names:
             names, is_coded, folder = self.manifest.base_files, self.manifest.is_base_coded, BASE_FOLDER
         if is_coded and folder not in self._linked:
             made = new_folder()

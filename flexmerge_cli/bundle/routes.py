@@ -98,14 +98,14 @@ class Routes:
         Raises DataError if the manifest does not say so soundly, or it takes a part that is not there.
         """
         tensor = self._tensors[aligned]
-        if tensor.of is not None and self.manifest.tasks[task].adapter is None:
+        if tensor.of is not None and not self.manifest.tasks[task].is_kept:
             return self.stored_as(task, tensor.of)
         return stored_as(self._described(task, tensor), self._parts[task])
 
     def _described(self, task: str, tensor: TensorEntry) -> Described:
         """Return what the manifest says about an entry."""
-        adapter, unit = self.manifest.tasks[task].adapter, self._units.get(tensor.name)
-        groups = unit.groups if unit is not None and adapter is None else ()
+        entry, unit = self.manifest.tasks[task], self._units.get(tensor.name)
+        groups = unit.groups if unit is not None and not entry.is_kept else ()
         group = next((group for group in groups if task in group.tasks), None)
         tasks = (task,) if group is None else group.tasks
         described = Described(
@@ -120,9 +120,7 @@ class Routes:
             bits=None if group is None else group.bits,
             method=None if group is None or group.method is None else self._methods[group.method],
         )
-        if adapter is None:
-            return described
-        return adapter.described(described, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
+        return entry.described(described, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
 
     def parts_of(self, task: str) -> RouteParts:
         """Return all parts on a task's route."""

@@ -13,7 +13,7 @@ import xxhash
 
 from flexmerge_cli.allocation.allocation import Tasks, Unit
 from flexmerge_cli.allocation.layout import BundleLayout
-from flexmerge_cli.allocation.manifest_bytes import NO_DIGEST, Measured
+from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.allocation.storage import Part as StoredPart
 from flexmerge_cli.allocation.storage import Storage
 from flexmerge_cli.checkpoint.digest import TensorDigest
@@ -32,6 +32,7 @@ from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Scope
 from flexmerge_cli.methods.pooled import factor_pairs, product_gram
+from flexmerge_cli.record import NO_DIGEST
 from flexmerge_cli.version import VERSION
 
 

@@ -33,6 +33,31 @@ class KeptAdapter:
     names: dict[str, str]
     """Aligned name -> own name. The aligned name is the base's, or the own name if the base lacks the tensor."""
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its own files."""
+        return self.adapter.checkpoint
+
+    @property
+    def weights(self) -> Path:
+        """Its weight file."""
+        return self.checkpoint.weight_paths()[0]
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The names of the files that, with the base, determine its model."""
+        return CONFIG_NAME, self.weights.name
+
+    def files(self) -> dict[str, tuple[Path, int]]:
+        """Map each name to path and bytes, for all files of its folder; weights may not be on this disk yet."""
+        side = {name: (path, path.stat().st_size) for name, path in self.checkpoint.side_files.items()}
+        return side | {self.weights.name: (self.weights, self.checkpoint.weight_bytes[self.weights])}
+
+    def changed(self) -> dict[str, StoredTensor]:
+        """Map each aligned name to what is read for it, for all tensors that are not the base's own."""
+        made = {aligned: self.model.tensors[own] for aligned, own in self.names.items()}
+        return {name: found for name, found in made.items() if found.change is not None or found.path == self.weights}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:

@@ -34,7 +34,7 @@ from flexmerge_cli.formats.folders import stays_inside
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.json_file import parse_json
 from flexmerge_cli.methods.method import Scope, Where
-from flexmerge_cli.record import Count, Digest, Items, Named, Record, Unsound, first_error
+from flexmerge_cli.record import NO_SHA256, Count, Digest, Items, Named, Record, Unsound, first_error
 from flexmerge_cli.regular_file import read_file
 
 FORMAT: Literal["flexmerge.calibration/1"] = "flexmerge.calibration/1"
@@ -215,7 +215,7 @@ class Measurements(ABC):
 class Unmeasured(Measurements):
     """A calibration in which nothing is measured yet; bundles that record it have their final size."""
 
-    digest: str = "0" * 64
+    digest: str = NO_SHA256
 
     def entry(self, task: int, statistic: str, tensor: str) -> Any:
         return None

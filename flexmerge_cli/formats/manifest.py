@@ -70,7 +70,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from flexmerge_cli.checkpoint.libraries import STEMS, index_name
-from flexmerge_cli.checkpoint.peft import AdapterKind
+from flexmerge_cli.checkpoint.peft import CONFIG_NAME, AdapterKind
 from flexmerge_cli.checkpoint.rows import num_rows
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import Split
@@ -88,7 +88,6 @@ from flexmerge_cli.stored.forms import known_form
 
 FORMAT = "flexmerge.bundle/2"
 FORMATS = (FIRST, FORMAT)
-NO_SHA256 = "0" * 64
 
 
 def packed_errors(values: Sequence[float]) -> str:
@@ -140,6 +139,16 @@ class AdapterEntry(Record):
         make = partial(change.tensor, weights=weights())
         return replace(tensor, form="adapted", change=make, needs_base=change.value is None)
 
+    def check(self, name: str, file: FileEntry | None, has: Mapping[str, tuple[str, Shape]]) -> None:
+        """Raise ValueError unless it is sound. file: its weights. has: name -> dtype and shape of its model's
+        tensors."""
+        if file is None:
+            raise ValueError(f"adapter `{name}` has no weights")
+        for key, change in self.changes.items():
+            if key not in has:
+                raise ValueError(f"adapter `{name}` changes an unknown tensor")
+            change.check(*has[key], file.bytes)
+
 
 class TaskEntry(Record):
     source: str
@@ -161,6 +170,35 @@ class TaskEntry(Record):
     def is_model(self) -> bool:
         """Whether its tensors are those of a model, and not the factors of an adapter of a pool."""
         return self.pooled is None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its folder is stored as it was given, over the base: it is in no group."""
+        return self.adapter is not None
+
+    @property
+    def kept_as(self) -> str | None:
+        """What it is kept as; None if it is not kept."""
+        return None if self.adapter is None else self.adapter.kind
+
+    @property
+    def own_weights(self) -> str | None:
+        """The name of the weight file in its folder that holds nothing of other tasks; None if there is none."""
+        return None if self.adapter is None else self.adapter.weights
+
+    @property
+    def not_in_model(self) -> tuple[str, ...]:
+        """The names of the files in its folder that the model it makes of the base lacks."""
+        return () if self.adapter is None else (self.adapter.weights, CONFIG_NAME, "README.md")
+
+    def described(self, tensor: Described, weights: Callable[[], Path]) -> Described:
+        """Add to what holds for a tensor of any task. weights: gives the file of its own weights."""
+        return tensor if self.adapter is None else self.adapter.described(tensor, weights)
+
+    def check(self, name: str, file: FileEntry | None, has: Mapping[str, tuple[str, Shape]]) -> None:
+        """Raise ValueError unless it is sound. file: its own weights. has: name -> dtype and shape of its tensors."""
+        if self.adapter is not None:
+            self.adapter.check(name, file, has)
 
 
 class MethodEntry(Record):
@@ -313,9 +351,9 @@ class Manifest(Record):
         return any(group.kind == MIXTURE.word and task in group.tasks for unit in self.units for group in unit.groups)
 
     def own_weights(self, task: str) -> str | None:
-        """Return the path of the weight file that is a kept adapter's own; None for other tasks."""
-        adapter = self.tasks[task].adapter
-        return None if adapter is None else f"tasks/{task}/{adapter.weights}"
+        """Return the path of the weight file that is a kept task's own; None for other tasks."""
+        own = self.tasks[task].own_weights
+        return None if own is None else f"tasks/{task}/{own}"
 
     def weight_files(self, task: str) -> list[str]:
         """Return the paths of the files that hold a task's tensors."""
@@ -347,8 +385,8 @@ class Manifest(Record):
 
     @property
     def kept(self) -> list[str]:
-        """The tasks that are kept adapters."""
-        return [name for name, task in self.tasks.items() if task.adapter is not None]
+        """The tasks that are kept as they were given."""
+        return [name for name, task in self.tasks.items() if task.is_kept]
 
     @property
     def base_links(self) -> dict[str, str]:

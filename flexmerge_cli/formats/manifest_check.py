@@ -21,7 +21,7 @@ from flexmerge_cli.formats.plan_records import ROWS_SUFFIX
 from flexmerge_cli.record import Shape
 
 if TYPE_CHECKING:
-    from flexmerge_cli.formats.manifest import AdapterEntry, Manifest, TensorEntry
+    from flexmerge_cli.formats.manifest import Manifest, TensorEntry
 
 FIRST = "flexmerge.bundle/1"
 
@@ -69,7 +69,7 @@ def check_manifest(manifest: "Manifest") -> None:
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
         is_coded, links = manifest.is_coded(name), manifest.links(name)
-        side = manifest.side_files(name) | (manifest.base_files if task.adapter is not None else {})
+        side = manifest.side_files(name) | (manifest.base_files if task.is_kept else {})
         if any(
             own.rpartition("/")[2] in ("", ".", "..") or any(str(up) in side for up in PurePosixPath(own).parents)
             for own in side
@@ -79,7 +79,7 @@ def check_manifest(manifest: "Manifest") -> None:
         for path in task.files:
             if not (path.startswith((WEIGHTS, f"{BASE_FOLDER}/")) or path in beside) or path in links:
                 raise ValueError(f"`{path}` is not a file of task `{name}`, or has the name of a link to its weights")
-        if task.stem is not None and (is_coded or task.adapter is not None):
+        if task.stem is not None and (is_coded or task.is_kept):
             raise ValueError(f"the weights of task `{name}` are linked, but no loader can read them")
         if manifest.format == FIRST and (is_coded or task.stem is not None or manifest.base_stem is not None):
             raise ValueError(f"task `{name}` is stored in a way that {FIRST} does not know")
@@ -130,14 +130,13 @@ def check_manifest(manifest: "Manifest") -> None:
             if own in own_names[name]:
                 raise ValueError(f"two tensors of task `{name}` have one name")
             own_names[name].add(own)
-    in_bundle = {tensor.name: tensor for tensor in manifest.tensors}
-    for name, task in manifest.tasks.items():
-        if task.adapter is not None:
-            _check_adapter(manifest, name, task.adapter, in_bundle)
+    for name in manifest.kept:
+        has = {t.name: (t.dtype_of(name), t.shape_of(name)) for t in manifest.tensors if name in t.digests}
+        manifest.tasks[name].check(name, manifest.files.get(str(manifest.own_weights(name))), has)
     in_units = [name for unit in manifest.units for name in unit.tensors]
     if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
         raise ValueError("units hold unknown tensors, or one tensor twice")
-    merging = {name for name, task in manifest.tasks.items() if task.adapter is None}
+    merging = {name for name, task in manifest.tasks.items() if not task.is_kept}
     for unit in manifest.units:
         members = [task for group in unit.groups for task in group.tasks]
         if len(set(members)) < len(members) or not set(members) <= merging:
@@ -180,15 +179,3 @@ def _check_vocabularies(manifest: "Manifest", tensors: Mapping[str, "TensorEntry
         tensor.of is not None for tensor in manifest.rows
     ):
         raise ValueError("the rows of vocabularies are not those that are stored")
-
-
-def _check_adapter(
-    manifest: "Manifest", name: str, adapter: "AdapterEntry", tensors: Mapping[str, "TensorEntry"]
-) -> None:
-    file = manifest.files.get(str(manifest.own_weights(name)))
-    if file is None:
-        raise ValueError(f"adapter `{name}` has no weights")
-    for key, change in adapter.changes.items():
-        if key not in tensors or name not in tensors[key].digests:
-            raise ValueError(f"adapter `{name}` changes an unknown tensor")
-        change.check(tensors[key].dtype_of(name), tensors[key].shape_of(name), file.bytes)

@@ -3,18 +3,20 @@
 Layout, manifest, prices and checks ask these questions of every member alike, and know no kind.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.peft import AdapterKind
-from flexmerge_cli.family.adapters import Adapters
+from flexmerge_cli.family.adapters import Adapters, KeptAdapter
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
 from flexmerge_cli.formats.plan_records import License, Parts, PlanTensor, SideFile
-from flexmerge_cli.record import Count, Digest, Named, Record, Shape
+from flexmerge_cli.record import NO_DIGEST, Count, Digest, Named, Record, Shape
 
 
 class GivenTensor(NamedTuple):
@@ -50,6 +52,11 @@ class Member(Record):
         return {name: value for name, value in fields.items() if name not in usual or value != usual[name]}
 
     @property
+    def adapter_kind(self) -> AdapterKind | None:
+        """The kind of adapter that its source is; None for a whole model."""
+        return None
+
+    @property
     def source_bytes(self) -> int:
         """The bytes of the tensors in its source."""
         return self.bytes
@@ -68,6 +75,15 @@ class Member(Record):
     def own_names(self) -> tuple[str, ...]:
         """The aligned names of the tensors that it holds whole in that file, sorted."""
         return ()
+
+    @property
+    def own_factors(self) -> tuple[int, int]:
+        """The largest rank of the low-rank matrices in that file, and their bytes."""
+        return 0, 0
+
+    def not_low_rank(self) -> Iterator[tuple[str, str]]:
+        """Yield each tensor that differs from the base's by more than matrices in that file, and why."""
+        yield from ()
 
     @abstractmethod
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
@@ -112,6 +128,14 @@ class PlanTask(Member):
     library: LibraryName = "transformers"
     """The library that loads the model; omitted if it is transformers, or unknown."""
 
+    @property
+    def adapter_kind(self) -> AdapterKind | None:
+        return self.adapter
+
+    def loaded_by(self, adapters: Adapters) -> LibraryName:
+        """Return the library that loads it. adapters: the plan's setting."""
+        return "peft" if adapters == "pool" else self.library
+
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
         if tensor is None or tensor.digests[place] is None:
             return None
@@ -125,11 +149,22 @@ class PlanAdapter(Member):
     """A task that is kept as an adapter of the base: it is in no group."""
 
     kind: AdapterKind
+    """The kind of adapter."""
     tensor_bytes: Count
     """The bytes of its own tensors."""
     weights: str
     """Its weight file, which is one of `files`."""
     changes: Named[ChangeRecord]
+
+    def is_of(self, kept: KeptAdapter) -> bool:
+        """Return whether it records this adapter, as far as headers tell."""
+        digests = {name: change.digest for name, change in self.changes.items()}
+        names = {name: self.names.get(name, name) for name in kept.names}
+        return (_changes(kept, digests), kept.names) == (self.changes, names)
+
+    @property
+    def adapter_kind(self) -> AdapterKind:
+        return self.kind
 
     @property
     def source_bytes(self) -> int:
@@ -147,6 +182,20 @@ class PlanAdapter(Member):
     def own_names(self) -> tuple[str, ...]:
         """The aligned names of modules_to_save, resized embeddings and biases."""
         return tuple(sorted(name for name, change in self.changes.items() if change.value is not None))
+
+    @property
+    def own_factors(self) -> tuple[int, int]:
+        pairs = [(change.left, change.right) for change in self.changes.values()]
+        factors = [factor for pair in pairs for factor in pair if factor is not None]
+        rank = max((left.shape[1] for left, _ in pairs if left is not None), default=0)
+        return rank, sum(ITEM_BYTES[factor.dtype] * math.prod(factor.shape) for factor in factors)
+
+    def not_low_rank(self) -> Iterator[tuple[str, str]]:
+        for name, change in self.changes.items():
+            if change.value is not None:
+                yield name, "is saved whole by an adapter"
+            elif change.vector is not None:
+                yield name, "is multiplied by an adapter"
 
     def given(self, name: str, tensor: PlanTensor | None, place: int) -> GivenTensor | None:
         change = self.changes.get(name)
@@ -179,3 +228,27 @@ class PlanAdapter(Member):
         own = [self.names.get(name, name) for name in {*in_base, *self.changes}]
         if len(set(own)) < len(own):
             raise ValueError(f"two tensors of adapter `{self.name}` have one name")
+
+
+def kept_record(kept: KeptAdapter, digests: Mapping[str, str], **measured: Any) -> PlanAdapter:
+    """Record a kept adapter. digests: of the tensors that it makes, by aligned name; none for a plan from headers.
+    measured: the source as the plan writes it, the files and the fingerprint."""
+    return PlanAdapter(
+        name=kept.name,
+        kind=kept.adapter.kind,
+        bytes=kept.model.num_bytes,
+        tensor_bytes=kept.checkpoint.num_bytes,
+        weights=kept.weights.name,
+        names={aligned: own for aligned, own in kept.names.items() if aligned != own},
+        changes=_changes(kept, digests),
+        parts=kept.model.parts,
+        license=kept.checkpoint.license,
+        **measured,
+    )
+
+
+def _changes(kept: KeptAdapter, digests: Mapping[str, str]) -> dict[str, ChangeRecord]:
+    return {
+        name: ChangeRecord.of(tensor, kept.weights, digests.get(name, NO_DIGEST))
+        for name, tensor in kept.changed().items()
+    }

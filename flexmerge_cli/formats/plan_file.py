@@ -41,7 +41,6 @@ from flexmerge_cli.formats.plan_records import (
     PlanTensor,
     PlanVocabulary,
 )
-from flexmerge_cli.formats.sealed import NO_DIGEST as NO_DIGEST
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed, save_sealed, sealed
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.record import Count, Items, Record, Shape

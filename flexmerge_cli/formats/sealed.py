@@ -15,12 +15,10 @@ from pydantic import ValidationError
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.json_file import parse_json
-from flexmerge_cli.record import Record, Unsound, first_error
+from flexmerge_cli.record import NO_SHA256, Record, Unsound, first_error
 from flexmerge_cli.regular_file import read_file
 from flexmerge_cli.text import json_holds_text
 from flexmerge_cli.writing import has_start, write_file
-
-NO_DIGEST = "0" * 64
 
 Sealed = TypeVar("Sealed", bound=Record)
 
@@ -31,7 +29,7 @@ def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
     It is computed from the checked record: `fields` may leave out defaults, or write a number in another way.
     Raises ValidationError.
     """
-    record = kind.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_DIGEST}))
+    record = kind.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_SHA256}))
     return record.model_copy(update={"sha256": _canonical(record)[1]})
 
 
@@ -42,16 +40,16 @@ def save_sealed(record: Record, path: Path) -> None:
 
 def _canonical(record: Record) -> tuple[bytes, str]:
     """Return the bytes of a record's file, including their SHA-256, and that SHA-256."""
-    fields = record.model_dump(mode="json", by_alias=True) | {"sha256": NO_DIGEST}
+    fields = record.model_dump(mode="json", by_alias=True) | {"sha256": NO_SHA256}
     empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     digest = hashlib.sha256(empty.encode()).hexdigest()
-    return empty.replace(f'"sha256":"{NO_DIGEST}"', f'"sha256":"{digest}"', 1).encode(), digest
+    return empty.replace(f'"sha256":"{NO_SHA256}"', f'"sha256":"{digest}"', 1).encode(), digest
 
 
 def sha256_without(data: bytes, digits: str, start: int) -> str:
     """Return the SHA-256 of data with the digits that begin at `start` set to 0. Takes no copy of data."""
     digest = hashlib.sha256(memoryview(data)[:start])
-    digest.update(NO_DIGEST.encode())
+    digest.update(NO_SHA256.encode())
     digest.update(memoryview(data)[start + len(digits) :])
     return digest.hexdigest()
 

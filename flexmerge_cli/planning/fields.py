@@ -23,11 +23,12 @@ from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
-from flexmerge_cli.formats.plan_file import FORMAT, NO_DIGEST, Plan, sealed_plan
+from flexmerge_cli.formats.plan_file import FORMAT, Plan, sealed_plan
 from flexmerge_cli.formats.plan_records import PlanSettings, PlanTensor
 from flexmerge_cli.order.order import Merge, count_near_ties, merge_order
 from flexmerge_cli.order.similarity import comparison_unit
 from flexmerge_cli.planning import kept_adapters
+from flexmerge_cli.record import NO_DIGEST, NO_SHA256
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.text import is_text
 from flexmerge_cli.version import GENERATOR
@@ -70,7 +71,7 @@ def tensor_records(family: Family, found: Sequence[tuple[FamilyTensor, Any, Any]
             tensor_class, reason = TensorClass.CONSTANT, ""
             record |= unmeasured
         if tensor_class is TensorClass.TIED:
-            digests = ["0" * 32 if found is not None else None for found in tensor.tasks]
+            digests = [NO_DIGEST if found is not None else None for found in tensor.tasks]
         measured = by_name.get(tensor.name, []) if tensor_class is TensorClass.MERGEABLE else []
         if measured and not finite:
             bad += _not_finite(family, tensor, measured)
@@ -189,7 +190,7 @@ def plan_of(
     fields: dict[str, Any] = {
         "format": FORMAT,
         "generator": GENERATOR,
-        "sha256": NO_DIGEST,
+        "sha256": NO_SHA256,
         "one_model_bytes": family.one_model_bytes,
         "base": {
             "source": _relative(family.base, folder),

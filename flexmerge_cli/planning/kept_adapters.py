@@ -13,17 +13,15 @@ import xxhash
 
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
 from flexmerge_cli.checkpoint.digest import digest_file
-from flexmerge_cli.checkpoint.peft import CONFIG_NAME
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family
-from flexmerge_cli.formats.adapter_changes import ChangeRecord
+from flexmerge_cli.formats.members import kept_record
 from flexmerge_cli.formats.plan_file import Plan
-
-NO_DIGEST = "0" * 32
+from flexmerge_cli.record import NO_DIGEST
 
 
 def base_items(family: Family) -> list[SurveyItem]:
@@ -39,7 +37,7 @@ def change_items(family: Family) -> list[SurveyItem]:
     """List what the adapters make, by tensor: those of one form together, with the adapters' numbers as tasks."""
     forms: dict[Any, list[tuple[int, StoredTensor]]] = {}
     for number, kept in enumerate(family.kept):
-        for name, tensor in _changed(kept).items():
+        for name, tensor in kept.changed().items():
             forms.setdefault((name, tensor.shape, tensor.dtype), []).append((number, tensor))
     return [SurveyItem(name=key[0], base=None, tasks=tuple(found), gram=False) for key, found in forms.items()]
 
@@ -57,10 +55,8 @@ def digests_of_changes(
             number, tensor = item.tasks[position]
             if tensor.change is not None:
                 place = [int(axis) for axis in np.unravel_index(index, tensor.shape)]
-                weights = _weights(family.kept[number])
-                bad.append(
-                    f"adapter `{family.kept[number].name}` makes NaN or Inf of `{item.name}` at {place} ({weights})"
-                )
+                kept = family.kept[number]
+                bad.append(f"adapter `{kept.name}` makes NaN or Inf of `{item.name}` at {place} ({kept.weights})")
     if bad:
         raise DataError("not finite:\n  " + "\n  ".join(bad[:20]), hint="get sound copies, or leave these tasks out")
     return found
@@ -70,34 +66,18 @@ def adapter_records(
     family: Family, digests: Mapping[tuple[int, str], str], base_fingerprint: str, sources: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Make the plan's records of adapters. digests: empty for a plan from headers alone."""
-    records = []
+    records, of_kept = [], [dict[str, str]() for _ in family.kept]
+    for (number, name), digest in digests.items():
+        of_kept[number][name] = digest
     for number, (kept, source) in enumerate(zip(family.kept, sources, strict=True)):
-        checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
         files = {
             name: {"bytes": size, "digest": digest_file(path) if digests else NO_DIGEST}
-            for name, (path, size) in sorted(_files(kept).items())
+            for name, (path, size) in sorted(kept.files().items())
         }
-        text = "\n".join(f"{name} {files[name]['digest']}" for name in (CONFIG_NAME, weights.name))
-        changes = {
-            name: ChangeRecord.of(tensor, weights, digests.get((number, name), NO_DIGEST)).dump()
-            for name, tensor in _changed(kept).items()
-        }
-        records.append(
-            {
-                "name": kept.name,
-                "source": source,
-                "fingerprint": xxhash.xxh3_128_hexdigest(f"{text}\n{base_fingerprint}".encode()),
-                "kind": kept.adapter.kind.value,
-                "bytes": kept.model.num_bytes,
-                "tensor_bytes": checkpoint.num_bytes,
-                "weights": weights.name,
-                "files": files,
-                "names": {aligned: own for aligned, own in kept.names.items() if aligned != own},
-                "changes": changes,
-                "parts": kept.model.parts,
-                "license": checkpoint.license,
-            }
-        )
+        text = "\n".join(f"{name} {files[name]['digest']}" for name in kept.identity)
+        fingerprint = xxhash.xxh3_128_hexdigest(f"{text}\n{base_fingerprint}".encode())
+        record = kept_record(kept, of_kept[number], source=source, files=files, fingerprint=fingerprint)
+        records.append(record.model_dump(mode="json"))
     return records
 
 
@@ -106,17 +86,14 @@ def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[tuple[str, str], Pa
     check_on_disk(kept)
     files, problems = {}, []
     for record, found in zip(plan.adapters, kept, strict=True):
-        weights = _weights(found)
-        now = {name: ChangeRecord.of(tensor, weights, NO_DIGEST) for name, tensor in _changed(found).items()}
-        then = {name: change.model_copy(update={"digest": NO_DIGEST}) for name, change in record.changes.items()}
-        if now != then or found.names != {name: record.names.get(name, name) for name in found.names}:
-            problems.append(f"adapter `{record.name}`: {found.adapter.checkpoint.path}")
+        if not record.is_of(found):
+            problems.append(f"adapter `{record.name}`: {found.checkpoint.path}")
             continue
-        there = _files(found)
+        there = found.files()
         for name, file in record.files.items():
-            path, size = there.get(name, (weights, -1))
+            path, size = there.get(name, (found.weights, -1))
             if size != file.bytes:
-                problems.append(f"adapter `{record.name}`: {found.adapter.checkpoint.path / name}")
+                problems.append(f"adapter `{record.name}`: {found.checkpoint.path / name}")
             else:
                 files[record.name, name] = path
     if problems:
@@ -126,7 +103,7 @@ def located(plan: Plan, kept: Sequence[KeptAdapter]) -> dict[tuple[str, str], Pa
 
 def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
     """Raise UsageError for adapters that are streamed: their files go into the bundle as they are."""
-    streamed = [each.name for each in kept if any(t.stream for t in each.adapter.checkpoint.tensors.values())]
+    streamed = [each.name for each in kept if any(t.stream for t in each.checkpoint.tensors.values())]
     if streamed:
         raise UsageError(
             f"adapters are kept as files, but --stream stores no files: {', '.join(streamed)}",
@@ -137,27 +114,6 @@ def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
 def base_side_files(base: Checkpoint) -> dict[str, Path]:
     """Return the files that a merged model takes from the base."""
     return {name: path for name, path in base.side_files.items() if name != "README.md"}
-
-
-def _files(kept: KeptAdapter) -> dict[str, tuple[Path, int]]:
-    """Map each name to path and bytes, for all files of the adapter's folder; weights may not be on this disk yet."""
-    checkpoint, weights = kept.adapter.checkpoint, _weights(kept)
-    side = {name: (path, path.stat().st_size) for name, path in checkpoint.side_files.items()}
-    return side | {weights.name: (weights, checkpoint.weight_bytes[weights])}
-
-
-def _weights(kept: KeptAdapter) -> Path:
-    return kept.adapter.checkpoint.weight_paths()[0]
-
-
-def _changed(kept: KeptAdapter) -> dict[str, StoredTensor]:
-    """Map each aligned name to what is read for it, for all tensors that are not the base's own."""
-    weights = _weights(kept)
-    return {
-        aligned: kept.model.tensors[own]
-        for aligned, own in kept.names.items()
-        if kept.model.tensors[own].change is not None or kept.model.tensors[own].path == weights
-    }
 
 
 def products_in_grams(family: Family, records: Sequence[dict[str, Any]]) -> None:

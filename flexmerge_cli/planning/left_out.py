@@ -61,7 +61,7 @@ def check(sources: Iterable[Checkpoint], access: Access, may_ignore: Collection[
 
 def left_out(family: Family) -> list[LeftOut]:
     """List all that the bundle will not carry of the tasks' folders, by task and kind."""
-    tasks = dict(zip(family.task_names, family.tasks)) | {each.name: each.adapter.checkpoint for each in family.kept}
+    tasks = dict(zip(family.task_names, family.tasks)) | {each.name: each.checkpoint for each in family.kept}
     return [
         LeftOut(task=name, kind=kind, files=files)
         for name, checkpoint in sorted(tasks.items())

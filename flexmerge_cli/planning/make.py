@@ -18,7 +18,7 @@ from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.splitting import require_splits, split_tensors
 from flexmerge_cli.family.vocabulary import split_vocabularies
-from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, read_plan, sealed_plan
+from flexmerge_cli.formats.plan_file import Plan, read_plan, sealed_plan
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.planning import kept_adapters
 from flexmerge_cli.planning.fields import (
@@ -32,6 +32,7 @@ from flexmerge_cli.planning.fields import (
 from flexmerge_cli.planning.known import Known
 from flexmerge_cli.planning.measuring import OnProgress, measure, silent
 from flexmerge_cli.planning.sources import files_to_fetch, open_family
+from flexmerge_cli.record import NO_DIGEST
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.version import GENERATOR
 
@@ -170,11 +171,11 @@ def provisional_plan(family: Family, request: PlanRequest) -> Plan:
         record | {"gram": [[0.0] * len(family.tasks)] * len(family.tasks)} for record in tensor_records(family, [])
     ]
     for record, tensor in zip(records, family.stored):
-        record["digests"] = [NO_DIGEST[:32] if found is not None else None for found in tensor.tasks]
+        record["digests"] = [NO_DIGEST if found is not None else None for found in tensor.tasks]
         if tensor.tensor_class is not TensorClass.MERGEABLE:
             record["gram"] = None
         if family.kept and tensor.base is not None:
-            record["base_digest"] = NO_DIGEST[:32]
+            record["base_digest"] = NO_DIGEST
     plan = plan_of(family, records, replace(request, statistics="gram"), None)
     merged = [
         {"block": block.name, "left": list(range(end)), "right": [end], "similarity": 0.0}

@@ -21,10 +21,11 @@ from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_part import FORMAT, PartCoding, PartMeasure, PartRequest, PlanPart, read_part
-from flexmerge_cli.formats.sealed import NO_DIGEST, sealed
+from flexmerge_cli.formats.sealed import sealed
 from flexmerge_cli.planning.fields import SETTINGS_OF_ACCESS, SETTINGS_OF_REQUEST, requested_settings
 from flexmerge_cli.planning.make import make_plan, measured_alone, opened
 from flexmerge_cli.planning.measuring import OnProgress, silent
+from flexmerge_cli.record import NO_SHA256
 from flexmerge_cli.request.part import Share
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.residuals.coding_error import CodingError
@@ -54,7 +55,7 @@ def make_part(
     found = {
         "format": FORMAT,
         "generator": GENERATOR,
-        "sha256": NO_DIGEST,
+        "sha256": NO_SHA256,
         "part": part.number,
         "parts": part.count,
         "request": _record(request).model_dump(mode="json"),

@@ -90,7 +90,7 @@ class OpenSources:
     def to_fetch(self) -> list[RemoteFile]:
         """List the files on the Hub that hold a tensor of the plan and are not on this disk."""
         read = [tensor for found in (self.located.base, *self.located.tasks) for tensor in found.values()]
-        read += [tensor for each in self.kept for tensor in each.adapter.checkpoint.tensors.values()]
+        read += [tensor for each in self.kept for tensor in each.checkpoint.tensors.values()]
         return files_to_fetch([*self.tasks, *([self.base] if self.base else [])], read)
 
     def folders(self, plan: Plan) -> dict[str, Path]:
@@ -150,7 +150,7 @@ def _open_again(plan: Plan, folder: Path, relocate: Mapping[str, str], access: A
     }
     sources = {each.name: each.source for each in plan.readers}
     merges = any(tensor.class_ is TensorClass.MERGEABLE for tensor in plan.tensors)
-    if merges or plan.adapters or any(task.adapter is not None for task in plan.tasks):
+    if merges or plan.kept or any(each.adapter_kind is not None for each in plan.readers):
         sources = {"": plan.base.source} | sources
         needs[""] = [*plan.base.files, *(folder for each in plan.readers for folder in _folders(each))]
         needs[""] += [name for task in plan.tasks if is_merged[task.name] for name in task.files]
@@ -239,12 +239,11 @@ def _side_files(
 
 
 def _check_kinds(plan: Plan, members: Members) -> None:
-    kinds = {task.name: task.adapter for task in plan.tasks} | {each.name: each.kind for each in plan.adapters}
-    for name, kind in kinds.items():
-        now = members.kinds[name]
+    for each in plan.readers:
+        kind, now = each.adapter_kind, members.kinds[each.name]
         if now != kind:
             raise DataError(
-                f"task `{name}` was {kind or 'no adapter'} in the plan, but is {now or 'no adapter'} now",
+                f"task `{each.name}` was {kind or 'no adapter'} in the plan, but is {now or 'no adapter'} now",
                 hint="make the plan again",
             )
 

@@ -289,7 +289,7 @@ def _task(facts: BundleFacts, task: str) -> dict[str, Any]:
         "distance": entry.distance,
         "parameters": sum(math.prod(shape) for _, shape in bundle.tensors_of(task).values()),
         "approximated": approximated,
-        **({"adapter": entry.adapter.kind} if entry.adapter is not None else {}),
+        **({"adapter": entry.kept_as} if entry.is_kept else {}),
         "route_bytes": sum(manifest.files[path].bytes for path in route),
         "own_bytes": sum(manifest.files[path].bytes for path in route if manifest.files[path].tasks == (task,)),
         "side_bytes": sum(manifest.files[path].bytes for path in entry.files if path not in route),

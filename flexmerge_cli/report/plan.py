@@ -74,16 +74,14 @@ def left_out_rows(family: Family) -> list[dict[str, Any]]:
 
 def task_rows(plan: Plan) -> list[dict[str, Any]]:
     """Return one row per task; `adapter` is set if the task is, or was, an adapter."""
-    found: list[dict[str, Any]] = [
-        {"name": task.name, "source": task.source, "bytes": task.bytes}
-        | ({"adapter": {"kind": task.adapter, "becomes": plan.settings.adapters}} if task.adapter else {})
-        for task in plan.tasks
-    ]
-    return found + [
-        {"name": each.name, "source": each.source, "bytes": each.bytes}
-        | {"adapter": {"kind": each.kind, "becomes": "keep", "bytes": each.tensor_bytes}}
-        for each in plan.adapters
-    ]
+    rows = []
+    for number, each in enumerate(plan.readers):
+        row: dict[str, Any] = {"name": each.name, "source": each.source, "bytes": each.bytes}
+        if each.adapter_kind is not None:
+            row["adapter"] = {"kind": each.adapter_kind, "becomes": plan.settings.adapters}
+            row["adapter"] |= {"bytes": each.own_bytes} if number in plan.kept else {}
+        rows.append(row)
+    return rows
 
 
 def low_rank_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -203,8 +201,8 @@ def name_warnings(plan: Plan) -> list[str]:
 def adapter_warnings(plan: Plan) -> list[str]:
     """Warn about features of kept adapters that inference engines do not support."""
     found = []
-    for each in plan.adapters:
-        if each.own_names:
+    for each in plan.readers:
+        if each.adapter_kind is not None and each.own_names:
             some = ", ".join(each.own_names[:3]) + (", …" if len(each.own_names) > 3 else "")
             found.append(
                 f"adapter `{each.name}` holds whole tensors ({some}), which vLLM and other engines do not load in an "

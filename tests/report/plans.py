@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.allocation.block_measure import block_measure
-from flexmerge_cli.formats.plan_file import NO_DIGEST, Plan, sealed_plan
+from flexmerge_cli.formats.plan_file import Plan, sealed_plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import count_near_ties, merge_order
 from flexmerge_cli.order.similarity import Similarity
+from flexmerge_cli.record import NO_SHA256
 
 PARTS = ("norm1", "attention", "norm2", "mlp")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -47,7 +48,7 @@ def synthetic_plan(
     order = merge_order(measures, linkage=linkage, similarity=similarity)
     model_bytes = 8 * NUM_ELEMENTS * num_blocks
     fields = {
-        "format": "flexmerge.plan/1", "generator": "flexmerge 0", "sha256": NO_DIGEST,
+        "format": "flexmerge.plan/1", "generator": "flexmerge 0", "sha256": NO_SHA256,
         "one_model_bytes": model_bytes,
         "base": {"source": f"{prefix}base", "fingerprint": "0" * 32},
         "tasks": [
