@@ -16,6 +16,7 @@ from flexmerge_cli.checkpoint.place import is_hub
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.align import Alignment, align, same_shape
+from flexmerge_cli.family.classes import is_output
 from flexmerge_cli.family.spelling import model_types
 
 
@@ -41,7 +42,7 @@ def adapted(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         weight = sources.get(name)
         change: Change | None = None
         if weight is None:
-            tied = name.endswith("lm_head.weight") and base.config.get("tie_word_embeddings", True)
+            tied = is_output(name) and base.config.get("tie_word_embeddings", True)
             problems.append(f"`{name}` is missing" + (": it is tied to the embedding" if tied else ""))
         elif weight.dtype not in FLOATING:
             problems.append(f"`{name}` is {weight.dtype}, which is not a floating-point type")

@@ -118,7 +118,7 @@ def tied_by_config(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor
     if not config or not config.get("tie_word_embeddings", default):
         return {}
     inputs = sorted((name for name in tensors if embeds(name)), key=target_rank)
-    outputs = [name for name in tensors if _is_output(name)]
+    outputs = [name for name in tensors if is_output(name)]
     outputs += [name for name in inputs if "shared.weight" in inputs and name.endswith("embed_tokens.weight")]
     return {
         output: next(name for name in inputs if _same_form(tensors[name], tensors[output]))
@@ -135,13 +135,14 @@ def absent_alias(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor],
     """
     text = config.get("text_config")
     of_text = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    if name in tensors or not _is_output(name) or config.get("tie_word_embeddings", of_text) is not True:
+    if name in tensors or not is_output(name) or config.get("tie_word_embeddings", of_text) is not True:
         return None
     inputs = sorted((other for other in tensors if embeds(other) and "pos" not in other), key=target_rank)
     return tensors[inputs[0]] if inputs else None
 
 
-def _is_output(name: str) -> bool:
+def is_output(name: str) -> bool:
+    """Return whether a tensor is the weight of an output layer, which a model may tie to its input embedding."""
     *_, parent, last = ["", *name.split(".")]
     return last == "weight" and parent in ("lm_head", "decoder", "proj_out", "embed_out")
 

@@ -80,6 +80,18 @@ def test_malformed_adapters_are_told(
     fails(3, "plan", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "--dry-run", says=says)
 
 
+@pytest.mark.parametrize("head", ["lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out"])
+def test_an_adapter_of_a_head_that_the_base_does_not_store_is_refused_with_the_reason(
+    head: str, tmp_path: Path
+) -> None:
+    """Heads of BERT and RoBERTa were said to be missing, and not why."""
+    write(tmp_path, tensors=pair(f"base_model.model.{head}"))
+    arguments = ("plan", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "--dry-run")
+    fails(3, *arguments, says=f"`{head}.weight` is missing: it is tied to the embedding")
+    (tmp_path / "base/config.json").write_text('{"tie_word_embeddings": false}')
+    fails(3, *arguments, says=f"`{head}.weight` is missing\n")
+
+
 def test_all_adapters_that_cannot_be_read_are_told_at_once(tmp_path: Path) -> None:
     first = write(tmp_path, {"use_dora": True})
     second = tmp_path / "tasks" / "b"
