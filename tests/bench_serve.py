@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 NUM_TASKS = 8
@@ -173,23 +174,24 @@ def first_answer(bundle: Path, weights: str, device: str) -> dict[str, float]:
                 "answer": answer,
             },
             device,
-            repeat=3,
         )
 
 
-def best_of(runs: dict[str, Callable[[], object]], device: str, repeat: int = 2) -> dict[str, float]:
-    """Least seconds of each, turn by turn. The first turn warms up.
+def best_of(runs: dict[str, Callable[[], object]], device: str, repeat: int = 3) -> dict[str, float]:
+    """Measure all in turn, and return the least seconds of each. The first turn warms up.
 
-    On the CPU of processor time: with one thread that is what it takes where nothing else runs.
+    On the CPU these are seconds of processor time: with one thread that is what it takes where nothing else runs.
+    `spread` is the largest part by which a median is above its least: where it is large, the machine was busy.
     """
-    found = dict.fromkeys(runs, float("inf"))
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name, run in runs.items():
             start = seconds(device)
             run()
             if turn:
-                found[name] = min(found[name], seconds(device) - start)
-    return found
+                found[name].append(seconds(device) - start)
+    least = {name: min(taken) for name, taken in found.items()}
+    return least | {"spread": max(median(taken) / least[name] - 1 for name, taken in found.items())}
 
 
 def seconds(device: str) -> float:
@@ -199,6 +201,10 @@ def seconds(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def spread(found: dict[str, float]) -> str:
+    return f"spread {100 * found['spread']:.0f} %"
 
 
 def torch_inference() -> Any:
@@ -286,18 +292,21 @@ def served(
             if family == "vit":
                 found = figure("throughput")
                 one, eight = found["plain"] / found["one"], found["plain"] / found["eight"]
-                yield f"{who}: batch of 32 of one task", f"{one:.2f} of plain ({found['plain']:.3f} s)"
+                yield f"{who}: batch of 32 of one task", f"{one:.2f} of plain ({found['plain']:.3f} s), {spread(found)}"
                 yield f"{who}: 8 tasks x 4 examples", f"{eight:.2f} of plain"
             else:
                 found = figure("tokens")
                 yield (
                     f"{who}: tokens/s at batch 1",
-                    f"{16 / found['one']:.1f}, {found['plain'] / found['one']:.2f} of plain",
+                    f"{16 / found['one']:.1f}, {found['plain'] / found['one']:.2f} of plain, {spread(found)}",
                 )
                 yield f"{who}: 8 tasks x 1 row", f"{8 * 16 / found['eight']:.1f} tokens/s"
             found = figure("first_answer")
             ratio = found["answer"] / (1.3 * found["load"] + found["forward"])
-            yield f"{who}: first answer", f"{found['answer']:.2f} s, {ratio:.2f} of 1.3 x load_file + forward"
+            yield (
+                f"{who}: first answer",
+                f"{found['answer']:.2f} s, {ratio:.2f} of 1.3 x load_file + forward, {spread(found)}",
+            )
 
 
 if __name__ == "__main__":
