@@ -2,14 +2,15 @@
 
 Every task's model runs its own code on its own rows, in a thread of its own, one thread at a time: so any architecture,
 its caches and `generate` included, computes what it computes alone. A linear layer whose weight, or centre, several of
-the tasks have in common waits until every other thread waits too or has ended; then the rows of all that wait for the
-same weight are multiplied together, and each goes on with its own. Between two tokens of a text, where a run says
-`pause`, others may join: then all begin their next pass through the layers together. Knows neither bundles nor tasks.
+the tasks have in common waits until every other thread waits too or has ended; then the weights for which all wait that
+have them are multiplied by the rows of all together, and each goes on with its own. Between two tokens of a text, where
+a run says `pause`, others may join: then all begin their next pass through the layers together. Knows neither bundles
+nor tasks.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
@@ -26,23 +27,30 @@ Product = Callable[[Tensor], Tensor]
 """Rows [k, n] -> [k, m]."""
 
 
-def shared_weights(models: Iterable[nn.Module]) -> frozenset[int]:
-    """Return where the weights, or centres of packed weights, lie that several models have in common."""
-    seen, shared = set[int](), set[int]()
-    for model in models:
-        own = {place for held in model.parameters() if (place := _place(held)) is not None}
-        shared |= seen & own
-        seen |= own
-    return frozenset(shared)
+Shared = Mapping[int, set[int]]
+"""Where a weight lies -> the numbers of the runs that have it, two or more."""
 
 
-Joining = Callable[[Sequence[int]], tuple[Sequence[Callable[[], Any]], Collection[int]]]
+def shared_weights(models: Mapping[int, nn.Module]) -> Shared:
+    """Return the weights, or centres of packed weights, that the models of several runs have in common.
+
+    models: by the number of the run.
+    """
+    found: dict[int, set[int]] = {}
+    for number, model in models.items():
+        for held in model.parameters():
+            if (place := _place(held)) is not None:
+                found.setdefault(place, set()).add(number)
+    return {place: numbers for place, numbers in found.items() if len(numbers) > 1}
+
+
+Joining = Callable[[Sequence[int]], tuple[Sequence[Callable[[], Any]], Shared]]
 """Called between tokens with the numbers of the runs that go on. Returns the runs that join, which get the next
 numbers and whose results are dropped, and `shared_weights` of all that then run. It must not raise."""
 
 
 def run_in_lockstep(
-    runs: Sequence[Callable[[], Result]], shared: Collection[int], joining: Joining | None = None
+    runs: Sequence[Callable[[], Result]], shared: Shared, joining: Joining | None = None
 ) -> list[Result]:
     """Return the results of `runs`, in order. The first error, in order of the numbers, is raised once all have ended.
 
@@ -73,7 +81,7 @@ class _Meeting:
     others may join without end.
     """
 
-    def __init__(self, runs: Sequence[Callable[[], Any]], shared: Collection[int], joining: Joining | None) -> None:
+    def __init__(self, runs: Sequence[Callable[[], Any]], shared: Shared, joining: Joining | None) -> None:
         self.results: list[Any] = [None] * len(runs)
         self.error: tuple[int, BaseException] | None = None
         """The number of the first run that failed, and its error."""
@@ -84,7 +92,8 @@ class _Meeting:
         self._turns: dict[int, threading.Semaphore] = {}
         self._ready: list[int] = []
         """The runs that may go on, in order."""
-        self._waiting: dict[int, tuple[Hashable, Tensor, Product]] = {}
+        self._waiting: dict[int, tuple[int, Hashable, Tensor, Product]] = {}
+        """What each run waits for: where the weight lies, a key of the product, its rows, and the product."""
         self._paused: set[int] = set()
         self._found: dict[int, Tensor | BaseException] = {}
         self._multiplies = False
@@ -128,15 +137,18 @@ class _Meeting:
             return NotImplemented
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(weight, PackedWeight):
-            if len(rows) > FEW_ROWS or not weight.packed.has_product or _place(weight) not in self._shared:
+            address = _place(weight)
+            if address is None or address not in self._shared:
+                return NotImplemented
+            if len(rows) > FEW_ROWS or not weight.packed.has_product:
                 return NotImplemented
             centre, residual = weight.halves()
-            found = self._product(place, _place(weight), rows.float(), lambda x: functional.linear(x, centre))
+            found = self._product(place, address, None, rows.float(), lambda x: functional.linear(x, centre))
             found = found if residual is None else found + split_product(rows, residual)
             found = (found if bias is None else found + bias).to(x.dtype)
         elif weight.data_ptr() in self._shared:
-            key = weight.data_ptr(), None if bias is None else bias.data_ptr()
-            found = self._product(place, key, rows, lambda x: functional.linear(x, weight, bias))
+            of_bias = None if bias is None else bias.data_ptr()
+            found = self._product(place, weight.data_ptr(), of_bias, rows, lambda x: functional.linear(x, weight, bias))
         else:
             return NotImplemented
         return found.reshape(*x.shape[:-1], found.shape[1])
@@ -145,12 +157,11 @@ class _Meeting:
         """Multiply as transformers' Conv1D calls it."""
         if self._multiplies or isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
             return NotImplemented
-        key = weight.data_ptr(), bias.data_ptr()
-        return self._product(place, key, x, lambda x: torch.addmm(bias, x, weight))
+        return self._product(place, weight.data_ptr(), bias.data_ptr(), x, lambda x: torch.addmm(bias, x, weight))
 
-    def _product(self, place: int, key: Hashable, x: Tensor, product: Product) -> Tensor:
-        """Return product(x), taken together with those of the other runs that come here with the same key."""
-        self._waiting[place] = (key, x.dtype), x, product
+    def _product(self, place: int, weight: int, bias: int | None, x: Tensor, product: Product) -> Tensor:
+        """Return product(x), taken together with those of the other runs that have this weight and bias."""
+        self._waiting[place] = weight, (weight, bias, x.dtype), x, product
         self._next()
         self._turns[place].acquire()
         found = self._found.pop(place)
@@ -159,7 +170,7 @@ class _Meeting:
         return found
 
     def _next(self) -> None:
-        """Let the next run go on. If all wait, take the products first; if all have paused, let others join."""
+        """Let the next run go on. If all wait, take products first; if all have paused, let others join."""
         if not self._ready and self._waiting:
             self._multiply()
         if not self._ready and self._paused:
@@ -173,12 +184,24 @@ class _Meeting:
             self._turns[self._ready.pop(0)].release()
 
     def _multiply(self) -> None:
+        """Take the products for which all wait that have the weight.
+
+        A run with a weight of its own passes it without waiting, and so gets ahead of the others: it waits then for a
+        weight to which those that share it are yet to come. If no weight has all, as where they take different ways
+        through their layers, the products of all that wait are taken.
+        """
         self._multiplies = True
+        by_weight: dict[int, set[int]] = {}
+        for place, (weight, _, _, _) in self._waiting.items():
+            by_weight.setdefault(weight, set()).add(place)
+        going = self._turns.keys() - self._paused
+        whole = {weight for weight, places in by_weight.items() if self._shared.get(weight, set()) & going <= places}
         by_key: dict[Hashable, list[int]] = {}
-        for place, (key, _, _) in sorted(self._waiting.items()):
-            by_key.setdefault(key, []).append(place)
+        for place, (weight, key, _, _) in sorted(self._waiting.items()):
+            if weight in whole or not whole:
+                by_key.setdefault(key, []).append(place)
         for places in by_key.values():
-            rows, product = [self._waiting[place][1] for place in places], self._waiting[places[0]][2]
+            rows, product = [self._waiting[place][2] for place in places], self._waiting[places[0]][3]
             try:
                 with torch.inference_mode():
                     found = product(torch.cat(rows) if len(rows) > 1 else rows[0])
@@ -186,8 +209,9 @@ class _Meeting:
             except Exception as error:  # each of those that wait for it raises it
                 self._found.update(dict.fromkeys(places, error))
         self._multiplies = False
-        self._ready = sorted(self._waiting)
-        self._waiting.clear()
+        self._ready = sorted(place for places in by_key.values() for place in places)
+        for place in self._ready:
+            del self._waiting[place]
 
 
 class _Mode(TorchFunctionMode):

@@ -30,7 +30,7 @@ from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.serving.batch import run_batch
-from flexmerge_cli.serving.meeting import run_in_lockstep, shared_weights
+from flexmerge_cli.serving.meeting import Shared, run_in_lockstep, shared_weights
 from flexmerge_cli.serving.skeleton import skeleton
 from flexmerge_cli.serving.weight import PackedWeight
 
@@ -183,16 +183,16 @@ class Runtime:
             if len(calls) == 1:
                 with torch.inference_mode():
                     return [calls[0]()]
-            return run_in_lockstep(calls, shared_weights(models))
+            return run_in_lockstep(calls, shared_weights(dict(enumerate(models))))
         running, numbers = dict(enumerate(models)), count(len(models))
-        shared = shared_weights(models)
+        shared = shared_weights(running)
 
-        def joined(going: Sequence[int]) -> tuple[list[Callable[[], Any]], Collection[int]]:
+        def joined(going: Sequence[int]) -> tuple[list[Callable[[], Any]], Shared]:
             nonlocal running, shared
             more = [(next(numbers), self.model(task), run) for task, run in joining()]
             now = {number: running[number] for number in going} | {number: model for number, model, _ in more}
             if now.keys() != running.keys():
-                running, shared = now, shared_weights(now.values())
+                running, shared = now, shared_weights(now)
             return [partial(run, model) for _, model, run in more], shared
 
         return run_in_lockstep(calls, shared, joined)

@@ -86,7 +86,7 @@ def test_a_shared_product_is_taken_once_for_all(
     products, multiply = [], meeting._Meeting._multiply
 
     def counted(self: meeting._Meeting) -> None:
-        products.append(sorted((key, len(x)) for key, x, _ in self._waiting.values()))
+        products.append(sorted((weight, len(x)) for weight, _, x, _ in self._waiting.values()))
         multiply(self)
 
     monkeypatch.setattr(meeting._Meeting, "_multiply", counted)
@@ -96,6 +96,32 @@ def test_a_shared_product_is_taken_once_for_all(
     assert len(joined) == len(layers) - 1
     for waiting in joined:
         assert len(waiting) == 3 and len({key for key, _ in waiting}) == 1
+
+
+def test_a_run_with_weights_of_its_own_gets_no_further_than_to_the_next_that_it_shares() -> None:
+    """It passes its own without waiting, and those that share the next are not multiplied one after the other."""
+    own, first, second = torch.eye(2), torch.eye(2), torch.eye(2)
+    shared: meeting.Shared = {first.data_ptr(): {0, 1}, second.data_ptr(): {0, 1, 2}}
+    products, multiply = [], meeting._Meeting._multiply
+
+    def counted(self: meeting._Meeting) -> None:
+        multiply(self)
+        products.append(self._ready[:])
+
+    def through(*weights: "torch.Tensor") -> Callable[[], "torch.Tensor"]:
+        def run() -> "torch.Tensor":
+            x = torch.ones(1, 2)
+            for weight in weights:
+                x = functional.linear(x, weight)
+            return x
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting._Meeting, "_multiply", counted)
+        run_in_lockstep([through(first, second), through(first, second), through(own, second)], shared)
+        run_in_lockstep([through(first, second), through(second, first), through(own)], shared)
+    assert products == [[0, 1], [0, 1, 2], [0, 1], [0, 1]]  # at last both wait for what the other has passed
 
 
 def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
@@ -113,10 +139,11 @@ def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:
 
     with no_thread_outlives():
         with pytest.raises(ArithmeticError):
-            run_in_lockstep([works, fails, works], {weight.data_ptr()})
+            run_in_lockstep([works, fails, works], {weight.data_ptr(): {0, 1, 2}})
         with pytest.raises(RuntimeError, match="shape"):
-            run_in_lockstep([wrong, wrong], {weight.data_ptr()})
-        assert [found.tolist() for found in run_in_lockstep([works, works], {weight.data_ptr()})] == [[[1, 1]]] * 2
+            run_in_lockstep([wrong, wrong], {weight.data_ptr(): {0, 1}})
+        both = {weight.data_ptr(): {0, 1}}
+        assert [found.tolist() for found in run_in_lockstep([works, works], both)] == [[[1, 1]]] * 2
 
 
 def test_runs_join_between_tokens_and_begin_together() -> None:
@@ -133,9 +160,9 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
 
         return run
 
-    def joining(numbers: "Sequence[int]") -> tuple[list[Callable[[], int]], set[int]]:
+    def joining(numbers: "Sequence[int]") -> tuple[list[Callable[[], int]], meeting.Shared]:
         going.append(list(numbers))
-        return ([text(2), text(1)] if len(going) == 2 else []), {weight.data_ptr()}
+        return ([text(2), text(1)] if len(going) == 2 else []), {weight.data_ptr(): {0, 1, 2}}
 
     multiply = meeting._Meeting._multiply
 
@@ -145,7 +172,7 @@ def test_runs_join_between_tokens_and_begin_together() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meeting._Meeting, "_multiply", counted)
-        assert run_in_lockstep([text(4)], {weight.data_ptr()}, joining) == [4]
+        assert run_in_lockstep([text(4)], {weight.data_ptr(): {0, 1, 2}}, joining) == [4]
     assert sorted(ended) == [1, 2, 4]
     assert going == [[0], [0], [0, 1, 2], [0, 1]]
     assert products == [[0]] * 4 + [[0, 1, 2]] * 2 + [[0, 1]] * 2
@@ -165,13 +192,13 @@ def test_nothing_is_kept_of_runs_that_have_joined_and_ended() -> None:
 
     kept, num_calls = [num_kept()], count()
 
-    def joining(_numbers: "Sequence[int]") -> tuple[list[Callable[[], Result]], set[int]]:
+    def joining(_numbers: "Sequence[int]") -> tuple[list[Callable[[], Result]], meeting.Shared]:
         number = next(num_calls)
         if number == 300:
             kept.append(num_kept())
-        return ([run] if number < 300 else []), set()
+        return ([run] if number < 300 else []), {}
 
-    assert len(run_in_lockstep([run], (), joining)) == 1
+    assert len(run_in_lockstep([run], {}, joining)) == 1
     assert kept[1] - kept[0] < 100
 
 
@@ -205,7 +232,7 @@ def test_the_error_of_a_run_that_has_joined_is_raised_once_all_have_ended() -> N
 
     joining, ended = iter([[fails, fails], [], []]), []
     with pytest.raises(ArithmeticError):
-        run_in_lockstep([lasts], (), lambda _numbers: (next(joining), ()))
+        run_in_lockstep([lasts], {}, lambda _numbers: (next(joining), {}))
     assert ended
 
 
@@ -231,11 +258,9 @@ def test_a_run_that_pauses_takes_the_products_that_others_wait_for(monkeypatch: 
             torch.addmm(torch.ones(2), torch.ones(1, 2), weight)
         return 2
 
+    both: meeting.Shared = {weight.data_ptr(): {0, 1}}
     thread = threading.Thread(
-        target=lambda: found.extend(
-            run_in_lockstep([multiplies, pauses], {weight.data_ptr()}, lambda _going: ([], {weight.data_ptr()}))
-        ),
-        daemon=True,
+        target=lambda: found.extend(run_in_lockstep([multiplies, pauses], both, lambda _going: ([], both))), daemon=True
     )
     found: list[int] = []
     thread.start()
@@ -245,9 +270,9 @@ def test_a_run_that_pauses_takes_the_products_that_others_wait_for(monkeypatch: 
 
 def test_weights_of_one_model_alone_are_not_shared() -> None:
     first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    assert shared_weights([first, second]) == frozenset()
+    assert shared_weights({0: first, 1: second}) == {}
     second.weight = first.weight
-    assert shared_weights([first, second]) == {first.weight.data_ptr()}
+    assert shared_weights({0: first, 3: second, 4: torch.nn.Linear(2, 2)}) == {first.weight.data_ptr(): {0, 3}}
 
 
 def test_several_threads_may_call_at_once(bundle_of: Callable[..., Path]) -> None:
