@@ -20,7 +20,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 3; }
+EXPORTED int64_t flexmerge_version(void) { return 4; }
 
 /* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
  * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
@@ -162,36 +162,6 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_squares(const float *x, int64_t k, i
         }
 }
 
-/* scale · Σ (x[·] - base) / divisor in float64, rounded once; stored = base + that. And what k tasks lose: Σ of
- * ((x - base) - (stored - base))² of each run, as flexmerge_squares adds up. A run stays in the cache meanwhile. */
-EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const float *base, const float *x, int64_t k, int64_t runs,
-                                                  int64_t stride, double divisor, double scale, float *stored,
-                                                  double *errors, int64_t errors_stride)
-{
-    for (int64_t run = 0; run < runs; run++) {
-        const float *b = base + run * RUN;
-        float *s = stored + run * RUN;
-        for (int64_t i = 0; i < RUN; i += LANES) {
-            double sum[LANES];
-            add_rows(x + run * RUN + i, k, stride, LANES, b + i, sum);
-            /* Adding 0 makes +0 of -0. */
-            for (int j = 0; j < LANES; j++) s[i + j] = b[i + j] + ((float)(scale * (sum[j] / divisor)) + 0.0f);
-        }
-        for (int64_t row = 0; row < k; row++) {
-            const float *from = x + row * stride + run * RUN;
-            float lost[LANES] = {0};
-            double total = 0;
-            for (int64_t i = 0; i < RUN; i += LANES)
-                for (int j = 0; j < LANES; j++) {
-                    const float d = (from[i + j] - b[i + j]) - (s[i + j] - b[i + j]);
-                    lost[j] += d * d;
-                }
-            for (int j = 0; j < LANES; j++) total += lost[j];
-            errors[row * errors_stride + run] = total;
-        }
-    }
-}
-
 /* The number that decides between equal magnitudes, as random.py draws it: multiples of 2^-53 in [0, 1). */
 static inline double tie_number(uint64_t key, uint64_t index)
 {
@@ -266,6 +236,118 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_agree(const float *x, int64_t k, int
     agree(x + i, k, stride, n - i, how, out + i, agrees ? agrees + i : agrees, n);
 }
 
+/* Σ of n values as numpy adds up adjacent ones: eight sums of up to 128 values, and halves of more. */
+static double pairwise(const double *x, int64_t n)
+{
+    if (n > 128) {
+        const int64_t half = n / 2 - n / 2 % 8;
+        return pairwise(x, half) + pairwise(x + half, n - half);
+    }
+    double sum[8] = {0}, total;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += x[i + j];
+    total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    for (; i < n; i++) total += x[i];
+    return total;
+}
+
+#define F32 1 /* as in native.py */
+#define BF16 2
+
+/* n values of a type as float32. */
+static inline __attribute__((always_inline)) void widen(const void *from, int64_t type, int64_t at, int64_t n, float *to)
+{
+    if (type == F32) {
+        memcpy(to, (const float *)from + at, n * sizeof(float));
+        return;
+    }
+    const uint16_t *bits = (const uint16_t *)from + at;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t wide = (uint32_t)bits[i] << 16;
+        memcpy(to + i, &wide, sizeof wide);
+    }
+}
+
+/* Round n values to a type, to nearest and ties to even, and -0 to +0; they become what is stored. */
+static inline __attribute__((always_inline)) void narrow(float *values, int64_t type, int64_t at, int64_t n, void *to)
+{
+    if (type == F32) {
+        memcpy((float *)to + at, values, n * sizeof(float));
+        return;
+    }
+    uint16_t *bits = (uint16_t *)to + at;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t wide;
+        memcpy(&wide, values + i, sizeof wide);
+        const uint32_t rounded = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
+        wide = values[i] != values[i] ? 0x7FC0 : rounded == 0x8000 ? 0 : rounded;
+        bits[i] = (uint16_t)wide;
+        wide <<= 16;
+        memcpy(values + i, &wide, sizeof wide);
+    }
+}
+
+/* Σ x² of up to RUN values: as flexmerge_squares adds up if they are RUN, else in float64 as numpy does. */
+static inline __attribute__((always_inline)) double sum_of_squares(const float *x, int64_t n)
+{
+    float sum[LANES] = {0};
+    double total = 0, squares[RUN];
+    if (n < RUN) {
+        for (int64_t i = 0; i < n; i++) squares[i] = (double)x[i] * x[i];
+        return pairwise(squares, n);
+    }
+    for (int64_t i = 0; i < RUN; i += LANES)
+        for (int j = 0; j < LANES; j++) sum[j] += x[i + j] * x[i + j];
+    for (int j = 0; j < LANES; j++) total += sum[j];
+    return total;
+}
+
+/* Merge the task vectors τ = x - base of k rows, and measure what the tasks lose: Σ (τ - (stored - base))² of each run.
+ * how: 0, 1, 2 as above, of those τ that flexmerge_trim keeps unless `least` is NULL; 3: Σ τ / divisor. All in float64;
+ * stored = base + that times scale, rounded once. `types` are those of base and x and of stored. A run stays in the
+ * cache meanwhile, in room for 2 k runs. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const void *base, const void *x, const int64_t *types, int64_t k,
+                                                  int64_t n, int64_t stride, int64_t how, double divisor, double scale,
+                                                  const int32_t *least, const double *last, uint64_t tie_key,
+                                                  int64_t start, float *room, void *stored, double *errors,
+                                                  int64_t errors_stride)
+{
+    const float zero[LANES] = {0};
+    float b[RUN], s[RUN], *kept = least ? room + k * RUN : room;
+    for (int64_t first = 0; first < n; first += RUN) {
+        const int64_t count = first + RUN < n ? RUN : n - first;
+        widen(base, types[0], first, count, b);
+        for (int64_t row = 0; row < k; row++) {
+            float *delta = room + row * RUN;
+            widen(x, types[0], row * stride + first, count, delta);
+            for (int64_t i = 0; i < count; i++) delta[i] -= b[i];
+            memset(delta + count, 0, (RUN - count) * sizeof(float));
+        }
+        if (least)
+            flexmerge_trim((const int32_t *)room, k, RUN, RUN, least, last, tie_key, start + first, 0, (int32_t *)kept);
+        for (int64_t i = 0; i < count; i += LANES) {
+            double merged[LANES];
+            if (how == 3) {
+                add_rows(kept + i, k, RUN, LANES, zero, merged);
+                for (int j = 0; j < LANES; j++) merged[j] /= divisor;
+            } else {
+                agree(kept + i, k, RUN, LANES, how, merged, 0, 0);
+            }
+            /* Adding 0 makes +0 of -0. */
+            for (int j = 0; j < LANES; j++) s[i + j] = (float)(scale * merged[j]) + 0.0f;
+        }
+        for (int64_t i = 0; i < count; i++) s[i] += b[i];
+        narrow(s, types[1], first, count, stored);
+        for (int64_t i = 0; i < count; i++) s[i] -= b[i];
+        for (int64_t row = 0; row < k; row++) {
+            float *delta = room + row * RUN;
+            for (int64_t i = 0; i < count; i++) delta[i] -= s[i];
+            errors[row * errors_stride + first / RUN] = sum_of_squares(delta, count);
+        }
+    }
+}
+
 /* Count the digits, the upper 16 of the lower `shift` bits, of n keys, of which only the bits of `mask` count and which
  * have `bits`: 32 or 64. The top digit is signed; counts [2^16] begin with the smallest. What is counted before stays.
  * positive: how many keys are above 0. */
@@ -314,22 +396,6 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_find(const void *keys, int64_t bits,
         FIND(int64_t)
     }
     found[0] = count;
-}
-
-/* Σ of n values as numpy adds up adjacent ones: eight sums of up to 128 values, and halves of more. */
-static double pairwise(const double *x, int64_t n)
-{
-    if (n > 128) {
-        const int64_t half = n / 2 - n / 2 % 8;
-        return pairwise(x, half) + pairwise(x + half, n - half);
-    }
-    double sum[8] = {0}, total;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int j = 0; j < 8; j++) sum[j] += x[i + j];
-    total = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-    for (; i < n; i++) total += x[i];
-    return total;
 }
 
 /* Σ |x| of each run of k rows, whose stride may be 0. takes [k, n], or NULL: which elements count. */

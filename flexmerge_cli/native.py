@@ -18,7 +18,8 @@ _ARGUMENTS = {
     "flexmerge_average": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_squares": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT),
     "flexmerge_merge": (
-        _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, ctypes.c_double, ctypes.c_double, _POINTER, _POINTER, _COUNT,
+        _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, ctypes.c_double, ctypes.c_double, _POINTER,
+        _POINTER, ctypes.c_uint64, _COUNT, _POINTER, _POINTER, _POINTER, _COUNT,
     ),
     "flexmerge_products": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_measure_rows": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
@@ -86,7 +87,7 @@ def address(held: ctypes.Structure) -> int:
 
 
 MOST_TASKS = 32  # the limit of flexmerge_products
-TYPES = {"F32": 1, "BF16": 2}  # as in decode.c
+TYPES = {"F32": 1, "BF16": 2}  # as in decode.c and native.c
 
-lib = _load("_native", 3, _ARGUMENTS)
+lib = _load("_native", 4, _ARGUMENTS)
 decoding = _load("_decode", 2, _DECODE_ARGUMENTS)

@@ -1,5 +1,7 @@
 """The loops in C give what the plain ways give. Skipped where there was no compiler."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from flexmerge_cli.engine.runs import RUN_ELEMENTS, sizes, squares
 from flexmerge_cli.engine.survey import gram_sums
 from flexmerge_cli.engine.survey_codes import average_of
 from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
+from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods import places
 from flexmerge_cli.methods.method import Where
 from flexmerge_cli.methods.places import AtPlaces, value_keys
@@ -16,7 +19,7 @@ from flexmerge_cli.methods.reductions import largest_agreeing, merge_agreeing, s
 from flexmerge_cli.methods.selection import Kept, keep_largest
 from flexmerge_cli.residuals.row_errors import row_errors
 
-from .families import Models, write_family
+from .families import Folders, Models, write_family
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="not built: no compiler")
 
@@ -174,6 +177,22 @@ def test_keys_at_places_are_found_alike(wide, gathered, monkeypatch):
     assert all(np.array_equal(one, other) for one, other in zip(in_c, found()))
 
 
+def odd_family(root: Path) -> Folders:
+    """Equal tensors, all dtypes, tails of runs, ties of coarse values, one without elements, and unchanged ones."""
+    base = {"a.weight": normal(70, 1100), "b.weight": normal(33), "c.weight": normal(64, 64).bfloat16()}
+    base |= {"d.weight": normal(5, 1000).bfloat16(), "e.weight": normal(3, 704).half(), "f.weight": normal(0, 4)}
+    base |= {"g.weight": normal(1, 1040), "h.weight": torch.zeros(96).bfloat16()}
+    tasks: dict[str, dict[str, torch.Tensor]] = {f"t{k}": {} for k in range(1, 5)}
+    for k, state in enumerate(tasks.values()):
+        for name, value in base.items():
+            state[name] = (value.float() + 0.01 * normal(*value.shape, seed=k + 1)).to(value.dtype)
+        state["g.weight"] = base["g.weight"] + (3 * normal(1, 1040, seed=k + 9)).round() / 64
+        state["h.weight"] = (3 * normal(96, seed=k + 9)).round().bfloat16()
+    tasks["t4"]["a.weight"] = tasks["t2"]["a.weight"].clone()
+    tasks["t1"]["g.weight"] = base["g.weight"].clone()
+    return write_family(root, Models(base=base, tasks=tasks))
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -182,27 +201,38 @@ def test_keys_at_places_are_found_alike(wide, gathered, monkeypatch):
         "task_arithmetic:form=sum",
         "task_arithmetic:scale=0.7",
         "ties:K=0.3",
+        "ties:K=1,merge=sum",
+        "ties:merge=max,scope=tensor,scale=0.7",
         "emr",
         "randes",
     ],
 )
 def test_bundles_are_the_same_with_and_without(method, tmp_path, monkeypatch):
-    """Equal tensors, two dtypes, tails of runs, groups of a cut: the manifest, digests and distances, too."""
-    base = {"a.weight": normal(70, 1100), "b.weight": normal(33), "c.weight": normal(64, 64).bfloat16()}
-    tasks: dict[str, dict[str, torch.Tensor]] = {f"t{k}": {} for k in range(1, 5)}
-    for k, state in enumerate(tasks.values()):
-        for name, value in base.items():
-            state[name] = (value.float() + 0.01 * normal(*value.shape, seed=k + 1)).to(value.dtype)
-    tasks["t4"]["a.weight"] = tasks["t2"]["a.weight"].clone()
-    folders = write_family(tmp_path, Models(base=base, tasks=tasks))
-    made = {}
+    """Groups of a cut, and weights cast to another dtype: the manifest, digests and distances, too."""
+    folders = odd_family(tmp_path)
     make_plan(folders.base, folders.tasks, output=tmp_path / "plan.json", statistics="gram")
+    ways = [(None, None)] if method in ("emr", "randes") else [("1x", None), ("2x", None), ("1x", "bf16")]
+    made = {}
     for way in ("c", "torch"):
         if way == "torch":
             monkeypatch.setattr(native, "lib", None)
-        for size in (None,) if method in ("emr", "randes") else ("1x", "2x"):
-            folder = tmp_path / f"{way}-{size}"
-            merge(tmp_path / "plan.json", folder, method=method, size=size, device="cpu")
+        for size, dtype in ways:
+            folder = tmp_path / f"{way}-{size}-{dtype}"
+            merge(tmp_path / "plan.json", folder, method=method, size=size, dtype=dtype, device="cpu")
             files = [path for path in folder.rglob("*") if path.is_file()]
-            made[way, size] = {path.relative_to(folder): path.read_bytes() for path in files}
-    assert all(made["c", size] == files for (way, size), files in made.items() if way == "torch")
+            made[way, size, dtype] = {path.relative_to(folder): path.read_bytes() for path in files}
+    assert all(made["c", *key] == made["torch", *key] for key in ways)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic:scale=1e39", "ties:scale=1e39"])
+def test_values_out_of_range_are_refused_alike(method, tmp_path, monkeypatch):
+    folders = odd_family(tmp_path)
+    make_plan(folders.base, folders.tasks, output=tmp_path / "plan.json", statistics="gram")
+    said = []
+    for way in ("c", "torch"):
+        if way == "torch":
+            monkeypatch.setattr(native, "lib", None)
+        with pytest.raises(DataError, match="not finite as") as raised:
+            merge(tmp_path / "plan.json", tmp_path / way, method=method, size="1x", device="cpu")
+        said.append(str(raised.value))
+    assert said[0] == said[1]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from flexmerge_cli import native
-from flexmerge_cli.checkpoint.dtypes import TO_TORCH
+from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, TO_TORCH
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.later import Tensor, torch
 
@@ -59,6 +59,11 @@ def torch_dtype(dtype: str) -> "torch.dtype":
     """Return torch's dtype for a name as safetensors spells it."""
     found: torch.dtype = getattr(torch, TO_TORCH[dtype])
     return found
+
+
+def name_of(dtype: "torch.dtype") -> str:
+    """Return the name of torch's dtype as safetensors spells it."""
+    return FROM_TORCH[str(dtype).removeprefix("torch.")]
 
 
 def as_tensor(raw: np.ndarray, dtype: str) -> Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 from flexmerge_cli.allocation.allocation import Tasks
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup, effective_dtype
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
-from flexmerge_cli.checkpoint.dtypes import FROM_TORCH, ITEM_BYTES, promote
-from flexmerge_cli.engine.device import to_bytes
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES, promote
+from flexmerge_cli.engine.device import name_of, to_bytes
 from flexmerge_cli.engine.output import Sink
 from flexmerge_cli.engine.runs import squares
 from flexmerge_cli.engine.spans import tiles
@@ -79,7 +79,7 @@ class Encoder:
         names = ", ".join(self.plan.tasks[task].name for task in group.tasks)
         method = self.worker.layout.calls[group.method].method.name
         raise DataError(
-            f"`{method}` gives a value that is not finite as {FROM_TORCH[str(values.dtype).removeprefix('torch.')]} in "
+            f"`{method}` gives a value that is not finite as {name_of(values.dtype)} in "
             f"`{raw.span.tensor}` at {place}, tasks {names}",
             hint="use a smaller scale, or a wider dtype",
         )

@@ -147,18 +147,3 @@ def weighted_average(
         return weigh_tasks(deltas, weight_k)
     divisor = len(weight_k) if normalize == "count" else _total(weight_k, where.tasks)
     return weigh_tasks(deltas, weight_k) / divisor
-
-
-def scaled_sum(call: Call, num_tasks: int) -> tuple[float, float] | None:
-    """Return (divisor, scale) of a method that is scale · (Σ τ / divisor), in float64; None for all others.
-
-    native.c needs only these; its loop gives the same bits as the functions above.
-    """
-    if call.method is average:
-        return float(num_tasks), 1.0
-    if call.method is task_arithmetic:
-        scale = call.args.get("scale")
-        if call.args.get("form", "mean") == "sum":
-            return 1.0, 0.3 if scale is None else float(scale)
-        return float(num_tasks), 1.5 if scale is None else float(scale)
-    return None

@@ -49,13 +49,17 @@ class Kept:
             kept[tuple(at)] = False
         return kept.view(keys.shape)
 
+    def limits(self, place: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least magnitude that is kept of each row, int32 [R], and the last number at it, float64 [R]."""
+        least_R = np.minimum(self.key_RT[:, place], np.iinfo(np.int32).max).astype(np.int32)
+        return least_R, np.ascontiguousarray(self.last_RT[:, place])
+
     def largest(self, deltas: Tensor, where: Where, place: int = 0, *, drop: bool = False) -> Tensor:
         """Zero the deltas that are not kept by their magnitudes or, with `drop`, those that are. [R, *] -> [R, *]."""
         if native.lib is None or (rows := native_rows(deltas)) is None:
             return only(self.mask(magnitude_keys(deltas), where, place) ^ drop, deltas)
         trimmed = torch.empty(rows.shape)
-        least_R = np.minimum(self.key_RT[:, place], np.iinfo(np.int32).max).astype(np.int32)
-        last_R = np.ascontiguousarray(self.last_RT[:, place])
+        least_R, last_R = self.limits(place)
         native.lib.flexmerge_trim(
             rows.data_ptr(), len(rows), rows[0].numel(), rows.stride(0), least_R.ctypes.data, last_R.ctypes.data,
             tie_key(where.tensor), where.start, drop, trimmed.data_ptr(),

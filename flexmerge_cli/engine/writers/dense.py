@@ -5,7 +5,7 @@ import numpy as np
 from flexmerge_cli import native
 from flexmerge_cli.allocation.storage import Part, Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest
-from flexmerge_cli.engine.device import to_bytes, torch_dtype
+from flexmerge_cli.engine.device import name_of, to_bytes, torch_dtype
 from flexmerge_cli.engine.encode import Encoder, Piece, all_finite, digest_of, lost_squares, room_for_errors
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, squares
 from flexmerge_cli.engine.sources import BASE
@@ -13,7 +13,8 @@ from flexmerge_cli.engine.work import Raw, cast
 from flexmerge_cli.engine.writers.writer import Work, Writer
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.later import Tensor, torch
-from flexmerge_cli.methods.linear import scaled_sum
+from flexmerge_cli.methods.one_pass import one_pass
+from flexmerge_cli.random import tie_key
 
 
 def write_copies(encoder: Encoder, group: StoredGroup, raw: Raw, piece: Piece) -> None:
@@ -59,11 +60,8 @@ def _merge(
     stored = torch.empty(count, dtype=torch_dtype(part.array.dtype))
     dtypes = encoder.dtypes(storage, group)
     run, errors = raw.span.run, room_for_errors(len(group.tasks), raw)
-    done = _merge_runs(encoder, group, raw, dtypes, stored, errors) if whole is None else 0
-    for low, high in encoder.tiles(group, raw, whole):
-        low = max(low, done)
-        if low >= high:
-            continue
+    is_done = whole is None and _merge_at_once(encoder, group, raw, dtypes, stored, errors)
+    for low, high in [] if is_done else encoder.tiles(group, raw, whole):
         found, deltas = worker.value(group, raw, low, high, whole)
         base = worker.on_device(raw.bits[BASE][low:high])
         # Adding 0 turns -0 into +0, before the sum and, where rounding can give -0, after it.
@@ -88,28 +86,37 @@ def _merge(
         piece.decoded[task], piece.errors[task] = digests[dtype], errors[row]
 
 
-def _merge_runs(
+def _merge_at_once(
     encoder: Encoder, group: StoredGroup, raw: Raw, dtypes: list[str], stored: Tensor, errors: np.ndarray
-) -> int:
-    """Merge whole runs of a linear method in one pass through memory, where native.c can; return how many elements.
+) -> bool:
+    """Merge a range in one pass through memory, if native.c can; return whether it was.
 
     The bits, and the errors, are those of the general path.
     """
-    chain, run = encoder.worker.chain(group), raw.span.run
-    rows = encoder.worker.rows_of(raw, group.tasks)
+    worker, span = encoder.worker, raw.span
+    chain, dtype = worker.chain(group), name_of(stored.dtype)
     plain = chain.call is not None and not chain.steps and chain.calibrate is None and chain.coded is None
-    if native.lib is None or encoder.worker.device.type != "cpu" or not plain or rows is None or run != RUN_ELEMENTS:
-        return 0
+    if native.lib is None or worker.device.type != "cpu" or not plain or span.run != RUN_ELEMENTS:
+        return False
     assert chain.call is not None
-    linear = scaled_sum(chain.call, len(group.tasks))
-    if linear is None or {*dtypes} != {"F32"} or raw.bits[BASE].dtype is not torch.float32:
-        return 0
-    runs, base = len(stored) // run, raw.bits[BASE]
+    rule = one_pass(chain.call, len(group.tasks), chain.stats(group.tasks, span.tensor))
+    rows, base = worker.rows_of(raw, group.tasks), raw.bits[BASE]
+    if rule is None or rows is None or rows.dtype is not base.dtype or {*dtypes} != {dtype}:
+        return False
+    source = name_of(base.dtype)
+    if not {source, dtype} <= native.TYPES.keys():
+        return False
+    kept, k = rule.kept, len(rows)
+    least, last = kept.limits() if kept is not None else (None, None)
+    types = np.array([native.TYPES[source], native.TYPES[dtype]])
+    room = worker.buffers.get("runs", 4 * k * RUN_ELEMENTS * (1 if kept is None else 2))
     native.lib.flexmerge_merge(
-        base.data_ptr(), rows.data_ptr(), len(rows), runs, rows.stride(0), *linear,
-        stored.data_ptr(), errors.ctypes.data, errors.shape[1],
+        base.data_ptr(), rows.data_ptr(), types.ctypes.data, k, len(stored), rows.stride(0), rule.number,
+        rule.divisor, rule.scale, None if least is None else least.ctypes.data,
+        None if last is None else last.ctypes.data, tie_key(span.tensor), span.start,
+        room.ctypes.data, stored.data_ptr(), errors.ctypes.data, errors.shape[1],
     )  # fmt: skip
-    return runs * run
+    return True
 
 
 def _write_copies(
