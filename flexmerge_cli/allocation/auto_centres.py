@@ -5,6 +5,7 @@ base      one centre, dense or in 2, 3, 4 or 8 bits; residuals of 1, 2, 3, 4 or 
 average   one centre per group of a level of the block's dendrogram; a class alone in its group is stored as for none
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -39,15 +40,21 @@ class AutoCentre:
 def centres_of(tensor: TensorStatistics, levels: Mapping[int, Groups]) -> list[AutoCentre]:
     """List no centre, the base, then the levels from one group up. A level that groups the classes like an earlier one
     is left out."""
+    return list(_centres(tensor.same, tuple(levels[level] for level in sorted(levels))))
+
+
+@functools.lru_cache(maxsize=256)
+def _centres(same: tuple[int, ...], levels: tuple[Groups, ...]) -> list[AutoCentre]:
+    """Make the centres of all tensors of a block whose equal tasks are the same."""
     found = [AutoCentre(kind="none")] + [AutoCentre(kind="base", bits=bits) for bits in CENTRE_BITS]
     seen: set[Groups] = set()
-    for level in sorted(levels):
-        group_of = {task: number for number, group in enumerate(levels[level]) for task in group}
+    for level in levels:
+        group_of = {task: number for number, group in enumerate(level) for task in group}
         members: dict[int, list[int]] = {}
-        for task, first in enumerate(tensor.same):
+        for task, first in enumerate(same):
             members.setdefault(group_of[first], []).append(task)
         groups = tuple(sorted(tuple(tasks) for tasks in members.values()))
-        if groups in seen or not any(tensor.num_classes(group) > 1 for group in groups):
+        if groups in seen or all(len({same[task] for task in group}) == 1 for group in groups):
             continue
         seen.add(groups)
         found += [AutoCentre(kind="average", bits=bits, groups=groups) for bits in CENTRE_BITS]
@@ -77,40 +84,48 @@ def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.nda
     The factor of a residual is its energy: ‖τ - centre's τ‖² plus the error of coding the centre. The unit costs of a
     copy are errors already.
     """
-    classes = tensor.classes
+    classes, least = tensor.classes, tensor.least_error
     firsts = [tasks[0] for tasks in classes]
+    own_K = np.diag(tensor.gram)[firsts]
     sizes_K = np.array([len(tasks) for tasks in classes], np.float64)
     kind_CK = np.full((len(centres), len(classes)), COPY)
     factor_CK = np.repeat(sizes_K[None], len(centres), axis=0)
     distances: dict[Groups, tuple[np.ndarray, np.ndarray]] = {
-        (): (np.ones(len(classes), bool), np.diag(tensor.gram)[firsts])  # to the base
+        (): (np.ones(len(classes), bool), own_K)  # to the base
     }
     for row, centre in enumerate(centres):
         if centre.kind == "none":
             continue
         if centre.groups not in distances:
-            distances[centre.groups] = _distances_to_mean(tensor, centre.groups, firsts)
+            distances[centre.groups] = _distances_to_mean(tensor.gram, own_K, centre.groups, firsts)
         shared_K, squared_K = distances[centre.groups]
         errors = tensor.errors.base if centre.kind == "base" else tensor.errors.average
         lost = 0.0 if centre.bits == "dense" else errors[centre.bits]
         kind_CK[row, shared_K] = CODED
-        factor_CK[row, shared_K] = (sizes_K * np.maximum(np.maximum(squared_K, 0.0) + lost, tensor.least_error))[
-            shared_K
-        ]
+        factor_CK[row, shared_K] = (sizes_K * np.maximum(np.maximum(squared_K, 0.0) + lost, least))[shared_K]
         if centre.kind == "base" and centre.bits == "dense":
             free_K = np.array([tensor.is_free(task) for task in firsts])
             kind_CK[row, free_K], factor_CK[row, free_K] = FREE, 0.0
     return kind_CK, factor_CK
 
 
-def _distances_to_mean(tensor: TensorStatistics, groups: Groups, firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _distances_to_mean(
+    gram: np.ndarray, energy_K: np.ndarray, groups: Groups, firsts: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return whether each class shares its group, and ‖τ - mean of the group‖², which only rounding can make
-    negative."""
-    member_GM = np.zeros((len(groups), len(tensor.gram)))
+    negative. energy_K: ‖τ‖² of each class."""
+    member_GM, group_K, shares_K = _members(groups, len(gram), tuple(firsts))
+    mean_GM = member_GM @ gram
+    within_G = (mean_GM * member_GM).sum(axis=1)
+    return shares_K, energy_K - 2 * mean_GM[group_K, firsts] + within_G[group_K]
+
+
+@functools.lru_cache(maxsize=4096)
+def _members(groups: Groups, num_tasks: int, firsts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the weight of each task in the mean of each group, [G, M], the group of each class, [K], and whether it
+    shares that with others, bool [K]."""
+    member_GM = np.zeros((len(groups), num_tasks))
     for number, group in enumerate(groups):
         member_GM[number, list(group)] = 1 / len(group)
-    own_K = member_GM[:, firsts].argmax(axis=0)
-    mean_GM = member_GM @ tensor.gram
-    within_G = (mean_GM * member_GM).sum(axis=1)
-    squared_K = np.diag(tensor.gram)[firsts] - 2 * mean_GM[own_K, firsts] + within_G[own_K]
-    return np.bincount(own_K, minlength=len(groups))[own_K] > 1, squared_K
+    group_K = member_GM[:, list(firsts)].argmax(axis=0)
+    return member_GM, group_K, np.bincount(group_K, minlength=len(groups))[group_K] > 1

@@ -28,7 +28,8 @@ from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.residuals.coder import MatrixView
 from flexmerge_cli.stored.form import Bits
 
-# K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve
+# K classes, C centres, V vertices and S segments of a class's hull, P positions on a curve,
+# N points that may be on the frontier
 
 Options = tuple[tuple[Bits, ...], np.ndarray, np.ndarray]
 """The hull of what one class may store: labels, bytes, and cost in units of the class's factor."""
@@ -177,20 +178,48 @@ class AutoTable:
         np.cumsum(np.where(is_segment_CP, added_CP, 0), axis=1, out=num_bytes[:, 1:])
         num_bytes += (centre_bytes(self.tensor, self.centres) + self._bytes_CKV[:, :, 0].sum(axis=1))[:, None]
 
+        cost_CKV = self._unit_cost_CKV * (self._weight_K * self._factor_CK)[:, :, None]
+        near = self._near_frontier(num_bytes, cost_CKV, order_CP, is_segment_CP)
         # Costs are summed anew for every state, in class order: subtracting step by step would not end at 0.
-        cost, taken = np.zeros(shape), np.zeros(shape, np.intp)
-        cost_KCV = (self._unit_cost_CKV * (self._weight_K * self._factor_CK)[:, :, None]).transpose(1, 0, 2).copy()
-        first_C1 = np.arange(num_centres)[:, None] * (num_segments + 1)
+        centre_N, position_N = np.divmod(near, self._num_positions)
+        place_CP = np.full(
+            slope_CP.shape, slope_CP.shape[1]
+        )  # the position of each segment, past the end if it is none
+        np.put_along_axis(
+            place_CP, order_CP, np.where(is_segment_CP, np.arange(slope_CP.shape[1]), slope_CP.shape[1]), 1
+        )
+        place_CKS = place_CP.reshape(self._slope_CKS.shape)
+        taken_NK = (place_CKS[centre_N] < position_N[:, None, None]).sum(axis=2)
+        cost_N = np.zeros(len(near))
         for number in range(num_classes):
-            np.cumsum(self._order_CP == number, axis=1, out=taken[:, 1:])
-            cost += cost_KCV[number].reshape(-1)[taken + first_C1]
+            cost_N += cost_CKV[centre_N, number, taken_NK[:, number]]
 
-        self.points = frontier(num_bytes.reshape(-1), cost.reshape(-1))
+        best = frontier(num_bytes.reshape(-1)[near], cost_N)
+        self.points = near[best]
         """The points worth taking, as centre · positions + position; bytes rising, cost falling."""
         self.num_bytes = num_bytes.reshape(-1)[self.points]
-        self.cost = cost.reshape(-1)[self.points]
+        self.cost = cost_N[best]
         self.vertices = hull(self.num_bytes, self.cost)
         """The points on the lower convex hull."""
+
+    def _near_frontier(
+        self, num_bytes_CP: np.ndarray, cost_CKV: np.ndarray, order_CP: np.ndarray, is_segment_CP: np.ndarray
+    ) -> np.ndarray:
+        """Return the points that may be on the frontier, int64, rising: all others cost more than one with no more
+        bytes, by more than what is lost to rounding where costs are subtracted step by step."""
+        start_C1 = cost_CKV[:, :, 0].sum(axis=1, keepdims=True)
+        saved_CP = -np.take_along_axis(np.diff(cost_CKV).reshape(len(order_CP), -1), order_CP, axis=1)
+        cost_CP = np.empty(num_bytes_CP.shape)
+        cost_CP[:, :1] = start_C1
+        np.cumsum(np.where(is_segment_CP, saved_CP, 0.0), axis=1, out=cost_CP[:, 1:])
+        np.subtract(start_C1, cost_CP[:, 1:], out=cost_CP[:, 1:])
+        is_state_CP = np.ones(num_bytes_CP.shape, bool)
+        is_state_CP[:, 1:] = is_segment_CP  # the others repeat the state before
+        states = np.flatnonzero(is_state_CP)
+        states = states[np.argsort(num_bytes_CP.reshape(-1)[states])]
+        cost_S = cost_CP.reshape(-1)[states]
+        rounding = 1e-9 * float(np.abs(start_C1).max(initial=0.0))
+        return np.sort(states[cost_S <= np.minimum.accumulate(cost_S) + rounding])
 
 
 def _options(exact_bytes: int, unit: Mapping[float, float], code_bytes: Mapping[float, int], limits: Limits) -> Options:
