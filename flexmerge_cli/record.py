@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
     model_validator,
 )
@@ -30,19 +31,42 @@ Item = TypeVar("Item")
 class Unsound(Exception):
     """The first error within a map; not a ValueError, so that pydantic stops."""
 
+    def __init__(self, value: Any, place: tuple[object, ...], said: str) -> None:
+        """Take what is wrong. value: the item of a map, as pydantic does not say at which key it is."""
+        self.value, self.place, self.said = value, place, said
+
+    def __str__(self) -> str:
+        place = ".".join(str(step)[:100] for step in self.place[:20])
+        return f"{place}: {self.said}" if place else self.said
+
 
 def _at_once(value: Any, handler: Callable[[Any], Any]) -> Any:
     try:
         return handler(value)
     except ValidationError as error:
-        raise Unsound(first_error(error)) from None
+        raise _first(error, value) from None
+    except Unsound as error:
+        error.value = value
+        raise
+
+
+def _with_place(value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+    try:
+        return handler(value)
+    except Unsound as error:
+        key = next((key for key, item in value.items() if item is error.value), "?")
+        error.place = (info.field_name, key, *error.place)
+        raise
+
+
+def _first(error: ValidationError, value: Any = None) -> Unsound:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return Unsound(value, first["loc"], first["msg"][:500])
 
 
 def first_error(error: ValidationError) -> str:
     """Return where the first error is, and what is wrong there."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step)[:100] for step in first["loc"][:20])
-    return f"{place}: {first['msg'][:500]}" if place else first["msg"][:500]
+    return str(_first(error))
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -63,7 +87,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 Items = Annotated[tuple[Item, ...], Field(fail_fast=True)]
-Named = dict[str, Annotated[Item, WrapValidator(_at_once)]]
+Named = Annotated[dict[str, Annotated[Item, WrapValidator(_at_once)]], WrapValidator(_with_place)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Shape = Items[Count]

@@ -195,6 +195,8 @@ def _is_tensor(value: object) -> bool:
 def _locate(path: Path, name: str, tensor: PickledTensor | OddTensor, records: Mapping[str, _Record]) -> StoredTensor:
     if not is_text(name):
         raise DataError(f"{path}: tensor {name[:200]!r} has a name that is not text, or holds a NUL", hint="rename it")
+    if name == "__metadata__":
+        raise DataError(f"{path}: a tensor is called `{name}`, which safetensors keeps for itself", hint="rename it")
     if isinstance(tensor, OddTensor):
         raise DataError(
             f"{path}: tensor `{name}` is {tensor.kind}, which cannot be merged",
@@ -208,7 +210,7 @@ def _locate(path: Path, name: str, tensor: PickledTensor | OddTensor, records: M
     if dtype is None:
         raise DataError(
             f"{path}: tensor `{name}` has dtype {tensor.dtype}, which cannot be merged",
-            hint="dequantise the checkpoint to bfloat16, float16 or float32 first",
+            hint="save it as bfloat16, float16 or float32",
         )
     record = records.get(f"data/{tensor.storage.key}")
     if record is None:

@@ -104,7 +104,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
             )
         raise DataError(
             f"{path}: tensor `{name}` has dtype {str(dtype)[:40]}, which cannot be merged",
-            hint="dequantise the checkpoint to BF16, F16 or F32 first",
+            hint="save it as BF16, F16 or F32",
         )
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
         raise DataError(f"{path}: tensor `{name}` has an invalid shape {str(shape)[:80]}", hint=BAD_COPY)

@@ -99,12 +99,22 @@ def test_what_is_no_state_dict_is_refused(value, tmp_path):
         read_pickle(tmp_path / "x.bin")
 
 
-@pytest.mark.parametrize("value", [
-    torch.zeros(4).to_sparse(), torch.zeros(2, 2, dtype=torch.complex128), torch.zeros(2, dtype=torch.float8_e4m3fn),
+@pytest.mark.parametrize(("value", "hint"), [
+    (torch.zeros(4).to_sparse(), "save it as a plain tensor"),
+    (torch.zeros(2, 2, dtype=torch.complex128), "save it as bfloat16"),
+    (torch.zeros(2, dtype=torch.float8_e4m3fn), "dequantise it"),
 ], ids=["sparse", "complex128", "float8"])  # fmt: skip
-def test_tensors_that_cannot_be_merged_are_refused(value, tmp_path):
+def test_tensors_that_cannot_be_merged_are_refused(value, hint, tmp_path):
     torch.save({"a": value}, tmp_path / "x.bin")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="`a`") as raised:
+        read_pickle(tmp_path / "x.bin")
+    assert hint in raised.value.hint
+
+
+def test_the_name_that_safetensors_keeps_for_itself_is_refused_before_weights_are_read(tmp_path):
+    """`merge` refused it, after the plan, as the name of two arrays."""
+    torch.save({"__metadata__": normal(0, 4)}, tmp_path / "x.bin")
+    with pytest.raises(DataError, match="safetensors keeps for itself"):
         read_pickle(tmp_path / "x.bin")
 
 

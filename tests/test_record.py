@@ -1,0 +1,38 @@
+"""What is unsound in a record of a file is said with its place, within maps, too."""
+
+from typing import Any
+
+import pytest
+from pydantic import Field, ValidationError
+
+from flexmerge_cli.record import Count, Named, Record, Unsound, first_error
+
+
+class Task(Record):
+    digests: Named[Count]
+
+
+class File(Record):
+    tasks: Named[Task]
+    weights: Named[float | dict[str, float]] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"tasks": {"a": {"digests": {"x": 1, "y": "?"}}}}, "tasks.a.digests.y: "),
+        ({"tasks": {"a": {"digests": {}}, "b": {"digest": {}}}}, "tasks.b.digests: "),
+        ({"tasks": {"a": {"digests": 7}}}, "tasks.a.digests: "),
+        ({"tasks": {}, "weights": {"a": 1, "b": "?"}}, "weights.b.float: "),
+        ({"tasks": {}, "weights": {"a": {"x": 1, "y": []}}}, "weights.a."),
+        ({"tasks": 5}, "tasks: "),
+        ({"more": 1}, "tasks: "),
+    ],
+)
+def test_an_error_says_where_it_is(fields: dict[str, Any], place: str) -> None:
+    """Within a map, the names of the map and of the item were left out."""
+    with pytest.raises((ValidationError, Unsound)) as raised:
+        File.model_validate(fields)
+    error = raised.value
+    said = first_error(error) if isinstance(error, ValidationError) else str(error)
+    assert said.startswith(place)
