@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flexmerge_cli.formats.plan_records import PlanSettings
+from flexmerge_cli.formats.plan_records import Measurement, PlanSettings
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed
 from flexmerge_cli.record import Count, Digest, Items, Record
 from flexmerge_cli.request.part import MAX_PARTS
@@ -20,7 +20,7 @@ from flexmerge_cli.request.part import MAX_PARTS
 FORMAT = "flexmerge.plan-part/1"
 MAX_PART_BYTES = 1 << 30
 
-Number = float | None
+Number = Measurement | None
 """A number; None if it is not finite."""
 Numbers = Items[Number]
 Codes = dict[int, Number]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from pydantic import ValidationError
 
 from flexmerge_cli.checkpoint.access import Access
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ from flexmerge_cli.formats.sealed import sealed
 from flexmerge_cli.planning.fields import SETTINGS_OF_ACCESS, SETTINGS_OF_REQUEST, requested_settings
 from flexmerge_cli.planning.make import make_plan, measured_alone, opened
 from flexmerge_cli.planning.measuring import OnProgress, silent
-from flexmerge_cli.record import NO_SHA256
+from flexmerge_cli.record import NO_SHA256, Unsound, first_error
 from flexmerge_cli.request.part import Share
 from flexmerge_cli.request.plan import OrderSettings, PlanRequest
 from flexmerge_cli.residuals.coding_error import CodingError
@@ -121,9 +122,13 @@ class Parts:
         )
 
     def join(self, **run: Any) -> Plan:
-        """Make the plan. run: as in make_plan. Raises DataError if the sources have changed since the parts were
-        made."""
-        return make_plan(self.request, measured=self._measures, **run)
+        """Make the plan. run: as in make_plan. Raises DataError if the sources have changed since the parts were made,
+        or what the parts hold cannot be measurements."""
+        try:
+            return make_plan(self.request, measured=self._measures, **run)
+        except (ValidationError, Unsound) as error:
+            reason = first_error(error) if isinstance(error, ValidationError) else error
+            raise DataError(f"the parts make no sound plan: {reason}", hint="make the parts again") from None
 
     def _measures(self, family: Family, items: Sequence[SurveyItem]) -> list[Measure]:
         now, then = _headers(family), self.parts[0].headers
@@ -212,7 +217,7 @@ def _written(item: SurveyItem, found: Measure) -> PartMeasure:
 
 
 def _read(item: SurveyItem, measure: PartMeasure, path: Path) -> Measure:
-    """Read a measure. Raises DataError if lists are not as long as the number of tasks of the item."""
+    """Read a measure. Raises DataError unless it is one that the item's tensors may have."""
     count = len(item.tasks)
     square = [len(row) for matrix in (measure.gram, measure.agreement) for row in matrix or ()]
     rows = [len(matrix) for matrix in (measure.gram, measure.agreement) if matrix is not None]
@@ -224,13 +229,23 @@ def _read(item: SurveyItem, measure: PartMeasure, path: Path) -> Measure:
         return {bits: np.nan if value is None else value for bits, value in of.items()}
 
     coding = measure.coding
+    gram = None if measure.gram is None else np.array(measure.gram, np.float64)
+    agreement = None if measure.agreement is None else np.array(measure.agreement, np.int64)
+    is_sound = all(first <= place and measure.same[first] == first for place, first in enumerate(measure.same))
+    for matrix in (gram, agreement):
+        is_sound &= matrix is None or np.array_equal(matrix, matrix.T, equal_nan=True)
+    is_sound &= gram is None or bool(measure.not_finite) or bool(np.isfinite(gram).all())
+    read = dict(enumerate(tensor for _, tensor in item.tasks)) | ({} if item.base is None else {-1: item.base})
+    is_sound &= all(place in read and at < read[place].num_elements for place, at in measure.not_finite)
+    if not is_sound:
+        raise DataError(f"{path} has measurements of `{measure.tensor}` that no weights have", hint="make it again")
     return Measure(
         digests=list(measure.digests),
         base_digest=measure.base_digest,
         same=list(measure.same),
         is_base=list(measure.is_base),
-        gram=None if measure.gram is None else np.array(measure.gram, np.float64),
-        agreement=None if measure.agreement is None else np.array(measure.agreement, np.int64),
+        gram=gram,
+        agreement=agreement,
         base_energy=np.nan if measure.base_energy is None else measure.base_energy,
         not_finite=list(measure.not_finite),
         coding=None

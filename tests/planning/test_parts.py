@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from flexmerge_cli.request.part import Share
 from ..adapters import LORA
 from ..adapters import make as make_adapters
 from ..families import ODD, plain, write_family
-from ..program import Child, fails, succeeds
+from ..hostile import sealed
+from ..odd_values import odd_files
+from ..program import Child, fails, flexmerge, succeeds
 
 
 def in_parts(sources, count, folder, *options):
@@ -159,3 +162,27 @@ def test_a_part_says_what_it_measured(made, tmp_path):
     found = succeeds("plan", *folders.arguments, "--part", "2/3", "-o", tmp_path / "p", "--json").json
     part = json.loads((tmp_path / "p").read_text())
     assert found["part"] == "2/3" and found["tensors"] == len(part["measures"]) > 0
+
+
+def test_a_strangers_part_with_odd_values_is_refused_in_plain_words(made, tmp_path):
+    """The join computed with whatever was there: coding errors below 0 and a skew Gram matrix were called bugs."""
+    one, two, three = made[1]
+    sound = json.loads(two.read_bytes())
+    place = next(n for n, measure in enumerate(sound["measures"]) if measure["gram"] and measure["coding"])
+    other = tmp_path / "odd.json"
+
+    def refused(fields):
+        other.write_bytes(sealed(fields, "sha256"))
+        result = flexmerge("plan", "--join", one, other, three, "-o", tmp_path / "p.json", "--force")
+        assert (result.code in (2, 3) and str(other) in result.err) or "the parts make no sound plan" in result.err
+
+    for key, value in {
+        "gram": [[1.0, 2.0, 3.0]] * 3, "same": [0, 2, 2], "not_finite": [[7, 0]], "digests": ["0" * 32],
+        "coding": {"base": {"2": -1.0}, "average": {}, "ratio": {}}, "base_energy": 1e308,
+    }.items():  # fmt: skip
+        fields = json.loads(two.read_bytes())
+        fields["measures"][place][key] = value
+        refused(fields)
+    for _, data in islice(odd_files(two.read_bytes(), "sha256", seed=1), 6):
+        other.write_bytes(data)
+        flexmerge("plan", "--join", one, other, three, "-o", tmp_path / "p.json", "--force")  # which fails of a bug
