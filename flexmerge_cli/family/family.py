@@ -11,7 +11,7 @@ from pathlib import Path
 from flexmerge_cli.checkpoint import foreign
 from flexmerge_cli.checkpoint.candidates import Candidates
 from flexmerge_cli.checkpoint.checkpoint import Checkpoint, find_weights
-from flexmerge_cli.checkpoint.rows import Runs
+from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, SourceError, UsageError
 from flexmerge_cli.family.adapters import KeptAdapter
@@ -20,6 +20,7 @@ from flexmerge_cli.family.architecture import differences
 from flexmerge_cli.family.classes import TensorClass, absent_alias, aliases, is_resized, is_resnet, why_private
 from flexmerge_cli.family.spelling import model_types
 from flexmerge_cli.family.split import Split
+from flexmerge_cli.record import Count, Items, Record, Runs
 
 # The names that bundles give to parts of a tensor (formats/manifest.py): no tensor of a checkpoint may have such a
 # name.
@@ -54,26 +55,38 @@ class FamilyTensor:
         return len(self.tasks) > 1 and len(forms) == 1 and None not in forms
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowMap:
+class RowMap(Record):
     """Where one model has the rows that all models share."""
 
-    rows: int
+    rows: Count
     """The number of rows of the model's whole tensor."""
     common: Runs
     """The rows that the base and all tasks have, in the base's order."""
-    leading: str = ""
+    leading: str
     """Why rows were compared by position and not by token; empty if they were compared by token."""
 
+    @property
+    def own(self) -> Runs:
+        """The other rows, ascending."""
+        return other_rows(self.common, self.rows)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model has no other rows, and has these in the base's order."""
+        return self.common == ((0, self.rows),)
+
+
+class Vocabulary(Record):
     """Tensors with one row per token, where the models differ in the tokens or in their positions."""
 
-    tensors: tuple[str, ...]
+    tensors: Items[str]
     """Names of embeddings, output layers and their biases."""
     base: RowMap
-    tasks: tuple[RowMap, ...]
+    tasks: Items[RowMap]
+
+    def of(self, task: int | None) -> RowMap | None:
+        """Return the rows of a task, or of the base if it is None; None for a kept adapter, which has the base's."""
+        return self.base if task is None else self.tasks[task] if task < len(self.tasks) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,7 +130,7 @@ def _row_maps(sizes: Sizes, tokens: _Tokenizers) -> tuple[RowMap, tuple[RowMap, 
         RowMap(rows=rows, common=runs_of(own[common].tolist()), leading=why)
         for rows, own, why in zip(of_tasks, own_TV, leading)
     )
-    return RowMap(rows=base_rows, common=runs_of(common.tolist())), maps
+    return RowMap(rows=base_rows, common=runs_of(common.tolist()), leading=""), maps
 
 
 def _split(tensor: FamilyTensor, vocabulary: Vocabulary) -> tuple[FamilyTensor, FamilyTensor]:

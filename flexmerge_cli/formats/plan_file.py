@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.family import Vocabulary
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_check import check_plan
@@ -39,7 +40,6 @@ from flexmerge_cli.formats.plan_records import (
     PlanMerge,
     PlanSettings,
     PlanTensor,
-    PlanVocabulary,
 )
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed, save_sealed, sealed
 from flexmerge_cli.order.order import Merge
@@ -66,7 +66,7 @@ class Plan(Record):
     settings: PlanSettings
     near_ties: Count
     rows: Items[PlanTensor] = ()
-    vocabularies: Items[PlanVocabulary] = ()
+    vocabularies: Items[Vocabulary] = ()
     splits: Items[Split] = ()
 
     @model_validator(mode="after")
@@ -146,7 +146,7 @@ class Plan(Record):
     def find(self, name: str) -> PlanTensor | None:
         return self._by_name().get(name)
 
-    def vocabulary(self, tensor: str) -> PlanVocabulary | None:
+    def vocabulary(self, tensor: str) -> Vocabulary | None:
         """Return the vocabulary of a tensor, or of its `@rows`; None if all models have the same rows."""
         name = tensor.removesuffix(ROWS_SUFFIX)
         return next((found for found in self.vocabularies if name in found.tensors), None)

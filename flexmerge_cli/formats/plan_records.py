@@ -8,13 +8,12 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from flexmerge_cli.checkpoint.libraries import LibraryName
 from flexmerge_cli.checkpoint.license import MAX_LICENSE
 from flexmerge_cli.checkpoint.parts import are_parts
-from flexmerge_cli.checkpoint.rows import other_rows
 from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
-from flexmerge_cli.record import Count, Digest, Items, Named, Record, Runs, Shape
+from flexmerge_cli.record import Count, Digest, Items, Named, Record, Shape
 from flexmerge_cli.request.plan import Statistics
 from flexmerge_cli.residuals.coding_error import CodingError
 
@@ -141,39 +140,6 @@ class PlanTensor(Record):
     def shape_of(self, task: int) -> Shape:
         shape = self.shapes[task] if self.shapes else None
         return self.shape if shape is None else shape
-
-
-class PlanRows(Record):
-    """The rows of one model's tensor that all models have."""
-
-    rows: Count
-    """The number of rows of the whole tensor."""
-    common: Runs
-    """The rows in the base's order."""
-    leading: str
-    """Why rows were compared by position and not by token; empty if they were compared by token."""
-
-    @property
-    def own(self) -> Runs:
-        """The other rows, ascending."""
-        return other_rows(self.common, self.rows)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model has no other rows, and has these in the base's order."""
-        return self.common == ((0, self.rows),)
-
-
-class PlanVocabulary(Record):
-    """Tensors whose rows are not the same in all models."""
-
-    tensors: Items[str]
-    base: PlanRows
-    tasks: Items[PlanRows]
-
-    def of(self, task: int | None) -> PlanRows | None:
-        """Return the rows of a task, or of the base if it is None; None for a kept adapter, which has the base's."""
-        return self.base if task is None else self.tasks[task] if task < len(self.tasks) else None
 
 
 class PlanBlock(Record):

@@ -226,7 +226,7 @@ def plan_of(
         ),
         "tensors": records[: len(family.tensors)],
         "rows": records[len(family.tensors) :],
-        "vocabularies": [asdict(vocabulary) for vocabulary in family.vocabularies],
+        "vocabularies": [vocabulary.model_dump() for vocabulary in family.vocabularies],
         "splits": [split.model_dump() for split in family.splits],
         "settings": requested_settings(request).model_dump(mode="json"),
         **order_fields(tensors, blocks, request.order),
