@@ -2,14 +2,12 @@
 
 from typing import Annotated, Any
 
-import typer
-
 from flexmerge_cli.cli import options as o
 
 
 def cache(
     clear: Annotated[
-        bool, typer.Option("--clear", help="Remove everything that is cached; it is recomputed when needed.")
+        bool, o.option("--clear", "", "Remove everything that is cached; it is recomputed when needed.")
     ] = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

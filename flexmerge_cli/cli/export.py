@@ -2,29 +2,23 @@
 
 from typing import Annotated, Any
 
-import typer
-
 from flexmerge_cli.cli import options as o
 
 
 def export(
     bundle: o.Bundle,
     output: o.ExportOutput,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="Task to export; repeatable.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Export every task.")] = False,
+    task: Annotated[list[str] | None, o.option("--task", "NAME", "Task to export; repeatable.")] = None,
+    every: Annotated[bool, o.option("--all", "", "Export every task.")] = False,
     link: Annotated[
-        bool, typer.Option("--link", help="Link files instead of copying; fails if any tensor needs decoding.")
+        bool, o.option("--link", "", "Link files instead of copying; fails if any tensor needs decoding.")
     ] = False,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Export a kept adapter as the full model it produces, not as an adapter.")
+        bool, o.option("--merged", "", "Export a kept adapter as the full model it produces, not as an adapter.")
     ] = False,
     as_lora: Annotated[
         bool,
-        typer.Option(
-            "--as-lora", help="Export one base and a PEFT adapter per task, for engines that serve LoRA adapters."
-        ),
+        o.option("--as-lora", "", "Export one base and a PEFT adapter per task, for engines that serve LoRA adapters."),
     ] = False,
     offline: o.Offline = False,
     force: o.Force = False,

@@ -10,15 +10,10 @@ from flexmerge_cli.cli import options as o
 def inspect(
     source: o.Inspected,
     block: Annotated[
-        str | None,
-        typer.Option("--block", metavar="NAME", help="Show the similarities of the tasks in this block of a plan."),
+        str | None, o.option("--block", "NAME", "Show the similarities of the tasks in this block of a plan.")
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of a bundle against the manifest.")
-    ] = False,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="With --verify: check every decoded tensor as well.")
-    ] = False,
+    verify: Annotated[bool, o.option("--verify", "", "Check every byte of a bundle against the manifest.")] = False,
+    decode: Annotated[bool, o.option("--decode", "", "With --verify: check every decoded tensor as well.")] = False,
     html: o.Html = None,
     offline: o.Offline = False,
     variant: o.Variant = None,

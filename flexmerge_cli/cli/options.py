@@ -24,6 +24,7 @@ def _panel(title: str) -> Callable[..., Any]:
 _sources, _stored, _sizes = _panel("Sources"), _panel("What is stored"), _panel("How much is stored")
 _order, _scores, _gates = _panel("Merge order"), _panel("Scores"), _panel("Gates and choices")
 _run, _output = _panel("How it runs"), _panel("Output")
+option = _panel("Options")  # for an option of one command, declared in its file
 
 # Sources.
 PlanSource = Annotated[
@@ -55,7 +56,7 @@ Task = Annotated[
 Add = Annotated[
     list[str] | None, _sources("--add", "NAME=MODEL", "Add this fine-tune to the tasks of a plan.json; repeatable.")
 ]
-Remove = Annotated[list[str] | None, _sources("--remove", "NAME", "Remove this task of a plan.json; repeatable.")]
+Remove = Annotated[list[str] | None, _sources("--remove", "NAME", "Remove this task from a plan.json; repeatable.")]
 Ignore = Annotated[
     list[str] | None,
     _sources("--ignore", "NAME", "Skip this subfolder of --tasks, or source files with matching names; repeatable."),
@@ -192,7 +193,7 @@ Sizes = Annotated[
 Merges = Annotated[int | None, _sizes("--merges", "N", "Stop after N merges instead of at a size.")]
 Fit = Annotated[
     str | None,
-    _sizes("--fit", "tight|prefix", "tight (default): undo merges while the size still fits; prefix: the paper's cut."),
+    _sizes("--fit", "tight|prefix", "tight (default): undo merges while the size still fits; prefix: undo none, as in the paper."),
 ]
 Cluster = Annotated[
     str | None, _sizes("--cluster", "channels", "Group tasks by k-means in every tensor; requires a size of Kx.")
@@ -201,7 +202,7 @@ ClusterSeed = Annotated[
     int | None, _sizes("--seed", "N", "Seed of the k-means initialisation; requires --cluster.", min=0)
 ]
 MaxDistance = Annotated[
-    float | None, _sizes("--max-distance", "NUMBER", "Publish only if every task's distance is below this.", min=0)
+    float | None, _sizes("--max-distance", "NUMBER", "Publish only if no task's distance is larger.", min=0)
 ]
 
 # Scores.
@@ -253,7 +254,7 @@ Choose = Annotated[
     _gates(
         "--choose",
         "PART",
-        "Find the smallest that keeps this fraction of the fine-tuned score, e.g. 0.99. Exit with 6 if none does.",
+        "Find the smallest size that keeps this fraction of the fine-tuned score, e.g. 0.99. Exit with 6 if none does.",
     ),
 ]
 Tune = Annotated[

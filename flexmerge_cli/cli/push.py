@@ -16,12 +16,12 @@ def push(
             metavar="REPOSITORY", help="hf://org/name, created if it does not exist, or s3://bucket/folder."
         ),
     ],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    private: Annotated[bool, o.option("--private", "", "Create a private repository.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="NAME", help="Branch to write; created if it does not exist.")
+        str | None, o.option("--revision", "NAME", "Branch to write; created if it does not exist.")
     ] = None,
     per_task: Annotated[
-        bool, typer.Option("--per-task", help="Write one repository per task, hf://org/name-TASK, with its checkpoint.")
+        bool, o.option("--per-task", "", "Write one repository per task, hf://org/name-TASK, with its checkpoint.")
     ] = False,
     dry_run: o.DryRun = False,
     offline: o.Offline = False,

@@ -3,24 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from flexmerge_cli.cli import options as o
 
 
 def route(
     bundle: o.Bundle,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the bundle with its router.")
-    ],
+    output: Annotated[Path, o.option("-o", "--output", "FOLDER", "Folder for the bundle with its router.")],
     spec: o.Spec = None,
-    kind: Annotated[str, typer.Option("--kind", metavar="linear|centroid|mlp", help="Kind of classifier.")] = "linear",
+    kind: Annotated[str, o.option("--kind", "linear|centroid|mlp", "Kind of classifier.")] = "linear",
     features: Annotated[
-        str | None,
-        typer.Option("--features", metavar="TASK", help="Task whose model gives the features; default: the first."),
+        str | None, o.option("--features", "TASK", "Task whose model gives the features; default: the first.")
     ] = None,
     examples: o.Examples = 256,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of folds and of mlp.")] = 0,
+    seed: Annotated[int, o.option("--seed", "N", "Seed of the folds, and of the mlp classifier.", min=0)] = 0,
     device: o.Device = "auto",
     max_memory: o.MaxMemory = None,
     offline: o.Offline = False,

@@ -2,49 +2,30 @@
 
 from typing import Annotated
 
-import typer
-
 from flexmerge_cli.cli import options as o
 
 
 def serve(
     bundle: o.Bundle,
-    port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 chooses a free one.")
-    ] = 8000,
+    port: Annotated[int, o.option("--port", "N", "Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. There is no authentication.")
+        str, o.option("--host", "ADDRESS", "Address to listen on. There is no authentication.")
     ] = "127.0.0.1",
-    tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", metavar="NAME…", help="Tasks to serve; default: all.")
-    ] = None,
+    tasks: Annotated[list[str] | None, o.option("--tasks", "NAME…", "Tasks to serve; default: all.")] = None,
     weights: Annotated[
-        str,
-        typer.Option("--weights", metavar="dense|packed", help="Keep coded weights decoded, or as they are stored."),
+        str, o.option("--weights", "dense|packed", "Keep coded weights decoded, or as they are stored.")
     ] = "dense",
     device: o.Device = "cpu",
     max_memory: o.MaxMemory = None,
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", metavar="N", min=1, help="Largest number of inputs computed at once.")
-    ] = 32,
+    max_batch: Annotated[int, o.option("--max-batch", "N", "Largest number of inputs computed at once.", min=1)] = 32,
     max_wait: Annotated[
-        float,
-        typer.Option(
-            "--max-wait", metavar="MS", min=0, max=60_000, help="Milliseconds that a batch waits for more inputs."
-        ),
+        float, o.option("--max-wait", "MS", "Milliseconds that a batch waits for more inputs.", min=0, max=60_000)
     ] = 5.0,
     max_queue: Annotated[
-        int,
-        typer.Option(
-            "--max-queue", metavar="N", min=1, help="Largest number of waiting inputs; more are refused with 503."
-        ),
+        int, o.option("--max-queue", "N", "Largest number of waiting inputs; more are refused with 503.", min=1)
     ] = 1024,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Limit on the tokens of a generated text.")
-    ] = 1024,
-    max_body: Annotated[
-        str, typer.Option("--max-body", metavar="BYTES", help="Limit on the size of a request, e.g. 16MiB.")
-    ] = "16MiB",
+    max_tokens: Annotated[int, o.option("--max-tokens", "N", "Limit on the tokens of a generated text.", min=1)] = 1024,
+    max_body: Annotated[str, o.option("--max-body", "BYTES", "Limit on the size of a request, e.g. 16MiB.")] = "16MiB",
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

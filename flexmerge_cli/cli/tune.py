@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from flexmerge_cli.cli import options as o
 
 
@@ -12,22 +10,18 @@ def tune(
     plan: o.PlanFile,
     spec: o.Spec = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="PATH", help="Where to write the coefficients, or the corrected bundle."
-        ),
+        Path | None, o.option("-o", "--output", "PATH", "Where to write the coefficients, or the corrected bundle.")
     ] = None,
     method: Annotated[
         str,
-        typer.Option(
+        o.option(
             "--method",
-            metavar="NAME[:KEY=VALUE,…]",
-            help="How to find them: adamerging, concrete or fw_merging; surgery with --bundle.",
+            "NAME[:KEY=VALUE,…]",
+            "How to find the weights: adamerging, concrete or fw_merging. With --bundle: surgery.",
         ),
     ] = "adamerging",
     bundle: Annotated[
-        str | None,
-        typer.Option("--bundle", metavar="FOLDER", help="With surgery: the bundle whose models it corrects."),
+        str | None, o.option("--bundle", "FOLDER", "With surgery: the bundle whose models it corrects.")
     ] = None,
     examples: o.Examples = 256,
     relocate: o.Relocate = None,
@@ -42,7 +36,7 @@ def tune(
     """Find a weight for each task and block on unlabelled examples, for `merge --method weighted_average`.
 
     \b
-    Example:
+    Examples:
     flexmerge tune plan.json --spec calib.yaml -o coefficients.json
     flexmerge merge plan.json --method weighted_average:weights=@coefficients.json,normalize=count --size 1x -o bundle/
     flexmerge tune plan.json --spec calib.yaml --method surgery:rank=16 --bundle bundle/ -o corrected/

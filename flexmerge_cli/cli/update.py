@@ -10,9 +10,7 @@ from flexmerge_cli.cli import options as o
 
 def update(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the old bundle.")],
-    plan_file: Annotated[
-        Path, typer.Option("--plan", metavar="FILE", help="The new plan, of the same base and some of the tasks.")
-    ],
+    plan_file: Annotated[Path, o.option("--plan", "FILE", "The new plan, of the same base and some of the tasks.")],
     output: o.BundleOutput,
     relocate: o.Relocate = None,
     no_card: o.NoCard = False,
