@@ -87,7 +87,9 @@ for name, command in COMMANDS.items():
 
 @app.callback(invoke_without_command=True)
 def program(
-    version: Annotated[bool, typer.Option("-V", "--version", metavar=" ", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("-V", "--version", metavar=" ", help="Show the version and exit.", is_eager=True)
+    ] = False,
 ) -> None:
     """Pack many fine-tuned models of one base into a bundle of any size between one model and all of them.
 

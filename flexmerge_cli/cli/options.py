@@ -193,7 +193,11 @@ Sizes = Annotated[
 Merges = Annotated[int | None, _sizes("--merges", "N", "Stop after N merges instead of at a size.")]
 Fit = Annotated[
     str | None,
-    _sizes("--fit", "tight|prefix", "tight (default): undo merges while the size still fits; prefix: undo none, as in the paper."),
+    _sizes(
+        "--fit",
+        "tight|prefix",
+        "tight (default): undo merges while the size still fits; prefix: undo none, as in the paper.",
+    ),
 ]
 Cluster = Annotated[
     str | None, _sizes("--cluster", "channels", "Group tasks by k-means in every tensor; requires a size of Kx.")

@@ -1,12 +1,12 @@
 """Shows a bundle as one page: who reads what, which tasks share a block, bytes along depth, each task's distance."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.formats.manifest import UnitEntry
+from flexmerge_cli.formats.manifest import GroupEntry, UnitEntry
 from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text, today
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.inspect_bundle import (
@@ -26,6 +26,8 @@ from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.text import human_bytes
 
 TASK_CHARACTERS = 18
+_Cell = tuple[str, str, str]
+"""The style of a cell, empty for one without colour; what its title says after the task's name; what it shows."""
 
 
 def bundle_page(facts: BundleFacts) -> str:
@@ -79,22 +81,17 @@ def _routing(facts: BundleFacts) -> str:
     tasks = facts.bundle.tasks
     scale = Scale(low=1.0, high=float(max(2, len(tasks))))
 
-    def row(unit: UnitEntry) -> str:
-        found, sharing = letters(unit), {task: len(group.tasks) for group in unit.groups for task in group.tasks}
-        kinds = {task: group.kind for group in unit.groups for task in group.tasks}
-        cells = []
+    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+        found, groups = letters(unit), _groups(unit)
         for task in tasks:
-            letter = found.get(task, " ")
-            style = f' style="{cell_style(scale, sharing[task])}"' if letter not in (ALONE, " ") else " class=off"
-            title = text(f"{task}: {kinds.get(task, 'in no group')}")
-            cells.append(f'<td{style} title="{title}">{letter}</td>')
-        return "".join(cells)
+            letter, group = found.get(task, " "), groups.get(task)
+            style = cell_style(scale, len(group.tasks)) if group is not None and letter not in (ALONE, " ") else ""
+            yield style, "in no group" if group is None else group.kind, letter
 
-    rows = ((unit.name, row(unit)) for unit in facts.bundle.manifest.units)
     return section(
         "Which tasks share a block",
         legend("1 task", f"{scale.high:.0f} tasks in a group"),
-        _grid(tasks, rows),
+        _grid(facts, cells),
         note=f"Blocks from top to bottom in order of depth; {LEGEND}.",
     )
 
@@ -122,64 +119,67 @@ def _bytes(facts: BundleFacts) -> str:
 
 def _bits(facts: BundleFacts) -> str:
     """Show the bits that `auto` chose. Its groups tell nothing: nearly every tensor has one of all tasks."""
-    tasks, scale = facts.bundle.tasks, Scale(low=0.0, high=8.0)
+    scale = Scale(low=0.0, high=8.0)
 
-    def row(unit: UnitEntry) -> str:
-        groups = {task: group for group in unit.groups for task in group.tasks}
-        cells = []
-        for task in tasks:
-            group = groups.get(task)
-            bits = (group.bits or {}).get(task) if group is not None else None
-            style = " class=off" if bits is None else f' style="{cell_style(scale, bits)}"'
-            title = text(f"{task}: {'exact' if bits is None else f'{bits} bits'}")
-            cells.append(f'<td{style} title="{title}">{"=" if bits is None else bits}</td>')
-        return "".join(cells)
+    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+        groups = _groups(unit)
+        for task in facts.bundle.tasks:
+            bits = (groups[task].bits or {}).get(task) if task in groups else None
+            yield ("", "exact", "=") if bits is None else (cell_style(scale, bits), f"{bits} bits", str(bits))
 
-    rows = ((unit.name, row(unit)) for unit in facts.bundle.manifest.units)
     return section(
         "Bits of every task and tensor",
         legend("0 bits", "8 bits"),
-        _grid(tasks, rows),
+        _grid(facts, cells),
         note="Bits per weight that are stored of a task alone, beside the centre that its group shares; 0: the centre "
         "is all that it has; =: an exact copy.",
     )
 
 
 def _distance(facts: BundleFacts) -> str:
-    tasks = facts.bundle.tasks
-    manifest = facts.bundle.manifest
-    found = np.array([_distances(unit, tasks) for unit in manifest.units], float).reshape(-1, len(tasks))
-    whole = [manifest.tasks[task].distance for task in tasks]
-    scale = Scale(low=0.0, high=float(np.nanmax(found, initial=0.0)) or 1.0)
+    tasks, manifest = facts.bundle.tasks, facts.bundle.manifest
+    values = np.array([_distances(unit, tasks) for unit in manifest.units])
+    scale = Scale(low=0.0, high=float(np.nanmax(values, initial=0.0)) or 1.0)
     numbered = len(tasks) <= NUMBERED_TASKS
 
-    def row(unit: UnitEntry, values: np.ndarray) -> str:
-        groups = {task: group for group in unit.groups for task in group.tasks}
-        cells = []
-        for task, value in zip(tasks, values.tolist()):
+    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+        groups = _groups(unit)
+        for task, value in zip(tasks, _distances(unit, tasks)):
             exact = task in groups and is_exact(groups[task], task)
             shown = ("0" if exact else _number(value)) if numbered else ""
-            style = " class=off" if exact else f' style="{cell_style(scale, value)}"'
-            title = text(f"{task}: {_number(value)}")
-            cells.append(f'<td{style} title="{title}">{shown}</td>')
-        return "".join(cells)
+            yield "" if exact else cell_style(scale, value), _number(value), shown
 
-    total = "".join(f'<td title="{text(task)}">{_number(value)}</td>' for task, value in zip(tasks, whole))
-    rows = ((unit.name, row(unit, values)) for unit, values in zip(manifest.units, found))
+    whole = [_number(manifest.tasks[task].distance) for task in tasks]
+    total = "".join(f'<td title="{text(task)}">{value}</td>' for task, value in zip(tasks, whole))
     return section(
         "Distance of every block and task",
-        legend("0 exact", f"{scale.text(scale.high)} farthest", gaps=bool(np.isnan(found).any())),
-        _grid(tasks, rows, total=total if numbered else ""),
+        legend("0 exact", f"{scale.text(scale.high)} farthest", gaps=bool(np.isnan(values).any())),
+        _grid(facts, cells, total=total if numbered else ""),
         note="A block's distance is relative to the whole task's change, so the squares of a column add up to that "
         "of the task's distance. White: exact.",
     )
 
 
-def _grid(tasks: Iterable[str], rows: Iterable[tuple[str, str]], total: str = "") -> str:
+def _groups(unit: UnitEntry) -> dict[str, GroupEntry]:
+    """Map each task of a unit's groups to its group."""
+    return {task: group for group in unit.groups for task in group.tasks}
+
+
+def _grid(facts: BundleFacts, cells: Callable[[UnitEntry], Iterable[_Cell]], total: str = "") -> str:
     """Make a matrix with blocks as rows and tasks as columns, whose names are vertical."""
+    tasks = facts.bundle.tasks
+
+    def row(unit: UnitEntry) -> str:
+        found = []
+        for task, (style, title, shown) in zip(tasks, cells(unit)):
+            look = f' style="{style}"' if style else " class=off"
+            found.append(f'<td{look} title="{text(f"{task}: {title}")}">{shown}</td>')
+        return "".join(found)
+
     head = "".join(f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
     body = f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else ""
-    body += "".join(f"<tr><th scope=row>{block_name(unit)}</th>{cells}</tr>\n" for unit, cells in rows)
+    units = facts.bundle.manifest.units
+    body += "".join(f"<tr><th scope=row>{block_name(unit.name)}</th>{row(unit)}</tr>\n" for unit in units)
     head = f"<thead><tr><th></th>{head}</tr></thead>"
     return f"<div class=scroll><table class=cells>{head}<tbody>\n{body}</tbody></table></div>"
 
@@ -194,8 +194,7 @@ def _apart_bytes(facts: BundleFacts) -> list[int]:
     tensors = {tensor.name: tensor for tensor in facts.bundle.manifest.tensors}
     return [
         sum(
-            math.prod((tensor.shapes or {}).get(task, tensor.shape))
-            * ITEM_BYTES[(tensor.dtypes or {}).get(task, tensor.dtype)]
+            math.prod(tensor.shape_of(task)) * ITEM_BYTES[tensor.dtype_of(task)]
             for tensor in (tensors[part] for part in unit.tensors)
             for task in tensor.digests
         )
