@@ -32,7 +32,7 @@ class Embeddings(Task):
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
-        self.tokens = TaskTokens(name, side)
+        self.tokens = TaskTokens(name, side, self.config)
         self.pooling, self.is_normalised, limit = _as_sentence_transformers(name, side)
         self.tokens.longest = min((one for one in (self.tokens.longest, limit) if one is not None), default=None)
 
@@ -164,7 +164,7 @@ class ImagesAndTexts(OfImages):
 
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
-        self.tokens = TaskTokens(name, side)
+        self.tokens = TaskTokens(name, side, self.config)
 
     def prepare(self, value: Any, **options: Any) -> Any:
         require_no_options(self, options)

@@ -93,6 +93,9 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Call
         max_new_tokens=max(choice.max_tokens for choice in choices),
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
+        prompt_lookup_num_tokens=None,
+        assistant_early_exit=None,
         pad_token_id=_padding(model, ends),
         logits_processor=[pick],
         stopping_criteria=[has_ended],
@@ -139,4 +142,4 @@ def _ends(model: Any) -> frozenset[int]:
 
 def _padding(model: Any, ends: frozenset[int]) -> int:
     padding = model.generation_config.pad_token_id
-    return padding if padding is not None else min(ends, default=0)
+    return padding if padding is not None and padding >= 0 else min(ends, default=0)  # some say -1 for none

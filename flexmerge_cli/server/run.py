@@ -63,7 +63,7 @@ def make_service(bundle: Bundle, settings: ServerSettings) -> Service:
             hint=f"--max-memory {needed}B, or fewer tasks with --tasks{fewer}",
         )
     for name in runtime.tasks:
-        runtime.model(name)
+        tasks[name].meet(runtime.model(name))
     metrics = Metrics()
     worker = BatchWorker(
         runtime,

@@ -46,7 +46,7 @@ class Service:
         """Queue prepared inputs. Raises Refusal if there is no room. `outcome` gives the answers."""
         rows = [Row(task=name, item=item) for item in items]
         self.worker.submit(rows)
-        return [asyncio.wrap_future(row.answer) for row in rows]
+        return [_seen(asyncio.wrap_future(row.answer)) for row in rows]
 
     async def outcome(self, name: str, answer: "asyncio.Future[Any]") -> Any:
         """Wait for an answer. Raises Refusal."""
@@ -72,9 +72,8 @@ class Service:
 
         receive: the function of a request whose body has been read.
         """
-        answers: asyncio.Future[list[Any]] = asyncio.gather(
-            *(self.outcome(name, answer) for answer in self.submit(name, items))
-        )
+        outcomes = [self.outcome(name, answer) for answer in self.submit(name, items)]
+        answers: asyncio.Future[list[Any]] = _seen(asyncio.gather(*outcomes))
         gone: asyncio.Future[Any] = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +89,12 @@ class Service:
         """End generation that nobody waits for any more."""
         for item in items:
             self.tasks[name].cancel(item)
+
+
+def _seen(answer: "asyncio.Future[Any]") -> "asyncio.Future[Any]":
+    """Return the answer. asyncio logs no error of it, which nobody awaits once a client is gone or has an error."""
+    answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return answer
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -41,7 +41,7 @@ class Speech(Task):
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         super().__init__(name, side)
-        self.tokens = TaskTokens(name, side)
+        self.tokens = TaskTokens(name, side, self.config)
         positions = int(self.config.get("max_target_positions", 448))
         self.max_tokens = min(max_tokens, max(1, positions - PROMPT_TOKENS))
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ raises Refusal for bad input of a client.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ from flexmerge_cli.evaluation.loading import read_config
 from flexmerge_cli.server.generation import Choice, generate
 from flexmerge_cli.server.pictures import Pictures
 from flexmerge_cli.server.refusal import Refusal
+
+UNSERVED = ("constraints", "dola_layers", "force_words_ids", "penalty_alpha", "stop_strings", "token_healing")
+"""Settings of generation_config.json with which transformers generates in other ways, or ends a text in one."""
+ADJUSTMENTS: dict[str, Any] = {
+    "bad_words_ids": None, "begin_suppress_tokens": None, "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "guidance_scale": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1, "sequence_bias": None, "watermarking_config": None,
+}  # fmt: skip
+"""Settings with which it changes scores by the tokens of a row or its length, each with a value that has no effect."""
 
 
 class Task(ABC):
@@ -37,6 +47,10 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, value: Any, **options: Any) -> Any:
         """Turn one input into a row. Raises Refusal. Several threads may call it."""
+
+    def meet(self, model: Any) -> None:
+        """See the task's model before any input comes. Raises UsageError if it can't be served."""
+        del model
 
     def batches(self, items: Sequence[Any]) -> list[list[Any]]:
         """Split rows into those that may run as one batch."""
@@ -86,7 +100,7 @@ class Texts(_Classes):
     def __init__(self, name: str, side: Path) -> None:
         super().__init__(name, side)
         self.kind = "regression" if len(self.labels) == 1 else "text-classification"
-        self.tokens = TaskTokens(name, side)
+        self.tokens = TaskTokens(name, side, self.config)
 
     def prepare(self, value: Any, **options: Any) -> Any:
         require_no_options(self, options)
@@ -143,13 +157,40 @@ class Generated(Task):
     """`text2text` or `causal-lm`: takes a text and gives one."""
 
     has_pauses = True
+    is_plain = True
+    """Whether nothing but the model's scores decides on a token, so that padding and the length of others do not."""
 
     def __init__(self, name: str, side: Path, *, max_tokens: int) -> None:
         """Read the tokenizer. max_tokens: the most tokens of a generated text."""
         super().__init__(name, side)
-        self.tokens, self.max_tokens = TaskTokens(name, side), max_tokens
+        self.tokens, self.max_tokens = TaskTokens(name, side, self.config), max_tokens
         self.positions = num_positions(side)
-        self.vocabulary: int = self.config.get("vocab_size", len(self.tokens.tokenizer))
+
+    def meet(self, model: Any) -> None:
+        settings = model.generation_config.to_dict()
+        if unserved := [key for key in UNSERVED if settings.get(key)]:
+            raise UsageError(
+                f"task `{self.name}`: its generation_config.json has `{unserved[0]}`, which is not served",
+                hint="remove it from the checkpoint and merge again, or leave the task out with --tasks",
+            )
+        self.is_plain = all(settings.get(key) in (None, neutral) for key, neutral in ADJUSTMENTS.items())
+
+    def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
+        """Split rows into batches. What adjusts scores sees padding, and the longest row: such rows are of one size."""
+        found: list[list[Choice]] = []
+        for item in items:
+            for batch in found:
+                if self.fits(batch, item):
+                    batch.append(item)
+                    break
+            else:
+                found.append([item])
+        return found
+
+    def fits(self, batch: Sequence[Choice], item: Choice) -> bool:
+        """Return whether a row may run in a batch."""
+        sizes = {(len(one.prompt), one.max_tokens) for one in (*batch, item)}
+        return self.is_plain or len(sizes) == 1
 
     def run(self, model: Any, items: Sequence[Choice], deliver: Callable[[int, Any], None]) -> None:
         generate(model, self.tokens.tokenizer, items, lambda number: deliver(number, items[number]))
@@ -188,10 +229,7 @@ class CausalLM(Generated):
         """Return the tokens of a text, or the tokens themselves. Raises Refusal."""
         if isinstance(value, str):
             return self.tokens.encoded(value)["input_ids"]
-        outside = next((token for token in value if token >= self.vocabulary), None)
-        if outside is not None:
-            raise Refusal(f"token {outside} is not one of the model's {self.vocabulary}", param="prompt")
-        self.tokens.require_length(value)
+        self.tokens.require_sound(value)
         return value
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -215,32 +253,26 @@ class CausalLM(Generated):
         allowed = self.allowed(max_tokens, usual, most)
         return [Choice(prompt=prompt, max_tokens=allowed, **options) for _ in range(count)]
 
-    def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
-        """Split rows into batches. A finished row continues until its batch ends, and must not run out of positions."""
-        found: list[list[Choice]] = []
-        for item in items:
-            for batch in found:
-                longest = max(len(one.prompt) for one in (*batch, item))
-                if self.positions is None or longest + max(one.max_tokens for one in (*batch, item)) <= self.positions:
-                    batch.append(item)
-                    break
-            else:
-                found.append([item])
-        return found
+    def fits(self, batch: Sequence[Choice], item: Choice) -> bool:
+        """Return whether a row may run in a batch: a finished one goes on until its batch ends, and needs positions."""
+        rows = (*batch, item)
+        needed = max(len(one.prompt) for one in rows) + max(one.max_tokens for one in rows)
+        return super().fits(batch, item) and (self.positions is None or needed <= self.positions)
 
 
 class TaskTokens:
     """A task's tokenizer, which one thread at a time uses."""
 
-    def __init__(self, name: str, side: Path) -> None:
+    def __init__(self, name: str, side: Path, config: Mapping[str, Any]) -> None:
         if not any((side / file).is_file() for file in FILES):
             raise UsageError(f"task `{name}` has no tokenizer in {side}", hint="leave the task out with --tasks")
         self.name, self.tokenizer, self.lock = name, read_tokenizer(side), threading.Lock()
         self.longest = max_length(self.tokenizer, side, None)
+        of_text = config if "vocab_size" in config else config.get("text_config", {})
+        self.vocabulary: int = of_text.get("vocab_size", len(self.tokenizer))
 
     def encoded(self, *texts: str, **options: Any) -> dict[str, list[int]]:
-        """Return the model's inputs. options: of the tokenizer. Raises Refusal for no token, or more than the model
-        takes."""
+        """Return the model's inputs. options: of the tokenizer. Raises like `require_sound`."""
         try:
             "".join(texts).encode()
         except UnicodeEncodeError:
@@ -250,10 +282,14 @@ class TaskTokens:
                 row = encodings(self.tokenizer, *([text] for text in texts), **options)[0]
         except Exception as error:  # from tokenizers, for texts that cannot be encoded
             raise Refusal(f"the tokenizer refuses the text: {str(error)[:200]}") from None
-        self.require_length(row["input_ids"])
+        self.require_sound(row["input_ids"])
         return row
 
-    def require_length(self, ids: Sequence[int]) -> None:
+    def require_sound(self, ids: Sequence[int]) -> None:
+        """Raise Refusal for no token, more than the model takes, or one that is not in its vocabulary."""
+        outside = next((token for token in ids if token >= self.vocabulary), None)
+        if outside is not None:
+            raise Refusal(f"token {outside} is not one of the model's {self.vocabulary}")
         if not ids:
             raise Refusal("an input has no tokens")
         if self.longest is not None and len(ids) > self.longest:

@@ -1,6 +1,8 @@
 """Completions and chats are what the offline model generates, whole and streamed, alone and in a batch of others."""
 
 import asyncio
+import gc
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from flexmerge_cli import open_bundle
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.server.app import make_app
 from flexmerge_cli.server.generation import Choice, generate
 from flexmerge_cli.server.run import ServerSettings, make_service
@@ -175,6 +178,15 @@ def test_what_is_not_supported_or_out_of_range_is_told(client_of):
     refused(complete(client, "code", ["red"] * 6, n=2), 400, "at most 10")
     neutral = {"logprobs": None, "echo": False, "frequency_penalty": 0.0, "best_of": 1, "user": "me", "stop": None}
     assert complete(client, "code", "red", **neutral).status_code == 200
+    neutral = {
+        "tool_choice": "auto", "parallel_tool_calls": False, "top_logprobs": 0, "modalities": ["text"], "metadata": {},
+        "service_tier": "auto", "safety_identifier": "me", "prompt_cache_key": "a", "functions": [],
+        "stream_options": {"include_obfuscation": False},
+    }  # fmt: skip
+    said = {"role": "assistant", "content": "one", "refusal": None, "annotations": [], "tool_calls": []}
+    assert chat(client, "red", messages=[said], **neutral).status_code == 200
+    refused(chat(client, "red", tool_choice="required"), 400, "tool_choice", "not supported")
+    refused(chat(client, "red", messages=[said | {"tool_calls": [{}]}]), 400, "tool_calls", "not supported")
     refused(client.post("/v1/chat/completions", json={"model": "code", "messages": []}), 400, "messages")
     image = [{"type": "image_url", "image_url": {"url": "http://x"}}]
     nothing = [{"type": "text"}]
@@ -192,13 +204,22 @@ def test_what_is_not_supported_or_out_of_range_is_told(client_of):
     refused(complete(client, "code", ["red"] * 11, stream=True), 400)
 
 
-@pytest.mark.parametrize("leaves_at", ["once it has asked", "at the first message"])
-@pytest.mark.parametrize("name", ["/v1/completions", "/v1/chat/completions"])
-def test_nothing_is_computed_of_a_stream_whose_client_leaves_before_its_first_event(bundle_of, name, leaves_at):
+@pytest.mark.parametrize(
+    ("name", "leaves_at", "stream"),
+    [
+        *itertools.product(
+            ["/v1/completions", "/v1/chat/completions"], ["once it has asked", "at the first message"], [True]
+        ),
+        ("/v1/completions", "once it has asked", False),
+    ],
+)
+def test_nothing_is_computed_nor_logged_of_a_client_that_leaves_before_its_answer(
+    bundle_of, name, leaves_at, stream, caplog
+):
     """The worker is not started, so that all that was asked waits."""
     service = make_service(open_bundle(bundle_of("mixed"))._bundle, ServerSettings())
     asked = {"prompt": ["red"]} if name == "/v1/completions" else {"messages": [{"role": "user", "content": "red"}]}
-    body = json.dumps({"model": "talk", "stream": True, **asked}).encode()
+    body = json.dumps({"model": "talk", "stream": stream, **asked}).encode()
     messages = [{"type": "http.request", "body": body}]
     scope = {
         "type": "http", "method": "POST", "path": name, "raw_path": name.encode(), "query_string": b"",
@@ -225,6 +246,8 @@ def test_nothing_is_computed_of_a_stream_whose_client_leaves_before_its_first_ev
     asyncio.run(ask())
     rows = service.worker._waiting
     assert rows and all(row.answer.cancelled() and row.item.is_cancelled for row in rows)
+    gc.collect()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("short", ["code", "verse", "mood"])
@@ -289,3 +312,44 @@ def test_what_nobody_waits_for_ends(bundle_of):
     assert choices[0].finish == "cancelled"
     assert len(choices[0].tokens) < len(choices[1].tokens)
     assert ended == [0, 1]
+
+
+def test_settings_of_a_checkpoint_that_count_tokens_do_not_depend_on_padding_or_on_the_batch(bundle_of):
+    """A least length counts the tokens that pad a prompt, too, and the last token is forced at the batch's limit."""
+    service = make_service(open_bundle(bundle_of("gpt2"))._bundle, ServerSettings())
+    task, model = service.tasks["first"], service.worker._runtime.model("first")
+
+    def texts(batches_of):
+        rows = [[4 + number % 9] * (1 + number % 4) for number in range(12)]
+        choices = [Choice(prompt=row, max_tokens=5 + len(row) % 2) for row in rows]
+        for batch in batches_of(choices):
+            task.run(model, batch, lambda *_answer: None)
+        return [choice.tokens for choice in choices]
+
+    def alone(choices):
+        return [[choice] for choice in choices]
+
+    assert len(task.batches([Choice(prompt=[5] * count, max_tokens=count) for count in (1, 2, 3)])) == 1
+    for setting, value in {"repetition_penalty": 2.0, "min_length": 6, "forced_eos_token_id": 3}.items():
+        setattr(model.generation_config, setting, value)
+    task.meet(model)
+    assert texts(task.batches) == texts(alone)
+    assert texts(lambda choices: [choices]) != texts(alone)
+
+
+def test_odd_settings_of_a_checkpoint_are_passed_over_or_refused(
+    bundle_of,
+):
+    service = make_service(open_bundle(bundle_of("gpt2"))._bundle, ServerSettings())
+    task, model = service.tasks["first"], service.worker._runtime.model("first")
+    choices = [Choice(prompt=[5] * count, max_tokens=count) for count in (1, 2)]
+    for key, value in {
+        "pad_token_id": -1, "do_sample": True, "num_return_sequences": 2, "prompt_lookup_num_tokens": 2,
+    }.items():  # fmt: skip
+        setattr(model.generation_config, key, value)
+    task.meet(model)
+    task.run(model, choices, lambda *_answer: None)
+    assert [len(choice.tokens) for choice in choices] == [1, 2]
+    model.generation_config.stop_strings = ["red"]
+    with pytest.raises(UsageError, match="has `stop_strings`, which is not served"):
+        task.meet(model)

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from flexmerge_cli import open_bundle
 from flexmerge_cli.evaluation.kinds.images import image_processor, pixels_of, pixels_of_array
+from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.run import ServerSettings, make_service
 
 from ..evaluation.tiny import WORDS, sentences
 from .offline import Offline
@@ -163,6 +165,14 @@ def test_what_is_asked_wrongly_is_told(client_of):
     refused(predict(client, "two", [" ".join(WORDS[:8] * 5)]), 400, "42 tokens", "takes 24")
     refused(predict(client, "two", ["red " * 900]), 413, "2,000 bytes")
     assert predict(client, "two", ["red"], max_tokens=None).status_code == 200
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(bundle_of):
+    """A tokenizer may have more than the embeddings: such a text would fail, and others of its batch with it."""
+    task = make_service(open_bundle(bundle_of("texts"))._bundle, ServerSettings()).tasks["two"]
+    task.tokens.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(Refusal, match="token 27 is not one of the model's 27"):
+        task.prepare("red zebra")
 
 
 BODIES = {
