@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.record import Count, Record
-from flexmerge_cli.request.choices import Auto, Clusters, Cut, Servable
+from flexmerge_cli.request.choices import Auto, Clusters, Cut, MergeWords, Servable
 from flexmerge_cli.request.merge import MergeRequest
 
 PROGRAM = ["flexmerge", "merge", "plan.json"]
@@ -27,27 +26,14 @@ MAX_COMMAND = 1 << 20
 """The most characters of a command."""
 
 
-class Request(Record):
-    """Options of `merge` in the words of the command line; options that were not given are absent."""
+class Request(MergeWords):
+    """What was asked, and the command that asks it again; options that were not given are absent."""
 
-    method: str | None = None
-    steps: tuple[str, ...] | None = None
-    calibrate: str | None = None
     method_for: tuple[str, ...] | None = None
     """Each is `PATTERN=METHOD`."""
-    size: str | None = None
-    merges: Count | None = None
-    fit: Literal["tight", "prefix"] | None = None
-    """How a cut is fitted to its size."""
-    cluster: Literal["channels"] | None = None
-    seed: Count | None = None
-    """The seed that `cluster` draws from."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    max_distance: float | None = None
     layout: Literal["pointer"] | None = None
     calibration: Literal["calibration/"] | None = None
     """Given, wherever it lay; which one the manifest tells."""
-    servable: str | None = None
     command: str = Field(max_length=MAX_COMMAND)
     """The command that makes the bundle again from the plan, here called `plan.json`."""
     padding: str = Field(default="", pattern="^ *$")

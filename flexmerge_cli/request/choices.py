@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
 
 from flexmerge_cli.methods.use import MethodUse
+from flexmerge_cli.record import Count, Record
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.size import Size
 
@@ -22,6 +26,24 @@ class Cluster(StrEnum):
 
     CHANNELS = "channels"
     """Each tensor by itself, all into the same number of clusters."""
+
+
+class MergeWords(Record):
+    """What files hold of a request: options of `merge` in the words of the command line. None: not given."""
+
+    method: str | None = None
+    steps: tuple[str, ...] | None = None
+    calibrate: str | None = None
+    size: str | None = None
+    merges: Count | None = None
+    fit: Literal["tight", "prefix"] | None = None
+    """How a cut is fitted to its size."""
+    cluster: Literal["channels"] | None = None
+    seed: Count | None = None
+    """The seed that `cluster` draws from."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    max_distance: float | None = Field(default=None, ge=0)
+    servable: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from flexmerge_cli.order.linkage import Linkage
 from flexmerge_cli.order.order import Strategy
 from flexmerge_cli.order.similarity import Similarity
 from flexmerge_cli.record import Record
-from flexmerge_cli.request.choices import Cluster
+from flexmerge_cli.request.choices import MergeWords
 from flexmerge_cli.request.merge import MethodMissing, merge_request
 from flexmerge_cli.request.size import parse_sizes
 from flexmerge_cli.request.tasks import found_tasks
@@ -46,25 +46,15 @@ class OrderRecord(Record):
     seed: int | None = Field(default=None, ge=0)
 
 
-class MergeRecord(Record):
-    method: str | None = None
-    steps: tuple[str, ...] | None = None
-    calibrate: str | None = None
+class MergeRecord(MergeWords):
+    """The options of `merge`, where a bare number as `size` is a multiple of one model."""
+
     method_for: dict[str, str] | None = None
-    size: str | None = None
-    """A bare number is a multiple of one model."""
-    merges: int | None = Field(default=None, ge=0)
     sizes: str | None = None
     """Several sizes, with a bundle for each."""
-    fit: Literal["tight", "prefix"] | None = None
-    cluster: Cluster | None = None
-    seed: int | None = Field(default=None, ge=0)
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    max_distance: float | None = Field(default=None, ge=0)
     layout: Literal["links", "pointer"] | None = None
     calibration: str | None = None
     """The folder that `calibrate` wrote."""
-    servable: str | None = None
 
     @field_validator("size", mode="before")
     @classmethod
