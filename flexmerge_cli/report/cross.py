@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexmerge_cli.evaluation.metrics import METRICS
-from flexmerge_cli.report.html import cell_style, legend, name, section, text
+from flexmerge_cli.report.html import cell_style, cells, legend, name, section, text
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.score_text import format_score, scale_of
 from flexmerge_cli.report.table import say, table
@@ -66,15 +66,11 @@ def reading(document: Mapping[str, Any]) -> str:
 def cross_section(document: Mapping[str, Any]) -> str:
     """Draw the matrix as heat maps. The colour of a cell is its place between the worst and the best of its metric."""
     found, parts = matrix(document), []
-    scales = _scales(cell for rows in found.values() for cells in rows.values() for cell in cells)
-    head = "".join(f"<th scope=col>{name(task)}</th>" for task in document["tasks"])
+    scales = _scales(cell for rows in found.values() for each in rows.values() for cell in each)
+    head = [f"<th scope=col>{name(task)}</th>" for task in document["tasks"]]
     for title, rows in found.items():
-        body = "".join(
-            f"<tr><th scope=row>{name(row)}</th>{''.join(_markup(cell, scales) for cell in cells)}</tr>\n"
-            for row, cells in rows.items()
-        )
-        grid = f"<table class=cells><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-        parts.append(f"<h3>{text(title)}</h3><div class=scroll>{grid}</div>")
+        grid = cells(head, ((name(row), (_markup(cell, scales) for cell in each)) for row, each in rows.items()))
+        parts.append(f"<h3>{text(title)}</h3>{grid}")
     note = reading(document)
     return section("Every model on every task", legend("worst", "best", gaps=True), *parts, note=note)
 

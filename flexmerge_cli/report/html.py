@@ -99,6 +99,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
 
 
+def cells(
+    columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], *, corner: str = "", first: str = ""
+) -> str:
+    """Make a matrix of coloured cells. columns: `th` elements. rows: markup of each row's name, and its `td` elements.
+    first: a row before these. Scrolls sideways on narrow pages."""
+    body = first + "".join(f"<tr><th scope=row>{head}</th>{''.join(row)}</tr>\n" for head, row in rows)
+    head = f"<thead><tr><th>{corner}</th>{''.join(columns)}</tr></thead>"
+    return f"<div class=scroll><table class=cells>{head}<tbody>\n{body}</tbody></table></div>"
+
+
 def css_colour(colour: Colour | Sequence[float]) -> str:
     return "#" + "".join(f"{int(part):02x}" for part in colour)
 

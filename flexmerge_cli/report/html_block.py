@@ -6,7 +6,7 @@ import numpy as np
 
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.order.similarity import similarity_of_identical
-from flexmerge_cli.report.html import cell_style, name, text
+from flexmerge_cli.report.html import cell_style, cells, name, text
 from flexmerge_cli.report.html_chart import Point, Tick, brackets, chart, fraction, nice_ticks
 from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
 from flexmerge_cli.report.inspect_heat import Scale, png
@@ -111,17 +111,11 @@ def heat_of_tasks(facts: PlanFacts, values: np.ndarray, leaves: Sequence[int], s
         height = f"{NARROW_ROW_REM * len(leaves):g}rem"
         image = heat_picture(matrix, scale, says)
         return chart("", says=says, height=height, left=rows, over=image, kind="tasks dense")
-    head = "".join(f'<th scope=col title="{text(names[task])}">{task + 1}</th>' for task in leaves)
-    body = "".join(
-        f"<tr><th scope=row>{task + 1} {name(names[task], TASK_CHARACTERS)}</th>"
-        + "".join(f'<td style="{cell_style(scale, value)}">{scale.text(value)}</td>' for value in row.tolist())
-        + "</tr>"
-        for task, row in zip(leaves, matrix)
+    head = (f'<th scope=col title="{text(names[task])}">{task + 1}</th>' for task in leaves)
+    shown = (
+        [f'<td style="{cell_style(scale, value)}">{scale.text(value)}</td>' for value in row] for row in matrix.tolist()
     )
-    return (
-        f"<div class=scroll><table class=cells><thead><tr><th></th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return cells(head, zip((f"{task + 1} {name(names[task], TASK_CHARACTERS)}" for task in leaves), shown))
 
 
 def _pair(facts: PlanFacts, pair: dict[str, object]) -> str:

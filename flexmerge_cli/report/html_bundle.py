@@ -7,7 +7,7 @@ import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.formats.manifest import GroupEntry, UnitEntry
-from flexmerge_cli.report.html import block_name, cell_style, legend, name, page, section, table, text, today
+from flexmerge_cli.report.html import block_name, cell_style, cells, legend, name, page, section, table, text, today
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.inspect_bundle import (
     ALONE,
@@ -81,7 +81,7 @@ def _routing(facts: BundleFacts) -> str:
     tasks = facts.bundle.tasks
     scale = Scale(low=1.0, high=float(max(2, len(tasks))))
 
-    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+    def row(unit: UnitEntry) -> Iterator[_Cell]:
         found, groups = letters(unit), _groups(unit)
         for task in tasks:
             letter, group = found.get(task, " "), groups.get(task)
@@ -91,7 +91,7 @@ def _routing(facts: BundleFacts) -> str:
     return section(
         "Which tasks share a block",
         legend("1 task", f"{scale.high:.0f} tasks in a group"),
-        _grid(facts, cells),
+        _grid(facts, row),
         note=f"Blocks from top to bottom in order of depth; {LEGEND}.",
     )
 
@@ -121,7 +121,7 @@ def _bits(facts: BundleFacts) -> str:
     """Show the bits that `auto` chose. Its groups tell nothing: nearly every tensor has one of all tasks."""
     scale = Scale(low=0.0, high=8.0)
 
-    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+    def row(unit: UnitEntry) -> Iterator[_Cell]:
         groups = _groups(unit)
         for task in facts.bundle.tasks:
             bits = (groups[task].bits or {}).get(task) if task in groups else None
@@ -130,7 +130,7 @@ def _bits(facts: BundleFacts) -> str:
     return section(
         "Bits of every task and tensor",
         legend("0 bits", "8 bits"),
-        _grid(facts, cells),
+        _grid(facts, row),
         note="Bits per weight that are stored of a task alone, beside the centre that its group shares; 0: the centre "
         "is all that it has; =: an exact copy.",
     )
@@ -142,7 +142,7 @@ def _distance(facts: BundleFacts) -> str:
     scale = Scale(low=0.0, high=float(np.nanmax(values, initial=0.0)) or 1.0)
     numbered = len(tasks) <= NUMBERED_TASKS
 
-    def cells(unit: UnitEntry) -> Iterator[_Cell]:
+    def row(unit: UnitEntry) -> Iterator[_Cell]:
         groups = _groups(unit)
         for task, value in zip(tasks, _distances(unit, tasks)):
             exact = task in groups and is_exact(groups[task], task)
@@ -154,7 +154,7 @@ def _distance(facts: BundleFacts) -> str:
     return section(
         "Distance of every block and task",
         legend("0 exact", f"{scale.text(scale.high)} farthest", gaps=bool(np.isnan(values).any())),
-        _grid(facts, cells, total=total if numbered else ""),
+        _grid(facts, row, total if numbered else ""),
         note="A block's distance is relative to the whole task's change, so the squares of a column add up to that "
         "of the task's distance. White: exact.",
     )
@@ -165,23 +165,18 @@ def _groups(unit: UnitEntry) -> dict[str, GroupEntry]:
     return {task: group for group in unit.groups for task in group.tasks}
 
 
-def _grid(facts: BundleFacts, cells: Callable[[UnitEntry], Iterable[_Cell]], total: str = "") -> str:
+def _grid(facts: BundleFacts, cells_of: Callable[[UnitEntry], Iterable[_Cell]], total: str = "") -> str:
     """Make a matrix with blocks as rows and tasks as columns, whose names are vertical."""
     tasks = facts.bundle.tasks
 
-    def row(unit: UnitEntry) -> str:
-        found = []
-        for task, (style, title, shown) in zip(tasks, cells(unit)):
+    def row(unit: UnitEntry) -> Iterator[str]:
+        for task, (style, title, shown) in zip(tasks, cells_of(unit)):
             look = f' style="{style}"' if style else " class=off"
-            found.append(f'<td{look} title="{text(f"{task}: {title}")}">{shown}</td>')
-        return "".join(found)
+            yield f'<td{look} title="{text(f"{task}: {title}")}">{shown}</td>'
 
-    head = "".join(f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
-    body = f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else ""
-    units = facts.bundle.manifest.units
-    body += "".join(f"<tr><th scope=row>{block_name(unit.name)}</th>{row(unit)}</tr>\n" for unit in units)
-    head = f"<thead><tr><th></th>{head}</tr></thead>"
-    return f"<div class=scroll><table class=cells>{head}<tbody>\n{body}</tbody></table></div>"
+    head = (f"<th scope=col class=turned>{name(task, TASK_CHARACTERS)}</th>" for task in tasks)
+    rows = ((block_name(unit.name), row(unit)) for unit in facts.bundle.manifest.units)
+    return cells(head, rows, first=f"<tr class=total><th scope=row>all blocks</th>{total}</tr>\n" if total else "")
 
 
 def _distances(unit: UnitEntry, tasks: Iterable[str]) -> list[float]:

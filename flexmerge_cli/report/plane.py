@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flexmerge_cli.report.html import cell_style, legend, name, section, text
+from flexmerge_cli.report.html import cell_style, cells, legend, name, section, text
 from flexmerge_cli.report.inspect_heat import Scale
 from flexmerge_cli.report.table import say, table
 
@@ -26,17 +26,14 @@ def show_plane(value: Mapping[str, Any]) -> None:
 def plane_section(value: Mapping[str, Any]) -> str:
     """Draw the grid as heat maps, of both tasks and of their mean."""
     plane = value["plane"]
-    head = "".join(f"<th scope=col>{a:g}</th>" for a in plane["places"])
+    head = [f"<th scope=col>{a:g}</th>" for a in plane["places"]]
     scale, parts = Scale(low=0.0, high=1.0), []
     for title in (MEAN, *plane["tasks"]):
-        body = "".join(
-            f"<tr><th scope=row>{b:g}</th>"
-            + "".join(f'<td style="{cell_style(scale, found or 0.0)}">{text(_text(found))}</td>' for _, found in cells)
-            + "</tr>\n"
-            for b, cells in grid(plane, title).items()
+        rows = (
+            (f"{b:g}", [f'<td style="{cell_style(scale, found or 0.0)}">{text(_text(found))}</td>' for _, found in row])
+            for b, row in grid(plane, title).items()
         )
-        table_ = f"<table class=cells><thead><tr><th>b \\ a</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-        parts.append(f"<h3>{name(title)}</h3><div class=scroll>{table_}</div>")
+        parts.append(f"<h3>{name(title)}</h3>" + cells(head, rows, corner="b \\ a"))
     of_a, of_b = plane["tasks"]
     return section(
         "The plane of two tasks",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flexmerge_cli.report.html import cell_style, legend, name, section, text
+from flexmerge_cli.report.html import cell_style, cells, legend, name, section, text
 from flexmerge_cli.report.html import table as page_table
 from flexmerge_cli.report.inspect_bundle import router_message
 from flexmerge_cli.report.inspect_heat import Scale
@@ -38,22 +38,18 @@ def routed_section(value: Mapping[str, Any]) -> str:
     routed = value["router"]
     rows = [[name(row[0]), *map(text, row[1:])] for row in _score_rows(routed)]
     parts = Scale(low=0.0, high=1.0)
-    body = "".join(
-        f"<tr><th scope=row>{name(task)}</th>"
-        + "".join(
-            f'<td style="{cell_style(parts, count / max(1, record["n"]))}">{count:,}</td>'
-            for count in record["to"].values()
-        )
-        + "</tr>\n"
-        for task, record in routed["tasks"].items()
-    )
-    head = "".join(f"<th scope=col>{name(task)}</th>" for task in routed["tasks"])
-    grid = f"<table class=cells><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def sent(record: Mapping[str, Any]) -> list[str]:
+        found, most = record["to"].values(), max(1, record["n"])
+        return [f'<td style="{cell_style(parts, count / most)}">{count:,}</td>' for count in found]
+
+    head = (f"<th scope=col>{name(task)}</th>" for task in routed["tasks"])
+    grid = cells(head, ((name(task), sent(record)) for task, record in routed["tasks"].items()))
     return section(
         "When nobody names the task",
         page_table([word.replace("\n", " ") for word in HEADS], rows),
         "<h3>Where the router sends the examples of each task</h3>",
-        f"{legend('none', 'all')}<div class=scroll>{grid}</div>",
+        f"{legend('none', 'all')}{grid}",
         note=f"{routed['metric'].capitalize()} if the router, the user or chance chooses the task. A {routed['kind']} "
         f"router reads features of {routed['features']}; {_cost(routed)}.",
     )
