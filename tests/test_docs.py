@@ -132,3 +132,10 @@ def test_no_class_name_stands_for_two_things():
     sources = [file.read_text() for file in (ROOT / "flexmerge_cli").rglob("*.py")]
     names = [name for source in sources for name in re.findall(r"^class ([A-Z]\w*)", source, re.MULTILINE)]
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
+def test_few_folders_know_the_kinds_of_kept_members():
+    """All others ask a member what it has, stores and needs, so a new kind concerns family/ and formats/ alone."""
+    kind = re.compile(r"\.adapter is (not )?None|\b(PlanAdapter|AdapterEntry|KeptAdapter)\b")
+    known = {file.parent.name for file in (ROOT / "flexmerge_cli").rglob("*.py") if kind.search(file.read_text())}
+    assert known == {"family", "formats", "planning"}
