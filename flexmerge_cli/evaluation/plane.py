@@ -83,13 +83,11 @@ def _others(plan: Plan, task: int, other: int) -> dict[str, _Other]:
     for tensor in plan.tensors:
         stored_as = plan.tensor(tensor.reason) if tensor.class_ is TensorClass.TIED else tensor
         if stored_as.class_ is TensorClass.MERGEABLE and {task, other} <= set(tensor.present):
-            names, vocabulary = (
-                [plan.own_name(each, tensor.name) for each in (task, other)],
-                plan.vocabulary(tensor.name),
-            )
+            names = [plan.own_name(each, tensor.name) for each in (task, other)]
             if plan.split(tensor.name) is not None:
                 names = [whole_of(name)[0] for name in names]
-            rows = None if vocabulary is None else (vocabulary.tasks[task].common, vocabulary.tasks[other].common)
+            at, at_other = plan.rows_of(tensor.name, task), plan.rows_of(tensor.name, other)
+            rows = None if at is None or at_other is None else (at.common, at_other.common)
             found[names[0]] = _Other(name=names[1], rows=rows)
     return found
 

@@ -44,10 +44,10 @@ def planned_models(
                 with_base[name] = own[name]
             if (of_split := plan.split(tensor.name)) is not None:
                 split.setdefault(whole_of(name)[0], ([], of_split.dim))[0].append(name)
-            vocabulary = plan.vocabulary(tensor.name)
-            if vocabulary is not None and not vocabulary.tasks[number].is_plain:
+            places = plan.rows_of(tensor.name, number)
+            if places is not None and not places.is_plain:
                 of_rows = f"{stored_as.name}{ROWS_SUFFIX}"
-                has, places = sources.tasks[number].get(of_rows), vocabulary.tasks[number]
+                has = sources.tasks[number].get(of_rows)
                 joined[name] = has, places.common, places.rows
                 if has is not None:
                     rows[f"{name}{ROWS_SUFFIX}"] = has, str(plan.tensor(of_rows).digests[number]), number

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import Vocabulary
+from flexmerge_cli.family.family import RowMap, Vocabulary
 from flexmerge_cli.family.split import Split, whole_of
 from flexmerge_cli.formats.members import Member, PlanAdapter, PlanTask
 from flexmerge_cli.formats.plan_check import check_plan
@@ -151,6 +151,12 @@ class Plan(Record):
         name = tensor.removesuffix(ROWS_SUFFIX)
         return next((found for found in self.vocabularies if name in found.tensors), None)
 
+    def rows_of(self, tensor: str, task: int | None) -> RowMap | None:
+        """Return where a task, or the base (None), has the rows of a tensor that all models have; None if all models
+        have the same rows, and for a kept adapter."""
+        vocabulary = self.vocabulary(tensor)
+        return None if vocabulary is None else vocabulary.of(task)
+
     def split(self, tensor: str) -> Split | None:
         """Return the split that has a tensor as a part; None if the tensor is not part of a split one."""
         whole, place = whole_of(tensor)
@@ -158,18 +164,16 @@ class Plan(Record):
 
     def whole_shape(self, name: str, shape: Shape, task: int | None) -> Shape:
         """Return the shape that a tensor of this name and shape has in the file of a task, or of the base (None)."""
-        vocabulary, split = self.vocabulary(name), self.split(name)
+        split, rows = self.split(name), self.rows_of(name, task)
         if split is not None:
             return split.whole(shape)
-        rows = None if vocabulary is None else vocabulary.of(task)
         return shape if rows is None else (rows.rows, *shape[1:])
 
     def section(self, name: str, whole: StoredTensor, task: int | None) -> StoredTensor:
         """Return a tensor out of the whole one that the file of a task, or of the base (None), has: rows, or a part."""
-        vocabulary, split = self.vocabulary(name), self.split(name)
+        split, rows = self.split(name), self.rows_of(name, task)
         if split is not None:
             return split.take(whole, name)
-        rows = None if vocabulary is None else vocabulary.of(task)
         return whole if rows is None else whole.take(rows.own if name.endswith(ROWS_SUFFIX) else rows.common)
 
     def shapes_of(self, reader: int) -> dict[str, Shape]:
