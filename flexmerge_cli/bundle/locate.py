@@ -18,7 +18,6 @@ from flexmerge_cli.checkpoint.place import is_hub, is_remote
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.checkpoint.urls import new_folder, open_url
 from flexmerge_cli.errors import DataError, IntegrityError, SourceError, show_as
-from flexmerge_cli.formats.folders import SURGERY_FILE
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import no_space
@@ -146,9 +145,5 @@ def _needed(path: Path, manifest: Manifest, tasks: Sequence[str] | None) -> list
         if task not in manifest.tasks:
             raise SourceError(f"no task `{task}` in {path}", hint=f"it has: {', '.join(manifest.tasks)}")
     wanted = set(manifest.tasks if tasks is None else tasks)
-    corrected = set() if manifest.surgery is None else wanted & manifest.surgery.layers.keys()
-    return [
-        name
-        for name, file in manifest.files.items()
-        if tasks is None or wanted & set(file.tasks) or (name == SURGERY_FILE and corrected)
-    ]
+    added = {path for task in wanted for path in manifest.added_files(task)}
+    return [name for name, file in manifest.files.items() if tasks is None or wanted & set(file.tasks) or name in added]

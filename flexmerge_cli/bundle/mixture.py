@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ class MixtureLinear(nn.Module):
 
     Expert k of a task vector U Σ Vᵀ has the norm of Vᵀ x as its logit. Of the softmax of these, over all experts, the
     `top` largest are kept and divided by their sum, and are the weights of the experts for this x. The rows of D_k are
-    those of Vᵀ times the roots of the singular values, as they are stored.
+    those of Vᵀ times the roots of the singular values, as they are stored. With a `router`, all experts are added, with
+    the weights that it computes from what the layer gets that `leads` (bundle/wemoe.py).
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, down: Tensor, up: Tensor, top: int) -> None:
@@ -29,6 +31,7 @@ class MixtureLinear(nn.Module):
         """
         super().__init__()
         self.weight, self.bias, self.top = weight, bias, top
+        self.router, self.leads = None, False
         lengths = down.float().norm(dim=2)  # The roots of the singular values: where one is 0, the row is.
         for name, value in (("down", down), ("up", up), ("scale", torch.where(lengths > 0, 1 / lengths, 0.0))):
             self.register_buffer(name, value)
@@ -36,6 +39,8 @@ class MixtureLinear(nn.Module):
     down: Tensor
     up: Tensor
     scale: Tensor
+    router: Any
+    leads: bool
 
     def extra_repr(self) -> str:
         (k, r, inputs), outputs = self.down.shape, len(self.weight)
@@ -50,7 +55,8 @@ class MixtureLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         k, r, _ = self.down.shape
         inside = nn.functional.linear(x, self.down.flatten(0, 1)).view(*x.shape[:-1], k, r)
-        weighted = inside * self.gates(inside)[..., None].to(x.dtype)
+        gates = self.gates(inside) if self.router is None else self.router.gates(x if self.leads else None)
+        weighted = inside * gates[..., None].to(x.dtype)
         added = nn.functional.linear(weighted.flatten(-2), self.up.transpose(0, 1).flatten(1))
         return nn.functional.linear(x, self.weight, self.bias) + added
 

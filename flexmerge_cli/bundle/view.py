@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flexmerge_cli.bundle.decode_on import decode_on
-from flexmerge_cli.bundle.mixture import Mixture, install
+from flexmerge_cli.bundle.mixture import Mixture
 from flexmerge_cli.bundle.model import assigned_model
+from flexmerge_cli.bundle.modules import complete
 from flexmerge_cli.bundle.placeholder import Placeholder, Value, fill, named_placeholders, placeholders
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.surgery import correct
 from flexmerge_cli.engine.device import as_tensor, choose_device, torch_dtype
 from flexmerge_cli.engine.pool import default_threads
 from flexmerge_cli.errors import UsageError
@@ -123,8 +123,7 @@ def load_model(view: View, **kwargs: Any) -> Any:
         found = dict(zip(needs, pool.map(lambda held: placed(held, tensors), needs.values())))
         fill(model, lambda held: found[held.value.key, held.dtype])
         names = {state: held.value.names for state, held in states.items()}
-        install(model, names, tensors.mixtures)
-        correct(bundle, task, model, names)
+        complete(bundle, task, model, names, tensors.mixtures)
     return model
 
 

@@ -12,17 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.calibration.collect import example_of
-from flexmerge_cli.calibration.request import CalibrationRequest, run_examples
-from flexmerge_cli.errors import DataError
+from flexmerge_cli.calibration.batches import Example, drawn, not_finite, seen_examples, stacked
+from flexmerge_cli.calibration.request import CalibrationRequest
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
-from flexmerge_cli.random import key64, uniform
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a model, of one example."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,18 +74,13 @@ class JointModels:
         own = request.references.of(self.plan.task_names[task])
         tuned, base = own["fine_tuned"](), own["base"]()
         built: list[tuple[Any, Mapping[str, str]]] = []
-        seen: list[Example] = []
 
         def on_built(model: Any, names: Mapping[str, str]) -> None:
             built.append((model, names))
-            model.register_forward_pre_hook(
-                lambda _module, args, kwargs: seen.extend(_examples(args, kwargs)), with_kwargs=True
-            )
 
-        self.digests.append(run_examples(request, base, on_built=on_built).digest)
+        seen, digest = seen_examples(request, base, on_built=on_built)
+        self.digests.append(digest)
         (model, names), *_ = built
-        model._forward_pre_hooks.clear()
-        model._forward_pre_hooks_with_kwargs.clear()
         self._share(task, model, names, tuned.weights, base.weights)
         self.models.append(model)
         self.examples.append(seen)
@@ -163,37 +153,23 @@ class JointModels:
         for _, gradient in self._wholes.values():
             gradient.zero_()
         for task, model in enumerate(self.models):
-            batch = [self.examples[task][place] for place in self._places(task, step, batch_size)]
+            batch = drawn(self.examples[task], step, batch_size, self.seed, self.plan.task_names[task])
             with torch.enable_grad():
-                for args, kwargs, part in _stacked(batch):
+                for args, kwargs, part in stacked(batch):
                     value = loss(model(*args, **kwargs).logits.float()) * part
                     if value.requires_grad:  # Nothing that this model computes with may merge.
                         value.backward()  # type: ignore[no-untyped-call]
                     total += float(value.detach())
             if not np.isfinite(total):
-                raise self._not_finite(f"task `{self.plan.task_names[task]}`: the outputs")
+                raise not_finite(f"task `{self.plan.task_names[task]}`: the outputs")
         found = np.zeros((self.num_tasks, len(self.plan.blocks)))
         for shared in self._shared.values():
             gradient = shared.gradient.flatten().double()
             for task, delta in shared.deltas.items():
                 found[task, shared.block] += float(gradient @ delta.flatten().double()) / self.num_tasks
         if not np.isfinite(found).all():
-            raise self._not_finite("the gradients")
+            raise not_finite("the gradients")
         return found, total
-
-    @staticmethod
-    def _not_finite(what: str) -> DataError:
-        return DataError(
-            f"{what} of the merged model are not finite", hint="check the data, or give the spec `dtype: float32`"
-        )
-
-    def _places(self, task: int, step: int, batch_size: int) -> list[int]:
-        n, name = len(self.examples[task]), self.plan.task_names[task]
-        size, key, found = min(batch_size, n), key64("flexmerge/tune/1", self.seed, name), []
-        for number in range(step * size, (step + 1) * size):
-            epoch, place = divmod(number, n)
-            found.append(int(np.argsort(uniform(key, epoch * n, n), kind="stable")[place]))
-        return found
 
 
 def _adding(total: Tensor) -> Callable[[Tensor], None]:
@@ -203,36 +179,3 @@ def _adding(total: Tensor) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return add
-
-
-def _examples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Example]:
-    """Divide what a model gets into examples."""
-    n = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    with torch.inference_mode(False):  # Clones made here can take part in gradients.
-        return [
-            (
-                tuple(example_of(value, place, n) for value in args),
-                {name: example_of(value, place, n) for name, value in kwargs.items()},
-            )
-            for place in range(n)
-        ]
-
-
-def _stacked(batch: list[Example]) -> list[tuple[tuple[Any, ...], dict[str, Any], float]]:
-    """Stack examples of equal shapes. Returns arguments, and the part of the batch that they are."""
-    alike: dict[Any, list[Example]] = {}
-    for args, kwargs in batch:
-        shapes = [tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        alike.setdefault((tuple(kwargs), tuple(shapes)), []).append((args, kwargs))
-
-    def joined(values: list[Any]) -> Any:
-        return torch.cat(values) if isinstance(values[0], Tensor) and values[0].ndim else values[0]
-
-    return [
-        (
-            tuple(joined([args[place] for args, _ in group]) for place in range(len(group[0][0]))),
-            {name: joined([kwargs[name] for _, kwargs in group]) for name in group[0][1]},
-            len(group) / len(batch),
-        )
-        for group in alike.values()
-    ]

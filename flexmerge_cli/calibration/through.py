@@ -71,7 +71,9 @@ def measured_through(
     so_far = _SoFar(plan=plan)
     pricer = Pricer(plan, calibration=so_far).asked(through.request)
     memory = MemoryBundles(
-        sources=sources.located, device=choose_device(request.device or "auto"), threads=default_threads()
+        sources=sources.located,
+        device=choose_device(request.device or request.spec.device or "auto"),
+        threads=default_threads(),
     )
     wanted, order = _observed(request)
     stages = sorted({stage for of_task in wanted for stage in of_task}, key=order.index)

@@ -13,7 +13,6 @@ from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.scoring import library_versions
 from flexmerge_cli.methods.coefficients import Coefficients, TunedTask, is_coefficients
-from flexmerge_cli.methods.method import parameters_of
 from flexmerge_cli.methods.registry import complete, format_call, split_call
 from flexmerge_cli.version import GENERATOR
 from flexmerge_cli.writing import check_file, write_file
@@ -21,8 +20,8 @@ from flexmerge_cli.writing import check_file, write_file
 if TYPE_CHECKING:
     import numpy as np
 
+    from flexmerge_cli.calibration.fitted import Fitted
     from flexmerge_cli.calibration.joint import JointModels
-    from flexmerge_cli.calibration.surgery import Corrected
 
 KINDS = ("image-classification", "text-classification", "causal-lm")
 DIGITS = 6
@@ -44,12 +43,7 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
 
     Raises UsageError, SourceError, DataError.
     """
-    name, args = split_call(method)
-    if name == "surgery":
-        raise UsageError("surgery corrects the models of a bundle", hint="--bundle bundle/ -o corrected/")
-    if name not in TUNERS:
-        raise UsageError(f"`tune` has no method `{name}`", hint=f"one of: {', '.join(TUNERS)}")
-    full = complete(name, TUNERS[name].parameters, args)
+    name, full = _parsed(method, adds_to_bundle=False)
     request = calibration_request(plan_path, spec_path, kinds=KINDS, **asked)
     if not request.plan.blocks:
         raise UsageError(
@@ -58,21 +52,32 @@ def tune_request(plan_path: Path, spec_path: Path, *, method: str = "adamerging"
     return TuneRequest(method=format_call(name, full), tuner=partial(TUNERS[name].function, **full), examples=request)
 
 
-def surgery_request(
+def fitting_request(
     plan_path: Path, spec_path: Path, *, method: str, bundle: Bundle, **asked: Any
-) -> "Callable[..., Mapping[str, Corrected]]":
-    """Return the function that writes a bundle's corrected copy, and takes its path, `force` and `on_step`.
+) -> "Callable[..., Mapping[str, Fitted]]":
+    """Return the function that writes a copy of the bundle with what it fits, given its path, `force` and `on_step`.
 
     Parses the method, and reads plan, spec and examples. Raises UsageError, SourceError, DataError.
     """
-    from flexmerge_cli.calibration.surgery import fit, surgery
+    from flexmerge_cli.calibration.correct import correct
+    from flexmerge_cli.calibration.mix import mix
 
-    name, args = split_call(method)
-    if name != "surgery":
-        raise UsageError(f"--bundle is for surgery, and `{name}` takes a plan alone", hint="--method surgery:rank=16")
-    full = complete(name, parameters_of(fit), args)
+    name, full = _parsed(method, adds_to_bundle=True)
     request = calibration_request(plan_path, spec_path, kinds=KINDS, **asked)
-    return partial(surgery, request, bundle, full)
+    return partial(mix if name == "wemoe" else correct, request, bundle, full)
+
+
+def _parsed(method: str, *, adds_to_bundle: bool) -> tuple[str, dict[str, Any]]:
+    """Return the name of a method, and all its arguments. Raises UsageError."""
+    name, args = split_call(method)
+    if name not in TUNERS:
+        raise UsageError(f"`tune` has no method `{name}`", hint=f"one of: {', '.join(TUNERS)}")
+    if TUNERS[name].adds_to_bundle and not adds_to_bundle:
+        raise UsageError(f"`{name}` adds to a bundle, and none is given", hint="--bundle bundle/ -o corrected/")
+    if adds_to_bundle and not TUNERS[name].adds_to_bundle:
+        fitting = " or ".join(name for name, tuner in TUNERS.items() if tuner.adds_to_bundle)
+        raise UsageError(f"--bundle is for {fitting}, and `{name}` takes a plan alone", hint="--method surgery:rank=16")
+    return name, complete(name, TUNERS[name].parameters, args)
 
 
 def tune(

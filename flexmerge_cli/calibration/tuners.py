@@ -1,23 +1,29 @@
-"""Lists the methods of `tune`, which find weights of tasks and blocks on unlabelled examples. Imports no torch."""
+"""Lists the methods of `tune`, which find something small on unlabelled examples. Imports no torch."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from flexmerge_cli.calibration.adamerging import adamerging
 from flexmerge_cli.calibration.concrete import concrete
 from flexmerge_cli.calibration.fw_merging import fw_merging
+from flexmerge_cli.calibration.surgery import surgery
+from flexmerge_cli.calibration.wemoe import wemoe
 from flexmerge_cli.methods.method import Parameter, parameters_of
 
 
 @dataclass(frozen=True, slots=True)
 class Tuner:
-    """A function of (MergedModels, on_step, **arguments) that returns weights, float64 [tasks, blocks]."""
+    """A method of `tune`. Its function takes the method's arguments by keyword.
 
-    function: Callable[..., np.ndarray]
+    Without a bundle it is a function of (MergedModels, on_step), and returns weights, float64 [tasks, blocks].
+    """
+
+    function: Callable[..., Any]
     paper: str
+    adds_to_bundle: bool = False
+    """Whether it finds what is added to a bundle, and not weights for a merge."""
 
     @property
     def name(self) -> str:
@@ -38,5 +44,7 @@ TUNERS = {
         Tuner(adamerging, "Yang et al. 2024"),
         Tuner(concrete, "Tang et al. 2023"),
         Tuner(fw_merging, "Chen et al. 2025"),
+        Tuner(surgery, "Yang et al. 2024, Representation Surgery", adds_to_bundle=True),
+        Tuner(wemoe, "Tang et al. 2024", adds_to_bundle=True),
     )
 }

@@ -10,18 +10,18 @@ def tune(
     plan: o.PlanFile,
     spec: o.Spec = None,
     output: Annotated[
-        Path | None, o.option("-o", "--output", "PATH", "Where to write the coefficients, or the corrected bundle.")
+        Path | None, o.option("-o", "--output", "PATH", "Where to write the coefficients, or the new bundle.")
     ] = None,
     method: Annotated[
         str,
         o.option(
             "--method",
             "NAME[:KEY=VALUE,…]",
-            "How to find the weights: adamerging, concrete or fw_merging. With --bundle: surgery.",
+            "How to find the weights: adamerging, concrete or fw_merging. With --bundle: surgery or wemoe.",
         ),
     ] = "adamerging",
     bundle: Annotated[
-        str | None, o.option("--bundle", "FOLDER", "With surgery: the bundle whose models it corrects.")
+        str | None, o.option("--bundle", "FOLDER", "With surgery or wemoe: the bundle to which it adds.")
     ] = None,
     examples: o.Examples = 256,
     relocate: o.Relocate = None,
@@ -40,12 +40,13 @@ def tune(
     flexmerge tune plan.json --spec calib.yaml -o coefficients.json
     flexmerge merge plan.json --method weighted_average:weights=@coefficients.json,normalize=count --size 1x -o bundle/
     flexmerge tune plan.json --spec calib.yaml --method surgery:rank=16 --bundle bundle/ -o corrected/
+    flexmerge tune plan.json --spec calib.yaml --method wemoe --bundle experts/ -o mixed/
     """
     from flexmerge_cli.bundle.locate import locate
-    from flexmerge_cli.calibration.tune import surgery_request, tune, tune_request
+    from flexmerge_cli.calibration.tune import fitting_request, tune, tune_request
     from flexmerge_cli.cli import output as out
     from flexmerge_cli.errors import UsageError
-    from flexmerge_cli.report.tune import show_surgery, show_tune, surgery_summary, tune_summary
+    from flexmerge_cli.report.tune import fitting_summary, show_fitting, show_tune, tune_summary
 
     if spec is None:
         raise UsageError("no --spec: the examples of each task", hint="--spec calib.yaml, written as for `eval`")
@@ -55,11 +56,11 @@ def tune(
     asked: dict[str, Any] = {"examples": examples, "device": None if device == "auto" else device, "access": access}
     asked["relocate"] = o.relocations(relocate)
     if bundle is not None:
-        fit = surgery_request(plan, spec, method=method, bundle=locate(bundle, access).open(), **asked)
+        fit = fitting_request(plan, spec, method=method, bundle=locate(bundle, access).open(), **asked)
         with out.progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_step:
-            corrections = fit(output, force=force, on_step=on_step)
-        summary = surgery_summary(corrections, output)
-        out.emit(summary, as_json=as_json, quiet=quiet, show=show_surgery, written=[output])
+            fitted = fit(output, force=force, on_step=on_step)
+        summary = fitting_summary(method.partition(":")[0], fitted, output)
+        out.emit(summary, as_json=as_json, quiet=quiet, show=show_fitting, written=[output])
         return
     request = tune_request(plan, spec, method=method, **asked)
     with out.progress(quiet=quiet or as_json, verbose=verbose, counts=True) as on_step:

@@ -55,24 +55,22 @@ def build_model(
     Raises DataError that lists missing, unexpected and mismatched tensors, UsageError without config.
     """
     quiet_transformers()
-    from flexmerge_cli.bundle.mixture import install
-    from flexmerge_cli.bundle.surgery import correct
+    from flexmerge_cli.bundle.modules import complete
     from flexmerge_cli.bundle.view import View
 
     view = model.weights if isinstance(model.weights, View) else None
-    weights, mixtures = dict(view.parameters if view else model.weights), view.mixtures if view else {}
+    weights = dict(view.parameters if view else model.weights)
     wanted = dtype or _stored_dtype(weights)
 
-    def complete(found: Any, names: Mapping[str, str]) -> None:
+    def finish(found: Any, names: Mapping[str, str]) -> None:
         if view:
-            install(found, names, mixtures)
-            correct(view.bundle, view.task, found, names)
+            complete(view.bundle, view.task, found, names, view.mixtures)
 
     key = skeletons.key_of(model.folder, architecture, wanted)
     known = skeletons.filled(key, weights)
     if known is not None:
         found, names = known
-        complete(found, names)
+        finish(found, names)
         on_built(found.to(device), names)
         return found
     if wanted == "float32":  # all weights have this dtype, or are cast to it here: transformers uses their memory
@@ -86,7 +84,7 @@ def build_model(
     skeletons.keep(key, built.model, weights)
     same = {name: name for name in built.model.state_dict() if name in weights}  # Cast values share no memory.
     names = same | skeletons.names_of(built.model, weights)
-    complete(built.model, names)
+    finish(built.model, names)
     on_built(built.model.to(device), names)
     return built.model
 

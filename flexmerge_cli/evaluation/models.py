@@ -20,7 +20,6 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.evaluation.scored import DigestLine, TaskModel, places_line, weights_digest
 from flexmerge_cli.family.classes import TensorClass, absent_alias
 from flexmerge_cli.family.split import Split, whole_of
-from flexmerge_cli.formats.folders import SURGERY_FILE
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.joined import join
 
@@ -109,8 +108,7 @@ def bundle_model(bundle: Bundle, task: str) -> TaskModel:
         if rows is not None:
             lines += [places_line(names.get(name, name), rows.rows, rows.common) for name in vocabulary.tensors]
     lines += _expert_lines(bundle, task)
-    if bundle.manifest.surgery is not None:
-        lines.append((SURGERY_FILE, "", (), bundle.manifest.files[SURGERY_FILE].sha256))
+    lines += [(path, "", (), bundle.manifest.files[path].sha256) for path in bundle.manifest.added_files(task)]
     return TaskModel(
         task=task,
         weights=View(bundle, task),

@@ -12,7 +12,9 @@ ROUTER = "router"
 ROUTER_FILE = f"{ROUTER}/router.safetensors"
 SURGERY = "surgery"
 SURGERY_FILE = f"{SURGERY}/surgery.safetensors"
-ADDED = {ROUTER: ROUTER_FILE, SURGERY: SURGERY_FILE}
+WEMOE = "wemoe"
+WEMOE_FILE = f"{WEMOE}/wemoe.safetensors"
+ADDED = {ROUTER: ROUTER_FILE, SURGERY: SURGERY_FILE, WEMOE: WEMOE_FILE}
 """The folder of each file that was added to a bundle after its merge, and belongs to no tensor."""
 MAX_NAME_BYTES = 255  # for one folder or file: the limit of common file systems
 
@@ -47,8 +49,8 @@ def linked_names(folder: str, stem: str | None, route: Collection[str]) -> dict[
 
 
 def stays_inside(path: str) -> bool:
-    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/…, base/FILE, router/FILE or surgery/FILE, with
-    names that every disk can hold."""
+    """Return whether a path is weights/FILE, tasks/NAME/…, coded/NAME/…, base/FILE, or FILE in a folder of `ADDED`,
+    with names that every disk can hold."""
     folder, *below = path.split("/")
     return (
         folder in ("weights", "tasks", "coded", BASE_FOLDER, *ADDED)

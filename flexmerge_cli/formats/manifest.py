@@ -46,6 +46,9 @@ router    a classifier of tasks (bundle/router.py), whose arrays are in router/r
 surgery   corrections of what the last layer of tasks' models gets (bundle/surgery.py), whose arrays are in
           surgery/surgery.safetensors: their `rank`, and for each task the own name of the weight of that layer in
           `layers`, how many `examples` it was fitted on and the digest of their `data`
+wemoe     routers of mixtures of experts (bundle/wemoe.py), whose arrays are in wemoe/wemoe.safetensors: how many
+          `layers` each has, for each unit the aligned name of the weight of the layer that runs `first`, and for each
+          task how many `examples` they were fitted on and the digest of their `data`
 A part's name is the tensor's plain name (the first reader's own name) if it is dense, otherwise
 `<tensor>@<role>[.<task>]`. A tensor whose plain name is on a task's route is dense; otherwise its unit's group says how
 to decode it: masked is base + gamma·mask·unified, where gamma is `<unit>@gamma.<task>`, or 1 if that is absent;
@@ -75,7 +78,16 @@ from flexmerge_cli.checkpoint.rows import num_rows
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.split import Split
 from flexmerge_cli.formats.adapter_changes import ChangeRecord
-from flexmerge_cli.formats.folders import BASE_FOLDER, CODED_README, WEIGHTS, linked_names, side_files, side_folder
+from flexmerge_cli.formats.folders import (
+    BASE_FOLDER,
+    CODED_README,
+    SURGERY_FILE,
+    WEIGHTS,
+    WEMOE_FILE,
+    linked_names,
+    side_files,
+    side_folder,
+)
 from flexmerge_cli.formats.manifest_check import FIRST, check_manifest
 from flexmerge_cli.formats.plan_records import Parts
 from flexmerge_cli.formats.recorded import Request
@@ -293,6 +305,13 @@ class SurgeryEntry(Record):
     data: Named[Digest]
 
 
+class WemoeEntry(Record):
+    layers: Count = Field(ge=1, le=2)
+    first: Named[str] = Field(min_length=1)
+    examples: Named[Count]
+    data: Named[Digest]
+
+
 class Manifest(Record):
     format: Literal["flexmerge.bundle/1", "flexmerge.bundle/2"]
     id: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -314,6 +333,7 @@ class Manifest(Record):
     gate: GateEntry | None = None
     router: RouterEntry | None = None
     surgery: SurgeryEntry | None = None
+    wemoe: WemoeEntry | None = None
     request: Request | None = None
     calibration: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_stem: Stem | None = None
@@ -349,6 +369,13 @@ class Manifest(Record):
     def has_experts(self, task: str) -> bool:
         """Return whether layers of the task's model may be mixtures of experts, which no tensor holds."""
         return any(group.kind == MIXTURE.word and task in group.tasks for unit in self.units for group in unit.groups)
+
+    def added_files(self, task: str) -> tuple[str, ...]:
+        """Return the paths of the files that were added to the bundle, and that change what the task's model
+        computes."""
+        surgery = self.surgery is not None and task in self.surgery.layers
+        wemoe = self.wemoe is not None and task in self.wemoe.examples
+        return (SURGERY_FILE,) * surgery + (WEMOE_FILE,) * wemoe
 
     def own_weights(self, task: str) -> str | None:
         """Return the path of the weight file that is a kept task's own; None for other tasks."""

@@ -45,6 +45,12 @@ def check_manifest(manifest: "Manifest") -> None:
     surgery = manifest.surgery
     if surgery is not None and not (surgery.layers.keys() == surgery.examples.keys() == surgery.data.keys() <= tasks):
         raise ValueError("its surgery is not of tasks that it has")
+    wemoe, units = manifest.wemoe, {unit.name: unit for unit in manifest.units}
+    if wemoe is not None and not (
+        wemoe.examples.keys() == wemoe.data.keys() <= tasks
+        and all(name in units and first in units[name].tensors for name, first in wemoe.first.items())
+    ):
+        raise ValueError("its routers of experts are not of tasks and units that it has")
     for folder, added in ADDED.items():
         there = {path for path in manifest.files if path.startswith(f"{folder}/")}
         if there != (set() if getattr(manifest, folder) is None else {added}):

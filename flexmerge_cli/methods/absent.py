@@ -6,9 +6,9 @@ aliases.py lacks. Needs no torch.
 
 _SAME = "has another name here"
 _MIXES = (
-    "mixes the tasks' weights for each input with a router that is trained on data; here `flexmerge route` chooses one "
-    "task for each input"
+    "mixes the tasks' weights for each input with a router that is trained on data, as `wemoe` of `flexmerge tune` does"
 )
+_WEMOE = "flexmerge tune plan.json --spec calib.yaml --method wemoe --bundle bundle/ -o mixed/"
 _PRUNES = "prunes the weights of a single model"
 _MOE = "builds a mixture of experts, or prunes one"
 _MODELS = "runs several models and combines their outputs: `curve --ensembles` scores that beside merges"
@@ -30,11 +30,15 @@ ABSENT = {
         "is a method of `flexmerge tune`, which learns a weight per task and block from unlabelled examples",
         _TUNE.format("adamerging"),
     ),
-    "wemoe": (_MIXES, "smile"),
+    "wemoe": (
+        "is a method of `flexmerge tune`, which adds to a bundle of `smile` routers that weigh its experts for each "
+        "input, trained on unlabelled examples",
+        _WEMOE,
+    ),
     "pwe_moe": ("trains a router that goes along the Pareto front of the tasks: needs data", "emr"),
-    "sparse_wemoe": (_MIXES, "smile"),
-    "dawe": (_MIXES, "smile"),
-    "rankone_moe": (_MIXES, "smile:rank=1"),
+    "sparse_wemoe": (_MIXES, _WEMOE),
+    "dawe": (_MIXES, _WEMOE),
+    "rankone_moe": (f"{_MIXES} with experts of `smile:rank=1`", _WEMOE),
     "ada_svd": ("averages the experts of SMILE by its routing weights: needs data", "smile"),
     "surgery": (
         "is a method of `flexmerge tune`, which adds to a bundle a small correction per task of what its last layer "

@@ -109,6 +109,7 @@ def bundle_value(facts: BundleFacts) -> dict[str, Any]:
         "gate": manifest.gate.model_dump(mode="json") if manifest.gate is not None else None,
         "router": manifest.router.model_dump(mode="json") if manifest.router is not None else None,
         "surgery": manifest.surgery.model_dump(mode="json") if manifest.surgery is not None else None,
+        "wemoe": manifest.wemoe.model_dump(mode="json") if manifest.wemoe is not None else None,
     }
 
 
@@ -203,6 +204,9 @@ def show_bundle(facts: BundleFacts, value: dict[str, Any], *, every: bool) -> No
     if value["surgery"]:
         rank, tasks = value["surgery"]["rank"], value["surgery"]["layers"]
         say(f"surgery of rank {rank} corrects what the last layer gets of {', '.join(tasks)}")
+    if value["wemoe"]:
+        depth, units = value["wemoe"]["layers"], value["wemoe"]["first"]
+        say(f"routers of {depth} layer{'s' * (depth > 1)} weigh the experts of {', '.join(units)}")
     if allocation["dtype"]:
         say(f"floating-point tensors are stored as {allocation['dtype']}")
     table(

@@ -82,7 +82,7 @@ def show_list(value: dict[str, Any]) -> None:
         _show_rows(title, "when", rows)
     _show_rows("Steps, before a method: --step NAME", "does", value["steps"])
     _show_rows("Calibrations, after a method: --calibrate NAME", "does", value["calibrations"])
-    _show_rows("Weights found on unlabelled examples: flexmerge tune --method NAME", "does", value["tune"])
+    _show_rows("Found on unlabelled examples: flexmerge tune --method NAME", "does", value["tune"])
     say(LEGEND)
     if value["installed"]:
         say(f"From installed packages: {', '.join(value['installed'])}")

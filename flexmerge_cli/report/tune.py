@@ -7,6 +7,12 @@ from typing import Any
 from flexmerge_cli.methods.coefficients import Coefficients
 from flexmerge_cli.report.table import say, table
 
+LOSSES = {
+    "surgery": ("mean |difference|\nof features", "corrected"),
+    "wemoe": ("mean entropy\nof answers", "tuned"),
+}
+"""What `tune --bundle` lowers, before and after, by method."""
+
 
 def tune_summary(found: Coefficients, output: Path) -> dict[str, Any]:
     """Return the document of `tune --json`."""
@@ -21,19 +27,20 @@ def tune_summary(found: Coefficients, output: Path) -> dict[str, Any]:
     }
 
 
-def surgery_summary(found: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """Return the document of `tune --bundle --json`. found: the correction of each task."""
+def fitting_summary(method: str, found: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Return the document of `tune --bundle --json`. found: what was fitted for each task."""
     rows = {
-        task: {"examples": one.examples, "layer": one.layer, "before": one.before, "after": one.after}
+        task: {"examples": one.examples, "before": one.before, "after": one.after}
+        | ({"layer": one.layer} if method == "surgery" else {})
         for task, one in found.items()
     }
-    return {"bundle": str(output), "method": "surgery", "tasks": rows}
+    return {"bundle": str(output), "method": method, "tasks": rows}
 
 
-def show_surgery(value: dict[str, Any]) -> None:
+def show_fitting(value: dict[str, Any]) -> None:
     rows = value["tasks"].items()
     cells = [[task, row["examples"], f"{row['before']:.4f}", f"{row['after']:.4f}"] for task, row in rows]
-    table(["task", "examples", "mean |difference|\nof features", "corrected"], cells, text=(0,))
+    table(["task", "examples", *LOSSES[value["method"]]], cells, text=(0,))
 
 
 def show_tune(value: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexmerge_cli.bundle.mixture import Mixture, install
+from flexmerge_cli.bundle.mixture import Mixture
+from flexmerge_cli.bundle.modules import complete
 from flexmerge_cli.bundle.packed_on import packed_on
 from flexmerge_cli.bundle.placeholder import (
     Placeholder,
@@ -24,7 +25,6 @@ from flexmerge_cli.bundle.placeholder import (
     placeholders,
 )
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.surgery import correct
 from flexmerge_cli.bundle.view import View
 from flexmerge_cli.engine.device import choose_device
 from flexmerge_cli.engine.pool import default_threads
@@ -128,8 +128,7 @@ class Runtime:
             if not found.is_loaded:
                 self._placed |= self._read(task, {k: v for k, v in found.needs.items() if k not in self._placed})
                 fill(found.model, lambda held: self._placed[held.value.key, held.dtype], self.device)
-                install(found.model, found.names, found.mixtures)
-                correct(self._bundle, task, found.model, found.names)
+                complete(self._bundle, task, found.model, found.names, found.mixtures)
                 found.is_loaded = True
             return found.model
 

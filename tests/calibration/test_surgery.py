@@ -17,7 +17,7 @@ from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.surgery import CorrectedLinear
 from flexmerge_cli.bundle.view import View, load_model
-from flexmerge_cli.calibration.surgery import fit
+from flexmerge_cli.calibration.surgery import surgery
 from flexmerge_cli.engine.product import build_of
 from flexmerge_cli.errors import IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
@@ -63,7 +63,7 @@ def test_factors_descend_as_autograd_and_a_plain_adam_say():
     rng = np.random.default_rng(0)
     start, wanted = (torch.from_numpy(rng.normal(size=(5, 4)).astype(np.float32)) for _ in range(2))
     args = {"rank": 2, "lr": 0.05, "batch_size": 5}
-    values = [value.double().requires_grad_() for value in fit(start, wanted, 7, steps=1, **args | {"lr": 1e-30})]
+    values = [value.double().requires_grad_() for value in surgery(start, wanted, 7, steps=1, **args | {"lr": 1e-30})]
     means = [[0.0, 0.0], [0.0, 0.0]]
     for step in range(1, 7):
         down, up = values
@@ -73,7 +73,7 @@ def test_factors_descend_as_autograd_and_a_plain_adam_say():
             means[place] = [0.9 * means[place][0] + 0.1 * gradient, 0.999 * means[place][1] + 0.001 * gradient**2]
             first, second = means[place][0] / (1 - 0.9**step), means[place][1] / (1 - 0.999**step)
             values[place] = (values[place] - 0.05 * first / (second**0.5 + 1e-8)).detach().requires_grad_()
-    for found, expected in zip(fit(start, wanted, 7, steps=6, **args), values):
+    for found, expected in zip(surgery(start, wanted, 7, steps=6, **args), values):
         torch.testing.assert_close(found.double(), expected.detach(), atol=1e-5, rtol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_what_means_nothing_is_refused(fitted, tmp_path, method, options, says):
 def test_surgery_needs_a_bundle_of_the_plan(fitted, tmp_path):
     family, _, _ = fitted
     asked = "tune", family.plan_path, "--spec", family.spec, "-o", tmp_path / "b", "--method", "surgery"
-    fails(2, *asked, says="surgery corrects the models of a bundle")
+    fails(2, *asked, says="`surgery` adds to a bundle, and none is given")
     fails(2, *command(family, family.folder / "corrected"), says="exists")
     other = shutil.copytree(family.folder / "merged", tmp_path / "other", symlinks=True)
     fields = json.loads((other / "manifest.json").read_bytes())

@@ -11,6 +11,7 @@ from flexmerge_cli import OrderSettings, calibrate, load_plan, make_plan, merge,
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.calibration.request import calibration_request
+from flexmerge_cli.calibration.through import measured_through
 from flexmerge_cli.formats.calibration import read_calibration, unpacked
 from flexmerge_cli.request.merge import merge_request
 
@@ -158,3 +159,20 @@ def test_what_is_asked_wrongly_is_refused(pictures, tmp_path):
     fails(2, *through(family, output, "--statistics", "fisher"), says="--through measures inputs alone")
     fails(6, *family.command(output, "--through", "regmean", "--size", "0.5x"), says="does not reach 0.5x")
     assert not output.exists()
+
+
+def test_merges_run_where_the_models_do(pictures, tmp_path, monkeypatch):
+    """They ran on `--device`, and the models on the device of the spec where that was left out."""
+    spec = tmp_path / "calib.yaml"
+    told = pictures.family.spec.read_text().replace("data: ", f"data: {pictures.family.folder}/")
+    spec.write_text(f"{told}device: cuda:7\n")
+    seen = []
+    monkeypatch.setattr("flexmerge_cli.evaluation.scoring.Scorer.run", lambda *_: pytest.fail("nothing runs here"))
+    monkeypatch.setattr("flexmerge_cli.calibration.through.choose_device", lambda name: seen.append(name) or 1 / 0)
+    for device in (None, "cpu"):
+        request = calibration_request(
+            pictures.family.plan_path, spec, through="regmean", size="1x", statistics="inputs", device=device
+        )
+        with pytest.raises(ZeroDivisionError):
+            measured_through(request, request.through, tmp_path, lambda *_: None)
+    assert seen == ["cuda:7", "cpu"]

@@ -4,12 +4,10 @@ import re
 
 import pytest
 
-from flexmerge_cli.calibration.surgery import fit
 from flexmerge_cli.calibration.tuners import TUNERS
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.methods.absent import _OTHER_NAMES, ABSENT, explain_absent
 from flexmerge_cli.methods.aliases import ALIASES, resolve_alias
-from flexmerge_cli.methods.method import parameters_of
 from flexmerge_cli.methods.registry import (
     all_methods,
     all_steps,
@@ -156,7 +154,7 @@ def test_a_method_of_other_programs_is_explained_and_the_nearest_of_ours_runs(na
     words = after.split() if before else []
     if "--bundle" in words:
         called, args = split_call(words[0])
-        assert called == "surgery" and complete(called, parameters_of(fit), args)
+        assert TUNERS[called].adds_to_bundle and complete(called, TUNERS[called].parameters, args)
         words = ["average"]  # It is no method of `merge`.
     elif before and before[0].startswith("flexmerge tune "):
         assert before[1].split()[0] in TUNERS and words[0].startswith("weighted_average:weights=@coefficients.json")
