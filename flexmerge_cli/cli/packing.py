@@ -158,7 +158,7 @@ class Packing:
         if self.recipe is None:
             self.plan_folder = self.source.absolute().parent
             return load_plan(self.source)
-        given = plan_request(self.recipe, None, (), (), {}, (), False, access=self.access)
+        given = plan_request(self.recipe, access=self.access)
         self.source_warnings = given.warnings
 
         def on_open(family: Family) -> None:

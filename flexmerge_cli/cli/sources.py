@@ -9,7 +9,6 @@ from typing import Any, cast, get_args
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import SourceError, UsageError
-from flexmerge_cli.family.adapters import Adapters
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan, save_plan
 from flexmerge_cli.formats.sealed import save_sealed
@@ -93,14 +92,15 @@ def joined_parts(paths: Sequence[Path], access: Access) -> GivenSources:
 
 def plan_request(
     source: Path | Recipe | None,
-    base: str | None,
-    tasks: Sequence[str],
-    task: Sequence[str],
-    order: Mapping[str, Any],
-    private: tuple[str, ...],
-    merge_heads: bool,
+    *,
+    access: Access,
+    base: str | None = None,
+    tasks: Sequence[str] = (),
+    task: Sequence[str] = (),
+    order: Mapping[str, Any] | None = None,
+    private: Sequence[str] = (),
+    merge_heads: bool = False,
     statistics: str | None = None,
-    access: Access = ONLINE,
     adapters: str | None = None,
     assume_base: bool = False,
     ignore: Collection[str] = (),
@@ -110,6 +110,7 @@ def plan_request(
     remove: Collection[str] = (),
 ) -> GivenSources:
     """Combine the options with the recipe or plan. Options take precedence."""
+    order = order or {}
     if statistics is not None:
         known_word(get_args(Statistics), statistics, "statistics")
     recipe = source if isinstance(source, Recipe) else None
@@ -172,22 +173,26 @@ def plan_request(
         named[name] = _from_here(path, recipe)
     if not named:
         raise UsageError("no tasks given", hint="add --tasks DIR, or --task NAME=PATH")
+
+    def option(name: str, typed: Any) -> Any:
+        return typed if typed or recipe is None else getattr(recipe, name)
+
     request = PlanRequest(
         base=base_source,
         tasks=named,
         order=order_settings(order, recipe.order_fields() if recipe else {}),
-        private=private or (tuple(recipe.private) if recipe else ()),
-        merge_heads=merge_heads or bool(recipe and recipe.merge_heads),
-        adapters=cast(Adapters, adapters or (recipe.adapters if recipe else None) or "keep"),
-        assume_base=assume_base or bool(recipe and recipe.assume_base),
-        statistics=cast(Statistics, statistics or (recipe.statistics if recipe else None) or "all"),
+        private=tuple(option("private", private)),
+        merge_heads=option("merge_heads", merge_heads),
+        adapters=option("adapters", adapters) or "keep",
+        assume_base=option("assume_base", assume_base),
+        statistics=option("statistics", statistics) or "all",
         relative_to=start,
         access=replace(
             access,
-            variant=access.variant or (recipe.variant if recipe else None),
-            ignore=found.patterns or (recipe.ignore if recipe else ()),
-            with_code=with_code or bool(recipe and recipe.with_code),
-            follow_links=follow_links or bool(recipe and recipe.follow_links),
+            variant=option("variant", access.variant),
+            ignore=option("ignore", found.patterns),
+            with_code=option("with_code", with_code),
+            follow_links=option("follow_links", follow_links),
         ),
     )
     return GivenSources(request=request, plan=None, order=request.order, warnings=(*warnings, *_twice(named, start)))
