@@ -102,6 +102,19 @@ def test_tied_matrices_stay_one(bundle_of: Callable[..., Path]) -> None:
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_tokens_of_prompts_reach_a_head_as_rows(count: int, bundle_of: Callable[..., Path]) -> None:
+    """They are a slice of all states, for which torch takes another product with frozen weights."""
+    model, seen = open_bundle(bundle_of("llama, tied", method="average", size="1x")).runtime().model("alpha"), []
+    model.lm_head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    ids = torch.tensor([[5, 6, 7]] * count)
+    with torch.inference_mode():
+        last = model(ids, logits_to_keep=1).logits
+        states = model.model(ids).last_hidden_state[:, -1:]
+    assert seen[0].stride() == (seen[0].shape[2], seen[0].shape[2], 1) != states.stride()
+    assert torch.equal(last, torch.nn.functional.linear(states.contiguous(), model.lm_head.weight))
+
+
 def test_tasks_come_and_go(bundle_of: Callable[..., Path]) -> None:
     bundle = open_bundle(bundle_of("vit", **MERGED))
     runtime = bundle.runtime(tasks=["alpha"])
