@@ -169,6 +169,19 @@ def resized_vocabulary() -> Models:
     return models
 
 
+def reshaped() -> Models:
+    """A head of another shape in the base than in any task; the last task decides which layers merge."""
+    models = plain()
+    models.base["classifier.weight"] = normal(58, 7, 8)
+    for number, state in enumerate(models.tasks.values()):
+        state["classifier.weight"] = normal(500 + number, 2 + number, 8)
+    state["pooler.dense.weight"] = normal(59, 8, 9)
+    frozen = "embeddings.word_embeddings.weight"
+    for state in list(models.tasks.values())[:-1]:
+        state[frozen] = models.base[frozen].clone()
+    return models
+
+
 def constants() -> Models:
     """Tensors that no fine-tune touched, and one that all changed alike."""
     models = plain()
@@ -299,9 +312,9 @@ ODD: dict[str, Callable[[], Models]] = {
     **{
         function.__name__: function
         for function in (
-            bf16_of_fp32, mixed_dtypes, doubles, heads, buffers, running_statistics, resized_vocabulary, constants,
-            base_only, duplicates, zero_task, all_zero, small_shapes, one_task, two_tasks, private_only, wrapped_tasks,
-            wrapped_base, confusing_names, tied, outliers,
+            bf16_of_fp32, mixed_dtypes, doubles, heads, buffers, running_statistics, resized_vocabulary, reshaped,
+            constants, base_only, duplicates, zero_task, all_zero, small_shapes, one_task, two_tasks, private_only,
+            wrapped_tasks, wrapped_base, confusing_names, tied, outliers,
         )
     },
 }  # fmt: skip

@@ -54,6 +54,8 @@ class Store:
         """List an address. Raises SourceError, or UsageError for an address that cannot be written."""
         if address.startswith(WEB):
             raise UsageError(f"{address}: a web server is not written to", hint="hf://org/name or s3://bucket/bundle")
+        if address.startswith("file://"):
+            raise UsageError(f"{address} is a folder on this disk, not an object store", hint="give its path")
         files, root = open_store(address.rstrip("/"), Access(offline=offline))
         with store_errors(address):
             files.invalidate_cache()

@@ -7,7 +7,7 @@ same build, and if the method measures nothing beyond the group. Reads the manif
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,8 +24,10 @@ from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.product import complete
 from flexmerge_cli.errors import UsageError
-from flexmerge_cli.formats.manifest import GroupEntry, unpacked_errors
+from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.formats.manifest import GroupEntry, TensorEntry, unpacked_errors
 from flexmerge_cli.formats.plan_file import Plan
+from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.record import Shape
 
 PIECE_BYTES = 4 << 20
@@ -97,9 +99,11 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
     manifest, new = bundle.manifest, {reader.name: reader.fingerprint for reader in plan.readers}
     if manifest.base is None or manifest.request is None:
         raise UsageError(f"{bundle.path} does not record what it was made from, as older bundles do not", hint=MERGE)
-    if manifest.base != plan.base.fingerprint:
+    has_tasks = any(new.get(name) == task.fingerprint for name, task in manifest.tasks.items())
+    is_comparable = _compared(manifest.stored) == _compared(plan.tensors)
+    if manifest.base != plan.base.fingerprint and (is_comparable or not has_tasks):
         raise UsageError(f"{bundle.path} has another base than the plan, whose base is {plan.base.source}", hint=MERGE)
-    if not any(new.get(name) == task.fingerprint for name, task in manifest.tasks.items()):
+    if not has_tasks:
         raise UsageError(f"the plan has no task of {bundle.path}: {', '.join(manifest.tasks)}", hint=MERGE)
     if manifest.calibration is not None:
         raise UsageError(f"{bundle.path} was merged with a calibration, which `update` does not take", hint=MERGE)
@@ -116,6 +120,11 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
             )
     if manifest.gate is not None:
         raise UsageError(f"{bundle.path} passed a gate, and `update` judges none", hint="merge its recipe again")
+
+
+def _compared(tensors: Iterable[TensorEntry] | Iterable[PlanTensor]) -> set[str]:
+    """Return the tensors that were compared with the base, and are in its fingerprint: those that merge."""
+    return {tensor.name for tensor in tensors if tensor.class_ is TensorClass.MERGEABLE}
 
 
 def unchanged(bundle: Bundle, layout: BundleLayout, build: str) -> Unchanged:
@@ -145,6 +154,7 @@ class _Search:
         manifest, layout = self.bundle.manifest, self.layout
         self.names, self.cast = self.plan.reader_names, layout.allocation.dtype
         self.same_run = (manifest.build, manifest.allocation.dtype) == (found.build, self.cast)
+        self.same_base = manifest.base == self.plan.base.fingerprint
         self.same_tasks = {
             place
             for place, task in enumerate(self.plan.tasks)
@@ -161,7 +171,7 @@ class _Search:
             for part in storage.parts:
                 place, form, task = None, (part.array.dtype, part.array.shape), part.readers[0]
                 if part.array.role == "base":
-                    place = bases.get(name)
+                    place = bases.get(name) if self.same_base else None
                     if place is None or not _fits(part, place):
                         place = contents.get((*form, str(tensor.base_digest))) if tensor.base_form == form else None
                 elif any(
@@ -259,6 +269,7 @@ class _Search:
         old_method = None if old.method is None else json.loads(methods[old.method].model_dump_json())
         return (
             self.same_run
+            and self.same_base
             and (new["kind"], new.get("bits"), method) == (old.kind, old.bits and dict(old.bits), old_method)
             and all(self._are_same(self.layout.storages[name], group.tasks) for name in unit.tensors)
             and (new["method"] is None or self._is_local(self.chains[new["method"]], unit))

@@ -115,7 +115,8 @@ class PlanTensor(Record):
 
     @property
     def base_form(self) -> tuple[str, Shape] | None:
-        """The dtype and shape in the base."""
+        """The dtype and shape in the base. Without kept adapters, the shape is right only for what merges or is in the
+        base alone."""
         if self.base_dtype is None:
             return None
         return self.base_dtype, self.shape if self.base_shape is None else self.base_shape

@@ -36,15 +36,15 @@ class Known:
 
     def check_headers(self, family: Family) -> None:
         """Raise DataError if the base or a known task has other tensors than the plan says."""
-        forms = [(tensor, tensor.base_form) for tensor in self.plan.tensors]
-        of_base = {
-            self.plan.base.names.get(whole := whole_of(tensor.name)[0], whole): (
-                form[0],
-                self.plan.whole_shape(tensor.name, form[1], None),
-            )
-            for tensor, form in forms
-            if form is not None
-        }
+        of_base = {}
+        for tensor in self.plan.tensors:
+            whole = whole_of(tensor.name)[0]
+            name = self.plan.base.names.get(whole, whole)
+            if tensor.base_form is not None:
+                dtype, shape = tensor.base_form
+                is_recorded = self.plan.adapters or tensor.class_ in (TensorClass.MERGEABLE, TensorClass.BASE_ONLY)
+                now = family.base.tensors.get(name) if not is_recorded else None
+                of_base[name] = dtype, now.shape if now else self.plan.whole_shape(tensor.name, shape, None)
         problems = _problems("the base", family.base, of_base)
         for name, checkpoint in zip(family.task_names, family.tasks):
             place = self._place(name)

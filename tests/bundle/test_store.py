@@ -334,6 +334,7 @@ def test_a_push_that_cannot_remove_its_mark_says_that_it_is_published(made, monk
     ("https://127.0.0.1/x", (), "a web server is not written to"),
     ("memory://x", ("--private",), "for repositories of the Hub"),
     ("nosuch://x", (), "not a source that flexmerge supports"),
+    ("file:///nosuch", (), "is a folder on this disk"),
 ])  # fmt: skip
 def test_addresses_that_cannot_be_written(target, more, says, made):
     fails(2, "push", made / "a", target, *more, says=says)

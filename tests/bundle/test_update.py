@@ -60,7 +60,13 @@ def test_it_is_the_bundle_of_a_merge(method, grown, tmp_path):
     assert all((found["kept_bytes"] + found["copied_bytes"] > 0) == has_kept for found in (more, fewer))
 
 
-ODDITIES = {"heads": "bf16", "duplicates": "bf16", "resized_vocabulary": "low_bit-8", "tied": "auto"}
+ODDITIES = {
+    "heads": "bf16",
+    "duplicates": "bf16",
+    "resized_vocabulary": "low_bit-8",
+    "tied": "auto",
+    "reshaped": "average-half",
+}
 
 
 @pytest.mark.parametrize(("name", "method"), ODDITIES.items())
@@ -194,6 +200,13 @@ def test_what_does_not_belong_together_is_refused(grown, tmp_path):
     tasks = [f"--remove=task{number}" for number in range(3)]
     succeeds("plan", "-q", grown / "all.json", *tasks, "-o", tmp_path / "last.json")
     fails(2, "update", grown / "few", "--plan", tmp_path / "last.json", *out, says=("has no task of", "task0, task1"))
+    for folder in grown.glob("tasks/task?"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks" / folder.name).symlink_to(folder)
+    more = plain()
+    write_checkpoint(tmp_path / "base", {name: value + 1 for name, value in more.base.items()})
+    succeeds("plan", "-q", "--base", tmp_path / "base", "--tasks", tmp_path / "tasks", "-o", tmp_path / "moved.json")
+    fails(2, "update", grown / "few", "--plan", tmp_path / "moved.json", *out, says="another base")
     fails(2, "update", KEPT, "--plan", grown / "all.json", *out, says="does not record what it was made from")
     fails(4, "update", tmp_path, "--plan", grown / "all.json", *out, says="no bundle at")
     fails(4, "update", grown / "few", "--plan", tmp_path / "none.json", *out)

@@ -39,8 +39,8 @@ def assert_equal_to_fresh(base: Path, tasks: dict[str, Path], root: Path, *optio
 
 
 FAMILIES = (
-    "bf16_of_fp32", "mixed_dtypes", "buffers", "resized_vocabulary", "constants", "base_only", "duplicates",
-    "zero_task", "small_shapes", "two_tasks", "private_only", "wrapped_tasks", "tied",
+    "bf16_of_fp32", "mixed_dtypes", "buffers", "resized_vocabulary", "reshaped", "constants", "base_only",
+    "duplicates", "zero_task", "small_shapes", "two_tasks", "private_only", "wrapped_tasks", "tied",
 )  # fmt: skip
 
 
