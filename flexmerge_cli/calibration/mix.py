@@ -147,11 +147,12 @@ def mix(
     """
     check_fitting(request, bundle, output, force=force)
     names = request.plan.task_names
-    if not any(routed_units(bundle.manifest, task) for task in names):
-        raise UsageError(
-            f"no layer of {bundle.path} is a mixture of experts",
-            hint="merge with --method task_arithmetic:form=sum --method-for '*.mlp=smile:rank=64'",
-        )
+    without = UsageError(
+        f"no layer of {bundle.path} is a mixture of experts",
+        hint="merge with --method task_arithmetic:form=sum --method-for '*.mlp=smile', at a rank below that of copies",
+    )
+    if not any(bundle.experts(task) for task in names):
+        raise without
     if bundle.manifest.surgery is not None:
         raise UsageError(
             f"{bundle.path} has a surgery, which was fitted to other weights of its experts",
@@ -161,6 +162,8 @@ def mix(
     for place, task in enumerate(names):
         on_step("reading", place, len(names))
         models.add(request, task)
+    if not models.first:  # No model runs them.
+        raise without
     size = args["batch_size"]
     models.set(wemoe(models, lambda *_: None, **{**args, "steps": 0}))
     before = {task: models.entropy(task, size) for task in names}

@@ -48,9 +48,9 @@ def wemoe(
     the answers, summed over tasks. All weights start at init, whatever x is; W₀ is drawn with a deviation of 0.01.
     Tang et al. 2024.
 
-    FusionBench's experts are whole task vectors of MLPs, biases included, added to the base's weights, as
-    `smile:rank=…,centre=base` has them from the rank of the matrices on; its last weights are drawn, too, it averages
-    the weights over a batch while it trains, and over padding, and it adapts on the test images.
+    FusionBench's experts are whole task vectors of MLPs, biases included, on the base; here they have a rank, and
+    biases are the centre's. It draws W₁, too, averages the weights over a batch while it trains, and over padding, and
+    adapts on the test images.
     """
     values = _start(models, layers, init)
     adams = {name: Adam(lr) for name in values}

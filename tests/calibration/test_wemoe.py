@@ -213,7 +213,9 @@ def test_wemoe_needs_experts_of_the_plan(mixed, tmp_path):
     asked = "tune", family.plan_path, "--spec", family.spec, "-o", tmp_path / "b", "--method", "wemoe"
     fails(2, *asked, says="`wemoe` adds to a bundle, and none is given")
     merge(family.plan_path, tmp_path / "merged", method="average")
-    fails(2, *command(family, tmp_path / "b", bundle=tmp_path / "merged"), says=("is a mixture", "smile"))
+    merge(family.plan_path, tmp_path / "copies", **EXPERTS | {"method_for": ["*.mlp=smile:rank=8"]})
+    for without in ("merged", "copies"):  # The second told of an unsound manifest once it had trained.
+        fails(2, *command(family, tmp_path / "b", bundle=tmp_path / without), says=("is a mixture", "smile"))
     corrected = tmp_path / "corrected"
     tune(family.plan_path, family.spec, corrected, bundle=family.folder / "experts", method="surgery:rank=1,steps=1")
     fails(2, *command(family, tmp_path / "b", bundle=corrected), says="has a surgery")
