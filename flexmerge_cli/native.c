@@ -20,7 +20,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 4; }
+EXPORTED int64_t flexmerge_version(void) { return 5; }
 
 /* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
  * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
@@ -269,8 +269,10 @@ static inline __attribute__((always_inline)) void widen(const void *from, int64_
     }
 }
 
-/* Round n values to a type, to nearest and ties to even, and -0 to +0; they become what is stored. */
-static inline __attribute__((always_inline)) void narrow(float *values, int64_t type, int64_t at, int64_t n, void *to)
+/* Round n values to a type, to nearest and ties to even, and -0 to +0 if `zero` is 0 (0x8000 keeps it); they become what
+ * is stored. */
+static inline __attribute__((always_inline)) void narrow(float *values, int64_t type, int64_t at, int64_t n, void *to,
+                                                         uint32_t zero)
 {
     if (type == F32) {
         memcpy((float *)to + at, values, n * sizeof(float));
@@ -281,7 +283,7 @@ static inline __attribute__((always_inline)) void narrow(float *values, int64_t 
         uint32_t wide;
         memcpy(&wide, values + i, sizeof wide);
         const uint32_t rounded = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16;
-        wide = values[i] != values[i] ? 0x7FC0 : rounded == 0x8000 ? 0 : rounded;
+        wide = values[i] != values[i] ? 0x7FC0 : rounded == 0x8000 ? zero : rounded;
         bits[i] = (uint16_t)wide;
         wide <<= 16;
         memcpy(values + i, &wide, sizeof wide);
@@ -303,6 +305,44 @@ static inline __attribute__((always_inline)) double sum_of_squares(const float *
     return total;
 }
 
+/* n values of a type minus float32 ones. */
+static inline __attribute__((always_inline)) void minus(const void *x, int64_t type, int64_t at, int64_t n,
+                                                        const float *other, float *out)
+{
+    if (type == F32) {
+        const float *own = (const float *)x + at;
+        for (int64_t i = 0; i < n; i++) out[i] = own[i] - other[i];
+    } else {
+        widen(x, type, at, n, out);
+        for (int64_t i = 0; i < n; i++) out[i] -= other[i];
+    }
+}
+
+/* The base's elements [first, first + count) as float32, and the task vectors of k rows: k runs, which end with zeros. */
+static inline __attribute__((always_inline)) void subtract(const void *base, const void *x, int64_t type, int64_t k,
+                                                           int64_t first, int64_t count, int64_t stride, float *b,
+                                                           float *deltas)
+{
+    widen(base, type, first, count, b);
+    for (int64_t row = 0; row < k; row++, deltas += RUN) {
+        minus(x, type, row * stride + first, count, b, deltas);
+        memset(deltas + count, 0, (RUN - count) * sizeof(float));
+    }
+}
+
+/* The task vectors x - base of n elements of k rows, float32 [k, n]. `types` are those of base and x. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_deltas(const void *base, const void *x, const int64_t *types, int64_t k,
+                                                   int64_t n, int64_t stride, float *out)
+{
+    float b[RUN];
+    for (int64_t first = 0; first < n; first += RUN) {
+        const int64_t count = first + RUN < n ? RUN : n - first;
+        widen(base, types[0], first, count, b);
+        for (int64_t row = 0; row < k; row++)
+            minus(x, types[1], row * stride + first, count, b, out + row * n + first);
+    }
+}
+
 /* Merge the task vectors τ = x - base of k rows, and measure what the tasks lose: Σ (τ - (stored - base))² of each run.
  * how: 0, 1, 2 as above, of those τ that flexmerge_trim keeps unless `least` is NULL; 3: Σ τ / divisor. All in float64;
  * stored = base + that times scale, rounded once. `types` are those of base and x and of stored. A run stays in the
@@ -317,13 +357,7 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const void *base, const void *
     float b[RUN], s[RUN], *kept = least ? room + k * RUN : room;
     for (int64_t first = 0; first < n; first += RUN) {
         const int64_t count = first + RUN < n ? RUN : n - first;
-        widen(base, types[0], first, count, b);
-        for (int64_t row = 0; row < k; row++) {
-            float *delta = room + row * RUN;
-            widen(x, types[0], row * stride + first, count, delta);
-            for (int64_t i = 0; i < count; i++) delta[i] -= b[i];
-            memset(delta + count, 0, (RUN - count) * sizeof(float));
-        }
+        subtract(base, x, types[0], k, first, count, stride, b, room);
         if (least)
             flexmerge_trim((const int32_t *)room, k, RUN, RUN, least, last, tie_key, start + first, 0, (int32_t *)kept);
         for (int64_t i = 0; i < count; i += LANES) {
@@ -338,12 +372,71 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_merge(const void *base, const void *
             for (int j = 0; j < LANES; j++) s[i + j] = (float)(scale * merged[j]) + 0.0f;
         }
         for (int64_t i = 0; i < count; i++) s[i] += b[i];
-        narrow(s, types[1], first, count, stored);
+        narrow(s, types[1], first, count, stored, 0);
         for (int64_t i = 0; i < count; i++) s[i] -= b[i];
         for (int64_t row = 0; row < k; row++) {
             float *delta = room + row * RUN;
             for (int64_t i = 0; i < count; i++) delta[i] -= s[i];
             errors[row * errors_stride + first / RUN] = sum_of_squares(delta, count);
+        }
+    }
+}
+
+/* Elect one delta of k tasks, the largest of the elected sign, rounded as it is stored, and a mask for each of where it
+ * agrees. If `sizes` is not NULL, it gets Σ |τ| of each task and run, and Σ of what its mask takes: [2, k, runs]. If it
+ * is NULL, write the unified delta, the masks, a bit for each element, and what each task gets, base + gamma · unified
+ * where it agrees; and measure what it loses. `types` are those of base and x, of unified, and of decoded. There is room
+ * for 2 k runs. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_elect(const void *base, const void *x, const int64_t *types, int64_t k,
+                                                  int64_t n, int64_t stride, float *room, double *sizes,
+                                                  const float *gamma, void *unified, uint8_t *masks,
+                                                  int64_t masks_stride, void *decoded, int64_t decoded_stride,
+                                                  double *errors, int64_t errors_stride)
+{
+    float b[RUN], u[RUN], value[RUN], lost[RUN];
+    double size[RUN];
+    uint8_t *agrees = (uint8_t *)(room + k * RUN);
+    const int64_t runs = (n + RUN - 1) / RUN;
+    for (int64_t first = 0; first < n; first += RUN) {
+        const int64_t count = first + RUN < n ? RUN : n - first, run = first / RUN;
+        subtract(base, x, types[0], k, first, count, stride, b, room);
+        for (int64_t i = 0; i < count; i += LANES) {
+            double most[LANES];
+            agree(room + i, k, RUN, LANES, 2, most, agrees + i, RUN);
+            for (int j = 0; j < LANES; j++) u[i + j] = (float)most[j] + 0.0f;
+        }
+        if (sizes) {
+            float rounded[RUN];
+            memcpy(rounded, u, count * sizeof(float));
+            uint16_t bits[RUN];
+            if (types[1] != F32) narrow(rounded, types[1], 0, count, bits, 0);
+            for (int64_t row = 0; row < k; row++) {
+                const float *delta = room + row * RUN;
+                const uint8_t *takes = agrees + row * RUN;
+                for (int64_t i = 0; i < count; i++) size[i] = fabsf(delta[i]);
+                sizes[row * runs + run] = pairwise(size, count);
+                for (int64_t i = 0; i < count; i++) size[i] = takes[i] ? fabsf(rounded[i]) : 0;
+                sizes[(k + row) * runs + run] = pairwise(size, count);
+            }
+            continue;
+        }
+        narrow(u, types[1], first, count, unified, 0);
+        for (int64_t row = 0; row < k; row++) {
+            const uint8_t *takes = agrees + row * RUN;
+            const float factor = gamma[row];
+            uint8_t *mask = masks + row * masks_stride + first / 8;
+            for (int64_t i = 0; i < count; i += 8) {
+                uint64_t eight;
+                memcpy(&eight, takes + i, 8);
+                mask[i / 8] = (uint8_t)(eight * 0x0102040810204080u >> 56);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const float there = b[i] + factor * u[i];
+                value[i] = takes[i] ? there : b[i];
+            }
+            narrow(value, types[2], row * decoded_stride + first, count, decoded, 0x8000);
+            minus(x, types[0], row * stride + first, count, value, lost);
+            errors[row * errors_stride + run] = sum_of_squares(lost, count);
         }
     }
 }

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from flexmerge_cli import native
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.storage import Storage, StoredGroup
 from flexmerge_cli.checkpoint.digest import RangeDigest, digest_range
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.chain import Chain, chains_of
-from flexmerge_cli.engine.device import as_tensor, torch_dtype
+from flexmerge_cli.engine.device import as_tensor, name_of, torch_dtype
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.engine.read_models import read_models
 from flexmerge_cli.engine.sources import BASE, Sources
@@ -152,8 +153,10 @@ class Worker:
         size = len(tasks) * (high - low) * 4
         on_cpu = as_tensor(self.buffers.get(("deltas", place), size)[:size], "F32").view(len(tasks), high - low)
         deltas = on_cpu if self.device.type == "cpu" else torch.empty_like(on_cpu, device=self.device)
-        base = self.on_device(raw.bits[BASE][low:high])
-        rows = self.rows_of(raw, tasks)
+        rows, bits = self.rows_of(raw, tasks), raw.bits[BASE][low:high]
+        if rows is not None and rows.dtype is not torch.float32 and self._subtracts(bits, rows[:, low:high], deltas):
+            return deltas
+        base = self.on_device(bits)
         if rows is not None:
             # One operation for all tasks takes a third of the time of one for each.
             if rows.dtype is not torch.float32:
@@ -162,6 +165,18 @@ class Worker:
         for row, task in enumerate(tasks):
             torch.sub(self.on_device(self.own(raw, task)[low:high]), base, out=deltas[row])
         return deltas
+
+    def _subtracts(self, base: Tensor, rows: Tensor, deltas: Tensor) -> bool:
+        """Subtract the base from rows of another dtype in one pass through memory, if native.c can; return whether it
+        did."""
+        names = [name_of(bits.dtype) for bits in (base, rows)]
+        if native.lib is None or self.device.type != "cpu" or not {*names} <= native.TYPES.keys():
+            return False
+        types = np.array([native.TYPES[name] for name in names])
+        native.lib.flexmerge_deltas(
+            base.data_ptr(), rows.data_ptr(), types.ctypes.data, *rows.shape, rows.stride(0), deltas.data_ptr()
+        )
+        return True
 
     def stepped(
         self, chain: Chain, deltas: Tensor, where: Where, tasks: Sequence[int], upto: int | None = None

@@ -9,6 +9,7 @@ A declaration maps keyword arguments to a Coded, without weights. The arithmetic
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -111,7 +112,7 @@ class Coded:
         form = CodedForm(matrix=matrix, residual=coder, centre=centre)
         if self.top is not None and not has_gate(tensor, shape):
             form = CodedForm(matrix=matrix, residual=None, centre=None, is_centre=True)
-        copies_bytes = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype in dtypes)
+        copies_bytes = math.prod(shape) * sum(ITEM_BYTES[dtype] for dtype in dtypes)
         return copies if copies_bytes <= self.centre_bytes(form, dtypes) + residual_bytes(form, dtypes) else form
 
     def form_of_bits(self, shape: tuple[int, ...], bits: float) -> CodedForm:
@@ -147,7 +148,8 @@ def residual_bytes(form: CodedForm, dtypes: tuple[str, ...]) -> int:
     """Return the bytes of the residuals of all tasks of a group; 0 if they are copies."""
     if form.residual is None:
         return 0
-    return sum(num_bytes(form.residual.parts(form.matrix, dtype)) for dtype in dtypes)
+    counted = Counter(dtypes).items()
+    return sum(count * num_bytes(form.residual.parts(form.matrix, dtype)) for dtype, count in counted)
 
 
 def has_gate(tensor: str, shape: tuple[int, ...]) -> bool:

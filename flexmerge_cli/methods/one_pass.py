@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexmerge_cli.methods.call import Call
+from flexmerge_cli.methods.emr import emr
 from flexmerge_cli.methods.linear import average, task_arithmetic
 from flexmerge_cli.methods.selection import Kept
 from flexmerge_cli.methods.ties import ties
@@ -41,3 +42,8 @@ def one_pass(call: Call, num_tasks: int, stats: Kept | None) -> OnePass | None:
     if call.method is ties:
         return OnePass(how=args["merge"], scale=args["scale"], kept=stats)
     return None
+
+
+def elects(call: Call) -> bool:
+    """Return whether a method's unified delta and masks are those of `flexmerge_elect`."""
+    return call.method is emr
