@@ -161,7 +161,7 @@ def merge_all(
         far = {
             plan.tasks[task].name: distance
             for task, distance in measured.task_distance.items()
-            if limit is not None and (distance is None or distance > limit)
+            if limit is not None and (distance is None or not distance <= limit)
         }
         if far:
             distances = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())

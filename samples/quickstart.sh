@@ -8,7 +8,7 @@ venv=${FLEXMERGE_VENV:-$work/venv}
 mkdir -p "$work"
 . samples/environment.sh eval
 run flexmerge plan --base samples/digits/base --tasks samples/digits/tasks -o "$work/plan.json" --force
-# The least predicted error that fits into the bytes of one model, chosen per tensor.
+# The least predicted damage that fits into the bytes of one model, chosen per tensor.
 run flexmerge merge "$work/plan.json" --method auto --size 1x -o "$work/auto" --force
 run flexmerge eval "$work/auto" --spec samples/digits/eval.yaml
 # Block merging, as in the FlexMerge paper: dense models that load as they lie.

@@ -87,12 +87,19 @@ def golden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     tasks = {path.name: path for path in sorted((GOLDEN / "family/tasks").iterdir())}
     make_plan(GOLDEN / "family/base", tasks, output=folder / "plan.json", device="cpu")
-    merge(folder / "plan.json", folder / "bundle", method="auto", size=f"{DECODED['budget']}x", device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            auto_statistics.TensorStatistics, "price", lambda _, loss: loss
+        )  # the reference minimises squared error
+        merge(folder / "plan.json", folder / "bundle", method="auto", size=f"{DECODED['budget']}x", device="cpu")
     return folder
 
 
 def test_the_golden_plan_leads_to_the_golden_choices(golden, monkeypatch):
-    monkeypatch.setattr(auto_statistics, "RUNS", {})  # the reference knows no codes of less than one bit
+    monkeypatch.setattr(auto_statistics.TensorStatistics, "price", lambda _, loss: loss)
+    monkeypatch.setattr(
+        auto_statistics, "RUNS", {}
+    )  # the reference minimises squared error, and knows no codes of less than one bit
     search = search_of(golden / "plan.json", scales="bfloat16").search
     assert search.smallest_bytes == AUTO["smallest"]
     for case in AUTO["allocations"].values():
@@ -424,10 +431,10 @@ def test_the_table_tells_where_bytes_go(plan, tmp_path):
     ).json
     chosen = told["auto"]
     assert sum(kind["bytes"] for kind in chosen["kinds"]) == chosen["searched_bytes"] == told["tensor_bytes"]
-    assert sum(kind["distortion_share"] for kind in chosen["kinds"]) == pytest.approx(1)
-    assert chosen["uniform"] and all(row["distortion"] >= chosen["distortion"] for row in chosen["uniform"])
+    assert sum(kind["damage_share"] for kind in chosen["kinds"]) == pytest.approx(1)
+    assert chosen["uniform"] and all(row["damage"] >= chosen["damage"] for row in chosen["uniform"])
     assert all(row["factor"] <= chosen["factor"] for row in chosen["uniform"])
-    assert chosen["doubled"]["distortion"] < chosen["distortion"]
+    assert chosen["doubled"]["damage"] < chosen["damage"]
     text = succeeds("merge", plan, "--method", "auto", "--size", "1.5x", "--dry-run", "-o", tmp_path / "b").out
     assert "twice the bytes" in text and "mean in 8 bits + 1 bit per task" in text
 

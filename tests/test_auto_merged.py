@@ -1,5 +1,6 @@
 """`auto` is never predicted to be worse than merging by `average` in the same bytes, and merges where that is right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from flexmerge_cli import load_plan, merge, open_bundle
+from flexmerge_cli.allocation import auto_allocation
 from flexmerge_cli.allocation.allocate import allocate
 from flexmerge_cli.allocation.auto_allocation import auto
-from flexmerge_cli.allocation.auto_merged import damage, merged
+from flexmerge_cli.allocation.auto_merged import merged
 from flexmerge_cli.allocation.cut import Cutter
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.methods.use import parse_use
@@ -36,7 +38,7 @@ def searched(plan: Path, size: str, **limits):
     target = parse_size(size).target(num_tasks=len(loaded.tasks), one_model_bytes=loaded.one_model_bytes)
     other = merged(Cutter(found.pricer, AVERAGE), found.search, target)
     chosen = found.cut(target)
-    return chosen, damage(found.search, chosen.solution), other and damage(found.search, other[0])
+    return chosen, chosen.solution.cost, other and other[0].cost
 
 
 @pytest.mark.parametrize("noise", [1e-6, 1e-3])
@@ -103,8 +105,25 @@ def test_tasks_that_have_little_in_common_are_coded_where_squared_error_would_me
     solution, _ = merged(Cutter(search.pricer, AVERAGE), search.search, size)
     found = search.cut(size)
     assert found.layout.allocation.methods != (AVERAGE,)
-    assert found.solution.cost > solution.cost
-    assert damage(search.search, found.solution) < damage(search.search, solution)
+    assert found.solution.cost < solution.cost
+    squared = [
+        sum(np.dot(t.weight_M, c.errors) for t, c in zip(search.search.tables, s.choices))
+        for s in (found.solution, solution)
+    ]
+    assert squared[0] > squared[1]
+
+
+def test_a_merge_that_moves_a_task_off_the_base_is_within_no_distance(tmp_path, monkeypatch):
+    """Such a task has no distance: a merge is not taken, however little damage is predicted."""
+    models = alike(1e-2, width=48)
+    models.tasks["task0"] = models.base
+    loaded = load_plan(planned(models, tmp_path))
+    found = auto(Pricer(loaded).asked(merge_request(method="auto")), Limits())
+    size = parse_size("1x").target(num_tasks=3, one_model_bytes=loaded.one_model_bytes)
+    solution, layout = merged(Cutter(found.pricer, AVERAGE), found.search, size)
+    assert np.isnan(found.search.distances(solution)).tolist() == [True, False, False]
+    monkeypatch.setattr(auto_allocation, "merged", lambda *_: (replace(solution, cost=-1.0), layout))
+    assert (found.search.distances(found.within(0.9).solution) <= 0.9).all()
 
 
 def test_without_a_size_a_merge_must_keep_the_distance_too(tmp_path):

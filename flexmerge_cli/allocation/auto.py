@@ -1,5 +1,5 @@
-"""`auto` chooses a centre for each tensor and a residual for each task, so that the predicted damage is least for a
-budget of bytes.
+"""Chooses a centre for each tensor and a residual for each task, so that the predicted damage is least for a budget of
+bytes.
 
 From the tables of all tensors (see auto_table.py) and a budget it finds choices in milliseconds, from the plan alone.
 It promises nothing about accuracy. The layout says how many bytes on disk the choices take, headers and all.
@@ -41,7 +41,7 @@ class Solution:
     """Sorted by tensor name."""
     num_bytes: int
     cost: float
-    """Predicted Σ w·D, which ranks plans of one family; it is no estimate of accuracy."""
+    """The predicted damage Σ w·P, which ranks plans of one family; it is no estimate of accuracy."""
 
 
 class Search:
@@ -181,7 +181,7 @@ class Search:
         points = [int(table.vertices[0]) for table in self.tables]
         lost_TM = np.array([table.choice(point).errors for table, point in zip(self.tables, points)])
         for tensor, vertex in self._segments[0]:
-            if not (lost_TM.sum(axis=0) > limit_M).any():
+            if (lost_TM.sum(axis=0) <= limit_M).all():
                 break
             points[tensor] = int(self.tables[tensor].vertices[vertex])
             lost_TM[tensor] = self.tables[tensor].choice(points[tensor]).errors

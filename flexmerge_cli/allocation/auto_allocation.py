@@ -15,7 +15,7 @@ from typing import NoReturn
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.auto import Search, Solution, search
 from flexmerge_cli.allocation.auto_centres import CentreBits
-from flexmerge_cli.allocation.auto_merged import damage, merged
+from flexmerge_cli.allocation.auto_merged import merged
 from flexmerge_cli.allocation.auto_statistics import TensorStatistics, partitions
 from flexmerge_cli.allocation.auto_table import TensorChoice
 from flexmerge_cli.allocation.cut import Cutter
@@ -111,8 +111,7 @@ class AutoSearch:
         if (other := merged(self._averages, self.search, size)) is None:
             return found
         solution, layout = other
-        is_better = damage(self.search, solution) < damage(self.search, found.solution)
-        return AutoFound(solution=solution, layout=layout) if is_better else found
+        return AutoFound(solution=solution, layout=layout) if solution.cost < found.solution.cost else found
 
     def smallest(self) -> AutoFound:
         return self._found(self.search.solve(self.search.smallest_bytes))
@@ -131,7 +130,7 @@ class AutoSearch:
             return exact
         size = Target(text="", max_bytes=found.layout.total_bytes, on_disk=True, all_merges=False)
         other = self._or_merged(found, size)
-        return found if (self.search.distances(other.solution) > max_distance).any() else other
+        return other if (self.search.distances(other.solution) <= max_distance).all() else found
 
     def exact(self) -> AutoFound:
         """Return a bundle that loses nothing of the searched blocks: copies, or the search's own choices if these are

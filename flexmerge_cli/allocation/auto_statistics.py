@@ -1,4 +1,4 @@
-"""Holds what `auto` knows about the tensors of a plan, and how much each counts. Numpy only; sees no weights.
+"""Holds what `auto` knows about the tensors of a plan, and how much each loss counts. Numpy only; sees no weights.
 
 Everything comes from the one pass over the weights: Gram matrices, which bits are equal, and how well a tensor can be
 coded (residuals/coding_error.py). The groups are those of the merge order.
@@ -20,7 +20,7 @@ from flexmerge_cli.residuals.sign_runs import NORMAL_LOSSES, RUNS, SignRuns, res
 # M tasks
 
 Weight = float | np.ndarray
-"""The weight of squared errors: one for all tasks, or one for each task, [M]."""
+"""The weight of damages: one for all tasks, or one for each task, [M]."""
 
 Groups = tuple[tuple[int, ...], ...]
 """A partition of the tasks, ordered by smallest task."""
@@ -31,6 +31,10 @@ LEAST_ERROR = 1e-12
 # Energies come from float32 task vectors, and the smallest float32 is 1e-45. Less can only come from a plan that was
 # not measured.
 SMALLEST_PRODUCT = 1e-300
+
+# A task vector that is lost does more damage than noise of the same energy: this many times more. Anything from 48 on
+# orders merged and coded bundles of three families as their scores do. See docs/benchmarks.md.
+LOST = 64.0
 
 # Parts of a name that mark a tensor as an embedding table.
 TABLE_WORDS = ("wte", "shared")
@@ -105,6 +109,14 @@ class TensorStatistics:
         longer, cosine = (1 - min(loss, usual)) ** (-1 / 3), max(0.0, 1 - loss) ** 0.5
         return float(1 - 2 * longer * cosine + longer**2)
 
+    def price(self, loss: float) -> float:
+        """Return the damage of losing a part of a residual's energy, in [0, 1], as a multiple of that energy: at most
+        LOST.
+
+        In embedding tables it is the squared error, since most rows are of words that a task hardly ever sees.
+        """
+        return loss if self.may_drop else loss / max(1 - loss, 1 / LOST)
+
     def dense_bytes(self, dtype: str) -> int:
         return math.prod(self.shape) * ITEM_BYTES[dtype]
 
@@ -137,7 +149,7 @@ class TensorStatistics:
     def may_drop(self) -> bool:
         """Whether a residual may have 0 bits: only in embedding tables, where most rows have not changed.
 
-        Without this floor, accuracy falls by up to 17 points at small sizes, and predicted errors do not show it.
+        Without this floor, accuracy falls by up to 17 points at small sizes.
         """
         m, n = self.matrix
         words = self.name.lower().split(".")
@@ -145,7 +157,7 @@ class TensorStatistics:
 
 
 def weights(tensors: Iterable[TensorStatistics], block_of: Mapping[str, str]) -> dict[str, Weight]:
-    """Return the weight w of each tensor's squared errors; 0 for unchanged tensors.
+    """Return the weight w of each tensor's damages; 0 for unchanged tensors.
 
     With the Fisher information, each task has its own weight, [M]: a task's weighted error is, to second order, the
     part of the base's loss of predictions that it still has, so all tasks count alike. Tensors for which it was not

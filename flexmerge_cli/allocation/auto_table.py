@@ -1,9 +1,9 @@
 """Tabulates every way in which `auto` may store one tensor, with its bytes and predicted cost. Numpy only; sees no
 weights.
 
-A tensor's choice is a centre and, for each class of bit-identical tasks, an option. The cost is Σ w · D over the tasks,
-where D is the predicted squared error. Of the many combinations, only the Lagrangian optima of each centre are listed:
-its *curve*.
+A tensor's choice is a centre and, for each class of bit-identical tasks, an option. The cost is the predicted damage
+Σ w · P over the tasks: P is the squared error of a coded copy, and the energy of a residual times the price of the part
+that its code loses. Of the many combinations, only the Lagrangian optima of each centre are listed: its *curve*.
 """
 
 import functools
@@ -44,6 +44,8 @@ class TensorChoice:
     bits: tuple[Bits, ...]
     """The bits of each task; the tasks of a class share one stored value."""
     num_bytes: int
+    cost: float
+    """The predicted damage Σ w · P."""
     errors: tuple[float, ...]
     """The predicted squared error of each task."""
 
@@ -73,10 +75,6 @@ class AutoTable:
         self.choice = functools.cache(self._choice)
         """Returns how the tensor is stored at a point of the frontier."""
 
-    def cost_of(self, choice: TensorChoice) -> float:
-        """Return the cost of a choice."""
-        return float(np.dot(self.weight_M, choice.errors))
-
     def _choice(self, point: int) -> TensorChoice:
         centre, position = divmod(int(self.points[point]), self._num_positions)
         applied = self._order_CP[centre, :position]
@@ -98,6 +96,7 @@ class AutoTable:
             centre=self.centres[centre],
             bits=tuple(bits[task] for task in order),
             num_bytes=int(self.num_bytes[point]),
+            cost=float(self.cost[point]),
             errors=tuple(errors[task] for task in order),
         )
 
@@ -118,7 +117,7 @@ class AutoTable:
         if sum(dense) <= shared + len(dense) * tensor.code_bytes[bits] or len(self._classes) == 1:
             return sum(dense[tasks[0]] for tasks in self._classes), 0.0
         _, factor_CK = factors(tensor, [centre])
-        cost = tensor.errors.ratio[bits] * float((self._weight_K * factor_CK).sum())
+        cost = tensor.price(tensor.errors.ratio[bits]) * float((self._weight_K * factor_CK).sum())
         return shared + len(self._classes) * tensor.code_bytes[bits], cost
 
     def _set_options(self, limits: Limits) -> None:
@@ -128,9 +127,10 @@ class AutoTable:
         copy: dict[float, float] = {
             bits: max(error, tensor.least_error) for bits, error in tensor.errors.average.items()
         }
-        coded = {bits: max(ratio, LEAST_ERROR) for bits, ratio in tensor.residual_losses.items()}
-        self._decoded_losses: dict[Bits, float] = {bits: tensor.decoded_loss(bits) for bits in coded}
-        coded |= {0: 1.0} if tensor.may_drop else {}
+        losses = tensor.residual_losses
+        self._decoded_losses: dict[Bits, float] = {0: 1.0, **{bits: tensor.decoded_loss(bits) for bits in losses}}
+        losses |= {0: 1.0} if tensor.may_drop else {}
+        coded = {bits: tensor.price(max(loss, LEAST_ERROR)) for bits, loss in losses.items()}
         if tensor.is_unchanged:
             copy, coded = {}, {}
         free: Options = ((0,), np.zeros(1, np.int64), np.zeros(1))

@@ -23,7 +23,7 @@ LEAST_DISTANCE = 0.01
 
 
 def auto_summary(auto: AutoSearch, found: AutoFound) -> dict[str, Any]:
-    """Return the value for --json. distortion is Σ w·D over the searched tensors, which ranks plans of one family."""
+    """Return the value for --json. damage is Σ w·P over the searched tensors, which ranks plans of one family."""
     solution, search, one = found.solution, auto.search, max(1, auto.plan.one_model_bytes)
     fixed = auto.fixed_bytes
     uniform = []
@@ -35,7 +35,7 @@ def auto_summary(auto: AutoSearch, found: AutoFound) -> dict[str, Any]:
                     "centre_bits": centre_bits,
                     "bits": bits,
                     "factor": (num_bytes + fixed) / one,
-                    "distortion": cost,
+                    "damage": cost,
                 }
             )
     most = sum(int(table.num_bytes[-1]) for table in search.tables)
@@ -44,13 +44,13 @@ def auto_summary(auto: AutoSearch, found: AutoFound) -> dict[str, Any]:
         "factor": found.layout.tensor_bytes / one,
         "smallest_factor": (search.smallest_bytes + fixed) / one,
         "searched_bytes": solution.num_bytes,
-        "distortion": solution.cost,
+        "damage": solution.cost,
         "distance": _distances(auto, solution),
         "kinds": _kinds(auto, solution),
         "uniform": uniform,
         "doubled": {
             "factor": (twice.num_bytes + fixed) / one,
-            "distortion": twice.cost,
+            "damage": twice.cost,
             "distance": _distances(auto, twice),
         },
     }
@@ -95,19 +95,19 @@ def show_auto(value: dict[str, Any]) -> None:
             kind["tensors"],
             f"{kind['bits']:.2f}",
             f"{kind['bytes']:,}",
-            f"{kind['distortion_share']:.1%}",
+            f"{kind['damage_share']:.1%}",
         )
         for kind in value["kinds"]
     ]
     title = "chosen by auto; bits a weight and task, of all that is stored"
-    table(["kind", "centres", "tensors", "bits", "bytes", "of predicted\ndistortion"], rows, title=title, text=(1,))
-    cost = value["distortion"]
+    table(["kind", "centres", "tensors", "bits", "bytes", "of predicted\ndamage"], rows, title=title, text=(1,))
+    cost = value["damage"]
     for row in value["uniform"]:
         centre = f"mean in {row['centre_bits']} bits + {row['bits']} {'bit' if row['bits'] == 1 else 'bits'} per task"
-        say(f"{centre}, {row['factor']:.2f}x: {_times(row['distortion'], cost)} the predicted distortion")
+        say(f"{centre}, {row['factor']:.2f}x: {_times(row['damage'], cost)} the predicted damage")
     twice = value["doubled"]
     if twice["factor"] > value["factor"]:
-        say(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['distortion'], cost)} of it; {_range(twice)}")
+        say(f"twice the bytes, {twice['factor']:.2f}x: {_times(twice['damage'], cost)} of it; {_range(twice)}")
     say(f"this size, {value['factor']:.2f}x: {_range(value)}; the smallest is {value['smallest_factor']:.4f}x")
 
 
@@ -133,22 +133,21 @@ def kind_of(block: str) -> str:
 def _kinds(auto: AutoSearch, solution: Solution) -> list[dict[str, Any]]:
     """Return the bytes by kind of block, most first."""
     kind = {name: kind_of(block.name) for block in auto.searched for name in block.tensors}
-    choices: dict[str, list[tuple[TensorChoice, float]]] = {}
-    for choice, table_ in zip(solution.choices, auto.search.tables):
-        choices.setdefault(kind[choice.tensor], []).append((choice, table_.cost_of(choice)))
-    total = sum(cost for of_kind in choices.values() for _, cost in of_kind)
+    choices: dict[str, list[TensorChoice]] = {}
+    for choice in solution.choices:
+        choices.setdefault(kind[choice.tensor], []).append(choice)
     rows = []
     for name, of_kind in choices.items():
-        num_bytes = sum(choice.num_bytes for choice, _ in of_kind)
-        weights = sum(auto.plan.tensor(choice.tensor).num_elements for choice, _ in of_kind) * len(auto.plan.tasks)
+        num_bytes = sum(choice.num_bytes for choice in of_kind)
+        weights = sum(auto.plan.tensor(choice.tensor).num_elements for choice in of_kind) * len(auto.plan.tasks)
         rows.append(
             {
                 "kind": name,
                 "tensors": len(of_kind),
                 "bits": 8 * num_bytes / weights,
-                "centres": _centres(choice for choice, _ in of_kind),
+                "centres": _centres(of_kind),
                 "bytes": num_bytes,
-                "distortion_share": sum(cost for _, cost in of_kind) / total if total > 0 else 0.0,
+                "damage_share": sum(choice.cost for choice in of_kind) / solution.cost if solution.cost > 0 else 0.0,
             }
         )
     return sorted(rows, key=lambda row: (-row["bytes"], row["kind"]))

@@ -43,6 +43,13 @@ def exact_bytes(tensor, task):
     return 0 if is_stored else dense_bytes(tensor.shape, tensor.dtypes[task])
 
 
+def price(tensor, loss):
+    """What a lost part of a residual counts, times its energy."""
+    if tensor.may_drop:
+        return loss
+    return loss / (1 - loss) if loss < 63 / 64 else 64 * loss
+
+
 def table(tensor, levels, w):
     """[(centre, centre's bytes, [options of each class])], options [(bytes, cost, label)]."""
     if all(base or tensor.gram[k][k] <= 0 for k, base in enumerate(tensor.is_base)):
@@ -70,7 +77,10 @@ def table(tensor, levels, w):
         for b, (_, normal, exponent) in RUNS.items():
             caught = (1 - normal) * ((1 - lost[1]) * math.pi / 2) ** exponent
             lost[b] = min(1.0, max(lost[1], 1 - caught))
-        coded = [(residual_bytes(tensor.shape, b), unit * max(1e-12, lost[b]), b) for b in (*RUNS, 1, 2, 3, 4, 8)]
+        coded = [
+            (residual_bytes(tensor.shape, b), unit * price(tensor, max(1e-12, lost[b])), b)
+            for b in (*RUNS, 1, 2, 3, 4, 8)
+        ]
         return ([(0, unit, 0)] if tensor.may_drop else []) + [*coded, exact(representative)]
 
     rows = [(("none",), 0, [copies(representative) for representative in representatives])]
