@@ -20,7 +20,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 5; }
+EXPORTED int64_t flexmerge_version(void) { return 6; }
 
 /* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
  * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
@@ -547,9 +547,10 @@ typedef float unaligned __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 /* Per piece of n elements, a multiple of BLOCK, the k × k products of the rows x - base, k ≤ MOST_TASKS: WIDTH sums in
  * float32 of PRODUCT_RUN elements, added up in float64. Tiles of four rows and two columns: eight sums and what is
- * multiplied fit the sixteen registers of AVX2. base may be NULL: x are differences. */
-EXPORTED FOR_EVERY_PROCESSOR void flexmerge_products(const float *base, const float *x, int64_t k, int64_t pieces,
-                                                     int64_t n, int64_t stride, double *products)
+ * multiplied fit the sixteen registers of AVX2. base may be NULL: x are differences.
+ * x is of a type, base float32. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_products(const float *base, const void *x, int64_t type, int64_t k,
+                                                     int64_t pieces, int64_t n, int64_t stride, double *products)
 {
     vector delta[MOST_TASKS][BLOCK / WIDTH], sums[MOST_TASKS / 4][MOST_TASKS / 2][4][2];
     const int64_t rows = (k + 3) / 4 * 4;
@@ -560,9 +561,7 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_products(const float *base, const fl
         for (int64_t first = 0; first < n; first += BLOCK) {
             const int64_t at = piece * n + first;
             for (int64_t row = 0; row < k; row++) {
-                const float *from = x + row * stride + at;
-                for (int i = 0; i < BLOCK / WIDTH; i++)
-                    delta[row][i] = *(const unaligned *)(from + WIDTH * i);
+                widen(x, type, row * stride + at, BLOCK, (float *)delta[row]);
                 if (base)
                     for (int i = 0; i < BLOCK / WIDTH; i++)
                         delta[row][i] -= *(const unaligned *)(base + at + WIDTH * i);

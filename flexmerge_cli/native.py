@@ -26,7 +26,7 @@ _ARGUMENTS = {
         _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT,
         _POINTER, _COUNT, _POINTER, _COUNT,
     ),
-    "flexmerge_products": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
+    "flexmerge_products": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_measure_rows": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
     "flexmerge_trim": (
         _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, ctypes.c_uint64, _COUNT, _COUNT, _POINTER,
@@ -94,5 +94,5 @@ def address(held: ctypes.Structure) -> int:
 MOST_TASKS = 32  # the limit of flexmerge_products
 TYPES = {"F32": 1, "BF16": 2}  # as in decode.c and native.c
 
-lib = _load("_native", 5, _ARGUMENTS)
+lib = _load("_native", 6, _ARGUMENTS)
 decoding = _load("_decode", 2, _DECODE_ARGUMENTS)

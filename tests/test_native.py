@@ -72,6 +72,8 @@ def test_products_are_those_of_float64(tasks, monkeypatch):
     assert np.array_equal(found, found.transpose(0, 2, 1))
     assert np.array_equal(found, gram_sums(rows - base, None, elements)), "whoever subtracts: the same bits"
     assert np.array_equal(found[:1], gram_sums(rows[:, : elements // 2], base, elements // 2))
+    narrow = rows.bfloat16()
+    assert np.array_equal(gram_sums(narrow, base, elements), gram_sums(narrow.float(), base, elements))
     monkeypatch.setattr(native, "lib", None)
     assert np.abs(found - gram_sums(rows - base, None, elements)).max() <= 5e-7 * exact.max()
 

@@ -17,7 +17,7 @@ from flexmerge_cli.checkpoint.digest import RangeDigest, TensorDigest, digest_ra
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
-from flexmerge_cli.engine.device import as_tensor, single_threaded, to_bytes, torch_dtype
+from flexmerge_cli.engine.device import as_tensor, name_of, single_threaded, to_bytes, torch_dtype
 from flexmerge_cli.engine.pool import ALIGNMENT, Buffers, ordered_map, with_fallback
 from flexmerge_cli.engine.read_models import read_models
 from flexmerge_cli.engine.survey_codes import RowRange, measure_rows
@@ -145,9 +145,10 @@ def _measure(
     width = -(-min(TILE_ELEMENTS, stop - start) // ALIGNMENT) * ALIGNMENT  # so that each task's elements begin aligned
     # In C, the base is subtracted during multiplication. Otherwise, if nothing else needs the tasks' own values any
     # more, the deltas take their place. Both save passes through memory.
-    plain = rows_kN is not None and device.type == "cpu" and rows_kN.dtype is torch.float32
-    fused = plain and not signs and native.lib is not None and len(values) - 1 <= native.MOST_TASKS
-    in_place = plain and not fused and sums is None
+    lie = rows_kN is not None and device.type == "cpu"
+    fused = lie and not signs and native.lib is not None and len(values) - 1 <= native.MOST_TASKS
+    fused = fused and dtypes[0] in native.TYPES
+    in_place = lie and dtypes[0] == "F32" and not fused and sums is None
     columns = 0 if fused or in_place else width
     size = 4 * (len(values) - 1) * columns
     deltas = as_tensor(buffers.get("deltas", size)[:size], "F32").view(len(values) - 1, columns)
@@ -225,8 +226,8 @@ def gram_sums(block_kN: torch.Tensor, base_N: torch.Tensor | None, whole: int) -
     if native.lib is not None and block_kN.device.type == "cpu" and k <= native.MOST_TASKS:
         found = np.empty((pieces, k, k))
         native.lib.flexmerge_products(
-            base_N.data_ptr() if base_N is not None else None, block_kN.data_ptr(), k, pieces, PRODUCT_ELEMENTS,
-            block_kN.stride(0), found.ctypes.data,
+            base_N.data_ptr() if base_N is not None else None, block_kN.data_ptr(),
+            native.TYPES[name_of(block_kN.dtype)], k, pieces, PRODUCT_ELEMENTS, block_kN.stride(0), found.ctypes.data,
         )  # fmt: skip
         return found
     parts = block_kN[:, :whole].reshape(k, -1, SUM_ELEMENTS).transpose(0, 1)
