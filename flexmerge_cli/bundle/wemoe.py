@@ -21,12 +21,14 @@ from flexmerge_cli.formats.folders import WEMOE_FILE
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.stored.coded import MIXTURE
 
+AGAIN = "make it again with `flexmerge tune --method wemoe`"
+
 
 class ExpertRouter(nn.Module):
     """Weighs experts by a network r, whose outputs are averaged over the positions of each example: g = mean_t r(x_t).
 
     r(x) is W x + b, or W₁ max(0, W₀ x + b₀) + b₁. Positions that the attention mask of the model leaves out count for
-    nothing. Several threads may run the model.
+    nothing. Several threads may run the model. The network is computed in float32, whatever dtype the model is cast to.
     """
 
     def __init__(self, layers: Mapping[str, Tensor]) -> None:
@@ -36,7 +38,7 @@ class ExpertRouter(nn.Module):
         for name, value in layers.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.masks: dict[int, Any] = {}
-        """The attention mask of each thread's inputs."""
+        """The attention mask of each thread's inputs, while it runs the model."""
         self.last: dict[int, Tensor] = {}
         """The weights that each thread computed last."""
 
@@ -45,7 +47,8 @@ class ExpertRouter(nn.Module):
         found = x.float()
         for place in range(self.depth):
             found = found.relu() if place else found
-            found = nn.functional.linear(found, getattr(self, f"w{place}"), getattr(self, f"b{place}"))
+            weight, bias = (getattr(self, f"{kind}{place}").float() for kind in "wb")
+            found = nn.functional.linear(found, weight, bias)
         each = found.reshape(len(x), -1, found.shape[-1])
         mask = self.masks.get(get_ident())
         if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(x) and mask.shape[1] >= each.shape[1]:
@@ -56,10 +59,18 @@ class ExpertRouter(nn.Module):
         return mean.view(len(x), *[1] * (x.ndim - 2), -1)
 
     def gates(self, x: Tensor | None) -> Tensor:
-        """Return the weights for what the first layer of the unit gets; with None, those that it had last."""
+        """Return the weights for what the first layer of the unit gets; with None, those that it had last.
+
+        Raises DataError with None if this thread has not run that layer.
+        """
         if x is not None:
             self.last[get_ident()] = self(x)
-        return self.last[get_ident()]
+        found = self.last.get(get_ident())
+        if found is None:
+            raise DataError(
+                f"{WEMOE_FILE} weighs experts by what a layer gets that does not run first in its unit", hint=AGAIN
+            )
+        return found
 
 
 def routed_units(manifest: Manifest, task: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -98,34 +109,41 @@ def attach(model: nn.Module, routers: Mapping[str, tuple[ExpertRouter, Mapping[s
     for router, layers, first in routers.values():
         for name, layer in layers.items():
             layer.router, layer.leads = router, name == first
-    model.register_forward_pre_hook(partial(_note_mask, [router for router, *_ in routers.values()]), with_kwargs=True)
+    own = [router for router, *_ in routers.values()]
+    for module in {model, getattr(model, "base_model", model)}:  # Either may be called.
+        module.register_forward_pre_hook(partial(_note_mask, own), with_kwargs=True)
+        module.register_forward_hook(partial(_drop_mask, own), always_call=True)
 
 
-def _note_mask(routers: list[ExpertRouter], _model: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+def _note_mask(routers: list[ExpertRouter], _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
+    for router in routers if "attention_mask" in kwargs else ():
+        router.masks[get_ident()] = kwargs["attention_mask"]
+
+
+def _drop_mask(routers: list[ExpertRouter], *_call: Any) -> None:
     for router in routers:
-        router.masks[get_ident()] = kwargs.get("attention_mask")
+        router.masks.pop(get_ident(), None)
 
 
 def route_experts(bundle: Bundle, task: str, model: nn.Module, names: Mapping[str, str | Iterable[str]]) -> None:
     """Attach the routers of the bundle, if it has any, to a task's model, whose mixtures are installed.
 
-    names: as for `mixture.install`. Raises IntegrityError if the file of the routers is damaged, DataError if they do
-    not fit the model.
+    names: as for `mixture.install`. Units without a router, which no model ran while the others were trained, keep
+    their gates. Raises IntegrityError if the file of the routers is damaged, DataError if they do not fit the model.
     """
     entry = bundle.manifest.wemoe
     if entry is None or not (units := routed_units(bundle.manifest, task)):
         return
     arrays, layers, routers = read_arrays(bundle, WEMOE_FILE), layers_of(bundle, task, model, names), {}
     roles = [f"{kind}{place}" for place in range(entry.layers) for kind in "wb"]
-    for unit, (first_task, tensors) in units.items():
+    for unit, first in entry.first.items():
+        if unit not in units:
+            continue
+        first_task, tensors = units[unit]
         own = {name: layers[name] for name in tensors if name in layers}
         found = {role: arrays.get(f"{unit}@{role}.{first_task}", np.empty(0, np.float32)) for role in roles}
-        first = entry.first.get(unit, "")
         if first not in own or not _fits(list(found.values()), own[first]):
-            raise DataError(
-                f"{bundle.path / WEMOE_FILE} has no sound router for `{unit}` of task `{task}`",
-                hint="make it again with `flexmerge tune --method wemoe`",
-            )
+            raise DataError(f"{bundle.path / WEMOE_FILE} has no sound router for `{unit}` of task `{task}`", hint=AGAIN)
         shared = {}
         for role, array in found.items():
             key = WEMOE_FILE, unit, first_task, role, own[first].weight.device

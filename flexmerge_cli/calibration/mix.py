@@ -142,8 +142,9 @@ def mix(
 ) -> dict[str, Fitted]:
     """Write a copy of the bundle with routers that weigh its experts. before and after: the mean entropy of answers.
 
-    args: those of `wemoe`, all of them. Raises UsageError for a bundle without mixtures, with a surgery, or of other
-    tasks, DataError if its models or the sources are not those of the plan, or outputs are not finite.
+    args: those of `wemoe`, all of them. Raises UsageError for a bundle without mixtures, with a surgery or a router of
+    tasks, or of other tasks, DataError if its models or the sources are not those of the plan, or outputs are not
+    finite.
     """
     check_fitting(request, bundle, output, force=force)
     names = request.plan.task_names
@@ -153,11 +154,12 @@ def mix(
     )
     if not any(bundle.experts(task) for task in names):
         raise without
-    if bundle.manifest.surgery is not None:
-        raise UsageError(
-            f"{bundle.path} has a surgery, which was fitted to other weights of its experts",
-            hint="use the bundle without it, and fit the surgery to the result",
-        )
+    for what, fitted in (("surgery", bundle.manifest.surgery), ("router", bundle.manifest.router)):
+        if fitted is not None:
+            raise UsageError(
+                f"{bundle.path} has a {what}, which was fitted to other weights of its experts",
+                hint=f"use the bundle without it, and fit the {what} to the result",
+            )
     models = BundleModels(bundle, request.seed)
     for place, task in enumerate(names):
         on_step("reading", place, len(names))

@@ -374,7 +374,7 @@ class Manifest(Record):
         """Return the paths of the files that were added to the bundle, and that change what the task's model
         computes."""
         surgery = self.surgery is not None and task in self.surgery.layers
-        wemoe = self.wemoe is not None and task in self.wemoe.examples
+        wemoe = self.wemoe is not None and self.has_experts(task)
         return (SURGERY_FILE,) * surgery + (WEMOE_FILE,) * wemoe
 
     def own_weights(self, task: str) -> str | None:

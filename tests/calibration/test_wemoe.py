@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from flexmerge_cli import merge, open_bundle, tune, verify
 from flexmerge_cli.bundle.mixture import MixtureLinear
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.bundle.router import Router, write_routed
 from flexmerge_cli.bundle.wemoe import ExpertRouter, attach
-from flexmerge_cli.errors import IntegrityError, UsageError
+from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.formats.folders import WEMOE_FILE
+from flexmerge_cli.formats.manifest import RouterEntry
+from flexmerge_cli.record import NO_DIGEST
 
 from ..bundle.bundles import changed, copy, flip, manifest_of, seal, seal_file
 from ..program import fails, stored_sizes, succeeds
@@ -136,6 +139,22 @@ def test_padding_does_not_weigh():
         torch.testing.assert_close(padded[place, 0], (kept @ w0.T + 1).mean(0))
         torch.testing.assert_close(model(kept[None])[0, 0], padded[place, 0])
     torch.testing.assert_close(model(x[:, -1:], attention_mask=mask.clamp(min=1))[:, 0], x[:, -1] @ w0.T + 1)
+    assert router.bfloat16()(x.bfloat16()).dtype == torch.float32, "casting the model broke it"
+
+
+def test_a_mask_counts_wherever_a_model_is_entered_and_then_no_more():
+    """Features for a router of tasks come from the model without its head: they had the mask of another batch."""
+    router = ExpertRouter({"w0": torch.ones(2, 4), "b0": torch.ones(2)})
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model, base = torch.nn.Identity(), torch.nn.Identity()
+    base.forward = lambda x, attention_mask=None: router(x)
+    model.forward = lambda x, attention_mask=None: base(x)
+    model.base_model = base
+    attach(model, {"u": (router, {}, "")})
+    kept, whole = torch.stack([router(x[:1, :2])[0, 0], router(x[1:, :1])[0, 0]]), router(x)[:, 0]
+    for entered in (model, base):
+        torch.testing.assert_close(entered(x, attention_mask=mask)[:, 0], kept)
+        torch.testing.assert_close(base(x)[:, 0], whole)
 
 
 def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(mixed, tmp_path):
@@ -193,6 +212,38 @@ def test_damage_is_found_and_what_does_not_fit_is_refused(mixed, tmp_path):
     }.items():
         fails(3, "inspect", changed(output, tmp_path / name, change), says="routers of experts")
 
+    def fewer(fields):
+        for key in ("examples", "data"):
+            del fields["wemoe"][key]["a"]
+
+    found = Bundle.open(changed(output, tmp_path / "fewer", fewer))
+    assert found.manifest.added_files("a") == (WEMOE_FILE,), "scores of other routers stood for its own"
+
+
+def test_units_without_a_router_keep_their_gates(mixed, tmp_path):
+    """A unit that no model ran while routers were trained made every model of the bundle an error."""
+    family, _, _ = mixed
+    experts = {**EXPERTS, "method_for": [f"*.{part}=smile:rank={RANK}" for part in ("mlp", "attention")]}
+    merge(family.plan_path, tmp_path / "experts", **experts)
+    asked = {"method": "wemoe:steps=1,layers=1", "bundle": tmp_path / "experts", "device": "cpu"}
+    tune(family.plan_path, family.spec, tmp_path / "both", **asked)
+    fields = manifest_of(tmp_path / "both")
+    (other,) = set(fields["wemoe"]["first"]) - {UNIT}
+    found = changed(tmp_path / "both", tmp_path / "one", lambda fields: fields["wemoe"]["first"].pop(other))
+    layers = {
+        name: layer for name, layer in open_bundle(found).model("a").named_modules() if isinstance(layer, MixtureLinear)
+    }
+    assert {".mlp." in name for name in layers} == {True, False}
+    assert all((layer.router is not None) == (".mlp." in name) for name, layer in layers.items())
+
+    (unit,) = (unit for unit in fields["units"] if unit["name"] == other)
+    later = next(name for name in unit["tensors"] if "value" in name and name.endswith("weight"))
+    found = changed(
+        tmp_path / "both", tmp_path / "later", lambda fields: fields["wemoe"]["first"].update({other: later})
+    )
+    with pytest.raises(DataError, match="does not run first"):
+        logits(open_bundle(found).model("a"), examples(family, "a"))
+
 
 @pytest.mark.parametrize(
     ("method", "options", "says"),
@@ -219,6 +270,14 @@ def test_wemoe_needs_experts_of_the_plan(mixed, tmp_path):
     corrected = tmp_path / "corrected"
     tune(family.plan_path, family.spec, corrected, bundle=family.folder / "experts", method="surgery:rank=1,steps=1")
     fails(2, *command(family, tmp_path / "b", bundle=corrected), says="has a surgery")
+    entry = RouterEntry(
+        kind="linear", features="a", tasks=("a", "b"), temperature=1, accuracy=1, examples=dict.fromkeys("ab", 1),
+        data=dict.fromkeys("ab", NO_DIGEST),
+    )  # fmt: skip
+    one = np.ones(2, np.float32)
+    router = Router(mean=one, scale=one, layers=((np.ones((2, 2), np.float32), one),), temperature=1)
+    write_routed(Bundle.open(family.folder / "experts"), router, entry, tmp_path / "routed")
+    fails(2, *command(family, tmp_path / "b", bundle=tmp_path / "routed"), says="has a router")
     fields = manifest_of(other := copy(family.folder / "experts", tmp_path / "other"))
     fields["tasks"]["a"]["fingerprint"] = fields["tasks"]["b"]["fingerprint"]
     seal(other, fields)
