@@ -182,17 +182,14 @@ class AutoTable:
         near = self._near_frontier(num_bytes, cost_CKV, order_CP, is_segment_CP)
         # Costs are summed anew for every state, in class order: subtracting step by step would not end at 0.
         centre_N, position_N = np.divmod(near, self._num_positions)
-        place_CP = np.full(
-            slope_CP.shape, slope_CP.shape[1]
-        )  # the position of each segment, past the end if it is none
-        np.put_along_axis(
-            place_CP, order_CP, np.where(is_segment_CP, np.arange(slope_CP.shape[1]), slope_CP.shape[1]), 1
-        )
+        place_CP = np.empty(slope_CP.shape, np.intp)  # the position of each segment, past the end if it is none
+        end = slope_CP.shape[1]
+        np.put_along_axis(place_CP, order_CP, np.where(is_segment_CP, np.arange(end), end), axis=1)
         place_CKS = place_CP.reshape(self._slope_CKS.shape)
-        taken_NK = (place_CKS[centre_N] < position_N[:, None, None]).sum(axis=2)
         cost_N = np.zeros(len(near))
         for number in range(num_classes):
-            cost_N += cost_CKV[centre_N, number, taken_NK[:, number]]
+            taken_N = (place_CKS[centre_N, number] < position_N[:, None]).sum(axis=1)
+            cost_N += cost_CKV[centre_N, number, taken_N]
 
         best = frontier(num_bytes.reshape(-1)[near], cost_N)
         self.points = near[best]
