@@ -39,8 +39,8 @@ class MergeWords(Record):
     fit: Literal["tight", "prefix"] | None = None
     """How a cut is fitted to its size."""
     cluster: Literal["channels"] | None = None
-    seed: Count | None = None
-    """The seed that `cluster` draws from."""
+    seed: int | None = Field(default=None, ge=0)
+    """The seed that `cluster` draws from; `merge_request` refuses one that is too large."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     max_distance: float | None = Field(default=None, ge=0)
     servable: str | None = None

@@ -38,6 +38,7 @@ CLASSES = {
         "fc.weight": "private", "fc.bias": "private",
     },
     "resized_vocabulary": {},
+    "reshaped": {"classifier.weight": "private", "pooler.dense.weight": "private"},
     "constants": {"embeddings.word_embeddings.weight": "constant", "pooler.dense.weight": "constant"},
     "base_only": {"lm_predictions.dense.weight": "base-only"},
     "all_zero": dict.fromkeys(encoder(), "constant"),
