@@ -37,8 +37,9 @@ from flexmerge_cli.family.split import MAX_PARTS
 
 # Bounds the time that PyYAML takes: the worst 64 KiB, one-letter words, take 2 s. rules.yaml has 4 KiB.
 MAX_BYTES = 64 << 10
-# Bounds the expressions, since a set counts at each use. rules.yaml has about 50.
+# Bound the expressions, and the time that a name takes: a set counts at each use. rules.yaml has about 50.
 MAX_CHOICES = 20_000
+MAX_PATTERNS = 1_000
 # `rules`, rule, `match`, pattern: 4 levels. PyYAML recurses.
 MAX_DEPTH = 8
 
@@ -137,7 +138,7 @@ class _Parser:
         self.where = where
         self.words: dict[str, tuple[str, ...]] = {}
         self.rank: dict[str, int] = {}
-        self.num_choices = 0
+        self.num_choices = self.num_patterns = 0
 
     def parse(self, text: str) -> Rules:
         top = self.mapping(self.compose(text), "a rules file", ("words", "rules", "split"))
@@ -222,6 +223,9 @@ class _Parser:
 
     def pattern(self, node: yaml.Node, rename: str | None) -> Rule:
         text = self.scalar(node, "a pattern")
+        self.num_patterns += 1
+        if self.num_patterns > MAX_PATTERNS:
+            self.fault(node, f"more than {MAX_PATTERNS} patterns", "write several as one, with N, a|b or a set")
         segments = [self.segment(node, segment) for segment in text.split(".")]
         kept = len(segments)
         if rename is not None:

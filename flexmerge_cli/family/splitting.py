@@ -17,16 +17,12 @@ def find_splits(shapes: Mapping[str, Shape], blocks: str | Path) -> tuple[Split,
 
     Raises UsageError that lists every tensor whose axis is not a multiple of the number of parts.
     """
-    found, problems = [], []
+    rules, found, problems = rules_of(blocks).splits, [], []
     for name, shape in shapes.items():
-        rules = [
-            rule
-            for rule in rules_of(blocks).splits
-            if rule.pattern.search(name.rpartition("/")[2]) and rule.dim < len(shape)
-        ]
-        if not rules:
+        inner = name.rpartition("/")[2]
+        rule = next((rule for rule in rules if rule.dim < len(shape) and rule.pattern.search(inner)), None)
+        if rule is None:
             continue
-        rule = rules[0]
         if shape[rule.dim] % rule.parts or not shape[rule.dim]:
             problems.append(f"`{name}` {list(shape)}: axis {rule.dim} has {shape[rule.dim]}, parts are {rule.parts}")
         else:

@@ -798,6 +798,7 @@ def test_what_a_pattern_matches_and_how_the_block_is_called(pattern, rename, nam
         ('rules:\n  - "\\UFFFFFFFF"', 2, None),
         ("rules: " + "[" * 5000, 1, None),
         ("words: {a: [" + "b, " * 5000 + "]}\nrules: [\n<a>, <a>, <a>, <a>, <a>]", 3, "set"),
+        ("split: [{parts: 2, match: [a,\n" + "a, " * 1000 + "]}]", 2, "set"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]", 2, None),
         ("? [a]\n: b", 1, None),
         ("rules: [!!binary x]\nx: !!python/object/apply:os.abort []", 2, None),
@@ -863,6 +864,19 @@ def test_one_search_tells_whether_any_rule_matches(name):
     """Each rule was tried on each name: 24 searches a name, however long."""
     rules = shipped_rules()
     assert bool(rules.any_rule.search(name)) == any(rule.pattern.search(name) for rule in rules.rules)
+
+
+def test_a_rules_file_is_read_once_for_all_tensors_that_it_may_split(tmp_path, monkeypatch):
+    """It was read for each tensor: 26 kB of patterns took minutes for a small model."""
+    from flexmerge_cli.family import blocks, splitting
+
+    path, read = tmp_path / "own.yaml", []
+    path.write_text("split:\n- {match: [x, N.q_proj], parts: 2, dim: 1}\n- {match: q_proj, parts: 3}\n")
+    monkeypatch.setattr(blocks, "read_rules", lambda path, reads=blocks.read_rules: read.append(path) or reads(path))
+    found = splitting.find_splits({f"layers.{number}.q_proj.weight": (3, 2) for number in range(50)}, path)
+    assert {(split.dim, split.parts) for split in found} == {(1, 2)}
+    assert splitting.find_splits({"layers.0.q_proj.bias": (3,)}, path)[0].parts == 3
+    assert len(read) == 2
 
 
 def test_equal_segments_are_compared_once(monkeypatch):
