@@ -55,7 +55,8 @@ def _with_place(value: Any, handler: Callable[[Any], Any], info: ValidationInfo)
         return handler(value)
     except Unsound as error:
         key = next((key for key, item in value.items() if item is error.value), "?")
-        error.place = (info.field_name, key, *error.place)
+        within = error.place[1:] if error.place[:1] == (info.field_name,) else error.place  # a map within a map
+        error.place = (info.field_name, key, *within)
         raise
 
 
@@ -67,6 +68,13 @@ def _first(error: ValidationError, value: Any = None) -> Unsound:
 def first_error(error: ValidationError) -> str:
     """Return where the first error is, and what is wrong there."""
     return str(_first(error))
+
+
+def require_few(value: Any) -> Any:
+    """Return a value; raise ValueError if it is a map with more keys than any record has."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"{len(value):,} keys, more than any record has")
+    return value
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -103,6 +111,4 @@ class Record(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_short(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise ValueError(f"{len(value):,} keys, more than any record has")
-        return value
+        return require_few(value)

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
+from flexmerge_cli.formats.plan_part import PartCoding, PartRequest, PlanPart
+from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Count, Named, Record, Unsound, first_error
 
 
@@ -14,7 +16,7 @@ class Task(Record):
 
 class File(Record):
     tasks: Named[Task]
-    weights: Named[float | dict[str, float]] = Field(default_factory=dict)
+    weights: Named[float | Named[float]] = Field(default_factory=dict)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ class File(Record):
         ({"tasks": {"a": {"digests": {}}, "b": {"digest": {}}}}, "tasks.b.digests: "),
         ({"tasks": {"a": {"digests": 7}}}, "tasks.a.digests: "),
         ({"tasks": {}, "weights": {"a": 1, "b": "?"}}, "weights.b.float: "),
-        ({"tasks": {}, "weights": {"a": {"x": 1, "y": []}}}, "weights.a."),
+        ({"tasks": {}, "weights": {"a": {"x": 1, "y": []}}}, "weights.a.y: "),
         ({"tasks": 5}, "tasks: "),
         ({"more": 1}, "tasks: "),
     ],
@@ -36,3 +38,22 @@ def test_an_error_says_where_it_is(fields: dict[str, Any], place: str) -> None:
     error = raised.value
     said = first_error(error) if isinstance(error, ValidationError) else str(error)
     assert said.startswith(place)
+
+
+MANY: dict[str, Any] = {str(number): [] for number in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Request, {"method_for": list(MANY.values())}),
+        (PartRequest, {"tasks": MANY}),
+        (PartCoding, {"base": MANY, "average": {"x": 1, **MANY}, "ratio": {}}),
+        (PlanPart, {"headers": MANY}),
+    ],
+)
+def test_errors_are_no_more_than_the_fields_of_a_record(kind: type[Record], fields: dict[str, Any]) -> None:
+    """There was one for every item of some lists and maps, of a hundred times its bytes."""
+    with pytest.raises((ValidationError, Unsound)) as raised:
+        kind.model_validate(fields)
+    assert isinstance(raised.value, Unsound) or raised.value.error_count() < 20

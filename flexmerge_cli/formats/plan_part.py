@@ -10,11 +10,11 @@ measures     one for each item of this part, in the order of the pass; null for 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flexmerge_cli.formats.plan_records import Measurement, PlanSettings
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed
-from flexmerge_cli.record import Count, Digest, Items, Record
+from flexmerge_cli.record import Count, Digest, Items, Named, Record, require_few
 from flexmerge_cli.request.part import MAX_PARTS
 
 FORMAT = "flexmerge.plan-part/1"
@@ -23,14 +23,14 @@ MAX_PART_BYTES = 1 << 30
 Number = Measurement | None
 """A number; None if it is not finite."""
 Numbers = Items[Number]
-Codes = dict[int, Number]
+Codes = Annotated[dict[int, Number], BeforeValidator(require_few)]
 
 
 class PartRequest(Record):
     """What all parts of a plan are made of; paths are absolute."""
 
     base: str
-    tasks: dict[str, str]
+    tasks: Named[str]
     blocks: str
     """As in `settings`, but the path of a user's own rules.yaml."""
     settings: PlanSettings
@@ -67,7 +67,7 @@ class PlanPart(Record):
     parts: Annotated[int, Field(ge=1, le=MAX_PARTS)]
     request: PartRequest
     arithmetic: str
-    headers: dict[str, Digest]
+    headers: Named[Digest]
     measures: Items[PartMeasure]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from flexmerge_cli.errors import UsageError
+from flexmerge_cli.record import Items
 from flexmerge_cli.request.choices import Auto, Clusters, Cut, MergeWords, Servable
 from flexmerge_cli.request.merge import MergeRequest
 
@@ -29,7 +30,7 @@ MAX_COMMAND = 1 << 20
 class Request(MergeWords):
     """What was asked, and the command that asks it again; options that were not given are absent."""
 
-    method_for: tuple[str, ...] | None = None
+    method_for: Items[str] | None = None
     """Each is `PATTERN=METHOD`."""
     layout: Literal["pointer"] | None = None
     calibration: Literal["calibration/"] | None = None

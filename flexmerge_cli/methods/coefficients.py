@@ -42,7 +42,7 @@ class Coefficients(Record):
     base: Digest | None = None
     """The fingerprint of the base in the plan."""
     tasks: Named[TunedTask]
-    weights: Named[float | dict[str, float]]
+    weights: Named[float | Named[float]]
 
     def dump(self) -> str:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
