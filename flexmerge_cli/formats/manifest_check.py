@@ -1,6 +1,6 @@
 """Checks that a manifest is consistent in itself, beyond the types of its records."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -71,15 +71,16 @@ def check_manifest(manifest: "Manifest") -> None:
             read_by[name].add(path)
     if not manifest.files.keys().isdisjoint(manifest.base_links):
         raise ValueError("a file has the name of a link to the base's weights")
+    of_base = manifest.base_files if manifest.kept else {}
+    above_base = {str(up) for path in of_base for up in PurePosixPath(path).parents}
+    if not _have_places(of_base, (), ()):
+        raise ValueError("two files of the base have one place in a checkpoint, or one has none")
     for name, task in manifest.tasks.items():
         if set(task.files) != read_by[name]:
             raise ValueError(f"the files of task `{name}` are not those that it reads")
         is_coded, links = manifest.is_coded(name), manifest.links(name)
-        side = manifest.side_files(name) | (manifest.base_files if task.is_kept else {})
-        if any(
-            own.rpartition("/")[2] in ("", ".", "..") or any(str(up) in side for up in PurePosixPath(own).parents)
-            for own in side
-        ):
+        over = (of_base, above_base) if task.is_kept else ((), ())
+        if not _have_places(manifest.side_files(name), *over):
             raise ValueError(f"two files of task `{name}` have one place in a checkpoint, or one has none")
         beside = {f"coded/{name}/{CODED_README}", *manifest.side_files(name).values()}
         for path in task.files:
@@ -130,14 +131,16 @@ def check_manifest(manifest: "Manifest") -> None:
         if sorted(manifest.aligned(name).values()) != sorted(wholes[name]):
             raise ValueError(f"two tensors of task `{name}` have one name, or parts of one have several")
     own_names: dict[str, set[str]] = {name: set() for name in tasks}
+    of_kept: dict[str, dict[str, tuple[str, Shape]]] = {name: {} for name in manifest.kept}
     for tensor in manifest.tensors:
         for name in tensor.digests:
             own = manifest.tasks[name].names.get(tensor.name, tensor.name)
             if own in own_names[name]:
                 raise ValueError(f"two tensors of task `{name}` have one name")
             own_names[name].add(own)
-    for name in manifest.kept:
-        has = {t.name: (t.dtype_of(name), t.shape_of(name)) for t in manifest.tensors if name in t.digests}
+            if name in of_kept:
+                of_kept[name][tensor.name] = tensor.dtype_of(name), tensor.shape_of(name)
+    for name, has in of_kept.items():
         manifest.tasks[name].check(name, manifest.files.get(str(manifest.own_weights(name))), has)
     in_units = [name for unit in manifest.units for name in unit.tensors]
     if len(set(in_units)) < len(in_units) or not set(in_units) <= set(tensors):
@@ -151,6 +154,16 @@ def check_manifest(manifest: "Manifest") -> None:
             raise ValueError(f"a group of unit `{unit.name}` has an unknown method")
         if any(group.bits is not None and not set(group.bits) <= set(group.tasks) for group in unit.groups):
             raise ValueError(f"a group of unit `{unit.name}` has bits for a task that is not in it")
+
+
+def _have_places(files: Collection[str], others: Collection[str], above: Collection[str]) -> bool:
+    """Return whether files can lie in one checkpoint, over others that can. above: the folders of the others."""
+    return all(
+        path.rpartition("/")[2] not in ("", ".", "..")
+        and path not in above
+        and not any(str(up) in files or str(up) in others for up in PurePosixPath(path).parents)
+        for path in files
+    )
 
 
 def _check_vocabularies(manifest: "Manifest", tensors: Mapping[str, "TensorEntry"]) -> None:

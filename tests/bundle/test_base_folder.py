@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from flexmerge_cli import open_bundle, verify
 from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
+from flexmerge_cli.formats.manifest import Manifest
+from flexmerge_cli.formats.manifest_check import check_manifest
 
 from ..adapters import IA3, LORA, Adapted, make
 from ..families import assert_same_state
@@ -72,6 +74,28 @@ def test_a_copy_of_the_base_in_a_bundle_is_planned_from_like_the_base(tmp_path):
     assert_same_state(
         load_file(tmp_path / "one/base/model.safetensors"), load_file(tmp_path / "two/base/model.safetensors")
     )
+
+
+def test_a_manifest_is_checked_in_as_many_passes_whatever_the_number_of_adapters(tmp_path, monkeypatch):
+    """Each adapter looked at all tensors and at all files of the base: many of both took hours."""
+    manifest, passes = open_bundle(packed(tmp_path)[1]).manifest, []
+
+    class Counted(tuple):
+        def __iter__(self):
+            passes.append("tensors")
+            return super().__iter__()
+
+    def passes_of(kept):
+        passes.clear()
+        monkeypatch.setattr(Manifest, "kept", property(lambda _manifest: kept))
+        check_manifest(manifest.model_copy(update={"tensors": Counted(manifest.tensors)}))
+        return sorted(passes)
+
+    of_base = Manifest.base_files
+    monkeypatch.setattr(Manifest, "base_files", property(lambda self: passes.append("base") or of_base.fget(self)))
+    found = passes_of(["a", "b"])
+    assert found.count("base") == 1
+    assert passes_of(["a", "b"] * 50) == found
 
 
 def test_a_task_may_be_called_base(tmp_path):
