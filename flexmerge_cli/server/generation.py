@@ -16,6 +16,11 @@ from flexmerge_cli.serving.meeting import pause
 
 CONTEXT = 8
 """Tokens of the prompt that are decoded with the first new ones, because these may begin with a space or not."""
+LIKELIEST: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+}  # fmt: skip
+"""Options of transformers' `generate` that take the likeliest tokens, whatever a generation_config.json says."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -91,11 +96,7 @@ def generate(model: Any, tokenizer: Any, choices: Sequence[Choice], on_end: Call
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max(choice.max_tokens for choice in choices),
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        prompt_lookup_num_tokens=None,
-        assistant_early_exit=None,
+        **LIKELIEST,
         pad_token_id=_padding(model, ends),
         logits_processor=[pick],
         stopping_criteria=[has_ended],

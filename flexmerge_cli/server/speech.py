@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.loading import quiet_transformers
+from flexmerge_cli.server.generation import LIKELIEST
 from flexmerge_cli.server.pictures import bytes_of
 from flexmerge_cli.server.refusal import Refusal
-from flexmerge_cli.server.tasks import Task, TaskTokens
+from flexmerge_cli.server.tasks import Task, TaskTokens, generation_settings
 from flexmerge_cli.serving.meeting import pause
 
 PROMPT_TOKENS = 4
@@ -71,6 +72,9 @@ class Speech(Task):
             found = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")
         return Said(features=found["input_features"], max_tokens=wanted or self.max_tokens)
 
+    def meet(self, model: Any) -> None:
+        generation_settings(self, model)
+
     def cancel(self, item: Said) -> None:
         item.is_cancelled = True
 
@@ -86,8 +90,8 @@ class Speech(Task):
         made = model.generate(
             input_features=torch.cat([item.features for item in items]).to(model.device, model.dtype),
             max_new_tokens=items[0].max_tokens,
-            do_sample=False,
-            num_beams=1,
+            return_dict_in_generate=False,
+            **LIKELIEST,
             stopping_criteria=[has_ended],
         )
         with self.tokens.lock:

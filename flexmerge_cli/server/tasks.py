@@ -167,12 +167,7 @@ class Generated(Task):
         self.positions = num_positions(side)
 
     def meet(self, model: Any) -> None:
-        settings = model.generation_config.to_dict()
-        if unserved := [key for key in UNSERVED if settings.get(key)]:
-            raise UsageError(
-                f"task `{self.name}`: its generation_config.json has `{unserved[0]}`, which is not served",
-                hint="remove it from the checkpoint and merge again, or leave the task out with --tasks",
-            )
+        settings = generation_settings(self, model)
         self.is_plain = all(settings.get(key) in (None, neutral) for key, neutral in ADJUSTMENTS.items())
 
     def batches(self, items: Sequence[Choice]) -> list[list[Choice]]:
@@ -268,8 +263,9 @@ class TaskTokens:
             raise UsageError(f"task `{name}` has no tokenizer in {side}", hint="leave the task out with --tasks")
         self.name, self.tokenizer, self.lock = name, read_tokenizer(side), threading.Lock()
         self.longest = max_length(self.tokenizer, side, None)
-        of_text = config if "vocab_size" in config else config.get("text_config", {})
-        self.vocabulary: int = of_text.get("vocab_size", len(self.tokenizer))
+        of_text = config if "vocab_size" in config else config.get("text_config")
+        known = of_text.get("vocab_size") if isinstance(of_text, Mapping) else None
+        self.vocabulary = known if isinstance(known, int) else len(self.tokenizer)
 
     def encoded(self, *texts: str, **options: Any) -> dict[str, list[int]]:
         """Return the model's inputs. options: of the tokenizer. Raises like `require_sound`."""
@@ -295,6 +291,17 @@ class TaskTokens:
         if self.longest is not None and len(ids) > self.longest:
             said = f"an input has {len(ids)} tokens, and task `{self.name}` takes {self.longest}"
             raise Refusal(said, code="context_length_exceeded")
+
+
+def generation_settings(task: Task, model: Any) -> dict[str, Any]:
+    """Return the settings of a model's generation_config.json. Raises UsageError if one of them is not served."""
+    settings: dict[str, Any] = model.generation_config.to_dict()
+    if unserved := [key for key in UNSERVED if settings.get(key)]:
+        raise UsageError(
+            f"task `{task.name}`: its generation_config.json has `{unserved[0]}`, which is not served",
+            hint="remove it from the checkpoint and merge again, or leave the task out with --tasks",
+        )
+    return settings
 
 
 def require_no_options(task: Task, options: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from flexmerge_cli.errors import UsageError
 from flexmerge_cli.evaluation.kinds.images import pixels_of_array
 from flexmerge_cli.server.encoders import POOLINGS, TEXTS_AT_ONCE, Embeddings, ImagesAndTexts, pooled
 from flexmerge_cli.server.refusal import Refusal
+from flexmerge_cli.server.run import ServerSettings, make_service
 from flexmerge_cli.server.speech import samples_of
 
 from ..evaluation import tiny
@@ -258,3 +259,19 @@ def test_recordings_are_recognised_as_offline(client_of, bundle_of):
     long = base64.b64encode(recording(np.zeros((16001, 1)))).decode()
     refused(predict(client, "calls", [long]), 400, "at most 1")
     refused(predict(client, "calls", files[:1], max_tokens=999), 400, "max_tokens is 999")
+
+
+def test_odd_settings_of_a_checkpoint_of_speech_are_passed_over_or_refused(bundle_of):
+    service = make_service(open_bundle(bundle_of("whisper"))._bundle, ServerSettings(tasks=("calls",)))
+    task, model = service.tasks["calls"], service.worker._runtime.model("calls")
+    item, said = task.prepare(base64.b64encode(recording(np.ones((9000, 1)))).decode(), max_tokens=3), []
+    for key, value in {
+        "do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 2,
+    }.items():  # fmt: skip
+        setattr(model.generation_config, key, value)
+    task.meet(model)
+    task.run(model, [item], lambda number, answer: said.append((number, answer)))
+    assert [number for number, _ in said] == [0]
+    model.generation_config.stop_strings = ["red"]
+    with pytest.raises(UsageError, match="has `stop_strings`, which is not served"):
+        task.meet(model)

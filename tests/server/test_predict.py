@@ -15,6 +15,7 @@ from flexmerge_cli import open_bundle
 from flexmerge_cli.evaluation.kinds.images import image_processor, pixels_of, pixels_of_array
 from flexmerge_cli.server.refusal import Refusal
 from flexmerge_cli.server.run import ServerSettings, make_service
+from flexmerge_cli.server.tasks import TaskTokens
 
 from ..evaluation.tiny import WORDS, sentences
 from .offline import Offline
@@ -173,6 +174,9 @@ def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(bundle_of)
     task.tokens.tokenizer.add_tokens(["zebra"])
     with pytest.raises(Refusal, match="token 27 is not one of the model's 27"):
         task.prepare("red zebra")
+    for config in ({}, {"text_config": None}, {"text_config": []}, {"vocab_size": None}):
+        assert TaskTokens("two", task.side, config).vocabulary == 27, "that of the tokenizer"
+    assert TaskTokens("two", task.side, {"text_config": {"vocab_size": 9}}).vocabulary == 9
 
 
 BODIES = {
