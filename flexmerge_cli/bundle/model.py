@@ -81,8 +81,8 @@ def _as_rows(_head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     Those of the last tokens are a slice, which torch multiplies by a frozen matrix in another way than by a trainable
     one: to other bits, and in bfloat16 many times slower.
     """
-    states = inputs[0]
-    return states.reshape(-1, states.shape[-1]).contiguous().view(states.shape), *inputs[1:]
+    rows = [states.reshape(-1, states.shape[-1]).contiguous().view(states.shape) for states in inputs[:1]]
+    return *rows, *inputs[1:]  # none of them if the states are given by name
 
 
 def _generation(transformers: Any, built: Any, folder: Path) -> None:

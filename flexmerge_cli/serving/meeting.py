@@ -143,12 +143,12 @@ class _Meeting:
             if len(rows) > FEW_ROWS or not weight.packed.has_product:
                 return NotImplemented
             centre, residual = weight.halves()
-            found = self._product(place, address, None, rows.float(), lambda x: functional.linear(x, centre))
+            found = self._product(place, address, (), rows.float(), lambda x: functional.linear(x, centre))
             found = found if residual is None else found + split_product(rows, residual)
             found = (found if bias is None else found + bias).to(x.dtype)
         elif weight.data_ptr() in self._shared:
-            of_bias = None if bias is None else bias.data_ptr()
-            found = self._product(place, weight.data_ptr(), of_bias, rows, lambda x: functional.linear(x, weight, bias))
+            key = _taken_as(weight, bias)
+            found = self._product(place, weight.data_ptr(), key, rows, lambda x: functional.linear(x, weight, bias))
         else:
             return NotImplemented
         return found.reshape(*x.shape[:-1], found.shape[1])
@@ -157,11 +157,12 @@ class _Meeting:
         """Multiply as transformers' Conv1D calls it."""
         if self._multiplies or isinstance(weight, PackedWeight) or weight.data_ptr() not in self._shared:
             return NotImplemented
-        return self._product(place, weight.data_ptr(), bias.data_ptr(), x, lambda x: torch.addmm(bias, x, weight))
+        key = _taken_as(weight, bias)
+        return self._product(place, weight.data_ptr(), key, x, lambda x: torch.addmm(bias, x, weight))
 
-    def _product(self, place: int, weight: int, bias: int | None, x: Tensor, product: Product) -> Tensor:
-        """Return product(x), taken together with those of the other runs that have this weight and bias."""
-        self._waiting[place] = weight, (weight, bias, x.dtype), x, product
+    def _product(self, place: int, weight: int, key: Hashable, x: Tensor, product: Product) -> Tensor:
+        """Return product(x), taken together with those of the other runs that have this weight and key."""
+        self._waiting[place] = weight, (weight, key, x.dtype), x, product
         self._next()
         self._turns[place].acquire()
         found = self._found.pop(place)
@@ -228,6 +229,11 @@ class _Mode(TorchFunctionMode):
         elif func is torch.addmm and not kwargs:
             found = self._meeting.addmm(self._place, *args)
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _taken_as(weight: Tensor, bias: Tensor | None) -> Hashable:
+    """Return what tells a weight from its own slice or transpose, which begin at its place, and how it is biased."""
+    return weight.shape, weight.stride(), None if bias is None else bias.data_ptr()
 
 
 def _place(weight: Tensor) -> int | None:

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_a_run_with_weights_of_its_own_gets_no_further_than_to_the_next_that_it_
         run_in_lockstep([through(first, second), through(first, second), through(own, second)], shared)
         run_in_lockstep([through(first, second), through(second, first), through(own)], shared)
     assert products == [[0, 1], [0, 1, 2], [0, 1], [0, 1]]  # at last both wait for what the other has passed
+
+
+def test_a_slice_or_transpose_of_a_shared_weight_is_another_product() -> None:
+    """Both begin where the weight lies: a run got the product of another one."""
+    weight, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(1, 2)
+    runs = [partial(functional.linear, x, own) for own in (weight, weight[:1], weight.T)]
+    found = run_in_lockstep(runs, {weight.data_ptr(): {0, 1, 2}})
+    assert [own.tolist() for own in found] == [[[3, 7]], [[3]], [[4, 6]]]
 
 
 def test_an_error_of_one_is_raised_and_none_waits_for_it() -> None:

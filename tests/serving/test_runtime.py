@@ -113,6 +113,7 @@ def test_the_last_tokens_of_prompts_reach_a_head_as_rows(count: int, bundle_of: 
         states = model.model(ids).last_hidden_state[:, -1:]
     assert seen[0].stride() == (seen[0].shape[2], seen[0].shape[2], 1) != states.stride()
     assert torch.equal(last, torch.nn.functional.linear(states.contiguous(), model.lm_head.weight))
+    assert torch.equal(last, model.lm_head(input=states.contiguous()))
 
 
 def test_tasks_come_and_go(bundle_of: Callable[..., Path]) -> None:
