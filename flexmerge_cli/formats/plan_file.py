@@ -21,6 +21,7 @@ whole or absent.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,7 +128,7 @@ class Plan(Record):
     @property
     def own_names(self) -> list[str]:
         """The tensors that only such files hold, sorted: no record of the plan has their names."""
-        return sorted({name for reader in self.readers for name in reader.own_names} - set(self._by_name()))
+        return sorted({name for reader in self.readers for name in reader.own_names} - set(self._by_name))
 
     def base_readers(self, tensor: PlanTensor) -> tuple[int, ...]:
         """Return the kept adapters that read a tensor of the base. If each of them replaces it, all of them read it: it
@@ -141,15 +142,14 @@ class Plan(Record):
         return found[tensor.name]
 
     def tensor(self, name: str) -> PlanTensor:
-        return self._by_name()[name]
+        return self._by_name[name]
 
     def find(self, name: str) -> PlanTensor | None:
-        return self._by_name().get(name)
+        return self._by_name.get(name)
 
     def vocabulary(self, tensor: str) -> Vocabulary | None:
         """Return the vocabulary of a tensor, or of its `@rows`; None if all models have the same rows."""
-        name = tensor.removesuffix(ROWS_SUFFIX)
-        return next((found for found in self.vocabularies if name in found.tensors), None)
+        return self._vocabulary_of.get(tensor.removesuffix(ROWS_SUFFIX))
 
     def rows_of(self, tensor: str, task: int | None) -> RowMap | None:
         """Return where a task, or the base (None), has the rows of a tensor that all models have; None if all models
@@ -160,7 +160,7 @@ class Plan(Record):
     def split(self, tensor: str) -> Split | None:
         """Return the split that has a tensor as a part; None if the tensor is not part of a split one."""
         whole, place = whole_of(tensor)
-        return None if place is None else next(split for split in self.splits if split.tensor == whole)
+        return None if place is None else self._split_of[whole]
 
     def whole_shape(self, name: str, shape: Shape, task: int | None) -> Shape:
         """Return the shape that a tensor of this name and shape has in the file of a task, or of the base (None)."""
@@ -217,12 +217,17 @@ class Plan(Record):
         """Return ‖τ_k‖² over the mergeable tensors, [M] float64, summed in the plan's order."""
         return np.diag(self.whole_gram()).copy()
 
+    @cached_property
     def _by_name(self) -> dict[str, PlanTensor]:
-        found: dict[str, PlanTensor] | None = self.__dict__.get("_index")
-        if found is None:
-            found = {tensor.name: tensor for tensor in self.stored}
-            object.__setattr__(self, "_index", found)
-        return found
+        return {tensor.name: tensor for tensor in self.stored}
+
+    @cached_property
+    def _vocabulary_of(self) -> dict[str, Vocabulary]:
+        return {name: vocabulary for vocabulary in self.vocabularies for name in vocabulary.tensors}
+
+    @cached_property
+    def _split_of(self) -> dict[str, Split]:
+        return {split.tensor: split for split in self.splits}
 
 
 def sealed_plan(fields: Mapping[str, Any]) -> Plan:

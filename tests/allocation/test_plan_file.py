@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from flexmerge_cli import load_plan, make_plan
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.family.family import TASK_NAME
-from flexmerge_cli.formats.plan_file import MAX_PLAN_BYTES, Plan, is_plan, read_plan, save_plan
+from flexmerge_cli.family.family import TASK_NAME, RowMap, Vocabulary
+from flexmerge_cli.family.split import Split
+from flexmerge_cli.formats.plan_file import MAX_PLAN_BYTES, ROWS_SUFFIX, Plan, is_plan, read_plan, save_plan
 from flexmerge_cli.planning.make import replan
 from flexmerge_cli.request.plan import OrderSettings
 
@@ -30,6 +31,26 @@ def test_a_plan_is_what_was_saved(name, odd_plan, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "again.json"]
     fields = json.loads(path.read_bytes())
     assert path.read_bytes() == sealed(fields, "sha256")
+
+
+def test_splits_and_vocabularies_are_looked_through_once():
+    """They were for each tensor, and a stranger's plan may have many of both."""
+    passes = []
+
+    class Counted(tuple):
+        def __iter__(self):
+            passes.append(self)
+            return super().__iter__()
+
+    rows = RowMap(rows=2, common=((0, 2),), leading="")
+    vocabularies = Counted(Vocabulary(tensors=(f"v{n}",), base=rows, tasks=(rows,)) for n in range(9))
+    splits = Counted(Split(tensor=f"s{n}", dim=0, parts=2) for n in range(9))
+    plan = Plan.model_construct(vocabularies=vocabularies, splits=splits)
+    for number in range(9):
+        assert plan.vocabulary(f"v{number}{ROWS_SUFFIX}") is vocabularies[number]
+        assert plan.split(f"s{number}@part1") is splits[number]
+    assert plan.vocabulary("s1") is plan.split("v1") is None
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize("name", ["plain", "heads", "mixed_dtypes"])
