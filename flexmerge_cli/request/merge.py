@@ -4,6 +4,7 @@
 Each choice holds the fields that it reads and no others: an option that the choice would not read is an error.
 """
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -200,7 +201,7 @@ def merge_request(
     texts = [text for text in (method, *(text for _, text in given.method_for)) if text not in (None, KEEP)]
     notes = tuple(dict.fromkeys(note for text in texts if text and (note := resolve(text).message)))
     choice = _choice(method, size, given, run_files)
-    if max_distance is not None and not max_distance >= 0:
+    if max_distance is not None and not 0 <= max_distance < math.inf:
         raise UsageError(f"--max-distance {max_distance} is not a number of 0 or more", hint="write 0.5")
     cast = CASTS[_word(CASTS, dtype, "dtype")] if dtype is not None else None
     folders = Layout(_word(Layout, layout, "layout")) if layout is not None else Layout.LINKS

@@ -45,6 +45,7 @@ UNKNOWN = [
     ({"dtype": "F64"}, "--dtype F64"),
     ({"method": "ties", "size": "2y"}, "`2y` is not a size"),
     ({"method": "ties", "max_distance": -1.0}, "--max-distance -1.0"),
+    ({"method": "ties", "max_distance": float("inf")}, "--max-distance inf"),
     ({"method": "ties", "merges": -1}, "--merges -1"),
     ({"servable": "ia3"}, "--servable ia3"),
     ({"servable": "lora:rank=0"}, "--servable lora:rank=0"),
