@@ -106,7 +106,7 @@ def test_tied_matrices_stay_one(bundle_of: Callable[..., Path]) -> None:
 def test_the_last_tokens_of_prompts_reach_a_head_as_rows(count: int, bundle_of: Callable[..., Path]) -> None:
     """They are a slice of all states, for which torch takes another product with frozen weights."""
     model, seen = open_bundle(bundle_of("llama, tied", method="average", size="1x")).runtime().model("alpha"), []
-    model.lm_head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    model.lm_head.register_forward_pre_hook(lambda _head, inputs: seen.extend(inputs))
     ids = torch.tensor([[5, 6, 7]] * count)
     with torch.inference_mode():
         last = model(ids, logits_to_keep=1).logits
