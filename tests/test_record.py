@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from flexmerge_cli.formats.plan_part import PartCoding, PartRequest, PlanPart
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.record import Count, Named, Record, Unsound, first_error
+from flexmerge_cli.request.choices import MergeWords
 
 
 class Task(Record):
@@ -46,6 +47,7 @@ MANY: dict[str, Any] = {str(number): [] for number in range(1000)}
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
+        (MergeWords, {"steps": list(MANY.values())}),
         (Request, {"method_for": list(MANY.values())}),
         (PartRequest, {"tasks": MANY}),
         (PartCoding, {"base": MANY, "average": {"x": 1, **MANY}, "ratio": {}}),

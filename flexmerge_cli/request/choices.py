@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from flexmerge_cli.methods.use import MethodUse
-from flexmerge_cli.record import Count, Record
+from flexmerge_cli.record import Count, Items, Record
 from flexmerge_cli.request.auto_options import Limits
 from flexmerge_cli.request.size import Size
 
@@ -32,7 +32,7 @@ class MergeWords(Record):
     """What files hold of a request: options of `merge` in the words of the command line. None: not given."""
 
     method: str | None = None
-    steps: tuple[str, ...] | None = None
+    steps: Items[str] | None = None
     calibrate: str | None = None
     size: str | None = None
     merges: Count | None = None
