@@ -164,7 +164,7 @@ def merge_all(
             if limit is not None and (distance is None or not distance <= limit)
         }
         if far:
-            distances = ", ".join(f"{name} {'null' if d is None else f'{d:.4f}'}" for name, d in far.items())
+            distances = ", ".join(f"{name} {'(none)' if d is None else f'{d:.4f}'}" for name, d in far.items())
             raise GateError(
                 f"distance over {limit} for {distances}: {output} is not published",
                 hint="a larger --size, or another method",

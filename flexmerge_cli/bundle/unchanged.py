@@ -115,8 +115,8 @@ def check_lineage(bundle: Bundle, plan: Plan) -> None:
     for what, is_there in (("surgery", manifest.surgery is not None), ("wemoe", manifest.wemoe is not None)):
         if is_there:
             raise UsageError(
-                f"{bundle.path} has a {what}, which was fitted to its tasks",
-                hint=f"update the bundle that it was added to, and then use `flexmerge tune --method {what}`",
+                f"{bundle.path} has what `flexmerge tune --method {what}` fitted to its tasks",
+                hint="update the bundle that it was added to, and then tune again",
             )
     if manifest.gate is not None:
         raise UsageError(f"{bundle.path} passed a gate, and `update` judges none", hint="merge its recipe again")

@@ -35,7 +35,7 @@ def check_fitting(request: CalibrationRequest, bundle: Bundle, output: Path, *, 
     check_target(output, force=force, ours=bundle_files)
     if bundle.manifest.base != request.plan.base.fingerprint or set(bundle.tasks) != set(request.plan.reader_names):
         raise UsageError(
-            f"{bundle.path} was not merged from {request.plan_path}: its base or its tasks are others",
+            f"{bundle.path} was not merged from {request.plan_path}: it has another base or other tasks",
             hint="give the plan that the bundle was merged from",
         )
     for task in request.plan.tasks:

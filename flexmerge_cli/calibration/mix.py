@@ -150,7 +150,8 @@ def mix(
     names = request.plan.task_names
     without = UsageError(
         f"no layer of {bundle.path} is a mixture of experts",
-        hint="merge with --method task_arithmetic:form=sum --method-for '*.mlp=smile', at a rank below that of copies",
+        hint="merge with --method task_arithmetic:form=sum --method-for '*.mlp=smile:rank=16'; where experts would "
+        "take no fewer bytes than copies, copies are stored, and a lower rank helps",
     )
     if not any(bundle.experts(task) for task in names):
         raise without

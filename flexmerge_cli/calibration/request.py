@@ -110,7 +110,7 @@ def calibration_request(
     spec = read_spec(spec_path, plan.task_names, unscorable=plan.kept_names)
     if missing := [name for name in (*spec.forgotten, *spec.not_scored) if name not in plan.kept_names]:
         said = f"no examples of {', '.join(missing)}"
-        raise spec.document.error(("tasks",), said, hint="a calibration is of every task")
+        raise spec.document.error(("tasks",), said, hint="list every task of the plan, but kept adapters")
     tasks = {}
     for name in spec.tasks:
         settled, kind = spec.settled(name), spec.kind(name)

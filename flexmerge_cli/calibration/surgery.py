@@ -21,14 +21,14 @@ def surgery(
     lr: Rate = 0.001,
     batch_size: Count = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Correct what the last layer of each task's model gets: ẑ = z - U max(0, D z). Two [n, d] -> [rank, d], [d, rank].
+    """Correct what the last layer of each task's model gets in a bundle: ẑ = z - U max(0, D z).
 
-    Adam minimises the mean |ẑ - z of the fine-tuned model| over the task's examples. U starts at 0, so that the
-    correction starts at none; D is drawn. Each example is used once before any is used again. Yang et al. 2024 draw U
-    at random, too, and fit on the test images.
-
-    start: what the layer gets in the bundle's model; wanted: what it gets in the fine-tuned one; key: of the draws.
+    Adam minimises the mean |ẑ - z of the fine-tuned model| over the task's examples. U starts at 0, so that nothing is
+    corrected at first; D is drawn. Each example is used once before any is used again. Yang et al. 2024 draw U at
+    random, too, and fit on the test images.
     """
+    # start: what the layer gets in the bundle's model, [n, d]; wanted: what it gets in the fine-tuned one, [n, d]; key:
+    # of the draws. Returns D [rank, d] and U [d, rank]. The docstring is what `flexmerge methods surgery` shows.
     n, d = start.shape
     rng = np.random.Generator(np.random.PCG64(key))
     bound = d**-0.5

@@ -41,12 +41,12 @@ def wemoe(
     batch_size: Count = 16,
     init: Annotated[float, Range(least=-100, most=100)] = 0.3,
 ) -> Arrays:
-    """Train routers r that weigh the experts of a bundle of `smile`: W = W_c + Σ_k g_k E_k, g = mean over x of r(x).
+    """Train routers that weigh the experts of a bundle of `smile` for each input: W = W_c + Σ_k g_k E_k.
 
-    One router weighs all experts of a block, such as an MLP, by what its first layer gets of an example. layers: r(x)
-    is W x + b, or W₁ max(0, W₀ x + b₀) + b₁ with as many hidden units as x has elements. Adam minimises the entropy of
-    the answers, summed over tasks. All weights start at init, whatever x is; W₀ is drawn with a deviation of 0.01.
-    Tang et al. 2024.
+    One router weighs all experts of a block, such as an MLP: g is the mean of r(x) over all x that the block's first
+    layer gets of an example. With layers=1, r(x) is W x + b; with layers=2 it is W₁ max(0, W₀ x + b₀) + b₁, with as
+    many hidden units as x has elements. Adam minimises the entropy of the answers, summed over tasks. All weights g_k
+    start at init, whatever x is; W₀ is drawn with a deviation of 0.01. Tang et al. 2024.
 
     FusionBench's experts are whole task vectors of MLPs, biases included, on the base; here they have a rank, and
     biases are the centre's. It draws W₁, too, averages the weights over a batch while it trains, and over padding, and

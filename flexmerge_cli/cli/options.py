@@ -210,7 +210,7 @@ MaxDistance = Annotated[
 ]
 
 # Scores.
-Spec = Annotated[Path | None, _scores("--spec", "FILE", "eval.yaml: the data to score each task on.")]
+Spec = Annotated[Path | None, _scores("--spec", "FILE", "eval.yaml: the examples of each task.")]
 ComparedPlan = Annotated[
     Path | None, _scores("--plan", "FILE", "Plan whose sources to compare with, or to score with --sources.")
 ]

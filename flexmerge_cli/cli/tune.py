@@ -51,7 +51,7 @@ def tune(
     if spec is None:
         raise UsageError("no --spec: the examples of each task", hint="--spec calib.yaml, written as for `eval`")
     if output is None:
-        raise UsageError("no output given", hint="add -o coefficients.json")
+        raise UsageError("no output given", hint=f"add -o {'coefficients.json' if bundle is None else 'corrected/'}")
     access = o.access_of(offline=offline, quiet=quiet, stream=stream)
     asked: dict[str, Any] = {"examples": examples, "device": None if device == "auto" else device, "access": access}
     asked["relocate"] = o.relocations(relocate)

@@ -41,6 +41,7 @@ def show_fitting(value: dict[str, Any]) -> None:
     rows = value["tasks"].items()
     cells = [[task, row["examples"], f"{row['before']:.4f}", f"{row['after']:.4f}"] for task, row in rows]
     table(["task", "examples", *LOSSES[value["method"]]], cells, text=(0,))
+    say(f"wrote {value['bundle']}")
 
 
 def show_tune(value: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Makes the application: routes of predictions, models, health and metrics, and errors in the form of OpenAI's API."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -126,7 +127,7 @@ def _said(error: Any) -> str:
         "extra_forbidden": "this key is not supported", "missing": "it is required", "model_attributes_type":
         "it must be a JSON object", "string_unicode": "it contains half of a surrogate pair, which is not a character",
     }  # fmt: skip
-    return known.get(error["type"]) or str(error["msg"])[:500].replace("Input should be", "it must be", 1)
+    return known.get(error["type"]) or re.sub("^(Input|List|String) should", "it must", str(error["msg"])[:500])
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

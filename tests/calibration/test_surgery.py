@@ -125,7 +125,7 @@ def test_nothing_else_stands_for_a_corrected_model(fitted, tmp_path):
         fails(2, "export", output, *options, "-o", tmp_path / "out", says=("is corrected", "open_bundle"))
     with pytest.raises(UsageError, match="is corrected"):
         task_view(str(output / "tasks" / "a"))
-    fails(2, "update", output, "--plan", family.plan_path, "-o", tmp_path / "new", says="has a surgery")
+    fails(2, "update", output, "--plan", family.plan_path, "-o", tmp_path / "new", says="surgery` fitted")
 
 
 def test_one_task_of_a_bundle_at_an_address_is_corrected(fitted):

@@ -272,7 +272,8 @@ def test_what_is_missing_is_said(pictures, tmp_path):
     nothing = "weighted_average:weights=@nothing.json"
     fails(4, "merge", plan, "--method", nothing, "-o", tmp_path / "b", says="no coefficients at nothing.json")
     fails(2, "tune", plan, "-o", tmp_path / "c.json", says="no --spec")
-    fails(2, "tune", plan, "--spec", pictures.family.spec, says="no output given")
+    fails(2, "tune", plan, "--spec", pictures.family.spec, says=("no output given", "-o coefficients.json"))
+    fails(2, "tune", plan, "--spec", pictures.family.spec, "--bundle", "b", says=("no output given", "-o corrected/"))
 
 
 def test_data_that_are_not_finite_are_refused(pictures, tmp_path):

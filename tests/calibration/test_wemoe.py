@@ -175,7 +175,7 @@ def test_the_same_request_makes_the_same_bundle_and_every_byte_counts(mixed, tmp
 def test_nothing_else_stands_for_the_models(mixed, tmp_path):
     family, output, _ = mixed
     fails(2, "export", output, "--task", "a", "-o", tmp_path / "out", says=("is a mixture of experts", "open_bundle"))
-    fails(2, "update", output, "--plan", family.plan_path, "-o", tmp_path / "new", says="has a wemoe")
+    fails(2, "update", output, "--plan", family.plan_path, "-o", tmp_path / "new", says="wemoe` fitted to")
     fails(2, *command(family, tmp_path / "b", bundle="mixed", method="surgery:rank=0"), says="rank=0 is not")
 
 

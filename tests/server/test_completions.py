@@ -195,8 +195,9 @@ def test_what_is_not_supported_or_out_of_range_is_told(client_of):
     refused(chat(client, nothing), 400, "messages.1.content.0.text: it is required")
     refused(chat(client, 3), 400, f"messages.1.content: {types}")
     refused(complete(client, "code", 3), 400, f"prompt: {types}")
+    refused(complete(client, "code", []), 400, "it must be a valid string or it must have at least 1 item")
     refused(complete(client, "code", ["red", 3]), 400, "prompt.1: it must be a valid string")
-    refused(complete(client, "code", "red", stop=["a", ""]), 400, "stop.1: String should have at least 1 character")
+    refused(complete(client, "code", "red", stop=["a", ""]), 400, "stop.1: it must have at least 1 character")
     refused(chat(client, "red", tools=[{"type": "function"}]), 400, "tools", "not supported")
     refused(chat(client, "red", model="code"), 400, "no chat template")
     # A stream is refused with a status, too.
