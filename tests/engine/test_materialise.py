@@ -111,7 +111,7 @@ def test_distance_is_null_where_the_task_is_the_base_and_is_changed(tmp_path):
         9,
         "-o",
         tmp_path / "c",
-        says="same null",
+        says="same (none)",
     )
     assert not (tmp_path / "c").exists()
 
