@@ -15,7 +15,8 @@ from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import FORMAT, packed_errors
+from flexmerge_cli.formats.manifest import FORMAT
+from flexmerge_cli.formats.manifest_records import packed_errors
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import Request
 from flexmerge_cli.methods.use import MethodUse

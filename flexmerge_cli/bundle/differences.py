@@ -12,7 +12,8 @@ from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import SourceError, UsageError
 from flexmerge_cli.formats.folders import ADDED
-from flexmerge_cli.formats.manifest import GroupEntry, Manifest
+from flexmerge_cli.formats.manifest import Manifest
+from flexmerge_cli.formats.manifest_records import GroupEntry
 from flexmerge_cli.formats.plan_file import Plan, read_plan
 from flexmerge_cli.text import expanded
 

@@ -26,7 +26,7 @@ from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, MachineError, machine_failure
-from flexmerge_cli.formats.manifest import FileEntry
+from flexmerge_cli.formats.manifest_records import FileEntry
 
 CHUNK_BYTES = 1 << 18  # stays in a core's cache between the disk's copy and the digest
 MAX_THREADS = 8  # more than disks gain by

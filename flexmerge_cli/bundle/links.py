@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import sha256_of
 from flexmerge_cli.errors import FlexmergeError, MachineError
-from flexmerge_cli.formats.manifest import FileEntry
+from flexmerge_cli.formats.manifest_records import FileEntry
 from flexmerge_cli.regular_file import check_kind
 from flexmerge_cli.writing import NO_LINK
 

@@ -15,7 +15,7 @@ from flexmerge_cli.bundle.added import read_arrays, write_added
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.errors import DataError, UsageError
 from flexmerge_cli.formats.folders import ROUTER_FILE
-from flexmerge_cli.formats.manifest import RouterEntry
+from flexmerge_cli.formats.manifest_records import RouterEntry
 
 MAX_LAYERS = 8
 HINT = "make one with `flexmerge route bundle/ --spec eval.yaml -o routed/`"

@@ -10,7 +10,8 @@ from flexmerge_cli.bundle.manifest_file import file_inside
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.split import Split
-from flexmerge_cli.formats.manifest import Manifest, RowsEntry, TensorEntry, UnitEntry
+from flexmerge_cli.formats.manifest import Manifest
+from flexmerge_cli.formats.manifest_records import RowsEntry, TensorEntry, UnitEntry
 from flexmerge_cli.formats.plan_file import ROWS_SUFFIX
 from flexmerge_cli.stored.decoding import Described, Packable, RouteParts, Stored
 from flexmerge_cli.stored.forms import stored_as

@@ -25,7 +25,7 @@ from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.product import complete
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import GroupEntry, TensorEntry, unpacked_errors
+from flexmerge_cli.formats.manifest_records import GroupEntry, TensorEntry, unpacked_errors
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.plan_records import PlanTensor
 from flexmerge_cli.record import Shape

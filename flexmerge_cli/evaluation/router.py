@@ -24,7 +24,7 @@ from flexmerge_cli.evaluation.loading import build_model, require
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.evaluation.scored import TaskModel
 from flexmerge_cli.evaluation.spec import EvalSpec
-from flexmerge_cli.formats.manifest import RouterEntry
+from flexmerge_cli.formats.manifest_records import RouterEntry
 
 KINDS = ("linear", "centroid", "mlp")
 TEXTS = ("text-classification", "regression")

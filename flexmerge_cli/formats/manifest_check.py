@@ -21,7 +21,8 @@ from flexmerge_cli.formats.plan_records import ROWS_SUFFIX
 from flexmerge_cli.record import Shape
 
 if TYPE_CHECKING:
-    from flexmerge_cli.formats.manifest import Manifest, TensorEntry
+    from flexmerge_cli.formats.manifest import Manifest
+    from flexmerge_cli.formats.manifest_records import TensorEntry
 
 FIRST = "flexmerge.bundle/1"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
-from flexmerge_cli.formats.manifest import GroupEntry, UnitEntry
+from flexmerge_cli.formats.manifest_records import GroupEntry, UnitEntry
 from flexmerge_cli.report.html import block_name, cell_style, cells, legend, name, page, section, table, text, today
 from flexmerge_cli.report.html import facts as fact_list
 from flexmerge_cli.report.inspect_bundle import (

@@ -12,7 +12,8 @@ from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.resident import resident
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
-from flexmerge_cli.formats.manifest import GroupEntry, Manifest, TensorEntry, UnitEntry
+from flexmerge_cli.formats.manifest import Manifest
+from flexmerge_cli.formats.manifest_records import GroupEntry, TensorEntry, UnitEntry
 from flexmerge_cli.report import inspect_draw as draw
 from flexmerge_cli.report.table import line_columns, say, table
 from flexmerge_cli.report.text import merges_words, printable

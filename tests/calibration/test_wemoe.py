@@ -14,7 +14,7 @@ from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.evaluation.loading import build_model
 from flexmerge_cli.evaluation.models import bundle_model
 from flexmerge_cli.formats.folders import WEMOE_FILE
-from flexmerge_cli.formats.manifest import RouterEntry
+from flexmerge_cli.formats.manifest_records import RouterEntry
 from flexmerge_cli.record import NO_DIGEST
 
 from ..bundle.bundles import changed, copy, flip, manifest_of, seal, seal_file

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flexmerge_cli.formats.manifest import GroupEntry
+from flexmerge_cli.formats.manifest_records import GroupEntry
 from flexmerge_cli.methods.registry import all_methods, parse_call
 from flexmerge_cli.stored.form import GroupTensor
 from flexmerge_cli.stored.forms import FORMS, form_of, group_forms
