@@ -21,6 +21,9 @@ from flexmerge_cli.formats.folders import WEMOE_FILE
 from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.stored.coded import MIXTURE
 
+ROLES = ("w0", "b0", "w1", "b1")
+"""The arrays of a router, in the order of its layers."""
+
 AGAIN = "make it again with `flexmerge tune --method wemoe`"
 
 
@@ -135,7 +138,7 @@ def route_experts(bundle: Bundle, task: str, model: nn.Module, names: Mapping[st
     if entry is None or not (units := routed_units(bundle.manifest, task)):
         return
     arrays, layers, routers = read_arrays(bundle, WEMOE_FILE), layers_of(bundle, task, model, names), {}
-    roles = [f"{kind}{place}" for place in range(entry.layers) for kind in "wb"]
+    roles = ROLES[: 2 * entry.layers]
     for unit, first in entry.first.items():
         if unit not in units:
             continue

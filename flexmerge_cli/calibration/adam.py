@@ -1,8 +1,9 @@
-"""The optimiser Adam (Kingma and Ba 2015), for the few numbers that `tune` finds."""
+"""The optimiser Adam (Kingma and Ba 2015), for what `tune` finds: it takes arrays of numpy and tensors of torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import numpy as np
+Values = TypeVar("Values")
 
 
 @dataclass(slots=True)
@@ -11,14 +12,15 @@ class Adam:
 
     lr: float
     steps: int = 0
-    first: np.ndarray = field(default_factory=lambda: np.zeros(()))
-    second: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    first: Any = 0.0
+    second: Any = 0.0
 
-    def change(self, gradient: np.ndarray) -> np.ndarray:
-        """Return what to add to the numbers. gradient: float64, of the same shape in every step."""
+    def change(self, gradient: Values) -> Values:
+        """Return what to add to the numbers, in the type of the gradient, whose shape is the same in every step."""
+        given: Any = gradient
         self.steps += 1
-        self.first = self.first + 0.1 * (gradient - self.first)
-        self.second = self.second + 0.001 * (gradient**2 - self.second)
-        size = np.sqrt(self.second / (1 - 0.999**self.steps)) + 1e-8
-        found: np.ndarray = -self.lr * self.first / (1 - 0.9**self.steps) / size
+        self.first = self.first + 0.1 * (given - self.first)
+        self.second = self.second + 0.001 * (given**2 - self.second)
+        size = (self.second / (1 - 0.999**self.steps)) ** 0.5 + 1e-8
+        found: Values = -self.lr * self.first / (1 - 0.9**self.steps) / size
         return found

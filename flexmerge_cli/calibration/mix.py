@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexmerge_cli.bundle.mixture import MixtureLinear
 from flexmerge_cli.bundle.read import Bundle
-from flexmerge_cli.bundle.wemoe import ExpertRouter, attach, layers_of, routed_units
+from flexmerge_cli.bundle.wemoe import ROLES, ExpertRouter, attach, layers_of, routed_units
 from flexmerge_cli.calibration.batches import Example, drawn, not_finite, seen_examples, stacked
 from flexmerge_cli.calibration.fitted import Fitted, check_fitting, write_fitted
 from flexmerge_cli.calibration.merged import entropy
@@ -82,8 +82,7 @@ class BundleModels:
     def _attach(self, values: Arrays) -> None:
         device = next(iter(next(iter(self.models.values())).parameters())).device
         for unit, task in self.sizes:
-            roles = {name.removeprefix(f"{unit}@").removesuffix(f".{task}"): name for name in values}
-            own = {role: values[name] for role, name in roles.items() if name == f"{unit}@{role}.{task}"}
+            own = {role: values[name] for role in ROLES if (name := f"{unit}@{role}.{task}") in values}
             made = {role: torch.from_numpy(value).float().to(device) for role, value in own.items()}
             self._routers[unit, task] = ExpertRouter(made).requires_grad_(True)
         for task, model in self.models.items():

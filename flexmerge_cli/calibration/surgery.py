@@ -4,6 +4,7 @@ from typing import Annotated
 
 import numpy as np
 
+from flexmerge_cli.calibration.adam import Adam
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Range
 
@@ -34,9 +35,9 @@ def surgery(
     bound = d**-0.5
     down = torch.from_numpy(rng.uniform(-bound, bound, (rank, d)).astype(np.float32))
     up = torch.zeros(d, rank)
-    moments = [[torch.zeros_like(value), torch.zeros_like(value)] for value in (down, up)]
+    adams = Adam(lr), Adam(lr)
     order: list[int] = []
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         if len(order) < min(batch_size, n):
             order += rng.permutation(n).tolist()
         rows, order = order[: min(batch_size, n)], order[min(batch_size, n) :]
@@ -44,9 +45,6 @@ def surgery(
         inside = z @ down.T
         sign = (z - inside.relu() @ up.T - wanted[rows]).sign() / z.numel()
         gradients = -((sign @ up) * (inside > 0)).T @ z, -sign.T @ inside.relu()
-        for value, gradient, (first, second) in zip((down, up), gradients, moments):
-            first += 0.1 * (gradient - first)
-            second += 0.001 * (gradient**2 - second)
-            # The bias corrections of Adam, and its ε.
-            value -= lr * first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        for value, gradient, adam in zip((down, up), gradients, adams):
+            value += adam.change(gradient)
     return down, up
