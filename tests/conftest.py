@@ -10,9 +10,12 @@ from .program import succeeds
 
 __all__ = ["hub"]
 
-# A busy machine may take any time for an example, and for drawing it.
-hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("untimed")
+# A busy machine may take any time for an example, and for drawing it. Examples are the same in every run, so that a
+# change is judged by what it does; `pytest --hypothesis-profile=random` draws new ones.
+UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("random", **UNTIMED)
+hypothesis.settings.register_profile("same", hypothesis.settings.get_profile("random"), derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
