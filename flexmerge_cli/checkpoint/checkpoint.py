@@ -199,7 +199,7 @@ def _open_folder(
             )
         prefix = f"{name}/" if name else ""
         for inner, tensor in own[0].items():
-            tensors[prefix + inner] = replace(tensor, name=prefix + inner)
+            tensors[prefix + inner] = replace(tensor, name=prefix + inner) if name else tensor
             if part_of(prefix + inner, found.weights)[1] != inner:
                 raise DataError(
                     f"{folder.path / weights}: tensor `{inner}` is called like one of a subfolder", hint="rename it"

@@ -46,7 +46,8 @@ def read_weights(folder: Folder, weights: str) -> tuple[dict[str, StoredTensor],
     other = None if weights in ADAPTER_FILES else foreign.of_tensors(tensors)
     if other is not None:
         raise DataError(f"{folder.path / weights} is {other[0]}: it holds `{other[1]}`", hint=other[2])
-    return tensors, {tensor.path.relative_to(folder.path).as_posix() for tensor in tensors.values()}, odd
+    paths = {tensor.path for tensor in tensors.values()}
+    return tensors, {path.relative_to(folder.path).as_posix() for path in paths}, odd
 
 
 def read_weight_file(folder: Folder, name: str) -> dict[str, StoredTensor]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.rules import Rules, nearest, read_rules
 from flexmerge_cli.family.split import whole_of
@@ -128,7 +130,8 @@ def rules_of(blocks: str | Path) -> Rules:
 
 @cache
 def _shipped_rules() -> Rules:
-    return read_rules(Path(__file__).with_name("rules.yaml"))
+    # libyaml takes a tenth of the time. Its messages, which files of other people can cause, differ.
+    return read_rules(Path(__file__).with_name("rules.yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _grouped(block_of: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -207,7 +207,7 @@ def make_family(
         raise DataError(
             "tensors with names that bundles give to parts of one:\n  " + "\n  ".join(taken[:20]), hint="rename them"
         )
-    alignments = [aligned_models(base, checkpoint) for checkpoint in checkpoints]
+    alignments = _alignments(base, checkpoints)
     aligned = dict(zip(names, zip(checkpoints, alignments)))
     _check_elements(base, aligned)
     _check_architecture(base, aligned)
@@ -249,15 +249,19 @@ def make_family(
     )
 
 
-def aligned_models(base: Checkpoint, task: Checkpoint) -> Alignment:
-    """Align the task's names with the base's."""
-    words = [*(task.config.get("architectures") or ()), task.config.get("model_type")]
-    return align(
-        base.tensors,
-        task.tensors,
-        model_types=model_types(base.config, task.config),
-        kind=" ".join(word for word in words if isinstance(word, str)),
-    )
+def _alignments(base: Checkpoint, tasks: Sequence[Checkpoint]) -> list[Alignment]:
+    """Align the names of each task with the base's. Tasks whose headers do not differ share one alignment."""
+    found: dict[object, Alignment] = {}
+    alignments = []
+    for task in tasks:
+        types = model_types(base.config, task.config)
+        words = [*(task.config.get("architectures") or ()), task.config.get("model_type")]
+        kind = " ".join(word for word in words if isinstance(word, str))
+        header = types, kind, tuple((name, tensor.shape) for name, tensor in task.tensors.items())
+        if header not in found:
+            found[header] = align(base.tensors, task.tensors, model_types=types, kind=kind)
+        alignments.append(found[header])
+    return alignments
 
 
 def _check_elements(base: Checkpoint, tasks: Mapping[str, tuple[Checkpoint, Alignment]]) -> None:

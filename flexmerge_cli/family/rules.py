@@ -95,9 +95,9 @@ class Rules:
         return None
 
 
-def read_rules(path: Path) -> Rules:
+def read_rules(path: Path, loader: type = yaml.SafeLoader) -> Rules:
     """Read a rules file. Raises SourceError if it is missing, MachineError if unreadable, and UsageError if
-    malformed."""
+    malformed. loader: PyYAML's."""
     if "\0" in str(path):
         raise UsageError(f"{str(path)!r} cannot be the path of a rules file")
     try:
@@ -112,15 +112,15 @@ def read_rules(path: Path) -> Rules:
     if len(raw) > MAX_BYTES:
         raise UsageError(f"the rules file `{path}` has more than {MAX_BYTES} bytes", hint="is it a rules file?")
     try:
-        return parse_rules(raw.decode("utf-8-sig"), str(path))
+        return parse_rules(raw.decode("utf-8-sig"), str(path), loader)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UsageError(f"not UTF-8 at byte {error.start}\n  {path}, line {line}", hint="save it as UTF-8") from None
 
 
-def parse_rules(text: str, where: str) -> Rules:
+def parse_rules(text: str, where: str, loader: type = yaml.SafeLoader) -> Rules:
     """Compile the text of a rules file; `where` is its name in errors."""
-    return _Parser(where).parse(text)
+    return _Parser(where, loader).parse(text)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -134,8 +134,8 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 class _Parser:
     """Turns the node tree of one file into Rules: nodes know their lines, and are never made into objects."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, loader: type) -> None:
+        self.where, self.loader = where, loader
         self.words: dict[str, tuple[str, ...]] = {}
         self.rank: dict[str, int] = {}
         self.num_choices = self.num_patterns = 0
@@ -169,7 +169,7 @@ class _Parser:
     def compose(self, text: str) -> yaml.Node:
         depth, line = 0, 1
         try:
-            for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            for event in yaml.parse(text, Loader=self.loader):
                 line = event.start_mark.line + 1 if event.start_mark else line
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > MAX_DEPTH:
@@ -177,7 +177,7 @@ class _Parser:
                 if isinstance(event, yaml.AliasEvent):
                     # A few aliases of aliases can stand for more nodes than fit in memory.
                     self.fault(line, "an alias", "quote a pattern that starts with *; for a list, use a set of `words`")
-            node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+            node: yaml.Node | None = yaml.compose(text, Loader=self.loader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             is_alias = error.context == "while scanning an alias"

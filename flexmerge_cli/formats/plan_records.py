@@ -1,8 +1,10 @@
 """Defines the records of plan.json one by one; plan_file.py says what they mean together. Pure."""
 
 import math
+from itertools import chain
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from flexmerge_cli.checkpoint.libraries import LibraryName
@@ -26,7 +28,16 @@ def _of_weights(value: float) -> float:
     return value if abs(value) > 1e-200 else 0.0
 
 
+def _all_of_weights(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    """Check numbers as `_of_weights` does, many at once. Rows may differ in length."""
+    sizes = np.abs(np.fromiter(chain.from_iterable(matrix), np.float64))
+    if (sizes > 1e100).any() or (sizes <= 1e-200).any():
+        return tuple(tuple(map(_of_weights, row)) for row in matrix)
+    return matrix
+
+
 Measurement = Annotated[float, AfterValidator(_of_weights)]
+Measurements = Annotated[Items[Items[float]], AfterValidator(_all_of_weights)]
 
 
 def _stay_inside(parts: dict[str, str]) -> dict[str, str]:
@@ -104,7 +115,7 @@ class PlanTensor(Record):
     same: Items[Count]
     is_base: Items[bool]
     """For each task, whether the base, cast to the task's dtype, has its bits."""
-    gram: Items[Items[Measurement]] | None
+    gram: Measurements | None
     base_energy: Measurement
     agreement: Items[Items[Count]] | None
     finite: bool

@@ -22,28 +22,34 @@ from flexmerge_cli.writing import has_start, write_file
 
 Sealed = TypeVar("Sealed", bound=Record)
 
+_DATA = "_sealed_data"
+"""Where a record that was sealed here keeps the bytes of its file until they are saved."""
+
 
 def sealed(kind: type[Sealed], fields: Mapping[str, Any]) -> Sealed:
     """Check a record's fields and fill in its SHA-256, which is that of the file that `save_sealed` writes.
 
-    It is computed from the checked record: `fields` may leave out defaults, or write a number in another way.
-    Raises ValidationError.
+    It is computed from the checked record: `fields` may leave out defaults, or write a number in another way. Records
+    among them are checked already. Raises ValidationError.
     """
-    record = kind.model_validate_json(json.dumps(dict(fields) | {"sha256": NO_SHA256}))
-    return record.model_copy(update={"sha256": _canonical(record)[1]})
+    record = kind.model_validate(dict(fields) | {"sha256": NO_SHA256})
+    data, digest = _canonical(record)
+    record = record.model_copy(update={"sha256": digest})
+    record.__dict__[_DATA] = data  # beside the fields, as cached properties are
+    return record
 
 
 def save_sealed(record: Record, path: Path) -> None:
     """Write the record, replacing what is there. Raises MachineError, and then leaves the existing file unchanged."""
-    write_file(path, _canonical(record)[0])
+    write_file(path, record.__dict__.pop(_DATA, None) or _canonical(record)[0])
 
 
 def _canonical(record: Record) -> tuple[bytes, str]:
     """Return the bytes of a record's file, including their SHA-256, and that SHA-256."""
     fields = record.model_dump(mode="json", by_alias=True) | {"sha256": NO_SHA256}
-    empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    digest = hashlib.sha256(empty.encode()).hexdigest()
-    return empty.replace(f'"sha256":"{NO_SHA256}"', f'"sha256":"{digest}"', 1).encode(), digest
+    empty = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    digest = hashlib.sha256(empty).hexdigest()
+    return empty.replace(f'"sha256":"{NO_SHA256}"'.encode(), f'"sha256":"{digest}"'.encode(), 1), digest
 
 
 def sha256_without(data: bytes, digits: str, start: int) -> str:

@@ -224,7 +224,7 @@ def plan_of(
         "adapters": kept_adapters.adapter_records(
             family, made or {}, base_fingerprint, [_relative(kept.model, folder) for kept in family.kept]
         ),
-        "tensors": records[: len(family.tensors)],
+        "tensors": [tensors.get(record["name"], record) for record in records[: len(family.tensors)]],
         "rows": records[len(family.tensors) :],
         "vocabularies": [vocabulary.model_dump() for vocabulary in family.vocabularies],
         "splits": [split.model_dump() for split in family.splits],

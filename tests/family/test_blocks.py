@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import flexmerge_cli
 from flexmerge_cli.errors import FlexmergeError, SourceError, UsageError
 from flexmerge_cli.family.blocks import Block, partition
 from flexmerge_cli.family.blocks import _shipped_rules as shipped_rules
-from flexmerge_cli.family.rules import MAX_BYTES, parse_rules
+from flexmerge_cli.family.rules import MAX_BYTES, parse_rules, read_rules
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -767,6 +769,11 @@ def test_blocks_of_own_rules_stand_in_the_order_of_the_rules(tmp_path):
 def test_what_a_pattern_matches_and_how_the_block_is_called(pattern, rename, name, block):
     rule = f"{{match: {pattern!r}, as: {rename}}}" if rename else pattern
     assert parse_rules(f"rules:\n  - {rule}\n", "rules.yaml").block_of(name) == block
+
+
+def test_libyaml_reads_the_shipped_rules_as_the_plain_loader_does():
+    path = Path(flexmerge_cli.__file__).parent / "family" / "rules.yaml"
+    assert read_rules(path, yaml.CSafeLoader) == read_rules(path, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(
