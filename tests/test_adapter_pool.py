@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.method import Where
-from flexmerge_cli.methods.pooled import pooled_call
+from flexmerge_cli.methods.products import product_call
 from flexmerge_cli.methods.registry import parse_call
 from samples import read_bundle
 from tests.adapters import IA3, LORA, Adapted, make
@@ -136,7 +136,7 @@ def test_products_that_float32_cannot_hold_are_told() -> None:
     """Factors are finite, and their singular values did not converge."""
     factors = {"m.lora_A.weight": torch.full((2, 1, 3), 1e30), "m.lora_B.weight": torch.full((2, 3, 1), 1e30)}
     with pytest.raises(DataError, match="ΔW in `m` exceeds the range of float32"):
-        pooled_call(parse_call("magmax"))(factors, Where(tasks=("a", "b"), tensor="m", start=0, shape=()))
+        product_call(parse_call("magmax"))(factors, Where(tasks=("a", "b"), tensor="m", start=0, shape=()))
 
 
 def test_a_pool_is_of_one_kind_rank_and_scale(tmp_path: Path) -> None:

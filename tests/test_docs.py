@@ -134,8 +134,19 @@ def test_no_class_name_stands_for_two_things():
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
 
 
+def folders_with(pattern):
+    found = re.compile(pattern)
+    return {file.parent.name for file in (ROOT / "flexmerge_cli").rglob("*.py") if found.search(file.read_text())}
+
+
 def test_few_folders_know_the_kinds_of_kept_members():
     """All others ask a member what it has, stores and needs, so a new kind concerns family/ and formats/ alone."""
-    kind = re.compile(r"\.adapter is (not )?None|\b(PlanAdapter|AdapterEntry|KeptAdapter)\b")
-    known = {file.parent.name for file in (ROOT / "flexmerge_cli").rglob("*.py") if kind.search(file.read_text())}
+    known = folders_with(r"\.adapter is (not )?None|\b(PlanAdapter|AdapterEntry|KeptAdapter)\b")
     assert known == {"family", "formats", "planning"}
+
+
+def test_few_folders_know_that_adapters_can_form_a_pool():
+    """All others ask whether tensors merge by their products, and a plan or a task what cannot be had of it."""
+    assert folders_with(r"[\"']pool[\"']|\.pooled\b|\bpools\b|(?i:(pool of|pooled) (lora )?adapters?|of a pool\b)") == {
+        "family", "formats",
+    }  # fmt: skip

@@ -15,7 +15,6 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.duplicates import near_duplicate_warning
 from flexmerge_cli.methods.linear import require_known, require_weight
-from flexmerge_cli.methods.products import check_pooled
 from flexmerge_cli.methods.registry import all_methods
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.order.similarity import Similarity, similarity
@@ -40,8 +39,7 @@ def allocate(plan: Plan, request: MergeRequest, pricer: Pricer | None = None) ->
 
 
 def _chosen(plan: Plan, request: MergeRequest, pricer: Pricer) -> BundleLayout:
-    if plan.pools_lora and not isinstance(request.choice, Servable):
-        _check_pool(request)
+    plan.check_request(request)
     tasks = {task.name: task.fingerprint for task in plan.tasks}
     for use in request.uses:
         if (call := _weighing(use)) is not None:
@@ -177,14 +175,3 @@ def _cut(pricer: Pricer, choice: Cut, dtype: str | None) -> Allocation:
     if choice.merges is not None:
         return cutter.prefix(choice.merges)
     return cutter.smallest() if choice.size is None else cutter.cut(pricer.plan.target(choice.size), choice.fit)
-
-
-def _check_pool(request: MergeRequest) -> None:
-    """Raise UsageError for a request that cannot merge the factors of LoRA adapters."""
-    if isinstance(request.choice, Clusters | Auto):
-        raise UsageError(
-            "a pool of LoRA adapters merges along the merge order only, by a method that stores one value per module",
-            hint="--method average --size 2x; or plan with --adapters merge",
-        )
-    for use in request.uses:
-        check_pooled(use.call, steps=len(use.steps), calibrate=use.calibrate is not None)

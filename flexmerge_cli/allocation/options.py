@@ -1,5 +1,5 @@
 """Lists the options to store a family, one row each: bytes on disk and when served, bits per weight, the measured score
-of such bundles, and the command that builds it. Pure. Imports torch only for `all_methods` and for pooled adapters."""
+of such bundles, and the command that builds it. Pure. Imports torch only for `all_methods`"""
 
 import math
 import shlex
@@ -17,6 +17,7 @@ from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.methods.aliases import PRESETS
 from flexmerge_cli.methods.call import Call
 from flexmerge_cli.methods.method import method
+from flexmerge_cli.methods.products import merges_products
 from flexmerge_cli.methods.registry import format_call
 from flexmerge_cli.methods.use import MethodUse, parse_use
 from flexmerge_cli.request.auto_options import Limits
@@ -216,11 +217,8 @@ def _uses(plan: Plan, every: bool) -> Iterator[tuple[str, MethodUse]]:
         others = [name for name, method in all_methods().items() if name not in COMMON and not method.reads]
         names = (*COMMON, *others)
     for name in names:
-        if plan.pools_lora:
-            from flexmerge_cli.methods.products import merges_products
-
-            if not merges_products(parse_use(name).call):
-                continue
+        if plan.merges_products and not merges_products(parse_use(name).call):
+            continue
         yield name, dense_use(name) if name in DENSE else parse_use(name)
 
 

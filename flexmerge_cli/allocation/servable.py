@@ -107,11 +107,7 @@ def _fits(found: ServableAllocation, size: Target) -> bool:
 
 def _not_servable(plan: Plan, dtype: str | None) -> Iterator[tuple[str, str]]:
     """Yield each tensor that is not one for all tasks, and why."""
-    if plan.pools_lora:
-        yield plan.tensors[0].name, "is a factor of a pooled adapter, which `export --as-lora` serves as it is"
-    yield from ((split.tensor, "is stored in parts") for split in plan.splits)
-    yield from ((name, "has rows of each task's own") for one in plan.vocabularies for name in one.tensors)
-    yield from (found for member in plan.readers for found in member.not_low_rank())
+    yield from plan.not_low_rank()
     for tensor in plan.stored:
         if tensor.class_ in (TensorClass.TIED, TensorClass.BASE_ONLY):
             continue

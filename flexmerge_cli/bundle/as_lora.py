@@ -1,8 +1,8 @@
 """Exports a bundle whose tasks differ by low-rank matrices as one base folder and a PEFT adapter per task.
 
 Engines that serve many fine-tunes of one base hold it once and read such adapters. Kept adapters are given back as they
-are; so are those of a pool, whose base is not in the bundle. Low-rank residuals of full fine-tunes become adapters of
-the centre: B and A are the stored factors, padded with zeros to one rank, so that each module's scale is 1.
+are; so are tasks that are no models, whose base is not in the bundle. Low-rank residuals of full fine-tunes become
+adapters of the centre: B and A are the stored factors, padded with zeros to one rank, so that each module's scale is 1.
 """
 
 import json
@@ -93,12 +93,11 @@ def export_as_lora(bundle: Bundle, target: Path, *, force: bool = False) -> dict
     """
     for task in bundle.tasks:
         bundle.check_task(task)
-    pooled = {task.pooled for task in bundle.manifest.tasks.values()}
-    if pooled != {None}:
-        if pooled != {"lora"}:
-            first = bundle.manifest.tensors[0]
-            raise _refused(first.name, next(iter(first.digests)), "is a factor of (IA)³")
-        whole = None
+    entry, whole = bundle.manifest.tasks[bundle.tasks[0]], None
+    if entry.why_no_lora is not None:
+        first = bundle.manifest.tensors[0]
+        raise _refused(first.name, next(iter(first.digests)), entry.why_no_lora)
+    if entry.why_no_model is not None:
         rank = max(tensor.shape[0] for tensor in bundle.manifest.tensors if ".lora_A." in tensor.name)
     else:
         whole = factored(bundle)

@@ -137,7 +137,7 @@ def check_export(bundle: Bundle, task: str, *, link: bool, merged: bool = False)
     if merged and not entry.is_kept:
         raise UsageError(f"task `{task}` is no adapter: it is a whole model already", hint="leave out --merged")
     as_given = entry.is_kept and not merged
-    if link and not entry.is_model:
+    if link and entry.why_no_model is not None:
         raise UsageError(f"task `{task}` is an adapter, of one file of its own", hint="leave out --link")
     if link and not as_given:
         weight_map = _weight_map(bundle, task)
@@ -220,7 +220,7 @@ def write_weights(
 
 def _library(bundle: Bundle, task: str) -> LibraryName:
     """Return the library that loads the task's model."""
-    if not bundle.manifest.tasks[task].is_model:
+    if bundle.manifest.tasks[task].why_no_model is not None:
         return "peft"
     names = side_files(bundle, task, merged=False).values()
     config = bundle.config_folder(task) / "config.json"

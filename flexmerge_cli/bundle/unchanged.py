@@ -291,7 +291,7 @@ class _Search:
             return True
         is_block = any(set(block.tensors) == set(unit.tensors) for block in self.plan.blocks)
         of_group = all(getattr(found, "per", "task") == "group" and found.scope != "model" for found in measured)
-        return is_block and of_group and not self.plan.pools_lora
+        return is_block and of_group and not self.plan.merges_products
 
     def _are_same(self, storage: Storage, tasks: Tasks) -> bool:
         """Return whether tasks still have the same tensor, and give it back in the same dtype."""

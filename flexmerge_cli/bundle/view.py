@@ -134,9 +134,9 @@ def task_model(bundle: Bundle, task: str, weights: Mapping[str, Tensor], **kwarg
     names of model and checkpoint differ, IntegrityError if a side file is not the manifest's or the bundle is replaced.
     """
     folder = bundle.config_folder(task)
-    if not bundle.manifest.tasks[task].is_model:
+    if (why := bundle.manifest.tasks[task].why_no_model) is not None:
         hint = f"flexmerge export {bundle.path} --task {task} -o FOLDER, and load it with peft"
-        raise UsageError(f"task `{task}` is an adapter of a pool, and no model", hint=hint)
+        raise UsageError(f"task `{task}` {why}", hint=hint)
     bundle.check_files(task, weights=False)
     built = assigned_model(weights, folder, otherwise="use bundle.view and your own code", **kwargs)
     bundle.check_files(task, weights=False)  # transformers reads side files by their paths

@@ -102,8 +102,7 @@ def calibration_request(
                 f"--statistics {statistics}: --through measures inputs alone", hint="leave out --statistics"
             )
         wanted = ("inputs",)
-    if plan.pools_lora:
-        raise UsageError("a pool of LoRA adapters has no models to run", hint="plan with --adapters merge")
+    plan.require_models()
     merged = None
     if through is not None:
         merged = Through(**_merge_of(plan, through, size), relocate=relocate, access=access)

@@ -38,7 +38,7 @@ class StoredTensor:
     """The change applied on reading, for a tensor of a model that an adapter makes."""
 
     fill: float | None = None
-    """The value of every element of a tensor that has no bytes: the base of a pool of adapters."""
+    """The value of every element of a tensor that has no bytes."""
 
     pieces: tuple["StoredTensor", ...] = ()
     """Tensors of one shape and dtype, whose elements follow each other in this one. Then only the fields `name`,

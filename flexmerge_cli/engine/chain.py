@@ -11,7 +11,7 @@ from flexmerge_cli.engine.spans import widest
 from flexmerge_cli.methods.call import Calibrated, Call
 from flexmerge_cli.methods.coded import Coded
 from flexmerge_cli.methods.method import Scope
-from flexmerge_cli.methods.pooled import pooled_call, pooled_workspace
+from flexmerge_cli.methods.products import product_call, product_workspace
 from flexmerge_cli.methods.step import CalibrationCall, StepCall
 from flexmerge_cli.methods.use import MethodUse
 
@@ -29,7 +29,7 @@ class Chain:
     calibration: Calibrated | None = None
     """What was measured on examples, if residuals are rounded by it."""
     products: Call | None = None
-    """For a pool of LoRA adapters: the call that merges the products of the factors that `call` gets."""
+    """The call that merges the products of the factors that `call` gets; None if tensors merge by themselves."""
     step_stats: list[Any] = field(default_factory=list)
     """The finished statistics of each step: domain -> value per task."""
     stats: Callable[[Tasks, str], Any] = lambda _tasks, _tensor: None
@@ -46,7 +46,7 @@ class Chain:
     def block_workspace(self, num_tasks: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the bytes that one call on all tensors of a unit takes, beside their deltas."""
         if self.products is not None:
-            return pooled_workspace(self.products, num_tasks, shapes)
+            return product_workspace(self.products, num_tasks, shapes)
         return sum(self.call.workspace(num_tasks, shape) for shape in shapes.values()) if self.call is not None else 0
 
 
@@ -56,7 +56,9 @@ def chains_of(layout: BundleLayout) -> list[Chain]:
     is_by_distance = layout.request is not None and layout.request.is_by_distance
     rounds_by = None if is_by_distance else layout.calibration
     return [
-        _pooled(use) if layout.plan.pools_lora else _chain(use, layout.calibration, rounds_by)
+        Chain(steps=(), call=product_call(use.call), calibrate=None, coded=None, products=use.call)
+        if layout.plan.merges_products
+        else _chain(use, layout.calibration, rounds_by)
         for use in layout.allocation.methods
     ]
 
@@ -66,7 +68,3 @@ def _chain(use: MethodUse, calibration: Calibrated | None, rounds_by: Calibrated
     if call is not None and call.method.reads:
         call = replace(call, source=calibration)
     return Chain(steps=use.steps, call=call, calibrate=use.calibrate, coded=use.coded, calibration=rounds_by)
-
-
-def _pooled(use: MethodUse) -> Chain:
-    return Chain(steps=(), call=pooled_call(use.call), calibrate=None, coded=None, products=use.call)

@@ -29,9 +29,10 @@ from flexmerge_cli.engine.work import Raw, Worker
 from flexmerge_cli.engine.writers.table import encode, visit_scope
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.factors import factor_pairs
 from flexmerge_cli.later import Tensor, torch
 from flexmerge_cli.methods.method import Scope
-from flexmerge_cli.methods.pooled import factor_pairs, product_gram
+from flexmerge_cli.methods.products import product_gram
 from flexmerge_cli.record import NO_DIGEST
 from flexmerge_cli.version import VERSION
 
@@ -140,7 +141,7 @@ class Making:
     def _errors_of_products(
         self, raws: Mapping[str, Raw], values: dict[str, dict[Tasks, Tensor]], pieces: dict[str, Piece]
     ) -> None:
-        """Compute the errors of a pool of LoRAs: the loss of ΔW counts at the B of a module, and nothing at its A."""
+        """Compute the errors of products: the loss of ΔW counts at the B of a module, and nothing at its A."""
         for a, b in factor_pairs(raws):
             gram = self.plan.gram(self.plan.tensor(b))
             for piece in (pieces[a], pieces[b]):

@@ -3,7 +3,7 @@
 Collects the problems of all tasks before it raises.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,11 +15,12 @@ from flexmerge_cli.errors import DataError
 from flexmerge_cli.family import experts, fused
 from flexmerge_cli.family.adapted import adapted, names_other_base
 from flexmerge_cli.family.align import align
-from flexmerge_cli.family.blocks import Block, partition
 
 Adapters = Literal["keep", "merge", "pool"]
 """How tasks that are adapters are treated: kept as they are over the base, merged into it and then treated like any
 fine-tune, or merged among themselves."""
+BECOMES: dict[Adapters, str] = {"keep": "kept in", "merge": "merged into the base", "pool": "pooled"}
+"""What becomes of an adapter then, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,8 @@ class Members:
     """The tasks that merge: whole models, models that adapters make of the base, or the adapters of a pool."""
     kept: tuple[KeptAdapter, ...]
     """The tasks that stay adapters, in code-point order of name."""
+    merges_products: bool = False
+    """Whether the tensors that merge are pairs of factors, whose products merge (factors.py)."""
 
     @property
     def kinds(self) -> dict[str, str | None]:
@@ -92,7 +95,8 @@ def members_of(
     if mode == "pool":
         pooled = _pool_base(base, tasks, adapters)
         members = {name: replace(tasks[name], adapter=adapter.kind.value) for name, adapter in adapters.items()}
-        return Members(base=pooled, models=members, kept=())
+        by_products = any(adapter.kind is AdapterKind.LORA for adapter in adapters.values())
+        return Members(base=pooled, models=members, kept=(), merges_products=by_products)
     names = sorted(adapters) if mode == "keep" else []
     kept = tuple(_keep(base, name, adapters[name], models.pop(name)) for name in names)
     # Kept adapters need the base unchanged.
@@ -196,16 +200,3 @@ def _pool_base(base: Checkpoint, tasks: Mapping[str, Checkpoint], adapters: Mapp
                 factor.name, replace(factor, path=base.path, offset=0, strides=None, stream=None, fill=fill)
             )
     return replace(base, tensors=tensors, weight_bytes={}, config={}, side_files={}, parts={}, remote={})
-
-
-def partition_pairs(names: Sequence[str], blocks: str | Path) -> tuple[Block, ...]:
-    """Partition like `partition`, with both factors of a LoRA in one block, because their product is what merges."""
-    of_module: dict[str, list[str]] = {}
-    for name in names:
-        segments = name.split(".")
-        at = next((i for i, segment in enumerate(segments) if segment.startswith("lora_")), None)
-        of_module.setdefault(name if at is None else ".".join([*segments[:at], "weight"]), []).append(name)
-    return tuple(
-        replace(block, tensors=tuple(name for module in block.tensors for name in of_module[module]))
-        for block in partition(list(of_module), blocks)
-    )

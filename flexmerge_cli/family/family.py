@@ -109,6 +109,8 @@ class Family:
     """The tensors whose parts are in `tensors` (splitting.py)."""
     kept: tuple[KeptAdapter, ...] = ()
     """The tasks that stay adapters of the base, in code-point order. They appear in no list above."""
+    merges_products: bool = False
+    """Whether the tensors that merge are pairs of factors, whose products merge (factors.py)."""
 
     @property
     def stored(self) -> tuple[FamilyTensor, ...]:

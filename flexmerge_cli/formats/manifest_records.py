@@ -101,9 +101,14 @@ class TaskEntry(Record):
     called `<stem>.safetensors`, several are numbered as shards."""
 
     @property
-    def is_model(self) -> bool:
-        """Whether its tensors are those of a model, and not the factors of an adapter of a pool."""
-        return self.pooled is None
+    def why_no_model(self) -> str | None:
+        """Why no model has its tensors, in words that follow its name; None if one has."""
+        return None if self.pooled is None else "is an adapter of a pool, and no model"
+
+    @property
+    def why_no_lora(self) -> str | None:
+        """Why one of its tensors is in no LoRA, in words that follow its name; None if it is, or if it is a model's."""
+        return None if self.pooled in (None, AdapterKind.LORA) else "is a factor of (IA)³"
 
     @property
     def is_kept(self) -> bool:

@@ -20,7 +20,7 @@ Readers refuse unknown keys; a change of meaning makes it /2. A file is written 
 whole or absent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from flexmerge_cli.checkpoint.tensor import StoredTensor
+from flexmerge_cli.errors import UsageError
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import RowMap, Vocabulary
 from flexmerge_cli.family.split import Split, whole_of
@@ -42,9 +43,11 @@ from flexmerge_cli.formats.plan_records import (
     PlanSettings,
     PlanTensor,
 )
+from flexmerge_cli.formats.pools import check_request
 from flexmerge_cli.formats.sealed import is_sealed, read_sealed, save_sealed, sealed
 from flexmerge_cli.order.order import Merge
 from flexmerge_cli.record import Count, Items, Record, Shape
+from flexmerge_cli.request.merge import MergeRequest
 from flexmerge_cli.request.size import Size, Target
 
 FORMAT = "flexmerge.plan/1"
@@ -106,10 +109,28 @@ class Plan(Record):
         return size.target(num_tasks=len(self.readers), one_model_bytes=self.one_model_bytes)
 
     @property
-    def pools_lora(self) -> bool:
-        """Whether its tasks are LoRA adapters that merge among themselves, by their products and not by their
-        factors."""
+    def merges_products(self) -> bool:
+        """Whether tensors merge in pairs by their products (family/factors.py), and not by themselves."""
         return self.settings.adapters == "pool" and any(task.adapter == "lora" for task in self.tasks)
+
+    def require_models(self) -> None:
+        """Raise UsageError if the tasks are no models that could run."""
+        if self.merges_products:
+            raise UsageError("a pool of LoRA adapters has no models to run", hint="plan with --adapters merge")
+
+    def check_request(self, request: MergeRequest) -> None:
+        """Raise UsageError for a request that cannot merge these members."""
+        if self.merges_products:
+            check_request(request)
+
+    def not_low_rank(self) -> Iterator[tuple[str, str]]:
+        """Yield each tensor that is not one tensor for all tasks and matrices of low rank beside it, and why, as far as
+        kinds of members and ways of storing tell."""
+        if self.merges_products:
+            yield self.tensors[0].name, "is a factor of a pooled adapter, which `export --as-lora` serves as it is"
+        yield from ((split.tensor, "is stored in parts") for split in self.splits)
+        yield from ((name, "has rows of each task's own") for one in self.vocabularies for name in one.tensors)
+        yield from (found for member in self.readers for found in member.not_low_rank())
 
     @property
     def kept(self) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.checkpoint.libraries import library_of
 from flexmerge_cli.checkpoint.place import is_remote
 from flexmerge_cli.errors import DataError
-from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass
+from flexmerge_cli.family.factors import factor_pairs, partition_pairs
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.split import whole_of
 from flexmerge_cli.formats.plan_file import FORMAT, Plan, sealed_plan
@@ -152,9 +152,26 @@ def low_rank_records(
     return found
 
 
-def pools_lora(family: Family, request: PlanRequest) -> bool:
-    """Return what the plan's property of this name will be, before there is a plan."""
-    return request.adapters == "pool" and any(task.adapter == "lora" for task in family.tasks)
+def products_in_grams(family: Family, records: Sequence[dict[str, Any]]) -> None:
+    """Put the Gram matrix of products at the second factor of each pair, and zeros at the first. Reads the factors
+    again."""
+    from flexmerge_cli.checkpoint.reader import Reader
+    from flexmerge_cli.engine.device import as_tensor
+    from flexmerge_cli.methods.products import product_gram
+
+    by_name = {record["name"]: (tensor, record) for tensor, record in zip(family.tensors, records)}
+    merging = [name for name, (_, record) in by_name.items() if record["class"] is TensorClass.MERGEABLE]
+    zero = [[0.0] * len(family.tasks)] * len(family.tasks)
+    with Reader() as reader:
+
+        def values(name: str) -> list[Any]:
+            own = [tensor for tensor in by_name[name][0].tasks if tensor is not None]  # what merges is in every task
+            read = [reader.read(each, 0, each.num_elements, np.empty(each.num_bytes, np.uint8)) for each in own]
+            return [as_tensor(data, each.dtype).view(each.shape) for each, data in zip(own, read)]
+
+        for a, b in factor_pairs(merging):
+            by_name[b][1]["gram"] = product_gram(values(a), values(b)).tolist()
+            by_name[a][1]["gram"] = zero
 
 
 def _not_finite(family: Family, tensor: FamilyTensor, found: Sequence[tuple[Any, Any]]) -> list[str]:

@@ -114,28 +114,3 @@ def check_on_disk(kept: Sequence[KeptAdapter]) -> None:
 def base_side_files(base: Checkpoint) -> dict[str, Path]:
     """Return the files that a merged model takes from the base."""
     return {name: path for name, path in base.side_files.items() if name != "README.md"}
-
-
-def products_in_grams(family: Family, records: Sequence[dict[str, Any]]) -> None:
-    """Put the Gram matrix of ΔW at the B of each module of a pool of LoRAs, and zeros at its A. Reads the factors
-    again."""
-    from flexmerge_cli.checkpoint.reader import Reader
-    from flexmerge_cli.engine.device import as_tensor
-    from flexmerge_cli.methods.pooled import factor_pairs, product_gram
-
-    by_name = {record["name"]: (tensor, record) for tensor, record in zip(family.tensors, records)}
-    merging = [name for name, (_, record) in by_name.items() if record["class"] is TensorClass.MERGEABLE]
-    zero = [[0.0] * len(family.tasks)] * len(family.tasks)
-    with Reader() as reader:
-
-        def values(name: str) -> list[Any]:
-            found = []
-            for tensor in by_name[name][0].tasks:
-                assert tensor is not None
-                data = reader.read(tensor, 0, tensor.num_elements, np.empty(tensor.num_bytes, np.uint8))
-                found.append(as_tensor(data, tensor.dtype).view(tensor.shape))
-            return found
-
-        for a, b in factor_pairs(merging):
-            by_name[b][1]["gram"] = product_gram(values(a), values(b)).tolist()
-            by_name[a][1]["gram"] = zero

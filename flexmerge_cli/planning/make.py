@@ -12,9 +12,9 @@ from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.remote import RemoteFile
 from flexmerge_cli.engine.survey_item import Measure, SurveyItem
 from flexmerge_cli.errors import SourceError
-from flexmerge_cli.family.adapters import partition_pairs
 from flexmerge_cli.family.blocks import Block
 from flexmerge_cli.family.classes import TensorClass, aliases, tied_by_config
+from flexmerge_cli.family.factors import partition_pairs
 from flexmerge_cli.family.family import Family, FamilyTensor
 from flexmerge_cli.family.splitting import require_splits, split_tensors
 from flexmerge_cli.family.vocabulary import split_vocabularies
@@ -25,7 +25,7 @@ from flexmerge_cli.planning.fields import (
     low_rank_records,
     order_fields,
     plan_of,
-    pools_lora,
+    products_in_grams,
     settings_fields,
     tensor_records,
 )
@@ -72,7 +72,7 @@ def opened(
     kept_adapters.check_on_disk(family.kept)
     fetch(to_fetch(family), request.access, on_progress)
     family = divided(settle_ties(family, known), request)
-    if pools_lora(family, request):  # how well factors code says nothing about their products
+    if family.merges_products:  # how well factors code says nothing about their products
         request = replace(request, statistics="gram")
     owners, items = survey_items(family, request)
     return Opened(
@@ -153,8 +153,8 @@ def make_plan(
         digests |= {item.name: measure.digests[0] for item, measure in zip(of_base, more)}
         for record in tensors:
             record["base_digest"] = digests.get(record["name"])
-    if pools_lora(family, request):
-        kept_adapters.products_in_grams(family, tensors)
+    if family.merges_products:
+        products_in_grams(family, tensors)
     low_rank = low_rank_records(family, tensors, known.low_rank(family) if known is not None else {})
     made = kept_adapters.digests_of_changes(family, of_adapters, more[len(of_base) :])
     plan = plan_of(family, tensors, request, save_to, made, low_rank)

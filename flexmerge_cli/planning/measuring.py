@@ -67,7 +67,7 @@ def add_statistics(
     """
     if plan.settings.statistics == "all":
         return plan
-    if plan.pools_lora:
+    if plan.merges_products:
         raise UsageError(
             "statistics of the factors of LoRA adapters say nothing about their products", hint="leave out --statistics"
         )

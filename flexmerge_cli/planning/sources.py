@@ -62,6 +62,7 @@ def open_family(request: PlanRequest, *, may_ignore: Collection[str] = ()) -> Fa
     family = make_family(
         members.base, members.models, private=request.private, merge_heads=request.merge_heads, kept=members.kept
     )
+    family = replace(family, merges_products=members.merges_products)
     for message in left_out.notes(family):
         request.access.on_message(message)
     return family

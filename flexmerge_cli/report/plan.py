@@ -10,6 +10,7 @@ from flexmerge_cli.allocation.allocation import copies
 from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.options import EXACT
 from flexmerge_cli.checkpoint.dtypes import FLOATING, ITEM_BYTES
+from flexmerge_cli.family.adapters import BECOMES
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.family.family import Family
 from flexmerge_cli.formats.plan_file import Plan
@@ -106,7 +107,7 @@ def adapter_words(row: dict[str, Any]) -> str:
     adapter = row.get("adapter")
     if adapter is None:
         return ""
-    becomes = {"keep": "kept in", "merge": "merged into the base", "pool": "pooled"}[adapter["becomes"]]
+    becomes = BECOMES[adapter["becomes"]]
     return f"{adapter['kind']}, {becomes}" + (f" {adapter['bytes']:,} bytes" if "bytes" in adapter else "")
 
 
