@@ -20,7 +20,7 @@
 #define EXPORTED __attribute__((visibility("default")))
 
 /* Of the functions below; native.py calls no others. Raise it with every change of arguments. */
-EXPORTED int64_t flexmerge_version(void) { return 6; }
+EXPORTED int64_t flexmerge_version(void) { return 7; }
 
 /* sum[j] = Σ (x[row][j] - minus[j]) of k rows, one after another in float64; rows of x are `stride` elements apart.
  * Inlined, so that n is a constant, and the sums stay in registers, wherever it is LANES. */
@@ -45,49 +45,30 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sum(const float *x, int64_t k, int64
     add_rows(x + i, k, stride, n - i, minus, out + i);
 }
 
-/* out[i] = base[i] + float32(mean of task vectors), the mean in float64. x are task vectors if `subtracted`, else
- * weights. */
-EXPORTED FOR_EVERY_PROCESSOR void flexmerge_average(const float *base, const float *x, int64_t k, int64_t n,
-                                                    int64_t stride, int64_t subtracted, float *out)
+/* Largest magnitude and Σ x² of n elements. */
+static FOR_EVERY_PROCESSOR void measure_row(const float *x, int64_t n, float *largest, double *energy)
 {
-    const float zero[LANES] = {0};
-    double sum[LANES];
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        add_rows(x + i, k, stride, LANES, subtracted ? zero : base + i, sum);
-        for (int j = 0; j < LANES; j++) out[i + j] = base[i + j] + (float)(sum[j] / (double)k);
-    }
-    add_rows(x + i, k, stride, n - i, subtracted ? zero : base + i, sum);
-    for (int j = 0; j < n - i; j++) out[i + j] = base[i + j] + (float)(sum[j] / (double)k);
-}
-
-/* Largest magnitude and Σ x² of each of m rows of n elements. */
-EXPORTED FOR_EVERY_PROCESSOR void flexmerge_measure_rows(const float *x, int64_t m, int64_t n, float *largest,
-                                                         double *energy)
-{
-    for (int64_t row = 0; row < m; row++, x += n) {
-        float top[LANES] = {0}, most = 0;
-        double total = 0;
-        for (int64_t first = 0; first < n; first += RUN) {
-            const int64_t stop = first + RUN < n ? first + RUN : n;
-            float sum[LANES] = {0}, rest = 0;
-            int64_t i = first;
-            for (int64_t at = i; at + LANES <= stop; at += LANES)
-                for (int j = 0; j < LANES; j++) top[j] = fabsf(x[at + j]) > top[j] ? fabsf(x[at + j]) : top[j];
-            for (; i + LANES <= stop; i += LANES)
-                for (int j = 0; j < LANES; j++) sum[j] += x[i + j] * x[i + j];
-            for (; i < stop; i++) {
-                const float a = fabsf(x[i]);
-                most = a > most ? a : most;
-                rest += a * a;
-            }
-            for (int j = 0; j < LANES; j++) total += sum[j];
-            total += rest;
+    float top[LANES] = {0}, most = 0;
+    double total = 0;
+    for (int64_t first = 0; first < n; first += RUN) {
+        const int64_t stop = first + RUN < n ? first + RUN : n;
+        float sum[LANES] = {0}, rest = 0;
+        int64_t i = first;
+        for (int64_t at = i; at + LANES <= stop; at += LANES)
+            for (int j = 0; j < LANES; j++) top[j] = fabsf(x[at + j]) > top[j] ? fabsf(x[at + j]) : top[j];
+        for (; i + LANES <= stop; i += LANES)
+            for (int j = 0; j < LANES; j++) sum[j] += x[i + j] * x[i + j];
+        for (; i < stop; i++) {
+            const float a = fabsf(x[i]);
+            most = a > most ? a : most;
+            rest += a * a;
         }
-        for (int j = 0; j < LANES; j++) most = top[j] > most ? top[j] : most;
-        largest[row] = most;
-        energy[row] = total;
+        for (int j = 0; j < LANES; j++) total += sum[j];
+        total += rest;
     }
+    for (int j = 0; j < LANES; j++) most = top[j] > most ? top[j] : most;
+    *largest = most;
+    *energy = total;
 }
 
 /* Σ (v - level of v)² over a row, v = |x|·inverse. LEVEL is an expression of v. */
@@ -127,23 +108,46 @@ static FOR_EVERY_PROCESSOR double of_steps(const float *x, int64_t n, float inve
     SUM_OF_SQUARES(rintf(v) < last ? rintf(v) : last)
 }
 
-/* Of T ways to code m rows: Σ of each way and row, [T, m]. inverse [T, m]: reciprocals of the scales.
- * last [T] > 0: levels 0, 1, …, last. Else tables [T, 7]: four levels, and three thresholds that are taken times
- * exact [m]. */
-EXPORTED void flexmerge_row_errors(const float *x, int64_t m, int64_t n, int64_t ways, const float *inverse,
-                                   const float *last, const float *tables, const float *exact, double *out)
+/* A scale as it is stored, in bfloat16: rounded to nearest, ties to even. */
+static double rounded(double scale)
 {
-    for (int64_t row = 0; row < m; row++, x += n)
+    const float single = (float)scale;
+    uint32_t bits;
+    memcpy(&bits, &single, sizeof bits);
+    bits = single != single ? 0x7FC00000 : (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+    float stored;
+    memcpy(&stored, &bits, sizeof stored);
+    return stored;
+}
+
+/* Code m rows in several ways, and find Σ (x - coded x)² of the best way of each number of bits, out [bits, m]; and the
+ * largest magnitude of each row. Of a way: `place` is that of its bits; with last > 0 the levels are 0, 1, …, last, and
+ * the scale is factor times the largest magnitude divided by last; else the scale is the root mean square, and tables
+ * [ways, 7] hold four levels, and three thresholds at the exact scale. Scales are rounded to bfloat16. */
+EXPORTED void flexmerge_row_errors(const float *x, int64_t m, int64_t n, int64_t ways, const int64_t *place,
+                                   const double *factor, const float *last, const float *tables, float *largest,
+                                   double *out)
+{
+    for (int64_t row = 0; row < m; row++, x += n) {
+        double energy, exact = 0;
+        measure_row(x, n, largest + row, &energy);
+        const double root = sqrt(energy / (double)n);
         for (int64_t way = 0; way < ways; way++) {
-            const int64_t at = way * m + row;
+            const double scale = last[way] > 0 ? factor[way] * largest[row] / last[way] : root, unit = rounded(scale);
+            const float inverse = (float)(1 / unit), *table = tables + 7 * way;
+            double error;
+            if (way == 0) exact = (float)(root / unit);
             if (last[way] > 0) {
-                out[at] = of_steps(x, n, inverse[at], last[way]);
+                error = of_steps(x, n, inverse, last[way]);
             } else {
-                const float *table = tables + 7 * way;
-                const float threshold[3] = {table[4] * exact[row], table[5] * exact[row], table[6] * exact[row]};
-                out[at] = of_table(x, n, inverse[at], table, threshold);
+                const float at = (float)exact, threshold[3] = {table[4] * at, table[5] * at, table[6] * at};
+                error = of_table(x, n, inverse, table, threshold);
             }
+            error *= unit * unit;
+            double *best = out + place[way] * m + row;
+            if (way == 0 || place[way] != place[way - 1] || error < *best || error != error) *best = error;
         }
+    }
 }
 
 /* Σ x² of each of `runs` runs of k rows: LANES sums in float32, which are then added up in float64. */
@@ -341,6 +345,29 @@ EXPORTED FOR_EVERY_PROCESSOR void flexmerge_deltas(const void *base, const void 
         for (int64_t row = 0; row < k; row++)
             minus(x, types[1], row * stride + first, count, b, out + row * n + first);
     }
+}
+
+/* Of some rows of k tasks: their average, base + float32(mean of x - base), out [s, n]; and what it lacks of `tasks`
+ * [s, t] of them, x - average, residuals [s, t, n]. x: addresses of the tasks' first rows; base is float32. */
+EXPORTED FOR_EVERY_PROCESSOR void flexmerge_sample(const float *base, const void *const *x, int64_t type, int64_t k,
+                                                   const int64_t *rows, int64_t s, int64_t n, const int64_t *tasks,
+                                                   int64_t t, float *average, float *residuals)
+{
+    double sum[RUN];
+    float own[RUN];
+    for (int64_t row = 0; row < s; row++, average += n, tasks += t, residuals += t * n)
+        for (int64_t first = 0; first < n; first += RUN) {
+            const int64_t count = first + RUN < n ? RUN : n - first, at = rows[row] * n + first;
+            const float *b = base + at;
+            memset(sum, 0, sizeof sum);
+            for (int64_t task = 0; task < k; task++) {
+                minus(x[task], type, at, count, b, own);
+                for (int64_t i = 0; i < count; i++) sum[i] += own[i];
+            }
+            for (int64_t i = 0; i < count; i++) average[first + i] = b[i] + (float)(sum[i] / (double)k);
+            for (int64_t one = 0; one < t; one++)
+                minus(x[tasks[one]], type, at, count, average + first, residuals + one * n + first);
+        }
 }
 
 /* Merge the task vectors τ = x - base of k rows, and measure what the tasks lose: Σ (τ - (stored - base))² of each run.

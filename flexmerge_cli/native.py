@@ -15,7 +15,6 @@ from pathlib import Path
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "flexmerge_sum": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER),
-    "flexmerge_average": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
     "flexmerge_squares": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _COUNT),
     "flexmerge_merge": (
         _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, ctypes.c_double, ctypes.c_double, _POINTER,
@@ -27,7 +26,6 @@ _ARGUMENTS = {
         _POINTER, _COUNT, _POINTER, _COUNT,
     ),
     "flexmerge_products": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER),
-    "flexmerge_measure_rows": (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER),
     "flexmerge_trim": (
         _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, ctypes.c_uint64, _COUNT, _COUNT, _POINTER,
     ),
@@ -39,7 +37,12 @@ _ARGUMENTS = {
         _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT,
         _POINTER, _COUNT,
     ),
-    "flexmerge_row_errors": (_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+    "flexmerge_row_errors": (
+        _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
+    ),
+    "flexmerge_sample": (
+        _POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER,
+    ),
 }  # fmt: skip
 
 
@@ -94,5 +97,5 @@ def address(held: ctypes.Structure) -> int:
 MOST_TASKS = 32  # the limit of flexmerge_products
 TYPES = {"F32": 1, "BF16": 2}  # as in decode.c and native.c
 
-lib = _load("_native", 6, _ARGUMENTS)
+lib = _load("_native", 7, _ARGUMENTS)
 decoding = _load("_decode", 2, _DECODE_ARGUMENTS)

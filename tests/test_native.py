@@ -9,7 +9,7 @@ import torch
 from flexmerge_cli import make_plan, merge, native
 from flexmerge_cli.engine.runs import RUN_ELEMENTS, sizes, squares
 from flexmerge_cli.engine.survey import gram_sums
-from flexmerge_cli.engine.survey_codes import average_of
+from flexmerge_cli.engine.survey_codes import sampled_rows
 from flexmerge_cli.engine.survey_item import PRODUCT_ELEMENTS
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods import places
@@ -17,6 +17,7 @@ from flexmerge_cli.methods.method import Where
 from flexmerge_cli.methods.places import AtPlaces, value_keys
 from flexmerge_cli.methods.reductions import largest_agreeing, merge_agreeing, sum_tasks
 from flexmerge_cli.methods.selection import Kept, keep_largest
+from flexmerge_cli.residuals.coding_error import residual_tasks
 from flexmerge_cli.residuals.row_errors import row_errors
 
 from .families import Folders, Models, write_family
@@ -50,14 +51,21 @@ def test_sums_of_odd_numbers_have_the_same_bits(value, monkeypatch):
     assert found.numpy().tobytes() == sum_tasks(deltas).numpy().tobytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("tasks", [1, 3, 8])
-def test_averages_have_the_same_bits(size, tasks, monkeypatch):
-    base = normal(2, size)
-    weights = base + 0.01 * normal(tasks, 2, size, seed=1)
-    found = average_of(base, weights)
+@pytest.mark.parametrize("tasks", [1, 3, 13])
+def test_sampled_rows_have_the_same_bits(size, tasks, dtype, monkeypatch):
+    base = normal(5, size)
+    weights = [(base + 0.01 * normal(5, size, seed=seed)).to(dtype) for seed in range(1, tasks + 1)]
+    rows = np.array([0, 2, 3])
+    measured = residual_tasks(slice(4, 7), tasks)
+
+    def sampled():
+        return sampled_rows(base, weights, rows, measured, lambda _name, *shape: torch.full(shape, torch.nan))
+
+    found = sampled()
     monkeypatch.setattr(native, "lib", None)
-    assert torch.equal(found, average_of(base, weights))
+    assert all(map(torch.equal, found, sampled()))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 8, 13, 32])

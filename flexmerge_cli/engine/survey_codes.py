@@ -5,14 +5,14 @@ once, as a whole, and the sums do not depend on how tensors are cut.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flexmerge_cli import native
-from flexmerge_cli.engine.device import as_tensor
+from flexmerge_cli.engine.device import as_tensor, name_of
 from flexmerge_cli.engine.pool import Buffers
 from flexmerge_cli.methods.reductions import mean_tasks
 from flexmerge_cli.residuals.coder import Matrix
@@ -53,7 +53,7 @@ def measure_rows(
     at = slice(rows.first * rows.columns - start, rows.end - start)
     *tasks, base = [value[at].view(-1, rows.columns) for value in values]
     sampled = sums.sampled_in(rows.first, len(base))
-    chosen = torch.from_numpy(sums.sampled[sampled] - rows.first)
+    picked = sums.sampled[sampled] - rows.first
 
     def new(key: str, *shape: int) -> torch.Tensor:
         if device.type != "cpu":
@@ -61,30 +61,42 @@ def measure_rows(
         size = 4 * math.prod(shape)
         return as_tensor(buffers.get(key, size)[:size], "F32").view(shape)
 
-    own = new("own", len(tasks), len(chosen), rows.columns)
-    for into, task in zip(own, tasks):
-        if task.dtype is torch.float32 and device.type == "cpu":
-            torch.index_select(task, 0, chosen, out=into)
-        else:
-            into.copy_(task.index_select(0, chosen))
     if base.dtype is not torch.float32 or base.device != device:
         base = new("wide", *base.shape).copy_(base)
-    average = average_of(base[chosen.to(device)], own)
     measured = residual_tasks(sampled, len(tasks))
-    places = torch.from_numpy(measured * len(chosen) + np.arange(len(chosen))[:, None])
-    residuals = new("residuals", *measured.shape, rows.columns)
-    flat = own.view(-1, rows.columns), places.flatten().to(device), residuals.view(-1, rows.columns)
-    torch.index_select(flat[0], 0, flat[1], out=flat[2])
-    return sums.measure(rows.first, base, average, residuals.sub_(average[:, None]).flatten(0, 1))
+    average, residuals = sampled_rows(base, tasks, picked, measured, new)
+    return sums.measure(rows.first, base, average, residuals.flatten(0, 1))
 
 
-def average_of(base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return θ_0 + mean τ, the mean in float64, rounded once: float32 [s, n], [k, s, n] -> [s, n]."""
-    if native.lib is None or base.device.type != "cpu":
-        return base + mean_tasks(weights - base).float()
-    average = torch.empty_like(base)
-    size = base.numel()
-    native.lib.flexmerge_average(
-        base.data_ptr(), weights.data_ptr(), len(weights), size, size, False, average.data_ptr()
-    )
-    return average
+def sampled_rows(
+    base: torch.Tensor,
+    tasks: Sequence[torch.Tensor],
+    rows: np.ndarray,
+    measured: np.ndarray,
+    new: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return θ_0 + mean τ of some rows, [s, n], the mean in float64, rounded once; and θ_k less that, [s, t, n].
+
+    base: float32 [r, n]; tasks: [r, n] each. measured: the tasks of each row, int64 [s, t]. new: makes a float32 tensor
+    of a name and shape on the device.
+    """
+    s, n = len(rows), base.shape[1]
+    residuals = new("residuals", *measured.shape, n)
+    types = {task.dtype for task in tasks}
+    if native.lib is not None and base.device.type == "cpu" and len(types) == 1 and name_of(*types) in native.TYPES:
+        average = new("average", s, n)
+        addresses = np.array([task.data_ptr() for task in tasks])
+        native.lib.flexmerge_sample(
+            base.data_ptr(), addresses.ctypes.data, native.TYPES[name_of(*types)], len(tasks), rows.ctypes.data, s, n,
+            measured.ctypes.data, measured.shape[1], average.data_ptr(), residuals.data_ptr(),
+        )  # fmt: skip
+        return average, residuals
+    chosen = torch.from_numpy(rows)
+    own = new("own", len(tasks), s, n)
+    for into, task in zip(own, tasks):
+        into.copy_(task.index_select(0, chosen))
+    start = base[chosen.to(base.device)]
+    average = start + mean_tasks(own - start).float()
+    places = torch.from_numpy(measured * s + np.arange(s)[:, None])
+    torch.index_select(own.flatten(0, 1), 0, places.flatten().to(base.device), out=residuals.flatten(0, 1))
+    return average, residuals.sub_(average[:, None])

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -53,16 +54,12 @@ def row_errors(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
         return np.zeros((len(bits), m))
     if n < FEWEST_COLUMNS:
         return _plain(matrix, bits)
-    blocks = _Blocks(matrix) if native.lib is None or matrix.device.type != "cpu" else _Native(matrix)
-    largest_m, root_m = blocks.measure()
-    trials = _trials(bits, largest_m.double(), root_m)
-    squares_Tm = (blocks.squares(trials) * trials.unit_Tm.square()).cpu().numpy()
-    firsts = [trials.bits.index(number) for number in bits]
-    errors: np.ndarray = np.minimum.reduceat(squares_Tm, firsts)
-    largest = largest_m.cpu().numpy()
-    errors[:, largest == 0] = 0
-    odd = np.flatnonzero(~((largest == 0) | ((largest > SMALLEST) & (largest < LARGEST))))
-    if len(odd):
+    native_here = native.lib is not None and matrix.device.type == "cpu"
+    errors, largest = (_in_c if native_here else _in_torch)(matrix, tuple(bits))
+    usual = (largest > SMALLEST) & (largest < LARGEST)
+    if not usual.all():
+        errors[:, largest == 0] = 0
+        odd = np.flatnonzero(~usual & (largest != 0))
         errors[:, odd] = _plain(matrix[torch.from_numpy(odd).to(matrix.device)], bits)
     return errors
 
@@ -77,10 +74,50 @@ def _plain(matrix: Tensor, bits: Sequence[int]) -> np.ndarray:
     return np.stack([squared_errors(matrix, weight_code(number)).cpu().numpy() for number in bits])
 
 
+def _in_torch(matrix: Tensor, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the errors, [bits, m], and the largest magnitude of each row. The rows are of some size."""
+    blocks = _Blocks(matrix)
+    largest_m, root_m = blocks.measure()
+    trials = _trials(bits, largest_m.double(), root_m)
+    squares_Tm = (blocks.squares(trials) * trials.unit_Tm.square()).cpu().numpy()
+    firsts = [trials.bits.index(number) for number in bits]
+    return np.minimum.reduceat(squares_Tm, firsts), largest_m.cpu().numpy()
+
+
+def _in_c(matrix: Tensor, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same in native.c: a row is loaded once and stays in the cache for all trials."""
+    assert native.lib is not None
+    m, n = matrix.shape
+    matrix = matrix.contiguous()
+    errors, largest = np.empty((len(bits), m)), np.empty(m, np.float32)
+    ways = _ways(bits)
+    native.lib.flexmerge_row_errors(
+        matrix.data_ptr(), m, n, len(ways[0]), *(array.ctypes.data for array in (*ways, largest, errors))
+    )
+    return errors, largest
+
+
+@cache
+def _ways(bits: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Describe the trials to native.c: places of their bits, factors, last levels (0 for those of a table), tables."""
+    trials = [(place, number, factor) for place, number in enumerate(bits) for factor in _factors(number)]
+    return (
+        np.array([place for place, _, _ in trials]),
+        np.array([factor for _, _, factor in trials]),
+        np.array([0.0 if number <= 3 else half_range(number) for _, number, _ in trials], np.float32),
+        np.array([_table(number) for _, number, _ in trials], np.float32),
+    )
+
+
+def _factors(number: int) -> tuple[float, ...]:
+    """Return the parts of the largest magnitude that are tried as the last level."""
+    return CLIP_FACTORS if number == 4 else (1.0,)
+
+
 def _trials(bits: Sequence[int], largest_m: Tensor, root_m: Tensor) -> _Trials:
     """Choose the scales of all trials at once: trials are many, and rows few. largest_m, root_m: float64."""
     gauss = [number for number in bits if number <= 3]
-    spaced = [(number, factor) for number in bits if number > 3 for factor in (CLIP_FACTORS if number == 4 else (1.0,))]
+    spaced = [(number, factor) for number in bits if number > 3 for factor in _factors(number)]
     scales = [root_m] * len(gauss) + [factor * largest_m / half_range(number) for number, factor in spaced]
     unit_Tm = torch.stack(scales).float().to(torch.bfloat16).double()
     return _Trials(
@@ -90,35 +127,6 @@ def _trials(bits: Sequence[int], largest_m: Tensor, root_m: Tensor) -> _Trials:
         unit_Tm=unit_Tm,
         exact_m=root_m / unit_Tm[0],
     )
-
-
-class _Native:
-    """Like `_Blocks`, in native.c: a row is loaded once and stays in the cache for all trials."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix.contiguous()
-
-    def measure(self) -> tuple[Tensor, Tensor]:
-        assert native.lib is not None
-        m, n = self.matrix.shape
-        largest_m, energy_m = torch.empty(m), torch.empty(m, dtype=torch.float64)
-        native.lib.flexmerge_measure_rows(
-            self.matrix.data_ptr(), m, n, largest_m.data_ptr(), energy_m.data_ptr()
-        )  # fmt: skip
-        return largest_m, (energy_m / n).sqrt()
-
-    def squares(self, trials: _Trials) -> Tensor:
-        assert native.lib is not None
-        m, n = self.matrix.shape
-        inverse_Tm, exact_m = (1 / trials.unit_Tm).float(), trials.exact_m.float()
-        last_T = torch.tensor([0.0 if bits <= 3 else float(half_range(bits)) for bits in trials.bits])
-        tables_T7 = torch.tensor([_table(bits) for bits in trials.bits])
-        found_Tm = torch.empty(len(trials.bits), m, dtype=torch.float64)
-        arrays = inverse_Tm, last_T, tables_T7, exact_m, found_Tm
-        native.lib.flexmerge_row_errors(
-            self.matrix.data_ptr(), m, n, len(trials.bits), *(array.data_ptr() for array in arrays)
-        )
-        return found_Tm
 
 
 def _table(bits: int) -> list[float]:
