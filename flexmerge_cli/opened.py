@@ -1,9 +1,10 @@
 """A bundle as `from flexmerge_cli import open_bundle` gives it: its tasks as tensors, as models, and in one process."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flexmerge_cli.bundle import files
 from flexmerge_cli.bundle.locate import locate
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.verify import require_sound
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from flexmerge_cli.serving.runtime import Runtime
 
 Verify = Literal["first-use", "all", "off"]
+DIGESTS: Mapping[Verify, files.Verify] = {"first-use": "xxh3", "all": "sha256", "off": "off"}
+"""The digest that is compared when a file is first read."""
 
 
 class OpenBundle:
@@ -23,11 +26,11 @@ class OpenBundle:
     def __init__(self, path: Path | str, *, verify: Verify | bool = "first-use") -> None:
         """Open a bundle on this disk. Arguments and errors: `open_bundle`."""
         verify = ("all" if verify else "off") if isinstance(verify, bool) else verify
-        if verify not in ("first-use", "all", "off"):
+        if verify not in DIGESTS:
             raise UsageError(f"verify={verify!r} is none of `first-use`, `all`, `off`", hint='verify="first-use"')
         located = locate(str(path))
         self._predictors: dict[tuple[str, str], Predictor] = {}
-        self._bundle = located.open(verify=verify != "off") if verify != "all" else Bundle.look(located.path)
+        self._bundle = Bundle.look(located.path) if verify == "all" else located.open(verify=DIGESTS[verify])
         if verify == "all":
             require_sound(self._bundle)
 
@@ -46,7 +49,7 @@ class OpenBundle:
         other's writes, which never reach the file. copy=True returns private copies. device: `cuda` or `cuda:n`, where
         tensors coded in few bits are decoded.
 
-        The sha256 of a file is checked before its first tensor is returned (see `verify` of open_bundle). The view
+        The digest of a file is checked before its first tensor is returned (see `verify` of open_bundle). The view
         keeps its files open: if the bundle is replaced or removed, it still returns the tensors of the one that was
         opened. Failures of the disk: see View.
 
@@ -107,9 +110,9 @@ class OpenBundle:
 def open_bundle(path: Path | str, *, verify: Verify | bool = "first-use") -> OpenBundle:
     """Open a bundle, given as a folder or `hf://org/name`. Checks paths, headers and sizes.
 
-    verify: when to check the sha256 of files against the manifest. `first-use`: before the first tensor of a file is
-    returned, once while the bundle is open. `all` or True: every file, now. `off` or False: never, if you have checked
-    them already.
+    verify: when to check the digests of files against the manifest. `first-use`: the xxh3-128 of a file before its
+    first tensor is returned, once while the bundle is open; the SHA-256 if the bundle is from before the xxh3-128 was
+    recorded. `all` or True: the SHA-256 of every file, now. `off` or False: never, if you have checked them already.
     A file that is missing, truncated or damaged affects only the tasks that read it, for which `view` raises. With
     `all`, any such file raises here; so it does with every setting if no task is left.
     Raises SourceError, DataError, IntegrityError, MachineError, and UsageError for another value of verify.

@@ -47,7 +47,7 @@ def task_view(model: str) -> View:
     for place in (folder, folder.parent):  # older bundles have the config in coded/NAME/files
         root = place.parent.parent
         if is_bundle(root):
-            bundle = Bundle.open(root)
+            bundle = Bundle.open(root, verify="xxh3")
             for task in bundle.tasks:
                 if root / bundle.manifest.side_folder(task) == place:
                     bundle.require_tensors(task)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.bench_calibrate import bare_passes, calibrated, make_calibrated, told
 from tests.bench_cost import cost
@@ -249,7 +249,7 @@ def our_bundles(folder: Path) -> Callable[[], None]:
     return run
 
 
-def our_export(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]:
+def our_export(folder: Path, bundle: str, *, verify: Literal["xxh3", "off"]) -> Callable[[], None]:
     from flexmerge_cli.bundle.export import export_task
     from flexmerge_cli.bundle.read import Bundle
     from flexmerge_cli.methods import coded
@@ -260,7 +260,7 @@ def our_export(folder: Path, bundle: str, *, verify: bool) -> Callable[[], None]
     return lambda: export_task(Bundle.open(folder / bundle, tasks=["task1"], verify=verify), "task1", target)
 
 
-def our_view(folder: Path, bundle: str, *, verify: bool, cold: bool = False) -> Callable[[], None]:
+def our_view(folder: Path, bundle: str, *, verify: Literal["xxh3", "off"], cold: bool = False) -> Callable[[], None]:
     import torch
 
     from flexmerge_cli.bundle.read import Bundle
@@ -293,10 +293,10 @@ PARTS = {
     "our-bundles": our_bundles,
     "bare-load": bare_load,
     **{
-        f"{what}-{bundle}{'-verified' if verify else ''}": partial(part, bundle=bundle, verify=verify)
+        f"{what}-{bundle}{'' if verify == 'off' else '-verified'}": partial(part, bundle=bundle, verify=verify)
         for what, part in (("export", our_export), ("view", our_view), ("cold-view", partial(our_view, cold=True)))
         for bundle in ("dense", "coded")
-        for verify in (False, True)
+        for verify in ("off", "xxh3")
     },
     "bare-calibrate": bare_passes,
     "our-inputs": partial(calibrated, statistics="inputs"),

@@ -48,7 +48,7 @@ ADAPTERS = {
     "pooled": {"exact": (), "average": ("--method", "average")},
 }
 PEFT = "base_model.model"
-MEASURED = ("distance", "errors", "sha256", "id", "plan", "generator", "build", "request")
+MEASURED = ("distance", "errors", "sha256", "xxh3", "id", "plan", "generator", "build", "request")
 
 
 def digest(bundle: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from flexmerge_cli.allocation.allocation import Allocation, Group, Tasks, Unit
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Storage, effective_dtype, reads_base
+from flexmerge_cli.checkpoint.digest import FileDigests
 from flexmerge_cli.family.classes import TensorClass
 from flexmerge_cli.formats.manifest import FORMAT
 from flexmerge_cli.formats.manifest_records import packed_errors
@@ -38,8 +39,8 @@ class Measured:
     """The digest of the versions and the machine on which the stored values depend."""
     digests: dict[str, dict[int, str]] = field(default_factory=dict)
     """The digest of each decoded tensor: aligned name -> task -> digest."""
-    sha256: dict[str, str] = field(default_factory=dict)
-    """The digest of each file, by its path."""
+    files: dict[str, FileDigests] = field(default_factory=dict)
+    """The digests of each file, by its path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ def manifest_frame(
         file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in files
     } | {file.path: {"bytes": file.num_bytes, "tasks": [names[task] for task in file.readers]} for file in small}
     for path, entry in entries.items():
-        entry["sha256"] = measured.sha256.get(path, NO_SHA256)
+        entry |= measured.files.get(path, FileDigests(NO_SHA256, NO_DIGEST))._asdict()
     optional = _vocabulary_entries(plan, allocation.dtype, measured) | ({"gate": gate} if gate else {})
     optional |= {"splits": [split.model_dump() for split in plan.splits]} if plan.splits else {}
     optional |= {"request": request.padded()} if request is not None else {}

@@ -13,9 +13,10 @@ from flexmerge_cli.allocation.manifest_bytes import amended
 from flexmerge_cli.bundle.card import is_own_card
 from flexmerge_cli.bundle.export import copy_file
 from flexmerge_cli.bundle.links import linker
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, sha256_of
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME
 from flexmerge_cli.bundle.publish import bundle_files, publish
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.digest import file_digests
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.checkpoint.safetensors import read_header
 from flexmerge_cli.errors import IntegrityError
@@ -77,7 +78,8 @@ def write_added(
             assert link is not None
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link(folder / weights, folder / name)
-        file = {"bytes": (folder / path).stat().st_size, "sha256": sha256_of(folder / path), "tasks": []}
+        added = folder / path
+        file = {"bytes": added.stat().st_size, **file_digests(added)._asdict(), "tasks": []}
 
         def change(fields: dict[str, object]) -> None:
             assert isinstance(fields["files"], dict)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from flexmerge_cli.bundle.files import Verify
 from flexmerge_cli.bundle.links import linker
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, is_bundle, read_manifest
 from flexmerge_cli.bundle.read import Bundle
@@ -35,8 +36,8 @@ class Located:
     remote: Mapping[str, RemoteFile] = field(default_factory=dict)
     """Files that were left where they are; only their headers can be read."""
 
-    def open(self, *, verify: bool = True) -> Bundle:
-        """Open the bundle. Raises like `Bundle.open`."""
+    def open(self, *, verify: Verify = "sha256") -> Bundle:
+        """Open the bundle. Arguments and errors: `Bundle.open`."""
         return Bundle.open(self.path, tasks=self.tasks, remote=self.remote, verify=verify)
 
 

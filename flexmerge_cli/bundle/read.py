@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from flexmerge_cli.bundle.files import BundleFiles, raise_all
+from flexmerge_cli.bundle.files import BundleFiles, Verify, raise_all
 from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, read_manifest, standing
 from flexmerge_cli.bundle.routes import Routes
 from flexmerge_cli.checkpoint.dtypes import NUMPY
@@ -79,14 +79,14 @@ class Bundle(Routes):
         *,
         tasks: Collection[str] | None = None,
         remote: Mapping[str, RemoteFile] | None = None,
-        verify: bool = True,
+        verify: Verify = "sha256",
     ) -> "Bundle":
         """Open a bundle. tasks: the tasks whose files are checked, must be sound, and are kept; None for all, one of
         which must be sound.
 
         Problems of the others are raised when they are read. remote: files that are not on this disk and whose headers
-        alone are read: such a bundle can be inspected, but not read from. verify: whether a file's SHA-256 is compared
-        when the file is first read.
+        alone are read: such a bundle can be inspected, but not read from. verify: the digest that is compared when a
+        file is first read.
         Raises SourceError if there is no bundle, DataError if it is malformed, IntegrityError if a file is missing or
         truncated, or the bundle is replaced again and again, MachineError if the disk fails.
         """
@@ -105,7 +105,7 @@ class Bundle(Routes):
         *,
         tasks: Collection[str] | None = None,
         remote: Mapping[str, RemoteFile] | None = None,
-        verify: bool = True,
+        verify: Verify = "sha256",
     ) -> "Bundle":
         """Open a bundle whatever is wrong with its files. Raises only if there is no sound manifest."""
         for _ in range(MAX_LOOKS):
@@ -147,7 +147,7 @@ class Bundle(Routes):
         """Digest every file of a task's route and every side file of it, each once as long as the bundle is open.
 
         Also sees that none was replaced since the bundle was opened: where side files are read by their paths, call it
-        before and after. weights=False: the side files alone. A bundle that was opened with verify=False has no digests
+        before and after. weights=False: the side files alone. A bundle that was opened with verify="off" has no digests
         compared, and one in memory has nothing to check.
         Raises IntegrityError that names all files that differ, with both digests; MachineError if one cannot be read.
         """
@@ -168,7 +168,7 @@ class Bundle(Routes):
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield a file of the manifest from beginning to end, in chunks that are valid until the next one.
 
-        Raises after the last byte if its sha256 differs.
+        Raises after the last byte if its digest differs.
         """
         return self._on_disk.chunks(name)
 
@@ -284,7 +284,7 @@ class Bundle(Routes):
 
 
 def _look(
-    path: Path, manifest: Manifest, tasks: Collection[str], remote: Mapping[str, RemoteFile], *, verify: bool
+    path: Path, manifest: Manifest, tasks: Collection[str], remote: Mapping[str, RemoteFile], *, verify: Verify
 ) -> Bundle:
     """Return headers and sizes of the files of these tasks, and what is wrong with which of them."""
     files, problems = BundleFiles(path, manifest.files, verify=verify), dict[str, FlexmergeError]()

@@ -20,6 +20,7 @@ from flexmerge_cli.allocation.manifest_bytes import Measured, group_entry, metho
 from flexmerge_cli.allocation.restricted import restricted
 from flexmerge_cli.allocation.storage import Part, Storage, effective_dtype
 from flexmerge_cli.bundle.read import Bundle
+from flexmerge_cli.checkpoint.digest import file_digests
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.chain import Chain, chains_of
 from flexmerge_cli.engine.product import complete
@@ -77,7 +78,10 @@ class Unchanged:
             source = {task: str(storage.tensor.digests[task]) for task in storage.tensor.present}
             measured.digests[name] = source | measured.digests.get(name, {}) | self.digests.get(name, {})
         measured.errors |= self.errors
-        measured.sha256 |= {path: self.bundle.manifest.files[old].sha256 for path, old in self.files.items()}
+        entries = self.bundle.manifest.files
+        measured.files |= {
+            path: entries[old].digests or file_digests(self.bundle.path / old) for path, old in self.files.items()
+        }
         measured.build = self.build
         complete(self.layout, measured)
 

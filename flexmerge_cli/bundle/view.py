@@ -29,7 +29,7 @@ class View(Mapping[str, Tensor]):
     must be decoded, every look-up decodes afresh. On another device than the CPU every tensor is a copy, and what is
     coded in few bits goes there packed and is decoded there, to the same bits.
 
-    A file's sha256 is compared before the first tensor comes out of it, unless the bundle was opened with
+    A file's digest is compared before the first tensor comes out of it, unless the bundle was opened with
     verify="off". From the second look-up on, the other files of the task are digested meanwhile. The files stay open:
     a bundle that is replaced or removed meanwhile is read on as it was. If the disk fails, a look-up raises
     MachineError where it reads; a tensor on the mapped file cannot: the process gets SIGBUS if it touches a page that

@@ -12,12 +12,12 @@ import torch
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.links import linker
-from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES, sha256_of
+from flexmerge_cli.bundle.manifest_file import MANIFEST_NAME, MAX_MANIFEST_BYTES
 from flexmerge_cli.bundle.parts import damaged, merge_key, require_parts
 from flexmerge_cli.bundle.publish import bundle_files, check_target, partial_bytes, publish
 from flexmerge_cli.bundle.read import Bundle
 from flexmerge_cli.bundle.unchanged import Unchanged
-from flexmerge_cli.checkpoint.digest import digest_file
+from flexmerge_cli.checkpoint.digest import digest_file, file_digests
 from flexmerge_cli.engine import journal
 from flexmerge_cli.engine.journal import Journal, holds_journal, journals_of, read_journals
 from flexmerge_cli.engine.output import Output
@@ -198,8 +198,8 @@ def _write_small(
         if digest is not None and digest_file(path) != digest:
             assert small.origin is not None
             raise DataError(f"{side_files[small.origin]} has changed since the plan", hint="make the plan again")
-        measured.sha256[small.path] = sha256_of(path)
-        first = written.setdefault(measured.sha256[small.path], path)
+        measured.files[small.path] = file_digests(path)
+        first = written.setdefault(measured.files[small.path].sha256, path)
         if not first.samefile(path):
             link = path.with_name(f".{path.name}.link")
             try:

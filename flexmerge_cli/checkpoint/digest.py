@@ -1,11 +1,15 @@
-"""Computes the digest of a tensor: xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds changes, not forgery.
+"""Computes the digests of tensors and of files.
+
+The digest of a tensor is the xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds changes, not forgery.
 
 Pieces make it parallel: a worker digests the whole pieces of its byte range, and what is left at the two ends of the
 range is joined with the neighbours' ends in order. So the digest does not depend on how a tensor was split for reading.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -62,6 +66,39 @@ class TensorDigest:
         if self._open:
             self._close()
         return self._pieces.hexdigest()
+
+
+class FileDigests(NamedTuple):
+    """The digests of all bytes of a file, in hexadecimal digits.
+
+    SHA-256 identifies a file, also to somebody who forges; xxh3-128 finds damage, nine times as fast.
+    """
+
+    sha256: str
+    xxh3: str
+
+
+class FileHash:
+    """Computes both digests of a file from its bytes in order."""
+
+    def __init__(self) -> None:
+        self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_128()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        self._xxh3.update(data)
+
+    def digests(self) -> FileDigests:
+        return FileDigests(self._sha256.hexdigest(), self._xxh3.hexdigest())
+
+
+def file_digests(path: Path) -> FileDigests:
+    """Return the digests of a file, read in pieces."""
+    found = FileHash()
+    with open_file(path) as file:
+        while data := file.read(PIECE_BYTES):
+            found.update(data)
+    return found.digests()
 
 
 def digest_bytes(data: np.ndarray | bytes) -> str:

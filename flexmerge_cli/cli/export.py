@@ -49,7 +49,7 @@ def export(
     with progress(quiet=quiet or as_json, verbose=verbose) as on_progress:
         access = o.access_of(offline=offline, quiet=quiet)
         located = locate(bundle, access, tasks=tasks or None, on_progress=on_progress)
-    opened = located.open()
+    opened = located.open(verify="xxh3")
     if as_lora:
         served = {"as_lora": str(output), "commands": export_as_lora(opened, output, force=force)}
         emit(served, as_json=as_json, quiet=quiet, show=_show_commands, written=[output])

@@ -1,8 +1,7 @@
-"""Writes parts to pre-sized weight files, whose sha256 it computes on the way, or to memory."""
+"""Writes parts to pre-sized weight files, whose digests it computes on the way, or to memory."""
 
 import contextlib
 import errno
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import xxhash
 
 from flexmerge_cli.allocation.files import WeightFile
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.checkpoint.digest import FileDigests, FileHash
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.engine.pool import aligned
 from flexmerge_cli.errors import MachineError
@@ -43,8 +43,8 @@ class Sink(Protocol):
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         """Take what `write` wrote for hashing, in the order of the run, from one thread."""
 
-    def finish(self) -> dict[str, str]:
-        """Finish after the last byte, and return the sha256 of each file by its path."""
+    def finish(self) -> dict[str, FileDigests]:
+        """Finish after the last byte, and return the digests of each file by its path."""
 
 
 class MemoryOutput:
@@ -70,7 +70,7 @@ class MemoryOutput:
     def hashed(self, part: Part, start_byte: int, data: np.ndarray) -> None:
         pass
 
-    def finish(self) -> dict[str, str]:
+    def finish(self) -> dict[str, FileDigests]:
         assert all(left <= 0 for left in self._left.values()), "a part was not written"
         return {}
 
@@ -163,8 +163,8 @@ class Output:
         number, offset = self._place[part]
         self._hashes[number].keep(self._descriptors[number], offset, part.num_bytes)
 
-    def finish(self) -> dict[str, str]:
-        """Force everything to disk, and return the sha256 of each file by its path."""
+    def finish(self) -> dict[str, FileDigests]:
+        """Force everything to disk, and return the digests of each file by its path."""
         self._flushed()
         for number in range(len(self._files)):
             self._force(number)
@@ -173,7 +173,7 @@ class Output:
     def _digested(self, number: int, offset: int, data: np.ndarray) -> None:
         self._hashes[number].add(self._descriptors[number], offset, data)
 
-    def _digests(self) -> dict[str, str]:
+    def _digests(self) -> dict[str, FileDigests]:
         return {
             file.path: taken.finish(descriptor)
             for file, taken, descriptor in zip(self._files, self._hashes, self._descriptors, strict=True)
@@ -242,15 +242,15 @@ class PartOutput(Output):
     def keep(self, part: Part) -> None:
         pass
 
-    def _digests(self) -> dict[str, str]:
+    def _digests(self) -> dict[str, FileDigests]:
         return {}
 
 
 class _FileHash:
-    """The sha256 of a file that is mostly written front to back; what comes early is read back when its turn comes."""
+    """The digests of a file that is mostly written front to back; what comes early is read back when its turn comes."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._hash = hashlib.sha256()
+        self._hash = FileHash()
         self._num_bytes = num_bytes
         self._position = 0
         self._early: dict[int, int] = {}
@@ -273,9 +273,9 @@ class _FileHash:
         while self._position in self._early:
             self._read_back(descriptor, self._early.pop(self._position))
 
-    def finish(self, descriptor: int) -> str:
+    def finish(self, descriptor: int) -> FileDigests:
         assert self._position == self._num_bytes and not self._early, "a part was not written"
-        return self._hash.hexdigest()
+        return self._hash.digests()
 
     def _read_back(self, descriptor: int, num_bytes: int) -> None:
         end = self._position + num_bytes

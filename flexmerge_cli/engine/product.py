@@ -187,7 +187,7 @@ class Making:
 
     def finish(self) -> None:
         """Compute what follows from all that was measured. Nothing does for a share."""
-        self.measured.sha256 = self.output.finish()
+        self.measured.files = self.output.finish()
         if self.share is not None:
             return
         for unit in self.layout.allocation.units:

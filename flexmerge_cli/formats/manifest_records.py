@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field
 
+from flexmerge_cli.checkpoint.digest import FileDigests
 from flexmerge_cli.checkpoint.libraries import STEMS
 from flexmerge_cli.checkpoint.peft import CONFIG_NAME, AdapterKind
 from flexmerge_cli.checkpoint.rows import num_rows
@@ -55,8 +56,15 @@ TaskBits = Annotated[int | float, AfterValidator(_known_bits)]
 class FileEntry(Record):
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    xxh3: Digest | None = None
+    """Of the whole file; None in bundles from before it was recorded."""
     tasks: Items[str]
     """The tasks that read it; none for the router, which belongs to no task."""
+
+    @property
+    def digests(self) -> FileDigests | None:
+        """Both digests of the file; None if the bundle has one alone."""
+        return None if self.xxh3 is None else FileDigests(self.sha256, self.xxh3)
 
 
 class AdapterEntry(Record):

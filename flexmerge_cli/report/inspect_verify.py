@@ -43,7 +43,7 @@ def damaged_parts(path: Path, files: list[str]) -> dict[str, list[str]]:
     There are none for a file that is missing or cut, or whose damage lies in its header or padding.
     """
     try:
-        bundle = Bundle.look(path, verify=False)
+        bundle = Bundle.look(path, verify="off")
     except FlexmergeError:  # replaced meanwhile
         return {}
     return {file: _damaged(bundle, file) for file in files if file in bundle.parts}

@@ -12,6 +12,7 @@ from flexmerge_cli.allocation.layout import Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured, fixed
 from flexmerge_cli.allocation.options import served_bytes
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.checkpoint.digest import FileDigests
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.errors import DataError
 from flexmerge_cli.methods.use import parse_use
@@ -124,7 +125,7 @@ def test_what_was_measured_does_not_change_the_manifests_length(odd_plan):
             (u.name, g.tasks): dict.fromkeys(g.tasks, 0.5) for u in layout.allocation.units for g in u.groups
         },
         digests={name: dict.fromkeys(range(4), "f" * 32) for name in layout.storages},
-        sha256={file.path: "e" * 64 for file in (*layout.files, *layout.small)},
+        files={file.path: FileDigests("e" * 64, "e" * 32) for file in (*layout.files, *layout.small)},
     )
     assert (
         len(layout.manifest(measured))

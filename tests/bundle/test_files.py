@@ -17,7 +17,7 @@ from flexmerge_cli.report.inspect_bundle import weights_words
 
 from ..families import assert_same_state
 from ..program import fails, succeeds, tree
-from .bundles import copy, flip, manifest_of
+from .bundles import changed, copy, flip, manifest_of
 
 KINDS = ["merged", "masked", "tied", "coded"]
 
@@ -35,14 +35,17 @@ def weights_of(bundle):
     return [name for name in manifest_of(bundle)["files"] if name.startswith("weights/")]
 
 
-def test_a_flipped_byte_of_any_weight_file_is_found_by_every_reader_and_disturbs_no_other_task(original, tmp_path):
+@pytest.mark.parametrize("verify", ["sha256", "xxh3"])
+def test_a_flipped_byte_of_any_weight_file_is_found_by_every_reader_and_disturbs_no_other_task(
+    original, tmp_path, verify
+):
     expected = {task: state(original, task) for task in manifest_of(original)["tasks"]}
     for name in weights_of(original):
         size = (original / name).stat().st_size
         for place in (12, size // 2, size - 1):  # the header, and data
             bundle = copy(original, tmp_path / "b")
             flip(bundle / name, place)
-            opened = Bundle.look(bundle)
+            opened = Bundle.look(bundle, verify=verify)
             for task, tensors in expected.items():
                 if task not in manifest_of(original)["files"][name]["tasks"]:
                     assert_same_state(View(opened, task), tensors)
@@ -66,6 +69,27 @@ def test_a_flipped_byte_of_a_side_file_is_found_before_a_model_is_built(merged, 
         with pytest.raises(IntegrityError, match=name):
             opened.check_files("task0", weights=False)
         opened.check_files("task1")
+
+
+@pytest.mark.parametrize("given", [{}, {"xxh3": "0" * 32}])
+def test_where_the_manifest_has_no_fast_digest_or_a_wrong_one_the_sha256_decides(merged, tmp_path, given):
+    def change(fields):
+        for entry in fields["files"].values():
+            del entry["xxh3"]
+            entry.update(given)
+
+    bundle = changed(merged, tmp_path / "b", change)
+    assert_same_state(open_bundle(bundle).view("task1"), state(merged, "task1"))
+    flip(bundle / weights_of(bundle)[0])
+    with pytest.raises(IntegrityError, match="sha256 differs"):
+        for task in manifest_of(bundle)["tasks"]:
+            dict(open_bundle(bundle).view(task))
+
+
+def test_a_view_computes_no_sha256_of_sound_files(merged, monkeypatch):
+    opened = open_bundle(merged)
+    monkeypatch.setattr(files.hashlib, "sha256", None)  # which reading the manifest needs
+    assert len(dict(opened.view("task1")))
 
 
 def test_the_three_words_of_verify(merged, tmp_path):
@@ -97,7 +121,7 @@ def test_a_file_is_digested_once_and_only_when_it_is_read(merged, monkeypatch):
     assert sorted(read) == sorted(set(read))
     assert set(read) >= set(manifest_of(merged)["tasks"]["task1"]["files"])
     read.clear()
-    dict(View(Bundle.open(merged, verify=False), "task1"))
+    dict(View(Bundle.open(merged, verify="off"), "task1"))
     assert read == []
 
 

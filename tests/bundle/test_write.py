@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import xxhash
 from safetensors import safe_open
 
 from flexmerge_cli import open_bundle
@@ -19,8 +20,9 @@ def test_the_manifest_tells_of_every_file_and_its_id_is_right(merged):
     files = {name: data for name, data in tree(merged).items() if not (merged / name).is_symlink()}
     data = files.pop("manifest.json")
     assert files.pop("README.md")  # which people may rewrite
-    assert {name: (entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()} == {
-        name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()
+    assert {name: (entry["bytes"], entry["sha256"], entry["xxh3"]) for name, entry in fields["files"].items()} == {
+        name: (len(content), hashlib.sha256(content).hexdigest(), xxhash.xxh3_128_hexdigest(content))
+        for name, content in files.items()
     }
     zeroed = data.replace(fields["id"].encode(), b"0" * 64)
     assert hashlib.sha256(zeroed).hexdigest() == fields["id"]
