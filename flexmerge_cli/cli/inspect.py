@@ -1,5 +1,6 @@
 """`flexmerge inspect`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,11 @@ def inspect(
     ] = None,
     verify: Annotated[bool, o.option("--verify", "", "Check every byte of a bundle against the manifest.")] = False,
     decode: Annotated[bool, o.option("--decode", "", "With --verify: check every decoded tensor as well.")] = False,
+    spectrum: Annotated[
+        Path | None,
+        o.option("--spectrum", "PLAN", "Read the weights of a bundle and its plan: how evenly frequencies are filled."),
+    ] = None,
+    relocate: o.Relocate = None,
     html: o.Html = None,
     offline: o.Offline = False,
     variant: o.Variant = None,
@@ -28,12 +34,23 @@ def inspect(
     Examples:
     flexmerge inspect bundle/
     flexmerge inspect plan.json --html report.html
+    flexmerge inspect bundle/ --spectrum plan.json
     """
     from flexmerge_cli.cli import output
     from flexmerge_cli.report.inspect import Asked, check, look
 
     access = o.access_of(offline=offline, quiet=quiet, variant=variant)
-    asked = Asked(source=source, block=block, verify=verify, decode=decode, html=html, every=verbose, access=access)
+    asked = Asked(
+        source=source,
+        block=block,
+        verify=verify,
+        decode=decode,
+        spectrum=spectrum,
+        relocate=o.relocations(relocate),
+        html=html,
+        every=verbose,
+        access=access,
+    )
     kind = check(asked)
     if html is not None:
         from flexmerge_cli.report.html import is_page

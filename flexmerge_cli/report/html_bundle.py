@@ -1,7 +1,8 @@
 """Shows a bundle as one page: who reads what, which tasks share a block, bytes along depth, each task's distance."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from flexmerge_cli.report.inspect_bundle import (
 )
 from flexmerge_cli.report.inspect_draw import NUMBERED_TASKS
 from flexmerge_cli.report.inspect_heat import Scale
+from flexmerge_cli.report.inspect_spectrum import spectrum_section
 from flexmerge_cli.report.text import human_bytes
 
 TASK_CHARACTERS = 18
@@ -30,8 +32,8 @@ _Cell = tuple[str, str, str]
 """The style of a cell, empty for one without colour; what its title says after the task's name; what it shows."""
 
 
-def bundle_page(facts: BundleFacts) -> str:
-    """Make the whole document."""
+def bundle_page(facts: BundleFacts, spectrum: Sequence[dict[str, Any]] | None = None) -> str:
+    """Make the whole document. spectrum: what `spectrum_value` returns, if it was requested."""
     bundle, value = facts.bundle, bundle_value(facts)
     allocation = value["allocation"]
     pairs = [
@@ -48,6 +50,8 @@ def bundle_page(facts: BundleFacts) -> str:
     sections = [_tasks(value)]
     if bundle.manifest.units:
         sections += [_bits(facts) if has_bits(bundle.manifest) else _routing(facts), _bytes(facts), _distance(facts)]
+    if spectrum is not None:
+        sections.append(spectrum_section(spectrum))
     title = f"{bundle.path.resolve().name}: a bundle of {len(bundle.tasks)} tasks"
     return page(title, fact_list([*pairs, ("page of", today())]), sections)
 

@@ -3,10 +3,10 @@
 Checkpoints, plans and bundles are recognised by their content, never by their name. Only `.bin` files need torch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.kind import SourceKind, recognise
@@ -16,6 +16,9 @@ from flexmerge_cli.checkpoint.checkpoint import open_checkpoint
 from flexmerge_cli.errors import FlexmergeError, UsageError
 from flexmerge_cli.text import expanded
 from flexmerge_cli.writing import write_file
+
+if TYPE_CHECKING:
+    from flexmerge_cli.bundle.read import Bundle
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -30,6 +33,9 @@ class Asked:
     verify: bool = False
     decode: bool = False
     """Check also, with `verify`, the digests of decoded tensors."""
+    spectrum: Path | None = None
+    """The plan of a bundle whose frequencies to measure."""
+    relocate: Mapping[str, str] = field(default_factory=dict)
     html: Path | None = None
     every: bool = False
     """Show all rows of long tables."""
@@ -58,6 +64,14 @@ def check(asked: Asked) -> SourceKind:
         raise UsageError(f"--verify checks a bundle against its manifest, but {what}", hint="leave out --verify")
     if asked.block is not None and kind is not SourceKind.PLAN:
         raise UsageError(f"--block shows a block of a plan, but {what}", hint="leave out --block")
+    if asked.spectrum is not None and kind is not SourceKind.BUNDLE:
+        raise UsageError(
+            f"--spectrum compares a bundle with its plan's models, but {what}", hint="leave out --spectrum"
+        )
+    if asked.spectrum is not None and asked.verify:
+        raise UsageError("--spectrum and --verify cannot be combined", hint="run one after the other")
+    if asked.relocate and asked.spectrum is None:
+        raise UsageError("--relocate has no effect without --spectrum", hint="leave out --relocate")
     if asked.html is not None and kind is SourceKind.CHECKPOINT:
         raise UsageError(f"--html shows a plan or a bundle, but {what}", hint="flexmerge plan, then inspect the plan")
     if asked.html is not None and asked.verify:
@@ -93,16 +107,45 @@ def look(asked: Asked, kind: SourceKind, *, on_progress: OnProgress) -> Report:
     else:
         from flexmerge_cli.report.inspect_bundle import bundle_facts, bundle_value, show_bundle
 
-        bundle = bundle_facts(locate(asked.source, asked.access, headers_only=True))
+        headers_only = asked.spectrum is None
+        bundle = bundle_facts(locate(asked.source, asked.access, headers_only=headers_only, on_progress=on_progress))
+        value = bundle_value(bundle) | _spectrum(bundle.bundle, asked, on_progress)
+
+        def show(value: dict[str, Any]) -> None:
+            show_bundle(bundle, value, every=asked.every)
+            if "spectrum" in value:
+                from flexmerge_cli.report.inspect_spectrum import show_spectrum
+
+                show_spectrum(value["spectrum"], every=asked.every)
+
         if asked.html is not None:
             from flexmerge_cli.report.html_bundle import bundle_page
 
-            page = bundle_page(bundle)
-        report = Report(value=bundle_value(bundle), show=lambda value: show_bundle(bundle, value, every=asked.every))
+            page = bundle_page(bundle, value.get("spectrum"))
+        report = Report(value=value, show=show)
     if asked.html is not None and page is not None:
         write_file(asked.html, page)
         report.value["html"] = str(asked.html)
     return report
+
+
+def _spectrum(bundle: "Bundle", asked: Asked, on_progress: OnProgress) -> dict[str, Any]:
+    """Return the part of the value that `--spectrum` adds."""
+    if asked.spectrum is None:
+        return {}
+    from flexmerge_cli.evaluation.spectrum import spectrum
+    from flexmerge_cli.planning.make import load_plan
+    from flexmerge_cli.report.inspect_spectrum import spectrum_value
+
+    found = spectrum(
+        bundle,
+        load_plan(asked.spectrum),
+        asked.spectrum.absolute().parent,
+        relocate=asked.relocate,
+        access=asked.access,
+        on_progress=on_progress,
+    )
+    return {"spectrum": spectrum_value(found)}
 
 
 def write_page(source: Path, html: Path, kind: SourceKind) -> None:

@@ -37,6 +37,7 @@ def test_everything_but_a_bin_needs_no_torch(tmp_path: Path) -> None:
         [plan, "--block", "visual_projection"],
         [bundle, "--html", str(tmp_path / "bundle.html")],
         [bundle, "--verify", "--decode"],
+        [bundle, "--spectrum", plan],
     ]
     code = (
         "import json, sys; sys.modules['torch'] = None\n"
