@@ -11,13 +11,13 @@ from flexmerge_cli.allocation.layout import BundleLayout, Pricer
 from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.apart import check_apart
 from flexmerge_cli.bundle.card import Scores, make_card
-from flexmerge_cli.bundle.manifest_file import read_manifest
 from flexmerge_cli.bundle.unchanged import Unchanged
 from flexmerge_cli.checkpoint.access import ONLINE, Access
 from flexmerge_cli.checkpoint.fetch import fetch
 from flexmerge_cli.checkpoint.license import CARD_NAME
 from flexmerge_cli.errors import GateError, UsageError
 from flexmerge_cli.formats.calibration import CalibrationData, read_calibration
+from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.formats.plan_file import Plan
 from flexmerge_cli.formats.recorded import recorded
 from flexmerge_cli.planning.sources import open_sources
@@ -170,9 +170,8 @@ def merge_all(
                 hint="a larger --size, or another method",
             )
 
-    def finish(folder: Path) -> None:
+    def finish(folder: Path, manifest: Manifest) -> None:
         found = examine(folder)
-        manifest = read_manifest(folder)
         if scores is not None:
             scores.check(manifest)
         if card:

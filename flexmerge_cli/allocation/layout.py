@@ -98,6 +98,11 @@ class BundleLayout:
         sizes = {file.path: file.num_bytes for file in self.files}
         return self.total_bytes + sum(sizes[path] for path in self.links.values())
 
+    @cached_property
+    def blank_manifest(self) -> bytes:
+        """The manifest before anything is measured."""
+        return self.manifest(Measured())
+
     def manifest(self, measured: Measured) -> bytes:
         cast = self.allocation.dtype
         units = [unit_entry(self.plan, unit, self.storages, cast, measured) for unit in self.allocation.units]

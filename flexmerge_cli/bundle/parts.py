@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from flexmerge_cli.allocation.layout import BundleLayout
-from flexmerge_cli.allocation.manifest_bytes import Measured
 from flexmerge_cli.bundle.publish import partial_folder, shared
 from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.engine.device import arithmetic
@@ -29,7 +28,7 @@ SHOWN = 20
 
 def merge_key(layout: BundleLayout, device: torch.device) -> str:
     """Return a key that merges with the same bytes share, and most others do not: plan, request, methods, versions."""
-    return hashlib.sha256(f"{arithmetic(str(device))}\n".encode() + layout.manifest(Measured())).hexdigest()
+    return hashlib.sha256(f"{arithmetic(str(device))}\n".encode() + layout.blank_manifest).hexdigest()
 
 
 def share_of(layout: BundleLayout, part: Share) -> frozenset[str]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from flexmerge_cli.bundle.manifest_file import file_inside
@@ -121,7 +120,7 @@ class Routes:
             bits=None if group is None else group.bits,
             method=None if group is None or group.method is None else self._methods[group.method],
         )
-        return entry.described(described, partial(file_inside, self.path, str(self.manifest.own_weights(task))))
+        return entry.described(described, lambda: file_inside(self.path, str(self.manifest.own_weights(task))))
 
     def parts_of(self, task: str) -> RouteParts:
         """Return all parts on a task's route."""

@@ -24,6 +24,7 @@ from flexmerge_cli.engine.output import Output
 from flexmerge_cli.engine.product import Product
 from flexmerge_cli.errors import DataError, IntegrityError, UsageError
 from flexmerge_cli.formats.folders import WEIGHTS
+from flexmerge_cli.formats.manifest import Manifest
 from flexmerge_cli.json_file import require_memory
 from flexmerge_cli.writing import NO_LINK, folder_above, no_space
 
@@ -47,7 +48,7 @@ def _check_manifest(layout: BundleLayout) -> None:
             f"the manifest would have {layout.num_manifest_bytes:,} bytes; readers take {MAX_MANIFEST_BYTES:,} at most",
             hint="make several bundles of fewer tasks",
         )
-    manifest = layout.manifest(Measured())
+    manifest = layout.blank_manifest
     try:
         require_memory(manifest, manifest.decode())
     except ValueError as error:
@@ -63,7 +64,7 @@ def writing(
     force: bool,
     device: torch.device,
     accept: Callable[[Measured], None] = lambda _measured: None,
-    examine: Callable[[Path], None] = lambda _folder: None,
+    examine: Callable[[Path, Manifest], None] = lambda _folder, _manifest: None,
     on_stage: Callable[[str], None] = lambda _name: None,
     on_message: Callable[[str], None] = lambda _message: None,
     old: Unchanged | None = None,
@@ -72,10 +73,10 @@ def writing(
     """Give what the engine makes inside the block of a bundle, which is completed and published at its end.
 
     side_files: maps (task, or "" for the base, name) to its source. accept may raise, after measuring and before
-    publishing; so may examine, which gets the folder of the complete bundle before it is published. on_message: gets a
-    message if a killed run of the same merge is continued. old: what another bundle has of the layout, which is taken
-    over. Raises IntegrityError if that is damaged. Such a run keeps no journal, since what it takes over costs
-    little. joins: everything is in the partial folder already, as parts.py writes it.
+    publishing; so may examine, which gets the folder and the manifest of the complete bundle before it is published.
+    on_message: gets a message if a killed run of the same merge is continued. old: what another bundle has of the
+    layout, which is taken over. Raises IntegrityError if that is damaged. Such a run keeps no journal, since what it
+    takes over costs little. joins: everything is in the partial folder already, as parts.py writes it.
     """
     key = merge_key(layout, device)
     if joins:
@@ -136,8 +137,7 @@ def writing(
             link(folder / weights, folder / path)
         accept(measured)
         (folder / MANIFEST_NAME).write_bytes(layout.manifest(measured))
-        _check_written(layout, folder)
-        examine(folder)
+        examine(folder, _check_written(layout, folder))
         for written in journals_of(folder):
             written.unlink()
 
@@ -209,8 +209,11 @@ def _write_small(
                 link.unlink(missing_ok=True)
 
 
-def _check_written(layout: BundleLayout, folder: Path) -> None:
-    """Check that every task's tensors are on its route with dtype and shape, and that the bytes are the layout's."""
+def _check_written(layout: BundleLayout, folder: Path) -> Manifest:
+    """Check that every task's tensors are on its route with dtype and shape, and that the bytes are the layout's.
+
+    Returns the manifest, as readers read it.
+    """
     small, weights = ([folder / file.path for file in files] for files in (layout.small, layout.files))
     total = sum(path.stat().st_size for path in (*small, *weights, folder / MANIFEST_NAME))
     links = [folder / path for path in layout.links]
@@ -229,3 +232,4 @@ def _check_written(layout: BundleLayout, folder: Path) -> None:
         if found != expected:
             missing = sorted(set(expected) ^ set(found))[:5]
             raise IntegrityError(f"the bundle's task `{task.name}` is not as planned: {missing}", hint="report this")
+    return bundle.manifest

@@ -3,7 +3,6 @@
 Streamed tensors are read over the network (stream.py) into the same buffers.
 """
 
-import contextlib
 import math
 import os
 import threading
@@ -119,9 +118,10 @@ class Reader:
     def _pread(self, path: Path, descriptor: int, view: memoryview, position: int) -> int:
         """Read once. Notes when a file's bytes are not in the kernel's cache."""
         if path not in self._cold:
-            count = 0
-            with contextlib.suppress(OSError):  # EAGAIN, or a file system that does not support this
+            try:
                 count = os.preadv(descriptor, [view], position, NOWAIT)
+            except OSError:  # EAGAIN, or a file system that does not support this
+                count = 0
             if count == len(view):
                 return count
             self._cold.add(path)
@@ -160,7 +160,9 @@ class Reader:
     def will_need(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Advise the kernel that these elements will be read soon, so that the disk or network works during
         computation."""
-        if tensor.fill is not None:
+        if tensor.fill is not None or (
+            tensor.path not in self._cold and tensor.is_contiguous and tensor.stream is None
+        ):
             return
         if tensor.pieces:
             for piece, low, high in islice(tensor.pieces_of(start, stop), MAX_ADVICES):

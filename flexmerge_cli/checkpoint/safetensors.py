@@ -59,15 +59,15 @@ def read_header(path: Path, remote: RangeFile | None = None) -> tuple[dict[str, 
         raise DataError(f"{path}: `__metadata__` is not a map of strings", hint=BAD_COPY)
     data_start = 8 + header_bytes
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes, tensor.name))
+    tensors.sort(key=lambda found: (found[0].offset, found[1], found[0].name))
     _check_ranges(path, tensors, data_start, size)
-    return {tensor.name: tensor for tensor in tensors}, metadata
+    return {tensor.name: tensor for tensor, _ in tensors}, metadata
 
 
 def is_shape(shape: Sequence[int]) -> bool:
     """Return whether torch and numpy can have an array of this shape: they bound the product even beside an axis of
     0."""
-    return len(shape) <= MAX_AXES and math.prod(n for n in shape if n) * MAX_ITEM_BYTES < 1 << 63
+    return len(shape) <= MAX_AXES and math.prod(filter(None, shape)) * MAX_ITEM_BYTES < 1 << 63
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> tuple[StoredTensor, int]:
+    """Return a tensor and the number of its bytes."""
     if not is_text(name):
         raise DataError(f"{path}: tensor {name!r} has a name that is not text, or holds a NUL", hint=BAD_COPY)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -119,16 +120,17 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         )
     if not is_shape(shape):
         raise DataError(f"{path}: tensor `{name}` has an invalid shape {str(shape)[:80]}", hint=BAD_COPY)
-    return StoredTensor(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
+    tensor = StoredTensor(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
+    return tensor, num_bytes
 
 
-def _check_ranges(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+def _check_ranges(path: Path, tensors: list[tuple[StoredTensor, int]], data_start: int, size: int) -> None:
     position = data_start
-    for tensor in tensors:
+    for tensor, num_bytes in tensors:
         if tensor.offset != position:
             what = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
             raise DataError(f"{path}: tensor `{tensor.name}` {what} (byte {tensor.offset - data_start})", hint=BAD_COPY)
-        position += tensor.num_bytes
+        position += num_bytes
     if position != size:
         what = "truncated" if position > size else "longer than its header says"
         raise DataError(f"{path} is {what}: tensors end at byte {position:,}, the file at {size:,}", hint=BAD_COPY)

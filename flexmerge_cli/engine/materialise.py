@@ -5,11 +5,11 @@ about the whole. Threads take ranges of one tensor over base and tasks (work.py)
 order, so that neither bytes nor numbers depend on the number of threads.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-
-import numpy as np
+from functools import cached_property
 
 from flexmerge_cli.allocation.layout import BundleLayout
 from flexmerge_cli.allocation.manifest_bytes import Measured
@@ -97,7 +97,7 @@ class _Run:
         tensor = self.plan.tensor(name)
         # Private tensors may differ in shape; each task's own length is cut in the same way.
         shapes = [*(tensor.shapes or ()), tensor.base_shape]
-        sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes if shape is not None]
+        sizes = [math.prod(shape) for shape in shapes if shape is not None]
         return cut(name, max([tensor.num_elements, *sizes]), tensor.shape, scopes, self.chunk_elements)
 
     def items(self) -> list[list[Span]]:
@@ -126,16 +126,20 @@ class _Run:
                 items += [[span] for span in spans]
         return items
 
-    def models(self, name: str) -> tuple[int, ...]:
-        """Return the models that must be read for a tensor, as `Worker.models`."""
-        found = {model for m in self.makings if name in m.rest for model in m.worker.models(m.rest[name])}
-        return (*sorted(found - {BASE}), *({BASE} & found))
+    @cached_property
+    def models(self) -> dict[str, tuple[int, ...]]:
+        """The models that must be read for each tensor, as `Worker.models`."""
+        of_tensors: dict[str, set[int]] = {}
+        for making in self.makings:
+            for name, storage in making.rest.items():
+                of_tensors.setdefault(name, set()).update(making.worker.models(storage))
+        return {name: (*sorted(found - {BASE}), *({BASE} & found)) for name, found in of_tensors.items()}
 
     def visit(self, item: Sequence[Span]) -> list[dict[str, Piece]]:
         """Read an item, and return the pieces of each product."""
         worker = self.makings[0].worker
         raws = {
-            span.tensor: worker.read(span, self.models(span.tensor), place, digests=True)
+            span.tensor: worker.read(span, self.models[span.tensor], place, digests=True)
             for place, span in enumerate(item)
         }
         found: list[tuple[Making, dict[str, Piece]]] = []
@@ -161,7 +165,7 @@ class _Run:
         def work(place: int) -> list[dict[str, Piece]]:
             for item in items[place + self.threads + 1 : place + self.threads + 2]:
                 for span in item:
-                    self.makings[0].worker.will_need(span, self.models(span.tensor))
+                    self.makings[0].worker.will_need(span, self.models[span.tensor])
             return with_fallback(
                 lambda: self.visit(items[place]), lambda: self.visit_on_cpu(items[place]), warnings.warn
             )

@@ -73,6 +73,7 @@ class Making:
         self.layout, self.plan, self.journal = product.layout, worker.plan, product.journal
         self.share, self.measured, self._joined = product.share, product.measured, _Joined()
         self.unit_of = {name: unit for unit in self.layout.allocation.units for name in unit.tensors}
+        self._scopes: dict[str, Scope] = {}
         kept = self._keep() if self.journal is not None else ()
         found = self.layout.storages.items()
         self.rest = {
@@ -83,7 +84,11 @@ class Making:
         """The tensors that are to be written."""
 
     def scope(self, storage: Storage) -> Scope:
-        return visit_scope(self.worker.chains, storage)
+        """Return what one visit must see of a tensor."""
+        name = storage.tensor.name
+        if name not in self._scopes:
+            self._scopes[name] = visit_scope(self.worker.chains, storage)
+        return self._scopes[name]
 
     def measure(self, spans: Spans, threads: int, on_stage: Callable[[str], None], known: dict[Any, Any]) -> None:
         """Take the statistics that what is to be written needs. known: those of products before, which are extended."""

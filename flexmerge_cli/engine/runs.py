@@ -51,6 +51,8 @@ def sizes(values_kN: Tensor, run: int, counts_kN: Tensor | None = None) -> np.nd
 
 def added(total: float, sums: np.ndarray) -> float:
     """Return total + sums, added strictly one after another, whatever ranges they come in. sums: [R] float64."""
+    if len(sums) == 1:
+        return total + float(sums[0])
     return float(np.add.accumulate(np.concatenate([[total], sums]))[-1])
 
 

@@ -106,13 +106,10 @@ class Worker:
                 taken.append(digest_range(data, start_byte, last=last))
 
         found, stacked = read_models(tensors, ranges, self.reader, self.buffers, ("raw", place), on_read)
-        bits = {
-            representative: as_tensor(data, tensor.dtype)
-            for representative, data, tensor in zip(representatives, found, tensors, strict=True)
-        }
         self.on_bytes(sum(data.size for data in found))
         rows = as_tensor(stacked, tensors[0].dtype).view(len(tensors), -1) if stacked is not None else None
-        return Raw(span, bits, rows, dict(zip(representatives, taken)))
+        own = rows if rows is not None else [as_tensor(data, t.dtype) for data, t in zip(found, tensors, strict=True)]
+        return Raw(span, dict(zip(representatives, own, strict=True)), rows, dict(zip(representatives, taken)))
 
     def will_need(self, span: Span, models: Sequence[int]) -> None:
         for model in models:

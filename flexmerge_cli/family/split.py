@@ -44,7 +44,7 @@ class Split(Record):
 
 def whole_of(name: str) -> tuple[str, int | None]:
     """Return the whole and the place of a part. Any other name is itself the whole, without a place."""
-    found = PART.fullmatch(name)
+    found = PART.fullmatch(name) if "@part" in name else None
     return (name, None) if found is None else (found[1], int(found[2]))
 
 
