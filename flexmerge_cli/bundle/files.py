@@ -18,11 +18,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xxhash
 
+from flexmerge_cli.checkpoint.digest import PIECE_BYTES
 from flexmerge_cli.checkpoint.dtypes import NUMPY
 from flexmerge_cli.checkpoint.open_files import open_one_more
 from flexmerge_cli.checkpoint.reader import Reader
@@ -31,6 +32,7 @@ from flexmerge_cli.errors import DataError, FlexmergeError, IntegrityError, Mach
 from flexmerge_cli.formats.manifest_records import FileEntry
 
 CHUNK_BYTES = 1 << 18  # stays in a core's cache between the disk's copy and the digest
+SPAN_BYTES = 16 * PIECE_BYTES
 MAX_THREADS = 8  # more than disks gain by
 FETCH_AGAIN = "fetch the bundle again, or merge again"
 
@@ -122,14 +124,12 @@ class BundleFiles:
         Raises after the last byte if its digests are not the manifest's.
         """
         with self._opened(name) as descriptor:
-            digest, position, buffer = self._new_digest(name), 0, memoryview(bytearray(CHUNK_BYTES))
+            digest, position, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK_BYTES))
             while count := self._pread(name, descriptor, buffer, position):
                 digest.update(buffer[:count])
                 position += count
                 yield buffer[:count]
             self._digests[self._seen[name]] = digest.hexdigest()
-            if digest.name != "sha256" and not self._is_sound(name):
-                self._digests[self._seen[name]] = self._sha256(name, descriptor)
         self._compare(name)
 
     def check(self, names: Iterable[str]) -> None:
@@ -206,7 +206,7 @@ class BundleFiles:
             is_known = self._now(name) in self._digests
             if is_known and self._verify != "off":
                 self._compare(name)
-            elif self._verify != "off":
+            elif self._verify != "off" and not self._has_xxh3(name):
                 for _ in self.chunks(name):
                     pass
 
@@ -223,16 +223,24 @@ class BundleFiles:
         entry, found = self._entries[name], self._digests.get(self._seen[name])
         return found is not None and found in (entry.sha256, entry.xxh3)
 
-    def _new_digest(self, name: str) -> Any:
-        is_fast = self._verify == "xxh3" and self._entries[name].xxh3 is not None
-        return xxhash.xxh3_128() if is_fast else hashlib.sha256()
+    def _has_xxh3(self, name: str) -> bool:
+        """Compute the xxh3 of a file, on several cores, if that is wanted, and return whether it is the manifest's."""
+        if self._verify != "xxh3" or self._entries[name].xxh3 is None:
+            return False
+        spans = range(0, self._entries[name].bytes, SPAN_BYTES)
+        with self._opened(name) as descriptor, ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
 
-    def _sha256(self, name: str, descriptor: int) -> str:
-        digest, position, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK_BYTES))
-        while count := self._pread(name, descriptor, buffer, position):
-            digest.update(buffer[:count])
-            position += count
-        return digest.hexdigest()
+            def pieces(start: int) -> bytes:
+                buffer, found = memoryview(bytearray(PIECE_BYTES)), b""
+                for position in range(start, start + SPAN_BYTES, PIECE_BYTES):
+                    count = self._pread(name, descriptor, buffer, position)
+                    found += xxhash.xxh3_128_digest(buffer[:count]) if count else b""
+                return found
+
+            found = xxhash.xxh3_128_hexdigest(b"".join(pool.map(pieces, spans)))
+        if found == self._entries[name].xxh3:
+            self._digests[self._seen[name]] = found
+        return found == self._entries[name].xxh3
 
     def _now(self, name: str) -> Identity:
         """Raise IntegrityError unless the file is still the one that was looked at."""

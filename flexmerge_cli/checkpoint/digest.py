@@ -1,6 +1,6 @@
 """Computes the digests of tensors and of files.
 
-The digest of a tensor is the xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds changes, not forgery.
+The xxh3 of a tensor or a file is the xxh3-128 over the xxh3-128s of its 1 MiB pieces. It finds changes, not forgery.
 
 Pieces make it parallel: a worker digests the whole pieces of its byte range, and what is left at the two ends of the
 range is joined with the neighbours' ends in order. So the digest does not depend on how a tensor was split for reading.
@@ -73,7 +73,8 @@ class TensorDigest:
 class FileDigests(NamedTuple):
     """The digests of all bytes of a file, in hexadecimal digits.
 
-    SHA-256 identifies a file, also to somebody who forges; xxh3-128 finds damage, nine times as fast.
+    SHA-256 identifies a file, also where somebody forges. xxh3 finds damage: on one core nine times as fast, and on
+    several together.
     """
 
     sha256: str
@@ -84,11 +85,12 @@ class FileHash:
     """Computes both digests of a file from its bytes in order."""
 
     def __init__(self) -> None:
-        self._sha256, self._xxh3 = hashlib.sha256(), xxhash.xxh3_128()
+        self._sha256, self._xxh3, self._position = hashlib.sha256(), TensorDigest(), 0
 
     def update(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
-        self._xxh3.update(data)
+        self._xxh3.add(digest_range(np.frombuffer(data, np.uint8), self._position))
+        self._position += len(data)
 
     def digests(self) -> FileDigests:
         return FileDigests(self._sha256.hexdigest(), self._xxh3.hexdigest())

@@ -6,8 +6,8 @@ base      fingerprint of the base
 build     digest of the versions of torch and flexmerge, and, where linear algebra made a value, of its processor:
           with equal ones, equal sources give equal parts. It is 0 where all parts are copies, which depend on none
 files     {path: {bytes, sha256, xxh3, tasks}} of every file but this one; a path MUST stay inside the bundle. `xxh3` is
-          the xxh3-128 of its bytes, which finds damage at the speed of the disk; bundles from before it was
-          recorded lack it
+          its digest in the manner of tensors' digests, which finds damage at the speed of the disk; bundles from
+          before it was recorded lack it
 tasks     {name: {…, names, files, stem}}: `names` maps aligned to own names where they differ; `files` lists the route
           and the task's other files: those under tasks/NAME or, if it must be decoded, coded/NAME/README.md, which says
           so, and those under coded/NAME, with `.aside` after their names. With a `stem`, tasks/NAME also holds links to

@@ -4,12 +4,12 @@ import resource
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexmerge_cli.allocation.files import weight_files
 from flexmerge_cli.allocation.storage import Part
+from flexmerge_cli.checkpoint.digest import digest_bytes
 from flexmerge_cli.engine.output import Output
 from flexmerge_cli.errors import MachineError
 from flexmerge_cli.stored.form import Array
@@ -38,7 +38,7 @@ def test_digests_are_those_of_the_file_whatever_the_order_of_writing(tmp_path_fa
         found = output.finish()
     data = (folder / file.path).read_bytes()
     assert len(data) == file.num_bytes
-    assert found == {file.path: (hashlib.sha256(data).hexdigest(), xxhash.xxh3_128_hexdigest(data))}
+    assert found == {file.path: (hashlib.sha256(data).hexdigest(), digest_bytes(data))}
 
 
 def test_a_part_that_was_not_written_is_noticed(tmp_path):
