@@ -17,7 +17,14 @@ from flexmerge_cli.checkpoint.change import LowRankChange
 from flexmerge_cli.checkpoint.digest import PIECE_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.engine.pool import AHEAD
-from flexmerge_cli.engine.survey_item import CHUNK_ELEMENTS, PRODUCT_ELEMENTS, TILE_ELEMENTS, SurveyItem, view_of
+from flexmerge_cli.engine.survey_item import (
+    CHUNK_ELEMENTS,
+    PRODUCT_ELEMENTS,
+    TILE_ELEMENTS,
+    SurveyItem,
+    range_of,
+    view_of,
+)
 from flexmerge_cli.errors import UsageError
 from flexmerge_cli.residuals.coding_error import ROW_TASKS, sample_rows
 from flexmerge_cli.residuals.row_errors import BLOCK_ELEMENTS as ROW_BLOCK
@@ -43,10 +50,10 @@ def survey_bytes(
     for item in items:
         models, k = [tensor for _, tensor in item.tasks] + ([item.base] if item.base else []), len(item.tasks)
         size = models[0].num_elements
-        ranges = -(-size // chunk_elements)
+        ranges = -(-size // range_of(item, chunk_elements))
         spans += ranges
         records += (k + 1) * RECORD_BYTES + (100 * k * k if item.gram else 0)
-        count = chunk = min(size, chunk_elements)
+        count = chunk = min(size, range_of(item, chunk_elements))
         tile = min(chunk, TILE_ELEMENTS)
         grams = 8 * k * k * -(-count // PRODUCT_ELEMENTS)
         rows, columns = view_of(models[0].shape) if item.codes else (0, 0)
@@ -85,7 +92,7 @@ def survey_bytes(
 
 
 def survey_chunk(items: Sequence[SurveyItem], threads: int, max_memory: int | None, *, signs: bool = False) -> int:
-    """Return the elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
+    """Return the float32 elements of one work item of `plan`. Raises UsageError if even the smallest does not fit."""
     return fitting(
         lambda chunk: survey_bytes(items, threads, chunk, signs=signs),
         CHUNK_ELEMENTS,

@@ -1,6 +1,7 @@
 """Reads one range of several models side by side; if their bits have one form, they are the rows of one matrix."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def read_models(
     operation on all models takes a third of the time of one for each.
     """
     sizes = [(high - low) * tensor.item_bytes for tensor, (low, high) in zip(tensors, ranges, strict=True)]
-    starts = [sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:row]) for row in range(len(sizes))]
+    starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes[:-1])]
     buffer = buffers.get(key, starts[-1] + sizes[-1])
     found = []
     for tensor, (low, high), start, size in zip(tensors, ranges, starts, sizes):

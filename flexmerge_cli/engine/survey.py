@@ -1,8 +1,8 @@
 """Makes the one pass of `plan`: reads every weight once, and measures all that a cut needs.
 
 It measures, per tensor, the Gram matrix of the task vectors, which tasks hold the same bits, the digests, any values
-that are not finite, and how well it can be coded in few bits (survey_codes.py). Memory: threads x (M + 1) x
-CHUNK_ELEMENTS elements, and a row, whatever the size of the models.
+that are not finite, and how well it can be coded in few bits (survey_codes.py). Memory: threads x (M + 1) x 1 MiB,
+and a row, whatever the size of the models.
 """
 
 import warnings
@@ -28,6 +28,7 @@ from flexmerge_cli.engine.survey_item import (
     Measure,
     SurveyItem,
     models_of,
+    range_of,
     view_of,
 )
 from flexmerge_cli.residuals.coding_error import CodingError, CodingErrorSum, RowErrors
@@ -105,9 +106,9 @@ def survey(
 
 def _ranges(items: Sequence[SurveyItem], chunk_elements: int) -> Iterator[tuple[int, int, int]]:
     for index, item in enumerate(items):
-        total = models_of(item)[0].num_elements
-        for start in range(0, max(total, 1), chunk_elements):
-            yield index, start, min(start + chunk_elements, total)
+        total, chunk = models_of(item)[0].num_elements, range_of(item, chunk_elements)
+        for start in range(0, max(total, 1), chunk):
+            yield index, start, min(start + chunk, total)
 
 
 def _measure(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flexmerge_cli.checkpoint.dtypes import ITEM_BYTES
 from flexmerge_cli.checkpoint.tensor import StoredTensor
 from flexmerge_cli.residuals.coder import Matrix, MatrixView
 from flexmerge_cli.residuals.coding_error import CodingError
 
 # Elements of one product. Fixed, so that the sums, and thus the plan's bytes, do not depend on how files are cut.
 PRODUCT_ELEMENTS = 1 << 16
-# Elements of one work item, per model: 1 MiB of float32, a whole piece of the digest, and small enough for the cache.
+# float32 elements of one work item, per model: 1 MiB, a whole piece of the digest, and small enough for the cache.
 CHUNK_ELEMENTS = 1 << 18
 # Elements that are compared at once, a multiple of PRODUCT_ELEMENTS.
 TILE_ELEMENTS = 1 << 17
@@ -59,6 +60,13 @@ class Measure:
 def models_of(item: SurveyItem) -> list[StoredTensor]:
     """Return all tensors of an item, with the base last if it is read."""
     return [tensor for _, tensor in item.tasks] + ([item.base] if item.base is not None else [])
+
+
+def range_of(item: SurveyItem, chunk_elements: int) -> int:
+    """Return the elements of one work item, per model: chunk_elements of float32, and as many bytes of smaller ones, so
+    that a range holds whole pieces of the digests."""
+    largest = max(tensor.item_bytes for tensor in models_of(item))
+    return chunk_elements * max(1, ITEM_BYTES["F32"] // largest)
 
 
 def view_of(shape: tuple[int, ...]) -> Matrix:
