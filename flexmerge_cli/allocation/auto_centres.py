@@ -64,17 +64,24 @@ def _centres(same: tuple[int, ...], levels: tuple[Groups, ...]) -> list[AutoCent
 def centre_bytes(tensor: TensorStatistics, centres: list[AutoCentre]) -> np.ndarray:
     """Return the bytes of all the centres that each row of the table stores, int64 [C]."""
     code_bytes = tensor.code_bytes
-    dense: dict[Groups, list[int]] = {}
+    base = 0 if tensor.base_is_stored else tensor.dense_bytes(tensor.base_dtype)
     num_bytes = []
+    groups, own = None, list[int]()  # centres of the same groups follow each other
     for centre in centres:
-        if centre.kind == "average" and centre.groups not in dense:
-            shared = [group for group in centre.groups if tensor.num_classes(group) > 1]
-            dtypes = [promote([tensor.dtypes[task] for task in group]) for group in shared]
-            dense[centre.groups] = [tensor.dense_bytes(dtype) for dtype in dtypes]
-        base = 0 if tensor.base_is_stored else tensor.dense_bytes(tensor.base_dtype)
-        own = [base] if centre.kind == "base" else dense.get(centre.groups, [])
+        if centre.kind == "base":
+            groups, own = None, [base]
+        elif centre.groups is not groups:
+            groups = centre.groups
+            own = [tensor.dense_bytes(dtype) for dtype in _shared_dtypes(groups, tensor.same, tensor.dtypes)]
         num_bytes.append(sum(own) if centre.bits == "dense" else len(own) * code_bytes[centre.bits])
     return np.array(num_bytes, np.int64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_dtypes(groups: Groups, same: tuple[int, ...], dtypes: tuple[str, ...]) -> list[str]:
+    """Return the dtype of the centre of each group that several classes share."""
+    shared = [group for group in groups if len({same[task] for task in group}) > 1]
+    return [promote([dtypes[task] for task in group]) for group in shared]
 
 
 def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.ndarray, np.ndarray]:
@@ -88,21 +95,28 @@ def factors(tensor: TensorStatistics, centres: list[AutoCentre]) -> tuple[np.nda
     firsts = [tasks[0] for tasks in classes]
     own_K = np.diag(tensor.gram)[firsts]
     sizes_K = np.array([len(tasks) for tasks in classes], np.float64)
-    kind_CK = np.full((len(centres), len(classes)), COPY)
-    factor_CK = np.repeat(sizes_K[None], len(centres), axis=0)
-    distances: dict[Groups, tuple[np.ndarray, np.ndarray]] = {
-        (): (np.ones(len(classes), bool), own_K)  # to the base
-    }
+    places: dict[tuple[Kind, Groups], int] = {}
+    found: list[
+        tuple[np.ndarray, np.ndarray]
+    ] = []  # of each place: whether a class has a residual, and ‖τ - centre's τ‖²
+    place_C, lost_C = np.zeros(len(centres), np.intp), np.zeros(len(centres))
     for row, centre in enumerate(centres):
-        if centre.kind == "none":
-            continue
-        if centre.groups not in distances:
-            distances[centre.groups] = _distances_to_mean(tensor.gram, own_K, centre.groups, firsts)
-        shared_K, squared_K = distances[centre.groups]
+        key = centre.kind, centre.groups
+        if key not in places:
+            places[key] = len(found)
+            everyone = np.full(len(classes), centre.kind == "base")
+            is_mean = centre.kind == "average"
+            found.append(
+                _distances_to_mean(tensor.gram, own_K, centre.groups, firsts) if is_mean else (everyone, own_K)
+            )
+        place_C[row] = places[key]
         errors = tensor.errors.base if centre.kind == "base" else tensor.errors.average
-        lost = 0.0 if centre.bits == "dense" else errors[centre.bits]
-        kind_CK[row, shared_K] = CODED
-        factor_CK[row, shared_K] = (sizes_K * np.maximum(np.maximum(squared_K, 0.0) + lost, least))[shared_K]
+        lost_C[row] = 0.0 if centre.kind == "none" or centre.bits == "dense" else errors[centre.bits]
+    shared_CK = np.array([shared_K for shared_K, _ in found])[place_C]
+    squared_CK = np.array([np.maximum(squared_K, 0.0) for _, squared_K in found])[place_C]
+    kind_CK = np.where(shared_CK, CODED, COPY)
+    factor_CK = np.where(shared_CK, sizes_K * np.maximum(squared_CK + lost_C[:, None], least), sizes_K)
+    for row, centre in enumerate(centres):
         if centre.kind == "base" and centre.bits == "dense":
             free_K = np.array([tensor.is_free(task) for task in firsts])
             kind_CK[row, free_K], factor_CK[row, free_K] = FREE, 0.0

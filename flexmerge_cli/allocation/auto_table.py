@@ -145,17 +145,18 @@ class AutoTable:
             ]
             for num_bytes in dict.fromkeys(exact_bytes)
         }
-        hulls = [[of_bytes[num_bytes][kind] for num_bytes in exact_bytes] for kind in (COPY, CODED, FREE)]
-        self._labels = [[labels for labels, _, _ in of_kind] for of_kind in hulls]
-        num_vertices = max(len(labels) for of_kind in self._labels for labels in of_kind)
-        shape = (len(hulls), len(firsts), num_vertices)
+        kinds = (COPY, CODED, FREE)
+        self._labels = [[of_bytes[num_bytes][kind][0] for num_bytes in exact_bytes] for kind in kinds]
+        num_vertices = max(len(labels) for of_kind in of_bytes.values() for labels, _, _ in of_kind)
+        shape = (len(kinds), len(firsts), num_vertices)
         bytes_3KV, cost_3KV = np.zeros(shape, np.int64), np.zeros(shape)
         slope_3KS = np.full((*shape[:2], num_vertices - 1), -np.inf)
-        for kind, of_kind in enumerate(hulls):
-            for number, (labels, option_bytes, cost) in enumerate(of_kind):
-                bytes_3KV[kind, number, : len(labels)] = option_bytes
-                cost_3KV[kind, number, : len(labels)] = cost
-                slope_3KS[kind, number, : len(labels) - 1] = slopes(option_bytes, cost)
+        for num_bytes, of_kind in of_bytes.items():
+            is_one_K = np.array(exact_bytes) == num_bytes
+            for kind, (labels, option_bytes, cost) in enumerate(of_kind):
+                bytes_3KV[kind, is_one_K, : len(labels)] = option_bytes
+                cost_3KV[kind, is_one_K, : len(labels)] = cost
+                slope_3KS[kind, is_one_K, : len(labels) - 1] = slopes(option_bytes, cost)
         self._kind_CK, self._factor_CK = factors(tensor, self.centres)
         each = self._kind_CK, np.arange(len(firsts))
         self._bytes_CKV, self._unit_cost_CKV = bytes_3KV[each], cost_3KV[each]
